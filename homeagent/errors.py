@@ -1,0 +1,355 @@
+"""Every error that the package raises, each with the ids it speaks of and a message that names the remedy.
+
+Catch `HomeAgentError` for all of them, or one of its families: a bad argument, something absent, a duplicate,
+a conflict with the present state, the idempotency state machine, or the engine and its files. A message never
+holds a secret, a hash, a nonce, an idempotency key, a stored result or a bound parameter, so it may be logged.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+__all__ = [
+    "AgentExistsError",
+    "AgentInUseError",
+    "AgentNotFoundError",
+    "AlreadyExistsError",
+    "ApprovalChangedError",
+    "ConflictError",
+    "CorruptDatabaseError",
+    "DatabaseBusyError",
+    "DatabaseClosedError",
+    "DatabaseError",
+    "DeviceExistsError",
+    "DeviceNotFoundError",
+    "DiskFullError",
+    "EffectFailedError",
+    "EffectNotStartedError",
+    "FingerprintMismatchError",
+    "ForeignDatabaseError",
+    "HomeAgentError",
+    "IdempotencyError",
+    "IdempotencyInProgressError",
+    "IdempotencyKeyExistsError",
+    "InsecureFileError",
+    "InvalidArgumentError",
+    "LastAdminError",
+    "LeaseLostError",
+    "MigrationError",
+    "NonceLimitError",
+    "NotFoundError",
+    "OutcomeUnknownError",
+    "ReadOnlyError",
+    "SchemaOutdatedError",
+    "SchemaTooNewError",
+    "SessionExistsError",
+    "SessionNotFoundError",
+    "UnitStateError",
+]
+
+
+def _rebuild(kind: type[HomeAgentError], args: tuple[object, ...], attributes: dict[str, object]) -> HomeAgentError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
+
+class HomeAgentError(Exception):
+    """The root of every error of this package."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Pickle would call __init__ with the finished message, where most of these take ids: an error that
+        # crosses a process boundary keeps its message and its attributes this way.
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+class InvalidArgumentError(HomeAgentError, ValueError):
+    """An argument is outside what the method accepts; nothing was read or written."""
+
+
+class UnitStateError(HomeAgentError):
+    """A unit of work was used after its end, or a second write unit was opened inside the first."""
+
+
+# What is absent
+
+
+class NotFoundError(HomeAgentError):
+    """What was asked for by its id is not in the store."""
+
+
+class DeviceNotFoundError(NotFoundError):
+    """No device has this id."""
+
+    def __init__(self, device_id: str) -> None:
+        self.device_id = device_id
+        super().__init__(f"no device {device_id!r}: pair it first, or look for it with devices.list()")
+
+
+class AgentNotFoundError(NotFoundError):
+    """No agent has this id."""
+
+    def __init__(self, agent_id: str) -> None:
+        self.agent_id = agent_id
+        super().__init__(f"no agent {agent_id!r}: create it first, or look for it with agents.list()")
+
+
+class SessionNotFoundError(NotFoundError):
+    """No session has this id."""
+
+    def __init__(self, session_id: str) -> None:
+        self.session_id = session_id
+        super().__init__(f"no session {session_id!r}: create it, or let sessions.resolve() make it")
+
+
+# What is there already
+
+
+class AlreadyExistsError(HomeAgentError):
+    """A `create` or `insert` met a row with the same identity; the row was left as it is."""
+
+
+class DeviceExistsError(AlreadyExistsError):
+    """A device with this id is paired already."""
+
+    def __init__(self, device_id: str) -> None:
+        self.device_id = device_id
+        super().__init__(
+            f"device {device_id!r} exists: to pair it anew, delete it first; to change its secret, rotate_secret()"
+        )
+
+
+class AgentExistsError(AlreadyExistsError):
+    """An agent with this id exists already."""
+
+    def __init__(self, agent_id: str) -> None:
+        self.agent_id = agent_id
+        super().__init__(f"agent {agent_id!r} exists: change it with agents.update()")
+
+
+class SessionExistsError(AlreadyExistsError):
+    """A session with this id exists already."""
+
+    def __init__(self, session_id: str) -> None:
+        self.session_id = session_id
+        super().__init__(f"session {session_id!r} exists: touch() it, or index() it from its transcript")
+
+
+class IdempotencyKeyExistsError(AlreadyExistsError):
+    """A live record of this scope exists already."""
+
+    def __init__(self, device_id: str, method: str) -> None:
+        self.device_id = device_id
+        self.method = method
+        super().__init__(
+            f"device {device_id!r} has a live record for this key of method {method!r}: find() it and answer from it"
+        )
+
+
+# What the present state forbids
+
+
+class ConflictError(HomeAgentError):
+    """The present state of the store forbids the change; nothing was written."""
+
+
+class AgentInUseError(ConflictError):
+    """The agent still has sessions."""
+
+    def __init__(self, agent_id: str, session_count: int) -> None:
+        self.agent_id = agent_id
+        self.session_count = session_count
+        super().__init__(
+            f"agent {agent_id!r} has {session_count} session(s): delete them first, or delete_sessions=True"
+        )
+
+
+class LastAdminError(ConflictError):
+    """The device is the last approved admin."""
+
+    def __init__(self, device_id: str) -> None:
+        self.device_id = device_id
+        super().__init__(
+            f"device {device_id!r} is the last approved admin: approve another admin first, or pass force=True"
+        )
+
+
+class ApprovalChangedError(ConflictError):
+    """The device is no longer what the admin saw."""
+
+    def __init__(self, device_id: str, changed: str) -> None:
+        self.device_id = device_id
+        self.changed = changed
+        super().__init__(
+            f"device {device_id!r} has another {changed} than the one that was looked at: show it again, then approve"
+        )
+
+
+class NonceLimitError(ConflictError):
+    """The device has as many live nonces as it may."""
+
+    def __init__(self, device_id: str, limit: int) -> None:
+        self.device_id = device_id
+        self.limit = limit
+        super().__init__(
+            f"device {device_id!r} has {limit} live nonces: slow it down; live ones are never evicted, they expire"
+        )
+
+
+# The idempotency state machine
+
+
+class IdempotencyError(HomeAgentError):
+    """An idempotency key can't be claimed, renewed or recorded now."""
+
+    def __init__(self, message: str, *, device_id: str, method: str) -> None:
+        self.device_id = device_id
+        self.method = method
+        super().__init__(message)
+
+
+class IdempotencyInProgressError(IdempotencyError):
+    """Another caller runs the effect of this key right now (HTTP: 409 with Retry-After).
+
+    `retry_after` says how long its lease still has to run.
+    """
+
+    def __init__(self, *, device_id: str, method: str, retry_after: timedelta) -> None:
+        self.retry_after = retry_after
+        super().__init__(
+            f"{method!r} of device {device_id!r} is in progress under this key: "
+            f"try again in {max(retry_after.total_seconds(), 0):.3f} s",
+            device_id=device_id,
+            method=method,
+        )
+
+
+class FingerprintMismatchError(IdempotencyError):
+    """The key was used before with other parameters (HTTP: 422)."""
+
+    def __init__(self, *, device_id: str, method: str) -> None:
+        super().__init__(
+            f"this key of {method!r} by device {device_id!r} was used with other parameters: "
+            "a new call needs a new key",
+            device_id=device_id,
+            method=method,
+        )
+
+
+class OutcomeUnknownError(IdempotencyError):
+    """An earlier attempt was abandoned; nobody knows whether its effect took place."""
+
+    def __init__(self, *, device_id: str, method: str, attempt: int) -> None:
+        self.attempt = attempt
+        super().__init__(
+            f"attempt {attempt} of {method!r} by device {device_id!r} was abandoned and its outcome is unknown: "
+            "find out, then resolve() or forget() the key, or pass on_abandoned",
+            device_id=device_id,
+            method=method,
+        )
+
+
+class LeaseLostError(IdempotencyError):
+    """The attempt is no longer the owner of its key; nothing was changed."""
+
+    def __init__(self, *, device_id: str, method: str, attempt: int) -> None:
+        self.attempt = attempt
+        super().__init__(
+            f"attempt {attempt} of {method!r} by device {device_id!r} no longer owns its key: "
+            "another attempt, an operator or a deletion took it; do not act on this attempt's outcome",
+            device_id=device_id,
+            method=method,
+        )
+
+
+class EffectFailedError(HomeAgentError):
+    """Raised by an effect that failed for good: stored, and raised again for every retry of the key.
+
+    Args:
+        detail: what to store and replay, any JSON value.
+    """
+
+    def __init__(self, detail: JsonValue = None, *, replayed: bool = False) -> None:
+        self.detail = detail
+        self.replayed = replayed
+        super().__init__("the effect failed; .detail says how" + (" (replayed)" if replayed else ""))
+
+
+class EffectNotStartedError(HomeAgentError):
+    """Raised by an effect that did nothing yet: the key is freed, and the next call may run it."""
+
+
+# The engine and its files
+
+
+class DatabaseError(HomeAgentError):
+    """The engine refused, or its files are not as they must be."""
+
+
+class DatabaseBusyError(DatabaseError):
+    """Another unit holds the database for longer than `busy_timeout`, or retrying reached its deadline."""
+
+
+class SchemaTooNewError(DatabaseError):
+    """The database was made by a newer version of this package; it was not touched."""
+
+    def __init__(self, revision: str, *, known: str) -> None:
+        self.revision = revision
+        self.known = known
+        super().__init__(
+            f"the database is at schema revision {revision!r}, which this version (up to {known!r}) does not know: "
+            "upgrade homeagent, or restore a backup made before the database was upgraded"
+        )
+
+
+class SchemaOutdatedError(DatabaseError):
+    """The database needs an upgrade and `migrate=False` forbids it."""
+
+    def __init__(self, revision: str | None, *, needed: str) -> None:
+        self.revision = revision
+        self.needed = needed
+        super().__init__(
+            f"the database is at schema revision {revision!r} and this version needs {needed!r}: "
+            "run 'homeagent migrate', or open it with migrate=True"
+        )
+
+
+class MigrationError(DatabaseError):
+    """An upgrade failed and was rolled back; the database has the schema it had before.
+
+    `backup` is the copy made before the upgrade, or None where there was nothing to copy.
+    """
+
+    def __init__(self, message: str, *, backup: Path | None = None) -> None:
+        self.backup = backup
+        super().__init__(message)
+
+
+class ForeignDatabaseError(DatabaseError):
+    """The file or schema belongs to another application; it was not touched."""
+
+
+class CorruptDatabaseError(DatabaseError):
+    """The file is no sound database: it was not touched, and it is never read as empty."""
+
+
+class InsecureFileError(DatabaseError):
+    """A file or directory is not private, or is a link: who else can write it could open the door."""
+
+
+class DiskFullError(DatabaseError):
+    """There was no room to write; the unit was rolled back and work goes on once there is."""
+
+
+class ReadOnlyError(DatabaseError):
+    """The database, its file system or this unit of work can only be read."""
+
+
+class DatabaseClosedError(DatabaseError):
+    """The database was closed, or was opened before this process was forked: open it again."""
