@@ -1,0 +1,61 @@
+"""An agent: who answers. It has a name, a workspace directory and a configuration."""
+
+from __future__ import annotations
+
+from sqlalchemy import Column
+from sqlmodel import Field
+
+from homeagent.models.base import Shape, Table
+from homeagent.models.types import (
+    Identifier,
+    Instant,
+    InstantColumn,
+    Json,
+    JsonColumn,
+    Label,
+    WorkspacePath,
+    text_column,
+)
+
+__all__ = ["Agent", "AgentCreate", "AgentPublic", "AgentUpdate"]
+
+
+class Agent(Table, table=True):
+    """A row of `agents`."""
+
+    __tablename__ = "agents"
+
+    id: Identifier = Field(sa_column=Column("id", text_column(), primary_key=True, nullable=False))
+    name: Label = Field(sa_column=Column("name", text_column(), nullable=False))
+    workspace_path: WorkspacePath = Field(sa_column=Column("workspace_path", text_column(), nullable=False))
+    """A directory on the owner's machine. This package stores the path and never touches what is there."""
+    created_at: Instant = Field(sa_column=Column("created_at", InstantColumn, nullable=False))
+    config: Json = Field(default=None, sa_column=Column("config", JsonColumn))
+
+
+class AgentCreate(Shape):
+    """What creates an agent; also a request body."""
+
+    id: Identifier
+    name: Label
+    workspace_path: WorkspacePath
+    config: Json = None
+
+
+class AgentUpdate(Shape):
+    """What may change of an agent; also a request body. What is left out stays; `config=None` empties it."""
+
+    # The default stands for "left out" and is never validated; a null that is sent is refused.
+    name: Label = Field(default=None)
+    workspace_path: WorkspacePath = Field(default=None)
+    config: Json = None
+
+
+class AgentPublic(Shape):
+    """What a reply may show of an agent."""
+
+    id: Identifier
+    name: Label
+    workspace_path: WorkspacePath
+    created_at: Instant
+    config: Json = None

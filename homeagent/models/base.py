@@ -1,0 +1,158 @@
+"""What all models share: own metadata, validation at every door, and errors that never show their input."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, get_args
+
+from pydantic import ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import ErrorType
+from sqlalchemy import MetaData
+from sqlalchemy.orm import registry
+from sqlalchemy.orm.attributes import set_attribute
+from sqlmodel import SQLModel
+
+# Both are private to SQLModel and have no public counterpart: the first tells that SQLModel itself is building an
+# instance and will validate it by other means, the second what `table=True` means. test_base.py notices a change.
+from sqlmodel._compat import finish_init, is_table_model_class
+
+__all__ = ["Model", "Shape", "Table", "metadata"]
+
+metadata = MetaData(
+    # Every constraint has a name, or Alembic can't find it again to change it.
+    naming_convention={
+        "ix": "idx_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+"""The tables of this package and no others: those of a host application never enter its migrations."""
+
+_registry = registry(metadata=metadata)
+
+
+# A validator may raise an error type of its own, which can't be built from its name.
+_KNOWN_ERRORS = frozenset(get_args(ErrorType))
+
+
+def _without_input(error: ValidationError) -> ValidationError:
+    # `hide_input_in_errors` keeps the input out of the message alone: errors() and json(), which FastAPI answers a
+    # 422 with, would still carry it, and it may be a secret.
+    lines: list[InitErrorDetails] = []
+    for line in error.errors(include_url=False, include_input=False):
+        known = line["type"] in _KNOWN_ERRORS
+        detail = InitErrorDetails(
+            type=line["type"] if known else PydanticCustomError("invalid_value", "{reason}", {"reason": line["msg"]}),
+            loc=line["loc"],
+            input=None,
+        )
+        if known and "ctx" in line:
+            detail["ctx"] = line["ctx"]
+        lines.append(detail)
+    return ValidationError.from_exception_data(error.title, lines, hide_input=True)
+
+
+class Model(SQLModel, registry=_registry):
+    """The base of all models: unknown fields are refused, and an assignment is validated like a construction."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_assignment=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+        hide_input_in_errors=True,
+        from_attributes=True,
+        use_attribute_docstrings=True,
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _hide_input(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            refused = _without_input(error)
+        # Raised outside the handler, or the original, which shows its input, would be its context.
+        raise refused
+
+
+class Shape(Model):
+    """What creates or patches a row, or what a reply may show of it: a plain Pydantic model, no table."""
+
+
+class MetadataShape(Shape):
+    """A shape with a field of free metadata.
+
+    The field is named `metadata_`, since SQLAlchemy needs the name `metadata` on the class. `metadata` is its alias
+    where it is validated and dumped, and a property for who reads it.
+    """
+
+    # SQLModel declares a class variable here; a shape is no table, so that nobody looks for a MetaData on it.
+    @property
+    def metadata(self) -> Any:  # type: ignore[override]  # see above
+        """The value of `metadata_`."""
+        return self.metadata_  # type: ignore[attr-defined]  # every subclass declares the field
+
+
+class Table(Model):
+    """The base of the table models, which validate as any Pydantic model does.
+
+    SQLModel itself skips validation for `table=True`. Here a table is validated on construction and on assignment,
+    and a refused assignment leaves the old value. It is not validated when it is loaded: what the database holds
+    was validated when it came in.
+    """
+
+    __table__: ClassVar[Any]
+
+    def __init__(self, **data: Any) -> None:
+        if not is_table_model_class(type(self)) or not finish_init.get():
+            super().__init__(**data)
+            return
+        # The validator writes the fields straight into __dict__, past SQLAlchemy's instrumentation: let it, then
+        # put back what was there and set each field through the instrumentation.
+        kept = self.__dict__.copy()
+        type(self).__pydantic_validator__.validate_python(data, self_instance=self)
+        values, fields_set = self.__dict__, self.__pydantic_fields_set__
+        object.__setattr__(self, "__dict__", kept)
+        for name, value in values.items():
+            set_attribute(self, name, value)
+        object.__setattr__(self, "__pydantic_fields_set__", fields_set)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in type(self).model_fields or not finish_init.get():
+            super().__setattr__(name, value)
+            return
+        before = self.__dict__.copy()
+        fields_set = self.__pydantic_fields_set__.copy()
+        try:
+            type(self).__pydantic_validator__.validate_assignment(self, name, value)
+            value = self.__dict__[name]
+            fields_set.add(name)
+        finally:
+            object.__setattr__(self, "__dict__", before)
+            object.__setattr__(self, "__pydantic_fields_set__", fields_set)
+        set_attribute(self, name, value)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a new, transient instance with the same values, validated.
+
+        Args:
+            update: values that replace those of this instance.
+            deep: whether JSON values are copied as well.
+        """
+        # Pydantic's own copies __dict__, and with it the state that ties this very instance to an ORM session.
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        if deep:
+            values = copy.deepcopy(values)
+        return type(self)(**{**values, **(update or {})})
+
+    def __copy__(self) -> Self:
+        return self.model_copy()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self.model_copy(deep=True)

@@ -1,0 +1,134 @@
+"""A device: who may enter. It pairs with a secret, and waits until an admin approves it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+
+from pydantic import AliasChoices, SecretStr
+from sqlalchemy import CheckConstraint, Column, text
+from sqlmodel import Field
+
+from homeagent.models.base import MetadataShape, Table
+from homeagent.models.types import (
+    Flag,
+    Identifier,
+    Instant,
+    InstantColumn,
+    Json,
+    JsonColumn,
+    Label,
+    Word,
+    text_column,
+)
+
+__all__ = ["Device", "DeviceCreate", "DevicePair", "DevicePublic", "DeviceStatus", "DeviceUpdate", "Role"]
+
+
+class Role(StrEnum):
+    """What a device may do. It is bound when the device pairs, and never changes."""
+
+    CLIENT = "client"
+    NODE = "node"
+    ADMIN = "admin"
+
+
+class DeviceStatus(StrEnum):
+    """Where a device stands: never approved yet, approved, or approved once (or not) and then revoked."""
+
+    PENDING = "pending"
+    APPROVED = "approved"
+    REVOKED = "revoked"
+
+
+def _status(approved: bool, revoked_at: datetime | None) -> DeviceStatus:
+    if approved:
+        return DeviceStatus.APPROVED
+    return DeviceStatus.PENDING if revoked_at is None else DeviceStatus.REVOKED
+
+
+class Device(Table, table=True):
+    """A row of `devices`. Never a request body (a client could set `approved`), never a reply: see the shapes."""
+
+    __tablename__ = "devices"
+    __table_args__ = (CheckConstraint("role IN ('client', 'node', 'admin')", name="role"),)
+
+    id: Identifier = Field(sa_column=Column("id", text_column(), primary_key=True, nullable=False))
+    role: Role = Field(sa_column=Column("role", Word(Role), nullable=False))
+    shared_secret_hash: Label = Field(
+        repr=False, exclude=True, sa_column=Column("shared_secret_hash", text_column(), nullable=False)
+    )
+    """The hash of the present secret; its prefix says which kind of hash it is. In no repr and in no dump."""
+    approved: bool = Field(
+        default=False, sa_column=Column("approved", Flag, nullable=False, server_default=text("0"))
+    )
+    paired_at: Instant = Field(sa_column=Column("paired_at", InstantColumn, nullable=False))
+    last_seen_at: Instant | None = Field(default=None, sa_column=Column("last_seen_at", InstantColumn))
+    """Null until the device is seen for the first time; written at most once a minute."""
+    metadata_: Json = Field(default=None, alias="metadata", sa_column=Column("metadata", JsonColumn))
+    approved_at: Instant | None = Field(default=None, sa_column=Column("approved_at", InstantColumn))
+    """When it was approved last. Null where it never was, and where that was before this was recorded."""
+    revoked_at: Instant | None = Field(default=None, sa_column=Column("revoked_at", InstantColumn))
+    """When it was revoked. Null where it never was, or was approved again since."""
+    revoked_reason: Label | None = Field(default=None, sa_column=Column("revoked_reason", text_column()))
+    previous_secret_hash: Label | None = Field(
+        default=None, repr=False, exclude=True, sa_column=Column("previous_secret_hash", text_column())
+    )
+    """The hash of the secret before the last rotation. Null where that one serves no more."""
+    previous_secret_expires_at: Instant | None = Field(
+        default=None, exclude=True, sa_column=Column("previous_secret_expires_at", InstantColumn)
+    )
+    """Until when the previous secret serves beside the present one."""
+    proof_verifier: Label | None = Field(
+        default=None, repr=False, exclude=True, sa_column=Column("proof_verifier", text_column())
+    )
+    """What `Database.verify_proof` checks a proof against. Null where the device can only present its secret."""
+
+    @property
+    def status(self) -> DeviceStatus:
+        """Where the device stands: pending, approved or revoked."""
+        return _status(self.approved, self.revoked_at)
+
+
+class DevicePair(MetadataShape):
+    """A request body: a device asks to pair. Whoever sends it decides nothing about its approval."""
+
+    id: Identifier
+    role: Role
+    shared_secret: SecretStr | None = None
+    """The secret that a human chose. Left out, one of 256 bits is made and given back once."""
+    metadata_: Json = Field(default=None, alias="metadata")
+
+
+class DeviceCreate(MetadataShape):
+    """What creates a device, for code that holds a hash already. Never a request body: see `DevicePair`."""
+
+    id: Identifier
+    role: Role
+    shared_secret_hash: Label = Field(repr=False, exclude=True)
+    metadata_: Json = Field(default=None, alias="metadata")
+    proof_verifier: Label | None = Field(default=None, repr=False, exclude=True)
+
+
+class DeviceUpdate(MetadataShape):
+    """What may change of a device. What is left out stays; the role is bound when it pairs."""
+
+    metadata_: Json = Field(default=None, alias="metadata")
+
+
+class DevicePublic(MetadataShape):
+    """What a reply may show of a device: no hash of any kind."""
+
+    id: Identifier
+    role: Role
+    approved: bool
+    status: DeviceStatus
+    paired_at: Instant
+    last_seen_at: Instant | None = None
+    approved_at: Instant | None = None
+    revoked_at: Instant | None = None
+    revoked_reason: Label | None = None
+    # From a row, a plain alias would read SQLAlchemy's MetaData off the class.
+    metadata_: Json = Field(
+        default=None, validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata"
+    )

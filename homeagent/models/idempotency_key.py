@@ -1,0 +1,141 @@
+"""An idempotency key: the record that makes a retried call safe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from pydantic import JsonValue
+from sqlalchemy import CheckConstraint, Column, Index, Integer, PrimaryKeyConstraint, text
+from sqlmodel import Field
+
+from homeagent.models.base import Table
+from homeagent.models.types import (
+    Flag,
+    Identifier,
+    Instant,
+    InstantColumn,
+    Json,
+    JsonColumn,
+    Label,
+    Word,
+    check_identifier,
+    check_label,
+    text_column,
+)
+
+__all__ = ["Attempt", "IdempotencyKey", "IdempotencyScope", "IdempotencyState", "Outcome"]
+
+
+class IdempotencyState(StrEnum):
+    """How far the effect of a key has come."""
+
+    IN_PROGRESS = "in_progress"
+    """Claimed. While the lease is live somebody runs it; once that has lapsed nobody knows whether it took place."""
+    COMPLETED = "completed"
+    FAILED = "failed"
+    """The effect failed for good, and its error is replayed like a result."""
+
+
+class IdempotencyKey(Table, table=True):
+    """A row of `idempotency_keys`: unique per device, method and key."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (
+        PrimaryKeyConstraint("device_id", "method", "key", name="pk_idempotency_keys"),
+        CheckConstraint("state IN ('in_progress', 'completed', 'failed')", name="state"),
+        Index("idx_idempotency_expires", "expires_at"),
+        # Only the few rows in progress have a lease: what an operator lists as abandoned is found here.
+        Index(
+            "idx_idempotency_lease",
+            "lease_expires_at",
+            sqlite_where=text("state = 'in_progress'"),
+            postgresql_where=text("state = 'in_progress'"),
+        ),
+    )
+
+    key: Label = Field(repr=False, sa_column=Column("key", text_column(), nullable=False))
+    method: Label = Field(sa_column=Column("method", text_column(), nullable=False))
+    device_id: Identifier = Field(sa_column=Column("device_id", text_column(), nullable=False))
+    result: Json = Field(repr=False, sa_column=Column("result", JsonColumn(none_as_null=False), nullable=False))
+    """What the effect returned, or the detail of its failure. JSON null while it runs, and where `omitted` says so."""
+    created_at: Instant = Field(sa_column=Column("created_at", InstantColumn, nullable=False))
+    expires_at: Instant = Field(sa_column=Column("expires_at", InstantColumn, nullable=False))
+    """From this very instant on the record is dead, unless it is in progress: such a row outlives its time."""
+    state: IdempotencyState = Field(
+        default=IdempotencyState.COMPLETED,
+        sa_column=Column("state", Word(IdempotencyState), nullable=False, server_default=text("'completed'")),
+    )
+    fingerprint: Label | None = Field(default=None, repr=False, sa_column=Column("fingerprint", text_column()))
+    """SHA-256 of the canonical parameters. Null where the record was inserted without any."""
+    owner: Label | None = Field(default=None, repr=False, exclude=True, sa_column=Column("owner", text_column()))
+    """The random token of the attempt that may record the outcome. Null once it is recorded."""
+    attempt: int = Field(
+        default=1, sa_column=Column("attempt", Integer, nullable=False, server_default=text("1"))
+    )
+    """How often the effect was begun."""
+    lease_expires_at: Instant | None = Field(default=None, sa_column=Column("lease_expires_at", InstantColumn))
+    """When the running attempt counts as abandoned unless it renews. Null once the outcome is recorded."""
+    downstream_key: Label | None = Field(default=None, repr=False, sa_column=Column("downstream_key", text_column()))
+    """What every attempt passes on as its own idempotency key. Null where no effect was ever claimed."""
+    omitted: bool = Field(
+        default=False, sa_column=Column("omitted", Flag, nullable=False, server_default=text("0"))
+    )
+    """Whether the effect ended but what it returned could not be stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class IdempotencyScope:
+    """What makes a call the same call: the device, the method, and the key that the device chose.
+
+    The three stay apart wherever they are stored, so that ids that hold a separator never collide.
+
+    Raises:
+        InvalidArgumentError: one of them is no id, method or key.
+    """
+
+    device_id: str
+    method: str
+    key: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        check_identifier(self.device_id, "device_id")
+        check_label(self.method, "method")
+        check_label(self.key, "key")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The right to run the effect of a key once, until its lease lapses.
+
+    Attributes:
+        number: 1 for the first attempt of a key, one more for each that took over an abandoned one.
+        downstream_key: what to pass to another service as the idempotency key: the same on every attempt.
+        scope: whose attempt it is.
+        lease_expires_at: from this instant on it counts as abandoned.
+    """
+
+    number: int
+    downstream_key: str = field(repr=False)
+    scope: IdempotencyScope
+    lease_expires_at: datetime
+    owner: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the effect of a key ended.
+
+    Attributes:
+        value: what the effect returned, as JSON gives it back.
+        replayed: whether this was read from the store, the effect having run before.
+        attempt: the number of the attempt that ended it.
+        omitted: whether the effect ended but its result could not be stored (over 256 KiB, or no JSON). The value
+            of a replay is None then; the first caller still gets it.
+    """
+
+    value: JsonValue = field(repr=False)
+    replayed: bool
+    attempt: int
+    omitted: bool = False

@@ -1,0 +1,88 @@
+"""A session: one conversation of an agent. This is an index; the transcript itself lives in a JSONL file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+
+from sqlalchemy import Column, ForeignKey, Index
+from sqlmodel import Field
+
+from homeagent.models.base import Shape, Table
+from homeagent.models.types import Identifier, Instant, InstantColumn, Label, text_column
+
+__all__ = ["AgentSession", "AgentSessionCreate", "AgentSessionPublic", "new_session_id", "route_key"]
+
+
+def new_session_id() -> str:
+    """Return a new UUIDv7 (RFC 9562, section 5.7): milliseconds since the epoch, then 74 random bits.
+
+    Ids made later sort later, which keeps the inserts of an index at its end.
+    """
+    stamp = (time.time_ns() // 1_000_000) & ((1 << 48) - 1)
+    noise = int.from_bytes(os.urandom(10), "big")
+    value = stamp << 80 | 0x7 << 76 | (noise >> 68 & 0xFFF) << 64 | 0b10 << 62 | noise & ((1 << 62) - 1)
+    return str(uuid.UUID(int=value))
+
+
+def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
+    """Return what names the route of an agent, a sender and a channel, with no sender equal to no sender.
+
+    A unique index takes two NULLs for different, so that the three columns can't be unique by themselves. JSON
+    keeps the three apart whatever characters they hold.
+    """
+    route = json.dumps([agent_id, sender_id, channel_id], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(route.encode()).hexdigest()
+
+
+class AgentSession(Table, table=True):
+    """A row of `sessions`."""
+
+    __tablename__ = "sessions"
+    __table_args__ = (
+        Index("idx_sessions_agent", "agent_id"),
+        Index("idx_sessions_sender", "sender_id"),
+        # Each of these serves the pages of one list: last active first, equal instants by id.
+        Index("idx_sessions_active", "last_active_at", "session_id"),
+        Index("idx_sessions_agent_active", "agent_id", "last_active_at", "session_id"),
+        Index("idx_sessions_sender_active", "sender_id", "last_active_at", "session_id"),
+        Index("idx_sessions_channel_active", "channel_id", "last_active_at", "session_id"),
+        Index("idx_sessions_route", "route_key", unique=True),
+    )
+
+    session_id: Identifier = Field(sa_column=Column("session_id", text_column(), primary_key=True, nullable=False))
+    agent_id: Identifier = Field(sa_column=Column("agent_id", text_column(), ForeignKey("agents.id"), nullable=False))
+    sender_id: Label | None = Field(default=None, sa_column=Column("sender_id", text_column()))
+    """Null where the session belongs to no sender, such as a scheduled one."""
+    channel_id: Label | None = Field(default=None, sa_column=Column("channel_id", text_column()))
+    """Null where it came over no channel."""
+    created_at: Instant = Field(sa_column=Column("created_at", InstantColumn, nullable=False))
+    last_active_at: Instant = Field(sa_column=Column("last_active_at", InstantColumn, nullable=False))
+    route_key: Label | None = Field(
+        default=None, repr=False, exclude=True, sa_column=Column("route_key", text_column())
+    )
+    """Set on the one session that `resolve` answers with for its agent, sender and channel, null on all others."""
+
+
+class AgentSessionCreate(Shape):
+    """What creates a session; also a request body."""
+
+    session_id: Identifier = Field(default_factory=new_session_id)
+    """A UUIDv7 is made where it is left out."""
+    agent_id: Identifier
+    sender_id: Label | None = None
+    channel_id: Label | None = None
+
+
+class AgentSessionPublic(Shape):
+    """What a reply may show of a session."""
+
+    session_id: Identifier
+    agent_id: Identifier
+    sender_id: Label | None = None
+    channel_id: Label | None = None
+    created_at: Instant
+    last_active_at: Instant
