@@ -1,0 +1,63 @@
+"""The operational store of HomeAgent: who may enter and what happened, in one SQLite file or on PostgreSQL.
+
+`Database.open` is the door; everything else is reached from there. Names without a leading underscore that are
+listed here, in `homeagent.errors` and in `homeagent.stores` are public.
+"""
+
+from homeagent import errors
+from homeagent.clock import Clock
+from homeagent.credentials import hash_secret
+from homeagent.database import Database, PairedDevice
+from homeagent.maintenance.reporting import DatabaseStatus
+from homeagent.maintenance.sweeping import Sweeper, SweepReport
+from homeagent.models import (
+    Agent,
+    AgentCreate,
+    AgentPublic,
+    AgentSession,
+    AgentSessionCreate,
+    AgentSessionPublic,
+    AgentUpdate,
+    Device,
+    DeviceCreate,
+    DevicePair,
+    DevicePublic,
+    DeviceStatus,
+    DeviceUpdate,
+    IdempotencyKey,
+    IdempotencyScope,
+    IdempotencyState,
+    Nonce,
+    Role,
+)
+from homeagent.unit_of_work import UnitOfWork
+
+__all__ = [
+    "Agent",
+    "AgentCreate",
+    "AgentPublic",
+    "AgentSession",
+    "AgentSessionCreate",
+    "AgentSessionPublic",
+    "AgentUpdate",
+    "Clock",
+    "Database",
+    "DatabaseStatus",
+    "Device",
+    "DeviceCreate",
+    "DevicePair",
+    "DevicePublic",
+    "DeviceStatus",
+    "DeviceUpdate",
+    "IdempotencyKey",
+    "IdempotencyScope",
+    "IdempotencyState",
+    "Nonce",
+    "PairedDevice",
+    "Role",
+    "SweepReport",
+    "Sweeper",
+    "UnitOfWork",
+    "errors",
+    "hash_secret",
+]

@@ -1,0 +1,107 @@
+"""Runs the revisions on the live connection that the package hands over, or for a developer at the command line.
+
+At the command line the database is `-x database=TARGET`, else `$HOMEAGENT_DATABASE`. Where neither is given,
+`revision` and `check` compare the models with a scratch database that is upgraded first. The logging of the host
+application is never configured here.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from alembic import context
+from alembic.autogenerate.api import AutogenContext
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from alembic.util import CommandError
+from sqlalchemy import Connection
+
+from homeagent.engine.postgresql import PostgreSQLEngine
+from homeagent.engine.sqlite import SQLiteEngine
+from homeagent.engine.target import ENVIRONMENT_VARIABLE, resolve_target
+from homeagent.migrations import VERSION_TABLE
+from homeagent.models import metadata
+from homeagent.models.types import Flag, InstantColumn, JsonColumn, Word
+
+
+def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
+    """Render our column types as plain ones: a revision must not change when the package does."""
+    if kind == "type":
+        if isinstance(item, InstantColumn):
+            return 'sa.BigInteger().with_variant(sa.Integer(), "sqlite")'
+        if isinstance(item, Flag):
+            return "sa.Integer()"
+        if isinstance(item, (JsonColumn, Word)):
+            return "sa.Text()"
+    return False
+
+
+def options(connection: Connection) -> dict[str, Any]:
+    """Return how Alembic compares and writes on this connection."""
+    return {
+        "target_metadata": metadata,
+        "version_table": VERSION_TABLE,
+        "transactional_ddl": True,
+        "transaction_per_migration": False,
+        "render_as_batch": connection.dialect.name == "sqlite",
+        "render_item": render_item,
+        "compare_type": True,
+        "compare_server_default": True,
+        # Tables of a host application in the same schema are none of ours.
+        "include_name": lambda name, kind, parents: kind != "table" or name in metadata.tables,
+        "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
+    }
+
+
+def upgrade_scratch(connection: Connection) -> None:
+    """Bring a scratch database to the newest revision, outside of the command that is running."""
+    script = context.script
+    scratch = MigrationContext.configure(
+        connection, opts={**options(connection), "fn": lambda revision, _: script._upgrade_revs("head", revision)}
+    )
+    with connection.begin(), Operations.context(scratch):
+        scratch.run_migrations()
+
+
+def run(connection: Connection) -> None:
+    """Run the command's migrations on this connection."""
+    context.configure(connection=connection, **options(connection))
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def run_at_command_line() -> None:
+    """Run the command of a developer."""
+    given = context.get_x_argument(as_dictionary=True).get("database")
+    command = getattr(context.config.cmd_opts, "cmd", [None])[0]
+    import os
+    from datetime import timedelta
+
+    given = given or os.environ.get(ENVIRONMENT_VARIABLE)
+    wait = timedelta(seconds=30)
+    if given:
+        target = resolve_target(given)
+        if target.url is not None:
+            server = PostgreSQLEngine(target.url, busy_timeout=wait)
+            with server.connect() as connection:
+                run(connection)
+            return
+        if target.path is not None:
+            with SQLiteEngine(target.path, busy_timeout=wait, durability="full").connect() as connection:
+                run(connection)
+            return
+    if getattr(command, "__name__", "") not in {"revision", "check"}:
+        raise CommandError(f"name the database: -x database=TARGET or ${ENVIRONMENT_VARIABLE}; or use 'homeagent migrate'")
+    with tempfile.TemporaryDirectory() as directory:
+        engine = SQLiteEngine(Path(directory) / "scratch.db", busy_timeout=wait, durability="normal")
+        with engine.connect() as connection:
+            upgrade_scratch(connection)
+            run(connection)
+        engine.close()
+
+
+handed_over = context.config.attributes.get("connection")
+if handed_over is None:
+    run_at_command_line()
+else:
+    run(handed_over)

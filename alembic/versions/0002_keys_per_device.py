@@ -1,0 +1,25 @@
+"""Nonces become unique per device, and results per device, method and key; all rows are kept.
+
+While the keys were global, one device could use up another's nonce, or be answered with another's result.
+
+Revision ID: 0002
+Revises: 0001
+"""
+
+from alembic import op
+
+revision: str = "0002"
+down_revision: str | None = "0001"
+branch_labels: str | None = None
+depends_on: str | None = None
+
+
+def upgrade() -> None:
+    """Bring the schema to this revision."""
+    # SQLite rebuilds both tables, and the nonces without a rowid: their key is most of the row.
+    with op.batch_alter_table("nonces", recreate="auto", table_kwargs={"sqlite_with_rowid": False}) as batch:
+        batch.drop_constraint(op.f("pk_nonces"), type_="primary")
+        batch.create_primary_key(op.f("pk_nonces"), ["device_id", "nonce"])
+    with op.batch_alter_table("idempotency_keys") as batch:
+        batch.drop_constraint(op.f("pk_idempotency_keys"), type_="primary")
+        batch.create_primary_key(op.f("pk_idempotency_keys"), ["device_id", "method", "key"])

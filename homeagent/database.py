@@ -1,0 +1,361 @@
+"""The door of the package: open a database, do units of work, pair devices and check their secrets, clean up."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from os import PathLike
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, SecretStr
+from sqlalchemy import URL
+
+from homeagent.clock import Clock, system_clock
+from homeagent.credentials import check_secret, generate_secret, hash_secret, is_generated
+from homeagent.engine import files
+from homeagent.engine.engine import Engine
+from homeagent.engine.faults import TransientError
+from homeagent.engine.postgresql import PostgreSQLEngine
+from homeagent.engine.sqlite import Durability, SQLiteEngine
+from homeagent.engine.target import resolve_target
+from homeagent.errors import (
+    DatabaseClosedError,
+    DeviceExistsError,
+    DeviceNotFoundError,
+    InvalidArgumentError,
+)
+from homeagent.maintenance.sweeping import Sweeper, SweepReport, sweep
+from homeagent.migrations import open_postgresql, open_sqlite
+from homeagent.models.device import Device, DeviceCreate, DevicePair
+from homeagent.models.types import check_duration, check_identifier, later
+from homeagent.scram import check_proof, make_verifier, proof_message
+from homeagent.unit_of_work import UnitOfWork, UnitSettings
+
+if TYPE_CHECKING:
+    from homeagent.maintenance.reporting import DatabaseStatus
+
+__all__ = ["Database", "PairedDevice"]
+
+T = TypeVar("T")
+
+# The first pause of a retry and the longest, in seconds; each is drawn at random up to its bound.
+_FIRST_PAUSE = 0.005
+_LONGEST_PAUSE = 0.5
+
+
+class PairedDevice(BaseModel):
+    """A device that has just paired, and its secret, which nobody can ask for again.
+
+    Attributes:
+        device: the device as it was stored, unapproved.
+        shared_secret: what the device proves itself with: the one it sent, or the one that was made for it.
+    """
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    device: Device
+    shared_secret: SecretStr
+
+
+class Database:
+    """One open operational store. Share one among all threads of a process; open another one in a forked child.
+
+    Use `Database.open`, and close it, or let a `with` block do that.
+    """
+
+    def __init__(self, engine: Engine, *, clock: Clock, busy_timeout: timedelta) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._timeout = busy_timeout.total_seconds()
+        self._settings = UnitSettings(engine, clock, self._timeout)
+        self._mutex = threading.Lock()
+        self._sweepers: list[Sweeper] = []
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        target: str | PathLike[str] | URL | None = None,
+        *,
+        clock: Clock = system_clock,
+        busy_timeout: timedelta = timedelta(seconds=30),
+        durability: Durability = "full",
+        migrate: bool = True,
+    ) -> Self:
+        """Open a database, made or upgraded first where that is needed.
+
+        Args:
+            target: None for `$HOMEAGENT_DATABASE`, else `~/.homeagent/homeagent.db`; a path; `":memory:"` for a
+                private temporary database; or a URL.
+            clock: returns the present instant; read once per store method.
+            busy_timeout: how long a unit waits for its turn.
+            durability: `full` syncs every commit to the disk. `normal` may lose the last commits at a power cut,
+                which reopens the window for a replay.
+            migrate: whether the schema may be made or upgraded. A file that holds data is backed up first.
+
+        Raises:
+            InvalidArgumentError: the target or an argument is of no use.
+            SchemaTooNewError, SchemaOutdatedError, MigrationError: the schema, see there.
+            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: the file, which was not touched.
+            DatabaseError: anything else that keeps it from being opened.
+        """
+        check_duration(busy_timeout, "busy_timeout", zero=True)
+        if durability not in ("full", "normal"):
+            raise InvalidArgumentError("durability must be 'full' or 'normal'")
+        where = resolve_target(target)
+        engine: SQLiteEngine | PostgreSQLEngine
+        if where.url is not None:
+            engine = PostgreSQLEngine(where.url, busy_timeout=busy_timeout)
+        elif where.path is None:
+            engine = SQLiteEngine.temporary(busy_timeout=busy_timeout, durability=durability)
+        else:
+            if migrate:
+                files.prepare_directory(where.path.parent)
+                files.refuse_network_filesystem(where.path)
+            engine = SQLiteEngine(where.path, busy_timeout=busy_timeout, durability=durability)
+        try:
+            if isinstance(engine, SQLiteEngine):
+                open_sqlite(
+                    engine,
+                    clock=clock,
+                    timeout=busy_timeout,
+                    migrate=migrate or where.is_temporary,
+                    temporary=where.is_temporary,
+                )
+            else:
+                open_postgresql(engine, timeout=busy_timeout, migrate=migrate)
+        except BaseException:
+            engine.close()
+            raise
+        return cls(engine, clock=clock, busy_timeout=busy_timeout)
+
+    def close(self) -> None:
+        """Stop the sweepers and close every connection. Closing twice is fine; what is used after it is refused."""
+        with self._mutex:
+            self._closed = True
+            sweepers, self._sweepers = self._sweepers, []
+        for sweeper in sweepers:
+            sweeper.stop()
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Units of work
+
+    def unit_of_work(self, *, read_only: bool = False) -> UnitOfWork:
+        """Return a unit of work to use as a context manager: one transaction.
+
+        It commits when the block ends cleanly, and rolls everything back on any exception.
+
+        Args:
+            read_only: see one snapshot, and write nothing. Such units wait for no writer, and no writer for them.
+
+        Raises (when the block is entered):
+            DatabaseBusyError: no turn came within `busy_timeout`.
+            UnitStateError: this thread has a write unit open already.
+            DatabaseClosedError: the database was closed, or opened before a fork.
+        """
+        return UnitOfWork(self._settings, read_only=read_only)
+
+    def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False) -> T:
+        """Do a unit of work as a function, run again whole while the database is busy.
+
+        Args:
+            work: is given the unit and may be called several times: it has no effect but on the unit.
+            read_only: as in `unit_of_work`.
+
+        Returns:
+            What `work` returned, once that is committed.
+
+        Raises:
+            DatabaseBusyError: the database was still busy after `busy_timeout`.
+        """
+        deadline = time.monotonic() + self._timeout
+        bound = _FIRST_PAUSE
+        while True:
+            try:
+                with self.unit_of_work(read_only=read_only) as unit:
+                    return work(unit)
+            except TransientError:
+                pause = random.uniform(0, bound)  # noqa: S311  it parts the callers, it keeps no secret
+                if time.monotonic() + pause >= deadline:
+                    raise
+            time.sleep(pause)
+            bound = min(bound * 2, _LONGEST_PAUSE)
+
+    # Devices and their secrets: a slow hash is always computed before or after a unit, never inside
+
+    def pair(self, request: DevicePair) -> PairedDevice:
+        """Add a device that waits for its approval. Only a hash of its secret is stored.
+
+        Args:
+            request: with the secret that a human chose, or without one: then 256 random bits are made.
+
+        Returns:
+            The device and its secret, which can't be asked for again.
+
+        Raises:
+            DeviceExistsError: the id is taken.
+            InvalidArgumentError: the secret is too short, too long or not printable.
+        """
+        with self.unit_of_work(read_only=True) as unit:
+            # Asked before the hash is made, which is slow on purpose; `create` decides.
+            if unit.devices.find_by_id(request.id) is not None:
+                raise DeviceExistsError(request.id)
+        secret = generate_secret() if request.shared_secret is None else request.shared_secret
+        create = DeviceCreate(
+            id=request.id,
+            role=request.role,
+            shared_secret_hash=hash_secret(secret),
+            metadata=request.metadata_,
+            proof_verifier=_verifier(secret),
+        )
+        device = self.run(lambda unit: unit.devices.create(create))
+        return PairedDevice(device=device, shared_secret=secret)
+
+    def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
+        """Return the device if it is approved and this is its secret, else None.
+
+        How long that takes depends on the form of the secret that is presented, and not on whether the device
+        exists, is approved, or has that secret.
+
+        Args:
+            device_id: who it claims to be.
+            shared_secret: what it presents. During the overlap of a rotation the old secret serves too.
+
+        Raises:
+            DatabaseBusyError: too many slow hashes wait for their turn.
+        """
+        check_identifier(device_id, "device_id")
+        now = self._clock()
+        with self.unit_of_work(read_only=True) as unit:
+            device = unit.devices.find_by_id(device_id)
+        stored = [] if device is None else _serving_hashes(device, now)
+        check = check_secret(shared_secret, stored)
+        if device is None or not check or not device.approved:
+            return None
+        if check.matched == 0 and check.replacement is not None:
+            replacement = check.replacement
+            self.run(
+                lambda unit: unit.devices.rehash_secret(
+                    device_id, expected_secret_hash=stored[0], secret_hash=replacement
+                )
+            )
+        # It may have been revoked, rotated or deleted while the hash was computed.
+        with self.unit_of_work(read_only=True) as unit:
+            current = unit.devices.find_by_id(device_id)
+        if current is None or not current.approved or current.paired_at != device.paired_at:
+            return None
+        matched = check.replacement if check.matched == 0 and check.replacement else stored[check.matched or 0]
+        return current if matched in _serving_hashes(current, self._clock()) else None
+
+    def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
+        """Return the device if it is approved and the proof is made with its secret, else None.
+
+        The proof is the client's of SCRAM (RFC 5802, section 3) over the device's id, the nonce and the timestamp:
+        `homeagent.scram.make_proof` makes it. What is stored can check a proof and can't make one. Consume the nonce
+        after this, before access is given.
+
+        Args:
+            device_id: who it claims to be.
+            nonce: the number used once that was signed.
+            timestamp: the instant that was signed.
+            proof: 32 bytes.
+        """
+        check_identifier(device_id, "device_id")
+        with self.unit_of_work(read_only=True) as unit:
+            device = unit.devices.find_by_id(device_id)
+        message = proof_message(device_id=device_id, nonce=nonce, timestamp=timestamp)
+        proven = check_proof(None if device is None else device.proof_verifier, message, proof)
+        return device if device is not None and proven and device.approved else None
+
+    def rotate_secret(
+        self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
+    ) -> SecretStr:
+        """Give a device a new secret, and return it, once.
+
+        Args:
+            device_id: the device; it keeps its role and its approval.
+            shared_secret: the secret that a human chose; None to have one made.
+            overlap: how long the old secret serves as well; not at all by default.
+
+        Raises:
+            DeviceNotFoundError: it is absent.
+            InvalidArgumentError: the secret is too short, too long or not printable.
+        """
+        check_duration(overlap, "overlap", zero=True)
+        secret = generate_secret() if shared_secret is None else shared_secret
+        while True:
+            with self.unit_of_work(read_only=True) as unit:
+                old = unit.devices.get(device_id).shared_secret_hash
+            new = hash_secret(secret, beside=old)
+            verifier = _verifier(secret)
+
+            def replace(unit: UnitOfWork, old: str = old, new: str = new, verifier: str | None = verifier) -> bool:
+                if unit.devices.find_by_id(device_id) is None:
+                    raise DeviceNotFoundError(device_id)
+                return unit.devices.set_secret(
+                    device_id,
+                    expected_secret_hash=old,
+                    secret_hash=new,
+                    proof_verifier=verifier,
+                    previous_until=later(self._clock(), overlap, "overlap") if overlap else None,
+                )
+
+            # Where somebody else rotated it meanwhile, theirs is the old one now.
+            if self.run(replace):
+                return secret
+
+    # Maintenance
+
+    def sweep(self, *, batch_size: int = 100, time_budget: timedelta | None = None) -> SweepReport:
+        """Remove dead nonces and idempotency keys, in small batches that hold no writer up.
+
+        Args:
+            batch_size: how many rows one unit removes at most.
+            time_budget: when to end early; None to go on until all is done.
+        """
+        return sweep(self.unit_of_work, batch_size=batch_size, time_budget=time_budget)
+
+    def sweeper(self, every: timedelta = timedelta(minutes=5)) -> Sweeper:
+        """Return a thread that sweeps periodically: `start()` and `stop()` it, or use it as a context manager.
+
+        Closing the database stops it.
+        """
+        sweeper = Sweeper(lambda stop: sweep(self.unit_of_work, batch_size=100, time_budget=None, stop=stop), every)
+        with self._mutex:
+            if self._closed:
+                raise DatabaseClosedError("the database was closed: open it again")
+            self._sweepers.append(sweeper)
+        return sweeper
+
+    def status(self) -> DatabaseStatus:
+        """Describe the database: where it is, its engine and schema, its rows, and what waits for cleanup."""
+        from homeagent.maintenance.reporting import report_status
+
+        with self.unit_of_work(read_only=True) as unit:
+            return report_status(self._engine, unit)
+
+
+def _verifier(secret: SecretStr) -> str | None:
+    # A human's secret is guessed at the speed of the fastest hash that is stored of it. PBKDF2, which SCRAM is built
+    # on, is guessed faster than Argon2id; for 256 random bits that makes no difference.
+    return make_verifier(secret) if is_generated(secret) else None
+
+
+def _serving_hashes(device: Device, now: datetime) -> list[str]:
+    hashes = [device.shared_secret_hash]
+    until = device.previous_secret_expires_at
+    if device.previous_secret_hash is not None and until is not None and until > now:
+        hashes.append(device.previous_secret_hash)
+    return hashes

@@ -1,0 +1,125 @@
+"""The engine as the floors above see it: lanes of links to write and to read on, and SQLAlchemy's engine behind them."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from homeagent.engine.lanes import Lanes
+from homeagent.engine.link import Link
+from homeagent.errors import DatabaseClosedError
+
+if TYPE_CHECKING:
+    import sqlalchemy
+
+    from homeagent.engine.faults import Translate
+    from homeagent.engine.statements import Compiled, Statement
+
+__all__ = ["Engine"]
+
+
+class Engine(ABC):
+    """One open database: who may write next, who may read, and how a driver's fault is told.
+
+    Args:
+        sa_engine: SQLAlchemy's engine; the links are connections of it that are kept.
+        driver_errors: the root of the driver's exceptions.
+        translate: from one of these to one of ours.
+        writers: how many units may write at once.
+        readers: how many units may read at once.
+        begin_write, begin_read: the SQL that begins a unit.
+    """
+
+    def __init__(
+        self,
+        sa_engine: sqlalchemy.Engine,
+        *,
+        driver_errors: tuple[type[BaseException], ...],
+        translate: Translate,
+        writers: int,
+        readers: int,
+        begin_write: Sequence[str],
+        begin_read: Sequence[str],
+    ) -> None:
+        self.sa_engine = sa_engine
+        self.driver_errors = driver_errors
+        self.translate = translate
+        self._begin = {False: tuple(begin_write), True: tuple(begin_read)}
+        self._compiled: dict[bool, dict[Statement[Any], Compiled[Any]]] = {False: {}, True: {}}
+        self.writers: Lanes[Link] = Lanes(writers, lambda: self._link(read_only=False), name="write lane")
+        self.readers: Lanes[Link] = Lanes(readers, lambda: self._link(read_only=True), name="set of read lanes")
+        self._closed = False
+        self._forked = False
+        _engines.add(self)
+
+    @property
+    def dialect_name(self) -> str:
+        """`sqlite` or `postgresql`."""
+        return self.sa_engine.dialect.name
+
+    def lanes(self, *, read_only: bool) -> Lanes[Link]:
+        """Return the lanes that a unit takes its link from."""
+        if self._forked:
+            raise DatabaseClosedError(
+                "this database was opened before the process was forked: open it again in the child"
+            )
+        return self.readers if read_only else self.writers
+
+    def _link(self, *, read_only: bool) -> Link:
+        connection = self.connect()
+        try:
+            self.prepare_link(connection, read_only=read_only)
+            return Link(
+                connection,
+                begin=self._begin[read_only],
+                read_only=read_only,
+                compiled=self._compiled[read_only],
+                driver_errors=self.driver_errors,
+                translate=self.translate,
+            )
+        except BaseException:
+            connection.close()
+            raise
+
+    @abstractmethod
+    def connect(self) -> sqlalchemy.Connection:
+        """Return a connection of SQLAlchemy's engine, outside of the lanes."""
+
+    def prepare_link(self, connection: sqlalchemy.Connection, *, read_only: bool) -> None:
+        """Set what a link of this kind needs beyond what every connection has."""
+
+    def close(self) -> None:
+        """Close every connection; closing twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        _engines.discard(self)
+        if self._forked:
+            return
+        self.writers.close()
+        self.readers.close()
+        self.sa_engine.dispose()
+        self.after_close()
+
+    def after_close(self) -> None:
+        """Do what must wait until the last connection is closed."""
+
+    def abandon(self) -> None:
+        """Refuse to be used: this is a forked child's copy, whose connections belong to the parent."""
+        self._forked = True
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    # A connection used on both sides of a fork corrupts the file: https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_
+    for engine in list(_engines):
+        engine.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)

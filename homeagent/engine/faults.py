@@ -1,0 +1,140 @@
+"""The one place where a driver's exception becomes one of ours.
+
+A driver's message may carry values: psycopg puts the offending row into DETAIL. So what is raised here names the
+kind of fault and its remedy only, and the driver's own exception is neither its cause nor its context.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from homeagent.errors import (
+    ConflictError,
+    CorruptDatabaseError,
+    DatabaseBusyError,
+    DatabaseClosedError,
+    DatabaseError,
+    DiskFullError,
+    HomeAgentError,
+    InvalidArgumentError,
+    ReadOnlyError,
+)
+
+__all__ = ["ConnectionLostError", "Translate", "TransientError", "postgresql_fault", "sqlite_fault", "translated"]
+
+Translate = Callable[[BaseException], HomeAgentError]
+
+
+class TransientError(DatabaseBusyError):
+    """The unit met another one and may succeed when it is run again whole: `Database.run` does that."""
+
+
+class ConnectionLostError(DatabaseError):
+    """The server went away. Where that was before COMMIT was sent, nothing of the unit took place."""
+
+
+# https://sqlite.org/rescode.html: the low byte is the primary result code.
+_SQLITE_FAULTS: dict[int, tuple[type[DatabaseError] | type[ConflictError], str]] = {
+    sqlite3.SQLITE_BUSY: (
+        TransientError,
+        "the database is locked by another process for longer than busy_timeout: run the unit again",
+    ),
+    sqlite3.SQLITE_LOCKED: (TransientError, "the database is locked within this process: run the unit again"),
+    sqlite3.SQLITE_FULL: (DiskFullError, "the disk is full, or the file may not grow: make room, then run the unit again"),
+    sqlite3.SQLITE_READONLY: (
+        ReadOnlyError,
+        "the database can't be written: it is a read-only unit, file or file system",
+    ),
+    sqlite3.SQLITE_PERM: (ReadOnlyError, "access to the database file was denied: mend its owner and mode"),
+    sqlite3.SQLITE_CORRUPT: (
+        CorruptDatabaseError,
+        "the database file is damaged: stop, keep it aside with its -wal and -shm, and restore the newest good backup",
+    ),
+    sqlite3.SQLITE_NOTADB: (
+        CorruptDatabaseError,
+        "the file is no SQLite database: check the path, or restore the newest good backup",
+    ),
+    sqlite3.SQLITE_CANTOPEN: (
+        DatabaseError,
+        "the database file can't be opened: check that it is there, its permissions and the limit of open files",
+    ),
+    sqlite3.SQLITE_IOERR: (
+        DatabaseError,
+        "reading or writing the database file failed (I/O error): check the disk, its free space and file limits",
+    ),
+    sqlite3.SQLITE_NOMEM: (DatabaseError, "SQLite ran out of memory"),
+    sqlite3.SQLITE_CONSTRAINT: (
+        ConflictError,
+        "a constraint of the database refused the change: a duplicate, a missing reference or a value out of range",
+    ),
+    sqlite3.SQLITE_INTERRUPT: (DatabaseError, "the statement was interrupted"),
+    sqlite3.SQLITE_TOOBIG: (InvalidArgumentError, "a value is too large for the database"),  # type: ignore[dict-item]  # one of ours all the same
+}
+
+
+def sqlite_fault(error: BaseException) -> HomeAgentError:
+    """Return ours for an exception of `sqlite3` or `pysqlite3`, told apart by SQLite's result code.
+
+    Args:
+        error: the driver's exception.
+    """
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:
+        if "closed" in str(error):
+            return DatabaseClosedError("the database was closed: open it again")
+        if isinstance(error, OverflowError) or "too large" in str(error):
+            return InvalidArgumentError("a number is outside of 64 bits")
+        return DatabaseError(f"the SQLite driver refused the statement ({type(error).__name__})")
+    kind, message = _SQLITE_FAULTS.get(code & 0xFF, (DatabaseError, "SQLite refused the statement"))
+    name = getattr(error, "sqlite_errorname", "SQLITE_ERROR")
+    return kind(f"{message} [{name}]")
+
+
+def postgresql_fault(error: BaseException) -> HomeAgentError:
+    """Return ours for an exception of psycopg, told apart by its SQLSTATE.
+
+    Args:
+        error: the driver's exception.
+
+    Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
+    """
+    state = getattr(error, "sqlstate", None)
+    if state is None:
+        # Refused, reset or closed: psycopg has no SQLSTATE where no server answered.
+        return ConnectionLostError("the PostgreSQL server can't be reached or went away: check it, then run again")
+    label = f" [SQLSTATE {state}]"
+    if state in {"40001", "40P01"}:
+        return TransientError("the unit met another one (serialization failure or deadlock): run it again" + label)
+    if state in {"55P03", "57014"}:
+        return TransientError("a lock was not given in time: run the unit again" + label)
+    if state.startswith("08") or state in {"57P01", "57P02", "57P03"}:
+        return ConnectionLostError("the PostgreSQL server closed the connection or is starting: run again" + label)
+    if state in {"25006", "42501"}:
+        return ReadOnlyError("the database can't be written: a read-only unit, server or role" + label)
+    if state in {"53100", "53400"}:
+        return DiskFullError("the PostgreSQL server has no room to write: make some, then run the unit again" + label)
+    if state.startswith("53"):
+        return DatabaseBusyError("the PostgreSQL server has no connection or memory left: lower the pools" + label)
+    if state.startswith("23"):
+        return ConflictError(
+            "a constraint of the database refused the change: a duplicate, a missing reference or a value out of range"
+            + label
+        )
+    if state in {"XX001", "XX002"}:
+        return CorruptDatabaseError("the PostgreSQL server reports damaged data: restore it from a backup" + label)
+    return DatabaseError("PostgreSQL refused the statement" + label)
+
+
+@contextmanager
+def translated(driver_errors: tuple[type[BaseException], ...], translate: Translate) -> Iterator[None]:
+    """Raise ours instead of the driver's exception, with nothing of the driver's in its chain."""
+    fault: Any = None
+    try:
+        yield
+    except driver_errors as error:
+        fault = translate(error)
+    if fault is not None:
+        raise fault

@@ -1,0 +1,196 @@
+"""Lanes: who may use a pinned connection next, in the order in which they asked.
+
+A plain lock lets a thread that gives it up take it again at once: a sweeping thread starved the writers for 400 ms
+in a trial, and SQLite's own busy handler is no fairer. Here a connection is handed to the one that waits longest.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from homeagent.errors import DatabaseBusyError, DatabaseClosedError
+
+__all__ = ["Lanes"]
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=_Closable)
+
+
+class _Waiter(Generic[T]):
+    __slots__ = ("given", "resource", "room")
+
+    def __init__(self) -> None:
+        self.given = threading.Lock()
+        self.given.acquire()
+        self.resource: T | None = None
+        self.room = False
+
+
+class Lanes(Generic[T]):
+    """A bounded set of resources, made on demand, kept, and handed out first in, first out.
+
+    Args:
+        size: how many there may be at once; 1 makes a lock.
+        make: makes one. What it raises reaches the caller, and the place is free again.
+        name: what the message of a timeout calls it, such as "write lane".
+    """
+
+    def __init__(self, size: int, make: Callable[[], T], *, name: str) -> None:
+        self._size = size
+        self._make = make
+        self._name = name
+        self._mutex = threading.Lock()
+        self._free: list[T] = []
+        self._waiters: deque[_Waiter[T]] = deque()
+        self._count = 0
+        self._closed = False
+        self._held: dict[T, tuple[int, float]] = {}
+        self.waits = 0
+        """How often a caller had to wait."""
+
+    def acquire(self, timeout: float) -> T:
+        """Return a resource that nobody else holds, after at most `timeout` seconds.
+
+        Raises:
+            DatabaseBusyError: none was given up in time; the message says who holds them and for how long.
+            DatabaseClosedError: the lanes are closed.
+        """
+        waiter: _Waiter[T] | None = None
+        with self._mutex:
+            if self._closed:
+                raise _closed()
+            if self._free and not self._waiters:
+                resource = self._free.pop()
+                self._held[resource] = (threading.get_ident(), time.monotonic())
+                return resource
+            if self._count < self._size:
+                self._count += 1
+            else:
+                waiter = _Waiter()
+                self._waiters.append(waiter)
+        if waiter is None:
+            return self._fill()
+        return self._wait(waiter, timeout)
+
+    def _wait(self, waiter: _Waiter[T], timeout: float) -> T:
+        self.waits += 1
+        try:
+            given = waiter.given.acquire(timeout=max(timeout, 0))
+        except BaseException:
+            self._withdraw(waiter)
+            raise
+        if not given:
+            # It may have been given between the timeout and here: then it is ours.
+            with self._mutex:
+                given = waiter not in self._waiters
+                if not given:
+                    self._waiters.remove(waiter)
+                    holders = self._holders()
+            if not given:
+                raise DatabaseBusyError(
+                    f"the {self._name} was not given up within {timeout:.3f} s: {holders}. "
+                    "End that unit sooner, or raise busy_timeout"
+                )
+        if waiter.room:
+            return self._fill()
+        if waiter.resource is None:
+            raise _closed()
+        with self._mutex:
+            self._held[waiter.resource] = (threading.get_ident(), time.monotonic())
+        return waiter.resource
+
+    def _withdraw(self, waiter: _Waiter[T]) -> None:
+        """Leave the queue; what was given in the meantime goes to the next."""
+        with self._mutex:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+                return
+        if waiter.resource is not None:
+            self.release(waiter.resource)
+        elif waiter.room:
+            self._give_room()
+
+    def _fill(self) -> T:
+        """Make a resource for a place that is already counted."""
+        try:
+            resource = self._make()
+        except BaseException:
+            self._give_room()
+            raise
+        with self._mutex:
+            self._held[resource] = (threading.get_ident(), time.monotonic())
+        return resource
+
+    def release(self, resource: T) -> None:
+        """Give a resource back: to who waits longest, or to the free ones."""
+        with self._mutex:
+            self._held.pop(resource, None)
+            if not self._closed:
+                if self._waiters:
+                    waiter = self._waiters.popleft()
+                    waiter.resource = resource
+                    waiter.given.release()
+                else:
+                    self._free.append(resource)
+                return
+            self._count -= 1
+        resource.close()
+
+    def discard(self, resource: T) -> None:
+        """Give a place back whose resource is of no more use, and close that."""
+        with self._mutex:
+            self._held.pop(resource, None)
+        try:
+            resource.close()
+        finally:
+            self._give_room()
+
+    def discard_free(self) -> None:
+        """Close what nobody holds, such as connections to a server that was restarted."""
+        with self._mutex:
+            free, self._free = self._free, []
+            self._count -= len(free)
+        for resource in free:
+            resource.close()
+
+    def _give_room(self) -> None:
+        with self._mutex:
+            if self._waiters and not self._closed:
+                waiter = self._waiters.popleft()
+                waiter.room = True
+                waiter.given.release()
+            else:
+                self._count -= 1
+
+    def close(self) -> None:
+        """Close what is free, refuse who waits and who comes; what is held is closed when it is released."""
+        with self._mutex:
+            self._closed = True
+            free, self._free = self._free, []
+            self._count -= len(free)
+            waiters, self._waiters = self._waiters, deque()
+            for waiter in waiters:
+                waiter.given.release()
+        for resource in free:
+            resource.close()
+
+    def _holders(self) -> str:
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        now = time.monotonic()
+        held = [
+            f"thread {names.get(ident, ident)!r} holds it since {now - since:.3f} s"
+            for ident, since in self._held.values()
+        ]
+        return "; ".join(held) or "it is being opened"
+
+
+def _closed() -> DatabaseClosedError:
+    return DatabaseClosedError("the database was closed: open it again")

@@ -1,0 +1,226 @@
+"""A link: one pinned connection that runs compiled statements, and lends itself to an ORM session on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from homeagent.engine.statements import Compiled, Parameters, Statement
+from homeagent.errors import ReadOnlyError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Dialect
+    from sqlalchemy.engine import RootTransaction
+
+    from homeagent.engine.faults import Translate
+
+__all__ = ["Link"]
+
+R = TypeVar("R")
+
+
+class Link:
+    """A connection kept out of SQLAlchemy's pool, on which one unit of work runs at a time.
+
+    Args:
+        connection: SQLAlchemy's, which the ORM session binds to.
+        begin: the SQL that begins a transaction, one statement after the other.
+        read_only: whether units on it can only read.
+        compiled: the statements compiled so far, shared by the links of one kind.
+        driver_errors: what the driver raises.
+        translate: from one of these to one of ours.
+    """
+
+    __slots__ = (
+        "_begin",
+        "_compiled",
+        "_connection",
+        "_cursor",
+        "_dialect",
+        "_driver_errors",
+        "_execute",
+        "_raw",
+        "_root",
+        "_translate",
+        "read_only",
+    )
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        begin: Sequence[str],
+        read_only: bool,
+        compiled: dict[Statement[Any], Compiled[Any]],
+        driver_errors: tuple[type[BaseException], ...],
+        translate: Translate,
+    ) -> None:
+        self._connection = connection
+        self._dialect: Dialect = connection.dialect
+        self._begin = tuple(begin)
+        self.read_only = read_only
+        self._compiled = compiled
+        self._driver_errors = driver_errors
+        self._translate = translate
+        self._raw: Any = connection.connection.driver_connection
+        self._cursor: Any = self._raw.cursor()
+        self._execute: Callable[..., Any] = self._cursor.execute
+        self._root: RootTransaction | None = None
+
+    # Transactions
+
+    def begin(self) -> None:
+        """Begin a transaction: the write lock is taken, or the snapshot is."""
+        fault: BaseException
+        try:
+            for statement in self._begin:
+                self._execute(statement)
+            if self.read_only:
+                # A pending row would keep the snapshot open past the end of the unit.
+                self._cursor.fetchall()
+        except self._driver_errors as error:
+            fault = self._translate(error)
+        else:
+            return
+        raise fault
+
+    def commit(self) -> None:
+        """Commit; when this returns, what the unit wrote is as durable as the engine was asked to make it."""
+        if self._root is not None:
+            root, self._root = self._root, None
+            root.commit()
+            return
+        fault: BaseException
+        try:
+            self._execute("COMMIT")
+        except self._driver_errors as error:
+            fault = self._translate(error)
+        else:
+            return
+        raise fault
+
+    def rollback(self) -> None:
+        """Undo everything since `begin`. Nothing to undo is fine: the engine may have done it by itself."""
+        if self._root is not None:
+            root, self._root = self._root, None
+            root.rollback()
+        fault: BaseException
+        try:
+            if self.in_transaction:
+                self._execute("ROLLBACK")
+        except self._driver_errors as error:
+            fault = self._translate(error)
+        else:
+            return
+        raise fault
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether the driver's connection is inside a transaction."""
+        status = getattr(self._raw, "in_transaction", None)
+        if status is None:
+            # psycopg: 0 is IDLE (libpq's PQTRANS_IDLE).
+            return bool(self._raw.info.transaction_status != 0)
+        return bool(status)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the driver knows that the connection is gone."""
+        return bool(getattr(self._raw, "closed", False))
+
+    def orm_connection(self) -> Connection:
+        """Return SQLAlchemy's connection, told that the transaction of this link has begun."""
+        if self._root is None:
+            self._root = self._connection.begin()
+        return self._connection
+
+    def savepoint(self, name: str) -> None:
+        """Set a savepoint."""
+        self.execute(f"SAVEPOINT {name}")
+
+    def release_savepoint(self, name: str) -> None:
+        """Forget a savepoint and keep what was done since."""
+        self.execute(f"RELEASE SAVEPOINT {name}")
+
+    def rollback_to_savepoint(self, name: str) -> None:
+        """Undo what was done since a savepoint, and forget it."""
+        self.execute(f"ROLLBACK TO SAVEPOINT {name}")
+        self.execute(f"RELEASE SAVEPOINT {name}")
+
+    # Statements
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        """Run SQL that is no store's statement, such as a pragma, and return the driver's cursor."""
+        fault: BaseException
+        try:
+            return self._execute(sql, parameters) if parameters else self._execute(sql)
+        except self._driver_errors as error:
+            fault = self._translate(error)
+        raise fault
+
+    def _compile(self, statement: Statement[R]) -> Compiled[R]:
+        compiled = statement.compiled(self._dialect, read_only=self.read_only)
+        self._compiled[statement] = compiled
+        return compiled
+
+    def one(self, statement: Statement[R], parameters: Parameters) -> R | None:
+        """Return what the first row stands for, or None where there is none."""
+        compiled = self._compiled.get(statement) or self._compile(statement)
+        if compiled.writes and self.read_only:
+            raise _read_only()
+        fault: BaseException
+        try:
+            # fetchall and not fetchone: a statement with a row left keeps its locks and its snapshot.
+            rows = self._execute(compiled.sql, compiled.bind(parameters)).fetchall()
+        except self._driver_errors as error:
+            fault = self._translate(error)
+        else:
+            return compiled.load(rows[0]) if rows else None
+        raise fault
+
+    def all(self, statement: Statement[R], parameters: Parameters) -> list[R]:
+        """Return what the rows stand for, in their order."""
+        compiled = self._compiled.get(statement) or self._compile(statement)
+        if compiled.writes and self.read_only:
+            raise _read_only()
+        fault: BaseException
+        try:
+            rows = self._execute(compiled.sql, compiled.bind(parameters)).fetchall()
+        except self._driver_errors as error:
+            fault = self._translate(error)
+        else:
+            return list(map(compiled.load, rows))
+        raise fault
+
+    def write(self, statement: Statement[Any], parameters: Parameters) -> int:
+        """Run a statement that changes rows, and return how many."""
+        if self.read_only:
+            raise _read_only()
+        compiled = self._compiled.get(statement) or self._compile(statement)
+        fault: BaseException
+        try:
+            return int(self._execute(compiled.sql, compiled.bind(parameters)).rowcount)
+        except self._driver_errors as error:
+            fault = self._translate(error)
+        raise fault
+
+    def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
+        """Run a statement once for each set of parameters, and return how many rows changed in all."""
+        if self.read_only:
+            raise _read_only()
+        compiled = self._compiled.get(statement) or self._compile(statement)
+        fault: BaseException
+        try:
+            self._cursor.executemany(compiled.sql, map(compiled.bind, parameters))
+            return int(self._cursor.rowcount)
+        except self._driver_errors as error:
+            fault = self._translate(error)
+        raise fault
+
+    def close(self) -> None:
+        """Close the connection. Whatever it was in the middle of is rolled back by the engine."""
+        self._connection.close()
+
+
+def _read_only() -> ReadOnlyError:
+    return ReadOnlyError("this unit of work can only read: open it without read_only=True to write")

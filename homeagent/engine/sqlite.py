@@ -1,0 +1,200 @@
+"""The SQLite engine: a file that is ours is opened privately, and every connection gets the same pragmas."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
+
+import sqlalchemy
+from sqlalchemy import URL, create_engine, event
+from sqlalchemy.pool import NullPool
+
+from homeagent.engine import files
+from homeagent.engine.driver import SQLiteDriver, choose_driver
+from homeagent.engine.engine import Engine
+from homeagent.engine.faults import sqlite_fault, translated
+from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
+    from sqlalchemy.pool import ConnectionPoolEntry
+
+__all__ = ["APPLICATION_ID", "Durability", "SQLiteEngine", "sidecar_lock"]
+
+Durability = Literal["full", "normal"]
+
+APPLICATION_ID = 0x48414731
+"""`HAG1`, in the header of every file of ours: https://sqlite.org/pragma.html#pragma_application_id"""
+
+READERS = 16
+_JOURNAL_SIZE_LIMIT = 64 * 1024 * 1024
+
+
+def sidecar_lock(path: Path, *, timeout: timedelta) -> files.FileLock:
+    """Return the lock under which one process at a time makes, upgrades or restores this database."""
+    return files.FileLock(path.with_name(path.name + ".lock"), timeout=timeout)
+
+
+class SQLiteEngine(Engine):
+    """One SQLite file, one writer, and readers that see a snapshot each.
+
+    Args:
+        path: the file; it exists, is private and ours (`prepare`).
+        busy_timeout: how long a statement waits for a lock of another process.
+        durability: `full` syncs at every commit; `normal` may lose the last commits at a power cut, never more.
+        temporary: whether the file's directory is removed when the engine is closed.
+    """
+
+    def __init__(
+        self, path: Path, *, busy_timeout: timedelta, durability: Durability, temporary: bool = False
+    ) -> None:
+        self.path = path
+        self.durability = durability
+        self.driver: SQLiteDriver = choose_driver()
+        self._busy_ms = min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1)
+        self._temporary = temporary
+        module: Any = self.driver.module
+        sa_engine = create_engine(
+            URL.create("sqlite+pysqlite", database=str(path)),
+            module=module,
+            poolclass=NullPool,
+            hide_parameters=True,
+            # The driver's own transaction handling commits before DDL; ours says BEGIN itself.
+            connect_args={"isolation_level": None, "check_same_thread": False, "timeout": self._busy_ms / 1000},
+        )
+        event.listen(sa_engine, "connect", self._on_connect)
+        event.listen(sa_engine, "begin", _on_begin)
+        event.listen(sa_engine, "handle_error", _on_error)
+        super().__init__(
+            sa_engine,
+            driver_errors=(module.Error, OverflowError),
+            translate=sqlite_fault,
+            writers=1,
+            readers=READERS,
+            # A deferred BEGIN that turns into a write fails at once when another process wrote in between, and
+            # busy_timeout does not apply to it: https://sqlite.org/lang_transaction.html
+            begin_write=("BEGIN IMMEDIATE",),
+            # The snapshot is taken by the first read, not by BEGIN.
+            begin_read=("BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1"),
+        )
+
+    def _on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        with closing(connection.cursor()) as cursor:
+            # busy_timeout first: the other pragmas may have to wait for a lock themselves.
+            cursor.execute(f"PRAGMA busy_timeout={self._busy_ms}")
+            cursor.execute("PRAGMA foreign_keys=ON")
+            cursor.execute(f"PRAGMA synchronous={self.durability.upper()}")
+            cursor.execute("PRAGMA trusted_schema=OFF")
+            cursor.execute("PRAGMA cell_size_check=ON")
+            cursor.execute(f"PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}")
+
+    def connect(self) -> Connection:
+        """Return a connection of its own; the caller closes it."""
+        with self.translated():
+            return self.sa_engine.connect()
+
+    def prepare_link(self, connection: Connection, *, read_only: bool) -> None:
+        """Make a reader's connection unable to write."""
+        if read_only:
+            connection.connection.driver_connection.execute("PRAGMA query_only=ON")  # type: ignore[union-attr]  # it is connected
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Raise ours instead of the driver's exceptions."""
+        with translated(self.driver_errors, sqlite_fault):
+            yield
+
+    def prepare_header(self) -> None:
+        """Mark a file without content as ours, and switch it to write-ahead logging. Only under `sidecar_lock`.
+
+        The mark is written in rollback mode, so that it is in the file itself and not in a log: a file with content
+        and without the mark is never ours.
+        """
+        with self.translated(), closing(self._bare()) as raw:
+            if not self.path.stat().st_size:
+                raw.execute(f"PRAGMA application_id={APPLICATION_ID}")
+            mode = raw.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+        if mode != "wal":
+            raise DatabaseError(
+                f"{self.path} can't use a write-ahead log (its journal mode stays {mode!r}): "
+                "put it on a local file system"
+            )
+
+    def _bare(self) -> Any:
+        module: Any = self.driver.module
+        raw = module.connect(str(self.path), isolation_level=None, timeout=self._busy_ms / 1000)
+        raw.execute(f"PRAGMA synchronous={self.durability.upper()}")
+        return raw
+
+    def refuse_foreign(self) -> None:
+        """Refuse a file with content that is not ours, without changing a byte of it.
+
+        Raises:
+            ForeignDatabaseError: it is another application's database.
+            CorruptDatabaseError: it is no database, or a damaged one.
+        """
+        try:
+            found = self._application_id(immutable=True)
+        except CorruptDatabaseError:
+            # `immutable` takes no lock: while another process writes the header a sound file may look damaged. The
+            # second look takes the locks, and still can't write.
+            found = self._application_id(immutable=False)
+        if found != APPLICATION_ID:
+            raise ForeignDatabaseError(
+                f"{self.path} is another application's SQLite database (application_id {found:#x}): "
+                "name another path; it was not changed"
+            )
+
+    def _application_id(self, *, immutable: bool) -> int:
+        module: Any = self.driver.module
+        uri = f"file:{quote(str(self.path))}?mode=ro{'&immutable=1' if immutable else ''}"
+        with self.translated(), closing(module.connect(uri, uri=True, timeout=self._busy_ms / 1000)) as raw:
+            return int(raw.execute("PRAGMA application_id").fetchone()[0])
+
+    def after_close(self) -> None:
+        """Remove the private directory of a temporary database."""
+        if self._temporary:
+            shutil.rmtree(self.path.parent, ignore_errors=True)
+
+    @classmethod
+    def temporary(cls, *, busy_timeout: timedelta, durability: Durability) -> SQLiteEngine:
+        """Return an engine on a private file that is removed when it is closed: what `:memory:` means here.
+
+        A real `:memory:` database is one per connection, and behaves unlike a file in locking and in WAL.
+        """
+        directory = Path(tempfile.mkdtemp(prefix="homeagent-"))
+        try:
+            path = directory / "homeagent.db"
+            files.create_file(path)
+            return cls(path, busy_timeout=busy_timeout, durability=durability, temporary=True)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+
+def _on_begin(connection: Connection) -> None:
+    raw: Any = connection.connection.driver_connection
+    # A link has begun by itself before it lends its connection to an ORM session.
+    if not raw.in_transaction:
+        raw.execute("BEGIN IMMEDIATE")
+
+
+def _on_error(context: ExceptionContext) -> None:
+    original = context.original_exception
+    if isinstance(original, (context.engine.dialect.loaded_dbapi.Error if context.engine else Exception)):
+        raise sqlite_fault(original)
+
+
+def corrupt_after_all(path: Path) -> CorruptDatabaseError:
+    """Return the error for a file that was a database of ours and has lost what is in it."""
+    return CorruptDatabaseError(
+        f"{path} held a database and is empty now: restore a backup, or remove {path.name}.lock to start anew "
+        "(every device, revocation and nonce is forgotten then)"
+    )

@@ -1,0 +1,72 @@
+"""What `Database.open` is given, told apart: a SQLite file, a private one in memory's stead, or another engine's URL."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from homeagent.engine.files import locate_file
+from homeagent.errors import InvalidArgumentError
+
+__all__ = ["DEFAULT_PATH", "ENVIRONMENT_VARIABLE", "Target", "resolve_target"]
+
+ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
+DEFAULT_PATH = "~/.homeagent/homeagent.db"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a database is.
+
+    Attributes:
+        path: the SQLite file; None for a private temporary one and for a server.
+        url: the server's URL; None for SQLite.
+    """
+
+    path: Path | None = None
+    url: URL | None = None
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether this is `:memory:`, which lives in a private temporary file until it is closed."""
+        return self.path is None and self.url is None
+
+
+def resolve_target(target: str | os.PathLike[str] | URL | None) -> Target:
+    """Tell what a target names.
+
+    Args:
+        target: None for `$HOMEAGENT_DATABASE` or else `~/.homeagent/homeagent.db`; a path; `":memory:"`; a URL such
+            as `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql+psycopg://…`.
+
+    Raises:
+        InvalidArgumentError: it is empty, no URL, or of an engine that is not supported. The message never shows
+            the URL, which may hold a password.
+    """
+    if target is None:
+        target = os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_PATH
+    if isinstance(target, str) and "://" in target:
+        try:
+            target = make_url(target)
+        except (ArgumentError, ValueError):
+            raise InvalidArgumentError("the database URL can't be read: see docs/scaling.md for its form") from None
+    if isinstance(target, URL):
+        return _resolve_url(target)
+    if target == ":memory:":
+        return Target()
+    return Target(path=locate_file(target))
+
+
+def _resolve_url(url: URL) -> Target:
+    backend = url.get_backend_name()
+    if backend == "sqlite":
+        if url.query:
+            raise InvalidArgumentError("a sqlite URL takes no query here: the store sets what it needs by itself")
+        return Target() if url.database in {None, "", ":memory:"} else Target(path=locate_file(str(url.database)))
+    if backend == "postgresql":
+        return Target(url=url.set(drivername="postgresql+psycopg"))
+    raise InvalidArgumentError(f"no engine for {backend!r}: use a path, sqlite:/// or postgresql+psycopg://")

@@ -1,0 +1,119 @@
+"""What a database says of itself: `Database.status` and `homeagent status`."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import text
+
+from homeagent.engine import files
+from homeagent.engine.engine import Engine
+from homeagent.engine.sqlite import SQLiteEngine
+from homeagent.migrations import revision_of
+from homeagent.models import metadata
+from homeagent.stores.idempotency_keys import COUNT_EXPIRED as EXPIRED_KEYS
+from homeagent.stores.nonces import COUNT_EXPIRED as EXPIRED_NONCES
+from homeagent.unit_of_work import UnitOfWork
+
+__all__ = ["DatabaseStatus", "report_status"]
+
+_PRAGMAS = (
+    "journal_mode",
+    "foreign_keys",
+    "synchronous",
+    "busy_timeout",
+    "trusted_schema",
+    "cell_size_check",
+    "journal_size_limit",
+    "wal_autocheckpoint",
+    "page_size",
+    "application_id",
+)
+
+
+class DatabaseStatus(BaseModel):
+    """A database as it is now.
+
+    Attributes:
+        engine: `sqlite` or `postgresql`.
+        location: the file, or the server's URL without its password.
+        engine_version: the library's or the server's.
+        driver: the module that speaks to it.
+        safe_engine: False where the SQLite library has the WAL-reset bug.
+        schema_revision: the revision of the schema.
+        durability: `full` or `normal`; None for a server, which decides itself.
+        pragmas: SQLite's settings of a connection that writes.
+        file_modes: the permission bits of the directory, the file and what lies beside it, in octal.
+        rows: how many rows each table holds.
+        expired: rows that are dead and wait for cleanup.
+        wal_bytes: the size of the write-ahead log; None for a server.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    engine: str
+    location: str
+    engine_version: str
+    driver: str
+    safe_engine: bool = True
+    schema_revision: str | None
+    durability: str | None = None
+    pragmas: dict[str, int | str] = {}
+    file_modes: dict[str, str] = {}
+    rows: dict[str, int]
+    expired: dict[str, int]
+    wal_bytes: int | None = None
+
+
+def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
+    """Describe an open database, as one read-only unit sees it."""
+    rows = {
+        # The names are those of our own tables.
+        name: int(unit.session.connection().execute(text(f"SELECT count(*) FROM {name}")).scalar_one())  # noqa: S608
+        for name in sorted(metadata.tables)
+    }
+    now = unit.now()
+    facts: dict[str, Any] = {
+        "rows": rows,
+        "expired": {
+            "nonces": unit.one(EXPIRED_NONCES, before=now) or 0,
+            "idempotency_keys": unit.one(EXPIRED_KEYS, now=now) or 0,
+        },
+        "schema_revision": revision_of(unit.session.connection()),
+        "engine": engine.dialect_name,
+    }
+    if isinstance(engine, SQLiteEngine):
+        return DatabaseStatus(**facts, **_sqlite_facts(engine))
+    with engine.connect() as connection:
+        version = connection.execute(text("SHOW server_version")).scalar_one()
+    return DatabaseStatus(
+        **facts,
+        engine_version=str(version),
+        driver="psycopg",
+        location=engine.sa_engine.url.render_as_string(hide_password=True),
+    )
+
+
+def _sqlite_facts(engine: SQLiteEngine) -> dict[str, Any]:
+    with engine.connect() as connection:
+        pragmas = {name: connection.execute(text(f"PRAGMA {name}")).scalar_one() for name in _PRAGMAS}
+    lock = engine.path.with_name(engine.path.name + ".lock")
+    beside = [engine.path.parent, engine.path, *files.sidecars(engine.path), lock]
+    log = files.sidecars(engine.path)[0]
+    return {
+        "location": str(engine.path),
+        "engine_version": engine.driver.version_text,
+        "driver": engine.driver.name,
+        "safe_engine": engine.driver.safe,
+        "durability": engine.durability,
+        "pragmas": pragmas,
+        "file_modes": {path.name: _mode(path) for path in beside if path.exists()},
+        "wal_bytes": log.stat().st_size if log.exists() else 0,
+    }
+
+
+def _mode(path: Path) -> str:
+    return f"{stat.S_IMODE(path.lstat().st_mode):04o}"

@@ -1,0 +1,149 @@
+"""Cleanup: dead rows go in small batches, each a unit of its own, so that no writer waits long for one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+
+from homeagent.errors import DatabaseClosedError, HomeAgentError, UnitStateError
+from homeagent.models.types import check_duration, check_limit
+from homeagent.unit_of_work import UnitOfWork
+
+__all__ = ["SweepReport", "Sweeper", "sweep"]
+
+logger = logging.getLogger("homeagent")
+
+# Between two batches, so that a writer that waits in another process gets its turn too.
+_PAUSE = 0.001
+
+
+class SweepReport(BaseModel):
+    """What a sweep did.
+
+    Attributes:
+        nonces: rows of dead nonces that were removed.
+        idempotency_keys: rows of dead idempotency keys that were removed.
+        more: whether the time budget ended it before all was done.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    nonces: int = 0
+    idempotency_keys: int = 0
+    more: bool = False
+
+
+def sweep(
+    open_unit: Callable[[], UnitOfWork],
+    *,
+    batch_size: int,
+    time_budget: timedelta | None,
+    stop: threading.Event | None = None,
+) -> SweepReport:
+    """Remove dead nonces and idempotency keys, a batch in each unit of work.
+
+    Args:
+        open_unit: opens a write unit.
+        batch_size: how many rows a unit removes at most.
+        time_budget: when to end early; None for not before all is done.
+        stop: ends it early as well.
+
+    Raises:
+        InvalidArgumentError: the batch size or the budget is not above zero.
+    """
+    check_limit(batch_size, "batch_size")
+    if time_budget is not None:
+        check_duration(time_budget, "time_budget")
+    deadline = None if time_budget is None else time.monotonic() + time_budget.total_seconds()
+    pause = stop or threading.Event()
+    removed = {"nonces": 0, "idempotency_keys": 0}
+    for kind in removed:
+        while True:
+            with open_unit() as unit:
+                count = getattr(unit, kind).delete_expired(limit=batch_size)
+            removed[kind] += count
+            if count < batch_size:
+                break
+            if pause.wait(_PAUSE) or (deadline is not None and time.monotonic() >= deadline):
+                return SweepReport(**removed, more=True)
+    return SweepReport(**removed)
+
+
+class Sweeper:
+    """Sweeps periodically in a daemon thread, survives errors, and stops within a second.
+
+    Args:
+        run: sweeps once; it is given the event that tells it to end early.
+        every: how long to wait between two sweeps; the first is done at once.
+    """
+
+    def __init__(self, run: Callable[[threading.Event], SweepReport], every: timedelta) -> None:
+        self._run = run
+        self._every = check_duration(every, "every").total_seconds()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._mutex = threading.Lock()
+
+    @property
+    def running(self) -> bool:
+        """Whether its thread is alive."""
+        thread = self._thread
+        return thread is not None and thread.is_alive()
+
+    def start(self) -> None:
+        """Start sweeping.
+
+        Raises:
+            UnitStateError: it runs already.
+        """
+        with self._mutex:
+            if self.running:
+                raise UnitStateError("this sweeper runs already: stop it first, or make another one")
+            self._stop = threading.Event()
+            self._thread = threading.Thread(
+                target=self._loop, args=(self._stop,), name="homeagent-sweeper", daemon=True
+            )
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Stop sweeping, and wait for the batch that is under way; stopping what does not run is fine."""
+        with self._mutex:
+            thread, self._thread = self._thread, None
+            self._stop.set()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _loop(self, stop: threading.Event) -> None:
+        while not stop.is_set():
+            try:
+                report = self._run(stop)
+            except DatabaseClosedError:
+                logger.info("the sweeper ends: the database was closed")
+                return
+            except HomeAgentError as error:
+                logger.warning("a sweep failed and will be tried again in %g s: %s", self._every, error)
+            except Exception:
+                # Whatever an injected clock or a bug of ours raises must not end the cleaning for good.
+                logger.exception("a sweep failed and will be tried again in %g s", self._every)
+            else:
+                if report.nonces or report.idempotency_keys:
+                    logger.info(
+                        "swept %d nonce(s) and %d idempotency key(s)", report.nonces, report.idempotency_keys
+                    )
+            stop.wait(self._every)

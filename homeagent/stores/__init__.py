@@ -1,0 +1,9 @@
+"""The stores: what can be done with each table, one file each. A unit of work exposes one of each kind."""
+
+from homeagent.stores.agents import AgentStore
+from homeagent.stores.devices import DeviceStore
+from homeagent.stores.idempotency_keys import IdempotencyKeyStore
+from homeagent.stores.nonces import NonceStore
+from homeagent.stores.sessions import SessionStore
+
+__all__ = ["AgentStore", "DeviceStore", "IdempotencyKeyStore", "NonceStore", "SessionStore"]

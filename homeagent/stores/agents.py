@@ -1,0 +1,145 @@
+"""What can be done with agents: create, find, list, change, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from sqlalchemy import bindparam, delete, func, select, update
+
+from homeagent.engine.statements import Statement
+from homeagent.errors import AgentExistsError, AgentInUseError, AgentNotFoundError
+from homeagent.models.agent import Agent, AgentCreate, AgentUpdate
+from homeagent.models.session import AgentSession
+from homeagent.models.types import check_identifier, check_limit
+from homeagent.stores.store import Store
+
+__all__ = ["AgentStore"]
+
+_columns: Any = Agent.__table__.c
+_sessions: Any = AgentSession.__table__.c
+
+_FIND = Statement(select(Agent).where(_columns.id == bindparam("id")), lock=True)
+_CREATE = Statement[Agent](
+    lambda insert: insert(Agent.__table__)
+    .values(
+        id=bindparam("id"),
+        name=bindparam("name"),
+        workspace_path=bindparam("workspace_path"),
+        created_at=bindparam("now"),
+        config=bindparam("config"),
+    )
+    .on_conflict_do_nothing(index_elements=["id"])
+)
+_UPDATE = Statement[Agent](
+    update(Agent)
+    .where(_columns.id == bindparam("agent_id"))
+    .values(
+        name=bindparam("new_name"), workspace_path=bindparam("new_workspace_path"), config=bindparam("new_config")
+    )
+)
+_COUNT_SESSIONS = Statement[int](
+    select(func.count()).select_from(AgentSession).where(_sessions.agent_id == bindparam("agent_id"))
+)
+_DELETE_SESSIONS = Statement[AgentSession](delete(AgentSession).where(_sessions.agent_id == bindparam("agent_id")))
+_DELETE = Statement[Agent](delete(Agent).where(_columns.id == bindparam("agent_id")))
+
+
+@cache
+def _list(*, after: bool) -> Statement[Agent]:
+    conditions = [_columns.id > bindparam("after")] if after else []
+    return Statement(select(Agent).where(*conditions).order_by(_columns.id).limit(bindparam("limit")))
+
+
+class AgentStore(Store):
+    """The agents: who answers."""
+
+    __slots__ = ()
+
+    def create(self, agent: AgentCreate) -> Agent:
+        """Add an agent.
+
+        Raises:
+            AgentExistsError: the id is taken; that agent is left as it is.
+        """
+        if not self._unit.write(
+            _CREATE,
+            id=agent.id,
+            name=agent.name,
+            workspace_path=agent.workspace_path,
+            now=self._unit.now(),
+            config=agent.config,
+        ):
+            raise AgentExistsError(agent.id)
+        return self.get(agent.id)
+
+    def find_by_id(self, agent_id: str) -> Agent | None:
+        """Return the agent, None where it is absent. In a write unit it may be decided on."""
+        return self._unit.one(_FIND, id=check_identifier(agent_id, "agent_id"))
+
+    def get(self, agent_id: str) -> Agent:
+        """Return the agent. In a write unit it may be decided on.
+
+        Raises:
+            AgentNotFoundError: it is absent.
+        """
+        agent = self._unit.one(_FIND, id=check_identifier(agent_id, "agent_id"))
+        if agent is None:
+            raise AgentNotFoundError(agent_id)
+        return agent
+
+    def list(self, *, limit: int = 100, after: str | None = None) -> Sequence[Agent]:
+        """Return a page of agents, ordered by id.
+
+        Args:
+            limit: how many at most, 1 or more.
+            after: the last id of the page before; None for the first page.
+        """
+        return self._unit.all(
+            _list(after=after is not None),
+            limit=check_limit(limit),
+            after=None if after is None else check_identifier(after, "after"),
+        )
+
+    def update(self, agent_id: str, changes: AgentUpdate) -> Agent:
+        """Change what was given in `changes`, and return the agent as it is now. What was left out stays.
+
+        Raises:
+            AgentNotFoundError: it is absent.
+        """
+        agent = self.get(agent_id)
+        given = changes.model_fields_set
+        if not given:
+            return agent
+        self._unit.write(
+            _UPDATE,
+            agent_id=agent_id,
+            new_name=changes.name if "name" in given else agent.name,
+            new_workspace_path=changes.workspace_path if "workspace_path" in given else agent.workspace_path,
+            new_config=changes.config if "config" in given else agent.config,
+        )
+        return self.get(agent_id)
+
+    def delete(self, agent_id: str, *, delete_sessions: bool = False) -> bool:
+        """Remove an agent. The files of its workspace are never touched.
+
+        Args:
+            agent_id: the agent.
+            delete_sessions: whether its sessions go with it, in the same transaction.
+
+        Returns:
+            False where it was absent.
+
+        Raises:
+            AgentInUseError: it has sessions, and `delete_sessions` is not set.
+        """
+        # Locked first: a session made at this moment either is seen here, or waits and finds no agent.
+        if self.find_by_id(agent_id) is None:
+            return False
+        if delete_sessions:
+            self._unit.write(_DELETE_SESSIONS, agent_id=agent_id)
+        elif count := self._unit.one(_COUNT_SESSIONS, agent_id=agent_id):
+            raise AgentInUseError(agent_id, count)
+        self._unit.write(_DELETE, agent_id=agent_id)
+        return True

@@ -1,0 +1,365 @@
+"""What can be done with devices: pair, approve, revoke, see, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+from sqlalchemy import and_, bindparam, delete, or_, select, update
+
+from homeagent.engine.statements import Statement
+from homeagent.errors import (
+    ApprovalChangedError,
+    DeviceExistsError,
+    DeviceNotFoundError,
+    InvalidArgumentError,
+    LastAdminError,
+)
+from homeagent.models.device import Device, DeviceCreate, DeviceStatus, DeviceUpdate, Role
+from homeagent.models.idempotency_key import IdempotencyKey
+from homeagent.models.types import check_duration, check_identifier, check_instant, check_label, check_limit
+from homeagent.stores.store import Store
+
+__all__ = ["DeviceStore"]
+
+SEEN_GRANULARITY = timedelta(minutes=1)
+
+_columns: Any = Device.__table__.c
+_keys: Any = IdempotencyKey.__table__.c
+
+_FIND = Statement(select(Device).where(_columns.id == bindparam("id")), lock=True)
+_PEEK = Statement(select(Device).where(_columns.id == bindparam("id")))
+_CREATE = Statement[Device](
+    lambda insert_: insert_(Device.__table__)
+    .values(
+        id=bindparam("id"),
+        role=bindparam("role"),
+        shared_secret_hash=bindparam("shared_secret_hash"),
+        approved=False,
+        paired_at=bindparam("now"),
+        metadata=bindparam("metadata"),
+        proof_verifier=bindparam("proof_verifier"),
+    )
+    .on_conflict_do_nothing(index_elements=["id"])
+)
+_UPDATE_METADATA = Statement[Device](
+    update(Device).where(_columns.id == bindparam("device_id")).values({_columns.metadata: bindparam("value")})
+)
+_APPROVE = Statement[Device](
+    update(Device)
+    .where(_columns.id == bindparam("device_id"))
+    .values(approved=True, approved_at=bindparam("now"), revoked_at=None, revoked_reason=None)
+)
+_REVOKE = Statement[Device](
+    update(Device)
+    .where(_columns.id == bindparam("device_id"))
+    .values(
+        approved=False,
+        revoked_at=bindparam("now"),
+        revoked_reason=bindparam("reason"),
+        previous_secret_hash=None,
+        previous_secret_expires_at=None,
+    )
+)
+# All approved admins are locked, in one order, before one of them is given up: of two who revoke each other at once
+# the second waits, and then sees that it would be the last.
+_APPROVED_ADMINS = Statement(
+    select(Device).where(_columns.role == Role.ADMIN, _columns.approved == True).order_by(_columns.id),  # noqa: E712  an expression
+    lock=True,
+)
+_SEEN = Statement[Device](
+    update(Device)
+    .where(
+        _columns.id == bindparam("device_id"),
+        or_(_columns.last_seen_at.is_(None), _columns.last_seen_at <= bindparam("before")),
+    )
+    .values(last_seen_at=bindparam("at"))
+)
+_DELETE = Statement[Device](delete(Device).where(_columns.id == bindparam("device_id")))
+_DELETE_KEYS = Statement[IdempotencyKey](delete(IdempotencyKey).where(_keys.device_id == bindparam("device_id")))
+_SET_SECRET = Statement[Device](
+    update(Device)
+    .where(_columns.id == bindparam("device_id"), _columns.shared_secret_hash == bindparam("expected"))
+    .values(
+        shared_secret_hash=bindparam("replacement"),
+        proof_verifier=bindparam("verifier"),
+        previous_secret_hash=bindparam("previous"),
+        previous_secret_expires_at=bindparam("until"),
+    )
+)
+_REHASH = Statement[Device](
+    update(Device)
+    .where(_columns.id == bindparam("device_id"), _columns.shared_secret_hash == bindparam("expected"))
+    .values(shared_secret_hash=bindparam("replacement"))
+)
+
+
+@cache
+def _list(*, approved: bool | None, by_role: bool, status: DeviceStatus | None, after: bool) -> Statement[Device]:
+    conditions = []
+    if approved is not None:
+        conditions.append(_columns.approved == approved)
+    if by_role:
+        conditions.append(_columns.role == bindparam("role"))
+    if status is DeviceStatus.APPROVED:
+        conditions.append(_columns.approved == True)  # noqa: E712  an expression
+    elif status is not None:
+        revoked = _columns.revoked_at.is_not(None)
+        conditions.append(and_(_columns.approved == False, revoked if status is DeviceStatus.REVOKED else ~revoked))  # noqa: E712
+    if after:
+        conditions.append(_columns.id > bindparam("after"))
+    return Statement(select(Device).where(*conditions).order_by(_columns.id).limit(bindparam("limit")))
+
+
+class DeviceStore(Store):
+    """The devices: who may enter."""
+
+    __slots__ = ()
+
+    def create(self, device: DeviceCreate) -> Device:
+        """Add a device that holds a hash already, always unapproved; `Database.pair` makes the hash itself.
+
+        Raises:
+            DeviceExistsError: the id is taken; that device is left as it is.
+        """
+        now = self._unit.now()
+        if not self._unit.write(
+            _CREATE,
+            id=device.id,
+            role=device.role,
+            shared_secret_hash=device.shared_secret_hash,
+            now=now,
+            metadata=device.metadata_,
+            proof_verifier=device.proof_verifier,
+        ):
+            raise DeviceExistsError(device.id)
+        return self._present(device.id)
+
+    def find_by_id(self, device_id: str) -> Device | None:
+        """Return the device, None where it is absent. In a write unit it may be decided on."""
+        return self._unit.one(_FIND, id=check_identifier(device_id, "device_id"))
+
+    def get(self, device_id: str) -> Device:
+        """Return the device. In a write unit it may be decided on.
+
+        Raises:
+            DeviceNotFoundError: it is absent.
+        """
+        device = self._unit.one(_FIND, id=check_identifier(device_id, "device_id"))
+        if device is None:
+            raise DeviceNotFoundError(device_id)
+        return device
+
+    def _present(self, device_id: str) -> Device:
+        device = self._unit.one(_PEEK, id=device_id)
+        if device is None:
+            raise DeviceNotFoundError(device_id)
+        return device
+
+    def list(
+        self,
+        *,
+        approved: bool | None = None,
+        role: Role | None = None,
+        status: DeviceStatus | None = None,
+        limit: int = 100,
+        after: str | None = None,
+    ) -> Sequence[Device]:
+        """Return a page of devices, ordered by id.
+
+        Args:
+            approved: only those that are, or are not; None for both.
+            role: only those with this role; None for all.
+            status: only those that are pending, approved or revoked; None for all.
+            limit: how many at most, 1 or more.
+            after: the last id of the page before; None for the first page.
+        """
+        if approved is not None and not isinstance(approved, bool):
+            raise InvalidArgumentError("approved must be True, False or None")
+        role = None if role is None else _member(Role, role)
+        status = None if status is None else _member(DeviceStatus, status)
+        statement = _list(approved=approved, by_role=role is not None, status=status, after=after is not None)
+        return self._unit.all(
+            statement,
+            limit=check_limit(limit),
+            role=role,
+            after=None if after is None else check_identifier(after, "after"),
+        )
+
+    def update(self, device_id: str, changes: DeviceUpdate) -> Device:
+        """Change what was given in `changes`, and return the device as it is now.
+
+        Raises:
+            DeviceNotFoundError: it is absent.
+        """
+        check_identifier(device_id, "device_id")
+        if "metadata_" in changes.model_fields_set:
+            self._unit.write(_UPDATE_METADATA, device_id=device_id, value=changes.metadata_)
+        return self._present(device_id)
+
+    def approve(
+        self,
+        device_id: str,
+        *,
+        expected_role: Role | None = None,
+        expected_secret_hash: str | None = None,
+        expected_paired_at: datetime | None = None,
+    ) -> bool:
+        """Let a device in, if it still is what the admin looked at.
+
+        Args:
+            device_id: the device, pending or revoked.
+            expected_role: the role that was shown; None to approve any.
+            expected_secret_hash: the hash of the secret that it paired with.
+            expected_paired_at: when it paired: another instant means another device under the same id.
+
+        Returns:
+            False where it was approved already, and nothing was written.
+
+        Raises:
+            DeviceNotFoundError: it is absent.
+            ApprovalChangedError: it has another role or secret, or paired anew.
+        """
+        device = self.get(device_id)
+        if expected_role is not None and device.role != _member(Role, expected_role):
+            raise ApprovalChangedError(device_id, "role")
+        if expected_secret_hash is not None and device.shared_secret_hash != expected_secret_hash:
+            raise ApprovalChangedError(device_id, "secret")
+        if expected_paired_at is not None and device.paired_at != check_instant(expected_paired_at):
+            raise ApprovalChangedError(device_id, "time of pairing")
+        if device.approved:
+            return False
+        self._unit.write(_APPROVE, device_id=device_id, now=self._unit.now())
+        return True
+
+    def revoke(self, device_id: str, *, reason: str | None = None, force: bool = False) -> bool:
+        """Keep a device out until an explicit `approve`. Its nonces and idempotency keys stay.
+
+        Args:
+            device_id: the device, pending or approved.
+            reason: what an admin reads later; None for no reason given.
+            force: whether even the last approved admin may go.
+
+        Returns:
+            False where it was revoked already, and nothing was written.
+
+        Raises:
+            DeviceNotFoundError: it is absent.
+            LastAdminError: it is the last approved admin.
+        """
+        if reason is not None:
+            check_label(reason, "reason")
+        self._spare_last_admin(device_id, force=force)
+        device = self.get(device_id)
+        if not device.approved and device.revoked_at is not None:
+            return False
+        self._unit.write(_REVOKE, device_id=device_id, now=self._unit.now(), reason=reason)
+        return True
+
+    def update_last_seen(
+        self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
+    ) -> bool:
+        """Remember when a device was seen. Never creates one, never moves back, never un-revokes.
+
+        Args:
+            device_id: the device.
+            at: when; None for now.
+            granularity: how much later than the instant on record it must be to be written.
+
+        Returns:
+            False where nothing was written: the device is absent, or was seen so shortly before.
+
+        Raises:
+            InvalidArgumentError: `at` lies in the future.
+        """
+        check_identifier(device_id, "device_id")
+        check_duration(granularity, "granularity", zero=True)
+        now = self._unit.now()
+        at = now if at is None else check_instant(at, "at")
+        if at > now:
+            raise InvalidArgumentError("at lies in the future: a device can't have been seen yet")
+        # Without any granularity an equal instant would still be written again and again.
+        before = at - max(granularity, timedelta(milliseconds=1))
+        return self._unit.write(_SEEN, device_id=device_id, at=at, before=before) > 0
+
+    def delete(self, device_id: str, *, force: bool = False) -> bool:
+        """Remove a device and its idempotency keys. Its nonces stay, so that none can be used again.
+
+        Returns:
+            False where it was absent.
+
+        Raises:
+            LastAdminError: it is the last approved admin, and `force` is not set.
+        """
+        check_identifier(device_id, "device_id")
+        self._spare_last_admin(device_id, force=force)
+        if not self._unit.write(_DELETE, device_id=device_id):
+            return False
+        self._unit.write(_DELETE_KEYS, device_id=device_id)
+        return True
+
+    def set_secret(
+        self,
+        device_id: str,
+        *,
+        expected_secret_hash: str,
+        secret_hash: str,
+        proof_verifier: str | None,
+        previous_until: datetime | None = None,
+    ) -> bool:
+        """Replace the secret's hash, if it still is the expected one; `Database.rotate_secret` makes the new one.
+
+        Args:
+            device_id: the device.
+            expected_secret_hash: the hash that is to be replaced.
+            secret_hash: the new one.
+            proof_verifier: what the new secret's proofs are checked against; None for no proofs.
+            previous_until: until when the old secret serves as well; None for no longer.
+
+        Returns:
+            False where the device is absent or has another hash by now.
+        """
+        return (
+            self._unit.write(
+                _SET_SECRET,
+                device_id=check_identifier(device_id, "device_id"),
+                expected=expected_secret_hash,
+                replacement=check_label(secret_hash, "secret_hash"),
+                verifier=proof_verifier,
+                previous=None if previous_until is None else expected_secret_hash,
+                until=previous_until,
+            )
+            > 0
+        )
+
+    def rehash_secret(self, device_id: str, *, expected_secret_hash: str, secret_hash: str) -> bool:
+        """Replace the hash of the same secret by one made under newer parameters; False where it changed since."""
+        return (
+            self._unit.write(
+                _REHASH, device_id=device_id, expected=expected_secret_hash, replacement=secret_hash
+            )
+            > 0
+        )
+
+    def _spare_last_admin(self, device_id: str, *, force: bool) -> None:
+        check_identifier(device_id, "device_id")
+        if force:
+            return
+        device = self._unit.one(_PEEK, id=device_id)
+        if device is None or device.role is not Role.ADMIN:
+            return
+        admins = [admin.id for admin in self._unit.all(_APPROVED_ADMINS)]
+        if admins == [device_id]:
+            raise LastAdminError(device_id)
+
+
+E = TypeVar("E", Role, DeviceStatus)
+
+
+def _member(kind: type[E], value: E) -> E:
+    try:
+        return kind(value)
+    except ValueError:
+        raise InvalidArgumentError(f"{kind.__name__.lower()} must be one of {', '.join(kind)}") from None

@@ -1,0 +1,372 @@
+"""One transaction: its stores, its savepoints, its ORM session on demand, and what runs once it is durable."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from homeagent.engine.statements import Parameters, Statement
+from homeagent.errors import HomeAgentError, UnitStateError
+from homeagent.models.types import check_instant
+from homeagent.stores.agents import AgentStore
+from homeagent.stores.devices import DeviceStore
+from homeagent.stores.idempotency_keys import IdempotencyKeyStore
+from homeagent.stores.nonces import NonceStore
+from homeagent.stores.sessions import SessionStore
+
+if TYPE_CHECKING:
+    from sqlmodel import Session
+
+    from homeagent.clock import Clock
+    from homeagent.engine.engine import Engine
+    from homeagent.engine.link import Link
+
+__all__ = ["UnitOfWork", "UnitSettings"]
+
+R = TypeVar("R")
+
+logger = logging.getLogger("homeagent")
+
+
+class UnitSettings:
+    """What the units of one database share.
+
+    Args:
+        engine: where the links come from.
+        clock: read once per store method.
+        timeout: how long a unit waits for its lane, in seconds.
+    """
+
+    __slots__ = ("clock", "engine", "memory", "timeout", "writing")
+
+    def __init__(self, engine: Engine, clock: Clock, timeout: float) -> None:
+        self.engine = engine
+        self.clock = clock
+        self.timeout = timeout
+        self.memory: dict[str, Any] = {}
+        self.writing: set[int] = set()
+
+
+class UnitOfWork:
+    """One transaction. It commits when its block ends cleanly, and rolls everything back on any exception.
+
+    Get one from `Database.unit_of_work`; it is of no use before its `with` block and after it.
+
+    Attributes:
+        devices, agents, sessions, nonces, idempotency_keys: the stores, bound to this unit.
+    """
+
+    __slots__ = (
+        "_after_commit",
+        "_agents",
+        "_devices",
+        "_idempotency_keys",
+        "_link",
+        "_nonces",
+        "_owner",
+        "_savepoints",
+        "_session",
+        "_sessions",
+        "_settings",
+        "_state",
+        "read_only",
+    )
+
+    def __init__(self, settings: UnitSettings, *, read_only: bool) -> None:
+        self._settings = settings
+        self.read_only = read_only
+        self._state = "new"
+        self._link: Link | None = None
+        self._session: Session | None = None
+        self._after_commit: list[Callable[[], object]] | None = None
+        self._savepoints = 0
+        self._owner = 0
+        self._devices: DeviceStore | None = None
+        self._agents: AgentStore | None = None
+        self._sessions: SessionStore | None = None
+        self._nonces: NonceStore | None = None
+        self._idempotency_keys: IdempotencyKeyStore | None = None
+
+    # Its life
+
+    def __enter__(self) -> Self:
+        if self._state != "new":
+            raise UnitStateError("this unit of work was used before: open another one with unit_of_work()")
+        settings = self._settings
+        lanes = settings.engine.lanes(read_only=self.read_only)
+        if not self.read_only:
+            self._owner = threading.get_ident()
+            if self._owner in settings.writing:
+                raise UnitStateError(
+                    "this thread has a write unit open already: pass that one on, or end it first; "
+                    "to undo a part of it use savepoint()"
+                )
+            settings.writing.add(self._owner)
+        link: Link | None = None
+        try:
+            link = lanes.acquire(settings.timeout)
+            link.begin()
+            self._link = link
+            self._state = "open"
+        except BaseException as error:
+            if link is not None:
+                self._give_back(link, sound=isinstance(error, HomeAgentError) and not link.is_lost)
+            settings.writing.discard(self._owner)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._state == "ended" or self._link is None:
+            return
+        if kind is None and self._state == "open":
+            self._commit()
+        else:
+            self._roll_back()
+
+    def _commit(self) -> None:
+        link = self._require_link()
+        sound = False
+        try:
+            if self._session is not None:
+                self._session.flush()
+            link.commit()
+            sound = True
+        except BaseException:
+            sound = self._undo(link)
+            raise
+        finally:
+            self._end(link, sound=sound)
+        callbacks, self._after_commit = self._after_commit, None
+        for callback in callbacks or ():
+            try:
+                callback()
+            except Exception:
+                # The commit stands and must not be hidden, so a callback's failure can only be told.
+                logger.exception("an after_commit callback failed; the commit stands")
+
+    def _roll_back(self) -> None:
+        link = self._require_link()
+        sound = False
+        try:
+            sound = self._undo(link)
+        finally:
+            self._end(link, sound=sound)
+
+    def _undo(self, link: Link) -> bool:
+        """Roll back, and tell whether the link is still of use. The engine undoes what a lost link had begun."""
+        try:
+            link.rollback()
+        except HomeAgentError as error:
+            logger.warning("rolling back failed, so the connection is closed: %s", error)
+            return False
+        return True
+
+    def _end(self, link: Link, *, sound: bool) -> None:
+        self._state = "ended"
+        self._link = None
+        try:
+            if self._session is not None:
+                self._session.close()
+        finally:
+            self._give_back(link, sound=sound)
+            self._settings.writing.discard(self._owner)
+
+    def _give_back(self, link: Link, *, sound: bool) -> None:
+        lanes = self._settings.engine.writers if not self.read_only else self._settings.engine.readers
+        if sound:
+            lanes.release(link)
+        else:
+            lanes.discard(link)
+
+    def _require_link(self) -> Link:
+        link = self._link
+        if link is None or self._state != "open":
+            if self._state == "rolled back" and link is not None:
+                raise UnitStateError("this unit of work was rolled back: leave its block, and open another one")
+            raise UnitStateError("this unit of work is over, or was never entered: use it inside its with block")
+        return link
+
+    # What its owner does
+
+    def rollback(self) -> None:
+        """Abandon the unit: everything is undone now, and leaving the block then commits nothing.
+
+        Raises:
+            UnitStateError: it is over already.
+        """
+        link = self._require_link()
+        self._after_commit = None
+        if self._session is not None:
+            self._session.close()
+        link.rollback()
+        self._state = "rolled back"
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Undo only what was done inside this block when an exception leaves it; the exception goes on its way."""
+        link = self._require_link()
+        self._savepoints += 1
+        name = f"homeagent_{self._savepoints}"
+        callbacks = len(self._after_commit or ())
+        nested = None
+        if self._session is not None:
+            nested = self._session.begin_nested()
+        else:
+            link.savepoint(name)
+        try:
+            yield
+            self._require_link()
+            if nested is not None:
+                nested.commit()
+            elif self._session is not None:
+                self._session.flush()
+        except BaseException:
+            if self._state == "open":
+                if nested is not None:
+                    nested.rollback()
+                else:
+                    if self._session is not None:
+                        # It was opened in here: what it holds may be undone with the rest.
+                        self._session.expunge_all()
+                    link.rollback_to_savepoint(name)
+                if self._after_commit is not None:
+                    del self._after_commit[callbacks:]
+            raise
+        if nested is None:
+            link.release_savepoint(name)
+
+    def after_commit(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called once, in order, when the commit is durable; never after a rollback.
+
+        One that raises is logged, and neither undoes nor hides the commit.
+
+        Raises:
+            UnitStateError: the unit is over already.
+        """
+        self._require_link()
+        if self._after_commit is None:
+            self._after_commit = []
+        self._after_commit.append(callback)
+
+    @property
+    def session(self) -> Session:
+        """The ORM session of this unit, opened on the first call, on the same connection and transaction.
+
+        It is flushed before a store's statement and expired after a store's write, so both see one truth. Its
+        `commit()` only flushes; its `rollback()` ends the unit.
+        """
+        link = self._require_link()
+        if self._session is None:
+            # SQLModel's session costs an import that a unit without one never pays.
+            from sqlalchemy import event
+            from sqlmodel import Session
+
+            session = Session(bind=link.orm_connection(), join_transaction_mode="rollback_only")
+            event.listen(session, "after_rollback", self._on_session_rollback)
+            self._session = session
+        return self._session
+
+    def _on_session_rollback(self, session: Any) -> None:
+        if self._state == "open":
+            self._state = "rolled back"
+            self._after_commit = None
+
+    # The stores
+
+    @property
+    def devices(self) -> DeviceStore:
+        """Who may enter."""
+        store = self._devices
+        if store is None:
+            store = self._devices = DeviceStore(self)
+        return store
+
+    @property
+    def agents(self) -> AgentStore:
+        """Who answers."""
+        store = self._agents
+        if store is None:
+            store = self._agents = AgentStore(self)
+        return store
+
+    @property
+    def sessions(self) -> SessionStore:
+        """The index of sessions."""
+        store = self._sessions
+        if store is None:
+            store = self._sessions = SessionStore(self)
+        return store
+
+    @property
+    def nonces(self) -> NonceStore:
+        """Replay protection."""
+        store = self._nonces
+        if store is None:
+            store = self._nonces = NonceStore(self)
+        return store
+
+    @property
+    def idempotency_keys(self) -> IdempotencyKeyStore:
+        """The records that make a retried call safe."""
+        store = self._idempotency_keys
+        if store is None:
+            store = self._idempotency_keys = IdempotencyKeyStore(self)
+        return store
+
+    # What a store asks of it
+
+    def one(self, statement: Statement[R], **parameters: Any) -> R | None:
+        """Return what the first row of a store's statement stands for, None where there is none."""
+        link = self._link
+        if link is None or self._state != "open":
+            link = self._require_link()
+        if self._session is not None:
+            self._session.flush()
+        return link.one(statement, parameters)
+
+    def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
+        """Return what the rows of a store's statement stand for."""
+        link = self._require_link()
+        if self._session is not None:
+            self._session.flush()
+        return link.all(statement, parameters)
+
+    def write(self, statement: Statement[Any], **parameters: Any) -> int:
+        """Run a store's statement that changes rows, and return how many."""
+        link = self._link
+        if link is None or self._state != "open":
+            link = self._require_link()
+        if self._session is None:
+            return link.write(statement, parameters)
+        self._session.flush()
+        try:
+            return link.write(statement, parameters)
+        finally:
+            self._session.expire_all()
+
+    def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
+        """Run a store's statement once for each set of parameters, and return how many rows changed."""
+        link = self._require_link()
+        if self._session is not None:
+            self._session.flush()
+        try:
+            return link.write_many(statement, parameters)
+        finally:
+            if self._session is not None:
+                self._session.expire_all()
+
+    def now(self) -> datetime:
+        """Read the clock: an instant in UTC, floored to milliseconds."""
+        return check_instant(self._settings.clock(), "the clock's instant")
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What the stores of one `Database` remember between units."""
+        return self._settings.memory
