@@ -9,13 +9,13 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from alembic import context
 from alembic.autogenerate.api import AutogenContext
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.util import CommandError
 from sqlalchemy import Connection
 
+from alembic import context
 from homeagent.engine.postgresql import PostgreSQLEngine
 from homeagent.engine.sqlite import SQLiteEngine
 from homeagent.engine.target import ENVIRONMENT_VARIABLE, resolve_target
@@ -91,7 +91,9 @@ def run_at_command_line() -> None:
                 run(connection)
             return
     if getattr(command, "__name__", "") not in {"revision", "check"}:
-        raise CommandError(f"name the database: -x database=TARGET or ${ENVIRONMENT_VARIABLE}; or use 'homeagent migrate'")
+        raise CommandError(
+            f"name the database: -x database=TARGET or ${ENVIRONMENT_VARIABLE}; or use 'homeagent migrate'"
+        )
     with tempfile.TemporaryDirectory() as directory:
         engine = SQLiteEngine(Path(directory) / "scratch.db", busy_timeout=wait, durability="normal")
         with engine.connect() as connection:

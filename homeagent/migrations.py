@@ -201,12 +201,12 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: files.FileLock, *, clock: Clock
                 _verify_sqlite(connection)
         except _SPEAK_FOR_THEMSELVES:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever a revision raises, the upgrade failed and was undone
             raise MigrationError(
                 f"upgrading {path} from {revision!r} failed and was undone ({type(error).__name__}): "
                 f"the file has the schema it had; its backup is {backup or 'not needed'}",
                 backup=backup,
-            ) from None
+            ) from (None if isinstance(error, engine.driver_errors) else error)
         finally:
             raw.execute("PRAGMA foreign_keys=ON")
     if not initialised and not temporary:
@@ -292,10 +292,10 @@ def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bo
                 _upgrade(connection, "head")
         except _SPEAK_FOR_THEMSELVES:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever a revision raises, the upgrade failed and was undone
             raise MigrationError(
                 f"upgrading the schema from {revision!r} failed and was undone ({type(error).__name__})"
-            ) from None
+            ) from (None if isinstance(error, engine.driver_errors) else error)
 
 
 def schema_revision(engine: Engine) -> str | None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 
 import sqlalchemy as sa
+
 from alembic import op
 
 revision: str = "0003"

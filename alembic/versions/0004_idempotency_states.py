@@ -5,6 +5,7 @@ Revises: 0003
 """
 
 import sqlalchemy as sa
+
 from alembic import op
 
 revision: str = "0004"

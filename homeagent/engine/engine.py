@@ -1,4 +1,4 @@
-"""The engine as the floors above see it: lanes of links to write and to read on, and SQLAlchemy's engine behind them."""
+"""The engine as the floors above see it: lanes of links to write and to read on, and SQLAlchemy's engine behind."""
 
 from __future__ import annotations
 
@@ -88,6 +88,7 @@ class Engine(ABC):
     def connect(self) -> sqlalchemy.Connection:
         """Return a connection of SQLAlchemy's engine, outside of the lanes."""
 
+    @abstractmethod
     def prepare_link(self, connection: sqlalchemy.Connection, *, read_only: bool) -> None:
         """Set what a link of this kind needs beyond what every connection has."""
 
@@ -104,6 +105,7 @@ class Engine(ABC):
         self.sa_engine.dispose()
         self.after_close()
 
+    @abstractmethod
     def after_close(self) -> None:
         """Do what must wait until the last connection is closed."""
 

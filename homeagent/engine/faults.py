@@ -23,7 +23,7 @@ from homeagent.errors import (
     ReadOnlyError,
 )
 
-__all__ = ["ConnectionLostError", "Translate", "TransientError", "postgresql_fault", "sqlite_fault", "translated"]
+__all__ = ["ConnectionLostError", "TransientError", "Translate", "postgresql_fault", "sqlite_fault", "translated"]
 
 Translate = Callable[[BaseException], HomeAgentError]
 
@@ -43,7 +43,10 @@ _SQLITE_FAULTS: dict[int, tuple[type[DatabaseError] | type[ConflictError], str]]
         "the database is locked by another process for longer than busy_timeout: run the unit again",
     ),
     sqlite3.SQLITE_LOCKED: (TransientError, "the database is locked within this process: run the unit again"),
-    sqlite3.SQLITE_FULL: (DiskFullError, "the disk is full, or the file may not grow: make room, then run the unit again"),
+    sqlite3.SQLITE_FULL: (
+        DiskFullError,
+        "the disk is full, or the file may not grow: make room, then run the unit again",
+    ),
     sqlite3.SQLITE_READONLY: (
         ReadOnlyError,
         "the database can't be written: it is a read-only unit, file or file system",

@@ -62,8 +62,9 @@ class Link:
         self._compiled = compiled
         self._driver_errors = driver_errors
         self._translate = translate
-        self._raw: Any = connection.connection.driver_connection
-        self._cursor: Any = self._raw.cursor()
+        raw: Any = connection.connection.driver_connection
+        self._raw = raw
+        self._cursor: Any = raw.cursor()
         self._execute: Callable[..., Any] = self._cursor.execute
         self._root: RootTransaction | None = None
 

@@ -69,6 +69,12 @@ class PostgreSQLEngine(Engine):
         with self.translated():
             return self.sa_engine.connect()
 
+    def prepare_link(self, connection: Connection, *, read_only: bool) -> None:
+        """Nothing more: the BEGIN of a unit says whether it can write."""
+
+    def after_close(self) -> None:
+        """Nothing is left behind on this side."""
+
     @contextmanager
     def translated(self) -> Iterator[None]:
         """Raise ours instead of the driver's exceptions."""

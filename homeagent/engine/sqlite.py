@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-import sqlalchemy
 from sqlalchemy import URL, create_engine, event
 from sqlalchemy.pool import NullPool
 
@@ -52,9 +51,7 @@ class SQLiteEngine(Engine):
         temporary: whether the file's directory is removed when the engine is closed.
     """
 
-    def __init__(
-        self, path: Path, *, busy_timeout: timedelta, durability: Durability, temporary: bool = False
-    ) -> None:
+    def __init__(self, path: Path, *, busy_timeout: timedelta, durability: Durability, temporary: bool = False) -> None:
         self.path = path
         self.durability = durability
         self.driver: SQLiteDriver = choose_driver()

@@ -199,9 +199,7 @@ def _model_loader(model: type[Table], dialect: Dialect) -> Callable[[Row], Table
             namespace[f"convert{index}"] = convert
             term = f"convert{index}(c{index})"
             lines.append(f"    values[{name!r}] = {f'None if c{index} is None else ' if column.nullable else ''}{term}")
-    identity = "".join(
-        f"values[{names[position[column]]!r}], " for column in mapper.primary_key
-    )
+    identity = "".join(f"values[{names[position[column]]!r}], " for column in mapper.primary_key)
     lines += [f"    state.key = (identity_class, ({identity}), None)", "    return instance"]
     exec("\n".join(lines), namespace)  # noqa: S102  built from the names of columns, never from anybody's input
     loader: Callable[[Row], Table] = namespace["load"]

@@ -1,4 +1,4 @@
-"""What `Database.open` is given, told apart: a SQLite file, a private one in memory's stead, or another engine's URL."""
+"""What `Database.open` is given, told apart: a SQLite file, a private temporary one, or another engine's URL."""
 
 from __future__ import annotations
 

@@ -64,6 +64,10 @@ def sweep(
     deadline = None if time_budget is None else time.monotonic() + time_budget.total_seconds()
     pause = stop or threading.Event()
     removed = {"nonces": 0, "idempotency_keys": 0}
+
+    def report(*, more: bool) -> SweepReport:
+        return SweepReport(nonces=removed["nonces"], idempotency_keys=removed["idempotency_keys"], more=more)
+
     for kind in removed:
         while True:
             with open_unit() as unit:
@@ -72,8 +76,8 @@ def sweep(
             if count < batch_size:
                 break
             if pause.wait(_PAUSE) or (deadline is not None and time.monotonic() >= deadline):
-                return SweepReport(**removed, more=True)
-    return SweepReport(**removed)
+                return report(more=True)
+    return report(more=False)
 
 
 class Sweeper:
@@ -143,7 +147,5 @@ class Sweeper:
                 logger.exception("a sweep failed and will be tried again in %g s", self._every)
             else:
                 if report.nonces or report.idempotency_keys:
-                    logger.info(
-                        "swept %d nonce(s) and %d idempotency key(s)", report.nonces, report.idempotency_keys
-                    )
+                    logger.info("swept %d nonce(s) and %d idempotency key(s)", report.nonces, report.idempotency_keys)
             stop.wait(self._every)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, get_args
 
-from pydantic import ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import ErrorType
 from sqlalchemy import MetaData
@@ -14,9 +14,9 @@ from sqlalchemy.orm import registry
 from sqlalchemy.orm.attributes import set_attribute
 from sqlmodel import SQLModel
 
-# Both are private to SQLModel and have no public counterpart: the first tells that SQLModel itself is building an
-# instance and will validate it by other means, the second what `table=True` means. test_base.py notices a change.
-from sqlmodel._compat import finish_init, is_table_model_class
+# All are private to SQLModel and have no public counterpart: the type of its configuration, what tells that SQLModel
+# itself is building an instance and will validate it by other means, and what `table=True` means.
+from sqlmodel._compat import SQLModelConfig, finish_init, is_table_model_class
 
 __all__ = ["Model", "Shape", "Table", "metadata"]
 
@@ -59,7 +59,7 @@ def _without_input(error: ValidationError) -> ValidationError:
 class Model(SQLModel, registry=_registry):
     """The base of all models: unknown fields are refused, and an assignment is validated like a construction."""
 
-    model_config = ConfigDict(
+    model_config = SQLModelConfig(
         extra="forbid",
         validate_assignment=True,
         validate_by_name=True,

@@ -6,6 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from pydantic import AliasChoices, SecretStr
+from pydantic import Field as PlainField
 from sqlalchemy import CheckConstraint, Column, text
 from sqlmodel import Field
 
@@ -59,9 +60,7 @@ class Device(Table, table=True):
         repr=False, exclude=True, sa_column=Column("shared_secret_hash", text_column(), nullable=False)
     )
     """The hash of the present secret; its prefix says which kind of hash it is. In no repr and in no dump."""
-    approved: bool = Field(
-        default=False, sa_column=Column("approved", Flag, nullable=False, server_default=text("0"))
-    )
+    approved: bool = Field(default=False, sa_column=Column("approved", Flag, nullable=False, server_default=text("0")))
     paired_at: Instant = Field(sa_column=Column("paired_at", InstantColumn, nullable=False))
     last_seen_at: Instant | None = Field(default=None, sa_column=Column("last_seen_at", InstantColumn))
     """Null until the device is seen for the first time; written at most once a minute."""
@@ -129,6 +128,6 @@ class DevicePublic(MetadataShape):
     revoked_at: Instant | None = None
     revoked_reason: Label | None = None
     # From a row, a plain alias would read SQLAlchemy's MetaData off the class.
-    metadata_: Json = Field(
+    metadata_: Json = PlainField(
         default=None, validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata"
     )

@@ -71,17 +71,13 @@ class IdempotencyKey(Table, table=True):
     """SHA-256 of the canonical parameters. Null where the record was inserted without any."""
     owner: Label | None = Field(default=None, repr=False, exclude=True, sa_column=Column("owner", text_column()))
     """The random token of the attempt that may record the outcome. Null once it is recorded."""
-    attempt: int = Field(
-        default=1, sa_column=Column("attempt", Integer, nullable=False, server_default=text("1"))
-    )
+    attempt: int = Field(default=1, sa_column=Column("attempt", Integer, nullable=False, server_default=text("1")))
     """How often the effect was begun."""
     lease_expires_at: Instant | None = Field(default=None, sa_column=Column("lease_expires_at", InstantColumn))
     """When the running attempt counts as abandoned unless it renews. Null once the outcome is recorded."""
     downstream_key: Label | None = Field(default=None, repr=False, sa_column=Column("downstream_key", text_column()))
     """What every attempt passes on as its own idempotency key. Null where no effect was ever claimed."""
-    omitted: bool = Field(
-        default=False, sa_column=Column("omitted", Flag, nullable=False, server_default=text("0"))
-    )
+    omitted: bool = Field(default=False, sa_column=Column("omitted", Flag, nullable=False, server_default=text("0")))
     """Whether the effect ended but what it returned could not be stored."""
 
 

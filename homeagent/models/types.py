@@ -31,8 +31,8 @@ __all__ = [
     "JsonColumn",
     "Label",
     "OptionalLabel",
-    "WorkspacePath",
     "Word",
+    "WorkspacePath",
     "check_duration",
     "check_identifier",
     "check_instant",
@@ -80,7 +80,7 @@ def check_identifier(value: str, what: str = "an id") -> str:
     """Return `value` if it may be the id of a device, agent or session.
 
     Such an id may end up in a file name: 1 to 128 characters and at most 200 bytes of UTF-8, no control character,
-    neither `/` nor `\\`, and not `.` or `..`.
+    neither slash nor backslash, and not `.` or `..`.
 
     Raises:
         InvalidArgumentError: it may not.
@@ -201,7 +201,7 @@ def _as_instant(value: datetime) -> datetime:
 def _no_bare_number(value: object) -> object:
     # Pydantic would take a number for seconds or milliseconds since the epoch, guessing by its size.
     if isinstance(value, (int, float)):
-        raise ValueError("must be an aware datetime or its ISO 8601 text, not a number")  # noqa: TRY004  Pydantic turns only a ValueError into its own
+        raise ValueError("must be an aware datetime or its ISO 8601 text, not a number")
     return value
 
 
@@ -301,7 +301,7 @@ class Word(TypeDecorator[StrEnum]):
     """A member of a StrEnum as the text of its value; a plain Enum column would hold the member's name.
 
     Args:
-        kind: the StrEnum. A stored text that is none of its values raises ValueError on load.
+        kind: the StrEnum. A stored text that is none of its values, which the CHECK keeps out, raises KeyError.
     """
 
     impl = Text
@@ -318,7 +318,7 @@ class Word(TypeDecorator[StrEnum]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> StrEnum | None:
         """Return the member that has this value."""
-        return None if value is None else self._members.get(value) or self.kind(value)
+        return None if value is None else self._members[value]
 
 
 class Flag(TypeDecorator[bool]):

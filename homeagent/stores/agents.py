@@ -20,24 +20,24 @@ __all__ = ["AgentStore"]
 _columns: Any = Agent.__table__.c
 _sessions: Any = AgentSession.__table__.c
 
-_FIND = Statement(select(Agent).where(_columns.id == bindparam("id")), lock=True)
+_FIND = Statement[Agent](select(Agent).where(_columns.id == bindparam("id")), lock=True)
 _CREATE = Statement[Agent](
-    lambda insert: insert(Agent.__table__)
-    .values(
-        id=bindparam("id"),
-        name=bindparam("name"),
-        workspace_path=bindparam("workspace_path"),
-        created_at=bindparam("now"),
-        config=bindparam("config"),
+    lambda insert: (
+        insert(Agent.__table__)
+        .values(
+            id=bindparam("id"),
+            name=bindparam("name"),
+            workspace_path=bindparam("workspace_path"),
+            created_at=bindparam("now"),
+            config=bindparam("config"),
+        )
+        .on_conflict_do_nothing(index_elements=["id"])
     )
-    .on_conflict_do_nothing(index_elements=["id"])
 )
 _UPDATE = Statement[Agent](
     update(Agent)
     .where(_columns.id == bindparam("agent_id"))
-    .values(
-        name=bindparam("new_name"), workspace_path=bindparam("new_workspace_path"), config=bindparam("new_config")
-    )
+    .values(name=bindparam("new_name"), workspace_path=bindparam("new_workspace_path"), config=bindparam("new_config"))
 )
 _COUNT_SESSIONS = Statement[int](
     select(func.count()).select_from(AgentSession).where(_sessions.agent_id == bindparam("agent_id"))

@@ -29,20 +29,22 @@ SEEN_GRANULARITY = timedelta(minutes=1)
 _columns: Any = Device.__table__.c
 _keys: Any = IdempotencyKey.__table__.c
 
-_FIND = Statement(select(Device).where(_columns.id == bindparam("id")), lock=True)
-_PEEK = Statement(select(Device).where(_columns.id == bindparam("id")))
+_FIND = Statement[Device](select(Device).where(_columns.id == bindparam("id")), lock=True)
+_PEEK = Statement[Device](select(Device).where(_columns.id == bindparam("id")))
 _CREATE = Statement[Device](
-    lambda insert_: insert_(Device.__table__)
-    .values(
-        id=bindparam("id"),
-        role=bindparam("role"),
-        shared_secret_hash=bindparam("shared_secret_hash"),
-        approved=False,
-        paired_at=bindparam("now"),
-        metadata=bindparam("metadata"),
-        proof_verifier=bindparam("proof_verifier"),
+    lambda insert_: (
+        insert_(Device.__table__)
+        .values(
+            id=bindparam("id"),
+            role=bindparam("role"),
+            shared_secret_hash=bindparam("shared_secret_hash"),
+            approved=False,
+            paired_at=bindparam("now"),
+            metadata=bindparam("metadata"),
+            proof_verifier=bindparam("proof_verifier"),
+        )
+        .on_conflict_do_nothing(index_elements=["id"])
     )
-    .on_conflict_do_nothing(index_elements=["id"])
 )
 _UPDATE_METADATA = Statement[Device](
     update(Device).where(_columns.id == bindparam("device_id")).values({_columns.metadata: bindparam("value")})
@@ -65,7 +67,7 @@ _REVOKE = Statement[Device](
 )
 # All approved admins are locked, in one order, before one of them is given up: of two who revoke each other at once
 # the second waits, and then sees that it would be the last.
-_APPROVED_ADMINS = Statement(
+_APPROVED_ADMINS = Statement[Device](
     select(Device).where(_columns.role == Role.ADMIN, _columns.approved == True).order_by(_columns.id),  # noqa: E712  an expression
     lock=True,
 )
@@ -337,10 +339,7 @@ class DeviceStore(Store):
     def rehash_secret(self, device_id: str, *, expected_secret_hash: str, secret_hash: str) -> bool:
         """Replace the hash of the same secret by one made under newer parameters; False where it changed since."""
         return (
-            self._unit.write(
-                _REHASH, device_id=device_id, expected=expected_secret_hash, replacement=secret_hash
-            )
-            > 0
+            self._unit.write(_REHASH, device_id=device_id, expected=expected_secret_hash, replacement=secret_hash) > 0
         )
 
     def _spare_last_admin(self, device_id: str, *, force: bool) -> None:

@@ -59,7 +59,7 @@ _INSERT = Statement[IdempotencyKey](
         where=_DEAD,
     )
 )
-_FIND = Statement(select(IdempotencyKey).where(_SAME_SCOPE, _LIVE), lock=True)
+_FIND = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE, _LIVE), lock=True)
 _DELETE_EXPIRED = Statement[IdempotencyKey](
     delete(IdempotencyKey).where(
         tuple_(_columns.device_id, _columns.method, _columns.key).in_(

@@ -39,7 +39,7 @@ _CONSUME = Statement[Nonce](
         where=_columns.expires_at <= bindparam("now"),
     )
 )
-_FIND = Statement(
+_FIND = Statement[Nonce](
     select(Nonce).where(
         _columns.device_id == bindparam("device_id"),
         _columns.nonce == bindparam("nonce"),

@@ -8,7 +8,7 @@ from functools import cache
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import bindparam, case, delete, select, tuple_, update
+from sqlalchemy import bindparam, case, delete, exists, null, select, tuple_, update
 
 from homeagent.engine.statements import Parameters, Statement
 from homeagent.errors import AgentNotFoundError, InvalidArgumentError, SessionExistsError, SessionNotFoundError
@@ -25,13 +25,13 @@ _table: Any = AgentSession.__table__
 _columns: Any = _table.c
 _agents: Any = Agent.__table__.c
 
-_FIND = Statement(select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
-_BY_ROUTE = Statement(select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
+_FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
+_BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
 # The agent's row is shared until the end of the unit: it can't be deleted under a session that is being made.
 _AGENT = Statement[str](
     select(_agents.id).where(_agents.id == bindparam("agent_id")).with_for_update(read=True, key_share=True)
 )
-_VALUES = {
+_VALUES: dict[str, Any] = {
     "session_id": bindparam("session_id"),
     "agent_id": bindparam("agent_id"),
     "sender_id": bindparam("sender_id"),
@@ -57,6 +57,10 @@ _INDEX = Statement[AgentSession](
             channel_id=bindparam("channel_id"),
             created_at=bindparam("created_at"),
             last_active_at=bindparam("last_active_at"),
+            route_key=case(
+                (exists().where(_columns.route_key == bindparam("route")), null()),
+                else_=bindparam("route", type_=_columns.route_key.type),
+            ),
         )
     ).on_conflict_do_update(
         index_elements=["session_id"],
@@ -148,9 +152,7 @@ class SessionStore(Store):
             raise SessionNotFoundError(session_id)
         return session
 
-    def resolve(
-        self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
-    ) -> AgentSession:
+    def resolve(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
         """Return the one session of an agent, a sender and a channel, and make it if there is none.
 
         No sender equals no sender, and no channel no channel. Whoever asks at once gets the same session.
@@ -192,7 +194,9 @@ class SessionStore(Store):
         """Return a page of sessions, last active first, equal instants by id.
 
         Args:
-            agent_id, sender_id, channel_id: only those of this agent, sender or channel; None for all.
+            agent_id: only those of this agent; None for all.
+            sender_id: only those of this sender; None for all.
+            channel_id: only those on this channel; None for all.
             limit: how many at most, 1 or more.
             after: the last session of the page before; None for the first page. Rows that are added or touched in
                 between neither repeat nor hide the others.
@@ -233,13 +237,11 @@ class SessionStore(Store):
         """Remove a session from the index; False where it was absent. Its transcript is not touched."""
         return self._unit.write(_DELETE, id=check_identifier(session_id, "session_id")) > 0
 
-    def index(
-        self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None
-    ) -> int:
+    def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
         """Add many sessions at once, or move on those that exist, as when the index is rebuilt from transcripts.
 
         A session that exists keeps its agent, sender, channel and time of creation; its last activity moves forward
-        only. None of them takes a route: `resolve` makes its own where none is there.
+        only. In the order given, each takes the route of its agent, sender and channel where that is free.
 
         Args:
             sessions: transient instances; read one batch at a time, so that memory stays bounded.
@@ -257,19 +259,19 @@ class SessionStore(Store):
         iterator = iter(sessions)
         total = 0
         while batch := list(islice(iterator, _INDEX_BATCH)):
-            self._unit.write_many(_INDEX, self._rows(batch, total, known))
+            # Checked as a whole before it is written: a statement can't run in the middle of another one.
+            self._unit.write_many(_INDEX, tuple(self._rows(batch, total, known)))
             total += len(batch)
             if progress is not None:
                 progress(total)
         return total
 
-    def _rows(self, batch: list[AgentSession], before: int, known: set[str]) -> Iterator[Parameters]:  # type: ignore[valid-type]  # `list` is the method here
-        rows = []
+    def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str]) -> Iterator[Parameters]:
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):
                 raise InvalidArgumentError(f"number {number} is no AgentSession but {type(session).__name__}")
             if session.agent_id not in known:
                 self._require_agent(session.agent_id)
                 known.add(session.agent_id)
-            rows.append(session.__dict__)
-        return iter(rows)
+            route = route_key(session.agent_id, session.sender_id, session.channel_id)
+            yield {**session.__dict__, "route": route}
