@@ -30,6 +30,7 @@ from homeagent.models import (
     Nonce,
     Role,
 )
+from homeagent.stores import Freshness, ReplayGuard
 from homeagent.unit_of_work import UnitOfWork
 
 __all__ = [
@@ -49,11 +50,13 @@ __all__ = [
     "DevicePublic",
     "DeviceStatus",
     "DeviceUpdate",
+    "Freshness",
     "IdempotencyKey",
     "IdempotencyScope",
     "IdempotencyState",
     "Nonce",
     "PairedDevice",
+    "ReplayGuard",
     "Role",
     "SweepReport",
     "Sweeper",

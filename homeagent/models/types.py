@@ -342,6 +342,6 @@ def check_limit(value: int, what: str = "limit") -> int:
     Raises:
         InvalidArgumentError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_LIMIT:
+    if type(value) is not int or not 1 <= value <= MAX_LIMIT:
         raise InvalidArgumentError(f"{what} must be a whole number from 1 to {MAX_LIMIT:,}")
     return value

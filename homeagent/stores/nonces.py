@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import bindparam, delete, func, select, tuple_
@@ -10,10 +11,10 @@ from sqlalchemy import bindparam, delete, func, select, tuple_
 from homeagent.engine.statements import Statement
 from homeagent.errors import NonceLimitError
 from homeagent.models.nonce import Nonce
-from homeagent.models.types import check_identifier, check_instant, check_label, check_limit
+from homeagent.models.types import check_duration, check_identifier, check_instant, check_label, check_limit, later
 from homeagent.stores.store import Store
 
-__all__ = ["NONCE_GRACE", "NonceStore"]
+__all__ = ["NONCE_GRACE", "NONCE_LIMIT", "Freshness", "NonceStore", "ReplayGuard"]
 
 NONCE_GRACE = timedelta(hours=1)
 """How long a dead nonce keeps its row, so that a clock that is set back does not readmit it."""
@@ -71,12 +72,24 @@ COUNT_EXPIRED = Statement[int](
 )
 
 
+class Freshness(StrEnum):
+    """What became of a signed message: only `FRESH` may enter."""
+
+    FRESH = "fresh"
+    STALE = "stale"
+    """It was signed too long ago."""
+    FUTURE = "future"
+    """It was signed by a clock that is too far ahead."""
+    REPLAYED = "replayed"
+    """Its nonce was used before."""
+
+
 class NonceStore(Store):
     """The nonces that were consumed: replay protection."""
 
     __slots__ = ()
 
-    def consume(self, device_id: str, nonce: str, *, expires_at: datetime) -> bool:
+    def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int = NONCE_LIMIT) -> bool:
         """Use a nonce up, atomically: of all who try, one gets True.
 
         Call it in a unit of its own, after the signature was verified and before access is given: a rollback would
@@ -86,6 +99,7 @@ class NonceStore(Store):
             device_id: whose nonce it is; one device can't use up another's.
             nonce: the number used once.
             expires_at: the signed time plus the allowed skew. From then on the message itself is too old.
+            limit: how many live ones the device may have, counted closely enough.
 
         Returns:
             False for a replay, and for what is over already.
@@ -95,25 +109,55 @@ class NonceStore(Store):
         """
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
-        expires_at = check_instant(expires_at, "expires_at")
-        now = self._unit.now()
+        check_limit(limit)
+        return self._consume(device_id, nonce, check_instant(expires_at, "expires_at"), self._unit.now(), limit)
+
+    def _consume(self, device_id: str, nonce: str, expires_at: datetime, now: datetime, limit: int) -> bool:
         if expires_at <= now:
             return False
-        self._make_room(device_id, now)
+        self._make_room(device_id, now, limit)
         return self._unit.write(_CONSUME, device_id=device_id, nonce=nonce, now=now, expires_at=expires_at) > 0
 
-    def _make_room(self, device_id: str, now: datetime) -> None:
+    def consume_signed(
+        self, device_id: str, nonce: str, *, signed_at: datetime, skew: timedelta, limit: int = NONCE_LIMIT
+    ) -> Freshness:
+        """Judge a signed message's timestamp and use its nonce up, under one reading of the clock.
+
+        Args:
+            device_id: who signed it.
+            nonce: the number used once that was signed.
+            signed_at: the timestamp that was signed.
+            skew: how far the signer's clock may be off, either way.
+            limit: as in `consume`.
+
+        Raises:
+            NonceLimitError: as in `consume`.
+        """
+        check_identifier(device_id, "device_id")
+        check_label(nonce, "nonce")
+        check_limit(limit)
+        signed_at = check_instant(signed_at, "signed_at")
+        expires_at = later(signed_at, check_duration(skew, "skew"), "skew")
+        now = self._unit.now()
+        if expires_at <= now:
+            return Freshness.STALE
+        if signed_at - now > skew:
+            return Freshness.FUTURE
+        fresh = self._consume(device_id, nonce, expires_at, now, limit)
+        return Freshness.FRESH if fresh else Freshness.REPLAYED
+
+    def _make_room(self, device_id: str, now: datetime, limit: int) -> None:
         # Counting at the bound costs as much as 40 inserts, so that is done again only after as many calls as half
         # the room that was left: other processes can overrun the bound by that much, and no more.
         rooms: dict[str, int] = self._unit.shared.setdefault("nonce_rooms", {})
         room = rooms.get(device_id, 0)
         if room < 1:
-            live = self._unit.one(_COUNT, device_id=device_id, now=now, limit=NONCE_LIMIT) or 0
-            if live >= NONCE_LIMIT:
-                raise NonceLimitError(device_id, NONCE_LIMIT)
+            live = self._unit.one(_COUNT, device_id=device_id, now=now, limit=limit) or 0
+            if live >= limit:
+                raise NonceLimitError(device_id, limit)
             if len(rooms) > 10_000:
                 rooms.clear()
-            room = max(1, (NONCE_LIMIT - live) // 2)
+            room = max(1, (limit - live) // 2)
         rooms[device_id] = room - 1
 
     def find(self, device_id: str, nonce: str) -> Nonce | None:
@@ -132,3 +176,34 @@ class NonceStore(Store):
             limit: how many at most, 1 or more.
         """
         return self._unit.write(_DELETE_EXPIRED, before=self._unit.now() - NONCE_GRACE, limit=check_limit(limit))
+
+
+class ReplayGuard:
+    """Lets each signed message in once, and only while it is fresh.
+
+    Args:
+        skew: how far a device's clock may be off, either way. A message is fresh from `skew` before its timestamp
+            until `skew` after it, and its nonce is remembered for as long.
+        limit: how many live nonces a device may have.
+
+    Raises:
+        InvalidArgumentError: the skew is not above zero, or the limit not 1 or more.
+    """
+
+    def __init__(self, *, skew: timedelta = timedelta(minutes=5), limit: int = NONCE_LIMIT) -> None:
+        self.skew = check_duration(skew, "skew")
+        self.limit = check_limit(limit)
+
+    def check(self, nonces: NonceStore, device_id: str, nonce: str, *, signed_at: datetime) -> Freshness:
+        """Judge a message and use its nonce up; call it in a unit of its own, after the signature was verified.
+
+        Args:
+            nonces: the store of that unit.
+            device_id: who signed.
+            nonce: the number used once that was signed.
+            signed_at: the timestamp that was signed.
+
+        Raises:
+            NonceLimitError: the device has too many live nonces.
+        """
+        return nonces.consume_signed(device_id, nonce, signed_at=signed_at, skew=self.skew, limit=self.limit)
