@@ -18,6 +18,7 @@ from homeagent.models import (
     AgentSessionCreate,
     AgentSessionPublic,
     AgentUpdate,
+    Attempt,
     Device,
     DeviceCreate,
     DevicePair,
@@ -28,6 +29,7 @@ from homeagent.models import (
     IdempotencyScope,
     IdempotencyState,
     Nonce,
+    Outcome,
     Role,
 )
 from homeagent.stores import Freshness, ReplayGuard
@@ -41,6 +43,7 @@ __all__ = [
     "AgentSessionCreate",
     "AgentSessionPublic",
     "AgentUpdate",
+    "Attempt",
     "Clock",
     "Database",
     "DatabaseStatus",
@@ -55,6 +58,7 @@ __all__ = [
     "IdempotencyScope",
     "IdempotencyState",
     "Nonce",
+    "Outcome",
     "PairedDevice",
     "ReplayGuard",
     "Role",

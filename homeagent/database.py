@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
+from functools import partial
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -24,23 +26,31 @@ from homeagent.engine.sqlite import Durability, SQLiteEngine
 from homeagent.engine.target import resolve_target
 from homeagent.errors import (
     DatabaseClosedError,
+    DatabaseError,
     DeviceExistsError,
     DeviceNotFoundError,
     InvalidArgumentError,
 )
+from homeagent.idempotency import OnAbandoned, OnceCall, arun_once, run_once
 from homeagent.maintenance.sweeping import Sweeper, SweepReport, sweep
 from homeagent.migrations import open_postgresql, open_sqlite
 from homeagent.models.device import Device, DeviceCreate, DevicePair
+from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import check_duration, check_identifier, later
 from homeagent.scram import check_proof, make_verifier, proof_message
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 if TYPE_CHECKING:
+    from anyio import CapacityLimiter
+    from pydantic import JsonValue
+
     from homeagent.maintenance.reporting import DatabaseStatus
 
 __all__ = ["Database", "PairedDevice"]
 
 T = TypeVar("T")
+
+logger = logging.getLogger("homeagent")
 
 # The first pause of a retry and the longest, in seconds; each is drawn at random up to its bound.
 _FIRST_PAUSE = 0.005
@@ -193,6 +203,77 @@ class Database:
             time.sleep(pause)
             bound = min(bound * 2, _LONGEST_PAUSE)
 
+    async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False) -> T:
+        """Do a unit of work from a coroutine, under asyncio or trio: `run`, in a worker thread.
+
+        A caller that is cancelled waits for its unit to end, so that no transaction is left open.
+
+        Args:
+            work: an ordinary function; it runs in another thread, with the caller's context variables.
+            read_only: as in `unit_of_work`.
+
+        Raises:
+            DatabaseBusyError: the database was still busy after `busy_timeout`.
+        """
+        import anyio.to_thread
+
+        return await anyio.to_thread.run_sync(partial(self.run, work, read_only=read_only), limiter=_worker_places())
+
+    # Effects that happen once
+
+    def run_once(
+        self,
+        scope: IdempotencyScope,
+        effect: Callable[[Attempt], JsonValue],
+        *,
+        params: JsonValue = None,
+        lease: timedelta = timedelta(minutes=1),
+        ttl: timedelta = timedelta(hours=24),
+        on_abandoned: OnAbandoned = "refuse",
+    ) -> Outcome:
+        """Run a side effect once for all calls of one scope, and answer the others with what it returned.
+
+        The claim is committed before the effect begins, and its outcome after it ended. The lease is renewed in the
+        background meanwhile.
+
+        Args:
+            scope: what makes it the same call: device, method, and the key that the device chose.
+            effect: is given the attempt, whose `downstream_key` may be passed on; returns any JSON value. An
+                EffectFailedError is stored and replayed, an EffectNotStartedError frees the key, and anything else
+                leaves the outcome unknown.
+            params: the call's parameters: the same key with other ones is refused.
+            lease: how long after its last sign of life an attempt counts as abandoned.
+            ttl: how long the outcome is replayed.
+            on_abandoned: what to do about an abandoned attempt: `refuse`, `rerun`, or a function that finds out; it
+                is given the new attempt, and what it returns is the outcome.
+
+        Raises:
+            FingerprintMismatchError: the key was used with other parameters.
+            IdempotencyInProgressError: another caller runs it now; `retry_after` says when to ask again.
+            OutcomeUnknownError: an attempt was abandoned, and `on_abandoned` is `refuse`.
+            LeaseLostError: the effect ran, but its key had been taken over or deleted meanwhile.
+            EffectFailedError, EffectNotStartedError: the effect's own.
+        """
+        call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned)
+        return run_once(self.run, call, effect)
+
+    async def arun_once(
+        self,
+        scope: IdempotencyScope,
+        effect: Callable[[Attempt], Awaitable[JsonValue]],
+        *,
+        params: JsonValue = None,
+        lease: timedelta = timedelta(minutes=1),
+        ttl: timedelta = timedelta(hours=24),
+        on_abandoned: OnAbandoned = "refuse",
+    ) -> Outcome:
+        """Do as `run_once` does, for an effect that is a coroutine function, under asyncio or trio.
+
+        A cancelled caller cancels the effect. What is known of its outcome is recorded all the same.
+        """
+        call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned)
+        return await arun_once(self.arun, call, effect)
+
     # Devices and their secrets: a slow hash is always computed before or after a unit, never inside
 
     def pair(self, request: DevicePair) -> PairedDevice:
@@ -206,7 +287,7 @@ class Database:
 
         Raises:
             DeviceExistsError: the id is taken.
-            InvalidArgumentError: the secret is too short, too long or not printable.
+            InvalidArgumentError: the secret is empty, too long or has a control character.
         """
         with self.unit_of_work(read_only=True) as unit:
             # Asked before the hash is made, which is slow on purpose; `create` decides.
@@ -237,34 +318,40 @@ class Database:
             DatabaseBusyError: too many slow hashes wait for their turn.
         """
         check_identifier(device_id, "device_id")
-        now = self._clock()
-        with self.unit_of_work(read_only=True) as unit:
-            device = unit.devices.find_by_id(device_id)
-        stored = [] if device is None else _serving_hashes(device, now)
-        check = check_secret(shared_secret, stored)
-        if device is None or not check or not device.approved:
-            return None
-        if check.matched == 0 and check.replacement is not None:
-            replacement = check.replacement
-            self.run(
-                lambda unit: unit.devices.rehash_secret(
-                    device_id, expected_secret_hash=stored[0], secret_hash=replacement
-                )
-            )
-        # It may have been revoked, rotated or deleted while the hash was computed.
-        with self.unit_of_work(read_only=True) as unit:
-            current = unit.devices.find_by_id(device_id)
-        if current is None or not current.approved or current.paired_at != device.paired_at:
-            return None
-        matched = check.replacement if check.matched == 0 and check.replacement else stored[check.matched or 0]
-        return current if matched in _serving_hashes(current, self._clock()) else None
+        while True:
+            now = self._clock()
+            with self.unit_of_work(read_only=True) as unit:
+                device = unit.devices.find_by_id(device_id)
+            stored = [] if device is None else _serving_hashes(device, now)
+            check = check_secret(shared_secret, stored)
+            if device is None or check.matched is None or not device.approved:
+                return None
+            # It may have been revoked, rotated or deleted while the hash was computed.
+            with self.unit_of_work(read_only=True) as unit:
+                current = unit.devices.find_by_id(device_id)
+            if current is None or not current.approved or current.paired_at != device.paired_at:
+                return None
+            if stored[check.matched] in _serving_hashes(current, self._clock()):
+                if check.matched == 0 and check.replacement is not None:
+                    self._rehash(device_id, stored[0], check.replacement)
+                return current
+            if current.shared_secret_hash == device.shared_secret_hash:
+                return None  # the overlap ended meanwhile
+            # Another caller replaced the hash, perhaps by one of the same secret under newer parameters: look again.
+
+    def _rehash(self, device_id: str, old: str, new: str) -> None:
+        """Store a hash made under newer parameters. The secret was right all the same where that can't be done now."""
+        try:
+            self.run(lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new))
+        except DatabaseError as error:
+            logger.warning("the secret's hash of device %r could not be made anew: %s", device_id, error)
 
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
         """Return the device if it is approved and the proof is made with its secret, else None.
 
         The proof is the client's of SCRAM (RFC 5802, section 3) over the device's id, the nonce and the timestamp:
         `homeagent.scram.make_proof` makes it. What is stored can check a proof and can't make one. Consume the nonce
-        after this, before access is given.
+        after this, before access is given. After a rotation only the new secret's proofs serve, at once.
 
         Args:
             device_id: who it claims to be.
@@ -291,14 +378,15 @@ class Database:
 
         Raises:
             DeviceNotFoundError: it is absent.
-            InvalidArgumentError: the secret is too short, too long or not printable.
+            InvalidArgumentError: the secret is empty, too long or has a control character.
         """
         check_duration(overlap, "overlap", zero=True)
         secret = generate_secret() if shared_secret is None else shared_secret
         while True:
             with self.unit_of_work(read_only=True) as unit:
                 old = unit.devices.get(device_id).shared_secret_hash
-            new = hash_secret(secret, beside=old)
+            # While both serve, one run of the slow hash must do for both; otherwise each gets a salt of its own.
+            new = hash_secret(secret, beside=old if overlap else None)
             verifier = _verifier(secret)
 
             def replace(unit: UnitOfWork, old: str = old, new: str = new, verifier: str | None = verifier) -> bool:
@@ -345,6 +433,23 @@ class Database:
 
         with self.unit_of_work(read_only=True) as unit:
             return report_status(self._engine, unit)
+
+
+_WORKERS = 64
+"""How many threads the coroutines of one event loop may wait in; the host's own threads are not taken from it."""
+
+
+def _worker_places() -> CapacityLimiter:
+    from anyio import CapacityLimiter
+    from anyio.lowlevel import RunVar
+
+    places: RunVar[CapacityLimiter] = RunVar("homeagent_worker_places")
+    try:
+        return places.get()
+    except LookupError:
+        limiter = CapacityLimiter(_WORKERS)
+        places.set(limiter)
+        return limiter
 
 
 def _verifier(secret: SecretStr) -> str | None:

@@ -6,12 +6,14 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from homeagent.canonical_json import fingerprint_of
 from homeagent.engine.statements import Parameters, Statement
-from homeagent.errors import HomeAgentError, UnitStateError
+from homeagent.errors import EffectFailedError, HomeAgentError, UnitStateError
+from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import check_instant
 from homeagent.stores.agents import AgentStore
 from homeagent.stores.devices import DeviceStore
@@ -20,6 +22,7 @@ from homeagent.stores.nonces import NonceStore
 from homeagent.stores.sessions import SessionStore
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
     from sqlmodel import Session
 
     from homeagent.clock import Clock
@@ -277,6 +280,45 @@ class UnitOfWork:
         if self._state == "open":
             self._state = "rolled back"
             self._after_commit = None
+
+    def run_once(
+        self,
+        scope: IdempotencyScope,
+        effect: Callable[[Attempt], JsonValue],
+        *,
+        params: JsonValue = None,
+        ttl: timedelta = timedelta(hours=24),
+    ) -> Outcome:
+        """Run an effect that is only in this database once: key, effect and result are one commit.
+
+        Args:
+            scope: what makes it the same call.
+            effect: is given the attempt, works on this unit, and returns any JSON value.
+            params: the call's parameters; the same key with other ones is refused.
+            ttl: how long the outcome is replayed.
+
+        Raises:
+            FingerprintMismatchError, IdempotencyInProgressError, OutcomeUnknownError, EffectFailedError: as in
+                `IdempotencyKeyStore.claim`. Whatever the effect raises undoes it and frees the key, except that an
+                EffectFailedError is stored where the caller catches it inside the unit and lets that commit.
+        """
+        fingerprint = fingerprint_of(params)
+        failure: EffectFailedError | None = None
+        with self.savepoint():
+            claimed = self.idempotency_keys.claim(scope, fingerprint=fingerprint, lease=timedelta(0), ttl=ttl)
+            if isinstance(claimed, Outcome):
+                return claimed
+            try:
+                with self.savepoint():
+                    value = effect(claimed)
+            except EffectFailedError as error:
+                self.idempotency_keys.fail(claimed, error.detail)
+                failure = error
+            else:
+                stored = self.idempotency_keys.complete(claimed, value)
+        if failure is not None:
+            raise failure
+        return Outcome(value=value, replayed=False, attempt=claimed.number, omitted=not stored)
 
     # The stores
 

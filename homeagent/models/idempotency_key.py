@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 
 from pydantic import JsonValue
@@ -110,12 +110,16 @@ class Attempt:
         downstream_key: what to pass to another service as the idempotency key: the same on every attempt.
         scope: whose attempt it is.
         lease_expires_at: from this instant on it counts as abandoned.
+        expires_at: until when its outcome is replayed.
+        ttl: the same as a duration, which counts from the outcome where that came later than `expires_at`.
     """
 
     number: int
     downstream_key: str = field(repr=False)
     scope: IdempotencyScope
     lease_expires_at: datetime
+    expires_at: datetime
+    ttl: timedelta
     owner: str = field(repr=False)
 
 

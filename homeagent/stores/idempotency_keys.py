@@ -1,17 +1,28 @@
-"""What can be done with idempotency keys: store a result, find it, let it expire."""
+"""What can be done with idempotency keys: claim, record, replay, find out, let expire."""
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from secrets import token_hex
 from typing import Any
 
 from pydantic import JsonValue
-from sqlalchemy import and_, bindparam, delete, func, or_, select, tuple_
+from sqlalchemy import and_, bindparam, delete, func, or_, select, text, tuple_, update
 
 from homeagent.engine.statements import Statement
-from homeagent.errors import IdempotencyKeyExistsError, InvalidArgumentError
-from homeagent.models.idempotency_key import IdempotencyKey, IdempotencyScope, IdempotencyState
-from homeagent.models.types import check_duration, check_limit, encode_json, later
+from homeagent.errors import (
+    EffectFailedError,
+    FingerprintMismatchError,
+    IdempotencyInProgressError,
+    IdempotencyKeyExistsError,
+    InvalidArgumentError,
+    LeaseLostError,
+    OutcomeUnknownError,
+)
+from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
+from homeagent.models.types import check_duration, check_label, check_limit, encode_json, later
 from homeagent.stores.store import Store
 
 __all__ = ["IdempotencyKeyStore"]
@@ -60,6 +71,55 @@ _INSERT = Statement[IdempotencyKey](
     )
 )
 _FIND = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE, _LIVE), lock=True)
+_CLAIMED: dict[str, Any] = {
+    "result": None,
+    "created_at": bindparam("now"),
+    "expires_at": bindparam("expires_at"),
+    "state": IdempotencyState.IN_PROGRESS,
+    "attempt": 1,
+    "omitted": False,
+    "fingerprint": bindparam("fingerprint"),
+    "owner": bindparam("new_owner"),
+    "lease_expires_at": bindparam("lease_expires_at"),
+    "downstream_key": bindparam("downstream_key"),
+}
+_CLAIM = Statement[IdempotencyKey](
+    lambda insert: (
+        insert(_table)
+        .values(device_id=bindparam("device_id"), method=bindparam("method"), key=bindparam("key"), **_CLAIMED)
+        .on_conflict_do_update(index_elements=["device_id", "method", "key"], set_=_CLAIMED, where=_DEAD)
+    )
+)
+_ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
+# Every write of an attempt is fenced: it takes place only while the attempt owns the key.
+_OWNED = and_(_SAME_SCOPE, _columns.state == IdempotencyState.IN_PROGRESS, _columns.owner == bindparam("old_owner"))
+_TAKE_OVER = Statement[IdempotencyKey](
+    update(IdempotencyKey)
+    .where(_OWNED)
+    .values(owner=bindparam("new_owner"), attempt=bindparam("number"), lease_expires_at=bindparam("lease_expires_at"))
+)
+_RENEW = Statement[IdempotencyKey](
+    update(IdempotencyKey).where(_OWNED).values(lease_expires_at=bindparam("lease_expires_at"))
+)
+_RECORD = Statement[IdempotencyKey](
+    update(IdempotencyKey)
+    .where(_OWNED)
+    .values(
+        state=bindparam("state"),
+        result=bindparam("result"),
+        omitted=bindparam("omitted"),
+        expires_at=bindparam("expires_at"),
+        owner=None,
+        lease_expires_at=None,
+    )
+)
+_DELETE_OWNED = Statement[IdempotencyKey](delete(IdempotencyKey).where(_OWNED))
+_ABANDONED = Statement[IdempotencyKey](
+    select(IdempotencyKey)
+    .where(_columns.state == text("'in_progress'"), _columns.lease_expires_at <= bindparam("now"))
+    .order_by(_columns.lease_expires_at, _columns.device_id, _columns.method, _columns.key)
+    .limit(bindparam("limit"))
+)
 _DELETE_EXPIRED = Statement[IdempotencyKey](
     delete(IdempotencyKey).where(
         tuple_(_columns.device_id, _columns.method, _columns.key).in_(
@@ -122,6 +182,234 @@ class IdempotencyKeyStore(Store):
             _FIND, device_id=scope.device_id, method=scope.method, key=scope.key, now=self._unit.now()
         )
 
+    # What run_once is made of
+
+    def claim(
+        self,
+        scope: IdempotencyScope,
+        *,
+        fingerprint: str,
+        lease: timedelta,
+        ttl: timedelta,
+        rerun: bool = False,
+    ) -> Attempt | Outcome:
+        """Claim the right to run an effect, or return how it ended before. Commit before the effect begins.
+
+        Args:
+            scope: what makes it the same call.
+            fingerprint: of its parameters, see `homeagent.canonical_json.fingerprint_of`.
+            lease: how long the attempt may take before it counts as abandoned, unless it renews. Zero is a lease
+                that has lapsed at once.
+            ttl: how long the outcome is replayed, above zero.
+            rerun: whether an abandoned attempt is followed by another one.
+
+        Returns:
+            An Attempt where the effect is to be run now, an Outcome where it was completed.
+
+        Raises:
+            FingerprintMismatchError: the key was used with other parameters.
+            IdempotencyInProgressError: another attempt's lease is live.
+            OutcomeUnknownError: an attempt was abandoned, and `rerun` is not set.
+            EffectFailedError: the effect failed for good; this is its stored error.
+        """
+        scope = _check_scope(scope)
+        check_label(fingerprint, "fingerprint")
+        check_duration(lease, "lease", zero=True)
+        check_duration(ttl, "ttl")
+        now = self._unit.now()
+        expires_at = later(now, ttl, "ttl")
+        lease_expires_at = later(now, lease, "lease")
+        owner, downstream_key = token_hex(16), token_hex(16)
+        while not self._unit.write(
+            _CLAIM,
+            **_parameters(scope),
+            now=now,
+            expires_at=expires_at,
+            fingerprint=fingerprint,
+            new_owner=owner,
+            lease_expires_at=lease_expires_at,
+            downstream_key=downstream_key,
+        ):
+            row = self._unit.one(_ANY, **_parameters(scope))
+            if row is None:
+                continue  # it was deleted in between: the key is free
+            if row.fingerprint is not None and row.fingerprint != fingerprint:
+                raise FingerprintMismatchError(device_id=scope.device_id, method=scope.method)
+            if row.state is IdempotencyState.FAILED:
+                raise EffectFailedError(row.result, replayed=True)
+            if row.state is IdempotencyState.COMPLETED:
+                return Outcome(value=row.result, replayed=True, attempt=row.attempt, omitted=row.omitted)
+            return self._take_over(scope, row, now=now, lease_expires_at=lease_expires_at, owner=owner, rerun=rerun)
+        return Attempt(
+            number=1,
+            downstream_key=downstream_key,
+            scope=scope,
+            lease_expires_at=lease_expires_at,
+            expires_at=expires_at,
+            ttl=ttl,
+            owner=owner,
+        )
+
+    def _take_over(
+        self,
+        scope: IdempotencyScope,
+        row: IdempotencyKey,
+        *,
+        now: datetime,
+        lease_expires_at: datetime,
+        owner: str,
+        rerun: bool,
+    ) -> Attempt:
+        if row.lease_expires_at is not None and row.lease_expires_at > now:
+            raise IdempotencyInProgressError(
+                device_id=scope.device_id, method=scope.method, retry_after=row.lease_expires_at - now
+            )
+        if not rerun:
+            raise OutcomeUnknownError(device_id=scope.device_id, method=scope.method, attempt=row.attempt)
+        number = row.attempt + 1
+        self._unit.write(
+            _TAKE_OVER,
+            **_parameters(scope),
+            old_owner=row.owner,
+            new_owner=owner,
+            number=number,
+            lease_expires_at=lease_expires_at,
+        )
+        return Attempt(
+            number=number,
+            downstream_key=row.downstream_key or "",
+            scope=scope,
+            lease_expires_at=lease_expires_at,
+            expires_at=row.expires_at,
+            ttl=row.expires_at - row.created_at,
+            owner=owner,
+        )
+
+    def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
+        """Extend an attempt's lease to `lease` from now, and return the attempt with it.
+
+        Raises:
+            LeaseLostError: the attempt no longer owns its key; nothing was changed.
+        """
+        until = later(self._unit.now(), check_duration(lease, "lease", zero=True), "lease")
+        self._fenced(_RENEW, attempt, lease_expires_at=until)
+        return replace(attempt, lease_expires_at=until)
+
+    def complete(self, attempt: Attempt, result: JsonValue) -> bool:
+        """Record what the effect returned, to be replayed.
+
+        A result that is no JSON or over 256 KiB is left out, since the effect took place all the same: the record
+        says `omitted` then.
+
+        Returns:
+            False where the result was left out.
+
+        Raises:
+            LeaseLostError: the attempt no longer owns its key; nothing was changed.
+        """
+        return self._record(attempt, IdempotencyState.COMPLETED, result)
+
+    def fail(self, attempt: Attempt, error: JsonValue) -> bool:
+        """Record that the effect failed for good, with a detail to be replayed like a result; see `complete`."""
+        return self._record(attempt, IdempotencyState.FAILED, error)
+
+    def _record(self, attempt: Attempt, state: IdempotencyState, result: JsonValue) -> bool:
+        try:
+            encode_json(result)
+        except InvalidArgumentError:
+            result, omitted = None, True
+        else:
+            omitted = False
+        now = self._unit.now()
+        # An effect that took longer than its time to live must not be forgotten the moment it ends.
+        expires_at = attempt.expires_at if attempt.expires_at > now else later(now, attempt.ttl, "ttl")
+        self._fenced(_RECORD, attempt, state=state, result=result, omitted=omitted, expires_at=expires_at)
+        return not omitted
+
+    def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
+        """Give a key back whose effect did not begin.
+
+        Where an earlier attempt was abandoned, its outcome stays unknown: the key is not freed then, and counts as
+        abandoned again.
+
+        Args:
+            attempt: the owner.
+            none_began: whether it was found out that no earlier attempt began either.
+
+        Raises:
+            LeaseLostError: the attempt no longer owns its key; nothing was changed.
+        """
+        if attempt.number == 1 or none_began:
+            self._fenced(_DELETE_OWNED, attempt)
+        else:
+            self._fenced(_RENEW, attempt, lease_expires_at=self._unit.now())
+
+    def _fenced(self, statement: Statement[IdempotencyKey], attempt: Attempt, **parameters: Any) -> None:
+        if not self._unit.write(statement, **_parameters(attempt.scope), old_owner=attempt.owner, **parameters):
+            scope = attempt.scope
+            raise LeaseLostError(device_id=scope.device_id, method=scope.method, attempt=attempt.number)
+
+    # What the operator does about outcomes that nobody knows
+
+    def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
+        """Return the records whose lease lapsed before an outcome came, longest ago first.
+
+        Args:
+            limit: how many at most, 1 or more.
+        """
+        return self._unit.all(_ABANDONED, now=self._unit.now(), limit=check_limit(limit))
+
+    def resolve(self, scope: IdempotencyScope, result: JsonValue) -> bool:
+        """Record how an abandoned effect ended, to be replayed from now on.
+
+        Args:
+            scope: whose outcome is known now.
+            result: what the effect would have returned, any JSON value of at most 256 KiB.
+
+        Returns:
+            False where nothing was abandoned under this scope.
+
+        Raises:
+            IdempotencyInProgressError: its lease is live: it may still end by itself.
+            InvalidArgumentError: the result is no JSON or too large.
+        """
+        encode_json(result, "result")
+        attempt = self._abandoned(scope)
+        return attempt is not None and self._record(attempt, IdempotencyState.COMPLETED, result)
+
+    def forget(self, scope: IdempotencyScope) -> bool:
+        """Remove an abandoned record, so that the next call runs the effect as if it had never been tried.
+
+        Returns:
+            False where nothing was abandoned under this scope.
+
+        Raises:
+            IdempotencyInProgressError: its lease is live: it may still end by itself.
+        """
+        attempt = self._abandoned(scope)
+        if attempt is not None:
+            self._fenced(_DELETE_OWNED, attempt)
+        return attempt is not None
+
+    def _abandoned(self, scope: IdempotencyScope) -> Attempt | None:
+        scope = _check_scope(scope)
+        row = self._unit.one(_ANY, **_parameters(scope))
+        if row is None or row.state is not IdempotencyState.IN_PROGRESS:
+            return None
+        now = self._unit.now()
+        lapsed = row.lease_expires_at or now
+        if lapsed > now:
+            raise IdempotencyInProgressError(device_id=scope.device_id, method=scope.method, retry_after=lapsed - now)
+        return Attempt(
+            number=row.attempt,
+            downstream_key=row.downstream_key or "",
+            scope=scope,
+            lease_expires_at=lapsed,
+            expires_at=row.expires_at,
+            ttl=row.expires_at - row.created_at,
+            owner=row.owner or "",
+        )
+
     def delete_expired(self, *, limit: int = 100) -> int:
         """Remove dead records, oldest first, and return how many. Those in progress are spared.
 
@@ -129,6 +417,10 @@ class IdempotencyKeyStore(Store):
             limit: how many at most, 1 or more.
         """
         return self._unit.write(_DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
+
+
+def _parameters(scope: IdempotencyScope) -> dict[str, Any]:
+    return {"device_id": scope.device_id, "method": scope.method, "key": scope.key}
 
 
 def _check_scope(scope: IdempotencyScope) -> IdempotencyScope:

@@ -1,0 +1,79 @@
+"""JSON in one canonical form, so that equal parameters have equal fingerprints.
+
+RFC 8785 (JSON Canonicalization Scheme): no white space, keys in the order of their UTF-16 code units, numbers as
+ECMAScript writes them. It differs in one point: an int keeps all its digits, where the RFC would round it to a double
+and take two large ids for the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+from homeagent.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+__all__ = ["canonical_json", "fingerprint_of"]
+
+
+def canonical_json(value: JsonValue) -> str:
+    """Return the canonical text of a JSON value.
+
+    Raises:
+        InvalidArgumentError: it is no JSON value, is nested too deeply, or holds NaN, an infinity or a lone surrogate.
+    """
+    try:
+        text = _write(value)
+        text.encode()
+    except (UnicodeEncodeError, RecursionError):
+        # Not chained: the cause would show the value.
+        text = None
+    if text is None:
+        raise InvalidArgumentError("params hold a lone surrogate or are nested too deeply")
+    return text
+
+
+def fingerprint_of(params: JsonValue) -> str:
+    """Return the SHA-256 of the canonical text of a call's parameters, in hexadecimal.
+
+    Raises:
+        InvalidArgumentError: as in `canonical_json`.
+    """
+    return hashlib.sha256(canonical_json(params).encode()).hexdigest()
+
+
+def _write(value: object) -> str:
+    if value is None or value is True or value is False:
+        return "null" if value is None else "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, int):
+        return int.__repr__(value)
+    if isinstance(value, float):
+        return _number(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_write, value))}]"
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        keys = sorted(value, key=lambda key: key.encode("utf-16-be", "surrogatepass"))
+        return "{" + ",".join(f"{_write(key)}:{_write(value[key])}" for key in keys) + "}"
+    raise InvalidArgumentError(
+        "params must be plain JSON: None, bool, int, float, text, lists and dicts with text keys"
+    )
+
+
+def _number(value: float) -> str:
+    """Return a double as ECMAScript's Number::toString does (ECMA-262, section 6.1.6.1.20)."""
+    if not math.isfinite(value):
+        raise InvalidArgumentError("params hold NaN or an infinity, which JSON has no text for")
+    if value == 0:
+        return "0"
+    if 1e-6 <= abs(value) < 1e21:
+        text = format(Decimal(repr(value)), "f")
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    mantissa, _, exponent = repr(value).partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent):+d}"

@@ -1,0 +1,209 @@
+"""Side effects that happen once: claim, effect, record.
+
+The claim is committed before the effect begins, the effect runs outside of any transaction, and its record is
+committed after it. Where the process dies in between, nobody can know whether the effect took place: that is said
+(`OutcomeUnknownError`), and the effect is never silently run again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from homeagent.canonical_json import fingerprint_of
+from homeagent.errors import (
+    EffectFailedError,
+    EffectNotStartedError,
+    HomeAgentError,
+    InvalidArgumentError,
+    LeaseLostError,
+    OutcomeUnknownError,
+)
+from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
+from homeagent.unit_of_work import UnitOfWork
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+__all__ = ["OnAbandoned", "OnceCall", "arun_once", "run_once"]
+
+T = TypeVar("T")
+
+Run = Callable[[Callable[[UnitOfWork], Any]], Any]
+ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
+OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
+
+logger = logging.getLogger("homeagent")
+
+# A lease is renewed at a third of its length, so that two renewals may be late before it lapses; never more often
+# than this, in seconds, however short it is.
+_SHORTEST_PERIOD = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class OnceCall:
+    """One call of `run_once`: what it is about, fixed before the effect could change its parameters."""
+
+    scope: IdempotencyScope
+    fingerprint: str
+    lease: timedelta
+    ttl: timedelta
+    on_abandoned: OnAbandoned
+
+    @classmethod
+    def of(
+        cls,
+        scope: IdempotencyScope,
+        *,
+        params: JsonValue,
+        lease: timedelta,
+        ttl: timedelta,
+        on_abandoned: OnAbandoned,
+    ) -> OnceCall:
+        """Check the arguments, and take the fingerprint of the parameters as they are now."""
+        if not callable(on_abandoned) and on_abandoned not in ("refuse", "rerun"):
+            raise InvalidArgumentError("on_abandoned must be 'refuse', 'rerun' or a function that finds out")
+        return cls(scope, fingerprint_of(params), lease, ttl, on_abandoned)
+
+    @property
+    def period(self) -> float:
+        """How long to wait between two renewals, in seconds."""
+        return max(self.lease.total_seconds() / 3, _SHORTEST_PERIOD)
+
+    def claim(self, unit: UnitOfWork, *, rerun: bool) -> Attempt | Outcome:
+        """Claim the key."""
+        return unit.idempotency_keys.claim(
+            self.scope, fingerprint=self.fingerprint, lease=self.lease, ttl=self.ttl, rerun=rerun
+        )
+
+    def renew(self, unit: UnitOfWork, attempt: Attempt) -> None:
+        """Extend the attempt's lease."""
+        unit.idempotency_keys.renew(attempt, lease=self.lease)
+
+
+def run_once(run: Run, call: OnceCall, effect: Callable[[Attempt], Any]) -> Outcome:
+    """Run an effect once; see `Database.run_once`.
+
+    Args:
+        run: does a unit of work, as `Database.run` does.
+        call: what it is about.
+        effect: is given the attempt.
+    """
+    finds_out = False
+    try:
+        claimed = run(lambda unit: call.claim(unit, rerun=call.on_abandoned == "rerun"))
+    except OutcomeUnknownError:
+        if not callable(call.on_abandoned):
+            raise
+        claimed = run(lambda unit: call.claim(unit, rerun=True))
+        finds_out = isinstance(claimed, Attempt) and claimed.number > 1
+        effect = call.on_abandoned if finds_out else effect
+    if isinstance(claimed, Outcome):
+        return claimed
+    attempt: Attempt = claimed
+    with _renewing(run, call, attempt):
+        try:
+            value = effect(attempt)
+        except EffectFailedError as error:
+            detail = error.detail
+            run(lambda unit: unit.idempotency_keys.fail(attempt, detail))
+            raise
+        except EffectNotStartedError:
+            run(lambda unit: unit.idempotency_keys.release(attempt, none_began=finds_out))
+            raise
+        stored = run(lambda unit: unit.idempotency_keys.complete(attempt, value))
+    return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)
+
+
+@contextmanager
+def _renewing(run: Run, call: OnceCall, attempt: Attempt) -> Iterator[None]:
+    """Renew the lease in a thread for as long as the block takes."""
+    done = threading.Event()
+
+    def keep() -> None:
+        while not done.wait(call.period):
+            if not _renewed(lambda: run(lambda unit: call.renew(unit, attempt))):
+                return
+
+    thread = threading.Thread(target=keep, name="homeagent-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _renewed(renew: Callable[[], object]) -> bool:
+    """Renew, and tell whether to go on. A database that is busy or full now may not be at the next turn."""
+    try:
+        renew()
+    except LeaseLostError:
+        return False
+    except HomeAgentError as error:
+        logger.warning("a lease could not be renewed and will be tried again: %s", error)
+    return True
+
+
+async def arun_once(arun: ARun, call: OnceCall, effect: Callable[[Attempt], Awaitable[Any]]) -> Outcome:
+    """Run an effect that is a coroutine once; see `Database.arun_once`.
+
+    A cancelled caller cancels the effect; what there is to record is recorded all the same.
+    """
+    import anyio
+
+    finds_out = False
+    try:
+        claimed = await arun(lambda unit: call.claim(unit, rerun=call.on_abandoned == "rerun"))
+    except OutcomeUnknownError:
+        if not callable(call.on_abandoned):
+            raise
+        claimed = await arun(lambda unit: call.claim(unit, rerun=True))
+        finds_out = isinstance(claimed, Attempt) and claimed.number > 1
+        effect = call.on_abandoned if finds_out else effect
+    if isinstance(claimed, Outcome):
+        return claimed
+    attempt: Attempt = claimed
+    problem: BaseException | None = None
+    value: Any = None
+    stored = True
+
+    async def keep() -> None:
+        while True:
+            await anyio.sleep(call.period)
+            try:
+                await arun(lambda unit: call.renew(unit, attempt))
+            except LeaseLostError:
+                return
+            except HomeAgentError as error:
+                logger.warning("a lease could not be renewed and will be tried again: %s", error)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(keep)
+        # Caught here and raised below: out of a task group it would come wrapped in an ExceptionGroup.
+        try:
+            value = effect(attempt)
+            if isinstance(value, Awaitable):
+                value = await value
+            with anyio.CancelScope(shield=True):
+                stored = await arun(lambda unit: unit.idempotency_keys.complete(attempt, value))
+        except EffectFailedError as error:
+            problem, detail = error, error.detail
+            with anyio.CancelScope(shield=True):
+                await arun(lambda unit: unit.idempotency_keys.fail(attempt, detail))
+        except EffectNotStartedError as error:
+            problem = error
+            with anyio.CancelScope(shield=True):
+                await arun(lambda unit: unit.idempotency_keys.release(attempt, none_began=finds_out))
+        except Exception as error:  # noqa: BLE001  raised again below, unchanged
+            problem = error
+        finally:
+            group.cancel_scope.cancel()
+    if problem is not None:
+        raise problem
+    return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)
