@@ -1,0 +1,91 @@
+"""What must hold when there is much of it: one million sessions, pages, routes and plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from homeagent import AgentCreate, AgentSession, Database, UnitOfWork
+from homeagent.engine.statements import Statement
+from homeagent.stores import sessions as sessions_store
+
+BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
+SESSIONS = 1_000_000
+AGENTS = 20
+
+pytestmark = pytest.mark.slow
+
+
+def many_sessions() -> Iterator[AgentSession]:
+    for number in range(SESSIONS):
+        yield AgentSession(
+            session_id=f"s{number:07}",
+            agent_id=f"agent-{number % AGENTS}",
+            sender_id=f"sender-{number // 10}",
+            channel_id=None if number % 3 else "main",
+            created_at=BEGINNING,
+            # Ten at each instant, so that pages must part equal ones by id.
+            last_active_at=BEGINNING + timedelta(seconds=number // 10),
+        )
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    path: Path = tmp_path_factory.mktemp("scale") / "homeagent.db"
+    seen: list[int] = []
+    with Database.open(path, durability="normal", clock=lambda: BEGINNING + timedelta(days=30)) as database:
+        with database.unit_of_work() as unit:
+            for number in range(AGENTS):
+                unit.agents.create(AgentCreate(id=f"agent-{number}", name="Agent", workspace_path="/srv/agent"))
+            assert unit.sessions.index(many_sessions(), progress=seen.append) == SESSIONS
+        assert seen[-1] == SESSIONS
+        assert len(seen) >= 1000
+        yield database
+
+
+def plan_of(unit: UnitOfWork, statement: Statement[Any], **parameters: Any) -> str:
+    connection: Any = unit.session.connection().connection.driver_connection
+    compiled = statement.compiled(unit.session.connection().dialect, read_only=True)
+    rows = connection.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", compiled.bind(parameters)).fetchall()
+    return "; ".join(row[3] for row in rows)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("field", [None, "agent", "sender", "channel"])
+def test_a_page_of_sessions_is_read_off_an_index(filled: Database, field: str | None, after: bool) -> None:
+    """No page of any list sorts, and none reads the table from end to end."""
+    chosen = {name: name == field for name in ("agent", "sender", "channel")}
+    statement = sessions_store._list(**chosen, after=after)
+    values = {"agent_id": "agent-1", "sender_id": "sender-5", "channel_id": "main"}
+    with filled.unit_of_work(read_only=True) as unit:
+        plan = plan_of(unit, statement, **values, limit=50, after_active=BEGINNING, after_id="s")
+    assert "TEMP B-TREE" not in plan
+    assert "USING INDEX" in plan
+    # Without a filter and a place to go on from, the index is read from its end, and only as far as the limit.
+    assert "SCAN" not in plan or (field is None and not after)
+
+
+def test_pages_are_whole_and_in_order(filled: Database) -> None:
+    """Twenty pages of an agent's sessions hold each of its latest once, last active first."""
+    seen: list[AgentSession] = []
+    with filled.unit_of_work(read_only=True) as unit:
+        for _ in range(20):
+            page = unit.sessions.list(agent_id="agent-3", limit=50, after=seen[-1] if seen else None)
+            seen.extend(page)
+    expected = [f"s{number:07}" for number in range(SESSIONS - 1, -1, -1) if number % AGENTS == 3][:1000]
+    assert [session.session_id for session in seen] == expected
+
+
+def test_resolve_finds_and_makes_one_among_a_million(filled: Database) -> None:
+    """An indexed session is found by its route, and a new route gets one session of its own."""
+    with filled.unit_of_work() as unit:
+        found = unit.sessions.resolve(agent_id="agent-3", sender_id="sender-50000")
+        assert found.session_id == "s0500003"
+        made = unit.sessions.resolve(agent_id="agent-3", sender_id="nobody-yet")
+        assert unit.sessions.resolve(agent_id="agent-3", sender_id="nobody-yet") == made
+        plan = plan_of(unit, sessions_store._BY_ROUTE, route="x")
+    assert "idx_sessions_route" in plan
