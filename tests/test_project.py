@@ -1,0 +1,274 @@
+"""The project's habits: what is shipped, what the floors are, and that every place tells the same story."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+from configparser import ConfigParser
+from email import message_from_string
+from pathlib import Path, PurePosixPath
+from zipfile import ZipFile
+
+import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+
+# Put together here, so that this file passes its own test.
+FORBIDDEN_TEXTS = {
+    "registry host": re.compile(r"(?:pypi|pythonhosted|test\.pypi|npmjs|jsdelivr)\." + r"(?:org|com|net)\b"),
+    "machine path": re.compile(r"(?<![\w.~:/-])/" + r"(?:home|Users|root|work)/\w"),
+}
+
+
+def shipped_files() -> list[Path]:
+    """Return the files of the project: what git tracks or could, or all of an unpacked sdist."""
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+    skipped = {".venv", "__pycache__", ".pytest_cache", ".hypothesis"}
+    return [path for path in ROOT.rglob("*") if path.is_file() and skipped.isdisjoint(path.relative_to(ROOT).parts)]
+
+
+def build(hook: str, source: Path, destination: Path) -> Path:
+    """Run one of hatchling's hooks on a tree, as pip would but without a network, and return what it made."""
+    destination.mkdir(exist_ok=True)
+    program = f"import sys; from hatchling.build import {hook}; print({hook}(sys.argv[1]))"
+    name = subprocess.run(
+        [sys.executable, "-c", program, destination],
+        cwd=source,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()[-1]
+    return destination / name
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project as a build finds it, with the droppings of work that must not be shipped."""
+    copy = tmp_path_factory.mktemp("tree") / "homeagent"
+    for path in shipped_files():
+        target = copy / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+    for dropping in ("homeagent/__pycache__/cli.cpython-311.pyc", "alembic/versions/__pycache__/x.pyc", "data.db"):
+        (copy / dropping).parent.mkdir(exist_ok=True)
+        (copy / dropping).write_bytes(b"left over")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the tree."""
+    return build("build_wheel", tree, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist, built from the tree."""
+    return build("build_sdist", tree, tmp_path_factory.mktemp("sdist"))
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    """Return the files of a wheel by name."""
+    with ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def shell_blocks(markdown: Path) -> list[str]:
+    """Return the text of each fenced block of shell commands, in order."""
+    return re.findall(r"^```sh\n(.*?)^```$", markdown.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme_first_runs_the_example_then_the_tests() -> None:
+    """A newcomer who copies the README's first two commands sees it work, and then sees it tested."""
+    example, tests = shell_blocks(ROOT / "README.md")[:2]
+    program = re.fullmatch(
+        r"python3 -m venv \.venv && \.venv/bin/pip install --quiet --editable \. && \.venv/bin/python (\S+)\n", example
+    )
+    assert program is not None
+    assert (ROOT / program[1]).is_file()
+    assert tests.endswith("-m pytest\n")
+
+
+def test_ci_runs_the_readme_command() -> None:
+    """The script runs the tests by the very line that the README gives."""
+    command = re.search(r"^test_command='(.*)'$", (ROOT / ".ci/run").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert command is not None
+    assert command[1] + "\n" == shell_blocks(ROOT / "README.md")[1]
+
+
+def test_ci_script_is_a_program() -> None:
+    """The script can be started as it stands, and refuses a step that it doesn't know."""
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    refused = subprocess.run([ROOT / ".ci/run", "deploy"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "deploy" in refused.stderr
+
+
+def test_workflow_runs_only_known_steps() -> None:
+    """What the hosted workflow runs can be run by hand, step by step."""
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    matrix = re.search(r"^ +step: \[(.+)\]$", workflow, flags=re.MULTILINE)
+    assert matrix is not None
+    steps = {"test", *matrix[1].split(", ")}
+    known = re.search(r"^        ([a-z |]+)\) ;;$", script, flags=re.MULTILINE)
+    assert known is not None
+    assert steps == set(known[1].split(" | "))
+
+
+def test_every_promised_python_is_tested() -> None:
+    """The classifiers, the lower bound and the workflow's matrix name the same Pythons."""
+    promised = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", text)]
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    matrix = re.search(r"^ +python: \[(.+)\]$", workflow, flags=re.MULTILINE)
+    assert matrix is not None
+    assert re.findall(r"[\d.]+", matrix[1]) == promised
+    assert PROJECT["requires-python"] == f">={promised[0]}"
+    assert PYPROJECT["tool"]["mypy"]["python_version"] == promised[0]
+
+
+def test_every_dependency_has_a_lower_bound() -> None:
+    """A dependency without one would be tested in its newest release alone."""
+    extras = PROJECT["optional-dependencies"]
+    requirements = [*PROJECT["dependencies"], *extras["fastapi"], *extras["postgresql"], *extras["test"]]
+    foreign = [text.partition(";")[0] for text in requirements if not text.startswith("homeagent[")]
+    assert [text for text in foreign if ">=" not in text] == []
+
+
+def test_changelog_knows_the_version() -> None:
+    """The changelog has a section for what is unreleased, or for the version that the project says it is."""
+    sections = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sections[0] in {"Unreleased", PROJECT["version"]}
+    assert len(sections) == len(set(sections))
+
+
+@pytest.mark.parametrize("kind", FORBIDDEN_TEXTS)
+def test_no_file_names_a_place_of_somebody_elses(kind: str) -> None:
+    """No file points at a package registry, or at a folder that is only on one person's machine."""
+    found = []
+    for path in shipped_files():
+        if path.suffix in {".db", ".png", ".svg"}:
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if FORBIDDEN_TEXTS[kind].search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert found == []
+
+
+def test_the_folder_of_revisions_is_no_package() -> None:
+    """An `__init__.py` there would hide the Alembic library from whoever starts Python in the checkout."""
+    assert list((ROOT / "alembic").rglob("__init__.py")) == []
+
+
+def test_alembic_finds_the_revisions() -> None:
+    """The `alembic` command needs no file but pyproject.toml, and the revisions are one numbered chain."""
+    script = ScriptDirectory.from_config(Config(toml_file=ROOT / "pyproject.toml"))
+    revisions = [revision.revision for revision in script.walk_revisions()]
+    assert revisions[::-1] == [f"{number:04}" for number in range(1, len(revisions) + 1)]
+    assert all(Path(revision.path).name.startswith(f"{revision.revision}_") for revision in script.walk_revisions())
+
+
+def test_wheel_holds_the_package_and_its_revisions(wheel: Path) -> None:
+    """All that is needed at run time is in the wheel, and nothing else: no test, no cache, no second folder."""
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "homeagent").rglob("*.py")}
+    expected.add("homeagent/py.typed")
+    for path in (ROOT / "alembic").rglob("*"):
+        if path.suffix in {".py", ".mako"}:
+            expected.add(f"homeagent/_migrations/{path.relative_to(ROOT / 'alembic').as_posix()}")
+    assert {"homeagent/_migrations/env.py", "homeagent/_migrations/versions/0001_v1_tables.py"} <= expected
+    held = {name for name in contents(wheel) if ".dist-info/" not in name}
+    assert held == expected
+
+
+def test_wheel_says_what_it_is(wheel: Path) -> None:
+    """The metadata names the version, the licence with its text, the types and the command."""
+    files = contents(wheel)
+    information = f"homeagent-{PROJECT['version']}.dist-info"
+    metadata = message_from_string(files[f"{information}/METADATA"].decode())
+    assert metadata["Version"] == PROJECT["version"]
+    assert metadata["License-Expression"] == "MIT"
+    assert files[f"{information}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
+    assert "Typing :: Typed" in metadata.get_all("Classifier", [])
+    entry_points = ConfigParser()
+    entry_points.read_string(files[f"{information}/entry_points.txt"].decode())
+    assert dict(entry_points["console_scripts"]) == {"homeagent": "homeagent.cli:main"}
+
+
+def test_wheel_from_the_sdist_is_the_same(wheel: Path, sdist: Path, tmp_path: Path) -> None:
+    """Whoever builds from the sdist gets what we publish, byte for byte."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    assert contents(build("build_wheel", unpacked, tmp_path / "out")) == contents(wheel)
+
+
+def test_sdist_holds_what_the_tests_need(tree: Path, sdist: Path) -> None:
+    """Every file of the project is in the sdist, so that its tests run where there is no checkout."""
+    with tarfile.open(sdist) as archive:
+        held = {str(PurePosixPath(*PurePosixPath(name).parts[1:])) for name in archive.getnames()}
+    assert {path.relative_to(ROOT).as_posix() for path in shipped_files()} <= held
+    assert not any("__pycache__" in name or name == "data.db" for name in held)
+
+
+def test_editable_install_copies_nothing(tree: Path, tmp_path: Path) -> None:
+    """An editable install is a path to the checkout: a copy of the revisions in it would grow stale."""
+    names = contents(build("build_editable", tree, tmp_path))
+    assert [name for name in names if ".dist-info/" not in name] == ["_homeagent.pth"]
+
+
+def test_floors_hold() -> None:
+    """No module imports from its own floor or a higher one, and every module is on a floor."""
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("clock.py", "import homeagent.errors", "floors"),
+        ("models/base.py", "import homeagent.engine", "floors"),
+        ("errors.py", "import homeagent.unit_of_work", "floors"),
+        ("helpers.py", "", "floors"),
+        ("stores/nonces.py", "import homeagent.stores.devices", "stores"),
+        ("models/nonce.py", "import homeagent.models.device", "models"),
+        ("engine/sqlite.py", "from homeagent import Database", "door"),
+        ("stores/nonces.py", "import sqlite3", "drivers"),
+        ("unit_of_work.py", "from fastapi import Depends", "extras"),
+    ],
+)
+def test_contracts_notice(tmp_path: Path, module: str, line: str, contract: str) -> None:
+    """Each contract is broken by the import that it is there to prevent."""
+    shutil.copytree(ROOT / "homeagent", tmp_path / "homeagent", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+
+    def check() -> int:
+        # A process of its own: this one has imported the real package.
+        program = "from importlinter.cli import lint_imports_command as lint; lint()"
+        return subprocess.run(
+            [sys.executable, "-c", program, "--config", "pyproject.toml", "--no-cache", "--contract", contract],
+            cwd=tmp_path,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        ).returncode
+
+    assert check() == 0
+    with (tmp_path / "homeagent" / module).open("a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+    assert check() == 1
