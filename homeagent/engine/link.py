@@ -76,8 +76,9 @@ class Link:
         try:
             for statement in self._begin:
                 self._execute(statement)
-            if self.read_only:
-                # A pending row would keep the snapshot open past the end of the unit.
+            if self.read_only and self._cursor.description is not None:
+                # On SQLite a pending row would keep the snapshot open past the end of the unit. Psycopg has received
+                # all rows by now, and stands at the result of BEGIN, which has none.
                 self._cursor.fetchall()
         except self._driver_errors as error:
             fault = self._translate(error)
