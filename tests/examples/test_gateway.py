@@ -1,0 +1,91 @@
+"""The gateway of `docs/examples/gateway.py`, run as a program over its trace."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "docs" / "examples" / "gateway.py"
+TRACE = ROOT / "tests" / "fixtures" / "gateway.jsonl.gz"
+
+
+def run(*arguments: str | Path) -> dict[str, int]:
+    """Run the example and return its summary, a count for each name."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLE, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: int(count.replace(",", "")) for name, count in re.findall(r"│ (.+?) +│ +([\d,]+) │", done.stdout)}
+
+
+def write_trace(path: Path, *events: dict[str, object]) -> Path:
+    """Write a trace whose events differ from one another in what is given alone."""
+    common = {"device": "d1", "sender": "s1", "channel": "main", "agent": "a1", "session": "s1.main"}
+    path.write_text("".join(json.dumps({**common, **event}) + "\n" for event in events), encoding="utf-8")
+    return path
+
+
+def test_the_whole_trace_twice(tmp_path: Path) -> None:
+    """A first run lets every message in; a second over the same file refuses each nonce that is on record."""
+    with gzip.open(TRACE, "rt", encoding="utf-8") as lines:
+        events = [json.loads(line) for line in lines]
+    file = tmp_path / "gateway.db"
+
+    first = run("--database", file)
+
+    for name, field in {"devices": "device", "agents": "agent", "sessions": "session"}.items():
+        assert first[name] == len({event[field] for event in events})
+    assert first["events"] == len(events)
+    assert first["devices paired"] == first["devices"]
+    assert first["replays refused"] == 0
+    # What the trace itself says: a key that comes again within 24 hours of the message that was answered first.
+    answered: dict[tuple[str, str], int] = {}
+    retries = 0
+    for event in events:
+        key = (event["device"], event["key"])
+        if key in answered and event["at"] < answered[key] + 24 * 3600 * 1000:
+            retries += 1
+        else:
+            answered[key] = event["at"]
+    assert first["retries answered from the store"] == retries > 0
+    assert first["rows swept"] > first["events"]
+
+    second = run("--database", file)
+
+    assert second["nonces on record at the start"] == first["nonces on record at the end"] > 0
+    assert second["replays refused"] == second["nonces on record at the start"]
+    assert second["devices paired"] == 0
+    assert (second["devices"], second["sessions"]) == (first["devices"], first["sessions"])
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_message_comes_again(tmp_path: Path) -> None:
+    """The same nonce is refused within a day and not after it; a retry has a new nonce and the old key."""
+    hour = 3600 * 1000
+    trace = write_trace(
+        tmp_path / "trace.jsonl",
+        {"at": 0, "nonce": "n1", "key": "k1"},
+        {"at": 1, "nonce": "n1", "key": "k1"},  # a replay
+        {"at": 2, "nonce": "n2", "key": "k1"},  # a retry
+        {"at": 3, "nonce": "n1", "key": "k1", "device": "d2"},  # another device's nonce and key
+        {"at": 24 * hour - 1, "nonce": "n1", "key": "k2"},  # the last instant of n1
+        {"at": 24 * hour, "nonce": "n1", "key": "k1"},  # over: n1 and k1 count as absent
+    )
+
+    summary = run("--trace", trace, "--database", tmp_path / "gateway.db")
+
+    assert summary["replays refused"] == 2
+    assert summary["retries answered from the store"] == 1
+    assert summary["devices paired"] == 2
+
+
+def test_no_arguments_and_again(tmp_path: Path) -> None:
+    """Without a database to keep, a second run knows nothing of the first."""
+    trace = write_trace(tmp_path / "trace.jsonl", {"at": 0, "nonce": "n1", "key": "k1"})
+
+    for _ in range(2):
+        summary = run("--trace", trace)
+        assert (summary["nonces on record at the start"], summary["replays refused"]) == (0, 0)
