@@ -192,7 +192,7 @@ def _model_loader(model: type[Table], dialect: Dialect) -> Callable[[Row], Table
         "    values['_sa_instance_state'] = state",
     ]
     for index, (name, column) in enumerate(zip(names, model.__table__.columns, strict=True)):
-        convert = _processor(column, dialect)
+        convert = getattr(column.type, "convert_loaded", None) or _processor(column, dialect)
         if convert is None:
             lines.append(f"    values[{name!r}] = c{index}")
         else:

@@ -225,7 +225,12 @@ class InstantColumn(TypeDecorator[datetime]):
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
         """Return the instant of these milliseconds, in UTC."""
-        return None if value is None else EPOCH + value * MILLISECOND
+        return None if value is None else self.convert_loaded(value)
+
+    @staticmethod
+    def convert_loaded(value: int) -> datetime:
+        """Return the instant of these milliseconds: what a generated row loader calls, past SQLAlchemy's layers."""
+        return EPOCH + value * MILLISECOND
 
 
 # JSON
@@ -291,7 +296,9 @@ class JsonColumn(TypeDecorator[Any]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
         """Return the value that this text stands for."""
-        return None if value is None else decode_json(value)
+        return None if value is None else self.convert_loaded(value)
+
+    convert_loaded = staticmethod(decode_json)
 
 
 # Small closed types
@@ -311,6 +318,7 @@ class Word(TypeDecorator[StrEnum]):
         super().__init__()
         self.kind = kind
         self._members = {member.value: member for member in kind}
+        self.convert_loaded = self._members.__getitem__
 
     def process_bind_param(self, value: StrEnum | None, dialect: Dialect) -> str | None:
         """Return the member's value."""
@@ -318,7 +326,7 @@ class Word(TypeDecorator[StrEnum]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> StrEnum | None:
         """Return the member that has this value."""
-        return None if value is None else self._members[value]
+        return None if value is None else self.convert_loaded(value)
 
 
 class Flag(TypeDecorator[bool]):
@@ -334,6 +342,8 @@ class Flag(TypeDecorator[bool]):
     def process_result_value(self, value: int | None, dialect: Dialect) -> bool | None:
         """Return whether it is not 0."""
         return None if value is None else value != 0
+
+    convert_loaded = bool
 
 
 def check_limit(value: int, what: str = "limit") -> int:
