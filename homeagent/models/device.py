@@ -116,7 +116,7 @@ class DeviceUpdate(MetadataShape):
 
 
 class DevicePublic(MetadataShape):
-    """What a reply may show of a device: no hash of any kind."""
+    """What a reply may show of a device: nothing that its secret could be checked against."""
 
     id: Identifier
     role: Role

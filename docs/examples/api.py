@@ -1,0 +1,189 @@
+"""The store over HTTP: requests and replies are the package's own models, and each handler opens its own unit.
+
+    uvicorn --factory docs.examples.api:create_app
+
+Nobody is asked who they are here. Put your own check in front before you let anyone reach it: whoever can approve a
+device decides who enters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Query, Response
+from pydantic import AwareDatetime, BaseModel
+
+from homeagent import (
+    AgentCreate,
+    AgentPublic,
+    AgentSessionCreate,
+    AgentSessionPublic,
+    AgentUpdate,
+    Database,
+    DevicePair,
+    DevicePublic,
+    DeviceStatus,
+    DeviceUpdate,
+    Role,
+)
+from homeagent.fastapi import error_replies, install_error_handlers
+
+
+class PairReply(BaseModel):
+    """A device that has just paired, and waits for its approval."""
+
+    device: DevicePublic
+    shared_secret: str | None
+    """The secret that was made for it, shown this once; null where it sent its own."""
+
+
+class Changed(BaseModel):
+    """Whether there was anything to do."""
+
+    changed: bool
+
+
+def create_app(database: Database | None = None) -> FastAPI:
+    """Return the application.
+
+    Args:
+        database: stays open when the application ends. None: the default one is opened and closed with it.
+    """
+    opened = database is None
+    store = Database.open() if database is None else database
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        if opened:
+            store.close()
+
+    app = FastAPI(title="HomeAgent", lifespan=lifespan)
+    install_error_handlers(app)
+    _add_devices(app, store)
+    _add_agents(app, store)
+    _add_sessions(app, store)
+    return app
+
+
+# The handlers are plain functions, which FastAPI runs in its thread pool. A unit of work ends before its handler
+# returns: in a dependency it would outlive it, and hold a thread's unit while the reply is being sent.
+
+LIMIT = Query(default=100, ge=1, le=1000)
+
+
+def _add_devices(app: FastAPI, database: Database) -> None:
+    @app.post("/devices", status_code=201, responses=error_replies(409, 503))
+    def pair(request: DevicePair, response: Response) -> PairReply:
+        paired = database.pair(request)
+        made = paired.shared_secret.get_secret_value() if request.shared_secret is None else None
+        response.headers["Cache-Control"] = "no-store"
+        return PairReply(device=DevicePublic.model_validate(paired.device), shared_secret=made)
+
+    @app.get("/devices", response_model=list[DevicePublic])
+    def list_devices(
+        role: Role | None = None, status: DeviceStatus | None = None, limit: int = LIMIT, after: str | None = None
+    ) -> list[DevicePublic]:
+        with database.unit_of_work(read_only=True) as unit:
+            found = unit.devices.list(role=role, status=status, limit=limit, after=after)
+        return [DevicePublic.model_validate(device) for device in found]
+
+    @app.get("/devices/{device_id}", responses=error_replies(404))
+    def get_device(device_id: str) -> DevicePublic:
+        with database.unit_of_work(read_only=True) as unit:
+            return DevicePublic.model_validate(unit.devices.get(device_id))
+
+    @app.patch("/devices/{device_id}", responses=error_replies(404, 503))
+    def update_device(device_id: str, changes: DeviceUpdate) -> DevicePublic:
+        with database.unit_of_work() as unit:
+            return DevicePublic.model_validate(unit.devices.update(device_id, changes))
+
+    @app.post("/devices/{device_id}/approve", responses=error_replies(404, 409, 503))
+    def approve_device(device_id: str, expected_role: Role, expected_paired_at: AwareDatetime) -> Changed:
+        # What the admin looked at: a device that took its place since is refused.
+        with database.unit_of_work() as unit:
+            changed = unit.devices.approve(
+                device_id, expected_role=expected_role, expected_paired_at=expected_paired_at
+            )
+        return Changed(changed=changed)
+
+    @app.post("/devices/{device_id}/revoke", responses=error_replies(404, 409, 503))
+    def revoke_device(device_id: str, reason: str | None = None, force: bool = False) -> Changed:
+        with database.unit_of_work() as unit:
+            changed = unit.devices.revoke(device_id, reason=reason, force=force)
+        return Changed(changed=changed)
+
+
+def _add_agents(app: FastAPI, database: Database) -> None:
+    @app.post("/agents", status_code=201, responses=error_replies(409, 503))
+    def create_agent(request: AgentCreate) -> AgentPublic:
+        with database.unit_of_work() as unit:
+            return AgentPublic.model_validate(unit.agents.create(request))
+
+    @app.get("/agents")
+    def list_agents(limit: int = LIMIT, after: str | None = None) -> list[AgentPublic]:
+        with database.unit_of_work(read_only=True) as unit:
+            found = unit.agents.list(limit=limit, after=after)
+        return [AgentPublic.model_validate(agent) for agent in found]
+
+    @app.get("/agents/{agent_id}", responses=error_replies(404))
+    def get_agent(agent_id: str) -> AgentPublic:
+        with database.unit_of_work(read_only=True) as unit:
+            return AgentPublic.model_validate(unit.agents.get(agent_id))
+
+    @app.patch("/agents/{agent_id}", responses=error_replies(404, 503))
+    def update_agent(agent_id: str, changes: AgentUpdate) -> AgentPublic:
+        with database.unit_of_work() as unit:
+            return AgentPublic.model_validate(unit.agents.update(agent_id, changes))
+
+    @app.delete("/agents/{agent_id}", responses=error_replies(409, 503))
+    def delete_agent(agent_id: str, delete_sessions: bool = False) -> Changed:
+        with database.unit_of_work() as unit:
+            changed = unit.agents.delete(agent_id, delete_sessions=delete_sessions)
+        return Changed(changed=changed)
+
+
+def _add_sessions(app: FastAPI, database: Database) -> None:
+    @app.post("/sessions", status_code=201, responses=error_replies(404, 409, 503))
+    def create_session(request: AgentSessionCreate) -> AgentSessionPublic:
+        with database.unit_of_work() as unit:
+            return AgentSessionPublic.model_validate(unit.sessions.create(request))
+
+    @app.post("/sessions/resolve", responses=error_replies(404, 503))
+    def resolve_session(
+        agent_id: str, sender_id: str | None = None, channel_id: str | None = None
+    ) -> AgentSessionPublic:
+        with database.unit_of_work() as unit:
+            session = unit.sessions.resolve(agent_id=agent_id, sender_id=sender_id, channel_id=channel_id)
+            return AgentSessionPublic.model_validate(session)
+
+    @app.get("/sessions", responses=error_replies(404))
+    def list_sessions(
+        agent_id: str | None = None,
+        sender_id: str | None = None,
+        channel_id: str | None = None,
+        limit: int = LIMIT,
+        after: str | None = None,
+        after_active_at: AwareDatetime | None = None,
+    ) -> list[AgentSessionPublic]:
+        with database.unit_of_work(read_only=True) as unit:
+            last = None if after is None else unit.sessions.get(after)
+            if last is not None and after_active_at is not None:
+                # Where the page before ended, even if that session has been active since.
+                last = last.model_copy(update={"last_active_at": after_active_at})
+            found = unit.sessions.list(
+                agent_id=agent_id, sender_id=sender_id, channel_id=channel_id, limit=limit, after=last
+            )
+        return [AgentSessionPublic.model_validate(session) for session in found]
+
+    @app.get("/sessions/{session_id}", responses=error_replies(404))
+    def get_session(session_id: str) -> AgentSessionPublic:
+        with database.unit_of_work(read_only=True) as unit:
+            return AgentSessionPublic.model_validate(unit.sessions.get(session_id))
+
+    @app.post("/sessions/{session_id}/touch", responses=error_replies(404, 503))
+    def touch_session(session_id: str) -> Changed:
+        with database.unit_of_work() as unit:
+            unit.sessions.get(session_id)
+            return Changed(changed=unit.sessions.touch(session_id))

@@ -1,0 +1,240 @@
+"""The API of `docs/examples/api.py`, over HTTP, served by a real server."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from homeagent import Database, errors
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "api.py"
+SECRET = "correct horse battery staple"
+
+
+def load_example() -> Any:
+    """Import the example from its file."""
+    spec = importlib.util.spec_from_file_location("example_api", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    """The store behind the API."""
+    with Database.open(tmp_path / "api.db", busy_timeout=timedelta(seconds=20)) as database:
+        yield database
+
+
+@pytest.fixture
+def bodies() -> list[str]:
+    """The text of every reply that `api` got."""
+    return []
+
+
+@pytest.fixture
+def api(database: Database, bodies: list[str]) -> Iterator[httpx.Client]:
+    """A client of a running server."""
+    app = load_example().create_app(database)
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", lifespan="on"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+
+    def keep(response: httpx.Response) -> None:
+        response.read()
+        bodies.append(response.text)
+
+    port = listening.getsockname()[1]
+    try:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}",
+            timeout=30,
+            limits=httpx.Limits(max_connections=100),
+            event_hooks={"response": [keep]},
+            trust_env=False,
+        ) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
+def test_devices(api: httpx.Client) -> None:
+    """A device pairs, is approved as it was seen, and is revoked."""
+    paired = api.post("/devices", json={"id": "lamp", "role": "node", "metadata": {"room": "hall"}})
+    assert paired.status_code == 201
+    device = paired.json()["device"]
+    assert (device["approved"], device["status"], device["metadata"]) == (False, "pending", {"room": "hall"})
+    assert len(paired.json()["shared_secret"]) >= 32
+    assert paired.headers["cache-control"] == "no-store"
+
+    seen = {"expected_role": "node", "expected_paired_at": device["paired_at"]}
+    other = api.post("/devices/lamp/approve", params={**seen, "expected_role": "admin"})
+    assert (other.status_code, other.json()["error"]) == (409, "ApprovalChangedError")
+    assert api.post("/devices/lamp/approve", params=seen).json() == {"changed": True}
+    assert api.post("/devices/lamp/approve", params=seen).json() == {"changed": False}
+    assert [found["id"] for found in api.get("/devices", params={"status": "approved"}).json()] == ["lamp"]
+
+    assert api.patch("/devices/lamp", json={"metadata": None}).json()["metadata"] is None
+    assert api.post("/devices/lamp/revoke", params={"reason": "lost"}).json() == {"changed": True}
+    assert api.get("/devices/lamp").json()["revoked_reason"] == "lost"
+
+
+def test_agents_and_sessions(api: httpx.Client) -> None:
+    """An agent is made, changed and removed with its sessions; a route has one session; pages follow each other."""
+    body = {"id": "a1", "name": "Anna", "workspace_path": "/srv/a1", "config": {"b": 1, "a": [None, -0.5]}}
+    assert api.post("/agents", json=body).status_code == 201
+    assert api.patch("/agents/a1", json={"name": "Berta"}).json()["config"] == body["config"]
+    assert [agent["name"] for agent in api.get("/agents").json()] == ["Berta"]
+
+    route = {"agent_id": "a1", "sender_id": "s1", "channel_id": "main"}
+    resolved = api.post("/sessions/resolve", params=route).json()
+    assert api.post("/sessions/resolve", params=route).json() == resolved
+    for number in range(3):
+        created = api.post("/sessions", json={"agent_id": "a1", "session_id": f"s-{number}"})
+        assert created.status_code == 201
+    first = api.get("/sessions", params={"agent_id": "a1", "limit": 2}).json()
+    last = first[-1]
+    assert api.post(f"/sessions/{last['session_id']}/touch").status_code == 200
+    after = {"after": last["session_id"], "after_active_at": last["last_active_at"]}
+    rest = api.get("/sessions", params={"agent_id": "a1", **after}).json()
+    found = [session["session_id"] for session in first + rest]
+    assert sorted(found) == sorted([resolved["session_id"], "s-0", "s-1", "s-2"])
+
+    refused = api.delete("/agents/a1")
+    assert (refused.status_code, refused.json()["error"]) == (409, "AgentInUseError")
+    assert api.delete("/agents/a1", params={"delete_sessions": True}).json() == {"changed": True}
+    assert api.get("/sessions").json() == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "error"),
+    [
+        ("GET", "/devices/nobody", 404, "DeviceNotFoundError"),
+        ("PATCH", "/agents/nobody", 404, "AgentNotFoundError"),
+        ("POST", "/sessions/nothing/touch", 404, "SessionNotFoundError"),
+        ("POST", "/sessions/resolve?agent_id=nobody", 404, "AgentNotFoundError"),
+        ("GET", "/devices/..%0A", 422, None),
+        ("GET", "/sessions?limit=0", 422, None),
+        ("POST", "/devices/x/approve?expected_role=node&expected_paired_at=2026-01-01T00:00:00", 422, None),
+    ],
+)
+def test_refusals(api: httpx.Client, method: str, path: str, status: int, error: str | None) -> None:
+    """What is absent is a 404 and a bad argument a 422, each in a form of its own."""
+    response = api.request(method, path, json={} if method == "PATCH" else None)
+    assert response.status_code == status
+    if error is None:
+        assert all(set(line) == {"type", "loc", "msg"} for line in response.json()["detail"])
+        assert response.json()["detail"]
+    else:
+        assert response.json()["error"] == error
+        assert response.json()["detail"]
+
+
+def test_a_refused_request_is_not_echoed(api: httpx.Client, bodies: list[str]) -> None:
+    """A 422 says where and why, and holds nothing of the input, which may be a secret."""
+    for body in (
+        {"id": "lamp", "role": SECRET},
+        {"id": "a/b", "role": "node", "shared_secret": SECRET},
+        {"id": "lamp", "role": "node", "shared_secret": [SECRET]},
+        {"id": "lamp", "role": "node", "approved": SECRET},
+        {"id": "lamp", "role": "node", "shared_secret": SECRET + "\n"},
+        [SECRET],
+    ):
+        assert api.post("/devices", json=body).status_code == 422
+    broken = api.post(
+        "/devices", content=f'{{"shared_secret": "{SECRET}"', headers={"content-type": "application/json"}
+    )
+    assert broken.status_code == 422
+    assert SECRET not in "".join(bodies)
+    assert api.get("/devices").json() == []
+
+
+def test_busy(api: httpx.Client, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that stays busy is a 503 that says when to try again, and names no file."""
+
+    def busy(*, read_only: bool = False) -> None:
+        raise errors.DatabaseBusyError("/srv/private.db is locked")
+
+    monkeypatch.setattr(database, "unit_of_work", busy)
+    response = api.get("/devices")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert "private" not in response.text
+
+
+def test_a_hundred_at_once(api: httpx.Client) -> None:
+    """A hundred requests that read and write at once are all served, and one wins where only one can."""
+    api.post("/agents", json={"id": "a1", "name": "Anna", "workspace_path": "/srv/a1"})
+
+    def ask(number: int) -> tuple[str, int, Any]:
+        kind = ("pair", "resolve", "agent", "list")[number % 4]
+        response = {
+            "pair": lambda: api.post("/devices", json={"id": f"d{number}", "role": "client"}),
+            "resolve": lambda: api.post("/sessions/resolve", params={"agent_id": "a1", "sender_id": "s"}),
+            "agent": lambda: api.post("/agents", json={"id": "a2", "name": "B", "workspace_path": "/srv/a2"}),
+            "list": lambda: api.get("/devices"),
+        }[kind]()
+        return kind, response.status_code, response.json()
+
+    with ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(ask, range(100)))
+
+    statuses = {kind: sorted(status for what, status, _ in answers if what == kind) for kind, _, _ in answers}
+    assert statuses == {
+        "pair": [201] * 25,
+        "resolve": [200] * 25,
+        "agent": [201] + [409] * 24,
+        "list": [200] * 25,
+    }
+    assert len({body["session_id"] for kind, _, body in answers if kind == "resolve"}) == 1
+    assert len(api.get("/devices").json()) == 25
+
+
+def test_no_hash_and_no_secret_anywhere(api: httpx.Client, database: Database, bodies: list[str]) -> None:
+    """No reply and no schema has a hash or a verifier; a secret is in one reply, and one that was sent in none."""
+    made = api.post("/devices", json={"id": "made", "role": "admin"}).json()
+    api.post("/devices", json={"id": "sent", "role": "node", "shared_secret": SECRET})
+    seen = {"expected_role": "admin", "expected_paired_at": made["device"]["paired_at"]}
+    api.post("/devices/made/approve", params=seen)
+    database.rotate_secret("made", overlap=timedelta(hours=1))
+    with database.unit_of_work(read_only=True) as unit:
+        rows = [unit.devices.get("made"), unit.devices.get("sent")]
+    hidden = [row.shared_secret_hash for row in rows] + [rows[0].previous_secret_hash, rows[0].proof_verifier]
+    assert all(hidden)
+    api.post("/devices", json={"id": "made", "role": "admin"})
+    for path in ("/devices", "/devices/made", "/devices/sent", "/openapi.json", "/docs"):
+        assert api.get(path).status_code == 200
+    api.patch("/devices/sent", json={"metadata": {"room": "hall"}})
+    api.post("/devices/made/revoke")
+    api.post("/devices/sent/revoke")
+
+    text = "".join(bodies)
+    for value in hidden:
+        assert str(value) not in text
+    assert SECRET not in text
+    assert text.count(made["shared_secret"]) == 1
+    assert "hash" not in text.lower()
+    assert "verifier" not in text.lower()
+
+    schemas = api.get("/openapi.json").json()["components"]["schemas"]
+    holders = {name for name, schema in schemas.items() if "secret" in str(schema.get("properties", {})).lower()}
+    assert holders == {"DevicePair", "PairReply"}
+    assert {"AgentCreate", "AgentPublic", "AgentUpdate", "DevicePublic", "DeviceUpdate", "AgentSessionPublic"} <= set(
+        schemas
+    )
