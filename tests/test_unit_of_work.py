@@ -1,0 +1,507 @@
+"""Units of work: one transaction, whatever happens inside it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from sqlmodel import select
+
+from homeagent import Agent, AgentCreate, AgentSession, AgentUpdate, Database, Device, UnitOfWork
+from homeagent.errors import (
+    ConflictError,
+    DatabaseBusyError,
+    DatabaseClosedError,
+    HomeAgentError,
+    ReadOnlyError,
+    UnitStateError,
+)
+from tests.conftest import START, Children, FakeClock, MakeDatabase, add_agent, add_device, dump
+
+
+def create(unit: UnitOfWork, agent_id: str) -> Agent:
+    return unit.agents.create(AgentCreate(id=agent_id, name=agent_id, workspace_path="/srv"))
+
+
+def agents_of(database: Database) -> list[str]:
+    with database.unit_of_work(read_only=True) as unit:
+        return [agent.id for agent in unit.agents.list()]
+
+
+class Odd(BaseException):
+    """Neither an Exception nor one that Python itself raises."""
+
+
+# Commit and rollback
+
+
+def test_clean_exit_commits(database: Database, reopen: MakeDatabase) -> None:
+    """What a unit wrote is seen by another connection once its block has ended."""
+    with database.unit_of_work() as unit:
+        create(unit, "ada")
+        assert agents_of(database) == []
+    assert agents_of(reopen()) == ["ada"]
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, Odd])
+def test_any_exception_rolls_back(database: Database, kind: type[BaseException]) -> None:
+    """Whatever leaves the block undoes all of it, passes through, and the next unit of the thread works."""
+    with pytest.raises(kind), database.unit_of_work() as unit:
+        create(unit, "ada")
+        unit.session.add(Agent(id="orm", name="Orm", workspace_path="/orm", created_at=START))
+        unit.session.flush()
+        raise kind
+    assert agents_of(database) == []
+    add_agent(database)
+    assert agents_of(database) == ["ada"]
+
+
+def test_rollback_abandons_the_unit(database: Database) -> None:
+    """After rollback() nothing can be done, leaving the block is quiet and commits nothing, and the lane is free."""
+    called: list[str] = []
+    with database.unit_of_work() as unit:
+        create(unit, "ada")
+        unit.after_commit(lambda: called.append("never"))
+        unit.rollback()
+        for act in (unit.rollback, lambda: unit.session, lambda: unit.agents.list(), lambda: create(unit, "bob")):
+            with pytest.raises(UnitStateError, match="rolled back"):
+                act()
+    assert (agents_of(database), called) == ([], [])
+    add_agent(database)
+
+
+# Savepoints
+
+
+def open_session_before(unit: UnitOfWork) -> None:
+    unit.session.add(Agent(id="before", name="B", workspace_path="/b", created_at=START))
+
+
+def open_nothing(unit: UnitOfWork) -> None:
+    create(unit, "before")
+
+
+@pytest.mark.parametrize("prepare", [open_nothing, open_session_before])
+@pytest.mark.parametrize("inside", [open_nothing, open_session_before])
+def test_savepoint_undoes_only_its_block(
+    database: Database, prepare: Callable[[UnitOfWork], None], inside: Callable[[UnitOfWork], None]
+) -> None:
+    """An exception undoes what the block did, by store and by ORM, whenever the session was opened."""
+    with database.unit_of_work() as unit:
+        prepare(unit)
+        with pytest.raises(ValueError, match="inner"), unit.savepoint():
+            create(unit, "inner")
+            if inside is open_session_before:
+                unit.session.add(Agent(id="inner orm", name="I", workspace_path="/i", created_at=START))
+                unit.session.flush()
+            raise ValueError("inner")
+        assert unit.agents.find_by_id("inner") is None
+        with unit.savepoint():
+            create(unit, "kept")
+            if inside is open_session_before:
+                unit.session.add(Agent(id="kept orm", name="K", workspace_path="/k", created_at=START))
+        create(unit, "after")
+    expected = ["after", "before", "kept"] + (["kept orm"] if inside is open_session_before else [])
+    assert agents_of(database) == expected
+
+
+@pytest.mark.parametrize("orm", [False, True])
+def test_savepoints_nest(database: Database, orm: bool) -> None:
+    """An outer savepoint that is undone takes inner ones that were kept with it; an inner one spares the outer."""
+    with database.unit_of_work() as unit:
+        if orm:
+            assert unit.session.exec(select(Agent)).all() == []
+        with suppress(ValueError), unit.savepoint():
+            create(unit, "outer")
+            with unit.savepoint():
+                create(unit, "inner")
+            raise ValueError
+        with unit.savepoint():
+            create(unit, "outer 2")
+            with suppress(ValueError), unit.savepoint():
+                create(unit, "inner 2")
+                raise ValueError
+    assert agents_of(database) == ["outer 2"]
+
+
+def test_savepoint_survives_a_constraint(database: Database) -> None:
+    """A refused statement in a savepoint leaves the unit usable on both engines."""
+    add_agent(database)
+    with database.unit_of_work() as unit:
+        with pytest.raises(ConflictError), unit.savepoint():
+            unit.session.connection().execute(
+                text("INSERT INTO agents (id, name, workspace_path, created_at) VALUES ('ada', 'x', '/x', 0)")
+            )
+        create(unit, "bob")
+    assert agents_of(database) == ["ada", "bob"]
+
+
+# After the commit
+
+
+def test_after_commit_runs_once_in_order(database: Database) -> None:
+    """Callbacks run in their order, when others can see the commit, and may open units themselves."""
+    seen: list[object] = []
+
+    def first() -> None:
+        seen.append(agents_of(database))
+        add_agent(database, "made by a callback")
+
+    with database.unit_of_work() as unit:
+        unit.after_commit(first)
+        unit.after_commit(lambda: seen.append(2))
+        create(unit, "ada")
+        assert seen == []
+    assert seen == [["ada"], 2]
+    add_agent(database, "bob")
+    assert seen == [["ada"], 2]
+
+
+def test_after_commit_never_runs_after_a_rollback(database: Database) -> None:
+    """Neither an undone unit nor an undone savepoint calls back."""
+    seen: list[str] = []
+    with suppress(ValueError), database.unit_of_work() as unit:
+        unit.after_commit(lambda: seen.append("unit"))
+        raise ValueError
+    with database.unit_of_work() as unit:
+        unit.after_commit(lambda: seen.append("kept"))
+        with suppress(ValueError), unit.savepoint():
+            unit.after_commit(lambda: seen.append("savepoint"))
+            raise ValueError
+    assert seen == ["kept"]
+
+
+def test_failing_callback_is_logged_and_hides_nothing(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    """A callback that raises is told in the log; the commit stands and the next callback runs."""
+    seen: list[str] = []
+
+    def fail() -> None:
+        raise RuntimeError("callback broke")
+
+    with caplog.at_level(logging.ERROR, logger="homeagent"), database.unit_of_work() as unit:
+        unit.after_commit(fail)
+        unit.after_commit(lambda: seen.append("next"))
+        create(unit, "ada")
+    assert (agents_of(database), seen) == (["ada"], ["next"])
+    assert "after_commit" in caplog.text
+    assert "callback broke" in caplog.text
+
+
+# Reading
+
+
+def test_read_only_unit_is_one_snapshot(database: Database, reopen: MakeDatabase) -> None:
+    """What others commit while a read-only unit is open is seen neither by its stores nor by its ORM session."""
+    add_agent(database)
+    other = reopen()
+    with database.unit_of_work(read_only=True) as unit:
+        add_agent(other, "bob")
+        add_agent(database, "eve")
+        assert [agent.id for agent in unit.agents.list()] == ["ada"]
+        add_agent(other, "zoe")
+        assert [agent.id for agent in unit.session.exec(select(Agent)).all()] == ["ada"]
+    assert agents_of(database) == ["ada", "bob", "eve", "zoe"]
+
+
+def test_read_only_unit_cannot_write(database: Database) -> None:
+    """Stores, the ORM and plain SQL are all refused in a read-only unit, and nothing is written."""
+    add_agent(database)
+    before = dump(database)
+    with database.unit_of_work(read_only=True) as unit:
+        with pytest.raises(ReadOnlyError):
+            create(unit, "bob")
+        with pytest.raises(ReadOnlyError):
+            unit.agents.delete("ada")
+        assert unit.agents.get("ada").id == "ada"
+    with pytest.raises(ReadOnlyError), database.unit_of_work(read_only=True) as unit:
+        unit.session.add(Agent(id="orm", name="O", workspace_path="/o", created_at=START))
+        unit.session.flush()
+    with pytest.raises(ReadOnlyError), database.unit_of_work(read_only=True) as unit:
+        unit.session.connection().execute(text("DELETE FROM agents"))
+    assert dump(database) == before
+
+
+# The ORM session
+
+
+def test_stores_and_session_see_one_truth(database: Database) -> None:
+    """A store sees what the session has pending, and the session sees what a store changed under it."""
+    with database.unit_of_work() as unit:
+        unit.session.add(Agent(id="ada", name="Ada", workspace_path="/srv", created_at=START))
+        assert unit.agents.get("ada").name == "Ada"
+        loaded = unit.session.get(Agent, "ada")
+        assert loaded is not None
+        unit.agents.update("ada", AgentUpdate(name="By the store"))
+        assert loaded.name == "By the store"
+        loaded.name = "By the session"
+        assert unit.agents.get("ada").name == "By the session"
+        unit.agents.delete("ada")
+        assert unit.session.get(Agent, "ada") is None
+
+
+def test_stores_return_detached_instances(database: Database) -> None:
+    """Changing what a store returned changes nothing stored, until a session is asked to merge it."""
+    add_agent(database)
+    with database.unit_of_work() as unit:
+        agent = unit.agents.get("ada")
+        agent.name = "Only here"
+    with database.unit_of_work() as unit:
+        assert unit.agents.get("ada").name == "Ada"
+        unit.session.merge(agent)
+    with database.unit_of_work(read_only=True) as unit:
+        assert unit.agents.get("ada").name == "Only here"
+
+
+def test_session_rollback_ends_the_unit(database: Database) -> None:
+    """The session's own rollback() undoes the stores' work too, and the unit says so from then on."""
+    with database.unit_of_work() as unit:
+        create(unit, "ada")
+        session = unit.session
+        session.rollback()
+        with pytest.raises(UnitStateError, match="rolled back"):
+            unit.agents.list()
+    assert agents_of(database) == []
+    add_agent(database, "next")
+
+
+def test_session_commit_only_flushes(database: Database) -> None:
+    """The session's commit() makes nothing durable: an exception after it still undoes the unit."""
+    with suppress(ValueError), database.unit_of_work() as unit:
+        unit.session.add(Agent(id="ada", name="Ada", workspace_path="/srv", created_at=START))
+        unit.session.commit()
+        assert unit.agents.get("ada").name == "Ada"
+        raise ValueError
+    assert agents_of(database) == []
+
+
+# Its state
+
+
+def test_new_unit_is_of_no_use_before_its_block(database: Database) -> None:
+    """A unit that was never entered refuses everything."""
+    unit = database.unit_of_work()
+    for act in (unit.rollback, lambda: unit.session, unit.agents.list, lambda: unit.after_commit(print)):
+        with pytest.raises(UnitStateError):
+            act()
+    with pytest.raises(UnitStateError), unit.savepoint():
+        pass
+
+
+def test_unit_and_its_stores_are_stale_after_the_end(database: Database) -> None:
+    """After its block neither the unit nor a store that was kept can be used, or the unit entered again."""
+    with database.unit_of_work() as unit:
+        agents = unit.agents
+        create(unit, "ada")
+    for act in (unit.rollback, lambda: unit.session, agents.list, lambda: agents.delete("ada"), unit.__enter__):
+        with pytest.raises(UnitStateError):
+            act()
+    assert agents_of(database) == ["ada"]
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_unit_cannot_be_entered_twice(database: Database, read_only: bool) -> None:
+    """Entering an open unit again is refused, and the first entry goes on."""
+    with database.unit_of_work(read_only=read_only) as unit:
+        with pytest.raises(UnitStateError):
+            unit.__enter__()
+        assert unit.agents.list() == []
+
+
+def test_write_units_do_not_nest_in_a_thread(database: Database) -> None:
+    """A second write unit in the same thread would wait for itself: it is refused, and the first is unharmed."""
+    with database.unit_of_work() as unit:
+        create(unit, "ada")
+        with pytest.raises(UnitStateError), database.unit_of_work():
+            raise AssertionError("entered")
+    assert agents_of(database) == ["ada"]
+
+
+def test_write_unit_inside_a_read_unit(database: Database) -> None:
+    """A thread that reads may write beside that; the snapshot stays as it was."""
+    with database.unit_of_work(read_only=True) as reader:
+        add_agent(database)
+        assert reader.agents.list() == []
+    assert agents_of(database) == ["ada"]
+
+
+def test_closed_database_refuses(database: Database) -> None:
+    """A closed database opens no unit; closing twice is fine."""
+    database.close()
+    database.close()
+    for read_only in (False, True):
+        with pytest.raises(DatabaseClosedError), database.unit_of_work(read_only=read_only):
+            pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_child_is_refused(target: str, children: Children) -> None:
+    """A database that was opened before a fork refuses the child, and goes on in the parent."""
+    script = """
+import os, sys, warnings
+from homeagent import Database, AgentCreate
+from homeagent.errors import DatabaseClosedError
+database = Database.open(sys.argv[1])
+with database.unit_of_work() as unit:
+    unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
+warnings.simplefilter("ignore")
+child = os.fork()
+if not child:
+    refused = 0
+    for read_only in (False, True):
+        try:
+            with database.unit_of_work(read_only=read_only): pass
+        except DatabaseClosedError: refused += 1
+    database.close()
+    os._exit(refused)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+with database.unit_of_work(read_only=True) as unit: print(unit.agents.get("ada").id)
+database.close()
+"""
+    assert children.run(script, target).split() == ["2", "ada"]
+
+
+# Busy
+
+
+def test_busy_names_the_thread_that_holds_the_lane(sqlite_path: Path) -> None:
+    """A writer that waits too long in one process is told which thread holds the lane, and since when."""
+    entered, done = threading.Event(), threading.Event()
+    with Database.open(sqlite_path, busy_timeout=timedelta(milliseconds=50)) as database:
+
+        def hold() -> None:
+            with database.unit_of_work():
+                entered.set()
+                done.wait(30)
+
+        holder = threading.Thread(target=hold, name="the slow one")
+        holder.start()
+        try:
+            assert entered.wait(30)
+            with pytest.raises(DatabaseBusyError, match=r"'the slow one' holds it since \d+\.\d+ s"):
+                add_agent(database)
+        finally:
+            done.set()
+            holder.join()
+        add_agent(database)
+
+
+def test_busy_because_of_another_process(sqlite_path: Path, children: Children) -> None:
+    """While another process holds the write lock a writer gets DatabaseBusyError, and readers read on."""
+    script = """
+import sys
+from homeagent import Database
+with Database.open(sys.argv[1]) as database, database.unit_of_work():
+    print("holding", flush=True)
+    sys.stdin.readline()
+"""
+    with Database.open(sqlite_path, busy_timeout=timedelta(milliseconds=50)) as database:
+        holder = children.start(script, sqlite_path)
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holding\n"
+        with pytest.raises(DatabaseBusyError, match="another process"):
+            add_agent(database)
+        assert agents_of(database) == []
+        holder.communicate("go\n", timeout=30)
+        add_agent(database)
+
+
+def test_busy_row_on_postgresql(empty_postgres_url: str) -> None:
+    """A row that another unit has locked is waited for no longer than busy_timeout."""
+    with (
+        Database.open(empty_postgres_url, busy_timeout=timedelta(milliseconds=50)) as database,
+        Database.open(empty_postgres_url) as other,
+    ):
+        add_agent(database)
+        with other.unit_of_work() as holder:
+            holder.agents.get("ada")
+            with pytest.raises(DatabaseBusyError), database.unit_of_work() as unit:
+                unit.agents.get("ada")
+
+
+# Errors
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Every exception that a traceback of this one would show, and those that it only suppresses."""
+    if error is not None:
+        yield error
+        yield from chain(error.__cause__)
+        yield from chain(error.__context__)
+
+
+SECRET = "sha256$do-not-tell"  # noqa: S105  made up
+
+
+def duplicate_device(unit: UnitOfWork) -> None:
+    unit.session.add(Device(id="lamp", role="admin", shared_secret_hash=SECRET, paired_at=START))
+    unit.session.flush()
+
+
+def missing_agent(unit: UnitOfWork) -> None:
+    unit.session.add(AgentSession(session_id=SECRET, agent_id="nobody", created_at=START, last_active_at=START))
+    unit.session.flush()
+
+
+def bad_role(unit: UnitOfWork) -> None:
+    unit.session.connection().execute(
+        text("INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ('x', 'bogus', :hash, 0)"),
+        {"hash": SECRET},
+    )
+
+
+def no_hash(unit: UnitOfWork) -> None:
+    unit.session.connection().execute(
+        text("INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES (:id, 'node', NULL, 0)"),
+        {"id": SECRET},
+    )
+
+
+def unflushed(unit: UnitOfWork) -> None:
+    unit.session.add(Device(id="lamp", role="admin", shared_secret_hash=SECRET, paired_at=START))
+
+
+@pytest.mark.parametrize("provoke", [duplicate_device, missing_agent, bad_role, no_hash, unflushed])
+def test_driver_errors_come_as_ours_without_values(
+    database: Database, provoke: Callable[[UnitOfWork], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A refused row through the ORM is a ConflictError, and no value of it is in the error, its chain or the log."""
+    add_device(database)
+    before = dump(database)
+    with caplog.at_level(logging.DEBUG), pytest.raises(ConflictError) as caught, database.unit_of_work() as unit:
+        provoke(unit)
+    for error in chain(caught.value):
+        shown = f"{error!s} {error!r} {error.args} {vars(error)}"
+        diagnostics = getattr(error, "diag", None)
+        shown += f"{getattr(diagnostics, 'message_detail', '')} {getattr(diagnostics, 'message_primary', '')}"
+        assert "do-not-tell" not in shown
+    assert isinstance(caught.value, HomeAgentError)
+    assert "do-not-tell" not in caplog.text
+    assert dump(database) == before
+    add_agent(database)
+
+
+def test_sql_that_is_wrong_is_ours_too(database: Database) -> None:
+    """A statement that the engine can't read never surfaces as the driver's or SQLAlchemy's error."""
+    with pytest.raises(HomeAgentError), database.unit_of_work() as unit:
+        unit.session.connection().execute(text("SELECT nothing FROM nowhere"))
+    add_agent(database)
+
+
+def test_stopping_clock_error_passes_through(database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception of the injected clock is the caller's own: it passes unwrapped and undoes the unit."""
+
+    def broken() -> None:
+        raise LookupError("no time")
+
+    with pytest.raises(LookupError, match="no time"), database.unit_of_work() as unit:
+        create(unit, "ada")
+        monkeypatch.setattr(database._settings, "clock", broken)
+        create(unit, "bob")
+    assert agents_of(database) == []
