@@ -126,12 +126,13 @@ class UnitOfWork:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._state == "ended" or self._link is None:
+        link = self._link
+        if self._state == "ended" or link is None:
             return
         if kind is None and self._state == "open":
             self._commit()
         else:
-            self._roll_back()
+            self._roll_back(link)
 
     def _commit(self) -> None:
         link = self._require_link()
@@ -154,8 +155,8 @@ class UnitOfWork:
                 # The commit stands and must not be hidden, so a callback's failure can only be told.
                 logger.exception("an after_commit callback failed; the commit stands")
 
-    def _roll_back(self) -> None:
-        link = self._require_link()
+    def _roll_back(self, link: Link) -> None:
+        # Once more where `rollback` came before: that is harmless, and the link is given back either way.
         sound = False
         try:
             sound = self._undo(link)
@@ -271,15 +272,30 @@ class UnitOfWork:
             from sqlalchemy import event
             from sqlmodel import Session
 
-            session = Session(bind=link.orm_connection(), join_transaction_mode="rollback_only")
+            unit = self
+
+            class UnitSession(Session):
+                def rollback(self) -> None:
+                    # SQLAlchemy's own does nothing while the session has done nothing; the unit may have.
+                    super().rollback()
+                    unit._on_session_rollback(self, whole=True)
+
+            session = UnitSession(bind=link.orm_connection(), join_transaction_mode="rollback_only")
             event.listen(session, "after_rollback", self._on_session_rollback)
             self._session = session
         return self._session
 
-    def _on_session_rollback(self, session: Any) -> None:
-        if self._state == "open":
-            self._state = "rolled back"
-            self._after_commit = None
+    def _on_session_rollback(self, session: Any, *, whole: bool = False) -> None:
+        link = self._link
+        if self._state != "open" or link is None:
+            return
+        if link.in_transaction:
+            if not whole:
+                # Only a savepoint was undone.
+                return
+            link.rollback()
+        self._state = "rolled back"
+        self._after_commit = None
 
     def run_once(
         self,
