@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -34,6 +36,7 @@ APPLICATION_ID = 0x48414731
 
 READERS = 16
 _JOURNAL_SIZE_LIMIT = 64 * 1024 * 1024
+_WAL_PAUSE = 0.002  # seconds
 
 
 def sidecar_lock(path: Path, *, timeout: timedelta) -> files.FileLock:
@@ -117,12 +120,25 @@ class SQLiteEngine(Engine):
         with self.translated(), closing(self._bare()) as raw:
             if not self.path.stat().st_size:
                 raw.execute(f"PRAGMA application_id={APPLICATION_ID}")
-            mode = raw.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            mode = self._switch_to_wal(raw)
         if mode != "wal":
             raise DatabaseError(
                 f"{self.path} can't use a write-ahead log (its journal mode stays {mode!r}): "
                 "put it on a local file system"
             )
+
+    def _switch_to_wal(self, raw: Any) -> str:
+        """Return the journal mode that it came to."""
+        deadline = time.monotonic() + self._busy_ms / 1000
+        while True:
+            try:
+                return str(raw.execute("PRAGMA journal_mode=WAL").fetchone()[0])
+            except self.driver.module.OperationalError as error:
+                # SQLite wants the file for itself here, and doesn't ask its busy handler: another process that only
+                # reads a file still in rollback mode, to look at its revision, would make this fail.
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                    raise
+            time.sleep(_WAL_PAUSE)
 
     def _bare(self) -> Any:
         module: Any = self.driver.module
