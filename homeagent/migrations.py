@@ -199,7 +199,9 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: files.FileLock, *, clock: Clock
                         backup = _back_up(engine, revision, clock)
                 _upgrade(connection, "head")
                 _verify_sqlite(connection)
-        except _SPEAK_FOR_THEMSELVES:
+        except _SPEAK_FOR_THEMSELVES as error:
+            if isinstance(error, MigrationError):
+                error.backup = backup
             raise
         except Exception as error:  # noqa: BLE001  whatever a revision raises, the upgrade failed and was undone
             raise MigrationError(
