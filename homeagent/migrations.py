@@ -147,7 +147,7 @@ def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migra
         files.secure_sidecars(path)
         with engine.translated(), engine.connect() as connection:
             revision = revision_of(connection)
-        if revision == REVISION:
+        if revision == REVISION and (temporary or not migrate or _is_remembered(path)):
             return
         if revision is not None:
             _refuse_unknown(revision)
@@ -158,6 +158,14 @@ def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migra
     lock = sidecar_lock(path, timeout=timeout)
     with lock:
         _make_or_upgrade(engine, lock, clock=clock, temporary=temporary)
+
+
+def _is_remembered(path: Path) -> bool:
+    """Tell whether the lock file has its marker. A restored file has none beside it, nor one whose maker was killed."""
+    try:
+        return sidecar_lock(path, timeout=timedelta(0)).path.lstat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _make_or_upgrade(engine: SQLiteEngine, lock: files.FileLock, *, clock: Clock, temporary: bool) -> None:
@@ -180,6 +188,8 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: files.FileLock, *, clock: Clock
         revision = revision_of(connection)
         connection.rollback()
         if revision == REVISION:
+            if not initialised and not temporary:
+                lock.write_marker("initialised")
             return
         if revision is None and (initialised or _any_tables(connection)):
             raise CorruptDatabaseError(
@@ -198,10 +208,8 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: files.FileLock, *, clock: Clock
                     if not temporary:
                         backup = _back_up(engine, revision, clock)
                 _upgrade(connection, "head")
-                _verify_sqlite(connection)
-        except _SPEAK_FOR_THEMSELVES as error:
-            if isinstance(error, MigrationError):
-                error.backup = backup
+                _verify_sqlite(connection, backup)
+        except _SPEAK_FOR_THEMSELVES:
             raise
         except Exception as error:  # noqa: BLE001  whatever a revision raises, the upgrade failed and was undone
             raise MigrationError(
@@ -222,13 +230,19 @@ def _any_tables(connection: Connection) -> bool:
     return found
 
 
-def _verify_sqlite(connection: Connection) -> None:
+def _verify_sqlite(connection: Connection, backup: Path | None) -> None:
     broken = connection.execute(text("PRAGMA foreign_key_check")).fetchall()
-    if broken:
-        raise MigrationError(f"the upgrade left {len(broken)} broken reference(s) and was undone")
     found = revision_of(connection)
-    if found != REVISION:
-        raise MigrationError(f"the upgrade ended at revision {found!r} instead of {REVISION!r} and was undone")
+    if broken:
+        problem = f"left {len(broken)} broken reference(s)"
+    elif found != REVISION:
+        problem = f"ended at revision {found!r} instead of {REVISION!r}"
+    else:
+        return
+    raise MigrationError(
+        f"the upgrade {problem} and was undone: the file has the schema it had; its backup is {backup or 'not needed'}",
+        backup=backup,
+    )
 
 
 def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path | None:
