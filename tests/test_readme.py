@@ -1,0 +1,44 @@
+"""What the README and the pages of `docs` show is run, and what they link to exists."""
+
+import doctest
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the README shows the modes of files")
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_sessions_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python session of a page gives what the page says, from its first block to its last."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("HOMEAGENT_DATABASE", raising=False)
+    text = "".join(blocks(page, "python"))
+    session = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    assert len(session.examples) == text.count("\n>>> ") + text.startswith(">>> ")
+    said: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session, out=said.append)
+    assert result.failed == 0, "".join(said)
+
+
+def test_there_is_a_session() -> None:
+    """The README shows a session, so that the test above has something to run."""
+    assert "Database.open" in "".join(blocks(ROOT / "README.md", "python"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    """A link to a file of this tree leads to one."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
