@@ -222,6 +222,8 @@ class UnitOfWork:
         nested = None
         if self._session is not None:
             nested = self._session.begin_nested()
+            # SQLAlchemy sends SAVEPOINT when the session first needs the connection, and a store may come before.
+            self._session.connection()
         else:
             link.savepoint(name)
         try:

@@ -105,7 +105,9 @@ class Link:
         """Undo everything since `begin`. Nothing to undo is fine: the engine may have done it by itself."""
         if self._root is not None:
             root, self._root = self._root, None
-            root.rollback()
+            # A flush that failed has rolled it back already.
+            if root.is_active:
+                root.rollback()
         fault: BaseException
         try:
             if self.in_transaction:
