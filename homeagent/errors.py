@@ -315,7 +315,10 @@ class SchemaOutdatedError(DatabaseError):
         self.revision = revision
         self.needed = needed
         super().__init__(
-            f"the database is at schema revision {revision!r} and this version needs {needed!r}: "
+            f"there is no database yet (this version needs schema revision {needed!r}): "
+            "run 'homeagent init', or open it with migrate=True"
+            if revision is None
+            else f"the database is at schema revision {revision!r} and this version needs {needed!r}: "
             "run 'homeagent migrate', or open it with migrate=True"
         )
 

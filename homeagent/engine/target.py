@@ -12,7 +12,7 @@ from sqlalchemy.exc import ArgumentError
 from homeagent.engine.files import locate_file
 from homeagent.errors import InvalidArgumentError
 
-__all__ = ["DEFAULT_PATH", "ENVIRONMENT_VARIABLE", "Target", "resolve_target"]
+__all__ = ["DEFAULT_PATH", "ENVIRONMENT_VARIABLE", "Target", "presentable_url", "resolve_target"]
 
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
@@ -34,6 +34,18 @@ class Target:
     def is_temporary(self) -> bool:
         """Whether this is `:memory:`, which lives in a private temporary file until it is closed."""
         return self.path is None and self.url is None
+
+    @property
+    def location(self) -> str:
+        """What may be shown of it: the file, `:memory:`, or the server's URL without its password and options."""
+        if self.url is not None:
+            return presentable_url(self.url)
+        return ":memory:" if self.path is None else str(self.path)
+
+
+def presentable_url(url: URL) -> str:
+    """Return a server's URL without its password, and without its options: libpq takes a password there too."""
+    return url.set(query={}).render_as_string(hide_password=True)
 
 
 def resolve_target(target: str | os.PathLike[str] | URL | None) -> Target:

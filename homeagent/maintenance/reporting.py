@@ -12,6 +12,7 @@ from sqlalchemy import text
 from homeagent.engine import files
 from homeagent.engine.engine import Engine
 from homeagent.engine.sqlite import SQLiteEngine
+from homeagent.engine.target import presentable_url
 from homeagent.migrations import revision_of
 from homeagent.models import metadata
 from homeagent.stores.idempotency_keys import COUNT_EXPIRED as EXPIRED_KEYS
@@ -93,7 +94,7 @@ def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
         **facts,
         engine_version=str(version),
         driver="psycopg",
-        location=engine.sa_engine.url.render_as_string(hide_password=True),
+        location=presentable_url(engine.sa_engine.url),
     )
 
 
