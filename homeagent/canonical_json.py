@@ -25,16 +25,20 @@ def canonical_json(value: JsonValue) -> str:
     """Return the canonical text of a JSON value.
 
     Raises:
-        InvalidArgumentError: it is no JSON value, is nested too deeply, or holds NaN, an infinity or a lone surrogate.
+        InvalidArgumentError: it is no JSON value, is nested too deeply, or holds NaN, an infinity, a lone surrogate
+            or an int of more digits than Python writes (`sys.get_int_max_str_digits`).
     """
+    text = None
     try:
         text = _write(value)
         text.encode()
-    except (UnicodeEncodeError, RecursionError):
+    except InvalidArgumentError:
+        raise
+    except (ValueError, RecursionError):
         # Not chained: the cause would show the value.
         text = None
     if text is None:
-        raise InvalidArgumentError("params hold a lone surrogate or are nested too deeply")
+        raise InvalidArgumentError("params hold a lone surrogate, an endless number or are nested too deeply")
     return text
 
 

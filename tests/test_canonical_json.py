@@ -1,0 +1,153 @@
+"""Parameters have one canonical text, whoever wrote them in whatever order."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from homeagent.canonical_json import canonical_json, fingerprint_of
+from homeagent.errors import InvalidArgumentError
+
+# RFC 8785, appendix B: the bits of a double and the text that ECMAScript gives it. Minus zero among them.
+NUMBERS = [
+    ("0000000000000000", "0"),
+    ("8000000000000000", "0"),
+    ("0000000000000001", "5e-324"),
+    ("8000000000000001", "-5e-324"),
+    ("7fefffffffffffff", "1.7976931348623157e+308"),
+    ("ffefffffffffffff", "-1.7976931348623157e+308"),
+    ("4340000000000000", "9007199254740992"),
+    ("c340000000000000", "-9007199254740992"),
+    ("4430000000000000", "295147905179352830000"),
+    ("44b52d02c7e14af5", "9.999999999999997e+22"),
+    ("44b52d02c7e14af6", "1e+23"),
+    ("44b52d02c7e14af7", "1.0000000000000001e+23"),
+    ("444b1ae4d6e2ef4e", "999999999999999700000"),
+    ("444b1ae4d6e2ef4f", "999999999999999900000"),
+    ("444b1ae4d6e2ef50", "1e+21"),
+    ("3eb0c6f7a0b5ed8c", "9.999999999999997e-7"),
+    ("3eb0c6f7a0b5ed8d", "0.000001"),
+    ("41b3de4355555553", "333333333.3333332"),
+    ("41b3de4355555554", "333333333.33333325"),
+    ("41b3de4355555555", "333333333.3333333"),
+    ("41b3de4355555556", "333333333.3333334"),
+    ("41b3de4355555557", "333333333.33333343"),
+    ("becbf647612f3696", "-0.0000033333333333333333"),
+    ("43143ff3c1cb0959", "1424953923781206.2"),
+]
+
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize(("bits", "text"), NUMBERS)
+def test_number(bits: str, text: str) -> None:
+    """A double is written as in appendix B of RFC 8785."""
+    (number,) = struct.unpack(">d", bytes.fromhex(bits))
+    assert canonical_json(number) == text
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_number_that_json_lacks(number: float) -> None:
+    """NaN and the infinities are refused (RFC 8785, section 3.2.2.3)."""
+    with pytest.raises(InvalidArgumentError):
+        canonical_json([number])
+
+
+def test_keys_are_sorted_by_utf16_code_units() -> None:
+    """An emoji, two surrogates in UTF-16, comes before U+FB33, though its code point is higher (section 3.2.3)."""
+    value = {
+        "\u20ac": "Euro Sign",
+        "\r": "Carriage Return",
+        "\ufb33": "Hebrew Letter Dalet With Dagesh",
+        "1": "One",
+        "\U0001f600": "Emoji: Grinning Face",
+        "\u0080": "Control",
+        "\u00f6": "Latin Small Letter O With Diaeresis",
+    }
+    assert list(json.loads(canonical_json(value)).values()) == [
+        "Carriage Return",
+        "One",
+        "Control",
+        "Latin Small Letter O With Diaeresis",
+        "Euro Sign",
+        "Emoji: Grinning Face",
+        "Hebrew Letter Dalet With Dagesh",
+    ]
+
+
+def test_document() -> None:
+    """The document of section 3.2.2 comes out as section 3.2.3 shows it."""
+    source = r"""{
+      "numbers": [333333333.33333329, 1E30, 4.50, 2e-3, 0.000000000000000000000000001],
+      "string": "\u20ac$\u000F\u000aA'\u0042\u0022\u005c\\\"\/",
+      "literals": [null, true, false]
+    }"""
+    assert canonical_json(json.loads(source)) == (
+        '{"literals":[null,true,false],"numbers":[333333333.3333333,1e+30,4.5,0.002,1e-27],'
+        '"string":"\u20ac$\\u000f\\nA\'B\\"\\\\\\\\\\"/"}'
+    )
+
+
+def test_keys_are_sorted_at_every_depth() -> None:
+    """The order of keys makes no difference inside lists and dicts either; the order of a list does."""
+    one: Any = {"b": [{"y": 1, "x": 2}], "a": {"d": 1, "c": 2}}
+    other: Any = {"a": {"c": 2, "d": 1}, "b": [{"x": 2, "y": 1}]}
+    assert fingerprint_of(one) == fingerprint_of(other)
+    assert fingerprint_of([1, 2]) != fingerprint_of([2, 1])
+
+
+def test_large_ids_stay_apart() -> None:
+    """Two ints that are the same double have two fingerprints: a difference from the RFC, on purpose."""
+    assert fingerprint_of(2**53) != fingerprint_of(2**53 + 1)
+    assert fingerprint_of(1) == fingerprint_of(1.0)
+    assert len({fingerprint_of(value) for value in (1, True, "1", [1], None, 0, False, "")}) == 8
+
+
+def nested(depth: int) -> Any:
+    """Return a list that many levels deep."""
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{1: 2}, (1, 2), {1, 2}, b"x", object(), "\ud800", {"\udfff": 1}, 10**5000, nested(100_000)],
+    ids=["int key", "tuple", "set", "bytes", "object", "surrogate", "surrogate key", "endless int", "deep"],
+)
+def test_what_is_no_json(value: Any) -> None:
+    """What JSON has no one text for is refused as a bad argument, and the message does not show it."""
+    with pytest.raises(InvalidArgumentError) as refusal:
+        canonical_json(value)
+    assert refusal.value.__cause__ is None
+    assert len(str(refusal.value)) < 150
+
+
+@given(JSON, st.randoms(use_true_random=False))
+def test_permuted(value: Any, order: random.Random) -> None:
+    """Any value has the text of itself with every dict's keys in another order, and that text is the value's JSON."""
+
+    def permute(inner: Any) -> Any:
+        if isinstance(inner, list):
+            return [permute(item) for item in inner]
+        if isinstance(inner, dict):
+            keys = list(inner)
+            order.shuffle(keys)
+            return {key: permute(inner[key]) for key in keys}
+        return inner
+
+    text = canonical_json(value)
+    assert canonical_json(permute(value)) == text
+    # As doubles: the canonical text of one that is whole has no point, and reads as an int.
+    assert json.loads(text, parse_int=float) == json.loads(json.dumps(value), parse_int=float)
