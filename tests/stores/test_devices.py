@@ -1,0 +1,258 @@
+"""The store of devices."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+import pytest
+from pydantic import ValidationError
+
+from homeagent import Database, Device, DeviceCreate, DeviceStatus, DeviceUpdate, IdempotencyScope, Role
+from homeagent.errors import (
+    ApprovalChangedError,
+    DeviceExistsError,
+    DeviceNotFoundError,
+    InvalidArgumentError,
+    LastAdminError,
+)
+from tests.conftest import START, FakeClock, add_device, dump
+
+SECOND = timedelta(seconds=1)
+MINUTE = timedelta(minutes=1)
+
+
+def test_create_is_always_unapproved(database: Database) -> None:
+    """A created device holds what it was given, is pending, and was paired when the clock says."""
+    metadata = {"b": "é\0😀", "a": [1.5, None]}
+    with database.unit_of_work() as unit:
+        made = unit.devices.create(
+            DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash="sha256$x", metadata=metadata)
+        )
+    with database.unit_of_work(read_only=True) as unit:
+        found = unit.devices.get("lamp")
+    expected = Device(id="lamp", role=Role.NODE, shared_secret_hash="sha256$x", paired_at=START, metadata=metadata)
+    assert made == found == expected
+    assert (found.approved, found.status, found.last_seen_at) == (False, DeviceStatus.PENDING, None)
+
+
+def test_approved_cannot_be_smuggled_in() -> None:
+    """What creates a device has no field for its approval, and a role outside of the three is refused."""
+    with pytest.raises(ValidationError):
+        DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash="sha256$x", approved=True)
+    with pytest.raises(ValidationError):
+        DeviceCreate(id="lamp", role="root", shared_secret_hash="sha256$x")
+
+
+def test_duplicate_create_leaves_the_first(database: Database) -> None:
+    """A second device under a taken id is refused; the first keeps its secret, role and approval."""
+    add_device(database, approved=True)
+    before = dump(database)
+    with pytest.raises(DeviceExistsError) as caught:
+        add_device(database, role=Role.ADMIN)
+    assert caught.value.device_id == "lamp"
+    assert dump(database) == before
+
+
+def test_what_is_absent(database: Database) -> None:
+    """An absent device is None to find, DeviceNotFoundError to change, and nothing to see or delete."""
+    with database.unit_of_work() as unit:
+        assert unit.devices.find_by_id("nobody") is None
+        assert unit.devices.update_last_seen("nobody") is False
+        assert unit.devices.delete("nobody") is False
+        for call in (unit.devices.get, unit.devices.approve, unit.devices.revoke):
+            with pytest.raises(DeviceNotFoundError):
+                call("nobody")
+        with pytest.raises(DeviceNotFoundError):
+            unit.devices.update("nobody", DeviceUpdate(metadata=1))
+    assert dump(database)["devices"] == []
+
+
+@pytest.mark.parametrize("bad", ["", "x" * 129, "nul\0", "a/b", "..", 7], ids=repr)
+def test_bad_ids_are_refused(sqlite_database: Database, bad: str) -> None:
+    """An id that may not be in a file name is refused by every method."""
+    with sqlite_database.unit_of_work() as unit:
+        devices = unit.devices
+        for call in (
+            devices.find_by_id, devices.get, devices.approve, devices.revoke, devices.update_last_seen, devices.delete
+        ):  # fmt: skip
+            with pytest.raises(InvalidArgumentError):
+                call(bad)
+        with pytest.raises(InvalidArgumentError):
+            devices.update(bad, DeviceUpdate(metadata=None))
+
+
+def test_bad_arguments_write_nothing(sqlite_database: Database) -> None:
+    """Roles, statuses, limits, reasons and instants outside of the contract are refused before anything is written."""
+    add_device(sqlite_database)
+    before = dump(sqlite_database)
+    with sqlite_database.unit_of_work() as unit:
+        devices = unit.devices
+        for limit in (0, -1, True):
+            with pytest.raises(InvalidArgumentError):
+                devices.list(limit=limit)
+        with pytest.raises(InvalidArgumentError):
+            devices.list(role="root")  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgumentError):
+            devices.list(status="root")  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgumentError):
+            devices.list(approved=1)  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgumentError):
+            devices.approve("lamp", expected_role="root")  # type: ignore[arg-type]
+        for reason in ("", "x" * 257, "line\n"):
+            with pytest.raises(InvalidArgumentError):
+                devices.revoke("lamp", reason=reason)
+        with pytest.raises(InvalidArgumentError, match="aware"):
+            devices.update_last_seen("lamp", START.replace(tzinfo=None))
+    assert dump(sqlite_database) == before
+
+
+def test_update_changes_metadata_alone(database: Database) -> None:
+    """Metadata is replaced where it was given, emptied by None, and left where it was left out."""
+    add_device(database)
+    with database.unit_of_work() as unit:
+        assert unit.devices.update("lamp", DeviceUpdate(metadata={"a": 1})).metadata_ == {"a": 1}
+        assert unit.devices.update("lamp", DeviceUpdate()).metadata_ == {"a": 1}
+        assert unit.devices.update("lamp", DeviceUpdate(metadata=None)).metadata_ is None
+        assert unit.devices.get("lamp").shared_secret_hash == "sha256$of-lamp"
+
+
+def test_approve_and_revoke(database: Database, clock: FakeClock) -> None:
+    """Approval and revocation say whether they changed anything, and record when and why."""
+    add_device(database)
+    with database.unit_of_work() as unit:
+        approved_at = clock.advance(SECOND)
+        assert unit.devices.approve("lamp") is True
+        assert unit.devices.approve("lamp") is False
+        device = unit.devices.get("lamp")
+        assert (device.status, device.approved_at, device.revoked_at) == (DeviceStatus.APPROVED, approved_at, None)
+        revoked_at = clock.advance(SECOND)
+        assert unit.devices.revoke("lamp", reason="lost") is True
+        assert unit.devices.revoke("lamp", reason="again") is False
+        device = unit.devices.get("lamp")
+        assert (device.status, device.revoked_at, device.revoked_reason) == (DeviceStatus.REVOKED, revoked_at, "lost")
+        assert unit.devices.approve("lamp") is True
+        device = unit.devices.get("lamp")
+        assert (device.status, device.revoked_at, device.revoked_reason) == (DeviceStatus.APPROVED, None, None)
+
+
+def test_approve_compares_with_what_was_seen(database: Database, clock: FakeClock) -> None:
+    """A device that paired anew with another role or secret in between is not approved."""
+    seen = add_device(database)
+    with database.unit_of_work() as unit:
+        unit.devices.delete("lamp")
+    clock.advance(SECOND)
+    add_device(database, role=Role.ADMIN)
+    before = dump(database)
+    with database.unit_of_work() as unit:
+        for changed, expected in {
+            "role": {"expected_role": seen.role},
+            "secret": {"expected_secret_hash": "sha256$another"},
+            "time of pairing": {"expected_paired_at": seen.paired_at},
+        }.items():
+            with pytest.raises(ApprovalChangedError) as caught:
+                unit.devices.approve("lamp", **expected)  # type: ignore[arg-type]
+            assert (caught.value.device_id, caught.value.changed) == ("lamp", changed)
+    assert dump(database) == before
+    with database.unit_of_work() as unit:
+        assert unit.devices.approve("lamp", expected_role=Role.ADMIN, expected_secret_hash="sha256$of-lamp")
+
+
+@pytest.mark.parametrize("act", ["revoke", "delete"])
+def test_last_admin_stays(database: Database, act: str) -> None:
+    """The last approved admin neither goes by revocation nor by deletion, unless that is forced."""
+    add_device(database, "root", role=Role.ADMIN, approved=True)
+    add_device(database, "pending", role=Role.ADMIN)
+    add_device(database, "node", role=Role.NODE, approved=True)
+    before = dump(database)
+    with database.unit_of_work() as unit:
+        with pytest.raises(LastAdminError) as caught:
+            getattr(unit.devices, act)("root")
+        assert caught.value.device_id == "root"
+    assert dump(database) == before
+    with database.unit_of_work() as unit:
+        assert getattr(unit.devices, act)("pending") is True
+        assert getattr(unit.devices, act)("node") is True
+        unit.devices.create(DeviceCreate(id="heir", role=Role.ADMIN, shared_secret_hash="sha256$h"))
+        unit.devices.approve("heir")
+        assert getattr(unit.devices, act)("root") is True
+        with pytest.raises(LastAdminError):
+            getattr(unit.devices, act)("heir")
+        assert getattr(unit.devices, act)("heir", force=True) is True
+
+
+def test_last_seen_once_a_minute(database: Database, clock: FakeClock) -> None:
+    """It is written when a whole minute has passed, never moves back, and never lies in the future."""
+    add_device(database)
+
+    def see(at: datetime | None = None) -> bool:
+        with database.unit_of_work() as unit:
+            return unit.devices.update_last_seen("lamp", at)
+
+    assert see() is True
+    first = clock.now
+    clock.advance(MINUTE - timedelta(milliseconds=1))
+    assert see() is False
+    clock.advance(timedelta(milliseconds=1))
+    assert see() is True
+    assert see(first) is False
+    with pytest.raises(InvalidArgumentError, match="future"):
+        see(clock.now + timedelta(milliseconds=1))
+    with database.unit_of_work(read_only=True) as unit:
+        assert unit.devices.get("lamp").last_seen_at == clock.now
+
+
+def test_last_seen_never_lets_a_device_in(database: Database, clock: FakeClock) -> None:
+    """A revoked device that is seen stays revoked, and a deleted one is not made anew."""
+    add_device(database, approved=True)
+    with database.unit_of_work() as unit:
+        unit.devices.revoke("lamp")
+        clock.advance(MINUTE)
+        assert unit.devices.update_last_seen("lamp") is True
+        assert unit.devices.get("lamp").status is DeviceStatus.REVOKED
+        unit.devices.delete("lamp")
+        assert unit.devices.update_last_seen("lamp") is False
+        assert unit.devices.find_by_id("lamp") is None
+
+
+def test_delete_takes_keys_and_spares_nonces(database: Database) -> None:
+    """With a device go its results, so that its successor under that id never gets them; its nonces stay burnt."""
+    for device_id in ("lamp", "other"):
+        add_device(database, device_id)
+    scopes = [IdempotencyScope(device_id, "on", "k") for device_id in ("lamp", "other")]
+    with database.unit_of_work() as unit:
+        for scope in scopes:
+            unit.idempotency_keys.insert(scope, 1, ttl=MINUTE)
+            assert unit.nonces.consume(scope.device_id, "n", expires_at=START + MINUTE)
+        assert unit.devices.delete("lamp") is True
+    with database.unit_of_work() as unit:
+        assert [unit.idempotency_keys.find(scope) is None for scope in scopes] == [True, False]
+        assert unit.nonces.consume("lamp", "n", expires_at=START + MINUTE) is False
+
+
+def test_list_filters_and_pages(database: Database) -> None:
+    """Filters by approval, role and status combine, and pages go by id."""
+    add_device(database, "a", role=Role.ADMIN, approved=True)
+    add_device(database, "b", role=Role.NODE, approved=True)
+    add_device(database, "c", role=Role.NODE)
+    add_device(database, "d", role=Role.NODE, approved=True)
+    with database.unit_of_work() as unit:
+        unit.devices.revoke("d")
+
+        def ids(**options: object) -> str:
+            return "".join(device.id for device in unit.devices.list(**options))  # type: ignore[arg-type]
+
+        assert ids() == "abcd"
+        assert ids(approved=True) == "ab"
+        assert ids(approved=False) == "cd"
+        assert ids(role=Role.NODE) == "bcd"
+        assert ids(role=Role.NODE, approved=True) == "b"
+        assert [ids(status=status) for status in DeviceStatus] == ["c", "ab", "d"]
+        assert ids(limit=2) == "ab"
+        assert ids(limit=2, after="b") == "cd"
+        assert ids(role=Role.NODE, approved=False, after="c") == "d"
+
+
+def test_hashes_are_in_no_dump_and_no_repr(database: Database) -> None:
+    """What is stored of a secret appears in neither the repr nor the dump of a device."""
+    device = add_device(database)
+    assert "sha256$" not in repr(device) + str(device) + device.model_dump_json() + str(device.model_dump())

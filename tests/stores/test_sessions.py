@@ -1,0 +1,222 @@
+"""The index of sessions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from homeagent import AgentSession, AgentSessionCreate, Database
+from homeagent.errors import AgentNotFoundError, InvalidArgumentError, SessionExistsError, SessionNotFoundError
+from homeagent.stores import sessions as module
+from tests.conftest import START, FakeClock, add_agent, dump
+
+SECOND = timedelta(seconds=1)
+ROUTES: list[dict[str, Any]] = [
+    {},
+    {"sender_id": "s"},
+    {"channel_id": "s"},
+    {"sender_id": "s", "channel_id": "c"},
+    {"sender_id": 's","c'},
+]
+
+
+def test_create_and_find(database: Database) -> None:
+    """A created session is found with every field; without an id it gets a UUIDv7."""
+    add_agent(database)
+    with database.unit_of_work() as unit:
+        given = AgentSessionCreate(session_id="s1", agent_id="ada", sender_id="Ann ☎", channel_id="sms/1")
+        made = unit.sessions.create(given)
+        named = unit.sessions.create(AgentSessionCreate(agent_id="ada"))
+    with database.unit_of_work(read_only=True) as unit:
+        assert made == unit.sessions.get("s1") == unit.sessions.find_by_id("s1")
+    assert (made.agent_id, made.sender_id, made.channel_id) == ("ada", "Ann ☎", "sms/1")
+    assert made.created_at == made.last_active_at == START
+    assert named.session_id[14] == "7"
+
+
+def test_refused_creates_write_nothing(database: Database) -> None:
+    """A taken id and an absent agent are refused."""
+    add_agent(database)
+    with database.unit_of_work() as unit:
+        unit.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada"))
+    before = dump(database)
+    with database.unit_of_work() as unit:
+        for sender in (None, "another"):
+            with pytest.raises(SessionExistsError) as taken:
+                unit.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada", sender_id=sender))
+            assert taken.value.session_id == "s1"
+        with pytest.raises(AgentNotFoundError) as absent:
+            unit.sessions.create(AgentSessionCreate(session_id="s2", agent_id="nobody"))
+        assert absent.value.agent_id == "nobody"
+        with pytest.raises(AgentNotFoundError):
+            unit.sessions.resolve(agent_id="nobody")
+        with pytest.raises(SessionNotFoundError):
+            unit.sessions.get("s2")
+        assert unit.sessions.find_by_id("s2") is None
+        assert unit.sessions.delete("s2") is False
+        assert unit.sessions.touch("s2") is False
+    assert dump(database) == before
+
+
+def test_bad_arguments_are_refused(sqlite_database: Database) -> None:
+    """Ids, labels, limits, cursors and instants outside of the contract are refused, and nothing is written."""
+    add_agent(sqlite_database)
+    with sqlite_database.unit_of_work() as unit:
+        sessions = unit.sessions
+        for bad in ("", "a/b", "x" * 129):
+            for call in (sessions.get, sessions.find_by_id, sessions.touch, sessions.delete):
+                with pytest.raises(InvalidArgumentError):
+                    call(bad)
+        for bad in ("", "x" * 257, "nul\0"):
+            with pytest.raises(InvalidArgumentError):
+                sessions.resolve(agent_id="ada", sender_id=bad)
+            with pytest.raises(InvalidArgumentError):
+                sessions.list(channel_id=bad)
+        for limit in (0, -1, True):
+            with pytest.raises(InvalidArgumentError):
+                sessions.list(limit=limit)
+        with pytest.raises(InvalidArgumentError):
+            sessions.list(after="s1")  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgumentError, match="aware"):
+            sessions.touch("s1", START.replace(tzinfo=None))
+        assert sessions.list() == []
+
+
+def test_resolve_is_one_session_per_route(database: Database) -> None:
+    """Agent, sender and channel name one session each, absent ones equal to absent ones, whatever they contain."""
+    for agent_id in ("ada", "bob"):
+        add_agent(database, agent_id)
+    with database.unit_of_work() as unit:
+        first = [unit.sessions.resolve(agent_id=agent, **route).session_id for agent in ("ada", "bob") for route in ROUTES]
+    with database.unit_of_work() as unit:
+        again = [unit.sessions.resolve(agent_id=agent, **route).session_id for agent in ("ada", "bob") for route in ROUTES]
+    assert first == again
+    assert len(set(first)) == len(first)
+
+
+def test_created_sessions_take_a_free_route(database: Database) -> None:
+    """The first session of a route answers for it; when that is gone, resolve makes a new one."""
+    add_agent(database)
+    with database.unit_of_work() as unit:
+        for session_id in ("s1", "s2"):
+            unit.sessions.create(AgentSessionCreate(session_id=session_id, agent_id="ada", sender_id="s"))
+        assert unit.sessions.resolve(agent_id="ada", sender_id="s").session_id == "s1"
+        assert unit.sessions.delete("s1") is True
+        assert unit.sessions.resolve(agent_id="ada", sender_id="s").session_id not in {"s1", "s2"}
+
+
+def test_touch_moves_forward_only(database: Database, clock: FakeClock) -> None:
+    """Activity is recorded when it is later than what is on record, by a millisecond or more."""
+    add_agent(database)
+    with database.unit_of_work() as unit:
+        unit.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada"))
+        assert unit.sessions.touch("s1") is False
+        now = clock.advance(milliseconds=1)
+        assert unit.sessions.touch("s1") is True
+        assert unit.sessions.touch("s1", now - SECOND) is False
+        assert unit.sessions.get("s1").last_active_at == now
+        assert unit.sessions.get("s1").created_at == START
+        assert unit.sessions.touch("s1", now + SECOND) is True
+
+
+def test_pages_are_stable(database: Database, clock: FakeClock) -> None:
+    """With equal instants, and rows added in between, pages repeat and skip none of the rows that were there."""
+    add_agent(database)
+    chance = random.Random(7)
+    with database.unit_of_work() as unit:
+        rows = [
+            AgentSession(
+                session_id=f"s{number:03}",
+                agent_id="ada",
+                sender_id=chance.choice([None, "x", "y"]),
+                created_at=START,
+                last_active_at=START + SECOND * chance.randrange(4),
+            )
+            for number in range(60)
+        ]
+        assert unit.sessions.index(rows) == 60
+    expected = sorted(rows, key=lambda row: (row.last_active_at, row.session_id), reverse=True)
+    for sender in (None, "x"):
+        found: list[str] = []
+        after = None
+        while True:
+            with database.unit_of_work() as unit:
+                page = unit.sessions.list(agent_id="ada", sender_id=sender, limit=7, after=after)
+                found += [row.session_id for row in page]
+                if len(page) < 7:
+                    break
+                after = page[-1]
+                clock.advance(SECOND * 10)
+                unit.sessions.create(AgentSessionCreate(agent_id="ada", sender_id="x"))
+        old = {row.session_id for row in rows}
+        assert [row for row in found if row in old] == [
+            row.session_id for row in expected if sender in (None, row.sender_id)
+        ]
+        assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("filters", [{}, {"agent": True}, {"sender": True}, {"channel": True}], ids=str)
+def test_pages_come_from_an_index(sqlite_database: Database, filters: dict[str, bool], after: bool) -> None:
+    """SQLite plans each page as a walk along an index: no sorting, and no reading of the whole table."""
+    wanted = {"agent": False, "sender": False, "channel": False, **filters}
+    engine = sqlite_database._engine
+    compiled = module._list(**wanted, after=after).compiled(engine.sa_engine.dialect)
+    with engine.connect() as connection:
+        raw: Any = connection.connection.driver_connection
+        rows = raw.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", (1,) * compiled.sql.count("?")).fetchall()
+    plan = "\n".join(row[3] for row in rows)
+    assert "TEMP B-TREE" not in plan
+    assert "USING INDEX" in plan
+    if filters or after:
+        assert "SCAN" not in plan
+
+
+def rows(count: int, *, agent_id: str = "ada") -> Iterator[AgentSession]:
+    for number in range(count):
+        yield AgentSession(
+            session_id=f"i{number:05}", agent_id=agent_id, sender_id="s", created_at=START, last_active_at=START
+        )
+
+
+def test_index_adds_and_moves_on(database: Database) -> None:
+    """Known sessions keep all but a later activity, new ones are added, and progress is told batch by batch."""
+    add_agent(database)
+    told: list[int] = []
+    with database.unit_of_work() as unit:
+        unit.sessions.create(AgentSessionCreate(session_id="i00001", agent_id="ada", channel_id="kept"))
+        unit.sessions.touch("i00001", START + SECOND)
+        assert unit.sessions.index(rows(1500), progress=told.append) == 1500
+        assert told == [1000, 1500]
+        kept = unit.sessions.get("i00001")
+        assert (kept.sender_id, kept.channel_id, kept.last_active_at) == (None, "kept", START + SECOND)
+        later = AgentSession(session_id="i00001", agent_id="ada", created_at=START, last_active_at=START + 2 * SECOND)
+        assert unit.sessions.index([later]) == 1
+        assert unit.sessions.get("i00001").last_active_at == START + 2 * SECOND
+        assert unit.sessions.index([]) == 0
+    assert len(dump(database)["sessions"]) == 1500
+
+
+def test_indexed_sessions_answer_for_their_route(database: Database) -> None:
+    """After an index is rebuilt, resolve answers with the first indexed session of a route, and makes none."""
+    add_agent(database)
+    with database.unit_of_work() as unit:
+        unit.sessions.index(rows(3))
+        assert unit.sessions.resolve(agent_id="ada", sender_id="s").session_id == "i00000"
+    assert len(dump(database)["sessions"]) == 3
+
+
+def test_index_names_the_wrong_item(database: Database) -> None:
+    """What is no session is named by its number, an absent agent by its id, and the unit that is given up wrote none."""
+    add_agent(database)
+    before = dump(database)
+    with pytest.raises(InvalidArgumentError, match="number 1003 "), database.unit_of_work() as unit:
+        unit.sessions.index([*rows(1002), "no session"])  # type: ignore[list-item]
+    with pytest.raises(AgentNotFoundError) as caught, database.unit_of_work() as unit:
+        unit.sessions.index([*rows(1), *rows(1, agent_id="nobody")])
+    assert caught.value.agent_id == "nobody"
+    assert dump(database) == before
