@@ -3,9 +3,14 @@
 import doctest
 import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from homeagent import Database, DevicePair, Role
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +40,30 @@ def test_sessions_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_there_is_a_session() -> None:
     """The README shows a session, so that the test above has something to run."""
     assert "Database.open" in "".join(blocks(ROOT / "README.md", "python"))
+
+
+def test_commands_run(tmp_path: Path) -> None:
+    """Every command line of the README does what it says on a database with the device that it names."""
+    lines = [line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("homeagent ")]
+    assert ["init"] in commands
+    file = tmp_path / "data" / "homeagent.db"
+    with Database.open(file) as database:
+        database.pair(DevicePair(id="hall-lamp", role=Role.NODE))
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "homeagent", *command],
+            cwd=ROOT,
+            env={**os.environ, "HOMEAGENT_DATABASE": str(file)},
+            input="y\n",
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, (command, done.stderr)
+    with Database.open(file) as database, database.unit_of_work(read_only=True) as unit:
+        assert unit.devices.get("hall-lamp").approved_at is not None
+        assert unit.devices.get("hall-lamp").revoked_at is not None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
