@@ -1,0 +1,144 @@
+"""The store of idempotency keys: results that are stored, found and forgotten."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from homeagent import Database, IdempotencyScope
+from homeagent.errors import IdempotencyKeyExistsError, InvalidArgumentError
+from tests.conftest import START, FakeClock, dump
+
+MINUTE = timedelta(minutes=1)
+MS = timedelta(milliseconds=1)
+SCOPE = IdempotencyScope("lamp", "on", "key-1")
+
+text = st.text(st.characters(codec="utf-8"), max_size=20)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def insert(database: Database, scope: IdempotencyScope = SCOPE, result: Any = 1, ttl: timedelta = MINUTE) -> None:
+    with database.unit_of_work() as unit:
+        unit.idempotency_keys.insert(scope, result, ttl=ttl)
+
+
+def test_insert_and_find(database: Database) -> None:
+    """A stored result is found with its times, also from the value that insert returns."""
+    with database.unit_of_work() as unit:
+        made = unit.idempotency_keys.insert(SCOPE, {"ok": True}, ttl=MINUTE)
+    with database.unit_of_work(read_only=True) as unit:
+        found = unit.idempotency_keys.find(SCOPE)
+    assert found is not None
+    assert (found.result, found.created_at, found.expires_at) == ({"ok": True}, START, START + MINUTE)
+    assert (made.result, made.created_at, made.expires_at) == (found.result, found.created_at, found.expires_at)
+
+
+def test_live_record_is_never_overwritten(database: Database) -> None:
+    """A second insert under a live scope is refused, and its error does not show the key."""
+    insert(database)
+    before = dump(database)
+    with pytest.raises(IdempotencyKeyExistsError) as caught:
+        insert(database, result="another")
+    assert (caught.value.device_id, caught.value.method) == ("lamp", "on")
+    assert "key-1" not in str(caught.value) + repr(SCOPE)
+    assert dump(database) == before
+
+
+def test_scopes_do_not_collide(database: Database) -> None:
+    """Device, method and key stay apart, whatever separators they hold."""
+    scopes = [
+        IdempotencyScope(*parts)
+        for parts in [("a", "b", "c"), ("a", "b:c", "c"), ("a:b", "c", "c"), ("a", "b", "c:c"), ("a", "c", "b")]
+    ]
+    for number, scope in enumerate(scopes):
+        insert(database, scope, number)
+    with database.unit_of_work(read_only=True) as unit:
+        found = [unit.idempotency_keys.find(scope) for scope in scopes]
+    assert [row.result for row in found if row is not None] == [0, 1, 2, 3, 4]
+
+
+def test_expiry_is_exact(database: Database, clock: FakeClock) -> None:
+    """A record is live a millisecond before its end, dead at that instant, and then replaced whole."""
+    insert(database)
+    clock.now = START + MINUTE - MS
+    with pytest.raises(IdempotencyKeyExistsError):
+        insert(database)
+    clock.now = START + MINUTE
+    with database.unit_of_work() as unit:
+        assert unit.idempotency_keys.find(SCOPE) is None
+    insert(database, result="new")
+    with database.unit_of_work() as unit:
+        found = unit.idempotency_keys.find(SCOPE)
+    assert found is not None
+    assert (found.result, found.created_at, found.expires_at) == ("new", clock.now, clock.now + MINUTE)
+
+
+def test_cleanup_is_bounded_and_spares_the_living(database: Database, clock: FakeClock) -> None:
+    """One call removes no more than its limit, and only what is dead."""
+    for number in range(5):
+        insert(database, IdempotencyScope("lamp", "on", f"k{number}"), ttl=MINUTE * (number + 1))
+    clock.now = START + 4 * MINUTE
+    for expected in (3, 1, 0):
+        with database.unit_of_work() as unit:
+            assert unit.idempotency_keys.delete_expired(limit=3) == expected
+    assert len(dump(database)["idempotency_keys"]) == 1
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=values)
+def test_any_json_comes_back_as_it_was(database: Database, value: Any) -> None:
+    """What was stored is read back with its types, key order, NUL characters and minus zero."""
+    with database.unit_of_work() as unit:
+        unit.idempotency_keys.insert(SCOPE, value, ttl=MINUTE)
+        found = unit.idempotency_keys.find(SCOPE)
+        assert found is not None
+        assert json.dumps(found.result) == json.dumps(value)
+        unit.rollback()
+
+
+@pytest.mark.parametrize(
+    "result",
+    [math.nan, math.inf, {1: 2}, {"a": {1, 2}}, b"bytes", START, "\ud800", (1, 2), object(), "x" * (256 * 1024 - 1)],
+    ids=["nan", "infinity", "int key", "set", "bytes", "instant", "surrogate", "tuple", "object", "too large"],
+)
+def test_what_is_no_json_or_too_large_is_refused(sqlite_database: Database, result: Any) -> None:
+    """NaN, keys that are not text, sets, bytes, instants, lone surrogates and over 256 KiB are refused unwritten."""
+    with pytest.raises(InvalidArgumentError):
+        insert(sqlite_database, result=result)
+    assert dump(sqlite_database)["idempotency_keys"] == []
+
+
+def test_the_largest_result_is_stored(database: Database) -> None:
+    """Exactly 256 KiB of JSON text still fits."""
+    insert(database, result="x" * (256 * 1024 - 2))
+    with database.unit_of_work() as unit:
+        found = unit.idempotency_keys.find(SCOPE)
+    assert found is not None
+    assert len(str(found.result)) == 256 * 1024 - 2
+
+
+def test_bad_arguments_are_refused(sqlite_database: Database) -> None:
+    """Scopes, times to live and limits outside of the contract are refused."""
+    for parts in [("", "m", "k"), ("a/b", "m", "k"), ("d", "", "k"), ("d", "m", ""), ("d", "m", "x" * 257), ("d", "m", "\0")]:
+        with pytest.raises(InvalidArgumentError):
+            IdempotencyScope(*parts)
+    for ttl in (timedelta(0), -MINUTE, timedelta.max, 60):
+        with pytest.raises(InvalidArgumentError):
+            insert(sqlite_database, ttl=ttl)  # type: ignore[arg-type]
+    with sqlite_database.unit_of_work() as unit:
+        for limit in (0, -1, True):
+            with pytest.raises(InvalidArgumentError):
+                unit.idempotency_keys.delete_expired(limit=limit)
+        with pytest.raises(InvalidArgumentError):
+            unit.idempotency_keys.find(("lamp", "on", "key-1"))  # type: ignore[arg-type]
+    assert dump(sqlite_database)["idempotency_keys"] == []

@@ -1,0 +1,116 @@
+"""The store of nonces."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from homeagent import Database
+from homeagent.errors import InvalidArgumentError, NonceLimitError
+from homeagent.stores.nonces import NONCE_GRACE
+from tests.conftest import START, FakeClock, dump
+
+MINUTE = timedelta(minutes=1)
+MS = timedelta(milliseconds=1)
+
+
+def consume(database: Database, nonce: str = "n", device_id: str = "lamp", **options: int) -> bool:
+    with database.unit_of_work() as unit:
+        return unit.nonces.consume(device_id, nonce, expires_at=START + MINUTE, **options)
+
+
+def test_consume_is_true_once(database: Database) -> None:
+    """A nonce is used up by the first call, per device, whatever printable characters it has."""
+    for nonce in ("n", "a+/=", "x" * 256, "é☎"):
+        assert consume(database, nonce) is True
+        assert consume(database, nonce) is False
+        assert consume(database, nonce, "other") is True
+    with database.unit_of_work(read_only=True) as unit:
+        found = unit.nonces.find("lamp", "n")
+        assert found is not None
+        assert (found.created_at, found.expires_at) == (START, START + MINUTE)
+        assert unit.nonces.find("lamp", "N") is None
+
+
+def test_expiry_is_exact(database: Database, clock: FakeClock) -> None:
+    """A nonce is live a millisecond before its end and dead at that very instant, before any cleanup."""
+    assert consume(database) is True
+    clock.now = START + MINUTE - MS
+    with database.unit_of_work() as unit:
+        assert unit.nonces.find("lamp", "n") is not None
+        assert unit.nonces.consume("lamp", "n", expires_at=START + 2 * MINUTE) is False
+    clock.now = START + MINUTE
+    with database.unit_of_work() as unit:
+        assert unit.nonces.find("lamp", "n") is None
+        assert unit.nonces.consume("lamp", "m", expires_at=clock.now) is False
+        assert unit.nonces.consume("lamp", "n", expires_at=clock.now + MS) is True
+        found = unit.nonces.find("lamp", "n")
+        assert found is not None
+        assert found.expires_at == clock.now + MS
+    assert len(dump(database)["nonces"]) == 1
+
+
+def test_cleanup_keeps_a_grace(database: Database, clock: FakeClock) -> None:
+    """A dead nonce keeps its row for the grace, so that a clock that is set back does not readmit it."""
+    assert consume(database) is True
+    clock.now = START + MINUTE + NONCE_GRACE - MS
+    with database.unit_of_work() as unit:
+        assert unit.nonces.delete_expired() == 0
+    clock.now = START
+    assert consume(database) is False
+    clock.now = START + MINUTE + NONCE_GRACE
+    with database.unit_of_work() as unit:
+        assert unit.nonces.delete_expired() == 1
+    assert dump(database)["nonces"] == []
+
+
+def test_cleanup_is_bounded_and_oldest_first(database: Database, clock: FakeClock) -> None:
+    """One call removes no more than its limit, those that died first, and never a live one."""
+    with database.unit_of_work() as unit:
+        for number in range(7):
+            unit.nonces.consume("lamp", f"n{number}", expires_at=START + MINUTE * (7 - number))
+        unit.nonces.consume("lamp", "live", expires_at=START + timedelta(days=2))
+    clock.now = START + timedelta(hours=2)
+    with database.unit_of_work() as unit:
+        assert unit.nonces.delete_expired(limit=3) == 3
+    names = {value for row in dump(database)["nonces"] for value in row if isinstance(value, str)} - {"lamp"}
+    assert names == {"n0", "n1", "n2", "n3", "live"}
+    with database.unit_of_work() as unit:
+        assert unit.nonces.delete_expired() == 4
+        assert unit.nonces.delete_expired() == 0
+        assert unit.nonces.find("lamp", "live") is not None
+
+
+def test_limit_refuses_new_ones_and_evicts_none(database: Database, clock: FakeClock) -> None:
+    """At the bound a device's new nonces are refused, others' are not, and room comes from expiry alone."""
+    used = 0
+    with pytest.raises(NonceLimitError) as caught:
+        for number in range(20):
+            assert consume(database, f"n{number}", limit=8)
+            used += 1
+    assert (caught.value.device_id, caught.value.limit) == ("lamp", 8)
+    assert used == 8
+    assert len(dump(database)["nonces"]) == 8
+    assert consume(database, "n", "other", limit=8) is True
+    clock.now = START + MINUTE
+    with database.unit_of_work() as unit:
+        assert unit.nonces.consume("lamp", "later", expires_at=clock.now + MINUTE, limit=8) is True
+
+
+def test_bad_arguments_write_nothing(sqlite_database: Database) -> None:
+    """Ids, nonces, instants and limits outside of the contract are refused."""
+    with sqlite_database.unit_of_work() as unit:
+        for device_id, nonce in [("", "n"), ("a/b", "n"), ("x" * 129, "n"), ("d", ""), ("d", "x" * 257), ("d", "\0")]:
+            with pytest.raises(InvalidArgumentError):
+                unit.nonces.consume(device_id, nonce, expires_at=START + MINUTE)
+            with pytest.raises(InvalidArgumentError):
+                unit.nonces.find(device_id, nonce)
+        with pytest.raises(InvalidArgumentError, match="aware"):
+            unit.nonces.consume("lamp", "n", expires_at=START.replace(tzinfo=None))
+        for limit in (0, -1, True):
+            with pytest.raises(InvalidArgumentError):
+                unit.nonces.delete_expired(limit=limit)
+            with pytest.raises(InvalidArgumentError):
+                unit.nonces.consume("lamp", "n", expires_at=START + MINUTE, limit=limit)
+    assert dump(sqlite_database)["nonces"] == []
