@@ -146,7 +146,7 @@ def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migra
         engine.refuse_foreign()
         files.secure_sidecars(path)
         with engine.translated(), engine.connect() as connection:
-            revision = revision_of(connection)
+            revision = _look_up_revision(connection)
         if revision == REVISION and (temporary or not migrate or _is_remembered(path)):
             return
         if revision is not None:
@@ -158,6 +158,18 @@ def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migra
     lock = sidecar_lock(path, timeout=timeout)
     with lock:
         _make_or_upgrade(engine, lock, clock=clock, temporary=temporary)
+
+
+def _look_up_revision(connection: Connection) -> str | None:
+    # A reader's BEGIN: the engine's own would wait for whoever writes, only to look.
+    raw: Any = connection.connection.driver_connection
+    raw.execute("BEGIN")
+    try:
+        return revision_of(connection)
+    finally:
+        connection.rollback()
+        if raw.in_transaction:
+            raw.execute("ROLLBACK")
 
 
 def _is_remembered(path: Path) -> bool:
@@ -185,8 +197,7 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: files.FileLock, *, clock: Clock
     backup: Path | None = None
     with engine.translated(), engine.connect() as connection:
         raw: Any = connection.connection.driver_connection
-        revision = revision_of(connection)
-        connection.rollback()
+        revision = _look_up_revision(connection)
         if revision == REVISION:
             if not initialised and not temporary:
                 lock.write_marker("initialised")
