@@ -683,9 +683,17 @@ for number in range(10_000):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and fork are POSIX")
-@pytest.mark.parametrize(("revision", "step"), [(None, 3), ("0001", 1)])
+@pytest.mark.parametrize(
+    ("revision", "step"),
+    [
+        (None, 5),
+        ("0001", 3),
+        pytest.param(None, 1, marks=pytest.mark.slow),
+        pytest.param("0001", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_any_statement(tmp_path: Path, revision: str | None, step: int) -> None:
-    """Killed at any statement (any third of a new file's), an upgrade leaves the old rows and schema or the new ones, and the next one finishes."""
+    """Killed at any statement, an upgrade leaves the old schema and rows or the new ones, and the next one finishes."""
     source = str(FIXTURES / "revisions" / f"{revision}.db") if revision else ""
     done = subprocess.run(
         [sys.executable, "-c", KILLED, source, str(tmp_path), str(step)],

@@ -1,0 +1,590 @@
+"""Opening a database: which file that is, what is refused and left alone, and how private its files are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sqlite3
+import stat
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import URL
+
+from homeagent import AgentCreate, Database
+from homeagent.engine.driver import choose_driver
+from homeagent.engine.sqlite import APPLICATION_ID
+from homeagent.errors import (
+    CorruptDatabaseError,
+    DatabaseError,
+    ForeignDatabaseError,
+    InsecureFileError,
+    InvalidArgumentError,
+    MigrationError,
+    SchemaOutdatedError,
+    SchemaTooNewError,
+)
+from homeagent.migrations import REVISION, VERSION_TABLE
+
+if TYPE_CHECKING:
+    from tests.conftest import Children
+
+FIXTURES = Path(__file__).parent / "fixtures" / "revisions"
+NOBODY = 65534
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="owners, modes and links are POSIX")
+needs_root = pytest.mark.skipif(
+    sys.platform == "win32" or os.geteuid() != 0, reason="only the superuser can drop to another user"
+)
+
+Listing = dict[str, tuple[str, int, int, str]]
+
+
+def sqlite(path: Path) -> Any:
+    """Return a bare connection, through the library that the package itself uses in this process."""
+    return choose_driver().module.connect(str(path), isolation_level=None)
+
+
+def listing(directory: Path) -> Listing:
+    """Return the names, kinds, modes, times and content of all that is in a directory."""
+    found: Listing = {}
+    for path in sorted(directory.rglob("*")):
+        status = path.lstat()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if stat.S_ISREG(status.st_mode) else ""
+        found[str(path.relative_to(directory))] = (
+            stat.filemode(status.st_mode),
+            status.st_mtime_ns,
+            status.st_ino,
+            digest,
+        )
+    return found
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Return a private directory that holds nothing else."""
+    made = tmp_path / "data"
+    made.mkdir(0o700)
+    return made
+
+
+@pytest.fixture
+def path(directory: Path) -> Path:
+    """Return where a database may be made."""
+    return directory / "homeagent.db"
+
+
+# Which file
+
+
+def location(database: Database) -> Path:
+    """Return the file that a database is in."""
+    return Path(database.status().location)
+
+
+def test_default_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing said, the database is ~/.homeagent/homeagent.db, and its directory is made."""
+    monkeypatch.delenv("HOMEAGENT_DATABASE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    with Database.open() as database:
+        assert location(database) == tmp_path / ".homeagent" / "homeagent.db"
+    assert (tmp_path / ".homeagent" / "homeagent.db").stat().st_size > 0
+
+
+def test_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """$HOMEAGENT_DATABASE names the database, `~` expanded; an argument goes before it, and an empty one is none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("HOMEAGENT_DATABASE", "~/named/by variable.db")
+    with Database.open() as database:
+        assert location(database) == tmp_path / "named" / "by variable.db"
+    with Database.open(tmp_path / "argument.db") as database:
+        assert location(database) == tmp_path / "argument.db"
+    monkeypatch.setenv("HOMEAGENT_DATABASE", "")
+    with Database.open() as database:
+        assert location(database) == tmp_path / ".homeagent" / "homeagent.db"
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda path: path,
+        str,
+        lambda path: f"sqlite:///{path}",
+        lambda path: URL.create("sqlite", database=str(path)),
+        lambda path: f"~/{path.relative_to(Path.home())}",
+        lambda path: path.relative_to(Path.cwd()),
+        lambda path: f"sqlite:///{path.relative_to(Path.cwd())}",
+    ],
+    ids=["path", "text", "url", "URL", "home", "relative", "relative-url"],
+)
+def test_every_spelling_is_one_file(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, spell: Callable[[Path], Any]
+) -> None:
+    """A path, absolute or not, with `~` or in a URL, leads to one and the same file."""
+    monkeypatch.setenv("HOME", str(directory))
+    monkeypatch.setenv("USERPROFILE", str(directory))
+    monkeypatch.chdir(directory)
+    path = directory / "é 100%#.db"
+    with Database.open(spell(path)) as database, database.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="a", name="A", workspace_path="/a"))
+    with Database.open(path) as database, database.unit_of_work(read_only=True) as unit:
+        assert unit.agents.get("a").name == "A"
+
+
+@pytest.mark.parametrize("target", [":memory:", "sqlite://", "sqlite:///:memory:"])
+def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """`:memory:` is one database for all threads, private to who opened it, and gone when it is closed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with Database.open(target, migrate=False) as one, Database.open(target) as other:
+        with one.unit_of_work() as unit:
+            unit.agents.create(AgentCreate(id="a", name="A", workspace_path="/a"))
+        with other.unit_of_work() as unit:
+            assert unit.agents.find_by_id("a") is None
+        with one.unit_of_work(read_only=True) as unit:
+            assert unit.agents.find_by_id("a") is not None
+        assert len(list(tmp_path.iterdir())) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["", "a\0b", "mysql://localhost/x", "sqlite:///x.db?mode=ro", "nonsense://"])
+def test_targets_that_are_none(target: str) -> None:
+    """A target that names no database is refused as an argument."""
+    with pytest.raises(InvalidArgumentError):
+        Database.open(target)
+
+
+def test_linked_directory_is_followed(tmp_path: Path, directory: Path) -> None:
+    """A link among the directories is legitimate: the file is where it leads."""
+    link = tmp_path / "link"
+    link.symlink_to(directory, target_is_directory=True)
+    with Database.open(link / "homeagent.db") as database:
+        assert location(database) == directory / "homeagent.db"
+
+
+# What is refused, and left as it was
+
+
+def foreign(path: Path, *, wal: bool) -> None:
+    """Make another application's database, with a log beside it where it is write-ahead logged."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("CREATE TABLE devices (id TEXT PRIMARY KEY)")
+        raw.execute(f"CREATE TABLE {VERSION_TABLE} (version_num TEXT)")
+        raw.execute("INSERT INTO devices VALUES ('theirs')")
+        if wal:
+            raw.execute("PRAGMA journal_mode=WAL")
+            raw.execute("INSERT INTO devices VALUES ('in the log')")
+            # A closing connection would empty the log: keep what a crash leaves.
+            for name in ("", "-wal"):
+                shutil.copyfile(f"{path}{name}", f"{path}{name}.kept")
+    if wal:
+        for name in ("", "-wal"):
+            Path(f"{path}{name}.kept").replace(f"{path}{name}")
+
+
+def ours(path: Path, revision: str = REVISION) -> None:
+    """Put the database of a revision in place."""
+    shutil.copyfile(FIXTURES / f"{revision}.db", path)
+    path.chmod(0o600)
+
+
+def from_the_future(path: Path) -> None:
+    """Make a database of a version to come."""
+    ours(path)
+    with closing(sqlite(path)) as raw:
+        raw.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
+
+
+def two_versions(path: Path) -> None:
+    """Make a database that says of itself that it is at two revisions."""
+    ours(path)
+    with closing(sqlite(path)) as raw:
+        raw.execute(f"INSERT INTO {VERSION_TABLE} VALUES ('0003')")
+
+
+def cut(path: Path, size: int) -> None:
+    """Make a database of which only so many bytes are left."""
+    ours(path)
+    os.truncate(path, size)
+
+
+def linked(path: Path) -> None:
+    """Put a symbolic link to a database in place."""
+    ours(path.with_name("real.db"))
+    path.symlink_to("real.db")
+
+
+def linked_twice(path: Path) -> None:
+    """Give a database a second name."""
+    ours(path)
+    path.with_name("second.db").hardlink_to(path)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], type[DatabaseError], str]] = {
+    "foreign": (lambda path: foreign(path, wal=False), ForeignDatabaseError, "another application"),
+    "foreign, with a log": (lambda path: foreign(path, wal=True), ForeignDatabaseError, "another application"),
+    "newer": (from_the_future, SchemaTooNewError, "upgrade homeagent"),
+    "two versions": (two_versions, CorruptDatabaseError, "restore"),
+    "text": (lambda path: path.write_text("dear diary, " * 100), CorruptDatabaseError, "backup"),
+    "1 byte": (lambda path: path.write_bytes(b"S"), CorruptDatabaseError, "1 bytes"),
+    "a blank": (lambda path: path.write_bytes(b"\n"), CorruptDatabaseError, "backup"),
+    "100 bytes": (lambda path: cut(path, 100), CorruptDatabaseError, "100 bytes"),
+    "511 bytes": (lambda path: cut(path, 511), CorruptDatabaseError, "511 bytes"),
+    "512 bytes": (lambda path: cut(path, 512), CorruptDatabaseError, "backup"),
+    "one page": (lambda path: cut(path, 4096), CorruptDatabaseError, "backup"),
+    "all but a page": (lambda path: cut(path, 86016), CorruptDatabaseError, "backup"),
+    "zeros": (lambda path: path.write_bytes(bytes(8192)), CorruptDatabaseError, "backup"),
+    "directory": (lambda path: path.mkdir(), ForeignDatabaseError, "a directory"),
+    "symbolic link": (linked, InsecureFileError, "symbolic link"),
+    "dangling link": (lambda path: path.symlink_to("nowhere"), InsecureFileError, "symbolic link"),
+    "hard link": (linked_twice, InsecureFileError, "2 names"),
+    "pipe": (lambda path: os.mkfifo(path), ForeignDatabaseError, "pipe"),
+}
+
+
+@posix
+@pytest.mark.parametrize("migrate", [True, False])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_and_left_alone(directory: Path, path: Path, kind: str, migrate: bool) -> None:
+    """What is no database of ours is refused with its own error; no byte, mode, time or name changes beside it."""
+    make, error, says = REFUSED[kind]
+    make(path)
+    if path.is_file() and not path.is_symlink():
+        path.chmod(0o600)
+    before = listing(directory)
+    with pytest.raises(error, match=says) as caught:
+        Database.open(path, migrate=migrate)
+    assert type(caught.value) is error
+    assert listing(directory) == before
+
+
+def test_newer_schema_is_named(path: Path) -> None:
+    """The error of a newer schema says which revision it is, and up to which this version knows."""
+    from_the_future(path)
+    with pytest.raises(SchemaTooNewError) as caught:
+        Database.open(path)
+    assert (caught.value.revision, caught.value.known) == ("9999", REVISION)
+
+
+@pytest.mark.parametrize("revision", ["0001", "0003"])
+def test_outdated_schema_stays_where_migrate_is_false(directory: Path, path: Path, revision: str) -> None:
+    """With migrate=False an older schema is refused, named and left as it is."""
+    ours(path, revision)
+    before = listing(directory)
+    with pytest.raises(SchemaOutdatedError) as caught:
+        Database.open(path, migrate=False)
+    assert (caught.value.revision, caught.value.needed) == (revision, REVISION)
+    assert listing(directory) == before
+
+
+def test_nothing_is_made_where_migrate_is_false(tmp_path: Path) -> None:
+    """With migrate=False neither a database nor a directory is made."""
+    with pytest.raises(SchemaOutdatedError) as caught:
+        Database.open(tmp_path / "absent" / "homeagent.db", migrate=False)
+    assert caught.value.revision is None
+    assert list(tmp_path.iterdir()) == []
+
+
+DENIED = """
+import json, os, sys
+from homeagent import Database, errors
+
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    Database.open(sys.argv[1])
+except errors.HomeAgentError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("owner", "mode", "error", "says"),
+    [
+        (0, 0o700, "DatabaseError", "no permission"),  # the directory can't be entered
+        (0, 0o755, "InsecureFileError", "belongs to user 0"),  # the file is another user's
+    ],
+)
+def test_missing_permission(children: Children, owner: int, mode: int, error: str, says: str) -> None:
+    """Without the permission to use the directory or the file, the error says whose they are, and nothing changes."""
+    # pytest's own directories can't be entered by another user.
+    with tempfile.TemporaryDirectory() as name:
+        outer = Path(name)
+        outer.chmod(0o755)
+        inner = outer / "data"
+        inner.mkdir()
+        ours(inner / "homeagent.db")
+        inner.chmod(mode)
+        before = listing(inner)
+        answer = children.run(DENIED, inner / "homeagent.db")
+        assert answer.startswith(f"{error} ")
+        assert says in answer
+        assert listing(inner) == before
+
+
+@needs_root
+def test_file_that_may_not_be_written(children: Children) -> None:
+    """A directory that may be read but not written is a clear error for a new database, and nothing is made."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        answer = children.run(DENIED, Path(name) / "homeagent.db")
+        assert answer.startswith("DatabaseError no permission to")
+        assert list(Path(name).iterdir()) == []
+
+
+# A database that was there is never made anew
+
+
+def initialised(path: Path) -> None:
+    """Make a database, and put something into it."""
+    with Database.open(path) as database, database.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="a", name="A", workspace_path="/a"))
+
+
+def lose_schema(path: Path) -> None:
+    """Drop all tables, as a program run amok may."""
+    with closing(sqlite(path)) as raw:
+        raw.execute("PRAGMA foreign_keys=OFF")
+        for (table,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            raw.execute(f"DROP TABLE {table}")
+
+
+def replace_by_empty(path: Path) -> None:
+    """Put an empty file in the place of a database."""
+    path.unlink()
+    path.touch(0o600)
+
+
+LOST: dict[str, Callable[[Path], object]] = {
+    "removed": lambda path: path.unlink(),
+    "emptied": lambda path: os.truncate(path, 0),
+    "replaced by an empty one": replace_by_empty,
+    "without tables": lose_schema,
+}
+
+
+@pytest.mark.parametrize("kind", LOST)
+def test_lost_database_is_not_made_anew(directory: Path, path: Path, kind: str) -> None:
+    """A database that lost its file or its content is an error: made anew, it would forget every revocation."""
+    initialised(path)
+    LOST[kind](path)
+    before = {name: entry[3] for name, entry in listing(directory).items()}
+    with pytest.raises(CorruptDatabaseError, match="restore"):
+        Database.open(path)
+    after = {name: entry[3] for name, entry in listing(directory).items() if not name.endswith(("-wal", "-shm"))}
+    assert after == before
+
+
+@pytest.mark.parametrize("revision", ["0001", REVISION])
+def test_restored_file_is_remembered(path: Path, revision: str) -> None:
+    """A file that came from elsewhere, without a lock file, is remembered from its first opening on."""
+    ours(path, revision)
+    Database.open(path).close()
+    path.unlink()
+    with pytest.raises(CorruptDatabaseError):
+        Database.open(path)
+
+
+def test_orphaned_log_is_not_swept_away(directory: Path, path: Path) -> None:
+    """A log beside a missing database shows that there was one: SQLite itself would delete it and start empty."""
+    path.with_name("homeagent.db-wal").write_bytes(b"x" * 4096)
+    path.with_name("homeagent.db-wal").chmod(0o600)
+    with pytest.raises(CorruptDatabaseError, match="its log"):
+        Database.open(path)
+    assert path.with_name("homeagent.db-wal").read_bytes() == b"x" * 4096
+    assert not path.exists()
+
+
+def test_starting_anew_on_purpose(directory: Path, path: Path) -> None:
+    """The remedy that the error names works: without the lock file, an empty database is made."""
+    initialised(path)
+    path.unlink()
+    with pytest.raises(CorruptDatabaseError, match=r"remove homeagent\.db\.lock"):
+        Database.open(path)
+    (directory / "homeagent.db.lock").unlink()
+    with Database.open(path) as database, database.unit_of_work(read_only=True) as unit:
+        assert unit.agents.list() == []
+
+
+# Private files
+
+MODES = """
+import json, os, sys
+from pathlib import Path
+
+os.umask(int(sys.argv[2], 8))
+from homeagent import AgentCreate, Database
+
+path = Path(sys.argv[1])
+with Database.open(path) as database:
+    with database.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="umask", name="U", workspace_path="/u"))
+    with database.unit_of_work(read_only=True):
+        modes = {entry.name: oct(entry.lstat().st_mode & 0o777) for entry in path.parent.iterdir()}
+modes["directory"] = oct(path.parent.stat().st_mode & 0o777)
+umask = os.umask(0)
+assert umask == int(sys.argv[2], 8), umask
+print(json.dumps(modes))
+"""
+
+
+@posix
+@pytest.mark.parametrize("umask", ["000", "022", "077", "777"])
+@pytest.mark.parametrize("revision", [None, "0001"])
+def test_files_are_private_under_any_umask(
+    tmp_path: Path, directory: Path, children: Children, umask: str, revision: str | None
+) -> None:
+    """Directory 0700; database, log, index, lock and backup 0600: under any umask, which itself is left alone."""
+    path = (directory if revision else tmp_path / "new") / "homeagent.db"
+    if revision:
+        ours(path, revision)
+    modes = json.loads(children.run(MODES, path, umask))
+    assert modes.pop("directory") == "0o700"
+    names = {name if not name.endswith(".backup") else "backup" for name in modes}
+    expected = {"homeagent.db", "homeagent.db-wal", "homeagent.db-shm", "homeagent.db.lock"}
+    assert names == expected | ({"backup"} if revision else set())
+    assert set(modes.values()) == {"0o600"}
+
+
+@posix
+def test_looser_mode_is_repaired(directory: Path, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Files of ours with a looser mode, the log beside included, are made private, and a warning says so."""
+    initialised(path)
+    with Database.open(path) as holder, holder.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="b", name="B", workspace_path="/b"))
+        found = [entry for entry in directory.iterdir() if entry.suffix != ".lock"]
+        assert len(found) == 3
+        for entry in found:
+            entry.chmod(0o644)
+        with caplog.at_level(logging.WARNING, "homeagent"):
+            Database.open(path).close()
+        assert {entry.lstat().st_mode & 0o777 for entry in directory.iterdir()} == {0o600}
+    assert sum("had mode 0644" in record.getMessage() for record in caplog.records) == 3
+
+
+# A quiet start
+
+QUIET = """
+import logging, sys
+
+handler = logging.StreamHandler()
+logging.getLogger().addHandler(handler)
+host = logging.getLogger("host.application")
+before = (logging.getLogger().level, list(logging.getLogger().handlers), host.disabled)
+
+from homeagent import Database
+
+Database.open(sys.argv[1]).close()
+loaded = sorted(name for name in sys.modules if name.partition(".")[0] in {"alembic", "mako"})
+assert (logging.getLogger().level, list(logging.getLogger().handlers), host.disabled) == before
+handlers = [*logging.getLogger("alembic").handlers, *logging.getLogger("homeagent").handlers]
+assert all(isinstance(handler, logging.NullHandler) for handler in handlers), handlers
+assert not logging.getLogger("homeagent").disabled
+print(" ".join(loaded))
+"""
+
+
+def test_up_to_date_database_opens_without_alembic(path: Path, children: Children) -> None:
+    """An up-to-date database is opened without importing Alembic; making one imports it. Logging is left alone."""
+    assert "alembic" in children.run(QUIET, path).split()
+    assert children.run(QUIET, path) == ""
+
+
+AUDITED = """
+import os, sys
+from pathlib import Path
+
+path = os.path.realpath(sys.argv[1])
+guarded = {path, path + "-wal", path + "-shm", path + "-journal"}
+seen = []
+
+def watch(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        if os.path.realpath(os.fsdecode(arguments[0])) in guarded:
+            flags = arguments[2]
+            seen.append("made" if flags & os.O_CREAT and flags & os.O_EXCL else "opened")
+
+sys.addaudithook(watch)
+from homeagent import AgentCreate, Database
+
+for _ in range(2):
+    with Database.open(path) as database:
+        with database.unit_of_work() as unit:
+            if unit.agents.find_by_id("a") is None:
+                unit.agents.create(AgentCreate(id="a", name="A", workspace_path="/a"))
+        database.sweep()
+        database.status()
+        Database.open(path).close()
+print(*seen)
+"""
+
+
+@pytest.mark.parametrize(("revision", "expected"), [(None, "made"), ("0001", ""), (REVISION, "")])
+def test_database_file_is_never_opened_by_python(
+    path: Path, children: Children, revision: str | None, expected: str
+) -> None:
+    """Nothing but SQLite opens the database's files, since closing another descriptor drops its locks; O_EXCL apart."""
+    if revision is not None:
+        ours(path, revision)
+    assert children.run(AUDITED, path) == expected
+
+
+def test_opening_waits_for_no_writer(path: Path) -> None:
+    """An up-to-date database opens while another unit writes: to look at the revision takes no write lock."""
+    initialised(path)
+    with Database.open(path) as holder, holder.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="b", name="B", workspace_path="/b"))
+        with Database.open(path, busy_timeout=timedelta(0)) as other, other.unit_of_work(read_only=True) as reader:
+            assert [agent.id for agent in reader.agents.list()] == ["a"]
+
+
+# What a new database is like
+
+
+def test_new_database(path: Path) -> None:
+    """A new file carries our application_id, is write-ahead logged, and enforces references."""
+    with Database.open(path) as database:
+        with database.unit_of_work() as unit:
+            connection = unit.session.connection()
+            assert connection.exec_driver_sql("PRAGMA application_id").scalar_one() == APPLICATION_ID
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+            assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
+        assert database.status().schema_revision == REVISION
+    with closing(sqlite(path)) as raw:
+        assert raw.execute(f"SELECT * FROM {VERSION_TABLE}").fetchall() == [(REVISION,)]
+
+
+def test_opening_again_changes_nothing(directory: Path, path: Path) -> None:
+    """Opening an up-to-date database and closing it again leaves every file as it was."""
+    initialised(path)
+    before = listing(directory)
+    for migrate in (True, False):
+        Database.open(path, migrate=migrate).close()
+        assert listing(directory) == before
+
+
+def test_backup_that_is_in_the_way(path: Path, clock: Any) -> None:
+    """A file that has the name of the backup to make is never overwritten: the upgrade doesn't begin."""
+    ours(path, "0001")
+    taken = path.with_name("homeagent.db.0001-20260102T030405678000Z.backup")
+    taken.write_text("mine")
+    taken.chmod(0o600)
+    with pytest.raises(MigrationError, match="exists already"):
+        Database.open(path, clock=clock)
+    assert taken.read_text() == "mine"
+    clock.advance(seconds=1)
+    with Database.open(path, clock=clock, busy_timeout=timedelta(seconds=5)) as database:
+        assert database.status().schema_revision == REVISION
