@@ -70,7 +70,6 @@ def test_all_v1_tables_created_via_migration_system(database: Database) -> None:
 def test_migration_system_tracks_applied_versions_and_runs_pending_ones(tmp_path: Path) -> None:
     """Migration system tracks applied versions and runs pending ones, and an up-to-date file is left as it is."""
     from alembic import command
-
     from homeagent.engine import files
     from homeagent.engine.sqlite import SQLiteEngine
     from homeagent.migrations import alembic_config
@@ -82,7 +81,9 @@ def test_migration_system_tracks_applied_versions_and_runs_pending_ones(tmp_path
     engine.prepare_header()
     with engine.connect() as connection, connection.begin():
         command.upgrade(alembic_config(connection), "0001")
-        connection.execute(text("INSERT INTO agents (id, name, workspace_path, created_at) VALUES ('ada', 'A', '/a', 0)"))
+        connection.execute(
+            text("INSERT INTO agents (id, name, workspace_path, created_at) VALUES ('ada', 'A', '/a', 0)")
+        )
         assert connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one() == "0001"
     engine.close()
     for _ in range(2):

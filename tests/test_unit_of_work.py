@@ -436,7 +436,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         yield from chain(error.__context__)
 
 
-SECRET = "sha256$do-not-tell"  # noqa: S105  made up
+SECRET = "sha256$do-not-tell"
 
 
 def duplicate_device(unit: UnitOfWork) -> None:
@@ -494,7 +494,9 @@ def test_sql_that_is_wrong_is_ours_too(database: Database) -> None:
     add_agent(database)
 
 
-def test_stopping_clock_error_passes_through(database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_clock_error_passes_through(
+    database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An exception of the injected clock is the caller's own: it passes unwrapped and undoes the unit."""
 
     def broken() -> None:

@@ -129,7 +129,14 @@ def test_the_largest_result_is_stored(database: Database) -> None:
 
 def test_bad_arguments_are_refused(sqlite_database: Database) -> None:
     """Scopes, times to live and limits outside of the contract are refused."""
-    for parts in [("", "m", "k"), ("a/b", "m", "k"), ("d", "", "k"), ("d", "m", ""), ("d", "m", "x" * 257), ("d", "m", "\0")]:
+    for parts in [
+        ("", "m", "k"),
+        ("a/b", "m", "k"),
+        ("d", "", "k"),
+        ("d", "m", ""),
+        ("d", "m", "x" * 257),
+        ("d", "m", "\0"),
+    ]:
         with pytest.raises(InvalidArgumentError):
             IdempotencyScope(*parts)
     for ttl in (timedelta(0), -MINUTE, timedelta.max, 60):

@@ -91,9 +91,13 @@ def test_resolve_is_one_session_per_route(database: Database) -> None:
     for agent_id in ("ada", "bob"):
         add_agent(database, agent_id)
     with database.unit_of_work() as unit:
-        first = [unit.sessions.resolve(agent_id=agent, **route).session_id for agent in ("ada", "bob") for route in ROUTES]
+        first = [
+            unit.sessions.resolve(agent_id=agent, **route).session_id for agent in ("ada", "bob") for route in ROUTES
+        ]
     with database.unit_of_work() as unit:
-        again = [unit.sessions.resolve(agent_id=agent, **route).session_id for agent in ("ada", "bob") for route in ROUTES]
+        again = [
+            unit.sessions.resolve(agent_id=agent, **route).session_id for agent in ("ada", "bob") for route in ROUTES
+        ]
     assert first == again
     assert len(set(first)) == len(first)
 

@@ -1,0 +1,276 @@
+"""The door: pairing, secrets and proofs, repeated units, and cleanup."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from homeagent import Database, DevicePair, IdempotencyScope, Role, UnitOfWork, credentials
+from homeagent.engine.faults import TransientError
+from homeagent.errors import (
+    DatabaseBusyError,
+    DatabaseClosedError,
+    DeviceExistsError,
+    DeviceNotFoundError,
+    InvalidArgumentError,
+    UnitStateError,
+)
+from homeagent.scram import make_proof, proof_message, verifier_parameters
+from tests.conftest import START, FakeClock, dump
+
+HUMAN = SecretStr("correct horse battery staple")
+MINUTE = timedelta(minutes=1)
+
+
+@pytest.fixture(autouse=True)
+def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Argon2 with the least costs that it takes, as its slowness is not what is tested here."""
+    monkeypatch.setattr(credentials, "_default", credentials.SecretHasher(time_cost=1, memory_cost=8, parallelism=1))
+
+
+@pytest.fixture(params=[HUMAN, None], ids=["human", "generated"])
+def secret(request: pytest.FixtureRequest) -> Any:
+    """The secret that a device pairs with, None to have one made."""
+    return request.param
+
+
+def approve(database: Database, device_id: str = "lamp") -> None:
+    with database.unit_of_work() as unit:
+        unit.devices.approve(device_id)
+
+
+def test_pair_gives_the_secret_back_once(
+    database: Database, secret: SecretStr | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A paired device is unapproved; its secret is in no row, dump, repr or log, and its hash in no dump or log."""
+    with caplog.at_level(logging.DEBUG):
+        paired = database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=secret, metadata={"a": 1}))
+        approve(database)
+        assert database.verify_secret("lamp", paired.shared_secret) is not None
+    plain = paired.shared_secret.get_secret_value()
+    if secret is not None:
+        assert plain == secret.get_secret_value()
+    device = paired.device
+    assert (device.id, device.role, device.approved, device.metadata_) == ("lamp", Role.NODE, False, {"a": 1})
+    assert device.shared_secret_hash.startswith("sha256$" if secret is None else "$argon2id$")
+    assert plain not in str(dump(database))
+    for shown in (repr(paired), str(paired), paired.model_dump_json(), repr(device), caplog.text):
+        assert plain not in shown
+        assert device.shared_secret_hash not in shown
+
+
+def test_pair_refuses_a_taken_id(database: Database) -> None:
+    """A device that exists keeps its secret."""
+    database.pair(DevicePair(id="lamp", role=Role.NODE))
+    before = dump(database)
+    with pytest.raises(DeviceExistsError):
+        database.pair(DevicePair(id="lamp", role=Role.ADMIN))
+    assert dump(database) == before
+
+
+def test_verify_secret_lets_in_approved_devices_alone(database: Database, secret: SecretStr | None) -> None:
+    """Unknown, pending and revoked devices and wrong secrets all get None."""
+    right = database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=secret)).shared_secret
+    assert database.verify_secret("lamp", right) is None
+    approve(database)
+    device = database.verify_secret("lamp", right.get_secret_value())
+    assert device is not None
+    assert device.id == "lamp"
+    for wrong in ("", "wrong", right.get_secret_value() + "x", device.shared_secret_hash):
+        assert database.verify_secret("lamp", wrong) is None
+    assert database.verify_secret("nobody", right) is None
+    with database.unit_of_work() as unit:
+        unit.devices.revoke("lamp")
+    assert database.verify_secret("lamp", right) is None
+
+
+def test_rotated_secret_and_its_overlap(database: Database, secret: SecretStr | None, clock: FakeClock) -> None:
+    """The old secret serves until the overlap's last millisecond, and without one not at all."""
+    first = database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=secret)).shared_secret
+    approve(database)
+    second = database.rotate_secret("lamp", overlap=MINUTE)
+    clock.now = START + MINUTE - timedelta(milliseconds=1)
+    assert database.verify_secret("lamp", first) is not None
+    assert database.verify_secret("lamp", second) is not None
+    clock.now = START + MINUTE
+    assert database.verify_secret("lamp", first) is None
+    assert database.verify_secret("lamp", second) is not None
+    third = database.rotate_secret("lamp", SecretStr("another long passphrase"))
+    assert database.verify_secret("lamp", second) is None
+    assert database.verify_secret("lamp", third) is not None
+    with pytest.raises(DeviceNotFoundError):
+        database.rotate_secret("nobody")
+
+
+def test_revocation_ends_the_overlap(database: Database) -> None:
+    """A revoked device that is approved again is let in with its present secret alone."""
+    first = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
+    approve(database)
+    second = database.rotate_secret("lamp", overlap=MINUTE)
+    with database.unit_of_work() as unit:
+        unit.devices.revoke("lamp")
+        unit.devices.approve("lamp")
+    assert database.verify_secret("lamp", first) is None
+    assert database.verify_secret("lamp", second) is not None
+
+
+def test_verify_proof(database: Database) -> None:
+    """A proof over the device, nonce and time lets an approved device in; any other, or another's, does not."""
+    paired = database.pair(DevicePair(id="lamp", role=Role.NODE))
+    verifier = paired.device.proof_verifier
+    assert verifier is not None
+    message = proof_message(device_id="lamp", nonce="n", timestamp=START)
+    proof = make_proof(paired.shared_secret, verifier_parameters(verifier), message)
+    assert database.verify_proof("lamp", nonce="n", timestamp=START, proof=proof) is None
+    approve(database)
+    assert database.verify_proof("lamp", nonce="n", timestamp=START, proof=proof) is not None
+    assert database.verify_proof("lamp", nonce="m", timestamp=START, proof=proof) is None
+    assert database.verify_proof("lamp", nonce="n", timestamp=START + MINUTE, proof=proof) is None
+    forged = bytes([proof[0] ^ 1]) + proof[1:]
+    assert database.verify_proof("lamp", nonce="n", timestamp=START, proof=forged) is None
+    assert database.verify_proof("nobody", nonce="n", timestamp=START, proof=proof) is None
+
+
+# run
+
+
+def test_run_repeats_a_unit_that_met_another(database: Database) -> None:
+    """A transient fault rolls the unit back and runs it again whole; the result is that of the last run."""
+    runs: list[int] = []
+
+    def work(unit: UnitOfWork) -> str:
+        runs.append(len(runs))
+        assert unit.nonces.consume("lamp", "n", expires_at=START + MINUTE)
+        if len(runs) < 3:
+            raise TransientError("again")
+        return "done"
+
+    assert database.run(work) == "done"
+    assert len(runs) == 3
+    assert len(dump(database)["nonces"]) == 1
+
+
+def test_run_gives_up_at_its_deadline_and_repeats_nothing_else(target: str, clock: FakeClock) -> None:
+    """After busy_timeout the fault reaches the caller; any other exception does so at once."""
+    runs: list[str] = []
+
+    def fail(unit: UnitOfWork) -> None:
+        runs.append("")
+        raise error
+
+    with Database.open(target, clock=clock, busy_timeout=timedelta(milliseconds=50)) as database:
+        error: Exception = TransientError("again")
+        with pytest.raises(DatabaseBusyError):
+            database.run(fail)
+        assert len(runs) > 1
+        runs.clear()
+        error = ValueError("mine")
+        with pytest.raises(ValueError, match="mine"):
+            database.run(fail)
+    assert len(runs) == 1
+
+
+# Cleanup
+
+
+def fill(database: Database, count: int) -> None:
+    with database.unit_of_work() as unit:
+        for number in range(count):
+            unit.nonces.consume("lamp", f"n{number}", expires_at=START + MINUTE)
+            unit.idempotency_keys.insert(IdempotencyScope("lamp", "on", f"k{number}"), 1, ttl=MINUTE)
+
+
+def test_sweep_goes_in_bounded_batches(database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything dead is removed, no more than a batch in one unit."""
+    from homeagent.stores import NonceStore
+
+    fill(database, 25)
+    clock.advance(hours=2)
+    counts: list[int] = []
+    original = NonceStore.delete_expired
+
+    def counted(store: NonceStore, *, limit: int = 100) -> int:
+        counts.append(original(store, limit=limit))
+        return counts[-1]
+
+    monkeypatch.setattr(NonceStore, "delete_expired", counted)
+    report = database.sweep(batch_size=10)
+    assert (report.nonces, report.idempotency_keys, report.more) == (25, 25, False)
+    assert counts == [10, 10, 5]
+    assert database.sweep().nonces == 0
+
+
+def test_sweep_ends_at_its_budget(sqlite_database: Database, clock: FakeClock) -> None:
+    """A spent budget ends the sweep after a batch and says that there is more; the next one goes on."""
+    fill(sqlite_database, 5)
+    clock.advance(hours=2)
+    report = sqlite_database.sweep(batch_size=2, time_budget=timedelta(milliseconds=1))
+    assert report.more
+    assert report.nonces == 2
+    while sqlite_database.sweep(batch_size=2, time_budget=timedelta(milliseconds=1)).more:
+        pass
+    assert sqlite_database.status().rows["nonces"] == sqlite_database.status().rows["idempotency_keys"] == 0
+    for options in ({"batch_size": 0}, {"time_budget": timedelta(0)}):
+        with pytest.raises(InvalidArgumentError):
+            sqlite_database.sweep(**options)  # type: ignore[arg-type]
+
+
+def test_sweeper_survives_errors_and_stops_at_once(
+    sqlite_database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error of one sweep is logged and the next one works; stopping takes less than a second."""
+    fill(sqlite_database, 3)
+    clock.advance(hours=2)
+    faults: Iterator[Exception] = iter([RuntimeError("clock broke"), TransientError("locked")])
+    both = threading.Event()
+
+    def unreliable() -> Any:
+        fault = next(faults, None)
+        if fault is not None:
+            raise fault
+        both.set()
+        return clock()
+
+    monkeypatch.setattr(sqlite_database._settings, "clock", unreliable)
+    with caplog.at_level(logging.DEBUG, logger="homeagent"):
+        sweeper = sqlite_database.sweeper(timedelta(milliseconds=1))
+        with sweeper:
+            assert sweeper.running
+            with pytest.raises(UnitStateError):
+                sweeper.start()
+            assert both.wait(30)
+            while sqlite_database.status().rows["idempotency_keys"]:
+                time.sleep(0.001)
+            before = time.monotonic()
+        assert time.monotonic() - before < 1
+    assert not sweeper.running
+    assert "clock broke" in caplog.text
+    assert "locked" in caplog.text
+    sweeper.stop()
+
+
+def test_closing_stops_the_sweepers(sqlite_database: Database) -> None:
+    """A sweeper that waits for its next turn ends with the database, and a closed one makes none."""
+    sweeper = sqlite_database.sweeper(timedelta(hours=1))
+    sweeper.start()
+    sqlite_database.close()
+    assert not sweeper.running
+    with pytest.raises(DatabaseClosedError):
+        sqlite_database.sweeper()
+
+
+def test_status_counts_rows_and_the_dead(database: Database, clock: FakeClock) -> None:
+    """The status tells rows and dead rows apart, and never shows a password of the target."""
+    fill(database, 2)
+    clock.advance(MINUTE)
+    status = database.status()
+    assert status.rows == {"agents": 0, "devices": 0, "idempotency_keys": 2, "nonces": 2, "sessions": 0}
+    assert status.expired == {"nonces": 2, "idempotency_keys": 2}
+    assert status.safe_engine

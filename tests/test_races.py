@@ -1,0 +1,165 @@
+"""Races among real threads and real processes: nothing is lost, and there is one winner."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+
+from homeagent import Database, Role
+from homeagent.errors import LastAdminError
+from tests.conftest import START, Children, FakeClock, add_agent, add_device, dump
+
+READY = """
+import sys
+from datetime import UTC, datetime, timedelta
+from homeagent import AgentCreate, AgentUpdate, Database
+database = Database.open(sys.argv[1])
+with database.unit_of_work(read_only=True) as unit:
+    unit.agents.list()
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+COUNT = (
+    READY
+    + """
+for _ in range(int(sys.argv[2])):
+    def add(unit):
+        count = unit.agents.get("ada").config
+        unit.agents.update("ada", AgentUpdate(config=count + 1))
+    database.run(add)
+database.close()
+"""
+)
+
+# A process takes a second to start, so that one does for both races.
+CONSUME_AND_RESOLVE = (
+    READY
+    + """
+until = datetime.now(UTC) + timedelta(hours=1)
+with database.unit_of_work() as unit:
+    print(unit.nonces.consume("lamp", "n", expires_at=until))
+with database.unit_of_work() as unit:
+    print(unit.sessions.resolve(agent_id="ada", sender_id="s").session_id)
+database.close()
+"""
+)
+
+ENDLESS = (
+    READY
+    + """
+number = 0
+while True:
+    number += 1
+    with database.unit_of_work() as unit:
+        for half in "ab":
+            unit.agents.create(AgentCreate(id=f"{number}{half}", name="n", workspace_path="/p" * 1500))
+    print(number, flush=True)
+"""
+)
+
+
+def start_count(target: str) -> None:
+    from homeagent import AgentUpdate
+
+    with Database.open(target) as database:
+        add_agent(database)
+        with database.unit_of_work() as unit:
+            unit.agents.update("ada", AgentUpdate(config=0))
+
+
+def test_read_then_write_from_processes_loses_nothing(target: str, children: Children) -> None:
+    """Eight processes that each count one row up 200 times arrive at exactly 1,600."""
+    start_count(target)
+    children.together(COUNT, [(target, 200)] * 8)
+    with Database.open(target) as database, database.unit_of_work(read_only=True) as unit:
+        assert unit.agents.get("ada").config == 1600
+
+
+def test_processes_have_one_winner(target: str, children: Children) -> None:
+    """Of eight processes that present one nonce at once one is let in, and all resolve a route to one session."""
+    with Database.open(target) as database:
+        add_agent(database)
+    answers = [answer.split() for answer in children.together(CONSUME_AND_RESOLVE, [(target,)] * 8)]
+    assert sorted(consumed for consumed, _ in answers) == ["False"] * 7 + ["True"]
+    assert len({session_id for _, session_id in answers}) == 1
+    with Database.open(target) as database:
+        assert len(dump(database)["sessions"]) == 1
+
+
+def at_once(count: int, work: Callable[[int], object]) -> list[object]:
+    """Run `work` in so many threads that start together, and return what it returned or raised."""
+    barrier = threading.Barrier(count)
+
+    def run(number: int) -> object:
+        barrier.wait(30)
+        try:
+            return work(number)
+        except LastAdminError as error:
+            return type(error)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_one_thread_consumes_a_nonce(database: Database, clock: FakeClock) -> None:
+    """Of eight threads that present one nonce at once exactly one is let in, time after time."""
+    for attempt in range(10):
+
+        def consume(number: int, attempt: int = attempt) -> bool:
+            with database.unit_of_work() as unit:
+                return unit.nonces.consume("lamp", f"n{attempt}", expires_at=START + timedelta(minutes=1))
+
+        assert sorted(at_once(8, consume), key=str) == [False] * 7 + [True]
+
+
+@pytest.mark.parametrize("act", ["revoke", "delete"])
+def test_two_admins_who_remove_each_other(database: Database, act: str) -> None:
+    """Of two admins that go at the same moment one stays, time after time."""
+    for attempt in range(10):
+        pair = [f"{attempt}-x", f"{attempt}-y"]
+        for device_id in pair:
+            add_device(database, device_id, role=Role.ADMIN, approved=True)
+
+        def remove(number: int, pair: list[str] = pair) -> object:
+            with database.unit_of_work() as unit:
+                return getattr(unit.devices, act)(pair[number])
+
+        assert sorted(map(str, at_once(2, remove))) == sorted([str(LastAdminError), "True"])
+        with database.unit_of_work() as unit:
+            (left,) = unit.devices.list(role=Role.ADMIN, approved=True)
+            assert left.id in pair
+            unit.devices.delete(left.id, force=True)
+
+
+def test_killed_process_leaves_all_or_nothing(target: str, children: Children) -> None:
+    """A process that is killed between or in its units leaves whole units only, and a sound database."""
+    from sqlalchemy import text
+
+    told = 0
+    for _ in range(3):
+        with Database.open(target) as database, database.unit_of_work() as unit:
+            for agent in unit.agents.list(limit=100_000):
+                unit.agents.delete(agent.id)
+        process = children.start(ENDLESS, target)
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == "ready\n"
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        for _ in range(20):
+            told = int(process.stdout.readline())
+        process.kill()
+        process.wait(30)
+        told = int(([str(told), *process.stdout.read().split()])[-1])
+        with Database.open(target) as database:
+            with database.unit_of_work(read_only=True) as unit:
+                ids = {agent.id for agent in unit.agents.list(limit=100_000)}
+                if database.status().engine == "sqlite":
+                    assert unit.session.connection().execute(text("PRAGMA integrity_check")).scalar_one() == "ok"
+            assert ids in [{f"{n}{half}" for n in range(1, last + 1) for half in "ab"} for last in (told, told + 1)]
+            add_agent(database, "next")
