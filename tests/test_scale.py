@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def many_sessions() -> Iterator[AgentSession]:
+    """Yield a million sessions, one at a time."""
     for number in range(SESSIONS):
         yield AgentSession(
             session_id=f"s{number:07}",
@@ -35,6 +36,7 @@ def many_sessions() -> Iterator[AgentSession]:
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    """Open a database with a million sessions in it."""
     path: Path = tmp_path_factory.mktemp("scale") / "homeagent.db"
     seen: list[int] = []
     with Database.open(path, durability="normal", clock=lambda: BEGINNING + timedelta(days=30)) as database:
@@ -48,6 +50,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
 
 
 def plan_of(unit: UnitOfWork, statement: Statement[Any], **parameters: Any) -> str:
+    """Return how SQLite goes about a statement."""
     connection: Any = unit.session.connection().connection.driver_connection
     compiled = statement.compiled(unit.session.connection().dialect, read_only=True)
     rows = connection.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", compiled.bind(parameters)).fetchall()

@@ -1,0 +1,266 @@
+"""Tables that are Pydantic models: validated at every door, never on load, and silent about what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+from sqlalchemy import inspect
+from sqlmodel import SQLModel
+
+from homeagent import (
+    Agent,
+    AgentPublic,
+    AgentSession,
+    AgentSessionCreate,
+    AgentSessionPublic,
+    AgentUpdate,
+    Device,
+    DeviceCreate,
+    DevicePair,
+    DevicePublic,
+    DeviceStatus,
+    DeviceUpdate,
+    IdempotencyKey,
+    IdempotencyScope,
+    Nonce,
+    Role,
+)
+from homeagent.errors import InvalidArgumentError
+from homeagent.models import metadata
+from homeagent.models.session import new_session_id, route_key
+
+NOW = datetime(2026, 3, 1, 12, 30, 15, 123456, tzinfo=UTC)
+SECRET = "no-error-may-show-this"
+
+ROWS: dict[type[SQLModel], dict[str, Any]] = {
+    Device: {"id": "d", "role": "admin", "shared_secret_hash": SECRET, "paired_at": NOW},
+    Agent: {"id": "a", "name": "A", "workspace_path": "/srv/a", "created_at": NOW},
+    AgentSession: {"session_id": "s", "agent_id": "a", "created_at": NOW, "last_active_at": NOW},
+    Nonce: {"nonce": SECRET, "device_id": "d", "created_at": NOW, "expires_at": NOW},
+    IdempotencyKey: {
+        "key": SECRET,
+        "method": "m",
+        "device_id": "d",
+        "result": {"answer": SECRET},
+        "created_at": NOW,
+        "expires_at": NOW,
+    },
+}
+
+
+@pytest.mark.parametrize("model", ROWS, ids=lambda model: model.__name__)
+def test_a_table_refuses_a_missing_and_an_unknown_field(model: type[SQLModel]) -> None:
+    """What SQLModel's own tables let pass is refused at construction."""
+    values = ROWS[model]
+    assert model(**values)
+    for name in values:
+        with pytest.raises(ValidationError) as refused:
+            model(**{key: value for key, value in values.items() if key != name})
+        assert refused.value.errors()[0]["type"] == "missing"
+    with pytest.raises(ValidationError):
+        model(**values, unheard_of=1)
+    with pytest.raises(ValidationError):
+        model.model_validate({**values, "unheard_of": 1})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id", ""),
+        ("id", "x" * 129),
+        ("id", "é" * 101),
+        ("id", "a/b"),
+        ("id", "a\\b"),
+        ("id", ".."),
+        ("id", "a\x00b"),
+        ("id", "a\nb"),
+        ("id", "a\u202eb"),
+        ("id", "a\ud800"),
+        ("role", "owner"),
+        ("paired_at", NOW.replace(tzinfo=None)),
+        ("paired_at", 1_700_000_000),
+        ("last_seen_at", "yesterday"),
+        ("metadata_", {"a": float("nan")}),
+        ("metadata_", {"a": {1, 2}}),
+        ("metadata_", {1: "a"}),
+        ("metadata_", {"a": "x" * 262_144}),
+        ("metadata_", ["\ud800"]),
+    ],
+)
+def test_a_bad_value_is_refused_alike_at_both_doors(field: str, value: object) -> None:
+    """Construction and assignment refuse the same, and a refused assignment changes nothing."""
+    with pytest.raises(ValidationError):
+        Device(**{**ROWS[Device], field: value})
+    device = Device(**ROWS[Device], last_seen_at=NOW, metadata_={"kept": True})
+    before, fields_set = device.model_dump(), set(device.model_fields_set)
+    with pytest.raises(ValidationError):
+        setattr(device, field, value)
+    assert device.model_dump() == before
+    assert device.model_fields_set == fields_set
+    assert getattr(device, field) != value
+
+
+def test_an_unknown_name_can_not_be_assigned() -> None:
+    """A typing error in a name is an error, and not a new attribute."""
+    device = Device(**ROWS[Device])
+    with pytest.raises(ValidationError):
+        device.aproved = True
+
+
+def test_an_assignment_reaches_the_orm() -> None:
+    """A valid assignment is converted, marked as set, and seen by SQLAlchemy as a change."""
+    device = Device(**ROWS[Device])
+    device.role = "node"  # type: ignore[assignment]  # what a careless caller does
+    assert device.role is Role.NODE
+    assert "role" in device.model_fields_set
+    assert inspect(device).attrs.role.history.added == [Role.NODE]
+
+
+def test_an_instant_is_utc_in_whole_milliseconds() -> None:
+    """Another zone is converted and the rest of a millisecond is dropped, also before 1970."""
+    device = Device(**{**ROWS[Device], "paired_at": NOW.astimezone(timezone(timedelta(hours=5, minutes=30)))})
+    assert device.paired_at == NOW.replace(microsecond=123000)
+    assert device.paired_at.tzinfo is UTC
+    early = Device(**{**ROWS[Device], "paired_at": datetime(1969, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)})
+    assert early.paired_at == datetime(1969, 12, 31, 23, 59, 59, 999_000, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("model", ROWS, ids=lambda model: model.__name__)
+def test_no_error_and_no_repr_shows_a_secret(model: type[SQLModel]) -> None:
+    """Neither the message nor errors() nor json() of a refusal has the input; a repr has no hash, nonce or result."""
+    assert SECRET not in repr(model(**ROWS[model]))
+    for values in ({**ROWS[model], "unheard_of": SECRET}, {**ROWS[model], next(iter(ROWS[model])): {"deep": SECRET}}):
+        with pytest.raises(ValidationError) as refused:
+            model(**values)
+        error = refused.value
+        assert SECRET not in f"{error} {error!r} {error.errors()} {error.json()} {error.__cause__} {error.__context__}"
+
+
+def test_a_request_body_that_is_refused_shows_no_secret() -> None:
+    """The same holds for shapes, nested in another model as FastAPI nests them."""
+
+    class Body(BaseModel):
+        pair: DevicePair
+
+    for secret in (SECRET, {"nested": SECRET}, [SECRET]):
+        with pytest.raises(ValidationError) as refused:
+            Body.model_validate({"pair": {"id": "", "role": "client", "shared_secret": secret}})
+        assert SECRET not in f"{refused.value} {refused.value.errors()} {refused.value.json()}"
+
+
+def test_the_hash_is_in_no_dump_and_in_no_public_schema() -> None:
+    """A device's hashes leave it by attribute only."""
+    device = Device(**ROWS[Device], previous_secret_hash=SECRET, proof_verifier=SECRET)
+    public = DevicePublic.model_validate(device, from_attributes=True)
+    create = DeviceCreate(id="d", role=Role.CLIENT, shared_secret_hash=SECRET, proof_verifier=SECRET)
+    pair = DevicePair(id="d", role=Role.CLIENT, shared_secret=SECRET)
+    for model in (device, public, create, pair):
+        shown = f"{model!r} {model} {model.model_dump()} {model.model_dump_json()} {model.model_dump(by_alias=True)}"
+        assert SECRET not in shown
+    schema = json.dumps([DevicePublic.model_json_schema(), DevicePair.model_json_schema()])
+    assert "hash" not in schema
+    assert "verifier" not in schema
+    assert device.shared_secret_hash == SECRET
+
+
+def test_metadata_is_a_field_a_column_and_an_alias() -> None:
+    """The attribute is metadata_, everything outside says metadata, and a public model reads it off a row."""
+    device = Device(**ROWS[Device], metadata={"room": "kitchen"})
+    assert device.metadata_ == {"room": "kitchen"}
+    assert device.model_dump()["metadata"] == {"room": "kitchen"}
+    assert Device.metadata is metadata
+    public = DevicePublic.model_validate(device, from_attributes=True)
+    assert public.metadata_ == public.metadata == {"room": "kitchen"}
+    assert json.loads(public.model_dump_json())["metadata"] == {"room": "kitchen"}
+    assert DevicePublic.model_validate(public.model_dump()) == public
+    assert DeviceUpdate(metadata=None).model_fields_set == {"metadata_"}
+    assert DeviceUpdate().model_fields_set == set()
+
+
+def test_what_an_update_leaves_out_is_not_null() -> None:
+    """Nothing given is nothing changed; a null is refused where a row needs a value."""
+    assert AgentUpdate().model_fields_set == set()
+    assert AgentUpdate(config=None).model_fields_set == {"config"}
+    with pytest.raises(ValidationError):
+        AgentUpdate(name=None)  # type: ignore[arg-type]  # a JSON body may say so
+
+
+def test_public_shapes_are_made_from_rows() -> None:
+    """Each table has a shape that FastAPI can name as a reply."""
+    agent = AgentPublic.model_validate(Agent(**ROWS[Agent]), from_attributes=True)
+    session = AgentSessionPublic.model_validate(AgentSession(**ROWS[AgentSession]), from_attributes=True)
+    assert (agent.id, session.session_id) == ("a", "s")
+    assert "route_key" not in AgentSessionPublic.model_json_schema()["properties"]
+
+
+def test_a_device_has_one_of_three_states() -> None:
+    """Pending, approved and revoked are told apart by what is stored."""
+    assert Device(**ROWS[Device]).status is DeviceStatus.PENDING
+    assert Device(**ROWS[Device], approved=True, approved_at=NOW).status is DeviceStatus.APPROVED
+    assert Device(**ROWS[Device], revoked_at=NOW).status is DeviceStatus.REVOKED
+
+
+def test_a_copy_is_an_instance_of_its_own() -> None:
+    """A copied or pickled table instance has equal values, and shares no state with an ORM session's."""
+    device = Device(**ROWS[Device], metadata={"a": [1]})
+    for twin in (device.model_copy(), copy.copy(device), copy.deepcopy(device)):
+        assert twin == device
+        assert twin.shared_secret_hash == SECRET
+        assert inspect(twin) is not inspect(device)
+    deep = copy.deepcopy(device)
+    deep.metadata_["a"].append(2)  # type: ignore[index, union-attr, call-overload]  # it is the dict from above
+    assert device.metadata_ == {"a": [1]}
+    assert device.model_copy(update={"role": "node"}).role is Role.NODE
+    with pytest.raises(ValidationError):
+        device.model_copy(update={"role": "owner"})
+    assert pickle.loads(pickle.dumps(device)) == device  # noqa: S301  our own bytes
+
+
+def test_a_session_id_is_a_uuid_of_version_7() -> None:
+    """An id that is made here sorts by the time of its making and has the version of RFC 9562."""
+    made = [AgentSessionCreate(agent_id="a").session_id for _ in range(100)] + [new_session_id()]
+    assert len(set(made)) == 101
+    assert {session_id[14] for session_id in made} == {"7"}
+    assert {session_id[19] for session_id in made} <= set("89ab")
+    assert [session_id[:13] for session_id in made] == sorted(session_id[:13] for session_id in made)
+
+
+def test_routes_differ_where_their_parts_do() -> None:
+    """No sender is not an empty name, and a separator inside a name parts nothing."""
+    routes = [
+        route_key("a", None, None),
+        route_key("a", "null", None),
+        route_key("a", None, "null"),
+        route_key("a", "b,c", None),
+        route_key("a", "b", "c"),
+        route_key('a","b', None, "c"),
+    ]
+    assert len(set(routes)) == len(routes)
+    assert route_key("a", None, None) == routes[0]
+
+
+@pytest.mark.parametrize(
+    "scope", [("", "m", "k"), ("d/e", "m", "k"), ("d", "", "k"), ("d", "m", "k" * 257), ("d", "m", "\n")]
+)
+def test_a_scope_is_validated_and_frozen(scope: tuple[str, str, str]) -> None:
+    """A scope with a bad part is refused, a good one can't be changed, and its repr has no key."""
+    with pytest.raises(InvalidArgumentError):
+        IdempotencyScope(*scope)
+    good = IdempotencyScope(device_id="d", method="m", key=SECRET)
+    with pytest.raises(AttributeError):
+        good.key = "other"  # type: ignore[misc]  # that is the point
+    assert SECRET not in repr(good)
+    assert good == IdempotencyScope("d", "m", SECRET)
+
+
+def test_our_tables_are_in_metadata_of_their_own() -> None:
+    """A host application's metadata has none of our tables, and every constraint of ours has a name."""
+    assert not set(metadata.tables) & set(SQLModel.metadata.tables)
+    assert set(metadata.tables) == {"agents", "devices", "idempotency_keys", "nonces", "sessions"}
+    assert all(constraint.name for table in metadata.tables.values() for constraint in table.constraints)
