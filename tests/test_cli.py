@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import make_url
 from typer.testing import CliRunner, Result
 
 from alembic import command
@@ -125,6 +126,27 @@ def test_a_temporary_database_is_not_made() -> None:
     assert "name a file" in _invoke("--database", ":memory:", "init").stderr
 
 
+def test_a_server_is_made_and_shown_without_its_password(empty_postgres_url: str) -> None:
+    """On PostgreSQL too `init` makes the tables once, and what it and `status` print holds no password of any kind."""
+    url = make_url(empty_postgres_url).set(password="geheim").update_query_dict({"sslpassword": "geheim"})
+    target = url.render_as_string(hide_password=False)
+    actions = []
+    for _ in range(2):
+        done = _invoke("init", "--json", "--database", target)
+        assert "geheim" not in done.output
+        actions.append(json.loads(done.stdout)["action"])
+    assert actions == ["made", "unchanged"]
+    status = _invoke("status", "--json", "--database", target)
+    assert "geheim" not in status.output
+    found = json.loads(status.stdout)
+    assert (found["engine"], found["schema_revision"], found["wal_bytes"]) == ("postgresql", REVISION, None)
+    assert found["location"].startswith("postgresql+psycopg://")
+    shown = _invoke("status", "--database", target)
+    assert shown.exit_code == 0
+    assert "PostgreSQL 1" in shown.stdout
+    assert "geheim" not in shown.output
+
+
 # Refusals
 
 
@@ -224,10 +246,10 @@ def test_wrong_usage_of_a_process_ends_with_2() -> None:
 )
 def test_no_message_shows_a_password(arguments: list[str]) -> None:
     """A URL's password stays hidden wherever the URL is typed."""
-    done = _run(*arguments)
-    assert done.returncode in (1, 2)
+    done = _invoke(*arguments)
+    assert done.exit_code in (1, 2)
     assert done.stderr
-    assert "heim" not in done.stdout + done.stderr
+    assert "heim" not in done.output
 
 
 # Looking and cleaning

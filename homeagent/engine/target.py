@@ -17,6 +17,8 @@ __all__ = ["DEFAULT_PATH", "ENVIRONMENT_VARIABLE", "Target", "presentable_url", 
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
+_SHOWN_OPTIONS = frozenset({"host", "hostaddr", "port", "sslmode", "target_session_attrs", "user"})
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -37,15 +39,19 @@ class Target:
 
     @property
     def location(self) -> str:
-        """What may be shown of it: the file, `:memory:`, or the server's URL without its password and options."""
+        """What may be shown of it: the file, `:memory:`, or the server's URL without its passwords."""
         if self.url is not None:
             return presentable_url(self.url)
         return ":memory:" if self.path is None else str(self.path)
 
 
 def presentable_url(url: URL) -> str:
-    """Return a server's URL without its password, and without its options: libpq takes a password there too."""
-    return url.set(query={}).render_as_string(hide_password=True)
+    """Return a server's URL without its password, and of its options only those that say where the server is.
+
+    libpq takes passwords among the options too: https://www.postgresql.org/docs/current/libpq-connect.html
+    """
+    kept = {name: value for name, value in url.query.items() if name in _SHOWN_OPTIONS}
+    return url.set(query=kept).render_as_string(hide_password=True)
 
 
 def resolve_target(target: str | os.PathLike[str] | URL | None) -> Target:
