@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -272,3 +273,16 @@ def test_contracts_notice(tmp_path: Path, module: str, line: str, contract: str)
     with (tmp_path / "homeagent" / module).open("a", encoding="utf-8") as file:
         file.write(f"\n{line}\n")
     assert check() == 1
+
+
+def test_every_test_says_in_a_sentence_what_it_shows() -> None:
+    """Each test function has a docstring."""
+    silent = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.name.startswith("test_")
+        and ast.get_docstring(node) is None
+    ]
+    assert silent == []
