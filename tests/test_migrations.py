@@ -500,6 +500,29 @@ def test_old_database_opens_and_carries_on(tmp_path: Path, revision: str) -> Non
         assert unit.sessions.get("s-1").sender_id == "alice"
 
 
+def test_old_rows_on_postgresql(empty_postgres_url: str) -> None:
+    """On PostgreSQL, too, version 1's rows are kept: routes go to the most recent, results count as completed."""
+    with server(empty_postgres_url).begin() as connection:
+        command.upgrade(alembic_config(connection), "0001")
+        for table, rows in RECIPE["ROWS"]["0001"].items():
+            for row in rows:
+                names, marks = ", ".join(row), ", ".join(f":{name}" for name in row)
+                connection.execute(text(f"INSERT INTO {table} ({names}) VALUES ({marks})"), row)
+    with Database.open(empty_postgres_url, clock=clock) as database, database.unit_of_work() as unit:
+        assert unit.sessions.resolve(agent_id="kitchen", sender_id="alice", channel_id="signal").session_id == "s-2"
+        assert unit.sessions.resolve(agent_id="kitchen").session_id == "s-5"
+        assert not unit.nonces.consume("phone", "nonce-1", expires_at=NOW + timedelta(minutes=1))
+        found = unit.idempotency_keys.find(IdempotencyScope("phone", "door.open", "key-1"))
+        assert found is not None
+        assert (found.state, found.result) == (IdempotencyState.COMPLETED, {"opened": True, "who": "Zoë 🐈"})
+    with server(empty_postgres_url).connect() as connection:
+        for table, rows in RECIPE["ROWS"]["0001"].items():
+            kept = [dict(row) for row in connection.execute(text(f"SELECT * FROM {table}")).mappings()]
+            assert len(kept) == len(rows)
+            for row in rows:
+                assert any(row.items() <= new.items() for new in kept), row
+
+
 @pytest.mark.slow
 def test_large_database_upgrades_in_one_transaction(tmp_path: Path) -> None:
     """A version 1 file of 100,000 rows in each table is upgraded whole, in seconds and in one transaction."""
