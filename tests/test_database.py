@@ -42,6 +42,7 @@ def secret(request: pytest.FixtureRequest) -> Any:
 
 
 def approve(database: Database, device_id: str = "lamp") -> None:
+    """Approve a device in a unit of its own."""
     with database.unit_of_work() as unit:
         unit.devices.approve(device_id)
 
@@ -181,6 +182,7 @@ def test_run_gives_up_at_its_deadline_and_repeats_nothing_else(target: str, cloc
 
 
 def fill(database: Database, count: int) -> None:
+    """Add nonces and keys that live for a minute."""
     with database.unit_of_work() as unit:
         for number in range(count):
             unit.nonces.consume("lamp", f"n{number}", expires_at=START + MINUTE)

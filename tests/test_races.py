@@ -64,6 +64,7 @@ while True:
 
 
 def start_count(target: str) -> None:
+    """Make the row that is counted up."""
     from homeagent import AgentUpdate
 
     with Database.open(target) as database:

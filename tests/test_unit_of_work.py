@@ -27,10 +27,12 @@ from tests.conftest import START, Children, FakeClock, MakeDatabase, add_agent, 
 
 
 def create(unit: UnitOfWork, agent_id: str) -> Agent:
+    """Create an agent in this unit."""
     return unit.agents.create(AgentCreate(id=agent_id, name=agent_id, workspace_path="/srv"))
 
 
 def agents_of(database: Database) -> list[str]:
+    """Return the ids of the agents that others can see."""
     with database.unit_of_work(read_only=True) as unit:
         return [agent.id for agent in unit.agents.list()]
 
@@ -81,10 +83,12 @@ def test_rollback_abandons_the_unit(database: Database) -> None:
 
 
 def open_session_before(unit: UnitOfWork) -> None:
+    """Use the ORM session."""
     unit.session.add(Agent(id="before", name="B", workspace_path="/b", created_at=START))
 
 
 def open_nothing(unit: UnitOfWork) -> None:
+    """Use a store alone."""
     create(unit, "before")
 
 
@@ -440,16 +444,19 @@ SECRET = "sha256$do-not-tell"
 
 
 def duplicate_device(unit: UnitOfWork) -> None:
+    """Flush a device whose id is taken."""
     unit.session.add(Device(id="lamp", role="admin", shared_secret_hash=SECRET, paired_at=START))
     unit.session.flush()
 
 
 def missing_agent(unit: UnitOfWork) -> None:
+    """Flush a session of an absent agent."""
     unit.session.add(AgentSession(session_id=SECRET, agent_id="nobody", created_at=START, last_active_at=START))
     unit.session.flush()
 
 
 def bad_role(unit: UnitOfWork) -> None:
+    """Insert a role that a CHECK refuses."""
     unit.session.connection().execute(
         text("INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ('x', 'bogus', :hash, 0)"),
         {"hash": SECRET},
@@ -457,6 +464,7 @@ def bad_role(unit: UnitOfWork) -> None:
 
 
 def no_hash(unit: UnitOfWork) -> None:
+    """Insert a null where none may be."""
     unit.session.connection().execute(
         text("INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES (:id, 'node', NULL, 0)"),
         {"id": SECRET},
@@ -464,6 +472,7 @@ def no_hash(unit: UnitOfWork) -> None:
 
 
 def unflushed(unit: UnitOfWork) -> None:
+    """Leave a device whose id is taken to the commit."""
     unit.session.add(Device(id="lamp", role="admin", shared_secret_hash=SECRET, paired_at=START))
 
 

@@ -28,6 +28,7 @@ values = st.recursive(
 
 
 def insert(database: Database, scope: IdempotencyScope = SCOPE, result: Any = 1, ttl: timedelta = MINUTE) -> None:
+    """Store a result in a unit of its own."""
     with database.unit_of_work() as unit:
         unit.idempotency_keys.insert(scope, result, ttl=ttl)
 

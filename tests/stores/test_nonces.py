@@ -16,6 +16,7 @@ MS = timedelta(milliseconds=1)
 
 
 def consume(database: Database, nonce: str = "n", device_id: str = "lamp", **options: int) -> bool:
+    """Consume a nonce in a unit of its own."""
     with database.unit_of_work() as unit:
         return unit.nonces.consume(device_id, nonce, expires_at=START + MINUTE, **options)
 

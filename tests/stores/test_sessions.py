@@ -181,6 +181,7 @@ def test_pages_come_from_an_index(sqlite_database: Database, filters: dict[str, 
 
 
 def rows(count: int, *, agent_id: str = "ada") -> Iterator[AgentSession]:
+    """Yield sessions to be indexed, all of one route."""
     for number in range(count):
         yield AgentSession(
             session_id=f"i{number:05}", agent_id=agent_id, sender_id="s", created_at=START, last_active_at=START
@@ -215,7 +216,7 @@ def test_indexed_sessions_answer_for_their_route(database: Database) -> None:
 
 
 def test_index_names_the_wrong_item(database: Database) -> None:
-    """What is no session is named by its number, an absent agent by its id, and the unit that is given up wrote none."""
+    """What is no session is named by its number, an absent agent by its id, and neither unit wrote anything."""
     add_agent(database)
     before = dump(database)
     with pytest.raises(InvalidArgumentError, match="number 1003 "), database.unit_of_work() as unit:
