@@ -240,6 +240,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 StoreMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 
-
-class TestStores(StoreMachine.TestCase):
-    """The machine as a test."""
+TestStores = StoreMachine.TestCase
