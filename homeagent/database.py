@@ -215,9 +215,7 @@ class Database:
         Raises:
             DatabaseBusyError: the database was still busy after `busy_timeout`.
         """
-        import anyio.to_thread
-
-        return await anyio.to_thread.run_sync(partial(self.run, work, read_only=read_only), limiter=_worker_places())
+        return await _in_thread(partial(self.run, work, read_only=read_only))
 
     # Effects that happen once
 
@@ -437,6 +435,37 @@ class Database:
 
 _WORKERS = 64
 """How many threads the coroutines of one event loop may wait in; the host's own threads are not taken from it."""
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Call `work` in a worker thread, and wait for its end even where the caller is cancelled meanwhile."""
+    import asyncio
+
+    import anyio.to_thread
+    from anyio.lowlevel import checkpoint_if_cancelled
+
+    await checkpoint_if_cancelled()
+    try:
+        under_asyncio = asyncio.current_task() is not None
+    except RuntimeError:
+        under_asyncio = False
+    if not under_asyncio:
+        return await anyio.to_thread.run_sync(work, limiter=_worker_places())
+    # A scope of AnyIO shields from AnyIO's cancellation only: a Task.cancel(), as asyncio.timeout() does it, would end
+    # the wait here, with the unit under way or not yet handed to a thread.
+    task = asyncio.ensure_future(anyio.to_thread.run_sync(work, limiter=_worker_places()))
+    cancellation: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                cancellation = error
+    if cancellation is not None:
+        if not task.cancelled():
+            task.exception()  # looked at, or asyncio would report it as lost
+        raise cancellation
+    return task.result()
 
 
 def _worker_places() -> CapacityLimiter:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -156,22 +156,56 @@ async def arun_once(arun: ARun, call: OnceCall, effect: Callable[[Attempt], Awai
     A cancelled caller cancels the effect; what there is to record is recorded all the same.
     """
     import anyio
+    from anyio.lowlevel import checkpoint_if_cancelled
+
+    cancelled = anyio.get_cancelled_exc_class()
+    begun: list[Attempt] = []
+
+    def claim(unit: UnitOfWork, *, rerun: bool) -> Attempt | Outcome:
+        claimed = call.claim(unit, rerun=rerun)
+        begun[:] = [claimed] if isinstance(claimed, Attempt) else []
+        return claimed
 
     finds_out = False
     try:
-        claimed = await arun(lambda unit: call.claim(unit, rerun=call.on_abandoned == "rerun"))
-    except OutcomeUnknownError:
-        if not callable(call.on_abandoned):
-            raise
-        claimed = await arun(lambda unit: call.claim(unit, rerun=True))
-        finds_out = isinstance(claimed, Attempt) and claimed.number > 1
-        effect = call.on_abandoned if finds_out else effect
+        try:
+            claimed = await arun(lambda unit: claim(unit, rerun=call.on_abandoned == "rerun"))
+        except OutcomeUnknownError:
+            if not callable(call.on_abandoned):
+                raise
+            claimed = await arun(lambda unit: claim(unit, rerun=True))
+            finds_out = isinstance(claimed, Attempt) and claimed.number > 1
+            effect = call.on_abandoned if finds_out else effect
+        await checkpoint_if_cancelled()
+    except cancelled:
+        # Nothing began: the key must not count as abandoned.
+        if begun:
+            # Where that fails, or the claim itself had failed, the lease sees to it.
+            with anyio.CancelScope(shield=True), suppress(HomeAgentError):
+                await arun(lambda unit: unit.idempotency_keys.release(begun[0]))
+        raise
     if isinstance(claimed, Outcome):
         return claimed
     attempt: Attempt = claimed
-    problem: BaseException | None = None
-    value: Any = None
-    stored = True
+
+    async def record(work: Callable[[UnitOfWork], Any]) -> Any:
+        with anyio.CancelScope(shield=True):
+            return await arun(work)
+
+    async def conclude() -> Outcome:
+        try:
+            value: Any = effect(attempt)
+            if isinstance(value, Awaitable):
+                value = await value
+        except EffectFailedError as error:
+            detail = error.detail
+            await record(lambda unit: unit.idempotency_keys.fail(attempt, detail))
+            raise
+        except EffectNotStartedError:
+            await record(lambda unit: unit.idempotency_keys.release(attempt, none_began=finds_out))
+            raise
+        stored = await record(lambda unit: unit.idempotency_keys.complete(attempt, value))
+        return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)
 
     async def keep() -> None:
         while True:
@@ -183,27 +217,21 @@ async def arun_once(arun: ARun, call: OnceCall, effect: Callable[[Attempt], Awai
             except HomeAgentError as error:
                 logger.warning("a lease could not be renewed and will be tried again: %s", error)
 
+    problem: BaseException | None = None
+    outcome: Outcome | None = None
     async with anyio.create_task_group() as group:
         group.start_soon(keep)
         # Caught here and raised below: out of a task group it would come wrapped in an ExceptionGroup.
         try:
-            value = effect(attempt)
-            if isinstance(value, Awaitable):
-                value = await value
-            with anyio.CancelScope(shield=True):
-                stored = await arun(lambda unit: unit.idempotency_keys.complete(attempt, value))
-        except EffectFailedError as error:
-            problem, detail = error, error.detail
-            with anyio.CancelScope(shield=True):
-                await arun(lambda unit: unit.idempotency_keys.fail(attempt, detail))
-        except EffectNotStartedError as error:
-            problem = error
-            with anyio.CancelScope(shield=True):
-                await arun(lambda unit: unit.idempotency_keys.release(attempt, none_began=finds_out))
-        except Exception as error:  # noqa: BLE001  raised again below, unchanged
+            outcome = await conclude()
+        except cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001  raised again below, unchanged
             problem = error
         finally:
             group.cancel_scope.cancel()
-    if problem is not None:
-        raise problem
-    return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)
+    if outcome is not None:
+        return outcome
+    if problem is None:
+        raise AssertionError("a cancelled effect left its task group without the cancellation")
+    raise problem

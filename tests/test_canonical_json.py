@@ -65,7 +65,7 @@ def test_number_that_json_lacks(number: float) -> None:
 
 def test_keys_are_sorted_by_utf16_code_units() -> None:
     """An emoji, two surrogates in UTF-16, comes before U+FB33, though its code point is higher (section 3.2.3)."""
-    value = {
+    value: Any = {
         "\u20ac": "Euro Sign",
         "\r": "Carriage Return",
         "\ufb33": "Hebrew Letter Dalet With Dagesh",
@@ -110,7 +110,8 @@ def test_large_ids_stay_apart() -> None:
     """Two ints that are the same double have two fingerprints: a difference from the RFC, on purpose."""
     assert fingerprint_of(2**53) != fingerprint_of(2**53 + 1)
     assert fingerprint_of(1) == fingerprint_of(1.0)
-    assert len({fingerprint_of(value) for value in (1, True, "1", [1], None, 0, False, "")}) == 8
+    values: Any = (1, True, "1", [1], None, 0, False, "")
+    assert len({fingerprint_of(value) for value in values}) == 8
 
 
 def nested(depth: int) -> Any:

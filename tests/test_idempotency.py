@@ -1,0 +1,856 @@
+"""Effects happen once: whoever calls, however often, and however a call ends."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from homeagent import AgentCreate, Attempt, Database, IdempotencyKey, IdempotencyScope, Outcome
+from homeagent.errors import (
+    EffectFailedError,
+    EffectNotStartedError,
+    FingerprintMismatchError,
+    HomeAgentError,
+    IdempotencyInProgressError,
+    InvalidArgumentError,
+    LeaseLostError,
+    OutcomeUnknownError,
+)
+from homeagent.idempotency import OnceCall
+from tests.conftest import Children, FakeClock, add_device
+
+SCOPE = IdempotencyScope("lamp", "orders.create", "k-1")
+MINUTE = timedelta(minutes=1)
+BACKENDS = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+
+
+class Odd(BaseException):
+    """Neither an Exception nor one that Python itself raises."""
+
+
+def row_of(database: Database, scope: IdempotencyScope = SCOPE) -> IdempotencyKey | None:
+    """Return the live record of a scope."""
+    with database.unit_of_work(read_only=True) as unit:
+        return unit.idempotency_keys.find(scope)
+
+
+def never(attempt: Attempt) -> Any:
+    """Fail: the effect of a key that has its outcome."""
+    raise AssertionError("the effect ran again")
+
+
+async def anever(attempt: Attempt) -> Any:
+    """Do as `never`, as a coroutine."""
+    raise AssertionError("the effect ran again")
+
+
+def abandon(database: Database, scope: IdempotencyScope = SCOPE, *, params: Any = None) -> None:
+    """Leave an attempt behind as a process that died in its effect does."""
+
+    def dies(attempt: Attempt) -> None:
+        raise Odd
+
+    with pytest.raises(Odd):
+        database.run_once(scope, dies, params=params, lease=MINUTE)
+
+
+# One winner
+
+
+def test_threads(database: Database) -> None:
+    """Of 8 threads that call the same 200 keys, one runs each effect, and all get its answer in the end."""
+    ran: Counter[str] = Counter()
+    mutex = threading.Lock()
+    start = threading.Barrier(8)
+
+    def client(_: int) -> Counter[bool]:
+        start.wait()
+        answers: Counter[bool] = Counter()
+        for number in range(200):
+            scope = IdempotencyScope("lamp", "m", f"k{number}")
+
+            def effect(attempt: Attempt, key: str = scope.key) -> str:
+                with mutex:
+                    ran[key] += 1
+                return key
+
+            while True:
+                try:
+                    outcome = database.run_once(scope, effect)
+                except IdempotencyInProgressError:
+                    continue
+                assert outcome.value == scope.key
+                answers[outcome.replayed] += 1
+                break
+        return answers
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = sum(pool.map(client, range(8)), Counter[bool]())
+    assert set(ran.values()) == {1}
+    assert answers == {False: 200, True: 1400}
+
+
+PROCESS = """
+import sys
+from homeagent import Database, IdempotencyScope
+from homeagent.errors import IdempotencyInProgressError
+with Database.open(sys.argv[1], durability="normal") as database:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    keys = list(range(200))
+    while keys:
+        later = []
+        for key in keys:
+            try:
+                outcome = database.run_once(IdempotencyScope("lamp", "m", f"k{key}"), lambda attempt: key)
+            except IdempotencyInProgressError:
+                later.append(key)
+                continue
+            assert outcome.value == key
+            if not outcome.replayed:
+                print(key)
+        keys = later
+"""
+
+
+def test_processes(target: str, children: Children) -> None:
+    """Of 8 processes that call the same 200 keys, one runs each effect."""
+    out = children.together(PROCESS, [[target]] * 8)
+    assert sorted(int(line) for lines in out for line in lines.split()) == list(range(200))
+
+
+@BACKENDS
+def test_tasks(database: Database, backend: str) -> None:
+    """Of 256 tasks of one event loop that call the same key, one runs the effect; the others are told or answered."""
+    ran = 0
+    told = 0
+
+    async def effect(attempt: Attempt) -> int:
+        nonlocal ran
+        ran += 1
+        await anyio.lowlevel.checkpoint()
+        return 7
+
+    async def client() -> None:
+        nonlocal told
+        try:
+            outcome = await database.arun_once(SCOPE, effect)
+        except IdempotencyInProgressError:
+            told += 1
+        else:
+            assert outcome.value == 7
+            told += outcome.replayed
+
+    async def main() -> None:
+        async with anyio.create_task_group() as group:
+            for _ in range(256):
+                group.start_soon(client)
+
+    anyio.run(main, backend=backend)
+    assert (ran, told) == (1, 255)
+
+
+# Duplicates
+
+
+def test_duplicate_in_flight(database: Database, clock: FakeClock) -> None:
+    """A duplicate is told how long the lease still runs; other parameters are refused first, then and afterwards."""
+
+    def effect(attempt: Attempt) -> str:
+        clock.advance(seconds=20)
+        with pytest.raises(IdempotencyInProgressError) as refusal:
+            database.run_once(SCOPE, never, params={"n": 1}, lease=MINUTE)
+        assert refusal.value.retry_after == timedelta(seconds=40)
+        with pytest.raises(FingerprintMismatchError):
+            database.run_once(SCOPE, never, params={"n": 2}, lease=MINUTE)
+        return "done"
+
+    assert database.run_once(SCOPE, effect, params={"n": 1}, lease=MINUTE) == Outcome("done", False, 1)
+    with pytest.raises(FingerprintMismatchError):
+        database.run_once(SCOPE, never, params={"n": 2})
+    assert database.run_once(SCOPE, never, params={"n": 1}) == Outcome("done", True, 1)
+
+
+def test_order_of_keys(database: Database) -> None:
+    """A client that serialises its parameters in another order is the same client."""
+    database.run_once(SCOPE, lambda attempt: 1, params={"a": {"x": 1, "y": 2}, "b": [3]})
+    assert database.run_once(SCOPE, never, params={"b": [3], "a": {"y": 2, "x": 1}}).replayed
+
+
+def test_effect_changes_its_parameters(database: Database) -> None:
+    """The fingerprint is of the parameters as they came: an effect that changes them deep down changes nothing."""
+    params: Any = {"order": {"lines": [1]}}
+
+    def effect(attempt: Attempt) -> None:
+        params["order"]["lines"].append(2)
+
+    database.run_once(SCOPE, effect, params=params)
+    assert database.run_once(SCOPE, never, params={"order": {"lines": [1]}}).replayed
+    with pytest.raises(FingerprintMismatchError):
+        database.run_once(SCOPE, never, params=params)
+
+
+def test_separators(database: Database) -> None:
+    """Scopes whose parts would read alike when joined are different scopes."""
+    scopes = [
+        IdempotencyScope("a:b", "c", "d"),
+        IdempotencyScope("a", "b:c", "d"),
+        IdempotencyScope("a", "b", "c:d"),
+        IdempotencyScope("a|b", "c", "d"),
+        IdempotencyScope("a", "b|c", "d"),
+    ]
+    for number, scope in enumerate(scopes):
+        assert not database.run_once(scope, lambda attempt, number=number: number).replayed
+    assert [database.run_once(scope, never).value for scope in scopes] == list(range(5))
+
+
+def test_bad_arguments(database: Database) -> None:
+    """A bad argument is refused before anything is claimed."""
+    for arguments in (
+        {"on_abandoned": "retry"},
+        {"params": {1: 2}},
+        {"lease": timedelta(seconds=-1)},
+        {"ttl": timedelta(0)},
+    ):
+        with pytest.raises(InvalidArgumentError):
+            database.run_once(SCOPE, never, **arguments)  # type: ignore[arg-type]
+    assert row_of(database) is None
+
+
+# How an effect ends
+
+
+@pytest.mark.parametrize("value", [0, "", [], {}, False, None, -0.0, 2**70, "\x00\U0001f600"], ids=repr)
+def test_replay(database: Database, value: Any) -> None:
+    """What is false or odd is replayed as what it is, type and sign included."""
+    first = database.run_once(SCOPE, lambda attempt: value)
+    second = database.run_once(SCOPE, never)
+    assert (first.replayed, second.replayed, second.omitted) == (False, True, False)
+    assert second.value == value
+    assert type(second.value) is type(value)
+    if isinstance(value, float):
+        assert math.copysign(1, second.value) == -1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 300_000, {1, 2}, object(), float("nan")], ids=["large", "set", "object", "nan"]
+)
+def test_result_that_cannot_be_stored(database: Database, value: Any) -> None:
+    """A result that is too large or no JSON is left out: the first caller has it, and nothing runs again."""
+    first = database.run_once(SCOPE, lambda attempt: value)
+    assert first.value is value
+    assert (first.omitted, first.replayed) == (True, False)
+    assert database.run_once(SCOPE, never) == Outcome(None, True, 1, omitted=True)
+
+
+def test_failure_for_good(database: Database) -> None:
+    """An EffectFailedError reaches its caller, and is replayed to every other one."""
+
+    def effect(attempt: Attempt) -> None:
+        raise EffectFailedError({"reason": "no stock"})
+
+    with pytest.raises(EffectFailedError) as first:
+        database.run_once(SCOPE, effect)
+    with pytest.raises(EffectFailedError) as second:
+        database.run_once(SCOPE, never)
+    assert (first.value.replayed, second.value.replayed) == (False, True)
+    assert first.value.detail == second.value.detail == {"reason": "no stock"}
+
+
+def test_effect_that_did_not_start(database: Database) -> None:
+    """An EffectNotStartedError frees the key for the next call."""
+
+    def effect(attempt: Attempt) -> None:
+        raise EffectNotStartedError("the printer is off")
+
+    with pytest.raises(EffectNotStartedError):
+        database.run_once(SCOPE, effect)
+    assert row_of(database) is None
+    assert database.run_once(SCOPE, lambda attempt: attempt.number).value == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), SystemExit(3), Odd()], ids=repr)
+def test_any_other_exception(database: Database, clock: FakeClock, error: BaseException) -> None:
+    """Whatever else an effect raises reaches the caller as it is; the key stays in progress, then unknown."""
+
+    def effect(attempt: Attempt) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        database.run_once(SCOPE, effect, lease=MINUTE)
+    assert raised.value is error
+    with pytest.raises(IdempotencyInProgressError):
+        database.run_once(SCOPE, never)
+    clock.advance(MINUTE)
+    with pytest.raises(OutcomeUnknownError):
+        database.run_once(SCOPE, never)
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    "error", [RuntimeError("x"), EffectFailedError(1), EffectNotStartedError(), SystemExit(3), Odd()], ids=repr
+)
+def test_exceptions_of_coroutines(sqlite_database: Database, backend: str, error: BaseException) -> None:
+    """An exception leaves `arun_once` as it is, never wrapped in a group, and does what it does for `run_once`."""
+
+    async def effect(attempt: Attempt) -> None:
+        raise error
+
+    async def main() -> BaseException | None:
+        try:
+            await sqlite_database.arun_once(SCOPE, effect)
+        except BaseException as raised:  # noqa: BLE001  it is compared
+            return raised
+        return None
+
+    assert anyio.run(main, backend=backend) is error
+    row = row_of(sqlite_database)
+    state = None if row is None else str(row.state)
+    expected = {EffectFailedError: "failed", EffectNotStartedError: None}.get(type(error), "in_progress")
+    assert state == expected
+
+
+@BACKENDS
+@pytest.mark.parametrize("error", [None, EffectFailedError(1), EffectNotStartedError()], ids=repr)
+def test_coroutine_that_lost_its_key(sqlite_database: Database, backend: str, error: Exception | None) -> None:
+    """An attempt whose key was taken learns so by a LeaseLostError that is not wrapped, however it ended."""
+
+    async def effect(attempt: Attempt) -> int:
+        sqlite_database.run(lambda unit: unit.idempotency_keys.release(attempt))
+        if error is not None:
+            raise error
+        return 1
+
+    async def main() -> None:
+        with pytest.raises(LeaseLostError):
+            await sqlite_database.arun_once(SCOPE, effect)
+
+    anyio.run(main, backend=backend)
+
+
+def test_stale_owner(database: Database, clock: FakeClock) -> None:
+    """An effect that outlived its lease and was taken over learns so; the other one's record stands."""
+
+    def slow(attempt: Attempt) -> str:
+        clock.advance(MINUTE)
+        second = database.run_once(SCOPE, lambda attempt: attempt.number, lease=MINUTE, on_abandoned="rerun")
+        assert second.value == 2
+        return "slow"
+
+    with pytest.raises(LeaseLostError):
+        database.run_once(SCOPE, slow, lease=MINUTE)
+    assert database.run_once(SCOPE, never) == Outcome(2, True, 2)
+
+
+# What was abandoned
+
+
+def test_refuse(database: Database, clock: FakeClock) -> None:
+    """By default an abandoned effect is never run again, however long one waits."""
+    abandon(database)
+    clock.advance(days=400)
+    database.sweep()
+    with pytest.raises(OutcomeUnknownError) as refusal:
+        database.run_once(SCOPE, never)
+    assert refusal.value.attempt == 1
+
+
+def test_rerun(database: Database, clock: FakeClock) -> None:
+    """`rerun` begins another attempt, which passes the same key on downstream."""
+    keys: list[str] = []
+
+    def dies(attempt: Attempt) -> None:
+        keys.append(attempt.downstream_key)
+        raise Odd
+
+    for _ in range(2):
+        with pytest.raises(Odd):
+            database.run_once(SCOPE, dies, lease=MINUTE, on_abandoned="rerun")
+        clock.advance(MINUTE)
+    outcome = database.run_once(SCOPE, lambda attempt: attempt.downstream_key, on_abandoned="rerun")
+    assert (outcome.attempt, keys) == (3, [outcome.value] * 2)
+    other = database.run_once(IdempotencyScope("lamp", "m", "k-2"), lambda attempt: attempt.downstream_key)
+    assert other.value != outcome.value
+
+
+def test_function_that_finds_out(database: Database, clock: FakeClock) -> None:
+    """A function is asked about an abandoned attempt instead of the effect, and its answer is the outcome."""
+
+    def find_out(attempt: Attempt) -> Any:
+        return {"found": attempt.number}
+
+    assert database.run_once(IdempotencyScope("a", "b", "c"), lambda attempt: 1, on_abandoned=find_out).value == 1
+    abandon(database)
+    with pytest.raises(IdempotencyInProgressError):
+        database.run_once(SCOPE, never, on_abandoned=find_out)
+    clock.advance(MINUTE)
+    assert database.run_once(SCOPE, never, on_abandoned=find_out) == Outcome({"found": 2}, False, 2)
+    assert database.run_once(SCOPE, never) == Outcome({"found": 2}, True, 2)
+
+
+def test_function_that_finds_nothing(database: Database, clock: FakeClock) -> None:
+    """The function frees the key where nothing took place, and leaves it unknown where it can't tell."""
+
+    def none_began(attempt: Attempt) -> None:
+        raise EffectNotStartedError
+
+    def cannot_tell(attempt: Attempt) -> None:
+        raise ConnectionError
+
+    abandon(database)
+    clock.advance(MINUTE)
+    with pytest.raises(ConnectionError):
+        database.run_once(SCOPE, never, on_abandoned=cannot_tell, lease=MINUTE)
+    clock.advance(MINUTE)
+    with pytest.raises(OutcomeUnknownError):
+        database.run_once(SCOPE, never)
+    with pytest.raises(EffectNotStartedError):
+        database.run_once(SCOPE, never, on_abandoned=none_began)
+    assert row_of(database) is None
+
+
+def test_rerun_that_did_not_start(database: Database, clock: FakeClock) -> None:
+    """A second attempt that did not start says nothing about the first: the outcome stays unknown."""
+
+    def effect(attempt: Attempt) -> None:
+        raise EffectNotStartedError
+
+    abandon(database)
+    clock.advance(MINUTE)
+    with pytest.raises(EffectNotStartedError):
+        database.run_once(SCOPE, effect, on_abandoned="rerun")
+    with pytest.raises(OutcomeUnknownError):
+        database.run_once(SCOPE, never)
+
+
+@BACKENDS
+def test_coroutine_that_finds_out(sqlite_database: Database, clock: FakeClock, backend: str) -> None:
+    """A coroutine function may find out as well."""
+
+    async def find_out(attempt: Attempt) -> Any:
+        await anyio.lowlevel.checkpoint()
+        return attempt.number
+
+    async def main() -> None:
+        outcome = await sqlite_database.arun_once(SCOPE, anever, on_abandoned=find_out)
+        assert outcome == Outcome(2, False, 2)
+
+    abandon(sqlite_database)
+    clock.advance(MINUTE)
+    anyio.run(main, backend=backend)
+
+
+def test_device_made_anew(database: Database, clock: FakeClock) -> None:
+    """A device under an old id gets none of the old one's results, and the old one's attempt records nothing."""
+    add_device(database)
+    database.run_once(SCOPE, lambda attempt: "secret of the old device")
+
+    def effect(attempt: Attempt) -> str:
+        with database.unit_of_work() as unit:
+            unit.devices.delete("lamp")
+        add_device(database)
+        assert not database.run_once(SCOPE, lambda attempt: "new").replayed
+        assert not database.run_once(other, lambda attempt: "new").replayed
+        return "old"
+
+    other = IdempotencyScope("lamp", "orders.create", "k-2")
+    with pytest.raises(LeaseLostError):
+        database.run_once(other, effect)
+    assert database.run_once(other, never).value == "new"
+
+
+# The lease
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases are renewed every 2 ms, whatever their length."""
+    monkeypatch.setattr(OnceCall, "period", 0.002)
+
+
+@pytest.fixture
+def renewed(monkeypatch: pytest.MonkeyPatch, often: None) -> Callable[[int], bool]:
+    """Waits until a lease was renewed that many times more."""
+    renewals = threading.Semaphore(0)
+    renew = OnceCall.renew
+
+    def counted(self: OnceCall, unit: Any, attempt: Attempt) -> None:
+        renew(self, unit, attempt)
+        unit.after_commit(renewals.release)
+
+    monkeypatch.setattr(OnceCall, "renew", counted)
+    return lambda times: all(renewals.acquire(timeout=30) for _ in range(times))
+
+
+def test_long_effect_keeps_its_lease(database: Database, clock: FakeClock, renewed: Callable[[int], bool]) -> None:
+    """An effect of three leases' length is still in progress for others, since its lease is renewed meanwhile."""
+
+    def effect(attempt: Attempt) -> str:
+        for _ in range(6):
+            clock.advance(MINUTE / 2)
+            assert renewed(2)
+        with pytest.raises(IdempotencyInProgressError) as refusal:
+            database.run_once(SCOPE, never, on_abandoned="rerun")
+        assert refusal.value.retry_after == MINUTE
+        return "long"
+
+    assert database.run_once(SCOPE, effect, lease=MINUTE).value == "long"
+    assert not [thread for thread in threading.enumerate() if thread.name == "homeagent-lease"]
+
+
+@BACKENDS
+def test_long_coroutine_keeps_its_lease(
+    sqlite_database: Database, clock: FakeClock, renewed: Callable[[int], bool], backend: str
+) -> None:
+    """The same for a coroutine: its loop renews while it waits."""
+
+    async def effect(attempt: Attempt) -> str:
+        for _ in range(4):
+            clock.advance(MINUTE / 2)
+            assert await anyio.to_thread.run_sync(renewed, 2)
+        return "long"
+
+    async def main() -> None:
+        assert (await sqlite_database.arun_once(SCOPE, effect, lease=MINUTE)).value == "long"
+
+    anyio.run(main, backend=backend)
+
+
+def test_renewal_meets_trouble(
+    sqlite_database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    often: None,
+) -> None:
+    """A renewal that the database refuses once is told in the log, and tried again."""
+    renew = OnceCall.renew
+    calls: list[int] = []
+    again = threading.Event()
+
+    def refused_once(self: OnceCall, unit: Any, attempt: Attempt) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise HomeAgentError("no room")
+        renew(self, unit, attempt)
+        again.set()
+
+    monkeypatch.setattr(OnceCall, "renew", refused_once)
+    assert sqlite_database.run_once(SCOPE, lambda attempt: again.wait(30)).value is True
+    assert "no room" in caplog.text
+
+
+# From coroutines
+
+
+async def turns() -> None:
+    """Let every other task have its turn, several times: a cancellation is delivered then."""
+    for _ in range(10):
+        await anyio.lowlevel.checkpoint()
+
+
+class Native:
+    """Cancels as asyncio itself does: `Task.cancel`."""
+
+    backend = "asyncio"
+
+    @staticmethod
+    async def cancel(
+        work: Callable[[], Awaitable[Any]], when: Callable[[], Awaitable[Any]], then: Callable[[], object] = int
+    ) -> bool:
+        """Start `work`, cancel it once `when` returned, call `then`, and tell whether it ended by that."""
+        task = asyncio.ensure_future(work())
+        await when()
+        task.cancel()
+        await turns()
+        then()
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()
+        return task.cancelled()
+
+
+class Scoped:
+    """Cancels by a scope, as AnyIO and Trio do."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    @staticmethod
+    async def cancel(
+        work: Callable[[], Awaitable[Any]], when: Callable[[], Awaitable[Any]], then: Callable[[], object] = int
+    ) -> bool:
+        """Start `work`, cancel it once `when` returned, call `then`, and tell whether it ended by that."""
+        ended = False
+
+        async def child() -> None:
+            nonlocal ended
+            try:
+                await work()
+            except anyio.get_cancelled_exc_class():
+                ended = True
+                raise
+            except HomeAgentError:
+                pass  # the effect's own, which the test looks for in the store
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(child)
+            await when()
+            group.cancel_scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await turns()
+            then()
+        return ended
+
+
+CANCELLERS = pytest.mark.parametrize(
+    "canceller", [Native(), Scoped("asyncio"), Scoped("trio")], ids=["Task.cancel", "asyncio scope", "trio scope"]
+)
+
+
+@CANCELLERS
+def test_cancelled_effect(sqlite_database: Database, canceller: Native | Scoped) -> None:
+    """A cancelled caller cancels the effect; what it knows of its outcome is recorded all the same."""
+    ends: list[str] = []
+
+    async def main() -> None:
+        for key, end in (("a", "raise"), ("b", "return"), ("c", "fail"), ("d", "free")):
+            began = anyio.Event()
+
+            async def effect(attempt: Attempt, began: anyio.Event = began, end: str = end) -> Any:
+                began.set()
+                try:
+                    await anyio.sleep_forever()
+                except anyio.get_cancelled_exc_class():
+                    ends.append(end)
+                    if end == "return":
+                        return "undone"
+                    if end == "fail":
+                        raise EffectFailedError("cancelled") from None
+                    if end == "free":
+                        raise EffectNotStartedError from None
+                    raise
+
+            scope = IdempotencyScope("lamp", "m", key)
+            await canceller.cancel(functools.partial(sqlite_database.arun_once, scope, effect), began.wait)
+
+    anyio.run(main, backend=canceller.backend)
+    assert ends == ["raise", "return", "fail", "free"]
+    rows = [row_of(sqlite_database, IdempotencyScope("lamp", "m", key)) for key in "abcd"]
+    assert [row and str(row.state) for row in rows] == ["in_progress", "completed", "failed", None]
+
+
+@CANCELLERS
+def test_cancelled_record(
+    sqlite_database: Database, canceller: Native | Scoped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller that is cancelled while the outcome is being recorded leaves with the record made."""
+    recording = threading.Event()
+    go_on = threading.Event()
+    run = sqlite_database.run
+
+    def held(work: Any, **options: Any) -> Any:
+        if threading.current_thread() is not main_thread and ran:
+            recording.set()
+            assert go_on.wait(30)
+        return run(work, **options)
+
+    main_thread = threading.current_thread()
+    ran: list[int] = []
+    monkeypatch.setattr(sqlite_database, "run", held)
+
+    async def effect(attempt: Attempt) -> str:
+        ran.append(1)
+        return "done"
+
+    async def main() -> None:
+        async def when() -> None:
+            assert await anyio.to_thread.run_sync(recording.wait, 30)
+
+        await canceller.cancel(lambda: sqlite_database.arun_once(SCOPE, effect), when, go_on.set)
+        row = row_of(sqlite_database)
+        assert row is not None
+        assert row.result == "done"
+
+    anyio.run(main, backend=canceller.backend)
+
+
+@CANCELLERS
+def test_cancelled_claim(sqlite_database: Database, canceller: Native | Scoped) -> None:
+    """A caller that is cancelled before its effect began leaves the key free."""
+
+    async def main() -> None:
+        holder = sqlite_database.unit_of_work()
+        holder.__enter__()
+
+        async def when() -> None:
+            while not sqlite_database._engine.writers.waits:
+                await anyio.lowlevel.checkpoint()
+
+        def then() -> None:
+            holder.__exit__(None, None, None)
+
+        assert await canceller.cancel(lambda: sqlite_database.arun_once(SCOPE, anever), when, then)
+
+    anyio.run(main, backend=canceller.backend)
+    assert row_of(sqlite_database) is None
+
+
+@CANCELLERS
+def test_cancelled_unit(sqlite_database: Database, canceller: Native | Scoped) -> None:
+    """A cancelled `arun` ends its unit before it returns: the next writer gets the lane at once."""
+    began = threading.Event()
+    go_on = threading.Event()
+    ended: list[bool] = []
+
+    def work(unit: Any) -> None:
+        began.set()
+        assert go_on.wait(30)
+        unit.after_commit(lambda: ended.append(True))
+        unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
+
+    async def main() -> None:
+        async def when() -> None:
+            assert await anyio.to_thread.run_sync(began.wait, 30)
+
+        await canceller.cancel(lambda: sqlite_database.arun(work), when, go_on.set)
+        assert ended == [True]
+
+    anyio.run(main, backend=canceller.backend)
+    waits = sqlite_database._engine.writers.waits
+    with sqlite_database.unit_of_work() as unit:
+        assert unit.agents.get("ada").name == "Ada"
+    assert sqlite_database._engine.writers.waits == waits
+
+
+@BACKENDS
+def test_arun_never_blocks_the_loop(sqlite_database: Database, backend: str) -> None:
+    """While a unit waits in a thread, the event loop runs other tasks, and even lets that unit go on."""
+    go_on = threading.Event()
+
+    async def main() -> list[str]:
+        order: list[str] = []
+
+        async def unit() -> None:
+            order.append(await sqlite_database.arun(lambda unit: str(go_on.wait(30))))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(unit)
+            await anyio.lowlevel.checkpoint()
+            order.append("loop")
+            go_on.set()
+        return order
+
+    assert anyio.run(main, backend=backend) == ["loop", "True"]
+
+
+@BACKENDS
+def test_arun_raises_what_the_work_raises(sqlite_database: Database, backend: str) -> None:
+    """An exception of the work reaches the coroutine as it is, and the unit was rolled back."""
+    error = LookupError("x")
+
+    def work(unit: Any) -> None:
+        unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
+        raise error
+
+    async def main() -> None:
+        with pytest.raises(LookupError) as raised:
+            await sqlite_database.arun(work)
+        assert raised.value is error
+        assert await sqlite_database.arun(lambda unit: unit.agents.list(), read_only=True) == []
+
+    anyio.run(main, backend=backend)
+
+
+# In one unit of work
+
+
+def test_one_commit(database: Database) -> None:
+    """Key, effect and result are one commit: after it all are there, and the effect does not run again."""
+
+    def effect(attempt: Attempt) -> Any:
+        unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
+        return {"made": "ada"}
+
+    told: list[str] = []
+    with database.unit_of_work() as unit:
+        unit.after_commit(lambda: told.append("durable"))
+        assert unit.run_once(SCOPE, effect, params=1) == Outcome({"made": "ada"}, False, 1)
+        assert not told
+    assert told == ["durable"]
+    with database.unit_of_work() as unit:
+        assert unit.run_once(SCOPE, never, params=1).replayed
+        with pytest.raises(FingerprintMismatchError):
+            unit.run_once(SCOPE, never, params=2)
+
+
+def test_all_undone(database: Database) -> None:
+    """Where the unit is rolled back, neither key nor effect is left; nor a callback of the effect."""
+
+    def effect(attempt: Attempt) -> None:
+        unit.after_commit(lambda: pytest.fail("it was rolled back"))
+        unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
+
+    with suppress(Odd), database.unit_of_work() as unit:
+        unit.run_once(SCOPE, effect)
+        raise Odd
+    with database.unit_of_work() as unit:
+        assert unit.agents.find_by_id("ada") is None
+        assert unit.idempotency_keys.find(SCOPE) is None
+
+
+@pytest.mark.parametrize("error", [EffectFailedError("no"), EffectNotStartedError(), RuntimeError()], ids=repr)
+def test_effect_undone_alone(database: Database, error: Exception) -> None:
+    """What an effect that raises wrote is undone, while the unit goes on; only a failure for good leaves its record."""
+
+    def effect(attempt: Attempt) -> None:
+        unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
+        raise error
+
+    with database.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="bob", name="Bob", workspace_path="/srv"))
+        with pytest.raises(type(error)) as raised:
+            unit.run_once(SCOPE, effect)
+        assert raised.value is error
+    with database.unit_of_work() as unit:
+        assert [agent.id for agent in unit.agents.list()] == ["bob"]
+        if isinstance(error, EffectFailedError):
+            with pytest.raises(EffectFailedError) as replay:
+                unit.run_once(SCOPE, never)
+            assert (replay.value.detail, replay.value.replayed) == ("no", True)
+        else:
+            assert unit.run_once(SCOPE, lambda attempt: 1).attempt == 1
+
+
+def test_unknown_outcome_in_a_unit(database: Database, clock: FakeClock) -> None:
+    """A key whose outcome is unknown is refused inside a unit too, and so is one in progress."""
+    abandon(database)
+    with database.unit_of_work() as unit:
+        with pytest.raises(IdempotencyInProgressError):
+            unit.run_once(SCOPE, never)
+        clock.advance(MINUTE)
+        with pytest.raises(OutcomeUnknownError):
+            unit.run_once(SCOPE, never)
+
+
+def test_callback_runs_once_for_all_calls(database: Database) -> None:
+    """A callback that the effect asks for comes after the commit of the one call that ran it."""
+    told: list[int] = []
+
+    def call() -> Outcome:
+        with database.unit_of_work() as unit:
+            return unit.run_once(SCOPE, lambda attempt: unit.after_commit(lambda: told.append(1)))
+
+    assert [call().replayed for _ in range(3)] == [False, True, True]
+    assert told == [1]
