@@ -260,13 +260,15 @@ def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path | None:
     """Copy the file as it was committed last, over a second connection: the first waits for nobody but itself."""
     stamp = clock().strftime("%Y%m%dT%H%M%S%fZ")
     target = engine.path.with_name(f"{engine.path.name}.{revision}-{stamp}.backup")
-    if not files.create_file(target):
+    # It gets its name when it is whole and verified: a file called a backup must be one.
+    partial = target.with_name(f"{target.name}.partial")
+    if target.exists() or not files.create_file(partial):
         raise MigrationError(f"{target} exists already: move it away, then open the database again")
     module: Any = engine.driver.module
     try:
         with (
             closing(module.connect(str(engine.path), isolation_level=None)) as source,
-            closing(module.connect(str(target), isolation_level=None)) as copy,
+            closing(module.connect(str(partial), isolation_level=None)) as copy,
         ):
             source.execute("PRAGMA query_only=ON")
             source.backup(copy)
@@ -278,10 +280,10 @@ def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path | None:
                 f"{engine.path} is damaged ({verdict.splitlines()[0]}): it was not upgraded; "
                 "restore the newest good backup"
             )
+        files.atomic_replace(partial, target)
     except BaseException:
-        target.unlink()
+        partial.unlink(missing_ok=True)
         raise
-    files.fsync_directory(target.parent)
     return target
 
 
