@@ -1,0 +1,109 @@
+"""The commands that settle what nobody knows the outcome of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from homeagent import Attempt, Database, IdempotencyScope
+from homeagent.cli import app
+from tests.conftest import FakeClock
+
+SCOPES = [IdempotencyScope("lamp", "orders.create", f"key-{number}") for number in range(2)]
+LIVE = IdempotencyScope("lamp", "orders.create", "live")
+
+
+def invoke(path: Path, *arguments: str) -> Result:
+    """Run a command on a database."""
+    return CliRunner().invoke(app, ["--database", str(path), "keys", *arguments])
+
+
+def parts(scope: IdempotencyScope) -> Sequence[str]:
+    """Return a scope as the commands take it."""
+    return scope.device_id, scope.method, scope.key
+
+
+@pytest.fixture
+def path(sqlite_path: Path) -> Path:
+    """A database with two abandoned keys, an hour and less ago, and one whose lease is live."""
+    # The commands read the real clock.
+    clock = FakeClock(datetime.now(UTC) - timedelta(hours=1))
+    with Database.open(sqlite_path, clock=clock) as database:
+        for scope in (*SCOPES, LIVE):
+            if scope is LIVE:
+                clock.advance(hours=2)
+            database.run(
+                lambda unit, scope=scope: unit.idempotency_keys.claim(  # type: ignore[misc]
+                    scope, fingerprint="f", lease=timedelta(minutes=1), ttl=timedelta(days=1)
+                )
+            )
+            clock.advance(minutes=1)
+    return sqlite_path
+
+
+def call(path: Path, scope: IdempotencyScope) -> Any:
+    """Return the replayed value of a key, or "ran" where the effect ran."""
+    with Database.open(path) as database, database.unit_of_work() as unit:
+        found = unit.idempotency_keys.claim(scope, fingerprint="f", lease=timedelta(minutes=1), ttl=timedelta(days=1))
+        return "ran" if isinstance(found, Attempt) else found.value
+
+
+def test_abandoned(path: Path) -> None:
+    """The abandoned keys are listed, longest ago first, as a table and as JSON; a live lease is not among them."""
+    shown = invoke(path, "abandoned")
+    assert shown.exit_code == 0, shown.output
+    assert "live" not in shown.stdout
+    assert shown.stdout.index("key-0") < shown.stdout.index("key-1")
+    listed = json.loads(invoke(path, "abandoned", "--json").stdout)
+    assert [row["key"] for row in listed] == ["key-0", "key-1"]
+    assert set(listed[0]) == {
+        "device_id",
+        "method",
+        "key",
+        "attempt",
+        "created_at",
+        "lease_expires_at",
+        "downstream_key",
+    }
+    assert [row["key"] for row in json.loads(invoke(path, "abandoned", "--json", "--limit", "1").stdout)] == ["key-0"]
+
+
+def test_resolve(path: Path) -> None:
+    """What the operator says is what a retry gets; a second time there is nothing to do."""
+    done = invoke(path, "resolve", *parts(SCOPES[0]), '{"order": 7}', "--json")
+    assert json.loads(done.stdout) == {"changed": True}
+    assert call(path, SCOPES[0]) == {"order": 7}
+    again = invoke(path, "resolve", *parts(SCOPES[0]), "null")
+    assert (again.exit_code, again.stdout) == (0, "Nothing is abandoned under this key: nothing to do.\n")
+    assert call(path, SCOPES[0]) == {"order": 7}
+
+
+def test_forget(path: Path) -> None:
+    """A forgotten key is free: the next call runs the effect."""
+    assert invoke(path, "forget", *parts(SCOPES[1])).stdout == "Forgotten: the next call runs it.\n"
+    assert call(path, SCOPES[1]) == "ran"
+
+
+@pytest.mark.parametrize("arguments", [["resolve", *parts(LIVE), "1"], ["forget", *parts(LIVE)]], ids=str)
+def test_live_lease(path: Path, arguments: list[str]) -> None:
+    """Whose lease is live may still end by itself: refused with one line, which does not show the key."""
+    refused = invoke(path, *arguments)
+    assert refused.exit_code == 1
+    assert refused.stdout == ""
+    assert refused.stderr.count("\n") == 1
+    assert "in progress" in refused.stderr
+
+
+def test_wrong_usage(path: Path) -> None:
+    """A result that is no JSON is wrong usage and changes nothing; an id that can't be one is refused."""
+    wrong = invoke(path, "resolve", *parts(SCOPES[0]), "{order")
+    assert wrong.exit_code == 2
+    assert "must be JSON" in wrong.stderr
+    assert invoke(path, "forget", "a/b", "m", "k").exit_code == 1
+    assert len(json.loads(invoke(path, "abandoned", "--json").stdout)) == 2
