@@ -131,7 +131,12 @@ def _renewing(run: Run, call: OnceCall, attempt: Attempt) -> Iterator[None]:
                 return
 
     thread = threading.Thread(target=keep, name="homeagent-lease", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        # No thread is to be had, and nothing began: the key must not count as abandoned.
+        run(lambda unit: unit.idempotency_keys.release(attempt))
+        raise
     try:
         yield
     finally:

@@ -551,6 +551,19 @@ def test_renewal_meets_trouble(
     assert "no room" in caplog.text
 
 
+def test_no_thread_to_renew_with(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system gives no thread to renew in, the effect does not begin and the key is free."""
+
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(RuntimeError, match="new thread"):
+            sqlite_database.run_once(SCOPE, never)
+    assert row_of(sqlite_database) is None
+
+
 # From coroutines
 
 
