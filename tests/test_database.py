@@ -276,3 +276,63 @@ def test_status_counts_rows_and_the_dead(database: Database, clock: FakeClock) -
     assert status.rows == {"agents": 0, "devices": 0, "idempotency_keys": 2, "nonces": 2, "sessions": 0}
     assert status.expired == {"nonces": 2, "idempotency_keys": 2}
     assert status.safe_engine
+
+
+def test_a_hash_under_old_costs_is_made_anew_when_it_verifies(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the costs are raised, the right secret replaces its hash once, and a wrong one doesn't."""
+    database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
+    approve(database)
+    with database.unit_of_work(read_only=True) as unit:
+        old = unit.devices.get("lamp").shared_secret_hash
+    monkeypatch.setattr(credentials, "_default", credentials.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
+
+    def stored() -> str:
+        with database.unit_of_work(read_only=True) as unit:
+            return unit.devices.get("lamp").shared_secret_hash
+
+    assert database.verify_secret("lamp", "not the secret") is None
+    assert stored() == old
+    assert database.verify_secret("lamp", HUMAN) is not None
+    new = stored()
+    assert new != old
+    assert "m=16,t=2" in new
+    assert database.verify_secret("lamp", HUMAN) is not None
+    assert stored() == new
+
+
+def test_a_hash_that_can_not_be_made_anew_keeps_nobody_out(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The right secret is right, though the database can't be written just now."""
+    database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
+    approve(database)
+    monkeypatch.setattr(credentials, "_default", credentials.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
+
+    def busy(work: Any, **options: Any) -> Any:
+        raise DatabaseBusyError("the write lane was not given up")
+
+    monkeypatch.setattr(database, "run", busy)
+    assert database.verify_secret("lamp", HUMAN) is not None
+    assert "could not be made anew" in caplog.text
+
+
+def test_a_secret_is_never_hashed_inside_a_unit(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a slow hash is computed, nobody waits for a lane: neither for pairing, verifying nor rotating."""
+    during: list[bool] = []
+    run = credentials.SecretHasher._run
+
+    def watched(hasher: Any, *arguments: Any, **options: Any) -> Any:
+        lanes = database._engine
+        during.append(bool(lanes.writers._held or lanes.readers._held))
+        return run(hasher, *arguments, **options)
+
+    monkeypatch.setattr(credentials.SecretHasher, "_run", watched)
+    database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
+    approve(database)
+    assert database.verify_secret("lamp", HUMAN) is not None
+    assert database.verify_secret("nobody", HUMAN) is None
+    database.rotate_secret("lamp", SecretStr("another secret of a human"), overlap=MINUTE)
+    assert len(during) >= 4
+    assert not any(during)

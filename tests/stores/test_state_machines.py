@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -241,3 +242,10 @@ class StoreMachine(RuleBasedStateMachine):
 StoreMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 
 TestStores = StoreMachine.TestCase
+
+
+@pytest.mark.slow
+class TestManySequences(StoreMachine.TestCase):
+    """The same, two thousand times over."""
+
+    settings = settings(max_examples=2000, stateful_step_count=20, deadline=None)
