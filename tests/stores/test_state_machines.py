@@ -245,7 +245,7 @@ TestStores = StoreMachine.TestCase
 
 
 @pytest.mark.slow
-class TestManySequences(StoreMachine.TestCase):
+class TestManySequences(StoreMachine.TestCase):  # type: ignore[misc, valid-type]  # Hypothesis makes it
     """The same, two thousand times over."""
 
     settings = settings(max_examples=2000, stateful_step_count=20, deadline=None)
