@@ -9,8 +9,8 @@ from datetime import timedelta
 
 import pytest
 
-from homeagent import Database, Role
-from homeagent.errors import LastAdminError
+from homeagent import AgentSessionCreate, Database, Role
+from homeagent.errors import AgentNotFoundError, LastAdminError
 from tests.conftest import START, Children, FakeClock, add_agent, add_device, dump
 
 READY = """
@@ -164,3 +164,34 @@ def test_killed_process_leaves_all_or_nothing(target: str, children: Children) -
                     assert unit.session.connection().execute(text("PRAGMA integrity_check")).scalar_one() == "ok"
             assert ids in [{f"{n}{half}" for n in range(1, last + 1) for half in "ab"} for last in (told, told + 1)]
             add_agent(database, "next")
+
+
+def test_a_session_of_an_agent_that_is_being_deleted(database: Database) -> None:
+    """A session made at the moment of its agent's deletion is deleted too, or refused; none is left without one."""
+    for number in range(10):
+        agent_id = f"agent-{number}"
+        add_agent(database, agent_id)
+        ready = threading.Barrier(5)
+        refused: list[str] = []
+
+        def create(agent_id: str = agent_id, ready: threading.Barrier = ready) -> None:
+            ready.wait()
+            for _ in range(3):
+                try:
+                    database.run(lambda unit: unit.sessions.create(AgentSessionCreate(agent_id=agent_id)))
+                except AgentNotFoundError:
+                    refused.append(agent_id)  # noqa: B023  each round looks at its own list
+
+        def delete(agent_id: str = agent_id, ready: threading.Barrier = ready) -> None:
+            ready.wait()
+            assert database.run(lambda unit: unit.agents.delete(agent_id, delete_sessions=True))
+
+        threads = [threading.Thread(target=create) for _ in range(4)] + [threading.Thread(target=delete)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with database.unit_of_work(read_only=True) as unit:
+            assert unit.agents.find_by_id(agent_id) is None
+            assert list(unit.sessions.list(agent_id=agent_id)) == []
+        assert len(refused) <= 12

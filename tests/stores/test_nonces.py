@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -115,3 +116,29 @@ def test_bad_arguments_write_nothing(sqlite_database: Database) -> None:
             with pytest.raises(InvalidArgumentError):
                 unit.nonces.consume("lamp", "n", expires_at=START + MINUTE, limit=limit)
     assert dump(sqlite_database)["nonces"] == []
+
+
+def test_a_device_has_ten_thousand_live_nonces_at_most(sqlite_database: Database, clock: FakeClock) -> None:
+    """The default bound: SQLite only, since the count is the same statement on both and the rows take a while."""
+    expires_at = clock.now + timedelta(hours=1)
+    with sqlite_database.unit_of_work() as unit:
+        for number in range(10_000):
+            assert unit.nonces.consume("lamp", f"n{number}", expires_at=expires_at)
+    with pytest.raises(NonceLimitError), sqlite_database.unit_of_work() as unit:
+        unit.nonces.consume("lamp", "one too many", expires_at=expires_at)
+    with sqlite_database.unit_of_work() as unit:
+        assert not unit.nonces.consume("door", "n0", expires_at=clock.now)
+        assert unit.nonces.consume("door", "n0", expires_at=expires_at)
+    clock.advance(timedelta(hours=1))
+    with sqlite_database.unit_of_work() as unit:
+        assert unit.nonces.consume("lamp", "room again", expires_at=clock.now + timedelta(hours=1))
+
+
+def test_a_store_that_was_restarted_remembers(database: Database, reopen: Any, clock: FakeClock) -> None:
+    """A consumed nonce is a replay for the next process as well."""
+    expires_at = clock.now + timedelta(hours=1)
+    with database.unit_of_work() as unit:
+        assert unit.nonces.consume("lamp", "one", expires_at=expires_at)
+    database.close()
+    with reopen() as again, again.unit_of_work() as unit:
+        assert not unit.nonces.consume("lamp", "one", expires_at=expires_at)
