@@ -1,0 +1,94 @@
+"""`homeagent init` and `homeagent migrate`: make the schema, or bring it up to date."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import typer
+
+from homeagent.cli.application import DatabaseOption, app
+from homeagent.cli.opening import target_of
+from homeagent.cli.output import JsonOption, print_json
+from homeagent.database import Database
+from homeagent.engine.target import resolve_target
+from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
+from homeagent.migrations import REVISION
+
+
+@dataclass(frozen=True)
+class _Upgrade:
+    location: str
+    action: str
+    from_revision: str | None
+    schema_revision: str
+    backup: str | None
+
+    def __str__(self) -> str:
+        match self.action:
+            case "made":
+                return f"Made {self.location} at schema revision {self.schema_revision}."
+            case "upgraded":
+                kept = f" What it was is kept in {self.backup}." if self.backup else ""
+                step = f"from schema revision {self.from_revision} to {self.schema_revision}"
+                return f"Upgraded {self.location} {step}.{kept}"
+            case _:
+                return f"{self.location} is at schema revision {self.schema_revision} already: nothing to do."
+
+
+def _bring_up_to_date(target: str | None) -> _Upgrade:
+    where = resolve_target(target)
+    if where.is_temporary:
+        raise InvalidArgumentError("a temporary database ends with this command: name a file, or a server's URL")
+    found: str | None = REVISION
+    try:
+        Database.open(target, migrate=False).close()
+    except SchemaOutdatedError as outdated:
+        found = outdated.revision
+    before = _backups(where.path)
+    # Opened in any case: that repairs the modes of directories and files too.
+    Database.open(target).close()
+    made = sorted(_backups(where.path) - before)
+    return _Upgrade(
+        location=where.location,
+        action="made" if found is None else "unchanged" if found == REVISION else "upgraded",
+        from_revision=found,
+        schema_revision=REVISION,
+        backup=str(made[-1]) if made else None,
+    )
+
+
+def _backups(path: Path | None) -> set[Path]:
+    if path is None or not path.parent.is_dir():
+        return set()
+    return {
+        beside
+        for beside in path.parent.iterdir()
+        if beside.name.startswith(f"{path.name}.") and beside.name.endswith(".backup")
+    }
+
+
+@app.command()
+def init(context: typer.Context, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
+    """Make the database, or upgrade it where it exists.
+
+    Doing it again is fine.
+    """
+    _report_upgrade(context, database, as_json=as_json)
+
+
+@app.command()
+def migrate(context: typer.Context, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
+    """Upgrade the schema to the revision that this version needs.
+
+    A file that holds data is copied beside itself first. An upgrade that fails changes nothing.
+    """
+    _report_upgrade(context, database, as_json=as_json)
+
+
+def _report_upgrade(context: typer.Context, database: str | None, *, as_json: bool) -> None:
+    upgrade = _bring_up_to_date(target_of(context, database))
+    if as_json:
+        print_json(asdict(upgrade))
+    else:
+        typer.echo(str(upgrade))

@@ -1,0 +1,54 @@
+"""`homeagent status`: a look at the database."""
+
+from __future__ import annotations
+
+import typer
+
+from homeagent.cli.application import DatabaseOption, app
+from homeagent.cli.opening import open_named
+from homeagent.cli.output import JsonOption, console_for, count, facts_table, grid, print_json
+from homeagent.maintenance.reporting import DatabaseStatus
+
+
+@app.command()
+def status(context: typer.Context, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
+    """Show where the database is, its engine, schema, settings and file modes, and how much it holds.
+
+    It changes nothing and never makes a database.
+    """
+    with open_named(context, database) as opened:
+        found = opened.status()
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    console = console_for()
+    console.print(facts_table(_summary(found)))
+    rows = grid(header=True)
+    rows.add_column("Table")
+    rows.add_column("Rows", justify="right")
+    rows.add_column("Expired, to be swept", justify="right")
+    for name, number in found.rows.items():
+        rows.add_row(name, f"{number:,}", f"{found.expired[name]:,}" if name in found.expired else "")
+    console.print()
+    console.print(rows)
+    for title, facts in (("Pragmas", found.pragmas), ("File modes", found.file_modes)):
+        if facts:
+            console.print(f"\n{title}", style="bold")
+            console.print(facts_table({name: str(value) for name, value in facts.items()}))
+
+
+def _summary(found: DatabaseStatus) -> dict[str, str]:
+    name = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}.get(found.engine, found.engine)
+    engine = f"{name} {found.engine_version}, through {found.driver}"
+    if not found.safe_engine:
+        engine += " (it has the WAL-reset bug: use SQLite 3.51.3 or newer)"
+    facts = {
+        "Database": found.location,
+        "Engine": engine,
+        "Schema revision": str(found.schema_revision),
+    }
+    if found.durability is not None:
+        facts["Durability"] = found.durability
+    if found.wal_bytes is not None:
+        facts["Write-ahead log"] = count(found.wal_bytes, "byte")
+    return facts

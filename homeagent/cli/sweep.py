@@ -1,0 +1,52 @@
+"""`homeagent sweep`: remove what has expired."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated
+
+import typer
+
+from homeagent.cli.application import DatabaseOption, app
+from homeagent.cli.opening import open_named
+from homeagent.cli.output import JsonOption, count, print_json
+from homeagent.models.types import MAX_LIMIT
+
+_LONGEST_BUDGET = 366 * 24 * 3600.0
+
+
+def _budget(seconds: float | None) -> float | None:
+    # Written so that a NaN is refused too.
+    if seconds is not None and not 0.001 <= seconds <= _LONGEST_BUDGET:
+        raise typer.BadParameter("it must be from 0.001 seconds to 366 days.")
+    return seconds
+
+
+@app.command()
+def sweep(
+    context: typer.Context,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="How many rows one transaction removes at most.")
+    ] = 100,
+    time_budget: Annotated[
+        float | None,
+        typer.Option(callback=_budget, metavar="SECONDS", help="When to end early.", show_default="until all is done"),
+    ] = None,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove nonces and idempotency keys that have expired.
+
+    It works in small transactions, so it can run beside the gateway.
+    """
+    with open_named(context, database) as opened:
+        report = opened.sweep(
+            batch_size=batch_size, time_budget=None if time_budget is None else timedelta(seconds=time_budget)
+        )
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    typer.echo(
+        f"Removed {count(report.nonces, 'nonce')} and {count(report.idempotency_keys, 'idempotency key')}."
+        + (" The time budget ended it early: sweep again." if report.more else "")
+    )
