@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["REVISION", "VERSION_TABLE", "alembic_config", "open_postgresql", "open_sqlite", "revision_of"]
 
-REVISION = "0004"
+REVISION = "0005"
 """The revision that this version of the package works with: the newest in `alembic/versions`."""
 
 VERSION_TABLE = "homeagent_schema_version"

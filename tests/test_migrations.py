@@ -34,7 +34,7 @@ from homeagent.errors import (
     SchemaOutdatedError,
 )
 from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config
-from homeagent.models import metadata
+from homeagent.models import DATA_TABLES, metadata
 from homeagent.models.session import route_key
 
 CHECKOUT = Path(homeagent.__file__).parents[1]
@@ -222,7 +222,7 @@ def test_autogenerate_drafts_plain_types(tmp_path: Path) -> None:
     """A drafted revision holds plain `sa.` types alone, whatever columns of ours are in it."""
     copy = tmp_path / "alembic"
     shutil.copytree(CHECKOUT / "alembic", copy, ignore=shutil.ignore_patterns("__pycache__"))
-    for revision in ("0003", "0004"):
+    for revision in ("0003", "0004", "0005"):
         next(copy.glob(f"versions/{revision}_*")).unlink()
     configuration = tmp_path / "alembic.ini"
     configuration.write_text(f"[alembic]\nscript_location = {copy}\n")
@@ -479,7 +479,8 @@ def test_old_database_opens_and_carries_on(tmp_path: Path, revision: str) -> Non
             assert unit.agents.delete("new")
     after = rows_of(path)
     assert after[VERSION_TABLE] == [{"version_num": REVISION}]
-    for table in metadata.tables:
+    assert after["store"] == [{"id": 1, "epoch": 1, "oldest_revision": "0004"}]
+    for table in DATA_TABLES:
         assert len(after[table]) == len(before[table])
         for old in before[table]:
             # Every value of an old row is in one new row.
@@ -552,7 +553,7 @@ def test_large_database_upgrades_in_one_transaction(tmp_path: Path) -> None:
         raw.execute("COMMIT")
     Database.open(path).close()
     assert is_sound(path)
-    for table in metadata.tables:
+    for table in DATA_TABLES:
         assert fetch(path, f"SELECT count(*) FROM {table}") == [(count,)]
     assert fetch(path, "SELECT count(route_key) FROM sessions") == fetch(
         path, "SELECT count(*) FROM (SELECT DISTINCT agent_id, sender_id, channel_id FROM sessions)"
@@ -563,17 +564,18 @@ def test_large_database_upgrades_in_one_transaction(tmp_path: Path) -> None:
 
 
 def with_revision(directory: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    """Have the package find one more revision, 0005, that does this."""
+    """Have the package find one more revision that does this."""
+    following = f"{int(REVISION) + 1:04}"
     scripts = directory / "alembic"
     shutil.copytree(CHECKOUT / "alembic", scripts, ignore=shutil.ignore_patterns("__pycache__"))
     lines = "\n".join(f"    {line}" for line in body.splitlines())
-    (scripts / "versions" / "0005_next.py").write_text(
+    (scripts / "versions" / f"{following}_next.py").write_text(
         "import sqlalchemy as sa\nfrom alembic import op\n"
-        'revision, down_revision, branch_labels, depends_on = "0005", "0004", None, None\n\n\n'
+        f'revision, down_revision, branch_labels, depends_on = "{following}", "{REVISION}", None, None\n\n\n'
         f"def upgrade():\n{lines}\n"
     )
     monkeypatch.setattr(migrations, "script_directory", lambda: scripts)
-    monkeypatch.setattr(migrations, "REVISION", "0005")
+    monkeypatch.setattr(migrations, "REVISION", following)
 
 
 FAILING = {
@@ -586,7 +588,7 @@ FAILING = {
 
 
 @pytest.mark.parametrize("kind", FAILING)
-@pytest.mark.parametrize("revision", ["0001", "0004"])
+@pytest.mark.parametrize("revision", ["0001", REVISION])
 def test_failed_upgrade_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, revision: str) -> None:
     """An upgrade that fails anywhere leaves the schema and the rows as they were, and names the backup."""
     path = old_database(tmp_path, revision)

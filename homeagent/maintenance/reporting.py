@@ -14,7 +14,7 @@ from homeagent.engine.engine import Engine
 from homeagent.engine.sqlite import SQLiteEngine
 from homeagent.engine.target import presentable_url
 from homeagent.migrations import revision_of
-from homeagent.models import metadata
+from homeagent.models import DATA_TABLES
 from homeagent.stores.idempotency_keys import COUNT_EXPIRED as EXPIRED_KEYS
 from homeagent.stores.nonces import COUNT_EXPIRED as EXPIRED_NONCES
 from homeagent.unit_of_work import UnitOfWork
@@ -48,7 +48,7 @@ class DatabaseStatus(BaseModel):
         durability: `full` or `normal`; None for a server, which decides itself.
         pragmas: SQLite's settings of a connection that writes.
         file_modes: the permission bits of the directory, the file and what lies beside it, in octal.
-        rows: how many rows each table holds.
+        rows: how many rows each table of the application's holds.
         expired: rows that are dead and wait for cleanup.
         wal_bytes: the size of the write-ahead log; None for a server.
     """
@@ -74,7 +74,7 @@ def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
     rows = {
         # The names are those of our own tables.
         name: int(unit.session.connection().execute(text(f"SELECT count(*) FROM {name}")).scalar_one())  # noqa: S608
-        for name in sorted(metadata.tables)
+        for name in DATA_TABLES
     }
     now = unit.now()
     facts: dict[str, Any] = {

@@ -1,4 +1,7 @@
-"""The domain: five tables that are Pydantic models as well, and the shapes that create, patch and show their rows."""
+"""The domain: five tables that are Pydantic models as well, and the shapes that create, patch and show their rows.
+
+A sixth, `store`, has one row, about the store itself.
+"""
 
 from homeagent.models.agent import Agent, AgentCreate, AgentPublic, AgentUpdate
 from homeagent.models.base import metadata
@@ -6,8 +9,10 @@ from homeagent.models.device import Device, DeviceCreate, DevicePair, DevicePubl
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.models.nonce import Nonce
 from homeagent.models.session import AgentSession, AgentSessionCreate, AgentSessionPublic
+from homeagent.models.store_record import StoreRecord
 
 __all__ = [
+    "DATA_TABLES",
     "Agent",
     "AgentCreate",
     "AgentPublic",
@@ -28,5 +33,9 @@ __all__ = [
     "Nonce",
     "Outcome",
     "Role",
+    "StoreRecord",
     "metadata",
 ]
+
+DATA_TABLES: tuple[str, ...] = tuple(sorted(set(metadata.tables) - {StoreRecord.__tablename__}))
+"""The tables that hold an application's rows, by name: all but `store`."""

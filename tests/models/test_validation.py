@@ -262,5 +262,5 @@ def test_a_scope_is_validated_and_frozen(scope: tuple[str, str, str]) -> None:
 def test_our_tables_are_in_metadata_of_their_own() -> None:
     """A host application's metadata has none of our tables, and every constraint of ours has a name."""
     assert not set(metadata.tables) & set(SQLModel.metadata.tables)
-    assert set(metadata.tables) == {"agents", "devices", "idempotency_keys", "nonces", "sessions"}
+    assert set(metadata.tables) == {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
     assert all(constraint.name for table in metadata.tables.values() for constraint in table.constraints)
