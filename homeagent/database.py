@@ -18,9 +18,10 @@ from sqlalchemy import URL
 
 from homeagent.clock import Clock, system_clock
 from homeagent.credentials import check_secret, generate_secret, hash_secret, is_generated
-from homeagent.engine import files
+from homeagent.engine.directories import prepare_directory
 from homeagent.engine.engine import Engine
 from homeagent.engine.faults import TransientError
+from homeagent.engine.filesystems import refuse_network_filesystem
 from homeagent.engine.postgresql import PostgreSQLEngine
 from homeagent.engine.sqlite import Durability, SQLiteEngine
 from homeagent.engine.target import resolve_target
@@ -124,8 +125,8 @@ class Database:
             engine = SQLiteEngine.temporary(busy_timeout=busy_timeout, durability=durability)
         else:
             if migrate:
-                files.prepare_directory(where.path.parent)
-                files.refuse_network_filesystem(where.path)
+                prepare_directory(where.path.parent)
+                refuse_network_filesystem(where.path)
             engine = SQLiteEngine(where.path, busy_timeout=busy_timeout, durability=durability)
         try:
             if isinstance(engine, SQLiteEngine):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import text
 
 from homeagent.engine import files
+from homeagent.engine.locks import FileLock
 from homeagent.engine.postgresql import PostgreSQLEngine
 from homeagent.engine.sqlite import SQLiteEngine, corrupt_after_all, sidecar_lock
 from homeagent.errors import (
@@ -180,7 +181,7 @@ def _is_remembered(path: Path) -> bool:
         return False
 
 
-def _make_or_upgrade(engine: SQLiteEngine, lock: files.FileLock, *, clock: Clock, temporary: bool) -> None:
+def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temporary: bool) -> None:
     path = engine.path
     files.refuse_orphaned_log(path)
     state = files.inspect_file(path)

@@ -71,11 +71,12 @@ def test_migration_system_tracks_applied_versions_and_runs_pending_ones(tmp_path
     """Migration system tracks applied versions and runs pending ones, and an up-to-date file is left as it is."""
     from alembic import command
     from homeagent.engine import files
+    from homeagent.engine.directories import prepare_directory
     from homeagent.engine.sqlite import SQLiteEngine
     from homeagent.migrations import alembic_config
 
     path = tmp_path / "data" / "homeagent.db"
-    files.prepare_directory(path.parent)
+    prepare_directory(path.parent)
     files.create_file(path)
     engine = SQLiteEngine(path, busy_timeout=MINUTE, durability="full")
     engine.prepare_header()

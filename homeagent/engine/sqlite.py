@@ -20,6 +20,7 @@ from homeagent.engine import files
 from homeagent.engine.driver import SQLiteDriver, choose_driver
 from homeagent.engine.engine import Engine
 from homeagent.engine.faults import sqlite_fault, translated
+from homeagent.engine.locks import FileLock
 from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ _JOURNAL_SIZE_LIMIT = 64 * 1024 * 1024
 _WAL_PAUSE = 0.002  # seconds
 
 
-def sidecar_lock(path: Path, *, timeout: timedelta) -> files.FileLock:
+def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
     """Return the lock under which one process at a time makes, upgrades or restores this database."""
-    return files.FileLock(path.with_name(path.name + ".lock"), timeout=timeout)
+    return FileLock(path.with_name(path.name + ".lock"), timeout=timeout)
 
 
 class SQLiteEngine(Engine):

@@ -1,0 +1,174 @@
+"""What the tests of the files stand on: files put in the way, what a refusal must leave alone, other users."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+import homeagent
+from homeagent.errors import (
+    ForeignDatabaseError,
+    InsecureFileError,
+)
+
+AT_ONCE = timedelta(0)
+NOBODY = 65534
+CHECKOUT = Path(homeagent.__file__).parents[1]
+DATABASE = b"\0" * 512  # a judge that only looks from outside takes this for a database
+
+needs_root = pytest.mark.skipif(
+    sys.platform == "win32" or os.geteuid() != 0, reason="only the superuser can give a file away"
+)
+
+# A program's start: nothing is imported after the privileges are gone, for the checkout may be closed to others.
+UNPRIVILEGED = f"""
+    import os
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid({NOBODY})
+        os.setuid({NOBODY})
+"""
+
+Snapshot = dict[str, tuple[int, int, int, int, int, bytes | str | None]]
+
+
+def program(*parts: str) -> list[str]:
+    """Return the command that runs these parts, each indented as it may be, as one Python program."""
+    return [sys.executable, "-c", "".join(textwrap.dedent(part) for part in parts)]
+
+
+def environment() -> dict[str, str]:
+    """Return an environment in which a child finds the package in this checkout."""
+    return {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+
+
+def run(*parts: str, arguments: list[str] | None = None) -> str:
+    """Run a program to its end and return what it printed; a failing one fails the test."""
+    done = subprocess.run(
+        [*program(*parts), *(arguments or [])],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def snapshot(root: Path) -> Snapshot:
+    """Return all that a refusal must leave as it was: names, modes, owners, links, times and content."""
+    found: Snapshot = {}
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        content: bytes | str | None = None
+        if stat.S_ISREG(status.st_mode):
+            content = path.read_bytes()
+        elif stat.S_ISLNK(status.st_mode):
+            content = str(path.readlink())
+        found[str(path.relative_to(root))] = (
+            status.st_mode,
+            status.st_uid,
+            status.st_ino,
+            status.st_nlink,
+            status.st_mtime_ns,
+            content,
+        )
+    return found
+
+
+def mode_of(path: Path) -> int:
+    """Return the permission bits of a file."""
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+def make(path: Path, content: bytes = DATABASE, mode: int = 0o600) -> Path:
+    """Make a file with exactly this mode."""
+    path.write_bytes(content)
+    path.chmod(mode)
+    return path
+
+
+@pytest.fixture
+def database_file(tmp_path: Path) -> Path:
+    """Return where a database file may be made, in a directory that holds nothing else."""
+    directory = tmp_path / "data"
+    directory.mkdir(0o700)
+    return directory / "homeagent.db"
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """Return a directory that an unprivileged child reaches and owns, which pytest's own are not."""
+    directory = Path(tempfile.mkdtemp(prefix="homeagent-test-"))
+    if os.geteuid() == 0:
+        os.chown(directory, NOBODY, NOBODY)
+    yield directory
+    for path in (directory, *directory.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o700)
+    shutil.rmtree(directory)
+
+
+def symlink(path: Path) -> None:
+    """Put a link to a sound database in the path's place."""
+    path.symlink_to(make(path.with_name("target.db")))
+
+
+def dangling_symlink(path: Path) -> None:
+    """Put a link to nothing in the path's place."""
+    path.symlink_to(path.with_name("nowhere.db"))
+
+
+def hard_link(path: Path) -> None:
+    """Give a sound database a second name."""
+    make(path)
+    path.with_name("other.db").hardlink_to(path)
+
+
+def directory(path: Path) -> None:
+    """Put a directory in the path's place."""
+    path.mkdir()
+
+
+def fifo(path: Path) -> None:
+    """Put a pipe in the path's place, on which an open() would hang."""
+    os.mkfifo(path)
+
+
+def unix_socket(path: Path) -> None:
+    """Put a socket in the path's place."""
+    # A socket's address is short, so it is bound from inside the directory that a long name leads to.
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        with closing(socket.socket(socket.AF_UNIX)) as server:
+            previous = Path.cwd()
+            os.chdir(descriptor)
+            try:
+                server.bind(path.name)
+            finally:
+                os.chdir(previous)
+    finally:
+        os.close(descriptor)
+
+
+NOT_A_FILE_OF_OURS = [
+    (symlink, InsecureFileError, "symbolic link"),
+    (dangling_symlink, InsecureFileError, "symbolic link"),
+    (hard_link, InsecureFileError, "2 names"),
+    (directory, ForeignDatabaseError, "is a directory"),
+    (fifo, ForeignDatabaseError, "pipe"),
+    (unix_socket, ForeignDatabaseError, "socket"),
+]
