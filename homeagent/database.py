@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
-from functools import partial
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -20,7 +17,6 @@ from homeagent.clock import Clock, system_clock
 from homeagent.credentials import check_secret, generate_secret, hash_secret, is_generated
 from homeagent.engine.directories import prepare_directory
 from homeagent.engine.engine import Engine
-from homeagent.engine.faults import TransientError
 from homeagent.engine.filesystems import refuse_network_filesystem
 from homeagent.engine.postgresql import PostgreSQLEngine
 from homeagent.engine.sqlite import Durability, SQLiteEngine
@@ -38,11 +34,11 @@ from homeagent.migrations import open_postgresql, open_sqlite
 from homeagent.models.device import Device, DeviceCreate, DevicePair
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import check_duration, check_identifier, later
+from homeagent.running import Runner
 from homeagent.scram import check_proof, make_verifier, proof_message
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 if TYPE_CHECKING:
-    from anyio import CapacityLimiter
     from pydantic import JsonValue
 
     from homeagent.maintenance.reporting import DatabaseStatus
@@ -52,10 +48,6 @@ __all__ = ["Database", "PairedDevice"]
 T = TypeVar("T")
 
 logger = logging.getLogger("homeagent")
-
-# The first pause of a retry and the longest, in seconds; each is drawn at random up to its bound.
-_FIRST_PAUSE = 0.005
-_LONGEST_PAUSE = 0.5
 
 
 class PairedDevice(BaseModel):
@@ -83,6 +75,7 @@ class Database:
         self._clock = clock
         self._timeout = busy_timeout.total_seconds()
         self._settings = UnitSettings(engine, clock, self._timeout)
+        self._runner = Runner(self._settings)
         self._mutex = threading.Lock()
         self._sweepers: list[Sweeper] = []
         self._closed = False
@@ -178,33 +171,30 @@ class Database:
         """
         return UnitOfWork(self._settings, read_only=read_only)
 
-    def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False) -> T:
-        """Do a unit of work as a function, run again whole while the database is busy.
+    def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
+        """Do a unit of work as a function, run again whole where it took no effect.
+
+        That is so while the database is busy, after a serialization failure or a deadlock, and where the connection
+        was lost before COMMIT was sent or while the server restarts or fails over. It is tried until `busy_timeout`
+        is over, with growing pauses.
 
         Args:
             work: is given the unit and may be called several times: it has no effect but on the unit.
             read_only: as in `unit_of_work`.
+            idempotent: whether doing it twice is the same as doing it once. It is run again then also where the
+                connection was lost in the middle of COMMIT, so that nobody knows whether that took place.
 
         Returns:
             What `work` returned, once that is committed.
 
         Raises:
             DatabaseBusyError: the database was still busy after `busy_timeout`.
+            ConnectionLostError: the server still could not be reached after `busy_timeout`; nothing took place.
+            CommitUnknownError: the connection was lost in the middle of COMMIT: look whether it took place.
         """
-        deadline = time.monotonic() + self._timeout
-        bound = _FIRST_PAUSE
-        while True:
-            try:
-                with self.unit_of_work(read_only=read_only) as unit:
-                    return work(unit)
-            except TransientError:
-                pause = random.uniform(0, bound)  # noqa: S311  it parts the callers, it keeps no secret
-                if time.monotonic() + pause >= deadline:
-                    raise
-            time.sleep(pause)
-            bound = min(bound * 2, _LONGEST_PAUSE)
+        return self._runner.run(work, read_only=read_only, idempotent=idempotent)
 
-    async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False) -> T:
+    async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Do a unit of work from a coroutine, under asyncio or trio: `run`, in a worker thread.
 
         A caller that is cancelled waits for its unit to end, so that no transaction is left open.
@@ -212,11 +202,12 @@ class Database:
         Args:
             work: an ordinary function; it runs in another thread, with the caller's context variables.
             read_only: as in `unit_of_work`.
+            idempotent: as in `run`.
 
         Raises:
-            DatabaseBusyError: the database was still busy after `busy_timeout`.
+            DatabaseBusyError, ConnectionLostError, CommitUnknownError: as in `run`.
         """
-        return await _in_thread(partial(self.run, work, read_only=read_only))
+        return await self._runner.arun(work, read_only=read_only, idempotent=idempotent)
 
     # Effects that happen once
 
@@ -432,54 +423,6 @@ class Database:
 
         with self.unit_of_work(read_only=True) as unit:
             return report_status(self._engine, unit)
-
-
-_WORKERS = 64
-"""How many threads the coroutines of one event loop may wait in; the host's own threads are not taken from it."""
-
-
-async def _in_thread(work: Callable[[], T]) -> T:
-    """Call `work` in a worker thread, and wait for its end even where the caller is cancelled meanwhile."""
-    import asyncio
-
-    import anyio.to_thread
-    from anyio.lowlevel import checkpoint_if_cancelled
-
-    await checkpoint_if_cancelled()
-    try:
-        under_asyncio = asyncio.current_task() is not None
-    except RuntimeError:
-        under_asyncio = False
-    if not under_asyncio:
-        return await anyio.to_thread.run_sync(work, limiter=_worker_places())
-    # A scope of AnyIO shields from AnyIO's cancellation only: a Task.cancel(), as asyncio.timeout() does it, would end
-    # the wait here, with the unit under way or not yet handed to a thread.
-    task = asyncio.ensure_future(anyio.to_thread.run_sync(work, limiter=_worker_places()))
-    cancellation: asyncio.CancelledError | None = None
-    with anyio.CancelScope(shield=True):
-        while not task.done():
-            try:
-                await asyncio.wait([task])
-            except asyncio.CancelledError as error:
-                cancellation = error
-    if cancellation is not None:
-        if not task.cancelled():
-            task.exception()  # looked at, or asyncio would report it as lost
-        raise cancellation
-    return task.result()
-
-
-def _worker_places() -> CapacityLimiter:
-    from anyio import CapacityLimiter
-    from anyio.lowlevel import RunVar
-
-    places: RunVar[CapacityLimiter] = RunVar("homeagent_worker_places")
-    try:
-        return places.get()
-    except LookupError:
-        limiter = CapacityLimiter(_WORKERS)
-        places.set(limiter)
-        return limiter
 
 
 def _verifier(secret: SecretStr) -> str | None:

@@ -20,7 +20,9 @@ __all__ = [
     "AgentNotFoundError",
     "AlreadyExistsError",
     "ApprovalChangedError",
+    "CommitUnknownError",
     "ConflictError",
+    "ConnectionLostError",
     "CorruptDatabaseError",
     "DatabaseBusyError",
     "DatabaseClosedError",
@@ -294,6 +296,18 @@ class DatabaseError(HomeAgentError):
 
 class DatabaseBusyError(DatabaseError):
     """Another unit holds the database for longer than `busy_timeout`, or retrying reached its deadline."""
+
+
+class ConnectionLostError(DatabaseError):
+    """The server went away or can't be reached; nothing of the unit took place."""
+
+
+class CommitUnknownError(DatabaseError):
+    """The connection was lost in the middle of COMMIT: nobody knows whether the unit took place.
+
+    SQLSTATE 08007 is the standard's name for it, transaction resolution unknown. Look whether what the unit wrote is
+    there before you do it again, or make it a unit that may be done twice and pass `idempotent=True` to `Database.run`.
+    """
 
 
 class SchemaTooNewError(DatabaseError):

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from homeagent.errors import (
+    CommitUnknownError,
     ConflictError,
+    ConnectionLostError,
     CorruptDatabaseError,
     DatabaseBusyError,
     DatabaseClosedError,
@@ -23,7 +25,7 @@ from homeagent.errors import (
     ReadOnlyError,
 )
 
-__all__ = ["ConnectionLostError", "TransientError", "Translate", "postgresql_fault", "sqlite_fault", "translated"]
+__all__ = ["TransientError", "Translate", "commit_unknown", "postgresql_fault", "sqlite_fault", "translated"]
 
 Translate = Callable[[BaseException], HomeAgentError]
 
@@ -32,8 +34,12 @@ class TransientError(DatabaseBusyError):
     """The unit met another one and may succeed when it is run again whole: `Database.run` does that."""
 
 
-class ConnectionLostError(DatabaseError):
-    """The server went away. Where that was before COMMIT was sent, nothing of the unit took place."""
+def commit_unknown() -> CommitUnknownError:
+    """Return the error for a connection that was lost between COMMIT and its answer."""
+    return CommitUnknownError(
+        "the connection was lost in the middle of COMMIT, so that nobody knows whether the unit took place: "
+        "look whether it did before it is done again, or use run(…, idempotent=True) for a unit that may be done twice"
+    )
 
 
 # https://sqlite.org/rescode.html: the low byte is the primary result code.

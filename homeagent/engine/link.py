@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from homeagent.engine.faults import commit_unknown
 from homeagent.engine.statements import Compiled, Parameters, Statement
-from homeagent.errors import ReadOnlyError
+from homeagent.errors import ConnectionLostError, ReadOnlyError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
@@ -87,18 +88,27 @@ class Link:
         raise fault
 
     def commit(self) -> None:
-        """Commit; when this returns, what the unit wrote is as durable as the engine was asked to make it."""
-        if self._root is not None:
-            root, self._root = self._root, None
-            root.commit()
-            return
+        """Commit; when this returns, what the unit wrote is as durable as the engine was asked to make it.
+
+        Raises:
+            CommitUnknownError: the connection was lost before the answer came.
+        """
         fault: BaseException
         try:
-            self._execute("COMMIT")
+            if self._root is not None:
+                root, self._root = self._root, None
+                root.commit()
+            else:
+                self._execute("COMMIT")
         except self._driver_errors as error:
             fault = self._translate(error)
+        except ConnectionLostError as error:
+            # SQLAlchemy's connection has translated it.
+            fault = error
         else:
             return
+        if isinstance(fault, ConnectionLostError) and not self.read_only:
+            fault = commit_unknown()
         raise fault
 
     def rollback(self) -> None:
@@ -223,6 +233,9 @@ class Link:
 
     def close(self) -> None:
         """Close the connection. Whatever it was in the middle of is rolled back by the engine."""
+        if self.is_lost:
+            # SQLAlchemy would try to roll back on it, and log that it can't.
+            self._connection.invalidate()
         self._connection.close()
 
 
