@@ -1,0 +1,190 @@
+"""What is known of a backup without opening it: a manifest beside each, and which of them is the newest.
+
+An error about a damaged database names the newest good backup, and the database can't be asked for it any more. So a
+small file beside the database remembers where the last one was put.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from secrets import token_hex
+from typing import Annotated, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from homeagent.engine.files import OPEN_FLAGS, create_descriptor
+from homeagent.engine.syncing import fsync_directory, sync
+from homeagent.engine.system_errors import explained, quoted
+from homeagent.errors import CorruptDatabaseError, DatabaseError
+
+__all__ = [
+    "Manifest",
+    "backups_in",
+    "manifest_path",
+    "newest_backup",
+    "read_manifest",
+    "remember_backup",
+    "write_manifest",
+]
+
+_LARGEST = 64 * 1024  # bytes; a manifest has some hundred
+
+
+class Manifest(BaseModel):
+    """A backup as it was when it had been verified.
+
+    Attributes:
+        format: of this file; another one is not read.
+        kind: `backup` for one that was asked for, `upgrade` for the copy that an upgrade of the schema makes first.
+        database: the file that it is a backup of, absolute.
+        taken_at: when, by the database's clock.
+        schema_revision: the revision of the schema in it; None for a file without our tables.
+        epoch: the epoch of the store in it; None where its schema knows none yet.
+        rows: how many rows each table holds.
+        size: of the backup, in bytes.
+        sha256: of its bytes, in hexadecimal.
+        package_version: the version of homeagent that made it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal[1] = 1
+    kind: Literal["backup", "upgrade"] = "backup"
+    database: str
+    taken_at: AwareDatetime
+    schema_revision: str | None
+    epoch: int | None = None
+    rows: dict[str, int]
+    size: int
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    package_version: str
+
+
+def manifest_path(backup: Path) -> Path:
+    """Return where the manifest of a backup is, or belongs."""
+    return backup.with_name(backup.name + ".json")
+
+
+def read_manifest(backup: Path) -> Manifest | None:
+    """Return what is written of a backup, None where there is no manifest beside it.
+
+    Raises:
+        CorruptDatabaseError: there is one that can't be read as such.
+    """
+    path = manifest_path(backup)
+    try:
+        return Manifest.model_validate_json(_read(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError):
+        raise CorruptDatabaseError(
+            f"{quoted(path)} is no manifest that can be read, so that nothing vouches for the backup beside it: "
+            "use another backup, or move the manifest away to rely on SQLite's own checks alone"
+        ) from None
+
+
+def write_manifest(backup: Path, manifest: Manifest) -> None:
+    """Put a manifest beside a backup, 0600, in the place of the one before.
+
+    Raises:
+        DatabaseError: it can't be written; `DiskFullError` and `ReadOnlyError` where that is why.
+    """
+    _write(manifest_path(backup), manifest.model_dump_json(indent=2) + "\n")
+
+
+def backups_in(directory: Path) -> list[tuple[Path, Manifest]]:
+    """Return the backups in a directory that have a manifest and still the size in it, oldest first.
+
+    None of them is opened: what their bytes are worth, a restore finds out. A directory that can't be read has none.
+    """
+    found = [(backup, manifest) for backup, manifest in _manifests(directory) if _size(backup) == manifest.size]
+    return sorted(found, key=lambda one: (one[1].taken_at, one[0].name))
+
+
+def newest_backup(database: Path) -> Path | None:
+    """Return the newest backup of a database that is known here, None where there is none.
+
+    It is looked for beside the database and in the directory that the last backup went to. The database itself is
+    not opened, and need not be there.
+
+    Args:
+        database: the file, as `locate_file` returns it.
+    """
+    found: list[tuple[datetime, Path]] = []
+    for backup, manifest in backups_in(database.parent):
+        # Beside it, one of the same name will do: the directory may have been moved.
+        if Path(manifest.database).name == database.name:
+            found.append((manifest.taken_at, backup))
+    last = _remembered(database)
+    if last is not None and last.parent != database.parent:
+        found += [(m.taken_at, backup) for backup, m in backups_in(last.parent) if m.database == str(database)]
+    return max(found)[1] if found else None
+
+
+def remember_backup(database: Path, backup: Path) -> None:
+    """Note beside a database where its last backup is.
+
+    Raises:
+        DatabaseError: the note can't be written.
+    """
+    _write(_note(database), f"{backup}\n")
+
+
+def _note(database: Path) -> Path:
+    return database.with_name(database.name + ".last-backup")
+
+
+def _remembered(database: Path) -> Path | None:
+    try:
+        return Path(os.fsdecode(_read(_note(database)).rstrip(b"\n")))
+    except (OSError, ValueError):
+        return None
+
+
+def _manifests(directory: Path) -> Iterator[tuple[Path, Manifest]]:
+    with suppress(OSError):
+        for path in sorted(directory.glob("*.json")):
+            with suppress(OSError, ValidationError):
+                yield path.with_suffix(""), Manifest.model_validate_json(_read(path))
+
+
+def _size(path: Path) -> int | None:
+    with suppress(OSError):
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode):
+            return status.st_size
+    return None
+
+
+def _read(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | OPEN_FLAGS | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        content = file.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise OSError(f"{path} is too large")
+    return content
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a small file, so that after a power cut it is the old one or the whole new one."""
+    partial = path.with_name(f".{path.name}.{token_hex(8)}.partial")
+    try:
+        with explained("write", path):
+            descriptor = create_descriptor(partial)
+            if descriptor is None:
+                raise DatabaseError(f"{quoted(partial)} is in the way: remove it")
+            with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                sync(file.fileno())
+            partial.replace(path)
+        fsync_directory(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
