@@ -18,7 +18,7 @@ from homeagent.credentials import check_secret, generate_secret, hash_secret, is
 from homeagent.engine.directories import prepare_directory
 from homeagent.engine.engine import Engine
 from homeagent.engine.filesystems import refuse_network_filesystem
-from homeagent.engine.postgresql import PostgreSQLEngine
+from homeagent.engine.postgresql import POOL_SIZE, PostgreSQLEngine
 from homeagent.engine.sqlite import Durability, SQLiteEngine
 from homeagent.engine.target import resolve_target
 from homeagent.errors import (
@@ -33,7 +33,7 @@ from homeagent.maintenance.sweeping import Sweeper, SweepReport, sweep
 from homeagent.migrations import open_postgresql, open_sqlite
 from homeagent.models.device import Device, DeviceCreate, DevicePair
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
-from homeagent.models.types import check_duration, check_identifier, later
+from homeagent.models.types import check_duration, check_identifier, check_limit, later
 from homeagent.running import Runner
 from homeagent.scram import check_proof, make_verifier, proof_message
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
@@ -89,6 +89,7 @@ class Database:
         busy_timeout: timedelta = timedelta(seconds=30),
         durability: Durability = "full",
         migrate: bool = True,
+        pool_size: int = POOL_SIZE,
     ) -> Self:
         """Open a database, made or upgraded first where that is needed.
 
@@ -100,6 +101,8 @@ class Database:
             durability: `full` syncs every commit to the disk. `normal` may lose the last commits at a power cut,
                 which reopens the window for a replay.
             migrate: whether the schema may be made or upgraded. A file that holds data is backed up first.
+            pool_size: on PostgreSQL, how many units may write at once and how many may read, 1 to 1,000 each; at most
+                twice as many connections are kept open. SQLite has one writer, whatever this is.
 
         Raises:
             InvalidArgumentError: the target or an argument is of no use.
@@ -110,10 +113,12 @@ class Database:
         check_duration(busy_timeout, "busy_timeout", zero=True)
         if durability not in ("full", "normal"):
             raise InvalidArgumentError("durability must be 'full' or 'normal'")
+        if check_limit(pool_size, "pool_size") > 1000:
+            raise InvalidArgumentError("pool_size must be 1 to 1000")
         where = resolve_target(target)
         engine: SQLiteEngine | PostgreSQLEngine
         if where.url is not None:
-            engine = PostgreSQLEngine(where.url, busy_timeout=busy_timeout)
+            engine = PostgreSQLEngine(where.url, busy_timeout=busy_timeout, pool_size=pool_size)
         elif where.path is None:
             engine = SQLiteEngine.temporary(busy_timeout=busy_timeout, durability=durability)
         else:

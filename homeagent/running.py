@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from homeagent.engine.faults import TransientError
+from homeagent.engine.faults import StandbyError, TransientError
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
@@ -48,7 +48,7 @@ class Runner:
             try:
                 with UnitOfWork(self._settings, read_only=read_only) as unit:
                     return work(unit)
-            except (TransientError, ConnectionLostError) as fault:
+            except (TransientError, ConnectionLostError, StandbyError) as fault:
                 error: HomeAgentError = fault
             except CommitUnknownError as fault:
                 if not idempotent:

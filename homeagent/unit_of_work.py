@@ -101,7 +101,6 @@ class UnitOfWork:
         if self._state != "new":
             raise UnitStateError("this unit of work was used before: open another one with unit_of_work()")
         settings = self._settings
-        lanes = settings.engine.lanes(read_only=self.read_only)
         if not self.read_only:
             self._owner = threading.get_ident()
             if self._owner in settings.writing:
@@ -110,17 +109,12 @@ class UnitOfWork:
                     "to undo a part of it use savepoint()"
                 )
             settings.writing.add(self._owner)
-        link: Link | None = None
         try:
-            link = lanes.acquire(settings.timeout)
-            link.begin()
-            self._link = link
-            self._state = "open"
-        except BaseException as error:
-            if link is not None:
-                self._give_back(link, sound=isinstance(error, HomeAgentError) and not link.is_lost)
+            self._link = settings.engine.begin(read_only=self.read_only, timeout=settings.timeout)
+        except BaseException:
             settings.writing.discard(self._owner)
             raise
+        self._state = "open"
         return self
 
     def __exit__(
@@ -165,6 +159,8 @@ class UnitOfWork:
 
     def _undo(self, link: Link) -> bool:
         """Roll back, and tell whether the link is still of use. The engine undoes what a lost link had begun."""
+        if link.is_lost:
+            return False
         try:
             link.rollback()
         except HomeAgentError as error:

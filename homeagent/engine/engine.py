@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from homeagent.engine.lanes import Lanes
 from homeagent.engine.link import Link
-from homeagent.errors import DatabaseClosedError
+from homeagent.errors import DatabaseBusyError, DatabaseClosedError
 
 if TYPE_CHECKING:
     import sqlalchemy
@@ -32,6 +32,8 @@ class Engine(ABC):
         readers: how many units may read at once.
         begin_write, begin_read: the SQL that begins a unit.
     """
+
+    link_type: type[Link] = Link
 
     def __init__(
         self,
@@ -68,11 +70,45 @@ class Engine(ABC):
             )
         return self.readers if read_only else self.writers
 
+    def begin(self, *, read_only: bool, timeout: float) -> Link:
+        """Return a link that nobody else uses, with its transaction begun.
+
+        A connection that its server gave up while it was idle is put away with all the other idle ones, and a fresh
+        one is taken: nothing was sent over it but BEGIN.
+
+        Args:
+            read_only: which kind of unit it is for.
+            timeout: how long to wait for a lane, in seconds.
+
+        Raises:
+            DatabaseBusyError: no lane was given up in time, or the database was busy.
+            DatabaseClosedError: the database was closed, or opened before a fork.
+            ConnectionLostError: no server lets a fresh connection in.
+        """
+        lanes = self.lanes(read_only=read_only)
+        while True:
+            link = lanes.acquire(timeout)
+            try:
+                link.begin()
+            except BaseException as error:
+                if isinstance(error, DatabaseBusyError) and not link.in_transaction:
+                    lanes.release(link)
+                    raise
+                stale = link.is_stale(error)
+                lanes.discard(link)
+                if not stale:
+                    raise
+            else:
+                return link
+            # Each turn takes a connection away, and the first fresh one ends it.
+            self.writers.discard_free()
+            self.readers.discard_free()
+
     def _link(self, *, read_only: bool) -> Link:
         connection = self.connect()
         try:
             self.prepare_link(connection, read_only=read_only)
-            return Link(
+            return self.link_type(
                 connection,
                 begin=self._begin[read_only],
                 read_only=read_only,

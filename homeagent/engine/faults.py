@@ -25,13 +25,31 @@ from homeagent.errors import (
     ReadOnlyError,
 )
 
-__all__ = ["TransientError", "Translate", "commit_unknown", "postgresql_fault", "sqlite_fault", "translated"]
+__all__ = [
+    "StandbyError",
+    "TransientError",
+    "Translate",
+    "commit_unknown",
+    "postgresql_fault",
+    "sqlite_fault",
+    "translated",
+]
 
 Translate = Callable[[BaseException], HomeAgentError]
 
 
 class TransientError(DatabaseBusyError):
     """The unit met another one and may succeed when it is run again whole: `Database.run` does that."""
+
+
+class StandbyError(ReadOnlyError):
+    """The server takes no writes: it is a standby, or a primary that was demoted. Another one may take them soon."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the PostgreSQL server is a standby and takes no writes: name all hosts in the URL, with "
+            "target_session_attrs=read-write, so that the primary is found"
+        )
 
 
 def commit_unknown() -> CommitUnknownError:
@@ -126,7 +144,7 @@ def postgresql_fault(error: BaseException) -> HomeAgentError:
     if state in {"53100", "53400"}:
         return DiskFullError("the PostgreSQL server has no room to write: make some, then run the unit again" + label)
     if state.startswith("53"):
-        return DatabaseBusyError("the PostgreSQL server has no connection or memory left: lower the pools" + label)
+        return TransientError("the PostgreSQL server has no connection or memory left: lower the pools" + label)
     if state.startswith("23"):
         return ConflictError(
             "a constraint of the database refused the change: a duplicate, a missing reference or a value out of range"

@@ -77,9 +77,8 @@ class Link:
         try:
             for statement in self._begin:
                 self._execute(statement)
-            if self.read_only and self._cursor.description is not None:
-                # On SQLite a pending row would keep the snapshot open past the end of the unit. Psycopg has received
-                # all rows by now, and stands at the result of BEGIN, which has none.
+            if self.read_only:
+                # A pending row would keep the snapshot open past the end of the unit.
                 self._cursor.fetchall()
         except self._driver_errors as error:
             fault = self._translate(error)
@@ -131,16 +130,16 @@ class Link:
     @property
     def in_transaction(self) -> bool:
         """Whether the driver's connection is inside a transaction."""
-        status = getattr(self._raw, "in_transaction", None)
-        if status is None:
-            # psycopg: 0 is IDLE (libpq's PQTRANS_IDLE).
-            return bool(self._raw.info.transaction_status != 0)
-        return bool(status)
+        return bool(self._raw.in_transaction)
 
     @property
     def is_lost(self) -> bool:
-        """Whether the driver knows that the connection is gone."""
-        return bool(getattr(self._raw, "closed", False))
+        """Whether the driver knows that the connection is gone: never so for a file."""
+        return False
+
+    def is_stale(self, fault: BaseException) -> bool:
+        """Tell whether a BEGIN failed with this only because the link had been idle for long: never so for a file."""
+        return False
 
     def orm_connection(self) -> Connection:
         """Return SQLAlchemy's connection, told that the transaction of this link has begun."""

@@ -1,7 +1,12 @@
-"""The PostgreSQL engine: a bounded set of pinned connections, explicit transactions, text compared by bytes."""
+"""The PostgreSQL engine: a bounded set of pinned connections, explicit transactions, text compared by bytes.
+
+Nothing here relies on the state of a session, so that a pooler may give each transaction another one.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,57 +17,79 @@ from sqlalchemy.pool import NullPool
 
 from homeagent.engine.engine import Engine
 from homeagent.engine.faults import postgresql_fault, translated
-from homeagent.errors import DatabaseError
+from homeagent.engine.postgresql_link import PostgreSQLLink
+from homeagent.errors import ConnectionLostError, DatabaseError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine.interfaces import ExceptionContext
 
-__all__ = ["PostgreSQLEngine"]
+__all__ = ["POOL_SIZE", "PostgreSQLEngine"]
 
-WRITERS = 10
-READERS = 10
+POOL_SIZE = 10
+
+# So that nobody waits forever for a host that is gone: libpq's own defaults are no limit to connect, two hours until
+# the first keepalive, and what the kernel makes of data that nobody acknowledges (some 15 minutes on Linux).
+# https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
+_CONNECTING: dict[str, str] = {
+    "connect_timeout": "10",  # seconds, for each host
+    "keepalives_idle": "30",  # seconds
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",  # milliseconds
+    "fallback_application_name": "homeagent",
+}
+_VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "PGTARGETSESSIONATTRS"}
 
 
 class PostgreSQLEngine(Engine):
     """One PostgreSQL database, several writers, row locks where a unit decides on what it read.
 
     Args:
-        url: `postgresql+psycopg://…`; several hosts and `target_session_attrs` are libpq's own.
+        url: `postgresql+psycopg://…`; its query is libpq's.
         busy_timeout: how long a statement waits for a lock (`lock_timeout`).
+        pool_size: how many units may write at once, and how many may read.
     """
 
-    def __init__(self, url: URL, *, busy_timeout: timedelta) -> None:
+    link_type = PostgreSQLLink
+
+    def __init__(self, url: URL, *, busy_timeout: timedelta, pool_size: int = POOL_SIZE) -> None:
         try:
             import psycopg
         except ImportError:
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
-        self._busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
+        busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
+        # With the BEGIN, in one message: a SET for the whole session would reach other clients of a pooler.
+        self._lock_timeout = f"SET LOCAL lock_timeout = {busy_ms}"
         sa_engine = create_engine(
             url,
             poolclass=NullPool,
             hide_parameters=True,
+            connect_args=_connect_args(url),
             # psycopg in autocommit mode sends no BEGIN of its own; ours says which kind it wants.
             isolation_level="AUTOCOMMIT",
             paramstyle="format",
         )
-        event.listen(sa_engine, "connect", self._on_connect)
-        event.listen(sa_engine, "begin", _on_begin)
+        event.listen(sa_engine, "connect", _on_connect)
+        event.listen(sa_engine, "begin", self._on_begin)
         event.listen(sa_engine, "handle_error", _on_error)
         super().__init__(
             sa_engine,
             driver_errors=(psycopg.Error, OverflowError),
             translate=postgresql_fault,
-            writers=WRITERS,
-            readers=READERS,
-            begin_write=("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",),
-            # The snapshot is taken by the first query, not by BEGIN; both go in one message.
-            begin_read=("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT 1",),
+            writers=pool_size,
+            readers=pool_size,
+            begin_write=(f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {self._lock_timeout}",),
+            # The snapshot is taken by the first query, not by BEGIN. No lock is waited for here but an upgrade's.
+            begin_read=(f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {self._lock_timeout}; SELECT 1",),
         )
 
-    def _on_connect(self, connection: Any, record: Any) -> None:
-        connection.execute(f"SET lock_timeout = {self._busy_ms}")
+    def _on_begin(self, connection: Connection) -> None:
+        raw: Any = connection.connection.driver_connection
+        # A link has begun by itself before it lends its connection to an ORM session.
+        if raw.info.transaction_status == 0:
+            raw.execute(f"BEGIN; {self._lock_timeout}")
 
     def connect(self) -> Connection:
         """Return a connection of its own; the caller closes it."""
@@ -82,16 +109,43 @@ class PostgreSQLEngine(Engine):
             yield
 
 
-def _on_begin(connection: Connection) -> None:
-    raw: Any = connection.connection.driver_connection
-    if raw.info.transaction_status == 0:
-        raw.execute("BEGIN")
+def _connect_args(url: URL) -> dict[str, str]:
+    """Return libpq's options where neither the URL nor the environment says otherwise."""
+    options = dict(_CONNECTING)
+    hosts = url.query.get("host", ())
+    if len(hosts.split(",") if isinstance(hosts, str) else hosts) > 1 or "," in (url.host or ""):
+        # Of several hosts only the primary will do: also to read, since a standby may lag behind.
+        options["target_session_attrs"] = "read-write"
+    return {
+        name: value
+        for name, value in options.items()
+        if name not in url.query and not (name in _VARIABLES and _VARIABLES[name] in os.environ)
+    }
+
+
+def _on_connect(connection: Any, record: Any) -> None:
+    # A pooler in between has told us a process of its own. What was prepared in one transaction may be missing in the
+    # next one then, which another session may serve.
+    if connection.execute("SELECT pg_backend_pid()").fetchone()[0] != connection.info.backend_pid:
+        connection.prepare_threshold = None
 
 
 def _on_error(context: ExceptionContext) -> None:
     original: Any = context.original_exception
     fault = postgresql_fault(original)
+    if context.connection is None and isinstance(fault, ConnectionLostError):
+        fault = _not_connected(original)
     # SQLAlchemy makes the driver's exception the cause of ours; its DETAIL shows the row that was refused.
     original.args = ("the server's message is withheld",)
     original._info = None
     raise fault
+
+
+def _not_connected(error: BaseException) -> ConnectionLostError:
+    """Return an error that says why no host let us in: a wrong password is to be told from a server that is away.
+
+    libpq puts the reason after the host, in the server's words; what stands before may show the URL's options.
+    """
+    reasons = dict.fromkeys(re.findall(r"^.*connection to server .* failed: (.*)$", str(error), re.MULTILINE))
+    told = f" ({'; '.join(reasons)})" if reasons else ""
+    return ConnectionLostError(f"no connection to the PostgreSQL server{told}: check that it runs, and the URL")

@@ -10,7 +10,9 @@ import pytest
 from homeagent import AgentCreate, Database, UnitOfWork
 from homeagent.errors import CommitUnknownError, ConnectionLostError
 from tests.conftest import START, FakeClock
-from tests.cut_line import CutLine
+from tests.postgresql.cut_line import CutLine
+
+pytestmark = pytest.mark.usefixtures("postgres_url")
 
 MINUTE = timedelta(minutes=1)
 COMMIT = "COMMIT\0"  # the whole statement: READ COMMITTED is in every BEGIN

@@ -1,0 +1,95 @@
+"""A link to a PostgreSQL server: one message begins a unit, and a commit is believed only where it took place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from homeagent.engine.faults import StandbyError, commit_unknown
+from homeagent.engine.link import Link
+from homeagent.errors import ConnectionLostError, DatabaseError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+__all__ = ["PostgreSQLLink"]
+
+# libpq's PGTransactionStatusType: https://www.postgresql.org/docs/current/libpq-status.html
+_IDLE = 0
+_FAILED = 3
+
+# What a standby answers to BEGIN … READ WRITE.
+_STANDBY = frozenset({"0A000", "25006"})
+
+
+class PostgreSQLLink(Link):
+    """A connection to a server, which may go away at any moment, or be demoted to a standby.
+
+    Args:
+        connection: SQLAlchemy's, of psycopg.
+        **options: as of every link.
+    """
+
+    __slots__ = ("_begun", "_warnings")
+
+    def __init__(self, connection: Connection, **options: Any) -> None:
+        super().__init__(connection, **options)
+        self._begun = False
+        self._warnings: list[str] = []
+        self._raw.add_notice_handler(self._notice)
+
+    def _notice(self, notice: Any) -> None:
+        if notice.severity_nonlocalized == "WARNING":
+            self._warnings.append(notice.sqlstate or "")
+
+    def begin(self) -> None:
+        """Begin a transaction.
+
+        Raises:
+            ConnectionLostError: the connection is gone; nothing of the unit was sent yet.
+            StandbyError: the server takes no writes.
+        """
+        try:
+            (statement,) = self._begin
+            self._execute(statement)
+        except self._driver_errors as error:
+            demoted = not self.read_only and getattr(error, "sqlstate", None) in _STANDBY
+            fault = StandbyError() if demoted else self._translate(error)
+        else:
+            self._begun = True
+            return
+        raise fault
+
+    def commit(self) -> None:
+        """Commit; when this returns, it took place and was as durable as the server was asked to make it.
+
+        Raises:
+            CommitUnknownError: the connection was lost before the answer came, or the wait for a synchronous standby
+                was cancelled.
+            DatabaseError: a statement of the unit had failed, so that there was nothing to commit.
+        """
+        if self._raw.pgconn.transaction_status == _FAILED:
+            # The server would answer COMMIT with ROLLBACK, and that is no error to it.
+            raise DatabaseError(
+                "a statement of this unit failed and its error was caught, after which PostgreSQL commits nothing: "
+                "let the error leave the block, or put what may fail into a savepoint()"
+            )
+        self._warnings.clear()
+        super().commit()
+        if self._warnings and not self.read_only:
+            # The server says so where somebody cancelled its wait for a synchronous standby: the commit stands here,
+            # and a failover may lose it. https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION
+            raise commit_unknown()
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether the server's session is inside a transaction, or nobody can tell any more."""
+        return bool(self._raw.pgconn.transaction_status != _IDLE)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the driver knows that the connection is gone."""
+        return bool(self._raw.closed)
+
+    def is_stale(self, fault: BaseException) -> bool:
+        """Tell whether a BEGIN failed since the server went away while nobody used this connection."""
+        return self._begun and isinstance(fault, (ConnectionLostError, StandbyError))

@@ -1,0 +1,288 @@
+"""Connections to a server that goes away, is demoted, or is one of several. A SQLite file has none."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url, text
+
+from homeagent import AgentCreate, Database, UnitOfWork
+from homeagent.engine.postgresql import PostgreSQLEngine
+from homeagent.errors import (
+    CommitUnknownError,
+    ConnectionLostError,
+    DatabaseBusyError,
+    DatabaseError,
+    InvalidArgumentError,
+    ReadOnlyError,
+)
+from tests.conftest import FakeClock, dump, postgres_execute
+from tests.postgresql.server import Installation, Server, free_port
+
+pytestmark = pytest.mark.usefixtures("postgres_url")
+
+ADA = AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada")
+
+
+@pytest.fixture
+def engine_name() -> str:
+    """The engine with connections."""
+    return "postgresql"
+
+
+def end_sessions(target: str) -> None:
+    """End every session of a database but the one that does it, as a restart of the server would."""
+    postgres_execute(
+        target,
+        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()",
+    )
+
+
+@pytest.mark.parametrize("read_only", [False, True], ids=["write", "read"])
+def test_a_connection_that_died_idle_is_never_noticed(target: str, database: Database, read_only: bool) -> None:
+    """Units that begin after all sessions were ended get fresh connections, as blocks and as functions."""
+    together = threading.Barrier(4)
+
+    def use() -> None:
+        with database.unit_of_work(read_only=read_only) as unit:
+            together.wait(20)
+            unit.agents.list()
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    end_sessions(target)
+    for _ in range(6):
+        with database.unit_of_work(read_only=read_only) as unit:
+            assert unit.agents.list() == []
+    assert database.run(lambda unit: unit.agents.list(), read_only=True) == []
+
+
+def test_a_session_ended_in_a_unit_undoes_it(target: str, database: Database) -> None:
+    """As a block it is an error and nothing of it stays; as a function it is done again."""
+    with pytest.raises(ConnectionLostError), database.unit_of_work() as unit:
+        unit.agents.create(ADA)
+        end_sessions(target)
+        unit.agents.list()
+    assert dump(database)["agents"] == []
+    ended = iter([True, False])
+
+    def add(unit: UnitOfWork) -> str:
+        if next(ended):
+            end_sessions(target)
+        return unit.agents.create(ADA).name
+
+    assert database.run(add) == "Ada"
+    # Since nothing was sent but COMMIT, the driver learns only by its failure that the session had ended before.
+    with pytest.raises(CommitUnknownError), database.unit_of_work() as unit:
+        unit.agents.delete("ada")
+        end_sessions(target)
+    assert len(dump(database)["agents"]) == 1
+
+
+def test_no_traceback_is_logged_for_a_lost_connection(
+    target: str, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A connection that is gone is put away quietly: whose unit it was gets the error."""
+    with pytest.raises(DatabaseError), database.unit_of_work() as unit:
+        unit.session.connection()
+        end_sessions(target)
+        unit.agents.list()
+    database.run(lambda unit: unit.agents.list())
+    assert caplog.records == []
+
+
+def test_a_failed_statement_whose_error_is_caught_commits_nothing_in_silence(database: Database) -> None:
+    """PostgreSQL answers COMMIT with ROLLBACK then: the unit fails, and its callbacks are not called."""
+    called: list[str] = []
+    for opened in (False, True):
+        with pytest.raises(DatabaseError, match="savepoint"), database.unit_of_work() as unit:
+            unit.after_commit(lambda: called.append("committed"))
+            unit.agents.create(ADA)
+            with pytest.raises(DatabaseError):
+                if opened:
+                    unit.session.connection().execute(text("SELECT 1/0"))
+                else:
+                    unit._require_link().execute("SELECT 1/0")
+    assert called == []
+    assert dump(database)["agents"] == []
+    with database.unit_of_work() as unit:
+        unit.agents.create(ADA)
+        with pytest.raises(DatabaseError), unit.savepoint():
+            unit._require_link().execute("SELECT 1/0")
+    assert len(dump(database)["agents"]) == 1
+
+
+def test_a_cancelled_wait_for_a_standby_is_no_commit_to_rely_on(postgres_url: str, database: Database) -> None:
+    """The server says COMMIT and only warns: the standby may lack it, so that the caller is told."""
+    postgres_execute(postgres_url, "ALTER SYSTEM SET synchronous_standby_names = 'absent'")
+    postgres_execute(postgres_url, "SELECT pg_reload_conf()")
+    done = threading.Event()
+
+    def cancel() -> None:
+        while not done.wait(0.02):
+            postgres_execute(
+                postgres_url, "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+            )
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    try:
+        with pytest.raises(CommitUnknownError), database.unit_of_work() as unit:
+            # The server of the tests waits for no disk; nobody else waits for this standby then.
+            unit.session.connection().execute(text("SET LOCAL synchronous_commit = on"))
+            unit.agents.create(ADA)
+    finally:
+        done.set()
+        thread.join()
+        postgres_execute(postgres_url, "ALTER SYSTEM RESET synchronous_standby_names")
+        postgres_execute(postgres_url, "SELECT pg_reload_conf()")
+    assert len(dump(database)["agents"]) == 1
+    with database.unit_of_work() as unit:
+        unit.agents.delete("ada")
+
+
+def test_a_lock_is_waited_for_no_longer_than_busy_timeout(target: str, clock: FakeClock, database: Database) -> None:
+    """Each unit brings its own lock_timeout, so that a session of a pooler needs none."""
+    with Database.open(target, clock=clock, busy_timeout=timedelta(milliseconds=100)) as other:
+        with database.unit_of_work() as unit:
+            unit.agents.create(ADA)
+        with database.unit_of_work() as unit:
+            unit.agents.get("ada")
+            with pytest.raises(DatabaseBusyError, match="55P03"), other.unit_of_work() as second:
+                second.agents.get("ada")
+        with other.unit_of_work() as unit:
+            (setting,) = unit.session.connection().execute(text("SHOW lock_timeout")).one()
+            assert setting == "100ms"
+
+
+@pytest.mark.parametrize("pool_size", [0, 1001, True, "10"])
+def test_the_pool_has_a_size(target: str, pool_size: object) -> None:
+    """Its bounds are checked, before anything is connected to."""
+    with pytest.raises(InvalidArgumentError, match="pool_size"):
+        Database.open(target, pool_size=pool_size)
+
+
+def test_the_pool_is_bounded(target: str, clock: FakeClock) -> None:
+    """No more units than its size run at once; who comes later waits, at most for busy_timeout."""
+    with Database.open(target, clock=clock, busy_timeout=timedelta(milliseconds=100), pool_size=1) as database:
+        with database.unit_of_work(read_only=True), pytest.raises(DatabaseBusyError, match="not given up"):
+            database.unit_of_work(read_only=True).__enter__()
+        rows = database.run(
+            lambda unit: (
+                unit.session.connection()
+                .execute(text("SELECT pid FROM pg_stat_activity WHERE application_name = 'homeagent'"))
+                .all()
+            )
+        )
+        assert len(rows) <= 2
+
+
+# Where it connects to
+
+
+def test_why_there_is_no_connection_is_told_without_a_password(target: str) -> None:
+    """A database that is absent is told from a server that is away, and neither shows what the URL keeps secret."""
+    for url, reason in (
+        (make_url(target).set(database="nowhere", password="hunter2"), "nowhere"),
+        (make_url(f"postgresql://u:hunter2@127.0.0.1:{free_port()}/db?sslpassword=hunter2"), "Connection refused"),
+    ):
+        with pytest.raises(ConnectionLostError, match=reason) as caught:
+            Database.open(url)
+        told = [caught.value]
+        while told[-1].__cause__ or told[-1].__context__:
+            told.append(told[-1].__cause__ or told[-1].__context__)
+        assert "hunter2" not in "".join(map(repr, told))
+
+
+def test_nobody_waits_forever_for_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connecting, keepalives and unacknowledged data have limits, unless the URL or the environment sets others."""
+
+    def options(url: str) -> dict[str, object]:
+        engine = PostgreSQLEngine(make_url(url), busy_timeout=timedelta(seconds=1))
+        taken: dict[str, object] = {}
+
+        def take(dialect: object, record: object, args: object, parameters: dict[str, object]) -> None:
+            taken.update(parameters)
+            raise LookupError
+
+        from sqlalchemy import event
+
+        event.listen(engine.sa_engine, "do_connect", take)
+        with pytest.raises(LookupError):
+            engine.connect()
+        engine.close()
+        return taken
+
+    for name in ("PGCONNECT_TIMEOUT", "PGTARGETSESSIONATTRS"):
+        monkeypatch.delenv(name, raising=False)
+    one = options("postgresql+psycopg://h/db?tcp_user_timeout=5")
+    assert (one["connect_timeout"], one["tcp_user_timeout"], one["keepalives_idle"]) == ("10", "5", "30")
+    assert "target_session_attrs" not in one
+    several = "postgresql+psycopg://u@/db?host=a:1&host=b:2"
+    assert options(several)["target_session_attrs"] == "read-write"
+    assert (options(several)["host"], options(several)["port"]) == ("a,b", "1,2")
+    assert options(several + "&target_session_attrs=any")["target_session_attrs"] == "any"
+    assert options("postgresql+psycopg://a,b/db")["target_session_attrs"] == "read-write"
+    monkeypatch.setenv("PGCONNECT_TIMEOUT", "3")
+    assert "connect_timeout" not in options(several)
+
+
+# Several hosts
+
+
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """A directory whose path is short enough for a socket, and which the server's user may enter."""
+    directory = Path(tempfile.mkdtemp(prefix="homeagent-hosts-"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_units_follow_the_primary(installation: Installation, short_directory: Path, clock: FakeClock) -> None:
+    """A primary that comes back as a standby is left for the one that takes writes, and units wait for that one."""
+    first = Server(installation, short_directory / "a", port=free_port())
+    first.create({"fsync": "off", "shared_buffers": "16MB"})
+    first.start()
+    second = first.clone(short_directory / "b", port=free_port(), name="b")
+    url = f"postgresql://postgres@/postgres?host=127.0.0.1:{first.port}&host=127.0.0.1:{second.port}"
+    try:
+        with (
+            Database.open(url, clock=clock, busy_timeout=timedelta(seconds=60)) as database,
+            Database.open(first.url(), clock=clock, busy_timeout=timedelta(milliseconds=500)) as lone,
+        ):
+            database.run(lambda unit: unit.agents.create(ADA))
+            lone.run(lambda unit: unit.agents.get("ada"))
+            second.start()
+            # It streams once it has started; what it lacks would be lost.
+            first.execute("SELECT pg_switch_wal()")
+            first.stop()
+            (first.data / "standby.signal").touch()
+            first.start()
+            # Two standbys now. A single host in the URL says what it is, when the wait for it is over.
+            with pytest.raises(ReadOnlyError, match="standby"):
+                lone.run(lambda unit: unit.agents.delete("ada"))
+            with pytest.raises(ReadOnlyError, match="standby"), lone.unit_of_work():
+                pass
+            with lone.unit_of_work(read_only=True) as unit:
+                assert unit.agents.get("ada").name == "Ada"
+            promotion = threading.Timer(0.3, second.promote)
+            promotion.start()
+            assert database.run(lambda unit: unit.agents.delete("ada"))
+            promotion.join()
+            with database.unit_of_work() as unit:
+                assert unit.agents.list() == []
+    finally:
+        for server in (first, second):
+            if server.is_running:
+                server.stop("immediate")
