@@ -8,6 +8,7 @@ from homeagent import errors
 from homeagent.clock import Clock
 from homeagent.credentials import hash_secret
 from homeagent.database import Database, PairedDevice
+from homeagent.maintenance.copying import CopyProgress, CopyReport
 from homeagent.maintenance.reporting import DatabaseStatus
 from homeagent.maintenance.sweeping import Sweeper, SweepReport
 from homeagent.models import (
@@ -45,6 +46,8 @@ __all__ = [
     "AgentUpdate",
     "Attempt",
     "Clock",
+    "CopyProgress",
+    "CopyReport",
     "Database",
     "DatabaseStatus",
     "Device",

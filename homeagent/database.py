@@ -41,6 +41,7 @@ from homeagent.unit_of_work import UnitOfWork, UnitSettings
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
+    from homeagent.maintenance.copying import CopyProgress, CopyReport
     from homeagent.maintenance.reporting import DatabaseStatus
 
 __all__ = ["Database", "PairedDevice"]
@@ -421,6 +422,40 @@ class Database:
                 raise DatabaseClosedError("the database was closed: open it again")
             self._sweepers.append(sweeper)
         return sweeper
+
+    def copy_to(
+        self, target: Database, *, live: bool = False, progress: Callable[[CopyProgress], object] | None = None
+    ) -> CopyReport:
+        """Copy the whole store into another one, which is empty and may be of the other engine.
+
+        All of it is one transaction on the target. Before that commits, every row is compared; where anything fails,
+        the target stays empty, and the copy can be made again. Nothing of the source changes.
+
+        Args:
+            target: at the same revision, and without a device, agent, session, nonce or key.
+            live: whether the source may be written meanwhile. The target then gets what it held at the beginning,
+                which serves for a trial; moving house needs a source that nobody writes to any more.
+            progress: called after each page of rows.
+
+        Returns:
+            How many rows of each table were copied.
+
+        Raises:
+            TargetNotEmptyError: the target holds data.
+            SourceChangedError: the source was written meanwhile.
+            InvalidArgumentError: both are the same database.
+            SchemaOutdatedError, SchemaTooNewError: one of them has the schema of another version.
+            CorruptDatabaseError: the source holds what no store writes.
+        """
+        from homeagent.maintenance.copying import copy_store
+
+        return copy_store(
+            (self._engine, target._engine),
+            partial(self.unit_of_work, read_only=True),
+            target.unit_of_work,
+            live=live,
+            progress=progress,
+        )
 
     def status(self) -> DatabaseStatus:
         """Describe the database: where it is, its engine and schema, its rows, and what waits for cleanup."""

@@ -51,6 +51,8 @@ __all__ = [
     "SchemaTooNewError",
     "SessionExistsError",
     "SessionNotFoundError",
+    "SourceChangedError",
+    "TargetNotEmptyError",
     "UnitStateError",
 ]
 
@@ -201,6 +203,25 @@ class NonceLimitError(ConflictError):
         self.limit = limit
         super().__init__(
             f"device {device_id!r} has {limit} live nonces: slow it down; live ones are never evicted, they expire"
+        )
+
+
+class TargetNotEmptyError(ConflictError):
+    """A store is copied into an empty one only; the target was left as it is."""
+
+    def __init__(self, table: str) -> None:
+        self.table = table
+        super().__init__(f"the target holds {table} already: name an empty database, or one that doesn't exist yet")
+
+
+class SourceChangedError(ConflictError):
+    """Somebody wrote to the store while it was copied; nothing was copied, since that would have been missing."""
+
+    def __init__(self, table: str) -> None:
+        self.table = table
+        super().__init__(
+            f"{table} of the source was written while it was copied: stop every gateway and sweeper that uses it, "
+            "then copy again; or pass live=True (--live) for a trial, to copy what it held at the beginning"
         )
 
 

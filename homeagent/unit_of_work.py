@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from homeagent.canonical_json import fingerprint_of
-from homeagent.engine.statements import Parameters, Statement
+from homeagent.engine.statements import Parameters, Row, Statement
 from homeagent.errors import EffectFailedError, HomeAgentError, UnitStateError
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import check_instant
@@ -417,6 +417,13 @@ class UnitOfWork:
         finally:
             if self._session is not None:
                 self._session.expire_all()
+
+    def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
+        """Insert rows of values as they are stored: see `Link.insert_rows`."""
+        link = self._require_link()
+        if self._session is not None:
+            self._session.flush()
+        link.insert_rows(table, columns, rows)
 
     def now(self) -> datetime:
         """Read the clock: an instant in UTC, floored to milliseconds."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from homeagent.engine.faults import commit_unknown
-from homeagent.engine.statements import Compiled, Parameters, Statement
+from homeagent.engine.statements import Compiled, Parameters, Row, Statement
 from homeagent.errors import ConnectionLostError, ReadOnlyError
 
 if TYPE_CHECKING:
@@ -228,6 +228,34 @@ class Link:
             return int(self._cursor.rowcount)
         except self._driver_errors as error:
             fault = self._translate(error)
+        raise fault
+
+    def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
+        """Insert rows of values as they are stored, by the fastest way that the driver has.
+
+        Args:
+            table: the table's name.
+            columns: the names of its columns, in the order of the values.
+            rows: one sequence of values for each row.
+        """
+        if self.read_only:
+            raise _read_only()
+        quote = self._dialect.identifier_preparer.quote
+        into = f"{quote(table)} ({', '.join(map(quote, columns))})"
+        fault: BaseException
+        try:
+            if self._dialect.name == "postgresql":
+                # A third of executemany's time: https://www.postgresql.org/docs/current/sql-copy.html
+                with self._cursor.copy(f"COPY {into} FROM STDIN") as copy:
+                    for row in rows:
+                        copy.write_row(row)
+            else:
+                places = ", ".join("?" for _ in columns)
+                self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names of ours
+        except self._driver_errors as error:
+            fault = self._translate(error)
+        else:
+            return
         raise fault
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from homeagent.models.base import Table
 
-__all__ = ["Compiled", "DialectInsert", "Statement"]
+__all__ = ["Compiled", "DialectInsert", "Row", "Statement"]
 
 R = TypeVar("R")
 

@@ -1,0 +1,90 @@
+"""`homeagent copy`: move house, from SQLite to PostgreSQL or back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from homeagent.cli.application import app
+from homeagent.cli.output import JsonOption, console_for, count, print_json
+from homeagent.database import Database
+from homeagent.engine.target import Target, resolve_target
+from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
+from homeagent.maintenance.copying import CopyProgress
+
+_Report = Callable[[CopyProgress], object]
+
+
+@app.command()
+def copy(
+    context: typer.Context,
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A SQLite file or a PostgreSQL URL.", show_default=False)
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="The same, empty; a file may be absent.", show_default=False)
+    ],
+    live: Annotated[
+        bool, typer.Option("--live", help="For a trial: the source may be in use, and is copied as of the beginning.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a whole store into an empty one, of the same engine or of the other.
+
+    Stop every gateway and sweeper that uses SOURCE first. All is copied in one transaction and compared row by row;
+    whatever fails leaves the target empty and the source as it is.
+    """
+    if context.obj is not None:
+        raise typer.BadParameter("copy takes SOURCE and TARGET; --database would be a third.")
+    origin, destination = _named(source), _named(target)
+    with (
+        Database.open(source, migrate=False) as opened,
+        _open_target(target) as empty,
+        _shown_progress(hidden=as_json) as progress,
+    ):
+        report = opened.copy_to(empty, live=live, progress=progress)
+    if as_json:
+        print_json({"source": origin.location, "target": destination.location, **report.model_dump(mode="json")})
+        return
+    rows = count(sum(report.rows.values()), "row")
+    typer.echo(f"Copied {origin.location} to {destination.location}: {rows}, the same on both sides.")
+
+
+def _named(target: str) -> Target:
+    where = resolve_target(target)
+    if where.is_temporary:
+        raise InvalidArgumentError("a temporary database ends with this command: name a file, or a server's URL")
+    return where
+
+
+def _open_target(target: str) -> Database:
+    try:
+        return Database.open(target, migrate=False)
+    except SchemaOutdatedError as outdated:
+        # What is there is never upgraded on the way: it would be refused for its data, and be changed all the same.
+        if outdated.revision is not None:
+            raise
+    return Database.open(target)
+
+
+@contextmanager
+def _shown_progress(*, hidden: bool) -> Iterator[_Report | None]:
+    """Show a bar for each step on standard error, where that is a terminal."""
+    console = console_for(error=True)
+    if hidden or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=console) as shown:
+
+        def report(done: CopyProgress) -> None:
+            if done.step not in bars:
+                bars[done.step] = shown.add_task(done.step, total=done.total)
+            shown.update(bars[done.step], completed=done.rows)
+
+        yield report

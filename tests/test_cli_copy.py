@@ -1,0 +1,181 @@
+"""`homeagent copy`: what it prints, what it refuses and how."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import make_url
+from typer.testing import CliRunner, Result
+
+from homeagent import Database, DevicePair
+from homeagent.cli import app
+from homeagent.migrations import REVISION
+from tests.conftest import add_agent
+
+runner = CliRunner()
+
+
+def _invoke(*arguments: str | Path) -> Result:
+    return runner.invoke(app, [str(argument) for argument in arguments])
+
+
+def _arguments(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-W", "error", "-m", "homeagent", "copy", *map(str, arguments)]
+
+
+def _rows(target: str | Path) -> dict[str, int]:
+    with Database.open(target, migrate=False) as database:
+        return database.status().rows
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A store with one device in a file that nobody has open."""
+    path = tmp_path / "source" / "h.db"
+    with Database.open(path) as database:
+        database.pair(DevicePair.model_validate({"id": "desk", "role": "admin"}))
+    return path
+
+
+def test_over_and_back(source: Path, empty_postgres_url: str, tmp_path: Path) -> None:
+    """A store goes to a server that has no table yet, and from there into a file that isn't there yet."""
+    url = make_url(empty_postgres_url).set(password="geheim").update_query_dict({"sslpassword": "geheim"})
+    server = url.render_as_string(hide_password=False)
+    over = _invoke("copy", source, server, "--json")
+    assert over.exit_code == 0, over.output
+    assert "geheim" not in over.output
+    report = json.loads(over.stdout)
+    assert report["source"] == str(source)
+    assert report["target"].startswith("postgresql+psycopg://")
+    assert report["rows"] == {"agents": 0, "devices": 1, "idempotency_keys": 0, "nonces": 0, "sessions": 0}
+    back = tmp_path / "back" / "h.db"
+    done = _invoke("copy", server, back)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "geheim" not in done.output
+    assert done.stdout.endswith(f"to {back}: 1 row, the same on both sides.\n")
+    assert _rows(back) == _rows(source)
+    assert back.stat().st_mode & 0o777 == 0o600
+    again = _invoke("copy", source, server)
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert again.stderr.count("\n") == 1
+    assert "the target holds devices already" in again.stderr
+
+
+def test_a_process_prints_one_line(source: Path, tmp_path: Path) -> None:
+    """Where standard error is no terminal nothing is drawn on it."""
+    target = tmp_path / "target" / "h.db"
+    done = subprocess.run(_arguments(source, target), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"Copied {source} to {target}: 1 row, the same on both sides.\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no pty")
+@pytest.mark.parametrize("as_json", [False, True])
+def test_progress_is_shown_on_a_terminal(source: Path, tmp_path: Path, as_json: bool) -> None:
+    """A bar for each step on a standard error that is a terminal; never with --json, and never on standard output."""
+    import pty
+
+    with Database.open(source) as database:
+        for number in range(20):
+            add_agent(database, f"agent-{number}")
+    ours, theirs = pty.openpty()
+    try:
+        environment = {name: value for name, value in os.environ.items() if name not in {"NO_COLOR", "TERM"}}
+        process = subprocess.Popen(
+            _arguments(source, tmp_path / "target" / "h.db", *(["--json"] if as_json else [])),
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            text=True,
+            env=environment | {"TERM": "xterm", "COLUMNS": "100"},
+        )
+    finally:
+        os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:
+            break  # the other end is closed
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, shown
+    assert "21 rows" in out or json.loads(out)["rows"]["agents"] == 20
+    if as_json:
+        assert shown == b""
+    else:
+        assert b"copying" in shown
+        assert b"comparing" in shown
+        assert b"22/22" in shown  # with the row that says what the store is
+    assert "copying" not in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["one"], ["one", "two", "three"], ["one", "two", "--batch", "3"], ["--database", "x", "one", "two"]],
+)
+def test_wrong_usage_ends_with_2(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both must be named, and nothing else; nothing is made."""
+    monkeypatch.chdir(tmp_path)
+    assert _invoke("copy", *arguments).exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_third_database_is_wrong_usage(source: Path, tmp_path: Path) -> None:
+    """`--database` before the command would name a third one."""
+    done = _invoke("--database", source, "copy", source, tmp_path / "two.db")
+    assert done.exit_code == 2
+    assert "SOURCE and TARGET" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ("postgresql://me:geheim@127.0.0.1:1/db?password=geheim", "new.db"),
+        ("there.db", "postgresql://me:geheim@127.0.0.1:1/db?password=geheim"),
+        ("mysql://me:geheim@127.0.0.1/db", "new.db"),
+        ("there.db", ":memory:"),
+        (":memory:", "new.db"),
+        ("absent.db", "new.db"),
+        ("there.db", "there.db"),
+        ("there.db", "../source/there.db"),
+    ],
+)
+def test_refusals_are_one_line(
+    one: str, two: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can't be copied is refused in one line with status 1, without a password, and leaves no new file."""
+    source.rename(source.parent / "there.db")
+    (source.parent / "h.db.lock").rename(source.parent / "there.db.lock")
+    monkeypatch.chdir(source.parent)
+    before = sorted(path.name for path in source.parent.iterdir())
+    done = _invoke("copy", one, two)
+    assert (done.exit_code, done.stdout) == (1, ""), done.output
+    assert done.stderr.count("\n") == 1
+    assert "geheim" not in done.output
+    assert sorted(path.name for path in source.parent.iterdir()) == before
+
+
+def test_an_old_schema_is_upgraded_by_its_owner_alone(source: Path, tmp_path: Path) -> None:
+    """A source or a target at an older revision is refused, with the remedy, and keeps its revision."""
+    old = tmp_path / "old" / "h.db"
+    old.parent.mkdir(mode=0o700)
+    fixture = Path(__file__).parent / "fixtures" / "revisions" / "0002.db"
+    old.write_bytes(fixture.read_bytes())
+    old.chmod(0o600)
+    for arguments in ([old, tmp_path / "new" / "h.db"], [source, old]):
+        done: Any = _invoke("copy", *arguments)
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert "'0002'" in done.stderr
+        assert f"needs {REVISION!r}" in done.stderr
+        assert "homeagent migrate" in done.stderr
+    assert not (tmp_path / "new").exists()
+    assert old.read_bytes() == fixture.read_bytes()
