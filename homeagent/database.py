@@ -451,7 +451,7 @@ class Database:
 
         return copy_store(
             (self._engine, target._engine),
-            partial(self.unit_of_work, read_only=True),
+            lambda: self.unit_of_work(read_only=True),
             target.unit_of_work,
             live=live,
             progress=progress,
