@@ -1,0 +1,158 @@
+"""Who takes part, what each needs, and the process that each runs in."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+__all__ = ["BASELINE", "CONTESTANTS", "BenchmarkError", "Contestant", "Process", "choose"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BASELINE = "sqlite3"
+
+
+class BenchmarkError(Exception):
+    """A contender failed or answered wrongly."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A contender as the command line knows it.
+
+    Attributes:
+        name: what it is called.
+        command: what runs it, before target, durability and options.
+        requires: the module without which it is skipped.
+        shared: whether it is given homeagent's SQLite library; the others bring or pick their own.
+        peer: whether it is another library, which is measured less often.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    requires: str | None = None
+    shared: bool = False
+    peer: bool = True
+
+    @classmethod
+    def python(cls, name: str, module: str, **options: Any) -> Self:
+        """Return one that is a class of a module in `contenders`."""
+        path = f"tests.benchmarks.contenders.{module}"
+        return cls(name, (sys.executable, "-m", "tests.benchmarks.worker", path), **options)
+
+    def missing(self) -> str | None:
+        """Return why it can't take part here, None where it can."""
+        if self.requires is not None and importlib.util.find_spec(self.requires) is None:
+            return f"{self.requires} is not installed: install homeagent[bench]"
+        return None
+
+
+CONTESTANTS: dict[str, Contestant] = {
+    each.name: each
+    for each in (
+        Contestant.python(BASELINE, "handwritten:Handwritten", peer=False),
+        Contestant.python("homeagent", "homeagent_:HomeAgent", peer=False),
+        Contestant.python("sqlite3, autocommit", "handwritten:Autocommit"),
+        Contestant.python("sqlite3, objects", "handwritten:Objects"),
+        Contestant.python("SQLModel", "sqlmodel_:SQLModelTutorial", shared=True),
+    )
+}
+
+
+def choose(names: Sequence[str] | None) -> tuple[list[Contestant], dict[str, str]]:
+    """Return who takes part, the baseline first, and why the others don't.
+
+    Args:
+        names: of contenders, or `path.to.module:Class` for one of your own; None for all.
+
+    Raises:
+        BenchmarkError: a name is unknown.
+    """
+    chosen = [CONTESTANTS[BASELINE]]
+    for name in CONTESTANTS if names is None else names:
+        if ":" in name:
+            chosen.append(Contestant(name, (sys.executable, "-m", "tests.benchmarks.worker", name)))
+        elif name not in CONTESTANTS:
+            raise BenchmarkError(f"no contender is called {name!r}: there are {', '.join(CONTESTANTS)}")
+        elif name != BASELINE:
+            chosen.append(CONTESTANTS[name])
+    skipped = {each.name: reason for each in chosen if (reason := each.missing()) is not None}
+    return [each for each in chosen if each.name not in skipped], skipped
+
+
+class Process:
+    """A contender's process, which waits for requests; a context manager that ends it.
+
+    Args:
+        contestant: whose.
+        target: the file, or the URL of a server.
+        durability: `full` or `normal`.
+        traced: whether its clock follows the trace.
+    """
+
+    def __init__(self, contestant: Contestant, target: str, durability: str, *, traced: bool = False) -> None:
+        self.contestant = contestant
+        self.target = target
+        options = ["traced"] if traced else []
+        if contestant.shared:
+            options.append("shared")
+        self._process = subprocess.Popen(
+            [*contestant.command, target, durability, *options],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"},
+        )
+
+    def request(self, act: str, **parameters: Any) -> dict[str, Any]:
+        """Have something done, and return the reply.
+
+        Raises:
+            BenchmarkError: it could not be done.
+        """
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps({"do": act, **parameters}) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise BenchmarkError(f"{self.contestant.name} ended with status {process.wait()}, see above")
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise BenchmarkError(f"{self.contestant.name}, {act} {parameters.get('work', '')}: {reply['error']}")
+        return reply
+
+    def close(self) -> None:
+        """Let it end by itself, so that it closes its database."""
+        try:
+            if self._process.poll() is None:
+                self.request("end")
+                self._process.wait(timeout=60)
+        finally:
+            self._process.kill()
+            self._process.communicate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._process.kill()
+            self._process.communicate()
+        else:
+            self.close()

@@ -1,0 +1,184 @@
+"""Samples, taken in turns: each contender's time beside the baseline's of the same moment."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tests.benchmarks.contestants import BenchmarkError, Contestant, Process
+from tests.benchmarks.data import Rows, count_rows
+from tests.benchmarks.works import SLICES, Work
+
+__all__ = ["Measured", "Plan", "Say", "copy_database", "measure_works"]
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        rounds: how often each contender is started anew, on a fresh copy of the database.
+        repeats: how many samples of each piece of work are taken in a round; of a peer, one.
+        seconds: how long a sample should take.
+    """
+
+    rounds: int = 3
+    repeats: int = 5
+    seconds: float = 0.15
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.repeats < SLICES - 1:
+            raise BenchmarkError(f"1 to {SLICES - 2} repeats fit on one copy of the database")
+
+
+@dataclass
+class Measured:
+    """What was measured of one contender at one piece of work.
+
+    Attributes:
+        seconds: per call, on the clock, of each sample.
+        cpu: per call, of the process's processor time.
+        ratios: of each sample's seconds to the baseline's sample beside it.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures that are reported, and the samples."""
+        return {
+            "seconds": median(self.seconds),
+            "cpu": median(self.cpu),
+            "ratio": median(self.ratios),
+            "ratio_min": min(self.ratios),
+            "ratio_max": max(self.ratios),
+            "samples": {"seconds": self.seconds, "cpu": self.cpu, "ratios": self.ratios},
+        }
+
+
+def copy_database(template: Path, directory: Path) -> Path:
+    """Return the path of a private copy of a database that nobody has open."""
+    directory.mkdir(mode=0o700)
+    path = directory / template.name
+    shutil.copyfile(template, path)
+    path.chmod(0o600)
+    return path
+
+
+Table = dict[str, dict[str, Measured]]
+"""By piece of work and contender."""
+
+
+def measure_works(
+    plan: Plan,
+    contestants: Sequence[Contestant],
+    works: Sequence[Work],
+    rows: Rows,
+    durability: str,
+    target_of: Callable[[Contestant], str],
+    say: Say,
+    count: Callable[[str], dict[str, int]] = lambda target: count_rows(Path(target)),
+) -> Table:
+    """Measure pieces of work, the contenders taking turns.
+
+    Args:
+        plan: how much.
+        contestants: who; the first is the baseline.
+        works: at what.
+        rows: what the databases hold.
+        durability: `full` or `normal`.
+        target_of: makes a fresh database for a contender.
+        say: is told what is being done.
+        count: returns how many rows each table of a target has.
+
+    Raises:
+        BenchmarkError: a contender failed or answered wrongly.
+    """
+    table: Table = {work.name: {each.name: Measured() for each in contestants} for work in works}
+    for number in range(plan.rounds):
+        with ExitStack() as stack:
+            runners = []
+            for each in contestants:
+                process = stack.enter_context(Process(each, target_of(each), durability))
+                runners.append(_Runner(process, rows, count))
+            for work in works:
+                say(f"{durability}, round {number + 1} of {plan.rounds}: {work.title}")
+                for runner in runners:
+                    work.check(runner.process, rows)
+                    runner.begin(work, plan, number)
+                for repeat in range(plan.repeats):
+                    _take_turns(runners, work, repeat, number, table[work.name], peers=repeat == plan.repeats // 2)
+                for runner in runners:
+                    runner.end(work)
+    return table
+
+
+def _take_turns(
+    runners: Sequence[_Runner], work: Work, repeat: int, number: int, row: dict[str, Measured], *, peers: bool
+) -> None:
+    taken = [runner for runner in runners if peers or not runner.process.contestant.peer]
+    # Nobody is always the one who comes after the same neighbour.
+    shift = (number + repeat) % len(taken)
+    times: dict[str, tuple[float, float]] = {}
+    for runner in (*taken[shift:], *taken[:shift]):
+        times[runner.process.contestant.name] = runner.sample(work, repeat, number)
+    baseline = times[runners[0].process.contestant.name][0]
+    for name, (seconds, cpu) in times.items():
+        row[name].seconds.append(seconds)
+        row[name].cpu.append(cpu)
+        row[name].ratios.append(seconds / baseline)
+
+
+class _Runner:
+    """A contender's process and how many calls make a sample of it."""
+
+    def __init__(self, process: Process, rows: Rows, count: Callable[[str], dict[str, int]]) -> None:
+        self.process = process
+        self.rows = rows
+        self.count = count
+        self.calls = 1
+        self.done = 0
+        self.before: dict[str, int] = {}
+
+    def begin(self, work: Work, plan: Plan, number: int) -> None:
+        """Warm up, and find out how many calls fill a sample."""
+        self.before = self.count(self.process.target)
+        self.done = 0
+        if work.once:
+            self.calls = 1
+            return
+        few = max(1, min(40, work.limit(self.rows) // 2))
+        arguments = work.calls(self.rows, random.Random(f"{work.name} {number} warm"), 0, 2 * few)
+        self._time(work, arguments[:few])
+        per_call = self._time(work, arguments[few:])["seconds"] / few
+        self.calls = max(1, min(work.limit(self.rows), int(plan.seconds / per_call)))
+
+    def sample(self, work: Work, repeat: int, number: int) -> tuple[float, float]:
+        """Return the seconds of a call, on the clock and on the CPU."""
+        chance = random.Random(f"{work.name} {number} {repeat}")
+        arguments = work.calls(self.rows, chance, repeat + 1, self.calls)
+        reply = self._time(work, arguments)
+        return reply["seconds"] / self.calls, reply["cpu"] / self.calls
+
+    def _time(self, work: Work, arguments: list[Any]) -> dict[str, float]:
+        self.done += len(arguments)
+        return self.process.request("time", work=work.name, arguments=arguments)
+
+    def end(self, work: Work) -> None:
+        """Count what was written, from another process."""
+        grown = dict(self.before)
+        if work.growth is not None:
+            grown[work.growth[0]] += self.done * work.growth[1]
+        found = self.count(self.process.target)
+        if found != grown:
+            name = self.process.contestant.name
+            raise BenchmarkError(f"{name} at {work.title}: the database holds {found}, and not {grown}")
