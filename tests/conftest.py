@@ -138,8 +138,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what runs on PostgreSQL, so that `-m postgresql` chooses it."""
     for item in items:
         names: list[str] = getattr(item, "fixturenames", [])
-        chosen = getattr(getattr(item, "callspec", None), "params", {})
-        if chosen.get("engine_name") == "postgresql" or not {"postgres_url", "installation"}.isdisjoint(names):
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        # A module that is for one engine only makes `engine_name` a fixture of its own, without parameters.
+        on_engine = "engine_name" in names and parameters.get("engine_name") != "sqlite"
+        if on_engine or not {"postgres_url", "installation"}.isdisjoint(names):
             item.add_marker("postgresql")
 
 

@@ -209,26 +209,26 @@ def test_sweep_goes_in_bounded_batches(database: Database, clock: FakeClock, mon
     assert database.sweep().nonces == 0
 
 
-def test_sweep_ends_at_its_budget(sqlite_database: Database, clock: FakeClock) -> None:
+def test_sweep_ends_at_its_budget(database: Database, clock: FakeClock) -> None:
     """A spent budget ends the sweep after a batch and says that there is more; the next one goes on."""
-    fill(sqlite_database, 5)
+    fill(database, 5)
     clock.advance(hours=2)
-    report = sqlite_database.sweep(batch_size=2, time_budget=timedelta(milliseconds=1))
+    report = database.sweep(batch_size=2, time_budget=timedelta(milliseconds=1))
     assert report.more
     assert report.nonces == 2
-    while sqlite_database.sweep(batch_size=2, time_budget=timedelta(milliseconds=1)).more:
+    while database.sweep(batch_size=2, time_budget=timedelta(milliseconds=1)).more:
         pass
-    assert sqlite_database.status().rows["nonces"] == sqlite_database.status().rows["idempotency_keys"] == 0
+    assert database.status().rows["nonces"] == database.status().rows["idempotency_keys"] == 0
     for options in ({"batch_size": 0}, {"time_budget": timedelta(0)}):
         with pytest.raises(InvalidArgumentError):
-            sqlite_database.sweep(**options)  # type: ignore[arg-type]
+            database.sweep(**options)  # type: ignore[arg-type]
 
 
 def test_sweeper_survives_errors_and_stops_at_once(
-    sqlite_database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An error of one sweep is logged and the next one works; stopping takes less than a second."""
-    fill(sqlite_database, 3)
+    fill(database, 3)
     clock.advance(hours=2)
     faults: Iterator[Exception] = iter([RuntimeError("clock broke"), TransientError("locked")])
     both = threading.Event()
@@ -240,15 +240,15 @@ def test_sweeper_survives_errors_and_stops_at_once(
         both.set()
         return clock()
 
-    monkeypatch.setattr(sqlite_database._settings, "clock", unreliable)
+    monkeypatch.setattr(database._settings, "clock", unreliable)
     with caplog.at_level(logging.DEBUG, logger="homeagent"):
-        sweeper = sqlite_database.sweeper(timedelta(milliseconds=1))
+        sweeper = database.sweeper(timedelta(milliseconds=1))
         with sweeper:
             assert sweeper.running
             with pytest.raises(UnitStateError):
                 sweeper.start()
             assert both.wait(30)
-            while sqlite_database.status().rows["idempotency_keys"]:
+            while database.status().rows["idempotency_keys"]:
                 time.sleep(0.001)
             before = time.monotonic()
         assert time.monotonic() - before < 1
@@ -258,14 +258,14 @@ def test_sweeper_survives_errors_and_stops_at_once(
     sweeper.stop()
 
 
-def test_closing_stops_the_sweepers(sqlite_database: Database) -> None:
+def test_closing_stops_the_sweepers(database: Database) -> None:
     """A sweeper that waits for its next turn ends with the database, and a closed one makes none."""
-    sweeper = sqlite_database.sweeper(timedelta(hours=1))
+    sweeper = database.sweeper(timedelta(hours=1))
     sweeper.start()
-    sqlite_database.close()
+    database.close()
     assert not sweeper.running
     with pytest.raises(DatabaseClosedError):
-        sqlite_database.sweeper()
+        database.sweeper()
 
 
 def test_status_counts_rows_and_the_dead(database: Database, clock: FakeClock) -> None:

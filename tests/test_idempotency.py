@@ -302,7 +302,7 @@ def test_any_other_exception(database: Database, clock: FakeClock, error: BaseEx
 @pytest.mark.parametrize(
     "error", [RuntimeError("x"), EffectFailedError(1), EffectNotStartedError(), SystemExit(3), Odd()], ids=repr
 )
-def test_exceptions_of_coroutines(sqlite_database: Database, backend: str, error: BaseException) -> None:
+def test_exceptions_of_coroutines(database: Database, backend: str, error: BaseException) -> None:
     """An exception leaves `arun_once` as it is, never wrapped in a group, and does what it does for `run_once`."""
 
     async def effect(attempt: Attempt) -> None:
@@ -310,13 +310,13 @@ def test_exceptions_of_coroutines(sqlite_database: Database, backend: str, error
 
     async def main() -> BaseException | None:
         try:
-            await sqlite_database.arun_once(SCOPE, effect)
+            await database.arun_once(SCOPE, effect)
         except BaseException as raised:  # noqa: BLE001  it is compared
             return raised
         return None
 
     assert anyio.run(main, backend=backend) is error
-    row = row_of(sqlite_database)
+    row = row_of(database)
     state = None if row is None else str(row.state)
     expected = {EffectFailedError: "failed", EffectNotStartedError: None}.get(type(error), "in_progress")
     assert state == expected
@@ -324,18 +324,18 @@ def test_exceptions_of_coroutines(sqlite_database: Database, backend: str, error
 
 @BACKENDS
 @pytest.mark.parametrize("error", [None, EffectFailedError(1), EffectNotStartedError()], ids=repr)
-def test_coroutine_that_lost_its_key(sqlite_database: Database, backend: str, error: Exception | None) -> None:
+def test_coroutine_that_lost_its_key(database: Database, backend: str, error: Exception | None) -> None:
     """An attempt whose key was taken learns so by a LeaseLostError that is not wrapped, however it ended."""
 
     async def effect(attempt: Attempt) -> int:
-        sqlite_database.run(lambda unit: unit.idempotency_keys.release(attempt))
+        database.run(lambda unit: unit.idempotency_keys.release(attempt))
         if error is not None:
             raise error
         return 1
 
     async def main() -> None:
         with pytest.raises(LeaseLostError):
-            await sqlite_database.arun_once(SCOPE, effect)
+            await database.arun_once(SCOPE, effect)
 
     anyio.run(main, backend=backend)
 
@@ -436,7 +436,7 @@ def test_rerun_that_did_not_start(database: Database, clock: FakeClock) -> None:
 
 
 @BACKENDS
-def test_coroutine_that_finds_out(sqlite_database: Database, clock: FakeClock, backend: str) -> None:
+def test_coroutine_that_finds_out(database: Database, clock: FakeClock, backend: str) -> None:
     """A coroutine function may find out as well."""
 
     async def find_out(attempt: Attempt) -> Any:
@@ -444,10 +444,10 @@ def test_coroutine_that_finds_out(sqlite_database: Database, clock: FakeClock, b
         return attempt.number
 
     async def main() -> None:
-        outcome = await sqlite_database.arun_once(SCOPE, anever, on_abandoned=find_out)
+        outcome = await database.arun_once(SCOPE, anever, on_abandoned=find_out)
         assert outcome == Outcome(2, False, 2)
 
-    abandon(sqlite_database)
+    abandon(database)
     clock.advance(MINUTE)
     anyio.run(main, backend=backend)
 
@@ -512,7 +512,7 @@ def test_long_effect_keeps_its_lease(database: Database, clock: FakeClock, renew
 
 @BACKENDS
 def test_long_coroutine_keeps_its_lease(
-    sqlite_database: Database, clock: FakeClock, renewed: Callable[[int], bool], backend: str
+    database: Database, clock: FakeClock, renewed: Callable[[int], bool], backend: str
 ) -> None:
     """The same for a coroutine: its loop renews while it waits."""
 
@@ -523,13 +523,13 @@ def test_long_coroutine_keeps_its_lease(
         return "long"
 
     async def main() -> None:
-        assert (await sqlite_database.arun_once(SCOPE, effect, lease=MINUTE)).value == "long"
+        assert (await database.arun_once(SCOPE, effect, lease=MINUTE)).value == "long"
 
     anyio.run(main, backend=backend)
 
 
 def test_renewal_meets_trouble(
-    sqlite_database: Database,
+    database: Database,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     often: None,
@@ -547,11 +547,11 @@ def test_renewal_meets_trouble(
         again.set()
 
     monkeypatch.setattr(OnceCall, "renew", refused_once)
-    assert sqlite_database.run_once(SCOPE, lambda attempt: again.wait(30)).value is True
+    assert database.run_once(SCOPE, lambda attempt: again.wait(30)).value is True
     assert "no room" in caplog.text
 
 
-def test_no_thread_to_renew_with(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_to_renew_with(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system gives no thread to renew in, the effect does not begin and the key is free."""
 
     def refused(self: threading.Thread) -> None:
@@ -560,8 +560,8 @@ def test_no_thread_to_renew_with(sqlite_database: Database, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refused)
         with pytest.raises(RuntimeError, match="new thread"):
-            sqlite_database.run_once(SCOPE, never)
-    assert row_of(sqlite_database) is None
+            database.run_once(SCOPE, never)
+    assert row_of(database) is None
 
 
 # From coroutines
@@ -633,7 +633,7 @@ CANCELLERS = pytest.mark.parametrize(
 
 
 @CANCELLERS
-def test_cancelled_effect(sqlite_database: Database, canceller: Native | Scoped) -> None:
+def test_cancelled_effect(database: Database, canceller: Native | Scoped) -> None:
     """A cancelled caller cancels the effect; what it knows of its outcome is recorded all the same."""
     ends: list[str] = []
 
@@ -656,22 +656,20 @@ def test_cancelled_effect(sqlite_database: Database, canceller: Native | Scoped)
                     raise
 
             scope = IdempotencyScope("lamp", "m", key)
-            await canceller.cancel(functools.partial(sqlite_database.arun_once, scope, effect), began.wait)
+            await canceller.cancel(functools.partial(database.arun_once, scope, effect), began.wait)
 
     anyio.run(main, backend=canceller.backend)
     assert ends == ["raise", "return", "fail", "free"]
-    rows = [row_of(sqlite_database, IdempotencyScope("lamp", "m", key)) for key in "abcd"]
+    rows = [row_of(database, IdempotencyScope("lamp", "m", key)) for key in "abcd"]
     assert [row and str(row.state) for row in rows] == ["in_progress", "completed", "failed", None]
 
 
 @CANCELLERS
-def test_cancelled_record(
-    sqlite_database: Database, canceller: Native | Scoped, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cancelled_record(database: Database, canceller: Native | Scoped, monkeypatch: pytest.MonkeyPatch) -> None:
     """A caller that is cancelled while the outcome is being recorded leaves with the record made."""
     recording = threading.Event()
     go_on = threading.Event()
-    run = sqlite_database.run
+    run = database._runner.run
 
     def held(work: Any, **options: Any) -> Any:
         if threading.current_thread() is not main_thread and ran:
@@ -681,7 +679,7 @@ def test_cancelled_record(
 
     main_thread = threading.current_thread()
     ran: list[int] = []
-    monkeypatch.setattr(sqlite_database, "run", held)
+    monkeypatch.setattr(database._runner, "run", held)
 
     async def effect(attempt: Attempt) -> str:
         ran.append(1)
@@ -691,8 +689,8 @@ def test_cancelled_record(
         async def when() -> None:
             assert await anyio.to_thread.run_sync(recording.wait, 30)
 
-        await canceller.cancel(lambda: sqlite_database.arun_once(SCOPE, effect), when, go_on.set)
-        row = row_of(sqlite_database)
+        await canceller.cancel(lambda: database.arun_once(SCOPE, effect), when, go_on.set)
+        row = row_of(database)
         assert row is not None
         assert row.result == "done"
 
@@ -700,28 +698,29 @@ def test_cancelled_record(
 
 
 @CANCELLERS
-def test_cancelled_claim(sqlite_database: Database, canceller: Native | Scoped) -> None:
+def test_cancelled_claim(database: Database, canceller: Native | Scoped) -> None:
     """A caller that is cancelled before its effect began leaves the key free."""
+    writers = database._engine.writers
 
     async def main() -> None:
-        holder = sqlite_database.unit_of_work()
-        holder.__enter__()
+        held = [writers.acquire(30) for _ in range(writers._size)]
 
         async def when() -> None:
-            while not sqlite_database._engine.writers.waits:
+            while not writers.waits:
                 await anyio.lowlevel.checkpoint()
 
         def then() -> None:
-            holder.__exit__(None, None, None)
+            for link in held:
+                writers.release(link)
 
-        assert await canceller.cancel(lambda: sqlite_database.arun_once(SCOPE, anever), when, then)
+        assert await canceller.cancel(lambda: database.arun_once(SCOPE, anever), when, then)
 
     anyio.run(main, backend=canceller.backend)
-    assert row_of(sqlite_database) is None
+    assert row_of(database) is None
 
 
 @CANCELLERS
-def test_cancelled_unit(sqlite_database: Database, canceller: Native | Scoped) -> None:
+def test_cancelled_unit(database: Database, canceller: Native | Scoped) -> None:
     """A cancelled `arun` ends its unit before it returns: the next writer gets the lane at once."""
     began = threading.Event()
     go_on = threading.Event()
@@ -737,18 +736,18 @@ def test_cancelled_unit(sqlite_database: Database, canceller: Native | Scoped) -
         async def when() -> None:
             assert await anyio.to_thread.run_sync(began.wait, 30)
 
-        await canceller.cancel(lambda: sqlite_database.arun(work), when, go_on.set)
+        await canceller.cancel(lambda: database.arun(work), when, go_on.set)
         assert ended == [True]
 
     anyio.run(main, backend=canceller.backend)
-    waits = sqlite_database._engine.writers.waits
-    with sqlite_database.unit_of_work() as unit:
+    waits = database._engine.writers.waits
+    with database.unit_of_work() as unit:
         assert unit.agents.get("ada").name == "Ada"
-    assert sqlite_database._engine.writers.waits == waits
+    assert database._engine.writers.waits == waits
 
 
 @BACKENDS
-def test_arun_never_blocks_the_loop(sqlite_database: Database, backend: str) -> None:
+def test_arun_never_blocks_the_loop(database: Database, backend: str) -> None:
     """While a unit waits in a thread, the event loop runs other tasks, and even lets that unit go on."""
     go_on = threading.Event()
 
@@ -756,7 +755,7 @@ def test_arun_never_blocks_the_loop(sqlite_database: Database, backend: str) -> 
         order: list[str] = []
 
         async def unit() -> None:
-            order.append(await sqlite_database.arun(lambda unit: str(go_on.wait(30))))
+            order.append(await database.arun(lambda unit: str(go_on.wait(30))))
 
         async with anyio.create_task_group() as group:
             group.start_soon(unit)
@@ -769,7 +768,7 @@ def test_arun_never_blocks_the_loop(sqlite_database: Database, backend: str) -> 
 
 
 @BACKENDS
-def test_arun_raises_what_the_work_raises(sqlite_database: Database, backend: str) -> None:
+def test_arun_raises_what_the_work_raises(database: Database, backend: str) -> None:
     """An exception of the work reaches the coroutine as it is, and the unit was rolled back."""
     error = LookupError("x")
 
@@ -779,9 +778,9 @@ def test_arun_raises_what_the_work_raises(sqlite_database: Database, backend: st
 
     async def main() -> None:
         with pytest.raises(LookupError) as raised:
-            await sqlite_database.arun(work)
+            await database.arun(work)
         assert raised.value is error
-        assert await sqlite_database.arun(lambda unit: unit.agents.list(), read_only=True) == []
+        assert await database.arun(lambda unit: unit.agents.list(), read_only=True) == []
 
     anyio.run(main, backend=backend)
 

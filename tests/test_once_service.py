@@ -71,7 +71,7 @@ uvicorn.Server(config).run(sockets=[listener])
 class Service:
     """The service, that can be killed and started anew on another port."""
 
-    def __init__(self, children: Children, path: Path, ledger: Path) -> None:
+    def __init__(self, children: Children, path: str, ledger: Path) -> None:
         self._children = children
         self._paths = (path, ledger)
         self._life = 0
@@ -119,10 +119,10 @@ class Service:
 @pytest.mark.parametrize(
     ("clients", "kills"), [(16, 3), pytest.param(64, 20, marks=pytest.mark.slow)], ids=["16 clients", "64 clients"]
 )
-def test_orders(clients: int, kills: int, sqlite_path: Path, tmp_path: Path, children: Children) -> None:
+def test_orders(clients: int, kills: int, target: str, tmp_path: Path, children: Children) -> None:
     """Each order is placed once and answered, though two clients send it and the service is killed under them."""
     ledger = tmp_path / "ledger"
-    service = Service(children, sqlite_path, ledger)
+    service = Service(children, target, ledger)
     service.restart()
     each = 10 * (kills + 1) // 2
     answered = threading.Semaphore(0)

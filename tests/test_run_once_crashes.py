@@ -69,11 +69,11 @@ STEPS = {
 
 @pytest.mark.parametrize("keys", [10, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", STEPS)
-def test_killed(step: str, keys: int, sqlite_path: Path, tmp_path: Path, children: Children) -> None:
+def test_killed(step: str, keys: int, target: str, tmp_path: Path, children: Children) -> None:
     """No effect shows twice, and after its lease no key is stuck: it is free, answered, or said to be unknown."""
     placed, state = STEPS[step]
     ledger = tmp_path / "ledger"
-    children.run(SCRIPT, sqlite_path, ledger, step, keys, START.isoformat())
+    children.run(SCRIPT, target, ledger, step, keys, START.isoformat())
 
     def lines() -> Counter[str]:
         return Counter(ledger.read_text().split() if ledger.exists() else ())
@@ -81,7 +81,7 @@ def test_killed(step: str, keys: int, sqlite_path: Path, tmp_path: Path, childre
     assert lines() == {str(key): placed for key in range(keys) if placed}
     clock = FakeClock()
     found: Counter[str] = Counter()
-    with Database.open(sqlite_path, clock=clock) as database:
+    with Database.open(target, clock=clock) as database:
         for key in range(keys):
             scope = IdempotencyScope("lamp", "m", str(key))
 

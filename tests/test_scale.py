@@ -1,4 +1,8 @@
-"""What must hold when there is much of it: one million sessions, pages, routes and plans."""
+"""What must hold when there is much of it: one million sessions, pages, routes and plans.
+
+SQLite only: PostgreSQL chooses its plans by statistics that grow more favourable to an index with the rows, and
+stores/test_sessions.py holds that there is an index for each.
+"""
 
 from __future__ import annotations
 

@@ -374,30 +374,38 @@ database.close()
 # Busy
 
 
-def test_busy_names_the_thread_that_holds_the_lane(sqlite_path: Path) -> None:
-    """A writer that waits too long in one process is told which thread holds the lane, and since when."""
-    entered, done = threading.Event(), threading.Event()
-    with Database.open(sqlite_path, busy_timeout=timedelta(milliseconds=50)) as database:
+def test_busy_names_the_thread_that_holds_the_lane(target: str) -> None:
+    """A writer that waits too long in one process is told which threads hold the lanes, and since when."""
+    done = threading.Event()
+    with Database.open(target, busy_timeout=timedelta(milliseconds=50)) as database:
+        # One lane on SQLite, several on PostgreSQL.
+        lanes = database._engine.writers._size
+        entered = threading.Barrier(lanes + 1)
 
         def hold() -> None:
             with database.unit_of_work():
-                entered.set()
+                entered.wait(30)
                 done.wait(30)
 
-        holder = threading.Thread(target=hold, name="the slow one")
-        holder.start()
+        holders = [threading.Thread(target=hold, name=f"the slow one {number}") for number in range(lanes)]
+        for holder in holders:
+            holder.start()
         try:
-            assert entered.wait(30)
-            with pytest.raises(DatabaseBusyError, match=r"'the slow one' holds it since \d+\.\d+ s"):
+            entered.wait(30)
+            with pytest.raises(DatabaseBusyError, match=r"'the slow one 0' holds it since \d+\.\d+ s"):
                 add_agent(database)
         finally:
             done.set()
-            holder.join()
+            for holder in holders:
+                holder.join()
         add_agent(database)
 
 
 def test_busy_because_of_another_process(sqlite_path: Path, children: Children) -> None:
-    """While another process holds the write lock a writer gets DatabaseBusyError, and readers read on."""
+    """While another process holds the write lock a writer gets DatabaseBusyError, and readers read on.
+
+    SQLite only: on PostgreSQL another process holds rows and not the lane, see below.
+    """
     script = """
 import sys
 from homeagent import Database
@@ -417,7 +425,10 @@ with Database.open(sys.argv[1]) as database, database.unit_of_work():
 
 
 def test_busy_row_on_postgresql(empty_postgres_url: str) -> None:
-    """A row that another unit has locked is waited for no longer than busy_timeout."""
+    """A row that another unit has locked is waited for no longer than busy_timeout.
+
+    PostgreSQL only: SQLite locks no rows.
+    """
     with (
         Database.open(empty_postgres_url, busy_timeout=timedelta(milliseconds=50)) as database,
         Database.open(empty_postgres_url) as other,

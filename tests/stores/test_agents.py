@@ -48,9 +48,9 @@ def test_what_is_absent(database: Database) -> None:
 
 
 @pytest.mark.parametrize("bad", BAD_IDS, ids=repr)
-def test_bad_ids_are_refused(sqlite_database: Database, bad: str) -> None:
+def test_bad_ids_are_refused(database: Database, bad: str) -> None:
     """An id that may not be in a file name is refused by every method, and the unit stays usable."""
-    with sqlite_database.unit_of_work() as unit:
+    with database.unit_of_work() as unit:
         for call in (unit.agents.find_by_id, unit.agents.get, unit.agents.delete):
             with pytest.raises(InvalidArgumentError):
                 call(bad)
@@ -63,9 +63,9 @@ def test_bad_ids_are_refused(sqlite_database: Database, bad: str) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, 1.0, "1", None, 2**31])
-def test_bad_limits_are_refused(sqlite_database: Database, limit: int) -> None:
+def test_bad_limits_are_refused(database: Database, limit: int) -> None:
     """A page has a whole number of rows, 1 or more."""
-    with sqlite_database.unit_of_work(read_only=True) as unit, pytest.raises(InvalidArgumentError):
+    with database.unit_of_work(read_only=True) as unit, pytest.raises(InvalidArgumentError):
         unit.agents.list(limit=limit)
 
 

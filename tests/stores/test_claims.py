@@ -277,7 +277,10 @@ def test_errors_tell_no_key(database: Database) -> None:
 
 @pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004", "0005"])
 def test_earlier_schema(tmp_path: Path, revision: str) -> None:
-    """A row of every released schema counts as completed after the upgrade, null included, until it ends."""
+    """A row of every released schema counts as completed after the upgrade, null included, until it ends.
+
+    SQLite only: the databases that were kept of each release are files.
+    """
     directory = tmp_path / "private"
     directory.mkdir(mode=0o700)
     path = directory / "homeagent.db"

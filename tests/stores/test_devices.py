@@ -68,9 +68,9 @@ def test_what_is_absent(database: Database) -> None:
 
 
 @pytest.mark.parametrize("bad", ["", "x" * 129, "nul\0", "a/b", "..", 7], ids=repr)
-def test_bad_ids_are_refused(sqlite_database: Database, bad: str) -> None:
+def test_bad_ids_are_refused(database: Database, bad: str) -> None:
     """An id that may not be in a file name is refused by every method."""
-    with sqlite_database.unit_of_work() as unit:
+    with database.unit_of_work() as unit:
         devices = unit.devices
         for call in (
             devices.find_by_id, devices.get, devices.approve, devices.revoke, devices.update_last_seen, devices.delete
@@ -81,11 +81,11 @@ def test_bad_ids_are_refused(sqlite_database: Database, bad: str) -> None:
             devices.update(bad, DeviceUpdate(metadata=None))
 
 
-def test_bad_arguments_write_nothing(sqlite_database: Database) -> None:
+def test_bad_arguments_write_nothing(database: Database) -> None:
     """Roles, statuses, limits, reasons and instants outside of the contract are refused before anything is written."""
-    add_device(sqlite_database)
-    before = dump(sqlite_database)
-    with sqlite_database.unit_of_work() as unit:
+    add_device(database)
+    before = dump(database)
+    with database.unit_of_work() as unit:
         devices = unit.devices
         for limit in (0, -1, True):
             with pytest.raises(InvalidArgumentError):
@@ -103,7 +103,7 @@ def test_bad_arguments_write_nothing(sqlite_database: Database) -> None:
                 devices.revoke("lamp", reason=reason)
         with pytest.raises(InvalidArgumentError, match="aware"):
             devices.update_last_seen("lamp", START.replace(tzinfo=None))
-    assert dump(sqlite_database) == before
+    assert dump(database) == before
 
 
 def test_update_changes_metadata_alone(database: Database) -> None:

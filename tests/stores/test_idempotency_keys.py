@@ -112,11 +112,11 @@ def test_any_json_comes_back_as_it_was(database: Database, value: Any) -> None:
     [math.nan, math.inf, {1: 2}, {"a": {1, 2}}, b"bytes", START, "\ud800", (1, 2), object(), "x" * (256 * 1024 - 1)],
     ids=["nan", "infinity", "int key", "set", "bytes", "instant", "surrogate", "tuple", "object", "too large"],
 )
-def test_what_is_no_json_or_too_large_is_refused(sqlite_database: Database, result: Any) -> None:
+def test_what_is_no_json_or_too_large_is_refused(database: Database, result: Any) -> None:
     """NaN, keys that are not text, sets, bytes, instants, lone surrogates and over 256 KiB are refused unwritten."""
     with pytest.raises(InvalidArgumentError):
-        insert(sqlite_database, result=result)
-    assert dump(sqlite_database)["idempotency_keys"] == []
+        insert(database, result=result)
+    assert dump(database)["idempotency_keys"] == []
 
 
 def test_the_largest_result_is_stored(database: Database) -> None:
@@ -128,7 +128,7 @@ def test_the_largest_result_is_stored(database: Database) -> None:
     assert len(str(found.result)) == 256 * 1024 - 2
 
 
-def test_bad_arguments_are_refused(sqlite_database: Database) -> None:
+def test_bad_arguments_are_refused(database: Database) -> None:
     """Scopes, times to live and limits outside of the contract are refused."""
     for parts in [
         ("", "m", "k"),
@@ -142,11 +142,11 @@ def test_bad_arguments_are_refused(sqlite_database: Database) -> None:
             IdempotencyScope(*parts)
     for ttl in (timedelta(0), -MINUTE, timedelta.max, 60):
         with pytest.raises(InvalidArgumentError):
-            insert(sqlite_database, ttl=ttl)  # type: ignore[arg-type]
-    with sqlite_database.unit_of_work() as unit:
+            insert(database, ttl=ttl)  # type: ignore[arg-type]
+    with database.unit_of_work() as unit:
         for limit in (0, -1, True):
             with pytest.raises(InvalidArgumentError):
                 unit.idempotency_keys.delete_expired(limit=limit)
         with pytest.raises(InvalidArgumentError):
             unit.idempotency_keys.find(("lamp", "on", "key-1"))  # type: ignore[arg-type]
-    assert dump(sqlite_database)["idempotency_keys"] == []
+    assert dump(database)["idempotency_keys"] == []

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import text
 
 from homeagent import AgentCreate, AgentSessionCreate, Database, DeviceCreate, IdempotencyScope, Role
 from homeagent.errors import (
@@ -36,12 +44,17 @@ optional = st.sampled_from([None, "x", "y"])
 class StoreMachine(RuleBasedStateMachine):
     """Every step is done to one database and to one model, and both must answer alike."""
 
+    target: str
     database: Database
 
     @initialize()
     def open(self) -> None:
         self.clock = FakeClock()
-        self.database = Database.open(":memory:", clock=self.clock, durability="normal")
+        self.database = Database.open(self.target, clock=self.clock, durability="normal")
+        with self.database.unit_of_work() as unit:
+            # What the sequence before left behind.
+            for table in ("idempotency_keys", "nonces", "sessions", "agents", "devices"):
+                unit.session.connection().execute(text(f"DELETE FROM {table}"))
         self.nonces: dict[tuple[str, str], datetime] = {}
         self.keys: dict[tuple[str, str], tuple[datetime, Any]] = {}
         # Role, approved, revoked, last seen.
@@ -239,13 +252,20 @@ class StoreMachine(RuleBasedStateMachine):
         assert listed == sorted(((at, name, agent) for name, (agent, at) in self.sessions.items()), reverse=True)
 
 
-StoreMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+def run_sequences(target: str, sequences: int, steps: int) -> None:
+    """Try so many sequences of so many steps at most on a database."""
+    machine = type("StoreMachine", (StoreMachine,), {"target": target})
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=sequences, stateful_step_count=steps, deadline=None)
+    )
 
-TestStores = StoreMachine.TestCase
+
+def test_stores(target: str) -> None:
+    """Any sequence of steps leaves the stores and the model alike."""
+    run_sequences(target, 30, 40)
 
 
 @pytest.mark.slow
-class TestManySequences(StoreMachine.TestCase):  # type: ignore[misc, valid-type]  # Hypothesis makes it
-    """The same, two thousand times over."""
-
-    settings = settings(max_examples=2000, stateful_step_count=20, deadline=None)
+def test_many_sequences(target: str, engine_name: str) -> None:
+    """The same, two thousand times over on SQLite, and five hundred times on PostgreSQL, which takes longer."""
+    run_sequences(target, 2000 if engine_name == "sqlite" else 500, 20)
