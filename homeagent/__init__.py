@@ -10,7 +10,7 @@ from homeagent.credentials import hash_secret
 from homeagent.database import Database, PairedDevice
 from homeagent.maintenance.copying import CopyProgress, CopyReport
 from homeagent.maintenance.reporting import DatabaseStatus
-from homeagent.maintenance.sweeping import Sweeper, SweepReport
+from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport
 from homeagent.models import (
     Agent,
     AgentCreate,
@@ -45,6 +45,7 @@ __all__ = [
     "AgentSessionPublic",
     "AgentUpdate",
     "Attempt",
+    "BackupSchedule",
     "Clock",
     "CopyProgress",
     "CopyReport",

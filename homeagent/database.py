@@ -7,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -26,10 +27,11 @@ from homeagent.errors import (
     DatabaseError,
     DeviceExistsError,
     DeviceNotFoundError,
+    HomeAgentError,
     InvalidArgumentError,
 )
 from homeagent.idempotency import OnAbandoned, OnceCall, arun_once, run_once
-from homeagent.maintenance.sweeping import Sweeper, SweepReport, sweep
+from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport, sweep
 from homeagent.migrations import open_postgresql, open_sqlite
 from homeagent.models.device import Device, DeviceCreate, DevicePair
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
@@ -411,17 +413,83 @@ class Database:
         """
         return sweep(self.unit_of_work, batch_size=batch_size, time_budget=time_budget)
 
-    def sweeper(self, every: timedelta = timedelta(minutes=5)) -> Sweeper:
+    def sweeper(self, every: timedelta = timedelta(minutes=5), *, backups: BackupSchedule | None = None) -> Sweeper:
         """Return a thread that sweeps periodically: `start()` and `stop()` it, or use it as a context manager.
 
         Closing the database stops it.
+
+        Args:
+            every: how long to wait between two sweeps; the first is done at once.
+            backups: makes backups too, after a sweep, whenever the newest one is old enough by the database's clock.
+                One that fails is logged and tried again after the next sweep.
+
+        Raises:
+            DatabaseError: backups are asked for, and the database is on PostgreSQL.
         """
-        sweeper = Sweeper(lambda stop: sweep(self.unit_of_work, batch_size=100, time_budget=None, stop=stop), every)
+        if backups is not None:
+            from homeagent.maintenance.backups import require_file
+
+            require_file(self._engine)
+
+        def run(stop: threading.Event) -> SweepReport:
+            report = sweep(self.unit_of_work, batch_size=100, time_budget=None, stop=stop)
+            if backups is not None:
+                self._back_up_if_due(backups, stop)
+            return report
+
+        sweeper = Sweeper(run, every)
         with self._mutex:
             if self._closed:
                 raise DatabaseClosedError("the database was closed: open it again")
             self._sweepers.append(sweeper)
         return sweeper
+
+    def _back_up_if_due(self, schedule: BackupSchedule, stop: threading.Event) -> None:
+        from homeagent.maintenance.backups import back_up_if_due
+
+        try:
+            back_up_if_due(self._engine, schedule, clock=self._clock, stop=stop.is_set)
+        except HomeAgentError as error:
+            # Dead rows are swept all the same.
+            if not stop.is_set():
+                logger.warning("a scheduled backup failed and will be tried again after the next sweep: %s", error)
+
+    def backup(self, destination: str | PathLike[str], *, keep: int | None = None, replace: bool = False) -> Path:
+        """Make a backup while others write: one snapshot, verified, private, and in its place whole or not at all.
+
+        It needs no other file, and can be read where nothing can be written. A manifest beside it, the same name and
+        `.json`, has its time, its schema's revision, its rows, its size and its SHA-256.
+
+        Args:
+            destination: a directory, in which it gets a name with the schema's revision and the time; or a file that
+                does not exist. What ends in a slash is a directory, made 0700 where it is missing.
+            keep: remove this database's oldest backups in that directory afterwards, until so many are left. Files
+                without a manifest, copies made by upgrades and other databases' backups stay.
+            replace: whether a file that exists is replaced.
+
+        Returns:
+            Where the backup is.
+
+        Raises:
+            InvalidArgumentError: the destination can't be one, or exists.
+            CorruptDatabaseError: the database is damaged; a copy of it would pass for a backup.
+            DiskFullError, ReadOnlyError, InsecureFileError, DatabaseError: it can't be written there. Nothing of it
+                is left behind, and no older backup was removed.
+            DatabaseError: the database is on PostgreSQL, which has its own tools; the message names them.
+        """
+        from homeagent.maintenance.backups import back_up
+
+        with self._mutex:
+            if self._closed:
+                raise DatabaseClosedError("the database was closed: open it again")
+        return back_up(
+            self._engine,
+            destination,
+            clock=self._clock,
+            keep=keep,
+            replace=replace,
+            timeout=timedelta(seconds=self._timeout),
+        )
 
     def copy_to(
         self, target: Database, *, live: bool = False, progress: Callable[[CopyProgress], object] | None = None

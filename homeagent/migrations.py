@@ -5,9 +5,9 @@ An up-to-date database is told by one SELECT, and Alembic is not even imported: 
 
 from __future__ import annotations
 
+import glob
 import logging
 import threading
-from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from homeagent.errors import (
     DatabaseBusyError,
     DiskFullError,
     ForeignDatabaseError,
+    InvalidArgumentError,
     MigrationError,
     ReadOnlyError,
     SchemaOutdatedError,
@@ -52,6 +53,7 @@ _SPEAK_FOR_THEMSELVES = (
     DatabaseBusyError,
     DiskFullError,
     ForeignDatabaseError,
+    InvalidArgumentError,
     MigrationError,
     ReadOnlyError,
     SchemaTooNewError,
@@ -257,34 +259,20 @@ def _verify_sqlite(connection: Connection, backup: Path | None) -> None:
     )
 
 
-def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path | None:
-    """Copy the file as it was committed last, over a second connection: the first waits for nobody but itself."""
-    stamp = clock().strftime("%Y%m%dT%H%M%S%fZ")
-    target = engine.path.with_name(f"{engine.path.name}.{revision}-{stamp}.backup")
-    # It gets its name when it is whole and verified: a file called a backup must be one.
-    partial = target.with_name(f"{target.name}.partial")
-    if target.exists() or not files.create_file(partial):
-        raise MigrationError(f"{target} exists already: move it away, then open the database again")
-    module: Any = engine.driver.module
+def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path:
+    """Copy the file as it was committed last, over another connection: the upgrade's own would wait for itself."""
+    from homeagent.engine.backup import backup_name, discard, write_backup
+    from homeagent.engine.manifests import PARTIAL
+
+    path, now = engine.path, clock()
+    target = path.with_name(backup_name(path, revision, now))
+    partial = target.with_name(target.name + PARTIAL)
+    for stale in path.parent.glob(f"{glob.escape(path.name)}.*.backup{PARTIAL}"):
+        discard(stale)  # of an upgrade that was killed: the lock is held, so none is under way
     try:
-        with (
-            closing(module.connect(str(engine.path), isolation_level=None)) as source,
-            closing(module.connect(str(partial), isolation_level=None)) as copy,
-        ):
-            source.execute("PRAGMA query_only=ON")
-            source.backup(copy)
-            # A copy of a write-ahead logged file says that it has a log; on its own it should need none.
-            copy.execute("PRAGMA journal_mode=DELETE")
-            verdict = copy.execute("PRAGMA integrity_check").fetchone()[0]
-        if verdict != "ok":
-            raise CorruptDatabaseError(
-                f"{engine.path} is damaged ({verdict.splitlines()[0]}): it was not upgraded; "
-                "restore the newest good backup"
-            )
-        files.atomic_replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        write_backup(engine, target, partial=partial, version_table=VERSION_TABLE, taken_at=now, kind="upgrade")
+    except InvalidArgumentError as error:
+        raise MigrationError(f"the schema was not upgraded, since its backup can't be made: {error}") from None
     return target
 
 

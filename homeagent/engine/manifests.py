@@ -23,6 +23,7 @@ from homeagent.engine.system_errors import explained, quoted
 from homeagent.errors import CorruptDatabaseError, DatabaseError
 
 __all__ = [
+    "PARTIAL",
     "Manifest",
     "backups_in",
     "manifest_path",
@@ -31,6 +32,9 @@ __all__ = [
     "remember_backup",
     "write_manifest",
 ]
+
+PARTIAL = ".partial"
+"""How the name of a file ends that is not whole yet."""
 
 _LARGEST = 64 * 1024  # bytes; a manifest has some hundred
 
@@ -149,6 +153,8 @@ def _remembered(database: Path) -> Path | None:
 def _manifests(directory: Path) -> Iterator[tuple[Path, Manifest]]:
     with suppress(OSError):
         for path in sorted(directory.glob("*.json")):
+            if path.name.endswith(PARTIAL + ".json"):
+                continue
             with suppress(OSError, ValidationError):
                 yield path.with_suffix(""), Manifest.model_validate_json(_read(path))
 
@@ -172,7 +178,7 @@ def _read(path: Path) -> bytes:
 
 def _write(path: Path, text: str) -> None:
     """Replace a small file, so that after a power cut it is the old one or the whole new one."""
-    partial = path.with_name(f".{path.name}.{token_hex(8)}.partial")
+    partial = path.with_name(f".{path.name}.{token_hex(8)}{PARTIAL}")
     try:
         with explained("write", path):
             descriptor = create_descriptor(partial)

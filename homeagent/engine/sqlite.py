@@ -60,7 +60,7 @@ class SQLiteEngine(Engine):
         self.durability = durability
         self.driver: SQLiteDriver = choose_driver()
         self._busy_ms = min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1)
-        self._temporary = temporary
+        self.is_temporary = temporary
         module: Any = self.driver.module
         sa_engine = create_engine(
             URL.create("sqlite+pysqlite", database=str(path)),
@@ -95,6 +95,11 @@ class SQLiteEngine(Engine):
             cursor.execute("PRAGMA trusted_schema=OFF")
             cursor.execute("PRAGMA cell_size_check=ON")
             cursor.execute(f"PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}")
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long a statement waits for a lock of another process."""
+        return self._busy_ms / 1000
 
     def connect(self) -> Connection:
         """Return a connection of its own; the caller closes it."""
@@ -174,7 +179,7 @@ class SQLiteEngine(Engine):
 
     def after_close(self) -> None:
         """Remove the private directory of a temporary database."""
-        if self._temporary:
+        if self.is_temporary:
             shutil.rmtree(self.path.parent, ignore_errors=True)
 
     @classmethod

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -16,12 +18,36 @@ from homeagent.errors import DatabaseClosedError, HomeAgentError, UnitStateError
 from homeagent.models.types import check_duration, check_limit
 from homeagent.unit_of_work import UnitOfWork
 
-__all__ = ["SweepReport", "Sweeper", "sweep"]
+__all__ = ["BackupSchedule", "SweepReport", "Sweeper", "sweep"]
 
 logger = logging.getLogger("homeagent")
 
 # Between two batches, so that a writer that waits in another process gets its turn too.
 _PAUSE = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class BackupSchedule:
+    """Backups that a sweeper makes by itself.
+
+    Args:
+        directory: where they go; made 0700 where it is missing.
+        every: how old the newest one there may get. What counts is its manifest, so that a restart makes none too
+            many, and processes that share a schedule make one between them.
+        keep: how many stay there; older ones of this database are removed once a new one is verified. None for all.
+
+    Raises:
+        InvalidArgumentError: `every` is not above zero, or `keep` not 1 or more.
+    """
+
+    directory: str | os.PathLike[str]
+    every: timedelta = timedelta(days=1)
+    keep: int | None = 7
+
+    def __post_init__(self) -> None:
+        check_duration(self.every, "every")
+        if self.keep is not None:
+            check_limit(self.keep, "keep")
 
 
 class SweepReport(BaseModel):

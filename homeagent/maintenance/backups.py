@@ -1,0 +1,194 @@
+"""Backups: where one goes and what it is called, how many are kept, and when the next one is due."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from homeagent.engine.backup import Stop, backup_name, discard, write_backup
+from homeagent.engine.directories import prepare_directory
+from homeagent.engine.files import judge_file, locate_file, sidecars
+from homeagent.engine.locks import FileLock
+from homeagent.engine.manifests import PARTIAL, Manifest, backups_in, manifest_path, remember_backup
+from homeagent.engine.sqlite import SQLiteEngine
+from homeagent.engine.system_errors import explained, quoted
+from homeagent.errors import DatabaseBusyError, DatabaseError, HomeAgentError, InvalidArgumentError
+from homeagent.migrations import VERSION_TABLE, schema_revision
+from homeagent.models.types import check_limit
+
+if TYPE_CHECKING:
+    from homeagent.clock import Clock
+    from homeagent.engine.engine import Engine
+    from homeagent.maintenance.sweeping import BackupSchedule
+
+__all__ = ["back_up", "back_up_if_due", "require_file"]
+
+logger = logging.getLogger("homeagent")
+
+_LOCK = ".homeagent-backups.lock"
+
+
+def require_file(engine: Engine) -> SQLiteEngine:
+    """Return the engine if its database is a file.
+
+    Raises:
+        DatabaseError: it is on a server, which has its own tools; the message names them.
+    """
+    if not isinstance(engine, SQLiteEngine):
+        raise DatabaseError(
+            "a PostgreSQL database is backed up with its own tools: pg_dump for one database, pg_basebackup and an "
+            "archive of the write-ahead log for the server at any instant; see docs/operations.md"
+        )
+    return engine
+
+
+def back_up(
+    engine: Engine,
+    destination: str | os.PathLike[str],
+    *,
+    clock: Clock,
+    keep: int | None = None,
+    replace: bool = False,
+    timeout: timedelta,
+    stop: Stop = lambda: False,
+) -> Path:
+    """Make a verified backup while others write, and return where it is.
+
+    Args:
+        engine: on the database.
+        destination: a directory, for a name with the schema's revision and the time; or a file that does not exist.
+            A path that ends in a slash is a directory, made where it is missing.
+        clock: tells when it was taken.
+        keep: remove this database's oldest backups in that directory afterwards, until so many are left. Only what
+            has its manifest is one; copies made by upgrades stay.
+        replace: whether a file that exists is replaced.
+        timeout: how long to wait for another backup into the same directory.
+        stop: asked now and then; where it answers True, there will be no backup.
+
+    Raises:
+        InvalidArgumentError: the destination can't be one, or exists.
+        CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: as their names say. Nothing is left behind.
+    """
+    engine = require_file(engine)
+    if keep is not None:
+        check_limit(keep, "keep")
+    given = os.fspath(destination)
+    where = locate_file(given)
+    into_directory = where.is_dir() or given.endswith(("/", os.sep))
+    directory = where if into_directory else where.parent
+    prepare_directory(directory)
+    with FileLock(directory / _LOCK, timeout=timeout):
+        taken_at = clock()
+        if into_directory:
+            _remove_stale(directory, engine.path)
+            target = _free_name(directory / backup_name(engine.path, _revision(engine), taken_at))
+        else:
+            _refuse_own_files(engine.path, where)
+            target = where
+            if replace:
+                judge_file(target, is_database=False)
+            discard(_partial(target))
+        manifest = write_backup(
+            engine,
+            target,
+            partial=_partial(target),
+            version_table=VERSION_TABLE,
+            taken_at=taken_at,
+            kind="backup",
+            replace=replace,
+            stop=stop,
+        )
+        if keep is not None:
+            _remove_oldest(target, manifest, keep)
+    if not engine.is_temporary:
+        _remember(engine.path, target)
+    logger.info("backed %s up to %s (%d bytes)", engine.path, target, manifest.size)
+    return target
+
+
+def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, stop: Stop) -> Path | None:
+    """Make the backup of a schedule if none in its directory is young enough, and return where it is.
+
+    Returns:
+        None where none is due, or another process makes one at this moment.
+    """
+    if not _is_due(require_file(engine).path, schedule, clock()):
+        return None
+    try:
+        return back_up(
+            engine,
+            os.path.join(schedule.directory, ""),  # noqa: PTH118  a Path would drop the slash, which says: a directory
+            clock=clock,
+            keep=schedule.keep,
+            timeout=timedelta(0),
+            stop=stop,
+        )
+    except DatabaseBusyError:
+        return None
+
+
+def _is_due(database: Path, schedule: BackupSchedule, now: datetime) -> bool:
+    directory = locate_file(schedule.directory)
+    # One from the future was made while the clock was ahead, and tells nothing.
+    ages = [now - manifest.taken_at for _, manifest in _backups_of(database, directory) if manifest.taken_at <= now]
+    return not ages or min(ages) >= schedule.every
+
+
+def _backups_of(database: Path, directory: Path) -> Iterator[tuple[Path, Manifest]]:
+    for backup, manifest in backups_in(directory):
+        if manifest.kind == "backup" and manifest.database == str(database):
+            yield backup, manifest
+
+
+def _revision(engine: SQLiteEngine) -> str:
+    return schema_revision(engine) or "none"
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}{PARTIAL}")
+
+
+def _free_name(path: Path) -> Path:
+    """Return the path, or one with a number in it where the clock stood still since the last backup."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name.removesuffix('.backup')}-{number}.backup")
+    return free
+
+
+def _refuse_own_files(database: Path, target: Path) -> None:
+    own = {database, *sidecars(database)} | {database.with_name(database.name + end) for end in (".lock", ".open")}
+    if target in own:
+        raise InvalidArgumentError(f"{quoted(target)} belongs to the database itself: name another file")
+
+
+def _remove_stale(directory: Path, database: Path) -> None:
+    """Remove what a backup that was killed left behind: under the lock, no other one is under way."""
+    with explained("look into the directory", directory):
+        names = [entry.name for entry in os.scandir(directory)]
+    for name in names:
+        if name.startswith(f".{database.name}.") and name.endswith(f".backup{PARTIAL}"):
+            discard(directory / name)
+
+
+def _remove_oldest(made: Path, manifest: Manifest, keep: int) -> None:
+    # The one just made stays, even if the clock was set back and it looks like the oldest.
+    others = [backup for backup, _ in _backups_of(Path(manifest.database), made.parent) if backup != made]
+    for backup in others[: max(len(others) - (keep - 1), 0)]:
+        with explained("remove the old backup", backup):
+            backup.unlink(missing_ok=True)
+            manifest_path(backup).unlink(missing_ok=True)
+        logger.info("removed %s, of which there are %d newer ones", backup, keep)
+
+
+def _remember(database: Path, backup: Path) -> None:
+    try:
+        remember_backup(database, backup)
+    except HomeAgentError as error:
+        # The backup is good all the same. What is lost is that an error could name it.
+        logger.warning("where the last backup is could not be noted beside the database: %s", error)

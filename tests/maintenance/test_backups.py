@@ -1,0 +1,487 @@
+"""Backups: whole, verified and private, whatever happens while they are made; and which of them stay."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+import threading
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from homeagent import AgentCreate, BackupSchedule, Database, errors
+from homeagent.engine import backup as engine_backup
+from homeagent.engine.driver import choose_driver
+from homeagent.engine.manifests import manifest_path, newest_backup, read_manifest
+from homeagent.maintenance.backups import back_up_if_due
+from tests.conftest import START, Children, FakeClock, add_agent, add_device
+
+DAY = timedelta(days=1)
+
+
+def rows(path: Path, query: str) -> list[Any]:
+    """Return the rows of a query on a file, which is opened so that it can't be written and no file be made beside."""
+    with closing(choose_driver().module.connect(f"file:{path}?mode=ro", uri=True)) as raw:
+        return list(raw.execute(query).fetchall())
+
+
+def names(directory: Path) -> set[str]:
+    """Return what is in a directory, the lock of the backups left out."""
+    return {path.name for path in directory.iterdir()} - {".homeagent-backups.lock"}
+
+
+def test_backup_into_a_directory(sqlite_database: Database, sqlite_path: Path, tmp_path: Path) -> None:
+    """A backup is one private file with what was committed, and a manifest that tells the truth about it."""
+    add_agent(sqlite_database)
+    backup = sqlite_database.backup(tmp_path / "backups/")
+    assert backup == tmp_path / "backups"
+    backup = sqlite_database.backup(f"{tmp_path}/made/")
+    assert backup == tmp_path / "made" / "homeagent.db.0005-20260102T030405678000Z.backup"
+    assert names(backup.parent) == {backup.name, f"{backup.name}.json"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in backup.parent.iterdir()} == {0o600}
+    assert stat.S_IMODE(backup.parent.stat().st_mode) == 0o700
+    manifest = json.loads(manifest_path(backup).read_text())
+    assert manifest.pop("package_version")
+    assert manifest == {
+        "format": 1,
+        "kind": "backup",
+        "database": str(sqlite_path),
+        "taken_at": "2026-01-02T03:04:05.678000Z",
+        "schema_revision": "0005",
+        "epoch": 1,
+        "rows": {"agents": 1, "devices": 0, "idempotency_keys": 0, "nonces": 0, "sessions": 0, "store": 1},
+        "size": backup.stat().st_size,
+        "sha256": hashlib.sha256(backup.read_bytes()).hexdigest(),
+    }
+    assert newest_backup(sqlite_path) == backup
+
+
+def test_backup_needs_no_other_file(sqlite_database: Database, tmp_path: Path) -> None:
+    """A backup is read where nothing can be written: it has no log, and asks for none."""
+    add_agent(sqlite_database)
+    backup = sqlite_database.backup(tmp_path / "copy.db")
+    alone = tmp_path / "read-only"
+    alone.mkdir()
+    shutil.copy(backup, alone / "copy.db")
+    (alone / "copy.db").chmod(0o400)
+    alone.chmod(0o500)
+    assert rows(alone / "copy.db", "PRAGMA journal_mode") == [("delete",)]
+    assert rows(alone / "copy.db", "SELECT id FROM agents") == [("ada",)]
+    assert names(alone) == {"copy.db"}
+
+
+def test_under_any_umask(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
+    """Under a umask that would show a file to all, and one that would hide it from its owner, all of it is 0600."""
+    script = (
+        "import os, sys\nfrom homeagent import Database\nos.umask(int(sys.argv[3], 8))\n"
+        "with Database.open(sys.argv[1]) as database:\n    database.backup(sys.argv[2])\n"
+    )
+    for umask in ("000", "377"):
+        children.run(script, sqlite_path, tmp_path / f"{umask}.db", umask)
+        for path in (tmp_path / f"{umask}.db", tmp_path / f"{umask}.db.json"):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / ".homeagent-backups.lock").stat().st_mode) == 0o600
+
+
+def test_existing_file_is_refused(sqlite_database: Database, sqlite_path: Path, tmp_path: Path) -> None:
+    """What is there is never overwritten unasked, a link that leads nowhere included, nor the database ever."""
+    other = tmp_path / "other"
+    other.write_text("precious")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    for destination in (other, link):
+        with pytest.raises(errors.InvalidArgumentError, match="exists already"):
+            sqlite_database.backup(destination)
+    with pytest.raises(errors.InsecureFileError, match="symbolic link"):
+        sqlite_database.backup(link, replace=True)
+    for end in ("", "-wal", "-shm", ".lock"):
+        with pytest.raises(errors.InvalidArgumentError, match="belongs to the database itself"):
+            sqlite_database.backup(f"{sqlite_path}{end}", replace=True)
+    assert other.read_text() == "precious"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_replace(sqlite_database: Database, tmp_path: Path) -> None:
+    """Asked to, a backup takes the place of the one before, and the manifest is the new one's."""
+    backup = sqlite_database.backup(tmp_path / "latest.db")
+    add_agent(sqlite_database)
+    assert sqlite_database.backup(tmp_path / "latest.db", replace=True) == backup
+    manifest = read_manifest(backup)
+    assert manifest is not None
+    assert manifest.rows["agents"] == 1
+    assert manifest.sha256 == hashlib.sha256(backup.read_bytes()).hexdigest()
+    assert names(tmp_path) == {"database", "latest.db", "latest.db.json"}
+
+
+def test_keep(sqlite_database: Database, sqlite_path: Path, clock: FakeClock, tmp_path: Path) -> None:
+    """The oldest go once the new one is verified: this database's alone, with a manifest, and no upgrade's copy."""
+    directory = tmp_path / "backups"
+    directory.mkdir()
+    for _ in range(4):
+        clock.advance(hours=1)
+        sqlite_database.backup(directory)
+    kept = sorted(directory.glob("*.backup"))
+    # The first is nobody's, the second an upgrade's, and a third one is of another database with the same name.
+    manifest_path(kept[0]).unlink()
+    changed = json.loads(manifest_path(kept[1]).read_text())
+    manifest_path(kept[1]).write_text(json.dumps({**changed, "kind": "upgrade"}))
+    changed = json.loads(manifest_path(kept[2]).read_text())
+    manifest_path(kept[2]).write_text(json.dumps({**changed, "database": "/elsewhere/homeagent.db"}))
+    clock.advance(hours=1)
+    latest = sqlite_database.backup(directory, keep=1)
+    assert set(directory.glob("*.backup")) == {*kept[:3], latest}
+    assert names(directory) == {
+        *(p.name for p in (*kept[:3], latest)),
+        *(f"{p.name}.json" for p in (*kept[1:3], latest)),
+    }
+    # The clock is set back: the new one looks oldest, and is the one that was asked for.
+    clock.now = START - DAY
+    back = sqlite_database.backup(directory, keep=1)
+    assert set(directory.glob("*.backup")) == {*kept[:3], back}
+    # It stands still: each has a name of its own.
+    assert sqlite_database.backup(directory).name == back.name.replace(".backup", "-2.backup")
+    assert newest_backup(sqlite_path) is not None
+    for keep in (0, -1, True):
+        with pytest.raises(errors.InvalidArgumentError):
+            sqlite_database.backup(directory, keep=keep)
+
+
+def test_keep_removes_nothing_where_the_new_one_fails(
+    sqlite_database: Database, clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backup that fails costs no older one."""
+    directory = tmp_path / "backups"
+    directory.mkdir()
+    first = sqlite_database.backup(directory)
+    clock.advance(hours=1)
+    monkeypatch.setattr(engine_backup, "read_contents", lambda *_: iter(()))
+    before = names(directory)
+    with pytest.raises(errors.CorruptDatabaseError):
+        sqlite_database.backup(directory, keep=1)
+    assert names(directory) == before
+    assert first.exists()
+
+
+def test_damaged_database_has_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
+    """A copy of a damaged file would pass for a backup: there is none, and the error says what to do."""
+    with Database.open(sqlite_path) as database:
+        for number in range(200):
+            add_agent(database, f"agent-{number}")
+    with closing(choose_driver().module.connect(str(sqlite_path), isolation_level=None)) as raw:
+        (root,) = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_agent'").fetchone()
+    with sqlite_path.open("r+b") as file:
+        # An index that says that it has three entries, which it has not.
+        file.seek((root - 1) * 4096 + 3)
+        file.write(b"\x00\x03")
+    with Database.open(sqlite_path) as database, pytest.raises(errors.CorruptDatabaseError, match="newest good backup"):
+        database.backup(tmp_path / "copy.db")
+    assert names(tmp_path) == {"database"}
+
+
+def test_broken_reference_is_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
+    """A row that refers to one that is not there is damage too."""
+    with closing(choose_driver().module.connect(str(sqlite_path), isolation_level=None)) as raw:
+        raw.execute(
+            "INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'gone', 1, 1)"
+        )
+    with Database.open(sqlite_path) as database, pytest.raises(errors.CorruptDatabaseError, match="refers to one"):
+        database.backup(tmp_path / "copy.db")
+    assert names(tmp_path) == {"database"}
+
+
+def test_writers_are_not_held(sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write between each two steps neither waits for the backup nor makes it begin anew; it sees one instant."""
+    for number in range(50):
+        add_agent(sqlite_database, f"agent-{number}")
+    monkeypatch.setattr(engine_backup, "_STEP", 1)
+    written = 0
+    proceed = engine_backup._proceed
+
+    def write(stop: engine_backup.Stop) -> None:
+        nonlocal written
+        written += 1
+        add_device(sqlite_database, f"device-{written}")
+        proceed(stop)
+
+    monkeypatch.setattr(engine_backup, "_proceed", write)
+    backup = sqlite_database.backup(tmp_path / "copy.db")
+    assert written > 20
+    assert rows(backup, "SELECT count(*) FROM agents") == [(50,)]
+    assert rows(backup, "SELECT count(*) FROM devices") == [(0,)]
+
+
+def test_interrupted_backup_leaves_nothing(
+    sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stops it in the middle, an interrupt from the keyboard too, there is no file of it."""
+    monkeypatch.setattr(engine_backup, "_STEP", 1)
+
+    def interrupt(stop: engine_backup.Stop) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_backup, "_proceed", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sqlite_database.backup(tmp_path / "copy.db")
+    assert names(tmp_path) == {"database"}
+
+
+KILLED = """
+import os, signal, sys
+from homeagent import Database
+from homeagent.engine import backup
+
+backup._STEP = 1
+steps = 0
+
+def kill(stop):
+    global steps
+    steps += 1
+    if steps == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+backup._proceed = kill
+Database.open(sys.argv[1]).backup(sys.argv[2])
+"""
+
+
+def test_killed_backup(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
+    """A killed backup left nothing that is called one, and the next one into the place removes what it left."""
+    directory = tmp_path / "backups"
+    directory.mkdir()
+    for destination in (directory, directory / "named.db"):
+        child = children.start(KILLED, sqlite_path, destination)
+        child.communicate()
+        assert child.returncode == -9
+        left = names(directory)
+        assert left
+        assert all(name.startswith(".") for name in left)
+        with Database.open(sqlite_path) as database:
+            made = database.backup(destination)
+        assert names(directory) == {made.name, f"{made.name}.json"}
+        made.unlink()
+        manifest_path(made).unlink()
+
+
+LIMITED = """
+import resource, sys
+from homeagent import AgentCreate, Database, errors
+
+with Database.open(sys.argv[1]) as database:
+    with database.unit_of_work() as unit:
+        for number in range(300):
+            unit.agents.create(AgentCreate(id=str(number), name="A", workspace_path="/a", config={"x": "y" * 1000}))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    try:
+        database.backup(sys.argv[2])
+    except errors.DiskFullError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    with database.unit_of_work() as unit:
+        assert len(unit.agents.list(limit=1000)) == 300
+        unit.agents.create(AgentCreate(id="after", name="A", workspace_path="/a"))
+    database.backup(sys.argv[2])
+"""
+
+
+def test_limited_file_size(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
+    """Where the file may not grow, that is said and nothing is left; the database goes on, and so does the next one."""
+    said = children.run(LIMITED, sqlite_path, tmp_path / "copy.db")
+    assert "no room for a backup" in said
+    assert names(tmp_path) == {"database", "copy.db", "copy.db.json"}
+    assert rows(tmp_path / "copy.db", "SELECT count(*) FROM agents") == [(301,)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A file system of its own with 300 KB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k,mode=700", "homeagent-test", str(place)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here: the limit of file sizes is tested instead")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_full_disk(sqlite_database: Database, small_disk: Path, monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+    """A full disk is noticed before it is filled, or while it is: either way nothing is left on it."""
+    if not asked:
+        monkeypatch.setattr(engine_backup, "_require_room", lambda *_: None)
+    with sqlite_database.unit_of_work() as unit:
+        for number in range(300):
+            unit.agents.create(AgentCreate(id=str(number), name="A", workspace_path="/a", config={"x": "y" * 1000}))
+    for destination in (small_disk, small_disk / "copy.db"):
+        with pytest.raises(errors.DiskFullError, match="no room for a backup"):
+            sqlite_database.backup(destination)
+    assert names(small_disk) == set()
+    add_agent(sqlite_database, "after")
+
+
+UNPRIVILEGED = """
+import os, sys
+import homeagent.maintenance.backups
+from homeagent import Database, errors
+from homeagent.engine import backup
+
+# Whatever is imported on the way: another user may not enter the folder of the packages.
+backup._package_version()
+Database.open(':memory:').close()
+os.setuid(65534)
+with Database.open(sys.argv[1]) as database:
+    for spoil in (lambda: None, lambda: os.chmod(sys.argv[2], 0o500)):
+        def verify(*arguments, verify=backup._verify, spoil=spoil):
+            verify(*arguments)
+            spoil()
+        backup._verify = verify
+        try:
+            print(database.backup(sys.argv[2] + "/copy.db", replace=True))
+        except errors.DatabaseError as error:
+            print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
+def test_lost_permission(sqlite_path: Path, children: Children) -> None:
+    """Where the permission to write is lost on the way, that is said, and what is left can't pass for a backup."""
+    # Not below pytest's directories, which another user can't enter.
+    place = Path("/tmp") / f"homeagent-permission-{os.getpid()}"  # noqa: S108  removed below
+    place.mkdir()
+    try:
+        shutil.copytree(sqlite_path.parent, place / "database")
+        (place / "backups").mkdir()
+        for path in (place, *place.rglob("*")):
+            os.chown(path, 65534, 65534)
+        said = children.run(UNPRIVILEGED, place / "database" / "homeagent.db", place / "backups").splitlines()
+        assert said[0].endswith("copy.db")
+        assert "no permission" in said[1]
+        (place / "backups").chmod(0o700)
+        left = [path for path in (place / "backups").iterdir() if "partial" in path.name]
+        assert all(path.stat().st_size == 0 for path in left)
+        assert rows(place / "backups" / "copy.db", "PRAGMA integrity_check") == [("ok",)]
+    finally:
+        shutil.rmtree(place)
+
+
+def test_postgresql_names_its_own_tools(postgres_url: str, postgres_template: str) -> None:
+    """On PostgreSQL the error names what does it there: this is about that engine alone."""
+    from tests.conftest import postgres_database
+
+    with Database.open(postgres_database(postgres_url, postgres_template)) as database:
+        for call in (
+            lambda: database.backup("/nowhere/x"),
+            lambda: database.sweeper(backups=BackupSchedule("/nowhere")),
+        ):
+            with pytest.raises(errors.DatabaseError, match=r"pg_dump.*pg_basebackup"):
+                call()
+
+
+def test_closed(sqlite_path: Path, tmp_path: Path) -> None:
+    """A database that was closed makes no backup."""
+    database = Database.open(sqlite_path)
+    database.close()
+    with pytest.raises(errors.DatabaseClosedError):
+        database.backup(tmp_path / "copy.db")
+
+
+def test_temporary_database(tmp_path: Path) -> None:
+    """What is only in memory, as it were, can be kept like that."""
+    with Database.open(":memory:") as database:
+        add_agent(database)
+        backup = database.backup(tmp_path / "kept.db")
+    with Database.open(backup) as kept, kept.unit_of_work(read_only=True) as unit:
+        assert unit.agents.get("ada").name == "Ada"
+
+
+# The schedule
+
+
+def test_schedule(sqlite_path: Path, clock: FakeClock, tmp_path: Path) -> None:
+    """One is due when the newest is old enough by the database's clock, after a restart as well, and N are kept."""
+    schedule = BackupSchedule(tmp_path / "backups", every=DAY, keep=2)
+
+    def due(database: Database) -> bool:
+        return back_up_if_due(database._engine, schedule, clock=clock, stop=lambda: False) is not None
+
+    with Database.open(sqlite_path, clock=clock) as database:
+        assert due(database)
+        assert not due(database)
+        clock.advance(DAY - timedelta(milliseconds=1))
+        assert not due(database)
+    with Database.open(sqlite_path, clock=clock) as database:
+        assert not due(database)
+        clock.advance(milliseconds=1)
+        assert due(database)
+        # Set back, it makes one more and not one after each sweep.
+        clock.advance(-10 * DAY)
+        assert [due(database) for _ in range(3)] == [True, False, False]
+        clock.advance(DAY)
+        assert due(database)
+    assert len(list((tmp_path / "backups").glob("*.backup"))) == 2
+
+
+def test_sweeper_makes_the_backups(sqlite_database: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A sweeper with a schedule makes them in the background; one that fails is told, and the sweeping goes on."""
+    directory = tmp_path / "backups"
+    done = threading.Event()
+    schedule = BackupSchedule(directory)
+    with sqlite_database.sweeper(timedelta(milliseconds=1), backups=schedule):
+        while not done.wait(0.01):
+            if directory.exists() and list(directory.glob("*.json")):
+                done.set()
+    assert len(list(directory.glob("*.backup"))) == 1
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with sqlite_database.sweeper(timedelta(milliseconds=1), backups=BackupSchedule(blocked)) as sweeper:
+        while "a scheduled backup failed" not in caplog.text:
+            assert sweeper.running
+            done.wait(0)
+    for wrong in ({"every": timedelta(0)}, {"keep": 0}):
+        with pytest.raises(errors.InvalidArgumentError):
+            BackupSchedule(directory, **wrong)
+
+
+def test_stopped_sweeper_ends_its_backup(
+    sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopping a sweeper ends a backup that is under way, and that leaves nothing behind."""
+    directory = tmp_path / "backups"
+    begun, go_on = threading.Event(), threading.Event()
+    require_room = engine_backup._require_room
+
+    def wait(*arguments: Any) -> None:
+        begun.set()
+        go_on.wait(30)
+        require_room(*arguments)
+
+    monkeypatch.setattr(engine_backup, "_require_room", wait)
+    sweeper = sqlite_database.sweeper(backups=BackupSchedule(directory))
+    sweeper.start()
+    assert begun.wait(30)
+    sweeper._stop.set()
+    go_on.set()
+    sweeper.stop()
+    assert names(directory) == set()
+
+
+def test_two_schedules_make_one(sqlite_database: Database, clock: FakeClock, tmp_path: Path) -> None:
+    """While one process makes a backup there, another one that finds it due leaves it at that."""
+    from homeagent.engine.locks import FileLock
+
+    directory = tmp_path / "backups"
+    directory.mkdir()
+    with FileLock(directory / ".homeagent-backups.lock"):
+        made = back_up_if_due(sqlite_database._engine, BackupSchedule(directory), clock=clock, stop=lambda: False)
+    assert made is None
+    assert names(directory) == set()
