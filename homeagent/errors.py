@@ -27,6 +27,8 @@ __all__ = [
     "DatabaseBusyError",
     "DatabaseClosedError",
     "DatabaseError",
+    "DatabaseIOError",
+    "DatabaseMovedError",
     "DeviceExistsError",
     "DeviceNotFoundError",
     "DiskFullError",
@@ -53,6 +55,7 @@ __all__ = [
     "SessionNotFoundError",
     "SourceChangedError",
     "TargetNotEmptyError",
+    "TooManyFilesError",
     "UnitStateError",
 ]
 
@@ -377,12 +380,31 @@ class CorruptDatabaseError(DatabaseError):
     """The file is no sound database: it was not touched, and it is never read as empty."""
 
 
+class DatabaseMovedError(CorruptDatabaseError):
+    """The file, or its log, was deleted, moved or replaced while it was open; nothing of the unit took place.
+
+    Work goes on by itself once the file that was opened is back under its name. Another file is only taken by a
+    database that is opened anew.
+    """
+
+
 class InsecureFileError(DatabaseError):
     """A file or directory is not private, or is a link: who else can write it could open the door."""
 
 
 class DiskFullError(DatabaseError):
     """There was no room to write; the unit was rolled back and work goes on once there is."""
+
+
+class DatabaseIOError(DatabaseError):
+    """The operating system could not read or write a file of the database; the unit was rolled back.
+
+    Work goes on by itself once it can. A disk that is failing says so in the system's log.
+    """
+
+
+class TooManyFilesError(DatabaseError):
+    """The process or the machine may open no more files; the unit was rolled back and work goes on once it may."""
 
 
 class ReadOnlyError(DatabaseError):

@@ -180,10 +180,12 @@ class UnitOfWork:
 
     def _give_back(self, link: Link, *, sound: bool) -> None:
         lanes = self._settings.engine.writers if not self.read_only else self._settings.engine.readers
-        if sound:
+        if sound and not link.is_suspect:
             lanes.release(link)
-        else:
-            lanes.discard(link)
+            return
+        lanes.discard(link)
+        if link.is_suspect:
+            self._settings.engine.discard_free()
 
     def _require_link(self) -> Link:
         link = self._link

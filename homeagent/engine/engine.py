@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from homeagent.engine.lanes import Lanes
 from homeagent.engine.link import Link
-from homeagent.errors import DatabaseBusyError, DatabaseClosedError
+from homeagent.errors import DatabaseBusyError, DatabaseClosedError, DatabaseMovedError
 
 if TYPE_CHECKING:
     import sqlalchemy
 
     from homeagent.engine.faults import Translate
+    from homeagent.engine.file_watch import FileWatch
     from homeagent.engine.statements import Compiled, Statement
 
 __all__ = ["Engine"]
@@ -31,6 +32,7 @@ class Engine(ABC):
         writers: how many units may write at once.
         readers: how many units may read at once.
         begin_write, begin_read: the SQL that begins a unit.
+        watch: tells whether the database's file is still the one that was opened; None for a server.
     """
 
     link_type: type[Link] = Link
@@ -45,10 +47,13 @@ class Engine(ABC):
         readers: int,
         begin_write: Sequence[str],
         begin_read: Sequence[str],
+        watch: FileWatch | None = None,
     ) -> None:
         self.sa_engine = sa_engine
         self.driver_errors = driver_errors
         self.translate = translate
+        self._watch = watch
+        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
         self._begin = {False: tuple(begin_write), True: tuple(begin_read)}
         self._compiled: dict[bool, dict[Statement[Any], Compiled[Any]]] = {False: {}, True: {}}
         self.writers: Lanes[Link] = Lanes(writers, lambda: self._link(read_only=False), name="write lane")
@@ -91,7 +96,8 @@ class Engine(ABC):
             try:
                 link.begin()
             except BaseException as error:
-                if isinstance(error, DatabaseBusyError) and not link.in_transaction:
+                # A file that lost its name lives on as long as a connection is open: it may be put back.
+                if isinstance(error, (DatabaseBusyError, DatabaseMovedError)) and not link.in_transaction:
                     lanes.release(link)
                     raise
                 stale = link.is_stale(error)
@@ -101,24 +107,36 @@ class Engine(ABC):
             else:
                 return link
             # Each turn takes a connection away, and the first fresh one ends it.
-            self.writers.discard_free()
-            self.readers.discard_free()
+            self.discard_free()
 
     def _link(self, *, read_only: bool) -> Link:
         connection = self.connect()
         try:
             self.prepare_link(connection, read_only=read_only)
-            return self.link_type(
+            link = self.link_type(
                 connection,
                 begin=self._begin[read_only],
                 read_only=read_only,
                 compiled=self._compiled[read_only],
                 driver_errors=self.driver_errors,
                 translate=self.translate,
+                watch=self._watch,
             )
         except BaseException:
             connection.close()
             raise
+        self._links.add(link)
+        return link
+
+    def suspect_links(self) -> None:
+        """Have every connection closed when the unit on it ends, and not used for another one."""
+        for link in list(self._links):
+            link.is_suspect = True
+
+    def discard_free(self) -> None:
+        """Close the connections that no unit uses; the next ones are opened anew."""
+        self.writers.discard_free()
+        self.readers.discard_free()
 
     @abstractmethod
     def connect(self) -> sqlalchemy.Connection:

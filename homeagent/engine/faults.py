@@ -19,8 +19,11 @@ from homeagent.errors import (
     DatabaseBusyError,
     DatabaseClosedError,
     DatabaseError,
+    DatabaseIOError,
+    DatabaseMovedError,
     DiskFullError,
     HomeAgentError,
+    InsecureFileError,
     InvalidArgumentError,
     ReadOnlyError,
 )
@@ -34,6 +37,9 @@ __all__ = [
     "sqlite_fault",
     "translated",
 ]
+
+RESTORE = "stop, keep it aside with its -wal and -shm, and restore the newest good backup"
+"""What to do about a damaged file."""
 
 Translate = Callable[[BaseException], HomeAgentError]
 
@@ -60,13 +66,14 @@ def commit_unknown() -> CommitUnknownError:
     )
 
 
-# https://sqlite.org/rescode.html: the low byte is the primary result code.
-_SQLITE_FAULTS: dict[int, tuple[type[DatabaseError] | type[ConflictError], str]] = {
+# https://sqlite.org/rescode.html: the low byte is the primary result code, which an extended one says more than.
+_SQLITE_FAULTS: dict[int, tuple[type[HomeAgentError], str]] = {
     sqlite3.SQLITE_BUSY: (
         TransientError,
         "the database is locked by another process for longer than busy_timeout: run the unit again",
     ),
     sqlite3.SQLITE_LOCKED: (TransientError, "the database is locked within this process: run the unit again"),
+    sqlite3.SQLITE_PROTOCOL: (TransientError, "other processes keep opening the database: run the unit again"),
     sqlite3.SQLITE_FULL: (
         DiskFullError,
         "the disk is full, or the file may not grow: make room, then run the unit again",
@@ -75,35 +82,51 @@ _SQLITE_FAULTS: dict[int, tuple[type[DatabaseError] | type[ConflictError], str]]
         ReadOnlyError,
         "the database can't be written: it is a read-only unit, file or file system",
     ),
+    sqlite3.SQLITE_READONLY_DBMOVED: (
+        DatabaseMovedError,
+        "the database file was deleted, moved or replaced while it was open: put it back, or restore a backup",
+    ),
+    sqlite3.SQLITE_READONLY_DIRECTORY: (
+        ReadOnlyError,
+        "the directory of the database can't be written, where its log belongs: mend its owner and mode",
+    ),
     sqlite3.SQLITE_PERM: (ReadOnlyError, "access to the database file was denied: mend its owner and mode"),
-    sqlite3.SQLITE_CORRUPT: (
-        CorruptDatabaseError,
-        "the database file is damaged: stop, keep it aside with its -wal and -shm, and restore the newest good backup",
-    ),
-    sqlite3.SQLITE_NOTADB: (
-        CorruptDatabaseError,
-        "the file is no SQLite database: check the path, or restore the newest good backup",
-    ),
+    sqlite3.SQLITE_CORRUPT: (CorruptDatabaseError, f"the database file is damaged: {RESTORE}"),
+    sqlite3.SQLITE_NOTADB: (CorruptDatabaseError, f"the file is no SQLite database: check the path, or {RESTORE}"),
     sqlite3.SQLITE_CANTOPEN: (
         DatabaseError,
-        "the database file can't be opened: check that it is there, its permissions and the limit of open files",
+        "a file of the database can't be opened: check that it is there, its permissions and those of its directory",
+    ),
+    sqlite3.SQLITE_CANTOPEN_SYMLINK: (
+        InsecureFileError,
+        "a symbolic link is in the place of a file of the database: remove it",
     ),
     sqlite3.SQLITE_IOERR: (
-        DatabaseError,
-        "reading or writing the database file failed (I/O error): check the disk, its free space and file limits",
+        DatabaseIOError,
+        "the operating system failed to read or write the database: check the disk and the system's log",
     ),
+    sqlite3.SQLITE_IOERR_NOMEM: (DatabaseError, "SQLite ran out of memory"),
+    sqlite3.SQLITE_IOERR_CORRUPTFS: (
+        CorruptDatabaseError,
+        f"the file system is damaged: check it; {RESTORE}",
+    ),
+    sqlite3.SQLITE_IOERR_SHORT_READ: (
+        CorruptDatabaseError,
+        f"the database file or its log ends too early: {RESTORE}",
+    ),
+    sqlite3.SQLITE_NOLFS: (DatabaseIOError, "the file is larger than this system can handle"),
     sqlite3.SQLITE_NOMEM: (DatabaseError, "SQLite ran out of memory"),
     sqlite3.SQLITE_CONSTRAINT: (
         ConflictError,
         "a constraint of the database refused the change: a duplicate, a missing reference or a value out of range",
     ),
     sqlite3.SQLITE_INTERRUPT: (DatabaseError, "the statement was interrupted"),
-    sqlite3.SQLITE_TOOBIG: (InvalidArgumentError, "a value is too large for the database"),  # type: ignore[dict-item]  # one of ours all the same
+    sqlite3.SQLITE_TOOBIG: (InvalidArgumentError, "a value is too large for the database"),
 }
 
 
 def sqlite_fault(error: BaseException) -> HomeAgentError:
-    """Return ours for an exception of `sqlite3` or `pysqlite3`, told apart by SQLite's result code.
+    """Return ours for an exception of `sqlite3` or `pysqlite3`, told apart by SQLite's extended result code.
 
     Args:
         error: the driver's exception.
@@ -115,7 +138,8 @@ def sqlite_fault(error: BaseException) -> HomeAgentError:
         if isinstance(error, OverflowError) or "too large" in str(error):
             return InvalidArgumentError("a number is outside of 64 bits")
         return DatabaseError(f"the SQLite driver refused the statement ({type(error).__name__})")
-    kind, message = _SQLITE_FAULTS.get(code & 0xFF, (DatabaseError, "SQLite refused the statement"))
+    found = _SQLITE_FAULTS.get(code) or _SQLITE_FAULTS.get(code & 0xFF)
+    kind, message = found or (DatabaseError, "SQLite refused the statement")
     name = getattr(error, "sqlite_errorname", "SQLITE_ERROR")
     return kind(f"{message} [{name}]")
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from homeagent.engine.faults import commit_unknown
 from homeagent.engine.statements import Compiled, Parameters, Row, Statement
-from homeagent.errors import ConnectionLostError, ReadOnlyError
+from homeagent.errors import ConnectionLostError, HomeAgentError, ReadOnlyError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
     from sqlalchemy.engine import RootTransaction
 
     from homeagent.engine.faults import Translate
+    from homeagent.engine.file_watch import FileWatch
 
 __all__ = ["Link"]
 
@@ -30,9 +31,11 @@ class Link:
         compiled: the statements compiled so far, shared by the links of one kind.
         driver_errors: what the driver raises.
         translate: from one of these to one of ours.
+        watch: tells whether the database's file is still the one that was opened; None for a server.
     """
 
     __slots__ = (
+        "__weakref__",
         "_begin",
         "_compiled",
         "_connection",
@@ -43,6 +46,8 @@ class Link:
         "_raw",
         "_root",
         "_translate",
+        "_watch",
+        "is_suspect",
         "read_only",
     )
 
@@ -55,6 +60,7 @@ class Link:
         compiled: dict[Statement[Any], Compiled[Any]],
         driver_errors: tuple[type[BaseException], ...],
         translate: Translate,
+        watch: FileWatch | None = None,
     ) -> None:
         self._connection = connection
         self._dialect: Dialect = connection.dialect
@@ -63,6 +69,9 @@ class Link:
         self._compiled = compiled
         self._driver_errors = driver_errors
         self._translate = translate
+        self._watch = watch
+        self.is_suspect = False
+        """Whether it met, or may have met, a failure of the system: a new connection begins without its remains."""
         raw: Any = connection.connection.driver_connection
         self._raw = raw
         self._cursor: Any = raw.cursor()
@@ -83,6 +92,12 @@ class Link:
         except self._driver_errors as error:
             fault = self._translate(error)
         else:
+            if self._watch is not None:
+                try:
+                    self._watch.after_begin()
+                except HomeAgentError:
+                    self.rollback()
+                    raise
             return
         raise fault
 
@@ -90,8 +105,11 @@ class Link:
         """Commit; when this returns, what the unit wrote is as durable as the engine was asked to make it.
 
         Raises:
+            DatabaseMovedError: the file is no longer the one that was opened. Nothing was committed.
             CommitUnknownError: the connection was lost before the answer came.
         """
+        if self._watch is not None and not self.read_only:
+            self._watch.before_commit()
         fault: BaseException
         try:
             if self._root is not None:
@@ -263,6 +281,8 @@ class Link:
         if self.is_lost:
             # SQLAlchemy would try to roll back on it, and log that it can't.
             self._connection.invalidate()
+        if self._watch is not None:
+            self._watch.disconnected()
         self._connection.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -17,11 +18,19 @@ from sqlalchemy import URL, create_engine, event
 from sqlalchemy.pool import NullPool
 
 from homeagent.engine import files
+from homeagent.engine.diagnosis import diagnosed_fault
 from homeagent.engine.driver import SQLiteDriver, choose_driver
 from homeagent.engine.engine import Engine
-from homeagent.engine.faults import sqlite_fault, translated
+from homeagent.engine.faults import translated
+from homeagent.engine.file_watch import FileWatch
 from homeagent.engine.locks import FileLock
-from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError
+from homeagent.errors import (
+    CorruptDatabaseError,
+    DatabaseError,
+    DatabaseIOError,
+    ForeignDatabaseError,
+    HomeAgentError,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -61,22 +70,22 @@ class SQLiteEngine(Engine):
         self.driver: SQLiteDriver = choose_driver()
         self._busy_ms = min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1)
         self.is_temporary = temporary
+        self.watch = FileWatch(path, strict=durability == "full")
         module: Any = self.driver.module
         sa_engine = create_engine(
             URL.create("sqlite+pysqlite", database=str(path)),
             module=module,
             poolclass=NullPool,
             hide_parameters=True,
-            # The driver's own transaction handling commits before DDL; ours says BEGIN itself.
-            connect_args={"isolation_level": None, "check_same_thread": False, "timeout": self._busy_ms / 1000},
+            creator=self._open_existing,
         )
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "begin", _on_begin)
-        event.listen(sa_engine, "handle_error", _on_error)
+        event.listen(sa_engine, "handle_error", self._on_error)
         super().__init__(
             sa_engine,
             driver_errors=(module.Error, OverflowError),
-            translate=sqlite_fault,
+            translate=self.fault,
             writers=1,
             readers=READERS,
             # A deferred BEGIN that turns into a write fails at once when another process wrote in between, and
@@ -84,7 +93,30 @@ class SQLiteEngine(Engine):
             begin_write=("BEGIN IMMEDIATE",),
             # The snapshot is taken by the first read, not by BEGIN.
             begin_read=("BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1"),
+            watch=self.watch,
         )
+
+    def fault(self, error: BaseException) -> HomeAgentError:
+        """Return ours for an exception of the driver."""
+        fault = diagnosed_fault(error, self.path, find_moved=self.watch.find_moved)
+        if isinstance(fault, DatabaseIOError):
+            self.suspect_links()
+        return fault
+
+    def _open_existing(self) -> Any:
+        """Open the file, and never make one: where it vanished, an empty one would take its place."""
+        module: Any = self.driver.module
+        return module.connect(
+            self._uri("mode=rw"),
+            uri=True,
+            # The driver's own transaction handling commits before DDL; ours says BEGIN itself.
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=self._busy_ms / 1000,
+        )
+
+    def _uri(self, options: str) -> str:
+        return f"file:{quote(os.fsencode(self.path))}?{options}"
 
     def _on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
         with closing(connection.cursor()) as cursor:
@@ -103,8 +135,21 @@ class SQLiteEngine(Engine):
 
     def connect(self) -> Connection:
         """Return a connection of its own; the caller closes it."""
-        with self.translated():
-            return self.sa_engine.connect()
+        # Before and after: to open another file that is in its place would replay our log over that one.
+        self.watch.before_connect()
+        try:
+            with self.translated():
+                connection = self.sa_engine.connect()
+        except HomeAgentError as fault:
+            # SQLAlchemy chains the driver's own.
+            fault.__cause__ = fault.__context__ = None
+            raise
+        try:
+            self.watch.connected()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def prepare_link(self, connection: Connection, *, read_only: bool) -> None:
         """Make a reader's connection unable to write."""
@@ -114,7 +159,7 @@ class SQLiteEngine(Engine):
     @contextmanager
     def translated(self) -> Iterator[None]:
         """Raise ours instead of the driver's exceptions."""
-        with translated(self.driver_errors, sqlite_fault):
+        with translated(self.driver_errors, self.fault):
             yield
 
     def prepare_header(self) -> None:
@@ -148,7 +193,7 @@ class SQLiteEngine(Engine):
 
     def _bare(self) -> Any:
         module: Any = self.driver.module
-        raw = module.connect(str(self.path), isolation_level=None, timeout=self._busy_ms / 1000)
+        raw = module.connect(self._uri("mode=rw"), uri=True, isolation_level=None, timeout=self._busy_ms / 1000)
         raw.execute(f"PRAGMA synchronous={self.durability.upper()}")
         return raw
 
@@ -173,9 +218,14 @@ class SQLiteEngine(Engine):
 
     def _application_id(self, *, immutable: bool) -> int:
         module: Any = self.driver.module
-        uri = f"file:{quote(str(self.path))}?mode=ro{'&immutable=1' if immutable else ''}"
+        uri = self._uri(f"mode=ro{'&immutable=1' if immutable else ''}")
         with self.translated(), closing(module.connect(uri, uri=True, timeout=self._busy_ms / 1000)) as raw:
             return int(raw.execute("PRAGMA application_id").fetchone()[0])
+
+    def _on_error(self, context: ExceptionContext) -> None:
+        original = context.original_exception
+        if isinstance(original, self.driver.module.Error):
+            raise self.fault(original)
 
     def after_close(self) -> None:
         """Remove the private directory of a temporary database."""
@@ -203,12 +253,6 @@ def _on_begin(connection: Connection) -> None:
     # A link has begun by itself before it lends its connection to an ORM session.
     if not raw.in_transaction:
         raw.execute("BEGIN IMMEDIATE")
-
-
-def _on_error(context: ExceptionContext) -> None:
-    original = context.original_exception
-    if isinstance(original, (context.engine.dialect.loaded_dbapi.Error if context.engine else Exception)):
-        raise sqlite_fault(original)
 
 
 def corrupt_after_all(path: Path) -> CorruptDatabaseError:

@@ -1,0 +1,400 @@
+"""The file goes away under an open database, the disk is full, the process is out of files: refused, and then goes on.
+
+One engine only: on a server these are the server's own files.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import event
+
+from homeagent import AgentCreate, Database
+from homeagent.engine import file_watch
+from homeagent.engine.sqlite import SQLiteEngine
+from homeagent.errors import CorruptDatabaseError, DatabaseMovedError, DiskFullError, ReadOnlyError
+from tests.conftest import add_agent, dump
+
+if TYPE_CHECKING:
+    from tests.conftest import Children, FakeClock
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="an open file can't be moved or deleted there")
+
+
+@pytest.fixture(autouse=True)
+def every_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at the file in each unit, and not only once in ten milliseconds."""
+    monkeypatch.setattr(file_watch, "_INTERVAL", 0.0)
+
+
+@pytest.fixture
+def opened(sqlite_path: Path, clock: FakeClock) -> Iterator[Database]:
+    """An open database with one row, a writer's connection and a reader's."""
+    with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(seconds=5)) as database:
+        add_agent(database, "before")
+        assert names(database) == ["before"]
+        yield database
+
+
+def names(database: Database) -> list[str]:
+    """Return the agents that a read-only unit sees."""
+    with database.unit_of_work(read_only=True) as unit:
+        return [agent.id for agent in unit.agents.list()]
+
+
+def refused(database: Database, *words: str, kind: type[CorruptDatabaseError] = DatabaseMovedError) -> None:
+    """Assert that neither a writer nor a reader gets through, and that each is told why."""
+    for act in (lambda: add_agent(database, "lost"), lambda: names(database)):
+        with pytest.raises(kind) as refusal:
+            act()
+        for word in words:
+            assert word in str(refusal.value)
+
+
+# The file that is open is no longer the one with the name
+
+
+def test_deleted_file_is_not_written_on_and_not_made_anew(opened: Database, sqlite_path: Path) -> None:
+    """Nothing goes into a file without a name, and none is made in its place; put back, it serves again."""
+    kept = sqlite_path.with_name("kept")
+    sqlite_path.rename(kept)
+    refused(opened, "deleted or moved away", str(sqlite_path))
+    # A reader beside the first one needs a new connection, which would make an empty file.
+    with pytest.raises(DatabaseMovedError):
+        opened.run(lambda unit: names(opened), read_only=True)
+    assert not sqlite_path.exists()
+    kept.rename(sqlite_path)
+    assert names(opened) == ["before"]
+    add_agent(opened, "after")
+    assert names(opened) == ["after", "before"]
+
+
+@pytest.mark.parametrize("with_links", [True, False], ids=["in use", "idle"])
+def test_replaced_file_is_left_alone(
+    sqlite_path: Path, clock: FakeClock, with_links: bool, sqlite_template: Path
+) -> None:
+    """Another file under the name is neither written nor read, not even when the database is closed."""
+    with Database.open(sqlite_path, clock=clock) as database:
+        if with_links:
+            add_agent(database, "before")
+        other = sqlite_path.with_name("other")
+        shutil.copy(sqlite_template, other)
+        other.replace(sqlite_path)
+        before = sqlite_path.read_bytes()
+        refused(database, "replaced by another file")
+    assert sqlite_path.read_bytes() == before
+
+
+def test_link_in_the_file_s_place_is_not_followed(opened: Database, sqlite_path: Path) -> None:
+    """A symbolic link to the very same file is another thing than the file."""
+    kept = sqlite_path.rename(sqlite_path.with_name("kept"))
+    sqlite_path.symlink_to(kept)
+    refused(opened, "replaced by another file")
+
+
+def test_emptied_file_is_refused(opened: Database, sqlite_path: Path) -> None:
+    """A file that was cut to nothing in place is not written to as if it were new."""
+    os.truncate(sqlite_path, 0)
+    refused(opened, "was emptied")
+    assert sqlite_path.stat().st_size == 0
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+@pytest.mark.parametrize("act", ["deleted", "replaced"])
+def test_lost_log_is_told(opened: Database, sqlite_path: Path, suffix: str, act: str) -> None:
+    """Where the log or its index is gone, other processes see another state: nothing more is acknowledged."""
+    beside = sqlite_path.with_name(sqlite_path.name + suffix)
+    content = beside.read_bytes()
+    beside.unlink()
+    if act == "replaced":
+        beside.with_name("new").write_bytes(content)
+        beside.with_name("new").rename(beside)
+    refused(opened, suffix, "deleted or replaced")
+
+
+def test_moved_directory(opened: Database, sqlite_path: Path) -> None:
+    """A directory that is moved takes the file with it, and brings it back."""
+    kept = sqlite_path.parent.with_name("kept")
+    sqlite_path.parent.rename(kept)
+    refused(opened, "deleted or moved away")
+    kept.rename(sqlite_path.parent)
+    add_agent(opened, "after")
+
+
+@pytest.mark.parametrize("durability", ["full", "normal"])
+def test_unit_in_the_middle_of_which_the_file_goes_is_undone(
+    sqlite_path: Path, clock: FakeClock, durability: Any
+) -> None:
+    """What is acknowledged was in the file of that name when it was committed."""
+    kept = sqlite_path.with_name("kept")
+    with Database.open(sqlite_path, clock=clock, durability=durability) as database:
+        with pytest.raises(DatabaseMovedError), database.unit_of_work() as unit:
+            unit.agents.create(AgentCreate(id="a", name="A", workspace_path="/a"))
+            sqlite_path.rename(kept)
+        kept.rename(sqlite_path)
+        assert names(database) == []
+
+
+def test_look_is_not_older_than_ten_milliseconds(
+    sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At `normal`, and for readers, one look serves the units of ten milliseconds; at `full` each commit looks."""
+    monkeypatch.setattr(file_watch, "_INTERVAL", 0.01)
+    looks = 0
+    look = file_watch.FileWatch._status
+
+    def counted(name: str) -> Any:
+        nonlocal looks
+        looks += name == str(sqlite_path)
+        return look(name)
+
+    monkeypatch.setattr(file_watch.FileWatch, "_status", staticmethod(counted))
+    for durability, each in (("full", 1), ("normal", 0)):
+        with Database.open(sqlite_path, clock=clock, durability=durability) as database:  # type: ignore[arg-type]
+            now = 1000.0
+            assert isinstance(database._engine, SQLiteEngine)
+            database._engine.watch._monotonic = lambda: now  # noqa: B023
+            names(database)
+            add_agent(database, f"{durability}-first")
+            looks = 0
+            names(database)
+            add_agent(database, durability)
+            assert looks == each
+            now += 0.011
+            names(database)
+            assert looks == each + 1
+
+
+# No room
+
+
+def room(database: Database) -> Callable[[int], None]:
+    """Return what limits the file to so many pages, by connection."""
+    assert isinstance(database._engine, SQLiteEngine)
+
+    def limit(pages: int) -> None:
+        def on_connect(connection: Any, record: object) -> None:
+            connection.execute(f"PRAGMA max_page_count={pages}")
+
+        event.listen(database._engine.sa_engine, "connect", on_connect)
+
+    return limit
+
+
+def fill(database: Database, prefix: str, count: int = 10_000) -> int:
+    """Add agents of some size until there is no more room, and return how many got in."""
+    for number in range(count):
+        try:
+            with database.unit_of_work() as unit:
+                unit.agents.create(
+                    AgentCreate(id=f"{prefix}{number}", name="x", workspace_path="/x", config={"pad": "x" * 20_000})
+                )
+                unit.agents.create(AgentCreate(id=f"{prefix}{number}-too", name="x", workspace_path="/x"))
+        except DiskFullError:
+            return number
+    raise AssertionError("it is never full")
+
+
+def verified(database: Database, prefix: str, count: int) -> None:
+    """Assert that all that was acknowledged is there, nothing else, and that the file is sound."""
+    with database.unit_of_work(read_only=True) as unit:
+        found = {agent.id for agent in unit.agents.list(limit=1000) if agent.id.startswith(prefix)}
+        wanted = {f"{prefix}{number}{suffix}" for number in range(count) for suffix in ("", "-too")}
+        assert found == wanted
+        assert unit._require_link().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_file_that_may_not_grow(sqlite_path: Path, clock: FakeClock) -> None:
+    """At `max_page_count` the unit is undone with DiskFullError, reading goes on, and after a deletion writing does."""
+    with Database.open(sqlite_path, clock=clock) as database:
+        room(database)(60)
+        count = fill(database, "a")
+        assert count > 0
+        verified(database, "a", count)
+        with database.unit_of_work() as unit:
+            for number in range(count):
+                unit.agents.delete(f"a{number}")
+                unit.agents.delete(f"a{number}-too")
+        assert fill(database, "b") > 0
+
+
+FULL = """
+import os, resource, sys
+from datetime import timedelta
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from homeagent import Database
+from tests.test_file_faults import fill, verified
+path = Path(sys.argv[1])
+"""
+
+
+def test_limit_of_file_size(sqlite_path: Path, children: Children) -> None:
+    """Over RLIMIT_FSIZE a unit is undone with DiskFullError; nothing is half there, and work goes on without it."""
+    output = children.run(
+        FULL
+        + """
+with Database.open(path) as database:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, resource.RLIM_INFINITY))
+    count = fill(database, "a")
+    verified(database, "a", count)
+    assert fill(database, "a0-") == 0
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    with database.unit_of_work() as unit:
+        unit.agents.delete("a0")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, resource.RLIM_INFINITY))
+    more = fill(database, "b")
+    verified(database, "b", more)
+    print(count, more)
+""",
+        sqlite_path,
+        Path(__file__).parent.parent,
+    )
+    count, more = map(int, output.split())
+    assert count > 3
+    assert more > count
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte; skipped where this user may not mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if not sys.platform.startswith("linux") or shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("only the superuser of a Linux may mount a file system")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(place)], check=False)
+    if done.returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_full_disk(small_disk: Path, sqlite_template: Path, clock: FakeClock) -> None:
+    """On a full disk a unit is undone with DiskFullError; once there is room again, the same database goes on."""
+    path = small_disk / "homeagent.db"
+    shutil.copy(sqlite_template, path)
+    path.chmod(0o600)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(400_000))
+    with Database.open(path, clock=clock) as database:
+        count = fill(database, "a")
+        assert count > 0
+        verified(database, "a", count)
+        ballast.unlink()
+        more = fill(database, "b")
+        assert more > 0
+        verified(database, "b", more)
+    with Database.open(path, clock=clock) as database:
+        verified(database, "a", count)
+        verified(database, "b", more)
+
+
+def take_all(directory: Path) -> Path:
+    """Leave no room at all, and return the file that has it."""
+    ballast = directory / "ballast"
+    with pytest.raises(OSError, match="space"), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
+def test_no_room_for_the_index_of_the_log(small_disk: Path, sqlite_template: Path, clock: FakeClock) -> None:
+    """Even to read, SQLite needs 32 KiB beside the database: DiskFullError says so, and with room it opens."""
+    path = small_disk / "homeagent.db"
+    shutil.copy(sqlite_template, path)
+    path.chmod(0o600)
+    ballast = take_all(small_disk)
+    before = path.read_bytes()
+    with pytest.raises(DiskFullError) as refusal:
+        Database.open(path, clock=clock)
+    assert refusal.value.__cause__ is None
+    assert refusal.value.__context__ is None
+    assert path.read_bytes() == before
+    ballast.unlink()
+    with Database.open(path, clock=clock) as database:
+        assert names(database) == []
+
+
+def test_new_database_on_a_full_disk(small_disk: Path) -> None:
+    """Where there is no room for the schema, DiskFullError says so, and with room the next start makes it."""
+    ballast = take_all(small_disk)
+    with pytest.raises(DiskFullError):
+        Database.open(small_disk / "homeagent.db")
+    ballast.unlink()
+    with Database.open(small_disk / "homeagent.db") as database:
+        add_agent(database, "first")
+
+
+def test_read_only_disk(small_disk: Path, sqlite_template: Path, clock: FakeClock) -> None:
+    """A file system that turns to read-only, as a failing disk's does, gives ReadOnlyError until it is turned back."""
+    path = small_disk / "homeagent.db"
+    shutil.copy(sqlite_template, path)
+    path.chmod(0o600)
+    with Database.open(path, clock=clock) as database:
+        add_agent(database, "before")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    try:
+        with pytest.raises(ReadOnlyError), Database.open(path, clock=clock) as database:
+            add_agent(database, "lost")
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    with Database.open(path, clock=clock) as database:
+        add_agent(database, "after")
+        assert names(database) == ["after", "before"]
+
+
+# Out of files
+
+
+def test_too_many_open_files(sqlite_path: Path, children: Children) -> None:
+    """Without a descriptor for a new connection the unit gets TooManyFilesError, and works once there is one."""
+    children.run(
+        FULL
+        + """
+from homeagent.errors import TooManyFilesError
+from homeagent import AgentCreate
+with Database.open(path) as database:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    taken = []
+    while True:
+        try:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError:
+            break
+    for read_only in (False, True):
+        for _ in range(3):
+            try:
+                with database.unit_of_work(read_only=read_only):
+                    raise SystemExit("it must not begin")
+            except TooManyFilesError:
+                pass
+    for descriptor in taken:
+        os.close(descriptor)
+    with database.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="after", name="A", workspace_path="/a"))
+    with database.unit_of_work(read_only=True) as unit:
+        assert unit.agents.get("after")
+""",
+        sqlite_path,
+        Path(__file__).parent.parent,
+    )
+
+
+def test_condemned_database_is_refused(opened: Database) -> None:
+    """What was found damaged serves nobody any more, and the refusal changes nothing."""
+    before = dump(opened)
+    assert isinstance(opened._engine, SQLiteEngine)
+    opened._engine.watch.condemned = "it was found to be damaged"
+    refused(opened, "damaged", kind=CorruptDatabaseError)
+    opened._engine.watch.condemned = None
+    assert dump(opened) == before
