@@ -101,6 +101,8 @@ class FileWatch:
             self._look(beside=False)
         except DatabaseMovedError as moved:
             return moved
+        except CorruptDatabaseError:
+            pass  # condemned before: what is asked here is another question
         return None
 
     def _look(self, *, beside: bool = True) -> None:
