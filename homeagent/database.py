@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -253,7 +254,7 @@ class Database:
             EffectFailedError, EffectNotStartedError: the effect's own.
         """
         call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned)
-        return run_once(self.run, call, effect)
+        return run_once(partial(self._runner.run, idempotent=True), call, effect)
 
     async def arun_once(
         self,
@@ -270,7 +271,7 @@ class Database:
         A cancelled caller cancels the effect. What is known of its outcome is recorded all the same.
         """
         call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned)
-        return await arun_once(self.arun, call, effect)
+        return await arun_once(partial(self._runner.arun, idempotent=True), call, effect)
 
     # Devices and their secrets: a slow hash is always computed before or after a unit, never inside
 
@@ -287,10 +288,9 @@ class Database:
             DeviceExistsError: the id is taken.
             InvalidArgumentError: the secret is empty, too long or has a control character.
         """
-        with self.unit_of_work(read_only=True) as unit:
-            # Asked before the hash is made, which is slow on purpose; `create` decides.
-            if unit.devices.find_by_id(request.id) is not None:
-                raise DeviceExistsError(request.id)
+        # Asked before the hash is made, which is slow on purpose; `create` decides.
+        if self._find_device(request.id) is not None:
+            raise DeviceExistsError(request.id)
         secret = generate_secret() if request.shared_secret is None else request.shared_secret
         create = DeviceCreate(
             id=request.id,
@@ -299,8 +299,18 @@ class Database:
             metadata=request.metadata_,
             proof_verifier=_verifier(secret),
         )
-        device = self.run(lambda unit: unit.devices.create(create))
-        return PairedDevice(device=device, shared_secret=secret)
+
+        def add(unit: UnitOfWork) -> Device:
+            try:
+                return unit.devices.create(create)
+            except DeviceExistsError:
+                device = unit.devices.find_by_id(create.id)
+                # Nobody else has this hash: it was committed before, while the connection was lost.
+                if device is None or device.shared_secret_hash != create.shared_secret_hash:
+                    raise
+                return device
+
+        return PairedDevice(device=self.run(add, idempotent=True), shared_secret=secret)
 
     def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
         """Return the device if it is approved and this is its secret, else None.
@@ -318,15 +328,13 @@ class Database:
         check_identifier(device_id, "device_id")
         while True:
             now = self._clock()
-            with self.unit_of_work(read_only=True) as unit:
-                device = unit.devices.find_by_id(device_id)
+            device = self._find_device(device_id)
             stored = [] if device is None else _serving_hashes(device, now)
             check = check_secret(shared_secret, stored)
             if device is None or check.matched is None or not device.approved:
                 return None
             # It may have been revoked, rotated or deleted while the hash was computed.
-            with self.unit_of_work(read_only=True) as unit:
-                current = unit.devices.find_by_id(device_id)
+            current = self._find_device(device_id)
             if current is None or not current.approved or current.paired_at != device.paired_at:
                 return None
             if stored[check.matched] in _serving_hashes(current, self._clock()):
@@ -337,10 +345,16 @@ class Database:
                 return None  # the overlap ended meanwhile
             # Another caller replaced the hash, perhaps by one of the same secret under newer parameters: look again.
 
+    def _find_device(self, device_id: str) -> Device | None:
+        return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
+
     def _rehash(self, device_id: str, old: str, new: str) -> None:
         """Store a hash made under newer parameters. The secret was right all the same where that can't be done now."""
         try:
-            self.run(lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new))
+            self.run(
+                lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
+                idempotent=True,
+            )
         except DatabaseError as error:
             logger.warning("the secret's hash of device %r could not be made anew: %s", device_id, error)
 
@@ -358,8 +372,7 @@ class Database:
             proof: 32 bytes.
         """
         check_identifier(device_id, "device_id")
-        with self.unit_of_work(read_only=True) as unit:
-            device = unit.devices.find_by_id(device_id)
+        device = self._find_device(device_id)
         message = proof_message(device_id=device_id, nonce=nonce, timestamp=timestamp)
         proven = check_proof(None if device is None else device.proof_verifier, message, proof)
         return device if device is not None and proven and device.approved else None
@@ -381,15 +394,20 @@ class Database:
         check_duration(overlap, "overlap", zero=True)
         secret = generate_secret() if shared_secret is None else shared_secret
         while True:
-            with self.unit_of_work(read_only=True) as unit:
-                old = unit.devices.get(device_id).shared_secret_hash
+            current = self._find_device(device_id)
+            if current is None:
+                raise DeviceNotFoundError(device_id)
+            old = current.shared_secret_hash
             # While both serve, one run of the slow hash must do for both; otherwise each gets a salt of its own.
             new = hash_secret(secret, beside=old if overlap else None)
             verifier = _verifier(secret)
 
             def replace(unit: UnitOfWork, old: str = old, new: str = new, verifier: str | None = verifier) -> bool:
-                if unit.devices.find_by_id(device_id) is None:
+                device = unit.devices.find_by_id(device_id)
+                if device is None:
                     raise DeviceNotFoundError(device_id)
+                if device.shared_secret_hash == new:
+                    return True  # committed before, while the connection was lost
                 return unit.devices.set_secret(
                     device_id,
                     expected_secret_hash=old,
@@ -399,7 +417,7 @@ class Database:
                 )
 
             # Where somebody else rotated it meanwhile, theirs is the old one now.
-            if self.run(replace):
+            if self.run(replace, idempotent=True):
                 return secret
 
     # Maintenance

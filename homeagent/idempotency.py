@@ -11,8 +11,9 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from homeagent.canonical_json import fingerprint_of
@@ -30,10 +31,13 @@ from homeagent.unit_of_work import UnitOfWork
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
+    from homeagent.stores.idempotency_keys import IdempotencyKeyStore
+
 __all__ = ["OnAbandoned", "OnceCall", "arun_once", "run_once"]
 
 T = TypeVar("T")
 
+# Both are called with idempotent=True: whatever is done here may be done twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
@@ -54,6 +58,7 @@ class OnceCall:
     lease: timedelta
     ttl: timedelta
     on_abandoned: OnAbandoned
+    owner: str = field(default_factory=lambda: token_hex(16), repr=False)
 
     @classmethod
     def of(
@@ -78,12 +83,50 @@ class OnceCall:
     def claim(self, unit: UnitOfWork, *, rerun: bool) -> Attempt | Outcome:
         """Claim the key."""
         return unit.idempotency_keys.claim(
-            self.scope, fingerprint=self.fingerprint, lease=self.lease, ttl=self.ttl, rerun=rerun
+            self.scope,
+            fingerprint=self.fingerprint,
+            lease=self.lease,
+            ttl=self.ttl,
+            rerun=rerun,
+            owner=self.owner,
         )
 
     def renew(self, unit: UnitOfWork, attempt: Attempt) -> None:
         """Extend the attempt's lease."""
         unit.idempotency_keys.renew(attempt, lease=self.lease)
+
+
+class _Once:
+    """A unit that ends an attempt, and may be done again where nobody knows whether it was committed before.
+
+    Args:
+        attempt: whose outcome it is.
+        write: records it, or gives the key back.
+        leaves_record: whether a record tells of it. Where none does, the key is gone or somebody else's, which is as
+            well as if this attempt had given it back.
+    """
+
+    def __init__(
+        self, attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
+    ) -> None:
+        self._attempt = attempt
+        self._write = write
+        self._leaves_record = leaves_record
+        self._begun = False
+
+    def __call__(self, unit: UnitOfWork) -> Any:
+        again, self._begun = self._begun, True
+        try:
+            return self._write(unit.idempotency_keys)
+        except LeaseLostError:
+            if not again:
+                raise
+            if not self._leaves_record:
+                return None
+            record = unit.idempotency_keys.find_recorded(self._attempt)
+            if record is None:
+                raise
+            return not record.omitted
 
 
 def run_once(run: Run, call: OnceCall, effect: Callable[[Attempt], Any]) -> Outcome:
@@ -111,12 +154,12 @@ def run_once(run: Run, call: OnceCall, effect: Callable[[Attempt], Any]) -> Outc
             value = effect(attempt)
         except EffectFailedError as error:
             detail = error.detail
-            run(lambda unit: unit.idempotency_keys.fail(attempt, detail))
+            run(_Once(attempt, lambda keys: keys.fail(attempt, detail)))
             raise
         except EffectNotStartedError:
-            run(lambda unit: unit.idempotency_keys.release(attempt, none_began=finds_out))
+            run(_Once(attempt, lambda keys: keys.release(attempt, none_began=finds_out), leaves_record=False))
             raise
-        stored = run(lambda unit: unit.idempotency_keys.complete(attempt, value))
+        stored = run(_Once(attempt, lambda keys: keys.complete(attempt, value)))
     return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)
 
 
@@ -135,7 +178,7 @@ def _renewing(run: Run, call: OnceCall, attempt: Attempt) -> Iterator[None]:
         thread.start()
     except RuntimeError:
         # No thread is to be had, and nothing began: the key must not count as abandoned.
-        run(lambda unit: unit.idempotency_keys.release(attempt))
+        run(_Once(attempt, lambda keys: keys.release(attempt), leaves_record=False))
         raise
     try:
         yield
@@ -187,7 +230,7 @@ async def arun_once(arun: ARun, call: OnceCall, effect: Callable[[Attempt], Awai
         if begun:
             # Where that fails, or the claim itself had failed, the lease sees to it.
             with anyio.CancelScope(shield=True), suppress(HomeAgentError):
-                await arun(lambda unit: unit.idempotency_keys.release(begun[0]))
+                await arun(_Once(begun[0], lambda keys: keys.release(begun[0]), leaves_record=False))
         raise
     if isinstance(claimed, Outcome):
         return claimed
@@ -204,12 +247,12 @@ async def arun_once(arun: ARun, call: OnceCall, effect: Callable[[Attempt], Awai
                 value = await value
         except EffectFailedError as error:
             detail = error.detail
-            await record(lambda unit: unit.idempotency_keys.fail(attempt, detail))
+            await record(_Once(attempt, lambda keys: keys.fail(attempt, detail)))
             raise
         except EffectNotStartedError:
-            await record(lambda unit: unit.idempotency_keys.release(attempt, none_began=finds_out))
+            await record(_Once(attempt, lambda keys: keys.release(attempt, none_began=finds_out), leaves_record=False))
             raise
-        stored = await record(lambda unit: unit.idempotency_keys.complete(attempt, value))
+        stored = await record(_Once(attempt, lambda keys: keys.complete(attempt, value)))
         return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)
 
     async def keep() -> None:

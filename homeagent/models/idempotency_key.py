@@ -70,7 +70,7 @@ class IdempotencyKey(Table, table=True):
     fingerprint: Label | None = Field(default=None, repr=False, sa_column=Column("fingerprint", text_column()))
     """SHA-256 of the canonical parameters. Null where the record was inserted without any."""
     owner: Label | None = Field(default=None, repr=False, exclude=True, sa_column=Column("owner", text_column()))
-    """The random token of the attempt that may record the outcome. Null once it is recorded."""
+    """The random token of the attempt that may record the outcome, or did. Null where no attempt did."""
     attempt: int = Field(default=1, sa_column=Column("attempt", Integer, nullable=False, server_default=text("1")))
     """How often the effect was begun."""
     lease_expires_at: Instant | None = Field(default=None, sa_column=Column("lease_expires_at", InstantColumn))

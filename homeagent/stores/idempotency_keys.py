@@ -109,7 +109,7 @@ _RECORD = Statement[IdempotencyKey](
         result=bindparam("result"),
         omitted=bindparam("omitted"),
         expires_at=bindparam("expires_at"),
-        owner=None,
+        owner=bindparam("recorded_by"),
         lease_expires_at=None,
     )
 )
@@ -192,6 +192,7 @@ class IdempotencyKeyStore(Store):
         lease: timedelta,
         ttl: timedelta,
         rerun: bool = False,
+        owner: str | None = None,
     ) -> Attempt | Outcome:
         """Claim the right to run an effect, or return how it ended before. Commit before the effect begins.
 
@@ -202,6 +203,8 @@ class IdempotencyKeyStore(Store):
                 that has lapsed at once.
             ttl: how long the outcome is replayed, above zero.
             rerun: whether an abandoned attempt is followed by another one.
+            owner: a random token of the caller's, 128 bits as hex digits for example, by which a claim that is made
+                again after a commit that nobody knows about finds its own attempt. None to have one made.
 
         Returns:
             An Attempt where the effect is to be run now, an Outcome where it was completed.
@@ -219,7 +222,8 @@ class IdempotencyKeyStore(Store):
         now = self._unit.now()
         expires_at = later(now, ttl, "ttl")
         lease_expires_at = later(now, lease, "lease")
-        owner, downstream_key = token_hex(16), token_hex(16)
+        owner = token_hex(16) if owner is None else check_label(owner, "owner")
+        downstream_key = token_hex(16)
         while not self._unit.write(
             _CLAIM,
             **_parameters(scope),
@@ -260,6 +264,9 @@ class IdempotencyKeyStore(Store):
         owner: str,
         rerun: bool,
     ) -> Attempt:
+        if row.owner == owner:
+            # This claim was committed before, and its caller never heard of it.
+            return _attempt_of(row)
         if row.lease_expires_at is not None and row.lease_expires_at > now:
             raise IdempotencyInProgressError(
                 device_id=scope.device_id, method=scope.method, retry_after=row.lease_expires_at - now
@@ -275,15 +282,7 @@ class IdempotencyKeyStore(Store):
             number=number,
             lease_expires_at=lease_expires_at,
         )
-        return Attempt(
-            number=number,
-            downstream_key=row.downstream_key or "",
-            scope=scope,
-            lease_expires_at=lease_expires_at,
-            expires_at=row.expires_at,
-            ttl=row.expires_at - row.created_at,
-            owner=owner,
-        )
+        return replace(_attempt_of(row), number=number, lease_expires_at=lease_expires_at, owner=owner)
 
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
         """Extend an attempt's lease to `lease` from now, and return the attempt with it.
@@ -307,13 +306,22 @@ class IdempotencyKeyStore(Store):
         Raises:
             LeaseLostError: the attempt no longer owns its key; nothing was changed.
         """
-        return self._record(attempt, IdempotencyState.COMPLETED, result)
+        return self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=attempt.owner)
 
     def fail(self, attempt: Attempt, error: JsonValue) -> bool:
         """Record that the effect failed for good, with a detail to be replayed like a result; see `complete`."""
-        return self._record(attempt, IdempotencyState.FAILED, error)
+        return self._record(attempt, IdempotencyState.FAILED, error, recorded_by=attempt.owner)
 
-    def _record(self, attempt: Attempt, state: IdempotencyState, result: JsonValue) -> bool:
+    def find_recorded(self, attempt: Attempt) -> IdempotencyKey | None:
+        """Return the record that this very attempt made, None where it made none, or that is gone.
+
+        By this an attempt whose record was committed while the connection was lost finds out that it was.
+        """
+        row = self._unit.one(_ANY, **_parameters(attempt.scope))
+        own = row is not None and row.owner == attempt.owner and row.state is not IdempotencyState.IN_PROGRESS
+        return row if own else None
+
+    def _record(self, attempt: Attempt, state: IdempotencyState, result: JsonValue, *, recorded_by: str | None) -> bool:
         try:
             encode_json(result)
         except InvalidArgumentError:
@@ -323,7 +331,15 @@ class IdempotencyKeyStore(Store):
         now = self._unit.now()
         # An effect that took longer than its time to live must not be forgotten the moment it ends.
         expires_at = attempt.expires_at if attempt.expires_at > now else later(now, attempt.ttl, "ttl")
-        self._fenced(_RECORD, attempt, state=state, result=result, omitted=omitted, expires_at=expires_at)
+        self._fenced(
+            _RECORD,
+            attempt,
+            state=state,
+            result=result,
+            omitted=omitted,
+            expires_at=expires_at,
+            recorded_by=recorded_by,
+        )
         return not omitted
 
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
@@ -375,7 +391,7 @@ class IdempotencyKeyStore(Store):
         """
         encode_json(result, "result")
         attempt = self._abandoned(scope)
-        return attempt is not None and self._record(attempt, IdempotencyState.COMPLETED, result)
+        return attempt is not None and self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=None)
 
     def forget(self, scope: IdempotencyScope) -> bool:
         """Remove an abandoned record, so that the next call runs the effect as if it had never been tried.
@@ -400,15 +416,7 @@ class IdempotencyKeyStore(Store):
         lapsed = row.lease_expires_at or now
         if lapsed > now:
             raise IdempotencyInProgressError(device_id=scope.device_id, method=scope.method, retry_after=lapsed - now)
-        return Attempt(
-            number=row.attempt,
-            downstream_key=row.downstream_key or "",
-            scope=scope,
-            lease_expires_at=lapsed,
-            expires_at=row.expires_at,
-            ttl=row.expires_at - row.created_at,
-            owner=row.owner or "",
-        )
+        return _attempt_of(row)
 
     def delete_expired(self, *, limit: int = 100) -> int:
         """Remove dead records, oldest first, and return how many. Those in progress are spared.
@@ -417,6 +425,19 @@ class IdempotencyKeyStore(Store):
             limit: how many at most, 1 or more.
         """
         return self._unit.write(_DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
+
+
+def _attempt_of(row: IdempotencyKey) -> Attempt:
+    """Return the attempt that a row in progress stands for."""
+    return Attempt(
+        number=row.attempt,
+        downstream_key=row.downstream_key or "",
+        scope=IdempotencyScope(row.device_id, row.method, row.key),
+        lease_expires_at=row.lease_expires_at or row.created_at,
+        expires_at=row.expires_at,
+        ttl=row.expires_at - row.created_at,
+        owner=row.owner or "",
+    )
 
 
 def _parameters(scope: IdempotencyScope) -> dict[str, Any]:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
+import anyio
 import pytest
 
-from homeagent import AgentCreate, Database, UnitOfWork
-from homeagent.errors import CommitUnknownError, ConnectionLostError
+from homeagent import AgentCreate, Attempt, Database, DevicePair, IdempotencyScope, Outcome, Role, UnitOfWork
+from homeagent.errors import (
+    CommitUnknownError,
+    ConnectionLostError,
+    DeviceExistsError,
+    EffectFailedError,
+    EffectNotStartedError,
+    HomeAgentError,
+    LeaseLostError,
+)
 from tests.conftest import START, FakeClock
 from tests.postgresql.cut_line import CutLine
 
@@ -130,3 +140,107 @@ def test_an_unknown_commit_stays_unknown(line: CutLine, clock: FakeClock) -> Non
             database.run(add, idempotent=True)
         line.refusing = False
         assert count_agents(database) == 1
+
+
+# What the package itself does twice
+
+ORDER = IdempotencyScope("lamp", "order", "k")
+ANSWERS = pytest.mark.parametrize("answered", [True, False], ids=["committed", "not committed"])
+
+
+def effect_of(line: CutLine, ran: list[int], *, answered: bool, error: Exception | None = None) -> Any:
+    """Return an effect after which the line is cut in the next COMMIT."""
+
+    def effect(attempt: Attempt) -> str:
+        ran.append(attempt.number)
+        line.cut_at(COMMIT, answered=answered)
+        if error is not None:
+            raise error
+        return "ordered"
+
+    return effect
+
+
+@ANSWERS
+def test_a_claim_knows_its_own(line: CutLine, far: Database, answered: bool) -> None:
+    """A claim whose commit was not answered is made again, and finds that the key is its own."""
+    ran: list[int] = []
+    line.cut_at(COMMIT, answered=answered)
+    assert far.run_once(ORDER, lambda attempt: ran.append(attempt.number)) == Outcome(None, False, 1)
+    assert (line.cuts, ran) == (1, [1])
+
+
+@ANSWERS
+def test_an_outcome_is_recorded_once(line: CutLine, far: Database, answered: bool) -> None:
+    """A record whose commit was not answered is made again, or found; the effect ran once, and is replayed."""
+    ran: list[int] = []
+    assert far.run_once(ORDER, effect_of(line, ran, answered=answered)) == Outcome("ordered", False, 1)
+    assert line.cuts == 1
+    assert far.run_once(ORDER, effect_of(line, ran, answered=answered)) == Outcome("ordered", True, 1)
+    assert ran == [1]
+
+
+@ANSWERS
+@pytest.mark.parametrize("error", [EffectFailedError("no"), EffectNotStartedError()], ids=["failed", "not started"])
+def test_an_effect_that_fails_is_told_as_such(
+    line: CutLine, far: Database, answered: bool, error: HomeAgentError
+) -> None:
+    """Neither a stored failure nor a key that was given back turns into a lost lease."""
+    ran: list[int] = []
+    with pytest.raises(type(error)):
+        far.run_once(ORDER, effect_of(line, ran, answered=answered, error=error))
+    assert line.cuts == 1
+    if isinstance(error, EffectFailedError):
+        with pytest.raises(EffectFailedError) as caught:
+            far.run_once(ORDER, effect_of(line, ran, answered=answered))
+        assert caught.value.replayed
+    else:
+        assert far.run_once(ORDER, lambda attempt: attempt.number).value == 1
+    assert ran == [1]
+
+
+@ANSWERS
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_coroutines_know_their_own(line: CutLine, far: Database, answered: bool, backend: str) -> None:
+    """The same holds for an effect that is a coroutine function: claim, effect and record, each done once."""
+
+    async def effect(attempt: Attempt) -> str:
+        line.cut_at(COMMIT, answered=answered)
+        return "ordered"
+
+    async def main() -> None:
+        line.cut_at(COMMIT, answered=answered)
+        assert await far.arun_once(ORDER, effect) == Outcome("ordered", False, 1)
+        assert await far.arun_once(ORDER, effect) == Outcome("ordered", True, 1)
+
+    anyio.run(main, backend=backend)
+    assert line.cuts == 2
+
+
+def test_a_taken_key_is_lost_though_the_line_was_cut(line: CutLine, far: Database, clock: FakeClock) -> None:
+    """Being run again doesn't make another attempt's record one's own."""
+
+    def slow(attempt: Attempt) -> str:
+        clock.advance(MINUTE)
+        far.run_once(ORDER, lambda attempt: "ordered", on_abandoned="rerun")
+        line.cut_at("UPDATE idempotency_keys", answered=False)
+        return "ordered"
+
+    with pytest.raises(LeaseLostError):
+        far.run_once(ORDER, slow, lease=MINUTE)
+    assert line.cuts == 1
+
+
+@ANSWERS
+def test_devices_pair_and_rotate_once(line: CutLine, far: Database, answered: bool) -> None:
+    """The secret that is given back is the one that is stored, and an old one serves as long as it was to."""
+    line.cut_at(COMMIT, answered=answered)
+    paired = far.pair(DevicePair(id="lamp", role=Role.NODE))
+    with pytest.raises(DeviceExistsError):
+        far.pair(DevicePair(id="lamp", role=Role.NODE))
+    far.run(lambda unit: unit.devices.approve("lamp"))
+    line.cut_at(COMMIT, answered=answered)
+    rotated = far.rotate_secret("lamp", overlap=MINUTE)
+    assert line.cuts == 2
+    for secret in (paired.shared_secret, rotated):
+        assert far.verify_secret("lamp", secret) is not None
