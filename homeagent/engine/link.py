@@ -262,19 +262,17 @@ class Link:
         into = f"{quote(table)} ({', '.join(map(quote, columns))})"
         fault: BaseException
         try:
-            if self._dialect.name == "postgresql":
-                # A third of executemany's time: https://www.postgresql.org/docs/current/sql-copy.html
-                with self._cursor.copy(f"COPY {into} FROM STDIN") as copy:
-                    for row in rows:
-                        copy.write_row(row)
-            else:
-                places = ", ".join("?" for _ in columns)
-                self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names of ours
+            self._insert(into, len(columns), rows)
         except self._driver_errors as error:
             fault = self._translate(error)
         else:
             return
         raise fault
+
+    def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
+        """Insert rows into what is given as `table (columns)`, quoted."""
+        places = ", ".join("?" * width)
+        self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names of ours
 
     def close(self) -> None:
         """Close the connection. Whatever it was in the middle of is rolled back by the engine."""
