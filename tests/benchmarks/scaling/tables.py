@@ -1,0 +1,115 @@
+"""The figures as tables of Markdown, one for each section."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+__all__ = ["TABLES"]
+
+_NAMES = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _operations(found: dict[str, Any]) -> str:
+    head = ["µs, median (p99)"]
+    (first, *_) = found.values()
+    stores = [(engine, size) for engine in first for size in first[engine]]
+    head += [f"{_NAMES[engine]}, {int(size):,} rows" for engine, size in stores]
+    rows = []
+    for name, by_engine in found.items():
+        figures = [by_engine[engine][size] for engine, size in stores]
+        rows.append([name, *(f"{figure['median']:,.0f} ({figure['p99']:,.0f})" for figure in figures)])
+    return _table(head, rows)
+
+
+def _writers(found: dict[str, Any]) -> str:
+    head = ["processes"]
+    for engine in found:
+        head += [f"{_NAMES[engine]}: commits/s", "p99 ms", "longest ms"]
+    (first, *_) = found.values()
+    rows = []
+    for number in first:
+        row = [number]
+        for by_number in found.values():
+            figure = by_number[number]
+            row += [f"{figure['commits_per_second']:,.0f}", f"{figure['p99_ms']:,.1f}", f"{figure['max_ms']:,.0f}"]
+        rows.append(row)
+    return _table(head, rows)
+
+
+def _host(found: dict[str, Any]) -> str:
+    per_row = found["disk_bytes_per_row"]
+    return _table(
+        ["a host", "cost"],
+        [
+            ["connections, its pool being full", found["connections"]],
+            ["server memory for each, private to it", _mib(found["server_bytes_per_connection"])],
+            ["memory of the host's process", _mib(found["client_resident_bytes"])],
+            ["write-ahead log for a million messages", f"{found['wal_bytes_per_message'] / 1000:,.2f} GB"],
+            ["disk for a million nonces, with indexes", f"{per_row['nonces']:,.0f} MB"],
+            ["disk for a million keys, with indexes", f"{per_row['idempotency_keys']:,.0f} MB"],
+            ["a SQLite file for a million messages", f"{found['sqlite_file_bytes_per_message']:,.0f} MB"],
+        ],
+    )
+
+
+def _copies(found: dict[str, Any]) -> str:
+    rows = []
+    for direction, by_size in found.items():
+        for figure in by_size.values():
+            rate = figure["rows"] / figure["seconds"]
+            rows.append(
+                [
+                    direction,
+                    f"{figure['rows']:,}",
+                    f"{figure['seconds']:,.1f}",
+                    f"{rate:,.0f}",
+                    _mib(figure["peak_bytes"]),
+                ]
+            )
+    return _table(["direction", "rows", "seconds", "rows/s", "peak memory"], rows)
+
+
+def _partitions(found: dict[str, Any]) -> str:
+    head = ["", *found]
+
+    def row(title: str, figure: Callable[[dict[str, Any]], object]) -> list[object]:
+        return [title, *map(figure, found.values())]
+
+    rows = [
+        row("rows inserted/s, first tenth", lambda f: f"{f['rows_per_second'][0]:,}"),
+        row("rows inserted/s, last tenth", lambda f: f"{f['rows_per_second'][-1]:,}"),
+        row("WAL bytes/row", lambda f: f"{f['wal_bytes_per_row']:,.0f}"),
+        row("table bytes/row", lambda f: f"{f['table_bytes_per_row']:,.0f}"),
+        row("key index bytes/row", lambda f: f"{f['key_bytes_per_row']:,.0f}"),
+        row("expiry index bytes/row", lambda f: f"{f['expiry_index_bytes_per_row']:,.0f}"),
+        row("an hour expires: rows", lambda f: f"{f['expiry']['rows']:,}"),
+        row("… seconds to remove them", lambda f: f"{f['expiry']['seconds']:,.3f}"),
+        row("… WAL", lambda f: _mib(f["expiry"]["wal_bytes"])),
+        row("… disk given back", lambda f: _mib(f["expiry"]["bytes_given_back"])),
+        row("the same message again", lambda f: _verdict(f["same_message_let_in"])),
+        row("its nonce in another message", lambda f: _verdict(f["same_nonce_in_another_message_let_in"])),
+    ]
+    return _table(head, rows)
+
+
+def _verdict(let_in: bool) -> str:
+    return "let in" if let_in else "refused"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "operations": _operations,
+    "writers": _writers,
+    "host": _host,
+    "copies": _copies,
+    "partitions": _partitions,
+}
