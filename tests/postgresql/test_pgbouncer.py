@@ -1,0 +1,121 @@
+"""Behind pgbouncer in transaction mode, where each transaction may get another session. SQLite has no pooler."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url, text
+
+from homeagent import AgentCreate, Database, IdempotencyScope
+from tests.conftest import START, FakeClock, postgres_execute
+from tests.postgresql.server import Installation, free_port
+
+PROGRAM = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
+
+pytestmark = [
+    pytest.mark.usefixtures("postgres_url"),
+    pytest.mark.skipif(
+        PROGRAM is None, reason="pgbouncer is not installed: Debian and Homebrew have it under this name"
+    ),
+]
+
+SESSIONS = 2
+MINUTE = timedelta(minutes=1)
+
+
+@pytest.fixture
+def pooled_url(empty_postgres_url: str, installation: Installation) -> Iterator[str]:
+    """The URL of a fresh database without any table, by way of a pooler that has two sessions for all."""
+    assert PROGRAM is not None
+    server = make_url(empty_postgres_url)
+    directory = Path(tempfile.mkdtemp(prefix="homeagent-pgbouncer-"))
+    port = free_port()
+    host = server.host or server.query["host"]
+    (directory / "pgbouncer.ini").write_text(
+        f"[databases]\n* = host={host} port={server.port or 5432} user={server.username}\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
+        f"pool_mode = transaction\ndefault_pool_size = {SESSIONS}\nmin_pool_size = {SESSIONS}\n"
+        # Whoever waits long for one of the two is told: the tests would hang otherwise.
+        "query_wait_timeout = 20\n"
+    )
+    if installation.user is not None:
+        # It refuses to run as root, as the server does.
+        for path in (directory, directory / "pgbouncer.ini"):
+            shutil.chown(path, installation.user)
+    with (directory / "log").open("w") as log:
+        process = installation.start(PROGRAM, directory / "pgbouncer.ini", directory=directory, out=log)
+    try:
+        for _ in range(400):
+            if "process up" in (said := (directory / "log").read_text()):
+                break
+            assert process.poll() is None, said
+            time.sleep(0.01)
+        yield f"postgresql://postgres@127.0.0.1:{port}/{server.database}"
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(directory)
+
+
+def test_a_store_works_behind_a_pooler(pooled_url: str, empty_postgres_url: str, clock: FakeClock) -> None:
+    """It is made and used over two sessions that eight threads share; nothing of a session is relied on or changed."""
+    problems: list[BaseException] = []
+    with Database.open(pooled_url, clock=clock, busy_timeout=timedelta(seconds=20)) as database:
+
+        def use(name: str) -> None:
+            try:
+                # More often than it takes psycopg to prepare a statement.
+                for number in range(10):
+                    key = IdempotencyScope(name, "on", f"k{number}")
+                    with database.unit_of_work() as unit:
+                        unit.agents.create(AgentCreate(id=f"{name}{number}", name="A", workspace_path="/srv"))
+                        assert unit.agents.get(f"{name}{number}").name == "A"
+                        assert unit.session.connection().execute(text("SHOW lock_timeout")).scalar() == "20s"
+                    assert database.run(lambda unit: unit.nonces.consume(name, "n", expires_at=START + MINUTE)) is (
+                        number == 0
+                    )
+                    assert database.run_once(key, lambda attempt: attempt.number).value == 1
+                    assert len(database.run(lambda unit: unit.agents.list(limit=1000), read_only=True)) > number
+            except BaseException as error:
+                problems.append(error)
+                raise
+
+        threads = [threading.Thread(target=use, args=(f"t{number}-",)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert problems == []
+        assert database.status().rows["agents"] == 80
+
+        import psycopg
+
+        with psycopg.connect(pooled_url, autocommit=True) as connection:
+            for _ in range(2 * SESSIONS):
+                row = connection.execute("SELECT current_setting('lock_timeout'), count(*) FROM pg_prepared_statements")
+                assert row.fetchone() == ("0", 0)
+        # The pooler's own sessions end, and it tells whoever begins next.
+        postgres_execute(
+            empty_postgres_url,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        )
+        for _ in range(4):
+            assert len(database.run(lambda unit: unit.agents.list(limit=1000))) == 80
+
+
+def test_statements_are_prepared_only_where_no_pooler_is_between(pooled_url: str, empty_postgres_url: str) -> None:
+    """Connected directly, a statement that is used often is prepared: that halves what it costs the server."""
+    for url, expected in ((pooled_url, False), (empty_postgres_url, True)):
+        with Database.open(url) as database, database.unit_of_work() as unit:
+            for _ in range(10):
+                unit.agents.find_by_id("ada")
+            count = unit.session.connection().execute(text("SELECT count(*) FROM pg_prepared_statements")).scalar_one()
+            assert (count > 0) is expected
