@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from homeagent.engine.file_watch import FileWatch
     from homeagent.engine.statements import Compiled, Statement
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "open_engines"]
 
 
 class Engine(ABC):
@@ -169,6 +169,11 @@ class Engine(ABC):
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def open_engines() -> list[Engine]:
+    """Return the engines that this process has open."""
+    return list(_engines)
 
 
 def _abandon_all() -> None:

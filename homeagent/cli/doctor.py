@@ -1,0 +1,75 @@
+"""`homeagent doctor`: what is wrong with the database, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from homeagent.cli.application import DatabaseOption, app
+from homeagent.cli.opening import target_of
+from homeagent.cli.output import JsonOption, console_for, grid, print_json
+from homeagent.errors import InvalidArgumentError
+from homeagent.maintenance.doctor import Diagnosis, Finding, Severity, diagnose
+
+_STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.CRITICAL: "bold red"}
+
+
+@app.command()
+def doctor(
+    context: typer.Context,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Make the full integrity check too, however long it takes.")
+    ] = False,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Mend what can be mended without losing anything, and say what was done.")
+    ] = False,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Look the database over: what is wrong, what it means, and what to do about it.
+
+    It changes nothing without --fix, and works on a database that is damaged, missing, too old or too new.
+
+    Exit status: 0 where all is well, 1 for warnings, 2 for what must not go on.
+    """
+    try:
+        diagnosis = diagnose(target_of(context, database), thorough=thorough, fix=fix)
+    except InvalidArgumentError as error:
+        # Not the 1 of a refusal, which would say that there is a database and that it has but flaws.
+        raise typer.BadParameter(str(error)) from None
+    if as_json:
+        print_json(diagnosis.model_dump(mode="json"))
+    else:
+        _print(diagnosis)
+    raise typer.Exit(diagnosis.exit_status)
+
+
+def _print(diagnosis: Diagnosis) -> None:
+    console = console_for()
+    for repair in diagnosis.repairs:
+        console.print(f"Mended, {repair.check}: {repair.action}.", style="green")
+    table = grid()
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for finding in diagnosis.findings:
+        table.add_row(Text(finding.severity, style=_STYLES[finding.severity]), finding.check, _told(finding))
+    for check, reason in diagnosis.not_checked.items():
+        table.add_row("not checked", check, f"{reason[:1].upper()}{reason[1:]}.")
+    console.print(table)
+    bad = sum(finding.severity is not Severity.OK for finding in diagnosis.findings)
+    verdict = "All is well" if not bad else f"{bad} of {len(diagnosis.findings)} checks found something"
+    console.print(f"\n{diagnosis.location}: {verdict}.", style=_STYLES[diagnosis.severity])
+
+
+def _told(finding: Finding) -> str:
+    lines = [finding.summary]
+    if finding.meaning is not None:
+        lines.append(f"It means: {finding.meaning}.")
+    if finding.remedy is not None:
+        lines.append(f"What to do: {finding.remedy}.")
+    if finding.command is not None:
+        lines.append(f"    {finding.command}")
+    return "\n".join(lines)

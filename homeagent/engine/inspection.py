@@ -1,0 +1,169 @@
+"""A look at a SQLite file that changes nothing: not the file, not its log, not their modes.
+
+An ordinary connection would: the last one that closes a write-ahead logged file moves the log into it and removes
+the log, which on a damaged file is the last thing to do.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from sqlalchemy import create_engine, event
+from sqlalchemy.pool import NullPool
+
+from homeagent.engine.driver import choose_driver
+from homeagent.engine.engine import open_engines
+from homeagent.engine.faults import sqlite_fault, translated
+from homeagent.engine.files import OPEN_FLAGS, look_at, sidecars
+from homeagent.engine.system_errors import explained
+from homeagent.errors import ReadOnlyError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import ExceptionContext
+
+__all__ = ["Stopwatch", "inspect_sqlite", "journal_mode", "scratch_sqlite"]
+
+# How many instructions of SQLite's virtual machine go by between two looks at the watch: well under a millisecond.
+_INSTRUCTIONS = 10_000
+
+
+class Stopwatch:
+    """Ends a statement that takes too long.
+
+    Args:
+        limit: how long one statement may take; None for as long as it needs.
+    """
+
+    def __init__(self, limit: timedelta | None) -> None:
+        self._limit = None if limit is None else limit.total_seconds()
+        self._began = time.monotonic()
+        self.ran_out = False
+        """Whether the statement that failed last was ended for its time."""
+
+    def start(self) -> None:
+        """Begin to count anew."""
+        self._began = time.monotonic()
+        self.ran_out = False
+
+    def __call__(self) -> bool:
+        """Return whether the time is over: what SQLite's progress handler asks."""
+        if self._limit is not None and time.monotonic() - self._began > self._limit:
+            self.ran_out = True
+        return self.ran_out
+
+
+@contextmanager
+def inspect_sqlite(path: Path, *, watch: Stopwatch, assume_closed: bool = True) -> Iterator[Connection]:
+    """Open an existing file to look at it, and see one state of it throughout.
+
+    Without a log beside it the file is all there is, and it is read without a lock. Where there is a log, that is
+    read too, through its index as it lies there. Where the log has lost its index, SQLite makes a new one (-shm):
+    that is the one file that may be there afterwards and was not before.
+
+    Args:
+        path: the file.
+        watch: ends statements that take too long.
+        assume_closed: False to take the locks even where no log is there, since somebody may just be opening it.
+
+    Raises:
+        DatabaseError: it can't be opened; one of its kin says why.
+    """
+    log, index, _ = sidecars(path)
+    state = look_at(log)
+    has_log = state is not None and state.st_size > 0
+    has_index = look_at(index) is not None
+    if not has_log and assume_closed and not (state is not None and has_index):
+        options = ["immutable=1"]
+    elif has_index and state is not None:
+        options = ["readonly_shm=1", ""]
+    else:
+        options = [""]
+    raw = _open(path, options, watch)
+    engine = create_engine(
+        "sqlite+pysqlite://",
+        module=choose_driver().module,
+        creator=lambda: raw,
+        poolclass=NullPool,
+        hide_parameters=True,
+    )
+    event.listen(engine, "handle_error", _on_error)
+    connection = engine.connect()
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def _open(path: Path, options: list[str], watch: Stopwatch) -> Any:
+    driver = choose_driver()
+    module: Any = driver.module
+    with translated((module.Error,), sqlite_fault):
+        # https://sqlite.org/wal.html#readonly and https://sqlite.org/c3ref/open.html
+        uri = f"file:{quote(str(path))}?mode=ro&{options[0]}"
+        raw = module.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=1)
+    try:
+        with translated((module.Error,), sqlite_fault):
+            raw.set_progress_handler(watch, _INSTRUCTIONS)
+            raw.execute("PRAGMA query_only=ON")
+            raw.execute("PRAGMA trusted_schema=OFF")
+            raw.execute("PRAGMA cell_size_check=ON")
+            # One snapshot for all that follows: it is taken by the first read.
+            raw.execute("BEGIN")
+            raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
+    except ReadOnlyError:
+        raw.close()
+        if len(options) == 1:
+            raise
+        # Somebody writes at this very moment, and an index that can only be read has no place for one more reader.
+        return _open(path, options[1:], watch)
+    except BaseException:
+        raw.close()
+        raise
+    return raw
+
+
+def journal_mode(path: Path, connection: Connection) -> str | None:
+    """Return the journal mode of a file that is being inspected, None where it can't be told.
+
+    Args:
+        path: the file.
+        connection: on it.
+    """
+    log, index, _ = sidecars(path)
+    if look_at(log) is not None and look_at(index) is not None:
+        return str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
+    # A file that is read without a lock has no journal mode. It is in the header, but to read that would drop the
+    # locks that this process may have: https://sqlite.org/howtocorrupt.html, section 2.2
+    if any(str(engine.sa_engine.url.database) == str(path) for engine in open_engines()):
+        return None
+    with explained("read", path):
+        descriptor = os.open(path, os.O_RDONLY | OPEN_FLAGS)
+        try:
+            header = os.read(descriptor, 20)
+        finally:
+            os.close(descriptor)
+    # https://sqlite.org/fileformat2.html#file_format_version_numbers
+    return "wal" if header[18:20] == b"\x02\x02" else "delete"
+
+
+@contextmanager
+def scratch_sqlite() -> Iterator[Connection]:
+    """Open an empty database in memory, gone at the end."""
+    engine = create_engine("sqlite+pysqlite://", module=choose_driver().module)
+    try:
+        with engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def _on_error(context: ExceptionContext) -> None:
+    raise sqlite_fault(context.original_exception)

@@ -1,0 +1,93 @@
+"""One look at one database, and a second one after it was mended."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from homeagent.clock import Clock, system_clock
+from homeagent.engine.inspection import Stopwatch
+from homeagent.engine.target import Target, resolve_target
+from homeagent.errors import HomeAgentError, InvalidArgumentError
+from homeagent.maintenance.doctor.chart import Chart
+from homeagent.maintenance.doctor.findings import Diagnosis, Repair
+from homeagent.maintenance.doctor.postgresql import examine_postgresql
+from homeagent.maintenance.doctor.repair import repair
+from homeagent.maintenance.doctor.sqlite import examine_sqlite
+from homeagent.models.types import check_instant
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+
+    from homeagent.engine.engine import Engine
+
+__all__ = ["diagnose", "examine"]
+
+QUICK = timedelta(seconds=10)
+"""How long one statement of a quick look may take."""
+
+
+def diagnose(
+    target: str | PathLike[str] | URL | None = None,
+    *,
+    clock: Clock = system_clock,
+    thorough: bool = False,
+    fix: bool = False,
+) -> Diagnosis:
+    """Look a database over, whatever state it is in, and say what is wrong with it and what to do.
+
+    Nothing is changed unless `fix` is set. A database that is missing, damaged, too old or too new is a finding and
+    no error. No finding holds a secret, a hash, a nonce, a key or a result.
+
+    Args:
+        target: as in `Database.open`: None, a path or a URL. For a database that this process has open use
+            `Database.doctor`.
+        clock: the store's.
+        thorough: make SQLite's full integrity check, which also compares the indexes with their tables, and let each
+            check take as long as it needs. Otherwise none takes longer than 10 seconds, and one that would is
+            listed as not made.
+        fix: mend what can be mended without losing anything: modes of our own files, half copies left behind over
+            a day ago, the backlog of expired rows, hashes of secrets that serve no more, the journal mode and the
+            size of the log. The findings are those after that.
+
+    Raises:
+        InvalidArgumentError: the target is of no use, or temporary.
+    """
+    where = resolve_target(target)
+    if where.is_temporary:
+        raise InvalidArgumentError("a temporary database is only there while it is open: use Database.doctor()")
+    return examine(where, clock=clock, thorough=thorough, fix=fix)
+
+
+def examine(target: Target, *, clock: Clock, thorough: bool, fix: bool, engine: Engine | None = None) -> Diagnosis:
+    """Look at a target, mend it where that is wanted, and look again.
+
+    Args:
+        target: the file or the server.
+        clock: the store's.
+        thorough: as in `diagnose`.
+        fix: as in `diagnose`.
+        engine: the open database's; None where this process has it not open.
+    """
+    found = _look(target, clock=clock, thorough=thorough, repairs=[])
+    if not fix:
+        return found
+    repairs: list[Repair] = []
+    try:
+        repairs += repair(found, target, clock=clock, engine=engine)
+    except HomeAgentError as error:
+        failure = Repair(check="database", action=f"gave up: {error}")
+        return _look(target, clock=clock, thorough=thorough, repairs=[*repairs, failure])
+    return _look(target, clock=clock, thorough=thorough, repairs=repairs) if repairs else found
+
+
+def _look(target: Target, *, clock: Clock, thorough: bool, repairs: list[Repair]) -> Diagnosis:
+    limit = None if thorough else QUICK
+    chart = Chart(check_instant(clock(), "the clock's instant"), thorough=thorough, watch=Stopwatch(limit))
+    if target.url is not None:
+        examine_postgresql(chart, target.url, limit=limit)
+        return chart.diagnosis(location=target.location, engine="postgresql", repairs=repairs)
+    assert target.path is not None  # noqa: S101  a temporary one was refused
+    examine_sqlite(chart, target.path)
+    return chart.diagnosis(location=target.location, engine="sqlite", repairs=repairs)
