@@ -4,6 +4,8 @@
 listed here, in `homeagent.errors` and in `homeagent.stores` are public.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from homeagent import errors
 from homeagent.clock import Clock
 from homeagent.credentials import hash_secret
@@ -36,6 +38,9 @@ from homeagent.models import (
 from homeagent.stores import Freshness, ReplayGuard
 from homeagent.unit_of_work import UnitOfWork
 
+if TYPE_CHECKING:
+    from homeagent.maintenance.doctor import Diagnosis, Finding, diagnose
+
 __all__ = [
     "Agent",
     "AgentCreate",
@@ -57,6 +62,8 @@ __all__ = [
     "DevicePublic",
     "DeviceStatus",
     "DeviceUpdate",
+    "Diagnosis",
+    "Finding",
     "Freshness",
     "IdempotencyKey",
     "IdempotencyScope",
@@ -69,6 +76,18 @@ __all__ = [
     "SweepReport",
     "Sweeper",
     "UnitOfWork",
+    "diagnose",
     "errors",
     "hash_secret",
 ]
+
+_DOCTOR = ("Diagnosis", "Finding", "diagnose")
+
+
+def __getattr__(name: str) -> Any:
+    # A gateway that is well never needs the doctor, and starts sooner without it.
+    if name in _DOCTOR:
+        from homeagent.maintenance import doctor
+
+        return getattr(doctor, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from functools import partial
 from os import PathLike
@@ -22,7 +23,7 @@ from homeagent.engine.engine import Engine
 from homeagent.engine.filesystems import refuse_network_filesystem
 from homeagent.engine.postgresql import POOL_SIZE, PostgreSQLEngine
 from homeagent.engine.sqlite import Durability, SQLiteEngine
-from homeagent.engine.target import resolve_target
+from homeagent.engine.target import Target, resolve_target
 from homeagent.errors import (
     DatabaseClosedError,
     DatabaseError,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from homeagent.maintenance.copying import CopyProgress, CopyReport
+    from homeagent.maintenance.doctor import Diagnosis, Repair
     from homeagent.maintenance.reporting import DatabaseStatus
 
 __all__ = ["Database", "PairedDevice"]
@@ -543,12 +545,53 @@ class Database:
             progress=progress,
         )
 
+    def doctor(self, *, thorough: bool = False, fix: bool = False) -> Diagnosis:
+        """Look the database over while it is open: `homeagent.diagnose`, by this database's clock.
+
+        Args:
+            thorough: make the long checks too.
+            fix: mend what can be mended without losing anything; nothing is changed otherwise.
+
+        Returns:
+            What was found, each with its remedy, and what was mended.
+        """
+        from homeagent.maintenance.doctor.diagnosis import look, mend
+
+        engine = self._engine
+        is_file = isinstance(engine, SQLiteEngine)
+        target = Target(path=engine.path) if isinstance(engine, SQLiteEngine) else Target(url=engine.sa_engine.url)
+
+        def look_now(repairs: Sequence[Repair] = ()) -> Diagnosis:
+            with ExitStack() as stack:
+                if is_file:
+                    # While a reader is there, so is the log with its index: through them the doctor leaves no trace.
+                    with _only_if_closed():
+                        stack.enter_context(self.unit_of_work(read_only=True))
+                return look(target, clock=self._clock, thorough=thorough, repairs=repairs)
+
+        found = look_now()
+        if not fix:
+            return found
+        repairs = mend(found, target, clock=self._clock, engine=engine)
+        return look_now(repairs) if repairs else found
+
     def status(self) -> DatabaseStatus:
         """Describe the database: where it is, its engine and schema, its rows, and what waits for cleanup."""
         from homeagent.maintenance.reporting import report_status
 
         with self.unit_of_work(read_only=True) as unit:
             return report_status(self._engine, unit)
+
+
+@contextmanager
+def _only_if_closed() -> Iterator[None]:
+    """Let no error of the database pass but that it was closed: what else is wrong with it, the doctor finds."""
+    try:
+        yield
+    except DatabaseClosedError:
+        raise
+    except DatabaseError as error:
+        logger.debug("the doctor looks at a database that can't be read: %s", error)
 
 
 def _verifier(secret: SecretStr) -> str | None:

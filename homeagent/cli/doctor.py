@@ -56,8 +56,9 @@ def _print(diagnosis: Diagnosis) -> None:
     table.add_column(overflow="fold")
     for finding in diagnosis.findings:
         table.add_row(Text(finding.severity, style=_STYLES[finding.severity]), finding.check, _told(finding))
-    for check, reason in diagnosis.not_checked.items():
-        table.add_row("not checked", check, f"{reason[:1].upper()}{reason[1:]}.")
+    for reason in dict.fromkeys(diagnosis.not_checked.values()):
+        checks = [check for check, why in diagnosis.not_checked.items() if why == reason]
+        table.add_row(Text("not checked", style="dim"), "", f"{', '.join(checks)}: {reason}.")
     console.print(table)
     bad = sum(finding.severity is not Severity.OK for finding in diagnosis.findings)
     verdict = "All is well" if not bad else f"{bad} of {len(diagnosis.findings)} checks found something"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -34,6 +34,8 @@ class Chart:
         self.watch = watch
         self.findings: dict[str, Finding] = {}
         self.not_checked: dict[str, str] = {}
+        self.restore_command: str | None = None
+        """The command that restores the newest good backup, None where none is known."""
 
     def ok(self, check: str, summary: str, **facts: Fact) -> None:
         """Write down that a check found nothing wrong."""
@@ -49,6 +51,8 @@ class Chart:
         self, check: str, summary: str, *, meaning: str, remedy: str, command: str | None = None, **facts: Fact
     ) -> None:
         """Write down what must not go on."""
+        if remedy is RESTORE:
+            command = command or self.restore_command
         self._bad(Severity.CRITICAL, check, summary, meaning, remedy, command, facts)
 
     def _bad(
@@ -78,10 +82,10 @@ class Chart:
         self.not_checked.pop(finding.check, None)
 
     def skip(self, reason: str, *checks: str) -> None:
-        """Write down that these checks could not be made, unless they were."""
+        """Write down that these checks could not be made, unless they were, or another reason is written down."""
         for check in checks:
             if check not in self.findings:
-                self.not_checked[check] = reason
+                self.not_checked.setdefault(check, reason)
 
     @contextmanager
     def attempt(self, *checks: str, on: Connection | None = None) -> Iterator[None]:
@@ -131,7 +135,7 @@ class Chart:
             default=Severity.OK,
         )
 
-    def diagnosis(self, *, location: str, engine: str, repairs: list[Repair]) -> Diagnosis:
+    def diagnosis(self, *, location: str, engine: str, repairs: Sequence[Repair]) -> Diagnosis:
         """Return what was written down."""
         return Diagnosis(
             location=location,
@@ -141,5 +145,5 @@ class Chart:
             severity=self.worst,
             findings=[self.findings[check] for check in CHECKS if check in self.findings],
             not_checked={check: self.not_checked[check] for check in CHECKS if check in self.not_checked},
-            repairs=repairs,
+            repairs=list(repairs),
         )

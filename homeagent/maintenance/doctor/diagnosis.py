@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -9,20 +10,18 @@ from typing import TYPE_CHECKING
 from homeagent.clock import Clock, system_clock
 from homeagent.engine.inspection import Stopwatch
 from homeagent.engine.target import Target, resolve_target
-from homeagent.errors import HomeAgentError, InvalidArgumentError
+from homeagent.errors import InvalidArgumentError
 from homeagent.maintenance.doctor.chart import Chart
 from homeagent.maintenance.doctor.findings import Diagnosis, Repair
 from homeagent.maintenance.doctor.postgresql import examine_postgresql
-from homeagent.maintenance.doctor.repair import repair
+from homeagent.maintenance.doctor.repair import mend
 from homeagent.maintenance.doctor.sqlite import examine_sqlite
 from homeagent.models.types import check_instant
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
-    from homeagent.engine.engine import Engine
-
-__all__ = ["diagnose", "examine"]
+__all__ = ["diagnose", "look", "mend"]
 
 QUICK = timedelta(seconds=10)
 """How long one statement of a quick look may take."""
@@ -57,37 +56,27 @@ def diagnose(
     where = resolve_target(target)
     if where.is_temporary:
         raise InvalidArgumentError("a temporary database is only there while it is open: use Database.doctor()")
-    return examine(where, clock=clock, thorough=thorough, fix=fix)
+    found = look(where, clock=clock, thorough=thorough)
+    if not fix:
+        return found
+    repairs = mend(found, where, clock=clock, engine=None)
+    return look(where, clock=clock, thorough=thorough, repairs=repairs) if repairs else found
 
 
-def examine(target: Target, *, clock: Clock, thorough: bool, fix: bool, engine: Engine | None = None) -> Diagnosis:
-    """Look at a target, mend it where that is wanted, and look again.
+def look(target: Target, *, clock: Clock, thorough: bool, repairs: Sequence[Repair] = ()) -> Diagnosis:
+    """Look at a file or a server, and change nothing.
 
     Args:
         target: the file or the server.
         clock: the store's.
         thorough: as in `diagnose`.
-        fix: as in `diagnose`.
-        engine: the open database's; None where this process has it not open.
+        repairs: what was mended before, to be told along.
     """
-    found = _look(target, clock=clock, thorough=thorough, repairs=[])
-    if not fix:
-        return found
-    repairs: list[Repair] = []
-    try:
-        repairs += repair(found, target, clock=clock, engine=engine)
-    except HomeAgentError as error:
-        failure = Repair(check="database", action=f"gave up: {error}")
-        return _look(target, clock=clock, thorough=thorough, repairs=[*repairs, failure])
-    return _look(target, clock=clock, thorough=thorough, repairs=repairs) if repairs else found
-
-
-def _look(target: Target, *, clock: Clock, thorough: bool, repairs: list[Repair]) -> Diagnosis:
     limit = None if thorough else QUICK
     chart = Chart(check_instant(clock(), "the clock's instant"), thorough=thorough, watch=Stopwatch(limit))
     if target.url is not None:
         examine_postgresql(chart, target.url, limit=limit)
         return chart.diagnosis(location=target.location, engine="postgresql", repairs=repairs)
-    assert target.path is not None  # noqa: S101  a temporary one was refused
+    assert target.path is not None  # noqa: S101  a temporary one has no look from outside
     examine_sqlite(chart, target.path)
     return chart.diagnosis(location=target.location, engine="sqlite", repairs=repairs)

@@ -38,13 +38,13 @@ _FLEETING = frozenset({"ramfs", "tmpfs"})
 
 
 def our_files(path: Path) -> list[Path]:
-    """Return what there is of a database: the file, what SQLite keeps beside it, its lock, and its copies."""
+    """Return what there is of a database: the file, what SQLite keeps beside it, its lock, its copies, its notes."""
     own = {path, *sidecars(path)}
     try:
         beside = list(path.parent.iterdir())
     except OSError:
         return []  # told by the check of the directory
-    return sorted(entry for entry in beside if entry in own or entry.name.startswith(f"{path.name}."))
+    return sorted(entry for entry in beside if entry in own or entry.name.removeprefix(".").startswith(f"{path.name}."))
 
 
 def loose_files(path: Path) -> list[Path]:
@@ -91,6 +91,9 @@ def _check_directory(chart: Chart, directory: Path) -> None:
     named = shlex.quote(str(directory))
     try:
         status = directory.stat()
+    except FileNotFoundError:
+        chart.skip("there is no such directory", "directory")
+        return
     except OSError as error:
         chart.alarm(
             "directory",

@@ -29,6 +29,7 @@ CHECKS: tuple[str, ...] = (
     "file_modes",
     "file_names",
     "stale_files",
+    "backup",
     "filesystem",
     "disk_space",
     "sqlite_version",

@@ -14,11 +14,12 @@ from sqlalchemy import bindparam, or_, update
 from homeagent.clock import Clock
 from homeagent.engine.engine import Engine
 from homeagent.engine.postgresql import PostgreSQLEngine
-from homeagent.engine.privacy import change_mode
+from homeagent.engine.privacy import FILE_MODE, change_mode
 from homeagent.engine.sqlite import SQLiteEngine, sidecar_lock
 from homeagent.engine.statements import Statement
 from homeagent.engine.system_errors import explained
 from homeagent.engine.target import Target
+from homeagent.errors import HomeAgentError
 from homeagent.maintenance.doctor.disk import loose_files, megabytes, stale_partials
 from homeagent.maintenance.doctor.findings import Diagnosis, Repair, Severity
 from homeagent.maintenance.doctor.rows import SECRETS_GRACE
@@ -27,7 +28,7 @@ from homeagent.migrations import open_postgresql, open_sqlite
 from homeagent.models import Device
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
-__all__ = ["repair"]
+__all__ = ["mend"]
 
 _WAIT = timedelta(seconds=30)
 
@@ -46,8 +47,8 @@ _FORGET_PREVIOUS = Statement[Device](
 _HANDS_OFF = ("database", "integrity", "foreign_keys", "schema", "schema_revision", "store_record", "clock")
 
 
-def repair(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine | None) -> list[Repair]:
-    """Mend what was found and can be mended safely, and say what was done.
+def mend(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine | None) -> list[Repair]:
+    """Mend what was found and can be mended safely, and say what was done, or what it was given up for.
 
     Args:
         diagnosis: what was found.
@@ -57,19 +58,31 @@ def repair(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine
     """
     done: list[Repair] = []
     if target.path is not None:
-        done += _repair_files(diagnosis, target.path)
+        for check, mend_files in _OUTSIDE.items():
+            with _told(done, check):
+                done += mend_files(target.path, diagnosis)
     if any(_severity(diagnosis, check) is Severity.CRITICAL for check in _HANDS_OFF):
         return done
     if _severity(diagnosis, "schema_revision") is not Severity.OK:
         return done
     if target.path is not None and engine is None and _severity(diagnosis, "journal_mode") is Severity.WARNING:
-        done += _switch_to_wal(target.path)
+        with _told(done, "journal_mode"):
+            done += _switch_to_wal(target.path)
     needed = [check for check in _WITHIN if _severity(diagnosis, check) is Severity.WARNING]
     if needed:
-        with _opened(target, clock, engine) as settings:
+        with _told(done, needed[0]), _opened(target, clock, engine) as settings:
             for check in needed:
-                done += _WITHIN[check](settings)
+                with _told(done, check):
+                    done += _WITHIN[check](settings)
     return done
+
+
+@contextmanager
+def _told(done: list[Repair], check: str) -> Iterator[None]:
+    try:
+        yield
+    except HomeAgentError as error:
+        done.append(Repair(check=check, action=f"gave up: {error}"))
 
 
 def _severity(diagnosis: Diagnosis, check: str) -> Severity | None:
@@ -77,19 +90,21 @@ def _severity(diagnosis: Diagnosis, check: str) -> Severity | None:
     return None if finding is None else finding.severity
 
 
-def _repair_files(diagnosis: Diagnosis, path: Path) -> list[Repair]:
-    done = []
+def _make_private(path: Path, diagnosis: Diagnosis) -> Iterator[Repair]:
     for file in loose_files(path):
         mode = stat.S_IMODE(file.lstat().st_mode)
         with explained("make private", file):
-            change_mode(file, mode & 0o600)
-        done.append(Repair(check="file_modes", action=f"gave {file.name!r} mode {mode & 0o600:04o}; it had {mode:04o}"))
+            change_mode(file, mode & FILE_MODE)
+        action = f"gave {file.name!r} mode {mode & FILE_MODE:04o}; it had {mode:04o}"
+        yield Repair(check="file_modes", action=action)
+
+
+def _remove_partials(path: Path, diagnosis: Diagnosis) -> Iterator[Repair]:
     for file in stale_partials(path, diagnosis.checked_at):
         with explained("remove", file):
             size = file.lstat().st_size
             file.unlink()
-        done.append(Repair(check="stale_files", action=f"removed {file.name!r}, {megabytes(size)} of half a copy"))
-    return done
+        yield Repair(check="stale_files", action=f"removed {file.name!r}, {megabytes(size)} of half a copy")
 
 
 def _switch_to_wal(path: Path) -> list[Repair]:
@@ -149,6 +164,10 @@ def _truncate_log(settings: UnitSettings) -> list[Repair]:
     return [Repair(check="wal_size", action="moved the write-ahead log into the file and emptied it")]
 
 
+_OUTSIDE: dict[str, Callable[[Path, Diagnosis], Iterator[Repair]]] = {
+    "file_modes": _make_private,
+    "stale_files": _remove_partials,
+}
 _WITHIN: dict[str, Callable[[UnitSettings], list[Repair]]] = {
     "expired_backlog": _sweep,
     "previous_secrets": _forget_previous_secrets,

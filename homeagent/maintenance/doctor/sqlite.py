@@ -11,6 +11,7 @@ from homeagent.engine.files import look_at, sidecars
 from homeagent.engine.inspection import inspect_sqlite, journal_mode
 from homeagent.engine.sqlite import APPLICATION_ID
 from homeagent.errors import CorruptDatabaseError, HomeAgentError
+from homeagent.maintenance.doctor.backup import check_backup
 from homeagent.maintenance.doctor.chart import RESTORE, Chart
 from homeagent.maintenance.doctor.disk import check_disk, check_wal_size
 from homeagent.maintenance.doctor.findings import Severity
@@ -45,6 +46,7 @@ _INSIDE = (
 
 def examine_sqlite(chart: Chart, path: Path) -> None:
     """Make all checks on a file, whatever state it is in."""
+    check_backup(chart, path)
     check_disk(chart, path)
     _check_version(chart)
     check_wal_size(chart, path)
@@ -56,6 +58,7 @@ def examine_sqlite(chart: Chart, path: Path) -> None:
         # Somebody opened it meanwhile, and a file that is read without locks looks damaged while it is written.
         for check in ("database", *_INSIDE):
             chart.findings.pop(check, None)
+            chart.not_checked.pop(check, None)
         _examine_inside(chart, path, assume_closed=False)
 
 

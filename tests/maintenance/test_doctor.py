@@ -1,0 +1,808 @@
+"""The doctor on SQLite files: for each check a file in which exactly that is wrong, and what mends it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from homeagent import (
+    AgentCreate,
+    AgentSessionCreate,
+    Database,
+    Diagnosis,
+    IdempotencyScope,
+    Role,
+    diagnose,
+    errors,
+)
+from homeagent.cli import app
+from homeagent.engine.driver import SQLiteDriver, choose_driver
+from homeagent.engine.inspection import Stopwatch
+from homeagent.engine.manifests import Manifest, write_manifest
+from homeagent.maintenance.doctor import CHECKS, Finding, Severity, disk
+from homeagent.maintenance.doctor import sqlite as doctor_sqlite
+from homeagent.migrations import REVISION
+from tests.conftest import START, Children, FakeClock, add_agent, add_device
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "revisions"
+
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="there are no such modes and owners")
+needs_root = pytest.mark.skipif(
+    sys.platform == "win32" or os.geteuid() != 0, reason="only the superuser can give a file away, or mount"
+)
+
+
+def sqlite(path: Path) -> Any:
+    """Return a bare connection, through the library that the package itself uses in this process."""
+    return choose_driver().module.connect(str(path), isolation_level=None)
+
+
+def change(path: Path, *statements: str) -> None:
+    """Change a file behind the package's back, as somebody with a shell would."""
+    with closing(sqlite(path)) as raw:
+        for statement in statements:
+            raw.execute(statement)
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, int, int, str]]:
+    """Return what a look must leave alone: each file's mode, owner, time of change and bytes."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        status = path.lstat()
+        content = path.read_bytes() if stat.S_ISREG(status.st_mode) else b""
+        found[str(path)] = (status.st_mode, status.st_uid, status.st_mtime_ns, hashlib.sha256(content).hexdigest())
+    return found
+
+
+def look(path: Path, clock: FakeClock, **options: Any) -> Diagnosis:
+    """Diagnose a file twice, and see that nothing changed and that both looks say the same."""
+    before = snapshot(path.parent) if path.parent.is_dir() else {}
+    found = diagnose(path, clock=clock, **options)
+    assert (snapshot(path.parent) if path.parent.is_dir() else {}) == before
+    assert Diagnosis.model_validate_json(found.model_dump_json()) == found
+    assert set(found.not_checked) | {finding.check for finding in found.findings} <= set(CHECKS)
+    return found
+
+
+def at(diagnosis: Diagnosis, check: str) -> Any:
+    """Return what a check found, which must have been made."""
+    finding = diagnosis.finding(check)
+    assert finding is not None, diagnosis.not_checked
+    return finding
+
+
+def only(diagnosis: Diagnosis, check: str, severity: Severity) -> Any:
+    """Return the one finding that is not ok, which must be of this check and this bad."""
+    bad = {finding.check: finding.severity for finding in diagnosis.findings if finding.severity is not Severity.OK}
+    assert bad == {check: severity}, bad
+    assert diagnosis.severity is severity
+    assert diagnosis.exit_status == {Severity.WARNING: 1, Severity.CRITICAL: 2}[severity]
+    finding = at(diagnosis, check)
+    assert finding.meaning
+    assert finding.remedy
+    return finding
+
+
+def run(finding: Finding) -> None:
+    """Run the command that a finding names, as its reader would; the package's own without a process, to save time."""
+    assert finding.command is not None
+    program, *arguments = shlex.split(finding.command)
+    if program == "homeagent":
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+    else:
+        subprocess.run([program, *arguments], check=True, capture_output=True, timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tests run where the temporary directory is in memory: that has its own test."""
+    monkeypatch.setattr(disk, "filesystem_kind", lambda path: "ext4")
+
+
+@pytest.fixture
+def path(sqlite_path: Path) -> Path:
+    """A fresh, migrated file."""
+    return sqlite_path
+
+
+# All is well
+
+
+def test_a_sound_file_is_found_sound(path: Path, clock: FakeClock) -> None:
+    """With an admin, a session and a live nonce, every check of SQLite's is made, and each is content."""
+    with Database.open(path, clock=clock) as database:
+        add_device(database, "desk", role=Role.ADMIN, approved=True)
+        add_agent(database)
+        with database.unit_of_work() as unit:
+            unit.sessions.create(AgentSessionCreate(agent_id="ada"))
+            unit.nonces.consume("desk", "n", expires_at=clock.now + timedelta(minutes=1))
+            unit.idempotency_keys.insert(IdempotencyScope("desk", "m", "k"), 1, ttl=timedelta(hours=1))
+    found = look(path, clock)
+    assert [finding.check for finding in found.findings if finding.severity is not Severity.OK] == []
+    assert (found.exit_status, found.severity, found.not_checked) == (0, Severity.OK, {})
+    assert [finding.check for finding in found.findings] == list(CHECKS[: CHECKS.index("server_version")])
+    assert (found.location, found.engine, found.checked_at) == (str(path), "sqlite", clock.now)
+    assert at(look(path, clock, thorough=True), "integrity").facts["pragma"] == "integrity_check"
+
+
+def test_an_open_database_is_looked_over(sqlite_database: Database) -> None:
+    """`Database.doctor` sees what was committed a moment ago, by the database's own clock, and closes nothing."""
+    add_device(sqlite_database, "desk", role=Role.ADMIN, approved=True)
+    found = sqlite_database.doctor()
+    assert found.severity is Severity.OK
+    assert at(found, "admins").facts == {"admins": 1, "devices": 1}
+    assert found.checked_at == START
+    add_device(sqlite_database, "lamp")
+    assert at(sqlite_database.doctor(fix=True), "admins").facts["devices"] == 2
+
+
+def test_a_temporary_database_is_looked_over_while_it_is_open(clock: FakeClock) -> None:
+    """`:memory:` has a file too; from outside it can't be named."""
+    with Database.open(":memory:", clock=clock) as database:
+        assert at(database.doctor(), "integrity").severity is Severity.OK
+    with pytest.raises(errors.InvalidArgumentError, match=r"Database\.doctor"):
+        diagnose(":memory:")
+
+
+def test_a_database_that_others_write_is_looked_over(path: Path, clock: FakeClock, children: Children) -> None:
+    """While another process has the file open and its log is full of commits, all of them are seen."""
+    script = """
+import sys
+from homeagent import AgentCreate, Database
+database = Database.open(sys.argv[1])
+for number in range(20):
+    with database.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id=f"a{number}", name="A", workspace_path="/srv"))
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+    process = children.start(script, path)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    clock.advance(days=10_000)
+    found = diagnose(path, clock=clock)
+    assert found.severity is Severity.OK, found
+    assert at(found, "clock").facts["newest_row_ahead_seconds"] < 0
+    assert at(found, "wal_size").facts["wal_bytes"] > 0
+
+
+# The file
+
+
+def test_a_missing_file(tmp_path: Path, clock: FakeClock) -> None:
+    """Where nothing is, nothing is made, and the remedy makes it."""
+    path = tmp_path / "store" / "h.db"
+    finding = only(look(path, clock), "database", Severity.CRITICAL)
+    assert not path.parent.exists()
+    run(finding)
+    assert at(look(path, clock), "database").severity is Severity.OK
+
+
+def test_a_vanished_file(path: Path, clock: FakeClock) -> None:
+    """A file that was there, as its lock file remembers, is never offered to be made anew."""
+    path.with_name("homeagent.db.lock").write_text("initialised\n")
+    path.with_name("homeagent.db.lock").chmod(0o600)
+    path.unlink()
+    finding = only(look(path, clock), "database", Severity.CRITICAL)
+    assert "restore" in finding.remedy
+    assert finding.command is None
+
+
+@pytest.mark.parametrize("size", [0, 100, 512])
+def test_a_file_that_was_cut_off(path: Path, clock: FakeClock, size: int) -> None:
+    """An empty, a short and a beheaded file are damage, each with a way out, and none is touched."""
+    os.truncate(path, size)
+    found = look(path, clock)
+    assert found.exit_status == 2
+    assert at(found, "database").severity is Severity.CRITICAL
+    assert found.finding("integrity") is None
+    assert "integrity" in found.not_checked
+
+
+@pytest.mark.parametrize("place", ["header", "middle"])
+def test_a_damaged_file(path: Path, clock: FakeClock, place: str) -> None:
+    """Zeroed pages are damage, whether the file can still be opened or not; with --fix too nothing is changed."""
+    content = bytearray(path.read_bytes())
+    if place == "header":
+        content[0:100] = bytes(100)
+    else:
+        content[4096 : 4096 * 8] = bytes(4096 * 7)
+    path.write_bytes(bytes(content))
+    found = look(path, clock)
+    assert found.exit_status == 2
+    damaged = at(found, "integrity" if place == "middle" else "database")
+    assert damaged.severity is Severity.CRITICAL
+    assert "restore" in damaged.remedy
+    before = snapshot(path.parent)
+    fixed = diagnose(path, clock=clock, fix=True)
+    assert (fixed.exit_status, fixed.repairs) == (2, [])
+    assert snapshot(path.parent) == before
+
+
+def test_damage_names_the_newest_backup(path: Path, clock: FakeClock) -> None:
+    """Where a backup is known, the command that restores it is given."""
+    backup = _backup(path, clock)
+    os.truncate(path, 100)
+    command = at(look(path, clock), "database").command
+    assert command == f"homeagent restore {backup} --database {path}"
+
+
+def test_an_index_that_misses_rows(path: Path, clock: FakeClock) -> None:
+    """Only the thorough look compares indexes with their tables."""
+    change(
+        path,
+        "INSERT INTO agents (id, name, workspace_path, created_at) VALUES ('a', 'A', '/', 1)",
+        "INSERT INTO sessions (session_id, agent_id, sender_id, created_at, last_active_at)"
+        " VALUES ('s', 'a', 'sender', 1, 1)",
+    )
+    with closing(sqlite(path)) as raw:
+        root = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_sender'").fetchone()[0]
+    content = path.read_bytes()
+    begin, end = (root - 1) * 4096, root * 4096
+    assert b"sender" in content[begin:end]
+    path.write_bytes(content[:begin] + content[begin:end].replace(b"sender", b"zender") + content[end:])
+    assert at(look(path, clock), "integrity").severity is Severity.OK
+    assert only(look(path, clock, thorough=True), "integrity", Severity.CRITICAL).facts["problems"] > 0
+    change(path, "REINDEX")
+    assert look(path, clock, thorough=True).severity is Severity.OK
+
+
+def test_a_foreign_file(tmp_path: Path, clock: FakeClock) -> None:
+    """Another application's database, a text file and a directory are what they are, and stay so."""
+    other = tmp_path / "other.db"
+    change(other, "CREATE TABLE t (a)")
+    notes = tmp_path / "notes.db"
+    notes.write_text("not a database\n" * 100)
+    for path in (other, notes):
+        path.chmod(0o600)
+        only(look(path, clock), "database", Severity.CRITICAL)
+    (tmp_path / "folder.db").mkdir(mode=0o700)
+    found = look(tmp_path / "folder.db", clock)
+    assert at(found, "file_names").severity is Severity.CRITICAL
+    assert found.exit_status == 2
+
+
+def test_a_log_left_behind_by_a_killed_process_is_read(path: Path, clock: FakeClock, children: Children) -> None:
+    """What was committed before a `kill -9` is seen, and neither the file nor its log nor its index is changed."""
+    script = """
+import os, sys
+from homeagent import Database, DeviceCreate, Role
+database = Database.open(sys.argv[1])
+with database.unit_of_work() as unit:
+    unit.devices.create(DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash="x"))
+os.kill(os.getpid(), 9)
+"""
+    process = children.start(script, path)
+    process.wait(timeout=60)
+    log, index = (path.with_name(f"homeagent.db{suffix}") for suffix in ("-wal", "-shm"))
+    assert log.stat().st_size > 0
+    clock.advance(days=10_000)
+    found = look(path, clock)
+    assert at(found, "admins").facts["devices"] == 1
+    # Without its index the log is read all the same; SQLite makes a new one, and that is all it makes.
+    index.unlink()
+    before = snapshot(path.parent)
+    assert at(diagnose(path, clock=clock), "admins").facts["devices"] == 1
+    after = snapshot(path.parent)
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() <= {str(index)}
+    assert stat.S_IMODE(index.stat().st_mode) == 0o600
+
+
+def test_a_rollback_journal_that_waits(path: Path, clock: FakeClock) -> None:
+    """Nothing is said of rows while a transaction waits to be undone, which only opening the file does."""
+    journal = path.with_name("homeagent.db-journal")
+    journal.write_bytes(bytes(512))
+    journal.chmod(0o600)
+    finding = only(look(path, clock), "database", Severity.WARNING)
+    run(finding)
+    journal.unlink(missing_ok=True)
+    assert look(path, clock).severity is Severity.OK
+
+
+@posix_only
+@pytest.mark.parametrize(("mode", "severity"), [(0o644, Severity.WARNING), (0o666, Severity.CRITICAL)])
+@pytest.mark.parametrize("by", ["command", "fix"])
+def test_loose_modes(path: Path, clock: FakeClock, mode: int, severity: Severity, by: str) -> None:
+    """A file that others can read or write is told, and made private by the command or by --fix, which says so."""
+    path.chmod(mode)
+    finding = only(look(path, clock), "file_modes", severity)
+    if by == "command":
+        run(finding)
+        assert look(path, clock).severity is Severity.OK
+    else:
+        fixed = diagnose(path, clock=clock, fix=True)
+        assert fixed.severity is Severity.OK
+        assert [repair.check for repair in fixed.repairs] == ["file_modes"]
+        assert f"it had {mode:04o}" in fixed.repairs[0].action
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@posix_only
+def test_a_backup_that_others_can_read(path: Path, clock: FakeClock) -> None:
+    """What lies beside the database holds the same rows, and is judged with it."""
+    copy = path.with_name("homeagent.db.0004-x.backup")
+    shutil.copy(path, copy)
+    copy.chmod(0o640)
+    only(look(path, clock), "file_modes", Severity.WARNING)
+    diagnose(path, clock=clock, fix=True)
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+
+
+@posix_only
+def test_a_directory_that_others_can_write_to(path: Path, clock: FakeClock) -> None:
+    """Others could replace the database; --fix leaves a directory alone, since somebody chose its mode."""
+    path.parent.chmod(0o770)
+    finding = only(look(path, clock), "directory", Severity.CRITICAL)
+    assert diagnose(path, clock=clock, fix=True).repairs == []
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o770
+    run(finding)
+    assert look(path, clock).severity is Severity.OK
+
+
+@needs_root
+def test_a_file_of_another_user(path: Path, clock: FakeClock) -> None:
+    """What root made beside somebody's database keeps that one's gateway out; the command gives it back."""
+    beside = path.with_name("homeagent.db.lock")
+    beside.touch(mode=0o600)
+    os.chown(beside, 65534, 65534)
+    finding = only(look(path, clock), "file_owners", Severity.CRITICAL)
+    run(finding)
+    assert look(path, clock).severity is Severity.OK
+
+
+@posix_only
+@pytest.mark.parametrize("kind", ["link", "hard link"])
+def test_a_second_name(path: Path, clock: FakeClock, kind: str) -> None:
+    """A link and a second hard link are refused by the store, and found; nothing is opened through them."""
+    real = path.with_name("real.db")
+    if kind == "link":
+        path.rename(real)
+        path.symlink_to(real)
+    else:
+        real.hardlink_to(path)
+    found = look(path, clock)
+    assert at(found, "file_names").severity is Severity.CRITICAL
+    assert found.exit_status == 2
+    if kind == "link":
+        path.unlink()
+        real.rename(path)
+    else:
+        real.unlink()
+    assert look(path, clock).severity is Severity.OK
+
+
+def test_half_a_copy_left_behind(path: Path, clock: FakeClock) -> None:
+    """A .partial file of yesterday is of no use to anybody, and --fix removes it; one of this hour is let be."""
+    old, new = (path.with_name(f"homeagent.db.0004-{age}.backup.partial") for age in ("old", "new"))
+    for partial, age in ((old, timedelta(days=2)), (new, timedelta(minutes=5))):
+        partial.write_bytes(b"half")
+        partial.chmod(0o600)
+        moment = (clock.now - age).timestamp()
+        os.utime(partial, (moment, moment))
+    finding = only(look(path, clock), "stale_files", Severity.WARNING)
+    assert finding.facts == {"files": 1, "bytes": 4}
+    fixed = diagnose(path, clock=clock, fix=True)
+    assert [repair.check for repair in fixed.repairs] == ["stale_files"]
+    assert (old.exists(), new.exists(), fixed.severity) == (False, True, Severity.OK)
+
+
+def _backup(path: Path, clock: FakeClock) -> Path:
+    backup = path.with_name("copy.backup")
+    shutil.copy(path, backup)
+    write_manifest(
+        backup,
+        Manifest(
+            database=str(path),
+            taken_at=clock.now,
+            schema_revision=REVISION,
+            rows={},
+            size=backup.stat().st_size,
+            sha256="0" * 64,
+            package_version="0",
+        ),
+    )
+    return backup
+
+
+def test_an_old_backup(path: Path, clock: FakeClock) -> None:
+    """A backup of last month is too old, one of yesterday is not, and none at all is only told."""
+    assert "No backup" in at(look(path, clock), "backup").summary
+    _backup(path, clock)
+    clock.advance(days=1)
+    assert at(look(path, clock), "backup").facts["age_seconds"] == 86400
+    clock.advance(days=30)
+    only(look(path, clock), "backup", Severity.WARNING)
+
+
+# Where it lies, and what reads it
+
+
+@pytest.mark.parametrize(("kind", "severity"), [("nfs4", Severity.CRITICAL), ("tmpfs", Severity.WARNING)])
+def test_the_wrong_file_system(
+    path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, kind: str, severity: Severity
+) -> None:
+    """A network file system corrupts a write-ahead log, and one in memory forgets it."""
+    monkeypatch.setattr(disk, "filesystem_kind", lambda path: kind)
+    assert only(look(path, clock), "filesystem", severity).facts == {"kind": kind}
+
+
+@needs_root
+@pytest.mark.skipif(sys.platform != "linux", reason="tmpfs is Linux's")
+def test_a_full_disk(tmp_path: Path, sqlite_template: Path, clock: FakeClock) -> None:
+    """On a small file system there is no room for a copy, and when it is full nothing can be written."""
+    place = tmp_path / "small"
+    place.mkdir(mode=0o700)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m,mode=700", "tmpfs", place], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("nothing may be mounted here")
+    try:
+        path = place / "homeagent.db"
+        shutil.copy(sqlite_template, path)
+        path.chmod(0o600)
+        finding = only(look(path, clock), "disk_space", Severity.WARNING)
+        assert 0 < finding.facts["free_bytes"] < 32 * 1024 * 1024
+        filler = place / "filler"
+        filler.write_bytes(bytes(24 * 1024 * 1024))
+        only(look(path, clock), "disk_space", Severity.CRITICAL)
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_an_affected_library(path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite with the WAL-reset bug is told, with where to get another one."""
+    sound = choose_driver()
+    affected = SQLiteDriver(sound.module, sound.name, (3, 45, 1), "3.45.1", safe=False)
+    monkeypatch.setattr(doctor_sqlite, "choose_driver", lambda: affected)
+    finding = only(look(path, clock), "sqlite_version", Severity.WARNING)
+    assert finding.facts == {"version": "3.45.1", "driver": sound.name}
+    assert "pysqlite3" in finding.command
+
+
+def test_a_file_without_a_write_ahead_log(path: Path, clock: FakeClock) -> None:
+    """A copy that was put in place by hand is in rollback mode; --fix switches it."""
+    change(path, "PRAGMA journal_mode=DELETE")
+    only(look(path, clock), "journal_mode", Severity.WARNING)
+    fixed = diagnose(path, clock=clock, fix=True)
+    assert (fixed.severity, [repair.check for repair in fixed.repairs]) == (Severity.OK, ["journal_mode"])
+    with closing(sqlite(path)) as raw:
+        assert raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_a_large_log(path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log that was never moved into the file is told; --fix moves and empties it, and keeps what was in it."""
+    monkeypatch.setattr(disk, "WAL_LIMIT", 1000)
+    with Database.open(path, clock=clock) as database:
+        add_agent(database)
+        only(database.doctor(), "wal_size", Severity.WARNING)
+        fixed = database.doctor(fix=True)
+        assert (fixed.severity, [repair.check for repair in fixed.repairs]) == (Severity.OK, ["wal_size"])
+        assert path.with_name("homeagent.db-wal").stat().st_size == 0
+        with database.unit_of_work(read_only=True) as unit:
+            assert unit.agents.get("ada").name == "Ada"
+
+
+# The schema
+
+
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004"])
+def test_an_older_schema(tmp_path: Path, clock: FakeClock, revision: str) -> None:
+    """An old file is looked over as far as its columns go, and upgraded by the command, not by --fix."""
+    directory = tmp_path / "old"
+    directory.mkdir(mode=0o700)
+    path = directory / "homeagent.db"
+    shutil.copyfile(FIXTURES / f"{revision}.db", path)
+    path.chmod(0o600)
+    clock.advance(days=10_000)
+    found = look(path, clock)
+    finding = at(found, "schema_revision")
+    assert (finding.severity, finding.facts) == (Severity.WARNING, {"revision": revision, "needed": REVISION})
+    assert "schema" in found.not_checked
+    assert at(found, "integrity").severity is Severity.OK
+    assert [r.check for r in diagnose(path, clock=clock, fix=True).repairs] == []
+    assert finding.command == "homeagent migrate"
+    assert CliRunner().invoke(app, ["--database", str(path), "migrate"]).exit_code == 0
+    upgraded = diagnose(path, clock=clock)
+    assert at(upgraded, "schema_revision").severity is Severity.OK
+    assert at(upgraded, "schema").severity is Severity.OK
+
+
+@pytest.mark.parametrize(("oldest", "severity"), [("9999", Severity.CRITICAL), (REVISION, Severity.OK)])
+def test_a_newer_schema(path: Path, clock: FakeClock, oldest: str, severity: Severity) -> None:
+    """A schema of the future must not be used, unless it says that this version may work with it."""
+    change(
+        path,
+        "UPDATE homeagent_schema_version SET version_num = '9999'",
+        f"UPDATE store SET oldest_revision = '{oldest}'",
+    )
+    found = look(path, clock)
+    assert at(found, "schema_revision").severity is severity
+    assert found.severity is severity
+
+
+def test_a_lost_schema(path: Path, clock: FakeClock) -> None:
+    """A file of ours without the version table has lost its schema."""
+    change(path, "DROP TABLE homeagent_schema_version")
+    only(look(path, clock), "schema_revision", Severity.CRITICAL)
+
+
+# What was done by hand, how bad that is, and what of it is named.
+DRIFTS: list[tuple[str, Severity, str]] = [
+    ("DROP INDEX idx_sessions_sender", Severity.WARNING, "idx_sessions_sender"),
+    ("DROP INDEX idx_sessions_route", Severity.CRITICAL, "idx_sessions_route"),
+    (
+        "DROP INDEX idx_sessions_route; CREATE INDEX idx_sessions_route ON sessions (route_key)",
+        Severity.CRITICAL,
+        "route",
+    ),
+    (
+        "DROP INDEX idx_idempotency_lease; CREATE INDEX idx_idempotency_lease ON idempotency_keys (lease_expires_at)",
+        Severity.WARNING,
+        "idx_idempotency_lease",
+    ),
+    ("CREATE INDEX mine ON devices (role)", Severity.WARNING, "mine"),
+    ("CREATE UNIQUE INDEX mine ON devices (role)", Severity.CRITICAL, "mine"),
+    ("ALTER TABLE devices ADD COLUMN note TEXT", Severity.WARNING, "devices.note"),
+    ("ALTER TABLE sessions DROP COLUMN route_key", Severity.CRITICAL, "sessions.route_key"),
+    ("ALTER TABLE agents RENAME COLUMN name TO title", Severity.CRITICAL, "agents.name"),
+    ("DROP TABLE sessions", Severity.CRITICAL, "table sessions"),
+    ("CREATE TABLE _alembic_tmp_devices (id TEXT)", Severity.WARNING, "_alembic_tmp_devices"),
+    (
+        "CREATE TRIGGER t AFTER INSERT ON devices BEGIN UPDATE devices SET approved = 1; END",
+        Severity.CRITICAL,
+        "trigger t",
+    ),
+]
+
+
+@pytest.mark.parametrize(("statements", "severity", "named"), DRIFTS)
+def test_a_schema_changed_by_hand(
+    path: Path, clock: FakeClock, statements: str, severity: Severity, named: str
+) -> None:
+    """Each change of a table, a column, an index or a trigger is named, and as bad as what it may lead to."""
+    if "route_key" in statements and "COLUMN" in statements:
+        change(path, "DROP INDEX idx_sessions_route")
+    with closing(sqlite(path)) as raw:
+        raw.executescript(statements)
+    found = look(path, clock)
+    finding = at(found, "schema")
+    assert finding.severity is severity
+    assert named in finding.summary
+
+
+@pytest.mark.parametrize(
+    ("there", "instead", "named"),
+    [
+        ("role IN ('client', 'node', 'admin')", "role IN ('client', 'node', 'admin', 'king')", "ck_devices_role"),
+        ("shared_secret_hash TEXT NOT NULL", "shared_secret_hash TEXT", "devices.shared_secret_hash"),
+        ("approved INTEGER", "approved BOOLEAN", "devices.approved"),
+        ("approved INTEGER DEFAULT 0", "approved INTEGER DEFAULT 1", "devices.approved"),
+        ("PRIMARY KEY (id)", "PRIMARY KEY (role)", "pk_devices"),
+        ("role TEXT NOT NULL", "role TEXT COLLATE NOCASE NOT NULL", "devices.role"),
+    ],
+)
+def test_a_definition_rewritten_by_hand(path: Path, clock: FakeClock, there: str, instead: str, named: str) -> None:
+    """Types, nullability, defaults, collations, keys and the words of a CHECK are compared with the models."""
+    with closing(sqlite(path)) as raw:
+        raw.execute("PRAGMA writable_schema=ON")
+        before = raw.execute("SELECT sql FROM sqlite_master WHERE name = 'devices'").fetchone()[0]
+        assert there in " ".join(before.split()), before
+        after = " ".join(before.split()).replace(there, instead)
+        raw.execute("UPDATE sqlite_master SET sql = ? WHERE name = 'devices'", [after])
+    finding = at(look(path, clock), "schema")
+    assert finding.severity is Severity.CRITICAL
+    assert named in finding.summary
+
+
+def test_a_missing_index_is_made_by_its_remedy(path: Path, clock: FakeClock) -> None:
+    """The remedy of a missing index is the statement that makes it, WHERE and all."""
+    for name in ("idx_sessions_route", "idx_idempotency_lease", "idx_sessions_agent_active"):
+        change(path, f"DROP INDEX {name}")
+        remedy = at(look(path, clock), "schema").remedy
+        change(path, remedy[remedy.index("CREATE ") :])
+        assert look(path, clock).severity is Severity.OK
+
+
+def test_tables_of_others_are_none_of_ours(path: Path, clock: FakeClock) -> None:
+    """A host application's table in the same file is no drift."""
+    change(path, "CREATE TABLE theirs (id TEXT)")
+    assert look(path, clock).severity is Severity.OK
+
+
+# The rows
+
+
+@pytest.fixture
+def database(path: Path, clock: FakeClock) -> Iterator[Database]:
+    """The file, open."""
+    with Database.open(path, clock=clock) as database:
+        yield database
+
+
+@pytest.mark.parametrize(
+    ("back", "severity"), [(timedelta(minutes=30), Severity.WARNING), (timedelta(hours=2), Severity.CRITICAL)]
+)
+def test_a_clock_set_back(
+    path: Path, database: Database, clock: FakeClock, back: timedelta, severity: Severity
+) -> None:
+    """Rows from the future tell that the clock went back; past the nonces' grace a replay may get in."""
+    add_agent(database)
+    clock.advance(-back)
+    finding = only(database.doctor(), "clock", severity)
+    assert finding.facts == {"newest_row_ahead_seconds": back.total_seconds()}
+    clock.advance(back)
+    assert database.doctor().severity is Severity.OK
+
+
+def test_a_backlog(path: Path, database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that nobody sweeps are counted, and swept by --fix, which says how many."""
+    monkeypatch.setattr("homeagent.maintenance.doctor.rows.BACKLOG", 3)
+    with database.unit_of_work() as unit:
+        for number in range(3):
+            unit.nonces.consume("desk", f"n{number}", expires_at=clock.now + timedelta(minutes=1))
+            unit.idempotency_keys.insert(IdempotencyScope("d", "m", f"k{number}"), 1, ttl=timedelta(minutes=1))
+    add_device(database, "d", role=Role.ADMIN, approved=True)
+    clock.advance(hours=2)
+    finding = only(database.doctor(), "expired_backlog", Severity.WARNING)
+    assert finding.facts == {"nonces": 3, "keys": 3}
+    fixed = database.doctor(fix=True)
+    assert fixed.severity is Severity.OK
+    assert [(repair.check, repair.action) for repair in fixed.repairs] == [
+        ("expired_backlog", "swept 3 nonces and 3 idempotency keys that had expired")
+    ]
+
+
+def test_effects_without_an_outcome(database: Database, clock: FakeClock) -> None:
+    """A lease that lapsed is told and never settled by --fix; once an operator settles it, all is well."""
+    scope = IdempotencyScope("desk", "door.open", "k")
+    add_device(database, "desk", role=Role.ADMIN, approved=True)
+    with database.unit_of_work() as unit:
+        unit.idempotency_keys.claim(scope, fingerprint="f", lease=timedelta(minutes=1), ttl=timedelta(hours=1))
+    assert database.doctor().severity is Severity.OK
+    clock.advance(minutes=1)
+    finding = only(database.doctor(), "abandoned_effects", Severity.WARNING)
+    assert (finding.facts, finding.command) == ({"keys": 1}, "homeagent keys abandoned")
+    assert database.doctor(fix=True).repairs == []
+    with database.unit_of_work() as unit:
+        unit.idempotency_keys.resolve(scope, True)
+    assert database.doctor().severity is Severity.OK
+
+
+def test_a_previous_secret_that_serves_no_more(database: Database, clock: FakeClock) -> None:
+    """A day after its overlap the hash is told, and --fix removes it and leaves the present one alone."""
+    add_device(database, "desk", role=Role.ADMIN, approved=True)
+    secret = database.rotate_secret("desk", overlap=timedelta(hours=1))
+    clock.advance(hours=20)
+    assert database.doctor().severity is Severity.OK
+    clock.advance(hours=6)
+    only(database.doctor(), "previous_secrets", Severity.WARNING)
+    fixed = database.doctor(fix=True)
+    assert (fixed.severity, [repair.check for repair in fixed.repairs]) == (Severity.OK, ["previous_secrets"])
+    assert database.verify_secret("desk", secret) is not None
+    with database.unit_of_work(read_only=True) as unit:
+        assert unit.devices.get("desk").previous_secret_hash is None
+
+
+def test_keys_of_nobody(database: Database, clock: FakeClock) -> None:
+    """Keys whose device is absent are told; they go when they expire."""
+    with database.unit_of_work() as unit:
+        unit.idempotency_keys.insert(IdempotencyScope("ghost", "m", "k"), 1, ttl=timedelta(hours=1))
+    assert only(database.doctor(), "orphaned_keys", Severity.WARNING).facts == {"keys": 1}
+    clock.advance(hours=2)
+    database.sweep()
+    assert database.doctor().severity is Severity.OK
+
+
+def test_sessions_of_nobody(path: Path, clock: FakeClock) -> None:
+    """A session without its agent is a broken reference, which only something else can have written."""
+    change(
+        path,
+        "PRAGMA foreign_keys=OFF",
+        "INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'gone', 1, 1)",
+    )
+    found = look(path, clock)
+    assert at(found, "orphaned_sessions").facts == {"sessions": 1}
+    assert at(found, "foreign_keys").facts == {"broken": 1}
+    assert found.exit_status == 2
+    with Database.open(path, clock=clock) as database, database.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="gone", name="G", workspace_path="/srv"))
+    assert look(path, clock).severity is Severity.OK
+
+
+def test_devices_that_wait(database: Database, clock: FakeClock) -> None:
+    """A device that waits for over a week is told; approving it settles that."""
+    add_device(database, "desk", role=Role.ADMIN, approved=True)
+    add_device(database, "lamp")
+    clock.advance(days=6)
+    assert at(database.doctor(), "pending_devices").facts == {"pending": 1, "overdue": 0}
+    clock.advance(days=1)
+    assert only(database.doctor(), "pending_devices", Severity.WARNING).facts == {"pending": 1, "overdue": 1}
+    with database.unit_of_work() as unit:
+        unit.devices.approve("lamp")
+    assert database.doctor().severity is Severity.OK
+
+
+def test_nobody_who_can_approve(database: Database) -> None:
+    """Devices without an approved admin are told; before the first device there is nothing to tell."""
+    assert database.doctor().severity is Severity.OK
+    add_device(database, "desk", role=Role.ADMIN)
+    assert only(database.doctor(), "admins", Severity.WARNING).facts == {"admins": 0, "devices": 1}
+    with database.unit_of_work() as unit:
+        unit.devices.approve("desk")
+    assert database.doctor().severity is Severity.OK
+
+
+def test_two_rows_where_one_belongs(path: Path, clock: FakeClock) -> None:
+    """The table of the store itself holds one row, or nobody knows which epoch it is."""
+    change(path, "DELETE FROM store")
+    assert only(look(path, clock), "store_record", Severity.CRITICAL).facts == {"rows": 0}
+
+
+# What it never does
+
+
+def test_no_finding_shows_what_is_secret(database: Database, clock: FakeClock) -> None:
+    """With every check of rows upset, no id, hash, nonce, key or result is in what is printed."""
+    secrets = ("geheim-id", "geheim-nonce", "geheim-key", "geheim-result", "geheim-session", "sha256$of-geheim-id")
+    add_device(database, secrets[0])
+    database.rotate_secret(secrets[0], overlap=timedelta(minutes=1))
+    with database.unit_of_work() as unit:
+        unit.nonces.consume(secrets[0], secrets[1], expires_at=clock.now + timedelta(minutes=1))
+        unit.idempotency_keys.insert(IdempotencyScope("geheim", "geheim", secrets[2]), secrets[3], ttl=timedelta(1))
+        unit.idempotency_keys.claim(
+            IdempotencyScope("geheim", "geheim", "2"), fingerprint="f", lease=timedelta(seconds=1), ttl=timedelta(1)
+        )
+    clock.advance(days=30)
+    found = database.doctor(fix=True)
+    assert found.exit_status == 1
+    assert "geheim" not in found.model_dump_json()
+
+
+def test_a_look_that_takes_too_long_is_cut_off(path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick look is bounded: what takes longer is listed as not made, and a thorough one makes it."""
+    change(
+        path,
+        "INSERT INTO agents (id, name, workspace_path, created_at)"
+        " WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5000)"
+        " SELECT 'a' || i, 'A', '/', 1 FROM n",
+    )
+    asked = 0
+
+    def start(watch: Stopwatch) -> None:
+        nonlocal asked
+        asked, watch.ran_out = 0, False
+
+    def ask(watch: Stopwatch) -> bool:
+        # Every 10,000 instructions: what stands for a second here.
+        nonlocal asked
+        asked += 1
+        watch.ran_out = watch._limit is not None and asked > 1
+        return watch.ran_out
+
+    monkeypatch.setattr(Stopwatch, "start", start)
+    monkeypatch.setattr(Stopwatch, "__call__", ask)
+    found = look(path, clock)
+    assert "--thorough" in found.not_checked["integrity"]
+    assert found.finding("integrity") is None
+    assert found.severity is Severity.OK
+    assert look(path, clock, thorough=True).not_checked == {}
+
+
+def test_every_check_and_severity_has_its_exit_status() -> None:
+    """0, 1 and 2, as scripts expect them."""
+    assert [severity.exit_status for severity in Severity] == [0, 1, 2]
+    assert len(set(CHECKS)) == len(CHECKS)
