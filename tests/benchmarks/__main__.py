@@ -18,10 +18,14 @@ from rich.console import Console
 from tests.benchmarks.contestants import CONTESTANTS, BenchmarkError, choose
 from tests.benchmarks.measuring import Plan
 from tests.benchmarks.operations import NAMES, measure_operations
+from tests.benchmarks.postgresql import measure_postgresql
 from tests.benchmarks.report import operation_tables
 from tests.benchmarks.workshop import Workshop
 
-SECTIONS: dict[str, Callable[[Workshop], dict[str, Any]]] = {"operations": measure_operations}
+SECTIONS: dict[str, Callable[[Workshop], dict[str, Any]]] = {
+    "operations": measure_operations,
+    "postgresql": measure_postgresql,
+}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -62,8 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for section, measure in SECTIONS.items():
             if not only or section in only or (section == "operations" and only.intersection(NAMES)):
                 results[section] = measure(workshop)
-    for table in operation_tables(results["operations"]) if "operations" in results else ():
-        console.print(table)
+    for section in ("operations", "postgresql"):
+        for table in operation_tables(results[section]) if section in results else ():
+            console.print(table)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "benchmarks.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

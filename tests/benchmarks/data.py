@@ -13,7 +13,19 @@ from typing import Any
 from homeagent import Database
 from homeagent.engine.driver import choose_driver
 
-__all__ = ["METHOD", "RESULT", "TRACE", "Rows", "count_rows", "make_database", "now_ms", "read_trace"]
+__all__ = [
+    "DAY",
+    "METADATA",
+    "METHOD",
+    "RESULT",
+    "TABLES",
+    "TRACE",
+    "Rows",
+    "count_rows",
+    "make_database",
+    "now_ms",
+    "read_trace",
+]
 
 TRACE = Path(__file__).resolve().parents[1] / "fixtures" / "gateway.jsonl.gz"
 

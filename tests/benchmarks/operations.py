@@ -9,7 +9,7 @@ from tests.benchmarks.trace import measure_trace
 from tests.benchmarks.works import INDEXED, works
 from tests.benchmarks.workshop import DURABILITIES, Workshop
 
-__all__ = ["NAMES", "measure_operations"]
+__all__ = ["NAMES", "indexed", "measure_operations"]
 
 TRACE = "trace"
 QUICK_INDEXED = 500
@@ -19,9 +19,14 @@ NAMES = (*works(), TRACE)
 """What `--only` may name of this section."""
 
 
+def indexed(workshop: Workshop) -> int:
+    """Return how many sessions are indexed at once."""
+    return QUICK_INDEXED if workshop.quick else INDEXED
+
+
 def measure_operations(workshop: Workshop) -> dict[str, Any]:
     """Return what was measured by durability, piece of work and contender; and the titles of the works."""
-    every = works(QUICK_INDEXED if workshop.quick else INDEXED)
+    every = works(indexed(workshop))
     chosen = [name for name in NAMES if not workshop.only.intersection(NAMES) or name in workshop.only]
     _, rows = workshop.template(workshop.rows)
     events = QUICK_EVENTS if workshop.quick else None
