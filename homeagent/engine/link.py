@@ -206,7 +206,7 @@ class Link:
         except self._driver_errors as error:
             fault = self._translate(error)
         else:
-            return compiled.load(rows[0]) if rows else None
+            return compiled.load(rows)[0] if rows else None
         raise fault
 
     def all(self, statement: Statement[R], parameters: Parameters) -> list[R]:
@@ -220,7 +220,7 @@ class Link:
         except self._driver_errors as error:
             fault = self._translate(error)
         else:
-            return list(map(compiled.load, rows))
+            return compiled.load(rows)
         raise fault
 
     def write(self, statement: Statement[Any], parameters: Parameters) -> int:

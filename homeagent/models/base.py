@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import ErrorType
-from sqlalchemy import MetaData
+from sqlalchemy import MetaData, inspect
 from sqlalchemy.orm import registry
 from sqlalchemy.orm.attributes import set_attribute
+from sqlalchemy.orm.state import InstanceState
 from sqlmodel import SQLModel
 
 # All are private to SQLModel and have no public counterpart: the type of its configuration, what tells that SQLModel
 # itself is building an instance and will validate it by other means, and what `table=True` means.
 from sqlmodel._compat import SQLModelConfig, finish_init, is_table_model_class
 
-__all__ = ["Model", "Shape", "Table", "metadata"]
+__all__ = ["Model", "Shape", "Table", "loaded_fields", "metadata"]
 
 metadata = MetaData(
     # Every constraint has a name, or Alembic can't find it again to change it.
@@ -127,6 +129,8 @@ class Table(Model):
         if name not in type(self).model_fields or not finish_init.get():
             super().__setattr__(name, value)
             return
+        # Where it is made on demand, that is now: below, the value changes and with it what tells a loaded instance.
+        getattr(self, "_sa_instance_state", None)
         before = self.__dict__.copy()
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -151,8 +155,46 @@ class Table(Model):
             values = copy.deepcopy(values)
         return type(self)(**{**values, **(update or {})})
 
+    def __getstate__(self) -> dict[Any, Any]:
+        # What is made on demand can't be made any more after a copy of `__dict__` in another process.
+        getattr(self, "_sa_instance_state", None)
+        return super().__getstate__()
+
     def __copy__(self) -> Self:
         return self.model_copy()
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         return self.model_copy(deep=True)
+
+
+class _StateOnDemand:
+    """SQLAlchemy's state of an instance that a store loaded, made when the ORM first asks for it.
+
+    Making one takes longer than everything else about a loaded instance, and few ever meet the ORM. An instance that
+    was constructed has a state of its own, in its `__dict__`, which comes before this.
+    """
+
+    def __get__(self, instance: Table | None, owner: type[Table]) -> InstanceState[Any]:
+        if instance is None or instance.__pydantic_fields_set__ is not loaded_fields(owner):
+            raise AttributeError("_sa_instance_state")
+        mapper = inspect(owner)
+        state: InstanceState[Any] = InstanceState(instance, mapper.class_manager)
+        values = instance.__dict__
+        names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
+        state.key = mapper.identity_key_from_primary_key(tuple(values[name] for name in names))
+        # Of two threads that ask at once, both get the first one's.
+        made: InstanceState[Any] = values.setdefault("_sa_instance_state", state)
+        return made
+
+
+# In the body of the class, Pydantic would take the name for a private attribute.
+Table._sa_instance_state = _StateOnDemand()  # type: ignore[attr-defined]  # SQLAlchemy's name, which it declares nowhere
+
+
+@cache
+def loaded_fields(model: type[Table]) -> set[str]:
+    """Return the one set of field names that all instances of `model` share which a store loaded; never to be changed.
+
+    That it is this very set is what tells them from instances that were constructed, and saves a copy for each.
+    """
+    return set(model.model_fields)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 import uuid
+from json.encoder import encode_basestring
 
 from sqlalchemy import Column, ForeignKey, Index
 from sqlmodel import Field
@@ -34,8 +34,9 @@ def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> s
     A unique index takes two NULLs for different, so that the three columns can't be unique by themselves. JSON
     keeps the three apart whatever characters they hold.
     """
-    route = json.dumps([agent_id, sender_id, channel_id], ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(route.encode()).hexdigest()
+    sender = "null" if sender_id is None else encode_basestring(sender_id)
+    channel = "null" if channel_id is None else encode_basestring(channel_id)
+    return hashlib.sha256(f"[{encode_basestring(agent_id)},{sender},{channel}]".encode()).hexdigest()
 
 
 class AgentSession(Table, table=True):
