@@ -431,7 +431,14 @@ class Database:
             batch_size: how many rows one unit removes at most.
             time_budget: when to end early; None to go on until all is done.
         """
-        return sweep(self.unit_of_work, batch_size=batch_size, time_budget=time_budget)
+        return self._sweep(batch_size=batch_size, time_budget=time_budget)
+
+    def _sweep(
+        self, *, batch_size: int, time_budget: timedelta | None, stop: threading.Event | None = None
+    ) -> SweepReport:
+        report = sweep(self.unit_of_work, batch_size=batch_size, time_budget=time_budget, stop=stop)
+        self._engine.counters.cleaned(report.nonces + report.idempotency_keys)
+        return report
 
     def sweeper(self, every: timedelta = timedelta(minutes=5), *, backups: BackupSchedule | None = None) -> Sweeper:
         """Return a thread that sweeps periodically: `start()` and `stop()` it, or use it as a context manager.
@@ -452,7 +459,7 @@ class Database:
             require_file(self._engine)
 
         def run(stop: threading.Event) -> SweepReport:
-            report = sweep(self.unit_of_work, batch_size=100, time_budget=None, stop=stop)
+            report = self._sweep(batch_size=100, time_budget=None, stop=stop)
             if backups is not None:
                 self._back_up_if_due(backups, stop)
             return report

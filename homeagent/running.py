@@ -58,6 +58,7 @@ class Runner:
             if time.monotonic() + pause >= deadline:
                 # What a later try met says nothing of an earlier one, whose commit may have taken place.
                 raise unknown or error
+            self._settings.engine.counters.retries += 1
             time.sleep(pause)
             bound = min(bound * 2, _LONGEST_PAUSE)
 

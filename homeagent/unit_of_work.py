@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from homeagent.engine.engine import Engine
     from homeagent.engine.link import Link
 
-__all__ = ["UnitOfWork", "UnitSettings"]
+__all__ = ["UnitOfWork", "UnitSettings", "call_back"]
 
 R = TypeVar("R")
 
@@ -53,6 +53,16 @@ class UnitSettings:
         self.timeout = timeout
         self.memory: dict[str, Any] = {}
         self.writing: set[int] = set()
+
+
+def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
+    """Call what a unit left to be called after its commit."""
+    for callback in callbacks:
+        try:
+            callback()
+        except Exception:
+            # The commit stands and must not be hidden, so a callback's failure can only be told.
+            logger.exception("an after_commit callback failed; the commit stands")
 
 
 class UnitOfWork:
@@ -98,11 +108,27 @@ class UnitOfWork:
     # Its life
 
     def __enter__(self) -> Self:
+        self._begin(self._settings.timeout)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._link is None:
+            return
+        if kind is None and self._state == "open":
+            self._commit()
+            if self._after_commit is not None:
+                call_back(self._after_commit)
+        else:
+            self._roll_back(error)
+
+    def _begin(self, timeout: float) -> None:
         if self._state != "new":
             raise UnitStateError("this unit of work was used before: open another one with unit_of_work()")
         settings = self._settings
         if not self.read_only:
-            self._owner = threading.get_ident()
+            self._owner = get_ident()
             if self._owner in settings.writing:
                 raise UnitStateError(
                     "this thread has a write unit open already: pass that one on, or end it first; "
@@ -110,47 +136,46 @@ class UnitOfWork:
                 )
             settings.writing.add(self._owner)
         try:
-            self._link = settings.engine.begin(read_only=self.read_only, timeout=settings.timeout)
-        except BaseException:
+            self._link = settings.engine.begin(read_only=self.read_only, timeout=timeout)
+        except BaseException as error:
+            settings.engine.counters.faulted(error)
             settings.writing.discard(self._owner)
             raise
         self._state = "open"
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        link = self._link
-        if self._state == "ended" or link is None:
-            return
-        if kind is None and self._state == "open":
-            self._commit()
-        else:
-            self._roll_back(link)
 
     def _commit(self) -> None:
         link = self._require_link()
+        counters = self._settings.engine.counters
         sound = False
         try:
             if self._session is not None:
                 self._session.flush()
             link.commit()
             sound = True
-        except BaseException:
+        except BaseException as error:
+            counters.faulted(error)
+            counters.rollbacks += 1
             sound = self._undo(link)
             raise
         finally:
             self._end(link, sound=sound)
-        callbacks, self._after_commit = self._after_commit, None
-        for callback in callbacks or ():
-            try:
-                callback()
-            except Exception:
-                # The commit stands and must not be hidden, so a callback's failure can only be told.
-                logger.exception("an after_commit callback failed; the commit stands")
+        if self.read_only:
+            counters.reads += 1
+        else:
+            counters.commits += 1
 
-    def _roll_back(self, link: Link) -> None:
+    def _roll_back(self, error: BaseException | None) -> None:
         # Once more where `rollback` came before: that is harmless, and the link is given back either way.
+        link = self._link
+        if link is None:
+            return
+        counters = self._settings.engine.counters
+        if error is not None:
+            counters.faulted(error)
+        if self.read_only:
+            counters.reads += 1
+        else:
+            counters.rollbacks += 1
         sound = False
         try:
             sound = self._undo(link)

@@ -110,6 +110,11 @@ class Counters:
         self.groups += 1
         self._group_sizes.append(size)
 
+    def cleaned(self, rows: int) -> None:
+        """Count a sweep that ended, and the rows that it removed."""
+        self.sweeps += 1
+        self.swept += rows
+
     def faulted(self, error: BaseException) -> None:
         """Remember an error where it is a fault of the engine; what an application is refused is none."""
         if isinstance(error, DatabaseError):

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from homeagent.engine.counters import Counters
 from homeagent.engine.lanes import Lanes
 from homeagent.engine.link import Link
 from homeagent.errors import DatabaseBusyError, DatabaseClosedError, DatabaseMovedError
@@ -33,9 +34,14 @@ class Engine(ABC):
         readers: how many units may read at once.
         begin_write, begin_read: the SQL that begins a unit.
         watch: tells whether the database's file is still the one that was opened; None for a server.
+
+    Attributes:
+        counters: what was done so far.
     """
 
     link_type: type[Link] = Link
+    shares_commits = False
+    """Whether units that wait for one another are worth a common commit."""
 
     def __init__(
         self,
@@ -56,8 +62,14 @@ class Engine(ABC):
         self._links: weakref.WeakSet[Link] = weakref.WeakSet()
         self._begin = {False: tuple(begin_write), True: tuple(begin_read)}
         self._compiled: dict[bool, dict[Statement[Any], Compiled[Any]]] = {False: {}, True: {}}
-        self.writers: Lanes[Link] = Lanes(writers, lambda: self._link(read_only=False), name="write lane")
-        self.readers: Lanes[Link] = Lanes(readers, lambda: self._link(read_only=True), name="set of read lanes")
+        self.counters = Counters()
+        waited = self.counters.waited
+        self.writers: Lanes[Link] = Lanes(
+            writers, lambda: self._link(read_only=False), name="write lane", waited=waited
+        )
+        self.readers: Lanes[Link] = Lanes(
+            readers, lambda: self._link(read_only=True), name="set of read lanes", waited=waited
+        )
         self._closed = False
         self._forked = False
         _engines.add(self)

@@ -41,12 +41,16 @@ class Lanes(Generic[T]):
         size: how many there may be at once; 1 makes a lock.
         make: makes one. What it raises reaches the caller, and the place is free again.
         name: what the message of a timeout calls it, such as "write lane".
+        waited: is told how long somebody waited, in seconds, whether or not there was a resource at the end of it.
     """
 
-    def __init__(self, size: int, make: Callable[[], T], *, name: str) -> None:
+    def __init__(
+        self, size: int, make: Callable[[], T], *, name: str, waited: Callable[[float], object] | None = None
+    ) -> None:
         self._size = size
         self._make = make
         self._name = name
+        self._waited = waited
         self._mutex = threading.Lock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()
@@ -82,23 +86,24 @@ class Lanes(Generic[T]):
 
     def _wait(self, waiter: _Waiter[T], timeout: float) -> T:
         self.waits += 1
+        since = time.monotonic()
         try:
             given = waiter.given.acquire(timeout=max(timeout, 0))
         except BaseException:
             self._withdraw(waiter)
             raise
+        finally:
+            if self._waited is not None:
+                self._waited(time.monotonic() - since)
         if not given:
             # It may have been given between the timeout and here: then it is ours.
             with self._mutex:
                 given = waiter not in self._waiters
                 if not given:
                     self._waiters.remove(waiter)
-                    holders = self._holders()
+                    busy = self._busy(timeout)
             if not given:
-                raise DatabaseBusyError(
-                    f"the {self._name} was not given up within {timeout:.3f} s: {holders}. "
-                    "End that unit sooner, or raise busy_timeout"
-                )
+                raise busy
         if waiter.room:
             return self._fill()
         if waiter.resource is None:
@@ -181,6 +186,17 @@ class Lanes(Generic[T]):
                 waiter.given.release()
         for resource in free:
             resource.close()
+
+    def busy(self, timeout: float) -> DatabaseBusyError:
+        """Return the error for who waited so many seconds in vain: it says who holds them and since when."""
+        with self._mutex:
+            return self._busy(timeout)
+
+    def _busy(self, timeout: float) -> DatabaseBusyError:
+        return DatabaseBusyError(
+            f"the {self._name} was not given up within {timeout:.3f} s: {self._holders()}. "
+            "End that unit sooner, or raise busy_timeout"
+        )
 
     def _holders(self) -> str:
         names = {thread.ident: thread.name for thread in threading.enumerate()}

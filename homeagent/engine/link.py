@@ -86,9 +86,6 @@ class Link:
         try:
             for statement in self._begin:
                 self._execute(statement)
-            if self.read_only:
-                # A pending row would keep the snapshot open past the end of the unit.
-                self._cursor.fetchall()
         except self._driver_errors as error:
             fault = self._translate(error)
         else:

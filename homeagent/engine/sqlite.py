@@ -64,6 +64,9 @@ class SQLiteEngine(Engine):
         temporary: whether the file's directory is removed when the engine is closed.
     """
 
+    # There is one writer, and a sync costs many times what a small unit does.
+    shares_commits = True
+
     def __init__(self, path: Path, *, busy_timeout: timedelta, durability: Durability, temporary: bool = False) -> None:
         self.path = path
         self.durability = durability
@@ -91,8 +94,8 @@ class SQLiteEngine(Engine):
             # A deferred BEGIN that turns into a write fails at once when another process wrote in between, and
             # busy_timeout does not apply to it: https://sqlite.org/lang_transaction.html
             begin_write=("BEGIN IMMEDIATE",),
-            # The snapshot is taken by the first read, not by BEGIN.
-            begin_read=("BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1"),
+            # The snapshot is taken by the first read, not by BEGIN. This one yields no row that must be fetched.
+            begin_read=("BEGIN", "SELECT 1 FROM sqlite_master WHERE 0"),
             watch=self.watch,
         )
 

@@ -153,9 +153,7 @@ def _loader(expression: Any, dialect: Dialect) -> Callable[[Sequence[Row]], list
         return lambda rows: [convert(row[0]) for row in rows]
     if any(processors):
         return lambda rows: [
-            tuple(
-                value if convert is None else convert(value) for convert, value in zip(processors, row, strict=True)
-            )
+            tuple(value if convert is None else convert(value) for convert, value in zip(processors, row, strict=True))
             for row in rows
         ]
     return lambda rows: [tuple(row) for row in rows]

@@ -188,7 +188,7 @@ class _StateOnDemand:
 
 
 # In the body of the class, Pydantic would take the name for a private attribute.
-Table._sa_instance_state = _StateOnDemand()  # type: ignore[attr-defined]  # SQLAlchemy's name, which it declares nowhere
+Table._sa_instance_state = _StateOnDemand()
 
 
 @cache

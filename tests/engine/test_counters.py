@@ -1,0 +1,110 @@
+"""Counters: what a database did is counted, waits and groups within bounds, and no value is remembered."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from datetime import timedelta
+
+import pytest
+
+from homeagent import Database
+from homeagent.engine.counters import Counters
+from homeagent.engine.faults import TransientError
+from homeagent.errors import ConflictError, DatabaseBusyError, DiskFullError
+from tests.conftest import START, FakeClock, add_agent
+
+
+def test_units_are_counted_by_how_they_ended(database: Database, clock: FakeClock) -> None:
+    """Reads, commits, rollbacks, retries and sweeps each have their number."""
+    counters = database._engine.counters
+    before = counters.snapshot()
+    add_agent(database)
+    with database.unit_of_work(read_only=True):
+        pass
+    with suppress(LookupError), database.unit_of_work():
+        raise LookupError
+    with database.unit_of_work() as unit:
+        unit.rollback()
+    faults = iter([TransientError("again")])
+
+    def work(unit: object) -> None:
+        if fault := next(faults, None):
+            raise fault
+
+    database.run(work)
+    with database.unit_of_work() as unit:
+        unit.nonces.consume("lamp", "n", expires_at=START + timedelta(minutes=1))
+    clock.advance(hours=2)
+    assert database.sweep().nonces == 1
+    after = counters.snapshot()
+    assert after.reads - before.reads == 1
+    assert after.commits - before.commits == 5  # a sweep has two batches here
+    assert after.rollbacks - before.rollbacks == 3
+    assert after.units - before.units == 9
+    assert (after.retries, after.sweeps, after.swept) == (1, 1, 1)
+
+
+def test_a_wait_for_the_lane_is_measured(sqlite_database: Database) -> None:
+    """Who had to wait is counted, and how long it was."""
+    lanes = sqlite_database._engine.writers
+    before = sqlite_database._engine.counters.snapshot().lane_waits
+    with sqlite_database.unit_of_work():
+        waiter = threading.Thread(target=add_agent, args=(sqlite_database,))
+        waiter.start()
+        while not lanes._waiters:
+            threading.Event().wait(0.001)
+    waiter.join()
+    snapshot = sqlite_database._engine.counters.snapshot()
+    assert snapshot.lane_waits - before == 1
+    assert snapshot.lane_wait_p99 is not None
+    assert snapshot.lane_wait_p99 > 0
+
+
+def test_the_last_error_is_a_fault_of_the_engine(sqlite_database: Database) -> None:
+    """A busy database is remembered with its time; what an application is refused is not."""
+    counters = sqlite_database._engine.counters
+    with suppress(ConflictError), sqlite_database.unit_of_work():
+        raise ConflictError("a duplicate")
+    assert counters.snapshot().last_error is None
+    with pytest.raises(DiskFullError), sqlite_database.unit_of_work():
+        raise DiskFullError("no room")
+    last = counters.snapshot().last_error
+    assert last is not None
+    assert (last.kind, last.message) == ("DiskFullError", "no room")
+    assert last.at.tzinfo is not None
+
+
+def test_a_lane_that_was_not_given_up_is_an_error_that_is_remembered(sqlite_path: object, clock: FakeClock) -> None:
+    """A caller that gave up waiting is told of in the counters too."""
+    entered, done = threading.Event(), threading.Event()
+    with Database.open(str(sqlite_path), clock=clock, busy_timeout=timedelta(milliseconds=20)) as database:
+
+        def hold() -> None:
+            with database.unit_of_work():
+                entered.set()
+                done.wait(30)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert entered.wait(30)
+        with pytest.raises(DatabaseBusyError):
+            add_agent(database)
+        done.set()
+        holder.join()
+        last = database._engine.counters.snapshot().last_error
+        assert last is not None
+        assert last.kind == "DatabaseBusyError"
+
+
+def test_percentiles_are_of_the_last_ones() -> None:
+    """Memory is bounded: what is long past no longer counts, and nothing is no percentile."""
+    counters = Counters()
+    assert counters.snapshot().lane_wait_p50 is None
+    for size in [1000] * 2000 + list(range(1, 1025)):
+        counters.grouped(size)
+        counters.waited(float(size))
+    snapshot = counters.snapshot()
+    assert (snapshot.groups, snapshot.lane_waits) == (3024, 3024)
+    assert (snapshot.group_size_p50, snapshot.group_size_p99) == (512, 1014)
+    assert (snapshot.lane_wait_p50, snapshot.lane_wait_p99) == (512.0, 1014.0)

@@ -1,0 +1,81 @@
+"""Instances that a store loaded: what the ORM asks of them is made when it asks."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+from sqlalchemy import inspect
+from sqlalchemy.exc import NoInspectionAvailable
+
+from homeagent import Agent, Database
+from homeagent.models.base import loaded_fields
+from tests.conftest import START, add_agent
+
+
+@pytest.fixture
+def agent(sqlite_database: Database) -> Agent:
+    """An agent that a store loaded."""
+    add_agent(sqlite_database)
+    with sqlite_database.unit_of_work(read_only=True) as unit:
+        return unit.agents.get("ada")
+
+
+def test_a_loaded_instance_is_detached_and_unchanged(agent: Agent) -> None:
+    """SQLAlchemy sees an identity and no change, the same each time it looks."""
+    assert "_sa_instance_state" not in agent.__dict__
+    state = inspect(agent)
+    assert state.detached
+    assert state.identity == ("ada",)
+    assert not state.modified
+    assert inspect(agent) is state
+    assert agent.model_fields_set == set(Agent.model_fields)
+
+
+def test_it_can_be_added_changed_and_saved(sqlite_database: Database, agent: Agent) -> None:
+    """An instance that was loaded in one unit is attached to the session of another, and its change is saved."""
+    with sqlite_database.unit_of_work() as unit:
+        unit.session.add(agent)
+        agent.name = "Another"
+    with sqlite_database.unit_of_work(read_only=True) as unit:
+        assert unit.agents.get("ada").name == "Another"
+
+
+def test_its_identity_is_what_was_loaded(agent: Agent) -> None:
+    """A changed key is a pending change of the row that was loaded, and no other row."""
+    agent.id = "bob"
+    assert inspect(agent).identity == ("ada",)
+    assert inspect(agent).modified
+
+
+def test_a_change_of_one_leaves_the_others(sqlite_database: Database, agent: Agent) -> None:
+    """What instances share is never changed by an assignment to one of them."""
+    agent.name = "Another"
+    with pytest.raises(ValueError, match="name"):
+        agent.name = ""
+    assert agent.name == "Another"
+    assert loaded_fields(Agent) == set(Agent.model_fields)
+    with sqlite_database.unit_of_work(read_only=True) as unit:
+        assert unit.agents.get("ada").model_fields_set == set(Agent.model_fields)
+
+
+def test_it_survives_pickling_and_copying(sqlite_database: Database, agent: Agent) -> None:
+    """An unpickled instance can be merged as the original could; a copy is a new one."""
+    twin = pickle.loads(pickle.dumps(agent))  # noqa: S301  our own bytes
+    assert twin == agent
+    assert inspect(twin).identity == ("ada",)
+    twin.name = "Twin"
+    with sqlite_database.unit_of_work() as unit:
+        unit.session.merge(twin)
+    with sqlite_database.unit_of_work(read_only=True) as unit:
+        assert unit.agents.get("ada").name == "Twin"
+    assert inspect(copy.copy(agent)).transient
+
+
+def test_what_was_not_loaded_is_not_taken_for_it() -> None:
+    """A constructed instance is new, and one that skipped all validation has no state at all, as ever."""
+    constructed = Agent(id="eve", name="Eve", workspace_path="/srv", created_at=START)
+    assert inspect(constructed).transient
+    with pytest.raises(NoInspectionAvailable):
+        inspect(Agent.model_construct(id="eve", name="Eve", workspace_path="/srv", created_at=START))
