@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, text
 
+from homeagent.clock import system_clock
 from homeagent.engine.postgresql import PostgreSQLEngine
 from homeagent.engine.target import presentable_url
 from homeagent.errors import HomeAgentError
@@ -30,6 +31,7 @@ CLOCK_CRITICAL = timedelta(minutes=5)
 LONG_WAIT = timedelta(seconds=10)
 LONG_IDLE = timedelta(minutes=5)
 LAG = timedelta(minutes=1)
+DEAD_ROWS = 100_000
 _CONNECT_SECONDS = "5"
 
 _CHECKS = (
@@ -206,12 +208,14 @@ def _check_privileges(chart: Chart, connection: Connection) -> None:
     )
 
 
+_CONNECTIONS = (
+    "SELECT (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),"
+    " current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int"
+)
+
+
 def _check_connections(chart: Chart, connection: Connection) -> None:
-    used, limit = _row(
-        connection,
-        "SELECT (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),"
-        " current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int",
-    )
+    used, limit = _row(connection, _CONNECTIONS)
     summary = f"{used:,} of {limit:,} connections are in use."
     if used < 0.8 * limit:
         chart.ok("connections", summary, used=used, limit=limit)
@@ -313,7 +317,7 @@ def _check_dead_rows(chart: Chart, connection: Connection) -> None:
     )
     (vacuum,) = _row(connection, "SELECT current_setting('autovacuum')")
     facts: dict[str, Any] = {"dead": dead, "live": live, "autovacuum": vacuum}
-    if vacuum == "on" and dead <= max(100_000, live):
+    if vacuum == "on" and (dead <= DEAD_ROWS or dead <= live):
         chart.ok("dead_rows", f"{dead:,} dead rows beside {live:,} live ones.", **facts)
         return
     chart.warn(
@@ -327,8 +331,6 @@ def _check_dead_rows(chart: Chart, connection: Connection) -> None:
 
 
 def _check_server_clock(chart: Chart, connection: Connection) -> None:
-    from homeagent.clock import system_clock
-
     before = system_clock()
     (server,) = _row(connection, "SELECT clock_timestamp()")
     after = system_clock()

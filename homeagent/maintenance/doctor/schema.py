@@ -287,7 +287,7 @@ def _modelled(connection: Connection, table: Table) -> _Structure:
     dialect = connection.dialect
     structure = _Structure()
     for column in table.columns:
-        kind, _, collation = str(column.type.dialect_impl(dialect).compile(dialect)).partition(" COLLATE ")
+        kind, _, collation = column.type.compile(dialect).partition(" COLLATE ")
         default: Any = column.server_default
         structure.columns[column.name] = _column(
             kind.lower(),
