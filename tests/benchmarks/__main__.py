@@ -15,15 +15,23 @@ from typing import Any
 
 from rich.console import Console
 
+from tests.benchmarks.callers import measure_callers
 from tests.benchmarks.contestants import CONTESTANTS, BenchmarkError, choose
 from tests.benchmarks.measuring import Plan
 from tests.benchmarks.operations import NAMES, measure_operations
 from tests.benchmarks.postgresql import measure_postgresql
 from tests.benchmarks.report import operation_tables
+from tests.benchmarks.scale import measure_scale
+from tests.benchmarks.startup import measure_startup
+from tests.benchmarks.sweeping import measure_sweeping
 from tests.benchmarks.workshop import Workshop
 
 SECTIONS: dict[str, Callable[[Workshop], dict[str, Any]]] = {
     "operations": measure_operations,
+    "callers": measure_callers,
+    "sweeping": measure_sweeping,
+    "scale": measure_scale,
+    "startup": measure_startup,
     "postgresql": measure_postgresql,
 }
 
@@ -41,6 +49,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, help="how often each contender is started anew (3)")
     parser.add_argument("--rows", type=int, help="in each large table (10,000)")
+    parser.add_argument(
+        "--ten-million", action="store_true", help="scale up to 10 million rows: 20 GB, 10 minutes more"
+    )
     parser.add_argument("--output", type=Path, help="a directory for benchmarks.json")
     return parser.parse_args(arguments)
 
@@ -60,9 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         plan = Plan(rounds=options.rounds or 3)
     rows = options.rows or (400 if options.quick else 10_000)
+    sizes = (200, 400) if options.quick else (10_000, 1_000_000, *((10_000_000,) if options.ten_million else ()))
     results: dict[str, Any] = {"skipped": skipped}
     with tempfile.TemporaryDirectory(prefix="homeagent-benchmarks-") as directory, console.status("") as status:
-        workshop = Workshop(Path(directory), plan, contestants, rows, only, options.quick, status.update)
+        workshop = Workshop(Path(directory), plan, contestants, rows, sizes, only, options.quick, status.update)
         for section, measure in SECTIONS.items():
             if not only or section in only or (section == "operations" and only.intersection(NAMES)):
                 results[section] = measure(workshop)

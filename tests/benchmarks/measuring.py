@@ -15,7 +15,7 @@ from tests.benchmarks.contestants import BenchmarkError, Contestant, Process
 from tests.benchmarks.data import Rows, count_rows
 from tests.benchmarks.works import SLICES, Work
 
-__all__ = ["Measured", "Plan", "Say", "copy_database", "measure_works"]
+__all__ = ["Measured", "Plan", "Runner", "Say", "copy_database", "measure_works"]
 
 Say = Callable[[str], object]
 
@@ -109,7 +109,7 @@ def measure_works(
             runners = []
             for each in contestants:
                 process = stack.enter_context(Process(each, target_of(each), durability))
-                runners.append(_Runner(process, rows, count))
+                runners.append(Runner(process, rows, count))
             for work in works:
                 say(f"{durability}, round {number + 1} of {plan.rounds}: {work.title}")
                 for runner in runners:
@@ -123,7 +123,7 @@ def measure_works(
 
 
 def _take_turns(
-    runners: Sequence[_Runner], work: Work, repeat: int, number: int, row: dict[str, Measured], *, peers: bool
+    runners: Sequence[Runner], work: Work, repeat: int, number: int, row: dict[str, Measured], *, peers: bool
 ) -> None:
     taken = [runner for runner in runners if peers or not runner.process.contestant.peer]
     # Nobody is always the one who comes after the same neighbour.
@@ -138,7 +138,7 @@ def _take_turns(
         row[name].ratios.append(seconds / baseline)
 
 
-class _Runner:
+class Runner:
     """A contender's process and how many calls make a sample of it."""
 
     def __init__(self, process: Process, rows: Rows, count: Callable[[str], dict[str, int]]) -> None:

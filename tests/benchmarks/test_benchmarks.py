@@ -33,7 +33,7 @@ def measure(directory: Path, work: str, contender: type) -> None:
     """Measure a contender of `wrong` at one piece of work."""
     contestants, _ = choose([f"tests.benchmarks.wrong:{contender.__name__}"])
     plan = Plan(rounds=1, repeats=1, seconds=0.002)
-    workshop = Workshop(directory, plan, contestants, 400, frozenset([work]), True, lambda text: None)
+    workshop = Workshop(directory, plan, contestants, 400, (), frozenset([work]), True, lambda text: None)
     measure_operations(workshop)
 
 

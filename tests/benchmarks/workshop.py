@@ -25,6 +25,7 @@ class Workshop:
         plan: how many samples are taken, and how long they are.
         contestants: who takes part, the baseline first.
         rows: how many rows each large table holds, where a section doesn't say otherwise.
+        sizes: the numbers of rows that the section on scale compares.
         only: names of sections and of pieces of work; empty for all.
         quick: whether a figure is only to be seen, and not to be believed.
         say: is told what is being done.
@@ -34,6 +35,7 @@ class Workshop:
     plan: Plan
     contestants: Sequence[Contestant]
     rows: int
+    sizes: Sequence[int]
     only: frozenset[str]
     quick: bool
     say: Callable[[str], object]
@@ -50,4 +52,8 @@ class Workshop:
 
     def fresh(self, rows: int) -> Path:
         """Return a copy of such a database that nobody else uses."""
-        return copy_database(self.template(rows)[0], self.directory / f"copy-{next(self._numbers)}")
+        return copy_database(self.template(rows)[0], self.room())
+
+    def room(self) -> Path:
+        """Return the path of a directory that is still to be made."""
+        return self.directory / f"copy-{next(self._numbers)}"

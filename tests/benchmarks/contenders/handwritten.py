@@ -66,7 +66,7 @@ CLAIM = (
     " WHERE idempotency_keys.expires_at <= ? AND idempotency_keys.state != 'in_progress'"
 )
 COMPLETE = (
-    "UPDATE idempotency_keys SET result = ?, expires_at = ?, state = 'completed', owner = NULL,"
+    "UPDATE idempotency_keys SET result = ?, expires_at = ?, state = 'completed', owner = ?,"
     " lease_expires_at = NULL, omitted = 0"
     " WHERE device_id = ? AND method = ? AND key = ? AND state = 'in_progress' AND owner = ?"
 )
@@ -185,7 +185,7 @@ class Handwritten(Contender):
         now, owner = self.now(), token_hex(16)
         claimed = (key, method, device_id, now, now + DAY, FINGERPRINT, owner, now + LEASE, token_hex(16), now)
         return self.write(CLAIM, claimed) and self.write(
-            COMPLETE, (result, self.now() + DAY, device_id, method, key, owner)
+            COMPLETE, (result, self.now() + DAY, owner, device_id, method, key, owner)
         )
 
     def write(self, sql: str, parameters: tuple[Any, ...]) -> bool:
