@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import glob
 import logging
+import random
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import text
 
 from homeagent.engine import files
+from homeagent.engine.faults import TransientError
 from homeagent.engine.locks import FileLock
 from homeagent.engine.postgresql import PostgreSQLEngine
 from homeagent.engine.sqlite import SQLiteEngine, corrupt_after_all, sidecar_lock
 from homeagent.errors import (
+    ConnectionLostError,
     CorruptDatabaseError,
     DatabaseBusyError,
     DiskFullError,
@@ -49,6 +53,7 @@ _ADVISORY_LOCK = 0x686F6D656167656E  # "homeagen": one lock for all who upgrade 
 logger = logging.getLogger("homeagent")
 
 _SPEAK_FOR_THEMSELVES = (
+    ConnectionLostError,
     CorruptDatabaseError,
     DatabaseBusyError,
     DiskFullError,
@@ -111,12 +116,36 @@ def revision_of(connection: Connection) -> str | None:
     return str(rows[0][0])
 
 
-def _refuse_unknown(revision: str) -> None:
+def _suits(connection: Connection, revision: str | None) -> bool:
+    """Tell whether this version works with the schema as it is: at its own revision, or at a newer one that allows it.
+
+    A newer version says in `store.oldest_revision` how old the code may be that works beside it.
+
+    Args:
+        connection: on the database, for that row.
+        revision: of the schema, as `revision_of` returned it.
+
+    Returns:
+        False where it is to be made or upgraded.
+
+    Raises:
+        SchemaTooNewError: it is newer, and this version is too old for it.
+    """
+    if revision is None or revision == REVISION:
+        return revision is not None
     from alembic.script import ScriptDirectory
 
     known = {script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()}
-    if revision not in known:
+    if revision in known:
+        return False
+    if "store" not in _tables(connection):
         raise SchemaTooNewError(revision, known=REVISION)
+    oldest = connection.execute(text("SELECT oldest_revision FROM store")).scalar()
+    # This version's own revision is the newest that it knows.
+    if oldest not in known:
+        raise SchemaTooNewError(revision, known=REVISION)
+    logger.info("the schema is at revision %s, which this version, made for %s, may work with", revision, REVISION)
+    return True
 
 
 def _upgrade(connection: Connection, target: str) -> None:
@@ -149,11 +178,9 @@ def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migra
         engine.refuse_foreign()
         files.secure_sidecars(path)
         with engine.translated(), engine.connect() as connection:
-            revision = _look_up_revision(connection)
-        if revision == REVISION and (temporary or not migrate or _is_remembered(path)):
+            revision, suits = _look_up(connection)
+        if suits and (temporary or not migrate or _is_remembered(path)):
             return
-        if revision is not None:
-            _refuse_unknown(revision)
         if not migrate:
             raise SchemaOutdatedError(revision, needed=REVISION)
     elif not migrate:
@@ -163,12 +190,14 @@ def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migra
         _make_or_upgrade(engine, lock, clock=clock, temporary=temporary)
 
 
-def _look_up_revision(connection: Connection) -> str | None:
+def _look_up(connection: Connection) -> tuple[str | None, bool]:
+    """Return the revision of the schema, and whether this version works with it as it is."""
     # A reader's BEGIN: the engine's own would wait for whoever writes, only to look.
     raw: Any = connection.connection.driver_connection
     raw.execute("BEGIN")
     try:
-        return revision_of(connection)
+        revision = revision_of(connection)
+        return revision, _suits(connection, revision)
     finally:
         connection.rollback()
         if raw.in_transaction:
@@ -200,8 +229,8 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
     backup: Path | None = None
     with engine.translated(), engine.connect() as connection:
         raw: Any = connection.connection.driver_connection
-        revision = _look_up_revision(connection)
-        if revision == REVISION:
+        revision, suits = _look_up(connection)
+        if suits:
             if not initialised and not temporary:
                 lock.write_marker("initialised")
             return
@@ -215,12 +244,10 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
             with connection.begin():
                 # BEGIN IMMEDIATE: from here on the revision can't change.
                 revision = revision_of(connection)
-                if revision == REVISION:
+                if _suits(connection, revision):
                     return
-                if revision is not None:
-                    _refuse_unknown(revision)
-                    if not temporary:
-                        backup = _back_up(engine, revision, clock)
+                if revision is not None and not temporary:
+                    backup = _back_up(engine, revision, clock)
                 _upgrade(connection, "head")
                 _verify_sqlite(connection, backup)
         except _SPEAK_FOR_THEMSELVES:
@@ -278,42 +305,80 @@ def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path:
 
 # PostgreSQL
 
+# How long a revision waits for the lock of a table, in seconds, before the whole upgrade steps back and tries again:
+# whoever comes after it to read or write that table waits in line behind it.
+_TABLE_LOCK_PATIENCE = 2
+
+# A statement of a revision that takes longer than this has gone wrong, and holds locks.
+_STATEMENT_PATIENCE = timedelta(minutes=15)
+
 
 def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bool) -> None:
     """Bring the schema to this version's revision, one host at a time.
 
+    Args:
+        engine: on the database.
+        timeout: how long to wait for another host that upgrades it, and for units that hold its tables.
+        migrate: whether it may be made or upgraded.
+
     Raises:
         SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError.
     """
+    deadline = time.monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
         with connection.begin():
             revision = revision_of(connection)
-        if revision == REVISION:
-            return
-        if revision is not None:
-            _refuse_unknown(revision)
+            if _suits(connection, revision):
+                return
         if not migrate:
             raise SchemaOutdatedError(revision, needed=REVISION)
-        try:
-            with connection.begin():
-                # It waits no longer than lock_timeout, which the engine sets on every connection.
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
-                revision = revision_of(connection)
-                if revision == REVISION:
+        while True:
+            try:
+                with connection.begin():
+                    _make_or_upgrade_postgresql(connection, deadline)
                     return
-                if revision is None and _tables(connection) & {"devices", "agents", "sessions", "nonces"}:
-                    raise ForeignDatabaseError(
-                        "the schema holds tables of these names that are not ours: name another database or schema"
-                    )
-                if revision is not None:
-                    _refuse_unknown(revision)
-                _upgrade(connection, "head")
-        except _SPEAK_FOR_THEMSELVES:
-            raise
-        except Exception as error:  # noqa: BLE001  whatever a revision raises, the upgrade failed and was undone
-            raise MigrationError(
-                f"upgrading the schema from {revision!r} failed and was undone ({type(error).__name__})"
-            ) from (None if isinstance(error, engine.driver_errors) else error)
+            except TransientError as error:
+                busy = error
+            except _SPEAK_FOR_THEMSELVES:
+                raise
+            except Exception as error:  # noqa: BLE001  whatever a revision raises, the upgrade failed and was undone
+                raise MigrationError(
+                    f"upgrading the schema from {revision!r} failed and was undone ({type(error).__name__})"
+                ) from (None if isinstance(error, engine.driver_errors) else error)
+            if busy.sqlstate == _STATEMENT_CANCELLED:
+                raise MigrationError(
+                    f"upgrading the schema from {revision!r} was cancelled and undone: a statement took longer than "
+                    f"{_STATEMENT_PATIENCE}, or somebody cancelled it; try it when the server has less to do"
+                )
+            if time.monotonic() >= deadline:
+                raise DatabaseBusyError(
+                    f"the schema could not be upgraded from {revision!r} within {timeout}: another host upgrades it, "
+                    "or a unit holds a table. Open it again later, end long transactions first, or raise busy_timeout"
+                )
+            time.sleep(random.uniform(0, _PAUSE))  # noqa: S311  it parts the hosts, it keeps no secret
+
+
+_STATEMENT_CANCELLED = "57014"
+_PAUSE = 0.2  # seconds; the longest between two tries
+
+
+def _make_or_upgrade_postgresql(connection: Connection, deadline: float) -> None:
+    """Upgrade within the transaction that has begun, or find that another host did."""
+    left = max(1, int((deadline - time.monotonic()) * 1000))
+    connection.execute(text(f"SET LOCAL lock_timeout = {left}"))
+    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+    revision = revision_of(connection)
+    if _suits(connection, revision):
+        return
+    if revision is None and _tables(connection) & {"devices", "agents", "sessions", "nonces"}:
+        raise ForeignDatabaseError(
+            "the schema holds tables of these names that are not ours: name another database or schema"
+        )
+    connection.execute(text(f"SET LOCAL lock_timeout = {min(left, _TABLE_LOCK_PATIENCE * 1000)}"))
+    connection.execute(text(f"SET LOCAL statement_timeout = {int(_STATEMENT_PATIENCE.total_seconds() * 1000)}"))
+    _upgrade(connection, "head")
+    # What COMMIT waits for, a standby for example, is no statement that has gone wrong.
+    connection.execute(text("SET LOCAL statement_timeout = 0"))
 
 
 def schema_revision(engine: Engine) -> str | None:

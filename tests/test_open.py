@@ -203,6 +203,7 @@ def from_the_future(path: Path) -> None:
     ours(path)
     with closing(sqlite(path)) as raw:
         raw.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
+        raw.execute("UPDATE store SET oldest_revision = '9998'")
 
 
 def two_versions(path: Path) -> None:

@@ -45,7 +45,12 @@ Translate = Callable[[BaseException], HomeAgentError]
 
 
 class TransientError(DatabaseBusyError):
-    """The unit met another one and may succeed when it is run again whole: `Database.run` does that."""
+    """The unit met another one and may succeed when it is run again whole: `Database.run` does that.
+
+    `sqlstate` is what a PostgreSQL server called it.
+    """
+
+    sqlstate: str | None = None
 
 
 class StandbyError(ReadOnlyError):
@@ -160,7 +165,9 @@ def postgresql_fault(error: BaseException) -> HomeAgentError:
     if state in {"40001", "40P01"}:
         return TransientError("the unit met another one (serialization failure or deadlock): run it again" + label)
     if state in {"55P03", "57014"}:
-        return TransientError("a lock was not given in time: run the unit again" + label)
+        busy = TransientError("a lock was not given in time: run the unit again" + label)
+        busy.sqlstate = state
+        return busy
     if state.startswith("08") or state in {"57P01", "57P02", "57P03"}:
         return ConnectionLostError("the PostgreSQL server closed the connection or is starting: run again" + label)
     if state in {"25006", "42501"}:

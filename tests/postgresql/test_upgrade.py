@@ -1,0 +1,103 @@
+"""Upgrades on a server that others work on. On SQLite the file's lock does what is tested here, see test_migrations."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, create_engine, make_url, text
+from sqlalchemy.pool import NullPool
+
+from homeagent import Database, migrations
+from homeagent.errors import DatabaseBusyError, MigrationError
+from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config
+from tests.conftest import add_agent
+
+pytestmark = pytest.mark.usefixtures("postgres_url")
+
+SHORT = timedelta(milliseconds=300)
+
+
+@contextmanager
+def other(url: str) -> Iterator[Connection]:
+    """Connect as another application would."""
+    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    with engine.connect() as connection:
+        yield connection
+
+
+@pytest.fixture
+def old_url(empty_postgres_url: str) -> str:
+    """The URL of a database at the revision before this version's."""
+    from alembic import command
+
+    with other(empty_postgres_url) as connection, connection.begin():
+        command.upgrade(alembic_config(connection), f"{int(REVISION) - 1:04}")
+    return empty_postgres_url
+
+
+def revision_at(url: str) -> Any:
+    """Return the revision that the database is at."""
+    with other(url) as connection:
+        return connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one()
+
+
+def test_who_upgrades_is_waited_for_with_a_bound(old_url: str) -> None:
+    """While another host holds the upgrade's lock one waits no longer than busy_timeout; then it opens."""
+    with other(old_url) as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": migrations._ADVISORY_LOCK})
+        with pytest.raises(DatabaseBusyError, match=r"another host upgrades it.*busy_timeout"):
+            Database.open(old_url, busy_timeout=SHORT)
+        threading.Timer(0.3, connection.rollback).start()
+        Database.open(old_url, busy_timeout=timedelta(seconds=30)).close()
+    assert revision_at(old_url) == REVISION
+
+
+def test_a_table_in_use_is_not_queued_for(old_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A revision that must wait for a table steps back again and again, so that readers and writers get their turns."""
+    monkeypatch.setattr(migrations, "_TABLE_LOCK_PATIENCE", 0.05)
+    original = migrations._upgrade
+    tries: list[int] = []
+
+    def upgrade(connection: Connection, target: str) -> None:
+        tries.append(1)
+        connection.execute(text("ALTER TABLE agents ADD COLUMN extra text"))
+        original(connection, target)
+
+    monkeypatch.setattr(migrations, "_upgrade", upgrade)
+    with other(old_url) as connection:
+        connection.execute(text("SELECT count(*) FROM agents"))
+        with pytest.raises(DatabaseBusyError, match="a unit holds a table"):
+            Database.open(old_url, busy_timeout=SHORT)
+        assert len(tries) > 1
+        threading.Timer(0.2, connection.rollback).start()
+        with Database.open(old_url, busy_timeout=timedelta(seconds=30)) as database:
+            add_agent(database)
+
+
+def test_a_statement_that_takes_too_long_is_undone(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A revision's statement has a limit, and the error says that nothing was changed."""
+    monkeypatch.setattr(migrations, "_STATEMENT_PATIENCE", timedelta(milliseconds=100))
+    monkeypatch.setattr(
+        migrations, "_upgrade", lambda connection, target: connection.execute(text("SELECT pg_sleep(30)"))
+    )
+    with pytest.raises(MigrationError, match="was cancelled and undone"):
+        Database.open(old_url)
+    assert revision_at(old_url) == f"{int(REVISION) - 1:04}"
+
+
+def test_old_code_works_through_an_upgrade(old_url: str) -> None:
+    """A host that has the database open goes on while another one upgrades it."""
+    with other(old_url) as connection:
+        with connection.begin():
+            connection.execute(text("INSERT INTO agents VALUES ('old', 'Old', '/srv/old', 0, NULL)"))
+        with Database.open(old_url) as database:
+            add_agent(database, "new")
+        with connection.begin():
+            connection.execute(text("INSERT INTO agents VALUES ('older', 'Old', '/srv/old', 0, NULL)"))
+            assert connection.execute(text("SELECT count(*) FROM agents")).scalar_one() == 3

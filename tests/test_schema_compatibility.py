@@ -1,0 +1,253 @@
+"""Old and new versions work side by side: no revision breaks the version before, and that is noticed if one would."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, create_engine, make_url, text
+from sqlalchemy.pool import NullPool
+
+from homeagent import Database
+from homeagent.engine.sqlite import SQLiteEngine
+from homeagent.errors import SchemaTooNewError
+from homeagent.migrations import REVISION, VERSION_TABLE
+from tests.conftest import ROOT, add_device
+from tests.schema_compatibility import BASELINE, problems_of
+
+SCRIPTS = ROOT / "alembic"
+CHECKED = sorted(path.name[:4] for path in (SCRIPTS / "versions").glob("[0-9]*.py") if path.name[:4] > BASELINE)
+
+
+@contextmanager
+def connected(target: str) -> Iterator[Connection]:
+    """Connect to a database as a developer would, on either engine."""
+    if "://" in target:
+        url = make_url(target).set(drivername="postgresql+psycopg")
+        with create_engine(url, poolclass=NullPool).connect() as connection:
+            yield connection
+        return
+    engine = SQLiteEngine(Path(target), busy_timeout=timedelta(seconds=1), durability="normal")
+    with engine.connect() as connection:
+        # While they are on, rebuilding a table that others refer to fails or deletes the others' rows.
+        raw: Any = connection.connection.driver_connection
+        raw.execute("PRAGMA foreign_keys=OFF")
+        yield connection
+    engine.close()
+
+
+@pytest.mark.parametrize("revision", CHECKED)
+def test_no_revision_breaks_the_version_before(
+    engine_name: str, request: pytest.FixtureRequest, tmp_path: Path, revision: str
+) -> None:
+    """Every revision since the first release only expands, or declares what it drops and who can bear that."""
+    if engine_name == "postgresql":
+        empty = str(request.getfixturevalue("empty_postgres_url"))
+    else:
+        path = tmp_path / "scratch.db"
+        path.touch(0o600)
+        empty = str(path)
+    with connected(empty) as connection:
+        assert problems_of(revision, connection, scripts=SCRIPTS) == []
+
+
+NEXT = f"{int(REVISION) + 1:04}"
+
+FINE = {
+    "table": 'op.create_table("rooms", sa.Column("id", sa.Text(), primary_key=True))',
+    "nullable column": 'op.add_column("devices", sa.Column("room", sa.Text()))',
+    "column with a default": (
+        'op.add_column("devices", sa.Column("n", sa.Integer(), server_default="0", nullable=False))'
+    ),
+    "index": 'op.create_index("idx_devices_role", "devices", ["role"])',
+    "index dropped": 'op.drop_index("idx_sessions_sender", "sessions")',
+    "check on a new column": (
+        'with op.batch_alter_table("devices") as batch:\n'
+        '    batch.add_column(sa.Column("n", sa.Integer()))\n'
+        '    batch.create_check_constraint("ck_devices_n", "n > 0")'
+    ),
+    "unique on a new column": (
+        'op.add_column("devices", sa.Column("n", sa.Integer()))\n'
+        'op.create_index("idx_devices_n", "devices", ["n"], unique=True)'
+    ),
+    "rows": "op.execute(\"UPDATE devices SET metadata = '{}' WHERE metadata IS NULL\")",
+}
+BREAKING = {
+    "drops a table": ('op.drop_table("nonces")', "nonces is dropped"),
+    "renames a table": ('op.rename_table("nonces", "numbers")', "nonces is dropped or renamed"),
+    "drops a column": (
+        'with op.batch_alter_table("devices") as batch:\n    batch.drop_column("last_seen_at")',
+        "last_seen_at is dropped",
+    ),
+    "renames a column": (
+        'with op.batch_alter_table("devices") as batch:\n    batch.alter_column("metadata", new_column_name="data")',
+        "devices.metadata is dropped or renamed",
+    ),
+    "drops a column in SQL": ('op.execute("ALTER TABLE agents DROP COLUMN config")', "agents.config is dropped"),
+    "new NOT NULL": (
+        'with op.batch_alter_table("devices") as batch:\n'
+        '    batch.add_column(sa.Column("n", sa.Integer(), nullable=False))',
+        "without a server default",
+    ),
+    "becomes NOT NULL": (
+        'with op.batch_alter_table("devices") as batch:\n    batch.alter_column("metadata", nullable=False)',
+        "becomes NOT NULL",
+    ),
+    "becomes nullable": (
+        'with op.batch_alter_table("devices") as batch:\n    batch.alter_column("paired_at", nullable=True)',
+        "becomes nullable",
+    ),
+    "loses a default": (
+        'with op.batch_alter_table("devices") as batch:\n    batch.alter_column("approved", server_default=None)',
+        "loses its server default",
+    ),
+    "narrows a type": (
+        'with op.batch_alter_table("agents") as batch:\n    batch.alter_column("name", type_=sa.String(10))',
+        "agents.name changes its type",
+    ),
+    "check on an old column": (
+        'with op.batch_alter_table("agents") as batch:\n'
+        '    batch.create_check_constraint("ck_agents_name", "name <> \'x\'")',
+        "ck_agents_name",
+    ),
+    "check dropped": (
+        'with op.batch_alter_table("devices") as batch:\n'
+        '    batch.drop_constraint(op.f("ck_devices_role"), type_="check")',
+        "ck_devices_role of devices is dropped",
+    ),
+    "unique on old columns": (
+        'op.create_index("idx_agents_name", "agents", ["name"], unique=True)',
+        "gets unique",
+    ),
+    "unique dropped": ('op.drop_index("idx_sessions_route", "sessions")', "loses unique"),
+    "another primary key": (
+        'with op.batch_alter_table("nonces", table_kwargs={"sqlite_with_rowid": False}) as batch:\n'
+        '    batch.drop_constraint("pk_nonces", type_="primary")\n'
+        '    batch.create_primary_key("pk_nonces", ["nonce", "device_id"])',
+        "the primary key of nonces",
+    ),
+    "a reference": (
+        'with op.batch_alter_table("nonces") as batch:\n'
+        '    batch.create_foreign_key("fk_nonces_device", "devices", ["device_id"], ["id"])',
+        "foreign key",
+    ),
+    "raises the oldest in silence": ("op.execute(\"UPDATE store SET oldest_revision = '0005'\")", "declare itself"),
+}
+
+
+def sample(directory: Path, body: str, *, declares: str | None = None) -> Path:
+    """Return the revisions with one more, which does this."""
+    scripts = directory / "alembic"
+    shutil.copytree(SCRIPTS, scripts, ignore=shutil.ignore_patterns("__pycache__"))
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    (scripts / "versions" / f"{NEXT}_sample.py").write_text(
+        "import sqlalchemy as sa\nfrom alembic import op\n"
+        f'revision, down_revision, branch_labels, depends_on = "{NEXT}", "{REVISION}", None, None\n'
+        + (f'oldest_revision = "{declares}"\n' if declares else "")
+        + f"\n\ndef upgrade():\n{lines}\n"
+    )
+    return scripts
+
+
+EITHER = pytest.mark.parametrize("engine_name", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+
+
+@EITHER
+@pytest.mark.parametrize("kind", FINE)
+def test_an_expansion_passes(target: str, tmp_path: Path, kind: str) -> None:
+    """What old code never notices is no problem, on either engine."""
+    with connected(target) as connection:
+        assert problems_of(NEXT, connection, scripts=sample(tmp_path, FINE[kind])) == []
+
+
+@EITHER
+@pytest.mark.parametrize("kind", BREAKING)
+def test_what_breaks_the_version_before_is_refused(target: str, tmp_path: Path, kind: str) -> None:
+    """Each kind of change that old code could not bear is found, on either engine."""
+    body, problem = BREAKING[kind]
+    with connected(target) as connection:
+        problems = problems_of(NEXT, connection, scripts=sample(tmp_path, body))
+    assert any(problem in line for line in problems), problems
+
+
+def test_a_trigger_is_refused(sqlite_path: Path, tmp_path: Path) -> None:
+    """A trigger on an old table is found; on SQLite only, since PostgreSQL's need a function first."""
+    body = 'op.execute("CREATE TRIGGER t AFTER INSERT ON nonces BEGIN DELETE FROM nonces; END")'
+    with connected(str(sqlite_path)) as connection:
+        problems = problems_of(NEXT, connection, scripts=sample(tmp_path, body))
+    assert any("trigger t" in line for line in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("declares", "stores", "problem"),
+    [
+        (REVISION, REVISION, None),
+        (NEXT, NEXT, f"code of {REVISION} can't work with it"),
+        (REVISION, None, "store.oldest_revision is"),
+    ],
+)
+def test_a_contraction_declares_itself(
+    sqlite_path: Path, tmp_path: Path, declares: str, stores: str | None, problem: str | None
+) -> None:
+    """It may drop what the version before does not use, and has to write who can bear that.
+
+    On SQLite only: what is declared has nothing to do with the engine.
+    """
+    body = 'with op.batch_alter_table("devices") as batch:\n    batch.drop_column("last_seen_at")'
+    if stores:
+        body += f"\nop.execute(\"UPDATE store SET oldest_revision = '{stores}'\")"
+    with connected(str(sqlite_path)) as connection:
+        problems = problems_of(NEXT, connection, scripts=sample(tmp_path, body, declares=declares))
+    assert problems == [] if problem is None else any(problem in line for line in problems), problems
+
+
+# An older version meets a newer schema
+
+
+def make_newer(target: str, *, oldest: str) -> None:
+    """Make a database what a version to come leaves behind: another revision, and one more column."""
+    with connected(target) as connection, connection.begin():
+        connection.execute(text("ALTER TABLE devices ADD COLUMN room TEXT DEFAULT 'hall'"))
+        connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
+        connection.execute(text("UPDATE store SET oldest_revision = :oldest"), {"oldest": oldest})
+
+
+def schema_of(target: str) -> list[Any]:
+    """Return what the database says of its version and of that column."""
+    with connected(target) as connection, connection.begin():
+        return [
+            connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one(),
+            connection.execute(text("SELECT epoch, oldest_revision FROM store")).one(),
+            connection.execute(text("SELECT id, room FROM devices ORDER BY id")).all(),
+        ]
+
+
+@pytest.mark.parametrize("oldest", sorted({BASELINE, REVISION}))
+def test_an_older_version_works_where_the_newer_schema_lets_it(target: str, oldest: str) -> None:
+    """It opens the database, does its work and changes nothing of the schema, whether or not it may migrate."""
+    Database.open(target).close()
+    make_newer(target, oldest=oldest)
+    for migrate in (True, False):
+        with Database.open(target, migrate=migrate) as database:
+            add_device(database, f"lamp-{migrate}", approved=True)
+            assert database.status().schema_revision == "9999"
+            database.sweep()
+    rows = [("lamp-False", "hall"), ("lamp-True", "hall")]
+    assert schema_of(target) == ["9999", (1, oldest), rows]
+
+
+@pytest.mark.parametrize("migrate", [True, False])
+def test_an_older_version_is_refused_where_it_would_break_something(target: str, migrate: bool) -> None:
+    """A newer schema whose oldest code is newer than this refuses it, and is left as it is."""
+    Database.open(target).close()
+    make_newer(target, oldest="9998")
+    before = schema_of(target)
+    with pytest.raises(SchemaTooNewError) as caught:
+        Database.open(target, migrate=migrate)
+    assert (caught.value.revision, caught.value.known) == ("9999", REVISION)
+    assert schema_of(target) == before
