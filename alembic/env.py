@@ -16,6 +16,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection
 
 from alembic import context
+from homeagent.engine.files import create_file
 from homeagent.engine.postgresql import PostgreSQLEngine
 from homeagent.engine.sqlite import SQLiteEngine
 from homeagent.engine.target import ENVIRONMENT_VARIABLE, resolve_target
@@ -95,7 +96,9 @@ def run_at_command_line() -> None:
             f"name the database: -x database=TARGET or ${ENVIRONMENT_VARIABLE}; or use 'homeagent migrate'"
         )
     with tempfile.TemporaryDirectory() as directory:
-        engine = SQLiteEngine(Path(directory) / "scratch.db", busy_timeout=wait, durability="normal")
+        path = Path(directory) / "scratch.db"
+        create_file(path)
+        engine = SQLiteEngine(path, busy_timeout=wait, durability="normal")
         with engine.connect() as connection:
             upgrade_scratch(connection)
             run(connection)
