@@ -71,7 +71,7 @@ def resolve_target(target: str | os.PathLike[str] | URL | None) -> Target:
         try:
             target = make_url(target)
         except (ArgumentError, ValueError):
-            raise InvalidArgumentError("the database URL can't be read: see docs/scaling.md for its form") from None
+            raise InvalidArgumentError("the database URL can't be read: see docs/postgresql.md for its form") from None
     if isinstance(target, URL):
         return _resolve_url(target)
     if target == ":memory:":
