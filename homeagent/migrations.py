@@ -20,6 +20,7 @@ from homeagent.engine import files
 from homeagent.engine.faults import TransientError
 from homeagent.engine.locks import FileLock
 from homeagent.engine.postgresql import PostgreSQLEngine
+from homeagent.engine.presence import announce, presence_path
 from homeagent.engine.sqlite import SQLiteEngine, corrupt_after_all, sidecar_lock
 from homeagent.errors import (
     ConnectionLostError,
@@ -172,10 +173,23 @@ def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migra
         SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, CorruptDatabaseError,
         InsecureFileError, DatabaseBusyError: as their names say. The file is as it was.
     """
+    try:
+        _open_sqlite(engine, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
+    except BaseException:
+        if engine.presence is not None and engine.presence.held:
+            engine.presence.withdraw()  # what is refused has nothing new beside it
+        raise
+
+
+def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migrate: bool, temporary: bool) -> None:
     path = engine.path
+    if not temporary and presence_path(path).exists():
+        # Before it is looked at: a restore that was cut off is finished first.
+        engine.announced(announce(path, timeout=timeout))
     state = files.inspect_file(path)
     if state is not None and not state.is_empty:
         engine.refuse_foreign()
+        _announce(engine, timeout=timeout, temporary=temporary)
         files.secure_sidecars(path)
         with engine.translated(), engine.connect() as connection:
             revision, suits = _look_up(connection)
@@ -185,9 +199,16 @@ def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migra
             raise SchemaOutdatedError(revision, needed=REVISION)
     elif not migrate:
         raise SchemaOutdatedError(None, needed=REVISION)
+    else:
+        _announce(engine, timeout=timeout, temporary=temporary)
     lock = sidecar_lock(path, timeout=timeout)
     with lock:
         _make_or_upgrade(engine, lock, clock=clock, temporary=temporary)
+
+
+def _announce(engine: SQLiteEngine, *, timeout: timedelta, temporary: bool) -> None:
+    if engine.presence is None and not temporary:
+        engine.announced(announce(engine.path, timeout=timeout))
 
 
 def _look_up(connection: Connection) -> tuple[str | None, bool]:

@@ -454,9 +454,9 @@ def test_files_are_private_under_any_umask(
         ours(path, revision)
     modes = json.loads(children.run(MODES, path, umask))
     assert modes.pop("directory") == "0o700"
-    names = {name if not name.endswith(".backup") else "backup" for name in modes}
-    expected = {"homeagent.db", "homeagent.db-wal", "homeagent.db-shm", "homeagent.db.lock"}
-    assert names == expected | ({"backup"} if revision else set())
+    names = {name if ".backup" not in name else name[name.index(".backup") + 1 :] for name in modes}
+    expected = {"homeagent.db", "homeagent.db-wal", "homeagent.db-shm", "homeagent.db.lock", "homeagent.db.open"}
+    assert names == expected | ({"backup", "backup.json"} if revision else set())
     assert set(modes.values()) == {"0o600"}
 
 
@@ -466,7 +466,7 @@ def test_looser_mode_is_repaired(directory: Path, path: Path, caplog: pytest.Log
     initialised(path)
     with Database.open(path) as holder, holder.unit_of_work() as unit:
         unit.agents.create(AgentCreate(id="b", name="B", workspace_path="/b"))
-        found = [entry for entry in directory.iterdir() if entry.suffix != ".lock"]
+        found = [entry for entry in directory.iterdir() if entry.suffix not in {".lock", ".open"}]
         assert len(found) == 3
         for entry in found:
             entry.chmod(0o644)

@@ -36,6 +36,7 @@ __all__ = [
     "atomic_replace",
     "create_descriptor",
     "create_file",
+    "give_to_owner",
     "identity_of",
     "inspect_file",
     "judge_file",
@@ -253,6 +254,26 @@ def create_descriptor(path: Path) -> int | None:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def give_to_owner(descriptor: int, of: Path) -> None:
+    """Give a file that was just made to the owner of another one, where the superuser made it; else do nothing.
+
+    Args:
+        descriptor: of the new file. By its name it could be another one by now.
+        of: whose owner gets it: a file, or where that is absent its directory.
+
+    Raises:
+        OSError: it can't be given away.
+    """
+    if sys.platform == "win32" or os.geteuid() != 0:
+        return
+    try:
+        status = os.lstat(of)
+    except FileNotFoundError:
+        status = os.stat(of.parent)
+    if status.st_uid != 0:
+        os.fchown(descriptor, status.st_uid, status.st_gid)
 
 
 def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False) -> FileState | None:

@@ -6,12 +6,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from homeagent.engine.files import OPEN_FLAGS, create_descriptor, identity_of, judge_file, look_at
+from homeagent.engine.files import OPEN_FLAGS, create_descriptor, give_to_owner, identity_of, judge_file, look_at
 from homeagent.engine.syncing import fsync_directory, sync
 from homeagent.engine.system_errors import explained, quoted
 from homeagent.errors import DatabaseBusyError, DatabaseError, DiskFullError, InvalidArgumentError
@@ -36,6 +37,8 @@ class FileLock:
         path: the lock file; its directory must exist.
         timeout: how long `acquire` waits at most; zero tries once.
         shared: True admits other shared holders, and keeps off exclusive ones.
+        owner_of: a file whose owner gets the lock file too, where the superuser makes it: otherwise one look at
+            somebody's database would keep its owner out of it. SQLite does the same with what it keeps beside one.
         monotonic, pause: the clock and the sleep to wait with, in seconds.
     """
 
@@ -48,6 +51,7 @@ class FileLock:
         *,
         timeout: timedelta = timedelta(seconds=30),
         shared: bool = False,
+        owner_of: Path | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -55,10 +59,12 @@ class FileLock:
             raise InvalidArgumentError("the timeout of a lock is negative: pass zero to try once")
         self.path = path
         self.shared = shared
+        self._owner_of = owner_of
         self._timeout = timeout
         self._monotonic = monotonic
         self._pause = pause
         self._descriptor: int | None = None
+        self._made = False
 
     @property
     def held(self) -> bool:
@@ -100,6 +106,19 @@ class FileLock:
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
+
+    def withdraw(self) -> None:
+        """Give the lock back, and take its file away again where this made it, no other holds it and it is empty.
+
+        Whoever waits for a lock looks whether its file still has its name, and begins anew where it has not.
+        """
+        descriptor = self._while_held()
+        if self._made and sys.platform != "win32":
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_size == 0 and self._is_in_place(descriptor):
+                    self.path.unlink()
+        self.release()
 
     def __enter__(self) -> Self:
         self.acquire()
@@ -149,6 +168,29 @@ class FileLock:
             raise DiskFullError(f"there was no room to write {quoted(self.path)}: free some space")
         fsync_directory(self.path.parent)
 
+    def clear_marker(self) -> None:
+        """Take the text out of the lock file again, synced to the disk. Only while held alone.
+
+        Raises:
+            DatabaseError: the lock is not held, or it is shared, or the file can't be written.
+        """
+        descriptor = self._while_held()
+        if self.shared:
+            raise DatabaseError(f"the lock on {quoted(self.path)} is shared: hold it alone to take a marker away")
+        with explained("write", self.path):
+            os.ftruncate(descriptor, 0)
+            sync(descriptor)
+
+    def has_marker(self) -> bool:
+        """Tell whether a holder left a text in the lock file. Only while held.
+
+        Raises:
+            DatabaseError: the lock is not held.
+        """
+        descriptor = self._while_held()
+        with explained("look at", self.path):
+            return os.fstat(descriptor).st_size > 0
+
     def _while_held(self) -> int:
         if self._descriptor is None:
             raise DatabaseError(f"the lock on {quoted(self.path)} is not held: acquire it first")
@@ -176,6 +218,9 @@ class FileLock:
         with explained("open the lock file", self.path):
             descriptor = create_descriptor(self.path)
             if descriptor is not None:
+                self._made = True
+                if self._owner_of is not None:
+                    give_to_owner(descriptor, self._owner_of)
                 return descriptor
             # An empty one may still miss bits: its maker's umask took them, and gives them back a moment later.
             if judge_file(self.path, is_database=False, complete_empty=True) is None:

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -51,7 +52,7 @@ _WAL_PAUSE = 0.002  # seconds
 
 def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
     """Return the lock under which one process at a time makes, upgrades or restores this database."""
-    return FileLock(path.with_name(path.name + ".lock"), timeout=timeout)
+    return FileLock(path.with_name(path.name + ".lock"), timeout=timeout, owner_of=path)
 
 
 class SQLiteEngine(Engine):
@@ -74,6 +75,7 @@ class SQLiteEngine(Engine):
         self._busy_ms = min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1)
         self.is_temporary = temporary
         self.watch = FileWatch(path, strict=durability == "full")
+        self.presence: FileLock | None = None
         module: Any = self.driver.module
         sa_engine = create_engine(
             URL.create("sqlite+pysqlite", database=str(path)),
@@ -230,8 +232,16 @@ class SQLiteEngine(Engine):
         if isinstance(original, self.driver.module.Error):
             raise self.fault(original)
 
+    def announced(self, presence: FileLock | None) -> None:
+        """Keep the lock that says that the database is open, until this engine is closed or forgotten."""
+        self.presence = presence
+        if presence is not None:
+            weakref.finalize(self, presence.release)
+
     def after_close(self) -> None:
-        """Remove the private directory of a temporary database."""
+        """Say that the database is not open here any more; remove the private directory of a temporary one."""
+        if self.presence is not None:
+            self.presence.release()
         if self.is_temporary:
             shutil.rmtree(self.path.parent, ignore_errors=True)
 
