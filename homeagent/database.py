@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from homeagent.maintenance.copying import CopyProgress, CopyReport
     from homeagent.maintenance.doctor import Diagnosis, Repair
     from homeagent.maintenance.reporting import DatabaseStatus
+    from homeagent.maintenance.restoring import RestoreReport
 
 __all__ = ["Database", "PairedDevice"]
 
@@ -147,6 +148,42 @@ class Database:
             engine.close()
             raise
         return cls(engine, clock=clock, busy_timeout=busy_timeout)
+
+    @staticmethod
+    def restore(
+        backup: str | PathLike[str],
+        target: str | PathLike[str] | URL | None = None,
+        *,
+        clock: Clock = system_clock,
+        busy_timeout: timedelta = timedelta(seconds=5),
+    ) -> RestoreReport:
+        """Put a backup in the place of a database that nobody has open, and keep what was there aside.
+
+        The backup is verified first, and brought to this version's schema. A new epoch begins, which `status` shows:
+        from then on the replay guard refuses what was signed before. A crash at any instant leaves the old database
+        in place or the new one.
+
+        Args:
+            backup: a file that `backup` made, or any copy of a closed database. Its manifest, where there is one
+                beside it, is held against it.
+            target: which database, as `open` takes it; it may be damaged, or absent.
+            clock: tells when the new epoch begins. Set it right first: messages are refused by that instant.
+            busy_timeout: how long to wait for who has the target open.
+
+        Returns:
+            What it came to, and where the old database is kept.
+
+        Raises:
+            InvalidArgumentError: the backup is absent or is the target itself, or the target is no file.
+            DatabaseBusyError: somebody has the target open, or the backup; the message says who, where it can.
+            CorruptDatabaseError, SchemaTooNewError: the backup is damaged, or of a newer version.
+            ForeignDatabaseError: the backup, or the target, is another application's.
+            DatabaseError: anything else. Unless the very last step failed, which the next opening finishes, the
+                target is as it was.
+        """
+        from homeagent.maintenance.restoring import restore
+
+        return restore(backup, target, clock=clock, busy_timeout=busy_timeout)
 
     def close(self) -> None:
         """Stop the sweepers and close every connection. Closing twice is fine; what is used after it is refused."""

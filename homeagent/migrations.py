@@ -42,7 +42,16 @@ if TYPE_CHECKING:
     from homeagent.clock import Clock
     from homeagent.engine.engine import Engine
 
-__all__ = ["REVISION", "VERSION_TABLE", "alembic_config", "open_postgresql", "open_sqlite", "revision_of"]
+__all__ = [
+    "REVISION",
+    "VERSION_TABLE",
+    "alembic_config",
+    "open_postgresql",
+    "open_sqlite",
+    "revision_of",
+    "schema_revision",
+    "upgrade_copy",
+]
 
 REVISION = "0005"
 """The revision that this version of the package works with: the newest in `alembic/versions`."""
@@ -204,6 +213,18 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
     lock = sidecar_lock(path, timeout=timeout)
     with lock:
         _make_or_upgrade(engine, lock, clock=clock, temporary=temporary)
+
+
+def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
+    """Bring a file that nobody else knows of to this version's revision, without a backup of it.
+
+    Raises:
+        SchemaTooNewError, MigrationError, ForeignDatabaseError, CorruptDatabaseError: as in `open_sqlite`.
+    """
+    try:
+        open_sqlite(engine, clock=clock, timeout=timedelta(0), migrate=True, temporary=True)
+    finally:
+        sidecar_lock(engine.path, timeout=timedelta(0)).path.unlink(missing_ok=True)
 
 
 def _announce(engine: SQLiteEngine, *, timeout: timedelta, temporary: bool) -> None:

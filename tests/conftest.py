@@ -302,6 +302,12 @@ class Children:
         assert process.returncode == 0, err
         return out.strip()
 
+    def finish_with(self, process: subprocess.Popen[str], line: str) -> str:
+        """Write a line to a process that waits for one, and return what else it printed until its end."""
+        out, err = process.communicate(line, timeout=120)
+        assert process.returncode == 0, err
+        return out.strip()
+
     def run(self, script: str, *arguments: object) -> str:
         """Run a process that is to succeed, and return what it printed."""
         return self.finish(self.start(script, *arguments))

@@ -22,7 +22,7 @@ from homeagent.errors import DatabaseBusyError, DatabaseError, ReadOnlyError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["alone", "announce", "presence_path"]
+__all__ = ["alone", "announce", "kept_from_sqlite", "presence_path"]
 
 # Where SQLite takes its locks in a database file (https://sqlite.org/src/file/src/os.h): one byte each for PENDING
 # and RESERVED, then those of SHARED, one of which a connection in write-ahead-log mode holds until it is closed.
@@ -70,7 +70,7 @@ def announce(database: Path, *, timeout: timedelta) -> FileLock | None:
 
 @contextmanager
 def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
-    """Keep everybody from having a database open, other programs that use SQLite included (those not on Windows).
+    """Keep everybody of ours from having a database open, after the end of a restore that was cut off.
 
     Args:
         database: the file, which may be absent or damaged; its directory exists.
@@ -88,16 +88,21 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
         ) from None
     try:
         finish_swap(lock, database, timeout=timeout)
-        with _locked_for_sqlite(database):
-            yield lock
+        yield lock
     finally:
         lock.release()
 
 
 @contextmanager
-def _locked_for_sqlite(database: Path) -> Iterator[None]:
-    # Opening it is safe here: closing a descriptor drops the locks that SQLite has for this process, and it has none,
-    # since no database of this process is open.
+def kept_from_sqlite(database: Path) -> Iterator[None]:
+    """Keep other programs that use SQLite from having a file open (not on Windows). One that is absent is let be.
+
+    Only for a file that this process does not have open through SQLite: closing any descriptor of it would drop
+    SQLite's locks, and a descriptor that SQLite closes meanwhile drops these.
+
+    Raises:
+        DatabaseBusyError: one has it open.
+    """
     if sys.platform == "win32":
         yield
         return
@@ -115,7 +120,7 @@ def _locked_for_sqlite(database: Path) -> Iterator[None]:
             except (BlockingIOError, PermissionError):
                 raise DatabaseBusyError(
                     f"another program has {quoted(database)} open through SQLite, such as its shell or a replicator: "
-                    "stop it, then restore the database"
+                    "stop it first"
                 ) from None
         yield
     finally:

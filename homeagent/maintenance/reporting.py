@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from homeagent.migrations import revision_of
 from homeagent.models import DATA_TABLES
 from homeagent.stores.idempotency_keys import COUNT_EXPIRED as EXPIRED_KEYS
 from homeagent.stores.nonces import COUNT_EXPIRED as EXPIRED_NONCES
+from homeagent.stores.nonces import FIND_RECORD
 from homeagent.unit_of_work import UnitOfWork
 
 __all__ = ["DatabaseStatus", "report_status"]
@@ -45,6 +47,8 @@ class DatabaseStatus(BaseModel):
         driver: the module that speaks to it.
         safe_engine: False where the SQLite library has the WAL-reset bug.
         schema_revision: the revision of the schema.
+        epoch: 1 at first, and one more with every restore; who remembers another one has to look again.
+        restored_at: when the epoch began; None in the first.
         durability: `full` or `normal`; None for a server, which decides itself.
         pragmas: SQLite's settings of a connection that writes.
         file_modes: the permission bits of the directory, the file and what lies beside it, in octal.
@@ -61,6 +65,8 @@ class DatabaseStatus(BaseModel):
     driver: str
     safe_engine: bool = True
     schema_revision: str | None
+    epoch: int = 1
+    restored_at: datetime | None = None
     durability: str | None = None
     pragmas: dict[str, int | str] = {}
     file_modes: dict[str, str] = {}
@@ -86,6 +92,9 @@ def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
         "schema_revision": revision_of(unit.session.connection()),
         "engine": engine.dialect_name,
     }
+    record = unit.one(FIND_RECORD)
+    if record is not None:
+        facts |= {"epoch": record.epoch, "restored_at": record.restored_at}
     if isinstance(engine, SQLiteEngine):
         return DatabaseStatus(**facts, **_sqlite_facts(engine))
     with engine.connect() as connection:

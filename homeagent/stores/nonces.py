@@ -9,8 +9,9 @@ from typing import Any
 from sqlalchemy import bindparam, delete, func, select, tuple_
 
 from homeagent.engine.statements import Statement
-from homeagent.errors import NonceLimitError
+from homeagent.errors import CorruptDatabaseError, NonceLimitError
 from homeagent.models.nonce import Nonce
+from homeagent.models.store_record import StoreRecord
 from homeagent.models.types import check_duration, check_identifier, check_instant, check_label, check_limit, later
 from homeagent.stores.store import Store
 
@@ -71,13 +72,15 @@ COUNT_EXPIRED = Statement[int](
     select(func.count()).select_from(Nonce).where(_columns.expires_at <= bindparam("before"))
 )
 
+FIND_RECORD = Statement[StoreRecord](select(StoreRecord))
+
 
 class Freshness(StrEnum):
     """What became of a signed message: only `FRESH` may enter."""
 
     FRESH = "fresh"
     STALE = "stale"
-    """It was signed too long ago."""
+    """It was signed too long ago, or before the database was restored, where its nonce may have been forgotten."""
     FUTURE = "future"
     """It was signed by a clock that is too far ahead."""
     REPLAYED = "replayed"
@@ -143,8 +146,23 @@ class NonceStore(Store):
             return Freshness.STALE
         if signed_at - now > skew:
             return Freshness.FUTURE
+        restored_at = self._restored_at()
+        # What was consumed before the restore was signed no later than `skew` after that, by a clock ahead.
+        if restored_at is not None and signed_at - restored_at <= skew:
+            return Freshness.STALE
         fresh = self._consume(device_id, nonce, expires_at, now, limit)
         return Freshness.FRESH if fresh else Freshness.REPLAYED
+
+    def _restored_at(self) -> datetime | None:
+        # Asked once for each open database: nobody can restore one that is open.
+        shared = self._unit.shared
+        if "restored_at" not in shared:
+            record = self._unit.one(FIND_RECORD)
+            if record is None:
+                raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")
+            shared["restored_at"] = record.restored_at
+        restored_at: datetime | None = shared["restored_at"]
+        return restored_at
 
     def _make_room(self, device_id: str, now: datetime, limit: int) -> None:
         # Counting at the bound costs as much as 40 inserts, so that is done again only after as many calls as half
