@@ -45,6 +45,7 @@ from homeagent.unit_of_work import UnitOfWork, UnitSettings
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
+    from homeagent.maintenance.checking import ContentCheck
     from homeagent.maintenance.copying import CopyProgress, CopyReport
     from homeagent.maintenance.doctor import Diagnosis, Repair
     from homeagent.maintenance.reporting import DatabaseStatus
@@ -477,7 +478,13 @@ class Database:
         self._engine.counters.cleaned(report.nonces + report.idempotency_keys)
         return report
 
-    def sweeper(self, every: timedelta = timedelta(minutes=5), *, backups: BackupSchedule | None = None) -> Sweeper:
+    def sweeper(
+        self,
+        every: timedelta = timedelta(minutes=5),
+        *,
+        backups: BackupSchedule | None = None,
+        check_every: timedelta | None = timedelta(hours=24),
+    ) -> Sweeper:
         """Return a thread that sweeps periodically: `start()` and `stop()` it, or use it as a context manager.
 
         Closing the database stops it.
@@ -486,6 +493,9 @@ class Database:
             every: how long to wait between two sweeps; the first is done at once.
             backups: makes backups too, after a sweep, whenever the newest one is old enough by the database's clock.
                 One that fails is logged and tried again after the next sweep.
+            check_every: checks the content of a SQLite file too, after a sweep, whenever the last check is that old;
+                None for never. A file that is found damaged serves nobody any more: every unit of this database then
+                gets CorruptDatabaseError.
 
         Raises:
             DatabaseError: backups are asked for, and the database is on PostgreSQL.
@@ -495,10 +505,18 @@ class Database:
 
             require_file(self._engine)
 
+        check: ContentCheck | None = None
+        if check_every is not None:
+            from homeagent.maintenance.checking import ContentCheck
+
+            check = ContentCheck(self._engine, every=check_duration(check_every, "check_every"))
+
         def run(stop: threading.Event) -> SweepReport:
             report = self._sweep(batch_size=100, time_budget=None, stop=stop)
             if backups is not None:
                 self._back_up_if_due(backups, stop)
+            if check is not None:
+                check.run_if_due(stop.is_set)
             return report
 
         sweeper = Sweeper(run, every)

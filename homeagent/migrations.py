@@ -18,6 +18,7 @@ from sqlalchemy import text
 
 from homeagent.engine import files
 from homeagent.engine.faults import TransientError
+from homeagent.engine.integrity import check_content
 from homeagent.engine.locks import FileLock
 from homeagent.engine.postgresql import PostgreSQLEngine
 from homeagent.engine.presence import announce, presence_path
@@ -202,6 +203,7 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
         files.secure_sidecars(path)
         with engine.translated(), engine.connect() as connection:
             revision, suits = _look_up(connection)
+            check_content(path, connection.connection.driver_connection)
         if suits and (temporary or not migrate or _is_remembered(path)):
             return
         if not migrate:

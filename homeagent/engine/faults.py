@@ -140,6 +140,8 @@ def sqlite_fault(error: BaseException) -> HomeAgentError:
     if code is None:
         if "closed" in str(error):
             return DatabaseClosedError("the database was closed: open it again")
+        if "decode to UTF-8" in str(error):
+            return CorruptDatabaseError(f"a stored text is none: the database is damaged, {RESTORE}")
         if isinstance(error, OverflowError) or "too large" in str(error):
             return InvalidArgumentError("a number is outside of 64 bits")
         return DatabaseError(f"the SQLite driver refused the statement ({type(error).__name__})")

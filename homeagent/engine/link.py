@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from homeagent.engine.faults import commit_unknown
 from homeagent.engine.statements import Compiled, Parameters, Row, Statement
 from homeagent.errors import ConnectionLostError, HomeAgentError, ReadOnlyError
+from homeagent.models.types import UNREADABLE, unreadable
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
@@ -77,6 +78,11 @@ class Link:
         self._cursor: Any = raw.cursor()
         self._execute: Callable[..., Any] = self._cursor.execute
         self._root: RootTransaction | None = None
+
+    @property
+    def driver_connection(self) -> Any:
+        """The driver's own connection."""
+        return self._raw
 
     # Transactions
 
@@ -203,7 +209,10 @@ class Link:
         except self._driver_errors as error:
             fault = self._translate(error)
         else:
-            return compiled.load(rows)[0] if rows else None
+            try:
+                return compiled.load(rows)[0] if rows else None
+            except UNREADABLE:
+                fault = unreadable()
         raise fault
 
     def all(self, statement: Statement[R], parameters: Parameters) -> list[R]:
@@ -217,7 +226,10 @@ class Link:
         except self._driver_errors as error:
             fault = self._translate(error)
         else:
-            return compiled.load(rows)
+            try:
+                return compiled.load(rows)
+            except UNREADABLE:
+                fault = unreadable()
         raise fault
 
     def write(self, statement: Statement[Any], parameters: Parameters) -> int:

@@ -13,6 +13,7 @@ from homeagent.models.store_record import StoreRecord
 
 __all__ = [
     "DATA_TABLES",
+    "TABLES",
     "Agent",
     "AgentCreate",
     "AgentPublic",
@@ -36,6 +37,9 @@ __all__ = [
     "StoreRecord",
     "metadata",
 ]
+
+TABLES: tuple[str, ...] = tuple(sorted(metadata.tables))
+"""Every table of the schema but Alembic's."""
 
 DATA_TABLES: tuple[str, ...] = tuple(sorted(set(metadata.tables) - {StoreRecord.__tablename__}))
 """The tables that hold an application's rows, by name: all but `store`."""

@@ -12,17 +12,18 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, JsonValue, TypeAdapter, ValidationError
 from sqlalchemy import BigInteger, Dialect, Integer, Text
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from homeagent.errors import InvalidArgumentError
+from homeagent.errors import CorruptDatabaseError, InvalidArgumentError
 
 __all__ = [
     "EPOCH",
     "MILLISECOND",
+    "UNREADABLE",
     "Flag",
     "Identifier",
     "Instant",
@@ -41,9 +42,13 @@ __all__ = [
     "check_optional_label",
     "decode_json",
     "encode_json",
+    "loaded",
     "text_column",
     "to_milliseconds",
+    "unreadable",
 ]
+
+T = TypeVar("T")
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MILLISECOND = timedelta(milliseconds=1)
@@ -213,6 +218,30 @@ Instant = Annotated[datetime, BeforeValidator(_no_bare_number), AfterValidator(_
 """An aware datetime, held in UTC and floored to milliseconds. A naive one is refused."""
 
 
+UNREADABLE = (KeyError, OverflowError, RecursionError, TypeError, ValueError)
+"""What a conversion raises for a stored value that nothing of ours has written."""
+
+
+def unreadable() -> CorruptDatabaseError:
+    """Return the error for such a value, which it does not show."""
+    return CorruptDatabaseError(
+        "a stored value is none that its column can hold: the database is damaged, restore the newest good backup"
+    )
+
+
+def loaded(convert: Callable[[Any], T], value: Any) -> T:
+    """Return a stored value as what it stands for.
+
+    Raises:
+        CorruptDatabaseError: it stands for nothing.
+    """
+    try:
+        return convert(value)
+    except UNREADABLE:
+        # Not chained: json's error holds the text.
+        raise unreadable() from None
+
+
 class InstantColumn(TypeDecorator[datetime]):
     """An instant as whole milliseconds since the epoch: INTEGER on SQLite, BIGINT on PostgreSQL."""
 
@@ -229,7 +258,7 @@ class InstantColumn(TypeDecorator[datetime]):
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
         """Return the instant of these milliseconds, in UTC."""
-        return None if value is None else self.convert_loaded(value)
+        return None if value is None else loaded(self.convert_loaded, value)
 
     # What generated code calls, past SQLAlchemy's layers; neither is given None.
 
@@ -312,7 +341,7 @@ class JsonColumn(TypeDecorator[Any]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
         """Return the value that this text stands for."""
-        return None if value is None else self.convert_loaded(value)
+        return None if value is None else loaded(self.convert_loaded, value)
 
     convert_loaded = staticmethod(decode_json)
 
@@ -324,7 +353,7 @@ class Word(TypeDecorator[StrEnum]):
     """A member of a StrEnum as the text of its value; a plain Enum column would hold the member's name.
 
     Args:
-        kind: the StrEnum. A stored text that is none of its values, which the CHECK keeps out, raises KeyError.
+        kind: the StrEnum. A stored text that is none of its values is refused, though the CHECK keeps it out.
     """
 
     impl = Text
@@ -342,7 +371,7 @@ class Word(TypeDecorator[StrEnum]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> StrEnum | None:
         """Return the member that has this value."""
-        return None if value is None else self.convert_loaded(value)
+        return None if value is None else loaded(self.convert_loaded, value)
 
 
 class Flag(TypeDecorator[bool]):

@@ -1,0 +1,183 @@
+"""Whether a write-ahead log that was left behind holds all that was committed to it.
+
+SQLite has checksums in its log, and takes the first frame whose checksum is wrong for the log's end: that is how a
+commit that a crash cut off is undone. It does the same where the log was damaged or cut later, and then whole commits
+are gone without a word (https://sqlite.org/fileformat2.html#walformat, section 4.2). Two things still tell of them:
+later frames that end a commit, and the log's index (-shm), which a killed process leaves behind with the number of
+frames that were committed (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
+
+Nobody may have the database open, this process included: the index is locked by those who do, and a process that
+closes it loses its locks.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from homeagent.engine.files import OPEN_FLAGS, sidecars
+from homeagent.engine.system_errors import explained
+
+__all__ = ["LostCommits", "find_lost_commits"]
+
+_HEADER = 32
+_FRAME_HEADER = 24
+_MAGIC = {0x377F0682: "little", 0x377F0683: "big"}  # which order the checksums read their words in
+_INDEX_HEADER = 48
+_INDEX = 2 * _INDEX_HEADER + 40
+_INDEX_VERSION = 3007000
+
+Sums = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class LostCommits:
+    """What is wrong with a log.
+
+    Attributes:
+        problem: in words, without a remedy.
+        frames: how many frames SQLite would still read.
+        by_power_cut: whether a power cut may have done it to a database that was opened with durability `normal`.
+    """
+
+    problem: str
+    frames: int
+    by_power_cut: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    committed: int
+    moved: int
+    salt: bytes
+
+
+def find_lost_commits(path: Path) -> LostCommits | None:
+    """Look for commits that SQLite would drop without a word when it opens this database.
+
+    One commit at the end of the log whose last frames are damaged can't be told from one that a power cut interrupted
+    before it was acknowledged, unless the log's index is there to tell.
+
+    Args:
+        path: the database file, which nobody has open.
+
+    Returns:
+        None where all that was committed is there, as far as can be known.
+
+    Raises:
+        DatabaseError: a file can't be read.
+    """
+    log, index = sidecars(path)[:2]
+    known = _read_index(index)
+    with explained("read", log):
+        try:
+            descriptor = os.open(log, os.O_RDONLY | OPEN_FLAGS)
+        except FileNotFoundError:
+            return _judged(known, _Log(0, 0, None, exists=False))
+        with os.fdopen(descriptor, "rb") as file:
+            return _judged(known, _Log.read(file))
+
+
+@dataclass(frozen=True, slots=True)
+class _Log:
+    committed: int  # frames up to the last sound commit
+    later_commits: int  # ends of commits further on that belong to this log all the same
+    salt: bytes | None  # None where there is no sound header
+    exists: bool = True
+    is_blank: bool = False  # nothing but zeros, as a power cut leaves what was never written
+
+    @classmethod
+    def read(cls, file: object) -> _Log:
+        read = file.read  # type: ignore[attr-defined]  # a file opened for bytes
+        header = read(_HEADER)
+        if len(header) < _HEADER:
+            return cls(0, 0, None, is_blank=not any(header))
+        magic, version, page_size, _, *_, first, second = struct.unpack(">8I", header)
+        order = _MAGIC.get(magic)
+        sums: Sums = (0, 0)
+        if order is not None:
+            sums = _add(sums, header[:24], order)
+        size = 65536 if page_size == 1 else page_size
+        if order is None or sums != (first, second) or version != _INDEX_VERSION or not 512 <= size <= 65536:
+            blank = not any(header)
+            while blank and (rest := read(1 << 20)):
+                blank = not any(rest)
+            return cls(0, 0, None, is_blank=blank)
+        salt = header[16:24]
+        committed = later = number = 0
+        sound = True
+        while len(frame := read(_FRAME_HEADER + size)) == _FRAME_HEADER + size:
+            number += 1
+            page, size_after, *_, first, second = struct.unpack(">6I", frame[:_FRAME_HEADER])
+            is_ours = frame[8:16] == salt
+            if sound:
+                sums = _add(_add(sums, frame[:8], order), frame[_FRAME_HEADER:], order)
+                sound = is_ours and page > 0 and sums == (first, second)
+                if sound:
+                    committed = number if size_after else committed
+                    continue
+            later += bool(is_ours and size_after)
+        return cls(committed, later, salt)
+
+
+def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
+    if index is not None and index.committed > index.moved:
+        # What was committed and not yet moved into the database is in the log alone.
+        if log.salt is None:
+            what = "is missing" if not log.exists else "can't be read as one"
+            return LostCommits(
+                f"the log of {index.committed} frames {what}", 0, by_power_cut=log.is_blank or not log.exists
+            )
+        if log.salt != index.salt:
+            return LostCommits("the log and its index are not of one database and time", log.committed, False)
+        if log.committed < index.committed:
+            return LostCommits(
+                f"the log is sound for {log.committed} frames only, and {index.committed} were committed",
+                log.committed,
+                by_power_cut=True,
+            )
+    if log.salt is None:
+        # A header is written before anything else, and never torn: it is smaller than any sector.
+        return None if log.is_blank or not log.exists else LostCommits("the log has no sound header", 0, False)
+    # One commit may have been under way when the power failed, with its last frame on the disk before its first.
+    if log.later_commits > 1:
+        return LostCommits(
+            f"the log is damaged after {log.committed} frames, and {log.later_commits} commits follow",
+            log.committed,
+            by_power_cut=True,
+        )
+    return None
+
+
+def _read_index(index: Path) -> _Index | None:
+    """Return what the log's index says, None where there is none that can be believed."""
+    with explained("read", index):
+        try:
+            descriptor = os.open(index, os.O_RDONLY | OPEN_FLAGS)
+        except FileNotFoundError:
+            return None
+        with os.fdopen(descriptor, "rb") as file:
+            content = file.read(_INDEX)
+    header = content[:_INDEX_HEADER]
+    if len(content) < _INDEX or header != content[_INDEX_HEADER : 2 * _INDEX_HEADER]:
+        return None
+    version, _, _, initialised, _, _, frames = struct.unpack("=IIIBBHI", header[:20])
+    if version != _INDEX_VERSION or not initialised:
+        return None
+    if _add((0, 0), header[:40], sys.byteorder) != struct.unpack("=2I", header[40:48]):
+        return None
+    (moved,) = struct.unpack("=I", content[2 * _INDEX_HEADER : 2 * _INDEX_HEADER + 4])
+    return _Index(committed=frames, moved=moved, salt=header[32:40])
+
+
+def _add(sums: Sums, content: bytes, order: str) -> Sums:
+    """Go on with the checksum of a log over some more content, a multiple of eight bytes."""
+    first, second = sums
+    words = iter(struct.unpack(f"{'<' if order == 'little' else '>'}{len(content) // 4}I", content))
+    for one, other in zip(words, words, strict=True):
+        first = (first + one + second) & 0xFFFFFFFF
+        second = (second + other + first) & 0xFFFFFFFF
+    return first, second
