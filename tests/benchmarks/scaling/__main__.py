@@ -1,14 +1,15 @@
 """When is SQLite outgrown, and what does PostgreSQL cost? Measures both on this machine.
 
-    python -m tests.benchmarks.scaling [--output scaling.json]
+    python -m tests.benchmarks.scaling --output scaling.json --page docs/scaling.md
 
-The figures go to a file as JSON, and to standard output as the tables of docs/scaling.md.
+The figures go to a file as JSON, to standard output as tables, and into a page in the place of those that are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from tests.benchmarks.scaling.moving import measure_copies
 from tests.benchmarks.scaling.operations import measure_operations
 from tests.benchmarks.scaling.partitions import measure_partitions
 from tests.benchmarks.scaling.stores import Place, open_place
-from tests.benchmarks.scaling.tables import TABLES
+from tests.benchmarks.scaling.tables import TABLES, replace_tables
 from tests.benchmarks.scaling.writers import measure_writers
 
 Section = Callable[[Place], dict[str, Any]]
@@ -51,6 +52,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help=f"a list of {', '.join(FULL)}; left out, all")
     parser.add_argument("--rows", type=int, help="how many nonces the partitions get (2,000,000)")
     parser.add_argument("--output", type=Path, help="a file for the figures, as JSON")
+    parser.add_argument("--page", type=Path, help="a page whose tables are replaced, each between its two marks")
     parser.add_argument("--postgresql-bin", type=Path, help="where the server's programs are; else the wheel's")
     options = parser.parse_args(arguments)
     options.only = list(filter(None, options.only.split(","))) or list(FULL)
@@ -75,18 +77,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # After each, so that a run that is ended early has left something.
             if options.output is not None:
                 options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    for name in options.only:
-        sys.stdout.write(TABLES[name](results[name]) + "\n\n")
+    told = {name: TABLES[name](figures) for name, figures in results.items()}
+    sys.stdout.write("\n\n".join(told.values()) + "\n")
+    if options.page is not None:
+        page = replace_tables(options.page.read_text(encoding="utf-8"), told)
+        options.page.write_text(page, encoding="utf-8")
 
 
 def _machine(place: Place) -> dict[str, Any]:
     ((version,),) = place.server.execute("SHOW server_version")
     ((synced,),) = place.server.execute("SHOW synchronous_commit")
     ((buffers,),) = place.server.execute("SHOW shared_buffers")
-    import os
-
     return {
-        "system": platform.platform(),
+        "system": platform.system(),
         "processors": os.cpu_count(),
         "python": platform.python_version(),
         "sqlite": choose_driver().version_text,

@@ -1,11 +1,12 @@
-"""The figures as tables of Markdown, one for each section."""
+"""The figures as Markdown, a table for each section, and their places in a page."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-__all__ = ["TABLES"]
+__all__ = ["TABLES", "replace_tables"]
 
 _NAMES = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
 
@@ -106,7 +107,26 @@ def _verdict(let_in: bool) -> str:
     return "let in" if let_in else "refused"
 
 
+def _machine(found: dict[str, Any]) -> str:
+    return (
+        f"Measured on {found['processors']} processors with {found['system']}, Python {found['python']}, "
+        f"SQLite {found['sqlite']} and PostgreSQL {found['postgresql']} (shared_buffers {found['shared_buffers']}) "
+        "over its socket; every commit of both is synced."
+    )
+
+
+def replace_tables(page: str, told: dict[str, str]) -> str:
+    """Return a page with what stands between `<!-- measured: NAME -->` and `<!-- end -->` replaced, by name."""
+    for name, text in told.items():
+        places = list(re.finditer(rf"(?<=<!-- measured: {name} -->\n).*?(?=<!-- end -->)", page, flags=re.DOTALL))
+        if len(places) != 1:
+            raise SystemExit(f"the page has {len(places)} places for {name}")
+        page = f"{page[: places[0].start()]}{text}\n{page[places[0].end() :]}"
+    return page
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "machine": _machine,
     "operations": _operations,
     "writers": _writers,
     "host": _host,
