@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -118,10 +117,12 @@ def _machine(found: dict[str, Any]) -> str:
 def replace_tables(page: str, told: dict[str, str]) -> str:
     """Return a page with what stands between `<!-- measured: NAME -->` and `<!-- end -->` replaced, by name."""
     for name, text in told.items():
-        places = list(re.finditer(rf"(?<=<!-- measured: {name} -->\n).*?(?=<!-- end -->)", page, flags=re.DOTALL))
-        if len(places) != 1:
-            raise SystemExit(f"the page has {len(places)} places for {name}")
-        page = f"{page[: places[0].start()]}{text}\n{page[places[0].end() :]}"
+        mark, end = f"<!-- measured: {name} -->\n", "<!-- end -->\n"
+        before, found, rest = page.partition(mark)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise SystemExit(f"the page has no place for {name}")
+        page = f"{before}{mark}{text}\n{end}{after}"
     return page
 
 
