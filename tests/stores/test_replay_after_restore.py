@@ -1,0 +1,158 @@
+"""After a restore: no message that was let in before is let in again, and fresh ones are, soon."""
+
+from __future__ import annotations
+
+import tempfile
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import text
+
+from homeagent import Database, Freshness, ReplayGuard
+from homeagent.errors import CorruptDatabaseError
+from homeagent.models.types import to_milliseconds
+from tests.conftest import START, FakeClock, MakeDatabase
+
+SKEW = timedelta(minutes=5)
+MOMENT = timedelta(milliseconds=1)
+
+guard = ReplayGuard(skew=SKEW)
+
+
+def judge(database: Database, nonce: str, signed_at: datetime) -> Freshness:
+    """Judge a message in a unit of its own."""
+    return database.run(lambda unit: guard.check(unit.nonces, "lamp", nonce, signed_at=signed_at))
+
+
+def begin_epoch(database: Database, restored_at: datetime | None) -> None:
+    """Have the store say that it was restored at this instant, its nonces forgotten."""
+    with database.unit_of_work() as unit:
+        connection = unit.session.connection()
+        connection.execute(text("DELETE FROM nonces"))
+        instant = None if restored_at is None else to_milliseconds(restored_at)
+        connection.execute(text("UPDATE store SET epoch = 2, restored_at = :at"), {"at": instant})
+
+
+# Steps of a minute and of a millisecond meet every bound.
+spans = st.tuples(st.integers(0, 12), st.integers(0, 2)).map(
+    lambda pair: timedelta(minutes=pair[0], milliseconds=pair[1])
+)
+leads = st.tuples(st.integers(-5, 5), st.integers(-1, 1)).map(
+    lambda pair: timedelta(minutes=pair[0], milliseconds=pair[1])
+)
+
+
+histories = given(
+    before=st.lists(st.tuples(spans, leads), max_size=4),
+    after=st.lists(st.tuples(spans, leads), min_size=1, max_size=4),
+    until_restore=spans,
+    later=st.lists(spans, min_size=1, max_size=3),
+)
+
+
+def nothing_enters_twice(
+    before: list[tuple[timedelta, timedelta]],
+    after: list[tuple[timedelta, timedelta]],
+    until_restore: timedelta,
+    later: list[timedelta],
+) -> None:
+    """Let messages in before and after a backup, their signers' clocks off either way, restore, and try each again."""
+    clock = FakeClock()
+    with tempfile.TemporaryDirectory() as directory:
+        path, backup = Path(directory) / "homeagent.db", Path(directory) / "the.backup"
+        let_in: dict[str, datetime] = {}
+        with Database.open(path, clock=clock, durability="normal") as database:
+            for place, messages in (("before", before), ("after", after)):
+                for number, (pause, lead) in enumerate(messages):
+                    clock.advance(pause)
+                    signed_at = clock.now + lead
+                    if judge(database, f"{place}-{number}", signed_at) is Freshness.FRESH:
+                        let_in[f"{place}-{number}"] = signed_at
+                if place == "before":
+                    database.backup(backup)
+        restored_at = clock.advance(until_restore)
+        Database.restore(backup, path, clock=clock)
+        with Database.open(path, clock=clock, durability="normal") as database:
+            for pause in (timedelta(0), *later):
+                clock.advance(pause)
+                for nonce, signed_at in let_in.items():
+                    assert judge(database, nonce, signed_at) is not Freshness.FRESH, (nonce, signed_at, clock.now)
+            # It isn't that nobody enters: what is signed after the last that may have been let in is judged as ever.
+            clock.now = max(clock.now, restored_at + MOMENT)
+            signed_at = restored_at + SKEW + MOMENT
+            expected = Freshness.FRESH if clock.now < signed_at + SKEW else Freshness.STALE
+            assert judge(database, "new", signed_at) is expected
+
+
+@settings(max_examples=6, deadline=None)
+@histories
+def test_nothing_enters_twice(**history: Any) -> None:
+    """None that was let in is let in again after a restore. On SQLite, since the restore is that engine's own."""
+    nothing_enters_twice(**history)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
+@histories
+def test_nothing_enters_twice_in_many_histories(**history: Any) -> None:
+    """The same in 150 histories. On SQLite, since the restore is that engine's own."""
+    nothing_enters_twice(**history)
+
+
+@pytest.mark.parametrize(
+    ("offset", "verdict"),
+    [
+        (-SKEW, Freshness.STALE),
+        (timedelta(0), Freshness.STALE),
+        (MOMENT, Freshness.STALE),
+        # Let in at the very instant of the restore, from a clock that is ahead by all of the skew.
+        (SKEW, Freshness.STALE),
+        (SKEW + MOMENT, Freshness.FRESH),
+    ],
+)
+def test_the_bound_is_exact(
+    database: Database, reopen: MakeDatabase, clock: FakeClock, offset: timedelta, verdict: Freshness
+) -> None:
+    """What could have been let in up to the restore is stale, to the millisecond, and what could not is fresh."""
+    begin_epoch(database, START)
+    clock.advance(2 * MOMENT)
+    assert judge(reopen(), "one", START + offset) is verdict
+
+
+def test_a_stale_one_uses_no_nonce_up(database: Database, reopen: MakeDatabase) -> None:
+    """What is refused for the restore leaves nothing behind."""
+    begin_epoch(database, START)
+    again = reopen()
+    judge(again, "one", START)
+    with again.unit_of_work(read_only=True) as unit:
+        assert unit.nonces.find("lamp", "one") is None
+
+
+def test_the_epoch_is_asked_once(database: Database, reopen: MakeDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look at the epoch serves every message: no further statement is run for it."""
+    from homeagent.engine.link import Link
+    from homeagent.stores.nonces import FIND_RECORD
+
+    asked: list[object] = []
+    one = Link.one
+
+    def counted(link: Link, statement: object, parameters: object) -> object:
+        asked.append(statement)
+        return one(link, statement, parameters)  # type: ignore[arg-type]  # it is passed on as it came
+
+    monkeypatch.setattr(Link, "one", counted)
+    for number in range(3):
+        assert judge(database, f"n-{number}", START) is Freshness.FRESH
+    assert asked.count(FIND_RECORD) == 1
+
+
+def test_without_its_row_nobody_enters(database: Database, reopen: MakeDatabase) -> None:
+    """A store that can't say whether it was restored lets nobody in."""
+    with database.unit_of_work() as unit:
+        unit.session.connection().execute(text("DELETE FROM store"))
+    with pytest.raises(CorruptDatabaseError, match="newest good backup"):
+        judge(reopen(), "one", START)
