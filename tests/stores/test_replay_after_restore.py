@@ -96,10 +96,10 @@ def test_nothing_enters_twice(**history: Any) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @histories
 def test_nothing_enters_twice_in_many_histories(**history: Any) -> None:
-    """The same in 150 histories. On SQLite, since the restore is that engine's own."""
+    """The same in 60 histories. On SQLite, since the restore is that engine's own."""
     nothing_enters_twice(**history)
 
 
