@@ -36,6 +36,7 @@ from homeagent.errors import (
 from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config
 from homeagent.models import DATA_TABLES, metadata
 from homeagent.models.session import route_key
+from tests.conftest import postgres_database, postgres_execute
 
 CHECKOUT = Path(homeagent.__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -828,12 +829,21 @@ def test_processes_open_together(tmp_path: Path, openers: list[subprocess.Popen[
         assert len(list(directory.glob("*.backup"))) == (1 if revision else 0)
 
 
-def test_processes_open_postgresql_together(openers: list[subprocess.Popen[str]], empty_postgres_url: str) -> None:
+@pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+def test_processes_open_postgresql_together(
+    openers: list[subprocess.Popen[str]], postgres_url: str, rounds: int
+) -> None:
     """Eight processes that open one empty PostgreSQL database at once make one schema, and none fails."""
-    assert open_together(openers, empty_postgres_url) == ["opened"] * PROCESSES
-    with server(empty_postgres_url).connect() as connection:
-        assert connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).all() == [(REVISION,)]
-        assert sorted(inspect(connection).get_table_names()) == sorted([*metadata.tables, VERSION_TABLE])
+    for number in range(rounds):
+        name = f"together_{rounds}_{number}"
+        postgres_execute(postgres_url, f"CREATE DATABASE {name}")
+        url = postgres_database(postgres_url, name)
+        assert open_together(openers, url) == ["opened"] * PROCESSES
+        with server(url).connect() as connection:
+            assert connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).all() == [(REVISION,)]
+            assert connection.execute(text("SELECT count(*) FROM agents")).scalar_one() == PROCESSES
+            assert sorted(inspect(connection).get_table_names()) == sorted([*metadata.tables, VERSION_TABLE])
+        postgres_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def test_threads_open_together(tmp_path: Path) -> None:

@@ -36,15 +36,32 @@ database.close()
 """
 )
 
-# A process takes a second to start, so that one does for both races.
-CONSUME_AND_RESOLVE = (
+# A process takes a second to start, so that one does for all races.
+ONE_WINNER = (
     READY
     + """
+import time
+from homeagent import IdempotencyScope, errors
 until = datetime.now(UTC) + timedelta(hours=1)
-with database.unit_of_work() as unit:
-    print(unit.nonces.consume("lamp", "n", expires_at=until))
-with database.unit_of_work() as unit:
-    print(unit.sessions.resolve(agent_id="ada", sender_id="s").session_id)
+me = sys.argv[2]
+print(database.run(lambda unit: unit.nonces.consume("lamp", "n", expires_at=until)))
+print(database.run(lambda unit: unit.sessions.resolve(agent_id="ada", sender_id="s").session_id))
+def effect(attempt):
+    time.sleep(0.05)
+    return me
+while True:
+    try:
+        outcome = database.run_once(IdempotencyScope("lamp", "open", "k"), effect)
+    except errors.IdempotencyInProgressError:
+        time.sleep(0.01)
+    else:
+        break
+print("replayed" if outcome.replayed else "ran", outcome.value)
+try:
+    database.run(lambda unit: unit.devices.revoke(f"admin{me}"))
+    print("revoked")
+except errors.LastAdminError:
+    print("last")
 database.close()
 """
 )
@@ -82,14 +99,22 @@ def test_read_then_write_from_processes_loses_nothing(target: str, children: Chi
 
 
 def test_processes_have_one_winner(target: str, children: Children) -> None:
-    """Of eight processes that present one nonce at once one is let in, and all resolve a route to one session."""
+    """Of eight processes at once one consumes a nonce, one makes a session, one runs an effect, one admin stays."""
     with Database.open(target) as database:
         add_agent(database)
-    answers = [answer.split() for answer in children.together(CONSUME_AND_RESOLVE, [(target,)] * 8)]
-    assert sorted(consumed for consumed, _ in answers) == ["False"] * 7 + ["True"]
-    assert len({session_id for _, session_id in answers}) == 1
+        for number in range(8):
+            add_device(database, f"admin{number}", role=Role.ADMIN, approved=True)
+    answers = [answer.splitlines() for answer in children.together(ONE_WINNER, [(target, n) for n in range(8)])]
+    consumed, sessions, effects, admins = zip(*answers, strict=True)
+    assert sorted(consumed) == ["False"] * 7 + ["True"]
+    assert len(set(sessions)) == 1
+    assert sorted(effect.split()[0] for effect in effects) == ["ran"] + ["replayed"] * 7
+    assert len({effect.split()[1] for effect in effects}) == 1
+    assert sorted(admins) == ["last"] + ["revoked"] * 7
     with Database.open(target) as database:
         assert len(dump(database)["sessions"]) == 1
+        with database.unit_of_work(read_only=True) as unit:
+            assert len(unit.devices.list(approved=True)) == 1
 
 
 def at_once(count: int, work: Callable[[int], object]) -> list[object]:

@@ -1,0 +1,63 @@
+"""Sweepers on several hosts. SQLite has one writer at a time, and so nobody to share the work with."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+
+import pytest
+
+from homeagent import Database, IdempotencyScope
+from tests.conftest import START, FakeClock, MakeDatabase, dump
+
+pytestmark = pytest.mark.usefixtures("postgres_url")
+
+MINUTE = timedelta(minutes=1)
+
+
+@pytest.fixture
+def engine_name() -> str:
+    """The engine with several writers."""
+    return "postgresql"
+
+
+@pytest.fixture
+def full(database: Database, clock: FakeClock) -> Database:
+    """A database with 300 dead nonces and as many dead keys."""
+    with database.unit_of_work() as unit:
+        for number in range(300):
+            unit.nonces.consume("lamp", f"n{number}", expires_at=START + MINUTE)
+            unit.idempotency_keys.insert(IdempotencyScope("lamp", "on", f"k{number}"), 1, ttl=MINUTE)
+    clock.advance(hours=2)
+    return database
+
+
+def test_a_sweeper_waits_for_no_other(full: Database, reopen: MakeDatabase) -> None:
+    """While one host's batch is under way, another removes all the other rows, and waits for nothing."""
+    other = reopen(busy_timeout=timedelta(milliseconds=1))
+    with full.unit_of_work() as unit:
+        assert unit.nonces.delete_expired(limit=100) == 100
+        assert unit.idempotency_keys.delete_expired(limit=100) == 100
+        report = other.sweep(batch_size=50)
+        assert (report.nonces, report.idempotency_keys, report.more) == (200, 200, False)
+    assert dump(full)["nonces"] == dump(full)["idempotency_keys"] == []
+
+
+def test_sweepers_share_the_work(full: Database, reopen: MakeDatabase) -> None:
+    """Four hosts that sweep at once remove each row once, and none fails."""
+    hosts = [reopen(busy_timeout=timedelta(seconds=20)) for _ in range(4)]
+    reports = []
+    start = threading.Barrier(len(hosts))
+
+    def sweep(host: Database) -> None:
+        start.wait(20)
+        reports.append(host.sweep(batch_size=10))
+
+    threads = [threading.Thread(target=sweep, args=(host,)) for host in hosts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reports) == len(hosts)
+    assert sum(report.nonces for report in reports) == sum(report.idempotency_keys for report in reports) == 300
+    assert dump(full)["nonces"] == dump(full)["idempotency_keys"] == []
