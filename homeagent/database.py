@@ -396,7 +396,11 @@ class Database:
                 idempotent=True,
             )
         except DatabaseError as error:
-            logger.warning("the secret's hash of device %r could not be made anew: %s", device_id, error)
+            logger.warning(
+                "the hash of a device's secret could not be made anew, and will be at the next check: %s",
+                error,
+                extra={"event": "rehash_failed", "error": type(error).__name__},
+            )
 
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
         """Return the device if it is approved and the proof is made with its secret, else None.
@@ -534,7 +538,11 @@ class Database:
         except HomeAgentError as error:
             # Dead rows are swept all the same.
             if not stop.is_set():
-                logger.warning("a scheduled backup failed and will be tried again after the next sweep: %s", error)
+                logger.warning(
+                    "a scheduled backup failed and will be tried again after the next sweep: %s",
+                    error,
+                    extra={"event": "backup_failed", "error": type(error).__name__},
+                )
 
     def backup(self, destination: str | PathLike[str], *, keep: int | None = None, replace: bool = False) -> Path:
         """Make a backup while others write: one snapshot, verified, private, and in its place whole or not at all.
@@ -653,7 +661,11 @@ def _only_if_closed() -> Iterator[None]:
     except DatabaseClosedError:
         raise
     except DatabaseError as error:
-        logger.debug("the doctor looks at a database that can't be read: %s", error)
+        logger.debug(
+            "the doctor looks at a database that can't be read: %s",
+            error,
+            extra={"event": "doctor_without_reader", "error": type(error).__name__},
+        )
 
 
 def _verifier(secret: SecretStr) -> str | None:

@@ -194,7 +194,11 @@ def _renewed(renew: Callable[[], object]) -> bool:
     except LeaseLostError:
         return False
     except HomeAgentError as error:
-        logger.warning("a lease could not be renewed and will be tried again: %s", error)
+        logger.warning(
+            "a lease could not be renewed and will be tried again: %s",
+            error,
+            extra={"event": "lease_renewal_failed", "error": type(error).__name__},
+        )
     return True
 
 
@@ -263,7 +267,11 @@ async def arun_once(arun: ARun, call: OnceCall, effect: Callable[[Attempt], Awai
             except LeaseLostError:
                 return
             except HomeAgentError as error:
-                logger.warning("a lease could not be renewed and will be tried again: %s", error)
+                logger.warning(
+                    "a lease could not be renewed and will be tried again: %s",
+                    error,
+                    extra={"event": "lease_renewal_failed", "error": type(error).__name__},
+                )
 
     problem: BaseException | None = None
     outcome: Outcome | None = None

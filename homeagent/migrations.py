@@ -306,7 +306,13 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
             raw.execute("PRAGMA foreign_keys=ON")
     if not initialised and not temporary:
         lock.write_marker("initialised")
-    logger.info("%s is at schema revision %s now (it was at %s)", path, REVISION, revision)
+    logger.info(
+        "%s is at schema revision %s now (it was at %s)",
+        path,
+        REVISION,
+        revision,
+        extra={"event": "schema_upgraded", "path": str(path), "revision": REVISION, "revision_before": revision},
+    )
 
 
 def _any_tables(connection: Connection) -> bool:

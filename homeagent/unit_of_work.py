@@ -62,7 +62,9 @@ def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
             callback()
         except Exception:
             # The commit stands and must not be hidden, so a callback's failure can only be told.
-            logger.exception("an after_commit callback failed; the commit stands")
+            logger.exception(
+                "an after_commit callback failed; the commit stands", extra={"event": "after_commit_failed"}
+            )
 
 
 class UnitOfWork:
@@ -189,7 +191,11 @@ class UnitOfWork:
         try:
             link.rollback()
         except HomeAgentError as error:
-            logger.warning("rolling back failed, so the connection is closed: %s", error)
+            logger.warning(
+                "rolling back failed, so the connection is closed: %s",
+                error,
+                extra={"event": "rollback_failed", "error": type(error).__name__},
+            )
             return False
         return True
 

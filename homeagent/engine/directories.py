@@ -93,7 +93,7 @@ def prepare_directory(directory: Path) -> DirectoryReport:
             is_news = directory not in _reported
             _reported.add(directory)
         if is_news:
-            logger.warning("%s", problem)
+            logger.warning("%s", problem, extra={"event": "directory_unsafe", "path": str(directory)})
     return report
 
 

@@ -122,6 +122,7 @@ def _choose(own: SQLiteDriver, load_other: Callable[[], SQLiteDriver | None]) ->
         "(https://sqlite.org/wal.html#walresetbug): install pysqlite3, or a Python with SQLite %s or later",
         chosen.version_text,
         _dotted(_WAL_RESET_FIXED),
+        extra={"event": "sqlite_unsafe", "sqlite_version": chosen.version_text, "driver": chosen.name},
     )
     return chosen
 

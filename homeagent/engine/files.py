@@ -314,7 +314,13 @@ def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False) -
             continue  # replaced meanwhile: judge the new one
         if stat.S_IMODE(changed.st_mode) != wanted:
             raise modes_not_kept(path)
-        logger.warning("%s had mode %04o: made it %04o, since only its owner may use it", path, mode, wanted)
+        logger.warning(
+            "%s had mode %04o: made it %04o, since only its owner may use it",
+            path,
+            mode,
+            wanted,
+            extra={"event": "file_mode_repaired", "path": str(path), "mode_before": mode, "mode": wanted},
+        )
         repaired_from = mode
     raise DatabaseError(f"{quoted(path)} keeps being replaced: find out which other program writes it")
 

@@ -106,7 +106,13 @@ def back_up(
             _remove_oldest(target, manifest, keep)
     if not engine.is_temporary:
         _remember(engine.path, target)
-    logger.info("backed %s up to %s (%d bytes)", engine.path, target, manifest.size)
+    logger.info(
+        "backed %s up to %s (%d bytes)",
+        engine.path,
+        target,
+        manifest.size,
+        extra={"event": "backup_made", "path": str(engine.path), "backup": str(target), "bytes": manifest.size},
+    )
     return target
 
 
@@ -183,7 +189,12 @@ def _remove_oldest(made: Path, manifest: Manifest, keep: int) -> None:
         with explained("remove the old backup", backup):
             backup.unlink(missing_ok=True)
             manifest_path(backup).unlink(missing_ok=True)
-        logger.info("removed %s, of which there are %d newer ones", backup, keep)
+        logger.info(
+            "removed %s, of which there are %d newer ones",
+            backup,
+            keep,
+            extra={"event": "backup_removed", "backup": str(backup), "keep": keep},
+        )
 
 
 def _remember(database: Path, backup: Path) -> None:
@@ -191,4 +202,8 @@ def _remember(database: Path, backup: Path) -> None:
         remember_backup(database, backup)
     except HomeAgentError as error:
         # The backup is good all the same. What is lost is that an error could name it.
-        logger.warning("where the last backup is could not be noted beside the database: %s", error)
+        logger.warning(
+            "where the last backup is could not be noted beside the database: %s",
+            error,
+            extra={"event": "backup_not_noted", "path": str(database), "error": type(error).__name__},
+        )

@@ -164,14 +164,33 @@ class Sweeper:
             try:
                 report = self._run(stop)
             except DatabaseClosedError:
-                logger.info("the sweeper ends: the database was closed")
+                logger.info("the sweeper ends: the database was closed", extra={"event": "sweeper_ended"})
                 return
             except HomeAgentError as error:
-                logger.warning("a sweep failed and will be tried again in %g s: %s", self._every, error)
-            except Exception:
+                logger.warning(
+                    "a sweep failed and will be tried again in %g s: %s",
+                    self._every,
+                    error,
+                    extra={"event": "sweep_failed", "error": type(error).__name__, "retry_seconds": self._every},
+                )
+            except Exception as error:
                 # Whatever an injected clock or a bug of ours raises must not end the cleaning for good.
-                logger.exception("a sweep failed and will be tried again in %g s", self._every)
+                logger.exception(
+                    "a sweep failed and will be tried again in %g s",
+                    self._every,
+                    extra={"event": "sweep_failed", "error": type(error).__name__, "retry_seconds": self._every},
+                )
             else:
                 if report.nonces or report.idempotency_keys:
-                    logger.info("swept %d nonce(s) and %d idempotency key(s)", report.nonces, report.idempotency_keys)
+                    logger.info(
+                        "swept %d nonce(s) and %d idempotency key(s)",
+                        report.nonces,
+                        report.idempotency_keys,
+                        extra={
+                            "event": "swept",
+                            "nonces": report.nonces,
+                            "idempotency_keys": report.idempotency_keys,
+                            "more": report.more,
+                        },
+                    )
             stop.wait(self._every)
