@@ -11,7 +11,7 @@ from homeagent.clock import Clock
 from homeagent.credentials import hash_secret
 from homeagent.database import Database, PairedDevice
 from homeagent.maintenance.copying import CopyProgress, CopyReport
-from homeagent.maintenance.reporting import DatabaseStatus
+from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
 from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport
 from homeagent.models import (
     Agent,
@@ -55,6 +55,7 @@ __all__ = [
     "CopyProgress",
     "CopyReport",
     "Database",
+    "DatabaseCounters",
     "DatabaseStatus",
     "Device",
     "DeviceCreate",

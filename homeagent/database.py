@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from homeagent.maintenance.checking import ContentCheck
     from homeagent.maintenance.copying import CopyProgress, CopyReport
     from homeagent.maintenance.doctor import Diagnosis, Repair
-    from homeagent.maintenance.reporting import DatabaseStatus
+    from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
     from homeagent.maintenance.restoring import RestoreReport
 
 __all__ = ["Database", "PairedDevice"]
@@ -644,6 +644,12 @@ class Database:
             return found
         repairs = mend(found, target, clock=self._clock, engine=engine)
         return look_now(repairs) if repairs else found
+
+    def counters(self) -> DatabaseCounters:
+        """Return what this process did with the database since it opened it: cheap enough to be asked every second."""
+        from homeagent.maintenance.reporting import report_counters
+
+        return report_counters(self._engine)
 
     def status(self) -> DatabaseStatus:
         """Describe the database: where it is, its engine and schema, its rows, and what waits for cleanup."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from homeagent import Database, DevicePair, Diagnosis, Role
 from homeagent.cli import app
-from homeagent.maintenance.doctor import disk
+from homeagent.maintenance.doctor import CHECKS, disk
 
 runner = CliRunner()
 
@@ -87,3 +88,10 @@ def test_a_target_of_no_use_ends_with_2(target: str) -> None:
     assert done.exit_code == 2
     assert done.stdout == ""
     assert "geheim" not in done.output
+
+
+def test_every_check_is_documented() -> None:
+    """The tables of the documentation name every check, in the order in which the doctor tells them."""
+    page = (Path(__file__).parents[1] / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = page.partition("## Doctor")[2].partition("\n## ")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)) == CHECKS

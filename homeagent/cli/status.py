@@ -31,7 +31,10 @@ def status(context: typer.Context, database: DatabaseOption = None, as_json: Jso
         rows.add_row(name, f"{number:,}", f"{found.expired[name]:,}" if name in found.expired else "")
     console.print()
     console.print(rows)
-    for title, facts in (("Pragmas", found.pragmas), ("File modes", found.file_modes)):
+    # Those of this command: what the gateway does, its own Database.counters() tells.
+    counters = {name: value for name, value in found.counters.model_dump(mode="json").items() if value is not None}
+    sections = (("Pragmas", found.pragmas), ("File modes", found.file_modes), ("Counters of this command", counters))
+    for title, facts in sections:
         if facts:
             console.print(f"\n{title}", style="bold")
             console.print(facts_table({name: str(value) for name, value in facts.items()}))

@@ -21,7 +21,7 @@ from homeagent.stores.nonces import COUNT_EXPIRED as EXPIRED_NONCES
 from homeagent.stores.nonces import FIND_RECORD
 from homeagent.unit_of_work import UnitOfWork
 
-__all__ = ["DatabaseStatus", "report_status"]
+__all__ = ["DatabaseCounters", "DatabaseStatus", "LastFault", "report_counters", "report_status"]
 
 _PRAGMAS = (
     "journal_mode",
@@ -35,6 +35,60 @@ _PRAGMAS = (
     "page_size",
     "application_id",
 )
+
+
+class LastFault(BaseModel):
+    """The last fault of the engine; what an application is refused is none.
+
+    Attributes:
+        kind: the name of its class, such as `DiskFullError`.
+        message: what it says; it holds no value of a row.
+        at: when, by the system's clock.
+    """
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+    kind: str
+    message: str
+    at: datetime
+
+
+class DatabaseCounters(BaseModel):
+    """What one open database did since it was opened, in this process alone.
+
+    Attributes:
+        units: units that ended: `reads`, `commits` and `rollbacks` together.
+        reads: read-only units.
+        commits: write units that were committed; those that shared a commit count each.
+        rollbacks: write units that were undone.
+        retries: how often a unit was run again.
+        lane_waits: how often a caller had to wait for its lane.
+        lane_wait_p50: how long such a caller waited, in seconds: the median of the last 1,024; None where none did.
+        lane_wait_p99: likewise, what 99 of 100 did not exceed.
+        groups: commits that two units or more shared.
+        group_size_p50: how many units shared one: the median of the last 1,024; None where none did.
+        group_size_p99: likewise, what 99 of 100 did not exceed.
+        sweeps: sweeps that ended.
+        swept: rows that they removed.
+        last_error: the last fault of the engine; None where there was none.
+    """
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+    units: int = 0
+    reads: int = 0
+    commits: int = 0
+    rollbacks: int = 0
+    retries: int = 0
+    lane_waits: int = 0
+    lane_wait_p50: float | None = None
+    lane_wait_p99: float | None = None
+    groups: int = 0
+    group_size_p50: int | None = None
+    group_size_p99: int | None = None
+    sweeps: int = 0
+    swept: int = 0
+    last_error: LastFault | None = None
 
 
 class DatabaseStatus(BaseModel):
@@ -55,6 +109,7 @@ class DatabaseStatus(BaseModel):
         rows: how many rows each table of the application's holds.
         expired: rows that are dead and wait for cleanup.
         wal_bytes: the size of the write-ahead log; None for a server.
+        counters: what this process did with it since it opened it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -73,6 +128,12 @@ class DatabaseStatus(BaseModel):
     rows: dict[str, int]
     expired: dict[str, int]
     wal_bytes: int | None = None
+    counters: DatabaseCounters = DatabaseCounters()
+
+
+def report_counters(engine: Engine) -> DatabaseCounters:
+    """Return what was done with an open database so far."""
+    return DatabaseCounters.model_validate(engine.counters.snapshot())
 
 
 def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
@@ -91,6 +152,7 @@ def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
         },
         "schema_revision": revision_of(unit.session.connection()),
         "engine": engine.dialect_name,
+        "counters": report_counters(engine),
     }
     record = unit.one(FIND_RECORD)
     if record is not None:

@@ -1,0 +1,161 @@
+"""Log records: each has the name of its event, the table in the documentation has each, and none a value of a row."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import homeagent
+from homeagent import Database, DeviceCreate, DevicePair, IdempotencyScope, Role
+from tests.conftest import FakeClock
+
+PACKAGE = Path(homeagent.__file__).parent
+PAGE = PACKAGE.parent / "docs" / "operations.md"
+LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
+
+# What holds a value of a row, or leads to one.
+VALUES = {
+    "agent_id", "channel_id", "detail", "device_id", "key", "method", "nonce", "params", "parameters", "proof",
+    "result", "row", "rows", "scope", "secret", "secret_hash", "sender_id", "session_id", "shared_secret",
+    "unit", "value",
+}  # fmt: skip
+
+
+def calls() -> Iterator[tuple[str, ast.Call]]:
+    """Return each place in the package that makes a log record, and the call that makes it."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in LEVELS
+                and isinstance(node.func.value, ast.Name)
+                and node.func.value.id in {"logger", "logging", "log", "_logger"}
+            ):
+                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", node
+
+
+def fields_of(place: str, call: ast.Call) -> dict[str, ast.expr]:
+    """Return the structured fields of a record, its event among them."""
+    extra = next((keyword.value for keyword in call.keywords if keyword.arg == "extra"), None)
+    assert isinstance(extra, ast.Dict), f"{place} has no extra={{...}} with its event"
+    names = [key.value for key in extra.keys if isinstance(key, ast.Constant)]
+    assert len(names) == len(extra.keys), f"{place} has a field whose name is not written out"
+    return dict(zip(map(str, names), extra.values, strict=True))
+
+
+def documented() -> dict[str, tuple[set[str], set[str]]]:
+    """Return the table of records: by event, the levels and the fields."""
+    section = PAGE.read_text(encoding="utf-8").partition("## Counters and logs")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \| (.*?) \| .* \|$", section, flags=re.MULTILINE)
+    return {event: (set(levels.split(", ")), set(re.findall(r"`(\w+)`", fields))) for event, levels, fields in rows}
+
+
+def test_every_record_has_its_event_and_is_documented() -> None:
+    """What the code can log and what the table says are the same events, levels and fields."""
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    for place, call in calls():
+        fields = fields_of(place, call)
+        event = fields.pop("event", None)
+        assert isinstance(event, ast.Constant), f"{place} has no event"
+        assert isinstance(call.func, ast.Attribute)
+        level = {"exception": "error"}.get(call.func.attr, call.func.attr)
+        levels, names = found.setdefault(str(event.value), (set(), set()))
+        levels.add(level)
+        names |= set(fields)
+    assert found == documented()
+
+
+def test_no_record_is_given_a_value_of_a_row() -> None:
+    """Neither the text nor the fields of any record are made of what a row holds."""
+    for place, call in calls():
+        given = [*call.args[1:], *(keyword.value for keyword in call.keywords)]
+        names = {node.id for value in given for node in ast.walk(value) if isinstance(node, ast.Name)}
+        names |= {
+            node.attr
+            for value in given
+            for node in ast.walk(value)
+            # The figures of a report count rows.
+            if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "report")
+        }
+        assert not names & VALUES, f"{place} is given {names & VALUES}"
+
+
+def test_no_field_hides_one_of_loggings_own() -> None:
+    """A field that a record has already, such as `name`, would make logging itself fail."""
+    own = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+    for place, call in calls():
+        assert not set(fields_of(place, call)) & own, place
+
+
+def test_the_package_configures_no_logging_and_never_prints() -> None:
+    """There is one logger, and no handler, level, basicConfig or print outside of the command line."""
+    for path in PACKAGE.rglob("*.py"):
+        if path.is_relative_to(PACKAGE / "cli"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"basicConfig|addHandler|setLevel|fileConfig|dictConfig|\bprint\(", text), path
+        assert set(re.findall(r"getLogger\((.*?)\)", text)) <= {'"homeagent"'}, path
+
+
+class Awaited(logging.Handler):
+    """Tells when a record of one event comes."""
+
+    def __init__(self, event: str) -> None:
+        super().__init__()
+        self.event = event
+        self.came = threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Look at a record."""
+        if _event(record) == self.event:
+            self.came.set()
+
+
+class Upset(Exception):
+    """What a host's callback or clock raises."""
+
+
+def test_records_as_a_host_gets_them(sqlite_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+    """Real records carry their event and figures as attributes, and none of what the rows hold."""
+    caplog.set_level(logging.DEBUG, logger="homeagent")
+    sqlite_path.chmod(0o644)
+
+    def upset() -> None:
+        raise Upset
+
+    with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(seconds=1)) as database:
+        with database.unit_of_work() as unit:
+            unit.devices.create(DeviceCreate(id="geheim-id", role=Role.NODE, shared_secret_hash="sha256$geheim"))
+            unit.nonces.consume("geheim-id", "geheim-nonce", expires_at=clock.now + timedelta(minutes=1))
+            unit.idempotency_keys.insert(IdempotencyScope("geheim-id", "geheim", "geheim"), "geheim", ttl=timedelta(1))
+            unit.after_commit(upset)
+        database.pair(DevicePair.model_validate({"id": "geheim-2", "role": "node", "shared_secret": "geheim-secret"}))
+        clock.advance(days=2)
+        swept_up = Awaited("swept")
+        logging.getLogger("homeagent").addHandler(swept_up)
+        try:
+            with database.sweeper(every=timedelta(hours=1)):
+                assert swept_up.came.wait(60)
+        finally:
+            logging.getLogger("homeagent").removeHandler(swept_up)
+    events = {_event(record): record for record in caplog.records if record.name == "homeagent"}
+    assert {"file_mode_repaired", "after_commit_failed", "swept"} <= events.keys()
+    swept: Any = events["swept"]
+    assert (swept.nonces, swept.idempotency_keys, swept.more) == (1, 1, False)
+    repaired: Any = events["file_mode_repaired"]
+    assert (repaired.path, repaired.mode_before, repaired.mode) == (str(sqlite_path), 0o644, 0o600)
+    for record in events.values():
+        assert "geheim" not in repr({**vars(record), "message": record.getMessage()})
+
+
+def _event(record: logging.LogRecord) -> str:
+    return str(getattr(record, "event", None))
