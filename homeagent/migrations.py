@@ -155,7 +155,12 @@ def _suits(connection: Connection, revision: str | None) -> bool:
     # This version's own revision is the newest that it knows.
     if oldest not in known:
         raise SchemaTooNewError(revision, known=REVISION)
-    logger.info("the schema is at revision %s, which this version, made for %s, may work with", revision, REVISION)
+    logger.info(
+        "the schema is at revision %s, which this version, made for %s, may work with",
+        revision,
+        REVISION,
+        extra={"event": "newer_schema_opened", "revision": revision, "known": REVISION},
+    )
     return True
 
 

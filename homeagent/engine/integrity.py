@@ -65,6 +65,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
             "%s was not closed cleanly and %s: the last commits may be lost, which durability 'normal' accepts",
             path,
             lost.problem,
+            extra={"event": "commits_lost", "path": str(path), "by_power_cut": lost.by_power_cut},
         )
     state = look_at(log)
     if state is None or not state.st_size:
@@ -80,7 +81,13 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
                 index.unlink()
         hint = newest_backup_hint(path)
         raise error if hint in str(error) else CorruptDatabaseError(f"{error}; {hint}") from None
-    logger.info("%s was not closed cleanly: its check took %.3f s and found nothing", path, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    logger.info(
+        "%s was not closed cleanly: its check took %.3f s and found nothing",
+        path,
+        seconds,
+        extra={"event": "unclean_end_checked", "path": str(path), "seconds": seconds},
+    )
     return True
 
 

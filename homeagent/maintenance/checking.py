@@ -69,13 +69,24 @@ class ContentCheck:
             try:
                 done = check_table(engine, self._left[0], give_up=lambda: stop() or self._monotonic() >= deadline)
             except CorruptDatabaseError as error:
-                logger.error("%s", error)
+                logger.error("%s", error, extra={"event": "content_damaged", "path": str(engine.path)})
                 raise
             if not done:
                 break
             del self._left[0]
         if self._left and self._left[0] == first and not stop():
-            logger.warning("%s: checking the table %s was given up after %g s", engine.path, first, self._budget)
+            logger.warning(
+                "%s: checking the table %s was given up after %g s",
+                engine.path,
+                first,
+                self._budget,
+                extra={
+                    "event": "content_check_gave_up",
+                    "path": str(engine.path),
+                    "table": first,
+                    "seconds": self._budget,
+                },
+            )
             del self._left[0]
         if not stop():
             self._due = self._monotonic() + self._every

@@ -144,7 +144,13 @@ def restore(
                 stamp = _free_stamp(database, restored_at)
                 staged = _stage(source, manifest, database, stamp, restored_at=restored_at, known_epoch=known_epoch)
                 swap_in(lock, database, stamp=stamp, epoch=staged.epoch, timeout=busy_timeout)
-    logger.info("%s was restored from %s: epoch %d begins", database, source, staged.epoch)
+    logger.info(
+        "%s was restored from %s: epoch %d begins",
+        database,
+        source,
+        staged.epoch,
+        extra={"event": "restored", "path": str(database), "backup": str(source), "epoch": staged.epoch},
+    )
     return RestoreReport(
         database=database,
         backup=source,
@@ -279,6 +285,7 @@ def _now(clock: Clock, manifest: Manifest | None) -> datetime:
             "the clock says %s, before the backup was taken (%s): where it is wrong, set it and restore once more",
             now.isoformat(timespec="seconds"),
             manifest.taken_at.isoformat(timespec="seconds"),
+            extra={"event": "clock_before_backup", "seconds": (manifest.taken_at - now).total_seconds()},
         )
     return now
 
