@@ -6,7 +6,6 @@ Everything is measured in one run, the contenders taking turns, each in a proces
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,10 +16,12 @@ from rich.console import Console
 
 from tests.benchmarks.callers import measure_callers
 from tests.benchmarks.contestants import CONTESTANTS, BenchmarkError, choose
+from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.measuring import Plan
 from tests.benchmarks.operations import NAMES, measure_operations
+from tests.benchmarks.page import write_page
 from tests.benchmarks.postgresql import measure_postgresql
-from tests.benchmarks.report import operation_tables
+from tests.benchmarks.report import grids
 from tests.benchmarks.scale import measure_scale
 from tests.benchmarks.startup import measure_startup
 from tests.benchmarks.sweeping import measure_sweeping
@@ -52,7 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ten-million", action="store_true", help="scale up to 10 million rows: 20 GB, 10 minutes more"
     )
-    parser.add_argument("--output", type=Path, help="a directory for benchmarks.json")
+    parser.add_argument("--output", type=Path, help="a directory for the page, its charts and its figures")
     return parser.parse_args(arguments)
 
 
@@ -72,18 +73,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plan = Plan(rounds=options.rounds or 3)
     rows = options.rows or (400 if options.quick else 10_000)
     sizes = (200, 400) if options.quick else (10_000, 1_000_000, *((10_000_000,) if options.ten_million else ()))
-    results: dict[str, Any] = {"skipped": skipped}
+    results: dict[str, Any] = {
+        "machine": describe_machine(),
+        "quick": options.quick,
+        "skipped": skipped,
+        "versions": {each.name: each.version() for each in contestants},
+    }
     with tempfile.TemporaryDirectory(prefix="homeagent-benchmarks-") as directory, console.status("") as status:
         workshop = Workshop(Path(directory), plan, contestants, rows, sizes, only, options.quick, status.update)
         for section, measure in SECTIONS.items():
             if not only or section in only or (section == "operations" and only.intersection(NAMES)):
                 results[section] = measure(workshop)
-    for section in ("operations", "postgresql"):
-        for table in operation_tables(results[section]) if section in results else ():
-            console.print(table)
+    tables = grids(results)
+    # The goals come last here, where the eye is when a run ends.
+    for table in (*tables[1:], tables[0]):
+        console.print(table.rich())
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "benchmarks.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        for path in write_page(results, options.output):
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

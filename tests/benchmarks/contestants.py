@@ -54,6 +54,23 @@ class Contestant:
             return f"{self.requires} is not installed: install homeagent[bench]"
         return None
 
+    def version(self) -> str:
+        """Return the versions of what is measured, as the contender tells them."""
+        told = subprocess.run(
+            [*self.command, "describe", *self.options()],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=_environment(),
+        )
+        if told.returncode:
+            raise BenchmarkError(f"{self.name} ended with status {told.returncode}, see above")
+        return told.stdout.strip()
+
+    def options(self) -> list[str]:
+        """Return what its process is told beyond target and durability."""
+        return ["shared"] if self.shared else []
+
 
 CONTESTANTS: dict[str, Contestant] = {
     each.name: each
@@ -88,6 +105,10 @@ def choose(names: Sequence[str] | None) -> tuple[list[Contestant], dict[str, str
     return [each for each in chosen if each.name not in skipped], skipped
 
 
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
+
+
 class Process:
     """A contender's process, which waits for requests; a context manager that ends it.
 
@@ -101,16 +122,14 @@ class Process:
     def __init__(self, contestant: Contestant, target: str, durability: str, *, traced: bool = False) -> None:
         self.contestant = contestant
         self.target = target
-        options = ["traced"] if traced else []
-        if contestant.shared:
-            options.append("shared")
+        traces = ["traced"] if traced else []
         self._process = subprocess.Popen(
-            [*contestant.command, target, durability, *options],
+            [*contestant.command, target, durability, *contestant.options(), *traces],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"},
+            env=_environment(),
         )
 
     def request(self, act: str, **parameters: Any) -> dict[str, Any]:

@@ -1,43 +1,183 @@
-"""What was measured, as tables for the terminal."""
+"""What was measured, as tables: for the terminal and for the page alike."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
-__all__ = ["operation_tables", "readable_time"]
+from tests.benchmarks.goals import judge
+
+__all__ = ["Grid", "grids", "readable_time"]
+
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table; its first column is text, the others are figures unless `text` says otherwise.
+
+    Attributes:
+        section: where it belongs; tables of one section stand together.
+        title: what it shows.
+        header: the names of its columns.
+        rows: its cells.
+        text: whether all columns are text.
+    """
+
+    section: str
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text: bool = False
+
+    def markdown(self) -> str:
+        """Return it for a page."""
+        rule = ["---", *(["---"] * (len(self.header) - 1) if self.text else ["--:"] * (len(self.header) - 1))]
+        lines = [self.header, rule, *self.rows]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+    def rich(self) -> Table:
+        """Return it for a terminal."""
+        table = Table(title=self.title)
+        for number, name in enumerate(self.header):
+            table.add_column(name, justify="left" if self.text or not number else "right")
+        for row in self.rows:
+            table.add_row(*(cell.replace("**", "").replace("`", "") for cell in row))
+        return table
 
 
 def readable_time(seconds: float) -> str:
     """Return a duration with three figures and its unit."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
+            value = seconds / scale
+            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return f"{seconds / 1e-9:.3g} ns"
 
 
-def operation_tables(results: dict[str, Any]) -> list[Table]:
-    """Return a table for each durability: time per call, ratio to the baseline, and the ratio of processor time."""
+def spread(figures: Mapping[str, Any]) -> str:
+    """Return a ratio with the least and the greatest of its samples."""
+    return f"{figures['ratio']:.2f} ({figures['ratio_min']:.2f}–{figures['ratio_max']:.2f})"
+
+
+def grids(results: Results) -> list[Grid]:
+    """Return every table that these results can fill, the goals first."""
+    tables = _goals(results)
+    if "operations" in results:
+        tables += _works(results["operations"], "operations", "SQLite")
+    for section, make in (("callers", _callers), ("sweeping", _sweeping), ("scale", _scale), ("startup", _startup)):
+        if section in results:
+            tables += make(results[section])
+    if "postgresql" in results:
+        tables += _works(results["postgresql"], "postgresql", "PostgreSQL")
+    return tables
+
+
+def _goals(results: Results) -> list[Grid]:
+    rows = []
+    for verdict in judge(results):
+        shown = verdict.measured()
+        if len(verdict.figures) > 4:
+            # The others keep further away from the limit than these.
+            worst = sorted(verdict.figures.items(), key=lambda item: item[1], reverse=not verdict.goal.least)[:3]
+            shown = "at worst " + ", ".join(f"{value:.2f}{verdict.goal.unit} ({where})" for where, value in worst)
+        told = f"**{verdict.verdict()}**" if verdict.met is False else verdict.verdict()
+        rows.append([verdict.goal.work, verdict.goal.text(), shown, told])
+    return [Grid("goals", "Goals", ("work", "goal", "measured", ""), rows, text=True)]
+
+
+def _works(section: Mapping[str, Any], name: str, engine: str) -> list[Grid]:
     tables = []
-    for durability, measured in results["measured"].items():
-        table = Table("work", "contender", title=f"At {durability}")
-        for column in ("a call", "ratio", "min", "max", "ratio of CPU"):
-            table.add_column(column, justify="right")
+    for durability, measured in section["measured"].items():
+        rows = []
         for work, row in measured.items():
             baseline = next(iter(row.values()))
-            title = results["titles"][work]
-            for name, figures in row.items():
-                table.add_row(
-                    title,
-                    name,
-                    readable_time(figures["seconds"]),
-                    f"{figures['ratio']:.2f}",
-                    f"{figures['ratio_min']:.2f}",
-                    f"{figures['ratio_max']:.2f}",
-                    f"{figures['cpu'] / baseline['cpu']:.2f}" if baseline["cpu"] else "",
+            for number, (contender, figures) in enumerate(row.items()):
+                rows.append(
+                    [
+                        "" if number else section["titles"][work],
+                        f"**{contender}**" if contender == "homeagent" else contender,
+                        readable_time(figures["seconds"]),
+                        spread(figures),
+                        f"{figures['cpu'] / baseline['cpu']:.2f}" if baseline["cpu"] else "–",
+                    ]
                 )
-                title = ""
-            table.add_section()
-        tables.append(table)
+        header = ("work", "contender", "a call", "ratio (min–max)", "ratio of CPU time")
+        tables.append(Grid(name, f"{engine}, at `{durability}`", header, rows))
     return tables
+
+
+def _callers(section: Mapping[str, Any]) -> list[Grid]:
+    rows = []
+    for way, row in section["measured"].items():
+        for number, (count, figures) in enumerate(row.items()):
+            rows.append(
+                [
+                    "" if number else way,
+                    count,
+                    f"{figures['rate']:,.0f}",
+                    f"{figures['rate_min']:,.0f}–{figures['rate_max']:,.0f}",
+                    readable_time(figures["p50"]),
+                    readable_time(figures["p99"]),
+                ]
+            )
+    header = ("way", "callers", "commits a second", "min–max", "p50 of a call", "p99 of a call")
+    lone = [
+        [
+            durability,
+            readable_time(found["unit_of_work"]),
+            readable_time(found["run"]),
+            f"{found['ratio']:.2f} ({found['ratio_p10']:.2f}–{found['ratio_p90']:.2f})",
+        ]
+        for durability, found in section["lone"].items()
+    ]
+    return [
+        Grid("callers", "Durable commits a second, at `full`", header, rows),
+        Grid("callers", "One caller alone", ("durability", "`unit_of_work`", "`run`", "ratio (p10–p90)"), lone),
+    ]
+
+
+def _sweeping(section: Mapping[str, Any]) -> list[Grid]:
+    rows = [
+        [
+            mode,
+            f"{found['rate']:,.0f}",
+            readable_time(found["p50"]),
+            readable_time(found["p99"]),
+            readable_time(found["max"]),
+            f"{found['swept'] / found['seconds']:,.0f}" if found["swept"] else "–",
+        ]
+        for mode, found in section["measured"].items()
+    ]
+    header = ("the writer is", "units a second", "p50", "p99", "max", "rows swept a second")
+    return [Grid("sweeping", f"A writer, while {section['dead']:,} dead rows are swept", header, rows)]
+
+
+def _scale(section: Mapping[str, Any]) -> list[Grid]:
+    smallest, *larger = [str(size) for size in section["sizes"]]
+    rows = []
+    for work, title in section["titles"].items():
+        for number, (name, measured) in enumerate(section["measured"].items()):
+            sizes = measured[work]
+            rows.append(
+                [
+                    "" if number else title,
+                    f"**{name}**" if name == "homeagent" else name,
+                    readable_time(sizes[smallest]["seconds"]),
+                    *(f"{readable_time(sizes[size]['seconds'])}: {spread(sizes[size])}" for size in larger),
+                ]
+            )
+    header = ("work", "contender", f"{int(smallest):,} rows", *(f"{int(size):,}: ratio (min–max)" for size in larger))
+    return [Grid("scale", "By the rows in each large table, at `normal`", header, rows)]
+
+
+def _startup(section: Mapping[str, Any]) -> list[Grid]:
+    rows = [
+        [name, readable_time(found["seconds"]), spread(found), readable_time(found["cpu"]), f"{found['ratio_cpu']:.2f}"]
+        for name, found in section["measured"].items()
+    ]
+    header = ("program", "on the clock", "ratio (min–max)", "CPU time", "ratio of CPU time")
+    return [Grid("startup", "A whole process", header, rows)]

@@ -42,7 +42,7 @@ def test_one_command(tmp_path: Path) -> None:
     ran = run("--quick", "--only", "operations", "--contenders", "homeagent", "--output", str(tmp_path))
 
     assert ran.returncode == 0, ran.stderr
-    results = json.loads((tmp_path / "benchmarks.json").read_text(encoding="utf-8"))
+    results = json.loads((tmp_path / "benchmarks" / "benchmarks.json").read_text(encoding="utf-8"))
     for durability in ("full", "normal"):
         measured = results["operations"]["measured"][durability]
         assert set(measured) == set(NAMES)

@@ -1,6 +1,7 @@
 """One contender in a process of its own: does what it is told on standard input, a line of JSON at a time.
 
 python -m tests.benchmarks.worker MODULE:CLASS TARGET DURABILITY [traced] [shared]
+python -m tests.benchmarks.worker MODULE:CLASS describe [shared]
 """
 
 from __future__ import annotations
@@ -97,25 +98,25 @@ def share_sqlite() -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Serve until standard input ends."""
-    name, target, durability, *options = arguments
+    name, target, *options = arguments
     if "shared" in options:
         share_sqlite()
+    if target == "describe":
+        sys.stdout.write(load(name).describe() + "\n")
+        return
     replies = sys.stdout
     # A library that prints must not end up among the replies.
     sys.stdout = sys.stderr
     loop = asyncio.new_event_loop()
-    kind = load(name)
-    contender = kind(target, durability, traced="traced" in options)
+    contender = load(name)(target, options[0], traced="traced" in options)
     worker = Worker(contender, loop)
     for line in sys.stdin:
         request = json.loads(line)
         act = request.pop("do")
         try:
-            if act == "describe":
-                reply: dict[str, Any] = {"version": kind.describe()}
-            elif act == "end":
+            if act == "end":
                 worker.finish(contender.close())
-                reply = {}
+                reply: dict[str, Any] = {}
             else:
                 reply = getattr(worker, act)(**request)
         except Exception as error:  # noqa: BLE001  the parent decides what becomes of it
