@@ -1,0 +1,179 @@
+"""A load of several writers on a store whose primary comes and goes, and what must hold of it afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import text
+
+from homeagent import Database
+from tests.conftest import Children
+from tests.postgresql.writer import PATIENCE, WRITER
+
+__all__ = ["Load", "Report", "wait_for"]
+
+WRITERS = 8
+
+
+def wait_for(what: str, condition: Callable[[], object], *, seconds: float = 60) -> None:
+    """Look again and again until something outside of this process is so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.02)
+
+
+@dataclass
+class Report:
+    """What a load went through.
+
+    Attributes:
+        acknowledged: how many units of each kind.
+        outages: of each failover, how long a writer went without an acknowledgement, in seconds: the one that was the
+            first to carry on, and the last one.
+        unknown: how many commits nobody could know of, by how they were settled.
+    """
+
+    acknowledged: Counter[str] = field(default_factory=Counter)
+    outages: list[tuple[float, float]] = field(default_factory=list)
+    unknown: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        lines = [f"{sum(self.acknowledged.values())} units acknowledged: {dict(self.acknowledged)}"]
+        for number, (first, last) in enumerate(self.outages, 1):
+            lines.append(
+                f"failover {number}: the first of {WRITERS} writers carried on after {first:.2f} s, "
+                f"the last after {last:.2f} s"
+            )
+        lines.append(f"{sum(self.unknown.values())} commits of unknown outcome: {dict(self.unknown)}")
+        return "\n".join(lines)
+
+
+class Load:
+    """Writers in processes of their own.
+
+    Args:
+        children: what starts them.
+        url: of the store, with all hosts in it; the schema is there already.
+        directory: an empty one, for their ledgers.
+    """
+
+    def __init__(self, children: Children, url: str, directory: Path) -> None:
+        self._children = children
+        self._url = url
+        self._directory = directory
+        self._processes: list[subprocess.Popen[str]] = []
+        self._kills: list[float] = []
+        self._lines: list[list[dict[str, Any]]] = [[] for _ in range(WRITERS)]
+        self._read = [0] * WRITERS
+
+    def start(self) -> None:
+        """Start the writers, and return once each has written."""
+        self._processes = [self._children.start(WRITER, self._url, self._directory, n) for n in range(WRITERS)]
+        self.wait_for_turns(1, since=0)
+
+    def lines(self, writer: int) -> list[dict[str, Any]]:
+        """Return what a writer has in its ledger; a last line that is being written is left out."""
+        path = self._directory / f"w{writer}.ledger"
+        if path.exists():
+            with path.open() as file:
+                file.seek(self._read[writer])
+                for line in file:
+                    if line.endswith("\n"):
+                        self._lines[writer].append(json.loads(line))
+                        self._read[writer] += len(line)
+        return self._lines[writer]
+
+    def wait_for_turns(self, turns: int, *, since: float | None = None) -> None:
+        """Wait until each writer has done so many turns since an instant; None for now."""
+        instant = time.monotonic() if since is None else since
+
+        def done() -> bool:
+            for process in self._processes:
+                assert process.poll() is None, process.communicate()[1]
+            # The last of so many units began after it, and so did what came after that.
+            ledgers = [self.lines(writer) for writer in range(WRITERS)]
+            count = 4 * turns
+            return all(
+                len(ledger) >= count and ledger[-count]["at"] - ledger[-count]["took"] >= instant for ledger in ledgers
+            )
+
+        wait_for(f"{turns} turns of each writer", done, seconds=PATIENCE.total_seconds() + 20)
+
+    def killing(self) -> None:
+        """Take note that the primary is killed now."""
+        self._kills.append(time.monotonic())
+
+    def stop(self) -> Report:
+        """Let the writers end by themselves, and tell what they went through."""
+        (self._directory / "stop").touch()
+        for process in self._processes:
+            self._children.finish(process)
+        report = Report()
+        ledgers = [self.lines(writer) for writer in range(WRITERS)]
+        for ledger in ledgers:
+            report.acknowledged.update(line["kind"] for line in ledger)
+            report.unknown.update(
+                line["value"] for line in ledger if line["kind"] == "count" and line["value"] != "committed"
+            )
+            report.unknown.update("a nonce" for line in ledger if line["value"] is None)
+        for kill, until in zip(self._kills, [*self._kills[1:], time.monotonic()], strict=True):
+            # The longest time between two acknowledgements of a writer, of which the later one came after the kill.
+            gaps = sorted(
+                max(
+                    later["at"] - line["at"]
+                    for line, later in pairwise(ledger)
+                    if later["at"] > kill and line["at"] < until
+                )
+                for ledger in ledgers
+            )
+            report.outages.append((gaps[0], gaps[-1]))
+        return report
+
+    def check(self, database: Database) -> None:
+        """Look that all that was acknowledged is there, and nothing twice."""
+        with database.unit_of_work(read_only=True) as unit:
+            agents = {str(row[0]) for row in unit.session.connection().execute(text("SELECT id FROM agents"))}
+            nonces = {str(row[0]) for row in unit.session.connection().execute(text("SELECT nonce FROM nonces"))}
+            keys = unit.session.connection().execute(text("SELECT method, result FROM idempotency_keys")).all()
+        effects = Counter((self._directory / "effects").read_text().split())
+        created: set[str] = set()
+        answers: dict[int, list[bool | None]] = {}
+        acted: set[str] = set()
+        for writer in range(WRITERS):
+            name = f"w{writer}"
+            ledger = self.lines(writer)
+            numbers = [line["number"] for line in ledger if line["kind"] == "count"]
+            assert numbers == list(range(len(numbers)))
+            with database.unit_of_work(read_only=True) as unit:
+                assert unit.agents.get(f"count-{name}").config == [len(numbers), len(numbers) - 1]
+            for line in ledger:
+                number, value = line["number"], line["value"]
+                if line["kind"] == "create":
+                    assert value.startswith(f"{name}-{number}-")
+                    created.add(value)
+                elif line["kind"] == "nonce":
+                    answers.setdefault(number, []).append(value)
+                elif line["kind"] == "effect":
+                    assert value == f"{name}-{number}"
+                    acted.add(value)
+        # All writers ended by themselves: what is there and what was acknowledged is the same.
+        assert agents == created | {f"count-w{writer}" for writer in range(WRITERS)}
+        assert effects == Counter(acted)
+        assert Counter(keys) == Counter(
+            [("create", json.dumps(agent_id)) for agent_id in created]
+            + [("effect", json.dumps(name)) for name in acted]
+        )
+        assert nonces <= {str(number) for number in answers}
+        assert nonces >= {str(number) for number, told in answers.items() if True in told}
+        for number, told in answers.items():
+            assert told.count(True) <= 1, f"nonce {number} let {told.count(True)} in"
+            assert True in told or None in told, f"nonce {number} let nobody in"

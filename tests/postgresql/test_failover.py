@@ -1,0 +1,118 @@
+"""A primary with a synchronous standby loses its primary again and again, under load. PostgreSQL only."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from homeagent import Database
+from tests.conftest import Children
+from tests.postgresql.load import Load, wait_for
+from tests.postgresql.server import Installation, Server, free_port
+
+ROUNDS = 5
+
+
+class Pair:
+    """Two servers: a primary, and a standby that each commit waits for. What an operator does is done here.
+
+    Args:
+        installation: their programs.
+        directory: what they are kept in.
+    """
+
+    def __init__(self, installation: Installation, directory: Path) -> None:
+        self.primary = Server(installation, directory / "a", port=free_port())
+        self.primary.create({"wal_keep_size": "256MB"})
+        self.primary.start()
+        self.primary.execute("CREATE DATABASE homeagent")
+        self._add_standby(directory / "b", free_port())
+
+    @property
+    def url(self) -> str:
+        """The store, on whichever of the two is the primary."""
+        ports = f"{self.primary.port},{self.standby.port}"
+        return f"postgresql://postgres@/homeagent?host=127.0.0.1,127.0.0.1&port={ports}&target_session_attrs=read-write"
+
+    def _add_standby(self, directory: Path, port: int) -> None:
+        """Make a standby from the primary, and have each commit wait for it from now on."""
+        name = directory.name
+        self.standby = self.primary.clone(directory, port=port, name=name)
+        self.standby.start()
+        self._set(self.primary, name)
+        wait_for(
+            "a synchronous standby",
+            lambda: self.primary.execute("SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"),
+        )
+
+    @staticmethod
+    def _set(server: Server, standby: str) -> None:
+        """Say for whom commits wait: '' for nobody."""
+        server.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{standby}'")
+        server.execute("SELECT pg_reload_conf()")
+
+    def wait_for_waiting(self) -> None:
+        """Wait until commits are seen to wait: the server takes up a setting when its processes get to it."""
+        wait_for(
+            "commits that wait for the standby",
+            lambda: self.primary.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"),
+        )
+
+    def promote(self) -> None:
+        """Make the standby the primary. It has no standby of its own yet: for nobody is to be waited until then."""
+        self._set(self.standby, "")
+        self.standby.promote()
+        self.primary, self.standby = self.standby, self.primary
+
+    def rebuild(self) -> None:
+        """Make the lost server the standby, from scratch."""
+        shutil.rmtree(self.standby.directory)
+        assert self.standby.port is not None
+        self._add_standby(self.standby.directory, self.standby.port)
+
+    def stop(self) -> None:
+        """Stop what runs."""
+        for server in (self.primary, self.standby):
+            if server.is_running:
+                server.stop("immediate")
+
+
+@pytest.fixture
+def pair(installation: Installation) -> Iterator[Pair]:
+    """A primary and its synchronous standby."""
+    directory = Path(tempfile.mkdtemp(prefix="homeagent-pair-"))
+    directory.chmod(0o755)
+    pair = None
+    try:
+        pair = Pair(installation, directory)
+        yield pair
+    finally:
+        if pair is not None:
+            pair.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_failover(pair: Pair, children: Children, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 8 writers, through five losses of the primary, each unit that was acknowledged is there, and none twice."""
+    with Database.open(pair.url) as database:
+        load = Load(children, pair.url, tmp_path)
+        load.start()
+        for _ in range(ROUNDS):
+            pair.wait_for_waiting()
+            load.wait_for_turns(5)
+            load.killing()
+            pair.primary.kill()
+            pair.promote()
+            load.wait_for_turns(5)
+            pair.rebuild()
+        pair.wait_for_waiting()
+        report = load.stop()
+        load.check(database)
+    with capsys.disabled():
+        print(f"\n{report}")  # noqa: T201  the figures are what one runs this for
+    assert len(report.outages) == ROUNDS
