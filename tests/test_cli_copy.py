@@ -153,8 +153,8 @@ def test_refusals_are_one_line(
     one: str, two: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What can't be copied is refused in one line with status 1, without a password, and leaves no new file."""
-    source.rename(source.parent / "there.db")
-    (source.parent / "h.db.lock").rename(source.parent / "there.db.lock")
+    for path in source.parent.glob("h.db*"):
+        path.rename(path.with_name(path.name.replace("h.db", "there.db", 1)))
     monkeypatch.chdir(source.parent)
     before = sorted(path.name for path in source.parent.iterdir())
     done = _invoke("copy", one, two)
