@@ -79,6 +79,9 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant.python("homeagent", "homeagent_:HomeAgent", peer=False),
         Contestant.python("sqlite3, autocommit", "handwritten:Autocommit"),
         Contestant.python("sqlite3, objects", "handwritten:Objects"),
+        Contestant.python("apsw", "apsw_:Apsw", requires="apsw"),
+        Contestant.python("SQLAlchemy Core", "sqlalchemy_core:SQLAlchemyCore", shared=True),
+        Contestant.python("SQLAlchemy ORM", "sqlalchemy_orm:SQLAlchemyORM", shared=True),
         Contestant.python("SQLModel", "sqlmodel_:SQLModelTutorial", shared=True),
     )
 }

@@ -17,25 +17,25 @@ Results = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; its first column is text, the others are figures unless `text` says otherwise.
+    """A table; its first columns are text, the others are figures.
 
     Attributes:
         section: where it belongs; tables of one section stand together.
         title: what it shows.
         header: the names of its columns.
         rows: its cells.
-        text: whether all columns are text.
+        texts: how many columns are text.
     """
 
     section: str
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    text: bool = False
+    texts: int = 1
 
     def markdown(self) -> str:
         """Return it for a page."""
-        rule = ["---", *(["---"] * (len(self.header) - 1) if self.text else ["--:"] * (len(self.header) - 1))]
+        rule = ["---" if number < self.texts else "--:" for number in range(len(self.header))]
         lines = [self.header, rule, *self.rows]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -43,7 +43,7 @@ class Grid:
         """Return it for a terminal."""
         table = Table(title=self.title)
         for number, name in enumerate(self.header):
-            table.add_column(name, justify="left" if self.text or not number else "right")
+            table.add_column(name, justify="left" if number < self.texts else "right")
         for row in self.rows:
             table.add_row(*(cell.replace("**", "").replace("`", "") for cell in row))
         return table
@@ -86,7 +86,7 @@ def _goals(results: Results) -> list[Grid]:
             shown = "at worst " + ", ".join(f"{value:.2f}{verdict.goal.unit} ({where})" for where, value in worst)
         told = f"**{verdict.verdict()}**" if verdict.met is False else verdict.verdict()
         rows.append([verdict.goal.work, verdict.goal.text(), shown, told])
-    return [Grid("goals", "Goals", ("work", "goal", "measured", ""), rows, text=True)]
+    return [Grid("goals", "Goals", ("work", "goal", "measured", ""), rows, texts=4)]
 
 
 def _works(section: Mapping[str, Any], name: str, engine: str) -> list[Grid]:
@@ -106,7 +106,7 @@ def _works(section: Mapping[str, Any], name: str, engine: str) -> list[Grid]:
                     ]
                 )
         header = ("work", "contender", "a call", "ratio (min–max)", "ratio of CPU time")
-        tables.append(Grid(name, f"{engine}, at `{durability}`", header, rows))
+        tables.append(Grid(name, f"{engine}, at `{durability}`", header, rows, texts=2))
     return tables
 
 
@@ -171,7 +171,7 @@ def _scale(section: Mapping[str, Any]) -> list[Grid]:
                 ]
             )
     header = ("work", "contender", f"{int(smallest):,} rows", *(f"{int(size):,}: ratio (min–max)" for size in larger))
-    return [Grid("scale", "By the rows in each large table, at `normal`", header, rows)]
+    return [Grid("scale", "By the rows in each large table, at `normal`", header, rows, texts=2)]
 
 
 def _startup(section: Mapping[str, Any]) -> list[Grid]:

@@ -8,11 +8,11 @@ from importlib.metadata import version
 from secrets import token_hex
 from typing import Any
 
-from sqlalchemy import Engine, event
-from sqlmodel import Field, Session, SQLModel, create_engine, or_, select
+from sqlmodel import Field, Session, SQLModel, or_, select
 
 from tests.benchmarks.contender import BATCH, FINGERPRINT, GRACE, GRANULARITY, LEASE, Contender
-from tests.benchmarks.contenders.handwritten import PRAGMAS, route_key
+from tests.benchmarks.contenders.handwritten import route_key
+from tests.benchmarks.contenders.sqlalchemy_core import make_engine
 from tests.benchmarks.data import DAY, METHOD
 
 __all__ = ["SQLModelTutorial"]
@@ -93,18 +93,6 @@ class IdempotencyKey(SQLModel, table=True):
     lease_expires_at: int | None = None
     downstream_key: str | None = None
     omitted: int = 0
-
-
-def make_engine(target: str, durability: str) -> Engine:
-    """Return an engine whose connections have the pragmas of all contenders."""
-    engine = create_engine(f"sqlite:///{target}")
-
-    @event.listens_for(engine, "connect")
-    def set_pragmas(connection: Any, record: object) -> None:
-        for pragma in (*PRAGMAS, f"synchronous={durability}"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    return engine
 
 
 class SQLModelTutorial(Contender):
