@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from homeagent import errors
 from homeagent.clock import Clock
 from homeagent.credentials import hash_secret
-from homeagent.database import Database, PairedDevice
+from homeagent.database import Database
 from homeagent.maintenance.copying import CopyProgress, CopyReport
 from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
 from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport
@@ -35,6 +35,7 @@ from homeagent.models import (
     Outcome,
     Role,
 )
+from homeagent.pairing import PairedDevice
 from homeagent.stores import Freshness, ReplayGuard
 from homeagent.unit_of_work import UnitOfWork
 

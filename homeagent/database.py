@@ -13,11 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, SecretStr
+from pydantic import SecretStr
 from sqlalchemy import URL
 
 from homeagent.clock import Clock, system_clock
-from homeagent.credentials import check_secret, generate_secret, hash_secret, is_generated
 from homeagent.engine.directories import prepare_directory
 from homeagent.engine.engine import Engine
 from homeagent.engine.filesystems import refuse_network_filesystem
@@ -27,19 +26,17 @@ from homeagent.engine.target import Target, resolve_target
 from homeagent.errors import (
     DatabaseClosedError,
     DatabaseError,
-    DeviceExistsError,
-    DeviceNotFoundError,
     HomeAgentError,
     InvalidArgumentError,
 )
 from homeagent.idempotency import OnAbandoned, OnceCall, arun_once, run_once
 from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport, sweep
 from homeagent.migrations import open_postgresql, open_sqlite
-from homeagent.models.device import Device, DeviceCreate, DevicePair
+from homeagent.models.device import Device, DevicePair
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
-from homeagent.models.types import check_duration, check_identifier, check_limit, later
+from homeagent.models.types import check_duration, check_limit
+from homeagent.pairing import PairedDevice, Pairing
 from homeagent.running import Runner
-from homeagent.scram import check_proof, make_verifier, proof_message
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 if TYPE_CHECKING:
@@ -51,25 +48,11 @@ if TYPE_CHECKING:
     from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
     from homeagent.maintenance.restoring import RestoreReport
 
-__all__ = ["Database", "PairedDevice"]
+__all__ = ["Database"]
 
 T = TypeVar("T")
 
 logger = logging.getLogger("homeagent")
-
-
-class PairedDevice(BaseModel):
-    """A device that has just paired, and its secret, which nobody can ask for again.
-
-    Attributes:
-        device: the device as it was stored, unapproved.
-        shared_secret: what the device proves itself with: the one it sent, or the one that was made for it.
-    """
-
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
-
-    device: Device
-    shared_secret: SecretStr
 
 
 class Database:
@@ -84,6 +67,7 @@ class Database:
         self._timeout = busy_timeout.total_seconds()
         self._settings = UnitSettings(engine, clock, self._timeout)
         self._runner = Runner(self._settings)
+        self._pairing = Pairing(self._runner, clock)
         self._mutex = threading.Lock()
         self._sweepers: list[Sweeper] = []
         self._closed = False
@@ -313,7 +297,7 @@ class Database:
         call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned)
         return await arun_once(partial(self._runner.arun, idempotent=True), call, effect)
 
-    # Devices and their secrets: a slow hash is always computed before or after a unit, never inside
+    # Devices and their secrets
 
     def pair(self, request: DevicePair) -> PairedDevice:
         """Add a device that waits for its approval. Only a hash of its secret is stored.
@@ -328,29 +312,7 @@ class Database:
             DeviceExistsError: the id is taken.
             InvalidArgumentError: the secret is empty, too long or has a control character.
         """
-        # Asked before the hash is made, which is slow on purpose; `create` decides.
-        if self._find_device(request.id) is not None:
-            raise DeviceExistsError(request.id)
-        secret = generate_secret() if request.shared_secret is None else request.shared_secret
-        create = DeviceCreate(
-            id=request.id,
-            role=request.role,
-            shared_secret_hash=hash_secret(secret),
-            metadata=request.metadata_,
-            proof_verifier=_verifier(secret),
-        )
-
-        def add(unit: UnitOfWork) -> Device:
-            try:
-                return unit.devices.create(create)
-            except DeviceExistsError:
-                device = unit.devices.find_by_id(create.id)
-                # Nobody else has this hash: it was committed before, while the connection was lost.
-                if device is None or device.shared_secret_hash != create.shared_secret_hash:
-                    raise
-                return device
-
-        return PairedDevice(device=self.run(add, idempotent=True), shared_secret=secret)
+        return self._pairing.pair(request)
 
     def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
         """Return the device if it is approved and this is its secret, else None.
@@ -365,42 +327,7 @@ class Database:
         Raises:
             DatabaseBusyError: too many slow hashes wait for their turn.
         """
-        check_identifier(device_id, "device_id")
-        while True:
-            now = self._clock()
-            device = self._find_device(device_id)
-            stored = [] if device is None else _serving_hashes(device, now)
-            check = check_secret(shared_secret, stored)
-            if device is None or check.matched is None or not device.approved:
-                return None
-            # It may have been revoked, rotated or deleted while the hash was computed.
-            current = self._find_device(device_id)
-            if current is None or not current.approved or current.paired_at != device.paired_at:
-                return None
-            if stored[check.matched] in _serving_hashes(current, self._clock()):
-                if check.matched == 0 and check.replacement is not None:
-                    self._rehash(device_id, stored[0], check.replacement)
-                return current
-            if current.shared_secret_hash == device.shared_secret_hash:
-                return None  # the overlap ended meanwhile
-            # Another caller replaced the hash, perhaps by one of the same secret under newer parameters: look again.
-
-    def _find_device(self, device_id: str) -> Device | None:
-        return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
-
-    def _rehash(self, device_id: str, old: str, new: str) -> None:
-        """Store a hash made under newer parameters. The secret was right all the same where that can't be done now."""
-        try:
-            self.run(
-                lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
-                idempotent=True,
-            )
-        except DatabaseError as error:
-            logger.warning(
-                "the hash of a device's secret could not be made anew, and will be at the next check: %s",
-                error,
-                extra={"event": "rehash_failed", "error": type(error).__name__},
-            )
+        return self._pairing.verify_secret(device_id, shared_secret)
 
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
         """Return the device if it is approved and the proof is made with its secret, else None.
@@ -415,11 +342,7 @@ class Database:
             timestamp: the instant that was signed.
             proof: 32 bytes.
         """
-        check_identifier(device_id, "device_id")
-        device = self._find_device(device_id)
-        message = proof_message(device_id=device_id, nonce=nonce, timestamp=timestamp)
-        proven = check_proof(None if device is None else device.proof_verifier, message, proof)
-        return device if device is not None and proven and device.approved else None
+        return self._pairing.verify_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
     def rotate_secret(
         self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
@@ -435,34 +358,7 @@ class Database:
             DeviceNotFoundError: it is absent.
             InvalidArgumentError: the secret is empty, too long or has a control character.
         """
-        check_duration(overlap, "overlap", zero=True)
-        secret = generate_secret() if shared_secret is None else shared_secret
-        while True:
-            current = self._find_device(device_id)
-            if current is None:
-                raise DeviceNotFoundError(device_id)
-            old = current.shared_secret_hash
-            # While both serve, one run of the slow hash must do for both; otherwise each gets a salt of its own.
-            new = hash_secret(secret, beside=old if overlap else None)
-            verifier = _verifier(secret)
-
-            def replace(unit: UnitOfWork, old: str = old, new: str = new, verifier: str | None = verifier) -> bool:
-                device = unit.devices.find_by_id(device_id)
-                if device is None:
-                    raise DeviceNotFoundError(device_id)
-                if device.shared_secret_hash == new:
-                    return True  # committed before, while the connection was lost
-                return unit.devices.set_secret(
-                    device_id,
-                    expected_secret_hash=old,
-                    secret_hash=new,
-                    proof_verifier=verifier,
-                    previous_until=later(self._clock(), overlap, "overlap") if overlap else None,
-                )
-
-            # Where somebody else rotated it meanwhile, theirs is the old one now.
-            if self.run(replace, idempotent=True):
-                return secret
+        return self._pairing.rotate_secret(device_id, shared_secret, overlap=overlap)
 
     # Maintenance
 
@@ -672,17 +568,3 @@ def _only_if_closed() -> Iterator[None]:
             error,
             extra={"event": "doctor_without_reader", "error": type(error).__name__},
         )
-
-
-def _verifier(secret: SecretStr) -> str | None:
-    # A human's secret is guessed at the speed of the fastest hash that is stored of it. PBKDF2, which SCRAM is built
-    # on, is guessed faster than Argon2id; for 256 random bits that makes no difference.
-    return make_verifier(secret) if is_generated(secret) else None
-
-
-def _serving_hashes(device: Device, now: datetime) -> list[str]:
-    hashes = [device.shared_secret_hash]
-    until = device.previous_secret_expires_at
-    if device.previous_secret_hash is not None and until is not None and until > now:
-        hashes.append(device.previous_secret_hash)
-    return hashes
