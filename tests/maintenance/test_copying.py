@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import make_url, text
 
-from homeagent import CopyProgress, Database, IdempotencyScope, errors
+from homeagent import Attempt, CopyProgress, Database, IdempotencyScope, Outcome, errors
 from homeagent.engine.driver import choose_driver
 from homeagent.maintenance.copying import PAGE, PAGE_WITH_JSON
 from homeagent.models import DATA_TABLES, metadata
@@ -223,7 +223,8 @@ def test_any_text_and_number_goes_there_and_back(rows: list[Any], make_store: Ma
         assert stored(here) == stored(there) == stored(back)
 
 
-def test_the_trace_moves_house(make_store: MakeStore, clock: FakeClock) -> None:
+@pytest.mark.parametrize("last", [600, pytest.param(None, marks=pytest.mark.slow)])
+def test_the_trace_moves_house(last: int | None, make_store: MakeStore, clock: FakeClock) -> None:
     """A gateway's store on PostgreSQL refuses every nonce and answers every retry that the one on SQLite knew."""
     spec = importlib.util.spec_from_file_location("gateway_example", ROOT / "docs" / "examples" / "gateway.py")
     assert spec is not None
@@ -231,7 +232,9 @@ def test_the_trace_moves_house(make_store: MakeStore, clock: FakeClock) -> None:
     gateway_example = importlib.util.module_from_spec(spec)
     sys.modules["gateway_example"] = gateway_example
     spec.loader.exec_module(gateway_example)
-    events = gateway_example.read_trace(gateway_example.TRACE)[-600:]
+    events = gateway_example.read_trace(gateway_example.TRACE)
+    if last is not None:
+        events = events[-last:]
     trace_clock = gateway_example.TraceClock()
     with (
         Database.open(make_store("sqlite"), clock=trace_clock, durability="normal") as old,
@@ -250,6 +253,30 @@ def test_the_trace_moves_house(make_store: MakeStore, clock: FakeClock) -> None:
         for event in again:
             moved.handle(event)
         assert (moved.tally.replays_refused, moved.tally.paired) == (20, 0)
+
+
+@pytest.mark.parametrize(("source", "target"), [BOTH, BOTH[::-1]])
+def test_an_attempt_ends_on_the_other_side(source: str, target: str, make_store: MakeStore, clock: FakeClock) -> None:
+    """A lease moves with its owner: the attempt is recorded in the copy, and one that lapsed is still unknown there."""
+    running, lapsed = IdempotencyScope("lamp", "m", "running"), IdempotencyScope("lamp", "m", "lapsed")
+    with (
+        Database.open(make_store(source), clock=clock) as ours,
+        Database.open(make_store(target), clock=clock) as theirs,
+    ):
+        with ours.unit_of_work() as unit:
+            options: dict[str, Any] = {"fingerprint": "f", "ttl": timedelta(hours=1)}
+            attempt = unit.idempotency_keys.claim(running, lease=timedelta(minutes=5), **options)
+            unit.idempotency_keys.claim(lapsed, lease=timedelta(minutes=1), **options)
+        assert isinstance(attempt, Attempt)
+        ours.copy_to(theirs)
+        clock.advance(minutes=2)
+        with theirs.unit_of_work() as unit:
+            unit.idempotency_keys.complete(attempt, -0.0)
+            outcome = unit.idempotency_keys.claim(running, lease=timedelta(minutes=5), **options)
+            assert isinstance(outcome, Outcome)
+            assert repr(outcome.value) == "-0.0"
+            with pytest.raises(errors.OutcomeUnknownError):
+                unit.idempotency_keys.claim(lapsed, lease=timedelta(minutes=5), **options)
 
 
 def test_rows_are_reported_as_they_go(make_store: MakeStore, clock: FakeClock) -> None:
