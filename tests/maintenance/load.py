@@ -1,0 +1,61 @@
+"""A load whose sums are whole in every state that was ever committed, and only in these."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+
+from homeagent import AgentCreate, Database
+from homeagent.engine.driver import choose_driver
+
+ACCOUNTS = 20
+WRITERS = 4
+
+# Each unit moves something from one account to another, and counts itself in its writer's row and in the ledger.
+SCRIPT = (
+    """
+import random, sys, threading
+from homeagent import AgentUpdate, Database
+
+path, writer = sys.argv[1], sys.argv[2]
+stop = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.readline(), stop.set()), daemon=True).start()
+chance = random.Random(writer)
+
+def move(unit):
+    a, b = chance.sample(range(%d), 2)
+    for name, change in ((f"account-{a}", -1), (f"account-{b}", 1), (f"writer-{writer}", 1), ("ledger", 1)):
+        value = unit.agents.get(name).config["value"] + change
+        unit.agents.update(name, AgentUpdate(config={"value": value, "padding": "x" * chance.randrange(2000)}))
+    return unit.agents.get(f"writer-{writer}").config["value"]
+
+with Database.open(path) as database:
+    print("ready", flush=True)
+    while not stop.is_set():
+        # Told once it is durable.
+        print(database.run(move), flush=True)
+"""
+    % ACCOUNTS
+)  # noqa: UP031  braces are the script's
+
+
+def begin(database: Database) -> None:
+    """Make the rows that the writers work on."""
+    names = [f"account-{number}" for number in range(ACCOUNTS)] + [f"writer-{number}" for number in range(WRITERS)]
+    with database.unit_of_work() as unit:
+        for name in (*names, "ledger"):
+            value = 100 if name.startswith("account") else 0
+            unit.agents.create(AgentCreate(id=name, name=name, workspace_path="/x", config={"value": value}))
+
+
+def look(path: Path) -> tuple[int, dict[int, int]]:
+    """Return the ledger and each writer's count as they are in a file, which must hold a state that existed."""
+    with closing(choose_driver().module.connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as raw:
+        assert raw.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert raw.execute("PRAGMA foreign_key_check").fetchall() == []
+        values = {name: json.loads(text)["value"] for name, text in raw.execute("SELECT id, config FROM agents")}
+    assert sum(value for name, value in values.items() if name.startswith("account")) == 100 * ACCOUNTS
+    counts = {number: values[f"writer-{number}"] for number in range(WRITERS)}
+    assert sum(counts.values()) == values["ledger"]
+    return values["ledger"], counts

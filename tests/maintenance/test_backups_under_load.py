@@ -1,0 +1,60 @@
+"""Backups while four processes write: each is a state that existed, and comes to its end."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from homeagent import Database
+from tests.conftest import Children
+from tests.maintenance import load
+
+ROUNDS = 50
+
+
+def last_line(stream: IO[str], told: dict[int, int], writer: int) -> None:
+    """Remember the last count that a writer told."""
+    for line in stream:
+        if line.strip().isdigit():
+            told[writer] = int(line)
+
+
+@pytest.mark.slow
+def test_backups_under_load(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
+    """Fifty backups while four processes write all the time: sound, whole, each newer than the one before."""
+    with Database.open(sqlite_path, busy_timeout=timedelta(seconds=60)) as database:
+        load.begin(database)
+        told: dict[int, int] = {}
+        writers = [children.start(load.SCRIPT, sqlite_path, number) for number in range(load.WRITERS)]
+        threads = []
+        for number, writer in enumerate(writers):
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+            threads.append(threading.Thread(target=last_line, args=(writer.stdout, told, number), daemon=True))
+            threads[-1].start()
+        ledgers = []
+        for number in range(ROUNDS):
+            durable = dict(told)
+            backup = database.backup(tmp_path / f"{number}.db")
+            ledger, counts = load.look(backup)
+            # What a writer was told before the backup began is in it.
+            assert all(counts[writer] >= count for writer, count in durable.items())
+            ledgers.append(ledger)
+        for writer in writers:
+            assert writer.stdin is not None
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+        for writer in writers:
+            writer.wait(60)
+            assert writer.returncode == 0, writer.stderr.read() if writer.stderr else ""
+        for thread in threads:
+            thread.join(60)
+        assert ledgers == sorted(ledgers)
+        # They wrote all the time: between most backups the state has changed.
+        assert len(set(ledgers)) > ROUNDS // 2
+        database.backup(tmp_path / "last.db")
+    assert load.look(tmp_path / "last.db")[1] == told
