@@ -13,8 +13,7 @@ ACCOUNTS = 20
 WRITERS = 4
 
 # Each unit moves something from one account to another, and counts itself in its writer's row and in the ledger.
-SCRIPT = (
-    """
+SCRIPT = """
 import random, sys, threading
 from homeagent import AgentUpdate, Database
 
@@ -24,7 +23,7 @@ threading.Thread(target=lambda: (sys.stdin.readline(), stop.set()), daemon=True)
 chance = random.Random(writer)
 
 def move(unit):
-    a, b = chance.sample(range(%d), 2)
+    a, b = chance.sample(range(ACCOUNTS), 2)
     for name, change in ((f"account-{a}", -1), (f"account-{b}", 1), (f"writer-{writer}", 1), ("ledger", 1)):
         value = unit.agents.get(name).config["value"] + change
         unit.agents.update(name, AgentUpdate(config={"value": value, "padding": "x" * chance.randrange(2000)}))
@@ -35,9 +34,7 @@ with Database.open(path) as database:
     while not stop.is_set():
         # Told once it is durable.
         print(database.run(move), flush=True)
-"""
-    % ACCOUNTS
-)  # noqa: UP031  braces are the script's
+""".replace("ACCOUNTS", str(ACCOUNTS))
 
 
 def begin(database: Database) -> None:
