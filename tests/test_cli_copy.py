@@ -75,6 +75,14 @@ def test_a_process_prints_one_line(source: Path, tmp_path: Path) -> None:
     assert done.stdout == f"Copied {source} to {target}: 1 row, the same on both sides.\n"
 
 
+def test_a_trial_says_that_it_is_one(source: Path, tmp_path: Path) -> None:
+    """With --live the source may have changed, and nobody is told that both sides are the same."""
+    done = _invoke("copy", "--live", source, tmp_path / "one" / "h.db")
+    assert done.stdout.endswith(": 1 row, as it was at the beginning.\n")
+    assert json.loads(_invoke("copy", "--live", "--json", source, tmp_path / "two" / "h.db").stdout)["live"] is True
+    assert json.loads(_invoke("copy", "--json", source, tmp_path / "three" / "h.db").stdout)["live"] is False
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no pty")
 @pytest.mark.parametrize("as_json", [False, True])
 def test_progress_is_shown_on_a_terminal(source: Path, tmp_path: Path, as_json: bool) -> None:

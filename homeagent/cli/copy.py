@@ -47,11 +47,13 @@ def copy(
         _shown_progress(hidden=as_json) as progress,
     ):
         report = opened.copy_to(empty, live=live, progress=progress)
+    where = {"source": origin.location, "target": destination.location}
     if as_json:
-        print_json({"source": origin.location, "target": destination.location, **report.model_dump(mode="json")})
+        print_json({**where, "live": live, **report.model_dump(mode="json")})
         return
+    same = "as it was at the beginning" if live else "the same on both sides"
     rows = count(sum(report.rows.values()), "row")
-    typer.echo(f"Copied {origin.location} to {destination.location}: {rows}, the same on both sides.")
+    typer.echo(f"Copied {where['source']} to {where['target']}: {rows}, {same}.")
 
 
 def _named(target: str) -> Target:

@@ -590,6 +590,26 @@ def test_a_server_that_goes_away_is_told(side: str, make_store: MakeStore, clock
         assert stored(theirs) == stored(ours)
 
 
+def test_a_role_without_the_schema_is_enough(make_store: MakeStore, clock: FakeClock) -> None:
+    """Who may read and write rows may copy from a server and to one: neither needs to own a table."""
+    names = [make_store("postgresql"), make_store("postgresql")]
+    role = f"mover_{os.getpid()}"
+    postgres_execute(names[0], f"CREATE ROLE {role} LOGIN")
+    try:
+        for name in names:
+            postgres_execute(name, f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}")
+        with Database.open(names[0], clock=clock) as ours:
+            fill(ours)
+        origin, destination = (make_url(name).set(username=role) for name in names)
+        with Database.open(origin, migrate=False) as ours, Database.open(destination, migrate=False) as theirs:
+            ours.copy_to(theirs)
+            assert stored(theirs) == stored(ours)
+    finally:
+        for name in names:
+            postgres_execute(name, f"DROP OWNED BY {role}")
+        postgres_execute(names[0], f"DROP ROLE {role}")
+
+
 @pytest.mark.parametrize("target", BOTH)
 def test_of_two_copies_at_once_one_is_made(target: str, make_store: MakeStore, clock: FakeClock) -> None:
     """The second waits for the first, and then finds data."""
