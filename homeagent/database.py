@@ -178,6 +178,7 @@ class Database:
         for sweeper in sweepers:
             sweeper.stop()
         self._engine.close()
+        self._runner.close()
 
     def __enter__(self) -> Self:
         return self

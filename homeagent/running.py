@@ -8,6 +8,7 @@ run again only if its owner says that twice is the same as once.
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,14 +16,20 @@ from typing import TYPE_CHECKING, TypeVar
 
 from homeagent.engine.faults import StandbyError, TransientError
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError
+from homeagent.grouping import Grouping
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 if TYPE_CHECKING:
     from anyio import CapacityLimiter
 
+    from homeagent.loop_calls import LoopCalls
+
 __all__ = ["Runner"]
 
 T = TypeVar("T")
+
+RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)
+"""After these a unit may be run again whole; after the last one only where twice is the same as once."""
 
 # The first pause of a retry and the longest, in seconds; each is drawn at random up to its bound.
 _FIRST_PAUSE = 0.005
@@ -38,33 +45,90 @@ class Runner:
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
+        # PostgreSQL groups commits by itself, and has many writers: each unit has a connection of its own there.
+        self._grouping = Grouping(settings) if settings.engine.shares_commits else None
+        self._loop_calls: LoopCalls | None = None
+        self._mutex = threading.Lock()
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Do a unit of work, again whole where that is safe; see `Database.run`."""
-        deadline = time.monotonic() + self._settings.timeout
-        bound = _FIRST_PAUSE
-        unknown: CommitUnknownError | None = None
+        tries = _Tries(self._settings, idempotent=idempotent)
         while True:
             try:
+                if self._grouping is not None and not read_only:
+                    return self._grouping.run(work)
                 with UnitOfWork(self._settings, read_only=read_only) as unit:
                     return work(unit)
-            except (TransientError, ConnectionLostError, StandbyError) as fault:
-                error: HomeAgentError = fault
-            except CommitUnknownError as fault:
-                if not idempotent:
-                    raise
-                error = unknown = fault
-            pause = random.uniform(0, bound)  # noqa: S311  it parts the callers, it keeps no secret
-            if time.monotonic() + pause >= deadline:
-                # What a later try met says nothing of an earlier one, whose commit may have taken place.
-                raise unknown or error
-            self._settings.engine.counters.retries += 1
+            except RETRIED as fault:
+                pause = tries.pause_after(fault)
             time.sleep(pause)
-            bound = min(bound * 2, _LONGEST_PAUSE)
 
     async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Do as `run` does in a worker thread; see `Database.arun`."""
-        return await _in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent))
+        """Do as `run` does without blocking the event loop; see `Database.arun`."""
+        from anyio import sleep
+        from anyio.lowlevel import checkpoint_if_cancelled
+
+        await checkpoint_if_cancelled()
+        if self._grouping is None or read_only or not _under_asyncio():
+            return await _in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent))
+        loop_calls = self._loop_calls or self._open_loop_calls(self._grouping)
+        tries = _Tries(self._settings, idempotent=idempotent)
+        while True:
+            try:
+                return await loop_calls.run(work)
+            except RETRIED as fault:
+                pause = tries.pause_after(fault)
+            await sleep(pause)
+
+    def _open_loop_calls(self, grouping: Grouping) -> LoopCalls:
+        # It costs an import that a program without coroutines never pays.
+        from homeagent.loop_calls import LoopCalls
+
+        with self._mutex:
+            if self._loop_calls is None:
+                self._loop_calls = LoopCalls(grouping, self._settings.timeout)
+            return self._loop_calls
+
+    def close(self) -> None:
+        """End the thread that does the units of coroutines. The lanes are closed before."""
+        if self._loop_calls is not None:
+            self._loop_calls.close()
+
+
+class _Tries:
+    """How often a unit was tried, and what came of it."""
+
+    __slots__ = ("_bound", "_deadline", "_idempotent", "_settings", "_unknown")
+
+    def __init__(self, settings: UnitSettings, *, idempotent: bool) -> None:
+        self._settings = settings
+        self._idempotent = idempotent
+        self._deadline = time.monotonic() + settings.timeout
+        self._bound = _FIRST_PAUSE
+        self._unknown: CommitUnknownError | None = None
+
+    def pause_after(self, fault: HomeAgentError) -> float:
+        """Return how long to wait before the next try, in seconds. Where there is to be none, raise what to tell."""
+        if isinstance(fault, CommitUnknownError):
+            if not self._idempotent:
+                raise fault
+            self._unknown = fault
+        pause = random.uniform(0, self._bound)  # noqa: S311  it parts the callers, it keeps no secret
+        if time.monotonic() + pause >= self._deadline:
+            # What a later try met says nothing of an earlier one, whose commit may have taken place.
+            raise self._unknown or fault
+        self._bound = min(self._bound * 2, _LONGEST_PAUSE)
+        self._settings.engine.counters.retries += 1
+        return pause
+
+
+def _under_asyncio() -> bool:
+    import asyncio
+
+    try:
+        return asyncio.current_task() is not None
+    except RuntimeError:
+        return False
 
 
 _WORKERS = 64
@@ -76,14 +140,8 @@ async def _in_thread(work: Callable[[], T]) -> T:
     import asyncio
 
     import anyio.to_thread
-    from anyio.lowlevel import checkpoint_if_cancelled
 
-    await checkpoint_if_cancelled()
-    try:
-        under_asyncio = asyncio.current_task() is not None
-    except RuntimeError:
-        under_asyncio = False
-    if not under_asyncio:
+    if not _under_asyncio():
         return await anyio.to_thread.run_sync(work, limiter=_worker_places())
     # A scope of AnyIO shields from AnyIO's cancellation only: a Task.cancel(), as asyncio.timeout() does it, would end
     # the wait here, with the unit under way or not yet handed to a thread.

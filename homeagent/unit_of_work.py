@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from threading import get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from homeagent.canonical_json import fingerprint_of
 from homeagent.engine.statements import Parameters, Row, Statement
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from homeagent.engine.engine import Engine
     from homeagent.engine.link import Link
 
-__all__ = ["UnitOfWork", "UnitSettings", "call_back"]
+__all__ = ["UnitOfWork", "UnitSettings", "call_back", "refuse_nesting"]
 
 R = TypeVar("R")
 
@@ -65,6 +65,14 @@ def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
             logger.exception(
                 "an after_commit callback failed; the commit stands", extra={"event": "after_commit_failed"}
             )
+
+
+def refuse_nesting() -> NoReturn:
+    """Raise the error for a thread that asks for a second write unit: it would wait for itself."""
+    raise UnitStateError(
+        "this thread has a write unit open already: pass that one on, or end it first; "
+        "to undo a part of it use savepoint()"
+    )
 
 
 class UnitOfWork:
@@ -132,10 +140,7 @@ class UnitOfWork:
         if not self.read_only:
             self._owner = get_ident()
             if self._owner in settings.writing:
-                raise UnitStateError(
-                    "this thread has a write unit open already: pass that one on, or end it first; "
-                    "to undo a part of it use savepoint()"
-                )
+                refuse_nesting()
             settings.writing.add(self._owner)
         try:
             self._link = settings.engine.begin(read_only=self.read_only, timeout=timeout)

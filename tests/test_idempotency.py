@@ -29,6 +29,7 @@ from homeagent.errors import (
     OutcomeUnknownError,
 )
 from homeagent.idempotency import OnceCall
+from homeagent.stores import IdempotencyKeyStore
 from tests.conftest import Children, FakeClock, add_device
 
 SCOPE = IdempotencyScope("lamp", "orders.create", "k-1")
@@ -669,20 +670,16 @@ def test_cancelled_record(database: Database, canceller: Native | Scoped, monkey
     """A caller that is cancelled while the outcome is being recorded leaves with the record made."""
     recording = threading.Event()
     go_on = threading.Event()
-    run = database._runner.run
+    complete = IdempotencyKeyStore.complete
 
-    def held(work: Any, **options: Any) -> Any:
-        if threading.current_thread() is not main_thread and ran:
-            recording.set()
-            assert go_on.wait(30)
-        return run(work, **options)
+    def held(store: IdempotencyKeyStore, attempt: Attempt, result: Any) -> Any:
+        recording.set()
+        assert go_on.wait(30)
+        return complete(store, attempt, result)
 
-    main_thread = threading.current_thread()
-    ran: list[int] = []
-    monkeypatch.setattr(database._runner, "run", held)
+    monkeypatch.setattr(IdempotencyKeyStore, "complete", held)
 
     async def effect(attempt: Attempt) -> str:
-        ran.append(1)
         return "done"
 
     async def main() -> None:
