@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import random
 import threading
 import time
@@ -18,7 +19,7 @@ from sqlalchemy import text
 
 from homeagent.engine import files
 from homeagent.engine.faults import TransientError
-from homeagent.engine.integrity import check_content
+from homeagent.engine.integrity import check_content, refuse_unclean_damage
 from homeagent.engine.locks import FileLock
 from homeagent.engine.postgresql import PostgreSQLEngine
 from homeagent.engine.presence import announce, presence_path
@@ -204,8 +205,9 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
     state = files.inspect_file(path)
     if state is not None and not state.is_empty:
         engine.refuse_foreign()
+        if files.secure_sidecars(path) and not temporary:
+            _examine_leftovers(engine)
         _announce(engine, timeout=timeout, temporary=temporary)
-        files.secure_sidecars(path)
         with engine.translated(), engine.connect() as connection:
             revision, suits = _look_up(connection)
             check_content(path, connection.connection.driver_connection)
@@ -232,6 +234,27 @@ def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
         open_sqlite(engine, clock=clock, timeout=timedelta(0), migrate=True, temporary=True)
     finally:
         sidecar_lock(engine.path, timeout=timedelta(0)).path.unlink(missing_ok=True)
+
+
+def _examine_leftovers(engine: SQLiteEngine) -> None:
+    """Judge a log that lies beside the file, where nobody has that open: its last end was no clean one then."""
+    if engine.presence is not None:
+        engine.presence.release()
+        engine.presence = None
+    if not os.access(engine.path.parent, os.W_OK):
+        return  # SQLite can't change anything either
+    lock = FileLock(presence_path(engine.path), timeout=timedelta(0), owner_of=engine.path)
+    try:
+        lock.acquire()
+    except DatabaseBusyError:
+        return  # somebody has it open, and the log is what it must be
+    try:
+        if not lock.has_marker():  # left by a restore that was cut off, which is finished first
+            refuse_unclean_damage(engine)
+    except BaseException:
+        lock.withdraw()
+        raise
+    lock.release()
 
 
 def _announce(engine: SQLiteEngine, *, timeout: timedelta, temporary: bool) -> None:

@@ -210,20 +210,30 @@ class SQLiteEngine(Engine):
             CorruptDatabaseError: it is no database, or a damaged one.
         """
         try:
-            found = self._application_id(immutable=True)
+            found = self._application_id("immutable=1")
         except CorruptDatabaseError:
-            # `immutable` takes no lock: while another process writes the header a sound file may look damaged. The
-            # second look takes the locks, and still can't write.
-            found = self._application_id(immutable=False)
+            # That took no lock: while another process writes the header a sound file may look damaged.
+            found = self._application_id_while_locked()
         if found != APPLICATION_ID:
             raise ForeignDatabaseError(
                 f"{self.path} is another application's SQLite database (application_id {found:#x}): "
                 "name another path; it was not changed"
             )
 
-    def _application_id(self, *, immutable: bool) -> int:
+    def _application_id_while_locked(self) -> int:
+        log, index, _ = files.sidecars(self.path)
+        if files.look_at(log) is not None and files.look_at(index) is not None:
+            # It takes SQLite's locks, and can write neither the file nor the index. Without a log SQLite makes one.
+            return self._application_id("readonly_shm=1")
+        lock = sidecar_lock(self.path, timeout=timedelta(milliseconds=self._busy_ms))
+        if files.look_at(lock.path) is None:
+            return self._application_id("immutable=1")
+        with lock:  # who makes a database holds it
+            return self._application_id("immutable=1")
+
+    def _application_id(self, option: str) -> int:
         module: Any = self.driver.module
-        uri = self._uri(f"mode=ro{'&immutable=1' if immutable else ''}")
+        uri = self._uri(f"mode=ro&{option}")
         with self.translated(), closing(module.connect(uri, uri=True, timeout=self._busy_ms / 1000)) as raw:
             return int(raw.execute("PRAGMA application_id").fetchone()[0])
 

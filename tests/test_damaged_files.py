@@ -1,0 +1,294 @@
+"""Files damaged at random: each opens right or is refused clearly, and what is refused keeps every byte.
+
+Right means that all that can be read is what was there, or that an error of ours comes where the damage is met. SQLite
+has no checksums of pages, so a byte that is flipped inside of a stored value is another value: those are counted.
+
+One engine only: a server checks its own files.
+"""
+
+from __future__ import annotations
+
+import gzip
+import random
+import shutil
+import sqlite3
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlmodel import SQLModel, select
+
+from homeagent import Agent, AgentSession, Database, Device, IdempotencyKey, Nonce
+from homeagent.errors import CorruptDatabaseError, ForeignDatabaseError, HomeAgentError
+from tests.conftest import Children, FakeClock
+
+MODELS: tuple[type[SQLModel], ...] = (Agent, Device, AgentSession, Nonce, IdempotencyKey)
+SIDECARS = ("-wal", "-shm")
+
+Rows = dict[str, dict[str, str]]
+Files = dict[str, bytes]
+
+# Fills a database in many units, moves some of it into the file, goes on, and is killed.
+FILL = """
+import os, random, signal, sys
+from datetime import UTC, datetime, timedelta
+from homeagent import AgentCreate, AgentSessionCreate, Database, DeviceCreate, IdempotencyScope, Role
+path, seed, end = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+chance = random.Random(seed)
+now = datetime(2026, 1, 2, tzinfo=UTC)
+database = Database.open(path, clock=lambda: now)
+def fill(part, count):
+    for number in range(count):
+        name = f"{part}-{seed}-{number}"
+        with database.unit_of_work() as unit:
+            unit.devices.create(DeviceCreate(id=f"d-{name}", role=chance.choice(list(Role)),
+                shared_secret_hash="sha256$" + chance.randbytes(32).hex(), metadata={"n": number}))
+            unit.agents.create(AgentCreate(id=f"a-{name}", name=name, workspace_path=f"/srv/{name}",
+                config={"text": "y" * chance.randrange(10, 3000)}))
+            for each in range(3):
+                unit.sessions.create(AgentSessionCreate(session_id=f"s-{name}-{each}", agent_id=f"a-{name}"))
+                unit.nonces.consume(f"d-{name}", chance.randbytes(16).hex(), expires_at=now + timedelta(days=each + 1))
+            unit.idempotency_keys.insert(IdempotencyScope(device_id=f"d-{name}", method="door.open", key=name),
+                {"answer": chance.randrange(10**9)}, ttl=timedelta(days=1))
+fill("moved", 25)
+with database._engine.connect() as connection:
+    connection.connection.driver_connection.execute("PRAGMA wal_checkpoint(RESTART)")
+fill("logged", 12)
+if end == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+database.close()
+"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A database as it was left.
+
+    Attributes:
+        files: its files by what follows the name of the database.
+        rows: all that is in it.
+    """
+
+    files: Files
+    rows: Rows
+
+
+def content(path: Path) -> Files:
+    """Return all files by what follows the database's name; whose presence the lock file `.open` tells is no matter."""
+    return {
+        each.name.removeprefix(path.name): each.read_bytes() for each in path.parent.iterdir() if each.suffix != ".open"
+    }
+
+
+def put(files: Files, path: Path) -> None:
+    """Write a database's files."""
+    for suffix, content in files.items():
+        each = path.with_name(path.name + suffix)
+        each.write_bytes(content)
+        each.chmod(0o600)
+
+
+def read(path: Path, opened: Callable[[], None] = lambda: None) -> Rows:
+    """Open a database and return every row of it as the application sees it."""
+    with Database.open(path, clock=FakeClock(), busy_timeout=timedelta(seconds=2)) as database:
+        opened()
+        rows: Rows = {}
+        with database.unit_of_work(read_only=True) as unit:
+            for model in MODELS:
+                found = unit.session.exec(select(model)).all()
+                rows[model.__name__] = {
+                    repr(list(model.__mapper__.primary_key_from_instance(row))): repr(row.model_dump())  # type: ignore[attr-defined]  # it is a table
+                    for row in found
+                }
+            # The same through the stores, whose statements go by the indexes.
+            devices = {device.id for device in unit.devices.list(limit=1000)}
+            agents = {agent.id for agent in unit.agents.list(limit=1000)}
+            sessions = {session.session_id for session in unit.sessions.list(limit=1000)}
+        for name, ids in (("Device", devices), ("Agent", agents), ("AgentSession", sessions)):
+            assert {repr([each]) for each in ids} == set(rows[name]), f"{name}: the index and the table disagree"
+        return rows
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sample]:
+    """A database that was closed, one whose process was killed, and another one that was killed."""
+    children = Children()
+    made: dict[str, Sample] = {}
+    try:
+        for name, seed, end in (("closed", 1, "closed"), ("killed", 1, "killed"), ("other", 2, "killed")):
+            directory = tmp_path_factory.mktemp(name) / "private"
+            process = children.start(FILL, directory / "homeagent.db", seed, end)
+            process.communicate(timeout=60)
+            assert process.returncode == (0 if end == "closed" else -9)
+            files = content(directory / "homeagent.db")
+            assert set(files) == {"", ".lock", *(SIDECARS if end == "killed" else ())}
+            made[name] = Sample(files, read(directory / "homeagent.db"))
+        assert made["closed"].rows == made["killed"].rows
+    finally:
+        children.close()
+    return made
+
+
+# What can happen to a file
+
+
+def flip(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
+    """Change some bits, anywhere."""
+    which = chance.choice([name for name in files if name != ".lock" and files[name]])
+    changed = bytearray(files[which])
+    for _number in range(chance.choice([1, 1, 2, 8])):
+        changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+    files[which] = bytes(changed)
+    return f"flip {which or 'db'}"
+
+
+def zero(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
+    """Fill some pages with zeros, as a disk or a file system does that lost them."""
+    which = chance.choice(["", *(name for name in files if name == "-wal")])
+    changed = bytearray(files[which])
+    for _number in range(chance.choice([1, 1, 3])):
+        start = chance.randrange(max(len(changed) // 4096, 1)) * 4096
+        end = min(start + 4096, len(changed))
+        changed[start:end] = bytes(end - start)
+    files[which] = bytes(changed)
+    return f"zero {which or 'db'}"
+
+
+def cut(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
+    """Make a file shorter, by whole pages or not."""
+    which = chance.choice([name for name in files if name != ".lock"])
+    length = chance.randrange(len(files[which]))
+    if chance.random() < 0.5:
+        length -= length % 4096
+    files[which] = files[which][:length]
+    return f"cut {which or 'db'}"
+
+
+def behead(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
+    """Write something else over the first bytes."""
+    which = chance.choice([name for name in files if name in ("", "-wal")])
+    size = chance.choice([1, 16, 32, 100])
+    files[which] = chance.randbytes(size) + files[which][size:]
+    return f"header {which or 'db'}"
+
+
+def foreign(files: Files, chance: random.Random, samples: dict[str, Sample]) -> str:
+    """Put a file in place that never was a database of ours; what lies beside stays."""
+    kind = chance.choice(["sqlite", "text", "noise", "zeros", "gzip", "our own backup, packed"])
+    match kind:
+        case "sqlite":
+            with closing(sqlite3.connect(":memory:")) as raw:
+                raw.executescript("CREATE TABLE devices (id TEXT PRIMARY KEY); INSERT INTO devices VALUES ('theirs')")
+                files[""] = raw.serialize()
+        case "text":
+            files[""] = b"# settings\n" * 200
+        case "noise":
+            files[""] = chance.randbytes(20_000)
+        case "zeros":
+            files[""] = bytes(len(files[""]))
+        case "gzip":
+            files[""] = gzip.compress(b"x" * 100_000 + chance.randbytes(2000))
+        case _:
+            files[""] = gzip.compress(samples["closed"].files[""], 1)
+    return f"foreign {kind}"
+
+
+def stale_log(files: Files, chance: random.Random, samples: dict[str, Sample]) -> str:
+    """Put another database's log beside it, with its index or without."""
+    other = samples["other"].files
+    taken = chance.choice([("-wal",), ("-wal", "-shm")])
+    for name in SIDECARS:
+        files.pop(name, None)
+    files.update({name: other[name] for name in taken})
+    return f"stale {'+'.join(taken)}"
+
+
+def stale_index(files: Files, chance: random.Random, samples: dict[str, Sample]) -> str:
+    """Put another database's index of a log beside it."""
+    files["-shm"] = samples["other"].files["-shm"]
+    return "stale -shm"
+
+
+def lose(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
+    """Delete one of the files."""
+    which = chance.choice([name for name in files if name != ".lock"])
+    del files[which]
+    return f"lost {which or 'db'}"
+
+
+DAMAGES: tuple[Callable[[Files, random.Random, dict[str, Sample]], str], ...] = (
+    flip, flip, flip, zero, zero, cut, cut, behead, foreign, stale_log, stale_index, lose,
+)  # fmt: skip
+
+
+def judge(path: Path, sample: Sample, damaged: Files) -> str:
+    """Open a damaged database and return how that went; a wrong answer or a changed byte fails."""
+    put(damaged, path)
+    before = content(path)
+    opened: list[bool] = []
+    try:
+        rows = read(path, lambda: opened.append(True))
+    except (CorruptDatabaseError, ForeignDatabaseError) as error:
+        if opened:
+            return "told where it was met"
+        outcome = f"refused: {type(error).__name__}"
+    except HomeAgentError as error:
+        raise AssertionError(f"an error that does not say what is wrong: {error!r}") from error
+    else:
+        if rows == sample.rows:
+            return "right"
+        missing = {name: set(sample.rows[name]) - set(rows[name]) for name in rows}
+        added = {name: set(rows[name]) - set(sample.rows[name]) for name in rows}
+        changed = sum(
+            rows[name][key] != sample.rows[name][key] for name in rows for key in rows[name].keys() & sample.rows[name]
+        )
+        lost = sum(map(len, missing.values()))
+        assert lost == sum(map(len, added.values())), f"rows came or went: {missing} {added}"
+        return f"another value ({changed + lost})"
+    assert content(path) == before, "what was refused was changed"
+    return outcome
+
+
+def attempt(number: int, tmp_path: Path, samples: dict[str, Sample]) -> tuple[str, str]:
+    """Damage a database in the way of this number, and return what was done and how it ended."""
+    chance = random.Random(number)
+    sample = samples[chance.choice(["closed", "killed", "killed"])]
+    damaged = dict(sample.files)
+    what = DAMAGES[number % len(DAMAGES)](damaged, chance, samples)
+    directory = tmp_path / str(number)
+    directory.mkdir(mode=0o700)
+    try:
+        return what, judge(directory / "homeagent.db", sample, damaged)
+    except AssertionError as error:
+        raise AssertionError(f"damage {number}, {what}: {error}") from error
+    finally:
+        shutil.rmtree(directory)
+
+
+def attempts(numbers: range, tmp_path: Path, samples: dict[str, Sample]) -> Counter[str]:
+    """Return how often each way of damage came to each end."""
+    return Counter(": ".join(attempt(number, tmp_path, samples)) for number in numbers)
+
+
+def told(found: Counter[str]) -> str:
+    """Return the counts for the log of a test run."""
+    return "\n".join(f"{count:4} {end}" for end, count in sorted(found.items()))
+
+
+def test_damaged_files(tmp_path: Path, samples: dict[str, Sample]) -> None:
+    """Of sixty damaged files none is read wrong beyond a flipped value, and none that is refused is changed."""
+    found = attempts(range(60), tmp_path, samples)
+    assert {end.partition(": ")[2].partition(" ")[0] for end in found} >= {"right", "refused:"}, told(found)
+
+
+@pytest.mark.slow
+def test_500_damaged_files(tmp_path: Path, samples: dict[str, Sample]) -> None:
+    """The same for five hundred, counted; other values come from bytes flipped in the file, and only there."""
+    found = attempts(range(60, 560), tmp_path, samples)
+    print(told(found))  # noqa: T201  it is what the test is for, shown with -s
+    assert sum(found.values()) == 500
+    assert {end.partition(":")[0] for end in found if "another value" in end} <= {"flip db"}
