@@ -161,7 +161,7 @@ def _check_table(engine: SQLiteEngine, raw: Any, table: str) -> bool:
 def _refuse(path: Path, found: list[tuple[str]]) -> None:
     if found and found[0][0] != "ok":
         # SQLite writes of rows by their number and of columns by their name, never of a value.
-        raise _damaged(path, found[0][0].splitlines()[0])
+        raise _damaged(path, found[0][0].splitlines()[-1])
 
 
 def _damaged(path: Path, problem: str, more: str = "") -> CorruptDatabaseError:

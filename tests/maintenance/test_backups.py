@@ -176,12 +176,14 @@ def test_damaged_database_has_no_backup(sqlite_path: Path, tmp_path: Path) -> No
             add_agent(database, f"agent-{number}")
     with closing(choose_driver().module.connect(str(sqlite_path), isolation_level=None)) as raw:
         (root,) = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_agent'").fetchone()
-    with sqlite_path.open("r+b") as file:
-        # An index that says that it has three entries, which it has not.
-        file.seek((root - 1) * 4096 + 3)
-        file.write(b"\x00\x03")
-    with Database.open(sqlite_path) as database, pytest.raises(errors.CorruptDatabaseError, match="newest good backup"):
-        database.backup(tmp_path / "copy.db")
+    # Opened first: it would be found at the opening of so small a file.
+    with Database.open(sqlite_path) as database:
+        with sqlite_path.open("r+b") as file:
+            # An index that says that it has three entries, which it has not.
+            file.seek((root - 1) * 4096 + 3)
+            file.write(b"\x00\x03")
+        with pytest.raises(errors.CorruptDatabaseError, match="newest good backup"):
+            database.backup(tmp_path / "copy.db")
     assert names(tmp_path) == {"database"}
 
 
