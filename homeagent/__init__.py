@@ -4,6 +4,7 @@
 listed here, in `homeagent.errors` and in `homeagent.stores` are public.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from homeagent import errors
@@ -41,6 +42,8 @@ from homeagent.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from homeagent.maintenance.doctor import Diagnosis, Finding, diagnose
+    from homeagent.maintenance.epochs import EpochReport
+    from homeagent.maintenance.restoring import RestoreReport
 
 __all__ = [
     "Agent",
@@ -65,6 +68,7 @@ __all__ = [
     "DeviceStatus",
     "DeviceUpdate",
     "Diagnosis",
+    "EpochReport",
     "Finding",
     "Freshness",
     "IdempotencyKey",
@@ -74,6 +78,7 @@ __all__ = [
     "Outcome",
     "PairedDevice",
     "ReplayGuard",
+    "RestoreReport",
     "Role",
     "SweepReport",
     "Sweeper",
@@ -83,13 +88,17 @@ __all__ = [
     "hash_secret",
 ]
 
-_DOCTOR = ("Diagnosis", "Finding", "diagnose")
+# A gateway that is well needs none of these, and starts sooner without them.
+_LATE = {
+    "Diagnosis": "doctor",
+    "EpochReport": "epochs",
+    "Finding": "doctor",
+    "RestoreReport": "restoring",
+    "diagnose": "doctor",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # A gateway that is well never needs the doctor, and starts sooner without it.
-    if name in _DOCTOR:
-        from homeagent.maintenance import doctor
-
-        return getattr(doctor, name)
+    if name in _LATE:
+        return getattr(import_module(f"homeagent.maintenance.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from homeagent.maintenance.checking import ContentCheck
     from homeagent.maintenance.copying import CopyProgress, CopyReport
     from homeagent.maintenance.doctor import Diagnosis, Repair
+    from homeagent.maintenance.epochs import EpochReport
     from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
     from homeagent.maintenance.restoring import RestoreReport
 
@@ -169,6 +170,32 @@ class Database:
         from homeagent.maintenance.restoring import restore
 
         return restore(backup, target, clock=clock, busy_timeout=busy_timeout)
+
+    @staticmethod
+    def begin_epoch(
+        target: str | PathLike[str] | URL | None = None,
+        *,
+        clock: Clock = system_clock,
+        busy_timeout: timedelta = timedelta(seconds=5),
+    ) -> EpochReport:
+        """Begin a new epoch of a store that was set back by other means than `restore`, and that nobody has open.
+
+        After a PostgreSQL server's own tools, or a snapshot of a disk or a virtual machine: what was consumed since
+        is fresh again, and the replay guard has to know.
+
+        Args:
+            target: which database, as `open` takes it.
+            clock: tells when the epoch begins.
+            busy_timeout: how long to wait for who has it open.
+
+        Raises:
+            DatabaseBusyError: somebody has it open, and would go on in the epoch before.
+            SchemaOutdatedError: it is absent, or of an older version.
+            DatabaseError: anything else that keeps it from being opened.
+        """
+        from homeagent.maintenance.epochs import begin_epoch
+
+        return begin_epoch(target, clock=clock, busy_timeout=busy_timeout)
 
     def close(self) -> None:
         """Stop the sweepers and close every connection. Closing twice is fine; what is used after it is refused."""

@@ -4,7 +4,7 @@ The exit status is 0; 1 for a refused operation, with one line on standard error
 """
 
 # Importing a module is what adds its commands, and their order here is their order in the help.
-from homeagent.cli import schema, status, doctor, sweep, backup, restore, copy, devices, keys  # isort: skip  # noqa: F401
+from homeagent.cli import schema, status, doctor, sweep, backup, restore, epoch, copy, devices, keys  # isort: skip  # noqa: F401
 from homeagent.cli.application import app, main
 
 __all__ = ["app", "main"]

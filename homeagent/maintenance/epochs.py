@@ -1,0 +1,122 @@
+"""A new epoch for a store that was set back by other means than a restore: a server's tools, or a snapshot."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import URL, select, text, update
+
+from homeagent.engine.postgresql import PostgreSQLEngine
+from homeagent.engine.presence import alone, kept_from_sqlite
+from homeagent.engine.sqlite import SQLiteEngine, sidecar_lock
+from homeagent.engine.swapping import epoch_of_marker, marker_of_epoch
+from homeagent.engine.target import resolve_target
+from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, InvalidArgumentError, SchemaOutdatedError
+from homeagent.migrations import REVISION, open_postgresql, open_sqlite
+from homeagent.models import StoreRecord
+from homeagent.models.types import check_duration, check_instant
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sqlalchemy import Connection
+
+    from homeagent.clock import Clock
+
+__all__ = ["EpochReport", "begin_epoch"]
+
+_table: Any = StoreRecord.__table__
+
+# A session that has the epoch of before in its memory. Poolers and other programs are let be.
+_OTHERS = (
+    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    " AND application_name = 'homeagent'"
+)
+
+
+class EpochReport(BaseModel):
+    """The epoch that has begun.
+
+    Attributes:
+        location: the file, or the server's URL without its password.
+        epoch: its number.
+        restored_at: when it began; messages signed up to then, and for the skew after it, are refused.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    location: str
+    epoch: int
+    restored_at: datetime
+
+
+def begin_epoch(target: str | os.PathLike[str] | URL | None, *, clock: Clock, busy_timeout: timedelta) -> EpochReport:
+    """Begin a new epoch of a store that nobody has open, as a restore does.
+
+    Args:
+        target: which database, as `Database.open` takes it.
+        clock: tells when the epoch begins.
+        busy_timeout: how long to wait for who has it open.
+
+    Raises:
+        DatabaseBusyError: somebody has it open, and would go on in the epoch before.
+        SchemaOutdatedError: it is absent, or of an older version.
+        DatabaseError: anything else that keeps it from being opened.
+    """
+    check_duration(busy_timeout, "busy_timeout", zero=True)
+    where = resolve_target(target)
+    now = check_instant(clock(), "the clock's instant")
+    if where.url is not None:
+        epoch = _on_server(where.url, now, busy_timeout)
+    elif where.path is None:
+        raise InvalidArgumentError("a temporary database has one epoch: name a file, or a server's URL")
+    else:
+        epoch = _in_file(where.path, now, busy_timeout)
+    return EpochReport(location=where.location, epoch=epoch, restored_at=now)
+
+
+def _in_file(path: Path, now: datetime, timeout: timedelta) -> int:
+    if not os.path.lexists(path):
+        raise SchemaOutdatedError(None, needed=REVISION)
+    with alone(path, timeout=timeout):
+        with kept_from_sqlite(path):
+            pass  # nobody has it open; the locks themselves would not outlast what SQLite opens and closes here
+        engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
+        try:
+            # Its presence is announced by the lock that is held alone.
+            open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
+            with sidecar_lock(path, timeout=timeout) as lock:
+                with engine.translated(), engine.connect() as connection, connection.begin():
+                    epoch = _advance(connection, now, at_least=epoch_of_marker(lock.read_marker()))
+                lock.write_marker(marker_of_epoch(epoch))
+        finally:
+            engine.close()
+    return epoch
+
+
+def _on_server(url: URL, now: datetime, timeout: timedelta) -> int:
+    engine = PostgreSQLEngine(url, busy_timeout=timeout)
+    try:
+        open_postgresql(engine, timeout=timeout, migrate=False)
+        with engine.translated(), engine.connect() as connection, connection.begin():
+            others = int(connection.execute(text(_OTHERS)).scalar_one())
+            if others:
+                raise DatabaseBusyError(
+                    f"{others} session(s) of homeagent have the database open, and would go on in the epoch before: "
+                    "stop the gateways first"
+                )
+            return _advance(connection, now, at_least=0)
+    finally:
+        engine.close()
+
+
+def _advance(connection: Connection, now: datetime, *, at_least: int) -> int:
+    known = connection.execute(select(_table.c.epoch)).scalar_one_or_none()
+    if known is None:
+        raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")
+    epoch = max(int(known), at_least) + 1
+    connection.execute(update(_table).values(epoch=epoch, restored_at=now))
+    return epoch

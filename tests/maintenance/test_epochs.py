@@ -1,0 +1,63 @@
+"""A new epoch where the store was set back by other means than a restore."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from homeagent import Database, Freshness, ReplayGuard, errors
+from tests.conftest import START, FakeClock
+
+SKEW = timedelta(minutes=5)
+
+
+def judge(database: Database, nonce: str) -> Freshness:
+    """Judge a message that was signed at START."""
+    return database.run(lambda unit: ReplayGuard(skew=SKEW).check(unit.nonces, "lamp", nonce, signed_at=START))
+
+
+def test_begin_epoch(target: str, clock: FakeClock) -> None:
+    """Each time the epoch is one more, the store says when it began, and the guard refuses what was signed before."""
+    with Database.open(target, clock=clock) as database:
+        assert judge(database, "one") is Freshness.FRESH
+    for epoch in (2, 3):
+        clock.advance(seconds=1)
+        report = Database.begin_epoch(target, clock=clock)
+        assert (report.epoch, report.restored_at) == (epoch, clock.now)
+        assert "password" not in report.location
+    with Database.open(target, clock=clock) as database:
+        assert judge(database, "two") is Freshness.STALE
+        status = database.status()
+    assert (status.epoch, status.restored_at) == (3, clock.now)
+
+
+def test_not_while_it_is_open(target: str, clock: FakeClock) -> None:
+    """Who has it open would go on in the epoch before: it is refused, and nothing has changed."""
+    with Database.open(target, clock=clock) as database:
+        judge(database, "one")
+        with pytest.raises(errors.DatabaseBusyError, match="open"):
+            Database.begin_epoch(target, clock=clock, busy_timeout=timedelta(0))
+        assert database.status().epoch == 1
+
+
+def test_a_restore_goes_on_counting(sqlite_path: Path, tmp_path: Path, clock: FakeClock) -> None:
+    """The lock file remembers this epoch too: a restore over what can't be read any more begins a later one.
+
+    On SQLite, where a restore is ours.
+    """
+    with Database.open(sqlite_path, clock=clock) as database:
+        backup = database.backup(tmp_path / "the.backup")
+    assert Database.begin_epoch(sqlite_path, clock=clock).epoch == 2
+    sqlite_path.write_bytes(b"\xff" * 8192)
+    assert Database.restore(backup, sqlite_path, clock=clock).epoch == 3
+
+
+def test_refused(tmp_path: Path) -> None:
+    """What is absent is not made by this, and what is temporary has no past."""
+    with pytest.raises(errors.SchemaOutdatedError, match="no database yet"):
+        Database.begin_epoch(tmp_path / "nothing.db")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(errors.InvalidArgumentError):
+        Database.begin_epoch(":memory:")
