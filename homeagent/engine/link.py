@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from homeagent.engine.announcing import AnnouncingCursor, has_listeners
 from homeagent.engine.faults import commit_unknown
 from homeagent.engine.statements import Compiled, Parameters, Row, Statement
 from homeagent.errors import ConnectionLostError, HomeAgentError, ReadOnlyError
@@ -76,6 +77,8 @@ class Link:
         raw: Any = connection.connection.driver_connection
         self._raw = raw
         self._cursor: Any = raw.cursor()
+        if has_listeners(connection):
+            self._cursor = AnnouncingCursor(connection, self._cursor, driver_errors=driver_errors, translate=translate)
         self._execute: Callable[..., Any] = self._cursor.execute
         self._root: RootTransaction | None = None
 

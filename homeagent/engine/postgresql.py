@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import URL, create_engine, event
+import sqlalchemy
+from sqlalchemy import URL, event
 from sqlalchemy.pool import NullPool
 
 from homeagent.engine.engine import Engine
 from homeagent.engine.faults import postgresql_fault, translated
 from homeagent.engine.postgresql_link import PostgreSQLLink
-from homeagent.errors import ConnectionLostError, DatabaseError
+from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -62,7 +63,7 @@ class PostgreSQLEngine(Engine):
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
         # With the BEGIN, in one message: a SET for the whole session would reach other clients of a pooler.
         self._lock_timeout = f"SET LOCAL lock_timeout = {busy_ms}"
-        sa_engine = create_engine(
+        sa_engine = sqlalchemy.create_engine(
             url,
             poolclass=NullPool,
             hide_parameters=True,
@@ -73,6 +74,10 @@ class PostgreSQLEngine(Engine):
         )
         event.listen(sa_engine, "connect", _on_connect)
         event.listen(sa_engine, "begin", self._on_begin)
+        # Others may listen to errors too, such as instrumentation, and may have been first: what they see is withheld
+        # before. Returned and not raised, so that those who come after are called at all.
+        event.listen(sa_engine, "do_execute", _execute)
+        event.listen(sa_engine, "do_executemany", _execute_many)
         event.listen(sa_engine, "handle_error", _on_error)
         super().__init__(
             sa_engine,
@@ -130,15 +135,44 @@ def _on_connect(connection: Any, record: Any) -> None:
         connection.prepare_threshold = None
 
 
-def _on_error(context: ExceptionContext) -> None:
+def _execute(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+    with _withheld():
+        cursor.execute(statement, parameters)
+    return True
+
+
+def _execute_many(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+    with _withheld():
+        cursor.executemany(statement, parameters)
+    return True
+
+
+@contextmanager
+def _withheld() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _withhold(error)
+        raise
+
+
+def _withhold(error: BaseException) -> None:
+    """Take from an error of psycopg what the server says: its DETAIL shows the row that was refused."""
+    if hasattr(error, "sqlstate"):
+        error.args = ("the server's message is withheld",)
+        error._info = None  # type: ignore[attr-defined]  # psycopg keeps the server's message in it too
+
+
+def _on_error(context: ExceptionContext) -> BaseException | None:
     original: Any = context.original_exception
+    if isinstance(original, HomeAgentError):
+        return None  # announced by a link, which translated it
     fault = postgresql_fault(original)
     if context.connection is None and isinstance(fault, ConnectionLostError):
         fault = _not_connected(original)
-    # SQLAlchemy makes the driver's exception the cause of ours; its DETAIL shows the row that was refused.
-    original.args = ("the server's message is withheld",)
-    original._info = None
-    raise fault
+    # SQLAlchemy makes the driver's exception the cause of ours.
+    _withhold(original)
+    return fault
 
 
 def _not_connected(error: BaseException) -> ConnectionLostError:

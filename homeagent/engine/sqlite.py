@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-from sqlalchemy import URL, create_engine, event
+import sqlalchemy
+from sqlalchemy import URL, event
 from sqlalchemy.pool import NullPool
 
 from homeagent.engine import files
@@ -77,7 +78,7 @@ class SQLiteEngine(Engine):
         self.watch = FileWatch(path, strict=durability == "full")
         self.presence: FileLock | None = None
         module: Any = self.driver.module
-        sa_engine = create_engine(
+        sa_engine = sqlalchemy.create_engine(
             URL.create("sqlite+pysqlite", database=str(path)),
             module=module,
             poolclass=NullPool,
@@ -86,6 +87,7 @@ class SQLiteEngine(Engine):
         )
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "begin", _on_begin)
+        # Returned and not raised, so that the listeners of others, such as instrumentation, are called too.
         event.listen(sa_engine, "handle_error", self._on_error)
         super().__init__(
             sa_engine,
@@ -237,10 +239,9 @@ class SQLiteEngine(Engine):
         with self.translated(), closing(module.connect(uri, uri=True, timeout=self._busy_ms / 1000)) as raw:
             return int(raw.execute("PRAGMA application_id").fetchone()[0])
 
-    def _on_error(self, context: ExceptionContext) -> None:
+    def _on_error(self, context: ExceptionContext) -> BaseException | None:
         original = context.original_exception
-        if isinstance(original, self.driver.module.Error):
-            raise self.fault(original)
+        return self.fault(original) if isinstance(original, self.driver.module.Error) else None
 
     def announced(self, presence: FileLock | None) -> None:
         """Keep the lock that says that the database is open, until this engine is closed or forgotten."""

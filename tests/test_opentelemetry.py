@@ -1,0 +1,221 @@
+"""OpenTelemetry's own instrumentation of SQLAlchemy sees every statement of a unit, and never a value."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.instrumentation.sqlalchemy import SQLAlchemyInstrumentor
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
+from sqlalchemy import event
+
+from homeagent import Agent, AgentCreate, AgentSession, Database, IdempotencyScope, errors
+from homeagent.engine.announcing import AnnouncingCursor
+from tests.conftest import FakeClock, add_agent
+
+Spans = Callable[[], list[ReadableSpan]]
+
+
+@pytest.fixture
+def provider() -> TracerProvider:
+    """Keeps what is traced in memory."""
+    return TracerProvider()
+
+
+@pytest.fixture
+def spans(provider: TracerProvider) -> Iterator[Spans]:
+    """Returns the spans since it was called last, while SQLAlchemy is instrumented as an application does it."""
+    exporter = InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    SQLAlchemyInstrumentor().instrument(tracer_provider=provider, skip_dep_check=True)
+
+    def finished() -> list[ReadableSpan]:
+        found = list(exporter.get_finished_spans())
+        exporter.clear()
+        return found
+
+    yield finished
+    SQLAlchemyInstrumentor().uninstrument()
+
+
+@pytest.fixture
+def traced(spans: Spans, target: str, clock: FakeClock) -> Iterator[Database]:
+    """A database that was opened after SQLAlchemy was instrumented."""
+    with Database.open(target, clock=clock, busy_timeout=timedelta(seconds=20)) as database:
+        spans()
+        yield database
+
+
+def statements(found: list[ReadableSpan]) -> list[str]:
+    """Return the first word of each statement, in order."""
+    return [str(_attribute(span, "db.statement")).split()[0] for span in found if _attribute(span, "db.statement")]
+
+
+def _attribute(span: ReadableSpan, name: str) -> Any:
+    return (span.attributes or {}).get(name)
+
+
+def test_every_statement_of_a_unit_has_its_span(traced: Database, spans: Spans) -> None:
+    """The stores' statements are there between BEGIN and COMMIT, named and described as the instrumentation does it."""
+    with traced.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada"))
+        unit.sessions.index([AgentSession(session_id="s", agent_id="ada", created_at=_T, last_active_at=_T)])
+    found = spans()
+    assert statements(found) == ["BEGIN", "INSERT", *_between(found), "COMMIT"]
+    insert = next(span for span in found if "INSERT INTO agents" in str(_attribute(span, "db.statement")))
+    assert insert.name.startswith("INSERT ")
+    assert _attribute(insert, "db.system") == traced._engine.dialect_name
+    assert insert.kind is trace.SpanKind.CLIENT
+    assert insert.end_time is not None
+    assert insert.status.status_code is StatusCode.UNSET
+
+
+def _between(found: list[ReadableSpan]) -> list[str]:
+    return statements(found)[2:-1]
+
+
+_T = FakeClock()()
+
+
+def test_the_session_and_the_stores_are_traced_alike(traced: Database, spans: Spans) -> None:
+    """What the ORM session runs comes by SQLAlchemy's events, what the stores run by ours, each once."""
+    with traced.unit_of_work() as unit:
+        unit.session.add(Agent(id="bob", name="Bob", workspace_path="/srv", created_at=_T))
+        assert unit.agents.get("bob").name == "Bob"
+    assert statements(spans())[:3] == ["BEGIN", "INSERT", "SELECT"]
+
+
+def test_spans_belong_to_who_called(traced: Database, spans: Spans, provider: TracerProvider) -> None:
+    """A statement's span is a child of the caller's, also where the unit runs in a worker thread."""
+
+    async def ask() -> None:
+        with provider.get_tracer("test").start_as_current_span("request"):
+            await traced.arun(lambda unit: unit.agents.find_by_id("ada"), read_only=True)
+
+    asyncio.run(ask())
+    found = spans()
+    (request,) = (span for span in found if span.name == "request")
+    select = next(span for span in found if "FROM agents" in str(_attribute(span, "db.statement")))
+    assert request.context is not None
+    assert select.parent is not None
+    assert select.parent.span_id == request.context.span_id
+
+
+@pytest.mark.parametrize("through", ["store", "session"])
+def test_a_failure_is_told_without_a_value(traced: Database, spans: Spans, through: str) -> None:
+    """A span that failed says so, in our words: neither PostgreSQL's DETAIL nor a parameter is in any span."""
+    add_agent(traced, "geheim")
+    spans()
+    with pytest.raises(errors.HomeAgentError), traced.unit_of_work() as unit:
+        if through == "session":
+            unit.session.add(Agent(id="geheim", name="geheim", workspace_path="/geheim", created_at=_T))
+            unit.session.flush()
+        else:
+            session = AgentSession(session_id="geheim", agent_id="nobody-geheim", created_at=_T, last_active_at=_T)
+            unit.write_many(_INDEX, [{name: getattr(session, name) for name in _NAMES}])
+    found = spans()
+    failed = [span for span in found if span.status.status_code is StatusCode.ERROR]
+    assert len(failed) == 1
+    assert failed[0].end_time is not None
+    assert "geheim" not in "".join(span.to_json() for span in found)
+    if through == "store":
+        assert "constraint" in str(failed[0].status.description)
+
+
+def _insert_session() -> Any:
+    from sqlalchemy import bindparam, insert
+
+    from homeagent.engine.statements import Statement
+
+    table: Any = AgentSession.__table__
+    return Statement(insert(table).values({name: bindparam(f"{name}") for name in _NAMES}))
+
+
+_NAMES = ("session_id", "agent_id", "sender_id", "channel_id", "created_at", "last_active_at", "route_key")
+_INDEX = _insert_session()
+
+
+def test_no_span_holds_a_value(traced: Database, spans: Spans, clock: FakeClock) -> None:
+    """Ids, hashes, nonces, keys and results go by the spans."""
+    with traced.unit_of_work() as unit:
+        unit.nonces.consume("geheim", "geheim", expires_at=clock.now + timedelta(minutes=1))
+        unit.idempotency_keys.insert(IdempotencyScope("geheim", "geheim", "geheim"), "geheim", ttl=timedelta(1))
+    found = spans()
+    assert "INSERT" in statements(found)
+    assert "geheim" not in "".join(span.to_json() for span in found)
+
+
+def test_a_comment_of_the_instrumentation_reaches_the_server(target: str, provider: TracerProvider) -> None:
+    """A listener may add its comment to a statement (sqlcommenter); the parameters stay what they are."""
+    exporter = InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    SQLAlchemyInstrumentor().instrument(
+        tracer_provider=provider, skip_dep_check=True, enable_commenter=True, enable_attribute_commenter=True
+    )
+    try:
+        with Database.open(target) as database:
+            add_agent(database)
+            with database.unit_of_work(read_only=True) as unit:
+                assert unit.agents.get("ada").name == "Ada"
+    finally:
+        SQLAlchemyInstrumentor().uninstrument()
+    texts = [str(_attribute(span, "db.statement")) for span in exporter.get_finished_spans()]
+    assert any("INSERT INTO agents" in text and "/*" in text for text in texts)
+
+
+def test_nothing_is_wrapped_where_nobody_listens(database: Database) -> None:
+    """Without a listener a link has the driver's own cursor."""
+    with database.unit_of_work() as unit:
+        assert not isinstance(unit._require_link()._cursor, AnnouncingCursor)
+
+
+def test_any_listener_of_sqlalchemy_is_told(target: str) -> None:
+    """It is SQLAlchemy's own interface: whoever listens gets the usual arguments, but no parameters."""
+    told: list[tuple[str, Any, bool]] = []
+
+    def before(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        context.mark = statement
+        told.append((statement, parameters, many))
+
+    def after(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        assert context.mark == statement
+        assert cursor.connection is connection.connection.driver_connection
+
+    with Database.open(target) as database:
+        event.listen(database._engine.sa_engine, "before_cursor_execute", before)
+        event.listen(database._engine.sa_engine, "after_cursor_execute", after)
+        add_agent(database)
+        with database.unit_of_work() as unit:
+            unit.sessions.index([AgentSession(session_id="s", agent_id="ada", created_at=_T, last_active_at=_T)])
+    assert told[0][0].startswith("BEGIN")
+    assert all(parameters == () for _, parameters, _ in told)
+    assert any(many for _, _, many in told)
+
+
+def test_the_documented_lines_are_enough(
+    monkeypatch: pytest.MonkeyPatch, sqlite_path: Path, provider: TracerProvider
+) -> None:
+    """What the documentation shows is run as it stands, with the default target in the environment."""
+    page = (Path(__file__).parents[1] / "docs" / "operations.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```py\n(.*?SQLAlchemyInstrumentor.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    monkeypatch.setenv("HOMEAGENT_DATABASE", str(sqlite_path))
+    exporter = InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
+    names: dict[str, Any] = {"Database": Database}
+    try:
+        exec(lines, names)  # noqa: S102  the documentation's own lines
+        add_agent(names["database"])
+    finally:
+        SQLAlchemyInstrumentor().uninstrument()
+        names["database"].close()
+    assert f"INSERT {sqlite_path}" in [span.name for span in exporter.get_finished_spans()]
