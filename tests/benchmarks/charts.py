@@ -9,9 +9,10 @@ from html import escape
 __all__ = ["Bar", "Panel", "draw"]
 
 ROW = 20
-LABEL = 190
 PLOT = 250
-VALUE = 80
+VALUE = 110
+LETTER = 6.7
+"""The width of a letter of 12 pixels, on average and a little more."""
 HEAD = 34
 GAP = 18
 MARGIN = 16
@@ -55,13 +56,15 @@ def draw(title: str, panels: Sequence[Panel], *, columns: int = 2) -> str:
         columns: how many stand side by side.
     """
     columns = min(columns, len(panels))
-    width = MARGIN + columns * (LABEL + PLOT + VALUE + MARGIN)
+    label = 8 + int(LETTER * max(len(bar.name) for panel in panels for bar in panel.bars))
+    step = label + PLOT + VALUE + MARGIN
+    width = MARGIN + columns * step
     lines: list[str] = []
     top = MARGIN
     for first in range(0, len(panels), columns):
         row = panels[first : first + columns]
         for place, panel in enumerate(row):
-            lines += _panel(panel, MARGIN + place * (LABEL + PLOT + VALUE + MARGIN), top)
+            lines += _panel(panel, MARGIN + place * step, top, label)
         top += HEAD + ROW * max(len(panel.bars) for panel in row) + GAP
     return "\n".join(
         [
@@ -75,9 +78,9 @@ def draw(title: str, panels: Sequence[Panel], *, columns: int = 2) -> str:
     )
 
 
-def _panel(panel: Panel, left: int, top: int) -> list[str]:
+def _panel(panel: Panel, left: int, top: int, label: int) -> list[str]:
     longest = max(bar.value for bar in panel.bars)
-    axis = left + LABEL
+    axis = left + label
     colours = {"ours": OURS, "baseline": BASELINE}
     lines = [f"<text x='{left}' y='{top + 16}' {FONT} font-size='14' font-weight='600' fill='{INK}'>"]
     lines[-1] += f"{escape(panel.title)}</text>"

@@ -186,6 +186,10 @@ class Contender(ABC):
 class AsyncContender(Contender):
     """A contender whose methods are coroutines."""
 
+    @abstractmethod
+    async def open(self) -> None:
+        """Connect, in the event loop that everything else runs in."""
+
     async def replay(self, events: Sequence[Mapping[str, Any]]) -> Tally:  # type: ignore[override]  # awaited by the worker
         """Live through a trace; the same steps as the synchronous one."""
         tally = Tally()

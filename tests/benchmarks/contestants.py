@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 BASELINE = "sqlite3"
 
+READS = ("device", "find_key", "agent_sessions")
+
 
 class BenchmarkError(Exception):
     """A contender failed or answered wrongly."""
@@ -34,6 +36,7 @@ class Contestant:
         requires: the module without which it is skipped.
         shared: whether it is given homeagent's SQLite library; the others bring or pick their own.
         peer: whether it is another library, which is measured less often.
+        works: the only pieces of work that it takes part in; empty for all.
     """
 
     name: str
@@ -41,12 +44,17 @@ class Contestant:
     requires: str | None = None
     shared: bool = False
     peer: bool = True
+    works: tuple[str, ...] = ()
 
     @classmethod
     def python(cls, name: str, module: str, **options: Any) -> Self:
         """Return one that is a class of a module in `contenders`."""
         path = f"tests.benchmarks.contenders.{module}"
         return cls(name, (sys.executable, "-m", "tests.benchmarks.worker", path), **options)
+
+    def takes_part(self, work: str) -> bool:
+        """Return whether it is measured at a piece of work."""
+        return not self.works or work in self.works
 
     def missing(self) -> str | None:
         """Return why it can't take part here, None where it can."""
@@ -77,12 +85,18 @@ CONTESTANTS: dict[str, Contestant] = {
     for each in (
         Contestant.python(BASELINE, "handwritten:Handwritten", peer=False),
         Contestant.python("homeagent", "homeagent_:HomeAgent", peer=False),
-        Contestant.python("sqlite3, autocommit", "handwritten:Autocommit"),
-        Contestant.python("sqlite3, objects", "handwritten:Objects"),
+        Contestant.python("sqlite3, autocommit", "handwritten:Autocommit", works=READS),
+        Contestant.python("sqlite3, objects", "handwritten:Objects", works=READS),
         Contestant.python("apsw", "apsw_:Apsw", requires="apsw"),
         Contestant.python("SQLAlchemy Core", "sqlalchemy_core:SQLAlchemyCore", shared=True),
         Contestant.python("SQLAlchemy ORM", "sqlalchemy_orm:SQLAlchemyORM", shared=True),
         Contestant.python("SQLModel", "sqlmodel_:SQLModelTutorial", shared=True),
+        Contestant.python("peewee", "peewee_:Peewee", requires="peewee", shared=True),
+        Contestant.python("Django", "django_:Django", requires="django", shared=True),
+        Contestant.python("Pony", "pony_:Pony", requires="pony", shared=True),
+        Contestant.python("Tortoise", "tortoise_:TortoiseModels", requires="tortoise", shared=True),
+        Contestant.python("Piccolo", "piccolo_:PiccoloTables", requires="piccolo", shared=True),
+        Contestant.python("sqlite-utils", "sqlite_utils_:SqliteUtils", requires="sqlite_utils", shared=True),
     )
 }
 

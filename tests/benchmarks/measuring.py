@@ -103,7 +103,9 @@ def measure_works(
     Raises:
         BenchmarkError: a contender failed or answered wrongly.
     """
-    table: Table = {work.name: {each.name: Measured() for each in contestants} for work in works}
+    table: Table = {
+        work.name: {each.name: Measured() for each in contestants if each.takes_part(work.name)} for work in works
+    }
     for number in range(plan.rounds):
         with ExitStack() as stack:
             runners = []
@@ -112,12 +114,14 @@ def measure_works(
                 runners.append(Runner(process, rows, count))
             for work in works:
                 say(f"{durability}, round {number + 1} of {plan.rounds}: {work.title}")
-                for runner in runners:
+                taking_part = [each for each in runners if each.process.contestant.takes_part(work.name)]
+                for runner in taking_part:
                     work.check(runner.process, rows)
                     runner.begin(work, plan, number)
                 for repeat in range(plan.repeats):
-                    _take_turns(runners, work, repeat, number, table[work.name], peers=repeat == plan.repeats // 2)
-                for runner in runners:
+                    peers = repeat == plan.repeats // 2
+                    _take_turns(taking_part, work, repeat, number, table[work.name], peers=peers)
+                for runner in taking_part:
                     runner.end(work)
     return table
 

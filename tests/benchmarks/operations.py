@@ -44,7 +44,7 @@ def measure_operations(workshop: Workshop) -> dict[str, Any]:
         if TRACE in chosen:
             table[TRACE] = measure_trace(
                 workshop.plan.rounds,
-                workshop.contestants,
+                [each for each in workshop.contestants if each.takes_part(TRACE)],
                 durability,
                 lambda each: str(workshop.fresh(0)),
                 workshop.say,

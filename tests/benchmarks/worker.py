@@ -17,7 +17,7 @@ from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
-from tests.benchmarks.contender import Contender, plain
+from tests.benchmarks.contender import AsyncContender, Contender, plain
 from tests.benchmarks.data import read_trace
 
 __all__ = ["main"]
@@ -110,6 +110,8 @@ def main(arguments: Sequence[str]) -> None:
     loop = asyncio.new_event_loop()
     contender = load(name)(target, options[0], traced="traced" in options)
     worker = Worker(contender, loop)
+    if isinstance(contender, AsyncContender):
+        worker.finish(contender.open())
     for line in sys.stdin:
         request = json.loads(line)
         act = request.pop("do")
