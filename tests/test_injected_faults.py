@@ -1,0 +1,243 @@
+"""The connection fails at each statement of a unit, with each kind of error: nothing is half there, and work goes on."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from homeagent import AgentCreate, AgentSessionCreate, Database, UnitOfWork, errors
+from homeagent.engine.engine import Engine
+from homeagent.engine.faults import TransientError
+from homeagent.engine.link import Link
+from tests.conftest import START, add_agent, dump
+
+SECRET = "the-bound-parameter"
+
+SQLITE_FAULTS: dict[str, type[errors.HomeAgentError]] = {
+    "SQLITE_BUSY": TransientError,
+    "SQLITE_BUSY_SNAPSHOT": TransientError,
+    "SQLITE_LOCKED": TransientError,
+    "SQLITE_PROTOCOL": TransientError,
+    "SQLITE_FULL": errors.DiskFullError,
+    "SQLITE_READONLY": errors.ReadOnlyError,
+    "SQLITE_READONLY_DIRECTORY": errors.ReadOnlyError,
+    "SQLITE_READONLY_DBMOVED": errors.DatabaseMovedError,
+    "SQLITE_PERM": errors.ReadOnlyError,
+    "SQLITE_IOERR": errors.DatabaseIOError,
+    "SQLITE_IOERR_READ": errors.DatabaseIOError,
+    "SQLITE_IOERR_WRITE": errors.DatabaseIOError,
+    "SQLITE_IOERR_FSYNC": errors.DatabaseIOError,
+    "SQLITE_IOERR_SHMSIZE": errors.DatabaseIOError,
+    "SQLITE_IOERR_SHORT_READ": errors.CorruptDatabaseError,
+    "SQLITE_IOERR_CORRUPTFS": errors.CorruptDatabaseError,
+    "SQLITE_IOERR_NOMEM": errors.DatabaseError,
+    "SQLITE_CORRUPT": errors.CorruptDatabaseError,
+    "SQLITE_CORRUPT_INDEX": errors.CorruptDatabaseError,
+    "SQLITE_NOTADB": errors.CorruptDatabaseError,
+    "SQLITE_CANTOPEN": errors.DatabaseError,
+    "SQLITE_CANTOPEN_SYMLINK": errors.InsecureFileError,
+    "SQLITE_NOMEM": errors.DatabaseError,
+    "SQLITE_INTERRUPT": errors.DatabaseError,
+    "SQLITE_CONSTRAINT_UNIQUE": errors.ConflictError,
+    "SQLITE_TOOBIG": errors.InvalidArgumentError,
+    "SQLITE_MISUSE": errors.DatabaseError,
+}
+
+POSTGRESQL_FAULTS: dict[str, type[errors.HomeAgentError]] = {
+    "40001": TransientError,
+    "40P01": TransientError,
+    "55P03": TransientError,
+    "53100": errors.DiskFullError,
+    "53200": errors.DatabaseBusyError,
+    "25006": errors.ReadOnlyError,
+    "23505": errors.ConflictError,
+    "XX001": errors.CorruptDatabaseError,
+    "XX000": errors.DatabaseError,
+}
+
+FAULTS = [("sqlite", name, kind) for name, kind in SQLITE_FAULTS.items()] + [
+    ("postgresql", name, kind) for name, kind in POSTGRESQL_FAULTS.items()
+]
+
+
+def driver_error(engine: Engine, name: str) -> Exception:
+    """Return an exception as the driver raises it, with a value in its message that must not get out."""
+    error: Any
+    if engine.dialect_name == "sqlite":
+        error = engine.driver.module.OperationalError(f"it failed with {SECRET}")  # type: ignore[attr-defined]
+        error.sqlite_errorcode = getattr(sqlite3, name)
+        error.sqlite_errorname = name
+    else:
+        import psycopg
+
+        error = psycopg.OperationalError(f"it failed with {SECRET}")
+        error.sqlstate = name
+    assert isinstance(error, Exception)
+    return error
+
+
+class FailingCursor:
+    """A driver's cursor that raises instead of running its n-th statement, and all that follow where it is to stay."""
+
+    def __init__(self, cursor: Any, plan: Plan) -> None:
+        self._cursor = cursor
+        self._plan = plan
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cursor, name)
+
+    def execute(self, sql: str, *parameters: Any) -> Any:
+        self._plan.meet(sql)
+        return self._cursor.execute(sql, *parameters)
+
+    def executemany(self, sql: str, *parameters: Any) -> Any:
+        self._plan.meet(sql)
+        return self._cursor.executemany(sql, *parameters)
+
+
+class Plan:
+    """Which statement fails, and how."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.at = 0
+        self.also_rollback = False
+        self.seen: list[str] = []
+
+    def meet(self, sql: str) -> None:
+        """Count a statement, or fail it. A failure sticks to the connection: only ROLLBACK may still work."""
+        if self.error is None:
+            return
+        self.seen.append(sql)
+        number = len(self.seen)
+        if sql == "ROLLBACK" and not self.also_rollback:
+            return
+        if number == self.at or (number > self.at and sql == "ROLLBACK"):
+            raise self.error
+
+
+@contextmanager
+def failing(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plan]:
+    """Put failing cursors into the connections of a database from now on."""
+    plan = Plan()
+    make = Engine._link
+
+    def link(engine: Engine, *, read_only: bool) -> Link:
+        made = make(engine, read_only=read_only)
+        cursor: Any = FailingCursor(made._cursor, plan)
+        made._cursor, made._execute = cursor, cursor.execute
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_link", link)
+        database._engine.discard_free()
+        yield plan
+        plan.error = None
+
+
+def work(unit: UnitOfWork) -> None:
+    """Write to four tables, with a savepoint."""
+    unit.agents.create(AgentCreate(id="new", name="N", workspace_path="/n"))
+    with unit.savepoint():
+        unit.sessions.create(AgentSessionCreate(session_id="s", agent_id="new"))
+    unit.nonces.consume("lamp", "n", expires_at=START + timedelta(hours=1))
+    unit.agents.find_by_id("before")
+
+
+def in_a_block(database: Database) -> None:
+    with database.unit_of_work() as unit:
+        work(unit)
+
+
+def as_a_function(database: Database) -> None:
+    database.run(work)
+
+
+@pytest.mark.parametrize("engine_name", ["sqlite", "postgresql"], indirect=False)
+@pytest.mark.parametrize("also_rollback", [False, True], ids=["", "rollback fails too"])
+@pytest.mark.parametrize("do", [in_a_block, as_a_function])
+def test_each_statement_fails_once(
+    database: Database,
+    engine_name: str,
+    do: Callable[[Database], None],
+    also_rollback: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wherever a unit fails, BEGIN and COMMIT included, nothing of it is there, and the next unit works."""
+    add_agent(database, "before")
+    before = dump(database)
+    name, kind = (
+        ("SQLITE_IOERR_WRITE", errors.DatabaseIOError) if engine_name == "sqlite" else ("XX000", errors.DatabaseError)
+    )
+    at = 0
+    with failing(database, monkeypatch) as plan:
+        plan.also_rollback = also_rollback
+        while True:
+            at += 1
+            plan.error, plan.at, plan.seen = driver_error(database._engine, name), at, []
+            try:
+                do(database)
+            except kind as error:
+                assert SECRET not in repr(error)
+                assert error.__cause__ is None
+                assert error.__context__ is None or SECRET not in repr(error.__context__)
+                plan.error = None
+                assert dump(database) == before, f"{at}: {plan.seen}"
+                add_agent(database, "next")
+                with database.unit_of_work() as unit:
+                    assert unit.agents.delete("next")
+            else:
+                break
+    assert at > 8
+    assert any("COMMIT" in sql for sql in plan.seen)
+    with database.unit_of_work(read_only=True) as unit:
+        assert unit.agents.get("new")
+
+
+@pytest.mark.parametrize(("engine_name", "fault", "kind"), FAULTS)
+def test_each_fault_has_its_error(
+    database: Database, fault: str, kind: type[errors.HomeAgentError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a read, a write and the COMMIT, each of the driver's errors is the one of ours that the contract names."""
+    before = dump(database)
+    with failing(database, monkeypatch) as plan:
+        plan.error, plan.at = None, 1000
+        for needle in ("INSERT INTO agents", "SELECT", "COMMIT"):
+            error = driver_error(database._engine, fault)
+
+            def meet(sql: str, needle: str = needle, error: Exception = error) -> None:
+                if needle in sql and "sqlite_master" not in sql:
+                    raise error
+
+            monkeypatch.setattr(plan, "meet", meet)
+            with pytest.raises(kind) as refusal, database.unit_of_work() as unit:
+                work(unit)
+            assert type(refusal.value) is kind
+            assert SECRET not in f"{refusal.value!r} {refusal.value.__cause__!r}"
+            monkeypatch.setattr(plan, "meet", lambda sql: None)
+            assert dump(database) == before
+        in_a_block(database)
+
+
+def test_connection_is_replaced_after_a_failure_of_the_system(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an I/O error no connection is used on: a new one has nothing of what the failure left (a file only)."""
+    with failing(sqlite_database, monkeypatch) as plan:
+        add_agent(sqlite_database, "before")
+        with sqlite_database.unit_of_work(read_only=True) as unit:
+            unit.agents.list()
+        links = set(sqlite_database._engine._links)
+        plan.error, plan.at = driver_error(sqlite_database._engine, "SQLITE_IOERR_READ"), 2
+        with pytest.raises(errors.DatabaseIOError):
+            add_agent(sqlite_database, "lost")
+        plan.error = None
+        add_agent(sqlite_database, "after")
+        with sqlite_database.unit_of_work(read_only=True) as unit:
+            assert [agent.id for agent in unit.agents.list()] == ["after", "before"]
+        assert not links & {link for link in sqlite_database._engine._links if not link.is_suspect}
