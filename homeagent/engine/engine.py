@@ -127,7 +127,7 @@ class Engine(ABC):
             self.prepare_link(connection, read_only=read_only)
             link = self.link_type(
                 connection,
-                begin=self._begin[read_only],
+                begin=self.begin_of(connection, read_only=read_only),
                 read_only=read_only,
                 compiled=self._compiled[read_only],
                 driver_errors=self.driver_errors,
@@ -139,6 +139,10 @@ class Engine(ABC):
             raise
         self._links.add(link)
         return link
+
+    def begin_of(self, connection: sqlalchemy.Connection, *, read_only: bool) -> Sequence[str]:
+        """Return the SQL that begins a unit on this connection."""
+        return self._begin[read_only]
 
     def suspect_links(self) -> None:
         """Have every connection closed when the unit on it ends, and not used for another one."""

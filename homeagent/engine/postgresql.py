@@ -1,13 +1,13 @@
 """The PostgreSQL engine: a bounded set of pinned connections, explicit transactions, text compared by bytes.
 
-Nothing here relies on the state of a session, so that a pooler may give each transaction another one.
+Behind a pooler nothing relies on the state of a session, so that each transaction may be given another one.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError
 if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine.interfaces import ExceptionContext
+    from sqlalchemy.pool import ConnectionPoolEntry
 
 __all__ = ["POOL_SIZE", "PostgreSQLEngine"]
 
@@ -40,6 +41,7 @@ _CONNECTING: dict[str, str] = {
     "tcp_user_timeout": "30000",  # milliseconds
     "fallback_application_name": "homeagent",
 }
+_POOLED = "homeagent_pooled"
 _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "PGTARGETSESSIONATTRS"}
 
 
@@ -61,8 +63,7 @@ class PostgreSQLEngine(Engine):
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
-        # With the BEGIN, in one message: a SET for the whole session would reach other clients of a pooler.
-        self._lock_timeout = f"SET LOCAL lock_timeout = {busy_ms}"
+        self._lock_timeout = f"lock_timeout = {busy_ms}"
         sa_engine = sqlalchemy.create_engine(
             url,
             poolclass=NullPool,
@@ -72,7 +73,7 @@ class PostgreSQLEngine(Engine):
             isolation_level="AUTOCOMMIT",
             paramstyle="format",
         )
-        event.listen(sa_engine, "connect", _on_connect)
+        event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "begin", self._on_begin)
         # Others may listen to errors too, such as instrumentation, and may have been first: what they see is withheld
         # before. Returned and not raised, so that those who come after are called at all.
@@ -85,21 +86,36 @@ class PostgreSQLEngine(Engine):
             translate=postgresql_fault,
             writers=pool_size,
             readers=pool_size,
-            begin_write=(f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {self._lock_timeout}",),
-            # The snapshot is taken by the first query, not by BEGIN. No lock is waited for here but an upgrade's.
-            begin_read=(f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {self._lock_timeout}; SELECT 1",),
+            begin_write=("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",),
+            # The snapshot is taken by the first query, not by BEGIN.
+            begin_read=("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", "SELECT 1"),
         )
+
+    def _on_connect(self, connection: Any, record: ConnectionPoolEntry) -> None:
+        pooled = connection.execute("SELECT pg_backend_pid()").fetchone()[0] != connection.info.backend_pid
+        record.info[_POOLED] = pooled
+        if pooled:
+            # A pooler in between has told us a process of its own: the next transaction may be given another session.
+            # What was prepared in this one may be missing there, and what was set in this one would reach others.
+            connection.prepare_threshold = None
+        else:
+            connection.execute(f"SET {self._lock_timeout}")
 
     def _on_begin(self, connection: Connection) -> None:
         raw: Any = connection.connection.driver_connection
         # A link has begun by itself before it lends its connection to an ORM session.
         if raw.info.transaction_status == 0:
-            raw.execute(f"BEGIN; {self._lock_timeout}")
+            raw.execute(f"BEGIN; SET LOCAL {self._lock_timeout}")
 
     def connect(self) -> Connection:
         """Return a connection of its own; the caller closes it."""
         with self.translated():
             return self.sa_engine.connect()
+
+    def begin_of(self, connection: Connection, *, read_only: bool) -> Sequence[str]:
+        """Return what begins a unit: behind a pooler, each brings the settings of its session along."""
+        begin = super().begin_of(connection, read_only=read_only)
+        return (begin[0], f"SET LOCAL {self._lock_timeout}", *begin[1:]) if connection.info[_POOLED] else begin
 
     def prepare_link(self, connection: Connection, *, read_only: bool) -> None:
         """Nothing more: the BEGIN of a unit says whether it can write."""
@@ -126,13 +142,6 @@ def _connect_args(url: URL) -> dict[str, str]:
         for name, value in options.items()
         if name not in url.query and not (name in _VARIABLES and _VARIABLES[name] in os.environ)
     }
-
-
-def _on_connect(connection: Any, record: Any) -> None:
-    # A pooler in between has told us a process of its own. What was prepared in one transaction may be missing in the
-    # next one then, which another session may serve.
-    if connection.execute("SELECT pg_backend_pid()").fetchone()[0] != connection.info.backend_pid:
-        connection.prepare_threshold = None
 
 
 def _execute(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
