@@ -96,7 +96,7 @@ def write_backup(
     """
     if not replace and os.path.lexists(target):
         raise InvalidArgumentError(f"{quoted(target)} exists already: name another file, or ask for it to be replaced")
-    if not create_file(partial):
+    if not create_file(partial, owner_of=partial.parent):
         raise DatabaseError(f"{quoted(partial)} is in the way of a backup: remove it")
     try:
         contents = _copy(engine, partial, version_table, stop)

@@ -182,11 +182,15 @@ def refuse_orphaned_log(path: Path) -> None:
         )
 
 
-def create_file(path: Path) -> bool:
+def create_file(path: Path, *, owner_of: Path | None = None) -> bool:
     """Create an empty database file that only its owner can read and write, under any umask.
 
     Its directory must exist. Other threads must not find the file before this returns, or SQLite may have locks on
     it that are lost when this closes it: create it under the lock that initialisation takes.
+
+    Args:
+        path: the file.
+        owner_of: whose owner gets it, where the superuser makes it (`give_to_owner`); None for the superuser's own.
 
     Returns:
         False where a file, or anything else of that name, exists already: nothing was changed.
@@ -197,9 +201,13 @@ def create_file(path: Path) -> bool:
     """
     with explained("create", path):
         descriptor = create_descriptor(path)
-    if descriptor is None:
-        return False
-    os.close(descriptor)
+        if descriptor is None:
+            return False
+        try:
+            if owner_of is not None:
+                give_to_owner(descriptor, owner_of)
+        finally:
+            os.close(descriptor)
     fsync_directory(path.parent)
     return True
 
@@ -261,7 +269,7 @@ def give_to_owner(descriptor: int, of: Path) -> None:
 
     Args:
         descriptor: of the new file. By its name it could be another one by now.
-        of: whose owner gets it: a file, or where that is absent its directory.
+        of: whose owner gets it: a directory, or a file, or where that is absent its directory.
 
     Raises:
         OSError: it can't be given away.

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from homeagent.engine.files import OPEN_FLAGS, create_descriptor
+from homeagent.engine.files import OPEN_FLAGS, create_descriptor, give_to_owner
 from homeagent.engine.syncing import fsync_directory, sync
 from homeagent.engine.system_errors import explained, quoted
 from homeagent.errors import CorruptDatabaseError, DatabaseError
@@ -184,6 +184,7 @@ def _write(path: Path, text: str) -> None:
             descriptor = create_descriptor(partial)
             if descriptor is None:
                 raise DatabaseError(f"{quoted(partial)} is in the way: remove it")
+            give_to_owner(descriptor, path.parent)
             with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
                 file.write(text)
                 file.flush()

@@ -81,7 +81,7 @@ def back_up(
     into_directory = where.is_dir() or given.endswith(("/", os.sep))
     directory = where if into_directory else where.parent
     prepare_directory(directory)
-    with FileLock(directory / _LOCK, timeout=timeout):
+    with FileLock(directory / _LOCK, timeout=timeout, owner_of=directory):
         taken_at = clock()
         if into_directory:
             _remove_stale(directory, engine.path)

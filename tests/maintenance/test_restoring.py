@@ -9,7 +9,9 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -287,6 +289,7 @@ def test_refused_target(sqlite_path: Path, backup: Path, tmp_path: Path) -> None
 
 HOLDS = """
 import sys
+import tempfile
 from homeagent import Database
 database = Database.open(sys.argv[1])
 print("open", flush=True)
@@ -544,3 +547,66 @@ class closing_lock:
 
     def __exit__(self, *_: object) -> None:
         self.lock.release()
+
+
+# Owners and permissions
+
+OTHER_USER = 65534
+
+AS_OTHER = """
+import os, sys
+from homeagent import Database
+
+# Whatever is imported on the way: another user may not enter the folder of the packages.
+Database.open(":memory:").close()
+os.setuid(int(sys.argv[2]))
+with Database.open(sys.argv[1], migrate=len(sys.argv) < 4) as database:
+    with database.unit_of_work(read_only=True) as unit:
+        print([agent.id for agent in unit.agents.list()])
+"""
+
+
+@pytest.fixture
+def others_place() -> Iterator[Path]:
+    """A directory of another user's, where that user can get to it."""
+    # Not below pytest's directories, which are the superuser's alone.
+    place = Path(tempfile.mkdtemp(prefix="homeagent-other-"))
+    place.chmod(0o711)
+    (place / "database").mkdir(mode=0o700)
+    os.chown(place / "database", OTHER_USER, OTHER_USER)
+    yield place / "database"
+    shutil.rmtree(place)
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only the superuser can become another user")
+def test_superuser_leaves_the_owner_in(backup: Path, others_place: Path, children: Children) -> None:
+    """What the superuser restores or looks at stays its owner's, with every file that is made beside it."""
+    path = others_place / "homeagent.db"
+    for _ in range(2):
+        Database.restore(backup, path)
+        assert agents(path) == ["old"]
+        assert {entry.lstat().st_uid for entry in others_place.iterdir()} == {OTHER_USER}
+        assert children.run(AS_OTHER, path, OTHER_USER) == "['old']"
+    with Database.open(path) as database:
+        made = database.backup(f"{others_place}/backups/")
+    # A directory that the superuser made is the superuser's, and so is what is in it.
+    assert {entry.lstat().st_uid for entry in made.parent.iterdir()} == {0}
+    with Database.open(path) as database:
+        database.backup(others_place / "copy.db")
+    shutil.rmtree(made.parent)
+    path.with_name("homeagent.db.open").unlink()
+    path.with_name("homeagent.db.lock").unlink()
+    assert agents(path) == ["old"]
+    assert {entry.lstat().st_uid for entry in others_place.iterdir()} == {OTHER_USER}
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only the superuser can become another user")
+def test_reading_where_nothing_can_be_made(backup: Path, others_place: Path, children: Children) -> None:
+    """Where no lock can be left, nothing can be swapped: a backup is opened and read there all the same."""
+    path = others_place / "homeagent.db"
+    shutil.copy(backup, path)
+    path.chmod(0o400)
+    os.chown(path, OTHER_USER, OTHER_USER)
+    others_place.chmod(0o500)
+    assert children.run(AS_OTHER, path, OTHER_USER, "read") == "['old']"
+    assert [entry.name for entry in others_place.iterdir()] == ["homeagent.db"]
