@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from homeagent.errors import (
     AlreadyExistsError,
     ConflictError,
+    ConnectionLostError,
     DatabaseBusyError,
     DatabaseClosedError,
     DiskFullError,
@@ -55,11 +56,11 @@ def install_error_handlers(app: FastAPI) -> None:
     | `NotFoundError` | 404 |
     | `AlreadyExistsError`, `ConflictError`, `IdempotencyError` | 409 |
     | `InvalidArgumentError`, `FingerprintMismatchError`, FastAPI's `RequestValidationError` | 422 |
-    | `DatabaseBusyError`, `DatabaseClosedError`, `DiskFullError` | 503 |
+    | `DatabaseBusyError`, `ConnectionLostError`, `DatabaseClosedError`, `DiskFullError` | 503 |
 
-    `IdempotencyInProgressError` and `DatabaseBusyError` carry a Retry-After (RFC 9110, section 10.2.3). A 422 of
-    FastAPI echoes the input, which may be a secret: here it says where and why, and no more. Every other error stays
-    what it is, a 500: it speaks of the server and not of the request.
+    `IdempotencyInProgressError`, `DatabaseBusyError` and `ConnectionLostError` carry a Retry-After (RFC 9110, section
+    10.2.3). A 422 of FastAPI echoes the input, which may be a secret: here it says where and why, and no more. Every
+    other error stays what it is, a 500: it speaks of the server and not of the request.
 
     Args:
         app: the application; handlers that it has for these errors are replaced.
@@ -73,6 +74,7 @@ def install_error_handlers(app: FastAPI) -> None:
         FingerprintMismatchError: _answer_422,
         RequestValidationError: _answer_validation,
         DatabaseBusyError: _answer_503,
+        ConnectionLostError: _answer_503,
         DatabaseClosedError: _answer_503,
         DiskFullError: _answer_503,
     }.items():
@@ -118,6 +120,7 @@ async def _answer_validation(request: Request, error: Exception) -> JSONResponse
 async def _answer_503(request: Request, error: Exception) -> JSONResponse:
     # The message may name a file of the server, which is nothing to a caller.
     assert isinstance(error, HomeAgentError)  # noqa: S101  what it is installed for
-    busy = isinstance(error, DatabaseBusyError)
+    # Not so a commit that nobody knows about, which is a 500: whoever asks again has to know whether that may be.
+    busy = isinstance(error, (DatabaseBusyError, ConnectionLostError))
     detail = "the database is busy: try again" if busy else "the database can't be used now"
     return _reply(503, error, detail, _RETRY_AFTER if busy else None)

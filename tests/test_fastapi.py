@@ -26,6 +26,7 @@ ANSWERS: list[tuple[errors.HomeAgentError, int, str | None]] = [
     (errors.OutcomeUnknownError(**CALL, attempt=1), 409, None),
     (errors.FingerprintMismatchError(**CALL), 422, None),
     (errors.DatabaseBusyError("/srv/private.db is busy"), 503, "1"),
+    (errors.ConnectionLostError("db.private.example went away"), 503, "1"),
     (errors.DatabaseClosedError("/srv/private.db is closed"), 503, None),
     (errors.DiskFullError("/srv/private.db has no room"), 503, None),
 ]
@@ -70,6 +71,7 @@ def test_bad_argument() -> None:
 
 def test_what_is_the_servers_fault() -> None:
     """An error that speaks of the server stays a 500 and tells the caller nothing."""
-    response = answer_to(errors.CorruptDatabaseError("/srv/private.db is damaged"))
-    assert response.status_code == 500
-    assert "private" not in response.text
+    for error in (errors.CorruptDatabaseError("/srv/private.db"), errors.CommitUnknownError("private")):
+        response = answer_to(error)
+        assert response.status_code == 500
+        assert "private" not in response.text
