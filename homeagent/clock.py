@@ -24,5 +24,6 @@ def system_clock() -> datetime:
     global _latest
     now = datetime.now(UTC)
     with _lock:
-        _latest = max(_latest, now)
+        if now > _latest:
+            _latest = now
         return _latest

@@ -19,7 +19,14 @@ from homeagent.errors import (
 )
 from homeagent.models.device import Device, DeviceCreate, DeviceStatus, DeviceUpdate, Role
 from homeagent.models.idempotency_key import IdempotencyKey
-from homeagent.models.types import check_duration, check_identifier, check_instant, check_label, check_limit
+from homeagent.models.types import (
+    MILLISECOND,
+    check_duration,
+    check_identifier,
+    check_instant,
+    check_label,
+    check_limit,
+)
 from homeagent.stores.store import Store
 
 __all__ = ["DeviceStore"]
@@ -283,7 +290,7 @@ class DeviceStore(Store):
         if at > now:
             raise InvalidArgumentError("at lies in the future: a device can't have been seen yet")
         # Without any granularity an equal instant would still be written again and again.
-        before = at - max(granularity, timedelta(milliseconds=1))
+        before = at - max(granularity, MILLISECOND)
         return self._unit.write(_SEEN, device_id=device_id, at=at, before=before) > 0
 
     def delete(self, device_id: str, *, force: bool = False) -> bool:

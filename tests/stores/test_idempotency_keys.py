@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from homeagent import Database, IdempotencyScope
+from homeagent import Database, IdempotencyKey, IdempotencyScope
 from homeagent.errors import IdempotencyKeyExistsError, InvalidArgumentError
 from tests.conftest import START, FakeClock, dump
 
@@ -150,3 +150,17 @@ def test_bad_arguments_are_refused(database: Database) -> None:
         with pytest.raises(InvalidArgumentError):
             unit.idempotency_keys.find(("lamp", "on", "key-1"))  # type: ignore[arg-type]
     assert dump(database)["idempotency_keys"] == []
+
+
+def test_what_insert_returns_is_what_find_returns(database: Database) -> None:
+    """The instance that was not read back is the same as the row, field by field, and as much a stored one."""
+    from sqlalchemy import inspect
+
+    scope = IdempotencyScope("lamp", "on", "k")
+    with database.unit_of_work() as unit:
+        made = unit.idempotency_keys.insert(scope, {"b": [1, -0.0, "é"], "a": None}, ttl=timedelta(minutes=1))
+        found = unit.idempotency_keys.find(scope)
+    assert made == found
+    assert made.__dict__.keys() - {"_sa_instance_state"} == set(IdempotencyKey.model_fields)
+    assert inspect(made).identity == inspect(found).identity
+    assert inspect(made).detached
