@@ -239,6 +239,10 @@ class Database:
         was lost before COMMIT was sent or while the server restarts or fails over. It is tried until `busy_timeout`
         is over, with growing pauses.
 
+        On SQLite, write units that wait for one another share a commit, each in a savepoint: one that raises is
+        undone alone, and where the commit fails, each is run again by itself. One caller's thread may do the units
+        of others, with their context variables. A unit that asks for its ORM session is done alone.
+
         Args:
             work: is given the unit and may be called several times: it has no effect but on the unit.
             read_only: as in `unit_of_work`.
@@ -256,9 +260,10 @@ class Database:
         return self._runner.run(work, read_only=read_only, idempotent=idempotent)
 
     async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Do a unit of work from a coroutine, under asyncio or trio: `run`, in a worker thread.
+        """Do a unit of work from a coroutine, under asyncio or trio: `run`, in another thread.
 
-        A caller that is cancelled waits for its unit to end, so that no transaction is left open.
+        A caller that is cancelled before its unit's turn under asyncio leaves the queue, and nothing took place.
+        Otherwise it waits for its unit to end, so that no transaction is left open.
 
         Args:
             work: an ordinary function; it runs in another thread, with the caller's context variables.
