@@ -445,6 +445,17 @@ class UnitOfWork:
         finally:
             self._session.expire_all()
 
+    def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
+        """Run a store's statement that changes a row and returns it, and return what that stands for."""
+        link = self._require_link()
+        if self._session is not None:
+            self._session.flush()
+        try:
+            return link.one(statement, parameters)
+        finally:
+            if self._session is not None:
+                self._session.expire_all()
+
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
         """Run a store's statement once for each set of parameters, and return how many rows changed."""
         link = self._require_link()

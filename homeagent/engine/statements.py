@@ -55,14 +55,15 @@ class Compiled(Generic[R]):
 
     __slots__ = ("bind", "load", "sql", "writes")
 
-    def __init__(self, expression: Executable, dialect: Dialect) -> None:
+    def __init__(self, expression: Executable, dialect: Dialect, returning: type[Table] | None = None) -> None:
         compiled: Any = expression.compile(dialect=dialect)  # type: ignore[attr-defined]  # every Executable here is a ClauseElement
         if compiled.post_compile_params or compiled.literal_execute_params:
             raise TypeError(f"this statement needs its parameters to be compiled: {expression}")
         self.sql: str = compiled.string
         self.writes = not isinstance(expression, Select)
         self.bind: Callable[[Parameters], Row] = _binder(compiled, dialect)
-        self.load: Callable[[Sequence[Row]], list[R]] = _loader(expression, dialect)
+        load: Any = _loader(expression, dialect) if returning is None else _model_loader(returning, dialect)
+        self.load: Callable[[Sequence[Row]], list[R]] = load
 
 
 class Statement(Generic[R]):
@@ -73,14 +74,21 @@ class Statement(Generic[R]):
             values that differ from call to call are `bindparam`s.
         lock: for a SELECT: rows are locked for the rest of the unit where it may write, so that what was read may
             be decided on. SQLite needs no lock, its write unit is the only one.
+        returning: for a statement that writes: the model whose rows it changes and returns, so that what was written
+            need not be read back, a round trip to a server.
     """
 
-    __slots__ = ("_cache", "_make", "lock")
+    __slots__ = ("_cache", "_make", "_returning", "lock")
 
     def __init__(
-        self, make: Select[tuple[R]] | Executable | Callable[[DialectInsert], Executable], *, lock: bool = False
+        self,
+        make: Select[tuple[R]] | Executable | Callable[[DialectInsert], Executable],
+        *,
+        lock: bool = False,
+        returning: type[Table] | None = None,
     ) -> None:
         self._make = make
+        self._returning = returning
         self.lock = lock
         self._cache: dict[tuple[str, bool], Compiled[R]] = {}
 
@@ -98,8 +106,10 @@ class Statement(Generic[R]):
             expression: Any = self._make(_insert_of(dialect)) if callable(self._make) else self._make
             if self.lock and not read_only:
                 expression = expression.with_for_update()
+            if self._returning is not None:
+                expression = expression.returning(*self._returning.__table__.columns)
             # Two threads may both compile; the same value is stored twice.
-            compiled = self._cache[key] = Compiled[R](expression, dialect)
+            compiled = self._cache[key] = Compiled[R](expression, dialect, self._returning)
             return compiled
 
 

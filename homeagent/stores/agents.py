@@ -32,12 +32,14 @@ _CREATE = Statement[Agent](
             config=bindparam("config"),
         )
         .on_conflict_do_nothing(index_elements=["id"])
-    )
+    ),
+    returning=Agent,
 )
 _UPDATE = Statement[Agent](
     update(Agent)
     .where(_columns.id == bindparam("agent_id"))
-    .values(name=bindparam("new_name"), workspace_path=bindparam("new_workspace_path"), config=bindparam("new_config"))
+    .values(name=bindparam("new_name"), workspace_path=bindparam("new_workspace_path"), config=bindparam("new_config")),
+    returning=Agent,
 )
 _COUNT_SESSIONS = Statement[int](
     select(func.count()).select_from(AgentSession).where(_sessions.agent_id == bindparam("agent_id"))
@@ -63,16 +65,17 @@ class AgentStore(Store):
         Raises:
             AgentExistsError: the id is taken; that agent is left as it is.
         """
-        if not self._unit.write(
+        created = self._unit.write_one(
             _CREATE,
             id=agent.id,
             name=agent.name,
             workspace_path=agent.workspace_path,
             now=self._unit.now(),
             config=agent.config,
-        ):
+        )
+        if created is None:
             raise AgentExistsError(agent.id)
-        return self.get(agent.id)
+        return created
 
     def find_by_id(self, agent_id: str) -> Agent | None:
         """Return the agent, None where it is absent. In a write unit it may be decided on."""
@@ -112,14 +115,16 @@ class AgentStore(Store):
         given = changes.model_fields_set
         if not given:
             return agent
-        self._unit.write(
+        changed = self._unit.write_one(
             _UPDATE,
             agent_id=agent_id,
             new_name=changes.name if "name" in given else agent.name,
             new_workspace_path=changes.workspace_path if "workspace_path" in given else agent.workspace_path,
             new_config=changes.config if "config" in given else agent.config,
         )
-        return self.get(agent_id)
+        if changed is None:
+            raise AgentNotFoundError(agent_id)
+        return changed
 
     def delete(self, agent_id: str, *, delete_sessions: bool = False) -> bool:
         """Remove an agent. The files of its workspace are never touched.

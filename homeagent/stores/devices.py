@@ -51,10 +51,12 @@ _CREATE = Statement[Device](
             proof_verifier=bindparam("proof_verifier"),
         )
         .on_conflict_do_nothing(index_elements=["id"])
-    )
+    ),
+    returning=Device,
 )
 _UPDATE_METADATA = Statement[Device](
-    update(Device).where(_columns.id == bindparam("device_id")).values({_columns.metadata: bindparam("value")})
+    update(Device).where(_columns.id == bindparam("device_id")).values({_columns.metadata: bindparam("value")}),
+    returning=Device,
 )
 _APPROVE = Statement[Device](
     update(Device)
@@ -133,18 +135,18 @@ class DeviceStore(Store):
         Raises:
             DeviceExistsError: the id is taken; that device is left as it is.
         """
-        now = self._unit.now()
-        if not self._unit.write(
+        created = self._unit.write_one(
             _CREATE,
             id=device.id,
             role=device.role,
             shared_secret_hash=device.shared_secret_hash,
-            now=now,
+            now=self._unit.now(),
             metadata=device.metadata_,
             proof_verifier=device.proof_verifier,
-        ):
+        )
+        if created is None:
             raise DeviceExistsError(device.id)
-        return self._present(device.id)
+        return created
 
     def find_by_id(self, device_id: str) -> Device | None:
         """Return the device, None where it is absent. In a write unit it may be decided on."""
@@ -204,9 +206,12 @@ class DeviceStore(Store):
             DeviceNotFoundError: it is absent.
         """
         check_identifier(device_id, "device_id")
-        if "metadata_" in changes.model_fields_set:
-            self._unit.write(_UPDATE_METADATA, device_id=device_id, value=changes.metadata_)
-        return self._present(device_id)
+        if "metadata_" not in changes.model_fields_set:
+            return self._present(device_id)
+        device = self._unit.write_one(_UPDATE_METADATA, device_id=device_id, value=changes.metadata_)
+        if device is None:
+            raise DeviceNotFoundError(device_id)
+        return device
 
     def approve(
         self,

@@ -41,7 +41,9 @@ _VALUES: dict[str, Any] = {
     "route_key": bindparam("route"),
 }
 # Without a target, the conflict may be on the id or on the route.
-_CREATE = Statement[AgentSession](lambda insert: insert(_table).values(_VALUES).on_conflict_do_nothing())
+_CREATE = Statement[AgentSession](
+    lambda insert: insert(_table).values(_VALUES).on_conflict_do_nothing(), returning=AgentSession
+)
 _TOUCH = Statement[AgentSession](
     update(AgentSession)
     .where(_columns.session_id == bindparam("id"), _columns.last_active_at < bindparam("at"))
@@ -113,24 +115,23 @@ class SessionStore(Store):
         """
         now = self._unit.now()
         self._require_agent(session.agent_id)
-        if not self._insert(session, now, route_key(session.agent_id, session.sender_id, session.channel_id)) and (
-            self._unit.one(_FIND, id=session.session_id) is not None or not self._insert(session, now, None)
-        ):
+        created = self._insert(session, now, route_key(session.agent_id, session.sender_id, session.channel_id))
+        if created is None and self._unit.one(_FIND, id=session.session_id) is None:
+            created = self._insert(session, now, None)
+        if created is None:
             raise SessionExistsError(session.session_id)
-        return self.get(session.session_id)
+        return created
 
-    def _insert(self, session: AgentSessionCreate, now: datetime, route: str | None) -> bool:
-        return bool(
-            self._unit.write(
-                _CREATE,
-                session_id=session.session_id,
-                agent_id=session.agent_id,
-                sender_id=session.sender_id,
-                channel_id=session.channel_id,
-                created_at=now,
-                last_active_at=now,
-                route=route,
-            )
+    def _insert(self, session: AgentSessionCreate, now: datetime, route: str | None) -> AgentSession | None:
+        return self._unit.write_one(
+            _CREATE,
+            session_id=session.session_id,
+            agent_id=session.agent_id,
+            sender_id=session.sender_id,
+            channel_id=session.channel_id,
+            created_at=now,
+            last_active_at=now,
+            route=route,
         )
 
     def _require_agent(self, agent_id: str) -> None:
@@ -171,7 +172,7 @@ class SessionStore(Store):
             self._require_agent(agent_id)
             now = self._unit.now()
             # One who was faster has it now; one who deletes it in between makes the loop go round.
-            self._unit.write(
+            session = self._unit.write_one(
                 _CREATE,
                 session_id=new_session_id(),
                 agent_id=agent_id,
@@ -181,6 +182,8 @@ class SessionStore(Store):
                 last_active_at=now,
                 route=route,
             )
+            if session is not None:
+                return session
 
     def list(
         self,

@@ -25,6 +25,9 @@ class Unit(Protocol):
     def write(self, statement: Statement[Any], **parameters: Any) -> int:
         """Change rows, and return how many."""
 
+    def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
+        """Change a row, and return what it stands for now, None where none was changed."""
+
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
         """Change rows once for each set of parameters, and return how many."""
 
