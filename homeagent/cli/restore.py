@@ -32,6 +32,12 @@ def restore(
         return
     typer.echo(f"Restored {report.database} from {report.backup}: epoch {report.epoch} begins.")
     if report.taken_at is not None:
-        typer.echo(f"It is as it was at {instant(report.taken_at)}: look which devices were revoked since then.")
+        typer.echo(f"It is as it was at {instant(report.taken_at)}.")
     if report.kept_aside is not None:
         typer.echo(f"What was there is kept in {report.kept_aside}.")
+    if report.readmitted_devices is None:
+        typer.echo("Who was revoked since the backup can't be told: look through 'devices list --status approved'.")
+    for device_id in report.readmitted_devices or ():
+        typer.echo(f"{device_id!r} may enter again, and could not before: revoke it, or be sure.")
+    for device_id in report.old_secret_devices or ():
+        typer.echo(f"{device_id!r} has an older secret again: rotate it.")

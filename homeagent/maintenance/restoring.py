@@ -6,56 +6,39 @@ writes down when: the replay guard refuses what may have been consumed before th
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import logging
 import os
-import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import URL, update
+from sqlalchemy import URL
 
-from homeagent.engine.backup import Contents, discard, read_contents
 from homeagent.engine.directories import prepare_directory
-from homeagent.engine.driver import choose_driver
-from homeagent.engine.faults import sqlite_fault, translated
 from homeagent.engine.files import (
-    OPEN_FLAGS,
-    create_descriptor,
-    give_to_owner,
     judge_file,
     locate_file,
     secure_sidecars,
-    sidecars,
 )
 from homeagent.engine.filesystems import refuse_network_filesystem
 from homeagent.engine.locks import FileLock
 from homeagent.engine.manifests import Manifest, read_manifest
 from homeagent.engine.presence import alone, kept_from_sqlite, presence_path
-from homeagent.engine.sqlite import APPLICATION_ID, SQLiteEngine, sidecar_lock
-from homeagent.engine.swapping import aside_path, epoch_of_marker, new_path, swap_in
-from homeagent.engine.syncing import fsync_directory, sync
+from homeagent.engine.sqlite import sidecar_lock
+from homeagent.engine.swapping import aside_path, epoch_of_marker, swap_in
 from homeagent.engine.system_errors import explained, quoted
 from homeagent.engine.target import resolve_target
 from homeagent.errors import (
-    CorruptDatabaseError,
     DatabaseBusyError,
-    DatabaseError,
-    DiskFullError,
     ForeignDatabaseError,
-    HomeAgentError,
     InvalidArgumentError,
 )
-from homeagent.migrations import VERSION_TABLE, revision_of, upgrade_copy
-from homeagent.models import DATA_TABLES, StoreRecord
+from homeagent.maintenance.looking_back import look_back
+from homeagent.maintenance.staging import SQLITE_HEADER, Devices, damaged, header_of, is_ours, stage
 from homeagent.models.types import check_duration, check_instant
 
 if TYPE_CHECKING:
@@ -64,13 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["RestoreReport", "restore"]
 
 logger = logging.getLogger("homeagent")
-
-_HEADER = b"SQLite format 3\0"
-_HEADER_SIZE = 100
-_WAL_FORMAT = b"\x02\x02"  # the read and write versions in a header: https://sqlite.org/fileformat2.html, section 1.3
-_APPLICATION_ID = slice(68, 72)
-
-_table: Any = StoreRecord.__table__
 
 
 class RestoreReport(BaseModel):
@@ -87,6 +63,9 @@ class RestoreReport(BaseModel):
         upgraded_from: the schema revision of the backup, where it was an older one than this version's.
         schema_revision: the revision now.
         rows: how many rows each table holds.
+        readmitted_devices: the ids of those that may enter now and could not before: revoked or deleted since the
+            backup. None where the database before could not be asked.
+        old_secret_devices: the ids of those whose secret is an older one again; None likewise.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -100,6 +79,8 @@ class RestoreReport(BaseModel):
     upgraded_from: str | None
     schema_revision: str
     rows: dict[str, int]
+    readmitted_devices: list[str] | None
+    old_secret_devices: list[str] | None
 
 
 def restore(
@@ -137,12 +118,13 @@ def restore(
         with alone(database, timeout=busy_timeout) as lock:
             marker = _marker(database, busy_timeout)
             _refuse_target(database, marker)
-            known_epoch = max(epoch_of_marker(marker), _epoch(database))
+            before = look_back(database)
+            known_epoch = max(epoch_of_marker(marker), before.epoch)
             with kept_from_sqlite(database):
                 there_was_one = os.path.lexists(database)
                 restored_at = _now(clock, manifest)
                 stamp = _free_stamp(database, restored_at)
-                staged = _stage(source, manifest, database, stamp, restored_at=restored_at, known_epoch=known_epoch)
+                staged = stage(source, manifest, database, stamp, restored_at=restored_at, known_epoch=known_epoch)
                 swap_in(lock, database, stamp=stamp, epoch=staged.epoch, timeout=busy_timeout)
     logger.info(
         "%s was restored from %s: epoch %d begins",
@@ -161,7 +143,23 @@ def restore(
         upgraded_from=staged.upgraded_from,
         schema_revision=staged.revision,
         rows=staged.rows,
+        readmitted_devices=_readmitted(before.devices, staged.devices),
+        old_secret_devices=_with_old_secret(before.devices, staged.devices),
     )
+
+
+def _readmitted(before: Devices | None, now: Devices) -> list[str] | None:
+    if before is None:
+        return None
+    kept_in = {name for name, (approved, _) in before.items() if approved}
+    return sorted(name for name, (approved, _) in now.items() if approved and name not in kept_in)
+
+
+def _with_old_secret(before: Devices | None, now: Devices) -> list[str] | None:
+    if before is None:
+        return None
+    both = [name for name, (approved, _) in now.items() if approved and before.get(name, (False, ""))[0]]
+    return sorted(name for name in both if now[name][1] != before[name][1])
 
 
 # What is named
@@ -219,31 +217,16 @@ def _not_in_use(source: Path) -> Iterator[None]:
 
 def _look_at(source: Path, manifest: Manifest | None) -> None:
     """Refuse what can't be a backup of ours, before anything is made."""
-    header = _header(source)
+    header = header_of(source)
     size = source.stat().st_size
     if manifest is not None and manifest.size != size:
-        raise _damaged(source, f"it has {size:,} bytes and its manifest says {manifest.size:,}")
-    if not header.startswith(_HEADER) or len(header) < _HEADER_SIZE:
-        raise _damaged(source, "it is no SQLite database")
-    if not _is_ours(header):
+        raise damaged(source, f"it has {size:,} bytes and its manifest says {manifest.size:,}")
+    if not header.startswith(SQLITE_HEADER):
+        raise damaged(source, "it is no SQLite database")
+    if not is_ours(header):
         raise ForeignDatabaseError(
             f"{quoted(source)} is another application's SQLite database: name a backup of this one; nothing was changed"
         )
-
-
-def _header(path: Path) -> bytes:
-    with explained("read", path), path.open("rb") as file:
-        return file.read(_HEADER_SIZE)
-
-
-def _is_ours(header: bytes) -> bool:
-    return header.startswith(_HEADER) and int.from_bytes(header[_APPLICATION_ID], "big") == APPLICATION_ID
-
-
-def _damaged(source: Path, how: str) -> CorruptDatabaseError:
-    return CorruptDatabaseError(
-        f"{quoted(source)} is damaged ({how}): restore another backup; the database was not changed"
-    )
 
 
 # What is there
@@ -260,22 +243,11 @@ def _refuse_target(database: Path, marker: str | None) -> None:
     secure_sidecars(database)
     if state is None or state.is_empty or marker is not None:
         return  # where the marker says that a database of ours was made, what is there now is what is left of it
-    if not _is_ours(_header(database)):
+    if not is_ours(header_of(database)):
         raise ForeignDatabaseError(
             f"{quoted(database)} is no database of this application, or damaged beyond recognition: name another "
             "path, or move it away first; nothing was changed"
         )
-
-
-def _epoch(database: Path) -> int:
-    """Return the epoch that a database says it is in, 0 where it can't be asked. It is not changed by that."""
-    driver = choose_driver()
-    uri = f"file:{quote(str(database))}?mode=ro&immutable=1"
-    try:
-        with closing(driver.module.connect(uri, uri=True)) as raw:
-            return int(raw.execute("SELECT epoch FROM store").fetchone()[0])
-    except (driver.module.Error, TypeError, ValueError):
-        return 0  # absent, damaged, or older than the epochs
 
 
 def _now(clock: Clock, manifest: Manifest | None) -> datetime:
@@ -296,123 +268,3 @@ def _free_stamp(database: Path, now: datetime) -> str:
     while os.path.lexists(aside_path(database, free := stamp if number == 1 else f"{stamp}_{number}")):
         number += 1
     return free
-
-
-# The new database
-
-
-@dataclass(frozen=True, slots=True)
-class _Staged:
-    epoch: int
-    revision: str
-    upgraded_from: str | None
-    rows: dict[str, int]
-
-
-def _stage(
-    source: Path, manifest: Manifest | None, database: Path, stamp: str, *, restored_at: datetime, known_epoch: int
-) -> _Staged:
-    """Make the new database beside the old one: checked, upgraded, in its new epoch, whole in one file and synced."""
-    for stale in database.parent.glob(f"{glob.escape(database.name)}.*.restoring"):
-        discard(stale)  # of a restore that was killed before it had decided anything
-    new = new_path(database, stamp)
-    try:
-        _copy(source, new, manifest, owner_of=database)
-        engine = SQLiteEngine(new, busy_timeout=timedelta(0), durability="full")
-        try:
-            with translated(engine.driver_errors, lambda error: _fault(error, source)):
-                found = _verify(engine, source, manifest)
-            engine.prepare_header()
-            upgrade_copy(engine, clock=lambda: restored_at)
-            epoch = max(known_epoch, found.epoch or 1) + 1
-            with engine.connect() as connection, connection.begin():
-                connection.execute(update(_table).values(epoch=epoch, restored_at=restored_at))
-                revision = revision_of(connection)
-        finally:
-            engine.close()
-        _require_whole(new)
-    except BaseException:
-        discard(new)
-        raise
-    return _Staged(
-        epoch=epoch,
-        revision=str(revision),
-        upgraded_from=None if revision == found.revision else found.revision,
-        rows={name: count for name, count in found.rows.items() if name in DATA_TABLES},
-    )
-
-
-def _copy(source: Path, new: Path, manifest: Manifest | None, *, owner_of: Path) -> None:
-    needed = source.stat().st_size
-    with explained("look for room in", new.parent):
-        free = shutil.disk_usage(new.parent).free
-    if free < needed:
-        raise DiskFullError(
-            f"there is no room to restore in {quoted(new.parent)}: it takes {needed:,} bytes beside the old database, "
-            f"and {free:,} are free; free some space"
-        )
-    digest = _copy_file(source, new, owner_of=owner_of)
-    if manifest is not None:
-        if digest != manifest.sha256:
-            raise _damaged(source, "its SHA-256 is not the one in its manifest")
-        return  # one of ours is whole by itself: what lies beside it belongs to something else
-    log, _, journal = sidecars(source)
-    new_log, _, new_journal = sidecars(new)
-    is_logged = _header(source)[18:20] == _WAL_FORMAT
-    beside, kept = (log, new_log) if is_logged else (journal, new_journal)
-    if os.path.lexists(beside):
-        _copy_file(beside, kept, owner_of=owner_of)
-
-
-def _copy_file(source: Path, new: Path, *, owner_of: Path) -> str:
-    digest = hashlib.sha256()
-    with explained("copy the backup to", new):
-        descriptor = create_descriptor(new)
-        if descriptor is None:
-            raise DatabaseError(f"{quoted(new)} is in the way: remove it")
-        with os.fdopen(descriptor, "wb") as copy, source.open("rb") as original:
-            give_to_owner(descriptor, owner_of)
-            while block := original.read(1 << 20):
-                digest.update(block)
-                copy.write(block)
-    return digest.hexdigest()
-
-
-def _verify(engine: SQLiteEngine, source: Path, manifest: Manifest | None) -> Contents:
-    module: Any = engine.driver.module
-    with closing(module.connect(str(engine.path), isolation_level=None)) as raw:
-        raw.execute("PRAGMA trusted_schema=OFF")
-        raw.execute("PRAGMA cell_size_check=ON")
-        verdict = str(raw.execute("PRAGMA integrity_check(1)").fetchone()[0])
-        if verdict != "ok":
-            raise _damaged(source, verdict.splitlines()[0])
-        if raw.execute("PRAGMA foreign_key_check").fetchone() is not None:
-            raise _damaged(source, "a row refers to one that is not there")
-        found = read_contents(raw, VERSION_TABLE)
-    if found.revision is None:
-        raise _damaged(source, "it holds no store")
-    if manifest is not None and (found.rows, found.revision) != (manifest.rows, manifest.schema_revision):
-        raise _damaged(source, "it does not hold what its manifest says")
-    return found
-
-
-def _fault(error: BaseException, source: Path) -> HomeAgentError:
-    ours = sqlite_fault(error)
-    return _damaged(source, "SQLite can't read it") if isinstance(ours, CorruptDatabaseError) else ours
-
-
-def _require_whole(new: Path) -> None:
-    """See to it that all of a closed database is in its one file, and that on the disk."""
-    for beside in sidecars(new):
-        with explained("remove", beside):
-            if os.path.lexists(beside):
-                if beside.stat().st_size:
-                    raise DatabaseError(f"{quoted(beside)} was left over: something else has the new database open")
-                beside.unlink()
-    with explained("sync", new):
-        descriptor = os.open(new, os.O_RDWR | OPEN_FLAGS)
-        try:
-            sync(descriptor)
-        finally:
-            os.close(descriptor)
-    fsync_directory(new.parent)

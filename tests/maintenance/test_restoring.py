@@ -25,7 +25,7 @@ from homeagent.engine.manifests import manifest_path
 from homeagent.engine.presence import announce
 from homeagent.maintenance import restoring
 from homeagent.migrations import REVISION, VERSION_TABLE
-from tests.conftest import ROOT, START, Children, FakeClock, add_agent
+from tests.conftest import ROOT, START, Children, FakeClock, add_agent, add_device
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks and modes")
 
@@ -69,7 +69,7 @@ def test_restore(sqlite_path: Path, backup: Path, clock: FakeClock) -> None:
     assert report.kept_aside == sqlite_path.with_name("homeagent.db.20260102T040405678000Z.quarantine")
     assert listing(sqlite_path.parent)[report.kept_aside.name] == before["homeagent.db"]
     assert agents(report.kept_aside) == ["new", "old"]
-    assert report.model_dump(exclude={"kept_aside", "rows"}) == {
+    assert report.model_dump(exclude={"kept_aside", "rows", "readmitted_devices", "old_secret_devices"}) == {
         "database": sqlite_path,
         "backup": backup,
         "taken_at": START,
@@ -88,6 +88,38 @@ def test_restore(sqlite_path: Path, backup: Path, clock: FakeClock) -> None:
     sqlite_path.unlink()
     with pytest.raises(errors.CorruptDatabaseError):
         Database.open(sqlite_path)
+
+
+def test_who_may_enter_again_is_told(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
+    """Revoked, deleted and rotated since: each is named, what is in the log alone included, and no other."""
+    with Database.open(sqlite_path) as database:
+        for name in ("stays", "revoked", "deleted", "rotated"):
+            add_device(database, name, approved=True)
+        add_device(database, "waits")
+        backup = database.backup(tmp_path / "the.backup")
+        database.rotate_secret("rotated")
+    children.run(
+        "import os, sys\nfrom homeagent import Database\ndatabase = Database.open(sys.argv[1])\n"
+        "with database.unit_of_work() as unit:\n    unit.devices.revoke('revoked')\n"
+        "    unit.devices.delete('deleted')\n"
+        "os._exit(0)\n",
+        sqlite_path,
+    )
+    before = listing(sqlite_path.parent)
+    assert before["homeagent.db-wal"]
+    report = Database.restore(backup, sqlite_path)
+    assert report.readmitted_devices == ["deleted", "revoked"]
+    assert report.old_secret_devices == ["rotated"]
+    assert report.kept_aside is not None
+    after = listing(sqlite_path.parent)
+    for end in ("", "-wal"):
+        assert after[report.kept_aside.name + end] == before["homeagent.db" + end]
+    # Once more, and none is new; then over what can't be asked.
+    report = Database.restore(backup, sqlite_path)
+    assert (report.readmitted_devices, report.old_secret_devices) == ([], [])
+    os.truncate(sqlite_path, 5000)
+    report = Database.restore(backup, sqlite_path)
+    assert (report.readmitted_devices, report.old_secret_devices) == (None, None)
 
 
 def test_restore_where_nothing_is(tmp_path: Path, backup: Path, clock: FakeClock) -> None:
@@ -352,7 +384,7 @@ def test_open_waits_for_a_restore(sqlite_path: Path, backup: Path, monkeypatch: 
     """Who opens the database during a restore waits for its end, or says that it is busy, and sees the new one."""
     seen: list[Any] = []
     started = threading.Event()
-    stage = restoring._stage
+    stage = restoring.stage
 
     def slowly(*arguments: Any, **named: Any) -> Any:
         with pytest.raises(errors.DatabaseBusyError):
@@ -368,7 +400,7 @@ def test_open_waits_for_a_restore(sqlite_path: Path, backup: Path, monkeypatch: 
         seen.append(waiter)
         return stage(*arguments, **named)
 
-    monkeypatch.setattr(restoring, "_stage", slowly)
+    monkeypatch.setattr(restoring, "stage", slowly)
     Database.restore(backup, sqlite_path)
     seen[0].join(60)
     assert seen[1:] == [["old"]]

@@ -1,0 +1,47 @@
+"""What a restore has to know of the database that was there, whatever is left of it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from homeagent.engine.backup import discard
+from homeagent.engine.driver import choose_driver
+from homeagent.engine.files import sidecars
+from homeagent.errors import DiskFullError
+from homeagent.maintenance.staging import Devices, copy_file, devices_of
+
+__all__ = ["Before", "look_back"]
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """The epoch, 0 where there was none or it can't be told, and the devices, None where they can't be told."""
+
+    epoch: int
+    devices: Devices | None
+
+
+def look_back(database: Path) -> Before:
+    """Ask the old database, through a copy: SQLite would put its log into it and remove that, when it closes it."""
+    if not os.path.lexists(database):
+        return Before(0, None)
+    copy = database.with_name(f"{database.name}.before.restoring")
+    discard(copy)
+    driver = choose_driver()
+    epoch = 0
+    try:
+        for original, made in zip((database, *sidecars(database)), (copy, *sidecars(copy)), strict=True):
+            if os.path.lexists(original) and not original.name.endswith("-shm"):
+                copy_file(original, made, owner_of=database)
+        with closing(driver.module.connect(str(copy), isolation_level=None)) as raw:
+            raw.execute("PRAGMA trusted_schema=OFF")
+            with suppress(driver.module.Error, TypeError, ValueError):  # damaged, or older than the epochs
+                epoch = int(raw.execute("SELECT epoch FROM store").fetchone()[0])
+            return Before(epoch, devices_of(raw))
+    except (driver.module.Error, DiskFullError, TypeError, ValueError):
+        return Before(epoch, None)
+    finally:
+        discard(copy)
