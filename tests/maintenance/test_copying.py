@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import make_url, text
 
@@ -200,27 +200,35 @@ printable = st.text(
 )  # wider than what a store takes
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    rows=st.lists(
-        st.tuples(printable, printable, printable, st.integers(-(2**63), 2**63 - 1), st.none() | st.integers(0, 9)),
-        max_size=20,
-        unique_by=lambda row: row[:2],
-    )
-)
-def test_any_text_and_number_goes_there_and_back(rows: list[Any], make_store: MakeStore) -> None:
+def test_any_text_and_number_goes_there_and_back(make_store: MakeStore) -> None:
     """Whatever text and number two engines can hold is the same after a way over and back."""
+    columns = ("device_id", "method", "key", "result", "created_at", "expires_at", "lease_expires_at")
+    stores = [make_store(engine) for engine in ("sqlite", "postgresql", "sqlite")]
     with (
-        Database.open(make_store("sqlite")) as here,
-        Database.open(make_store("postgresql")) as there,
-        Database.open(make_store("sqlite")) as back,
+        Database.open(stores[0], durability="normal") as here,
+        Database.open(stores[1]) as there,
+        Database.open(stores[2], durability="normal") as back,
     ):
-        columns = ("device_id", "method", "key", "result", "created_at", "expires_at", "lease_expires_at")
-        with here.unit_of_work() as unit:
-            unit.insert_rows("idempotency_keys", columns, [(a, b, a, c, n, n, o) for a, b, c, n, o in rows])
-        here.copy_to(there)
-        there.copy_to(back)
-        assert stored(here) == stored(there) == stored(back)
+
+        @settings(max_examples=20, deadline=None)
+        @given(
+            rows=st.lists(
+                st.tuples(printable, printable, printable, st.integers(-(2**63), 2**63 - 1), st.none() | st.just(9)),
+                max_size=20,
+                unique_by=lambda row: row[:2],
+            )
+        )
+        def check(rows: list[Any]) -> None:
+            for database in (here, there, back):
+                with database.unit_of_work() as unit:
+                    unit.session.connection().execute(text("DELETE FROM idempotency_keys"))
+            with here.unit_of_work() as unit:
+                unit.insert_rows("idempotency_keys", columns, [(a, b, a, c, n, n, o) for a, b, c, n, o in rows])
+            here.copy_to(there)
+            there.copy_to(back)
+            assert stored(here) == stored(there) == stored(back)
+
+        check()
 
 
 @pytest.mark.parametrize("last", [600, pytest.param(None, marks=pytest.mark.slow)])
@@ -450,7 +458,9 @@ def test_a_value_that_no_store_writes_is_refused(bad: str, make_store: MakeStore
         empty = stored(theirs)
         with pytest.raises(errors.DatabaseError) as raised:
             ours.copy_to(theirs)
-        assert not isinstance(raised.value, errors.DatabaseBusyError)
+        # What only the server can tell is the server's refusal.
+        expected = errors.DatabaseError if "32 bits" in bad else errors.CorruptDatabaseError
+        assert type(raised.value) is expected
         assert "s3cret" not in repr(raised.value)
         assert raised.value.__cause__ is raised.value.__context__ is None
         assert stored(theirs) == empty
