@@ -22,7 +22,7 @@ from homeagent.engine.driver import choose_driver
 from tests.benchmarks.scaling.hosts import measure_host
 from tests.benchmarks.scaling.moving import measure_copies
 from tests.benchmarks.scaling.operations import measure_operations
-from tests.benchmarks.scaling.partitions import measure_partitions
+from tests.benchmarks.scaling.partitions import measure_outgrown, measure_partitions
 from tests.benchmarks.scaling.stores import Place, open_place
 from tests.benchmarks.scaling.tables import TABLES, replace_tables
 from tests.benchmarks.scaling.writers import measure_writers
@@ -35,6 +35,7 @@ FULL: dict[str, Section] = {
     "host": lambda place: measure_host(place, messages=20_000),
     "copies": lambda place: measure_copies(place, sizes=[100_000, 1_000_000]),
     "partitions": lambda place: measure_partitions(place, rows=2_000_000),
+    "outgrown": lambda place: measure_outgrown(place, rows=1_000_000),
 }
 QUICK: dict[str, Section] = {
     "operations": lambda place: measure_operations(place, sizes=[200], seconds=0.02, rounds=1),
@@ -42,6 +43,7 @@ QUICK: dict[str, Section] = {
     "host": lambda place: measure_host(place, messages=100),
     "copies": lambda place: measure_copies(place, sizes=[2_000]),
     "partitions": lambda place: measure_partitions(place, rows=24_000),
+    "outgrown": lambda place: measure_outgrown(place, rows=24_000),
 }
 
 
@@ -50,7 +52,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scaling", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that all works, not how fast")
     parser.add_argument("--only", default="", help=f"a list of {', '.join(FULL)}; left out, all")
-    parser.add_argument("--rows", type=int, help="how many nonces the partitions get (2,000,000)")
+    parser.add_argument("--rows", type=int, help="how many nonces the simulations get (2,000,000; 1,000,000)")
     parser.add_argument("--output", type=Path, help="a file for the figures, as JSON")
     parser.add_argument("--page", type=Path, help="a page whose tables are replaced, each between its two marks")
     parser.add_argument("--postgresql-bin", type=Path, help="where the server's programs are; else the wheel's")
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sections = dict(QUICK if options.quick else FULL)
     if options.rows is not None:
         sections["partitions"] = lambda place: measure_partitions(place, rows=options.rows)
+        sections["outgrown"] = lambda place: measure_outgrown(place, rows=options.rows)
     say = Console(stderr=True, highlight=False)
     results: dict[str, Any] = {}
     with open_place(options.postgresql_bin) as place:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from tests.benchmarks.scaling.stores import Place
+from tests.benchmarks.scaling.stores import Place, open_place
 
-__all__ = ["SCHEMES", "measure_partitions"]
+__all__ = ["SCHEMES", "measure_outgrown", "measure_partitions"]
 
 DEVICES = 10_000
 HOURS = 24
@@ -105,6 +105,19 @@ SCHEMES = (
 def measure_partitions(place: Place, *, rows: int) -> dict[str, Any]:
     """Return, by scheme, its rates, sizes and costs, and what it let in a second time."""
     return {scheme.title: _measure(place, scheme, rows) for scheme in SCHEMES}
+
+
+def measure_outgrown(place: Place, *, rows: int) -> dict[str, Any]:
+    """Return the same, of a server whose memory the indexes outgrow as they would at a thousand times the size.
+
+    It may keep 32 MiB, and reads past the operating system's cache where it can: PostgreSQL has that from 16 on.
+    """
+    ((version,),) = place.server.execute("SHOW server_version_num")
+    settings = {"shared_buffers": "32MB", "max_wal_size": "4GB"}
+    if int(version) >= 160_000:
+        settings["debug_io_direct"] = "data"
+    with open_place(place.server.installation.programs, settings) as small:
+        return {scheme.title: _measure(small, scheme, rows) for scheme in SCHEMES[:3]}
 
 
 def _measure(place: Place, scheme: Scheme, rows: int) -> dict[str, Any]:

@@ -102,6 +102,18 @@ def _partitions(found: dict[str, Any]) -> str:
     return _table(head, rows)
 
 
+def _outgrown(found: dict[str, Any]) -> str:
+    (first, *_) = found.values()
+    shares = [first["rows"] * (tenth + 1) // 10 for tenth in range(10)]
+    rows: list[list[object]] = [
+        [f"rows inserted/s, up to {share:,}", *(f"{figure['rows_per_second'][tenth]:,}" for figure in found.values())]
+        for tenth, share in enumerate(shares)
+        if tenth % 3 == 0
+    ]
+    rows.append(["an hour expires: seconds", *(f"{figure['expiry']['seconds']:,.3f}" for figure in found.values())])
+    return _table(["", *found], rows)
+
+
 def _verdict(let_in: bool) -> str:
     return "let in" if let_in else "refused"
 
@@ -133,4 +145,5 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "host": _host,
     "copies": _copies,
     "partitions": _partitions,
+    "outgrown": _outgrown,
 }
