@@ -31,7 +31,8 @@ from homeagent import (
 from homeagent.cli import app
 from homeagent.engine.driver import SQLiteDriver, choose_driver
 from homeagent.engine.inspection import Stopwatch
-from homeagent.engine.manifests import Manifest, write_manifest
+from homeagent.engine.manifests import Manifest, read_manifest, write_manifest
+from homeagent.engine.presence import presence_path
 from homeagent.maintenance.doctor import CHECKS, Finding, Severity, disk
 from homeagent.maintenance.doctor import sqlite as doctor_sqlite
 from homeagent.migrations import REVISION
@@ -427,6 +428,57 @@ def test_an_old_backup(path: Path, clock: FakeClock) -> None:
     assert at(look(path, clock), "backup").facts["age_seconds"] == 86400
     clock.advance(days=30)
     only(look(path, clock), "backup", Severity.WARNING)
+
+
+def test_what_restores_leave_behind(path: Path, clock: FakeClock) -> None:
+    """A database that was kept aside is told after a month, half a copy after a day, one cut off at once."""
+    with Database.open(path, clock=clock) as database:
+        backup = database.backup(path.with_name("copy.backup"))
+    report = Database.restore(backup, path, clock=clock)
+    assert report.kept_aside is not None
+    half = path.with_name(f"homeagent.db.{START:%Y%m%dT%H%M%S%f}Z_2.restoring")
+    half.touch(mode=0o600)
+    write_manifest_anew(backup, clock, days=40)
+    assert at(look(path, clock), "restores").facts == {"kept": 1, "old": 0, "halves": 0}
+    clock.advance(days=2)
+    assert only(look(path, clock), "restores", Severity.WARNING).facts == {"kept": 1, "old": 0, "halves": 1}
+    clock.advance(days=30)
+    finding = only(look(path, clock), "restores", Severity.WARNING)
+    assert finding.facts == {"kept": 1, "old": 1, "halves": 1}
+    run(finding)
+    assert (report.kept_aside.exists(), half.exists()) == (False, False)
+    presence_path(path).write_text("swap 1 2 end\n")
+    assert "cut off" in only(look(path, clock), "restores", Severity.WARNING).summary
+
+
+def write_manifest_anew(backup: Path, clock: FakeClock, *, days: int) -> None:
+    """Have a backup be so young that its age is not what is found."""
+    manifest = read_manifest(backup)
+    assert manifest is not None
+    write_manifest(backup, manifest.model_copy(update={"taken_at": clock.now + timedelta(days=days)}))
+
+
+def test_a_log_that_lost_commits(path: Path, clock: FakeClock, children: Children) -> None:
+    """Commits that SQLite would drop without a word are told, before anybody opens the file and they are gone."""
+    script = """
+import os, sys
+from homeagent import AgentCreate, Database
+database = Database.open(sys.argv[1])
+for number in range(5):
+    with database.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id=f"a{number}", name="A", workspace_path="/srv"))
+os.kill(os.getpid(), 9)
+"""
+    children.start(script, path).wait(timeout=60)
+    clock.advance(days=10_000)
+    assert "whole" in at(look(path, clock), "log").summary
+    log = path.with_name("homeagent.db-wal")
+    content = bytearray(log.read_bytes())
+    content[32 + 24 + 100] ^= 0xFF
+    log.write_bytes(bytes(content))
+    finding = at(look(path, clock), "log")
+    assert finding.severity is Severity.CRITICAL
+    assert "restore" in finding.remedy
 
 
 # Where it lies, and what reads it

@@ -30,11 +30,13 @@ CHECKS: tuple[str, ...] = (
     "file_names",
     "stale_files",
     "backup",
+    "restores",
     "filesystem",
     "disk_space",
     "sqlite_version",
     "journal_mode",
     "wal_size",
+    "log",
     "integrity",
     "foreign_keys",
     # PostgreSQL

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import shlex
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from homeagent.engine.driver import choose_driver
 from homeagent.engine.files import look_at, sidecars
 from homeagent.engine.inspection import inspect_sqlite, journal_mode
+from homeagent.engine.locks import FileLock
+from homeagent.engine.presence import presence_path
+from homeagent.engine.privacy import FILE_MODE
 from homeagent.engine.sqlite import APPLICATION_ID
-from homeagent.errors import CorruptDatabaseError, HomeAgentError
+from homeagent.engine.write_ahead_log import find_lost_commits
+from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, HomeAgentError
 from homeagent.maintenance.doctor.backup import check_backup
 from homeagent.maintenance.doctor.chart import RESTORE, Chart
 from homeagent.maintenance.doctor.disk import check_disk, check_wal_size
 from homeagent.maintenance.doctor.findings import Severity
+from homeagent.maintenance.doctor.restores import check_restores
 from homeagent.maintenance.doctor.revision import check_revision
 from homeagent.maintenance.doctor.rows import check_rows
 from homeagent.maintenance.doctor.schema import check_schema, columns_found
@@ -50,6 +56,9 @@ def examine_sqlite(chart: Chart, path: Path) -> None:
     check_disk(chart, path)
     _check_version(chart)
     check_wal_size(chart, path)
+    check_restores(chart, path)
+    with chart.attempt("log"):
+        _check_log(chart, path)
     if not _is_worth_opening(chart, path):
         chart.skip("the database can't be opened", *_INSIDE)
         return
@@ -83,6 +92,38 @@ def _check_version(chart: Chart) -> None:
             command="pip install pysqlite3",
             **facts,
         )
+
+
+def _check_log(chart: Chart, path: Path) -> None:
+    log, index, _ = sidecars(path)
+    if look_at(log) is None and look_at(index) is None:
+        chart.ok("log", "The database was closed cleanly: its log is empty.")
+        return
+    note = presence_path(path)
+    state = look_at(note)
+    if state is None or state.st_mode & 0o777 != FILE_MODE:
+        # To make the lock file, or its mode right, would be a change.
+        chart.skip("it can't be told whether somebody has the database open", "log")
+        return
+    try:
+        with FileLock(note, timeout=timedelta(0)):
+            lost = find_lost_commits(path)
+    except DatabaseBusyError:
+        chart.ok("log", "The database is open: who has it open writes the log.")
+        return
+    if lost is None:
+        chart.ok("log", "The database was not closed cleanly, and its log is whole.")
+        return
+    accepted = "; after a power cut, durability='normal' opens it without what was lost" if lost.by_power_cut else ""
+    chart.alarm(
+        "log",
+        "The log lost commits.",
+        meaning=f"revocations and used nonces may be among them, and the store refuses to open it: {lost.problem}",
+        remedy=f"{RESTORE}{accepted}",
+        command=chart.restore_command,
+        frames=lost.frames,
+        by_power_cut=lost.by_power_cut,
+    )
 
 
 def _is_worth_opening(chart: Chart, path: Path) -> bool:
