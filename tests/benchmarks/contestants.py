@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.benchmarks import node
+
 __all__ = ["BASELINE", "CONTESTANTS", "BenchmarkError", "Contestant", "Process", "choose"]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +60,8 @@ class Contestant:
 
     def missing(self) -> str | None:
         """Return why it can't take part here, None where it can."""
+        if self.command[0] == "node":
+            return node.why_missing()
         if self.requires is not None and importlib.util.find_spec(self.requires) is None:
             return f"{self.requires} is not installed: install homeagent[bench]"
         return None
@@ -88,6 +92,7 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant.python("sqlite3, autocommit", "handwritten:Autocommit", works=READS),
         Contestant.python("sqlite3, objects", "handwritten:Objects", works=READS),
         Contestant.python("apsw", "apsw_:Apsw", requires="apsw"),
+        Contestant("better-sqlite3", node.command()),
         Contestant.python("SQLAlchemy Core", "sqlalchemy_core:SQLAlchemyCore", shared=True),
         Contestant.python("SQLAlchemy ORM", "sqlalchemy_orm:SQLAlchemyORM", shared=True),
         Contestant.python("SQLModel", "sqlmodel_:SQLModelTutorial", shared=True),
