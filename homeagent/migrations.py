@@ -216,6 +216,8 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
         if not migrate:
             raise SchemaOutdatedError(revision, needed=REVISION)
     elif not migrate:
+        if not temporary and _is_remembered(path):
+            raise corrupt_after_all(path)  # to say that there is none yet would be an invitation to make one
         raise SchemaOutdatedError(None, needed=REVISION)
     else:
         _announce(engine, timeout=timeout, temporary=temporary)

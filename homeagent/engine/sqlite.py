@@ -20,7 +20,7 @@ from sqlalchemy import URL, event
 from sqlalchemy.pool import NullPool
 
 from homeagent.engine import files
-from homeagent.engine.diagnosis import diagnosed_fault
+from homeagent.engine.diagnosis import diagnosed_fault, newest_backup_hint
 from homeagent.engine.driver import SQLiteDriver, choose_driver
 from homeagent.engine.engine import Engine
 from homeagent.engine.faults import translated
@@ -283,5 +283,5 @@ def corrupt_after_all(path: Path) -> CorruptDatabaseError:
     """Return the error for a file that was a database of ours and has lost what is in it."""
     return CorruptDatabaseError(
         f"{path} held a database and is empty now: restore a backup, or remove {path.name}.lock to start anew "
-        "(every device, revocation and nonce is forgotten then)"
+        f"(every device, revocation and nonce is forgotten then); {newest_backup_hint(path)}"
     )

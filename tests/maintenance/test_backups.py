@@ -406,6 +406,22 @@ def test_temporary_database(tmp_path: Path) -> None:
         assert unit.agents.get("ada").name == "Ada"
 
 
+@pytest.mark.parametrize("migrate", [True, False])
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_lost_database_names_its_backup(sqlite_path: Path, tmp_path: Path, migrate: bool, how: str) -> None:
+    """Where a database was and is none any more, the error names the newest backup and asks for no new one."""
+    with Database.open(sqlite_path) as database:
+        backup = database.backup(f"{tmp_path}/backups/")
+    if how == "gone":
+        sqlite_path.unlink()
+    else:
+        os.truncate(sqlite_path, 0)
+    with pytest.raises(errors.CorruptDatabaseError) as caught:
+        Database.open(sqlite_path, migrate=migrate)
+    assert str(backup) in str(caught.value)
+    assert "init" not in str(caught.value)
+
+
 # The schedule
 
 
