@@ -6,7 +6,7 @@ import typer
 
 from homeagent.cli.application import DatabaseOption, app
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import JsonOption, console_for, count, facts_table, grid, print_json
+from homeagent.cli.output import JsonOption, console_for, count, facts_table, grid, instant, print_json
 from homeagent.maintenance.reporting import DatabaseStatus
 
 
@@ -50,6 +50,8 @@ def _summary(found: DatabaseStatus) -> dict[str, str]:
         "Engine": engine,
         "Schema revision": str(found.schema_revision),
     }
+    if found.restored_at is not None:
+        facts["Epoch"] = f"{found.epoch}, restored at {instant(found.restored_at)}"
     if found.durability is not None:
         facts["Durability"] = found.durability
     if found.wal_bytes is not None:

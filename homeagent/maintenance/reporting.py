@@ -12,6 +12,7 @@ from sqlalchemy import text
 
 from homeagent.engine import files
 from homeagent.engine.engine import Engine
+from homeagent.engine.presence import presence_path
 from homeagent.engine.sqlite import SQLiteEngine
 from homeagent.engine.target import presentable_url
 from homeagent.migrations import revision_of
@@ -173,7 +174,7 @@ def _sqlite_facts(engine: SQLiteEngine) -> dict[str, Any]:
     with engine.connect() as connection:
         pragmas = {name: connection.execute(text(f"PRAGMA {name}")).scalar_one() for name in _PRAGMAS}
     lock = engine.path.with_name(engine.path.name + ".lock")
-    beside = [engine.path.parent, engine.path, *files.sidecars(engine.path), lock]
+    beside = [engine.path.parent, engine.path, *files.sidecars(engine.path), lock, presence_path(engine.path)]
     log = files.sidecars(engine.path)[0]
     return {
         "location": str(engine.path),

@@ -61,3 +61,17 @@ def test_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(errors.InvalidArgumentError):
         Database.begin_epoch(":memory:")
+
+
+def test_status_shows_it(sqlite_path: Path, clock: FakeClock) -> None:
+    """`homeagent status` shows the epoch once there was another one. On SQLite: the other engine prints alike."""
+    from typer.testing import CliRunner
+
+    from homeagent.cli import app
+
+    def shown() -> str:
+        return CliRunner().invoke(app, ["status", "--database", str(sqlite_path)]).stdout
+
+    assert "Epoch" not in shown()
+    Database.begin_epoch(sqlite_path, clock=clock)
+    assert "2, restored at 2026-01-02 03:04:05.678+00:00" in shown()
