@@ -207,21 +207,20 @@ class UnitOfWork:
     def _end(self, link: Link, *, sound: bool) -> None:
         self._state = "ended"
         self._link = None
+        settings = self._settings
+        engine = settings.engine
+        lanes = engine.readers if self.read_only else engine.writers
         try:
             if self._session is not None:
                 self._session.close()
         finally:
-            self._give_back(link, sound=sound)
-            self._settings.writing.discard(self._owner)
-
-    def _give_back(self, link: Link, *, sound: bool) -> None:
-        lanes = self._settings.engine.writers if not self.read_only else self._settings.engine.readers
-        if sound and not link.is_suspect:
-            lanes.release(link)
-            return
-        lanes.discard(link)
-        if link.is_suspect:
-            self._settings.engine.discard_free()
+            if sound and not link.is_suspect:
+                lanes.release(link)
+            else:
+                lanes.discard(link)
+                if link.is_suspect:
+                    engine.discard_free()
+            settings.writing.discard(self._owner)
 
     def _require_link(self) -> Link:
         link = self._link

@@ -7,9 +7,10 @@ in a trial, and SQLite's own busy handler is no fairer. Here a connection is han
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
+from threading import get_ident
+from time import monotonic
 from typing import Generic, Protocol, TypeVar
 
 from homeagent.errors import DatabaseBusyError, DatabaseClosedError
@@ -73,7 +74,7 @@ class Lanes(Generic[T]):
                 raise _closed()
             if self._free and not self._waiters:
                 resource = self._free.pop()
-                self._held[resource] = (threading.get_ident(), time.monotonic())
+                self._held[resource] = (get_ident(), monotonic())
                 return resource
             if self._count < self._size:
                 self._count += 1
@@ -86,7 +87,7 @@ class Lanes(Generic[T]):
 
     def _wait(self, waiter: _Waiter[T], timeout: float) -> T:
         self.waits += 1
-        since = time.monotonic()
+        since = monotonic()
         try:
             given = waiter.given.acquire(timeout=max(timeout, 0))
         except BaseException:
@@ -94,7 +95,7 @@ class Lanes(Generic[T]):
             raise
         finally:
             if self._waited is not None:
-                self._waited(time.monotonic() - since)
+                self._waited(monotonic() - since)
         if not given:
             # It may have been given between the timeout and here: then it is ours.
             with self._mutex:
@@ -109,7 +110,7 @@ class Lanes(Generic[T]):
         if waiter.resource is None:
             raise _closed()
         with self._mutex:
-            self._held[waiter.resource] = (threading.get_ident(), time.monotonic())
+            self._held[waiter.resource] = (get_ident(), monotonic())
         return waiter.resource
 
     def _withdraw(self, waiter: _Waiter[T]) -> None:
@@ -131,7 +132,7 @@ class Lanes(Generic[T]):
             self._give_room()
             raise
         with self._mutex:
-            self._held[resource] = (threading.get_ident(), time.monotonic())
+            self._held[resource] = (get_ident(), monotonic())
         return resource
 
     def release(self, resource: T) -> None:
@@ -200,7 +201,7 @@ class Lanes(Generic[T]):
 
     def _holders(self) -> str:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        now = time.monotonic()
+        now = monotonic()
         held = [
             f"thread {names.get(ident, ident)!r} holds it since {now - since:.3f} s"
             for ident, since in self._held.values()
