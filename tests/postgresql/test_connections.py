@@ -249,6 +249,7 @@ def short_directory() -> Iterator[Path]:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_units_follow_the_primary(installation: Installation, short_directory: Path, clock: FakeClock) -> None:
     """A primary that comes back as a standby is left for the one that takes writes, and units wait for that one."""
     first = Server(installation, short_directory / "a", port=free_port())
