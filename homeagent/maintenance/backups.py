@@ -82,28 +82,62 @@ def back_up(
     directory = where if into_directory else where.parent
     prepare_directory(directory)
     with FileLock(directory / _LOCK, timeout=timeout, owner_of=directory):
-        taken_at = clock()
         if into_directory:
-            _remove_stale(directory, engine.path)
-            target = _free_name(directory / backup_name(engine.path, _revision(engine), taken_at))
-        else:
-            _refuse_own_files(engine.path, where)
-            target = where
-            if replace:
-                judge_file(target, is_database=False)
-            discard(_partial(target))
-        manifest = write_backup(
-            engine,
-            target,
-            partial=_partial(target),
-            version_table=VERSION_TABLE,
-            taken_at=taken_at,
-            kind="backup",
-            replace=replace,
-            stop=stop,
-        )
-        if keep is not None:
-            _remove_oldest(target, manifest, keep)
+            return _make_in(directory, engine, clock=clock, keep=keep, stop=stop)
+        _refuse_own_files(engine.path, where)
+        if replace:
+            judge_file(where, is_database=False)
+        discard(_partial(where))
+        return _make(where, engine, taken_at=clock(), keep=keep, replace=replace, stop=stop)
+
+
+def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, stop: Stop) -> Path | None:
+    """Make the backup of a schedule if none in its directory is young enough, and return where it is.
+
+    Returns:
+        None where none is due, or another process makes one at this moment.
+    """
+    engine = require_file(engine)
+    directory = locate_file(schedule.directory)
+    if not _is_due(engine.path, directory, schedule, clock()):
+        return None
+    prepare_directory(directory)
+    lock = FileLock(directory / _LOCK, timeout=timedelta(0), owner_of=directory)
+    try:
+        lock.acquire()
+    except DatabaseBusyError:
+        return None
+    try:
+        # Another process may have made it since, and be done.
+        if not _is_due(engine.path, directory, schedule, clock()):
+            return None
+        return _make_in(directory, engine, clock=clock, keep=schedule.keep, stop=stop)
+    finally:
+        lock.release()
+
+
+def _make_in(directory: Path, engine: SQLiteEngine, *, clock: Clock, keep: int | None, stop: Stop) -> Path:
+    _remove_stale(directory, engine.path)
+    taken_at = clock()
+    target = _free_name(directory / backup_name(engine.path, _revision(engine), taken_at))
+    return _make(target, engine, taken_at=taken_at, keep=keep, replace=False, stop=stop)
+
+
+def _make(
+    target: Path, engine: SQLiteEngine, *, taken_at: datetime, keep: int | None, replace: bool, stop: Stop
+) -> Path:
+    manifest = write_backup(
+        engine,
+        target,
+        partial=_partial(target),
+        version_table=VERSION_TABLE,
+        taken_at=taken_at,
+        kind="backup",
+        replace=replace,
+        stop=stop,
+    )
+    if keep is not None:
+        _remove_oldest(target, manifest, keep)
     if not engine.is_temporary:
         _remember(engine.path, target)
     logger.info(
@@ -116,29 +150,7 @@ def back_up(
     return target
 
 
-def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, stop: Stop) -> Path | None:
-    """Make the backup of a schedule if none in its directory is young enough, and return where it is.
-
-    Returns:
-        None where none is due, or another process makes one at this moment.
-    """
-    if not _is_due(require_file(engine).path, schedule, clock()):
-        return None
-    try:
-        return back_up(
-            engine,
-            os.path.join(schedule.directory, ""),  # noqa: PTH118  a Path would drop the slash, which says: a directory
-            clock=clock,
-            keep=schedule.keep,
-            timeout=timedelta(0),
-            stop=stop,
-        )
-    except DatabaseBusyError:
-        return None
-
-
-def _is_due(database: Path, schedule: BackupSchedule, now: datetime) -> bool:
-    directory = locate_file(schedule.directory)
+def _is_due(database: Path, directory: Path, schedule: BackupSchedule, now: datetime) -> bool:
     # One from the future was made while the clock was ahead, and tells nothing.
     ages = [now - manifest.taken_at for _, manifest in _backups_of(database, directory) if manifest.taken_at <= now]
     return not ages or min(ages) >= schedule.every

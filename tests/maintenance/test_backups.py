@@ -503,3 +503,39 @@ def test_two_schedules_make_one(sqlite_database: Database, clock: FakeClock, tmp
         made = back_up_if_due(sqlite_database._engine, BackupSchedule(directory), clock=clock, stop=lambda: False)
     assert made is None
     assert names(directory) == set()
+
+
+SCHEDULED = """
+import sys
+from datetime import timedelta
+from homeagent import BackupSchedule, Database
+
+with Database.open(sys.argv[1]) as database:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    database._back_up_if_due(BackupSchedule(sys.argv[2]), __import__("threading").Event())
+"""
+
+
+def test_processes_share_a_schedule(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
+    """Four processes that find a backup due at the same moment make one between them."""
+    children.together(SCHEDULED, [(sqlite_path, tmp_path / "backups")] * 4)
+    assert len(list((tmp_path / "backups").glob("*.backup"))) == 1
+
+
+def test_one_that_was_made_meanwhile_is_enough(
+    sqlite_database: Database, clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who finds one due, and then waits for nobody but finds it made, makes no second one."""
+    from homeagent.maintenance import backups
+
+    schedule = BackupSchedule(tmp_path / "backups")
+    prepare = backups.prepare_directory
+
+    def others_first(directory: Path) -> None:
+        monkeypatch.setattr(backups, "prepare_directory", prepare)
+        sqlite_database.backup(f"{directory}/")
+
+    monkeypatch.setattr(backups, "prepare_directory", others_first)
+    assert back_up_if_due(sqlite_database._engine, schedule, clock=clock, stop=lambda: False) is None
+    assert len(list((tmp_path / "backups").glob("*.backup"))) == 1
