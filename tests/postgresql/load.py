@@ -128,11 +128,7 @@ class Load:
         for kill, until in zip(self._kills, [*self._kills[1:], time.monotonic()], strict=True):
             # The longest time between two acknowledgements of a writer, of which the later one came after the kill.
             gaps = sorted(
-                max(
-                    later["at"] - line["at"]
-                    for line, later in pairwise(ledger)
-                    if later["at"] > kill and line["at"] < until
-                )
+                max(later["at"] - line["at"] for line, later in pairwise(ledger) if kill < later["at"] <= until)
                 for ledger in ledgers
             )
             report.outages.append((gaps[0], gaps[-1]))

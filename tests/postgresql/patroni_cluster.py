@@ -1,0 +1,207 @@
+"""Two servers that Patroni keeps: it clones, promotes and rewinds them by itself, by what it reads in etcd."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import IO
+
+from tests.postgresql.load import wait_for
+from tests.postgresql.server import Installation, Server, free_port
+
+__all__ = ["PatroniCluster"]
+
+
+class PatroniCluster:
+    """One etcd and two nodes, each a Patroni and its PostgreSQL, all on the loopback address.
+
+    Args:
+        installation: the programs of PostgreSQL, and the user for everything.
+        directory: what all of it is kept in.
+        etcd: the program.
+    """
+
+    def __init__(self, installation: Installation, directory: Path, etcd: str) -> None:
+        self._installation = installation
+        self._directory = directory
+        self._etcd = etcd
+        self._etcd_port = free_port()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._patroni: dict[Server, subprocess.Popen[bytes]] = {}
+        self._logs: list[IO[bytes]] = []
+        self.nodes = [Server(installation, directory / name, port=free_port()) for name in ("a", "b")]
+        self._rest_ports = {node: free_port() for node in self.nodes}
+
+    def start(self) -> None:
+        """Start everything, and return once there is a store to be made and a standby for it."""
+        self._keep("etcd", partial(subprocess.Popen, _as(self._installation.user) + self._etcd_command()))
+        for node in self.nodes:
+            self._installation.make_directory(node.directory)
+            self.start_node(node)
+            wait_for(f"node {node.directory.name}", partial(_is_primary, node, None), seconds=120)
+        self.leader.execute("CREATE DATABASE homeagent")
+        wait_for("a synchronous standby", self._has_standby, seconds=120)
+
+    def _keep(self, name: str, start: Callable[..., subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+        """Start a process with a log, to be stopped with the others."""
+        log = (self._directory / f"{name}.log").open("ab")
+        self._logs.append(log)
+        process = start(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=self._directory)
+        self._processes.append(process)
+        return process
+
+    def _etcd_command(self) -> list[str]:
+        client, peer = (f"http://127.0.0.1:{port}" for port in (self._etcd_port, free_port()))
+        data = self._installation.make_directory(self._directory / "etcd")
+        return [
+            self._etcd,
+            f"--data-dir={data}", f"--listen-client-urls={client}", f"--advertise-client-urls={client}",
+            f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}", f"--initial-cluster=default={peer}",
+        ]  # fmt: skip
+
+    def start_node(self, node: Server) -> None:
+        """Start a node's Patroni, which does the rest."""
+        name = node.directory.name
+        configuration = self._directory / f"{name}.yml"
+        # JSON is YAML too.
+        configuration.write_text(json.dumps(self._configuration(node)))
+        command = [str(Path(sys.executable).with_name("patroni")), str(configuration)]
+        self._patroni[node] = self._keep(name, partial(subprocess.Popen, _as(self._installation.user) + command))
+
+    def _configuration(self, node: Server) -> dict[str, object]:
+        rest = f"127.0.0.1:{self._rest_ports[node]}"
+        return {
+            "scope": "homeagent",
+            "name": node.directory.name,
+            "restapi": {"listen": rest, "connect_address": rest},
+            "etcd3": {"host": f"127.0.0.1:{self._etcd_port}"},
+            "bootstrap": {
+                "dcs": {
+                    # Patroni takes no less than 20 seconds. It bounds how long a node that is gone may be missed.
+                    "ttl": 20,
+                    "loop_wait": 1,
+                    "retry_timeout": 3,
+                    # No commit is acknowledged before the standby has it, and no other standby is promoted.
+                    "synchronous_mode": True,
+                    # A server that died gives the lead up at once, and isn't tried to be started first.
+                    "primary_start_timeout": 0,
+                    "postgresql": {"use_pg_rewind": True, "parameters": {"wal_keep_size": "256MB"}},
+                },
+                "initdb": ["data-checksums", {"encoding": "UTF8"}, {"locale": "C"}],
+            },
+            "postgresql": {
+                "listen": f"127.0.0.1:{node.port}",
+                "connect_address": f"127.0.0.1:{node.port}",
+                "data_dir": str(node.data),
+                "bin_dir": str(self._installation.programs),
+                "pgpass": str(node.directory / "pgpass"),
+                "authentication": {name: {"username": "postgres"} for name in ("superuser", "replication", "rewind")},
+                "pg_hba": [f"host {name} all 127.0.0.1/32 trust" for name in ("all", "replication")],
+                "parameters": {"unix_socket_directories": str(node.directory)},
+                # Where a rewind isn't possible, the node is cloned anew.
+                "remove_data_directory_on_rewind_failure": True,
+                "remove_data_directory_on_diverged_timelines": True,
+            },
+        }
+
+    @property
+    def url(self) -> str:
+        """The store, on whichever of the two leads."""
+        ports = ",".join(str(node.port) for node in self.nodes)
+        return f"postgresql://postgres@/homeagent?host=127.0.0.1,127.0.0.1&port={ports}&target_session_attrs=read-write"
+
+    @property
+    def leader(self) -> Server:
+        """The node that takes writes."""
+        (leader,) = (node for node in self.nodes if _is_primary(node, True))
+        return leader
+
+    def wait_for_standby(self) -> None:
+        """Wait until the other node may be promoted, and commits are seen to wait for it."""
+        wait_for("a synchronous standby", self._has_standby, seconds=120)
+        wait_for("commits that wait for the standby", lambda: self.leader.execute(_WAITING))
+
+    def _has_standby(self) -> bool:
+        # What the server says is not enough: commits wait for a standby a moment before Patroni has put it on record in
+        # etcd, and one that is not on record is not promoted.
+        connection = HTTPConnection("127.0.0.1", self._rest_ports[self.leader], timeout=10)
+        try:
+            connection.request("GET", "/cluster")
+            members = json.load(connection.getresponse())["members"]
+        finally:
+            connection.close()
+        return any(member["role"] == "sync_standby" for member in members)
+
+    def kill_server(self, node: Server) -> None:
+        """Kill a node's PostgreSQL, all of its processes; its Patroni goes on."""
+        node.kill()
+
+    def kill_node(self, node: Server) -> None:
+        """Kill a node's Patroni and its PostgreSQL: what the loss of a host does."""
+        self._patroni[node].kill()
+        node.kill()
+        self._patroni[node].wait(30)
+
+    def stop(self) -> None:
+        """Stop everything."""
+        for process in reversed(self._processes):
+            # A Patroni stops its PostgreSQL first; etcd is the last to go.
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(30)
+        for node in self.nodes:
+            if node.is_running:
+                # The file is left behind by one that was killed.
+                with suppress(AssertionError):
+                    node.stop("immediate")
+        for log in self._logs:
+            log.close()
+
+    def said(self) -> str:
+        """Return the end of what each of them said."""
+        return "\n".join(
+            f"{path.name}: {path.read_text(errors='replace')[-3000:]}" for path in self._directory.glob("*.log")
+        )
+
+
+_WAITING = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+
+
+def _as(user: str | None) -> list[str]:
+    """Return what makes another user's command of ours, where we are root: PostgreSQL refuses to run as that.
+
+    It may still read everything, since this Python may be in a home directory into which we let nobody look.
+    """
+    if user is None:
+        return []
+    capability = "+dac_override"
+    return [
+        "setpriv", f"--reuid={user}", f"--regid={_group_of(user)}", "--clear-groups",
+        f"--inh-caps={capability}", f"--ambient-caps={capability}", "--",
+    ]  # fmt: skip
+
+
+def _group_of(user: str) -> int:
+    import pwd
+
+    return pwd.getpwnam(user).pw_gid
+
+
+def _is_primary(node: Server, expected: bool | None) -> bool:
+    """Tell whether a node answers that it is a primary, or that it is none; with None, whether it answers at all."""
+    import psycopg
+
+    try:
+        ((primary,),) = node.execute("SELECT NOT pg_is_in_recovery()")
+    except psycopg.Error:
+        return False
+    return expected is None or primary is expected

@@ -1,0 +1,77 @@
+"""Two servers under Patroni lose their leader, under load, and nobody helps. PostgreSQL only.
+
+It needs the extra `test-patroni` and etcd: `.ci/run patroni` brings both.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from homeagent import Database
+from tests.conftest import Children
+from tests.postgresql.load import Load
+from tests.postgresql.patroni_cluster import PatroniCluster
+from tests.postgresql.server import Installation
+
+ETCD = shutil.which("etcd")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("patroni") is None or ETCD is None, reason="Patroni or etcd is missing: .ci/run patroni brings both"
+    ),
+]
+
+ROUNDS = 2
+
+
+@pytest.fixture
+def cluster(installation: Installation) -> Iterator[PatroniCluster]:
+    """An etcd and two nodes."""
+    assert ETCD is not None
+    directory = Path(tempfile.mkdtemp(prefix="homeagent-patroni-"))
+    directory.chmod(0o755)
+    cluster = PatroniCluster(installation, directory, ETCD)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        print(cluster.said())  # noqa: T201  pytest shows it where the test failed
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_patroni(
+    cluster: PatroniCluster, children: Children, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 8 writers, through the loss of servers and of whole nodes, each acknowledged unit is there, none twice."""
+    with Database.open(cluster.url) as database:
+        load = Load(children, cluster.url, tmp_path)
+        load.start()
+        for _ in range(ROUNDS):
+            for whole in (False, True):
+                cluster.wait_for_standby()
+                load.wait_for_turns(5)
+                lost = cluster.leader
+                load.killing()
+                if whole:
+                    cluster.kill_node(lost)
+                else:
+                    cluster.kill_server(lost)
+                load.wait_for_turns(5)
+                assert cluster.leader is not lost
+                if whole:
+                    cluster.start_node(lost)
+        cluster.wait_for_standby()
+        report = load.stop()
+        load.check(database)
+    with capsys.disabled():
+        # The figures are what one runs this for.
+        print(f"\n{report}\nThe odd ones lost the server alone, the even ones its Patroni too.")  # noqa: T201
+    assert len(report.outages) == 2 * ROUNDS
