@@ -38,7 +38,8 @@ class _Result:
 
     @property
     def rowcount(self) -> int:
-        return self.connection.changes()
+        changed: int = self.connection.changes()
+        return changed
 
 
 class Apsw(Handwritten):
