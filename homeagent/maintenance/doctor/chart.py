@@ -34,6 +34,8 @@ class Chart:
         self.watch = watch
         self.findings: dict[str, Finding] = {}
         self.not_checked: dict[str, str] = {}
+        self.database_option = ""
+        """What names the database in a command of this package; empty where it is the default one."""
         self.restore_command: str | None = None
         """The command that restores the newest good backup, None where none is known."""
 
@@ -78,6 +80,9 @@ class Chart:
         )
 
     def _add(self, finding: Finding) -> None:
+        command = finding.command
+        if command is not None and command.startswith("homeagent ") and "--database" not in command:
+            finding = finding.model_copy(update={"command": command + self.database_option})
         self.findings[finding.check] = finding
         self.not_checked.pop(finding.check, None)
 

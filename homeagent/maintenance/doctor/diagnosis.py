@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from datetime import timedelta
 from os import PathLike
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from homeagent.clock import Clock, system_clock
 from homeagent.engine.inspection import Stopwatch
-from homeagent.engine.target import Target, resolve_target
+from homeagent.engine.target import DEFAULT_PATH, Target, resolve_target
 from homeagent.errors import InvalidArgumentError
 from homeagent.maintenance.doctor.chart import Chart
 from homeagent.maintenance.doctor.findings import Diagnosis, Repair
@@ -78,5 +79,14 @@ def look(target: Target, *, clock: Clock, thorough: bool, repairs: Sequence[Repa
         examine_postgresql(chart, target.url, limit=limit)
         return chart.diagnosis(location=target.location, engine="postgresql", repairs=repairs)
     assert target.path is not None  # noqa: S101  a temporary one has no look from outside
+    if not _is_default(target):
+        chart.database_option = f" --database {shlex.quote(str(target.path))}"
     examine_sqlite(chart, target.path)
     return chart.diagnosis(location=target.location, engine="sqlite", repairs=repairs)
+
+
+def _is_default(target: Target) -> bool:
+    try:
+        return target == resolve_target(DEFAULT_PATH)
+    except InvalidArgumentError:
+        return False  # this user has no home, so no default either

@@ -182,7 +182,7 @@ def _check_owners(chart: Chart, path: Path, files: dict[Path, os.stat_result]) -
     if others:
         chart.alarm(
             "file_owners",
-            f"{len(others)} files beside the database belong to another user, such as {others[0].name!r}.",
+            f"Files beside the database that belong to another user: {len(others)}, such as {others[0].name!r}.",
             meaning="the gateway can't open them: a command was probably run as another user, such as root",
             remedy="give them to the owner of the database",
             command=f"chown {main.st_uid}:{main.st_gid} {' '.join(shlex.quote(str(file)) for file in others)}",
@@ -200,7 +200,7 @@ def _check_modes(chart: Chart, files: dict[Path, os.stat_result]) -> None:
         chart.ok("file_modes", "Only their owner can use the files.", files=len(regular))
         return
     file, mode = max(loose.items(), key=lambda item: (item[1] & 0o022 != 0, item[1]))
-    summary = f"{len(loose)} files have a mode looser than 0600, such as {file.name!r} with {mode:04o}."
+    summary = f"Files with a mode looser than 0600: {len(loose)}, such as {file.name!r} with {mode:04o}."
     command = f"chmod 600 {' '.join(shlex.quote(str(file)) for file in loose)}"
     if any(mode & 0o022 for mode in loose.values()):
         chart.alarm(
@@ -229,7 +229,7 @@ def _check_stale(chart: Chart, path: Path) -> None:
         return
     chart.warn(
         "stale_files",
-        f"{len(partial)} files were being written when their writer died, such as {partial[0].name!r}.",
+        f"Files that were being written when their writer died: {len(partial)}, such as {partial[0].name!r}.",
         meaning="they hold half a copy each, which is of no use, and take up space",
         remedy="remove them",
         command="homeagent doctor --fix",

@@ -178,7 +178,7 @@ def _check_collations(chart: Chart, connection: Connection) -> None:
         return
     chart.alarm(
         "collations",
-        f"{len(other)} columns are not compared by bytes, such as {other[0]}.",
+        f"Columns that are not compared by bytes: {len(other)}, such as {other[0]}.",
         meaning="pages of a list come in another order, and an index breaks when the system's locale data change",
         remedy='give each its collation back, as in: ALTER TABLE … ALTER COLUMN … TYPE text COLLATE "C"',
         columns=len(other),

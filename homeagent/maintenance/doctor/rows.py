@@ -125,11 +125,11 @@ def _check_backlog(chart: Chart, connection: Connection) -> None:
     nonces = _count(connection, Nonce, _nonce.expires_at <= chart.now - NONCE_GRACE)
     keys = _count(connection, IdempotencyKey, _key.expires_at <= chart.now, _key.state != IdempotencyState.IN_PROGRESS)
     if nonces + keys <= BACKLOG:
-        chart.ok("expired_backlog", f"{nonces + keys:,} expired rows wait to be swept.", nonces=nonces, keys=keys)
+        chart.ok("expired_backlog", f"Expired rows that wait to be swept: {nonces + keys:,}.", nonces=nonces, keys=keys)
         return
     chart.warn(
         "expired_backlog",
-        f"{nonces + keys:,} expired rows wait to be swept.",
+        f"Expired rows that wait to be swept: {nonces + keys:,}.",
         meaning="nobody sweeps, so the database only grows; what has expired is dead all the same",
         remedy="sweep now, and run database.sweeper() in the gateway",
         command="homeagent sweep",
@@ -146,7 +146,7 @@ def _check_abandoned(chart: Chart, connection: Connection) -> None:
         return
     chart.warn(
         "abandoned_effects",
-        f"{abandoned:,} effects began and nobody knows how they ended: their leases lapsed.",
+        f"Effects that began, and nobody knows how they ended: {abandoned:,}.",
         meaning="their retries get OutcomeUnknownError until somebody finds out",
         remedy="list them, find out about each, then 'homeagent keys resolve' or 'homeagent keys forget'",
         command="homeagent keys abandoned",
@@ -169,7 +169,7 @@ def _check_previous_secrets(chart: Chart, connection: Connection) -> None:
         return
     chart.warn(
         "previous_secrets",
-        f"{stale:,} devices still hold the hash of a previous secret that serves no more.",
+        f"Devices that still hold the hash of a secret that serves no more: {stale:,}.",
         meaning="nobody can enter with it, and nothing needs it: who steals the file has one more hash to guess at",
         remedy="remove these hashes",
         command="homeagent doctor --fix",
@@ -184,7 +184,7 @@ def _check_orphaned_keys(chart: Chart, connection: Connection) -> None:
         return
     chart.warn(
         "orphaned_keys",
-        f"{orphans:,} idempotency keys belong to no device.",
+        f"Idempotency keys that belong to no device: {orphans:,}.",
         meaning="their device was removed by other means than devices.delete, or never paired",
         remedy="wait until they expire and are swept; where no such device should be, find out who writes them",
         keys=orphans,
@@ -198,7 +198,7 @@ def _check_orphaned_sessions(chart: Chart, connection: Connection) -> None:
         return
     chart.alarm(
         "orphaned_sessions",
-        f"{orphans:,} sessions belong to no agent.",
+        f"Sessions that belong to no agent: {orphans:,}.",
         meaning="something else wrote to the database with foreign keys switched off",
         remedy="create the missing agents again, or remove these sessions; then find out what wrote them",
         sessions=orphans,
@@ -210,11 +210,11 @@ def _check_pending(chart: Chart, connection: Connection) -> None:
     waiting = _count(connection, Device, pending)
     long = _count(connection, Device, pending, _device.paired_at <= chart.now - PENDING)
     if not long:
-        chart.ok("pending_devices", f"{waiting:,} devices wait for approval.", pending=waiting, overdue=0)
+        chart.ok("pending_devices", f"Devices that wait for approval: {waiting:,}.", pending=waiting, overdue=0)
         return
     chart.warn(
         "pending_devices",
-        f"{long:,} devices have been waiting for approval for over {_lasting(PENDING)}.",
+        f"Devices that have been waiting for approval for over {_lasting(PENDING)}: {long:,}.",
         meaning="somebody expects to get in, or somebody tries to",
         remedy="look at each, then 'homeagent devices approve' or 'homeagent devices revoke' it",
         command="homeagent devices list --status pending",
@@ -227,7 +227,7 @@ def _check_admins(chart: Chart, connection: Connection) -> None:
     admins = _count(connection, Device, _device.role == Role.ADMIN, _device.approved == True)  # noqa: E712  an expression
     devices = _count(connection, Device)
     if admins or not devices:
-        summary = f"{admins:,} approved admins." if devices else "No device has paired yet."
+        summary = f"Approved admins: {admins:,}." if devices else "No device has paired yet."
         chart.ok("admins", summary, admins=admins, devices=devices)
         return
     chart.warn(

@@ -265,7 +265,7 @@ def _check_integrity(chart: Chart, connection: Connection) -> None:
     first = problems[0].splitlines()[0]
     chart.alarm(
         "integrity",
-        f"The file is damaged: SQLite's {pragma} finds {len(problems)} faults, the first is {first!r}.",
+        f"The file is damaged: SQLite's {pragma} finds faults: {len(problems)}, the first is {first!r}.",
         meaning="rows may be missing or wrong, and each write may make it worse",
         remedy=RESTORE,
         pragma=pragma,
@@ -280,7 +280,7 @@ def _check_foreign_keys(chart: Chart, connection: Connection) -> None:
         return
     chart.alarm(
         "foreign_keys",
-        f"{broken:,} references lead nowhere.",
+        f"References that lead nowhere: {broken:,}.",
         meaning="something else wrote to the database with foreign keys switched off; an upgrade will fail",
         remedy="see orphaned_sessions",
         broken=broken,
