@@ -172,6 +172,28 @@ def test_a_comment_of_the_instrumentation_reaches_the_server(target: str, provid
     assert any("INSERT INTO agents" in text and "/*" in text for text in texts)
 
 
+def test_rows_that_go_in_in_bulk_are_one_statement(traced: Database, spans: Spans) -> None:
+    """Many rows by the driver's fastest way, which is COPY on PostgreSQL, are one span, and a failure ends it too."""
+    columns = ("id", "name", "workspace_path", "created_at")
+    engine = traced._engine
+    for rows, fails in (([("geheim", "A", "/", 1), ("b", "B", "/", 1)], False), ([("c", None, "/", 1)], True)):
+        link = engine.begin(read_only=False, timeout=20)
+        try:
+            if fails:
+                with pytest.raises(errors.ConflictError):
+                    link.insert_rows("agents", columns, rows)
+            else:
+                link.insert_rows("agents", columns, rows)
+        finally:
+            link.rollback()
+            engine.writers.release(link)
+        found = spans()
+        (bulk,) = (span for span in found if "agents" in str(_attribute(span, "db.statement")))
+        assert bulk.name.split()[0] == ("INSERT" if engine.dialect_name == "sqlite" else "COPY")
+        assert (bulk.status.status_code is StatusCode.ERROR) is fails
+        assert "geheim" not in "".join(span.to_json() for span in found)
+
+
 def test_nothing_is_wrapped_where_nobody_listens(database: Database) -> None:
     """Without a listener a link has the driver's own cursor."""
     with database.unit_of_work() as unit:

@@ -181,6 +181,19 @@ sys.stdin.readline()
     assert at(found, "wal_size").facts["wal_bytes"] > 0
 
 
+def test_an_open_database_whose_file_is_gone(path: Path, clock: FakeClock) -> None:
+    """What a program deleted under an open database is a finding, and no error."""
+    with Database.open(path, clock=clock) as database:
+        add_agent(database)
+        for file in (path, path.with_name("homeagent.db-wal"), path.with_name("homeagent.db-shm")):
+            file.unlink(missing_ok=True)
+        found = database.doctor(fix=True)
+        assert (at(found, "database").severity, found.repairs) == (Severity.CRITICAL, [])
+        assert not path.exists()
+    with pytest.raises(errors.DatabaseClosedError):
+        database.doctor()
+
+
 # The file
 
 
