@@ -15,7 +15,7 @@ from tests.benchmarks.contestants import BenchmarkError, Contestant, Process
 from tests.benchmarks.data import Rows, count_rows
 from tests.benchmarks.works import SLICES, Work
 
-__all__ = ["Measured", "Plan", "Runner", "Say", "copy_database", "measure_works"]
+__all__ = ["Measured", "Plan", "Runner", "Say", "copy_database", "expect_rows", "measure_works"]
 
 Say = Callable[[str], object]
 
@@ -111,18 +111,20 @@ def measure_works(
             runners = []
             for each in contestants:
                 process = stack.enter_context(Process(each, target_of(each), durability))
-                runners.append(Runner(process, rows, count))
+                runners.append(Runner(process, rows))
             for work in works:
                 say(f"{durability}, round {number + 1} of {plan.rounds}: {work.title}")
                 taking_part = [each for each in runners if each.process.contestant.takes_part(work.name)]
                 for runner in taking_part:
                     work.check(runner.process, rows)
+                before = [count(runner.process.target) for runner in taking_part]
+                for runner in taking_part:
                     runner.begin(work, plan, number)
                 for repeat in range(plan.repeats):
                     peers = repeat == plan.repeats // 2
                     _take_turns(taking_part, work, repeat, number, table[work.name], peers=peers)
-                for runner in taking_part:
-                    runner.end(work)
+                for runner, held in zip(taking_part, before, strict=True):
+                    expect_rows(runner, work.title, count(runner.process.target), held)
     return table
 
 
@@ -142,21 +144,34 @@ def _take_turns(
         row[name].ratios.append(seconds / baseline)
 
 
-class Runner:
-    """A contender's process and how many calls make a sample of it."""
+def expect_rows(runner: Runner, what: str, found: dict[str, int], held: dict[str, int]) -> None:
+    """Compare the rows that a database holds with what was written since it was begun with.
 
-    def __init__(self, process: Process, rows: Rows, count: Callable[[str], dict[str, int]]) -> None:
+    Raises:
+        BenchmarkError: they are others.
+    """
+    expected = {table: count + runner.written.get(table, 0) for table, count in held.items()}
+    if found != expected:
+        name = runner.process.contestant.name
+        raise BenchmarkError(f"{name} at {what}: the database holds {found}, and not {expected}")
+
+
+class Runner:
+    """A contender's process, and how many calls make a sample of it.
+
+    Attributes:
+        written: how many rows each table must have grown by since `begin`.
+    """
+
+    def __init__(self, process: Process, rows: Rows) -> None:
         self.process = process
         self.rows = rows
-        self.count = count
         self.calls = 1
-        self.done = 0
-        self.before: dict[str, int] = {}
+        self.written: dict[str, int] = {}
 
     def begin(self, work: Work, plan: Plan, number: int) -> None:
         """Warm up, and find out how many calls fill a sample."""
-        self.before = self.count(self.process.target)
-        self.done = 0
+        self.written = {}
         if work.once:
             self.calls = 1
             return
@@ -174,15 +189,7 @@ class Runner:
         return reply["seconds"] / self.calls, reply["cpu"] / self.calls
 
     def _time(self, work: Work, arguments: list[Any]) -> dict[str, float]:
-        self.done += len(arguments)
-        return self.process.request("time", work=work.name, arguments=arguments)
-
-    def end(self, work: Work) -> None:
-        """Count what was written, from another process."""
-        grown = dict(self.before)
         if work.growth is not None:
-            grown[work.growth[0]] += self.done * work.growth[1]
-        found = self.count(self.process.target)
-        if found != grown:
-            name = self.process.contestant.name
-            raise BenchmarkError(f"{name} at {work.title}: the database holds {found}, and not {grown}")
+            table, each = work.growth
+            self.written[table] = self.written.get(table, 0) + each * len(arguments)
+        return self.process.request("time", work=work.name, arguments=arguments)

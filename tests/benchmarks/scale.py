@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.contestants import BASELINE, CONTESTANTS, Process
+from tests.benchmarks.contestants import BASELINE, CONTESTANTS, BenchmarkError, Process
 from tests.benchmarks.data import count_rows
 from tests.benchmarks.measuring import Measured, Runner
 from tests.benchmarks.operations import indexed
@@ -21,6 +21,13 @@ DURABILITY = "normal"
 """Where no commit waits for the disk, what size costs shows most."""
 
 
+def _expect_at_least(name: str, size: int, found: dict[str, int], written: Counter[str]) -> None:
+    # The checks write some rows too.
+    for table, count in written.items():
+        if found[table] < size + count:
+            raise BenchmarkError(f"{name} with {size:,} rows: {count} more of {table} were written, and {found} found")
+
+
 def measure_scale(workshop: Workshop) -> dict[str, Any]:
     """Return what was measured by contender, piece of work and size, and its ratio to the smallest size."""
     sizes = sorted(workshop.sizes)
@@ -31,6 +38,7 @@ def measure_scale(workshop: Workshop) -> dict[str, Any]:
     for number in range(rounds):
         for name in names:
             paths = {size: workshop.fresh(size) for size in sizes}
+            written: dict[int, Counter[str]] = {size: Counter() for size in sizes}
             # What the copies left to be written must not be in the way of what is measured.
             os.sync()
             with ExitStack() as stack:
@@ -38,7 +46,6 @@ def measure_scale(workshop: Workshop) -> dict[str, Any]:
                     size: Runner(
                         stack.enter_context(Process(CONTESTANTS[name], str(path), DURABILITY)),
                         workshop.template(size)[1],
-                        lambda target: count_rows(Path(target)),
                     )
                     for size, path in paths.items()
                 }
@@ -54,9 +61,11 @@ def measure_scale(workshop: Workshop) -> dict[str, Any]:
                             measured.seconds.append(seconds)
                             measured.cpu.append(cpu)
                             measured.ratios.append(seconds / times[sizes[0]][0])
-                    for runner in runners.values():
-                        runner.end(work)
-            for path in paths.values():
+                    for size, runner in runners.items():
+                        written[size].update(runner.written)
+            # Counted only now: to count ten million rows is to read them, and would empty the caches in between.
+            for size, path in paths.items():
+                _expect_at_least(name, size, count_rows(path), written[size])
                 shutil.rmtree(path.parent)
     return {
         "sizes": sizes,
