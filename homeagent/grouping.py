@@ -380,7 +380,7 @@ class Grouping:
         link = leading.share()
         while link is not None and len(taken) < _MOST:
             with self._mutex:
-                if not self._queue or self._queue[0].alone:
+                if not self._queue:
                     return
                 call = self._queue.popleft()
                 call.state = _TAKEN
