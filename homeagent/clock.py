@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -11,7 +12,8 @@ __all__ = ["Clock", "system_clock"]
 Clock = Callable[[], datetime]
 """Returns the present instant as an aware datetime. An injected clock is believed, even when it steps back."""
 
-_lock = threading.Lock()
+# A signal's handler may come while its own thread holds it, and read the clock.
+_lock = threading.RLock()
 _latest = datetime.min.replace(tzinfo=UTC)
 
 
@@ -27,3 +29,13 @@ def system_clock() -> datetime:
         if now > _latest:
             _latest = now
         return _latest
+
+
+def _renew_lock() -> None:
+    # A thread that is not there in a forked child may have held it.
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)

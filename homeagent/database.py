@@ -11,7 +11,7 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, NoReturn, Self, TypeVar
 
 from pydantic import SecretStr
 from sqlalchemy import URL
@@ -199,6 +199,8 @@ class Database:
 
     def close(self) -> None:
         """Stop the sweepers and close every connection. Closing twice is fine; what is used after it is refused."""
+        if self._engine.is_abandoned:
+            return  # a forked child's copy; somebody who is not there may hold the mutex
         with self._mutex:
             self._closed = True
             sweepers, self._sweepers = self._sweepers, []
@@ -206,6 +208,9 @@ class Database:
             sweeper.stop()
         self._engine.close()
         self._runner.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Database can't be pickled: pass its target, and open it in the other process")
 
     def __enter__(self) -> Self:
         return self

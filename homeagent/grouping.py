@@ -219,7 +219,8 @@ class Grouping:
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
-        self._mutex = threading.Lock()
+        # A signal's handler may come while its own thread holds it, and use the database.
+        self._mutex = threading.RLock()
         self._queue: deque[Call[Any]] = deque()
         self._led = False
 

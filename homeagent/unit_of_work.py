@@ -140,6 +140,7 @@ class UnitOfWork:
         if not self.read_only:
             self._owner = get_ident()
             if self._owner in settings.writing:
+                settings.engine.lanes(read_only=False)  # in a forked child that is what is wrong
                 refuse_nesting()
             settings.writing.add(self._owner)
         try:
@@ -214,12 +215,14 @@ class UnitOfWork:
             if self._session is not None:
                 self._session.close()
         finally:
-            if sound and not link.is_suspect:
-                lanes.release(link)
-            else:
-                lanes.discard(link)
-                if link.is_suspect:
-                    engine.discard_free()
+            # In a forked child, a thread that is not there may hold the lanes' mutex.
+            if not engine.is_abandoned:
+                if sound and not link.is_suspect:
+                    lanes.release(link)
+                else:
+                    lanes.discard(link)
+                    if link.is_suspect:
+                        engine.discard_free()
             settings.writing.discard(self._owner)
 
     def _require_link(self) -> Link:

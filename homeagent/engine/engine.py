@@ -182,6 +182,13 @@ class Engine(ABC):
     def abandon(self) -> None:
         """Refuse to be used: this is a forked child's copy, whose connections belong to the parent."""
         self._forked = True
+        for link in list(self._links):
+            link.abandon()
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether this is a forked child's copy."""
+        return self._forked
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -52,7 +52,8 @@ class Lanes(Generic[T]):
         self._make = make
         self._name = name
         self._waited = waited
-        self._mutex = threading.Lock()
+        # A signal's handler may come while its own thread holds it, and use the database.
+        self._mutex = threading.RLock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()
         self._count = 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from homeagent.engine.announcing import AnnouncingCursor, has_listeners
 from homeagent.engine.faults import commit_unknown
 from homeagent.engine.statements import Compiled, Parameters, Row, Statement
-from homeagent.errors import ConnectionLostError, HomeAgentError, ReadOnlyError
+from homeagent.errors import ConnectionLostError, DatabaseClosedError, HomeAgentError, ReadOnlyError
 from homeagent.models.types import UNREADABLE, unreadable
 
 if TYPE_CHECKING:
@@ -136,6 +136,8 @@ class Link:
 
     def rollback(self) -> None:
         """Undo everything since `begin`. Nothing to undo is fine: the engine may have done it by itself."""
+        if isinstance(self._raw, _Gone):
+            return  # there is nothing of this process's to undo
         if self._root is not None:
             root, self._root = self._root, None
             # A flush that failed has rolled it back already.
@@ -286,6 +288,19 @@ class Link:
         places = ", ".join("?" * width)
         self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names of ours
 
+    def abandon(self) -> None:
+        """Have everything that is done on it refused, a unit in the middle of which the process was forked included.
+
+        The connection is never closed: SQLite would look for the parent's log by its name, and delete it.
+        """
+        gone: Any = _Gone()
+        _leak(self._raw)
+        self._watch = None
+        self._raw, self._cursor, self._execute = gone, gone, gone
+        # For an ORM session, which works on SQLAlchemy's connection.
+        fairy: Any = self._connection.connection
+        fairy.dbapi_connection = gone
+
     def close(self) -> None:
         """Close the connection. Whatever it was in the middle of is rolled back by the engine."""
         if self.is_lost:
@@ -294,6 +309,34 @@ class Link:
         if self._watch is not None:
             self._watch.disconnected()
         self._connection.close()
+
+
+class _Gone:
+    """What a forked child has in the place of its parent's connection."""
+
+    in_transaction = False
+    closed = False
+
+    def __call__(self, *arguments: object, **named: object) -> Any:
+        raise DatabaseClosedError(
+            "this unit of work was begun before the process was forked, and is the parent's: open the database again"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+
+_kept: list[Any] = []
+
+
+def _leak(connection: object) -> None:
+    """Keep an object from being freed as long as the process lives, at its very end too."""
+    _kept.append(connection)
+    try:
+        import ctypes
+    except ImportError:
+        return  # some builds have none: then it is freed in the interpreter's last moments
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 
 def _read_only() -> ReadOnlyError:

@@ -175,6 +175,8 @@ def _withhold(error: BaseException) -> None:
 def _on_error(context: ExceptionContext) -> BaseException | None:
     original: Any = context.original_exception
     if isinstance(original, HomeAgentError):
+        raise original  # from what a forked child has in the place of a connection
+    if isinstance(original, HomeAgentError):
         return None  # announced by a link, which translated it
     fault = postgresql_fault(original)
     if context.connection is None and isinstance(fault, ConnectionLostError):

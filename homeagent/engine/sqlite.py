@@ -241,6 +241,8 @@ class SQLiteEngine(Engine):
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
         original = context.original_exception
+        if isinstance(context.original_exception, HomeAgentError):
+            raise context.original_exception  # from what a forked child has in the place of a connection
         return self.fault(original) if isinstance(original, self.driver.module.Error) else None
 
     def announced(self, presence: FileLock | None) -> None:

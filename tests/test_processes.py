@@ -1,0 +1,388 @@
+"""Forks, signals, interrupts and the interpreter's end, in real processes: a clear error or correct work, never a hang.
+
+One engine only where nothing else is said: the file and its locks are what a second process can harm.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from homeagent import AgentCreate, Database
+from homeagent.errors import DatabaseBusyError
+
+if TYPE_CHECKING:
+    from tests.conftest import Children, FakeClock
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+
+# What every script begins with; add() is a unit, and names() what is there.
+BEGIN = """
+import atexit, os, signal, sys, threading, time, warnings
+from datetime import timedelta
+from homeagent import AgentCreate, Database
+from homeagent.errors import DatabaseBusyError, DatabaseClosedError, HomeAgentError, UnitStateError
+warnings.simplefilter("ignore")
+target = sys.argv[1]
+def create(unit, name):
+    unit.agents.create(AgentCreate(id=name, name=name, workspace_path="/srv"))
+def add(database, name):
+    with database.unit_of_work() as unit:
+        create(unit, name)
+def names(database):
+    with database.unit_of_work(read_only=True) as unit:
+        return sorted(agent.id for agent in unit.agents.list(limit=100000))
+def refused(*acts):
+    count = 0
+    for act in acts:
+        try:
+            act()
+        except DatabaseClosedError:
+            count += 1
+    return count
+"""
+
+
+def names(path: Path | str) -> list[str]:
+    """Return the agents in a database, opened for this, and assert that it is sound."""
+    with Database.open(path) as database, database.unit_of_work(read_only=True) as unit:
+        if database._engine.dialect_name == "sqlite":
+            assert unit._require_link().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return sorted(agent.id for agent in unit.agents.list(limit=100_000))
+
+
+# Forks
+
+
+@needs_fork
+@pytest.mark.parametrize("orm", [False, True], ids=["stores", "ORM session"])
+def test_fork_in_the_middle_of_a_unit(target: str, children: Children, orm: bool) -> None:
+    """The unit is the parent's: in the child whatever is done with it is refused, its end included (either engine)."""
+    script = (
+        BEGIN
+        + f"orm = {orm}"
+        + """
+database = Database.open(target)
+with database.unit_of_work() as unit:
+    create(unit, "before-fork")
+    session = unit.session if orm else None
+    child = os.fork()
+    if not child:
+        from sqlmodel import select
+        from homeagent import Agent
+        acts = [
+            lambda: unit.agents.get("before-fork"),
+            lambda: create(unit, "child"),
+            lambda: unit.agents.delete("before-fork"),
+            lambda: unit.savepoint().__enter__(),
+            lambda: unit.session.exec(select(Agent)).all(),
+            lambda: add(database, "child"),
+            lambda: names(database),
+            lambda: unit.__exit__(None, None, None),
+        ]
+        count = refused(*acts)
+        database.close()
+        del database, unit, session
+        os._exit(count)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    create(unit, "after-fork")
+print(*names(database))
+database.close()
+"""
+    )
+    assert children.run(script, target).split() == ["8", "after-fork", "before-fork"]
+    assert names(target) == ["after-fork", "before-fork"]
+
+
+@needs_fork
+def test_fork_while_other_threads_are_busy(target: str, children: Children) -> None:
+    """Whatever another thread holds at the fork, the child is refused at once and waits for nobody."""
+    script = (
+        BEGIN
+        + """
+database = Database.open(target)
+stop = threading.Event()
+def load(number):
+    count = 0
+    while not stop.is_set():
+        database.run(lambda unit: create(unit, f"t{number}-{count}"))
+        names(database)
+        count += 1
+threads = [threading.Thread(target=load, args=(number,)) for number in range(4)]
+for thread in threads:
+    thread.start()
+codes = []
+for number in range(15):
+    time.sleep(0.005)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # a child that hangs is killed, and shows in its status
+        count = refused(
+            lambda: add(database, "lost"),
+            lambda: names(database),
+            lambda: database.run(lambda unit: None),
+            database.sweep,
+        )
+        database.close()
+        os._exit(count)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+stop.set()
+for thread in threads:
+    thread.join()
+print(*codes)
+database.close()
+"""
+    )
+    assert children.run(script, target).split() == ["4"] * 15
+    assert "lost" not in names(target)
+
+
+@needs_fork
+def test_child_that_outlives_the_parent_s_database(sqlite_path: Path, children: Children) -> None:
+    """A child's end closes nothing of the parent's: SQLite would delete, by its name, the log of who came later."""
+    script = (
+        BEGIN
+        + """
+database = Database.open(target)
+add(database, "before")
+names(database)
+read, write = os.pipe()
+child = os.fork()
+if not child:
+    os.read(read, 1)
+    del database
+    sys.exit(0)  # frees all that is left, unlike os._exit
+database.close()
+second = os.fork()
+if not second:
+    later = Database.open(target)
+    add(later, "in the log")
+    os.kill(os.getpid(), signal.SIGKILL)  # a crash: what was acknowledged is in the log alone
+os.waitpid(second, 0)
+log = os.stat(target + "-wal").st_size
+os.write(write, b"x")
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print(log > 0, os.stat(target + "-wal").st_size == log)
+"""
+    )
+    assert children.run(script, sqlite_path).split() == ["True", "True"]
+    assert names(sqlite_path) == ["before", "in the log"]
+
+
+@needs_fork
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(tmp_path: Path, sqlite_path: Path, children: Children, method: str) -> None:
+    """A pool's processes, however they are started, each open the database by its path."""
+    script = tmp_path / "pooled.py"
+    script.write_text(
+        BEGIN
+        + """
+import multiprocessing
+def work(number):
+    with Database.open(target) as own:
+        for each in range(5):
+            own.run(lambda unit: create(unit, f"{number}-{each}"))
+    return number
+if __name__ == "__main__":
+    database = Database.open(target)
+    add(database, "parent")
+    with multiprocessing.get_context(sys.argv[2]).Pool(3) as pool:
+        print(sum(pool.map(work, range(6))))
+    print(len(names(database)))
+    database.close()
+"""
+    )
+    run = f"import runpy, sys; sys.argv[0] = {str(script)!r}; runpy.run_path({str(script)!r}, run_name='__main__')"
+    if method != "fork":
+        # These import the script by its name.
+        run = f"import os, sys; os.execv(sys.executable, [sys.executable, {str(script)!r}, *sys.argv[1:]])"
+    assert children.run(run, sqlite_path, method).split() == ["15", "31"]
+
+
+def test_database_can_not_be_pickled(sqlite_database: Database) -> None:
+    """What is handed to another process is the target, and the error says so."""
+    with pytest.raises(TypeError, match="open it in the other process"):
+        pickle.dumps(sqlite_database)
+
+
+# The interpreter's end
+
+ENDS = {
+    "a daemon thread in the middle of units": """
+def load():
+    count = 0
+    while True:
+        database.run(lambda unit: create(unit, f"daemon-{count}"))
+        count += 1
+threading.Thread(target=load, daemon=True).start()
+time.sleep(0.1)
+""",
+    "a thread that goes on after the main one": """
+def load():
+    time.sleep(0.1)
+    for count in range(20):
+        add(database, f"late-{count}")
+    print(len(names(database)))
+threading.Thread(target=load).start()
+""",
+    "a sweeper": """
+database.sweeper(timedelta(milliseconds=1)).start()
+time.sleep(0.05)
+""",
+    "an open unit": """
+unit = database.unit_of_work().__enter__()
+create(unit, "unfinished")
+""",
+    "atexit": """
+atexit.register(lambda: (add(database, "at exit"), print(*names(database)), database.close()))
+""",
+    "an ORM session": """
+unit = database.unit_of_work().__enter__()
+unit.session.connection()
+create(unit, "unfinished")
+""",
+    "a generator that is not finished": """
+def rows():
+    with database.unit_of_work() as unit:
+        create(unit, "unfinished")
+        yield 1
+generator = rows()
+next(generator)
+""",
+    "an exception": """
+with database.unit_of_work() as unit:
+    create(unit, "unfinished")
+    raise SystemExit(0)
+""",
+}
+
+
+@pytest.mark.parametrize("end", list(ENDS))
+def test_interpreter_ends(target: str, children: Children, end: str) -> None:
+    """A process that ends without closing its database ends soon and quietly, with whole units (either engine)."""
+    process = children.start(BEGIN + 'database = Database.open(target)\nadd(database, "first")\n' + ENDS[end], target)
+    output, complaints = process.communicate(timeout=30)
+    assert (process.returncode, complaints) == (0, "")
+    if end == "a thread that goes on after the main one":
+        assert output.split() == ["21"]
+    if end == "atexit":
+        assert output.split() == ["at", "exit", "first"]
+    found = names(target)
+    assert "first" in found
+    assert "unfinished" not in found
+
+
+def test_generator_that_is_dropped_gives_its_lane_back(database: Database) -> None:
+    """A unit inside of a generator ends with it, and the next writer waits for nobody."""
+
+    def rows() -> object:
+        with database.unit_of_work() as unit:
+            unit.agents.create(AgentCreate(id="unfinished", name="A", workspace_path="/a"))
+            yield unit
+
+    generator = rows()
+    next(generator)  # type: ignore[call-overload]  # it is a generator
+    del generator
+    with database.unit_of_work() as unit:
+        assert unit.agents.find_by_id("unfinished") is None
+
+
+def test_thread_that_died_in_an_entered_unit_is_named(sqlite_path: Path, clock: FakeClock) -> None:
+    """A unit that was entered by hand and never left holds the only lane of a file: others are told, and don't hang."""
+    import threading
+    from datetime import timedelta
+
+    with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(milliseconds=50)) as database:
+        left: list[object] = []
+        thread = threading.Thread(target=lambda: left.append(database.unit_of_work().__enter__()), name="forgetful")
+        thread.start()
+        thread.join()
+        with pytest.raises(DatabaseBusyError, match="holds it since"), database.unit_of_work():
+            pass
+
+
+# Signals
+
+
+@posix
+def test_signal_handler_that_uses_the_database(target: str, children: Children) -> None:
+    """In the middle of a unit a handler may read, a second write unit is refused, and neither waits (either engine)."""
+    script = (
+        BEGIN
+        + """
+database = Database.open(target, busy_timeout=timedelta(seconds=20))
+answers = []
+inside = False
+def handler(number, frame):
+    global inside
+    if not inside:
+        inside = True
+        use()
+        inside = False
+def use():
+    names(database)
+    try:
+        add(database, f"handler-{len(answers)}")
+    except UnitStateError:
+        answers.append("refused")
+    except DatabaseBusyError:
+        answers.append("busy")
+    else:
+        answers.append("added")
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
+began = time.monotonic()
+count = 0
+while time.monotonic() - began < 1.5:
+    add(database, f"main-{count}")
+    names_now = database.run(lambda unit: unit.agents.find_by_id(f"main-{count}"), read_only=True)
+    assert names_now is not None
+    count += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+found = names(database)
+print(len(answers) > 20, answers.count("busy"), len(found) == count + answers.count("added"), "refused" in answers)
+database.close()
+"""
+    )
+    assert children.run(script, target).split() == ["True", "0", "True", "True"]
+
+
+@posix
+@pytest.mark.parametrize("way", ["block", "function"])
+def test_interrupt_in_the_middle_of_a_unit(target: str, children: Children, way: str) -> None:
+    """Ctrl-C inside of a unit undoes it, and the lane is of use afterwards (either engine)."""
+    script = (
+        BEGIN
+        + f"way = {way!r}"
+        + """
+database = Database.open(target, busy_timeout=timedelta(seconds=5))
+def work(unit):
+    create(unit, "interrupted")
+    print("inside", flush=True)
+    time.sleep(30)
+for _ in range(3):
+    try:
+        if way == "function":
+            database.run(work)
+        else:
+            with database.unit_of_work() as unit:
+                work(unit)
+    except KeyboardInterrupt:
+        add(database, f"after-{len(names(database))}")
+print(*names(database))
+database.close()
+"""
+    )
+    process = children.start(script, target)
+    assert process.stdout is not None
+    for _ in range(3):
+        assert process.stdout.readline() == "inside\n"
+        process.send_signal(signal.SIGINT)
+    assert children.finish(process).split() == ["after-0", "after-1", "after-2"]
