@@ -1,4 +1,7 @@
-"""The command line: what it prints, what it refuses and how, and that it shows no secret."""
+"""The command line: what it prints, what it refuses and how, and that it shows no secret.
+
+SQLite only, but for the tests that name a server: a command does the same on both, by way of `Database`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Group commit: units that share a commit are as good as units of their own, whatever the others do."""
+"""Group commit: units that share a commit are as good as units of their own, whatever the others do.
+
+SQLite only, but for the test that says so: PostgreSQL groups commits by itself.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The schema's history: what each revision makes, what becomes of old rows, and upgrades that fail, race or die."""
+"""The schema's history: what each revision makes, what becomes of old rows, and upgrades that fail, race or die.
+
+What is on SQLite only is about files: those kept of each release, the copy before an upgrade, the rebuilding of tables.
+The revisions themselves run on both; postgresql/test_upgrade.py has the locks and timeouts of the other.
+"""
 
 from __future__ import annotations
 

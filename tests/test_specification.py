@@ -43,7 +43,7 @@ def test_sqlite_database_created_in_the_home_directory(home: Path) -> None:
 
 
 def test_wal_mode_enabled_for_concurrent_reads(sqlite_database: Database) -> None:
-    """WAL mode enabled for concurrent reads: one reads while another writes."""
+    """WAL mode enabled for concurrent reads: one reads while another writes. SQLite only: it is a mode of its files."""
     assert sqlite_database.status().pragmas["journal_mode"] == "wal"
     with sqlite_database.unit_of_work() as writer:
         writer.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
@@ -52,7 +52,7 @@ def test_wal_mode_enabled_for_concurrent_reads(sqlite_database: Database) -> Non
 
 
 def test_file_permissions_set_to_0600(home: Path) -> None:
-    """File permissions set to 0600, those of the log and of the shared memory too."""
+    """File permissions set to 0600, those of the log and of the shared memory too. SQLite only, as the files are."""
     with Database.open() as database:
         add_agent(database)
         files = [path for path in (home / ".homeagent").iterdir() if path.is_file()]

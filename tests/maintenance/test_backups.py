@@ -1,4 +1,7 @@
-"""Backups: whole, verified and private, whatever happens while they are made; and which of them stay."""
+"""Backups: whole, verified and private, whatever happens while they are made; and which of them stay.
+
+SQLite only: PostgreSQL has tools of its own, and `Database.backup` names them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Backups while four processes write: each is a state that existed, and comes to its end."""
+"""Backups while four processes write: each is a state that existed, and comes to its end.
+
+SQLite only, as backups are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The recipe with Litestream in docs/operations.md: what a replica is worth when the machine is gone."""
+"""The recipe with Litestream in docs/operations.md: what a replica is worth when the machine is gone.
+
+SQLite only: that is what Litestream replicates.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Restore: verified first, never under anybody, and at every instant the old database or the new one is in place."""
+"""Restore: verified first, never under anybody, and at every instant the old database or the new one is in place.
+
+SQLite only: PostgreSQL has tools of its own, and files that are swapped are SQLite's.
+"""
 
 from __future__ import annotations
 

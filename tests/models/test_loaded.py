@@ -15,10 +15,10 @@ from tests.conftest import START, add_agent
 
 
 @pytest.fixture
-def agent(sqlite_database: Database) -> Agent:
+def agent(database: Database) -> Agent:
     """An agent that a store loaded."""
-    add_agent(sqlite_database)
-    with sqlite_database.unit_of_work(read_only=True) as unit:
+    add_agent(database)
+    with database.unit_of_work(read_only=True) as unit:
         return unit.agents.get("ada")
 
 
@@ -33,12 +33,12 @@ def test_a_loaded_instance_is_detached_and_unchanged(agent: Agent) -> None:
     assert agent.model_fields_set == set(Agent.model_fields)
 
 
-def test_it_can_be_added_changed_and_saved(sqlite_database: Database, agent: Agent) -> None:
+def test_it_can_be_added_changed_and_saved(database: Database, agent: Agent) -> None:
     """An instance that was loaded in one unit is attached to the session of another, and its change is saved."""
-    with sqlite_database.unit_of_work() as unit:
+    with database.unit_of_work() as unit:
         unit.session.add(agent)
         agent.name = "Another"
-    with sqlite_database.unit_of_work(read_only=True) as unit:
+    with database.unit_of_work(read_only=True) as unit:
         assert unit.agents.get("ada").name == "Another"
 
 
@@ -49,26 +49,26 @@ def test_its_identity_is_what_was_loaded(agent: Agent) -> None:
     assert inspect(agent).modified
 
 
-def test_a_change_of_one_leaves_the_others(sqlite_database: Database, agent: Agent) -> None:
+def test_a_change_of_one_leaves_the_others(database: Database, agent: Agent) -> None:
     """What instances share is never changed by an assignment to one of them."""
     agent.name = "Another"
     with pytest.raises(ValueError, match="name"):
         agent.name = ""
     assert agent.name == "Another"
     assert loaded_fields(Agent) == set(Agent.model_fields)
-    with sqlite_database.unit_of_work(read_only=True) as unit:
+    with database.unit_of_work(read_only=True) as unit:
         assert unit.agents.get("ada").model_fields_set == set(Agent.model_fields)
 
 
-def test_it_survives_pickling_and_copying(sqlite_database: Database, agent: Agent) -> None:
+def test_it_survives_pickling_and_copying(database: Database, agent: Agent) -> None:
     """An unpickled instance can be merged as the original could; a copy is a new one."""
     twin = pickle.loads(pickle.dumps(agent))  # noqa: S301  our own bytes
     assert twin == agent
     assert inspect(twin).identity == ("ada",)
     twin.name = "Twin"
-    with sqlite_database.unit_of_work() as unit:
+    with database.unit_of_work() as unit:
         unit.session.merge(twin)
-    with sqlite_database.unit_of_work(read_only=True) as unit:
+    with database.unit_of_work(read_only=True) as unit:
         assert unit.agents.get("ada").name == "Twin"
     assert inspect(copy.copy(agent)).transient
 
