@@ -23,7 +23,8 @@ LOAD = """
 import os, random, sys
 from datetime import timedelta
 from homeagent import AgentCreate, AgentSessionCreate, Database
-path, durability, prefix = sys.argv[1:]
+path, durability, prefix, told = sys.argv[1:]
+told = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 chance = random.Random(prefix)
 database = Database.open(path, durability=durability)
 def write(unit, name):
@@ -51,16 +52,17 @@ while True:
         case _:
             with database.unit_of_work() as unit:
                 write(unit, name)
-    os.write(1, name.encode() + b"\\n")
+    os.write(told, name.encode() + b"\\n")
 """
 
 
 def kill_rounds(path: Path, children: Children, durability: str, rounds: int, seed: int) -> int:
     """Load a database with four processes, kill them at a random instant each, look, and begin again."""
     chance = random.Random(seed)
-    acknowledged: set[str] = set()
+    # A file, since what a pipe's reader has buffered is lost to communicate().
+    told = path.parent.parent / "told"
     for number in range(rounds):
-        processes = [children.start(LOAD, path, durability, f"{seed}.{number}.{each}") for each in range(4)]
+        processes = [children.start(LOAD, path, durability, f"{seed}.{number}.{each}", told) for each in range(4)]
         for process in processes:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
@@ -68,10 +70,9 @@ def kill_rounds(path: Path, children: Children, durability: str, rounds: int, se
             time.sleep(chance.uniform(0, 0.1))
             process.kill()
         for process in processes:
-            output, complaints = process.communicate(timeout=30)
+            _, complaints = process.communicate(timeout=30)
             assert complaints == ""
-            # A name that was being written when the process was killed has no end of line.
-            acknowledged.update(line for line in output.splitlines(keepends=True) if line.endswith("\n"))
+        acknowledged = set(told.read_text().split())
         with (
             Database.open(path, busy_timeout=timedelta(seconds=5)) as database,
             database.unit_of_work(read_only=True) as unit,
@@ -80,7 +81,7 @@ def kill_rounds(path: Path, children: Children, durability: str, rounds: int, se
             sessions = {session.session_id for session in unit.sessions.list(limit=1_000_000)}
             assert unit._require_link().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert agents == sessions, "a unit is half there"
-        assert {name.rstrip("\n") for name in acknowledged} <= agents, "an acknowledged unit is lost"
+        assert acknowledged <= agents, "an acknowledged unit is lost"
     return len(acknowledged)
 
 
