@@ -60,7 +60,10 @@ or a coroutine that hands one to a worker thread.
     "sweeping": """\
 ## A writer beside a sweep
 
-One writer consumes nonces as fast as it can, at `full`, while `Database.sweep` removes dead nonces and keys.
+One writer consumes nonces as fast as it can, at `full`, while `Database.sweep` removes dead nonces and keys for half a
+minute, or until none is left. A sweep of the same process has its turn after each unit of the writer. One of another
+process competes for SQLite's lock with a writer that never pauses, and gets it when that writer happens to be between
+two units: see how many rows it swept.
 """,
     "scale": """\
 ## What size costs

@@ -153,7 +153,7 @@ def _sweeping(section: Mapping[str, Any]) -> list[Grid]:
         for mode, found in section["measured"].items()
     ]
     header = ("the writer is", "units a second", "p50", "p99", "max", "rows swept a second")
-    return [Grid("sweeping", f"A writer, while {section['dead']:,} dead rows are swept", header, rows)]
+    return [Grid("sweeping", f"A writer, beside a sweep of {section['dead']:,} dead rows", header, rows)]
 
 
 def _scale(section: Mapping[str, Any]) -> list[Grid]:
