@@ -177,6 +177,120 @@ print(log > 0, os.stat(target + "-wal").st_size == log)
 
 
 @needs_fork
+def test_child_that_works_on_when_the_parent_ends(sqlite_path: Path, children: Children) -> None:
+    """A child that opens the file itself holds locks of its own: its parent's end takes no log away from it.
+
+    SQLite only: a server's locks are its own affair.
+    """
+    script = (
+        BEGIN
+        + """
+database = Database.open(target)
+add(database, "before")
+names(database)
+to_child, to_parent = os.pipe(), os.pipe()
+child = os.fork()
+if not child:
+    own = Database.open(target)
+    add(own, "first")
+    os.write(to_parent[1], b"x")
+    os.read(to_child[0], 1)
+    for count in range(20):
+        add(own, f"later-{count}")
+    os.kill(os.getpid(), signal.SIGKILL)
+os.read(to_parent[0], 1)
+database.close()
+os.write(to_child[1], b"x")
+os.waitpid(child, 0)
+"""
+    )
+    children.run(script, sqlite_path)
+    assert set(names(sqlite_path)) == {"before", "first", *(f"later-{count}" for count in range(20))}
+
+
+@needs_fork
+@pytest.mark.parametrize("read_only", [False, True])
+def test_child_opens_what_its_parent_was_using(sqlite_path: Path, children: Children, read_only: bool) -> None:
+    """A file with a unit under way at the fork is refused in the child, at once and with the remedy.
+
+    SQLite only: a server's locks are its own affair.
+    """
+    script = (
+        BEGIN
+        + f"read_only = {read_only}"
+        + """
+from homeagent.errors import DatabaseError
+database = Database.open(target)
+add(database, "before")
+with database.unit_of_work(read_only=read_only) as unit:
+    child = os.fork()
+    if not child:
+        try:
+            Database.open(target)
+        except DatabaseError as error:
+            os._exit(7 if "spawn" in str(error) else 8)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(*names(database))
+database.close()
+"""
+    )
+    assert children.run(script, sqlite_path).split() == ["7", "before"]
+
+
+@needs_fork
+def test_forks_under_load(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
+    """Whenever it is forked, a child works on the file or is refused; what it was told is there, is there.
+
+    SQLite only: a server's locks are its own affair.
+    """
+    ledger = tmp_path / "ledger"
+    script = (
+        BEGIN
+        + """
+from homeagent.errors import DatabaseError
+database = Database.open(target)
+stop = threading.Event()
+def load(number):
+    count = 0
+    while not stop.is_set():
+        add(database, f"t{number}-{count}")
+        count += 1
+        time.sleep(0.002)
+threads = [threading.Thread(target=load, args=(number,)) for number in range(2)]
+for thread in threads:
+    thread.start()
+ledger = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+codes = []
+for number in range(20):
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        try:
+            own = Database.open(target)
+        except DatabaseError:
+            os._exit(1)
+        for each in range(5):
+            add(own, f"c{number}-{each}")
+            os.write(ledger, f"c{number}-{each}\\n".encode())
+        os._exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+stop.set()
+for thread in threads:
+    thread.join()
+database.close()
+print(*codes)
+"""
+    )
+    codes = children.run(script, sqlite_path, ledger).split()
+    assert set(codes) <= {"0", "1"}
+    assert "0" in codes
+    told = ledger.read_text().split()
+    assert len(told) == 5 * codes.count("0")
+    assert set(told) <= set(names(sqlite_path))
+
+
+@needs_fork
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing(tmp_path: Path, sqlite_path: Path, children: Children, method: str) -> None:
     """A pool's processes, however they are started, each open the database by its path."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from homeagent.engine.counters import Counters
+from homeagent.engine.forks import register
 from homeagent.engine.lanes import Lanes
 from homeagent.engine.link import Link
 from homeagent.errors import DatabaseBusyError, DatabaseClosedError, DatabaseMovedError
@@ -73,6 +73,7 @@ class Engine(ABC):
         self._closed = False
         self._forked = False
         _engines.add(self)
+        register(self)
 
     @property
     def dialect_name(self) -> str:
@@ -179,6 +180,16 @@ class Engine(ABC):
     def after_close(self) -> None:
         """Do what must wait until the last connection is closed."""
 
+    def before_fork(self) -> None:
+        """Let no link be taken or given back until `after_fork`."""
+        self.writers.freeze()
+        self.readers.freeze()
+
+    def after_fork(self) -> None:
+        """Let links be taken and given back again."""
+        self.writers.thaw()
+        self.readers.thaw()
+
     def abandon(self) -> None:
         """Refuse to be used: this is a forked child's copy, whose connections belong to the parent."""
         self._forked = True
@@ -197,13 +208,3 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 def open_engines() -> list[Engine]:
     """Return the engines that this process has open."""
     return list(_engines)
-
-
-def _abandon_all() -> None:
-    # A connection used on both sides of a fork corrupts the file: https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_
-    for engine in list(_engines):
-        engine.abandon()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon_all)

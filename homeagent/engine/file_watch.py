@@ -50,6 +50,11 @@ class FileWatch:
         self.condemned: str | None = None
         """Why nothing of this database is to be used any more: its content was found to be damaged."""
 
+    @property
+    def identity(self) -> tuple[int, int] | None:
+        """Which file was opened; None before the first connection."""
+        return self._identity
+
     def before_connect(self) -> None:
         """Look before a connection is opened.
 

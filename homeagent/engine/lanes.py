@@ -177,6 +177,14 @@ class Lanes(Generic[T]):
             else:
                 self._count -= 1
 
+    def freeze(self) -> None:
+        """Let nobody take or give back a resource until this thread thaws the lanes."""
+        self._mutex.acquire()
+
+    def thaw(self) -> None:
+        """Go on after `freeze`."""
+        self._mutex.release()
+
     def close(self) -> None:
         """Close what is free, refuse who waits and who comes; what is held is closed when it is released."""
         with self._mutex:

@@ -9,7 +9,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,7 @@ from homeagent.engine.driver import SQLiteDriver, choose_driver
 from homeagent.engine.engine import Engine
 from homeagent.engine.faults import translated
 from homeagent.engine.file_watch import FileWatch
+from homeagent.engine.forks import inherit, refuse_inherited
 from homeagent.engine.locks import FileLock
 from homeagent.errors import (
     CorruptDatabaseError,
@@ -70,8 +71,10 @@ class SQLiteEngine(Engine):
     shares_commits = True
 
     def __init__(self, path: Path, *, busy_timeout: timedelta, durability: Durability, temporary: bool = False) -> None:
+        refuse_inherited(path)
         self.path = path
         self.durability = durability
+        self._open: set[int] = set()
         self.driver: SQLiteDriver = choose_driver()
         self._busy_ms = min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1)
         self.is_temporary = temporary
@@ -86,6 +89,7 @@ class SQLiteEngine(Engine):
             creator=self._open_existing,
         )
         event.listen(sa_engine, "connect", self._on_connect)
+        event.listen(sa_engine, "close", self._on_close)
         event.listen(sa_engine, "begin", _on_begin)
         # Returned and not raised, so that the listeners of others, such as instrumentation, are called too.
         event.listen(sa_engine, "handle_error", self._on_error)
@@ -125,7 +129,11 @@ class SQLiteEngine(Engine):
     def _uri(self, options: str) -> str:
         return f"file:{quote(os.fsencode(self.path))}?{options}"
 
+    def _on_close(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        self._open.discard(id(connection))
+
     def _on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        self._open.add(id(connection))
         with closing(connection.cursor()) as cursor:
             # busy_timeout first: the other pragmas may have to wait for a lock themselves.
             cursor.execute(f"PRAGMA busy_timeout={self._busy_ms}")
@@ -244,6 +252,19 @@ class SQLiteEngine(Engine):
         if isinstance(context.original_exception, HomeAgentError):
             raise context.original_exception  # from what a forked child has in the place of a connection
         return self.fault(original) if isinstance(original, self.driver.module.Error) else None
+
+    def before_fork(self) -> None:
+        """Close what no unit uses, so that a child inherits none of SQLite's locks where nothing is under way."""
+        super().before_fork()
+        # What can't be closed counts as in use.
+        with suppress(HomeAgentError, *self.driver_errors):
+            self.discard_free()
+
+    def abandon(self) -> None:
+        """Refuse to be used, and let this process not open the file anew where its parent was using it."""
+        super().abandon()
+        if self._open and self.watch.identity is not None:
+            inherit(self.watch.identity)
 
     def announced(self, presence: FileLock | None) -> None:
         """Keep the lock that says that the database is open, until this engine is closed or forgotten."""
