@@ -11,8 +11,6 @@ from homeagent import errors
 from homeagent.clock import Clock
 from homeagent.credentials import hash_secret
 from homeagent.database import Database
-from homeagent.maintenance.copying import CopyProgress, CopyReport
-from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
 from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport
 from homeagent.models import (
     Agent,
@@ -41,8 +39,10 @@ from homeagent.stores import Freshness, ReplayGuard
 from homeagent.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
+    from homeagent.maintenance.copying import CopyProgress, CopyReport
     from homeagent.maintenance.doctor import Diagnosis, Finding, diagnose
     from homeagent.maintenance.epochs import EpochReport
+    from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
     from homeagent.maintenance.restoring import RestoreReport
 
 __all__ = [
@@ -90,6 +90,10 @@ __all__ = [
 
 # A gateway that is well needs none of these, and starts sooner without them.
 _LATE = {
+    "CopyProgress": "copying",
+    "CopyReport": "copying",
+    "DatabaseCounters": "reporting",
+    "DatabaseStatus": "reporting",
     "Diagnosis": "doctor",
     "EpochReport": "epochs",
     "Finding": "doctor",

@@ -504,6 +504,28 @@ def test_up_to_date_database_opens_without_alembic(path: Path, children: Childre
     assert children.run(QUIET, path) == ""
 
 
+LATE = """
+import sys
+
+from homeagent import Database
+
+Database.open(sys.argv[1]).close()
+late = ["alembic", "sqlalchemy.dialects.postgresql", "homeagent.maintenance.copying", "homeagent.maintenance.reporting"]
+print([name for name in late if name in sys.modules])
+
+from homeagent.models import metadata
+
+(index,) = (each for each in metadata.tables["idempotency_keys"].indexes if each.name == "idx_idempotency_lease")
+print([str(index.dialect_options[engine]["where"]) for engine in ("sqlite", "postgresql")])
+"""
+
+
+def test_up_to_date_file_opens_without_what_it_does_not_need(path: Path, children: Children) -> None:
+    """What is for a server, for making an index or for an operator is imported when it is used, and then is whole."""
+    Database.open(path).close()
+    assert children.run(LATE, path).splitlines() == ["[]", str(["state = 'in_progress'"] * 2)]
+
+
 AUDITED = """
 import os, sys
 from pathlib import Path

@@ -27,8 +27,10 @@ class Agent(Table, table=True):
 
     id: Identifier = Field(sa_column=Column("id", text_column(), primary_key=True, nullable=False))
     name: Label = Field(sa_column=Column("name", text_column(), nullable=False))
-    workspace_path: WorkspacePath = Field(sa_column=Column("workspace_path", text_column(), nullable=False))
-    """A directory on the owner's machine. This package stores the path and never touches what is there."""
+    workspace_path: WorkspacePath = Field(
+        sa_column=Column("workspace_path", text_column(), nullable=False),
+        description="A directory on the owner's machine. This package stores the path and never touches what is there.",
+    )
     created_at: Instant = Field(sa_column=Column("created_at", InstantColumn, nullable=False))
     config: Json = Field(default=None, sa_column=Column("config", JsonColumn))
 

@@ -57,31 +57,54 @@ class Device(Table, table=True):
     id: Identifier = Field(sa_column=Column("id", text_column(), primary_key=True, nullable=False))
     role: Role = Field(sa_column=Column("role", Word(Role), nullable=False))
     shared_secret_hash: Label = Field(
-        repr=False, exclude=True, sa_column=Column("shared_secret_hash", text_column(), nullable=False)
+        repr=False,
+        exclude=True,
+        sa_column=Column("shared_secret_hash", text_column(), nullable=False),
+        description=(
+            "The hash of the present secret; its prefix says which kind of hash it is. In no repr and in no dump."
+        ),
     )
-    """The hash of the present secret; its prefix says which kind of hash it is. In no repr and in no dump."""
     approved: bool = Field(default=False, sa_column=Column("approved", Flag, nullable=False, server_default=text("0")))
     paired_at: Instant = Field(sa_column=Column("paired_at", InstantColumn, nullable=False))
-    last_seen_at: Instant | None = Field(default=None, sa_column=Column("last_seen_at", InstantColumn))
-    """Null until the device is seen for the first time; written at most once a minute."""
+    last_seen_at: Instant | None = Field(
+        default=None,
+        sa_column=Column("last_seen_at", InstantColumn),
+        description="Null until the device is seen for the first time; written at most once a minute.",
+    )
     metadata_: Json = Field(default=None, alias="metadata", sa_column=Column("metadata", JsonColumn))
-    approved_at: Instant | None = Field(default=None, sa_column=Column("approved_at", InstantColumn))
-    """When it was approved last. Null where it never was, and where that was before this was recorded."""
-    revoked_at: Instant | None = Field(default=None, sa_column=Column("revoked_at", InstantColumn))
-    """When it was revoked. Null where it never was, or was approved again since."""
+    approved_at: Instant | None = Field(
+        default=None,
+        sa_column=Column("approved_at", InstantColumn),
+        description="When it was approved last. Null where it never was, and where that was before this was recorded.",
+    )
+    revoked_at: Instant | None = Field(
+        default=None,
+        sa_column=Column("revoked_at", InstantColumn),
+        description="When it was revoked. Null where it never was, or was approved again since.",
+    )
     revoked_reason: Label | None = Field(default=None, sa_column=Column("revoked_reason", text_column()))
     previous_secret_hash: Label | None = Field(
-        default=None, repr=False, exclude=True, sa_column=Column("previous_secret_hash", text_column())
+        default=None,
+        repr=False,
+        exclude=True,
+        sa_column=Column("previous_secret_hash", text_column()),
+        description="The hash of the secret before the last rotation. Null where that one serves no more.",
     )
-    """The hash of the secret before the last rotation. Null where that one serves no more."""
     previous_secret_expires_at: Instant | None = Field(
-        default=None, exclude=True, sa_column=Column("previous_secret_expires_at", InstantColumn)
+        default=None,
+        exclude=True,
+        sa_column=Column("previous_secret_expires_at", InstantColumn),
+        description="Until when the previous secret serves beside the present one.",
     )
-    """Until when the previous secret serves beside the present one."""
     proof_verifier: Label | None = Field(
-        default=None, repr=False, exclude=True, sa_column=Column("proof_verifier", text_column())
+        default=None,
+        repr=False,
+        exclude=True,
+        sa_column=Column("proof_verifier", text_column()),
+        description=(
+            "What `Database.verify_proof` checks a proof against. Null where the device can only present its secret."
+        ),
     )
-    """What `Database.verify_proof` checks a proof against. Null where the device can only present its secret."""
 
     @property
     def status(self) -> DeviceStatus:
@@ -94,8 +117,10 @@ class DevicePair(MetadataShape):
 
     id: Identifier
     role: Role
-    shared_secret: SecretStr | None = None
-    """The secret that a human chose. Left out, one of 256 bits is made and given back once."""
+    shared_secret: SecretStr | None = Field(
+        default=None,
+        description="The secret that a human chose. Left out, one of 256 bits is made and given back once.",
+    )
     metadata_: Json = Field(default=None, alias="metadata")
 
 

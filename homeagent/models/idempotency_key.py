@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
+from functools import cached_property
+from typing import Any
 
 from pydantic import JsonValue
 from sqlalchemy import CheckConstraint, Column, Index, Integer, PrimaryKeyConstraint, text
@@ -38,6 +40,26 @@ class IdempotencyState(StrEnum):
     """The effect failed for good, and its error is replayed like a result."""
 
 
+class _PartialIndex(Index):
+    """An index of some rows, on both engines.
+
+    `Index(…, postgresql_where=…)` would import SQLAlchemy's whole PostgreSQL package at once, in a process that opens
+    a file; here that is done when an engine's options are first asked for, to make or to compare the index.
+    """
+
+    def __init__(self, name: str, column: str, *, where: str) -> None:
+        super().__init__(name, column)
+        self._where = text(where)
+
+    @cached_property
+    def dialect_options(self) -> Any:
+        """What each engine is told beyond the columns."""
+        options = super().dialect_options
+        for dialect in ("sqlite", "postgresql"):
+            options[dialect]["where"] = self._where
+        return options
+
+
 class IdempotencyKey(Table, table=True):
     """A row of `idempotency_keys`: unique per device, method and key."""
 
@@ -47,38 +69,65 @@ class IdempotencyKey(Table, table=True):
         CheckConstraint("state IN ('in_progress', 'completed', 'failed')", name="state"),
         Index("idx_idempotency_expires", "expires_at"),
         # Only the few rows in progress have a lease: what an operator lists as abandoned is found here.
-        Index(
-            "idx_idempotency_lease",
-            "lease_expires_at",
-            sqlite_where=text("state = 'in_progress'"),
-            postgresql_where=text("state = 'in_progress'"),
-        ),
+        _PartialIndex("idx_idempotency_lease", "lease_expires_at", where="state = 'in_progress'"),
     )
 
     key: Label = Field(repr=False, sa_column=Column("key", text_column(), nullable=False))
     method: Label = Field(sa_column=Column("method", text_column(), nullable=False))
     device_id: Identifier = Field(sa_column=Column("device_id", text_column(), nullable=False))
-    result: Json = Field(repr=False, sa_column=Column("result", JsonColumn(none_as_null=False), nullable=False))
-    """What the effect returned, or the detail of its failure. JSON null while it runs, and where `omitted` says so."""
+    result: Json = Field(
+        repr=False,
+        sa_column=Column("result", JsonColumn(none_as_null=False), nullable=False),
+        description=(
+            "What the effect returned, or the detail of its failure. JSON null while it runs, and where `omitted`"
+            " says so."
+        ),
+    )
     created_at: Instant = Field(sa_column=Column("created_at", InstantColumn, nullable=False))
-    expires_at: Instant = Field(sa_column=Column("expires_at", InstantColumn, nullable=False))
-    """From this very instant on the record is dead, unless it is in progress: such a row outlives its time."""
+    expires_at: Instant = Field(
+        sa_column=Column("expires_at", InstantColumn, nullable=False),
+        description=(
+            "From this very instant on the record is dead, unless it is in progress: such a row outlives its time."
+        ),
+    )
     state: IdempotencyState = Field(
         default=IdempotencyState.COMPLETED,
         sa_column=Column("state", Word(IdempotencyState), nullable=False, server_default=text("'completed'")),
     )
-    fingerprint: Label | None = Field(default=None, repr=False, sa_column=Column("fingerprint", text_column()))
-    """SHA-256 of the canonical parameters. Null where the record was inserted without any."""
-    owner: Label | None = Field(default=None, repr=False, exclude=True, sa_column=Column("owner", text_column()))
-    """The random token of the attempt that may record the outcome, or did. Null where no attempt did."""
-    attempt: int = Field(default=1, sa_column=Column("attempt", Integer, nullable=False, server_default=text("1")))
-    """How often the effect was begun."""
-    lease_expires_at: Instant | None = Field(default=None, sa_column=Column("lease_expires_at", InstantColumn))
-    """When the running attempt counts as abandoned unless it renews. Null once the outcome is recorded."""
-    downstream_key: Label | None = Field(default=None, repr=False, sa_column=Column("downstream_key", text_column()))
-    """What every attempt passes on as its own idempotency key. Null where no effect was ever claimed."""
-    omitted: bool = Field(default=False, sa_column=Column("omitted", Flag, nullable=False, server_default=text("0")))
-    """Whether the effect ended but what it returned could not be stored."""
+    fingerprint: Label | None = Field(
+        default=None,
+        repr=False,
+        sa_column=Column("fingerprint", text_column()),
+        description="SHA-256 of the canonical parameters. Null where the record was inserted without any.",
+    )
+    owner: Label | None = Field(
+        default=None,
+        repr=False,
+        exclude=True,
+        sa_column=Column("owner", text_column()),
+        description="The random token of the attempt that may record the outcome, or did. Null where no attempt did.",
+    )
+    attempt: int = Field(
+        default=1,
+        sa_column=Column("attempt", Integer, nullable=False, server_default=text("1")),
+        description="How often the effect was begun.",
+    )
+    lease_expires_at: Instant | None = Field(
+        default=None,
+        sa_column=Column("lease_expires_at", InstantColumn),
+        description="When the running attempt counts as abandoned unless it renews. Null once the outcome is recorded.",
+    )
+    downstream_key: Label | None = Field(
+        default=None,
+        repr=False,
+        sa_column=Column("downstream_key", text_column()),
+        description="What every attempt passes on as its own idempotency key. Null where no effect was ever claimed.",
+    )
+    omitted: bool = Field(
+        default=False,
+        sa_column=Column("omitted", Flag, nullable=False, server_default=text("0")),
+        description="Whether the effect ended but what it returned could not be stored.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,5 +26,9 @@ class Nonce(Table, table=True):
     nonce: Label = Field(repr=False, sa_column=Column("nonce", text_column(), nullable=False))
     device_id: Identifier = Field(sa_column=Column("device_id", text_column(), nullable=False))
     created_at: Instant = Field(sa_column=Column("created_at", InstantColumn, nullable=False))
-    expires_at: Instant = Field(sa_column=Column("expires_at", InstantColumn, nullable=False))
-    """From this very instant on the nonce is dead. Its row stays a while longer, in case the clock steps back."""
+    expires_at: Instant = Field(
+        sa_column=Column("expires_at", InstantColumn, nullable=False),
+        description=(
+            "From this very instant on the nonce is dead. Its row stays a while longer, in case the clock steps back."
+        ),
+    )

@@ -56,23 +56,31 @@ class AgentSession(Table, table=True):
 
     session_id: Identifier = Field(sa_column=Column("session_id", text_column(), primary_key=True, nullable=False))
     agent_id: Identifier = Field(sa_column=Column("agent_id", text_column(), ForeignKey("agents.id"), nullable=False))
-    sender_id: Label | None = Field(default=None, sa_column=Column("sender_id", text_column()))
-    """Null where the session belongs to no sender, such as a scheduled one."""
-    channel_id: Label | None = Field(default=None, sa_column=Column("channel_id", text_column()))
-    """Null where it came over no channel."""
+    sender_id: Label | None = Field(
+        default=None,
+        sa_column=Column("sender_id", text_column()),
+        description="Null where the session belongs to no sender, such as a scheduled one.",
+    )
+    channel_id: Label | None = Field(
+        default=None, sa_column=Column("channel_id", text_column()), description="Null where it came over no channel."
+    )
     created_at: Instant = Field(sa_column=Column("created_at", InstantColumn, nullable=False))
     last_active_at: Instant = Field(sa_column=Column("last_active_at", InstantColumn, nullable=False))
     route_key: Label | None = Field(
-        default=None, repr=False, exclude=True, sa_column=Column("route_key", text_column())
+        default=None,
+        repr=False,
+        exclude=True,
+        sa_column=Column("route_key", text_column()),
+        description=(
+            "Set on the one session that `resolve` answers with for its agent, sender and channel, null on all others."
+        ),
     )
-    """Set on the one session that `resolve` answers with for its agent, sender and channel, null on all others."""
 
 
 class AgentSessionCreate(Shape):
     """What creates a session; also a request body."""
 
-    session_id: Identifier = Field(default_factory=new_session_id)
-    """A UUIDv7 is made where it is left out."""
+    session_id: Identifier = Field(default_factory=new_session_id, description="A UUIDv7 is made where it is left out.")
     agent_id: Identifier
     sender_id: Label | None = None
     channel_id: Label | None = None

@@ -20,9 +20,23 @@ class StoreRecord(Table, table=True):
     id: int = Field(
         default=1, ge=1, le=1, sa_column=Column("id", Integer, primary_key=True, autoincrement=False, nullable=False)
     )
-    epoch: int = Field(default=1, ge=1, sa_column=Column("epoch", Integer, server_default=text("1"), nullable=False))
-    """1 at first, and one more with every restore: what was learned in another epoch may not be so in this one."""
-    restored_at: Instant | None = Field(default=None, sa_column=Column("restored_at", InstantColumn))
-    """When this epoch began; null in the first, which no restore began."""
-    oldest_revision: Label = Field(sa_column=Column("oldest_revision", text_column(), nullable=False))
-    """The oldest schema revision whose code may work with this schema. A revision that only expands leaves it alone."""
+    epoch: int = Field(
+        default=1,
+        ge=1,
+        sa_column=Column("epoch", Integer, server_default=text("1"), nullable=False),
+        description=(
+            "1 at first, and one more with every restore: what was learned in another epoch may not be so in this one."
+        ),
+    )
+    restored_at: Instant | None = Field(
+        default=None,
+        sa_column=Column("restored_at", InstantColumn),
+        description="When this epoch began; null in the first, which no restore began.",
+    )
+    oldest_revision: Label = Field(
+        sa_column=Column("oldest_revision", text_column(), nullable=False),
+        description=(
+            "The oldest schema revision whose code may work with this schema. A revision that only expands leaves"
+            " it alone."
+        ),
+    )

@@ -308,7 +308,21 @@ def encode_json(value: JsonValue, what: str = "JSON") -> str:
     return text
 
 
-decode_json: Callable[[str], Any] = json.loads
+_decode_json = json.JSONDecoder().raw_decode
+
+
+def decode_json(text: str) -> Any:
+    """Return the value of JSON text.
+
+    Raises:
+        ValueError: it is no JSON text.
+    """
+    # All that `encode_json` wrote is a value with nothing around it; `json.loads` looks for that and for much else.
+    try:
+        value, end = _decode_json(text)
+    except (TypeError, ValueError):
+        return json.loads(text)
+    return value if end == len(text) else json.loads(text)
 
 
 def _as_json(value: JsonValue) -> JsonValue:
