@@ -152,7 +152,9 @@ class UnitOfWork:
         self._state = "open"
 
     def _commit(self) -> None:
-        link = self._require_link()
+        link = self._link
+        if link is None or self._state != "open":
+            link = self._require_link()
         counters = self._settings.engine.counters
         sound = False
         try:
@@ -223,7 +225,8 @@ class UnitOfWork:
                     lanes.discard(link)
                     if link.is_suspect:
                         engine.discard_free()
-            settings.writing.discard(self._owner)
+            if not self.read_only:
+                settings.writing.discard(self._owner)
 
     def _require_link(self) -> Link:
         link = self._link

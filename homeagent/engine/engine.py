@@ -71,7 +71,8 @@ class Engine(ABC):
             readers, lambda: self._link(read_only=True), name="set of read lanes", waited=waited
         )
         self._closed = False
-        self._forked = False
+        self.is_abandoned = False
+        """Whether this is a forked child's copy."""
         _engines.add(self)
         register(self)
 
@@ -82,10 +83,8 @@ class Engine(ABC):
 
     def lanes(self, *, read_only: bool) -> Lanes[Link]:
         """Return the lanes that a unit takes its link from."""
-        if self._forked:
-            raise DatabaseClosedError(
-                "this database was opened before the process was forked: open it again in the child"
-            )
+        if self.is_abandoned:
+            raise _abandoned()
         return self.readers if read_only else self.writers
 
     def begin(self, *, read_only: bool, timeout: float) -> Link:
@@ -103,7 +102,10 @@ class Engine(ABC):
             DatabaseClosedError: the database was closed, or opened before a fork.
             ConnectionLostError: no server lets a fresh connection in.
         """
-        lanes = self.lanes(read_only=read_only)
+        # As `lanes` does: a call less in every unit.
+        if self.is_abandoned:
+            raise _abandoned()
+        lanes = self.readers if read_only else self.writers
         while True:
             link = lanes.acquire(timeout)
             try:
@@ -169,7 +171,7 @@ class Engine(ABC):
             return
         self._closed = True
         _engines.discard(self)
-        if self._forked:
+        if self.is_abandoned:
             return
         self.writers.close()
         self.readers.close()
@@ -192,14 +194,13 @@ class Engine(ABC):
 
     def abandon(self) -> None:
         """Refuse to be used: this is a forked child's copy, whose connections belong to the parent."""
-        self._forked = True
+        self.is_abandoned = True
         for link in list(self._links):
             link.abandon()
 
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether this is a forked child's copy."""
-        return self._forked
+
+def _abandoned() -> DatabaseClosedError:
+    return DatabaseClosedError("this database was opened before the process was forked: open it again in the child")
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
