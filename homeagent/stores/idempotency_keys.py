@@ -9,7 +9,7 @@ from secrets import token_hex
 from typing import Any
 
 from pydantic import JsonValue
-from sqlalchemy import Text, and_, bindparam, delete, func, or_, select, text, tuple_, update
+from sqlalchemy import Text, and_, bindparam, delete, func, null, or_, select, text, tuple_, update
 
 from homeagent.engine.statements import Statement, as_loaded
 from homeagent.errors import (
@@ -30,14 +30,18 @@ __all__ = ["IdempotencyKeyStore"]
 _table: Any = IdempotencyKey.__table__
 _columns: Any = _table.c
 
+# In the text of a statement: as parameters, the constants of an insert took as long as the row.
+_IN_PROGRESS: Any = text(f"'{IdempotencyState.IN_PROGRESS}'")
+_COMPLETED: Any = text(f"'{IdempotencyState.COMPLETED}'")
+
 _SAME_SCOPE = and_(
     _columns.device_id == bindparam("device_id"),
     _columns.method == bindparam("method"),
     _columns.key == bindparam("key"),
 )
 # A row in progress outlives its time, until somebody knows how it ended.
-_LIVE = or_(_columns.expires_at > bindparam("now"), _columns.state == IdempotencyState.IN_PROGRESS)
-_DEAD = and_(_columns.expires_at <= bindparam("now"), _columns.state != IdempotencyState.IN_PROGRESS)
+_LIVE = or_(_columns.expires_at > bindparam("now"), _columns.state == _IN_PROGRESS)
+_DEAD = and_(_columns.expires_at <= bindparam("now"), _columns.state != _IN_PROGRESS)
 
 _INSERT = Statement[IdempotencyKey](
     lambda insert: (
@@ -49,9 +53,9 @@ _INSERT = Statement[IdempotencyKey](
             result=bindparam("json", type_=Text),
             created_at=bindparam("now"),
             expires_at=bindparam("expires_at"),
-            state=IdempotencyState.COMPLETED,
-            attempt=1,
-            omitted=False,
+            state=_COMPLETED,
+            attempt=text("1"),
+            omitted=text("0"),
         )
     ).on_conflict_do_update(
         index_elements=["device_id", "method", "key"],
@@ -60,13 +64,13 @@ _INSERT = Statement[IdempotencyKey](
             "result": statement.excluded.result,
             "created_at": statement.excluded.created_at,
             "expires_at": statement.excluded.expires_at,
-            "state": IdempotencyState.COMPLETED,
-            "attempt": 1,
-            "omitted": False,
-            "fingerprint": None,
-            "owner": None,
-            "lease_expires_at": None,
-            "downstream_key": None,
+            "state": _COMPLETED,
+            "attempt": text("1"),
+            "omitted": text("0"),
+            "fingerprint": null(),
+            "owner": null(),
+            "lease_expires_at": null(),
+            "downstream_key": null(),
         },
         where=_DEAD,
     )
