@@ -16,9 +16,9 @@ from alembic.util import CommandError
 from sqlalchemy import Connection
 
 from alembic import context
-from homeagent.engine.files import create_file
-from homeagent.engine.postgresql import PostgreSQLEngine
-from homeagent.engine.sqlite import SQLiteEngine
+from homeagent.engine.disk.files import create_file
+from homeagent.engine.postgresql.engine import PostgreSQLEngine
+from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.target import ENVIRONMENT_VARIABLE, resolve_target
 from homeagent.migrations import VERSION_TABLE
 from homeagent.models import metadata

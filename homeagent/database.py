@@ -17,11 +17,11 @@ from pydantic import SecretStr
 from sqlalchemy import URL
 
 from homeagent.clock import Clock, system_clock
-from homeagent.engine.directories import prepare_directory
+from homeagent.engine.disk.directories import prepare_directory
+from homeagent.engine.disk.filesystems import refuse_network_filesystem
 from homeagent.engine.engine import Engine
-from homeagent.engine.filesystems import refuse_network_filesystem
-from homeagent.engine.postgresql import POOL_SIZE, PostgreSQLEngine
-from homeagent.engine.sqlite import Durability, SQLiteEngine
+from homeagent.engine.postgresql.engine import POOL_SIZE, PostgreSQLEngine
+from homeagent.engine.sqlite.engine import Durability, SQLiteEngine
 from homeagent.engine.target import Target, resolve_target
 from homeagent.errors import (
     DatabaseClosedError,

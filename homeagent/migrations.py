@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
-from homeagent.engine import files
+from homeagent.engine.disk import files
+from homeagent.engine.disk.locks import FileLock
 from homeagent.engine.faults import TransientError
-from homeagent.engine.integrity import check_content, refuse_unclean_damage
-from homeagent.engine.locks import FileLock
-from homeagent.engine.postgresql import PostgreSQLEngine
-from homeagent.engine.presence import announce, presence_path
-from homeagent.engine.sqlite import SQLiteEngine, corrupt_after_all, sidecar_lock
+from homeagent.engine.postgresql.engine import PostgreSQLEngine
+from homeagent.engine.sqlite.engine import SQLiteEngine, corrupt_after_all, sidecar_lock
+from homeagent.engine.sqlite.integrity import check_content, refuse_unclean_damage
+from homeagent.engine.sqlite.presence import announce, presence_path
 from homeagent.errors import (
     ConnectionLostError,
     CorruptDatabaseError,
@@ -368,8 +368,8 @@ def _verify_sqlite(connection: Connection, backup: Path | None) -> None:
 
 def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path:
     """Copy the file as it was committed last, over another connection: the upgrade's own would wait for itself."""
-    from homeagent.engine.backup import backup_name, discard, write_backup
-    from homeagent.engine.manifests import PARTIAL
+    from homeagent.engine.sqlite.backup import backup_name, discard, write_backup
+    from homeagent.engine.sqlite.manifests import PARTIAL
 
     path, now = engine.path, clock()
     target = path.with_name(backup_name(path, revision, now))

@@ -21,8 +21,8 @@ from typer.testing import CliRunner, Result
 from alembic import command
 from homeagent import Database, DevicePair, Role
 from homeagent.cli import app
-from homeagent.engine import files
-from homeagent.engine.sqlite import SQLiteEngine
+from homeagent.engine.disk import files
+from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.migrations import REVISION, alembic_config
 
 runner = CliRunner()

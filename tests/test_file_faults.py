@@ -18,8 +18,8 @@ import pytest
 from sqlalchemy import event
 
 from homeagent import AgentCreate, Database
-from homeagent.engine import file_watch
-from homeagent.engine.sqlite import SQLiteEngine
+from homeagent.engine.disk import file_watch
+from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.errors import CorruptDatabaseError, DatabaseMovedError, DiskFullError, ReadOnlyError
 from tests.conftest import add_agent, dump
 

@@ -125,7 +125,7 @@ READS = frozenset(name for name in ACTS if name.partition(".")[2].startswith(("f
 # In exclusive locking mode even a reader is kept off: https://sqlite.org/pragma.html#pragma_locking_mode
 HOLD = """
 import sys
-from homeagent.engine.driver import choose_driver
+from homeagent.engine.sqlite.driver import choose_driver
 raw = choose_driver().module.connect(sys.argv[1], isolation_level=None)
 raw.execute("PRAGMA locking_mode=EXCLUSIVE")
 raw.execute("BEGIN EXCLUSIVE")

@@ -29,9 +29,9 @@ from sqlalchemy.pool import NullPool
 import homeagent
 from alembic import command
 from homeagent import AgentCreate, Database, IdempotencyScope, IdempotencyState, migrations
-from homeagent.engine.driver import choose_driver
-from homeagent.engine.files import create_file
-from homeagent.engine.sqlite import APPLICATION_ID, SQLiteEngine
+from homeagent.engine.disk.files import create_file
+from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine
 from homeagent.errors import (
     IdempotencyKeyExistsError,
     MigrationError,

@@ -21,8 +21,8 @@ import pytest
 from sqlalchemy import URL
 
 from homeagent import AgentCreate, Database
-from homeagent.engine.driver import choose_driver
-from homeagent.engine.sqlite import APPLICATION_ID
+from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.engine import APPLICATION_ID
 from homeagent.errors import (
     CorruptDatabaseError,
     DatabaseError,

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
 from homeagent import Database
-from homeagent.engine.sqlite import SQLiteEngine
+from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.errors import SchemaTooNewError
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests.conftest import ROOT, add_device

@@ -70,9 +70,9 @@ def test_all_v1_tables_created_via_migration_system(database: Database) -> None:
 def test_migration_system_tracks_applied_versions_and_runs_pending_ones(tmp_path: Path) -> None:
     """Migration system tracks applied versions and runs pending ones, and an up-to-date file is left as it is."""
     from alembic import command
-    from homeagent.engine import files
-    from homeagent.engine.directories import prepare_directory
-    from homeagent.engine.sqlite import SQLiteEngine
+    from homeagent.engine.disk import files
+    from homeagent.engine.disk.directories import prepare_directory
+    from homeagent.engine.sqlite.engine import SQLiteEngine
     from homeagent.migrations import alembic_config
 
     path = tmp_path / "data" / "homeagent.db"

@@ -41,7 +41,7 @@ def backup(
 
     A manifest beside it, with .json after its name, says when it was taken, what is in it, and its SHA-256.
     """
-    from homeagent.engine.manifests import manifest_path, read_manifest
+    from homeagent.engine.sqlite.manifests import manifest_path, read_manifest
 
     with open_named(context, database) as opened:
         made = opened.backup(destination, keep=keep, replace=replace)

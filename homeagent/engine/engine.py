@@ -16,8 +16,8 @@ from homeagent.errors import DatabaseBusyError, DatabaseClosedError, DatabaseMov
 if TYPE_CHECKING:
     import sqlalchemy
 
+    from homeagent.engine.disk.file_watch import FileWatch
     from homeagent.engine.faults import Translate
-    from homeagent.engine.file_watch import FileWatch
     from homeagent.engine.statements import Compiled, Statement
 
 __all__ = ["Engine", "open_engines"]

@@ -14,8 +14,8 @@ import weakref
 from pathlib import Path
 from typing import Protocol
 
-from homeagent.engine.files import identity_of, look_at
-from homeagent.engine.system_errors import quoted
+from homeagent.engine.disk.files import identity_of, look_at
+from homeagent.engine.disk.system_errors import quoted
 from homeagent.errors import DatabaseError
 
 __all__ = ["inherit", "refuse_inherited", "register"]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
     from sqlalchemy.engine import RootTransaction
 
+    from homeagent.engine.disk.file_watch import FileWatch
     from homeagent.engine.faults import Translate
-    from homeagent.engine.file_watch import FileWatch
 
 __all__ = ["Link"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from homeagent.engine.files import locate_file
+from homeagent.engine.disk.files import locate_file
 from homeagent.errors import InvalidArgumentError
 
 __all__ = ["DEFAULT_PATH", "ENVIRONMENT_VARIABLE", "Target", "presentable_url", "resolve_target"]

@@ -9,13 +9,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from homeagent.engine.backup import Stop, backup_name, discard, write_backup
-from homeagent.engine.directories import prepare_directory
-from homeagent.engine.files import judge_file, locate_file, sidecars
-from homeagent.engine.locks import FileLock
-from homeagent.engine.manifests import PARTIAL, Manifest, backups_in, manifest_path, remember_backup
-from homeagent.engine.sqlite import SQLiteEngine
-from homeagent.engine.system_errors import explained, quoted
+from homeagent.engine.disk.directories import prepare_directory
+from homeagent.engine.disk.files import judge_file, locate_file, sidecars
+from homeagent.engine.disk.locks import FileLock
+from homeagent.engine.disk.system_errors import explained, quoted
+from homeagent.engine.sqlite.backup import Stop, backup_name, discard, write_backup
+from homeagent.engine.sqlite.engine import SQLiteEngine
+from homeagent.engine.sqlite.manifests import PARTIAL, Manifest, backups_in, manifest_path, remember_backup
 from homeagent.errors import DatabaseBusyError, DatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.migrations import VERSION_TABLE, schema_revision
 from homeagent.models.types import check_limit

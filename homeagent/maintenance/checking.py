@@ -8,8 +8,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from homeagent.engine.integrity import check_table
-from homeagent.engine.sqlite import SQLiteEngine
+from homeagent.engine.sqlite.engine import SQLiteEngine
+from homeagent.engine.sqlite.integrity import check_table
 from homeagent.errors import CorruptDatabaseError
 from homeagent.migrations import VERSION_TABLE
 from homeagent.models import TABLES

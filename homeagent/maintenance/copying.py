@@ -19,7 +19,7 @@ from sqlalchemy import bindparam, column, delete, func, select, text, tuple_
 from sqlalchemy import table as sql_table
 
 from homeagent.engine.engine import Engine
-from homeagent.engine.sqlite import SQLiteEngine
+from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.statements import Row, Statement
 from homeagent.errors import (
     CorruptDatabaseError,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import URL, select, text, update
 
-from homeagent.engine.postgresql import PostgreSQLEngine
-from homeagent.engine.presence import alone, kept_from_sqlite
-from homeagent.engine.sqlite import SQLiteEngine, sidecar_lock
-from homeagent.engine.swapping import epoch_of_marker, marker_of_epoch
+from homeagent.engine.postgresql.engine import PostgreSQLEngine
+from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
+from homeagent.engine.sqlite.presence import alone, kept_from_sqlite
+from homeagent.engine.sqlite.swapping import epoch_of_marker, marker_of_epoch
 from homeagent.engine.target import resolve_target
 from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, InvalidArgumentError, SchemaOutdatedError
 from homeagent.migrations import REVISION, open_postgresql, open_sqlite

@@ -7,9 +7,9 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from homeagent.engine.backup import discard
-from homeagent.engine.driver import choose_driver
-from homeagent.engine.files import sidecars
+from homeagent.engine.disk.files import sidecars
+from homeagent.engine.sqlite.backup import discard
+from homeagent.engine.sqlite.driver import choose_driver
 from homeagent.errors import DiskFullError
 from homeagent.maintenance.staging import Devices, copy_file, devices_of
 

@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import text
 
-from homeagent.engine import files
+from homeagent.engine.disk import files
 from homeagent.engine.engine import Engine
-from homeagent.engine.presence import presence_path
-from homeagent.engine.sqlite import SQLiteEngine
+from homeagent.engine.sqlite.engine import SQLiteEngine
+from homeagent.engine.sqlite.presence import presence_path
 from homeagent.engine.target import presentable_url
 from homeagent.migrations import revision_of
 from homeagent.models import DATA_TABLES

@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import URL
 
-from homeagent.engine.directories import prepare_directory
-from homeagent.engine.files import (
+from homeagent.engine.disk.directories import prepare_directory
+from homeagent.engine.disk.files import (
     judge_file,
     locate_file,
     secure_sidecars,
 )
-from homeagent.engine.filesystems import refuse_network_filesystem
-from homeagent.engine.locks import FileLock
-from homeagent.engine.manifests import Manifest, read_manifest
-from homeagent.engine.presence import alone, kept_from_sqlite, presence_path
-from homeagent.engine.sqlite import sidecar_lock
-from homeagent.engine.swapping import aside_path, epoch_of_marker, swap_in
-from homeagent.engine.system_errors import explained, quoted
+from homeagent.engine.disk.filesystems import refuse_network_filesystem
+from homeagent.engine.disk.locks import FileLock
+from homeagent.engine.disk.system_errors import explained, quoted
+from homeagent.engine.sqlite.engine import sidecar_lock
+from homeagent.engine.sqlite.manifests import Manifest, read_manifest
+from homeagent.engine.sqlite.presence import alone, kept_from_sqlite, presence_path
+from homeagent.engine.sqlite.swapping import aside_path, epoch_of_marker, swap_in
 from homeagent.engine.target import resolve_target
 from homeagent.errors import (
     DatabaseBusyError,

@@ -14,14 +14,14 @@ from typing import Any
 
 from sqlalchemy import update
 
-from homeagent.engine.backup import Contents, discard, read_contents
+from homeagent.engine.disk.files import OPEN_FLAGS, create_descriptor, give_to_owner, sidecars
+from homeagent.engine.disk.syncing import fsync_directory, sync
+from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.engine.faults import sqlite_fault, translated
-from homeagent.engine.files import OPEN_FLAGS, create_descriptor, give_to_owner, sidecars
-from homeagent.engine.manifests import Manifest
-from homeagent.engine.sqlite import APPLICATION_ID, SQLiteEngine
-from homeagent.engine.swapping import new_path
-from homeagent.engine.syncing import fsync_directory, sync
-from homeagent.engine.system_errors import explained, quoted
+from homeagent.engine.sqlite.backup import Contents, discard, read_contents
+from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine
+from homeagent.engine.sqlite.manifests import Manifest
+from homeagent.engine.sqlite.swapping import new_path
 from homeagent.errors import CorruptDatabaseError, DatabaseError, DiskFullError, HomeAgentError
 from homeagent.migrations import VERSION_TABLE, revision_of, upgrade_copy
 from homeagent.models import DATA_TABLES, StoreRecord

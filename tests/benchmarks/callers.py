@@ -106,7 +106,7 @@ def _handwritten(target: str, durability: str) -> Write:
 
     class Shared(Handwritten):
         def connect(self) -> Any:
-            from homeagent.engine.driver import choose_driver
+            from homeagent.engine.sqlite.driver import choose_driver
 
             module: Any = choose_driver().module
             return module.connect(self.target, isolation_level=None, check_same_thread=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from homeagent import Database
-from homeagent.engine.driver import choose_driver
+from homeagent.engine.sqlite.driver import choose_driver
 
 __all__ = [
     "DAY",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from homeagent import Database
-from homeagent.engine.driver import choose_driver
+from homeagent.engine.sqlite.driver import choose_driver
 from tests.benchmarks.callers import percentile
 from tests.benchmarks.contestants import ROOT, BenchmarkError
 from tests.benchmarks.data import DAY, count_rows, now_ms

@@ -88,7 +88,7 @@ def load(name: str) -> type[Contender]:
 
 def share_sqlite() -> None:
     """Make what a library imports as `sqlite3` the one that homeagent uses: no SQLite is compared with another one."""
-    from homeagent.engine.driver import choose_driver
+    from homeagent.engine.sqlite.driver import choose_driver
 
     driver = choose_driver()
     if driver.name != "sqlite3":

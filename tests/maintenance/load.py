@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from homeagent import AgentCreate, Database
-from homeagent.engine.driver import choose_driver
+from homeagent.engine.sqlite.driver import choose_driver
 
 ACCOUNTS = 20
 WRITERS = 4

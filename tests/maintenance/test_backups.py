@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from homeagent import AgentCreate, BackupSchedule, Database, errors
-from homeagent.engine import backup as engine_backup
-from homeagent.engine.driver import choose_driver
-from homeagent.engine.manifests import manifest_path, newest_backup, read_manifest
+from homeagent.engine.sqlite import backup as engine_backup
+from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.manifests import manifest_path, newest_backup, read_manifest
 from homeagent.maintenance.backups import back_up_if_due
 from tests.conftest import START, Children, FakeClock, add_agent, add_device
 
@@ -240,7 +240,7 @@ def test_interrupted_backup_leaves_nothing(
 KILLED = """
 import os, signal, sys
 from homeagent import Database
-from homeagent.engine import backup
+from homeagent.engine.sqlite import backup
 
 backup._STEP = 1
 steps = 0
@@ -338,7 +338,7 @@ UNPRIVILEGED = """
 import os, sys
 import homeagent.maintenance.backups
 from homeagent import Database, errors
-from homeagent.engine import backup
+from homeagent.engine.sqlite import backup
 
 # Whatever is imported on the way: another user may not enter the folder of the packages.
 backup._package_version()
@@ -498,7 +498,7 @@ def test_stopped_sweeper_ends_its_backup(
 
 def test_two_schedules_make_one(sqlite_database: Database, clock: FakeClock, tmp_path: Path) -> None:
     """While one process makes a backup there, another one that finds it due leaves it at that."""
-    from homeagent.engine.locks import FileLock
+    from homeagent.engine.disk.locks import FileLock
 
     directory = tmp_path / "backups"
     directory.mkdir()

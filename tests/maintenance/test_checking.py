@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from homeagent import Database
-from homeagent.engine.driver import choose_driver
+from homeagent.engine.sqlite.driver import choose_driver
 from homeagent.errors import CorruptDatabaseError
 from homeagent.maintenance.checking import ContentCheck
 from tests.conftest import FakeClock, add_agent

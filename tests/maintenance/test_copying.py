@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sqlalchemy import make_url, text
 
 from homeagent import Attempt, CopyProgress, Database, IdempotencyScope, Outcome, errors
-from homeagent.engine.driver import choose_driver
+from homeagent.engine.sqlite.driver import choose_driver
 from homeagent.maintenance.copying import PAGE, PAGE_WITH_JSON
 from homeagent.models import DATA_TABLES, metadata
 from tests.conftest import (

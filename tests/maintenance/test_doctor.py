@@ -29,10 +29,10 @@ from homeagent import (
     errors,
 )
 from homeagent.cli import app
-from homeagent.engine.driver import SQLiteDriver, choose_driver
-from homeagent.engine.inspection import Stopwatch
-from homeagent.engine.manifests import Manifest, read_manifest, write_manifest
-from homeagent.engine.presence import presence_path
+from homeagent.engine.sqlite.driver import SQLiteDriver, choose_driver
+from homeagent.engine.sqlite.inspection import Stopwatch
+from homeagent.engine.sqlite.manifests import Manifest, read_manifest, write_manifest
+from homeagent.engine.sqlite.presence import presence_path
 from homeagent.maintenance.doctor import CHECKS, Finding, Severity, disk
 from homeagent.maintenance.doctor import sqlite as doctor_sqlite
 from homeagent.migrations import REVISION

@@ -12,8 +12,8 @@ from sqlalchemy import make_url
 
 from homeagent import AgentSessionCreate, Database, Diagnosis, IdempotencyScope, Role, diagnose
 from homeagent.clock import system_clock
-from homeagent.engine.inspection import Stopwatch
-from homeagent.engine.postgresql import PostgreSQLEngine
+from homeagent.engine.postgresql.engine import PostgreSQLEngine
+from homeagent.engine.sqlite.inspection import Stopwatch
 from homeagent.maintenance.doctor import CHECKS, Severity
 from homeagent.maintenance.doctor import postgresql as doctor_postgresql
 from homeagent.maintenance.doctor.chart import Chart

@@ -23,9 +23,9 @@ from typing import Any
 import pytest
 
 from homeagent import Database, errors
-from homeagent.engine.driver import choose_driver
-from homeagent.engine.manifests import manifest_path
-from homeagent.engine.presence import announce
+from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.manifests import manifest_path
+from homeagent.engine.sqlite.presence import announce
 from homeagent.maintenance import restoring
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests.conftest import ROOT, START, Children, FakeClock, add_agent, add_device
@@ -367,7 +367,7 @@ def test_open_database_is_not_swapped(sqlite_path: Path, backup: Path, children:
 def test_other_programs_are_noticed(sqlite_path: Path, backup: Path, children: Children) -> None:
     """A program that knows nothing of our lock, such as SQLite's shell, is noticed by SQLite's own."""
     script = (
-        "import sys\nfrom homeagent.engine.driver import choose_driver\n"
+        "import sys\nfrom homeagent.engine.sqlite.driver import choose_driver\n"
         "raw = choose_driver().module.connect(sys.argv[1])\nraw.execute('SELECT * FROM agents').fetchall()\n"
         "print('open', flush=True)\nsys.stdin.readline()\n"
     )
@@ -472,7 +472,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from homeagent import Database
-from homeagent.engine import locks, swapping
+from homeagent.engine.disk import locks
+from homeagent.engine.sqlite import swapping
 
 backup, database, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
 left = step

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import make_url, text
 
 from homeagent import AgentCreate, Database, UnitOfWork
-from homeagent.engine.postgresql import PostgreSQLEngine
+from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.errors import (
     CommitUnknownError,
     ConnectionLostError,

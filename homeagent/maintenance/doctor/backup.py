@@ -6,7 +6,7 @@ import shlex
 from datetime import timedelta
 from pathlib import Path
 
-from homeagent.engine.manifests import newest_backup, read_manifest
+from homeagent.engine.sqlite.manifests import newest_backup, read_manifest
 from homeagent.maintenance.doctor.chart import Chart
 
 __all__ = ["OLD", "check_backup"]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from homeagent.engine.inspection import Stopwatch
+from homeagent.engine.sqlite.inspection import Stopwatch
 from homeagent.errors import CorruptDatabaseError, HomeAgentError
 from homeagent.maintenance.doctor.findings import CHECKS, Diagnosis, Fact, Finding, Repair, Severity
 

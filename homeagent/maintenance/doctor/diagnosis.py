@@ -9,7 +9,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from homeagent.clock import Clock, system_clock
-from homeagent.engine.inspection import Stopwatch
+from homeagent.engine.sqlite.inspection import Stopwatch
 from homeagent.engine.target import DEFAULT_PATH, Target, resolve_target
 from homeagent.errors import InvalidArgumentError
 from homeagent.maintenance.doctor.chart import Chart

@@ -1,7 +1,7 @@
 """What can be told of a SQLite file without opening it: names, owners, modes, leftovers, file system, free space.
 
 Everything is told by `lstat`. To open the file would be the wrong thing to do where SQLite has it open, see
-`homeagent.engine.files`.
+`homeagent.engine.disk.files`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from homeagent.engine.files import sidecars
-from homeagent.engine.filesystems import filesystem_kind, is_network_filesystem
-from homeagent.engine.privacy import unguarded
+from homeagent.engine.disk.files import sidecars
+from homeagent.engine.disk.filesystems import filesystem_kind, is_network_filesystem
+from homeagent.engine.disk.privacy import unguarded
 from homeagent.maintenance.doctor.chart import Chart
 
 __all__ = ["STALE", "check_disk", "check_wal_size", "loose_files", "our_files", "stale_partials"]

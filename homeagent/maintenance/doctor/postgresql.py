@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import URL, text
 
 from homeagent.clock import system_clock
-from homeagent.engine.postgresql import PostgreSQLEngine
+from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.target import presentable_url
 from homeagent.errors import HomeAgentError
 from homeagent.maintenance.doctor.chart import Chart

@@ -12,12 +12,12 @@ from typing import Any
 from sqlalchemy import bindparam, or_, update
 
 from homeagent.clock import Clock
+from homeagent.engine.disk.privacy import FILE_MODE, change_mode
+from homeagent.engine.disk.system_errors import explained
 from homeagent.engine.engine import Engine
-from homeagent.engine.postgresql import PostgreSQLEngine
-from homeagent.engine.privacy import FILE_MODE, change_mode
-from homeagent.engine.sqlite import SQLiteEngine, sidecar_lock
+from homeagent.engine.postgresql.engine import PostgreSQLEngine
+from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.statements import Statement
-from homeagent.engine.system_errors import explained
 from homeagent.engine.target import Target
 from homeagent.errors import HomeAgentError
 from homeagent.maintenance.doctor.disk import loose_files, megabytes, stale_partials

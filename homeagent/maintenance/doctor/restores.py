@@ -7,9 +7,9 @@ import shlex
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from homeagent.engine.files import look_at
-from homeagent.engine.presence import presence_path
-from homeagent.engine.swapping import aside_path, new_path
+from homeagent.engine.disk.files import look_at
+from homeagent.engine.sqlite.presence import presence_path
+from homeagent.engine.sqlite.swapping import aside_path, new_path
 from homeagent.maintenance.doctor.chart import Chart
 from homeagent.maintenance.doctor.disk import STALE, our_files
 

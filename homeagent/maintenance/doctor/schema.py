@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import CheckConstraint, ForeignKeyConstraint, text
 from sqlalchemy.schema import CreateIndex
 
-from homeagent.engine.inspection import scratch_sqlite
+from homeagent.engine.sqlite.inspection import scratch_sqlite
 from homeagent.maintenance.doctor.chart import Chart
 from homeagent.models import metadata
 

@@ -7,14 +7,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from homeagent.engine.driver import choose_driver
-from homeagent.engine.files import look_at, sidecars
-from homeagent.engine.inspection import inspect_sqlite, journal_mode
-from homeagent.engine.locks import FileLock
-from homeagent.engine.presence import presence_path
-from homeagent.engine.privacy import FILE_MODE
-from homeagent.engine.sqlite import APPLICATION_ID
-from homeagent.engine.write_ahead_log import find_lost_commits
+from homeagent.engine.disk.files import look_at, sidecars
+from homeagent.engine.disk.locks import FileLock
+from homeagent.engine.disk.privacy import FILE_MODE
+from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.engine import APPLICATION_ID
+from homeagent.engine.sqlite.inspection import inspect_sqlite, journal_mode
+from homeagent.engine.sqlite.presence import presence_path
+from homeagent.engine.sqlite.write_ahead_log import find_lost_commits
 from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, HomeAgentError
 from homeagent.maintenance.doctor.backup import check_backup
 from homeagent.maintenance.doctor.chart import RESTORE, Chart

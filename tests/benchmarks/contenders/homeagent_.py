@@ -18,7 +18,7 @@ from homeagent import (
     Role,
     errors,
 )
-from homeagent.engine.driver import choose_driver
+from homeagent.engine.sqlite.driver import choose_driver
 from tests.benchmarks.contender import FINGERPRINT, LEASE, Contender
 from tests.benchmarks.data import METHOD
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from homeagent.engine.driver import choose_driver
+from homeagent.engine.sqlite.driver import choose_driver
 from tests.benchmarks.scaling.hosts import measure_host
 from tests.benchmarks.scaling.moving import measure_copies
 from tests.benchmarks.scaling.operations import measure_operations

@@ -18,8 +18,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from homeagent.engine.files import OPEN_FLAGS, sidecars
-from homeagent.engine.system_errors import explained
+from homeagent.engine.disk.files import OPEN_FLAGS, sidecars
+from homeagent.engine.disk.system_errors import explained
 
 __all__ = ["LostCommits", "find_lost_commits"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from homeagent.engine.privacy import unguarded
-from tests.engine.conftest import (
+from homeagent.engine.disk.privacy import unguarded
+from tests.engine.disk.conftest import (
     UNPRIVILEGED,
     run,
 )
@@ -25,9 +25,9 @@ class TestAnyUmask:
             import json, os, sqlite3, stat, sys
             from datetime import timedelta
             from pathlib import Path
-            from homeagent.engine.directories import prepare_directory
-            from homeagent.engine.files import create_file, sidecars
-            from homeagent.engine.locks import FileLock
+            from homeagent.engine.disk.directories import prepare_directory
+            from homeagent.engine.disk.files import create_file, sidecars
+            from homeagent.engine.disk.locks import FileLock
             """,
             UNPRIVILEGED,
             """

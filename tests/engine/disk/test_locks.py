@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from homeagent.engine import files, locks
-from homeagent.engine.locks import FileLock
+from homeagent.engine.disk import files, locks
+from homeagent.engine.disk.locks import FileLock
 from homeagent.errors import (
     DatabaseBusyError,
     DatabaseError,
     DiskFullError,
     InvalidArgumentError,
 )
-from tests.engine.conftest import (
+from tests.engine.disk.conftest import (
     AT_ONCE,
     NOT_A_FILE_OF_OURS,
     environment,
@@ -38,7 +38,7 @@ HOLDER = """
     import sys
     from datetime import timedelta
     from pathlib import Path
-    from homeagent.engine.locks import FileLock
+    from homeagent.engine.disk.locks import FileLock
     lock = FileLock(Path(sys.argv[1]), timeout=timedelta(0))
     lock.acquire()
 """

@@ -19,14 +19,14 @@ import sqlalchemy
 from sqlalchemy import URL, event
 from sqlalchemy.pool import NullPool
 
-from homeagent.engine import files
-from homeagent.engine.diagnosis import diagnosed_fault, newest_backup_hint
-from homeagent.engine.driver import SQLiteDriver, choose_driver
+from homeagent.engine.disk import files
+from homeagent.engine.disk.file_watch import FileWatch
+from homeagent.engine.disk.locks import FileLock
 from homeagent.engine.engine import Engine
 from homeagent.engine.faults import translated
-from homeagent.engine.file_watch import FileWatch
 from homeagent.engine.forks import inherit, refuse_inherited
-from homeagent.engine.locks import FileLock
+from homeagent.engine.sqlite.diagnosis import diagnosed_fault, newest_backup_hint
+from homeagent.engine.sqlite.driver import SQLiteDriver, choose_driver
 from homeagent.errors import (
     CorruptDatabaseError,
     DatabaseError,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from homeagent.engine.filesystems import filesystem_kind, is_network_filesystem, refuse_network_filesystem
+from homeagent.engine.disk.filesystems import filesystem_kind, is_network_filesystem, refuse_network_filesystem
 from homeagent.errors import (
     DatabaseError,
 )

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from homeagent.engine import driver
-from homeagent.engine.driver import MINIMUM_VERSION, SQLiteDriver, choose_driver, has_wal_reset_bug
+from homeagent.engine.sqlite import driver
+from homeagent.engine.sqlite.driver import MINIMUM_VERSION, SQLiteDriver, choose_driver, has_wal_reset_bug
 from homeagent.errors import DatabaseError
 
 

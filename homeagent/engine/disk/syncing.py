@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from homeagent.engine.system_errors import explained
+from homeagent.engine.disk.system_errors import explained
 
 if sys.platform != "win32":
     import fcntl

@@ -17,9 +17,9 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from homeagent.engine.files import OPEN_FLAGS, create_descriptor, give_to_owner
-from homeagent.engine.syncing import fsync_directory, sync
-from homeagent.engine.system_errors import explained, quoted
+from homeagent.engine.disk.files import OPEN_FLAGS, create_descriptor, give_to_owner
+from homeagent.engine.disk.syncing import fsync_directory, sync
+from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.errors import CorruptDatabaseError, DatabaseError
 
 __all__ = [

@@ -18,11 +18,11 @@ from urllib.parse import quote
 from sqlalchemy import create_engine, event
 from sqlalchemy.pool import NullPool
 
-from homeagent.engine.driver import choose_driver
+from homeagent.engine.disk.files import OPEN_FLAGS, look_at, sidecars
+from homeagent.engine.disk.system_errors import explained
 from homeagent.engine.engine import open_engines
 from homeagent.engine.faults import sqlite_fault, translated
-from homeagent.engine.files import OPEN_FLAGS, look_at, sidecars
-from homeagent.engine.system_errors import explained
+from homeagent.engine.sqlite.driver import choose_driver
 from homeagent.errors import ReadOnlyError
 
 if TYPE_CHECKING:

@@ -14,16 +14,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from homeagent.engine.diagnosis import newest_backup_hint
+from homeagent.engine.disk.files import look_at, sidecars
+from homeagent.engine.disk.system_errors import quoted
 from homeagent.engine.faults import RESTORE
-from homeagent.engine.files import look_at, sidecars
-from homeagent.engine.inspection import Stopwatch, inspect_sqlite
-from homeagent.engine.system_errors import quoted
-from homeagent.engine.write_ahead_log import find_lost_commits
+from homeagent.engine.sqlite.diagnosis import newest_backup_hint
+from homeagent.engine.sqlite.inspection import Stopwatch, inspect_sqlite
+from homeagent.engine.sqlite.write_ahead_log import find_lost_commits
 from homeagent.errors import CorruptDatabaseError
 
 if TYPE_CHECKING:
-    from homeagent.engine.sqlite import SQLiteEngine
+    from homeagent.engine.sqlite.engine import SQLiteEngine
 
 __all__ = ["check_content", "check_table", "refuse_unclean_damage"]
 

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from homeagent.engine.disk.files import sidecars
+from homeagent.engine.disk.system_errors import quoted
 from homeagent.engine.faults import sqlite_fault
-from homeagent.engine.files import sidecars
-from homeagent.engine.manifests import newest_backup
-from homeagent.engine.system_errors import quoted
+from homeagent.engine.sqlite.manifests import newest_backup
 from homeagent.errors import (
     CorruptDatabaseError,
     DatabaseMovedError,

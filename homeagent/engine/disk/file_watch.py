@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from homeagent.engine.files import identity_of, sidecars
-from homeagent.engine.system_errors import explained, quoted
+from homeagent.engine.disk.files import identity_of, sidecars
+from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.errors import CorruptDatabaseError, DatabaseMovedError
 
 __all__ = ["FileWatch"]

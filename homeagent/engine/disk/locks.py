@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from homeagent.engine.files import OPEN_FLAGS, create_descriptor, give_to_owner, identity_of, judge_file, look_at
-from homeagent.engine.syncing import fsync_directory, sync
-from homeagent.engine.system_errors import explained, quoted
+from homeagent.engine.disk.files import OPEN_FLAGS, create_descriptor, give_to_owner, identity_of, judge_file, look_at
+from homeagent.engine.disk.syncing import fsync_directory, sync
+from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.errors import DatabaseBusyError, DatabaseError, DiskFullError, InvalidArgumentError
 
 if sys.platform != "win32":

@@ -19,9 +19,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from homeagent.engine.privacy import FILE_MODE, change_mode, modes_not_kept
-from homeagent.engine.syncing import fsync_directory, sync
-from homeagent.engine.system_errors import explained, quoted
+from homeagent.engine.disk.privacy import FILE_MODE, change_mode, modes_not_kept
+from homeagent.engine.disk.syncing import fsync_directory, sync
+from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.errors import (
     CorruptDatabaseError,
     DatabaseError,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from homeagent.engine.manifests import (
+from homeagent.engine.sqlite.manifests import (
     Manifest,
     backups_in,
     manifest_path,

@@ -10,9 +10,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from homeagent.engine.privacy import DIRECTORY_MODE, change_mode, modes_not_kept, unguarded
-from homeagent.engine.syncing import fsync_directory
-from homeagent.engine.system_errors import explained, quoted
+from homeagent.engine.disk.privacy import DIRECTORY_MODE, change_mode, modes_not_kept, unguarded
+from homeagent.engine.disk.syncing import fsync_directory
+from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.errors import InvalidArgumentError
 
 __all__ = ["DirectoryReport", "prepare_directory"]

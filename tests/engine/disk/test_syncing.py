@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from homeagent.engine import syncing
-from homeagent.engine.syncing import fsync_directory
+from homeagent.engine.disk import syncing
+from homeagent.engine.disk.syncing import fsync_directory
 from homeagent.errors import (
     DatabaseError,
 )

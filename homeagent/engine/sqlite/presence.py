@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from homeagent.engine.files import OPEN_FLAGS
-from homeagent.engine.locks import FileLock
-from homeagent.engine.swapping import finish_swap
-from homeagent.engine.system_errors import explained, quoted
+from homeagent.engine.disk.files import OPEN_FLAGS
+from homeagent.engine.disk.locks import FileLock
+from homeagent.engine.disk.system_errors import explained, quoted
+from homeagent.engine.sqlite.swapping import finish_swap
 from homeagent.errors import DatabaseBusyError, DatabaseError, ReadOnlyError
 
 if sys.platform != "win32":

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from homeagent.engine.system_errors import explained, quoted
+from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.errors import DatabaseError
 
 __all__ = ["filesystem_kind", "is_network_filesystem", "refuse_network_filesystem"]

@@ -7,7 +7,7 @@ import stat
 import sys
 from pathlib import Path
 
-from homeagent.engine.system_errors import quoted
+from homeagent.engine.disk.system_errors import quoted
 from homeagent.errors import InsecureFileError
 
 __all__ = ["DIRECTORY_MODE", "FILE_MODE", "change_mode", "modes_not_kept", "unguarded"]

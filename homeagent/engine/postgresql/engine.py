@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from homeagent.engine.engine import Engine
 from homeagent.engine.faults import postgresql_fault, translated
-from homeagent.engine.postgresql_link import PostgreSQLLink
+from homeagent.engine.postgresql.link import PostgreSQLLink
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError
 
 if TYPE_CHECKING:

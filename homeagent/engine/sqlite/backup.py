@@ -18,15 +18,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from homeagent.engine.disk.files import OPEN_FLAGS, create_file, sidecars
+from homeagent.engine.disk.syncing import fsync_directory, sync
+from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.engine.faults import sqlite_fault, translated
-from homeagent.engine.files import OPEN_FLAGS, create_file, sidecars
-from homeagent.engine.manifests import Manifest, manifest_path, write_manifest
-from homeagent.engine.syncing import fsync_directory, sync
-from homeagent.engine.system_errors import explained, quoted
+from homeagent.engine.sqlite.manifests import Manifest, manifest_path, write_manifest
 from homeagent.errors import CorruptDatabaseError, DatabaseError, DiskFullError, HomeAgentError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from homeagent.engine.sqlite import SQLiteEngine
+    from homeagent.engine.sqlite.engine import SQLiteEngine
 
 __all__ = ["BackupStoppedError", "Contents", "backup_name", "discard", "read_contents", "write_backup"]
 

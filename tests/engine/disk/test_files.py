@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from homeagent.engine import files, syncing
-from homeagent.engine.directories import prepare_directory
-from homeagent.engine.files import (
+from homeagent.engine.disk import files, syncing
+from homeagent.engine.disk.directories import prepare_directory
+from homeagent.engine.disk.files import (
     atomic_replace,
     create_file,
     inspect_file,
@@ -25,8 +25,8 @@ from homeagent.engine.files import (
     secure_sidecars,
     sidecars,
 )
-from homeagent.engine.filesystems import refuse_network_filesystem
-from homeagent.engine.syncing import fsync_directory
+from homeagent.engine.disk.filesystems import refuse_network_filesystem
+from homeagent.engine.disk.syncing import fsync_directory
 from homeagent.errors import (
     CorruptDatabaseError,
     DatabaseError,
@@ -35,7 +35,7 @@ from homeagent.errors import (
     InvalidArgumentError,
     ReadOnlyError,
 )
-from tests.engine.conftest import (
+from tests.engine.disk.conftest import (
     DATABASE,
     NOBODY,
     NOT_A_FILE_OF_OURS,
@@ -194,7 +194,7 @@ class TestInspecting:
         output = run(
             """
             from pathlib import Path
-            from homeagent.engine.files import inspect_file
+            from homeagent.engine.disk.files import inspect_file
             from homeagent.errors import InsecureFileError
             """,
             UNPRIVILEGED,
@@ -507,9 +507,9 @@ class TestCreating:
             import sys
             from datetime import timedelta
             from pathlib import Path
-            from homeagent.engine.directories import prepare_directory
-            from homeagent.engine.files import create_file, inspect_file
-            from homeagent.engine.locks import FileLock
+            from homeagent.engine.disk.directories import prepare_directory
+            from homeagent.engine.disk.files import create_file, inspect_file
+            from homeagent.engine.disk.locks import FileLock
             from homeagent.errors import DatabaseError
             """,
             UNPRIVILEGED,

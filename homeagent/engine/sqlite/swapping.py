@@ -14,11 +14,11 @@ import re
 from datetime import timedelta
 from pathlib import Path
 
-from homeagent.engine.files import sidecars
-from homeagent.engine.locks import FileLock
-from homeagent.engine.sqlite import sidecar_lock
-from homeagent.engine.syncing import fsync_directory
-from homeagent.engine.system_errors import explained, quoted
+from homeagent.engine.disk.files import sidecars
+from homeagent.engine.disk.locks import FileLock
+from homeagent.engine.disk.syncing import fsync_directory
+from homeagent.engine.disk.system_errors import explained, quoted
+from homeagent.engine.sqlite.engine import sidecar_lock
 from homeagent.errors import CorruptDatabaseError
 
 __all__ = ["aside_path", "epoch_of_marker", "finish_swap", "marker_of_epoch", "new_path", "swap_in"]

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from homeagent.engine import directories
-from homeagent.engine.directories import prepare_directory
+from homeagent.engine.disk import directories
+from homeagent.engine.disk.directories import prepare_directory
 from homeagent.errors import (
     DatabaseError,
     InsecureFileError,
     InvalidArgumentError,
 )
-from tests.engine.conftest import (
+from tests.engine.disk.conftest import (
     NOBODY,
     make,
     mode_of,
