@@ -194,12 +194,16 @@ def _renewed(renew: Callable[[], object]) -> bool:
     except LeaseLostError:
         return False
     except HomeAgentError as error:
-        logger.warning(
-            "a lease could not be renewed and will be tried again: %s",
-            error,
-            extra={"event": "lease_renewal_failed", "error": type(error).__name__},
-        )
+        _warn_of_renewal(error)
     return True
+
+
+def _warn_of_renewal(error: HomeAgentError) -> None:
+    logger.warning(
+        "a lease could not be renewed and will be tried again: %s",
+        error,
+        extra={"event": "lease_renewal_failed", "error": type(error).__name__},
+    )
 
 
 async def arun_once(arun: ARun, call: OnceCall, effect: Callable[[Attempt], Awaitable[Any]]) -> Outcome:
@@ -267,11 +271,7 @@ async def arun_once(arun: ARun, call: OnceCall, effect: Callable[[Attempt], Awai
             except LeaseLostError:
                 return
             except HomeAgentError as error:
-                logger.warning(
-                    "a lease could not be renewed and will be tried again: %s",
-                    error,
-                    extra={"event": "lease_renewal_failed", "error": type(error).__name__},
-                )
+                _warn_of_renewal(error)
 
     problem: BaseException | None = None
     outcome: Outcome | None = None

@@ -21,7 +21,7 @@ from homeagent.engine.disk import files
 from homeagent.engine.disk.locks import FileLock
 from homeagent.engine.faults import TransientError
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
-from homeagent.engine.sqlite.engine import SQLiteEngine, corrupt_after_all, sidecar_lock
+from homeagent.engine.sqlite.engine import SQLiteEngine, corrupt_after_all, lock_path, sidecar_lock
 from homeagent.engine.sqlite.integrity import check_content, refuse_unclean_damage
 from homeagent.engine.sqlite.presence import announce, presence_path
 from homeagent.errors import (
@@ -235,7 +235,7 @@ def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
     try:
         open_sqlite(engine, clock=clock, timeout=timedelta(0), migrate=True, temporary=True)
     finally:
-        sidecar_lock(engine.path, timeout=timedelta(0)).path.unlink(missing_ok=True)
+        lock_path(engine.path).unlink(missing_ok=True)
 
 
 def _examine_leftovers(engine: SQLiteEngine) -> None:
@@ -281,7 +281,7 @@ def _look_up(connection: Connection) -> tuple[str | None, bool]:
 def _is_remembered(path: Path) -> bool:
     """Tell whether the lock file has its marker. A restored file has none beside it, nor one whose maker was killed."""
     try:
-        return sidecar_lock(path, timeout=timedelta(0)).path.lstat().st_size > 0
+        return lock_path(path).lstat().st_size > 0
     except FileNotFoundError:
         return False
 

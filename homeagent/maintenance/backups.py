@@ -14,8 +14,9 @@ from homeagent.engine.disk.files import judge_file, locate_file, sidecars
 from homeagent.engine.disk.locks import FileLock
 from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.engine.sqlite.backup import Stop, backup_name, discard, write_backup
-from homeagent.engine.sqlite.engine import SQLiteEngine
+from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path
 from homeagent.engine.sqlite.manifests import PARTIAL, Manifest, backups_in, manifest_path, remember_backup
+from homeagent.engine.sqlite.presence import presence_path
 from homeagent.errors import DatabaseBusyError, DatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.migrations import VERSION_TABLE, schema_revision
 from homeagent.models.types import check_limit
@@ -180,8 +181,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _refuse_own_files(database: Path, target: Path) -> None:
-    own = {database, *sidecars(database)} | {database.with_name(database.name + end) for end in (".lock", ".open")}
-    if target in own:
+    if target in {database, *sidecars(database), lock_path(database), presence_path(database)}:
         raise InvalidArgumentError(f"{quoted(target)} belongs to the database itself: name another file")
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import text
 
-from homeagent.engine.disk import files
+from homeagent.engine.disk.files import sidecars
 from homeagent.engine.engine import Engine
-from homeagent.engine.sqlite.engine import SQLiteEngine
+from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path
 from homeagent.engine.sqlite.presence import presence_path
 from homeagent.engine.target import presentable_url
 from homeagent.migrations import revision_of
@@ -173,17 +173,17 @@ def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
 def _sqlite_facts(engine: SQLiteEngine) -> dict[str, Any]:
     with engine.connect() as connection:
         pragmas = {name: connection.execute(text(f"PRAGMA {name}")).scalar_one() for name in _PRAGMAS}
-    lock = engine.path.with_name(engine.path.name + ".lock")
-    beside = [engine.path.parent, engine.path, *files.sidecars(engine.path), lock, presence_path(engine.path)]
-    log = files.sidecars(engine.path)[0]
+    path = engine.path
+    beside = [path.parent, path, *sidecars(path), lock_path(path), presence_path(path)]
+    log = sidecars(path)[0]
     return {
-        "location": str(engine.path),
+        "location": str(path),
         "engine_version": engine.driver.version_text,
         "driver": engine.driver.name,
         "safe_engine": engine.driver.safe,
         "durability": engine.durability,
         "pragmas": pragmas,
-        "file_modes": {path.name: _mode(path) for path in beside if path.exists()},
+        "file_modes": {file.name: _mode(file) for file in beside if file.exists()},
         "wal_bytes": log.stat().st_size if log.exists() else 0,
     }
 

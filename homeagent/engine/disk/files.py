@@ -32,6 +32,7 @@ from homeagent.errors import (
 
 __all__ = [
     "OPEN_FLAGS",
+    "SMALLEST_DATABASE",
     "FileState",
     "atomic_replace",
     "create_descriptor",
@@ -51,7 +52,7 @@ logger = logging.getLogger("homeagent")
 
 # The smallest page, so the smallest database (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite itself
 # takes a shorter file for an empty one, and would start anew where all revocations and nonces were.
-_SMALLEST_DATABASE = 512
+SMALLEST_DATABASE = 512
 
 _SIDECAR_SUFFIXES = ("-wal", "-shm", "-journal")
 
@@ -352,7 +353,7 @@ def _refuse(path: Path, status: os.stat_result, *, is_database: bool) -> None:
                 f"{quoted(path)} belongs to user {status.st_uid} and you are {caller}: run as its owner, "
                 "or let an administrator chown it to you and chmod it to 600"
             )
-    if is_database and 0 < status.st_size < _SMALLEST_DATABASE:
+    if is_database and 0 < status.st_size < SMALLEST_DATABASE:
         raise CorruptDatabaseError(
             f"{quoted(path)} has {status.st_size} bytes, too few for a database: restore a backup, or move it away"
         )

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
 
-__all__ = ["APPLICATION_ID", "Durability", "SQLiteEngine", "sidecar_lock"]
+__all__ = ["APPLICATION_ID", "Durability", "SQLiteEngine", "lock_path", "sidecar_lock"]
 
 Durability = Literal["full", "normal"]
 
@@ -52,9 +52,14 @@ _JOURNAL_SIZE_LIMIT = 64 * 1024 * 1024
 _WAL_PAUSE = 0.002  # seconds
 
 
+def lock_path(database: Path) -> Path:
+    """Return where the lock file of a database is. Its content tells that the database was made, or is to give way."""
+    return database.with_name(database.name + ".lock")
+
+
 def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
     """Return the lock under which one process at a time makes, upgrades or restores this database."""
-    return FileLock(path.with_name(path.name + ".lock"), timeout=timeout, owner_of=path)
+    return FileLock(lock_path(path), timeout=timeout, owner_of=path)
 
 
 class SQLiteEngine(Engine):

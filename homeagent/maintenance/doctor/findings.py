@@ -7,11 +7,9 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["CHECKS", "Diagnosis", "Finding", "Repair", "Severity"]
+__all__ = ["CHECKS", "STORE_CHECKS", "Diagnosis", "Finding", "Repair", "Severity"]
 
-CHECKS: tuple[str, ...] = (
-    # Either engine
-    "database",
+STORE_CHECKS = (
     "schema_revision",
     "schema",
     "store_record",
@@ -23,6 +21,12 @@ CHECKS: tuple[str, ...] = (
     "orphaned_sessions",
     "pending_devices",
     "admins",
+)
+"""What is asked of a store that can be opened, on either engine."""
+
+CHECKS: tuple[str, ...] = (
+    "database",
+    *STORE_CHECKS,
     # SQLite
     "directory",
     "file_owners",

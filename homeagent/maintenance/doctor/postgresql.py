@@ -15,6 +15,7 @@ from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.target import presentable_url
 from homeagent.errors import HomeAgentError
 from homeagent.maintenance.doctor.chart import Chart
+from homeagent.maintenance.doctor.findings import STORE_CHECKS
 from homeagent.maintenance.doctor.revision import check_revision
 from homeagent.maintenance.doctor.rows import check_rows
 from homeagent.maintenance.doctor.schema import check_schema, columns_found
@@ -33,30 +34,6 @@ LONG_IDLE = timedelta(minutes=5)
 LAG = timedelta(minutes=1)
 DEAD_ROWS = 100_000
 _CONNECT_SECONDS = "5"
-
-_CHECKS = (
-    "server_version",
-    "durability",
-    "collations",
-    "privileges",
-    "connections",
-    "standby",
-    "replication",
-    "lock_waits",
-    "dead_rows",
-    "server_clock",
-    "schema_revision",
-    "schema",
-    "store_record",
-    "clock",
-    "expired_backlog",
-    "abandoned_effects",
-    "previous_secrets",
-    "orphaned_keys",
-    "orphaned_sessions",
-    "pending_devices",
-    "admins",
-)
 
 
 def examine_postgresql(chart: Chart, url: URL, *, limit: timedelta | None) -> None:
@@ -91,7 +68,7 @@ def examine_postgresql(chart: Chart, url: URL, *, limit: timedelta | None) -> No
             remedy="start the server, or mend the URL, the password or pg_hba.conf; its own log says more",
             command="pg_isready",
         )
-    chart.skip("the database can't be reached", *_CHECKS)
+    chart.skip("the database can't be reached", *_LOOKS, *STORE_CHECKS)
 
 
 def _examine(chart: Chart, connection: Connection) -> None:

@@ -78,6 +78,7 @@ def check_schema(chart: Chart, connection: Connection) -> None:
             return
         grave = [difference for difference in differences if difference.grave]
         first = (grave or differences)[0]
+        remedy = "undo the change" if first.command is None else f"undo the change; the first step is: {first.command}"
         shown = "; ".join(difference.text for difference in differences[:10])
         summary = f"The schema was changed by hand: {shown}{'; …' if len(differences) > 10 else ''}."
         if grave:
@@ -85,10 +86,7 @@ def check_schema(chart: Chart, connection: Connection) -> None:
                 "schema",
                 summary,
                 meaning="what the package relies on is not there: it may fail, or accept what it must refuse",
-                remedy="undo the change"
-                if first.command is None
-                else f"undo the change; the first step is: {first.command}",
-                command=None,
+                remedy=remedy,
                 differences=len(differences),
             )
         else:
@@ -96,10 +94,7 @@ def check_schema(chart: Chart, connection: Connection) -> None:
                 "schema",
                 summary,
                 meaning="it works, perhaps slowly; the next upgrade may fail or lose what was added",
-                remedy="undo the change"
-                if first.command is None
-                else f"undo the change; the first step is: {first.command}",
-                command=None,
+                remedy=remedy,
                 differences=len(differences),
             )
 

@@ -7,11 +7,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from homeagent.engine.disk.files import look_at, sidecars
+from homeagent.engine.disk.files import SMALLEST_DATABASE, look_at, sidecars
 from homeagent.engine.disk.locks import FileLock
 from homeagent.engine.disk.privacy import FILE_MODE
 from homeagent.engine.sqlite.driver import choose_driver
-from homeagent.engine.sqlite.engine import APPLICATION_ID
+from homeagent.engine.sqlite.engine import APPLICATION_ID, lock_path
 from homeagent.engine.sqlite.inspection import inspect_sqlite, journal_mode
 from homeagent.engine.sqlite.presence import presence_path
 from homeagent.engine.sqlite.write_ahead_log import find_lost_commits
@@ -19,7 +19,7 @@ from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, HomeAgentE
 from homeagent.maintenance.doctor.backup import check_backup
 from homeagent.maintenance.doctor.chart import RESTORE, Chart
 from homeagent.maintenance.doctor.disk import check_disk, check_wal_size
-from homeagent.maintenance.doctor.findings import Severity
+from homeagent.maintenance.doctor.findings import STORE_CHECKS, Severity
 from homeagent.maintenance.doctor.restores import check_restores
 from homeagent.maintenance.doctor.revision import check_revision
 from homeagent.maintenance.doctor.rows import check_rows
@@ -30,24 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["examine_sqlite"]
 
-_SMALLEST = 512
-
-_INSIDE = (
-    "schema_revision",
-    "schema",
-    "store_record",
-    "clock",
-    "expired_backlog",
-    "abandoned_effects",
-    "previous_secrets",
-    "orphaned_keys",
-    "orphaned_sessions",
-    "pending_devices",
-    "admins",
-    "journal_mode",
-    "integrity",
-    "foreign_keys",
-)
+_INSIDE = (*STORE_CHECKS, "journal_mode", "integrity", "foreign_keys")
 
 
 def examine_sqlite(chart: Chart, path: Path) -> None:
@@ -128,8 +111,9 @@ def _check_log(chart: Chart, path: Path) -> None:
 
 def _is_worth_opening(chart: Chart, path: Path) -> bool:
     log, _, journal = sidecars(path)
+    lock = lock_path(path)
     try:
-        states = {file: look_at(file) for file in (path, log, journal, path.with_name(f"{path.name}.lock"))}
+        states = {file: look_at(file) for file in (path, log, journal, lock)}
     except HomeAgentError as error:
         chart.alarm(
             "database",
@@ -148,9 +132,9 @@ def _is_worth_opening(chart: Chart, path: Path) -> bool:
         )
         return False
     if sizes[path] == 0:
-        _tell_absent(chart, path, was_there=bool(sizes[log] or sizes[path.with_name(f"{path.name}.lock")]))
+        _tell_absent(chart, path, was_there=bool(sizes[log] or sizes[lock]))
         return False
-    if sizes[path] < _SMALLEST:
+    if sizes[path] < SMALLEST_DATABASE:
         chart.alarm(
             "database",
             f"{str(path)!r} has {sizes[path]} bytes, too few for a database.",
