@@ -31,7 +31,7 @@ from homeagent.errors import (
 )
 from homeagent.idempotency import OnAbandoned, OnceCall, arun_once, run_once
 from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport, sweep
-from homeagent.migrations import open_postgresql, open_sqlite
+from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models.device import Device, DevicePair
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import check_duration, check_limit
@@ -129,6 +129,8 @@ class Database:
                     temporary=where.is_temporary,
                 )
             else:
+                from homeagent.migrations.postgresql import open_postgresql
+
                 open_postgresql(engine, timeout=busy_timeout, migrate=migrate)
         except BaseException:
             engine.close()

@@ -28,7 +28,7 @@ from sqlalchemy.pool import NullPool
 
 import homeagent
 from alembic import command
-from homeagent import AgentCreate, Database, IdempotencyScope, IdempotencyState, migrations
+from homeagent import AgentCreate, Database, IdempotencyScope, IdempotencyState
 from homeagent.engine.disk.files import create_file
 from homeagent.engine.sqlite.driver import choose_driver
 from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine
@@ -37,7 +37,9 @@ from homeagent.errors import (
     MigrationError,
     SchemaOutdatedError,
 )
-from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config
+from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config, revisions
+from homeagent.migrations import postgresql as postgresql_migrations
+from homeagent.migrations import sqlite as sqlite_migrations
 from homeagent.models import DATA_TABLES, metadata
 from homeagent.models.session import route_key
 from tests.conftest import postgres_database, postgres_execute
@@ -579,8 +581,9 @@ def with_revision(directory: Path, monkeypatch: pytest.MonkeyPatch, body: str) -
         f'revision, down_revision, branch_labels, depends_on = "{following}", "{REVISION}", None, None\n\n\n'
         f"def upgrade():\n{lines}\n"
     )
-    monkeypatch.setattr(migrations, "script_directory", lambda: scripts)
-    monkeypatch.setattr(migrations, "REVISION", following)
+    monkeypatch.setattr(revisions, "script_directory", lambda: scripts)
+    for module in (revisions, sqlite_migrations, postgresql_migrations):
+        monkeypatch.setattr(module, "REVISION", following)
 
 
 FAILING = {

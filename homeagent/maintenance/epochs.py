@@ -15,7 +15,9 @@ from homeagent.engine.sqlite.presence import alone, kept_from_sqlite
 from homeagent.engine.sqlite.swapping import epoch_of_marker, marker_of_epoch
 from homeagent.engine.target import resolve_target
 from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, InvalidArgumentError, SchemaOutdatedError
-from homeagent.migrations import REVISION, open_postgresql, open_sqlite
+from homeagent.migrations import REVISION
+from homeagent.migrations.postgresql import open_postgresql
+from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models import StoreRecord
 from homeagent.models.types import check_duration, check_instant
 

@@ -23,7 +23,8 @@ from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine
 from homeagent.engine.sqlite.manifests import Manifest
 from homeagent.engine.sqlite.swapping import new_path
 from homeagent.errors import CorruptDatabaseError, DatabaseError, DiskFullError, HomeAgentError
-from homeagent.migrations import VERSION_TABLE, revision_of, upgrade_copy
+from homeagent.migrations import VERSION_TABLE, revision_of
+from homeagent.migrations.sqlite import upgrade_copy
 from homeagent.models import DATA_TABLES, StoreRecord
 
 __all__ = ["SQLITE_HEADER", "Devices", "Staged", "copy_file", "damaged", "devices_of", "header_of", "is_ours", "stage"]

@@ -13,9 +13,9 @@ import pytest
 from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
-from homeagent import Database, migrations
+from homeagent import Database
 from homeagent.errors import DatabaseBusyError, MigrationError
-from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config
+from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config, postgresql
 from tests.conftest import add_agent
 
 pytestmark = pytest.mark.usefixtures("postgres_url")
@@ -50,7 +50,7 @@ def revision_at(url: str) -> Any:
 def test_who_upgrades_is_waited_for_with_a_bound(old_url: str) -> None:
     """While another host holds the upgrade's lock one waits no longer than busy_timeout; then it opens."""
     with other(old_url) as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": migrations._ADVISORY_LOCK})
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": postgresql._ADVISORY_LOCK})
         with pytest.raises(DatabaseBusyError, match=r"another host upgrades it.*busy_timeout"):
             Database.open(old_url, busy_timeout=SHORT)
         threading.Timer(0.3, connection.rollback).start()
@@ -60,16 +60,16 @@ def test_who_upgrades_is_waited_for_with_a_bound(old_url: str) -> None:
 
 def test_a_table_in_use_is_not_queued_for(old_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A revision that must wait for a table steps back again and again, so that readers and writers get their turns."""
-    monkeypatch.setattr(migrations, "_TABLE_LOCK_PATIENCE", 0.05)
-    original = migrations._upgrade
+    monkeypatch.setattr(postgresql, "_TABLE_LOCK_PATIENCE", 0.05)
+    original = postgresql.upgrade
     tries: list[int] = []
 
-    def upgrade(connection: Connection, target: str) -> None:
+    def upgrade(connection: Connection) -> None:
         tries.append(1)
         connection.execute(text("ALTER TABLE agents ADD COLUMN extra text"))
-        original(connection, target)
+        original(connection)
 
-    monkeypatch.setattr(migrations, "_upgrade", upgrade)
+    monkeypatch.setattr(postgresql, "upgrade", upgrade)
     with other(old_url) as connection:
         connection.execute(text("SELECT count(*) FROM agents"))
         with pytest.raises(DatabaseBusyError, match="a unit holds a table"):
@@ -82,10 +82,8 @@ def test_a_table_in_use_is_not_queued_for(old_url: str, tmp_path: Path, monkeypa
 
 def test_a_statement_that_takes_too_long_is_undone(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A revision's statement has a limit, and the error says that nothing was changed."""
-    monkeypatch.setattr(migrations, "_STATEMENT_PATIENCE", timedelta(milliseconds=100))
-    monkeypatch.setattr(
-        migrations, "_upgrade", lambda connection, target: connection.execute(text("SELECT pg_sleep(30)"))
-    )
+    monkeypatch.setattr(postgresql, "_STATEMENT_PATIENCE", timedelta(milliseconds=100))
+    monkeypatch.setattr(postgresql, "upgrade", lambda connection: connection.execute(text("SELECT pg_sleep(30)")))
     with pytest.raises(MigrationError, match="was cancelled and undone"):
         Database.open(old_url)
     assert revision_at(old_url) == f"{int(REVISION) - 1:04}"

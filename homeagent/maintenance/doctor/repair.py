@@ -24,7 +24,8 @@ from homeagent.maintenance.doctor.disk import loose_files, megabytes, stale_part
 from homeagent.maintenance.doctor.findings import Diagnosis, Repair, Severity
 from homeagent.maintenance.doctor.rows import SECRETS_GRACE
 from homeagent.maintenance.sweeping import sweep
-from homeagent.migrations import open_postgresql, open_sqlite
+from homeagent.migrations.postgresql import open_postgresql
+from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models import Device
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 

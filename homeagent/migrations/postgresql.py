@@ -1,0 +1,97 @@
+"""The schema on a PostgreSQL server is made or upgraded: by one host at a time, while the others go on working."""
+
+from __future__ import annotations
+
+import random
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from homeagent.engine.faults import TransientError
+from homeagent.errors import DatabaseBusyError, ForeignDatabaseError, MigrationError, SchemaOutdatedError
+from homeagent.migrations.revisions import REVISION, SPEAK_FOR_THEMSELVES, revision_of, suits, tables, upgrade
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from homeagent.engine.postgresql.engine import PostgreSQLEngine
+
+__all__ = ["open_postgresql"]
+
+_ADVISORY_LOCK = 0x686F6D656167656E  # "homeagen": one lock for all who upgrade one database
+
+# How long a revision waits for the lock of a table, in seconds, before the whole upgrade steps back and tries again:
+# whoever comes after it to read or write that table waits in line behind it.
+_TABLE_LOCK_PATIENCE = 2
+
+# A statement of a revision that takes longer than this has gone wrong, and holds locks.
+_STATEMENT_PATIENCE = timedelta(minutes=15)
+
+_STATEMENT_CANCELLED = "57014"
+_PAUSE = 0.2  # seconds; the longest between two tries
+
+
+def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bool) -> None:
+    """Bring the schema to this version's revision, one host at a time.
+
+    Args:
+        engine: on the database.
+        timeout: how long to wait for another host that upgrades it, and for units that hold its tables.
+        migrate: whether it may be made or upgraded.
+
+    Raises:
+        SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    with engine.translated(), engine.connect() as connection:
+        with connection.begin():
+            revision = revision_of(connection)
+            if suits(connection, revision):
+                return
+        if not migrate:
+            raise SchemaOutdatedError(revision, needed=REVISION)
+        while True:
+            try:
+                with connection.begin():
+                    _make_or_upgrade(connection, deadline)
+                    return
+            except TransientError as error:
+                busy = error
+            except SPEAK_FOR_THEMSELVES:
+                raise
+            except Exception as error:  # noqa: BLE001  whatever a revision raises, the upgrade failed and was undone
+                raise MigrationError(
+                    f"upgrading the schema from {revision!r} failed and was undone ({type(error).__name__})"
+                ) from (None if isinstance(error, engine.driver_errors) else error)
+            if busy.sqlstate == _STATEMENT_CANCELLED:
+                raise MigrationError(
+                    f"upgrading the schema from {revision!r} was cancelled and undone: a statement took longer than "
+                    f"{_STATEMENT_PATIENCE}, or somebody cancelled it; try it when the server has less to do"
+                )
+            if time.monotonic() >= deadline:
+                raise DatabaseBusyError(
+                    f"the schema could not be upgraded from {revision!r} within {timeout}: another host upgrades it, "
+                    "or a unit holds a table. Open it again later, end long transactions first, or raise busy_timeout"
+                )
+            time.sleep(random.uniform(0, _PAUSE))  # noqa: S311  it parts the hosts, it keeps no secret
+
+
+def _make_or_upgrade(connection: Connection, deadline: float) -> None:
+    """Upgrade within the transaction that has begun, or find that another host did."""
+    left = max(1, int((deadline - time.monotonic()) * 1000))
+    connection.execute(text(f"SET LOCAL lock_timeout = {left}"))
+    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+    revision = revision_of(connection)
+    if suits(connection, revision):
+        return
+    if revision is None and tables(connection) & {"devices", "agents", "sessions", "nonces"}:
+        raise ForeignDatabaseError(
+            "the schema holds tables of these names that are not ours: name another database or schema"
+        )
+    connection.execute(text(f"SET LOCAL lock_timeout = {min(left, _TABLE_LOCK_PATIENCE * 1000)}"))
+    connection.execute(text(f"SET LOCAL statement_timeout = {int(_STATEMENT_PATIENCE.total_seconds() * 1000)}"))
+    upgrade(connection)
+    # What COMMIT waits for, a standby for example, is no statement that has gone wrong.
+    connection.execute(text("SET LOCAL statement_timeout = 0"))

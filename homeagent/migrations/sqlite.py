@@ -1,0 +1,252 @@
+"""A SQLite file is made ready: judged, made or upgraded by one process at a time, and backed up before an upgrade."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import text
+
+from homeagent.engine.disk import files
+from homeagent.engine.disk.locks import FileLock
+from homeagent.engine.sqlite.engine import corrupt_after_all, lock_path, sidecar_lock
+from homeagent.engine.sqlite.integrity import check_content, refuse_unclean_damage
+from homeagent.engine.sqlite.presence import announce, presence_path
+from homeagent.errors import (
+    CorruptDatabaseError,
+    DatabaseBusyError,
+    InvalidArgumentError,
+    MigrationError,
+    SchemaOutdatedError,
+)
+from homeagent.migrations.revisions import (
+    REVISION,
+    SPEAK_FOR_THEMSELVES,
+    VERSION_TABLE,
+    revision_of,
+    suits,
+    tables,
+    upgrade,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from homeagent.clock import Clock
+    from homeagent.engine.sqlite.engine import SQLiteEngine
+
+__all__ = ["open_sqlite", "upgrade_copy"]
+
+logger = logging.getLogger("homeagent")
+
+
+def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migrate: bool, temporary: bool) -> None:
+    """Make the file ready: ours, private, write-ahead logged and at this version's revision.
+
+    Args:
+        engine: on the file, which may be absent or empty.
+        clock: for the name of a backup.
+        timeout: how long to wait for another process that makes or upgrades the same file.
+        migrate: whether it may be made or upgraded.
+        temporary: whether nobody else can know of the file.
+
+    Raises:
+        SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, CorruptDatabaseError,
+        InsecureFileError, DatabaseBusyError: as their names say. The file is as it was.
+    """
+    try:
+        _open_sqlite(engine, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
+    except BaseException:
+        if engine.presence is not None and engine.presence.held:
+            engine.presence.withdraw()  # what is refused has nothing new beside it
+        raise
+
+
+def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migrate: bool, temporary: bool) -> None:
+    path = engine.path
+    if not temporary and presence_path(path).exists():
+        # Before it is looked at: a restore that was cut off is finished first.
+        engine.announced(announce(path, timeout=timeout))
+    state = files.inspect_file(path)
+    if state is not None and not state.is_empty:
+        engine.refuse_foreign()
+        if files.secure_sidecars(path) and not temporary:
+            _examine_leftovers(engine)
+        _announce(engine, timeout=timeout, temporary=temporary)
+        with engine.translated(), engine.connect() as connection:
+            revision, suitable = _look_up(connection)
+            check_content(path, connection.connection.driver_connection)
+        if suitable and (temporary or not migrate or _is_remembered(path)):
+            return
+        if not migrate:
+            raise SchemaOutdatedError(revision, needed=REVISION)
+    elif not migrate:
+        if not temporary and _is_remembered(path):
+            raise corrupt_after_all(path)  # to say that there is none yet would be an invitation to make one
+        raise SchemaOutdatedError(None, needed=REVISION)
+    else:
+        _announce(engine, timeout=timeout, temporary=temporary)
+    lock = sidecar_lock(path, timeout=timeout)
+    with lock:
+        _make_or_upgrade(engine, lock, clock=clock, temporary=temporary)
+
+
+def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
+    """Bring a file that nobody else knows of to this version's revision, without a backup of it.
+
+    Raises:
+        SchemaTooNewError, MigrationError, ForeignDatabaseError, CorruptDatabaseError: as in `open_sqlite`.
+    """
+    try:
+        open_sqlite(engine, clock=clock, timeout=timedelta(0), migrate=True, temporary=True)
+    finally:
+        lock_path(engine.path).unlink(missing_ok=True)
+
+
+def _examine_leftovers(engine: SQLiteEngine) -> None:
+    """Judge a log that lies beside the file, where nobody has that open: its last end was no clean one then."""
+    if engine.presence is not None:
+        engine.presence.release()
+        engine.presence = None
+    if not os.access(engine.path.parent, os.W_OK):
+        return  # SQLite can't change anything either
+    lock = FileLock(presence_path(engine.path), timeout=timedelta(0), owner_of=engine.path)
+    try:
+        lock.acquire()
+    except DatabaseBusyError:
+        return  # somebody has it open, and the log is what it must be
+    try:
+        if not lock.has_marker():  # left by a restore that was cut off, which is finished first
+            refuse_unclean_damage(engine)
+    except BaseException:
+        lock.withdraw()
+        raise
+    lock.release()
+
+
+def _announce(engine: SQLiteEngine, *, timeout: timedelta, temporary: bool) -> None:
+    if engine.presence is None and not temporary:
+        engine.announced(announce(engine.path, timeout=timeout))
+
+
+def _look_up(connection: Connection) -> tuple[str | None, bool]:
+    """Return the revision of the schema, and whether this version works with it as it is."""
+    # A reader's BEGIN: the engine's own would wait for whoever writes, only to look.
+    raw: Any = connection.connection.driver_connection
+    raw.execute("BEGIN")
+    try:
+        revision = revision_of(connection)
+        return revision, suits(connection, revision)
+    finally:
+        connection.rollback()
+        if raw.in_transaction:
+            raw.execute("ROLLBACK")
+
+
+def _is_remembered(path: Path) -> bool:
+    """Tell whether the lock file has its marker. A restored file has none beside it, nor one whose maker was killed."""
+    try:
+        return lock_path(path).lstat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temporary: bool) -> None:
+    path = engine.path
+    files.refuse_orphaned_log(path)
+    state = files.inspect_file(path)
+    # The lock file remembers that a database was made here: one that lost its content is never read as a new one.
+    initialised = lock.read_marker() is not None
+    if initialised and (state is None or state.is_empty):
+        raise corrupt_after_all(path)
+    if state is None:
+        files.create_file(path)
+    elif not state.is_empty:
+        engine.refuse_foreign()
+    engine.prepare_header()
+    files.secure_sidecars(path)
+    backup: Path | None = None
+    with engine.translated(), engine.connect() as connection:
+        raw: Any = connection.connection.driver_connection
+        revision, suitable = _look_up(connection)
+        if suitable:
+            if not initialised and not temporary:
+                lock.write_marker("initialised")
+            return
+        if revision is None and (initialised or _any_tables(connection)):
+            raise CorruptDatabaseError(
+                f"{path} has lost its schema: keep it aside with its -wal and -shm, and restore the newest good backup"
+            )
+        # It is ignored inside a transaction; while it is on, rebuilding a parent table fails or deletes its children.
+        raw.execute("PRAGMA foreign_keys=OFF")
+        try:
+            with connection.begin():
+                # BEGIN IMMEDIATE: from here on the revision can't change.
+                revision = revision_of(connection)
+                if suits(connection, revision):
+                    return
+                if revision is not None and not temporary:
+                    backup = _back_up(engine, revision, clock)
+                upgrade(connection)
+                _verify(connection, backup)
+        except SPEAK_FOR_THEMSELVES:
+            raise
+        except Exception as error:  # noqa: BLE001  whatever a revision raises, the upgrade failed and was undone
+            raise MigrationError(
+                f"upgrading {path} from {revision!r} failed and was undone ({type(error).__name__}): "
+                f"the file has the schema it had; its backup is {backup or 'not needed'}",
+                backup=backup,
+            ) from (None if isinstance(error, engine.driver_errors) else error)
+        finally:
+            raw.execute("PRAGMA foreign_keys=ON")
+    if not initialised and not temporary:
+        lock.write_marker("initialised")
+    logger.info(
+        "%s is at schema revision %s now (it was at %s)",
+        path,
+        REVISION,
+        revision,
+        extra={"event": "schema_upgraded", "path": str(path), "revision": REVISION, "revision_before": revision},
+    )
+
+
+def _any_tables(connection: Connection) -> bool:
+    found = bool(tables(connection))
+    connection.rollback()
+    return found
+
+
+def _verify(connection: Connection, backup: Path | None) -> None:
+    broken = connection.execute(text("PRAGMA foreign_key_check")).fetchall()
+    found = revision_of(connection)
+    if broken:
+        problem = f"left {len(broken)} broken reference(s)"
+    elif found != REVISION:
+        problem = f"ended at revision {found!r} instead of {REVISION!r}"
+    else:
+        return
+    raise MigrationError(
+        f"the upgrade {problem} and was undone: the file has the schema it had; its backup is {backup or 'not needed'}",
+        backup=backup,
+    )
+
+
+def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path:
+    """Copy the file as it was committed last, over another connection: the upgrade's own would wait for itself."""
+    from homeagent.engine.sqlite.backup import backup_name, discard, write_backup
+    from homeagent.engine.sqlite.manifests import PARTIAL
+
+    path, now = engine.path, clock()
+    target = path.with_name(backup_name(path, revision, now))
+    partial = target.with_name(target.name + PARTIAL)
+    for stale in path.parent.glob(f"{glob.escape(path.name)}.*.backup{PARTIAL}"):
+        discard(stale)  # of an upgrade that was killed: the lock is held, so none is under way
+    try:
+        write_backup(engine, target, partial=partial, version_table=VERSION_TABLE, taken_at=now, kind="upgrade")
+    except InvalidArgumentError as error:
+        raise MigrationError(f"the schema was not upgraded, since its backup can't be made: {error}") from None
+    return target
