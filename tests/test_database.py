@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from homeagent import Database, DevicePair, IdempotencyScope, Role, UnitOfWork, credentials
+from homeagent import Database, DevicePair, IdempotencyScope, Role, UnitOfWork
+from homeagent.credentials import hashing
 from homeagent.engine.faults import TransientError
 from homeagent.errors import (
     DatabaseBusyError,
@@ -32,7 +33,7 @@ MINUTE = timedelta(minutes=1)
 @pytest.fixture(autouse=True)
 def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Argon2 with the least costs that it takes, as its slowness is not what is tested here."""
-    monkeypatch.setattr(credentials, "_default", credentials.SecretHasher(time_cost=1, memory_cost=8, parallelism=1))
+    monkeypatch.setattr(hashing, "default_hasher", hashing.SecretHasher(time_cost=1, memory_cost=8, parallelism=1))
 
 
 @pytest.fixture(params=[HUMAN, None], ids=["human", "generated"])
@@ -286,7 +287,7 @@ def test_a_hash_under_old_costs_is_made_anew_when_it_verifies(
     approve(database)
     with database.unit_of_work(read_only=True) as unit:
         old = unit.devices.get("lamp").shared_secret_hash
-    monkeypatch.setattr(credentials, "_default", credentials.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
+    monkeypatch.setattr(hashing, "default_hasher", hashing.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
 
     def stored() -> str:
         with database.unit_of_work(read_only=True) as unit:
@@ -308,7 +309,7 @@ def test_a_hash_that_can_not_be_made_anew_keeps_nobody_out(
     """The right secret is right, though the database can't be written just now."""
     database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
     approve(database)
-    monkeypatch.setattr(credentials, "_default", credentials.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
+    monkeypatch.setattr(hashing, "default_hasher", hashing.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
 
     run = database._runner.run
 
@@ -325,14 +326,14 @@ def test_a_hash_that_can_not_be_made_anew_keeps_nobody_out(
 def test_a_secret_is_never_hashed_inside_a_unit(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a slow hash is computed, nobody waits for a lane: neither for pairing, verifying nor rotating."""
     during: list[bool] = []
-    run = credentials.SecretHasher._run
+    run = hashing.SecretHasher._run
 
     def watched(hasher: Any, *arguments: Any, **options: Any) -> Any:
         lanes = database._engine
         during.append(bool(lanes.writers._held or lanes.readers._held))
         return run(hasher, *arguments, **options)
 
-    monkeypatch.setattr(credentials.SecretHasher, "_run", watched)
+    monkeypatch.setattr(hashing.SecretHasher, "_run", watched)
     database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
     approve(database)
     assert database.verify_secret("lamp", HUMAN) is not None

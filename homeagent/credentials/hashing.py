@@ -1,19 +1,4 @@
-"""Secrets that devices present: what they look like, how they are hashed and how they are checked. No database.
-
-There are two kinds, told apart by looking at the secret alone:
-
-- A *generated* one (`generate_secret`) carries 256 random bits, more than anybody can try: one SHA-256 guards it.
-- Any other is taken for a human's, which can be guessed: Argon2id guards it (RFC 9106), by default with the second
-  recommended option of its section 4, 64 MiB.
-
-The form decides when a secret is stored and when it is presented. So the time of a check follows from what the
-caller presented, and tells nothing of the device: whether it exists, which kind of secret it has, whether an older one
-still serves beside it. A human's secret costs one Argon2 run against any of them (`SecretHasher.check` names the one
-exception), a generated one none.
-
-A secret is taken as it is, neither stripped nor normalised. It has 1 to 512 characters, at most 1,024 bytes of UTF-8,
-and no control character. How a device shows that it holds one without sending it is in `homeagent.scram`.
-"""
+"""Secrets are hashed and checked: Argon2id for a human's, one SHA-256 for a generated one, so many at once."""
 
 from __future__ import annotations
 
@@ -24,123 +9,23 @@ import hmac
 import os
 import re
 import secrets
-import sys
 import threading
-import zlib
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
-from weakref import WeakSet
 
+from homeagent.credentials.fair_semaphore import FairSemaphore
+from homeagent.credentials.secret_format import is_generated, reveal, secret_text, what_is_wrong
 from homeagent.errors import DatabaseBusyError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-__all__ = [
-    "MAX_SECRET_BYTES",
-    "MAX_SECRET_CHARACTERS",
-    "SecretCheck",
-    "SecretHasher",
-    "check_secret",
-    "generate_secret",
-    "hash_secret",
-    "is_generated",
-    "secret_text",
-]
-
-MAX_SECRET_CHARACTERS = 512
-MAX_SECRET_BYTES = 1024
-
-# Pydantic (100 ms) and Argon2 are imported where they are first needed, so that this module costs next to nothing.
-
-
-# The text of a secret
-
-
-# Control characters, and lone surrogates: these have no UTF-8, and str.encode() would put the secret into its error.
-_UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def _reveal(secret: SecretStr | str) -> str:
-    if isinstance(secret, str):
-        return secret
-    from pydantic import SecretStr
-
-    if isinstance(secret, SecretStr):
-        return secret.get_secret_value()
-    raise InvalidArgumentError(f"a secret must be a str or a SecretStr, not {type(secret).__name__}")
-
-
-def _what_is_wrong(text: str) -> str | None:
-    """Return why this can't be a secret, without a word of it, or None where it can."""
-    if not 1 <= len(text) <= MAX_SECRET_CHARACTERS:
-        return f"a secret must have 1 to {MAX_SECRET_CHARACTERS} characters, and this has {len(text)}"
-    if _UNUSABLE.search(text):
-        return "a secret must have no control character and no lone surrogate: take it out"
-    if len(text.encode()) > MAX_SECRET_BYTES:
-        return f"a secret must be at most {MAX_SECRET_BYTES:,} bytes of UTF-8: take a shorter one"
-    return None
-
-
-def secret_text(secret: SecretStr | str) -> str:
-    """Return the text of a secret that may be stored.
-
-    Raises:
-        InvalidArgumentError: it is empty, too long, has a control character or a lone surrogate, or is no text at
-            all; the message doesn't show it.
-    """
-    text = _reveal(secret)
-    problem = _what_is_wrong(text)
-    if problem is not None:
-        raise InvalidArgumentError(problem)
-    return text
-
-
-_GENERATED_PREFIX = "ha1_"
-_GENERATED = re.compile(_GENERATED_PREFIX + "([A-Za-z0-9_-]{48})")
-_RANDOM_BYTES = 32
-
-
-def _checksum(random: bytes) -> bytes:
-    return zlib.crc32(_GENERATED_PREFIX.encode() + random).to_bytes(4, "big")
-
-
-def generate_secret() -> SecretStr:
-    """Make a secret of 256 random bits, for a device that can store one.
-
-    Returns:
-        52 characters: `ha1_`, then 32 random bytes and a CRC-32 over prefix and bytes, in unpadded base64url (RFC 4648
-        section 5). The checksum is what `is_generated` knows it by; it also tells a mistyped secret from a wrong one.
-    """
-    from pydantic import SecretStr
-
-    random = secrets.token_bytes(_RANDOM_BYTES)
-    # 36 bytes make 48 characters and no bit is left over, so no other spelling stands for the same bytes.
-    return SecretStr(_GENERATED_PREFIX + base64.urlsafe_b64encode(random + _checksum(random)).decode())
-
-
-def is_generated(secret: SecretStr | str) -> bool:
-    """Tell whether a secret has the form that `generate_secret` gives.
-
-    A human's secret has it by chance once in 2**32 times among those of the same prefix, length and alphabet. Don't
-    make the form by other means: it promises 256 random bits, and only SHA-256 guards what keeps that promise.
-
-    Raises:
-        InvalidArgumentError: it is neither a str nor a SecretStr.
-    """
-    found = _GENERATED.fullmatch(_reveal(secret))
-    if found is None:
-        return False
-    decoded = base64.urlsafe_b64decode(found[1])
-    return decoded[_RANDOM_BYTES:] == _checksum(decoded[:_RANDOM_BYTES])
-
+__all__ = ["SecretCheck", "SecretHasher", "default_hasher"]
 
 # Hashes as they are stored
-
 
 _ARGON2 = re.compile(
     r"\$argon2id\$v=19\$m=([1-9][0-9]{0,9}),t=([1-9][0-9]{0,9}),p=([1-9][0-9]{0,7})"
@@ -222,78 +107,6 @@ _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 _MAX_STORED = 2
 
 
-# How many run at once
-
-
-class _Turns:
-    """Lets so many callers through at once, and the others in the order in which they came."""
-
-    def __init__(self, places: int) -> None:
-        self._places = places
-        self.reset()
-
-    def reset(self) -> None:
-        self._lock = threading.Lock()
-        self._free = self._places
-        self._queue: deque[threading.Event] = deque()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._queue)
-
-    def _give_back(self) -> None:
-        with self._lock:
-            if self._queue:
-                self._queue.popleft().set()
-            else:
-                self._free += 1
-
-    def _withdraw(self, turn: threading.Event) -> bool:
-        """Leave the queue. Return False where the place was handed over in the meantime."""
-        with self._lock:
-            if turn.is_set():
-                return False
-            self._queue.remove(turn)
-            return True
-
-    def _take(self, timeout: float) -> bool:
-        with self._lock:
-            if self._free:
-                self._free -= 1
-                return True
-            turn = threading.Event()
-            self._queue.append(turn)
-        try:
-            return turn.wait(timeout) or not self._withdraw(turn)
-        except BaseException:
-            # Ctrl-C while waiting: a place handed to a caller who has gone would be lost to all the others.
-            if not self._withdraw(turn):
-                self._give_back()
-            raise
-
-    @contextmanager
-    def turn(self, timeout: float) -> Iterator[bool]:
-        taken = self._take(timeout)
-        try:
-            yield taken
-        finally:
-            if taken:
-                self._give_back()
-
-
-_hashers: WeakSet[SecretHasher] = WeakSet()
-
-
-def _free_all_places() -> None:
-    for hasher in _hashers:
-        hasher._turns.reset()
-
-
-if sys.platform != "win32":
-    # The threads that held or awaited a place did not come along into the child, and would never give it back there.
-    os.register_at_fork(after_in_child=_free_all_places)
-
-
 # Hashing and checking
 
 
@@ -339,7 +152,7 @@ class SecretHasher:
     timeout: timedelta = timedelta(seconds=30)
     _costs: _Costs = field(init=False, repr=False)
     _decoy: _Recipe = field(init=False, repr=False)
-    _turns: _Turns = field(init=False, repr=False)
+    _turns: FairSemaphore = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         costs = _Costs(self.time_cost, self.memory_cost, self.parallelism)
@@ -352,8 +165,7 @@ class SecretHasher:
             raise InvalidArgumentError("timeout must be zero or more")
         object.__setattr__(self, "_costs", costs)
         object.__setattr__(self, "_decoy", self._fresh_recipe())
-        object.__setattr__(self, "_turns", _Turns(self.concurrency))
-        _hashers.add(self)
+        object.__setattr__(self, "_turns", FairSemaphore(self.concurrency))
 
     @property
     def waiting(self) -> int:
@@ -364,7 +176,7 @@ class SecretHasher:
         """Hash a secret for storing.
 
         Args:
-            secret: see the module's bounds.
+            secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, no control character. It is taken as it is.
             beside: the stored hash that stays valid for a while beside the new one. If both are Argon2 hashes, the new
                 one takes over its salt, and one run checks the two: a check then doesn't take longer, and nobody
                 can time that a device is changing its secret. RFC 9106 section 3.1 asks for a salt of its own for each
@@ -411,8 +223,8 @@ class SecretHasher:
         """
         if isinstance(stored, str) or len(stored) > _MAX_STORED:
             raise InvalidArgumentError(f"stored must be a sequence of at most {_MAX_STORED} hashes")
-        text = _reveal(secret)
-        if _what_is_wrong(text) is not None:
+        text = reveal(secret)
+        if what_is_wrong(text) is not None:
             return SecretCheck()
         return self._check_generated(text, stored) if is_generated(text) else self._check_human(text, stored)
 
@@ -478,40 +290,5 @@ class SecretHasher:
                 ) from error
 
 
-_default = SecretHasher()
-
-
-def hash_secret(secret: SecretStr | str, *, beside: str | None = None) -> str:
-    """Hash a secret for storing, with the default costs: see `SecretHasher.hash`.
-
-    Args:
-        secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, no control character. It is taken as it is.
-        beside: the stored hash that stays valid for a while beside the new one; None where none does.
-
-    Returns:
-        `sha256$…` for a generated secret, `$argon2id$…` for any other.
-
-    Raises:
-        InvalidArgumentError: it is no usable secret; the message doesn't show it.
-        DatabaseBusyError: too many are being hashed, and no turn came within 30 seconds.
-        MemoryError: the system would not give Argon2 the memory or the threads for a run.
-    """
-    return _default.hash(secret, beside=beside)
-
-
-def check_secret(secret: SecretStr | str, stored: Sequence[str]) -> SecretCheck:
-    """Check a presented secret against at most 2 stored hashes, with the default costs: see `SecretHasher.check`.
-
-    Args:
-        secret: as it was presented, of any length.
-        stored: none for an unknown device, the present hash, and the one before it while that still serves.
-
-    Returns:
-        Which one matched, and what to store in its place if it is out of date.
-
-    Raises:
-        InvalidArgumentError: more than 2 hashes, or one string in place of a sequence.
-        DatabaseBusyError: too many are being hashed, and no turn came within 30 seconds.
-        MemoryError: the system would not give Argon2 the memory or the threads for a run.
-    """
-    return _default.check(secret, stored)
+default_hasher = SecretHasher()
+"""One for the whole process, so that `concurrency` bounds all of its callers."""

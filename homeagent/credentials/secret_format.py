@@ -1,0 +1,113 @@
+"""The text of a secret: what may be one, and how a generated one is known.
+
+A secret is taken as it is, neither stripped nor normalised. It has 1 to 512 characters, at most 1,024 bytes of UTF-8,
+and no control character.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import secrets
+import zlib
+from typing import TYPE_CHECKING
+
+from homeagent.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from pydantic import SecretStr
+
+__all__ = [
+    "MAX_SECRET_BYTES",
+    "MAX_SECRET_CHARACTERS",
+    "generate_secret",
+    "is_generated",
+    "reveal",
+    "secret_text",
+    "what_is_wrong",
+]
+
+MAX_SECRET_CHARACTERS = 512
+MAX_SECRET_BYTES = 1024
+
+# Control characters, and lone surrogates: these have no UTF-8, and str.encode() would put the secret into its error.
+_UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def reveal(secret: SecretStr | str) -> str:
+    """Return the text of a secret as it was presented, which may be none that can be stored.
+
+    Raises:
+        InvalidArgumentError: it is neither a str nor a SecretStr.
+    """
+    if isinstance(secret, str):
+        return secret
+    from pydantic import SecretStr
+
+    if isinstance(secret, SecretStr):
+        return secret.get_secret_value()
+    raise InvalidArgumentError(f"a secret must be a str or a SecretStr, not {type(secret).__name__}")
+
+
+def what_is_wrong(text: str) -> str | None:
+    """Return why this can't be a secret, without a word of it, or None where it can."""
+    if not 1 <= len(text) <= MAX_SECRET_CHARACTERS:
+        return f"a secret must have 1 to {MAX_SECRET_CHARACTERS} characters, and this has {len(text)}"
+    if _UNUSABLE.search(text):
+        return "a secret must have no control character and no lone surrogate: take it out"
+    if len(text.encode()) > MAX_SECRET_BYTES:
+        return f"a secret must be at most {MAX_SECRET_BYTES:,} bytes of UTF-8: take a shorter one"
+    return None
+
+
+def secret_text(secret: SecretStr | str) -> str:
+    """Return the text of a secret that may be stored.
+
+    Raises:
+        InvalidArgumentError: it is empty, too long, has a control character or a lone surrogate, or is no text at
+            all; the message doesn't show it.
+    """
+    text = reveal(secret)
+    problem = what_is_wrong(text)
+    if problem is not None:
+        raise InvalidArgumentError(problem)
+    return text
+
+
+_GENERATED_PREFIX = "ha1_"
+_GENERATED = re.compile(_GENERATED_PREFIX + "([A-Za-z0-9_-]{48})")
+_RANDOM_BYTES = 32
+
+
+def _checksum(random: bytes) -> bytes:
+    return zlib.crc32(_GENERATED_PREFIX.encode() + random).to_bytes(4, "big")
+
+
+def generate_secret() -> SecretStr:
+    """Make a secret of 256 random bits, for a device that can store one.
+
+    Returns:
+        52 characters: `ha1_`, then 32 random bytes and a CRC-32 over prefix and bytes, in unpadded base64url (RFC 4648
+        section 5). The checksum is what `is_generated` knows it by; it also tells a mistyped secret from a wrong one.
+    """
+    from pydantic import SecretStr
+
+    random = secrets.token_bytes(_RANDOM_BYTES)
+    # 36 bytes make 48 characters and no bit is left over, so no other spelling stands for the same bytes.
+    return SecretStr(_GENERATED_PREFIX + base64.urlsafe_b64encode(random + _checksum(random)).decode())
+
+
+def is_generated(secret: SecretStr | str) -> bool:
+    """Tell whether a secret has the form that `generate_secret` gives.
+
+    A human's secret has it by chance once in 2**32 times among those of the same prefix, length and alphabet. Don't
+    make the form by other means: it promises 256 random bits, and only SHA-256 guards what keeps that promise.
+
+    Raises:
+        InvalidArgumentError: it is neither a str nor a SecretStr.
+    """
+    found = _GENERATED.fullmatch(reveal(secret))
+    if found is None:
+        return False
+    decoded = base64.urlsafe_b64decode(found[1])
+    return decoded[_RANDOM_BYTES:] == _checksum(decoded[:_RANDOM_BYTES])

@@ -1,0 +1,201 @@
+"""What may be a secret, and how a generated one is known."""
+
+from __future__ import annotations
+
+import base64
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from homeagent import Database, credentials
+from homeagent.credentials import (
+    MAX_SECRET_BYTES,
+    MAX_SECRET_CHARACTERS,
+    SecretHasher,
+    generate_secret,
+    is_generated,
+    secret_text,
+)
+from homeagent.errors import InvalidArgumentError
+from tests.credentials.conftest import HUMAN, Runs, cheap, generated, usable
+
+UNUSABLE = {
+    "empty": "",
+    "too many characters": "x" * (MAX_SECRET_CHARACTERS + 1),
+    "too many bytes": "\N{EURO SIGN}" * (MAX_SECRET_BYTES // 3 + 1),
+    "NUL": "swordfish\0",
+    "newline": "swordfish\n",
+    "C1 control": "swordfish\x85",
+    "lone surrogate": "swordfish\ud800",
+    "enormous": "swordfish" * 1_000_000,
+}
+unusable = pytest.mark.parametrize("secret", UNUSABLE.values(), ids=UNUSABLE.keys())
+
+
+# The form of a secret
+
+
+def test_generated_secret_is_random_and_known_by_its_form() -> None:
+    """Two generated secrets differ, hold 256 random bits, and are told by looking at them."""
+    first, second = generate_secret(), generate_secret()
+    assert first != second
+    assert re.fullmatch(r"ha1_[A-Za-z0-9_-]{48}", first.get_secret_value())
+    assert len(base64.urlsafe_b64decode(first.get_secret_value()[4:])) == 32 + 4
+    assert is_generated(first)
+    assert is_generated(first.get_secret_value())
+    assert first.get_secret_value() not in repr(first)
+
+
+def test_the_form_never_changes() -> None:
+    """A secret made by the first release is known for ever: else its stored hash would never match again."""
+    secret = "ha1_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh-iue7P"
+    assert is_generated(secret)
+    assert cheap.hash(secret) == "sha256$00da12dfc45a641638d124b8c6dbbd5370a91a7475120e6fba11eb069cfd470c"
+
+
+@given(usable)
+def test_human_secret_is_never_taken_for_a_generated_one(secret: str) -> None:
+    """What a human may choose, even behind our prefix, has not the form of a generated secret."""
+    assert not is_generated(secret)
+    assert not is_generated("ha1_" + secret)
+
+
+@given(st.binary(min_size=32, max_size=32), st.integers(min_value=1, max_value=2**32 - 1))
+def test_wrong_checksum_is_no_generated_secret(random: bytes, error: int) -> None:
+    """The right prefix, length and alphabet are not enough: the checksum decides."""
+    right = _with_checksum(random)
+    checksum = int.from_bytes(right[-4:], "big") ^ error
+    assert is_generated(_spell(right))
+    assert not is_generated(_spell(random + checksum.to_bytes(4, "big")))
+
+
+@given(st.integers(min_value=0, max_value=51), st.sampled_from("ABCXYZabcxyz0189-_+/=. \n"))
+def test_one_mistyped_character_is_noticed(position: int, character: str) -> None:
+    """Any single wrong character takes the form away: a CRC-32 finds every error within 32 bits."""
+    secret = generated()
+    mistyped = secret[:position] + character + secret[position + 1 :]
+    assert is_generated(mistyped) == (mistyped == secret)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [str.upper, str.lower, "{}\n".format, " {}".format, lambda secret: secret[:-1]],
+    ids=["upper case", "lower case", "newline behind", "blank before", "end missing"],
+)
+def test_generated_secret_is_taken_as_it_is(change: Callable[[str], str]) -> None:
+    """Another case, white space around it or a missing end make it another secret."""
+    assert not is_generated(change(generated()))
+
+
+def _with_checksum(random: bytes) -> bytes:
+    # Written out once more, so that a change of the form fails here.
+    register = 0xFFFFFFFF
+    for byte in b"ha1_" + random:
+        register ^= byte
+        for _ in range(8):
+            register = (register >> 1) ^ (0xEDB88320 if register & 1 else 0)
+    return random + (register ^ 0xFFFFFFFF).to_bytes(4, "big")
+
+
+def _spell(payload: bytes) -> str:
+    return "ha1_" + base64.urlsafe_b64encode(payload).decode()
+
+
+# Bounds
+
+
+@unusable
+def test_unusable_secret_is_not_hashed(secret: str, runs: Runs) -> None:
+    """What can't be a secret is refused before anything is computed, and the refusal doesn't show it."""
+    with pytest.raises(InvalidArgumentError) as refused:
+        cheap.hash(SecretStr(secret))
+    assert "swordfish" not in str(refused.value)
+    # The error of str.encode() holds the whole text, so it must not be anywhere in the chain.
+    assert refused.value.__context__ is None
+    assert runs.count == 0
+
+
+@unusable
+def test_unusable_presented_secret_matches_nothing(secret: str, runs: Runs) -> None:
+    """A check answers no to what can't be a secret, without hashing it and without raising."""
+    stored = [cheap.hash(HUMAN)]
+    assert runs.of(lambda: cheap.check(secret, stored)) == 0
+    assert not cheap.check(secret, stored)
+
+
+@pytest.mark.parametrize("secret", ["x", "x" * MAX_SECRET_CHARACTERS, "\N{GRINNING FACE}" * (MAX_SECRET_BYTES // 4)])
+def test_longest_and_shortest_secrets_serve(secret: str) -> None:
+    """The bounds belong to what is allowed."""
+    assert cheap.check(secret, [cheap.hash(secret)])
+
+
+@pytest.mark.parametrize("secret", [b"swordfish", None, 17, bytearray(b"swordfish")])
+def test_secret_must_be_text(secret: Any) -> None:
+    """What is no text is refused, and the refusal names its type alone."""
+    for work in (cheap.hash, is_generated, secret_text, lambda secret: cheap.check(secret, [])):
+        with pytest.raises(InvalidArgumentError, match=f"not {type(secret).__name__}$") as refused:
+            work(secret)
+        assert "swordfish" not in str(refused.value)
+
+
+def test_secret_is_not_normalised() -> None:
+    """Two spellings that look alike are two secrets, and so is one with a blank behind it."""
+    stored = [cheap.hash("caf\N{LATIN SMALL LETTER E WITH ACUTE}")]
+    assert not cheap.check("cafe\N{COMBINING ACUTE ACCENT}", stored)
+    assert not cheap.check("caf\N{LATIN SMALL LETTER E WITH ACUTE} ", stored)
+
+
+# What an import brings
+
+
+def test_package_costs_little_to_import() -> None:
+    """By itself the package brings neither Argon2, Pydantic nor SQLAlchemy, nor what hashes: the first secret does."""
+    program = """
+        import sys, types
+        import homeagent.clock
+        package = types.ModuleType("homeagent")     # the modules by themselves, without the package's public names
+        package.__path__ = sys.modules["homeagent"].__path__
+        for name in list(sys.modules):
+            if name.split(".")[0] not in sys.stdlib_module_names | {"__main__"}:
+                del sys.modules[name]
+        sys.modules["homeagent"] = package
+        import homeagent.credentials
+        late = {"argon2", "pydantic", "sqlalchemy", "sqlmodel", "homeagent.credentials.hashing"}
+        print(sorted(late & set(sys.modules)))
+        homeagent.credentials.hash_secret(homeagent.credentials.generate_secret())
+        print(sorted(late & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, timeout=60, check=True)
+    assert done.stdout.decode().splitlines() == ["[]", "['homeagent.credentials.hashing', 'pydantic']"]
+
+
+def test_opening_brings_nothing_that_hashes(tmp_path: Path) -> None:
+    """A process that opens an up-to-date file and meets no secret doesn't import what hashes or proves secrets."""
+    path = tmp_path / "homeagent.db"
+    Database.open(path).close()
+    program = """
+        import sys, homeagent
+        homeagent.Database.open(sys.argv[1]).close()
+        late = {"argon2", "homeagent.credentials.hashing", "homeagent.scram", "homeagent.migrations.postgresql"}
+        print(sorted(late & set(sys.modules)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), path], capture_output=True, timeout=60, check=True
+    )
+    assert done.stdout.decode().strip() == "[]"
+
+
+def test_a_name_that_is_not_there_is_told() -> None:
+    """What is brought late is found by its name, and any other name is refused as in every module."""
+    assert credentials.SecretHasher is SecretHasher
+    with pytest.raises(AttributeError, match="has no attribute 'SecretHash'"):
+        credentials.SecretHash  # noqa: B018
