@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from homeagent import Database, UnitOfWork
 from tests.benchmarks.contestants import ROOT, BenchmarkError
 from tests.benchmarks.data import count_rows
+from tests.benchmarks.measuring import spread
 from tests.benchmarks.workshop import DURABILITIES, Workshop
 
-__all__ = ["WAYS", "measure_callers", "percentile"]
+__all__ = ["ARUN", "RUN", "WAYS", "compared", "measure_callers", "percentile"]
 
 COUNTS = (1, 8, 64, 256)
 DEVICES = 10
@@ -35,6 +36,15 @@ ARUN = "arun, asyncio"
 LONE = "lone"
 
 WAYS = (HANDWRITTEN, UNITS, RUN, UNITS_ASYNC, ARUN)
+
+COMPARED = ((64, RUN, UNITS), (256, ARUN, UNITS_ASYNC))
+"""How many callers, in which way, are compared with which other way: what goals are about."""
+
+
+def compared(callers: int, way: str) -> str:
+    """Return what a comparison is called in the results."""
+    return f"{callers} {way}"
+
 
 Write = Callable[[int, int], object]
 """Commits the nonce of one call of one caller."""
@@ -209,30 +219,48 @@ def _in_process(workshop: Workshop, way: str, callers: int, seconds: float, dura
     if ran.returncode:
         raise BenchmarkError(f"{way} with {callers} callers ended with status {ran.returncode}, see above")
     found: dict[str, Any] = json.loads(ran.stdout)
-    rows = count_rows(Path(path))["nonces"]
+    rows = count_rows(path)["nonces"]
+    shutil.rmtree(path.parent)
     if rows != workshop.rows + found["commits"]:
         raise BenchmarkError(f"{way}: {found['commits']} commits left {rows - workshop.rows} rows")
     return found
 
 
 def measure_callers(workshop: Workshop) -> dict[str, Any]:
-    """Return commits a second at `full` by way and number of callers, and what `run` costs one caller alone."""
+    """Return commits a second at `full` by way and number of callers, and what `run` costs one caller alone.
+
+    What goals compare is measured more often than the rest. What is there after each round is kept.
+    """
     counts = (1, 8) if workshop.quick else COUNTS
     seconds = 0.2 if workshop.quick else 1.0
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {way: {str(n): [] for n in counts} for way in WAYS}
-    for number in range(workshop.plan.rounds):
-        for callers in counts:
-            for way in WAYS:
-                workshop.say(f"callers, round {number + 1} of {workshop.plan.rounds}: {way}, {callers}")
-                runs[way][str(callers)].append(_in_process(workshop, way, callers, seconds, "full"))
     lone: dict[str, Any] = {}
     for durability in DURABILITIES:
-        workshop.say(f"callers: one alone, {durability}")
+        workshop.say(f"one alone, {durability}")
         lone[durability] = _in_process(workshop, LONE, 1, 4 * seconds, durability)
-    return {
-        "measured": {way: {count: _middle(each) for count, each in row.items()} for way, row in runs.items()},
-        "lone": lone,
-    }
+    plan = workshop.plan
+    for number in range(max(plan.rounds, plan.pairs)):
+        for callers in counts:
+            for way in WAYS:
+                if number < plan.rounds or any(callers == many and way in pair for many, *pair in COMPARED):
+                    workshop.say(f"round {number + 1} of {max(plan.rounds, plan.pairs)}: {callers}, {way}")
+                    runs[way][str(callers)].append(_in_process(workshop, way, callers, seconds, "full"))
+        workshop.keep(
+            results := {
+                "measured": {way: {count: _middle(each) for count, each in row.items()} for way, row in runs.items()},
+                "compared": {
+                    compared(callers, way): spread(_rates(runs[way][str(callers)], runs[alone][str(callers)]))
+                    for callers, way, alone in COMPARED
+                    if callers in counts
+                },
+                "lone": lone,
+            }
+        )
+    return results
+
+
+def _rates(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[float]:
+    return [run["rate"] / other["rate"] for run, other in zip(runs, others, strict=True)]
 
 
 def _middle(runs: list[dict[str, Any]]) -> dict[str, Any]:

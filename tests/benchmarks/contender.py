@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -154,7 +154,7 @@ class Contender(ABC):
     def sweep(self) -> Any:
         """Delete dead nonces and keys in batches of 100, each a transaction, and return how many went."""
 
-    def replay(self, events: Sequence[Mapping[str, Any]]) -> Tally:
+    def replay(self, events: Iterable[Mapping[str, Any]]) -> Tally:
         """Live through a trace, as docs/examples/gateway.py does."""
         tally = Tally()
         known: set[str] = set()
@@ -190,7 +190,7 @@ class AsyncContender(Contender):
     async def open(self) -> None:
         """Connect, in the event loop that everything else runs in."""
 
-    async def replay(self, events: Sequence[Mapping[str, Any]]) -> Tally:  # type: ignore[override]  # awaited by the worker
+    async def replay(self, events: Iterable[Mapping[str, Any]]) -> Tally:  # type: ignore[override]  # awaited by the worker
         """Live through a trace; the same steps as the synchronous one."""
         tally = Tally()
         known: set[str] = set()

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,16 @@ from typing import Any, Self
 
 from tests.benchmarks import node
 
-__all__ = ["BASELINE", "CONTESTANTS", "BenchmarkError", "Contestant", "Process", "choose"]
+__all__ = [
+    "BASELINE",
+    "CONTESTANTS",
+    "PATIENCE",
+    "BenchmarkError",
+    "ContenderError",
+    "Contestant",
+    "Process",
+    "choose",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,8 +34,30 @@ BASELINE = "sqlite3"
 READS = ("device", "find_key", "agent_sessions")
 
 
+PATIENCE = 600.0
+"""The seconds after which a request is given up: nothing that is measured takes a tenth of that."""
+
+WRONG = "WrongAnswer"
+"""The kind of failure of a contender that does something else than it should."""
+
+
 class BenchmarkError(Exception):
-    """A contender failed or answered wrongly."""
+    """Something can't be measured."""
+
+
+class ContenderError(BenchmarkError):
+    """A contender failed or answered wrongly; the others go on without it.
+
+    Args:
+        contender: its name.
+        message: what it did, for who runs this.
+        kind: the class of its error, or how its process ended. Unlike the message it names nothing of this machine.
+    """
+
+    def __init__(self, contender: str, message: str, kind: str = WRONG) -> None:
+        super().__init__(f"{contender} {message}")
+        self.contender = contender
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -67,7 +99,11 @@ class Contestant:
         return None
 
     def version(self) -> str:
-        """Return the versions of what is measured, as the contender tells them."""
+        """Return the versions of what is measured, as the contender tells them.
+
+        Raises:
+            ContenderError: it can't even be imported.
+        """
         told = subprocess.run(
             [*self.command, "describe", *self.options()],
             cwd=ROOT,
@@ -76,7 +112,8 @@ class Contestant:
             env=_environment(),
         )
         if told.returncode:
-            raise BenchmarkError(f"{self.name} ended with status {told.returncode}, see above")
+            kind = f"exit status {told.returncode}"
+            raise ContenderError(self.name, f"can't be imported: {kind}, see above", kind)
         return told.stdout.strip()
 
     def options(self) -> list[str]:
@@ -158,33 +195,52 @@ class Process:
         """Have something done, and return the reply.
 
         Raises:
-            BenchmarkError: it could not be done.
+            ContenderError: it could not be done, or not in ten minutes.
         """
         process = self._process
+        doing = parameters.get("work", act)
         assert process.stdin is not None
         assert process.stdout is not None
+        # Ends a process that hangs, so that its pipe does.
+        patience = threading.Timer(PATIENCE, process.kill)
+        patience.start()
         try:
             process.stdin.write(json.dumps({"do": act, **parameters}) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        finally:
+            given_up = patience.finished.is_set()
+            patience.cancel()
         if not line:
-            raise BenchmarkError(f"{self.contestant.name} ended with status {process.wait()}, see above")
+            kind = "no answer" if given_up else f"exit status {process.wait()}"
+            raise ContenderError(self.contestant.name, f"failed at {doing}: {kind}, see above", kind)
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
-            raise BenchmarkError(f"{self.contestant.name}, {act} {parameters.get('work', '')}: {reply['error']}")
+            message = f"failed at {doing}: {reply['error']}: {reply['message']}"
+            raise ContenderError(self.contestant.name, message, reply["error"])
         return reply
 
+    def kill(self) -> None:
+        """End it now."""
+        self._process.kill()
+        self._process.communicate()
+
     def close(self) -> None:
-        """Let it end by itself, so that it closes its database."""
+        """Let it end by itself, so that it closes its database.
+
+        Raises:
+            ContenderError: it did not.
+        """
         try:
             if self._process.poll() is None:
                 self.request("end")
                 self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired as error:
+            raise ContenderError(self.contestant.name, "does not end", "no end") from error
         finally:
-            self._process.kill()
-            self._process.communicate()
+            self.kill()
 
     def __enter__(self) -> Self:
         return self
@@ -193,7 +249,6 @@ class Process:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._process.kill()
-            self._process.communicate()
+            self.kill()
         else:
             self.close()

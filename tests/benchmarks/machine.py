@@ -1,13 +1,22 @@
-"""What it was measured on."""
+"""What it was measured on, how busy that was, and which state of the code it was."""
 
 from __future__ import annotations
 
 import os
 import platform
-from datetime import UTC, datetime
+import shlex
+import subprocess
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["describe_machine"]
+from tests.benchmarks.contestants import ROOT
+
+__all__ = ["busy_share", "describe_code", "describe_machine", "told_command"]
+
+MEASURED = ("homeagent", "alembic", "tests", "pyproject.toml")
+"""What decides a figure: a change of the pages alone does not."""
 
 
 def _processor() -> str:
@@ -20,11 +29,61 @@ def _processor() -> str:
 
 
 def describe_machine() -> dict[str, str]:
-    """Return when and where a run took place."""
+    """Return what kind of machine this is."""
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
-        "load at the start": " ".join(f"{load:.1f}" for load in os.getloadavg()),
     }
+
+
+def busy_share(seconds: float) -> float | None:
+    """Return which share of the processors is in use while this process waits; None where nobody knows.
+
+    What a hypervisor gave to others counts as in use.
+    """
+    before = _ticks()
+    time.sleep(seconds)
+    after = _ticks()
+    if before is None or after is None or after[1] == before[1]:
+        return None
+    return 1 - (after[0] - before[0]) / (after[1] - before[1])
+
+
+def _ticks() -> tuple[int, int] | None:
+    """Return the idle ticks of all processors, and all their ticks."""
+    try:
+        first, _, _ = Path("/proc/stat").read_text(encoding="ascii").partition("\n")
+    except OSError:
+        return None
+    # user nice system idle iowait irq softirq steal; guests are counted among the users already (proc_stat(5)).
+    ticks = [int(field) for field in first.split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
+
+
+def describe_code() -> dict[str, Any]:
+    """Return the revision, and whether what is measured is changed since; {} where this is no checkout."""
+    try:
+        revision = _git("rev-parse", "--short", "HEAD")
+        return {"revision": revision, "changed": bool(_git("status", "--porcelain", "--", *MEASURED))}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ).stdout.strip()
+
+
+def told_command(module: str, arguments: Sequence[str]) -> str:
+    """Return a command as it was given, but for where on this machine its files are."""
+    told = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if Path(argument).is_absolute():
+            argument = Path(argument).name
+        elif equals and Path(value).is_absolute():
+            argument = f"{option}={Path(value).name}"
+        told.append(argument)
+    return shlex.join(["python", "-m", module, *told])

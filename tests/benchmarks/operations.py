@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.benchmarks.measuring import measure_works
-from tests.benchmarks.trace import measure_trace
+from tests.benchmarks.measuring import Contest
+from tests.benchmarks.trace import TraceContest
 from tests.benchmarks.works import INDEXED, works
 from tests.benchmarks.workshop import DURABILITIES, Workshop
 
@@ -25,14 +25,18 @@ def indexed(workshop: Workshop) -> int:
 
 
 def measure_operations(workshop: Workshop) -> dict[str, Any]:
-    """Return what was measured by durability, piece of work and contender; and the titles of the works."""
+    """Return what was measured by durability, piece of work and contender; and the titles of the works.
+
+    What is there after each round is kept, in case that the next one doesn't end.
+
+    Raises:
+        ContenderError: the baseline failed.
+    """
     every = works(indexed(workshop))
     chosen = [name for name in NAMES if not workshop.only.intersection(NAMES) or name in workshop.only]
     _, rows = workshop.template(workshop.rows)
-    events = QUICK_EVENTS if workshop.quick else None
-    measured: dict[str, Any] = {}
-    for durability in DURABILITIES:
-        table = measure_works(
+    contests = {
+        durability: Contest(
             workshop.plan,
             workshop.contestants,
             [every[name] for name in chosen if name != TRACE],
@@ -40,18 +44,39 @@ def measure_operations(workshop: Workshop) -> dict[str, Any]:
             durability,
             lambda each: str(workshop.fresh(workshop.rows)),
             workshop.say,
+            workshop.warn,
         )
-        if TRACE in chosen:
-            table[TRACE] = measure_trace(
-                workshop.plan.rounds,
-                [each for each in workshop.contestants if each.takes_part(TRACE)],
-                durability,
-                lambda each: str(workshop.fresh(0)),
-                workshop.say,
-                events,
-            )
-        measured[durability] = {
-            work: {name: each.summary() for name, each in row.items()} for work, row in table.items()
+        for durability in DURABILITIES
+    }
+    traces = {
+        durability: TraceContest(
+            [each for each in workshop.contestants if each.takes_part(TRACE)],
+            durability,
+            lambda each: str(workshop.fresh(0)),
+            workshop.say,
+            workshop.warn,
+            QUICK_EVENTS if workshop.quick else None,
+        )
+        for durability in (DURABILITIES if TRACE in chosen else ())
+    }
+
+    def results() -> dict[str, Any]:
+        measured = {durability: contest.summary() for durability, contest in contests.items()}
+        for durability, trace in traces.items():
+            if row := trace.summary():
+                measured[durability][TRACE] = row
+        return {
+            "titles": {**{work.name: work.title for work in every.values()}, TRACE: "the trace, per event"},
+            "rows": workshop.rows,
+            "measured": {durability: table for durability, table in measured.items() if table},
         }
-    titles = {work.name: work.title for work in every.values()}
-    return {"titles": {**titles, TRACE: "the trace, per event"}, "rows": workshop.rows, "measured": measured}
+
+    for number in range(workshop.plan.rounds):
+        for contest in contests.values():
+            contest.measure_round(number)
+            workshop.keep(results())
+    for number in range(workshop.plan.pairs):
+        for trace in traces.values():
+            trace.measure_round(number)
+            workshop.keep(results())
+    return results()

@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
-from tests.benchmarks.charts import Bar, Panel, draw
-from tests.benchmarks.contestants import BASELINE
-from tests.benchmarks.report import Grid, grids, readable_time
-from tests.benchmarks.sweeping import ALONE
+from tests.benchmarks.charts import draw
+from tests.benchmarks.pictures import pictures
+from tests.benchmarks.report import Grid, grids
+from tests.benchmarks.results import SECTIONS, failures, write_atomically
 
 __all__ = ["write_page"]
 
 Results = Mapping[str, Any]
 
-_INTRODUCTION = """\
-# Benchmarks
-
-Written by `python -m tests.benchmarks --ten-million --output docs`: all figures below come from one run of it. The
-figures behind them are in [benchmarks.json](benchmarks/benchmarks.json). How to run it yourself is in
-[CONTRIBUTING.md](../CONTRIBUTING.md).
-"""
-
 _QUICK = """\
 **These figures are of a quick run, which shows that all works. They say nothing about speed.**
 """
+
+QUIET = 0.1
+"""The share of the processors that others may use on a machine that is called quiet."""
 
 _SECTIONS = {
     "goals": """\
 ## Goals
 
 A ratio is to hand-written `sqlite3` that does the same in the same run, unless the row says otherwise. It is the median
-of its samples; a goal is met where every value in its row keeps to it.
+of its samples; the least and the greatest of them are in brackets, of a lone caller the bounds of eight blocks in ten.
+A goal is met where every median in its row keeps to it; the longest wait is that of all samples. Where the limit lies
+between the brackets, another run may say otherwise.
 """,
     "operations": """\
 ## Every operation
 
 Each contender runs in a process of its own, on a copy of one file, with the same pragmas. They take turns: a ratio is
-of two samples that were taken side by side, and what is told is the median, the least and the greatest. A write is one
-transaction (claim and complete are two), and so is a read. Each answer is checked: the right row, the right number, a
-replay refused, a result equal to what was stored; and what was written is counted afterwards by another process.
+of two samples that were taken side by side, and what is told is the median, the least and the greatest. The slow make
+fewer calls in a sample, so that it takes about as long of everybody. A write is one transaction (claim and complete are
+two), and so is a read. Each answer is checked: the right row, the right number, a replay refused, a result equal to
+what was stored; and what was written is counted afterwards by another process.
 
 - `sqlite3` is constant SQL on one connection, on the SQLite library that homeagent uses. It returns rows as the driver
   does: text and integers. homeagent returns model instances with instants, enums and decoded JSON.
@@ -49,6 +47,8 @@ replay refused, a result equal to what was stored; and what was written is count
 - `sqlite3, objects` makes dataclasses with the same types of its rows, as most programs would next.
 - The other libraries are used the way their documentation begins with. They get the same SQLite library, except apsw
   and better-sqlite3, which bring their own.
+- The trace is lived through for ten seconds at most. Who doesn't come to its end is compared with the time that
+  `sqlite3` takes for as many events.
 """,
     "callers": """\
 ## Many callers at once
@@ -60,10 +60,11 @@ or a coroutine that hands one to a worker thread.
     "sweeping": """\
 ## A writer beside a sweep
 
-One writer consumes nonces as fast as it can, at `full`, while `Database.sweep` removes dead nonces and keys for half a
-minute, or until none is left. A sweep of the same process has its turn after each unit of the writer. One of another
-process competes for SQLite's lock with a writer that never pauses, and gets it when that writer happens to be between
-two units: see how many rows it swept.
+One writer consumes nonces as fast as it can, at `full`, while `Database.sweep` removes dead nonces and keys for
+{sweeping:g} seconds, each time on a fresh copy. The figures are medians of {turns} turns; the longest wait is that of
+all. A sweep of the same process has its turn after each unit of the writer. One of another process competes for
+SQLite's lock with a writer that never pauses, and gets it when that writer happens to be between two units: see how
+many rows it swept.
 """,
     "scale": """\
 ## What size costs
@@ -86,140 +87,122 @@ PostgreSQL {server} over a local socket. At `normal`, `synchronous_commit` is of
 
 
 def write_page(results: Results, directory: Path) -> list[Path]:
-    """Write benchmarks.md into a directory, the charts and the figures into benchmarks/ below it.
+    """Write benchmarks.md into a directory, and its charts into benchmarks/ below it, where the figures are.
 
     Args:
-        results: of one run.
+        results: of one run or several, each section with its own.
         directory: made where it is absent.
 
     Returns:
         What was written.
     """
     beside = directory / "benchmarks"
-    beside.mkdir(parents=True, exist_ok=True)
-    figures = beside / "benchmarks.json"
-    figures.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    charts = {name: (title, draw(title, panels, columns=columns)) for name, title, panels, columns in _charts(results)}
-    written = [figures]
+    charts = {name: (title, draw(title, panels, columns=columns)) for name, title, panels, columns in pictures(results)}
+    written = []
     for name, (_, picture) in charts.items():
         written.append(beside / f"{name}.svg")
-        written[-1].write_text(picture, encoding="utf-8")
+        write_atomically(written[-1], picture)
+    for left in beside.glob("*.svg"):
+        # Of figures that are there no more.
+        if left not in written:
+            left.unlink()
     page = directory / "benchmarks.md"
-    page.write_text(_page(results, {name: title for name, (title, _) in charts.items()}), encoding="utf-8")
+    write_atomically(page, _page(results, {name: title for name, (title, _) in charts.items()}))
     return [page, *written]
 
 
 def _page(results: Results, charts: Mapping[str, str]) -> str:
-    parts = [_INTRODUCTION]
+    parts = [_introduction(results)]
     if results["quick"]:
         parts.append(_QUICK)
     tables: dict[str, list[Grid]] = {}
     for grid in grids(results):
         tables.setdefault(grid.section, []).append(grid)
+    sweeping = results.get("sweeping", {})
+    values = {
+        "alembic": "was" if results.get("startup", {}).get("alembic_imported") else "was not",
+        "server": results.get("postgresql", {}).get("server"),
+        "sweeping": sweeping.get("seconds", 0),
+        "turns": len(sweeping["measured"]["alone"]["samples"]) if "measured" in sweeping else 0,
+    }
     for section, text in _SECTIONS.items():
-        if section not in tables:
+        run = results.get(section, {}).get("run")
+        if section not in tables and run is None:
             continue
-        values = {
-            "alembic": "was" if results.get("startup", {}).get("alembic_imported") else "was not",
-            "server": results.get("postgresql", {}).get("server"),
-        }
         parts.append(text.format(**values))
+        if run is not None:
+            parts.append(told_run(run))
         for name, title in charts.items():
             if name.startswith(section):
                 parts.append(f"![{title}](benchmarks/{name}.svg)\n")
-        for grid in tables[section]:
+        for grid in tables.get(section, []):
             heading = f"### {grid.title}\n\n" if len(tables[section]) > 1 or grid.title != "Goals" else ""
             parts.append(f"{heading}{grid.markdown()}\n")
     parts.append(_circumstances(results))
     return "\n".join(parts)
 
 
+def _introduction(results: Results) -> str:
+    runs = [results[section]["run"] for section in SECTIONS if section in results]
+    commands = list(dict.fromkeys(run["command"] for run in runs))
+    lines = ["# Benchmarks\n"]
+    if len(commands) == 1:
+        lines.append(f"Written by `{commands[0]}`.")
+    else:
+        lines.append("Written by these commands, in the order of the sections:\n")
+        lines += [f"- `{command}`" for command in commands]
+        lines.append("")
+    if len({(run.get("revision"), run.get("changed")) for run in runs}) > 1:
+        lines.append("**The sections are not all of the same state of the code**, as each of them tells.")
+    lines.append(
+        "Each section tells when and how it was measured. The figures behind it are in\n"
+        "[benchmarks.json](benchmarks/benchmarks.json). How to run it yourself is in\n"
+        "[CONTRIBUTING.md](../CONTRIBUTING.md).\n"
+    )
+    if failed := failures(dict(results)):
+        lines.append("These failed:\n")
+        lines += [f"- {what}: {kind}" for what, kind in failed.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def told_run(run: Mapping[str, Any]) -> str:
+    """Return when, how and in what circumstances a section was measured."""
+    revision = f"at revision {run['revision']}" if "revision" in run else "outside of a checkout"
+    if run.get("changed"):
+        revision += " with changes that are not committed"
+    told = (
+        f"Measured {run['date']}, {revision}, in {run['rounds']} round{'' if run['rounds'] == 1 else 's'} and "
+        f"{run['seconds'] / 60:.1f} minutes, by `{run['command']}`. {_told_load(run['busy'])}"
+    )
+    lines = [fill(told, 120, break_long_words=False, break_on_hyphens=False) + "\n"]
+    if "failed" in run:
+        lines.append(f"**It failed before its end: {run['failed']}.**\n")
+    elif not run["complete"]:
+        lines.append("**It was ended before its end: there are fewer samples than were meant to be.**\n")
+    return "\n".join(lines)
+
+
+def _told_load(busy: Sequence[float | None]) -> str:
+    shares = [share for share in busy if share is not None]
+    if not shares:
+        return "How busy the machine was otherwise, is not known."
+    told = " and ".join(f"{share:.0%}" for share in shares)
+    when = "before and after it" if len(shares) > 1 else "before it"
+    warning = "" if max(shares) <= QUIET else " **That is not quiet: look at the least and the greatest.**"
+    return f"Others used {told} of the processors {when}.{warning}"
+
+
 def _circumstances(results: Results) -> str:
+    versions = {**results["versions"], **results.get("postgresql", {}).get("versions", {})}
     lines = ["## Measured on\n", "| what | which |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in {**results["machine"], **results["versions"]}.items()]
-    if results["skipped"]:
+    lines += [f"| {name} | {value} |" for name, value in {**results["machine"], **versions}.items()]
+    skipped = {
+        name: reason
+        for section in SECTIONS
+        for name, reason in results.get(section, {"run": {"skipped": {}}})["run"]["skipped"].items()
+    }
+    if skipped:
         lines += ["", "Left out:", ""]
-        lines += [f"- {name}: {reason}" for name, reason in results["skipped"].items()]
+        lines += [f"- {name}: {reason}" for name, reason in skipped.items()]
     return "\n".join(lines) + "\n"
-
-
-def _kind(name: str) -> str:
-    return {"homeagent": "ours", BASELINE: "baseline", "psycopg": "baseline"}.get(name, "other")
-
-
-def _charts(results: Results) -> list[tuple[str, str, list[Panel], int]]:
-    """Return name, title, panels and columns of each chart."""
-    charts = []
-    for section, engine in (("operations", "hand-written sqlite3"), ("postgresql", "hand-written psycopg")):
-        for durability, measured in results.get(section, {}).get("measured", {}).items():
-            titles = results[section]["titles"]
-            panels = [
-                Panel(
-                    titles[work],
-                    [
-                        Bar(
-                            name,
-                            each["ratio"],
-                            f"{each['ratio']:.2f} · {readable_time(each['seconds'])}",
-                            _kind(name),
-                        )
-                        for name, each in sorted(row.items(), key=lambda item: item[1]["ratio"])
-                    ],
-                )
-                for work, row in measured.items()
-            ]
-            charts.append(
-                (
-                    f"{section}-{durability}",
-                    f"Time as a ratio to {engine}, at {durability}: shorter is better",
-                    panels,
-                    2,
-                )
-            )
-    if "callers" in results:
-        measured = results["callers"]["measured"]
-        counts = next(iter(measured.values()))
-        panels = [
-            Panel(
-                f"{count} caller{'' if count == '1' else 's'}: commits a second",
-                [
-                    Bar(way, row[count]["rate"], f"{row[count]['rate']:,.0f}", _way(way))
-                    for way, row in measured.items()
-                ],
-            )
-            for count in counts
-        ]
-        charts.append(("callers", "Durable commits a second: longer is better", panels, 2))
-    if "sweeping" in results:
-        measured = results["sweeping"]["measured"]
-        panels = [
-            Panel(
-                f"a writer's {share}",
-                [
-                    Bar(mode, found[share], readable_time(found[share]), "baseline" if mode == ALONE else "ours")
-                    for mode, found in measured.items()
-                ],
-            )
-            for share in ("p50", "p99", "max")
-        ]
-        charts.append(("sweeping", "What a writer waits while dead rows are swept: shorter is better", panels, 1))
-    if "scale" in results:
-        section = results["scale"]
-        largest = str(section["sizes"][-1])
-        panels = [
-            Panel(
-                title,
-                [
-                    Bar(name, row[work][largest]["ratio"], f"{row[work][largest]['ratio']:.2f}", _kind(name))
-                    for name, row in section["measured"].items()
-                ],
-            )
-            for work, title in section["titles"].items()
-        ]
-        title = f"Cost with {int(largest):,} rows as a ratio to {section['sizes'][0]:,}: shorter is better"
-        charts.append(("scale", title, panels, 2))
-    return charts
-
-
-def _way(way: str) -> str:
-    return "ours" if way.startswith(("run", "arun")) else "other"

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from homeagent import Database
 from tests.benchmarks.contestants import CONTESTANTS, BenchmarkError, Contestant
 from tests.benchmarks.data import DAY, METADATA, METHOD, RESULT, TABLES, Rows, now_ms
-from tests.benchmarks.measuring import measure_works
+from tests.benchmarks.measuring import Contest
 from tests.benchmarks.operations import indexed
 from tests.benchmarks.works import works
 from tests.benchmarks.workshop import DURABILITIES, Workshop
@@ -128,7 +128,7 @@ def _started() -> Iterator[_Server]:
 
 
 def measure_postgresql(workshop: Workshop) -> dict[str, Any]:
-    """Return what was measured by durability, piece of work and contender.
+    """Return what was measured by durability, piece of work and contender; what is there after each round is kept.
 
     At `full` every commit waits for the disk, at `normal` `synchronous_commit` is off: what is left is the work.
 
@@ -139,13 +139,13 @@ def measure_postgresql(workshop: Workshop) -> dict[str, Any]:
         if importlib.util.find_spec(module) is None:
             raise BenchmarkError(f"PostgreSQL needs {module}: install homeagent[test]")
     contestants = [Contestant.python("psycopg", "psycopg_:Psycopg", peer=False), CONTESTANTS["homeagent"]]
+    versions = {each.name: each.version() for each in contestants}
     chosen = works(indexed(workshop))
-    measured: dict[str, Any] = {}
     workshop.say("starting a PostgreSQL server")
     with _started() as server:
         rows = server.template(workshop.rows)
-        for durability in DURABILITIES:
-            table = measure_works(
+        contests = {
+            durability: Contest(
                 workshop.plan,
                 contestants,
                 list(chosen.values()),
@@ -153,11 +153,25 @@ def measure_postgresql(workshop: Workshop) -> dict[str, Any]:
                 durability,
                 partial(server.fresh, durability),
                 workshop.say,
+                workshop.warn,
                 server.count,
             )
-            measured[durability] = {
-                work: {name: each.summary() for name, each in row.items()} for work, row in table.items()
+            for durability in DURABILITIES
+        }
+
+        def results() -> dict[str, Any]:
+            return {
+                "titles": {work.name: work.title for work in chosen.values()},
+                "rows": workshop.rows,
+                "server": server.version,
+                "versions": versions,
+                "measured": {
+                    durability: table for durability, contest in contests.items() if (table := contest.summary())
+                },
             }
-        version = server.version
-    titles = {work.name: work.title for work in chosen.values()}
-    return {"titles": titles, "rows": workshop.rows, "server": version, "measured": measured}
+
+        for number in range(workshop.plan.rounds):
+            for contest in contests.values():
+                contest.measure_round(number)
+                workshop.keep(results())
+        return results()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,26 +66,18 @@ def spread(figures: Mapping[str, Any]) -> str:
 def grids(results: Results) -> list[Grid]:
     """Return every table that these results can fill, the goals first."""
     tables = _goals(results)
-    if "operations" in results:
-        tables += _works(results["operations"], "operations", "SQLite")
-    for section, make in (("callers", _callers), ("sweeping", _sweeping), ("scale", _scale), ("startup", _startup)):
-        if section in results:
+    for section, make in _MAKERS.items():
+        # A section that failed from the first has nothing but its run.
+        if "measured" in results.get(section, {}):
             tables += make(results[section])
-    if "postgresql" in results:
-        tables += _works(results["postgresql"], "postgresql", "PostgreSQL")
     return tables
 
 
 def _goals(results: Results) -> list[Grid]:
     rows = []
     for verdict in judge(results):
-        shown = verdict.measured()
-        if len(verdict.figures) > 4:
-            # The others keep further away from the limit than these.
-            worst = sorted(verdict.figures.items(), key=lambda item: item[1], reverse=not verdict.goal.least)[:3]
-            shown = "at worst " + ", ".join(f"{value:.2f}{verdict.goal.unit} ({where})" for where, value in worst)
         told = f"**{verdict.verdict()}**" if verdict.met is False else verdict.verdict()
-        rows.append([verdict.goal.work, verdict.goal.text(), shown, told])
+        rows.append([verdict.goal.work, verdict.goal.text(), verdict.measured(), told])
     return [Grid("goals", "Goals", ("work", "goal", "measured", ""), rows, texts=4)]
 
 
@@ -94,18 +86,26 @@ def _works(section: Mapping[str, Any], name: str, engine: str) -> list[Grid]:
     for durability, measured in section["measured"].items():
         rows = []
         for work, row in measured.items():
-            baseline = next(iter(row.values()))
             for number, (contender, figures) in enumerate(row.items()):
+                shown = [
+                    "" if number else section["titles"][work],
+                    f"**{contender}**" if contender == "homeagent" else contender,
+                ]
+                if "failed" in figures:
+                    rows.append([*shown, f"failed: {figures['failed']}", "–", "–", "–"])
+                    continue
+                if figures.get("events") != figures.get("of_events"):
+                    shown[1] += f", first {figures['events']:,} of {figures['of_events']:,}"
                 rows.append(
                     [
-                        "" if number else section["titles"][work],
-                        f"**{contender}**" if contender == "homeagent" else contender,
+                        *shown,
                         readable_time(figures["seconds"]),
                         spread(figures),
-                        f"{figures['cpu'] / baseline['cpu']:.2f}" if baseline["cpu"] else "–",
+                        str(len(figures["samples"]["ratios"])),
+                        "–" if figures["ratio_cpu"] is None else f"{figures['ratio_cpu']:.2f}",
                     ]
                 )
-        header = ("work", "contender", "a call", "ratio (min–max)", "ratio of CPU time")
+        header = ("work", "contender", "a call", "ratio (min–max)", "samples", "ratio of CPU time")
         tables.append(Grid(name, f"{engine}, at `{durability}`", header, rows, texts=2))
     return tables
 
@@ -148,11 +148,20 @@ def _sweeping(section: Mapping[str, Any]) -> list[Grid]:
             readable_time(found["p50"]),
             readable_time(found["p99"]),
             readable_time(found["max"]),
-            f"{found['swept'] / found['seconds']:,.0f}" if found["swept"] else "–",
+            spread(found),
+            f"{found['swept']:,.0f}" if found["swept"] else "–",
         ]
         for mode, found in section["measured"].items()
     ]
-    header = ("the writer is", "units a second", "p50", "p99", "max", "rows swept a second")
+    header = (
+        "the writer is",
+        "units a second",
+        "p50",
+        "p99",
+        "longest",
+        "p99 as a ratio (min–max)",
+        "rows swept a second",
+    )
     return [Grid("sweeping", f"A writer, beside a sweep of {section['dead']:,} dead rows", header, rows)]
 
 
@@ -181,3 +190,13 @@ def _startup(section: Mapping[str, Any]) -> list[Grid]:
     ]
     header = ("program", "on the clock", "ratio (min–max)", "CPU time", "ratio of CPU time")
     return [Grid("startup", "A whole process", header, rows)]
+
+
+_MAKERS: dict[str, Callable[[Mapping[str, Any]], list[Grid]]] = {
+    "operations": lambda section: _works(section, "operations", "SQLite"),
+    "callers": _callers,
+    "sweeping": _sweeping,
+    "scale": _scale,
+    "startup": _startup,
+    "postgresql": lambda section: _works(section, "postgresql", "PostgreSQL"),
+}

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from tests.benchmarks.contestants import ROOT, BenchmarkError
+from tests.benchmarks.measuring import spread
 from tests.benchmarks.workshop import Workshop
 
 __all__ = ["HOMEAGENT", "measure_startup"]
@@ -48,7 +49,7 @@ def measure_startup(workshop: Workshop) -> dict[str, Any]:
     wall: dict[str, list[float]] = {name: [] for name in PROGRAMS}
     cpu: dict[str, list[float]] = {name: [] for name in PROGRAMS}
     for turn in range(turns + 1):
-        workshop.say(f"start-up: {turn} of {turns}")
+        workshop.say(f"{turn} of {turns}")
         for name, program in PROGRAMS.items():
             seconds, used = _start(program, target, environment)
             if turn:
@@ -63,9 +64,7 @@ def measure_startup(workshop: Workshop) -> dict[str, Any]:
             name: {
                 "seconds": median(wall[name]),
                 "cpu": median(cpu[name]),
-                "ratio": median(ratios[name]),
-                "ratio_min": min(ratios[name]),
-                "ratio_max": max(ratios[name]),
+                **spread(ratios[name]),
                 "ratio_cpu": median(cpu[name]) / median(cpu[SQLMODEL]),
             }
             for name in PROGRAMS

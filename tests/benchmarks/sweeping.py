@@ -6,6 +6,7 @@ The writer is a process of its own: python -m tests.benchmarks.sweeping TARGET M
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from homeagent import Database
@@ -20,12 +22,13 @@ from homeagent.engine.sqlite.driver import choose_driver
 from tests.benchmarks.callers import percentile
 from tests.benchmarks.contestants import ROOT, BenchmarkError
 from tests.benchmarks.data import DAY, count_rows, now_ms
-from tests.benchmarks.measuring import copy_database
+from tests.benchmarks.measuring import copy_database, spread
 from tests.benchmarks.workshop import Workshop
 
 __all__ = ["MODES", "measure_sweeping"]
 
 DEAD = 1_000_000
+SECONDS = 6.0
 
 ALONE = "alone"
 THREAD = "swept in another thread"
@@ -110,7 +113,7 @@ def _write(target: str, mode: str, seconds: float) -> dict[str, Any]:
 
 
 def measure_sweeping(workshop: Workshop) -> dict[str, Any]:
-    """Return what a writer notices, by mode.
+    """Return what a writer notices, by mode; each time on a fresh copy, and the modes take turns.
 
     Raises:
         BenchmarkError: rows are missing, or none was swept.
@@ -118,30 +121,57 @@ def measure_sweeping(workshop: Workshop) -> dict[str, Any]:
     dead = 2_000 if workshop.quick else DEAD
     # Between processes SQLite gives the lock to whoever asks at the right moment, and a writer that never pauses asks
     # most often: without a bound that sweep would not end.
-    seconds = 0.5 if workshop.quick else 30.0
-    workshop.say(f"sweeping: adding {dead:,} dead rows")
+    seconds = 0.5 if workshop.quick else SECONDS
+    workshop.say(f"adding {dead:,} dead rows")
     template = workshop.fresh(workshop.rows)
     add_dead_rows(template, dead)
-    measured: dict[str, Any] = {}
-    for mode in MODES:
-        workshop.say(f"sweeping: a writer, {mode}")
-        path = copy_database(template, workshop.room())
-        ran = subprocess.run(
-            [sys.executable, "-m", "tests.benchmarks.sweeping", str(path), mode, str(seconds)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
+    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
+    for number in range(workshop.plan.pairs):
+        for mode in MODES:
+            workshop.say(f"round {number + 1} of {workshop.plan.pairs}: a writer, {mode}")
+            path = copy_database(template, workshop.room())
+            runs[mode].append(_in_process(path, mode, seconds, 2 * workshop.rows + dead))
+            shutil.rmtree(path.parent)
+        alone = [run["p99"] for run in runs[ALONE]]
+        workshop.keep(
+            results := {
+                "dead": dead,
+                "seconds": seconds,
+                "measured": {mode: _middle(each, alone) for mode, each in runs.items()},
+            }
         )
-        if ran.returncode:
-            raise BenchmarkError(f"a writer, {mode}, ended with status {ran.returncode}, see above")
-        found = measured[mode] = json.loads(ran.stdout)
-        rows = count_rows(path)
-        expected = 2 * workshop.rows + dead - found["swept"] + found["writes"]
-        if (found["swept"] > 0) == (mode == ALONE) or rows["nonces"] + rows["idempotency_keys"] != expected:
-            raise BenchmarkError(
-                f"{mode}: {found['swept']} rows were swept, {found['writes']} written, and {rows} are left"
-            )
-    return {"dead": dead, "measured": measured}
+    return results
+
+
+def _in_process(path: Path, mode: str, seconds: float, rows: int) -> dict[str, Any]:
+    """Measure one mode in a process of its own, and count what is left of so many nonces and keys."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.sweeping", str(path), mode, str(seconds)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if ran.returncode:
+        raise BenchmarkError(f"a writer, {mode}, ended with status {ran.returncode}, see above")
+    found: dict[str, Any] = json.loads(ran.stdout)
+    left = count_rows(path)
+    expected = rows - found["swept"] + found["writes"]
+    if (found["swept"] > 0) == (mode == ALONE) or left["nonces"] + left["idempotency_keys"] != expected:
+        raise BenchmarkError(f"{mode}: {found['swept']} rows were swept, {found['writes']} written, {left} are left")
+    return found
+
+
+def _middle(runs: list[dict[str, Any]], alone: list[float]) -> dict[str, Any]:
+    """Return the medians of some runs, the longest wait of all, and the ratios to the p99 of a writer alone."""
+    return {
+        "rate": median(run["rate"] for run in runs),
+        "p50": median(run["p50"] for run in runs),
+        "p99": median(run["p99"] for run in runs),
+        "max": max(run["max"] for run in runs),
+        "swept": median(run["swept"] / run["seconds"] for run in runs),
+        **spread([run["p99"] / base for run, base in zip(runs, alone, strict=True)]),
+        "samples": runs,
+    }
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,24 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.benchmarks.callers import RUN, UNITS
+from tests.benchmarks import __main__ as command
+from tests.benchmarks.callers import RUN, compared
 from tests.benchmarks.contestants import BASELINE, BenchmarkError, choose
 from tests.benchmarks.goals import judge
+from tests.benchmarks.machine import told_command
 from tests.benchmarks.measuring import Plan
 from tests.benchmarks.operations import NAMES, measure_operations
+from tests.benchmarks.page import write_page
+from tests.benchmarks.progress import Progress
+from tests.benchmarks.results import failures, join_results, read_results
+from tests.benchmarks.trace import TraceContest
 from tests.benchmarks.workshop import Workshop
 from tests.benchmarks.wrong import WRONG, NothingWritten
 
 ROOT = Path(__file__).parents[2]
+
+Measure = Any
+"""What `MEASURES` holds."""
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -39,14 +47,29 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """Room for the smallest of measurements, whose databases are filled once."""
-    plan = Plan(rounds=1, repeats=1, seconds=0.002)
-    return Workshop(tmp_path_factory.mktemp("workshop"), plan, (), 400, (), frozenset(), True, lambda text: None)
+    plan = Plan(rounds=1, repeats=1, pairs=1, seconds=0.002, peer_seconds=0.002)
+    directory = tmp_path_factory.mktemp("workshop")
+    return Workshop(directory, plan, (), 400, (), frozenset(), True, lambda text: None, lambda text: None)
 
 
-def measure(workshop: Workshop, work: str, contender: type) -> None:
-    """Measure a contender of `wrong` at one piece of work."""
+def measure(workshop: Workshop, work: str, contender: type) -> dict[str, Any]:
+    """Measure a contender of `wrong` at one piece of work, and return its row and the baseline's, at `full`."""
     contestants, _ = choose([f"tests.benchmarks.wrong:{contender.__name__}"])
-    measure_operations(replace(workshop, contestants=contestants, only=frozenset([work])))
+    results = measure_operations(replace(workshop, contestants=contestants, only=frozenset([work])))
+    row: dict[str, Any] = results["measured"]["full"][work]
+    return row
+
+
+def page_of(directory: Path) -> str:
+    """Return the page that a run wrote."""
+    return (directory / "benchmarks.md").read_text(encoding="utf-8")
+
+
+def figures_of(directory: Path) -> dict[str, Any]:
+    """Return the figures that a run wrote."""
+    found = read_results(command.figures_in(directory))
+    assert found is not None
+    return found
 
 
 def test_one_command(tmp_path: Path) -> None:
@@ -54,7 +77,7 @@ def test_one_command(tmp_path: Path) -> None:
     ran = run("--quick", "--only", "operations", "--contenders", "homeagent", "--output", str(tmp_path))
 
     assert ran.returncode == 0, ran.stderr
-    results = json.loads((tmp_path / "benchmarks" / "benchmarks.json").read_text(encoding="utf-8"))
+    results = figures_of(tmp_path)
     for durability in ("full", "normal"):
         measured = results["operations"]["measured"][durability]
         assert set(measured) == set(NAMES)
@@ -62,38 +85,195 @@ def test_one_command(tmp_path: Path) -> None:
             assert set(row) == {BASELINE, "homeagent"}
             assert row[BASELINE]["ratio"] == 1
             assert 0 < row["homeagent"]["seconds"] < 10
-    page = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    page = page_of(tmp_path)
     assert "## Goals" in page
+    told = f"python -m tests.benchmarks --quick --only operations --contenders homeagent --output {tmp_path.name}"
+    assert page.replace("\n", " ").count(f"`{told}`") == 2
+    assert str(tmp_path) not in page + json.dumps(results)
     for picture in re.findall(r"!\[.+?\]\((.+?)\)", page):
         assert ElementTree.parse(tmp_path / picture).getroot().tag.endswith("svg")  # noqa: S314  it was just drawn
+    assert "operations (1 of 1; then nothing): filling" in ran.stderr
 
 
 @pytest.mark.parametrize("work", NAMES)
 def test_wrong_answers_are_found_out(workshop: Workshop, work: str) -> None:
-    """A contender that answers wrongly at a piece of work ends the run, and is named."""
-    with pytest.raises(BenchmarkError, match=WRONG[work].__name__):
-        measure(workshop, work, WRONG[work])
+    """A contender that answers wrongly at a piece of work has no figure there, and the baseline keeps its own."""
+    row = measure(workshop, work, WRONG[work])
+
+    assert row.pop(BASELINE)["seconds"] > 0
+    assert row == {f"tests.benchmarks.wrong:{WRONG[work].__name__}": {"failed": "WrongAnswer"}}
 
 
 def test_what_was_not_written_is_found_out(workshop: Workshop) -> None:
-    """A contender that is right while it is checked, and writes nothing while it is timed, ends the run."""
-    with pytest.raises(BenchmarkError, match=NothingWritten.__name__):
-        measure(workshop, "consume", NothingWritten)
+    """A contender that is right while it is checked, and writes nothing while it is timed, has no figure."""
+    row = measure(workshop, "consume", NothingWritten)
+
+    assert row["tests.benchmarks.wrong:NothingWritten"] == {"failed": "WrongAnswer"}
 
 
-def test_a_goal_is_missed_where_one_value_is() -> None:
-    """A goal is met where every value keeps to it, missed where one doesn't, and neither where nothing was measured."""
-    measured = {work: {"homeagent": {"ratio": 1.0}} for work in ("device", "find_key", "seen")}
-    results: dict[str, Any] = {"operations": {"measured": {"full": measured, "normal": deepcopy(measured)}}}
-    results["operations"]["measured"]["normal"]["seen"]["homeagent"]["ratio"] = 1.16
-    results["callers"] = {"measured": {way: {"64": {"rate": rate}} for way, rate in ((RUN, 249), (UNITS, 100))}}
+def test_a_failing_contender_stops_nobody(tmp_path: Path) -> None:
+    """One that raises and one that dies are told with what they did, all others are measured, and the status is 1."""
+    broken, dying = "tests.benchmarks.wrong:Broken", "tests.benchmarks.wrong:Dying"
+    works = "device,find_key,agent_sessions"
+    ran = run("--quick", "--only", works, "--contenders", f"{broken},homeagent,{dying}", "--output", str(tmp_path))
 
-    verdicts = {verdict.goal.work: verdict.verdict() for verdict in judge(results)}
+    assert ran.returncode == 1
+    assert "ZeroDivisionError: integer division" in ran.stderr
+    results = figures_of(tmp_path)
+    for measured in results["operations"]["measured"].values():
+        assert measured["find_key"][broken] == {"failed": "ZeroDivisionError"}
+        assert measured["agent_sessions"][dying] == {"failed": "exit status 3"}
+        for work in works.split(","):
+            told = [name for name, figures in measured[work].items() if "failed" not in figures]
+            assert told == [
+                name
+                for name in (BASELINE, broken, "homeagent", dying)
+                if (work, name) not in {("find_key", broken), ("agent_sessions", dying)}
+            ]
+    page = page_of(tmp_path)
+    assert f"- {broken} at idempotency find, full: ZeroDivisionError" in page
+    assert f"|  | {dying} | failed: exit status 3 |" in page
 
-    assert verdicts["device by id, a model instance against bare rows"] == "met"
-    assert verdicts["last-seen write, one unit"] == "not met"
-    assert verdicts["durable commits a second, 64 threads through `run`, against one commit per caller"] == "not met"
-    assert verdicts["nonce consume, one unit"] == "not measured"
+
+def test_a_slow_contender_lives_the_first_part_of_the_trace(workshop: Workshop) -> None:
+    """Who would take too long is compared with the baseline's time for the events that it came to."""
+    contestants, _ = choose(["homeagent"])
+    contest = TraceContest(
+        contestants, "normal", lambda each: str(workshop.fresh(0)), print, print, events=50, seconds=0.0
+    )
+
+    contest.measure_round(0)
+
+    summary = contest.summary()
+    assert (summary["homeagent"]["events"], summary["homeagent"]["of_events"]) == (1, 50)
+    assert (summary[BASELINE]["events"], summary[BASELINE]["ratio"]) == (50, 1)
+
+
+def section(run: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return a section of a file, measured to its end."""
+    told = {"date": "2026-01-02 03:04 UTC", "command": "python", "rounds": 1, "seconds": 60, "busy": [0.02, 0.5]}
+    return {"run": {**told, "skipped": {}, "complete": True, **(run or {})}, "alembic_imported": False}
+
+
+def kept(monkeypatch: pytest.MonkeyPatch, workshop: Workshop, output: Path, measure: Measure) -> command.Run:
+    """Return a run that has measured one section so, into a file that may hold sections already."""
+    monkeypatch.setitem(command.MEASURES, "startup", measure)
+    present = {"machine": {"system": "one"}, "quick": True, "versions": {BASELINE: "1"}}
+    results = join_results(read_results(command.figures_in(output)), present, output)
+    ran = command.Run(results, "python anew", output, {})
+    ran.measure("startup", workshop, Progress(["startup"]))
+    return ran
+
+
+def test_what_was_measured_outlives_the_run(
+    monkeypatch: pytest.MonkeyPatch, workshop: Workshop, tmp_path: Path
+) -> None:
+    """A run that is ended leaves what it kept, said to be a part; a later one adds to it, and replaces the part."""
+
+    def interrupted(workshop: Workshop) -> dict[str, Any]:
+        workshop.keep({"alembic_imported": True})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(monkeypatch, workshop, tmp_path, interrupted)
+    left = figures_of(tmp_path)
+    assert left["startup"]["alembic_imported"]
+    assert not left["startup"]["run"]["complete"]
+    write_page(left, tmp_path)
+    assert "It was ended before its end" in page_of(tmp_path)
+
+    kept(monkeypatch, workshop, tmp_path, lambda workshop: {"alembic_imported": False})
+    left = figures_of(tmp_path)
+    assert not left["startup"]["alembic_imported"]
+    assert left["startup"]["run"]["complete"]
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(monkeypatch, workshop, tmp_path, interrupted)
+    assert figures_of(tmp_path) == left
+
+
+def test_a_section_that_fails_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its error's class is told on the page and its text on standard error, and what was whole before stays."""
+
+    def failing(workshop: Workshop) -> dict[str, Any]:
+        raise BenchmarkError("no server in /somewhere")
+
+    ran = kept(monkeypatch, workshop, tmp_path, failing)
+    assert ran.failed
+    assert "no server in /somewhere" in capsys.readouterr().err
+    assert failures(figures_of(tmp_path)) == {"startup": "BenchmarkError"}
+    write_page(figures_of(tmp_path), tmp_path)
+    assert "It failed before its end: BenchmarkError" in page_of(tmp_path)
+    assert "somewhere" not in page_of(tmp_path)
+
+    kept(monkeypatch, workshop, tmp_path, lambda workshop: {"alembic_imported": False})
+    assert kept(monkeypatch, workshop, tmp_path, failing).failed
+    assert failures(figures_of(tmp_path)) == {}
+
+
+def test_each_section_tells_its_own_run(tmp_path: Path) -> None:
+    """Figures of several runs stand on one page, each under its command, date, revision and load."""
+    runs = {
+        "startup": section({"command": "python one", "revision": "abc1234", "changed": False}),
+        "scale": section({"command": "python two", "revision": "def5678", "changed": True, "busy": [None]}),
+    }
+    write_page({"machine": {}, "quick": False, "versions": {}, **runs}, tmp_path)
+
+    page = page_of(tmp_path)
+    assert "- `python two`\n- `python one`\n" in page
+    assert "not all of the same state" in page
+    assert "at revision abc1234, in 1 round and 1.0 minutes, by `python one`" in page
+    assert "Others used 2% and 50% of the processors" in page.replace("\n", " ")
+    assert "That is not quiet" in page
+    assert "at revision def5678 with changes that are not committed" in page
+
+
+@pytest.mark.parametrize("other", [{"machine": {"system": "two"}}, {"quick": False}, {"versions": {BASELINE: "2"}}])
+def test_runs_of_another_kind_are_not_joined(other: dict[str, Any]) -> None:
+    """Figures of another machine, other sizes or another version of a contender are refused before any is measured."""
+    present = {"machine": {"system": "one"}, "quick": True, "versions": {BASELINE: "1"}}
+    earlier = {**present, "startup": section()}
+
+    assert join_results(earlier, present, Path("figures"))["startup"] == section()
+    with pytest.raises(BenchmarkError, match="name another --output"):
+        join_results(earlier, {**present, **other}, Path("figures"))
+
+
+def test_a_command_names_no_place_of_this_machine() -> None:
+    """Absolute paths are told by their last part; all else is told as it was given."""
+    told = told_command("tests.benchmarks", ["--output=/srv/a/docs", "--only", "a b", "/srv/x", "--rounds", "5"])
+
+    assert told == "python -m tests.benchmarks --output=docs --only 'a b' x --rounds 5"
+
+
+def ratio(value: float) -> dict[str, float]:
+    """Return a ratio with samples on both sides of it."""
+    return {"ratio": value, "ratio_min": value - 0.5, "ratio_max": value + 0.5}
+
+
+def test_a_goal_is_missed_where_one_median_is() -> None:
+    """A goal is met where every median keeps to it, missed where one doesn't, and neither where none was measured."""
+    measured = {
+        durability: {work: {"homeagent": ratio(1.0)} for work in ("device", "find_key", "seen")}
+        for durability in ("full", "normal")
+    }
+    measured["normal"]["seen"]["homeagent"] = ratio(1.16)
+    results = {
+        "operations": {"measured": measured},
+        "callers": {"compared": {compared(64, RUN): ratio(2.49)}},
+    }
+
+    verdicts = {verdict.goal.work: verdict for verdict in judge(results)}
+
+    device = verdicts["device by id, a model instance against bare rows"]
+    assert device.verdict() == "met"
+    assert device.measured() == "1.00 [0.50–1.50] (full), 1.00 [0.50–1.50] (normal)"
+    assert verdicts["last-seen write, one unit"].verdict() == "not met"
+    threads = "durable commits a second, 64 threads through `run`, against one commit per caller"
+    assert verdicts[threads].verdict() == "not met"
+    assert verdicts["nonce consume, one unit"].verdict() == "not measured"
 
 
 def test_unknown_names() -> None:

@@ -12,7 +12,7 @@ import inspect
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from typing import Any
@@ -57,14 +57,35 @@ class Worker:
         operation: Callable[..., Any] = getattr(self.contender, work)
         return {"answers": [plain(work, self.finish(operation(*each))) for each in arguments]}
 
-    def replay(self, events: int | None) -> dict[str, Any]:
-        """Live through the trace, and return how long that took and what came of it."""
-        trace = read_trace(events)
+    def replay(self, events: int | None, seconds: float) -> dict[str, Any]:
+        """Live through the trace for so long at most; return how far and how long that was, and what came of it."""
+        trace = _Stretch(read_trace(events), seconds)
         gc.collect()
         cpu, wall = time.process_time(), time.perf_counter()
         tally = self.finish(self.contender.replay(trace))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return {"seconds": wall, "cpu": cpu, "tally": asdict(tally)}
+        return {"seconds": wall, "cpu": cpu, "events": trace.lived, "tally": asdict(tally)}
+
+
+class _Stretch:
+    """Events, until the time is up that counts from the first of them; that one comes in any case.
+
+    Attributes:
+        lived: how many there were.
+    """
+
+    def __init__(self, events: Sequence[dict[str, Any]], seconds: float) -> None:
+        self.events = events
+        self.seconds = seconds
+        self.lived = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        deadline = time.perf_counter() + self.seconds
+        for number, event in enumerate(self.events, 1):
+            if number > 1 and time.perf_counter() > deadline:
+                return
+            self.lived = number
+            yield event
 
 
 def _each(operation: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -> None:
@@ -122,7 +143,7 @@ def main(arguments: Sequence[str]) -> None:
             else:
                 reply = getattr(worker, act)(**request)
         except Exception as error:  # noqa: BLE001  the parent decides what becomes of it
-            reply = {"error": f"{type(error).__name__}: {error}"}
+            reply = {"error": type(error).__name__, "message": str(error)}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
         if act == "end":

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.benchmarks.contestants import Contestant
 from tests.benchmarks.data import Rows, make_database
@@ -29,6 +30,8 @@ class Workshop:
         only: names of sections and of pieces of work; empty for all.
         quick: whether a figure is only to be seen, and not to be believed.
         say: is told what is being done.
+        warn: is told what must not be missed.
+        keep: is given what a section has found so far.
     """
 
     directory: Path
@@ -39,6 +42,8 @@ class Workshop:
     only: frozenset[str]
     quick: bool
     say: Callable[[str], object]
+    warn: Callable[[str], object]
+    keep: Callable[[dict[str, Any]], object] = lambda results: None
     _templates: dict[int, tuple[Path, Rows]] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tests.benchmarks.contender import Tally
@@ -93,9 +94,25 @@ class NothingWritten(Handwritten):
 class TraceCutShort(Handwritten):
     """Leaves the last message of the trace out."""
 
-    def replay(self, events: Sequence[Mapping[str, Any]]) -> Tally:
+    def replay(self, events: Iterable[Mapping[str, Any]]) -> Tally:
         """Live through most of it."""
-        return super().replay(events[:-1])
+        return super().replay(list(events)[:-1])
+
+
+class Broken(Handwritten):
+    """Raises at one piece of work, and is right at the others."""
+
+    def find_key(self, device_id: str, method: str, key: str) -> Any:
+        """Divide by zero."""
+        return 1 // 0
+
+
+class Dying(Handwritten):
+    """Ends its process at one piece of work, and is right at the others."""
+
+    def agent_sessions(self, agent_id: str, limit: int) -> Any:
+        """End."""
+        os._exit(3)
 
 
 WRONG: dict[str, type[Handwritten]] = {

@@ -117,11 +117,15 @@ function sweep() {
   return total;
 }
 
-function live(events) {
+function live(events, seconds) {
+  const deadline = performance.now() + seconds * 1000;
   const tally = { refused: 0, retries: 0, swept: 0 };
   const known = new Set();
   let nextSweep = 0;
+  let lived = 0;
   for (const event of events) {
+    if (lived > 0 && performance.now() > deadline) break;
+    lived += 1;
     moment = event.at;
     if (moment >= nextSweep) {
       tally.swept += nextSweep ? sweep() : 0;
@@ -134,7 +138,7 @@ function live(events) {
     if (!contender.consume(event.device, event.nonce, moment + DAY)) tally.refused += 1;
     else if (answer(event)) tally.retries += 1;
   }
-  return tally;
+  return { tally, lived };
 }
 
 function timed(work) {
@@ -172,11 +176,11 @@ const acts = {
     const ready = calls.map(prepared[work] ?? ((each) => each));
     return { answers: ready.map((each) => plain(work, contender[work](...each))) };
   },
-  replay({ events }) {
+  replay({ events, seconds: limit }) {
     const lines = zlib.gunzipSync(readFileSync(TRACE)).toString("utf-8").trimEnd().split("\n");
     const trace = lines.slice(0, events ?? undefined).map((line) => JSON.parse(line));
-    const { seconds, cpu, result } = timed(() => live(trace));
-    return { seconds, cpu, tally: result };
+    const { seconds, cpu, result } = timed(() => live(trace, limit));
+    return { seconds, cpu, events: result.lived, tally: result.tally };
   },
   end() {
     database.close();
@@ -190,7 +194,7 @@ readline.createInterface({ input: process.stdin }).on("line", (line) => {
   try {
     reply = acts[request.do](request);
   } catch (error) {
-    reply = { error: `${error.name}: ${error.message}` };
+    reply = { error: error.name, message: error.message };
   }
   process.stdout.write(`${JSON.stringify(reply)}\n`);
   if (request.do === "end") process.exit(0);
