@@ -1,7 +1,5 @@
 """An agent: who answers. It has a name, a workspace directory and a configuration."""
 
-from __future__ import annotations
-
 from sqlalchemy import Column
 from sqlmodel import Field
 

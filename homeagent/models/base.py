@@ -1,13 +1,16 @@
-"""What all models share: own metadata, validation at every door, and errors that never show their input."""
+"""What all models share: own metadata, validation at every door, and errors that never show their input.
 
-from __future__ import annotations
+The modules of models leave `from __future__ import annotations` out: Pydantic and SQLAlchemy would evaluate every text
+again for each class that inherits it, a twelfth of what the models take to be imported.
+"""
 
 import copy
+import os
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, Self, get_args
 
-from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import VERSION, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import ErrorType
 from sqlalchemy import MetaData, inspect
@@ -58,12 +61,19 @@ def _without_input(error: ValidationError) -> ValidationError:
     return ValidationError.from_exception_data(error.title, lines, hide_input=True)
 
 
+# Few programs use every model: where it can be, each is built at its first use. Before Pydantic 2.14, two threads that
+# come first at once could be given the validator of the base class, and an instance that was loaded before that could
+# not be serialised (https://github.com/pydantic/pydantic/pull/13438).
+_BUILT_AT_FIRST_USE = tuple(int(part) for part in VERSION.split(".")[:2]) >= (2, 14)
+
+
 class Model(SQLModel, registry=_registry):
     """The base of all models: unknown fields are refused, and an assignment is validated like a construction."""
 
     # Fields are described by `description=`: to find docstrings of attributes, Pydantic would parse the source of each
     # class, a tenth of the time that it takes to start.
     model_config = SQLModelConfig(
+        defer_build=_BUILT_AT_FIRST_USE,
         extra="forbid",
         validate_assignment=True,
         validate_by_name=True,
@@ -199,3 +209,14 @@ def loaded_fields(model: type[Table]) -> set[str]:
     That it is this very set is what tells them from instances that were constructed, and saves a copy for each.
     """
     return set(model.model_fields)
+
+
+def _build(model: type[Model]) -> None:
+    for subclass in model.__subclasses__():
+        subclass.model_rebuild(raise_errors=False)
+        _build(subclass)
+
+
+# Where another thread was building at the fork, a child would wait for Pydantic's lock for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=lambda: _build(Model))

@@ -1,7 +1,5 @@
 """A device: who may enter. It pairs with a secret, and waits until an admin approves it."""
 
-from __future__ import annotations
-
 from datetime import datetime
 from enum import StrEnum
 

@@ -1,7 +1,5 @@
 """An idempotency key: the record that makes a retried call safe."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """A nonce: a number used once. A signed message that carries a consumed one is a replay."""
 
-from __future__ import annotations
-
 from sqlalchemy import Column, Index, PrimaryKeyConstraint
 from sqlmodel import Field
 

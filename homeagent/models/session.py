@@ -1,7 +1,5 @@
 """A session: one conversation of an agent. This is an index; the transcript itself lives in a JSONL file."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

@@ -1,7 +1,5 @@
 """The store as a whole: which epoch of its history this is, and how old the code may be that works with its schema."""
 
-from __future__ import annotations
-
 from sqlalchemy import CheckConstraint, Column, Integer, text
 from sqlmodel import Field
 
