@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from homeagent import errors
 from homeagent.clock import Clock
-from homeagent.credentials import hash_secret
 from homeagent.database import Database
-from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport
 from homeagent.models import (
     Agent,
     AgentCreate,
@@ -34,16 +32,18 @@ from homeagent.models import (
     Outcome,
     Role,
 )
-from homeagent.pairing import PairedDevice
 from homeagent.stores import Freshness, ReplayGuard
 from homeagent.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
+    from homeagent.credentials import hash_secret
     from homeagent.maintenance.copying import CopyProgress, CopyReport
     from homeagent.maintenance.doctor import Diagnosis, Finding, diagnose
     from homeagent.maintenance.epochs import EpochReport
     from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
     from homeagent.maintenance.restoring import RestoreReport
+    from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport
+    from homeagent.pairing import PairedDevice
 
 __all__ = [
     "Agent",
@@ -88,21 +88,26 @@ __all__ = [
     "hash_secret",
 ]
 
-# A gateway that is well needs none of these, and starts sooner without them.
+# Opening a database needs none of these, and a process starts sooner without them.
 _LATE = {
-    "CopyProgress": "copying",
-    "CopyReport": "copying",
-    "DatabaseCounters": "reporting",
-    "DatabaseStatus": "reporting",
-    "Diagnosis": "doctor",
-    "EpochReport": "epochs",
-    "Finding": "doctor",
-    "RestoreReport": "restoring",
-    "diagnose": "doctor",
+    "BackupSchedule": "maintenance.sweeping",
+    "CopyProgress": "maintenance.copying",
+    "CopyReport": "maintenance.copying",
+    "DatabaseCounters": "maintenance.reporting",
+    "DatabaseStatus": "maintenance.reporting",
+    "Diagnosis": "maintenance.doctor",
+    "EpochReport": "maintenance.epochs",
+    "Finding": "maintenance.doctor",
+    "PairedDevice": "pairing",
+    "RestoreReport": "maintenance.restoring",
+    "SweepReport": "maintenance.sweeping",
+    "Sweeper": "maintenance.sweeping",
+    "diagnose": "maintenance.doctor",
+    "hash_secret": "credentials",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATE:
-        return getattr(import_module(f"homeagent.maintenance.{_LATE[name]}"), name)
+        return getattr(import_module(f"homeagent.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,12 +30,10 @@ from homeagent.errors import (
     InvalidArgumentError,
 )
 from homeagent.idempotency import OnAbandoned, OnceCall, arun_once, run_once
-from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport, sweep
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models.device import Device, DevicePair
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import check_duration, check_limit
-from homeagent.pairing import PairedDevice, Pairing
 from homeagent.running import Runner
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
@@ -48,6 +46,8 @@ if TYPE_CHECKING:
     from homeagent.maintenance.epochs import EpochReport
     from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
     from homeagent.maintenance.restoring import RestoreReport
+    from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport
+    from homeagent.pairing import PairedDevice, Pairing
 
 __all__ = ["Database"]
 
@@ -68,7 +68,7 @@ class Database:
         self._timeout = busy_timeout.total_seconds()
         self._settings = UnitSettings(engine, clock, self._timeout)
         self._runner = Runner(self._settings)
-        self._pairing = Pairing(self._runner, clock)
+        self._made_pairing: Pairing | None = None
         self._mutex = threading.Lock()
         self._sweepers: list[Sweeper] = []
         self._closed = False
@@ -339,6 +339,15 @@ class Database:
 
     # Devices and their secrets
 
+    @property
+    def _pairing(self) -> Pairing:
+        if self._made_pairing is None:
+            # A process that checks no secret starts sooner without it.
+            from homeagent.pairing import Pairing
+
+            self._made_pairing = Pairing(self._runner, self._clock)
+        return self._made_pairing
+
     def pair(self, request: DevicePair) -> PairedDevice:
         """Add a device that waits for its approval. Only a hash of its secret is stored.
 
@@ -414,6 +423,8 @@ class Database:
     def _sweep(
         self, *, batch_size: int, time_budget: timedelta | None, stop: threading.Event | None = None
     ) -> SweepReport:
+        from homeagent.maintenance.sweeping import sweep
+
         report = sweep(self.unit_of_work, batch_size=batch_size, time_budget=time_budget, stop=stop)
         self._engine.counters.cleaned(report.nonces + report.idempotency_keys)
         return report
@@ -440,6 +451,8 @@ class Database:
         Raises:
             DatabaseError: backups are asked for, and the database is on PostgreSQL.
         """
+        from homeagent.maintenance.sweeping import Sweeper
+
         if backups is not None:
             from homeagent.maintenance.backups import require_file
 
