@@ -1,4 +1,4 @@
-"""Upgrades on a server that others work on. On SQLite the file's lock does what is tested here, see test_migrations."""
+"""Upgrades on a server that others work on. On SQLite the file's lock does what is tested here, see test_upgrades."""
 
 from __future__ import annotations
 

@@ -1,0 +1,93 @@
+"""Databases of every release, and what is asked of one."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy.pool import NullPool
+
+import homeagent
+from alembic import command
+from homeagent.engine.disk.files import create_file
+from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.engine import SQLiteEngine
+from homeagent.migrations import alembic_config
+
+CHECKOUT = Path(homeagent.__file__).parents[1]
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+RECIPE: dict[str, Any] = runpy.run_path(str(FIXTURES / "make_revisions.py"))
+REVISIONS: tuple[str, ...] = RECIPE["REVISIONS"]
+NOW = datetime.fromtimestamp(RECIPE["NOW"] // 1000, UTC)
+
+Rows = dict[str, list[dict[str, Any]]]
+
+
+def clock() -> datetime:
+    """Return the instant at which the fixtures' rows are read."""
+    return NOW
+
+
+def sqlite(path: Path) -> Any:
+    """Return a bare connection, through the library that the package itself uses in this process."""
+    return choose_driver().module.connect(str(path), isolation_level=None)
+
+
+def fetch(path: Path, query: str) -> list[Any]:
+    """Return the rows of a query on a file that nobody has open."""
+    with closing(sqlite(path)) as raw:
+        return list(raw.execute(query).fetchall())
+
+
+def old_database(directory: Path, revision: str) -> Path:
+    """Return a private copy of the database of this revision."""
+    path = directory / "homeagent.db"
+    shutil.copyfile(FIXTURES / "revisions" / f"{revision}.db", path)
+    path.chmod(0o600)
+    return path
+
+
+def upgrade(path: Path, revision: str) -> None:
+    """Make a file, or take one, and bring it to a revision by the real upgrade."""
+    create_file(path)
+    engine = SQLiteEngine(path, busy_timeout=timedelta(0), durability="normal")
+    engine.prepare_header()
+    with engine.connect() as connection:
+        raw: Any = connection.connection.driver_connection
+        raw.execute("PRAGMA foreign_keys=OFF")
+        with connection.begin():
+            command.upgrade(alembic_config(connection), revision)
+    engine.close()
+
+
+def rows_of(path: Path) -> Rows:
+    """Return every row of every table, in a fixed order, NULL columns left out."""
+    with closing(sqlite(path)) as raw:
+        tables = [row[0] for row in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+        found: Rows = {}
+        for table in tables:
+            cursor = raw.execute(f"SELECT * FROM {table}")
+            names = [column[0] for column in cursor.description]
+            found[table] = sorted(
+                ({n: v for n, v in zip(names, row, strict=True) if v is not None} for row in cursor.fetchall()),
+                key=lambda row: json.dumps(row, sort_keys=True),
+            )
+    return found
+
+
+def is_sound(path: Path) -> bool:
+    """Tell whether SQLite finds neither damage nor a broken reference."""
+    with closing(sqlite(path)) as raw:
+        damage = raw.execute("PRAGMA integrity_check").fetchall()
+        return damage == [("ok",)] and not raw.execute("PRAGMA foreign_key_check").fetchall()
+
+
+def server(url: str) -> Engine:
+    """Return SQLAlchemy's own engine on a PostgreSQL database."""
+    return create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)

@@ -1,0 +1,435 @@
+"""The schema's history: what each revision makes, and what becomes of old rows.
+
+What is on SQLite only is about files: those kept of each release, the rebuilding of tables. The revisions themselves
+run on both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import text
+
+from alembic import command
+from homeagent import AgentCreate, Database, IdempotencyScope, IdempotencyState
+from homeagent.engine.disk.files import create_file
+from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine
+from homeagent.errors import IdempotencyKeyExistsError
+from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config
+from homeagent.models import DATA_TABLES, metadata
+from homeagent.models.session import route_key
+from tests.migrations.old_databases import (
+    CHECKOUT,
+    FIXTURES,
+    NOW,
+    RECIPE,
+    REVISIONS,
+    clock,
+    fetch,
+    is_sound,
+    old_database,
+    rows_of,
+    server,
+    sqlite,
+    upgrade,
+)
+from tests.migrations.structure import normal, postgresql_structure, sqlite_structure
+
+# The models and the revisions are one schema
+
+
+def alembic_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Alembic's own command line in the checkout, as a contributor does."""
+    known = {name: value for name, value in os.environ.items() if name != "HOMEAGENT_DATABASE"}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "alembic.config", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=CHECKOUT,
+        env={**known, **environment},
+        timeout=120,
+    )
+
+
+def test_alembic_check_on_sqlite() -> None:
+    """`alembic check` in a checkout compares the models with a scratch database, and finds nothing to do."""
+    done = alembic_cli("check")
+    assert (done.returncode, "No new upgrade operations detected" in done.stdout) == (0, True), (
+        done.stdout + done.stderr
+    )
+
+
+def test_alembic_check_on_an_old_file(tmp_path: Path) -> None:
+    """`alembic check` says so where the database that is named has not been upgraded: the check above can fail."""
+    path = old_database(tmp_path, "0003")
+    before = path.read_bytes()
+    done = alembic_cli("check", HOMEAGENT_DATABASE=str(path))
+    assert done.returncode != 0
+    assert "not up to date" in done.stdout + done.stderr
+    assert path.read_bytes() == before
+
+
+def test_alembic_check_on_postgresql(empty_postgres_url: str) -> None:
+    """`alembic check` finds nothing to do on an upgraded PostgreSQL database, a host application's tables in it too."""
+    Database.open(empty_postgres_url).close()
+    with server(empty_postgres_url).begin() as connection:
+        connection.execute(text("CREATE TABLE a_host_application (id integer PRIMARY KEY)"))
+        connection.execute(text("CREATE TABLE alembic_version (version_num varchar(32) NOT NULL)"))
+    done = alembic_cli("check", HOMEAGENT_DATABASE=empty_postgres_url)
+    assert (done.returncode, "No new upgrade operations detected" in done.stdout) == (0, True), (
+        done.stdout + done.stderr
+    )
+
+
+def test_autogenerate_drafts_plain_types(tmp_path: Path) -> None:
+    """A drafted revision holds plain `sa.` types alone, whatever columns of ours are in it."""
+    copy = tmp_path / "alembic"
+    shutil.copytree(CHECKOUT / "alembic", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for revision in ("0003", "0004", "0005"):
+        next(copy.glob(f"versions/{revision}_*")).unlink()
+    configuration = tmp_path / "alembic.ini"
+    configuration.write_text(f"[alembic]\nscript_location = {copy}\n")
+    done = alembic_cli("-c", str(configuration), "revision", "--autogenerate", "--rev-id", "0003", "-m", "draft")
+    assert done.returncode == 0, done.stdout + done.stderr
+    draft = (copy / "versions" / "0003_draft.py").read_text()
+    assert "sa.Column('approved_at', sa.BigInteger().with_variant(sa.Integer(), \"sqlite\")" in draft
+    assert "idx_sessions_route" in draft
+    assert "homeagent" not in draft
+
+
+def test_sqlite_schema_is_the_models(tmp_path: Path) -> None:
+    """The upgraded schema is to the letter what the models would create: types, defaults, CHECKs, indexes, options."""
+    migrated, created = tmp_path / "migrated.db", tmp_path / "created.db"
+    Database.open(migrated).close()
+    create_file(created)
+    engine = SQLiteEngine(created, busy_timeout=timedelta(0), durability="normal")
+    with engine.connect() as connection, connection.begin():
+        metadata.create_all(connection)
+    engine.close()
+    with closing(sqlite(migrated)) as upgraded, closing(sqlite(created)) as model:
+        structure = sqlite_structure(upgraded)
+        assert structure == sqlite_structure(model)
+    assert "CONSTRAINT ck_devices_role CHECK (role IN ('client', 'node', 'admin'))" in structure["devices"]["clauses"]
+    assert structure["idempotency_keys"]["indexes"]["idx_idempotency_lease"][3] == "state = 'in_progress'"
+    assert structure["nonces"]["options"] == "WITHOUT ROWID"
+
+
+@pytest.mark.parametrize(
+    ("there", "instead"),
+    [
+        ("'node', 'admin'", "'node', 'root'"),
+        ("state = 'in_progress'", "state = 'failed'"),
+        ("WITHOUT ROWID", ""),
+        ("DEFAULT 0", "DEFAULT 1"),
+        ("paired_at INTEGER", "paired_at BIGINT"),
+        ("ck_idempotency_keys_state", "ck_state"),
+        ("(expires_at)", "(created_at)"),
+        ("name TEXT NOT NULL", "name TEXT NOT NULL COLLATE NOCASE"),
+        ("REFERENCES agents (id)", "REFERENCES agents (id) ON DELETE CASCADE"),
+        ("config TEXT", "config TEXT NOT NULL"),
+    ],
+)
+def test_structure_notices(tmp_path: Path, there: str, instead: str) -> None:
+    """The comparison of two schemas notices each kind of change, so that equality means something."""
+    Database.open(tmp_path / "homeagent.db").close()
+    with closing(sqlite(tmp_path / "homeagent.db")) as raw:
+        sound = sqlite_structure(raw)
+        statements = [normal(row[0]) for row in raw.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")]
+    assert any(there in statement for statement in statements)
+    with closing(choose_driver().module.connect(":memory:")) as changed:
+        for statement in statements:
+            changed.execute(statement.replace(there, instead))
+        assert sqlite_structure(changed) != sound
+
+
+def test_postgresql_schema_is_the_models(empty_postgres_url: str) -> None:
+    """On PostgreSQL, too, the upgraded schema is what the models would create, collations included."""
+    Database.open(empty_postgres_url).close()
+    engine = server(empty_postgres_url)
+    with engine.begin() as connection:
+        migrated = postgresql_structure(connection)
+        for schema in ("public",):
+            connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
+            connection.execute(text(f"CREATE SCHEMA {schema}"))
+        metadata.create_all(connection)
+        assert migrated == postgresql_structure(connection)
+    assert any("'C'" in str(row) or row[5] == "C" for row in migrated["columns"])
+
+
+# What a revision is can't change any more
+
+
+SPECIFICATION = """
+    CREATE TABLE devices (
+      id TEXT PRIMARY KEY,
+      role TEXT NOT NULL CHECK(role IN ('client', 'node', 'admin')),
+      shared_secret_hash TEXT NOT NULL,
+      approved INTEGER NOT NULL DEFAULT 0,
+      paired_at INTEGER NOT NULL,
+      last_seen_at INTEGER,
+      metadata TEXT
+    );
+    CREATE TABLE agents (
+      id TEXT PRIMARY KEY,
+      name TEXT NOT NULL,
+      workspace_path TEXT NOT NULL,
+      created_at INTEGER NOT NULL,
+      config TEXT
+    );
+    CREATE TABLE sessions (
+      session_id TEXT PRIMARY KEY,
+      agent_id TEXT NOT NULL REFERENCES agents(id),
+      sender_id TEXT,
+      channel_id TEXT,
+      created_at INTEGER NOT NULL,
+      last_active_at INTEGER NOT NULL
+    );
+    CREATE INDEX idx_sessions_agent ON sessions(agent_id);
+    CREATE INDEX idx_sessions_sender ON sessions(sender_id);
+    CREATE TABLE nonces (
+      nonce TEXT PRIMARY KEY,
+      device_id TEXT NOT NULL,
+      created_at INTEGER NOT NULL,
+      expires_at INTEGER NOT NULL
+    );
+    CREATE INDEX idx_nonces_expires ON nonces(expires_at);
+    CREATE TABLE idempotency_keys (
+      key TEXT PRIMARY KEY,
+      method TEXT NOT NULL,
+      device_id TEXT NOT NULL,
+      result TEXT NOT NULL,
+      created_at INTEGER NOT NULL,
+      expires_at INTEGER NOT NULL
+    );
+    CREATE INDEX idx_idempotency_expires ON idempotency_keys(expires_at);
+"""
+
+
+def test_first_revision_is_the_specification(tmp_path: Path) -> None:
+    """Revision 0001 makes the tables of the specification: names, types, defaults, keys, reference, four indexes."""
+
+    def promised(raw: Any) -> dict[str, Any]:
+        structure = sqlite_structure(raw)
+        del structure["triggers and views"]
+        for table in structure.values():
+            # The specification names no constraint, and its keys are NOT NULL only by being keys.
+            del table["clauses"], table["options"]
+            table["columns"] = [(*row[:2], row[2] or row[4], *row[3:]) for row in table["columns"]]
+        return structure
+
+    upgrade(tmp_path / "first.db", "0001")
+    with (
+        closing(sqlite(tmp_path / "first.db")) as first,
+        closing(choose_driver().module.connect(":memory:")) as written,
+    ):
+        written.executescript(SPECIFICATION)
+        assert promised(first) == promised(written)
+        checks = [clause for clause in sqlite_structure(first)["devices"]["clauses"] if "CHECK" in clause]
+        assert checks == ["CONSTRAINT ck_devices_role CHECK (role IN ('client', 'node', 'admin'))"]
+        names = {row[0] for row in first.execute("SELECT name FROM sqlite_master WHERE name LIKE 'idx%'")}
+    assert names == {"idx_sessions_agent", "idx_sessions_sender", "idx_nonces_expires", "idx_idempotency_expires"}
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_released_revision_is_unchanged(tmp_path: Path, revision: str) -> None:
+    """A revision still makes what it made when it was released: the schema of the database that was kept."""
+    upgrade(tmp_path / "now.db", revision)
+    kept = old_database(tmp_path, revision)
+    assert fetch(kept, "PRAGMA application_id") == [(APPLICATION_ID,)]
+    assert fetch(kept, "PRAGMA journal_mode") == [("delete",)]
+    assert fetch(kept, f"SELECT version_num FROM {VERSION_TABLE}") == [(revision,)]
+    with closing(sqlite(tmp_path / "now.db")) as now, closing(sqlite(kept)) as then:
+        assert sqlite_structure(now) == sqlite_structure(then)
+
+
+def test_every_revision_has_a_fixture() -> None:
+    """Each revision has a database that is kept, and the newest one is the one that the package works with."""
+    scripts = sorted(path.name[:4] for path in (CHECKOUT / "alembic" / "versions").glob("*.py"))
+    assert scripts == list(REVISIONS)
+    assert scripts == sorted(path.stem for path in (FIXTURES / "revisions").glob("*.db"))
+    assert scripts[-1] == REVISION
+
+
+# Old rows
+
+
+def test_keys_per_device_keep_rows(tmp_path: Path) -> None:
+    """0002 keeps every row and then takes one nonce of two devices, and one key of two methods, but no twin."""
+    path = old_database(tmp_path, "0001")
+    before = rows_of(path)
+    upgrade(path, "0002")
+    after = rows_of(path)
+    assert after.pop(VERSION_TABLE) == [{"version_num": "0002"}]
+    assert before.pop(VERSION_TABLE) == [{"version_num": "0001"}]
+    assert after == before
+    with closing(sqlite(path)) as raw:
+        raw.execute("INSERT INTO nonces VALUES ('nonce-1', 'admin', 1, 2)")
+        raw.execute("INSERT INTO idempotency_keys SELECT key, 'other', device_id, result, 1, 2 FROM idempotency_keys")
+        for twin in (
+            "INSERT INTO nonces VALUES ('nonce-1', 'phone', 1, 2)",
+            "INSERT INTO idempotency_keys VALUES ('key-1', 'door.open', 'phone', '1', 1, 2)",
+        ):
+            with pytest.raises(choose_driver().module.IntegrityError, match="UNIQUE"):
+                raw.execute(twin)
+
+
+def test_most_recent_session_takes_the_route(tmp_path: Path) -> None:
+    """0003 gives each route to its most recent session, equal instants to the higher id; the others stay without."""
+    path = old_database(tmp_path, "0002")
+    upgrade(path, "0003")
+    routes = dict(fetch(path, "SELECT session_id, route_key FROM sessions"))
+    assert routes == {
+        "s-1": None,
+        "s-2": route_key("kitchen", "alice", "signal"),
+        "s-3": None,
+        "s-4": None,
+        "s-5": route_key("kitchen", None, None),
+        "s-6": route_key("kitchen", "alice", None),
+        "s-7": route_key("büro-日本", "alice", "signal"),
+        "s-8": route_key("büro-日本", "Zoë 🐈", 'a","b'),
+    }
+
+
+def test_old_results_count_as_completed(tmp_path: Path) -> None:
+    """0004 takes a stored result for a completed first attempt, without owner, lease or fingerprint."""
+    path = old_database(tmp_path, "0003")
+    results = fetch(path, "SELECT device_id, method, key, result FROM idempotency_keys ORDER BY 1, 2, 3")
+    upgrade(path, "0004")
+    assert fetch(path, "SELECT device_id, method, key, result FROM idempotency_keys ORDER BY 1, 2, 3") == results
+    states = "state, attempt, omitted, owner, lease_expires_at, fingerprint, downstream_key"
+    assert fetch(path, f"SELECT DISTINCT {states} FROM idempotency_keys") == [
+        ("completed", 1, 0, None, None, None, None)
+    ]
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_old_database_opens_and_carries_on(tmp_path: Path, revision: str) -> None:
+    """A database of each release is backed up, upgraded without losing a value, and worked with."""
+    path = old_database(tmp_path, revision)
+    before = rows_of(path)
+    with Database.open(path, clock=clock) as database:
+        with database.unit_of_work() as unit:
+            assert [agent.id for agent in unit.agents.list()] == ["büro-日本", "kitchen"]
+            config = unit.agents.get("büro-日本").config
+            assert json.dumps(config, ensure_ascii=False) == (
+                '{"zeta": "ü🏠", "alpha": 12345678901234567890, "tiny": -0.0, "none": null}'
+            )
+            assert unit.devices.get("admin").metadata_ == {"label": "Großes Tablet"}
+            assert unit.devices.get("phone").last_seen_at is None
+            assert unit.devices.approve("lock-ñ-🔒")
+            assert unit.devices.update_last_seen("phone")
+            assert unit.sessions.resolve(agent_id="kitchen", sender_id="alice", channel_id="signal").session_id == "s-2"
+            assert unit.sessions.resolve(agent_id="kitchen").session_id == "s-5"
+            assert unit.sessions.touch("s-1", NOW)
+            assert not unit.nonces.consume("phone", "nonce-1", expires_at=NOW + timedelta(minutes=1))
+            assert unit.nonces.consume("lock-ñ-🔒", "nonce-1", expires_at=NOW + timedelta(minutes=1))
+            scope = IdempotencyScope("phone", "door.open", "key-1")
+            found = unit.idempotency_keys.find(scope)
+            assert found is not None
+            assert (found.state, found.result) == (IdempotencyState.COMPLETED, {"opened": True, "who": "Zoë 🐈"})
+            with pytest.raises(IdempotencyKeyExistsError):
+                unit.idempotency_keys.insert(scope, 1, ttl=timedelta(hours=1))
+            if revision >= "0003":
+                assert unit.devices.get("stolen").revoked_reason == "lost in Köln"
+            if revision >= "0004":
+                running = unit.idempotency_keys.find(IdempotencyScope("phone", "door.open", "key-running"))
+                assert running is not None
+                assert running.state is IdempotencyState.IN_PROGRESS
+            unit.rollback()
+        assert database.verify_secret("phone", SecretStr(RECIPE["SECRET"])) is not None
+        with database.unit_of_work() as unit:
+            unit.agents.create(AgentCreate(id="new", name="New", workspace_path="/srv/new"))
+            assert unit.agents.delete("new")
+    after = rows_of(path)
+    assert after[VERSION_TABLE] == [{"version_num": REVISION}]
+    assert after["store"] == [{"id": 1, "epoch": 1, "oldest_revision": "0004"}]
+    for table in DATA_TABLES:
+        assert len(after[table]) == len(before[table])
+        for old in before[table]:
+            # Every value of an old row is in one new row.
+            assert any(old.items() <= new.items() for new in after[table]), old
+    assert is_sound(path)
+    backups = list(tmp_path.glob("*.backup"))
+    if revision == REVISION:
+        assert backups == []
+        return
+    (backup,) = backups
+    assert backup.name == f"homeagent.db.{revision}-20231114T221320000000Z.backup"
+    assert backup.stat().st_mode & 0o777 == 0o600
+    assert fetch(backup, "PRAGMA journal_mode") == [("delete",)]
+    assert is_sound(backup)
+    assert rows_of(backup) == before
+    # The backup is a database that opens.
+    with Database.open(backup, clock=clock) as restored, restored.unit_of_work(read_only=True) as unit:
+        assert unit.sessions.get("s-1").sender_id == "alice"
+
+
+def test_old_rows_on_postgresql(empty_postgres_url: str) -> None:
+    """On PostgreSQL, too, version 1's rows are kept: routes go to the most recent, results count as completed."""
+    with server(empty_postgres_url).begin() as connection:
+        command.upgrade(alembic_config(connection), "0001")
+        for table, rows in RECIPE["ROWS"]["0001"].items():
+            for row in rows:
+                names, marks = ", ".join(row), ", ".join(f":{name}" for name in row)
+                connection.execute(text(f"INSERT INTO {table} ({names}) VALUES ({marks})"), row)
+    with Database.open(empty_postgres_url, clock=clock) as database, database.unit_of_work() as unit:
+        assert unit.sessions.resolve(agent_id="kitchen", sender_id="alice", channel_id="signal").session_id == "s-2"
+        assert unit.sessions.resolve(agent_id="kitchen").session_id == "s-5"
+        assert not unit.nonces.consume("phone", "nonce-1", expires_at=NOW + timedelta(minutes=1))
+        found = unit.idempotency_keys.find(IdempotencyScope("phone", "door.open", "key-1"))
+        assert found is not None
+        assert (found.state, found.result) == (IdempotencyState.COMPLETED, {"opened": True, "who": "Zoë 🐈"})
+    with server(empty_postgres_url).connect() as connection:
+        for table, rows in RECIPE["ROWS"]["0001"].items():
+            kept = [dict(row) for row in connection.execute(text(f"SELECT * FROM {table}")).mappings()]
+            assert len(kept) == len(rows)
+            for row in rows:
+                assert any(row.items() <= new.items() for new in kept), row
+
+
+@pytest.mark.slow
+def test_large_database_upgrades_in_one_transaction(tmp_path: Path) -> None:
+    """A version 1 file of 100,000 rows in each table is upgraded whole, in seconds and in one transaction."""
+    path, count = tmp_path / "homeagent.db", 100_000
+    upgrade(path, "0001")
+    with closing(sqlite(path)) as raw:
+        raw.execute("BEGIN")
+        for table, columns, values in (
+            ("agents", "id, name, workspace_path, created_at", "'a' || n, 'A', '/a', n"),
+            ("devices", "id, role, shared_secret_hash, paired_at", "'d' || n, 'node', 'h', n"),
+            (
+                "sessions",
+                "session_id, agent_id, sender_id, created_at, last_active_at",
+                "'s' || n, 'a' || (1 + n % 1000), 'p' || (n % 70000 / 1000), n, n",
+            ),
+            ("nonces", "nonce, device_id, created_at, expires_at", "'n' || n, 'd' || (n % 100), n, n"),
+            (
+                "idempotency_keys",
+                "key, method, device_id, result, created_at, expires_at",
+                "'k' || n, 'm', 'd' || (n % 100), '1', n, n",
+            ),
+        ):
+            raw.execute(
+                f"WITH RECURSIVE counter(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM counter WHERE n < {count})"
+                f" INSERT INTO {table} ({columns}) SELECT {values} FROM counter"
+            )
+        raw.execute("COMMIT")
+    Database.open(path).close()
+    assert is_sound(path)
+    for table in DATA_TABLES:
+        assert fetch(path, f"SELECT count(*) FROM {table}") == [(count,)]
+    assert fetch(path, "SELECT count(route_key) FROM sessions") == fetch(
+        path, "SELECT count(*) FROM (SELECT DISTINCT agent_id, sender_id, channel_id FROM sessions)"
+    )

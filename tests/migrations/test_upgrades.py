@@ -1,0 +1,358 @@
+"""Upgrades that fail, race or die.
+
+What is on SQLite only is about files, and the copy before an upgrade; postgresql/test_upgrade.py has the locks and
+timeouts of the other.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import inspect, text
+
+from homeagent import AgentCreate, Database
+from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.errors import MigrationError, SchemaOutdatedError
+from homeagent.migrations import REVISION, VERSION_TABLE, revisions
+from homeagent.migrations import postgresql as postgresql_migrations
+from homeagent.migrations import sqlite as sqlite_migrations
+from homeagent.models import metadata
+from tests.conftest import postgres_database, postgres_execute
+from tests.migrations.old_databases import (
+    CHECKOUT,
+    FIXTURES,
+    NOW,
+    clock,
+    fetch,
+    is_sound,
+    old_database,
+    rows_of,
+    server,
+    sqlite,
+)
+from tests.migrations.structure import postgresql_structure
+
+# Failures
+
+
+def with_revision(directory: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """Have the package find one more revision that does this."""
+    following = f"{int(REVISION) + 1:04}"
+    scripts = directory / "alembic"
+    shutil.copytree(CHECKOUT / "alembic", scripts, ignore=shutil.ignore_patterns("__pycache__"))
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    (scripts / "versions" / f"{following}_next.py").write_text(
+        "import sqlalchemy as sa\nfrom alembic import op\n"
+        f'revision, down_revision, branch_labels, depends_on = "{following}", "{REVISION}", None, None\n\n\n'
+        f"def upgrade():\n{lines}\n"
+    )
+    monkeypatch.setattr(revisions, "script_directory", lambda: scripts)
+    for module in (revisions, sqlite_migrations, postgresql_migrations):
+        monkeypatch.setattr(module, "REVISION", following)
+
+
+FAILING = {
+    "python": 'op.create_table("half", sa.Column("id", sa.Integer))\nop.execute("DELETE FROM devices")\nraise KeyError',
+    "sql": 'op.add_column("devices", sa.Column("half", sa.Integer))\nop.execute("INSERT INTO nowhere VALUES (1)")',
+    "constraint": "op.execute(\"UPDATE devices SET role = 'root'\")",
+    "reference": 'op.execute("DELETE FROM agents")',
+    "commit": 'op.drop_table("nonces")\nop.get_bind().execute(sa.text("UPDATE homeagent_schema_version SET x = 1"))',
+}
+
+
+@pytest.mark.parametrize("kind", FAILING)
+@pytest.mark.parametrize("revision", ["0001", REVISION])
+def test_failed_upgrade_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, revision: str) -> None:
+    """An upgrade that fails anywhere leaves the schema and the rows as they were, and names the backup."""
+    path = old_database(tmp_path, revision)
+    before, schema = rows_of(path), fetch(path, "SELECT type, name, sql FROM sqlite_master ORDER BY name")
+    with monkeypatch.context() as patch:
+        with_revision(tmp_path, patch, FAILING[kind])
+        with pytest.raises(MigrationError) as caught:
+            Database.open(path, clock=clock)
+        assert rows_of(path) == before
+        assert fetch(path, "SELECT type, name, sql FROM sqlite_master ORDER BY name") == schema
+        assert is_sound(path)
+        backup = caught.value.backup
+        assert backup is not None
+        assert str(backup) in str(caught.value)
+        assert rows_of(backup) == before
+        with pytest.raises(SchemaOutdatedError):
+            Database.open(path, clock=clock, migrate=False)
+    with Database.open(path, clock=lambda: NOW + timedelta(seconds=1)) as database:
+        assert database.status().schema_revision == REVISION
+
+
+def test_rebuilding_a_parent_table_keeps_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later revision may rebuild `agents`, which sessions refer to: no session is lost, and references still hold."""
+    path = old_database(tmp_path, "0001")
+    sessions = fetch(path, "SELECT session_id, agent_id FROM sessions ORDER BY 1")
+    with_revision(
+        tmp_path,
+        monkeypatch,
+        'with op.batch_alter_table("agents", recreate="always") as batch:\n'
+        '    batch.add_column(sa.Column("colour", sa.Text()))',
+    )
+    Database.open(path, clock=clock).close()
+    assert fetch(path, "SELECT session_id, agent_id FROM sessions ORDER BY 1") == sessions
+    assert fetch(path, "SELECT count(colour), count(*) FROM agents") == [(0, 2)]
+    with closing(sqlite(path)) as raw:
+        raw.execute("PRAGMA foreign_keys=ON")
+        with pytest.raises(choose_driver().module.IntegrityError, match="FOREIGN KEY"):
+            raw.execute("DELETE FROM agents")
+
+
+def test_failed_creation_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database whose making failed is none yet: the next opening makes it."""
+    path = tmp_path / "homeagent.db"
+    with monkeypatch.context() as patch:
+        with_revision(tmp_path, patch, FAILING["python"])
+        with pytest.raises(MigrationError) as caught:
+            Database.open(path)
+        assert caught.value.backup is None
+    with Database.open(path) as database:
+        assert database.status().schema_revision == REVISION
+
+
+def test_failed_upgrade_on_postgresql_is_undone(
+    empty_postgres_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On PostgreSQL a failed upgrade leaves the old schema, and the next one finishes."""
+    Database.open(empty_postgres_url).close()
+    engine = server(empty_postgres_url)
+    with engine.begin() as connection:
+        before = postgresql_structure(connection)
+    with monkeypatch.context() as patch:
+        with_revision(tmp_path, patch, FAILING["sql"])
+        with pytest.raises(MigrationError):
+            Database.open(empty_postgres_url)
+    with engine.begin() as connection:
+        assert postgresql_structure(connection) == before
+    Database.open(empty_postgres_url).close()
+
+
+# kill -9
+
+KILLED = """
+import os, shutil, signal, sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+from sqlalchemy import Engine, event
+
+import alembic.command, alembic.autogenerate
+from homeagent import Database
+
+source, directory, step = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+left = 0
+
+def count(statement):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+# Each statement is counted as SQLite begins it, BEGIN, COMMIT and pragmas included.
+event.listen(Engine, "connect", lambda connection, record: connection.set_trace_callback(count))
+now = datetime(2023, 11, 15, tzinfo=timezone.utc)
+for number in range(10_000):
+    if number % step:
+        continue
+    path = directory / str(number) / "homeagent.db"
+    path.parent.mkdir(mode=0o700)
+    if source:
+        shutil.copyfile(source, path)
+        path.chmod(0o600)
+    # A fork of a process that never opened a database: it starts in a millisecond.
+    child = os.fork()
+    if not child:
+        left = number
+        try:
+            Database.open(path, clock=lambda: now).close()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(number, status, flush=True)
+    if status != -signal.SIGKILL:
+        break
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and fork are POSIX")
+@pytest.mark.parametrize(
+    ("revision", "step"),
+    [
+        (None, 5),
+        ("0001", 3),
+        pytest.param(None, 1, marks=pytest.mark.slow),
+        pytest.param("0001", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_any_statement(tmp_path: Path, revision: str | None, step: int) -> None:
+    """Killed at any statement, an upgrade leaves the old schema and rows or the new ones, and the next one finishes."""
+    source = str(FIXTURES / "revisions" / f"{revision}.db") if revision else ""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, source, str(tmp_path), str(step)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    # All but the last were killed; that one had more statements than there are.
+    assert [status for _, status in ends[:-1]] == [-signal.SIGKILL] * (len(ends) - 1), done.stderr
+    assert ends[-1][1] == 0, done.stderr
+    assert len(ends) * step > 60
+    found: list[str | None] = []
+    for number, _ in ends:
+        path = tmp_path / str(number) / "homeagent.db"
+        version = None
+        if path.exists() and path.stat().st_size:
+            assert is_sound(path)
+            tables = {row[0] for row in fetch(path, "SELECT name FROM sqlite_master WHERE type = 'table'")}
+            assert not any("tmp" in table for table in tables)
+            if VERSION_TABLE in tables:
+                ((version,),) = fetch(path, f"SELECT version_num FROM {VERSION_TABLE}")
+            else:
+                assert tables == set()
+        found.append(version)
+        with Database.open(path, clock=clock) as database:
+            assert database.status().schema_revision == REVISION
+            with database.unit_of_work(read_only=True) as unit:
+                assert len(unit.agents.list()) == (2 if revision else 0)
+        assert is_sound(path)
+    # First the old one and from some statement on the new one, never anything in between.
+    assert set(found) == {revision, REVISION}
+    assert found == sorted(found, key=lambda version: version == REVISION)
+
+
+# Many at once
+
+OPENS_TOGETHER = """
+import sys
+from homeagent import AgentCreate, Database
+
+print("ready", flush=True)
+for line in sys.stdin:
+    name, _, path = line.rstrip().partition(" ")
+    try:
+        with Database.open(path) as database, database.unit_of_work() as unit:
+            unit.agents.create(AgentCreate(id=name, name=name, workspace_path="/" + name))
+        print("opened", flush=True)
+    except Exception as error:
+        print(repr(error), flush=True)
+"""
+
+PROCESSES, ROUNDS = 8, 25
+
+
+@pytest.fixture(scope="module")
+def openers() -> Iterator[list[subprocess.Popen[str]]]:
+    """Return processes that wait for a path to open."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", OPENS_TOGETHER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        )
+        for _ in range(PROCESSES)
+    ]
+    try:
+        for process in processes:
+            assert answer(process) == "ready"
+        yield processes
+    finally:
+        for process in processes:
+            process.communicate(timeout=30)
+
+
+def answer(process: subprocess.Popen[str]) -> str:
+    """Return the next line that a process prints."""
+    assert process.stdout is not None
+    return process.stdout.readline().rstrip()
+
+
+def open_together(processes: list[subprocess.Popen[str]], target: str) -> list[str]:
+    """Have all processes open one target at the same moment, and return what they say."""
+    for number, process in enumerate(processes):
+        assert process.stdin is not None
+        process.stdin.write(f"p{number} {target}\n")
+        process.stdin.flush()
+    return [answer(process) for process in processes]
+
+
+@pytest.mark.parametrize("revision", [None, "0001"])
+def test_processes_open_together(tmp_path: Path, openers: list[subprocess.Popen[str]], revision: str | None) -> None:
+    """Eight processes that open one new or old file at once make one schema, lose nothing, and none fails."""
+    for number in range(ROUNDS):
+        directory = tmp_path / str(number)
+        directory.mkdir(mode=0o700)
+        path = old_database(directory, revision) if revision else directory / "homeagent.db"
+        assert open_together(openers, str(path)) == ["opened"] * PROCESSES
+        assert fetch(path, f"SELECT version_num FROM {VERSION_TABLE}") == [(REVISION,)]
+        assert fetch(path, "SELECT count(*) FROM agents WHERE id LIKE 'p_'") == [(PROCESSES,)]
+        assert is_sound(path)
+        assert len(list(directory.glob("*.backup"))) == (1 if revision else 0)
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+def test_processes_open_postgresql_together(
+    openers: list[subprocess.Popen[str]], postgres_url: str, rounds: int
+) -> None:
+    """Eight processes that open one empty PostgreSQL database at once make one schema, and none fails."""
+    for number in range(rounds):
+        name = f"together_{rounds}_{number}"
+        postgres_execute(postgres_url, f"CREATE DATABASE {name}")
+        url = postgres_database(postgres_url, name)
+        assert open_together(openers, url) == ["opened"] * PROCESSES
+        with server(url).connect() as connection:
+            assert connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).all() == [(REVISION,)]
+            assert connection.execute(text("SELECT count(*) FROM agents")).scalar_one() == PROCESSES
+            assert sorted(inspect(connection).get_table_names()) == sorted([*metadata.tables, VERSION_TABLE])
+        postgres_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def test_threads_open_together(tmp_path: Path) -> None:
+    """Eight threads that open one new file at once make one schema, and none fails."""
+    for number in range(ROUNDS):
+        path = tmp_path / str(number) / "homeagent.db"
+        failures: list[BaseException] = []
+        start = threading.Barrier(PROCESSES)
+
+        def opened(
+            name: int,
+            path: Path = path,
+            start: threading.Barrier = start,
+            failures: list[BaseException] = failures,
+        ) -> None:
+            try:
+                start.wait(30)
+                with Database.open(path) as database, database.unit_of_work() as unit:
+                    unit.agents.create(AgentCreate(id=f"p{name}", name="P", workspace_path="/p"))
+            except BaseException as error:  # noqa: BLE001  it is shown by the assertion below
+                failures.append(error)
+
+        threads = [threading.Thread(target=opened, args=(name,)) for name in range(PROCESSES)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert failures == []
+        assert fetch(path, f"SELECT version_num FROM {VERSION_TABLE}") == [(REVISION,)]
+        assert fetch(path, "SELECT count(*) FROM agents") == [(PROCESSES,)]
