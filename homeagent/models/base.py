@@ -83,6 +83,14 @@ class Model(SQLModel, registry=_registry):
         from_attributes=True,
     )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Put off no more than this very model: see `_BUILT_AT_FIRST_USE`."""
+        super().__pydantic_init_subclass__(**kwargs)
+        if cls.model_fields:
+            # Or Pydantic would put off every `TypeAdapter` of it as well, FastAPI's among them, and without a lock.
+            cls.model_config["defer_build"] = False
+
     @model_validator(mode="wrap")
     @classmethod
     def _hide_input(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:

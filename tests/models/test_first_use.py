@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
+from pydantic import TypeAdapter
 
+from homeagent import AgentUpdate
 from tests.conftest import Children
 
 TOGETHER = """
@@ -48,6 +50,11 @@ def test_threads_that_use_a_model_first_at_once(children: Children) -> None:
     """Each of them validates by that model, whichever builds it."""
     printed = dict(line.split() for line in children.run(TOGETHER).splitlines())
     assert {"Agent", "AgentUpdate", "Device", "DevicePair", "DevicePublic", "Nonce", "IdempotencyKey"} <= set(printed)
+
+
+def test_an_adapter_of_a_model_is_built_where_it_is_made() -> None:
+    """FastAPI makes one for each parameter when it starts: none is left for the first request, or for two at once."""
+    assert TypeAdapter(AgentUpdate).pydantic_complete
 
 
 FORKED = """
