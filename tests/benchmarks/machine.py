@@ -13,7 +13,10 @@ from typing import Any
 
 from tests.benchmarks.contestants import ROOT
 
-__all__ = ["busy_share", "describe_code", "describe_machine", "told_command"]
+__all__ = ["busy_share", "describe_code", "describe_machine", "is_busy", "told_command", "told_load"]
+
+QUIET = 0.1
+"""The share of the processors that others may use on a machine that is called quiet."""
 
 MEASURED = ("homeagent", "alembic", "tests", "pyproject.toml")
 """What decides a figure: a change of the pages alone does not."""
@@ -59,6 +62,16 @@ def _ticks() -> tuple[int, int] | None:
     # user nice system idle iowait irq softirq steal; guests are counted among the users already (proc_stat(5)).
     ticks = [int(field) for field in first.split()[1:9]]
     return ticks[3] + ticks[4], sum(ticks)
+
+
+def is_busy(shares: Sequence[float | None]) -> bool:
+    """Return whether others are known to have used more than a tenth of the processors."""
+    return any(share is not None and share > QUIET for share in shares)
+
+
+def told_load(shares: Sequence[float | None]) -> str:
+    """Return the shares of the processors that others used, as they are told."""
+    return " and ".join(f"{share:.0%}" for share in shares if share is not None) or "not known"
 
 
 def describe_code() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from textwrap import fill
 from typing import Any
 
 from tests.benchmarks.charts import draw
+from tests.benchmarks.machine import is_busy, told_load
 from tests.benchmarks.pictures import pictures
 from tests.benchmarks.report import Grid, grids
 from tests.benchmarks.results import SECTIONS, failures, write_atomically
@@ -19,9 +20,6 @@ Results = Mapping[str, Any]
 _QUICK = """\
 **These figures are of a quick run, which shows that all works. They say nothing about speed.**
 """
-
-QUIET = 0.1
-"""The share of the processors that others may use on a machine that is called quiet."""
 
 _SECTIONS = {
     "goals": """\
@@ -184,13 +182,9 @@ def told_run(run: Mapping[str, Any]) -> str:
 
 
 def _told_load(busy: Sequence[float | None]) -> str:
-    shares = [share for share in busy if share is not None]
-    if not shares:
-        return "How busy the machine was otherwise, is not known."
-    told = " and ".join(f"{share:.0%}" for share in shares)
-    when = "before and after it" if len(shares) > 1 else "before it"
-    warning = "" if max(shares) <= QUIET else " **That is not quiet: look at the least and the greatest.**"
-    return f"Others used {told} of the processors {when}.{warning}"
+    when = "before and after it" if len(busy) > 1 else "before it"
+    warning = " **That is not quiet: look at the least and the greatest.**" if is_busy(busy) else ""
+    return f"Share of the processors that others used {when}: {told_load(busy)}.{warning}"
 
 
 def _circumstances(results: Results) -> str:

@@ -9,14 +9,23 @@ from typing import Any
 
 from tests.benchmarks.contestants import BenchmarkError
 
-__all__ = ["SECTIONS", "failures", "finished", "join_results", "read_results", "write_atomically", "write_results"]
+__all__ = [
+    "SECTIONS",
+    "failures",
+    "finished",
+    "join_results",
+    "read_json",
+    "read_results",
+    "write_atomically",
+    "write_results",
+]
 
 SECTIONS = ("operations", "callers", "sweeping", "scale", "startup", "postgresql")
 
 Results = dict[str, Any]
 
 
-def read_results(path: Path) -> Results | None:
+def read_json(path: Path) -> Results | None:
     """Return what a file holds, None where it is absent.
 
     Raises:
@@ -28,7 +37,19 @@ def read_results(path: Path) -> Results | None:
         return None
     except ValueError as error:
         raise BenchmarkError(f"{path} holds no figures ({error}): move it away") from error
-    if not isinstance(found, dict) or any("run" not in found[section] for section in SECTIONS if section in found):
+    if not isinstance(found, dict):
+        raise BenchmarkError(f"{path} holds no figures: move it away")
+    return found
+
+
+def read_results(path: Path) -> Results | None:
+    """Return what a file holds, None where it is absent.
+
+    Raises:
+        BenchmarkError: it holds something else.
+    """
+    found = read_json(path)
+    if found and any("run" not in found[section] for section in SECTIONS if section in found):
         raise BenchmarkError(f"{path} holds figures of an older kind, which tell no run: move it away")
     return found
 

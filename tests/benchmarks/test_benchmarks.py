@@ -225,7 +225,7 @@ def test_each_section_tells_its_own_run(tmp_path: Path) -> None:
     assert "- `python two`\n- `python one`\n" in page
     assert "not all of the same state" in page
     assert "at revision abc1234, in 1 round and 1.0 minutes, by `python one`" in page
-    assert "Others used 2% and 50% of the processors" in page.replace("\n", " ")
+    assert "others used before and after it: 2% and 50%." in page.replace("\n", " ")
     assert "That is not quiet" in page
     assert "at revision def5678 with changes that are not committed" in page
 

@@ -21,6 +21,7 @@ DEVICES = 10_000
 HOURS = 24
 INSERTED_TOGETHER = 500
 DELETED_TOGETHER = 100  # as Database.sweep does
+OUTGROWN_MIB = 16
 
 _HOUR = 3600 * 1000
 _START = 1_767_225_600_000
@@ -110,14 +111,14 @@ def measure_partitions(place: Place, *, rows: int) -> dict[str, Any]:
 def measure_outgrown(place: Place, *, rows: int) -> dict[str, Any]:
     """Return the same, of a server whose memory the indexes outgrow as they would at a thousand times the size.
 
-    It may keep 32 MiB, and reads past the operating system's cache where it can: PostgreSQL has that from 16 on.
+    It may keep few of their pages, and reads past the operating system's cache where it can: PostgreSQL has that from 16 on.
     """
     ((version,),) = place.server.execute("SHOW server_version_num")
-    settings = {"shared_buffers": "32MB", "max_wal_size": "4GB"}
+    settings = {"shared_buffers": f"{OUTGROWN_MIB}MB", "max_wal_size": "4GB"}
     if int(version) >= 160_000:
         settings["debug_io_direct"] = "data"
     with open_place(place.server.installation.programs, settings) as small:
-        return {scheme.title: _measure(small, scheme, rows) for scheme in SCHEMES[:3]}
+        return {scheme.title: {"mib": OUTGROWN_MIB, **_measure(small, scheme, rows)} for scheme in SCHEMES[:3]}
 
 
 def _measure(place: Place, scheme: Scheme, rows: int) -> dict[str, Any]:

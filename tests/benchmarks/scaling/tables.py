@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["TABLES", "replace_tables"]
+from tests.benchmarks.machine import is_busy, told_load
+
+__all__ = ["TABLES", "replace_tables", "tell"]
 
 _NAMES = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
 
@@ -80,7 +82,8 @@ def _copies(found: dict[str, Any]) -> str:
 
 
 def _partitions(found: dict[str, Any]) -> str:
-    head = ["", *found]
+    (first, *_) = found.values()
+    head = [f"{first['rows']:,} rows", *found]
 
     def row(title: str, figure: Callable[[dict[str, Any]], object]) -> list[object]:
         return [title, *map(figure, found.values())]
@@ -111,7 +114,7 @@ def _outgrown(found: dict[str, Any]) -> str:
         if tenth % 3 == 0
     ]
     rows.append(["an hour expires: seconds", *(f"{figure['expiry']['seconds']:,.3f}" for figure in found.values())])
-    return _table(["", *found], rows)
+    return _table([f"{first['rows']:,} rows, {first['mib']} MiB of memory", *found], rows)
 
 
 def _verdict(let_in: bool) -> str:
@@ -124,6 +127,33 @@ def _machine(found: dict[str, Any]) -> str:
         f"SQLite {found['sqlite']} and PostgreSQL {found['postgresql']} (shared_buffers {found['shared_buffers']}) "
         "over its socket; every commit of both is synced."
     )
+
+
+def _runs(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return when each table was measured and how, and a warning where the machine was busy with something else."""
+    rows, busy = [], []
+    for name in (name for name in TABLES if name in runs):
+        run = runs[name]
+        revision = run.get("revision", "no checkout") + (" and changes" if run.get("changed") else "")
+        rows.append(
+            [name, run["date"], f"`{revision}`", f"{run['seconds']:,} s", told_load(run["busy"]), f"`{run['command']}`"]
+        )
+        if is_busy(run["busy"]):
+            busy.append(name)
+    lines = [_table(["table", "measured", "revision", "took", "load of others, before and after", "command"], rows)]
+    if busy:
+        lines.append(
+            f"The machine was busy with other work at {', '.join(busy)}: look at how they relate, and no further."
+        )
+    if missing := [name for name in TABLES if name not in runs]:
+        lines.append(f"Of earlier runs, which were not recorded: {', '.join(missing)}.")
+    return "\n\n".join(lines)
+
+
+def tell(results: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the page says in each of its places that these results can fill."""
+    told = {name: table(results[name]) for name, table in TABLES.items() if name in results}
+    return {"machine": f"{_machine(results['machine'])}\n\n{_runs(results['runs'])}", **told}
 
 
 def replace_tables(page: str, told: dict[str, str]) -> str:
@@ -139,7 +169,6 @@ def replace_tables(page: str, told: dict[str, str]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "machine": _machine,
     "operations": _operations,
     "writers": _writers,
     "host": _host,
