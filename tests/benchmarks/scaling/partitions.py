@@ -111,7 +111,7 @@ def measure_partitions(place: Place, *, rows: int) -> dict[str, Any]:
 def measure_outgrown(place: Place, *, rows: int) -> dict[str, Any]:
     """Return the same, of a server whose memory the indexes outgrow as they would at a thousand times the size.
 
-    It may keep few of their pages, and reads past the operating system's cache where it can: PostgreSQL has that from 16 on.
+    It may keep few pages, and reads past the operating system's cache where it can: PostgreSQL has that from 16 on.
     """
     ((version,),) = place.server.execute("SHOW server_version_num")
     settings = {"shared_buffers": f"{OUTGROWN_MIB}MB", "max_wal_size": "4GB"}
