@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from sqlalchemy import Dialect, Select, inspect
 from sqlalchemy.orm import configure_mappers
 
-from homeagent.models.base import Table, loaded_fields
+from homeagent.models.base import Table
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Executable
@@ -172,10 +172,7 @@ def _loader(expression: Any, dialect: Dialect) -> Callable[[Sequence[Row]], list
     return lambda rows: [tuple(row) for row in rows]
 
 
-# Python writes these through slots that an ordinary assignment reaches only by way of Pydantic's __setattr__.
-_set_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__set__
-_set_extra: Any = BaseModel.__dict__["__pydantic_extra__"].__set__
-_set_private: Any = BaseModel.__dict__["__pydantic_private__"].__set__
+# An ordinary assignment goes by way of Pydantic's __setattr__.
 _set_dict: Any = BaseModel.__dict__["__dict__"].__set__
 
 
@@ -191,9 +188,6 @@ def as_loaded(model: type[M], values: dict[str, Any]) -> M:
             instance's.
     """
     instance: M = object.__new__(model)
-    _set_fields_set(instance, loaded_fields(model))
-    _set_extra(instance, None)
-    _set_private(instance, None)
     _set_dict(instance, values)
     return instance
 
@@ -211,28 +205,26 @@ def _model_loader(model: type[Table], dialect: Dialect) -> Callable[[Sequence[Ro
     namespace: dict[str, Any] = {
         "model": model,
         "new": object.__new__,
-        "set_fields_set": _set_fields_set,
-        "set_extra": _set_extra,
-        "set_private": _set_private,
         "set_dict": _set_dict,
-        "fields": loaded_fields(model),
     }
     values = []
     for index, column in enumerate(model.__table__.columns):
-        convert = getattr(column.type, "convert_loaded", None) or _processor(column, dialect)
         term = f"c{index}"
+        known = getattr(column.type, "loaded_values", None)
+        convert = getattr(column.type, "convert_loaded", None) or _processor(column, dialect)
+        if known is not None:
+            convert = known
         if convert is not None:
             namespace[f"convert{index}"] = convert
-            term = f"{f'None if c{index} is None else ' if column.nullable else ''}convert{index}(c{index})"
+            term = f"convert{index}[{term}]" if known is not None else f"convert{index}({term})"
+            if column.nullable:
+                term = f"None if c{index} is None else {term}"
         values.append(f"{mapper.get_property_by_column(column).key!r}: {term}")
     source = f"""
 def load(rows):
     instances = []
     for {"".join(f"c{index}, " for index in range(len(values)))} in rows:
         instance = new(model)
-        set_fields_set(instance, fields)
-        set_extra(instance, None)
-        set_private(instance, None)
         set_dict(instance, {{{", ".join(values)}}})
         instances.append(instance)
     return instances

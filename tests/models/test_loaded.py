@@ -10,7 +10,6 @@ from sqlalchemy import inspect
 from sqlalchemy.exc import NoInspectionAvailable
 
 from homeagent import Agent, Database
-from homeagent.models.base import loaded_fields
 from tests.conftest import START, add_agent
 
 
@@ -50,14 +49,26 @@ def test_its_identity_is_what_was_loaded(agent: Agent) -> None:
 
 
 def test_a_change_of_one_leaves_the_others(database: Database, agent: Agent) -> None:
-    """What instances share is never changed by an assignment to one of them."""
+    """What is done to one instance is done to no other."""
     agent.name = "Another"
     with pytest.raises(ValueError, match="name"):
         agent.name = ""
     assert agent.name == "Another"
-    assert loaded_fields(Agent) == set(Agent.model_fields)
+    agent.model_fields_set.clear()
     with database.unit_of_work(read_only=True) as unit:
         assert unit.agents.get("ada").model_fields_set == set(Agent.model_fields)
+
+
+def test_what_pydantic_asks_of_it_changes_nothing(agent: Agent) -> None:
+    """It is compared, shown, dumped and asked for its fields like an instance that was constructed."""
+    constructed = Agent(**{name: getattr(agent, name) for name in Agent.model_fields})
+    assert agent == constructed
+    assert repr(agent) == repr(constructed)
+    assert agent.model_extra is None
+    assert agent.model_dump(exclude_unset=True) == constructed.model_dump(exclude_unset=True)
+    assert agent.model_fields_set == constructed.model_fields_set
+    assert inspect(agent).detached
+    assert not hasattr(agent, "__pydantic_nothing__")
 
 
 def test_it_survives_pickling_and_copying(database: Database, agent: Agent) -> None:
