@@ -7,6 +7,7 @@ argument comes in by itself, so that a bad id is refused alike at every door.
 from __future__ import annotations
 
 import json
+import sys
 import unicodedata
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,8 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, JsonValue, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic_core import from_json, to_json
 from sqlalchemy import BigInteger, Dialect, Integer, Text
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
@@ -57,6 +59,9 @@ _ZERO = timedelta(0)
 _INSTANTS_KEPT = 8192
 # Taking one of these off is four times as fast as `replace(microsecond=…)`, and the clock is floored in every unit.
 _MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))
+
+# Python may refuse to read an integer of more digits than that: sys.set_int_max_str_digits.
+_READABLE_DIGITS = sys.int_info.str_digits_check_threshold
 
 MAX_JSON_BYTES = 256 * 1024
 MAX_LIMIT = 2**31 - 1
@@ -288,9 +293,8 @@ class InstantColumn(TypeDecorator[datetime]):
 # JSON
 
 
-_json_value: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
-# Made once: `json.dumps` makes one for each call that is given options.
-_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+# The core's own: what a TypeAdapter adds to each call takes longer than a small value.
+_check_json = TypeAdapter(JsonValue, config=ConfigDict(allow_inf_nan=False)).validator.validate_python
 
 
 def encode_json(value: JsonValue, what: str = "JSON") -> str:
@@ -303,21 +307,19 @@ def encode_json(value: JsonValue, what: str = "JSON") -> str:
     if value is None or value is True or value is False:
         return "null" if value is None else "true" if value else "false"
     try:
-        # Without this, json.dumps would write the key 1 as "1" and a tuple as a list: what is read back would differ.
-        _json_value.validate_python(value, strict=True)
-        text = _encode_json(value)
-        octets = len(text) if text.isascii() else len(text.encode())
+        # Without this, the key 1 would be written as "1" and a tuple as a list: what is read back would differ.
+        _check_json(value, strict=True)
+        encoded = to_json(value)
+        if len(encoded) > _READABLE_DIGITS:
+            json.loads(encoded)
     except (ValidationError, ValueError, TypeError, RecursionError):
         # Not chained: the cause would show the value, which may be a secret.
         raise InvalidArgumentError(
             f"{what} must be plain JSON: None, bool, int, finite float, text, lists and dicts with text keys"
         ) from None
-    if octets > MAX_JSON_BYTES:
-        raise InvalidArgumentError(f"{what} must be at most {MAX_JSON_BYTES:,} bytes of JSON, and has {octets:,}")
-    return text
-
-
-_decode_json = json.JSONDecoder().raw_decode
+    if len(encoded) > MAX_JSON_BYTES:
+        raise InvalidArgumentError(f"{what} must be at most {MAX_JSON_BYTES:,} bytes of JSON, and has {len(encoded):,}")
+    return encoded.decode()
 
 
 def decode_json(text: str) -> Any:
@@ -326,12 +328,11 @@ def decode_json(text: str) -> Any:
     Raises:
         ValueError: it is no JSON text.
     """
-    # All that `encode_json` wrote is a value with nothing around it; `json.loads` looks for that and for much else.
     try:
-        value, end = _decode_json(text)
-    except (TypeError, ValueError):
+        return from_json(text, cache_strings="keys")
+    except ValueError:
+        # It reads no value of more than 200 levels, and `encode_json` takes 254.
         return json.loads(text)
-    return value if end == len(text) else json.loads(text)
 
 
 def _as_json(value: JsonValue) -> JsonValue:

@@ -1,0 +1,84 @@
+"""JSON as it is stored: whatever is taken comes back equal, and what could not come back is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from homeagent.errors import InvalidArgumentError
+from homeagent.models.types import MAX_JSON_BYTES, decode_json, encode_json
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+def nested(levels: int) -> Any:
+    """Return a list in so many lists."""
+    value: Any = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@given(VALUES.filter(lambda value: "\\ud" not in ascii(value)))
+def test_a_value_comes_back_as_it_was(value: Any) -> None:
+    """Types, signs, digits and the order of keys survive, and any other program's reader agrees."""
+    text = encode_json(value)
+    assert repr(decode_json(text)) == repr(json.loads(text)) == repr(value)
+
+
+FAR_ENDS = {
+    "large": 2**70,
+    "negative zero": -0.0,
+    "tiny": 5e-324,
+    "exponent": 1e22,
+    "control": "\0\u2028\x7f",
+    "digits": 10**4299,
+    "deep": nested(250),
+}
+REFUSED = {
+    "digits": 10**4300,
+    "digits inside": [10**5000],
+    "deep": nested(255),
+    "key": {1: 2},
+    "tuple": (1,),
+    "set": [{1}],
+    "infinite": float("inf"),
+    "no number": [float("nan")],
+    "surrogate": "\ud800",
+    "bytes": b"x",
+}
+
+
+@pytest.mark.parametrize("value", FAR_ENDS.values(), ids=FAR_ENDS)
+def test_the_far_ends_come_back(value: Any) -> None:
+    """The largest, the smallest and the deepest are no exception."""
+    assert repr(decode_json(encode_json(value))) == repr(value)
+
+
+@pytest.mark.parametrize("value", REFUSED.values(), ids=REFUSED)
+def test_what_could_not_be_read_back_is_refused(value: Any) -> None:
+    """An integer that Python would not read again, a depth, a key that is no text: each with the same words."""
+    with pytest.raises(InvalidArgumentError, match="plain JSON"):
+        encode_json(value)
+
+
+def test_the_bound_is_of_bytes() -> None:
+    """Text is measured as it is stored: in UTF-8."""
+    fits = "é" * (MAX_JSON_BYTES // 2 - 1)
+    assert decode_json(encode_json(fits)) == fits
+    with pytest.raises(InvalidArgumentError, match="at most 262,144 bytes"):
+        encode_json(fits + "é")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1] 2", "nul", "{'a': 1}"])
+def test_what_is_no_json_is_told_from_null(text: str) -> None:
+    """A stored text that nothing of ours has written is an error, and never a value."""
+    with pytest.raises(ValueError, match=r"."):
+        decode_json(text)
