@@ -39,7 +39,8 @@ class Engine(ABC):
         counters: what was done so far.
     """
 
-    link_type: type[Link] = Link
+    write_link_type: type[Link] = Link
+    read_link_type: type[Link] = Link
     shares_commits = False
     """Whether units that wait for one another are worth a common commit."""
 
@@ -128,7 +129,8 @@ class Engine(ABC):
         connection = self.connect()
         try:
             self.prepare_link(connection, read_only=read_only)
-            link = self.link_type(
+            make = self.read_link_type if read_only else self.write_link_type
+            link = make(
                 connection,
                 begin=self.begin_of(connection, read_only=read_only),
                 read_only=read_only,

@@ -98,14 +98,17 @@ class Link:
         except self._driver_errors as error:
             fault = self._translate(error)
         else:
-            if self._watch is not None:
-                try:
-                    self._watch.after_begin()
-                except HomeAgentError:
-                    self.rollback()
-                    raise
+            self._look_after_begin()
             return
         raise fault
+
+    def _look_after_begin(self) -> None:
+        if self._watch is not None:
+            try:
+                self._watch.after_begin()
+            except HomeAgentError:
+                self.rollback()
+                raise
 
     def commit(self) -> None:
         """Commit; when this returns, what the unit wrote is as durable as the engine was asked to make it.

@@ -387,6 +387,8 @@ class Word(TypeDecorator[StrEnum]):
         super().__init__()
         self.kind = kind
         self.loaded_values = {member.value: member for member in kind}
+        # A member equals its text, and finds it here.
+        self.convert_bound = {member.value: member.value for member in kind}.__getitem__
 
     def process_bind_param(self, value: StrEnum | None, dialect: Dialect) -> str | None:
         """Return the member's value."""
@@ -411,6 +413,7 @@ class Flag(TypeDecorator[bool]):
         """Return whether it is not 0."""
         return None if value is None else value != 0
 
+    convert_bound = int
     convert_loaded = bool
 
 

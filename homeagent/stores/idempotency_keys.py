@@ -77,12 +77,12 @@ _INSERT = Statement[IdempotencyKey](
 )
 _FIND = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE, _LIVE), lock=True)
 _CLAIMED: dict[str, Any] = {
-    "result": None,
+    "result": text("'null'"),
     "created_at": bindparam("now"),
     "expires_at": bindparam("expires_at"),
-    "state": IdempotencyState.IN_PROGRESS,
-    "attempt": 1,
-    "omitted": False,
+    "state": _IN_PROGRESS,
+    "attempt": text("1"),
+    "omitted": text("0"),
     "fingerprint": bindparam("fingerprint"),
     "owner": bindparam("new_owner"),
     "lease_expires_at": bindparam("lease_expires_at"),
@@ -90,14 +90,18 @@ _CLAIMED: dict[str, Any] = {
 }
 _CLAIM = Statement[IdempotencyKey](
     lambda insert: (
-        insert(_table)
-        .values(device_id=bindparam("device_id"), method=bindparam("method"), key=bindparam("key"), **_CLAIMED)
-        .on_conflict_do_update(index_elements=["device_id", "method", "key"], set_=_CLAIMED, where=_DEAD)
+        statement := insert(_table).values(
+            device_id=bindparam("device_id"), method=bindparam("method"), key=bindparam("key"), **_CLAIMED
+        )
+    ).on_conflict_do_update(
+        index_elements=["device_id", "method", "key"],
+        set_={name: statement.excluded[name] for name in _CLAIMED},
+        where=_DEAD,
     )
 )
 _ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
 # Every write of an attempt is fenced: it takes place only while the attempt owns the key.
-_OWNED = and_(_SAME_SCOPE, _columns.state == IdempotencyState.IN_PROGRESS, _columns.owner == bindparam("old_owner"))
+_OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bindparam("old_owner"))
 _TAKE_OVER = Statement[IdempotencyKey](
     update(IdempotencyKey)
     .where(_OWNED)
@@ -111,7 +115,8 @@ _RECORD = Statement[IdempotencyKey](
     .where(_OWNED)
     .values(
         state=bindparam("state"),
-        result=bindparam("result"),
+        # Encoded already, where it was checked.
+        result=bindparam("json", type_=Text),
         omitted=bindparam("omitted"),
         expires_at=bindparam("expires_at"),
         owner=bindparam("recorded_by"),
@@ -121,7 +126,7 @@ _RECORD = Statement[IdempotencyKey](
 _DELETE_OWNED = Statement[IdempotencyKey](delete(IdempotencyKey).where(_OWNED))
 _ABANDONED = Statement[IdempotencyKey](
     select(IdempotencyKey)
-    .where(_columns.state == text("'in_progress'"), _columns.lease_expires_at <= bindparam("now"))
+    .where(_columns.state == _IN_PROGRESS, _columns.lease_expires_at <= bindparam("now"))
     .order_by(_columns.lease_expires_at, _columns.device_id, _columns.method, _columns.key)
     .limit(bindparam("limit"))
 )
@@ -339,11 +344,9 @@ class IdempotencyKeyStore(Store):
 
     def _record(self, attempt: Attempt, state: IdempotencyState, result: JsonValue, *, recorded_by: str | None) -> bool:
         try:
-            encode_json(result)
+            json, omitted = encode_json(result), False
         except InvalidArgumentError:
-            result, omitted = None, True
-        else:
-            omitted = False
+            json, omitted = encode_json(None), True
         now = self._unit.now()
         # An effect that took longer than its time to live must not be forgotten the moment it ends.
         expires_at = attempt.expires_at if attempt.expires_at > now else later(now, attempt.ttl, "ttl")
@@ -351,7 +354,7 @@ class IdempotencyKeyStore(Store):
             _RECORD,
             attempt,
             state=state,
-            result=result,
+            json=json,
             omitted=omitted,
             expires_at=expires_at,
             recorded_by=recorded_by,

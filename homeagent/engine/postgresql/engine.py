@@ -54,7 +54,8 @@ class PostgreSQLEngine(Engine):
         pool_size: how many units may write at once, and how many may read.
     """
 
-    link_type = PostgreSQLLink
+    write_link_type = PostgreSQLLink
+    read_link_type = PostgreSQLLink
 
     def __init__(self, url: URL, *, busy_timeout: timedelta, pool_size: int = POOL_SIZE) -> None:
         try:

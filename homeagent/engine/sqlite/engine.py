@@ -27,6 +27,7 @@ from homeagent.engine.faults import translated
 from homeagent.engine.forks import inherit, refuse_inherited
 from homeagent.engine.sqlite.diagnosis import diagnosed_fault, newest_backup_hint
 from homeagent.engine.sqlite.driver import SQLiteDriver, choose_driver
+from homeagent.engine.sqlite.snapshot import SnapshotLink
 from homeagent.errors import (
     CorruptDatabaseError,
     DatabaseError,
@@ -74,6 +75,7 @@ class SQLiteEngine(Engine):
 
     # There is one writer, and a sync costs many times what a small unit does.
     shares_commits = True
+    read_link_type = SnapshotLink
 
     def __init__(self, path: Path, *, busy_timeout: timedelta, durability: Durability, temporary: bool = False) -> None:
         refuse_inherited(path)
@@ -107,7 +109,8 @@ class SQLiteEngine(Engine):
             # A deferred BEGIN that turns into a write fails at once when another process wrote in between, and
             # busy_timeout does not apply to it: https://sqlite.org/lang_transaction.html
             begin_write=("BEGIN IMMEDIATE",),
-            # The snapshot is taken by the first read, not by BEGIN. This one yields no row that must be fetched.
+            # Where SnapshotLink shows its commands: the snapshot is taken by the first read, not by BEGIN, and this one
+            # yields no row that must be fetched.
             begin_read=("BEGIN", "SELECT 1 FROM sqlite_master WHERE 0"),
             watch=self.watch,
         )
