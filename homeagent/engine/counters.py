@@ -7,9 +7,8 @@ that nothing is lost without a lock; waits and sizes go into bounded queues, the
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from homeagent.errors import DatabaseError
 
@@ -20,8 +19,7 @@ _RECENT = 1024
 N = TypeVar("N", int, float)
 
 
-@dataclass(frozen=True, slots=True)
-class LastError:
+class LastError(NamedTuple):
     """The last fault of the engine.
 
     Attributes:
@@ -35,8 +33,7 @@ class LastError:
     at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class CountersSnapshot:
+class CountersSnapshot(NamedTuple):
     """The counters at one moment, since the database was opened. Percentiles are of the last 1,024, None where none.
 
     Attributes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -20,8 +20,7 @@ DEFAULT_PATH = "~/.homeagent/homeagent.db"
 _SHOWN_OPTIONS = frozenset({"host", "hostaddr", "port", "sslmode", "target_session_attrs", "user"})
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """Where a database is.
 
     Attributes:

@@ -7,8 +7,8 @@ import os
 import stat
 import sys
 import threading
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from homeagent.engine.disk.privacy import DIRECTORY_MODE, change_mode, modes_not_kept, unguarded
 from homeagent.engine.disk.syncing import fsync_directory
@@ -20,8 +20,7 @@ __all__ = ["DirectoryReport", "prepare_directory"]
 logger = logging.getLogger("homeagent")
 
 
-@dataclass(frozen=True, slots=True)
-class DirectoryReport:
+class DirectoryReport(NamedTuple):
     """A directory as it was found or made.
 
     Attributes:

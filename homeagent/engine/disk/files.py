@@ -16,8 +16,8 @@ import logging
 import os
 import stat
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from homeagent.engine.disk.privacy import FILE_MODE, change_mode, modes_not_kept
 from homeagent.engine.disk.syncing import fsync_directory, sync
@@ -102,8 +102,7 @@ def sidecars(path: Path) -> list[Path]:
 # Files
 
 
-@dataclass(frozen=True, slots=True)
-class FileState:
+class FileState(NamedTuple):
     """An existing file that was found to be regular, ours and private.
 
     Attributes:

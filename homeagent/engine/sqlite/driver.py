@@ -12,9 +12,9 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
 from homeagent.errors import DatabaseError
 
@@ -47,8 +47,7 @@ def has_wal_reset_bug(version: tuple[int, int, int]) -> bool:
     return not any(version[:2] == backport[:2] and version >= backport for backport in _WAL_RESET_BACKPORTS)
 
 
-@dataclass(frozen=True, slots=True)
-class SQLiteDriver:
+class SQLiteDriver(NamedTuple):
     """A DBAPI module and the SQLite library behind it.
 
     Attributes:

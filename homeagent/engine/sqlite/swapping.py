@@ -24,8 +24,8 @@ from homeagent.errors import CorruptDatabaseError
 __all__ = ["aside_path", "epoch_of_marker", "finish_swap", "marker_of_epoch", "new_path", "swap_in"]
 
 # The last word tells a whole text from one that the power cut short: nothing was moved before it was on the disk.
-_INTENT = re.compile(r"swap (\w+) (\d+) end")
-_MARKER = re.compile(r"initialised, epoch (\d+)")
+_INTENT = r"swap (\w+) (\d+) end"
+_MARKER = r"initialised, epoch (\d+)"
 
 
 def new_path(database: Path, stamp: str) -> Path:
@@ -47,7 +47,7 @@ def epoch_of_marker(marker: str | None) -> int:
     """Return the epoch that a lock file tells of, however damaged the database is; 0 where none was made here."""
     if marker is None:
         return 0
-    found = _MARKER.fullmatch(marker)
+    found = re.fullmatch(_MARKER, marker)
     return int(found[1]) if found else 1
 
 
@@ -86,7 +86,7 @@ def finish_swap(lock: FileLock, database: Path, *, timeout: timedelta) -> None:
     if not intent.endswith(" end"):
         lock.clear_marker()
         return
-    found = _INTENT.fullmatch(intent)
+    found = re.fullmatch(_INTENT, intent)
     if found is None:
         raise CorruptDatabaseError(
             f"{quoted(lock.path)} tells of a restore that this version does not understand: "

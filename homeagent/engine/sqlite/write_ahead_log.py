@@ -15,8 +15,8 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from homeagent.engine.disk.files import OPEN_FLAGS, sidecars
 from homeagent.engine.disk.system_errors import explained
@@ -33,8 +33,7 @@ _INDEX_VERSION = 3007000
 Sums = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class LostCommits:
+class LostCommits(NamedTuple):
     """What is wrong with a log.
 
     Attributes:
@@ -48,8 +47,7 @@ class LostCommits:
     by_power_cut: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Index:
+class _Index(NamedTuple):
     committed: int
     moved: int
     salt: bytes
@@ -81,8 +79,7 @@ def find_lost_commits(path: Path) -> LostCommits | None:
             return _judged(known, _Log.read(file))
 
 
-@dataclass(frozen=True, slots=True)
-class _Log:
+class _Log(NamedTuple):
     committed: int  # frames up to the last sound commit
     later_commits: int  # ends of commits further on that belong to this log all the same
     salt: bytes | None  # None where there is no sound header
