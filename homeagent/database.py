@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from functools import partial
 from os import PathLike
@@ -22,13 +20,8 @@ from homeagent.engine.disk.filesystems import refuse_network_filesystem
 from homeagent.engine.engine import Engine
 from homeagent.engine.postgresql.engine import POOL_SIZE, PostgreSQLEngine
 from homeagent.engine.sqlite.engine import Durability, SQLiteEngine
-from homeagent.engine.target import Target, resolve_target
-from homeagent.errors import (
-    DatabaseClosedError,
-    DatabaseError,
-    HomeAgentError,
-    InvalidArgumentError,
-)
+from homeagent.engine.target import resolve_target
+from homeagent.errors import DatabaseClosedError, InvalidArgumentError
 from homeagent.idempotency import OnAbandoned, OnceCall, arun_once, run_once
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models.device import Device, DevicePair
@@ -42,7 +35,7 @@ if TYPE_CHECKING:
 
     from homeagent.maintenance.checking import ContentCheck
     from homeagent.maintenance.copying import CopyProgress, CopyReport
-    from homeagent.maintenance.doctor import Diagnosis, Repair
+    from homeagent.maintenance.doctor import Diagnosis
     from homeagent.maintenance.epochs import EpochReport
     from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
     from homeagent.maintenance.restoring import RestoreReport
@@ -52,8 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["Database"]
 
 T = TypeVar("T")
-
-logger = logging.getLogger("homeagent")
 
 
 class Database:
@@ -454,7 +445,7 @@ class Database:
         from homeagent.maintenance.sweeping import Sweeper
 
         if backups is not None:
-            from homeagent.maintenance.backups import require_file
+            from homeagent.maintenance.backups import back_up_on_schedule, require_file
 
             require_file(self._engine)
 
@@ -467,7 +458,7 @@ class Database:
         def run(stop: threading.Event) -> SweepReport:
             report = self._sweep(batch_size=100, time_budget=None, stop=stop)
             if backups is not None:
-                self._back_up_if_due(backups, stop)
+                back_up_on_schedule(self._engine, backups, clock=self._clock, stop=stop.is_set)
             if check is not None:
                 check.run_if_due(stop.is_set)
             return report
@@ -478,20 +469,6 @@ class Database:
                 raise DatabaseClosedError("the database was closed: open it again")
             self._sweepers.append(sweeper)
         return sweeper
-
-    def _back_up_if_due(self, schedule: BackupSchedule, stop: threading.Event) -> None:
-        from homeagent.maintenance.backups import back_up_if_due
-
-        try:
-            back_up_if_due(self._engine, schedule, clock=self._clock, stop=stop.is_set)
-        except HomeAgentError as error:
-            # Dead rows are swept all the same.
-            if not stop.is_set():
-                logger.warning(
-                    "a scheduled backup failed and will be tried again after the next sweep: %s",
-                    error,
-                    extra={"event": "backup_failed", "error": type(error).__name__},
-                )
 
     def backup(self, destination: str | PathLike[str], *, keep: int | None = None, replace: bool = False) -> Path:
         """Make a backup while others write: one snapshot, verified, private, and in its place whole or not at all.
@@ -574,25 +551,15 @@ class Database:
         Returns:
             What was found, each with its remedy, and what was mended.
         """
-        from homeagent.maintenance.doctor.diagnosis import look, mend
+        from homeagent.maintenance.doctor.diagnosis import diagnose_open
 
-        engine = self._engine
-        is_file = isinstance(engine, SQLiteEngine)
-        target = Target(path=engine.path) if isinstance(engine, SQLiteEngine) else Target(url=engine.sa_engine.url)
-
-        def look_now(repairs: Sequence[Repair] = ()) -> Diagnosis:
-            with ExitStack() as stack:
-                if is_file:
-                    # While a reader is there, so is the log with its index: through them the doctor leaves no trace.
-                    with _only_if_closed():
-                        stack.enter_context(self.unit_of_work(read_only=True))
-                return look(target, clock=self._clock, thorough=thorough, repairs=repairs)
-
-        found = look_now()
-        if not fix:
-            return found
-        repairs = mend(found, target, clock=self._clock, engine=engine)
-        return look_now(repairs) if repairs else found
+        return diagnose_open(
+            self._engine,
+            lambda: self.unit_of_work(read_only=True),
+            clock=self._clock,
+            thorough=thorough,
+            fix=fix,
+        )
 
     def counters(self) -> DatabaseCounters:
         """Return what this process did with the database since it opened it: cheap enough to be asked every second."""
@@ -606,18 +573,3 @@ class Database:
 
         with self.unit_of_work(read_only=True) as unit:
             return report_status(self._engine, unit)
-
-
-@contextmanager
-def _only_if_closed() -> Iterator[None]:
-    """Let no error of the database pass but that it was closed: what else is wrong with it, the doctor finds."""
-    try:
-        yield
-    except DatabaseClosedError:
-        raise
-    except DatabaseError as error:
-        logger.debug(
-            "the doctor looks at a database that can't be read: %s",
-            error,
-            extra={"event": "doctor_without_reader", "error": type(error).__name__},
-        )

@@ -16,6 +16,7 @@ from homeagent.errors import DatabaseError, DeviceExistsError, DeviceNotFoundErr
 from homeagent.models.device import Device, DeviceCreate, DevicePair
 from homeagent.models.types import check_duration, check_identifier, later
 from homeagent.running import Runner
+from homeagent.scram import check_proof, make_verifier, proof_message
 from homeagent.unit_of_work import UnitOfWork
 
 __all__ = ["PairedDevice", "Pairing"]
@@ -116,8 +117,6 @@ class Pairing:
 
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
         """Return the device if it is approved and the proof is made with its secret; see `Database.verify_proof`."""
-        from homeagent.scram import check_proof, proof_message
-
         check_identifier(device_id, "device_id")
         device = self._find_device(device_id)
         message = proof_message(device_id=device_id, nonce=nonce, timestamp=timestamp)
@@ -161,11 +160,7 @@ class Pairing:
 def _verifier(secret: SecretStr) -> str | None:
     # A human's secret is guessed at the speed of the fastest hash that is stored of it. PBKDF2, which SCRAM is built
     # on, is guessed faster than Argon2id; for 256 random bits that makes no difference.
-    if not is_generated(secret):
-        return None
-    from homeagent.scram import make_verifier
-
-    return make_verifier(secret)
+    return make_verifier(secret) if is_generated(secret) else None
 
 
 def _serving_hashes(device: Device, now: datetime) -> list[str]:

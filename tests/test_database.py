@@ -33,7 +33,7 @@ MINUTE = timedelta(minutes=1)
 @pytest.fixture(autouse=True)
 def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Argon2 with the least costs that it takes, as its slowness is not what is tested here."""
-    monkeypatch.setattr(hashing, "default_hasher", hashing.SecretHasher(time_cost=1, memory_cost=8, parallelism=1))
+    monkeypatch.setattr(hashing, "_default", hashing.SecretHasher(time_cost=1, memory_cost=8, parallelism=1))
 
 
 @pytest.fixture(params=[HUMAN, None], ids=["human", "generated"])
@@ -287,7 +287,7 @@ def test_a_hash_under_old_costs_is_made_anew_when_it_verifies(
     approve(database)
     with database.unit_of_work(read_only=True) as unit:
         old = unit.devices.get("lamp").shared_secret_hash
-    monkeypatch.setattr(hashing, "default_hasher", hashing.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
+    monkeypatch.setattr(hashing, "_default", hashing.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
 
     def stored() -> str:
         with database.unit_of_work(read_only=True) as unit:
@@ -309,7 +309,7 @@ def test_a_hash_that_can_not_be_made_anew_keeps_nobody_out(
     """The right secret is right, though the database can't be written just now."""
     database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
     approve(database)
-    monkeypatch.setattr(hashing, "default_hasher", hashing.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
+    monkeypatch.setattr(hashing, "_default", hashing.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
 
     run = database._runner.run
 

@@ -23,7 +23,7 @@ from homeagent.errors import DatabaseBusyError, InvalidArgumentError
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-__all__ = ["SecretCheck", "SecretHasher", "default_hasher"]
+__all__ = ["SecretCheck", "SecretHasher", "check_secret", "hash_secret"]
 
 # Hashes as they are stored
 
@@ -290,5 +290,41 @@ class SecretHasher:
                 ) from error
 
 
-default_hasher = SecretHasher()
-"""One for the whole process, so that `concurrency` bounds all of its callers."""
+# One for the whole process, so that `concurrency` bounds all of its callers.
+_default = SecretHasher()
+
+
+def hash_secret(secret: SecretStr | str, *, beside: str | None = None) -> str:
+    """Hash a secret for storing, with the default costs: see `SecretHasher.hash`.
+
+    Args:
+        secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, no control character. It is taken as it is.
+        beside: the stored hash that stays valid for a while beside the new one; None where none does.
+
+    Returns:
+        `sha256$…` for a generated secret, `$argon2id$…` for any other.
+
+    Raises:
+        InvalidArgumentError: it is no usable secret; the message doesn't show it.
+        DatabaseBusyError: too many are being hashed, and no turn came within 30 seconds.
+        MemoryError: the system would not give Argon2 the memory or the threads for a run.
+    """
+    return _default.hash(secret, beside=beside)
+
+
+def check_secret(secret: SecretStr | str, stored: Sequence[str]) -> SecretCheck:
+    """Check a presented secret against at most 2 stored hashes, with the default costs: see `SecretHasher.check`.
+
+    Args:
+        secret: as it was presented, of any length.
+        stored: none for an unknown device, the present hash, and the one before it while that still serves.
+
+    Returns:
+        Which one matched, and what to store in its place if it is out of date.
+
+    Raises:
+        InvalidArgumentError: more than 2 hashes, or one string in place of a sequence.
+        DatabaseBusyError: too many are being hashed, and no turn came within 30 seconds.
+        MemoryError: the system would not give Argon2 the memory or the threads for a run.
+    """
+    return _default.check(secret, stored)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from homeagent.engine.engine import Engine
     from homeagent.maintenance.sweeping import BackupSchedule
 
-__all__ = ["back_up", "back_up_if_due", "require_file"]
+__all__ = ["back_up", "back_up_if_due", "back_up_on_schedule", "require_file"]
 
 logger = logging.getLogger("homeagent")
 
@@ -115,6 +115,19 @@ def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, st
         return _make_in(directory, engine, clock=clock, keep=schedule.keep, stop=stop)
     finally:
         lock.release()
+
+
+def back_up_on_schedule(engine: Engine, schedule: BackupSchedule, *, clock: Clock, stop: Stop) -> None:
+    """Make the backup of a schedule if it is due. One that fails is logged, for the work beside it goes on."""
+    try:
+        back_up_if_due(engine, schedule, clock=clock, stop=stop)
+    except HomeAgentError as error:
+        if not stop():
+            logger.warning(
+                "a scheduled backup failed and will be tried again after the next sweep: %s",
+                error,
+                extra={"event": "backup_failed", "error": type(error).__name__},
+            )
 
 
 def _make_in(directory: Path, engine: SQLiteEngine, *, clock: Clock, keep: int | None, stop: Stop) -> Path:

@@ -510,13 +510,15 @@ def test_two_schedules_make_one(sqlite_database: Database, clock: FakeClock, tmp
 
 SCHEDULED = """
 import sys
-from datetime import timedelta
 from homeagent import BackupSchedule, Database
+from homeagent.maintenance.backups import back_up_on_schedule
 
 with Database.open(sys.argv[1]) as database:
     print("ready", flush=True)
     sys.stdin.readline()
-    database._back_up_if_due(BackupSchedule(sys.argv[2]), __import__("threading").Event())
+    back_up_on_schedule(
+        database._engine, BackupSchedule(sys.argv[2]), clock=database._clock, stop=lambda: False
+    )
 """
 
 

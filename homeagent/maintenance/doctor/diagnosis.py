@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from homeagent.clock import Clock, system_clock
+from homeagent.engine.engine import Engine
+from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.sqlite.inspection import Stopwatch
 from homeagent.engine.target import DEFAULT_PATH, Target, resolve_target
-from homeagent.errors import InvalidArgumentError
+from homeagent.errors import DatabaseClosedError, DatabaseError, InvalidArgumentError
 from homeagent.maintenance.doctor.chart import Chart
 from homeagent.maintenance.doctor.findings import Diagnosis, Repair
 from homeagent.maintenance.doctor.postgresql import examine_postgresql
 from homeagent.maintenance.doctor.repair import mend
 from homeagent.maintenance.doctor.sqlite import examine_sqlite
 from homeagent.models.types import check_instant
+from homeagent.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
-__all__ = ["diagnose", "look", "mend"]
+__all__ = ["diagnose", "diagnose_open"]
+
+logger = logging.getLogger("homeagent")
+
+OpenUnit = Callable[[], AbstractContextManager[UnitOfWork]]
 
 QUICK = timedelta(seconds=10)
 """How long one statement of a quick look may take."""
@@ -57,11 +66,70 @@ def diagnose(
     where = resolve_target(target)
     if where.is_temporary:
         raise InvalidArgumentError("a temporary database is only there while it is open: use Database.doctor()")
-    found = look(where, clock=clock, thorough=thorough)
+    return _look_and_mend(where, clock=clock, thorough=thorough, fix=fix)
+
+
+def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: bool, fix: bool) -> Diagnosis:
+    """Look a database over that this process has open; see `Database.doctor`.
+
+    Args:
+        engine: the database.
+        read: opens a read-only unit of it.
+        clock: the store's.
+        thorough: as in `diagnose`.
+        fix: as in `diagnose`.
+
+    Raises:
+        DatabaseClosedError: it was closed meanwhile.
+    """
+    if not isinstance(engine, SQLiteEngine):
+        return _look_and_mend(Target(url=engine.sa_engine.url), clock=clock, thorough=thorough, fix=fix, engine=engine)
+    # While a reader is there, so is the log with its index: through them the doctor leaves no trace.
+    return _look_and_mend(
+        Target(path=engine.path),
+        clock=clock,
+        thorough=thorough,
+        fix=fix,
+        engine=engine,
+        meanwhile=lambda: _reading(read),
+    )
+
+
+@contextmanager
+def _reading(read: OpenUnit) -> Iterator[None]:
+    """Read in the block, if the database can be read: what is wrong with it otherwise, the doctor finds."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(read())
+        except DatabaseClosedError:
+            raise
+        except DatabaseError as error:
+            logger.debug(
+                "the doctor looks at a database that can't be read: %s",
+                error,
+                extra={"event": "doctor_without_reader", "error": type(error).__name__},
+            )
+        yield
+
+
+def _look_and_mend(
+    target: Target,
+    *,
+    clock: Clock,
+    thorough: bool,
+    fix: bool,
+    engine: Engine | None = None,
+    meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Diagnosis:
+    def look_now(repairs: Sequence[Repair] = ()) -> Diagnosis:
+        with meanwhile():
+            return look(target, clock=clock, thorough=thorough, repairs=repairs)
+
+    found = look_now()
     if not fix:
         return found
-    repairs = mend(found, where, clock=clock, engine=None)
-    return look(where, clock=clock, thorough=thorough, repairs=repairs) if repairs else found
+    repairs = mend(found, target, clock=clock, engine=engine)
+    return look_now(repairs) if repairs else found
 
 
 def look(target: Target, *, clock: Clock, thorough: bool, repairs: Sequence[Repair] = ()) -> Diagnosis:
