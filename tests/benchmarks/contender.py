@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from secrets import token_hex
 from typing import Any
 
 from tests.benchmarks.data import DAY, now_ms
@@ -99,6 +100,16 @@ class Contender(ABC):
     def prepare(self, work: str, arguments: list[Any]) -> list[Any]:
         """Return the arguments in the types that a program of this kind would have at hand; not measured."""
         return arguments
+
+    def claimed(self) -> dict[str, Any]:
+        """Return what a claim writes beside its key: an owner who is drawn anew, and a lease."""
+        return {
+            "state": "in_progress",
+            "owner": token_hex(16),
+            "fingerprint": FINGERPRINT,
+            "downstream_key": token_hex(16),
+            "lease_expires_at": self.now() + LEASE,
+        }
 
     # Reads: what was found, in the contender's own types
 

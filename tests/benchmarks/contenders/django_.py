@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
-from secrets import token_hex
 from typing import Any
 
 import django
 from django.conf import settings
 
-from tests.benchmarks.contender import BATCH, FINGERPRINT, GRACE, GRANULARITY, LEASE, SESSION_COLUMNS, Contender
+from tests.benchmarks.contender import BATCH, GRACE, GRANULARITY, SESSION_COLUMNS, Contender
 from tests.benchmarks.contenders.handwritten import PRAGMAS, route_key
 from tests.benchmarks.data import DAY, METHOD
 
@@ -203,14 +202,8 @@ class Django(Contender):
 
     def claim(self, device_id: str, method: str, key: str, result: Any) -> bool:
         """Claim and complete."""
-        owner = token_hex(16)
-        claimed = {
-            "state": "in_progress",
-            "owner": owner,
-            "fingerprint": FINGERPRINT,
-            "downstream_key": token_hex(16),
-            "lease_expires_at": self.now() + LEASE,
-        }
+        claimed = self.claimed()
+        owner = claimed["owner"]
         with transaction.atomic():
             if not self._store(device_id, method, key, None, **claimed):
                 return False

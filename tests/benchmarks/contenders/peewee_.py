@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
-from secrets import token_hex
 from typing import Any
 
 from peewee import SQL, CompositeKey, IntegerField, Model, SqliteDatabase, TextField, Tuple, fn
 
-from tests.benchmarks.contender import BATCH, FINGERPRINT, GRACE, GRANULARITY, LEASE, SESSION_COLUMNS, Contender
+from tests.benchmarks.contender import BATCH, GRACE, GRANULARITY, SESSION_COLUMNS, Contender
 from tests.benchmarks.contenders.handwritten import PRAGMAS, route_key
 from tests.benchmarks.data import DAY, METHOD
 
@@ -204,14 +203,8 @@ class Peewee(Contender):
 
     def claim(self, device_id: str, method: str, key: str, result: Any) -> bool:
         """Claim and complete."""
-        owner = token_hex(16)
-        claimed = {
-            "state": "in_progress",
-            "owner": owner,
-            "fingerprint": FINGERPRINT,
-            "downstream_key": token_hex(16),
-            "lease_expires_at": self.now() + LEASE,
-        }
+        claimed = self.claimed()
+        owner = claimed["owner"]
         with database.atomic("IMMEDIATE"):
             if not self._store(device_id, method, key, None, **claimed):
                 return False

@@ -9,14 +9,13 @@ import json
 import sqlite3
 from collections.abc import Sequence
 from importlib.metadata import version
-from secrets import token_hex
 from typing import Any
 
 from piccolo.columns import BigInt, Integer, Text
 from piccolo.engine.sqlite import SQLiteEngine, TransactionType
 from piccolo.table import Table
 
-from tests.benchmarks.contender import BATCH, FINGERPRINT, GRACE, GRANULARITY, LEASE, SESSION_COLUMNS, AsyncContender
+from tests.benchmarks.contender import BATCH, GRACE, GRANULARITY, SESSION_COLUMNS, AsyncContender
 from tests.benchmarks.contenders.handwritten import PRAGMAS, route_key
 from tests.benchmarks.data import DAY, METHOD
 
@@ -189,14 +188,8 @@ class PiccoloTables(AsyncContender):
 
     async def claim(self, device_id: str, method: str, key: str, result: Any) -> bool:
         """Claim and complete."""
-        owner = token_hex(16)
-        claimed = {
-            "state": "in_progress",
-            "owner": owner,
-            "fingerprint": FINGERPRINT,
-            "downstream_key": token_hex(16),
-            "lease_expires_at": self.now() + LEASE,
-        }
+        claimed = self.claimed()
+        owner = claimed["owner"]
         async with writing():
             if not await self._store(device_id, method, key, None, **claimed):
                 return False

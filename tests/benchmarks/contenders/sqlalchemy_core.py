@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
-from secrets import token_hex
 from typing import Any
 
 from sqlalchemy import (
@@ -33,11 +32,9 @@ from sqlalchemy.dialects.sqlite import insert
 from tests.benchmarks.contender import (
     BATCH,
     DEVICE_COLUMNS,
-    FINGERPRINT,
     GRACE,
     GRANULARITY,
     KEY_COLUMNS,
-    LEASE,
     SESSION_COLUMNS,
     Contender,
 )
@@ -240,14 +237,8 @@ class SQLAlchemyCore(Contender):
 
     def claim(self, device_id: str, method: str, key: str, result: Any) -> bool:
         """Claim and complete."""
-        owner = token_hex(16)
-        claimed = {
-            "state": "in_progress",
-            "owner": owner,
-            "fingerprint": FINGERPRINT,
-            "downstream_key": token_hex(16),
-            "lease_expires_at": self.now() + LEASE,
-        }
+        claimed = self.claimed()
+        owner = claimed["owner"]
         with self.engine.begin() as connection:
             if not self._store(connection, device_id, method, key, None, **claimed):
                 return False

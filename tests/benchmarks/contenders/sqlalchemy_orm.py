@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
-from secrets import token_hex
 from typing import Any
 
 from sqlalchemy import ForeignKey, or_, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from tests.benchmarks.contender import BATCH, FINGERPRINT, GRACE, GRANULARITY, LEASE, Contender
+from tests.benchmarks.contender import BATCH, GRACE, GRANULARITY, Contender
 from tests.benchmarks.contenders.handwritten import route_key
 from tests.benchmarks.contenders.sqlalchemy_core import make_engine
 from tests.benchmarks.data import DAY, METHOD
@@ -188,14 +187,8 @@ class SQLAlchemyORM(Contender):
 
     def claim(self, device_id: str, method: str, key: str, result: Any) -> bool:
         """Claim and complete."""
-        owner = token_hex(16)
-        claimed = {
-            "state": "in_progress",
-            "owner": owner,
-            "fingerprint": FINGERPRINT,
-            "downstream_key": token_hex(16),
-            "lease_expires_at": self.now() + LEASE,
-        }
+        claimed = self.claimed()
+        owner = claimed["owner"]
         with Session(self.engine) as session, session.begin():
             if not self._store(session, device_id, method, key, None, **claimed):
                 return False

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
-from secrets import token_hex
 from typing import Any
 
 from tortoise import Model, Tortoise, fields
 from tortoise.expressions import Q
 from tortoise.transactions import in_transaction
 
-from tests.benchmarks.contender import BATCH, FINGERPRINT, GRACE, GRANULARITY, LEASE, SESSION_COLUMNS, AsyncContender
+from tests.benchmarks.contender import BATCH, GRACE, GRANULARITY, SESSION_COLUMNS, AsyncContender
 from tests.benchmarks.contenders.handwritten import PRAGMAS, route_key
 from tests.benchmarks.data import DAY, METHOD
 
@@ -182,14 +181,8 @@ class TortoiseModels(AsyncContender):
 
     async def claim(self, device_id: str, method: str, key: str, result: Any) -> bool:
         """Claim and complete."""
-        owner = token_hex(16)
-        claimed = {
-            "state": "in_progress",
-            "owner": owner,
-            "fingerprint": FINGERPRINT,
-            "downstream_key": token_hex(16),
-            "lease_expires_at": self.now() + LEASE,
-        }
+        claimed = self.claimed()
+        owner = claimed["owner"]
         async with in_transaction():
             if not await self._store(device_id, method, key, None, **claimed):
                 return False
