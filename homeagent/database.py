@@ -238,8 +238,8 @@ class Database:
         is over, with growing pauses.
 
         On SQLite, write units that wait for one another share a commit, each in a savepoint: one that raises is
-        undone alone, and where the commit fails, each is run again by itself. One caller's thread may do the units
-        of others, with their context variables. A unit that asks for its ORM session is done alone.
+        undone alone, and where the commit fails, each is run again by itself. They are done in a thread of the
+        database's then, with their callers' context variables. A unit that asks for its ORM session is done alone.
 
         Args:
             work: is given the unit and may be called several times: it has no effect but on the unit.
@@ -251,7 +251,8 @@ class Database:
             What `work` returned, once that is committed.
 
         Raises:
-            DatabaseBusyError: the database was still busy after `busy_timeout`.
+            DatabaseBusyError: the database was still busy after `busy_timeout`, or another caller's function kept the
+                common commit waiting for as long; nothing took place.
             ConnectionLostError: the server still could not be reached after `busy_timeout`; nothing took place.
             CommitUnknownError: the connection was lost in the middle of COMMIT: look whether it took place.
         """

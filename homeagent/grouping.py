@@ -1,213 +1,55 @@
 """Group commit: units that wait for the one writer's lane share a transaction, each in a savepoint, and one commit.
 
-A commit that is synced to the disk takes many times what a small unit does. So whoever gets the lane, the leader, does
-the units of those who came meanwhile too, and commits once for all. What they must not notice is done so:
+A commit that is synced to the disk takes many times what a small unit does. So while callers wait, one thread takes
+the lane for them, does their units and commits once for all. A caller that nobody else is in the way of does its unit
+itself, in a plain transaction. What callers must not notice of one another is done so:
 
 - A unit that raises is undone to its savepoint; the exception reaches its own caller, and the others go on.
 - Where the commit fails, or the engine undoes the transaction in the middle, nothing took place: each unit is done
   again in a transaction of its own.
 - A unit that asks for its ORM session wants a transaction that it may end: it is undone, and done again alone.
-- A call is taken only at its turn. Who gives up before that leaves the queue; who is being served waits for the end.
+- A call is taken only at its turn. Who gives up before that leaves the queue.
+- A unit whose function hangs keeps no others waiting: they give up after the timeout, and are told so for certain.
+  Whether a group commits and whether one of it gives up is decided under one lock. A group that somebody has left is
+  undone, and the rest of it done again.
+- No caller's thread ever runs another caller's function, which could keep it from its own outcome.
 
 That is why a unit that may be grouped is a function: a `with` block can't be run again.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextvars import Context, copy_context
 from threading import get_ident
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from homeagent.errors import HomeAgentError
+from homeagent.calls import DONE, ENDED, GIVEN_UP, LEADING, QUEUED, TAKEN, Call, Mailbox
+from homeagent.errors import DatabaseError, HomeAgentError
+from homeagent.joint_units import AloneRequest, JoiningUnit, LeadingUnit
 from homeagent.unit_of_work import UnitOfWork, UnitSettings, call_back, refuse_nesting
+from homeagent.writer_thread import WriterThread
 
 if TYPE_CHECKING:
-    from sqlmodel import Session
-
     from homeagent.engine.link import Link
 
-__all__ = ["Call", "Grouping", "Mailbox"]
+__all__ = ["Grouping"]
 
 T = TypeVar("T")
 
-# How many units a leader does for others, and how long it goes on taking them, in seconds: nobody waits much longer
-# for a lane that is led than for one that is not.
+# How many units are done with a first one, and how long more are taken, in seconds: nobody waits much longer for a
+# lane that is led than for one that is not.
 _MOST = 256
 _LONGEST = 0.01
 
-_SAVEPOINT = "homeagent_group"
-
-# What becomes of a call.
-_NEW, _QUEUED, _TAKEN, _LEADING, _DONE, _GIVEN_UP = range(6)
-
-
-class Mailbox(Protocol):
-    """Reaches the callers of an event loop."""
-
-    def lead(self, call: Call[Any]) -> None:
-        """Have `Grouping.lead` called with this call, in a thread that may block."""
-
-    def deliver(self, calls: Sequence[Call[Any]]) -> None:
-        """Tell the callers of these that their outcome is in the call."""
-
-
-class Call(Generic[T]):
-    """A function that somebody wants done as a unit of work, and its outcome.
-
-    Args:
-        work: the function.
-        mailbox: where its caller is reached; None for a thread that waits.
-    """
-
-    __slots__ = ("alone", "callbacks", "context", "error", "mailbox", "since", "state", "value", "woken", "work")
-
-    value: T
-
-    def __init__(self, work: Callable[[UnitOfWork], T], mailbox: Mailbox | None = None) -> None:
-        self.work = work
-        self.mailbox = mailbox
-        self.state = _NEW
-        self.alone = False
-        self.error: BaseException | None = None
-        self.callbacks: list[Callable[[], object]] | None = None
-        self.context: Context | None = None
-        self.since = 0.0
-        self.woken: threading.Lock | None = None
-
-    def expect_turn(self) -> None:
-        """Get ready to be done by another thread, with the variables of this context."""
-        self.context = copy_context()
-        self.since = monotonic()
-        if self.mailbox is None:
-            self.woken = threading.Lock()
-            self.woken.acquire()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether its outcome is there."""
-        return self.state == _DONE
-
-    def outcome(self) -> T:
-        """Return what the work returned, or raise what it raised."""
-        if self.error is not None:
-            # The traceback leads to this very call: without this, the two would keep each other alive.
-            error, self.error = self.error, None
-            try:
-                raise error
-            finally:
-                del error
-        return self.value
-
-
-class _Alone(BaseException):
-    """A unit asks for what it can have in a transaction of its own only."""
+# Nobody looks whether it has waited for too long more often than this, in seconds.
+_SHORTEST_LOOK = 0.005
 
 
 class _UndoneError(Exception):
     """The transaction that units share is no more, and nothing of it took place."""
-
-
-class _LeadingUnit(UnitOfWork):
-    """The unit of a leader: its transaction is the one that others join."""
-
-    __slots__ = ("_committing", "_undone", "took_place")
-
-    def __init__(self, settings: UnitSettings) -> None:
-        super().__init__(settings, read_only=False)
-        self._committing = False
-        self._undone = False
-        self.took_place = False
-        """Whether the commit took place, also where an interrupt came right after it."""
-
-    def begin(self, timeout: float) -> None:
-        """Take the lane and begin."""
-        self._begin(timeout)
-
-    def share(self) -> Link | None:
-        """Let others join, from when on this unit is of no more use itself, and return the link that they work on.
-
-        None where there is nothing to join: this unit was given up, or has an ORM session.
-        """
-        if self._state != "open" or self._session is not None:
-            return None
-        self._state = "shared"
-        return self._link
-
-    @property
-    def callbacks(self) -> list[Callable[[], object]] | None:
-        """What is to be called after the commit."""
-        return self._after_commit
-
-    def commit(self) -> None:
-        """Commit, or end a unit that was given up by its own `rollback`."""
-        if self._state in ("open", "shared"):
-            self._state = "open"
-            self._committing = True
-            self._commit()
-        else:
-            self._roll_back(None)
-
-    def undo(self, error: BaseException | None) -> None:
-        """Undo everything, and give the lane back."""
-        self._roll_back(error)
-
-    def _undo(self, link: Link) -> bool:
-        # An interrupt may come when COMMIT has returned and nobody has noted it yet.
-        refused = isinstance(sys.exception(), HomeAgentError)
-        self._undone = refused or link.in_transaction
-        return super()._undo(link)
-
-    def _end(self, link: Link, *, sound: bool) -> None:
-        self.took_place = self._committing and not self._undone
-        super()._end(link, sound=sound)
-
-
-class _SharedUnit(UnitOfWork):
-    """A unit in a savepoint of a leader's transaction."""
-
-    __slots__ = ("wants_alone",)
-
-    def __init__(self, settings: UnitSettings, link: Link) -> None:
-        super().__init__(settings, read_only=False)
-        self.wants_alone = False
-        link.savepoint(_SAVEPOINT)
-        self._link = link
-        self._state = "open"
-
-    @property
-    def session(self) -> Session:
-        """None here: the unit is done again, alone."""
-        self._require_link()
-        self.wants_alone = True
-        raise _Alone
-
-    def rollback(self) -> None:
-        """Abandon the unit: see `UnitOfWork.rollback`."""
-        link = self._require_link()
-        self._after_commit = None
-        link.rollback_to_savepoint(_SAVEPOINT)
-        self._state = "rolled back"
-
-    def keep(self) -> list[Callable[[], object]] | None:
-        """Leave what it did to the leader's commit, and return what is to be called after that."""
-        link, self._link = self._link, None
-        kept, self._state = self._state == "open", "ended"
-        if kept and link is not None:
-            link.release_savepoint(_SAVEPOINT)
-        return self._after_commit
-
-    def undo(self) -> None:
-        """Undo what it did, and nothing else."""
-        link, self._link = self._link, None
-        kept, self._state = self._state == "open", "ended"
-        # Where the engine undid the whole transaction, there is no savepoint either.
-        if kept and link is not None and link.in_transaction:
-            link.rollback_to_savepoint(_SAVEPOINT)
 
 
 class Grouping:
@@ -223,12 +65,23 @@ class Grouping:
         self._mutex = threading.RLock()
         self._queue: deque[Call[Any]] = deque()
         self._led = False
+        self._group: list[Call[Any]] = []
+        self._running: Call[Any] | None = None
+        # The group's outcome is settled: nobody can give up any more.
+        self._sealed = False
+        self._forsaken = False
+        self._leader = 0
+        # Several came at once, the last time.
+        self._crowded = False
+        self._writer: WriterThread[Call[Any]] = WriterThread(self.lead)
+        settings.engine.writers.occupation = self._occupation
 
     def run(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Do one unit, in this thread or in another caller's, and return what `work` returned.
+        """Do one unit, in this thread or in one that does those of many, and return what `work` returned.
 
         Raises:
-            DatabaseBusyError: its turn did not come within the timeout.
+            DatabaseBusyError: its turn did not come within the timeout, or the group that it was done in did not end
+                within it. Nothing took place.
             UnitStateError: this thread has a write unit open.
         """
         settings = self._settings
@@ -237,18 +90,27 @@ class Grouping:
         if get_ident() in settings.writing:
             refuse_nesting()
         call = Call(work)
-        with self._mutex:
-            if self._led:
+        try:
+            with self._mutex:
+                if self._led:
+                    call.expect_turn()
+                    call.state = QUEUED
+                    self._queue.append(call)
+                else:
+                    self._led, call.state = True, LEADING
+            if call.state != LEADING:
+                self._wait(call)
+            elif self._crowded or settings.writing:
+                # Others will come before this one has begun, and are then done together with it.
                 call.expect_turn()
-                call.state = _QUEUED
-                self._queue.append(call)
-            else:
-                self._led = True
-                call.state = _LEADING
-        if call.state != _LEADING:
-            self._wait(call)
-        if call.state == _LEADING:
-            self.lead(call)
+                self._have_led(call)
+                self._wait(call)
+            if call.state == LEADING:
+                self._do_alone(call)
+        finally:
+            # Here, so that an interrupt never takes the lead along.
+            if call.state == LEADING:
+                self._give_lead_on([call], [])
         if call.callbacks is not None:
             call_back(call.callbacks)
         return call.outcome()
@@ -258,61 +120,91 @@ class Grouping:
         self._settings.engine.lanes(read_only=False)
         call.expect_turn()
         with self._mutex:
-            lead = not self._led
-            self._led = True
-            if lead:
-                call.state = _LEADING
-            else:
-                call.state = _QUEUED
+            if self._led:
+                call.state = QUEUED
                 self._queue.append(call)
-        if lead and call.mailbox is not None:
-            call.mailbox.lead(call)
+            else:
+                self._led, call.state = True, LEADING
+        if call.state == LEADING:
+            self._have_led(call)
 
-    def withdraw(self, call: Call[Any]) -> bool:
-        """Take a call out of the queue. False where it is being done, or was done."""
-        with self._mutex:
-            if call.state != _QUEUED:
-                return False
-            self._queue.remove(call)
-            call.state = _GIVEN_UP
-            return True
+    def close(self) -> None:
+        """End the thread that does units for others. The lanes are closed before."""
+        self._writer.close(self._settings.timeout)
 
-    def overdue(self, mailbox: Mailbox) -> tuple[list[tuple[Call[Any], HomeAgentError]], float]:
-        """Take the calls of a mailbox out of the queue that waited too long, each with its error.
+    def hand(self, call: Call[Any]) -> None:
+        """Have a call lead, in the thread that does units for others."""
+        self._writer.hand(call)
 
-        Returns:
-            These, and after how many seconds to ask again.
-        """
-        timeout = self._settings.timeout
-        now = monotonic()
-        with self._mutex:
-            mine = [call for call in self._queue if call.mailbox is mailbox]
-            late = [call for call in mine if now - call.since >= timeout]
-            for call in late:
-                self._queue.remove(call)
-                call.state = _GIVEN_UP
-        waiting = [call.since for call in mine if call.state == _QUEUED]
-        return [(call, self._busy(call)) for call in late], (min(waiting) + timeout - now if waiting else timeout)
+    # Who waits, and for how long
 
     def _wait(self, call: Call[Any]) -> None:
         """Wait until the call was done, or is to lead."""
         woken = call.woken
         if woken is None:
             raise AssertionError("a call that waits was not made ready for it")
+        patience = self._settings.timeout
         try:
-            if not woken.acquire(timeout=self._settings.timeout):
-                if self.withdraw(call):
-                    raise self._busy(call)
-                # It is being done: what is done with it will be said.
-                woken.acquire()
+            while not woken.acquire(timeout=patience):
+                patience = self._patience(call)
         except BaseException:
             with self._mutex:
-                state, call.state = call.state, _GIVEN_UP
-                if state == _QUEUED:
+                if call.state == QUEUED:
                     self._queue.remove(call)
-            if state == _LEADING:
-                self._give_lead_on([])
+                if call.state != LEADING:
+                    call.state = GIVEN_UP
             raise
+
+    def _patience(self, call: Call[Any]) -> float:
+        """Return after how many seconds more the call is to look again. Where it waited too long, it gives up."""
+        with self._mutex:
+            left = self._left(call, monotonic())
+            if left > 0:
+                return max(left, _SHORTEST_LOOK)
+            self._give_up(call)
+        raise self._busy(call)
+
+    def _left(self, call: Call[Any], now: float) -> float:
+        """Return how many seconds the call may wait for others. Its own function may take as long as it likes."""
+        timeout = self._settings.timeout
+        if call.state == QUEUED or (call.state == ENDED and not self._sealed):
+            return call.since + timeout - now
+        return max(timeout, _SHORTEST_LOOK)
+
+    def _give_up(self, call: Call[Any]) -> None:
+        if call.state == QUEUED:
+            self._queue.remove(call)
+        else:
+            self._forsaken = True
+        call.state = GIVEN_UP
+        call.callbacks = None
+
+    def withdraw(self, call: Call[Any]) -> bool:
+        """Take a call out of the queue. False where it is being done, or was done."""
+        with self._mutex:
+            if call.state != QUEUED:
+                return False
+            self._give_up(call)
+            return True
+
+    def overdue(self, mailbox: Mailbox) -> tuple[list[tuple[Call[Any], HomeAgentError]], float]:
+        """Give up the calls of a mailbox that waited too long, each with its error.
+
+        Returns:
+            These, and after how many seconds to ask again.
+        """
+        now = monotonic()
+        again = self._settings.timeout
+        late: list[Call[Any]] = []
+        with self._mutex:
+            for call in [each for each in (*self._queue, *self._group) if each.mailbox is mailbox]:
+                left = self._left(call, now)
+                if left > 0:
+                    again = min(again, left)
+                else:
+                    self._give_up(call)
+                    late.append(call)
+        return [(call, self._busy(call)) for call in late], again
 
     def _busy(self, call: Call[Any]) -> HomeAgentError:
         counters = self._settings.engine.counters
@@ -321,145 +213,220 @@ class Grouping:
         counters.faulted(error)
         return error
 
-    # What a leader does
+    def _occupation(self, holder: int) -> str | None:
+        """Say what a thread that holds the lane for others is doing for whom."""
+        running = self._running
+        if running is None or holder != self._leader:
+            return None
+        return f"{running} since {monotonic() - running.since:.3f} s"
+
+    # What is done for those who wait
 
     def lead(self, call: Call[Any]) -> None:
         """Do a call that was told to lead, and those that wait by then; then give the lead on.
 
-        The call has its outcome then, and nothing is raised but through that.
+        The calls have their outcome then, and nothing is raised but through that.
         """
-        taken: list[Call[Any]] = []
+        members = self._group
+        self._leader = get_ident()
+        again: Sequence[Call[Any]] = ()
+        if call.alone:
+            self._do_alone(call)
+        else:
+            try:
+                done = self._do_together(members)
+            except BaseException as error:  # noqa: BLE001  raised by the outcome
+                call.error = error
+                again = members[1:]
+            else:
+                again = [each for each in members if each.alone] if done else members
+        for each in again:
+            each.alone = True
+        self._crowded = len(members) > 1
+        self._give_lead_on(members, again)
+
+    def _do_alone(self, call: Call[Any]) -> None:
+        """Do a call in a transaction of its own, in its caller's thread where it leads there."""
+        timeout = self._settings.timeout
+        unit = LeadingUnit(self._settings)
         try:
-            self._do(call, taken)
+            try:
+                unit.begin(max(timeout - (monotonic() - call.since), 0) if call.since else timeout)
+                call.since = call.since and monotonic()
+                call.value = call.work(unit) if call.state == LEADING else call.compute(unit)
+            except BaseException as error:
+                unit.undo(error)
+                raise
+            unit.commit()
         except BaseException as error:  # noqa: BLE001  raised by the outcome
             call.error = error
-            for each in taken:
-                each.alone = True
-        again = [each for each in taken if each.alone]
-        done = [each for each in taken if not each.alone]
-        if call.mailbox is not None:
-            done.append(call)
-        self._give_lead_on(again)
-        self._deliver(done)
+        if unit.took_place:
+            call.callbacks = unit.callbacks
 
-    def _do(self, call: Call[Any], taken: list[Call[Any]]) -> None:
-        timeout = self._settings.timeout
-        unit = _LeadingUnit(self._settings)
-        failure: BaseException | None = None
+    def _do_together(self, members: list[Call[Any]]) -> bool:
+        """Do the first call of a group, and add those that wait, in one transaction.
+
+        Returns:
+            Whether each has its outcome, but for those that are to be done alone. Otherwise nothing took place.
+        """
+        call = members[0]
+        unit = LeadingUnit(self._settings)
         try:
-            unit.begin(max(timeout - (monotonic() - call.since), 0) if call.since else timeout)
-            call.value = call.work(unit) if call.mailbox is None or call.context is None else _in_context(call, unit)
-            if self._queue and not call.alone:
-                self._take_in(unit, taken)
+            unit.begin(max(self._settings.timeout - (monotonic() - call.since), 0))
+            call.since = monotonic()
+            call.value = call.compute(unit)
+            self._take_in(unit, members)
         except _UndoneError:
             unit.undo(None)
+            return False
         except BaseException as error:
             unit.undo(error)
             raise
-        else:
-            try:
-                unit.commit()
-            except BaseException as error:  # noqa: BLE001  raised by the outcome
-                failure = error
-            if unit.took_place or not taken:
-                call.callbacks = unit.callbacks if unit.took_place else None
-                call.error = failure
-                self._count(taken)
-                return
-        # Nothing took place: each is done again in a transaction of its own, this one at once.
-        for each in taken:
-            each.alone = True
-            each.error = each.callbacks = None
-        call.alone = True
+        failure: BaseException | None = None
+        try:
+            unit.commit()
+        except BaseException as error:  # noqa: BLE001  raised by the outcome
+            failure = error
+        if unit.took_place or len(members) == 1:
+            call.callbacks = unit.callbacks if unit.took_place else None
+            call.error = failure
+            self._count(members[1:])
+            return True
         if failure is not None and not isinstance(failure, HomeAgentError):
             raise failure
-        self._do(call, [])
+        return False
 
-    def _take_in(self, leading: _LeadingUnit, taken: list[Call[Any]]) -> None:
-        """Do the units of who waits, until nobody does or it is enough."""
-        end = monotonic() + _LONGEST
+    def _take_in(self, leading: LeadingUnit, members: list[Call[Any]]) -> None:
+        """Do the units of who waits, until nobody does or it is enough; then nobody of the group can give up."""
+        begun = monotonic()
+        # Well within the time that its first members wait for it.
+        end = begun + min(_LONGEST, self._settings.timeout / 4)
         link = leading.share()
-        while link is not None and len(taken) < _MOST:
-            with self._mutex:
-                if not self._queue:
-                    return
-                call = self._queue.popleft()
-                call.state = _TAKEN
-                taken.append(call)
+        call = self._next(members, enough=link is None)
+        while link is not None and call is not None:
             self._do_shared(call, link)
             if not link.in_transaction:
                 # A full disk and the like: https://sqlite.org/lang_transaction.html, section 3
                 raise _UndoneError
-            if monotonic() >= end:
-                return
+            call = self._next(members, enough=len(members) > _MOST or monotonic() >= end)
+
+    def _next(self, members: list[Call[Any]], *, enough: bool) -> Call[Any] | None:
+        """Note that the last member's function has ended, and return the next one's call. None closes the group.
+
+        Raises:
+            _UndoneError: somebody gave up waiting for the group.
+        """
+        with self._mutex:
+            ended = members[-1]
+            if ended.state == TAKEN:
+                ended.state, ended.since = ENDED, monotonic()
+            self._running = None
+            if self._forsaken:
+                raise _UndoneError
+            if enough or not self._queue:
+                self._sealed = True
+                return None
+            call = self._running = self._queue.popleft()
+            call.state = TAKEN
+            members.append(call)
+            return call
 
     def _do_shared(self, call: Call[Any], link: Link) -> None:
-        self._settings.engine.counters.waited(monotonic() - call.since)
+        now = monotonic()
+        self._settings.engine.counters.waited(now - call.since)
+        call.since = now
         try:
-            unit = _SharedUnit(self._settings, link)
+            unit = JoiningUnit(self._settings, link)
         except HomeAgentError as error:
             raise _UndoneError from error
         try:
-            call.value = _in_context(call, unit)
+            call.value = call.compute(unit)
             if unit.wants_alone:
-                raise _Alone
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
-                # It is meant for the thread, which is the leader's.
-                raise
+                raise AloneRequest
+        except BaseException as error:  # noqa: BLE001  raised by the outcome
             call.alone = unit.wants_alone
             call.error = None if unit.wants_alone else error
             _or_undone(unit.undo)
         else:
             call.callbacks = _or_undone(unit.keep)
 
-    def _count(self, taken: Sequence[Call[Any]]) -> None:
-        if not taken:
+    def _count(self, others: Sequence[Call[Any]]) -> None:
+        if not others:
             return
         counters = self._settings.engine.counters
-        ended = [each for each in taken if not each.alone]
+        ended = [each for each in others if not each.alone]
         kept = sum(each.error is None for each in ended)
         counters.commits += kept
         counters.rollbacks += len(ended) - kept
         if kept:
             counters.grouped(kept + 1)
 
-    def _give_lead_on(self, again: Sequence[Call[Any]]) -> None:
-        """Have the next in line lead; first those that are to be done again."""
+    # Who is next
+
+    def _have_led(self, call: Call[Any]) -> None:
+        """Have the call lead, as the first of a group, in a thread that may block."""
+        with self._mutex:
+            self._group = [call]
+            self._running = call
+            self._sealed = self._forsaken = False
+            call.state = TAKEN
+        try:
+            if call.mailbox is not None:
+                call.mailbox.lead(call)
+            else:
+                self._writer.hand(call)
+        except RuntimeError as error:
+            # The system has no thread left, or the interpreter ends.
+            if call.woken is not None:
+                with self._mutex:
+                    self._group, self._running = [], None
+                    call.state = LEADING
+                call.woken.release()
+                return
+            call.error = DatabaseError(f"no thread can be started to do the units of coroutines: {error}")
+            self._give_lead_on([call], [])
+
+    def _give_lead_on(self, members: Sequence[Call[Any]], again: Sequence[Call[Any]]) -> None:
+        """Queue those of a group that are to be done again, have the next in line lead, and tell the others."""
         following: Call[Any] | None = None
+        woken: threading.Lock | None = None
+        done: list[Call[Any]] = []
         with self._mutex:
             for call in reversed(again):
-                if call.state != _GIVEN_UP:
-                    call.state = _QUEUED
+                call.error = call.callbacks = None
+                if call.state != GIVEN_UP:
+                    call.state, call.since = QUEUED, monotonic()
                     self._queue.appendleft(call)
+            for call in members:
+                if call.state in {TAKEN, ENDED, LEADING}:
+                    if call.state != LEADING:
+                        done.append(call)
+                    call.state = DONE
+            self._group, self._running = [], None
             if self._queue:
                 following = self._queue.popleft()
-                following.state = _LEADING
+                if following.woken is not None and following.alone:
+                    following.state, woken = LEADING, following.woken
+                else:
+                    following.state = TAKEN
             else:
                 self._led = False
-        if following is None:
-            return
-        if following.mailbox is not None:
-            following.mailbox.lead(following)
-        elif following.woken is not None:
-            following.woken.release()
+        if woken is not None:
+            woken.release()
+        elif following is not None:
+            self._have_led(following)
+        if done:
+            self._deliver(done)
 
     def _deliver(self, done: Sequence[Call[Any]]) -> None:
         letters: dict[Mailbox, list[Call[Any]]] = {}
         for call in done:
-            call.state = _DONE
             if call.mailbox is not None:
                 letters.setdefault(call.mailbox, []).append(call)
             elif call.woken is not None:
                 call.woken.release()
         for mailbox, calls in letters.items():
             mailbox.deliver(calls)
-
-
-def _in_context(call: Call[T], unit: UnitOfWork) -> T:
-    if call.context is None:
-        raise AssertionError("a call of another thread was not made ready for it")
-    return call.context.run(call.work, unit)
 
 
 def _or_undone(act: Callable[[], T]) -> T:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -13,15 +11,13 @@ from weakref import WeakKeyDictionary
 import anyio
 import anyio.to_thread
 
-from homeagent.grouping import Call, Grouping
+from homeagent.calls import Call
+from homeagent.grouping import Grouping
 from homeagent.unit_of_work import UnitOfWork, call_back
 
 __all__ = ["LoopCalls"]
 
 T = TypeVar("T")
-
-# After so many seconds without work the thread ends; the next call starts another one.
-_IDLE = 5.0
 
 
 class _LoopCall(Call[T]):
@@ -35,16 +31,12 @@ class LoopCalls:
 
     Args:
         grouping: does the units.
-        timeout: how long a call waits for its turn, in seconds.
+        timeout: how long a call waits for others, in seconds.
     """
 
     def __init__(self, grouping: Grouping, timeout: float) -> None:
         self._grouping = grouping
         self._timeout = timeout
-        self._mutex = threading.Lock()
-        self._inbox: queue.SimpleQueue[Call[Any] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._closed = False
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = WeakKeyDictionary()
 
     async def run(self, work: Callable[[UnitOfWork], T]) -> T:
@@ -79,36 +71,8 @@ class LoopCalls:
         return call.outcome()
 
     def lead(self, call: Call[Any]) -> None:
-        """Do this call, and who waits with it, in the thread."""
-        with self._mutex:
-            self._inbox.put(call)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="homeagent-writer", daemon=True)
-                self._thread.start()
-
-    def _work(self) -> None:
-        while True:
-            try:
-                call = self._inbox.get(timeout=0 if self._closed else _IDLE)
-            except queue.Empty:
-                call = None
-            if call is not None:
-                self._grouping.lead(call)
-                continue
-            with self._mutex:
-                if self._inbox.empty():
-                    self._thread = None
-                    return
-
-    def close(self) -> None:
-        """End the thread, once it has done what it was given."""
-        with self._mutex:
-            self._closed = True
-            thread = self._thread
-            if thread is not None:
-                self._inbox.put(None)
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        """Have this call, and who waits with it, done by a thread."""
+        self._grouping.hand(call)
 
     def overdue(self, loop: _Loop) -> tuple[list[tuple[Call[Any], Exception]], float]:
         """Give up the calls of a loop that waited too long; see `Grouping.overdue`."""
@@ -166,10 +130,10 @@ def _resolve(calls: Sequence[Call[Any]]) -> None:
 
 
 async def _end_of(call: _LoopCall[Any], cancellation: asyncio.CancelledError) -> asyncio.CancelledError:
-    """Wait until a call that is being done was done, and return the last cancellation."""
+    """Wait until a call that is being done is over, and return the last cancellation."""
     # A scope of AnyIO shields from AnyIO's cancellation only, and this loop from a Task.cancel() too.
     with anyio.CancelScope(shield=True):
-        while not call.is_done:
+        while not call.is_over:
             # The cancellation ended the future that was waited for. It is resolved in this very thread, so that
             # nothing comes between the look and this.
             call.future = asyncio.get_running_loop().create_future()

@@ -90,9 +90,9 @@ class Runner:
             return self._loop_calls
 
     def close(self) -> None:
-        """End the thread that does the units of coroutines. The lanes are closed before."""
-        if self._loop_calls is not None:
-            self._loop_calls.close()
+        """End the thread that does the units of many callers. The lanes are closed before."""
+        if self._grouping is not None:
+            self._grouping.close()
 
 
 class _Tries:

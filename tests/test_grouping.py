@@ -23,16 +23,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from homeagent import Agent, AgentCreate, Database, UnitOfWork
+from homeagent.calls import Call
 from homeagent.engine.link import Link
 from homeagent.errors import (
     AgentExistsError,
     AgentNotFoundError,
     DatabaseBusyError,
     DatabaseClosedError,
+    DatabaseError,
     DiskFullError,
     UnitStateError,
 )
-from homeagent.grouping import Call, Grouping
+from homeagent.grouping import Grouping
 from tests.conftest import START, FakeClock, add_agent, dump
 
 Work = Callable[[UnitOfWork], Any]
@@ -418,33 +420,31 @@ def test_a_transaction_that_the_engine_undid_is_done_again(sqlite_database: Data
     assert agents_of(sqlite_database) == ["a", "b", "broke before"]
 
 
-def test_an_interrupt_is_the_leaders(sqlite_database: Database) -> None:
-    """Ctrl-C in the main thread ends what that thread asked for; the unit that it happened to do is done again."""
-    interrupted: list[int] = []
+def test_a_callers_own_thread_does_no_unit_but_its_own(sqlite_database: Database) -> None:
+    """Whatever waits while a caller does its unit, another thread does: nobody's function keeps it, nor its Ctrl-C."""
     grouping = grouping_of(sqlite_database)
-    others: list[Any] = []
+    ran_in: list[str] = []
 
-    def interrupt(unit: UnitOfWork) -> str:
-        create(unit, "follower")
-        if not interrupted:
-            interrupted.append(1)
-            raise KeyboardInterrupt
-        return "done"
+    def follow(unit: UnitOfWork) -> None:
+        ran_in.append(threading.current_thread().name)
+        create(unit, f"follower {len(ran_in)}")
 
-    follower = threading.Thread(target=lambda: others.append(sqlite_database.run(interrupt)))
+    followers = [threading.Thread(target=sqlite_database.run, args=(follow,)) for _ in range(3)]
 
     def lead(unit: UnitOfWork) -> None:
         create(unit, "leader")
-        follower.start()
-        while not grouping._queue:
+        for follower in followers:
+            follower.start()
+        while len(grouping._queue) < len(followers):
             time.sleep(0.001)
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         sqlite_database.run(lead)
-    follower.join(30)
-    assert others == ["done"]
-    assert agents_of(sqlite_database) == ["follower"]
-    add_agent(sqlite_database)
+    for follower in followers:
+        follower.join(30)
+    assert ran_in == ["homeagent-writer"] * 3
+    assert agents_of(sqlite_database) == ["follower 1", "follower 2", "follower 3"]
 
 
 def test_an_interrupt_right_after_the_commit_loses_nothing(
@@ -709,6 +709,245 @@ def test_a_unit_that_is_stuck_lets_those_behind_it_give_up(impatient: Database) 
 
     asyncio.run(main())
     assert agents_of(impatient) == ["slow"]
+
+
+def busy_or(act: Callable[[], Any]) -> Any:
+    """Return what this returns, or its DatabaseBusyError."""
+    try:
+        return act()
+    except DatabaseBusyError as error:
+        return error
+
+
+def test_a_function_that_hangs_keeps_no_other_caller_waiting(impatient: Database) -> None:
+    """Those before it in its group and those behind are told who hangs, and not one of them took place.
+
+    They learn it while it hangs. When it ends after all, it alone is done, in a transaction of its own.
+    """
+    grouping = grouping_of(impatient)
+    serve(impatient, agents_seen, agents_seen)  # several at once: the next ones are not done by their callers
+    go_on, hanging = threading.Event(), threading.Event()
+    outcomes: dict[str, Any] = {}
+    called: list[str] = []
+
+    def caller(name: str, work: Work) -> threading.Thread:
+        return threading.Thread(target=lambda: outcomes.update({name: busy_or(lambda: impatient.run(work))}), name=name)
+
+    def hang(unit: UnitOfWork) -> str:
+        called.append("hang")
+        hanging.set()
+        assert go_on.wait(30)
+        return create(unit, "hung")
+
+    def begin(unit: UnitOfWork) -> str:
+        for number, thread in enumerate((second, hangs)):
+            thread.start()
+            while len(grouping._queue) <= number:
+                time.sleep(0.001)
+        unit.after_commit(lambda: called.append("never"))
+        return create(unit, "first")
+
+    hangs = caller("the hanging one", hang)
+    second = caller("second", functools.partial(create, agent_id="second"))
+    threads = [caller("first", begin), second, caller("third", functools.partial(create, agent_id="third"))]
+    threads[0].start()
+    assert hanging.wait(30)
+    threads[2].start()
+    for thread in threads:
+        thread.join(30)
+    outcomes["block"] = busy_or(lambda: add_agent(impatient))
+    assert "the hanging one" not in outcomes
+    assert sorted(outcomes) == ["block", "first", "second", "third"]
+    for outcome in outcomes.values():
+        assert isinstance(outcome, DatabaseBusyError)
+        assert "'homeagent-writer' holds it since" in str(outcome)
+        assert "hang for thread 'the hanging one' since" in str(outcome)
+    go_on.set()
+    hangs.join(30)
+    assert outcomes["the hanging one"] == "hung"
+    assert agents_of(impatient) == ["hung"]
+    assert called == ["hang", "hang"]
+    assert impatient.run(functools.partial(create, agent_id="ada")) == "ada"
+
+
+@pytest.mark.parametrize("cancelled", [False, True], ids=["waiting", "cancelled"])
+def test_a_function_that_hangs_keeps_no_coroutine_waiting(impatient: Database, cancelled: bool) -> None:
+    """A coroutine whose unit was done gives its group up in time, also one that was cancelled meanwhile."""
+    go_on, hanging = threading.Event(), threading.Event()
+
+    def hang(unit: UnitOfWork) -> str:
+        hanging.set()
+        assert go_on.wait(30)
+        return create(unit, "hung")
+
+    def begin(unit: UnitOfWork) -> str:
+        while not grouping_of(impatient)._queue:
+            time.sleep(0.001)
+        unit.after_commit(lambda: pytest.fail("it was given up"))
+        return create(unit, "first")
+
+    async def main() -> None:
+        first = asyncio.ensure_future(impatient.arun(begin))
+        hangs = asyncio.ensure_future(impatient.arun(hang))
+        assert await anyio.to_thread.run_sync(hanging.wait, 30)
+        if cancelled:
+            first.cancel()
+        with pytest.raises(asyncio.CancelledError if cancelled else DatabaseBusyError) as caught:
+            await first
+        if not cancelled:
+            assert caught.match("hang for a coroutine since")
+        assert not hangs.done()
+        go_on.set()
+        assert await hangs == "hung"
+
+    asyncio.run(main())
+    assert agents_of(impatient) == ["hung"]
+
+
+def agents_seen(unit: UnitOfWork) -> int:
+    """Return how many agents a unit sees."""
+    return len(unit.agents.list())
+
+
+class Stopwatch:
+    """A monotonic clock that is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("homeagent.grouping.monotonic", lambda: self.now)
+        monkeypatch.setattr("homeagent.calls.monotonic", lambda: self.now)
+
+
+def test_who_stays_with_a_group_that_another_left_is_done_again(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is done without what the other one did, whose unit took no place; its own wait begins anew."""
+    watch = Stopwatch(monkeypatch)
+    grouping = grouping_of(sqlite_database)
+    desk = Desk(grouping)
+    late: list[tuple[Call[Any], Any]] = []
+    runs: list[tuple[str, int]] = []
+
+    def work(unit: UnitOfWork, agent_id: str, seconds: float) -> str:
+        runs.append((agent_id, agents_seen(unit)))
+        watch.now += seconds
+        found, again = grouping.overdue(desk)
+        late.extend(found)
+        assert 0 < again <= 20
+        return create(unit, agent_id)
+
+    # The timeout is 20 s. When the third ends, the first has waited for 22, and the second for 18.
+    calls = [
+        Call(functools.partial(work, agent_id=name, seconds=seconds), desk)
+        for name, seconds in (("first", 1), ("second", 4), ("third", 18))
+    ]
+    for call in calls:
+        grouping.submit(call)
+    while desk.leading:
+        grouping.lead(desk.leading.pop())
+    assert [call for call, _ in late] == calls[:1]
+    assert isinstance(late[0][1], DatabaseBusyError)
+    assert desk.delivered == calls[1:]
+    assert [outcome_of(call) for call in calls[1:]] == ["second", "third"]
+    assert runs == [("first", 0), ("second", 1), ("third", 2), ("second", 0), ("third", 1)]
+    assert agents_of(sqlite_database) == ["second", "third"]
+
+
+def test_nobody_gives_up_a_group_that_commits(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the decision to commit on, no wait is too long: who was told `busy` would find the unit in the file."""
+    watch = Stopwatch(monkeypatch)
+    grouping = grouping_of(sqlite_database)
+    desk = Desk(grouping)
+    commit = Link.commit
+    late: list[Any] = []
+
+    def slow(link: Link) -> None:
+        watch.now += 1000
+        late.extend(grouping.overdue(desk)[0])
+        commit(link)
+
+    calls = [Call(functools.partial(create, agent_id=name), desk) for name in ("a", "b")]
+    for call in calls:
+        grouping.submit(call)
+    monkeypatch.setattr(Link, "commit", slow)
+    while desk.leading:
+        grouping.lead(desk.leading.pop())
+    assert late == []
+    assert [outcome_of(call) for call in calls] == ["a", "b"]
+
+
+def test_who_is_told_that_it_was_busy_is_not_in_the_file(sqlite_path: Path) -> None:
+    """Functions that hang for about as long as anybody waits: what returned is there, what was given up is not."""
+    gave_up: list[str] = []
+    returned: list[str] = []
+
+    with Database.open(sqlite_path, busy_timeout=timedelta(milliseconds=8), durability="normal") as database:
+
+        def call(caller: int) -> None:
+            for number in range(25):
+                name = f"{caller}-{number}"
+
+                def work(unit: UnitOfWork, name: str = name, number: int = number) -> None:
+                    create(unit, name)
+                    time.sleep(0.001 * ((caller * 7 + number * 3) % 10))
+
+                (returned if busy_or(functools.partial(database.run, work)) is None else gave_up).append(name)
+
+        threads = [threading.Thread(target=call, args=(caller,)) for caller in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len(gave_up) + len(returned) == 200
+        assert gave_up
+        assert returned
+        assert {row[0] for row in dump(database)["agents"]} == set(returned)
+
+
+def test_a_system_without_threads_left_still_does_the_units_of_threads(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each caller does its own then. A coroutine's is refused, and nobody waits behind it."""
+    serve(sqlite_database, agents_seen, agents_seen)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("homeagent.writer_thread.threading.Thread.start", refuse)
+        with pytest.raises(DatabaseError, match="can't start new thread"):
+            asyncio.run(sqlite_database.arun(functools.partial(create, agent_id="coroutine")))
+        assert sqlite_database.run(functools.partial(create, agent_id="thread")) == "thread"
+    assert asyncio.run(sqlite_database.arun(functools.partial(create, agent_id="later"))) == "later"
+    assert agents_of(sqlite_database) == ["later", "thread"]
+
+
+def test_closing_waits_for_a_function_that_hangs_no_longer_than_the_timeout(
+    impatient: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said that one hangs. Like a block that is open meanwhile, it commits when it ends."""
+    go_on, hanging = threading.Event(), threading.Event()
+    results: list[str] = []
+
+    def hang(unit: UnitOfWork) -> str:
+        hanging.set()
+        assert go_on.wait(30)
+        return create(unit, "hung")
+
+    async def main() -> None:
+        results.append(await impatient.arun(hang))
+
+    path = impatient.status().location
+    caller = threading.Thread(target=asyncio.run, args=(main(),))
+    caller.start()
+    assert hanging.wait(30)
+    impatient.close()
+    assert [getattr(record, "event", None) for record in caplog.records] == ["unit_hangs"]
+    go_on.set()
+    caller.join(30)
+    assert results == ["hung"]
+    with Database.open(path) as again:
+        assert agents_of(again) == ["hung"]
 
 
 def test_closing_refuses_who_waits(sqlite_database: Database) -> None:

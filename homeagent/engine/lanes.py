@@ -59,6 +59,8 @@ class Lanes(Generic[T]):
         self._count = 0
         self._closed = False
         self._held: dict[T, tuple[int, float]] = {}
+        self.occupation: Callable[[int], str | None] | None = None
+        """Says what a thread that holds one is doing, where that is not its own affair."""
         self.waits = 0
         """How often a caller had to wait."""
 
@@ -211,10 +213,11 @@ class Lanes(Generic[T]):
     def _holders(self) -> str:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         now = monotonic()
-        held = [
-            f"thread {names.get(ident, ident)!r} holds it since {now - since:.3f} s"
-            for ident, since in self._held.values()
-        ]
+        held = []
+        for ident, since in self._held.values():
+            doing = self.occupation(ident) if self.occupation is not None else None
+            holder = f"thread {names.get(ident, ident)!r} holds it since {now - since:.3f} s"
+            held.append(f"{holder}, doing {doing}" if doing else holder)
         return "; ".join(held) or "it is being opened"
 
 

@@ -1,0 +1,80 @@
+"""A thread that does for others what may block, starts with the first of it, and ends when there is none for long."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+__all__ = ["WriterThread"]
+
+logger = logging.getLogger("homeagent")
+
+T = TypeVar("T")
+
+# After so many seconds without work the thread ends; the next piece starts another one.
+_IDLE = 5.0
+
+
+class WriterThread(Generic[T]):
+    """Does one piece of work after the other, in a daemon thread.
+
+    Args:
+        act: does a piece of work, and raises nothing.
+    """
+
+    def __init__(self, act: Callable[[T], object]) -> None:
+        self._act = act
+        self._mutex = threading.Lock()
+        self._inbox: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def hand(self, work: T) -> None:
+        """Have a piece of work done.
+
+        Raises:
+            RuntimeError: the system has no thread left. The piece was not taken.
+        """
+        if self._thread is threading.current_thread():
+            self._inbox.put(work)  # it looks there before it ends
+            return
+        with self._mutex:
+            if self._thread is None:
+                thread = threading.Thread(target=self._work, name="homeagent-writer", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._inbox.put(work)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                work = self._inbox.get(timeout=0 if self._closed else _IDLE)
+            except queue.Empty:
+                work = None
+            if work is not None:
+                self._act(work)
+                continue
+            with self._mutex:
+                if self._inbox.empty():
+                    self._thread = None
+                    return
+
+    def close(self, timeout: float) -> None:
+        """End the thread once it has done what it was given, and wait for that so many seconds."""
+        with self._mutex:
+            self._closed = True
+            thread = self._thread
+            if thread is not None:
+                self._inbox.put(None)
+        if thread is None or thread is threading.current_thread():
+            return
+        thread.join(timeout)
+        if thread.is_alive():
+            logger.warning(
+                "a unit of work did not end within %.3f s of closing the database: its function hangs",
+                timeout,
+                extra={"event": "unit_hangs", "waited_seconds": timeout},
+            )
