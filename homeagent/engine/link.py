@@ -218,7 +218,7 @@ class Link:
             fault = self._translate(error)
         else:
             try:
-                return compiled.load(rows)[0] if rows else None
+                return compiled.load_one(rows[0]) if rows else None
             except UNREADABLE:
                 fault = unreadable()
         raise fault
