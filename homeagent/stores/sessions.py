@@ -77,7 +77,7 @@ _INDEX = Statement[AgentSession](
 
 
 @cache
-def _list(agent: bool, sender: bool, channel: bool, after: bool, /) -> Statement[AgentSession]:
+def _list(*, agent: bool, sender: bool, channel: bool, after: bool) -> Statement[AgentSession]:
     conditions: list[Any] = []
     if agent:
         conditions.append(_columns.agent_id == bindparam("agent_id"))
@@ -206,7 +206,12 @@ class SessionStore(Store):
         """
         if after is not None and not isinstance(after, AgentSession):
             raise InvalidArgumentError("after must be the last session of the page before")
-        statement = _list(agent_id is not None, sender_id is not None, channel_id is not None, after is not None)
+        statement = _list(
+            agent=agent_id is not None,
+            sender=sender_id is not None,
+            channel=channel_id is not None,
+            after=after is not None,
+        )
         return self._unit.all(
             statement,
             agent_id=None if agent_id is None else check_identifier(agent_id, "agent_id"),
