@@ -106,7 +106,6 @@ class Run:
         record: dict[str, Any] = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "command": self.command,
-            "rounds": workshop.plan.rounds,
             **describe_code(),
             "skipped": self.skipped,
             "busy": [busy_share(pause)],
@@ -116,6 +115,7 @@ class Run:
 
         def keep(found: dict[str, Any], **more: Any) -> None:
             record["seconds"] = round(time.monotonic() - begun, 1)
+            record["rounds"] = found.get("rounds", workshop.plan.rounds)
             record.update(more)
             # What is whole is not given up for what may not become it.
             if record["complete"] or not finished(earlier):

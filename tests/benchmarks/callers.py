@@ -247,6 +247,7 @@ def measure_callers(workshop: Workshop) -> dict[str, Any]:
                     runs[way][str(callers)].append(_in_process(workshop, way, callers, seconds, "full"))
         workshop.keep(
             results := {
+                "rounds": max(plan.rounds, plan.pairs),
                 "measured": {way: {count: _middle(each) for count, each in row.items()} for way, row in runs.items()},
                 "compared": {
                     compared(callers, way): spread(_rates(runs[way][str(callers)], runs[alone][str(callers)]))

@@ -167,6 +167,7 @@ def _sweeping(section: Mapping[str, Any]) -> list[Grid]:
 
 def _scale(section: Mapping[str, Any]) -> list[Grid]:
     smallest, *larger = [str(size) for size in section["sizes"]]
+    samples = len(next(iter(section["measured"]["homeagent"].values()))[smallest]["samples"]["ratios"])
     rows = []
     for work, title in section["titles"].items():
         for number, (name, measured) in enumerate(section["measured"].items()):
@@ -180,7 +181,9 @@ def _scale(section: Mapping[str, Any]) -> list[Grid]:
                 ]
             )
     header = ("work", "contender", f"{int(smallest):,} rows", *(f"{int(size):,}: ratio (min–max)" for size in larger))
-    return [Grid("scale", "By the rows in each large table, at `normal`", header, rows, texts=2)]
+    return [
+        Grid("scale", f"By the rows in each large table, at `normal`, {samples} samples of each", header, rows, texts=2)
+    ]
 
 
 def _startup(section: Mapping[str, Any]) -> list[Grid]:

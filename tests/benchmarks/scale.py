@@ -23,8 +23,8 @@ DURABILITY = "normal"
 """Where no commit waits for the disk, what size costs shows most."""
 
 NAMES = (BASELINE, "homeagent")
-ROUNDS = 2
-REPEATS = 3
+HUGE = 10_000_000
+"""From so many rows on copies take longer than samples: one round with more samples, and not two with fewer."""
 
 
 def _expect_at_least(name: str, size: int, found: dict[str, int], written: Counter[str]) -> None:
@@ -42,10 +42,12 @@ def measure_scale(workshop: Workshop) -> dict[str, Any]:
     sizes = sorted(workshop.sizes)
     chosen = works(indexed(workshop))
     table = {name: {work: {size: Measured() for size in sizes} for work in chosen} for name in NAMES}
-    rounds = min(workshop.plan.rounds, ROUNDS)
+    rounds, repeats = (1, 5) if sizes[-1] >= HUGE else (2, 3)
+    plan = replace(workshop.plan, rounds=min(workshop.plan.rounds, rounds), repeats=min(workshop.plan.repeats, repeats))
 
     def results() -> dict[str, Any]:
         return {
+            "rounds": plan.rounds,
             "sizes": sizes,
             "titles": {work.name: work.title for work in chosen.values()},
             "measured": {
@@ -54,10 +56,11 @@ def measure_scale(workshop: Workshop) -> dict[str, Any]:
             },
         }
 
-    for number in range(rounds):
+    for number in range(plan.rounds):
         for name in NAMES:
-            workshop.say(f"round {number + 1} of {rounds}: {name}, copies of {', '.join(f'{n:,}' for n in sizes)} rows")
-            _measure_sizes(workshop, CONTESTANTS[name], number, list(chosen.values()), table[name])
+            copied = ", ".join(f"{size:,}" for size in sizes)
+            workshop.say(f"round {number + 1} of {plan.rounds}: {name}, copies of {copied} rows")
+            _measure_sizes(replace(workshop, plan=plan), CONTESTANTS[name], number, list(chosen.values()), table[name])
         workshop.keep(results())
     return results()
 
@@ -70,7 +73,6 @@ def _measure_sizes(
     table: dict[str, dict[int, Measured]],
 ) -> None:
     sizes = sorted(workshop.sizes)
-    plan = replace(workshop.plan, repeats=min(workshop.plan.repeats, REPEATS))
     paths = {size: workshop.fresh(size) for size in sizes}
     written: dict[int, Counter[str]] = {size: Counter() for size in sizes}
     # What the copies left to be written must not be in the way of what is measured.
@@ -85,11 +87,11 @@ def _measure_sizes(
             for size, path in paths.items()
         }
         for work in chosen:
-            workshop.say(f"round {number + 1}: {contestant.name}, {work.title}")
+            workshop.say(f"round {number + 1} of {workshop.plan.rounds}: {contestant.name}, {work.title}")
             for runner in runners.values():
                 work.check(runner.process, runner.rows)
-                runner.begin(work, plan, number)
-            for repeat in range(plan.repeats):
+                runner.begin(work, workshop.plan, number)
+            for repeat in range(workshop.plan.repeats):
                 times = {size: runner.sample(work, repeat, number) for size, runner in runners.items()}
                 for size, time in times.items():
                     table[work.name][size].add(time, times[sizes[0]])

@@ -59,6 +59,7 @@ def measure_startup(workshop: Workshop) -> dict[str, Any]:
     imported = subprocess.run([sys.executable, "-c", CHECK, target], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     ratios = {name: [one / base for one, base in zip(wall[name], wall[SQLMODEL], strict=True)] for name in PROGRAMS}
     return {
+        "rounds": turns,
         "alembic_imported": imported.stdout.strip() != "False",
         "measured": {
             name: {

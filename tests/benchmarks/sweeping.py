@@ -135,6 +135,7 @@ def measure_sweeping(workshop: Workshop) -> dict[str, Any]:
         alone = [run["p99"] for run in runs[ALONE]]
         workshop.keep(
             results := {
+                "rounds": workshop.plan.pairs,
                 "dead": dead,
                 "seconds": seconds,
                 "measured": {mode: _middle(each, alone) for mode, each in runs.items()},
