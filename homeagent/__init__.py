@@ -12,19 +12,10 @@ from homeagent.clock import Clock
 from homeagent.database import Database
 from homeagent.models import (
     Agent,
-    AgentCreate,
-    AgentPublic,
     AgentSession,
-    AgentSessionCreate,
-    AgentSessionPublic,
-    AgentUpdate,
     Attempt,
     Device,
-    DeviceCreate,
-    DevicePair,
-    DevicePublic,
     DeviceStatus,
-    DeviceUpdate,
     IdempotencyKey,
     IdempotencyScope,
     IdempotencyState,
@@ -43,6 +34,17 @@ if TYPE_CHECKING:
     from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
     from homeagent.maintenance.restoring import RestoreReport
     from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport
+    from homeagent.models.shapes import (
+        AgentCreate,
+        AgentPublic,
+        AgentSessionCreate,
+        AgentSessionPublic,
+        AgentUpdate,
+        DeviceCreate,
+        DevicePair,
+        DevicePublic,
+        DeviceUpdate,
+    )
     from homeagent.pairing import PairedDevice
 
 __all__ = [
@@ -90,11 +92,20 @@ __all__ = [
 
 # Opening a database needs none of these, and a process starts sooner without them.
 _LATE = {
+    "AgentCreate": "models.shapes",
+    "AgentPublic": "models.shapes",
+    "AgentSessionCreate": "models.shapes",
+    "AgentSessionPublic": "models.shapes",
+    "AgentUpdate": "models.shapes",
     "BackupSchedule": "maintenance.sweeping",
     "CopyProgress": "maintenance.copying",
     "CopyReport": "maintenance.copying",
     "DatabaseCounters": "maintenance.reporting",
     "DatabaseStatus": "maintenance.reporting",
+    "DeviceCreate": "models.shapes",
+    "DevicePair": "models.shapes",
+    "DevicePublic": "models.shapes",
+    "DeviceUpdate": "models.shapes",
     "Diagnosis": "maintenance.doctor",
     "EpochReport": "maintenance.epochs",
     "Finding": "maintenance.doctor",

@@ -24,7 +24,7 @@ from homeagent.engine.target import resolve_target
 from homeagent.errors import DatabaseClosedError, InvalidArgumentError
 from homeagent.idempotency import OnAbandoned, OnceCall, arun_once, run_once
 from homeagent.migrations.sqlite import open_sqlite
-from homeagent.models.device import Device, DevicePair
+from homeagent.models.device import Device
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import check_duration, check_limit
 from homeagent.running import Runner
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
     from homeagent.maintenance.restoring import RestoreReport
     from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport
+    from homeagent.models.shapes import DevicePair
     from homeagent.pairing import PairedDevice, Pairing
 
 __all__ = ["Database"]

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, SecretStr
 from homeagent.clock import Clock
 from homeagent.credentials import check_secret, generate_secret, hash_secret, is_generated
 from homeagent.errors import DatabaseError, DeviceExistsError, DeviceNotFoundError
-from homeagent.models.device import Device, DeviceCreate, DevicePair
+from homeagent.models.device import Device
+from homeagent.models.shapes import DeviceCreate, DevicePair
 from homeagent.models.types import check_duration, check_identifier, later
 from homeagent.running import Runner
 from homeagent.scram import check_proof, make_verifier, proof_message

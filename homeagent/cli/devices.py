@@ -11,7 +11,8 @@ import typer
 from homeagent.cli.application import DatabaseOption, group
 from homeagent.cli.opening import open_named
 from homeagent.cli.output import JsonOption, console_for, facts_table, grid, instant, print_json
-from homeagent.models.device import Device, DevicePublic, DeviceStatus, Role
+from homeagent.models.device import Device, DeviceStatus, Role
+from homeagent.models.shapes import DevicePublic
 from homeagent.models.types import MAX_LIMIT
 
 devices = group("devices", help="See which devices may enter, let them in and keep them out.")

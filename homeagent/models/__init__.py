@@ -3,13 +3,29 @@
 A sixth, `store`, has one row, about the store itself.
 """
 
-from homeagent.models.agent import Agent, AgentCreate, AgentPublic, AgentUpdate
-from homeagent.models.base import metadata
-from homeagent.models.device import Device, DeviceCreate, DevicePair, DevicePublic, DeviceStatus, DeviceUpdate, Role
+import os
+from typing import TYPE_CHECKING, Any
+
+from homeagent.models.agent import Agent
+from homeagent.models.base import Model, metadata
+from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.models.nonce import Nonce
-from homeagent.models.session import AgentSession, AgentSessionCreate, AgentSessionPublic
+from homeagent.models.session import AgentSession
 from homeagent.models.store_record import StoreRecord
+
+if TYPE_CHECKING:
+    from homeagent.models.shapes import (
+        AgentCreate,
+        AgentPublic,
+        AgentSessionCreate,
+        AgentSessionPublic,
+        AgentUpdate,
+        DeviceCreate,
+        DevicePair,
+        DevicePublic,
+        DeviceUpdate,
+    )
 
 __all__ = [
     "DATA_TABLES",
@@ -43,3 +59,28 @@ TABLES: tuple[str, ...] = tuple(sorted(metadata.tables))
 
 DATA_TABLES: tuple[str, ...] = tuple(sorted(set(metadata.tables) - {StoreRecord.__tablename__}))
 """The tables that hold an application's rows, by name: all but `store`."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from homeagent.models import shapes
+
+        return getattr(shapes, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _build(model: type[Model]) -> None:
+    for subclass in model.__subclasses__():
+        subclass.model_rebuild(raise_errors=False)
+        _build(subclass)
+
+
+def _build_all() -> None:
+    from homeagent.models import shapes  # noqa: F401  so that they are among the subclasses
+
+    _build(Model)
+
+
+# Where another thread was building a model at the fork, a child would wait for Pydantic's lock for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_build_all)

@@ -3,7 +3,7 @@
 from sqlalchemy import Column
 from sqlmodel import Field
 
-from homeagent.models.base import Shape, Table
+from homeagent.models.base import Table
 from homeagent.models.types import (
     Identifier,
     Instant,
@@ -15,7 +15,7 @@ from homeagent.models.types import (
     text_column,
 )
 
-__all__ = ["Agent", "AgentCreate", "AgentPublic", "AgentUpdate"]
+__all__ = ["Agent"]
 
 
 class Agent(Table, table=True):
@@ -31,31 +31,3 @@ class Agent(Table, table=True):
     )
     created_at: Instant = Field(sa_column=Column("created_at", InstantColumn, nullable=False))
     config: Json = Field(default=None, sa_column=Column("config", JsonColumn))
-
-
-class AgentCreate(Shape):
-    """What creates an agent; also a request body."""
-
-    id: Identifier
-    name: Label
-    workspace_path: WorkspacePath
-    config: Json = None
-
-
-class AgentUpdate(Shape):
-    """What may change of an agent; also a request body. What is left out stays; `config=None` empties it."""
-
-    # The default stands for "left out" and is never validated; a null that is sent is refused.
-    name: Label = Field(default=None)
-    workspace_path: WorkspacePath = Field(default=None)
-    config: Json = None
-
-
-class AgentPublic(Shape):
-    """What a reply may show of an agent."""
-
-    id: Identifier
-    name: Label
-    workspace_path: WorkspacePath
-    created_at: Instant
-    config: Json = None

@@ -5,7 +5,6 @@ again for each class that inherits it, a twelfth of what the models take to be i
 """
 
 import copy
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
@@ -22,7 +21,7 @@ from sqlmodel import SQLModel
 # itself is building an instance and will validate it by other means, and what `table=True` means.
 from sqlmodel._compat import SQLModelConfig, finish_init, is_table_model_class
 
-__all__ = ["Model", "Shape", "Table", "metadata"]
+__all__ = ["Model", "Table", "metadata"]
 
 metadata = MetaData(
     # Every constraint has a name, or Alembic can't find it again to change it.
@@ -99,24 +98,6 @@ class Model(SQLModel, registry=_registry):
             refused = _without_input(error)
         # Raised outside the handler, or the original, which shows its input, would be its context.
         raise refused
-
-
-class Shape(Model):
-    """What creates or patches a row, or what a reply may show of it: a plain Pydantic model, no table."""
-
-
-class MetadataShape(Shape):
-    """A shape with a field of free metadata.
-
-    The field is named `metadata_`, since SQLAlchemy needs the name `metadata` on the class. `metadata` is its alias
-    where it is validated and dumped, and a property for who reads it.
-    """
-
-    # SQLModel declares a class variable here; a shape is no table, so that nobody looks for a MetaData on it.
-    @property
-    def metadata(self) -> Any:  # type: ignore[override]  # see above
-        """The value of `metadata_`."""
-        return self.metadata_  # type: ignore[attr-defined]  # every subclass declares the field
 
 
 class Table(Model):
@@ -235,14 +216,3 @@ class _StateOnDemand:
 
 # In the body of the class, Pydantic would take the name for a private attribute.
 Table._sa_instance_state = _StateOnDemand()
-
-
-def _build(model: type[Model]) -> None:
-    for subclass in model.__subclasses__():
-        subclass.model_rebuild(raise_errors=False)
-        _build(subclass)
-
-
-# Where another thread was building at the fork, a child would wait for Pydantic's lock for ever.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=lambda: _build(Model))

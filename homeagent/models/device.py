@@ -3,12 +3,10 @@
 from datetime import datetime
 from enum import StrEnum
 
-from pydantic import AliasChoices, SecretStr
-from pydantic import Field as PlainField
 from sqlalchemy import CheckConstraint, Column, text
 from sqlmodel import Field
 
-from homeagent.models.base import MetadataShape, Table
+from homeagent.models.base import Table
 from homeagent.models.types import (
     Flag,
     Identifier,
@@ -21,7 +19,7 @@ from homeagent.models.types import (
     text_column,
 )
 
-__all__ = ["Device", "DeviceCreate", "DevicePair", "DevicePublic", "DeviceStatus", "DeviceUpdate", "Role"]
+__all__ = ["Device", "DeviceStatus", "Role"]
 
 
 class Role(StrEnum):
@@ -108,49 +106,3 @@ class Device(Table, table=True):
     def status(self) -> DeviceStatus:
         """Where the device stands: pending, approved or revoked."""
         return _status(self.approved, self.revoked_at)
-
-
-class DevicePair(MetadataShape):
-    """A request body: a device asks to pair. Whoever sends it decides nothing about its approval."""
-
-    id: Identifier
-    role: Role
-    shared_secret: SecretStr | None = Field(
-        default=None,
-        description="The secret that a human chose. Left out, one of 256 bits is made and given back once.",
-    )
-    metadata_: Json = Field(default=None, alias="metadata")
-
-
-class DeviceCreate(MetadataShape):
-    """What creates a device, for code that holds a hash already. Never a request body: see `DevicePair`."""
-
-    id: Identifier
-    role: Role
-    shared_secret_hash: Label = Field(repr=False, exclude=True)
-    metadata_: Json = Field(default=None, alias="metadata")
-    proof_verifier: Label | None = Field(default=None, repr=False, exclude=True)
-
-
-class DeviceUpdate(MetadataShape):
-    """What may change of a device. What is left out stays; the role is bound when it pairs."""
-
-    metadata_: Json = Field(default=None, alias="metadata")
-
-
-class DevicePublic(MetadataShape):
-    """What a reply may show of a device: nothing that its secret could be checked against."""
-
-    id: Identifier
-    role: Role
-    approved: bool
-    status: DeviceStatus
-    paired_at: Instant
-    last_seen_at: Instant | None = None
-    approved_at: Instant | None = None
-    revoked_at: Instant | None = None
-    revoked_reason: Label | None = None
-    # From a row, a plain alias would read SQLAlchemy's MetaData off the class.
-    metadata_: Json = PlainField(
-        default=None, validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata"
-    )

@@ -9,10 +9,10 @@ from json.encoder import encode_basestring
 from sqlalchemy import Column, ForeignKey, Index
 from sqlmodel import Field
 
-from homeagent.models.base import Shape, Table
+from homeagent.models.base import Table
 from homeagent.models.types import Identifier, Instant, InstantColumn, Label, text_column
 
-__all__ = ["AgentSession", "AgentSessionCreate", "AgentSessionPublic", "new_session_id", "route_key"]
+__all__ = ["AgentSession", "new_session_id", "route_key"]
 
 
 def new_session_id() -> str:
@@ -73,23 +73,3 @@ class AgentSession(Table, table=True):
             "Set on the one session that `resolve` answers with for its agent, sender and channel, null on all others."
         ),
     )
-
-
-class AgentSessionCreate(Shape):
-    """What creates a session; also a request body."""
-
-    session_id: Identifier = Field(default_factory=new_session_id, description="A UUIDv7 is made where it is left out.")
-    agent_id: Identifier
-    sender_id: Label | None = None
-    channel_id: Label | None = None
-
-
-class AgentSessionPublic(Shape):
-    """What a reply may show of a session."""
-
-    session_id: Identifier
-    agent_id: Identifier
-    sender_id: Label | None = None
-    channel_id: Label | None = None
-    created_at: Instant
-    last_active_at: Instant

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, delete, func, select, update
 
 from homeagent.engine.statements import Statement
 from homeagent.errors import AgentExistsError, AgentInUseError, AgentNotFoundError
-from homeagent.models.agent import Agent, AgentCreate, AgentUpdate
+from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession
 from homeagent.models.types import check_identifier, check_limit
 from homeagent.stores.store import Store
+
+if TYPE_CHECKING:
+    from homeagent.models.shapes import AgentCreate, AgentUpdate
 
 __all__ = ["AgentStore"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import and_, bindparam, delete, or_, select, update
 
@@ -17,7 +17,7 @@ from homeagent.errors import (
     InvalidArgumentError,
     LastAdminError,
 )
-from homeagent.models.device import Device, DeviceCreate, DeviceStatus, DeviceUpdate, Role
+from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.types import (
     MILLISECOND,
@@ -28,6 +28,9 @@ from homeagent.models.types import (
     check_limit,
 )
 from homeagent.stores.store import Store
+
+if TYPE_CHECKING:
+    from homeagent.models.shapes import DeviceCreate, DeviceUpdate
 
 __all__ = ["DeviceStore"]
 

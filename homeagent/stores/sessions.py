@@ -6,16 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, case, delete, exists, null, select, tuple_, update
 
 from homeagent.engine.statements import Parameters, Statement
 from homeagent.errors import AgentNotFoundError, InvalidArgumentError, SessionExistsError, SessionNotFoundError
 from homeagent.models.agent import Agent
-from homeagent.models.session import AgentSession, AgentSessionCreate, new_session_id, route_key
+from homeagent.models.session import AgentSession, new_session_id, route_key
 from homeagent.models.types import check_identifier, check_instant, check_limit, check_optional_label
 from homeagent.stores.store import Store
+
+if TYPE_CHECKING:
+    from homeagent.models.shapes import AgentSessionCreate
 
 __all__ = ["SessionStore"]
 

@@ -1,0 +1,139 @@
+"""The shapes: what creates or patches a row, and what a reply may show of it.
+
+They are imported when one is first named: a process that neither adds a row by one nor answers with one starts sooner.
+"""
+
+from typing import Any
+
+from pydantic import AliasChoices, SecretStr
+from pydantic import Field as PlainField
+from sqlmodel import Field
+
+from homeagent.models.base import Model
+from homeagent.models.device import DeviceStatus, Role
+from homeagent.models.session import new_session_id
+from homeagent.models.types import Identifier, Instant, Json, Label, WorkspacePath
+
+__all__ = [
+    "AgentCreate",
+    "AgentPublic",
+    "AgentSessionCreate",
+    "AgentSessionPublic",
+    "AgentUpdate",
+    "DeviceCreate",
+    "DevicePair",
+    "DevicePublic",
+    "DeviceUpdate",
+]
+
+
+class Shape(Model):
+    """What creates or patches a row, or what a reply may show of it: a plain Pydantic model, no table."""
+
+
+class MetadataShape(Shape):
+    """A shape with a field of free metadata.
+
+    The field is named `metadata_`, since SQLAlchemy needs the name `metadata` on the class. `metadata` is its alias
+    where it is validated and dumped, and a property for who reads it.
+    """
+
+    # SQLModel declares a class variable here; a shape is no table, so that nobody looks for a MetaData on it.
+    @property
+    def metadata(self) -> Any:  # type: ignore[override]  # see above
+        """The value of `metadata_`."""
+        return self.metadata_  # type: ignore[attr-defined]  # every subclass declares the field
+
+
+class AgentCreate(Shape):
+    """What creates an agent; also a request body."""
+
+    id: Identifier
+    name: Label
+    workspace_path: WorkspacePath
+    config: Json = None
+
+
+class AgentUpdate(Shape):
+    """What may change of an agent; also a request body. What is left out stays; `config=None` empties it."""
+
+    # The default stands for "left out" and is never validated; a null that is sent is refused.
+    name: Label = Field(default=None)
+    workspace_path: WorkspacePath = Field(default=None)
+    config: Json = None
+
+
+class AgentPublic(Shape):
+    """What a reply may show of an agent."""
+
+    id: Identifier
+    name: Label
+    workspace_path: WorkspacePath
+    created_at: Instant
+    config: Json = None
+
+
+class DevicePair(MetadataShape):
+    """A request body: a device asks to pair. Whoever sends it decides nothing about its approval."""
+
+    id: Identifier
+    role: Role
+    shared_secret: SecretStr | None = Field(
+        default=None,
+        description="The secret that a human chose. Left out, one of 256 bits is made and given back once.",
+    )
+    metadata_: Json = Field(default=None, alias="metadata")
+
+
+class DeviceCreate(MetadataShape):
+    """What creates a device, for code that holds a hash already. Never a request body: see `DevicePair`."""
+
+    id: Identifier
+    role: Role
+    shared_secret_hash: Label = Field(repr=False, exclude=True)
+    metadata_: Json = Field(default=None, alias="metadata")
+    proof_verifier: Label | None = Field(default=None, repr=False, exclude=True)
+
+
+class DeviceUpdate(MetadataShape):
+    """What may change of a device. What is left out stays; the role is bound when it pairs."""
+
+    metadata_: Json = Field(default=None, alias="metadata")
+
+
+class DevicePublic(MetadataShape):
+    """What a reply may show of a device: nothing that its secret could be checked against."""
+
+    id: Identifier
+    role: Role
+    approved: bool
+    status: DeviceStatus
+    paired_at: Instant
+    last_seen_at: Instant | None = None
+    approved_at: Instant | None = None
+    revoked_at: Instant | None = None
+    revoked_reason: Label | None = None
+    # From a row, a plain alias would read SQLAlchemy's MetaData off the class.
+    metadata_: Json = PlainField(
+        default=None, validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata"
+    )
+
+
+class AgentSessionCreate(Shape):
+    """What creates a session; also a request body."""
+
+    session_id: Identifier = Field(default_factory=new_session_id, description="A UUIDv7 is made where it is left out.")
+    agent_id: Identifier
+    sender_id: Label | None = None
+    channel_id: Label | None = None
+
+
+class AgentSessionPublic(Shape):
+    """What a reply may show of a session."""
+
+    session_id: Identifier
+    agent_id: Identifier
+    sender_id: Label | None = None
+    channel_id: Label | None = None
+    created_at: Instant
+    last_active_at: Instant
