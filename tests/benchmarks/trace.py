@@ -40,7 +40,7 @@ def expected(events: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 class TraceContest:
-    """Some contenders at the trace; who fails is out, and who is slow lives its first part alone.
+    """Some contenders at the trace; who fails is out, and a peer that is slow lives its first part alone.
 
     Args:
         contestants: who; the first is the baseline.
@@ -49,7 +49,7 @@ class TraceContest:
         say: is told what is being done.
         warn: is told of failures.
         events: how many of the events; None for all.
-        seconds: how long a contender may take; it is compared with the baseline's time for the events it came to.
+        seconds: how long a peer may take; it is compared with the baseline's time for the events it came to.
 
     Attributes:
         failed: by contender, what kind of failure it was.
@@ -93,7 +93,7 @@ class TraceContest:
                 continue
             self.say(f"{self.durability}, round {number + 1}: trace, {each.name}")
             try:
-                lived = self._live(each, None, self.seconds)
+                lived = self._live(each, len(self.events), self.seconds if each.peer else PATIENCE)
                 beside = self._compared_with(lived.events)
                 self._judge(each, lived, beside)
             except ContenderError as error:
@@ -118,10 +118,10 @@ class TraceContest:
                 self.measured[baseline.name].add(found.per_event(), found.per_event())
         return found
 
-    def _live(self, contestant: Contestant, events: int | None, seconds: float) -> _Lived:
+    def _live(self, contestant: Contestant, events: int, seconds: float) -> _Lived:
         target = self.target_of(contestant)
         with Process(contestant, target, self.durability, traced=True) as process:
-            reply = process.request("replay", events=len(self.events) if events is None else events, seconds=seconds)
+            reply = process.request("replay", events=events, seconds=seconds)
         rows = count_rows(Path(target))
         return _Lived(reply["events"], reply["seconds"], reply["cpu"], reply["tally"], rows, time.monotonic())
 
