@@ -45,7 +45,7 @@ what was stored; and what was written is counted afterwards by another process.
 - `sqlite3, objects` makes dataclasses with the same types of its rows, as most programs would next.
 - The other libraries are used the way their documentation begins with. They get the same SQLite library, except apsw
   and better-sqlite3, which bring their own.
-- Another library lives through the trace for ten seconds at most. If it doesn't come to the end, it is compared with the
+- Another library lives through the trace for ten seconds at most. Where that isn't all of it, it is compared with the
   time that `sqlite3` takes for as many events.
 """,
     "callers": """\
