@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,13 @@ def told_load(shares: Sequence[float | None]) -> str:
 
 
 def describe_code() -> dict[str, Any]:
-    """Return the revision, and whether what is measured is changed since; {} where this is no checkout."""
+    """Return the package's version; in a checkout the revision, and whether what is measured is changed since."""
+    told = {"version": version("homeagent")}
     try:
         revision = _git("rev-parse", "--short", "HEAD")
-        return {"revision": revision, "changed": bool(_git("status", "--porcelain", "--", *MEASURED))}
+        return {**told, "revision": revision, "changed": bool(_git("status", "--porcelain", "--", *MEASURED))}
     except (OSError, subprocess.CalledProcessError):
-        return {}
+        return told
 
 
 def _git(*arguments: str) -> str:

@@ -75,8 +75,10 @@ def measure_operations(workshop: Workshop) -> dict[str, Any]:
         for contest in contests.values():
             contest.measure_round(number)
             workshop.keep(results())
+            workshop.clear()
     for number in range(workshop.plan.pairs):
         for trace in traces.values():
             trace.measure_round(number)
             workshop.keep(results())
+            workshop.clear()
     return results()

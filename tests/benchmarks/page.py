@@ -169,8 +169,9 @@ def told_run(run: Mapping[str, Any]) -> str:
     revision = f"at revision {run['revision']}" if "revision" in run else "outside of a checkout"
     if run.get("changed"):
         revision += " with changes that are not committed"
+    rounds = f"{run['rounds']} round{'' if run['rounds'] == 1 else 's'}"
     told = (
-        f"Measured {run['date']}, {revision}, in {run['rounds']} round{'' if run['rounds'] == 1 else 's'} and "
+        f"Measured {run['date']}, homeagent {run['version']}, {revision}, in {rounds} and "
         f"{run['seconds'] / 60:.1f} minutes, by `{run['command']}`. {_told_load(run['busy'])}"
     )
     lines = [fill(told, 120, break_long_words=False, break_on_hyphens=False) + "\n"]

@@ -151,7 +151,14 @@ def test_a_slow_contender_lives_the_first_part_of_the_trace(workshop: Workshop) 
 
 def section(run: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return a section of a file, measured to its end."""
-    told = {"date": "2026-01-02 03:04 UTC", "command": "python", "rounds": 1, "seconds": 60, "busy": [0.02, 0.5]}
+    told = {
+        "date": "2026-01-02 03:04 UTC",
+        "version": "0.1.0",
+        "command": "python",
+        "rounds": 1,
+        "seconds": 60,
+        "busy": [0.02, 0.5],
+    }
     return {"run": {**told, "skipped": {}, "complete": True, **(run or {})}, "alembic_imported": False}
 
 
@@ -224,10 +231,12 @@ def test_each_section_tells_its_own_run(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert "- `python two`\n- `python one`\n" in page
     assert "not all of the same state" in page
-    assert "at revision abc1234, in 1 round and 1.0 minutes, by `python one`" in page
+    assert "homeagent 0.1.0, at revision abc1234, in 1 round and 1.0 minutes, by `python one`" in page.replace(
+        "\n", " "
+    )
     assert "others used before and after it: 2% and 50%." in page.replace("\n", " ")
     assert "That is not quiet" in page
-    assert "at revision def5678 with changes that are not committed" in page
+    assert "at revision def5678 with changes that are not committed" in page.replace("\n", " ")
 
 
 @pytest.mark.parametrize("other", [{"machine": {"system": "two"}}, {"quick": False}, {"versions": {BASELINE: "2"}}])

@@ -20,7 +20,14 @@ from tests.benchmarks.scaling.tables import TABLES, tell
 
 ROOT = Path(__file__).parents[2]
 
-RUN = {"command": "python", "date": "2026-01-02 03:04 UTC", "seconds": 5, "revision": "abc1234", "changed": False}
+RUN = {
+    "command": "python",
+    "version": "0.1.0",
+    "date": "2026-01-02 03:04 UTC",
+    "seconds": 5,
+    "revision": "abc1234",
+    "changed": False,
+}
 MACHINE = {
     "system": "Linux",
     "processors": 2,
@@ -54,7 +61,7 @@ def test_a_busy_machine_is_told_where_it_was_busy(busy: list[float | None], warn
 
     assert set(told) == {"machine", "host"}
     assert ("busy with other work at host" in told["machine"]) == warned
-    assert "| host | 2026-01-02 03:04 UTC | `abc1234` | 5 s |" in told["machine"]
+    assert "| host | 2026-01-02 03:04 UTC | `0.1.0, abc1234` | 5 s |" in told["machine"]
     assert "not recorded: operations, writers, copies, partitions, outgrown." in told["machine"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,11 @@ class Workshop:
     def fresh(self, rows: int) -> Path:
         """Return a copy of such a database that nobody else uses."""
         return copy_database(self.template(rows)[0], self.room())
+
+    def clear(self) -> None:
+        """Remove all copies, which nobody uses any more."""
+        for copy in self.directory.glob("copy-*"):
+            shutil.rmtree(copy)
 
     def room(self) -> Path:
         """Return the path of a directory that is still to be made."""

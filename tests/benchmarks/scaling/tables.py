@@ -134,7 +134,9 @@ def _runs(runs: Mapping[str, Mapping[str, Any]]) -> str:
     rows, busy = [], []
     for name in (name for name in TABLES if name in runs):
         run = runs[name]
-        revision = run.get("revision", "no checkout") + (" and changes" if run.get("changed") else "")
+        revision = f"{run['version']}, {run.get('revision', 'no checkout')}" + (
+            " and changes" if run.get("changed") else ""
+        )
         rows.append(
             [name, run["date"], f"`{revision}`", f"{run['seconds']:,} s", told_load(run["busy"]), f"`{run['command']}`"]
         )
