@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import URL, select, text, update
@@ -18,7 +18,7 @@ from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, InvalidArg
 from homeagent.migrations import REVISION
 from homeagent.migrations.postgresql import open_postgresql
 from homeagent.migrations.sqlite import open_sqlite
-from homeagent.models import StoreRecord
+from homeagent.models import store_table
 from homeagent.models.types import check_duration, check_instant
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from homeagent.clock import Clock
 
 __all__ = ["EpochReport", "begin_epoch"]
-
-_table: Any = StoreRecord.__table__
 
 # A session that has the epoch of before in its memory. Poolers and other programs are let be.
 _OTHERS = (
@@ -116,9 +114,9 @@ def _on_server(url: URL, now: datetime, timeout: timedelta) -> int:
 
 
 def _advance(connection: Connection, now: datetime, *, at_least: int) -> int:
-    known = connection.execute(select(_table.c.epoch)).scalar_one_or_none()
+    known = connection.execute(select(store_table.c.epoch)).scalar_one_or_none()
     if known is None:
         raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")
     epoch = max(int(known), at_least) + 1
-    connection.execute(update(_table).values(epoch=epoch, restored_at=now))
+    connection.execute(update(store_table).values(epoch=epoch, restored_at=now))
     return epoch

@@ -157,7 +157,7 @@ def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
     }
     record = unit.one(FIND_RECORD)
     if record is not None:
-        facts |= {"epoch": record.epoch, "restored_at": record.restored_at}
+        facts["epoch"], facts["restored_at"] = record
     if isinstance(engine, SQLiteEngine):
         return DatabaseStatus(**facts, **_sqlite_facts(engine))
     with engine.connect() as connection:

@@ -25,7 +25,7 @@ from homeagent.engine.sqlite.swapping import new_path
 from homeagent.errors import CorruptDatabaseError, DatabaseError, DiskFullError, HomeAgentError
 from homeagent.migrations import VERSION_TABLE, revision_of
 from homeagent.migrations.sqlite import upgrade_copy
-from homeagent.models import DATA_TABLES, StoreRecord
+from homeagent.models import DATA_TABLES, store_table
 
 __all__ = ["SQLITE_HEADER", "Devices", "Staged", "copy_file", "damaged", "devices_of", "header_of", "is_ours", "stage"]
 
@@ -36,8 +36,6 @@ _APPLICATION_ID = slice(68, 72)
 
 Devices = dict[str, tuple[bool, str]]
 """By id: whether it may enter, and the hash of its secret."""
-
-_table: Any = StoreRecord.__table__
 
 
 def header_of(path: Path) -> bytes:
@@ -86,7 +84,7 @@ def stage(
             upgrade_copy(engine, clock=lambda: restored_at)
             epoch = max(known_epoch, found.epoch or 1) + 1
             with engine.connect() as connection, connection.begin():
-                connection.execute(update(_table).values(epoch=epoch, restored_at=restored_at))
+                connection.execute(update(store_table).values(epoch=epoch, restored_at=restored_at))
                 revision = revision_of(connection)
                 devices = devices_of(connection.connection.driver_connection)
         finally:

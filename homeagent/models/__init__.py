@@ -12,7 +12,7 @@ from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.models.nonce import Nonce
 from homeagent.models.session import AgentSession
-from homeagent.models.store_record import StoreRecord
+from homeagent.models.store_record import store_table
 
 if TYPE_CHECKING:
     from homeagent.models.shapes import (
@@ -50,14 +50,14 @@ __all__ = [
     "Nonce",
     "Outcome",
     "Role",
-    "StoreRecord",
     "metadata",
+    "store_table",
 ]
 
 TABLES: tuple[str, ...] = tuple(sorted(metadata.tables))
 """Every table of the schema but Alembic's."""
 
-DATA_TABLES: tuple[str, ...] = tuple(sorted(set(metadata.tables) - {StoreRecord.__tablename__}))
+DATA_TABLES: tuple[str, ...] = tuple(sorted(set(metadata.tables) - {store_table.name}))
 """The tables that hold an application's rows, by name: all but `store`."""
 
 

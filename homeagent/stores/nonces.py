@@ -11,7 +11,7 @@ from sqlalchemy import bindparam, delete, func, select, tuple_
 from homeagent.engine.statements import Statement
 from homeagent.errors import CorruptDatabaseError, NonceLimitError
 from homeagent.models.nonce import Nonce
-from homeagent.models.store_record import StoreRecord
+from homeagent.models.store_record import store_table
 from homeagent.models.types import check_duration, check_identifier, check_instant, check_label, check_limit, later
 from homeagent.stores.store import Store
 
@@ -72,7 +72,8 @@ COUNT_EXPIRED = Statement[int](
     select(func.count()).select_from(Nonce).where(_columns.expires_at <= bindparam("before"))
 )
 
-FIND_RECORD = Statement[StoreRecord](select(StoreRecord))
+FIND_RECORD = Statement[tuple[int, datetime | None]](select(store_table.c.epoch, store_table.c.restored_at))
+"""The epoch of the store, and when it began."""
 
 
 class Freshness(StrEnum):
@@ -160,7 +161,7 @@ class NonceStore(Store):
             record = self._unit.one(FIND_RECORD)
             if record is None:
                 raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")
-            shared["restored_at"] = record.restored_at
+            _, shared["restored_at"] = record
         restored_at: datetime | None = shared["restored_at"]
         return restored_at
 

@@ -8,7 +8,7 @@ from sqlalchemy import select
 
 from homeagent.maintenance.doctor.chart import RESTORE, Chart
 from homeagent.migrations import REVISION, VERSION_TABLE, revision_of
-from homeagent.models import StoreRecord
+from homeagent.models import store_table
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -50,7 +50,7 @@ def check_revision(chart: Chart, connection: Connection) -> bool:
 
 
 def _tell_newer(chart: Chart, connection: Connection, revision: str) -> None:
-    column = StoreRecord.__table__.c.oldest_revision
+    column = store_table.c.oldest_revision
     oldest = connection.execute(select(column)).scalar()
     if oldest is not None and oldest <= REVISION:
         chart.ok(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import and_, exists, func, not_, or_, select
 
 from homeagent.maintenance.doctor.chart import RESTORE, Chart
-from homeagent.models import Agent, AgentSession, Device, IdempotencyKey, Nonce, Role, StoreRecord
+from homeagent.models import Agent, AgentSession, Device, IdempotencyKey, Nonce, Role, store_table
 from homeagent.models.idempotency_key import IdempotencyState
 from homeagent.stores.nonces import NONCE_GRACE
 
@@ -38,7 +38,7 @@ _agent: Any = Agent.__table__.c
 _session: Any = AgentSession.__table__.c
 _nonce: Any = Nonce.__table__.c
 _key: Any = IdempotencyKey.__table__.c
-_store: Any = StoreRecord.__table__.c
+_store = store_table.c
 
 _INSTANTS: Sequence[Any] = (
     _device.paired_at,
