@@ -7,6 +7,7 @@ written after each round: a run that is ended leaves what it has, and a later on
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -231,6 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Ended either way, it removes what it made and writes the page of what there is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main())
     except BenchmarkError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -114,22 +115,16 @@ def test_what_was_not_written_is_found_out(workshop: Workshop) -> None:
 def test_a_failing_contender_stops_nobody(tmp_path: Path) -> None:
     """One that raises and one that dies are told with what they did, all others are measured, and the status is 1."""
     broken, dying = "tests.benchmarks.wrong:Broken", "tests.benchmarks.wrong:Dying"
-    works = "device,find_key,agent_sessions"
-    ran = run("--quick", "--only", works, "--contenders", f"{broken},homeagent,{dying}", "--output", str(tmp_path))
+    works = "find_key,agent_sessions"
+    ran = run("--quick", "--only", works, "--contenders", f"{broken},{dying}", "--output", str(tmp_path))
 
     assert ran.returncode == 1
     assert "ZeroDivisionError: integer division" in ran.stderr
-    results = figures_of(tmp_path)
-    for measured in results["operations"]["measured"].values():
-        assert measured["find_key"][broken] == {"failed": "ZeroDivisionError"}
-        assert measured["agent_sessions"][dying] == {"failed": "exit status 3"}
-        for work in works.split(","):
-            told = [name for name, figures in measured[work].items() if "failed" not in figures]
-            assert told == [
-                name
-                for name in (BASELINE, broken, "homeagent", dying)
-                if (work, name) not in {("find_key", broken), ("agent_sessions", dying)}
-            ]
+    for measured in figures_of(tmp_path)["operations"]["measured"].values():
+        assert measured["find_key"].pop(broken) == {"failed": "ZeroDivisionError"}
+        assert measured["agent_sessions"].pop(dying) == {"failed": "exit status 3"}
+        assert all(figures["seconds"] > 0 for row in measured.values() for figures in row.values())
+        assert [list(row) for row in measured.values()] == [[BASELINE, dying], [BASELINE, broken]]
     page = page_of(tmp_path)
     assert f"- {broken} at idempotency find, full: ZeroDivisionError" in page
     assert f"|  | {dying} | failed: exit status 3 |" in page
@@ -197,6 +192,33 @@ def test_what_was_measured_outlives_the_run(
     with pytest.raises(KeyboardInterrupt):
         kept(monkeypatch, workshop, tmp_path, interrupted)
     assert figures_of(tmp_path) == left
+
+
+def test_a_run_that_is_ended_leaves_a_page(tmp_path: Path) -> None:
+    """A signal that ends a run ends it with what was measured on the page, and nothing left behind."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    arguments = ["--quick", "--only", "sweeping,startup", "--contenders", "homeagent", "--output", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.benchmarks", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        # The second section begins: the first one is whole.
+        begun = next(line for line in process.stderr if "startup (2 of 2; then nothing)" in line)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+
+    assert begun
+    assert process.returncode == 1
+    assert "--missing goes on" in errors
+    assert set(figures_of(tmp_path)) >= {"sweeping"}
+    assert "## A writer beside a sweep" in page_of(tmp_path)
+    assert list(scratch.iterdir()) == []
 
 
 def test_a_section_that_fails_stops_no_other(
