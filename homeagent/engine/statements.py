@@ -15,16 +15,18 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel
-from sqlalchemy import Dialect, Select, inspect
+from sqlalchemy import ColumnElement, Dialect, Select, inspect
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import configure_mappers
 
 from homeagent.models.base import Table
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, Executable
+    from sqlalchemy import Executable
     from sqlalchemy.sql.compiler import SQLCompiler
+    from sqlalchemy.types import TypeEngine
 
-__all__ = ["Compiled", "DialectInsert", "Row", "Statement", "as_loaded"]
+__all__ = ["Compiled", "DialectInsert", "Row", "Statement", "as_loaded", "constant"]
 
 R = TypeVar("R")
 
@@ -117,6 +119,35 @@ class Statement(Generic[R]):
             # Two threads may both compile; the same value is stored twice.
             compiled = self._cache[key] = Compiled[R](expression, dialect, self._returning)
             return compiled
+
+
+# Constants
+
+
+class _Constant(ColumnElement[Any]):
+    inherit_cache = True
+
+    def __init__(self, value: object, type_: TypeEngine[Any]) -> None:
+        self.value = value
+        self.type = type_
+
+
+@compiles(_Constant)
+def _render_constant(constant: _Constant, compiler: SQLCompiler, **options: Any) -> str:
+    return compiler.render_literal_value(constant.value, constant.type)
+
+
+def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
+    """Return a value that is the same in every call of a statement, to stand in its text.
+
+    SQLAlchemy makes a parameter of each value that it meets. To bind the constants of an insert took as long as to
+    write the row.
+
+    Args:
+        value: never a user's.
+        type_: how it is stored, such as the type of its column.
+    """
+    return _Constant(value, type_)
 
 
 # Parameters

@@ -9,9 +9,9 @@ from secrets import token_hex
 from typing import Any
 
 from pydantic import JsonValue
-from sqlalchemy import Text, and_, bindparam, delete, func, null, or_, select, text, tuple_, update
+from sqlalchemy import Text, and_, bindparam, delete, func, null, or_, select, tuple_, update
 
-from homeagent.engine.statements import Statement, as_loaded
+from homeagent.engine.statements import Statement, as_loaded, constant
 from homeagent.errors import (
     EffectFailedError,
     FingerprintMismatchError,
@@ -30,9 +30,10 @@ __all__ = ["IdempotencyKeyStore"]
 _table: Any = IdempotencyKey.__table__
 _columns: Any = _table.c
 
-# In the text of a statement: as parameters, the constants of an insert took as long as the row.
-_IN_PROGRESS: Any = text(f"'{IdempotencyState.IN_PROGRESS}'")
-_COMPLETED: Any = text(f"'{IdempotencyState.COMPLETED}'")
+_IN_PROGRESS = constant(IdempotencyState.IN_PROGRESS, _columns.state.type)
+_COMPLETED = constant(IdempotencyState.COMPLETED, _columns.state.type)
+_FIRST = constant(1, _columns.attempt.type)
+_NOT_OMITTED = constant(False, _columns.omitted.type)
 
 _SAME_SCOPE = and_(
     _columns.device_id == bindparam("device_id"),
@@ -54,8 +55,8 @@ _INSERT = Statement[IdempotencyKey](
             created_at=bindparam("now"),
             expires_at=bindparam("expires_at"),
             state=_COMPLETED,
-            attempt=text("1"),
-            omitted=text("0"),
+            attempt=_FIRST,
+            omitted=_NOT_OMITTED,
         )
     ).on_conflict_do_update(
         index_elements=["device_id", "method", "key"],
@@ -65,8 +66,8 @@ _INSERT = Statement[IdempotencyKey](
             "created_at": statement.excluded.created_at,
             "expires_at": statement.excluded.expires_at,
             "state": _COMPLETED,
-            "attempt": text("1"),
-            "omitted": text("0"),
+            "attempt": _FIRST,
+            "omitted": _NOT_OMITTED,
             "fingerprint": null(),
             "owner": null(),
             "lease_expires_at": null(),
@@ -77,12 +78,12 @@ _INSERT = Statement[IdempotencyKey](
 )
 _FIND = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE, _LIVE), lock=True)
 _CLAIMED: dict[str, Any] = {
-    "result": text("'null'"),
+    "result": constant("null", Text()),
     "created_at": bindparam("now"),
     "expires_at": bindparam("expires_at"),
     "state": _IN_PROGRESS,
-    "attempt": text("1"),
-    "omitted": text("0"),
+    "attempt": _FIRST,
+    "omitted": _NOT_OMITTED,
     "fingerprint": bindparam("fingerprint"),
     "owner": bindparam("new_owner"),
     "lease_expires_at": bindparam("lease_expires_at"),
