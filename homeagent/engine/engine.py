@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from homeagent.engine.counters import Counters
+from homeagent.engine.faults import TransientError
 from homeagent.engine.forks import register
 from homeagent.engine.lanes import Lanes
 from homeagent.engine.link import Link
@@ -110,7 +111,10 @@ class Engine(ABC):
         while True:
             link = lanes.acquire(timeout)
             try:
-                link.begin()
+                try:
+                    link.begin()
+                except TransientError as busy:
+                    self.begin_busy(link, busy)
             except BaseException as error:
                 # A file that lost its name lives on as long as a connection is open: it may be put back.
                 if isinstance(error, (DatabaseBusyError, DatabaseMovedError)) and not link.in_transaction:
@@ -124,6 +128,10 @@ class Engine(ABC):
                 return link
             # Each turn takes a connection away, and the first fresh one ends it.
             self.discard_free()
+
+    def begin_busy(self, link: Link, busy: TransientError) -> None:
+        """Begin on a link that met another one when it began, or raise what it met."""
+        raise busy
 
     def _link(self, *, read_only: bool) -> Link:
         connection = self.connect()

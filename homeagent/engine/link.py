@@ -102,6 +102,16 @@ class Link:
             return
         raise fault
 
+    def begin_on(self, patient: Callable[[Any], Any]) -> None:
+        """Begin a transaction on a cursor that waits, which `patient` makes of the driver's."""
+        execute, cursor = self._execute, self._cursor
+        around = cursor.around(patient) if isinstance(cursor, AnnouncingCursor) else patient(cursor)
+        self._execute = around.execute
+        try:
+            self.begin()
+        finally:
+            self._execute = execute
+
     def _look_after_begin(self) -> None:
         if self._watch is not None:
             try:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -23,10 +24,12 @@ from homeagent.engine.disk import files
 from homeagent.engine.disk.file_watch import FileWatch
 from homeagent.engine.disk.locks import FileLock
 from homeagent.engine.engine import Engine
-from homeagent.engine.faults import translated
+from homeagent.engine.faults import TransientError, translated
 from homeagent.engine.forks import inherit, refuse_inherited
+from homeagent.engine.link import Link
 from homeagent.engine.sqlite.diagnosis import diagnosed_fault, newest_backup_hint
 from homeagent.engine.sqlite.driver import SQLiteDriver, choose_driver
+from homeagent.engine.sqlite.lock_wait import PatientCursor
 from homeagent.engine.sqlite.snapshot import SnapshotLink
 from homeagent.errors import (
     CorruptDatabaseError,
@@ -175,9 +178,15 @@ class SQLiteEngine(Engine):
         return connection
 
     def prepare_link(self, connection: Connection, *, read_only: bool) -> None:
-        """Make a reader's connection unable to write."""
-        if read_only:
-            connection.connection.driver_connection.execute("PRAGMA query_only=ON")  # type: ignore[union-attr]  # it is connected
+        """Make a reader's connection unable to write, and a writer's not wait by itself: `begin_busy` does."""
+        pragma = "query_only=ON" if read_only else "busy_timeout=0"
+        connection.connection.driver_connection.execute(f"PRAGMA {pragma}")  # type: ignore[union-attr]  # it is connected
+
+    def begin_busy(self, link: Link, busy: TransientError) -> None:
+        """Wait for the write lock of another process, with a fair chance to get it."""
+        if link.read_only or not self._busy_ms:
+            raise busy
+        link.begin_on(partial(PatientCursor, driver_errors=self.driver_errors, timeout=self.busy_seconds))
 
     @contextmanager
     def translated(self) -> Iterator[None]:
