@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
 
-from homeagent import AgentUpdate
-from tests.conftest import Children
+from homeagent import AgentUpdate, Database
+from tests.conftest import Children, add_agent
 
 TOGETHER = """
 import sys
@@ -55,6 +56,27 @@ def test_threads_that_use_a_model_first_at_once(children: Children) -> None:
 def test_an_adapter_of_a_model_is_built_where_it_is_made() -> None:
     """FastAPI makes one for each parameter when it starts: none is left for the first request, or for two at once."""
     assert TypeAdapter(AgentUpdate).pydantic_complete
+
+
+LOADED = """
+import sys
+from typing import Any
+
+from homeagent import Database
+from pydantic import TypeAdapter
+
+with Database.open(sys.argv[1]) as database, database.unit_of_work(read_only=True) as unit:
+    agent = unit.agents.get("ada")
+print(TypeAdapter(Any).dump_python({"agent": agent})["agent"]["name"])
+"""
+
+
+def test_an_instance_of_a_model_that_nothing_was_validated_by_is_serialised(tmp_path: Path, children: Children) -> None:
+    """A store loads an instance without a validator, and what holds it may be the first that asks for a serialiser."""
+    target = tmp_path / "homeagent.db"
+    with Database.open(target) as database:
+        add_agent(database)
+    assert children.run(LOADED, target) == "Ada"
 
 
 FORKED = """
