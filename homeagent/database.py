@@ -407,6 +407,8 @@ class Database:
     def sweep(self, *, batch_size: int = 100, time_budget: timedelta | None = None) -> SweepReport:
         """Remove dead nonces and idempotency keys, in small batches that hold no writer up.
 
+        While others write it goes slower, with smaller batches where the disk is slow and longer rests between them.
+
         Args:
             batch_size: how many rows one unit removes at most.
             time_budget: when to end early; None to go on until all is done.
@@ -418,7 +420,7 @@ class Database:
     ) -> SweepReport:
         from homeagent.maintenance.sweeping import sweep
 
-        report = sweep(self.unit_of_work, batch_size=batch_size, time_budget=time_budget, stop=stop)
+        report = sweep(self._settings, batch_size=batch_size, time_budget=time_budget, stop=stop)
         self._engine.counters.cleaned(report.nonces + report.idempotency_keys)
         return report
 

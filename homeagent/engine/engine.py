@@ -129,6 +129,19 @@ class Engine(ABC):
             # Each turn takes a connection away, and the first fresh one ends it.
             self.discard_free()
 
+    @property
+    def contention(self) -> int:
+        """How often a unit that writes had to wait so far, for another one of this process or for another process."""
+        return self.writers.waits
+
+    @abstractmethod
+    def empty_log(self, timeout: float) -> None:
+        """Move what a log holds into the database, where that is a file, in a turn of its own.
+
+        Args:
+            timeout: how long to wait for that, in seconds.
+        """
+
     def begin_busy(self, link: Link, busy: TransientError) -> None:
         """Begin on a link that met another one when it began, or raise what it met."""
         raise busy

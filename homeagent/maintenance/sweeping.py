@@ -15,15 +15,17 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from homeagent.errors import DatabaseClosedError, HomeAgentError, UnitStateError
+from homeagent.maintenance.pacing import Pace
 from homeagent.models.types import check_duration, check_limit
-from homeagent.unit_of_work import UnitOfWork
+from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 __all__ = ["BackupSchedule", "SweepReport", "Sweeper", "sweep"]
 
 logger = logging.getLogger("homeagent")
 
-# Between two batches, so that a writer that waits in another process gets its turn too.
-_PAUSE = 0.001
+# A row lies in a page of its own, nearly always, and SQLite moves a thousand pages from the log into the file at once,
+# in the middle of a commit. Where somebody waits meanwhile it is done sooner, in a turn that does nothing else.
+_ROWS_IN_LOG = 250
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +69,23 @@ class SweepReport(BaseModel):
 
 
 def sweep(
-    open_unit: Callable[[], UnitOfWork],
+    settings: UnitSettings,
     *,
     batch_size: int,
     time_budget: timedelta | None,
     stop: threading.Event | None = None,
+    monotonic: Callable[[], float] = time.monotonic,
 ) -> SweepReport:
     """Remove dead nonces and idempotency keys, a batch in each unit of work.
 
+    While others write, it takes a fifth of the time at most, in turns of a few milliseconds.
+
     Args:
-        open_unit: opens a write unit.
+        settings: what the units share.
         batch_size: how many rows a unit removes at most.
         time_budget: when to end early; None for not before all is done.
         stop: ends it early as well.
+        monotonic: what turns and budget are measured by, in seconds.
 
     Raises:
         InvalidArgumentError: the batch size or the budget is not above zero.
@@ -87,22 +93,41 @@ def sweep(
     check_limit(batch_size, "batch_size")
     if time_budget is not None:
         check_duration(time_budget, "time_budget")
-    deadline = None if time_budget is None else time.monotonic() + time_budget.total_seconds()
+    deadline = None if time_budget is None else monotonic() + time_budget.total_seconds()
     pause = stop or threading.Event()
+    engine = settings.engine
+    pace = Pace(batch_size)
     removed = {"nonces": 0, "idempotency_keys": 0}
+    in_log = 0
 
     def report(*, more: bool) -> SweepReport:
         return SweepReport(nonces=removed["nonces"], idempotency_keys=removed["idempotency_keys"], more=more)
 
+    def rested(seconds: float) -> bool:
+        """Rest, and tell whether there is time for more. A rest that would outlast the budget is not begun."""
+        return (deadline is None or monotonic() + seconds < deadline) and not pause.wait(seconds)
+
     for kind in removed:
         while True:
-            with open_unit() as unit:
-                count = getattr(unit, kind).delete_expired(limit=batch_size)
+            contention, asked = engine.contention, pace.rows
+            with UnitOfWork(settings, read_only=False) as unit:
+                begun = monotonic()
+                count = getattr(unit, kind).delete_expired(limit=asked)
+                worked = monotonic() - begun
+            held = monotonic() - begun
             removed[kind] += count
-            if count < batch_size:
+            if count < asked:
                 break
-            if pause.wait(_PAUSE) or (deadline is not None and time.monotonic() >= deadline):
+            contended = engine.contention != contention
+            if not rested(pace.after_batch(worked=worked, held=held, contended=contended)):
                 return report(more=True)
+            in_log = in_log + count if contended else 0
+            if in_log >= _ROWS_IN_LOG:
+                in_log = 0
+                begun = monotonic()
+                engine.empty_log(settings.timeout)
+                if not rested(pace.rest_after(monotonic() - begun)):
+                    return report(more=True)
     return report(more=False)
 
 

@@ -60,9 +60,9 @@ or a coroutine that hands one to a worker thread.
 
 One writer consumes nonces as fast as it can, at `full`, while `Database.sweep` removes dead nonces and keys for
 {sweeping:g} seconds, each time on a fresh copy. The figures are medians of {turns} turns; the longest wait is that of
-all. A sweep of the same process has its turn after each unit of the writer. One of another process competes for
-SQLite's lock with a writer that never pauses, and gets it when that writer happens to be between two units: see how
-many rows it swept.
+all. A sweep that finds the writer waiting, or has to wait for it, rests for four times as long as it held the lane.
+One of another process competes for SQLite's lock with a writer that never pauses, and gets it when it happens to try
+between two units: see how many rows each swept.
 """,
     "scale": """\
 ## What size costs

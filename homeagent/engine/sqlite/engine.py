@@ -85,6 +85,7 @@ class SQLiteEngine(Engine):
         self.path = path
         self.durability = durability
         self._open: set[int] = set()
+        self._lock_waits = 0
         self.driver: SQLiteDriver = choose_driver()
         self._busy_ms = min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1)
         self.is_temporary = temporary
@@ -182,10 +183,29 @@ class SQLiteEngine(Engine):
         pragma = "query_only=ON" if read_only else "busy_timeout=0"
         connection.connection.driver_connection.execute(f"PRAGMA {pragma}")  # type: ignore[union-attr]  # it is connected
 
+    @property
+    def contention(self) -> int:
+        """How often a unit that writes had to wait so far, for another one of this process or for another process."""
+        return self.writers.waits + self._lock_waits
+
+    def empty_log(self, timeout: float) -> None:
+        """Move what the log holds into the file, as far as no reader needs it there, in a turn of its own."""
+        lanes = self.lanes(read_only=False)
+        # On the link that writes: no two connections of a process write and checkpoint.
+        link = lanes.acquire(timeout)
+        try:
+            # https://sqlite.org/pragma.html#pragma_wal_checkpoint
+            link.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        except BaseException:
+            lanes.discard(link)
+            raise
+        lanes.release(link)
+
     def begin_busy(self, link: Link, busy: TransientError) -> None:
         """Wait for the write lock of another process, with a fair chance to get it."""
         if link.read_only or not self._busy_ms:
             raise busy
+        self._lock_waits += 1
         link.begin_on(partial(PatientCursor, driver_errors=self.driver_errors, timeout=self.busy_seconds))
 
     @contextmanager

@@ -141,7 +141,7 @@ def _opened(target: Target, clock: Clock, engine: Engine | None) -> Iterator[Uni
 
 
 def _sweep(settings: UnitSettings) -> list[Repair]:
-    report = sweep(lambda: UnitOfWork(settings, read_only=False), batch_size=100, time_budget=None)
+    report = sweep(settings, batch_size=100, time_budget=None)
     action = f"swept {report.nonces:,} nonces and {report.idempotency_keys:,} idempotency keys that had expired"
     return [Repair(check="expired_backlog", action=action)]
 
