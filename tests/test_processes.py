@@ -239,6 +239,43 @@ database.close()
 
 
 @needs_fork
+def test_a_closed_connection_is_nobodys_at_a_fork(sqlite_path: Path, children: Children) -> None:
+    """One that was closed, and that an error of it still remembers, keeps nothing from being refused or opened anew.
+
+    SQLite only: a server's locks are its own affair.
+    """
+    script = (
+        BEGIN
+        + """
+from homeagent.errors import DatabaseError
+database = Database.open(target)
+add(database, "before")
+with database.unit_of_work() as unit:
+    remembered = unit._require_link()
+database._engine.discard_free()
+for under_way in (True, False):
+    unit = database.unit_of_work(read_only=True)
+    if under_way:
+        unit.__enter__()
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        try:
+            add(Database.open(target), "child")
+        except DatabaseError as error:
+            os._exit(7 if "spawn" in str(error) else 8)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    if under_way:
+        unit.__exit__(None, None, None)
+print(*names(database))
+database.close()
+"""
+    )
+    assert children.run(script, sqlite_path).split() == ["7", "0", "before", "child"]
+
+
+@needs_fork
 def test_forks_under_load(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
     """Whenever it is forked, a child works on the file or is refused; what it was told is there, is there.
 

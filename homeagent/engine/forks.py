@@ -81,9 +81,11 @@ def _after() -> None:
 
 
 def _after_in_child() -> None:
-    for database in _held:
-        database.abandon()
-    _after()
+    try:
+        for database in _held:
+            database.abandon()
+    finally:
+        _after()
 
 
 if hasattr(os, "register_at_fork"):

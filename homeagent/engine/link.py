@@ -306,6 +306,8 @@ class Link:
 
         The connection is never closed: SQLite would look for the parent's log by its name, and delete it.
         """
+        if self._connection.closed:
+            return  # before the fork, and only what remembers its last error holds it
         gone: Any = _Gone()
         _leak(self._raw)
         self._watch = None

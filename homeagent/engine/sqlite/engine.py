@@ -299,9 +299,9 @@ class SQLiteEngine(Engine):
 
     def abandon(self) -> None:
         """Refuse to be used, and let this process not open the file anew where its parent was using it."""
-        super().abandon()
         if self._open and self.watch.identity is not None:
             inherit(self.watch.identity)
+        super().abandon()
 
     def announced(self, presence: FileLock | None) -> None:
         """Keep the lock that says that the database is open, until this engine is closed or forgotten."""
