@@ -515,6 +515,8 @@ def test_interrupt_in_the_middle_of_a_unit(target: str, children: Children, way:
         BEGIN
         + f"way = {way!r}"
         + """
+# A shell starts what it runs in the background with this signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 database = Database.open(target, busy_timeout=timedelta(seconds=5))
 def work(unit):
     create(unit, "interrupted")
