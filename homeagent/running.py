@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from homeagent.engine.faults import StandbyError, TransientError
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError
-from homeagent.grouping import Grouping
+from homeagent.group_commit.grouping import Grouping
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 if TYPE_CHECKING:
     from anyio import CapacityLimiter
 
-    from homeagent.loop_calls import LoopCalls
+    from homeagent.group_commit.loop_calls import LoopCalls
 
 __all__ = ["Runner"]
 
@@ -82,7 +82,7 @@ class Runner:
 
     def _open_loop_calls(self, grouping: Grouping) -> LoopCalls:
         # It costs an import that a program without coroutines never pays.
-        from homeagent.loop_calls import LoopCalls
+        from homeagent.group_commit.loop_calls import LoopCalls
 
         with self._mutex:
             if self._loop_calls is None:

@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import anyio
 import anyio.to_thread
 
-from homeagent.calls import Call
-from homeagent.grouping import Grouping
+from homeagent.group_commit.calls import Call
+from homeagent.group_commit.grouping import Grouping
 from homeagent.unit_of_work import UnitOfWork, call_back
 
 __all__ = ["LoopCalls"]

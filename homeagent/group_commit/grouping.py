@@ -26,11 +26,11 @@ from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from homeagent.calls import DONE, ENDED, GIVEN_UP, LEADING, QUEUED, TAKEN, Call, Mailbox
 from homeagent.errors import DatabaseError, HomeAgentError
-from homeagent.joint_units import AloneRequest, JoiningUnit, LeadingUnit
+from homeagent.group_commit.calls import DONE, ENDED, GIVEN_UP, LEADING, QUEUED, TAKEN, Call, Mailbox
+from homeagent.group_commit.joint_units import AloneRequest, JoiningUnit, LeadingUnit
+from homeagent.group_commit.writer_thread import WriterThread
 from homeagent.unit_of_work import UnitOfWork, UnitSettings, call_back, refuse_nesting
-from homeagent.writer_thread import WriterThread
 
 if TYPE_CHECKING:
     from homeagent.engine.link import Link

@@ -23,7 +23,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from homeagent import Agent, AgentCreate, Database, UnitOfWork
-from homeagent.calls import Call
 from homeagent.engine.link import Link
 from homeagent.errors import (
     AgentExistsError,
@@ -34,7 +33,8 @@ from homeagent.errors import (
     DiskFullError,
     UnitStateError,
 )
-from homeagent.grouping import Grouping
+from homeagent.group_commit.calls import Call
+from homeagent.group_commit.grouping import Grouping
 from tests.conftest import START, FakeClock, add_agent, dump
 
 Work = Callable[[UnitOfWork], Any]
@@ -43,7 +43,7 @@ Work = Callable[[UnitOfWork], Any]
 @pytest.fixture(autouse=True)
 def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group takes in all that wait, however slow the machine is."""
-    monkeypatch.setattr("homeagent.grouping._LONGEST", 60)
+    monkeypatch.setattr("homeagent.group_commit.grouping._LONGEST", 60)
 
 
 def create(unit: UnitOfWork, agent_id: str) -> str:
@@ -591,11 +591,11 @@ def test_a_block_that_waits_is_not_passed_by_group_after_group(sqlite_database: 
 
 def test_a_group_is_bounded(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """A leader does so many units and no more, then the next one leads."""
-    monkeypatch.setattr("homeagent.grouping._MOST", 4)
+    monkeypatch.setattr("homeagent.group_commit.grouping._MOST", 4)
     with counted_commits(monkeypatch) as count:
         serve(sqlite_database, *(functools.partial(create, agent_id=f"a{number}") for number in range(11)))
     assert count == [3]
-    monkeypatch.setattr("homeagent.grouping._LONGEST", 0)
+    monkeypatch.setattr("homeagent.group_commit.grouping._LONGEST", 0)
     with counted_commits(monkeypatch) as count:
         serve(sqlite_database, *(functools.partial(create, agent_id=f"b{number}") for number in range(4)))
     assert count == [2]
@@ -814,8 +814,8 @@ class Stopwatch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("homeagent.grouping.monotonic", lambda: self.now)
-        monkeypatch.setattr("homeagent.calls.monotonic", lambda: self.now)
+        monkeypatch.setattr("homeagent.group_commit.grouping.monotonic", lambda: self.now)
+        monkeypatch.setattr("homeagent.group_commit.calls.monotonic", lambda: self.now)
 
 
 def test_who_stays_with_a_group_that_another_left_is_done_again(
@@ -914,7 +914,7 @@ def test_a_system_without_threads_left_still_does_the_units_of_threads(
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr("homeagent.writer_thread.threading.Thread.start", refuse)
+        patch.setattr("homeagent.group_commit.writer_thread.threading.Thread.start", refuse)
         with pytest.raises(DatabaseError, match="can't start new thread"):
             asyncio.run(sqlite_database.arun(functools.partial(create, agent_id="coroutine")))
         assert sqlite_database.run(functools.partial(create, agent_id="thread")) == "thread"
