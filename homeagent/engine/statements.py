@@ -251,32 +251,31 @@ def _model_loaders(model: type[Table], dialect: Dialect) -> tuple[Loader, Callab
         "repeat": repeat,
         "set_dict": _set_dict,
     }
-    values = []
+    one, many = [], []
     for index, column in enumerate(model.__table__.columns):
-        term = f"c{index}"
+        name = mapper.get_property_by_column(column).key
+        nothing = f"None if c{index} is None else " if column.nullable else ""
         known = getattr(column.type, "loaded_values", None)
-        convert = getattr(column.type, "convert_loaded", None) or _processor(column, dialect)
-        if known is not None:
-            convert = known
-        if convert is not None:
-            namespace[f"convert{index}"] = convert
-            term = f"convert{index}[{term}]" if known is not None else f"convert{index}({term})"
-            if column.nullable:
-                term = f"None if c{index} is None else {term}"
-        values.append(f"{mapper.get_property_by_column(column).key!r}: {term}")
-    row = "".join(f"c{index}, " for index in range(len(values)))
-    fields = f"{{{', '.join(values)}}}"
+        convert = getattr(column.type, "convert_loaded", None)
+        if convert is None and known is None:
+            convert = _processor(column, dialect)
+        namespace[f"known{index}"], namespace[f"convert{index}"] = known, convert
+        looked_up = f"{nothing}known{index}[c{index}]"
+        converted = f"{nothing}convert{index}(c{index})" if convert is not None else f"c{index}"
+        many.append(f"{name!r}: {converted if known is None else looked_up}")
+        one.append(f"{name!r}: {looked_up if convert is None and known is not None else converted}")
+    row = "".join(f"c{index}, " for index in range(len(one)))
     source = f"""
 def load(rows):
     instances = list(map(new, repeat(model, len(rows))))
     # Nothing but the calls themselves: a deque without room keeps nothing of what they return.
-    deque(map(set_dict, instances, [{fields} for {row}in rows]), 0)
+    deque(map(set_dict, instances, [{{{", ".join(many)}}} for {row}in rows]), 0)
     return instances
 
 def load_one(row):
     {row}= row
     instance = new(model)
-    set_dict(instance, {fields})
+    set_dict(instance, {{{", ".join(one)}}})
     return instance
 """
     exec(source, namespace)  # noqa: S102  built from the names of columns, never from anybody's input
