@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
-from functools import partial
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -60,7 +60,6 @@ class Database:
         self._timeout = busy_timeout.total_seconds()
         self._settings = UnitSettings(engine, clock, self._timeout)
         self._runner = Runner(self._settings)
-        self._made_pairing: Pairing | None = None
         self._mutex = threading.Lock()
         self._sweepers: list[Sweeper] = []
         self._closed = False
@@ -332,14 +331,12 @@ class Database:
 
     # Devices and their secrets
 
-    @property
+    @cached_property
     def _pairing(self) -> Pairing:
-        if self._made_pairing is None:
-            # A process that checks no secret starts sooner without it.
-            from homeagent.pairing import Pairing
+        # A process that checks no secret starts sooner without it.
+        from homeagent.pairing import Pairing
 
-            self._made_pairing = Pairing(self._runner, self._clock)
-        return self._made_pairing
+        return Pairing(self._runner, self._clock)
 
     def pair(self, request: DevicePair) -> PairedDevice:
         """Add a device that waits for its approval. Only a hash of its secret is stored.

@@ -141,18 +141,13 @@ async def _in_thread(work: Callable[[], T]) -> T:
 
     import anyio.to_thread
 
+    from homeagent.shielding import end_of
+
     if not _under_asyncio():
         return await anyio.to_thread.run_sync(work, limiter=_worker_places())
-    # A scope of AnyIO shields from AnyIO's cancellation only: a Task.cancel(), as asyncio.timeout() does it, would end
-    # the wait here, with the unit under way or not yet handed to a thread.
     task = asyncio.ensure_future(anyio.to_thread.run_sync(work, limiter=_worker_places()))
-    cancellation: asyncio.CancelledError | None = None
-    with anyio.CancelScope(shield=True):
-        while not task.done():
-            try:
-                await asyncio.wait([task])
-            except asyncio.CancelledError as error:
-                cancellation = error
+    # Until then the unit is under way, or not yet handed to a thread.
+    cancellation = await end_of(task)
     if cancellation is not None:
         if not task.cancelled():
             task.exception()  # looked at, or asyncio would report it as lost

@@ -135,11 +135,15 @@ class Engine(ABC):
         return self.writers.waits
 
     @abstractmethod
-    def empty_log(self, timeout: float) -> None:
+    def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
         """Move what a log holds into the database, where that is a file, in a turn of its own.
 
         Args:
             timeout: how long to wait for that, in seconds.
+            truncate: whether to wait for readers too, and to give the log's room back.
+
+        Returns:
+            False where it was not truncated, since somebody needed it for as long.
         """
 
     def begin_busy(self, link: Link, busy: TransientError) -> None:

@@ -156,15 +156,8 @@ class Link:
             # A flush that failed has rolled it back already.
             if root.is_active:
                 root.rollback()
-        fault: BaseException
-        try:
-            if self.in_transaction:
-                self._execute("ROLLBACK")
-        except self._driver_errors as error:
-            fault = self._translate(error)
-        else:
-            return
-        raise fault
+        if self.in_transaction:
+            self._translated(self._execute, "ROLLBACK")
 
     @property
     def in_transaction(self) -> bool:
@@ -203,9 +196,13 @@ class Link:
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
         """Run SQL that is no store's statement, such as a pragma, and return the driver's cursor."""
+        return self._translated(self._execute, sql, parameters) if parameters else self._translated(self._execute, sql)
+
+    def _translated(self, act: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what `act` returns. What it raises of the driver's is ours then, and hides what the driver said."""
         fault: BaseException
         try:
-            return self._execute(sql, parameters) if parameters else self._execute(sql)
+            return act(*arguments)
         except self._driver_errors as error:
             fault = self._translate(error)
         raise fault

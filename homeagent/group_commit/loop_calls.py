@@ -13,6 +13,7 @@ import anyio.to_thread
 
 from homeagent.group_commit.calls import Call
 from homeagent.group_commit.grouping import Grouping
+from homeagent.shielding import end_of
 from homeagent.unit_of_work import UnitOfWork, call_back
 
 __all__ = ["LoopCalls"]
@@ -147,12 +148,6 @@ async def _end_of(call: _LoopCall[Any], cancellation: asyncio.CancelledError) ->
 async def _shielded(act: Callable[..., object], *arguments: Any) -> asyncio.CancelledError | None:
     """Call `act` in a worker thread to its end, and return the cancellation that came meanwhile."""
     task = asyncio.ensure_future(anyio.to_thread.run_sync(act, *arguments))
-    cancellation: asyncio.CancelledError | None = None
-    with anyio.CancelScope(shield=True):
-        while not task.done():
-            try:
-                await asyncio.wait([task])
-            except asyncio.CancelledError as error:
-                cancellation = error
+    cancellation = await end_of(task)
     task.result()
     return cancellation

@@ -1,10 +1,9 @@
-"""The domain: five tables that are Pydantic models as well, and the shapes that create, patch and show their rows.
+"""The domain: five tables that are Pydantic models as well. What creates, patches and shows their rows is in `shapes`.
 
-A sixth, `store`, has one row, about the store itself.
+A sixth table, `store`, has one row, about the store itself.
 """
 
 import os
-from typing import TYPE_CHECKING, Any
 
 from homeagent.models.agent import Agent
 from homeagent.models.base import Model, metadata
@@ -14,36 +13,14 @@ from homeagent.models.nonce import Nonce
 from homeagent.models.session import AgentSession
 from homeagent.models.store_record import store_table
 
-if TYPE_CHECKING:
-    from homeagent.models.shapes import (
-        AgentCreate,
-        AgentPublic,
-        AgentSessionCreate,
-        AgentSessionPublic,
-        AgentUpdate,
-        DeviceCreate,
-        DevicePair,
-        DevicePublic,
-        DeviceUpdate,
-    )
-
 __all__ = [
     "DATA_TABLES",
     "TABLES",
     "Agent",
-    "AgentCreate",
-    "AgentPublic",
     "AgentSession",
-    "AgentSessionCreate",
-    "AgentSessionPublic",
-    "AgentUpdate",
     "Attempt",
     "Device",
-    "DeviceCreate",
-    "DevicePair",
-    "DevicePublic",
     "DeviceStatus",
-    "DeviceUpdate",
     "IdempotencyKey",
     "IdempotencyScope",
     "IdempotencyState",
@@ -59,14 +36,6 @@ TABLES: tuple[str, ...] = tuple(sorted(metadata.tables))
 
 DATA_TABLES: tuple[str, ...] = tuple(sorted(set(metadata.tables) - {store_table.name}))
 """The tables that hold an application's rows, by name: all but `store`."""
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from homeagent.models import shapes
-
-        return getattr(shapes, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _build(model: type[Model]) -> None:

@@ -25,8 +25,8 @@ given = {
     "approved": True, "status": "approved", "session_id": "s", "nonce": "n", "device_id": "d", "key": "k",
     "method": "m", "result": None,
 } | {name: "2026-01-01T00:00:00Z" for name in ("created_at", "expires_at", "paired_at", "last_active_at")}
-public = [getattr(homeagent, name) for name in sorted({*homeagent.__all__} & {*homeagent.models.__all__})]
-models = [each for each in public if hasattr(each, "model_fields")]
+public = [getattr(homeagent, name) for name in homeagent.__all__]
+models = [each for each in public if isinstance(each, type) and issubclass(each, homeagent.models.base.Model)]
 threads = 8
 for model in models:
     values = {name: given[name] for name in model.model_fields if name in given}
@@ -85,8 +85,8 @@ import os
 import homeagent
 
 child = os.fork()
-public = [getattr(homeagent.models, name) for name in homeagent.models.__all__]
-models = [each for each in public if hasattr(each, "model_fields")]
+public = [getattr(homeagent, name) for name in homeagent.__all__]
+models = [each for each in public if isinstance(each, type) and issubclass(each, homeagent.models.base.Model)]
 if child == 0:
     os._exit(not all(model.__pydantic_complete__ for model in models))
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(models) > 10)

@@ -121,8 +121,9 @@ class PostgreSQLEngine(Engine):
     def prepare_link(self, connection: Connection, *, read_only: bool) -> None:
         """Nothing more: the BEGIN of a unit says whether it can write."""
 
-    def empty_log(self, timeout: float) -> None:
+    def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
         """Do nothing: a server has its checkpointer."""
+        return True
 
     def after_close(self) -> None:
         """Nothing is left behind on this side."""

@@ -109,7 +109,7 @@ class PostgreSQLLink(Link):
                 "let the error leave the block, or put what may fail into a savepoint()"
             )
         if self.read_only and self._root is None:
-            self._end_reading()
+            self._translated(self._command, "COMMIT")
             return
         self._warnings.clear()
         super().commit()
@@ -123,16 +123,6 @@ class PostgreSQLLink(Link):
         with self._cursor.copy(f"COPY {into} FROM STDIN") as copy:
             for row in rows:
                 copy.write_row(row)
-
-    def _end_reading(self) -> None:
-        fault: BaseException
-        try:
-            self._command("COMMIT")
-        except self._driver_errors as error:
-            fault = self._translate(error)
-        else:
-            return
-        raise fault
 
     @property
     def in_transaction(self) -> bool:

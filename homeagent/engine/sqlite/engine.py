@@ -188,18 +188,24 @@ class SQLiteEngine(Engine):
         """How often a unit that writes had to wait so far, for another one of this process or for another process."""
         return self.writers.waits + self._lock_waits
 
-    def empty_log(self, timeout: float) -> None:
-        """Move what the log holds into the file, as far as no reader needs it there, in a turn of its own."""
+    def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
+        """Move what the log holds into the file, in a turn of its own; see `Engine.empty_log`."""
         lanes = self.lanes(read_only=False)
         # On the link that writes: no two connections of a process write and checkpoint.
         link = lanes.acquire(timeout)
         try:
             # https://sqlite.org/pragma.html#pragma_wal_checkpoint
-            link.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            if truncate:
+                link.execute(f"PRAGMA busy_timeout={min(int(timeout * 1000), 2**31 - 1)}")
+                (blocked, _, _) = link.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                link.execute("PRAGMA busy_timeout=0")
+            else:
+                (blocked, _, _) = link.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         except BaseException:
             lanes.discard(link)
             raise
         lanes.release(link)
+        return not blocked
 
     def begin_busy(self, link: Link, busy: TransientError) -> None:
         """Wait for the write lock of another process, with a fair chance to get it."""

@@ -153,18 +153,7 @@ def _forget_previous_secrets(settings: UnitSettings) -> list[Repair]:
 
 
 def _truncate_log(settings: UnitSettings) -> list[Repair]:
-    lanes = settings.engine.lanes(read_only=False)
-    link = lanes.acquire(settings.timeout)
-    try:
-        # A write link waits for nobody by itself, and this is not begun as a unit is.
-        (before,) = link.execute("PRAGMA busy_timeout").fetchone()
-        link.execute(f"PRAGMA busy_timeout={min(int(settings.timeout * 1000), 2**31 - 1)}")
-        # https://sqlite.org/pragma.html#pragma_wal_checkpoint
-        blocked, _, _ = link.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        link.execute(f"PRAGMA busy_timeout={before}")
-    finally:
-        lanes.release(link)
-    if blocked:
+    if not settings.engine.empty_log(settings.timeout, truncate=True):
         return []
     return [Repair(check="wal_size", action="moved the write-ahead log into the file and emptied it")]
 

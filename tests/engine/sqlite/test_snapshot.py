@@ -77,3 +77,19 @@ def test_it_is_given_up_at_the_end(sqlite_path: Path, way: str, end: str) -> Non
         assert log_can_be_emptied(sqlite_path)
         with database.unit_of_work(read_only=True) as unit:
             assert names(unit) == {"ada"}
+
+
+def test_an_interrupt_at_the_end_leaves_none(sqlite_path: Path) -> None:
+    """Where Ctrl-C comes in the very step that would give it up, undoing the unit gives it up."""
+    with Database.open(sqlite_path) as database:
+        with pytest.raises(KeyboardInterrupt), database.unit_of_work(read_only=True) as unit:
+            link = unit._require_link()
+            assert isinstance(link, SnapshotLink)
+            let_go = link._let_go
+
+            def interrupted() -> None:
+                link._let_go = let_go
+                raise KeyboardInterrupt
+
+            link._let_go = interrupted
+        assert log_can_be_emptied(sqlite_path)

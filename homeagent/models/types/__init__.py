@@ -1,0 +1,61 @@
+"""Field types of the models, each with its column type: a file for text, instants, JSON and what is closed.
+
+What a field accepts is decided here once, and used by the models when they validate and by the stores when an
+argument comes in by itself, so that a bad id is refused alike at every door.
+"""
+
+from homeagent.models.types.closed import Flag, Word
+from homeagent.models.types.instants import (
+    EPOCH,
+    MILLISECOND,
+    Instant,
+    InstantColumn,
+    check_duration,
+    check_instant,
+    later,
+    to_milliseconds,
+)
+from homeagent.models.types.json_text import MAX_JSON_BYTES, Json, JsonColumn, decode_json, encode_json
+from homeagent.models.types.limits import MAX_LIMIT, check_limit
+from homeagent.models.types.stored import UNREADABLE, loaded, unreadable
+from homeagent.models.types.text import (
+    Identifier,
+    Label,
+    OptionalLabel,
+    WorkspacePath,
+    check_identifier,
+    check_label,
+    check_optional_label,
+    text_column,
+)
+
+__all__ = [
+    "EPOCH",
+    "MAX_JSON_BYTES",
+    "MAX_LIMIT",
+    "MILLISECOND",
+    "UNREADABLE",
+    "Flag",
+    "Identifier",
+    "Instant",
+    "InstantColumn",
+    "Json",
+    "JsonColumn",
+    "Label",
+    "OptionalLabel",
+    "Word",
+    "WorkspacePath",
+    "check_duration",
+    "check_identifier",
+    "check_instant",
+    "check_label",
+    "check_limit",
+    "check_optional_label",
+    "decode_json",
+    "encode_json",
+    "later",
+    "loaded",
+    "text_column",
+    "to_milliseconds",
+    "unreadable",
+]

@@ -1,0 +1,98 @@
+"""JSON values, and the text that they are stored as."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic_core import from_json, to_json
+from sqlalchemy import Dialect, Text
+from sqlalchemy.types import TypeDecorator
+
+from homeagent.errors import InvalidArgumentError
+from homeagent.models.types.stored import loaded
+
+__all__ = ["MAX_JSON_BYTES", "Json", "JsonColumn", "decode_json", "encode_json"]
+
+MAX_JSON_BYTES = 256 * 1024
+
+# Python may refuse to read an integer of more digits than that: sys.set_int_max_str_digits.
+_READABLE_DIGITS = sys.int_info.str_digits_check_threshold
+
+# The core's own: what a TypeAdapter adds to each call takes longer than a small value.
+_check_json = TypeAdapter(JsonValue, config=ConfigDict(allow_inf_nan=False)).validator.validate_python
+
+
+def encode_json(value: JsonValue, what: str = "JSON") -> str:
+    """Return `value` as JSON text: key order, numbers and Unicode as they are.
+
+    Raises:
+        InvalidArgumentError: it is no JSON value (a set, a key that is not text, NaN, a lone surrogate, itself
+            inside itself), or its text is over 256 KiB.
+    """
+    if value is None or value is True or value is False:
+        return "null" if value is None else "true" if value else "false"
+    try:
+        # Without this, the key 1 would be written as "1" and a tuple as a list: what is read back would differ.
+        _check_json(value, strict=True)
+        encoded = to_json(value)
+        if len(encoded) > _READABLE_DIGITS:
+            json.loads(encoded)
+    except (ValidationError, ValueError, TypeError, RecursionError):
+        # Not chained: the cause would show the value, which may be a secret.
+        raise InvalidArgumentError(
+            f"{what} must be plain JSON: None, bool, int, finite float, text, lists and dicts with text keys"
+        ) from None
+    if len(encoded) > MAX_JSON_BYTES:
+        raise InvalidArgumentError(f"{what} must be at most {MAX_JSON_BYTES:,} bytes of JSON, and has {len(encoded):,}")
+    return encoded.decode()
+
+
+def decode_json(text: str) -> Any:
+    """Return the value of JSON text.
+
+    Raises:
+        ValueError: it is no JSON text.
+    """
+    try:
+        return from_json(text, cache_strings="keys")
+    except ValueError:
+        # It reads no value of more than 200 levels, and `encode_json` takes 254.
+        return json.loads(text)
+
+
+def _as_json(value: JsonValue) -> JsonValue:
+    if value is not None:
+        encode_json(value)
+    return value
+
+
+Json = Annotated[JsonValue, AfterValidator(_as_json)]
+"""Any JSON value of at most 256 KiB of text."""
+
+
+class JsonColumn(TypeDecorator[Any]):
+    """JSON as text on every engine, so that key order, -0.0, large integers and NUL survive.
+
+    Args:
+        none_as_null: whether None is SQL NULL, or the JSON text `null`.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, *, none_as_null: bool = True) -> None:
+        super().__init__()
+        self.none_as_null = none_as_null
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        """Return the text to store."""
+        return None if value is None and self.none_as_null else encode_json(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        """Return the value that this text stands for."""
+        return None if value is None else loaded(self.convert_loaded, value)
+
+    convert_loaded = staticmethod(decode_json)

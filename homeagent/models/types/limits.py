@@ -1,0 +1,20 @@
+"""How many rows may be asked for at once."""
+
+from __future__ import annotations
+
+from homeagent.errors import InvalidArgumentError
+
+__all__ = ["MAX_LIMIT", "check_limit"]
+
+MAX_LIMIT = 2**31 - 1
+
+
+def check_limit(value: int, what: str = "limit") -> int:
+    """Return `value` if it is a number of rows to ask for, 1 or more.
+
+    Raises:
+        InvalidArgumentError: it is not.
+    """
+    if type(value) is not int or not 1 <= value <= MAX_LIMIT:
+        raise InvalidArgumentError(f"{what} must be a whole number from 1 to {MAX_LIMIT:,}")
+    return value

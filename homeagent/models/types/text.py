@@ -1,0 +1,111 @@
+"""Bounded text: ids, labels and paths, and the column type of text."""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import lru_cache
+from typing import Annotated
+
+from pydantic import AfterValidator
+from sqlalchemy import Text
+from sqlalchemy.types import TypeEngine
+
+from homeagent.errors import InvalidArgumentError
+
+__all__ = [
+    "Identifier",
+    "Label",
+    "OptionalLabel",
+    "WorkspacePath",
+    "check_identifier",
+    "check_label",
+    "check_optional_label",
+    "text_column",
+]
+
+# Line and paragraph separators break a log line as a newline does; bidirectional controls make a name read as another.
+_REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+_REFUSED_CHARACTERS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def _check_text(value: str, what: str, *, characters: int, octets: int) -> str:
+    if not isinstance(value, str):
+        raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
+    if not 1 <= len(value) <= characters:
+        raise InvalidArgumentError(f"{what} must have 1 to {characters} characters, and has {len(value)}")
+    if not value.isprintable() and any(
+        character in _REFUSED_CHARACTERS or unicodedata.category(character) in _REFUSED_CATEGORIES
+        for character in value
+    ):
+        raise InvalidArgumentError(f"{what} has a control character or a lone surrogate: take it out")
+    if not value.isascii() and len(value.encode()) > octets:
+        raise InvalidArgumentError(f"{what} must be at most {octets} bytes of UTF-8")
+    return value
+
+
+# A gateway names the same few ids again and again: remembering the good ones makes a check a dictionary look-up.
+@lru_cache(maxsize=8192, typed=True)
+def check_identifier(value: str, what: str = "an id") -> str:
+    """Return `value` if it may be the id of a device, agent or session.
+
+    Such an id may end up in a file name: 1 to 128 characters and at most 200 bytes of UTF-8, no control character,
+    neither slash nor backslash, and not `.` or `..`.
+
+    Raises:
+        InvalidArgumentError: it may not.
+    """
+    _check_text(value, what, characters=128, octets=200)
+    if "/" in value or "\\" in value or value in {".", ".."}:
+        raise InvalidArgumentError(f"{what} may end up in a file name: no '/', no '\\', and not '.' or '..'")
+    return value
+
+
+def check_label(value: str, what: str = "a name") -> str:
+    """Return `value` if it may be a key, nonce, sender, channel, method or name.
+
+    1 to 256 characters and at most 512 bytes of UTF-8, anything printable.
+
+    Raises:
+        InvalidArgumentError: it may not.
+    """
+    if value.__class__ is str and 0 < len(value) <= 256 and value.isascii() and value.isprintable():
+        return value
+    return _check_text(value, what, characters=256, octets=512)
+
+
+def check_optional_label(value: str | None, what: str) -> str | None:
+    """Return `value` if it is None or may be a label (`check_label`)."""
+    return None if value is None else check_label(value, what)
+
+
+def _check_path(value: str) -> str:
+    return _check_text(value, "a workspace path", characters=4096, octets=4096)
+
+
+def _as_identifier(value: str) -> str:
+    return check_identifier(value)
+
+
+def _as_label(value: str) -> str:
+    return check_label(value)
+
+
+Identifier = Annotated[str, AfterValidator(_as_identifier)]
+"""The id of a device, agent or session: see `check_identifier`."""
+
+Label = Annotated[str, AfterValidator(_as_label)]
+"""A key, nonce, sender, channel, method or name: see `check_label`."""
+
+OptionalLabel = Label | None
+
+WorkspacePath = Annotated[str, AfterValidator(_check_path)]
+"""A directory on the owner's machine, 1 to 4,096 bytes. It is stored as it is given, and never opened."""
+
+
+def text_column() -> TypeEngine[str]:
+    """Return the column type of text: TEXT, compared by bytes on every engine.
+
+    SQLite's default collation BINARY compares UTF-8 by `memcmp`; PostgreSQL does the same only under "C". With one
+    order on both, a page of a list is the same page.
+    """
+    return Text().with_variant(Text(collation="C"), "postgresql")
