@@ -22,6 +22,7 @@ from rich.console import Console
 
 from tests.benchmarks.callers import measure_callers
 from tests.benchmarks.contestants import CONTESTANTS, BenchmarkError, ContenderError, Contestant, choose
+from tests.benchmarks.layers import measure_layers
 from tests.benchmarks.machine import busy_share, describe_code, describe_machine, told_command
 from tests.benchmarks.measuring import Plan
 from tests.benchmarks.operations import NAMES, measure_operations
@@ -40,6 +41,7 @@ MEASURES: dict[str, Callable[[Workshop], dict[str, Any]]] = dict(
         SECTIONS,
         (
             measure_operations,
+            measure_layers,
             measure_callers,
             measure_sweeping,
             measure_scale,

@@ -48,6 +48,20 @@ what was stored; and what was written is counted afterwards by another process.
 - Another library lives through the trace for ten seconds at most. Where that isn't all of it, it is compared with the
   time that `sqlite3` takes for as many events.
 """,
+    "layers": """\
+## Where the time goes
+
+homeagent from below, at `normal`, a layer more in each column, in processes that take turns: what a column adds to the
+one before it is what that layer costs.
+
+- *statement and link*: parameters are converted, rows become models, the transaction begins and ends.
+- *unit of work*: a lane is taken and given back, the thread's own units are told apart, the unit is counted.
+- *store*: ids, texts, limits and durations are checked, the clock is read, JSON is checked and encoded, the nonces of a
+  device are counted.
+
+*cold* is what homeagent takes beyond `sqlite3` where each of them first reads a megabyte of other memory, as another
+program does while a commit waits for the disk: the more memory a call touches, the more of it has to come back.
+""",
     "callers": """\
 ## Many callers at once
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import sub
+from statistics import median
 from typing import Any
 
 from rich.table import Table
 
+from tests.benchmarks import layers
+from tests.benchmarks.contestants import BASELINE
 from tests.benchmarks.goals import judge
 
 __all__ = ["Grid", "grids", "readable_time"]
@@ -110,6 +115,22 @@ def _works(section: Mapping[str, Any], name: str, engine: str) -> list[Grid]:
     return tables
 
 
+def _layers(section: Mapping[str, Any]) -> list[Grid]:
+    ladder = (BASELINE, layers.LINK, layers.UNIT, "homeagent")
+    differences = (*pairwise(ladder), (BASELINE, "homeagent"), (layers.COLD_BASELINE, layers.COLD))
+    rows = []
+    for work, row in section["measured"][layers.DURABILITY].items():
+        if any("failed" in each for each in row.values()):
+            continue
+        samples = {name: each["samples"]["seconds"] for name, each in row.items()}
+        # Of samples that were taken side by side, so that what else the machine did falls on both.
+        added = [median(map(sub, samples[above], samples[below])) for below, above in differences]
+        told = (row[BASELINE]["seconds"], *added)
+        rows.append([section["titles"][work], *(f"{seconds * 1e6:.1f}" for seconds in told)])
+    header = ("work", "by hand", "statement and link", "unit of work", "store", "all three", "all three, cold")
+    return [Grid("layers", "Microseconds of a call, and what each layer adds to it", header, rows)]
+
+
 def _callers(section: Mapping[str, Any]) -> list[Grid]:
     rows = []
     for way, row in section["measured"].items():
@@ -197,6 +218,7 @@ def _startup(section: Mapping[str, Any]) -> list[Grid]:
 
 _MAKERS: dict[str, Callable[[Mapping[str, Any]], list[Grid]]] = {
     "operations": lambda section: _works(section, "operations", "SQLite"),
+    "layers": _layers,
     "callers": _callers,
     "sweeping": _sweeping,
     "scale": _scale,

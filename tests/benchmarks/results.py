@@ -20,7 +20,7 @@ __all__ = [
     "write_results",
 ]
 
-SECTIONS = ("operations", "callers", "sweeping", "scale", "startup", "postgresql")
+SECTIONS = ("operations", "layers", "callers", "sweeping", "scale", "startup", "postgresql")
 
 Results = dict[str, Any]
 
@@ -89,7 +89,7 @@ def failures(results: Results) -> dict[str, str]:
         section = results.get(name, {"run": {}})
         if "failed" in section["run"]:
             found[name] = section["run"]["failed"]
-        if name in ("operations", "postgresql"):
+        if name in ("operations", "layers", "postgresql"):
             for durability, measured in section.get("measured", {}).items():
                 for work, row in measured.items():
                     for contender, figures in row.items():

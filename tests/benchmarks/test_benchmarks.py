@@ -18,11 +18,13 @@ from tests.benchmarks import __main__ as command
 from tests.benchmarks.callers import RUN, compared
 from tests.benchmarks.contestants import BASELINE, BenchmarkError, choose
 from tests.benchmarks.goals import judge
+from tests.benchmarks.layers import COLD, COLD_BASELINE, DURABILITY, LAYERS, LINK, UNIT, WORKS
 from tests.benchmarks.machine import told_command
 from tests.benchmarks.measuring import Plan
 from tests.benchmarks.operations import NAMES, measure_operations
 from tests.benchmarks.page import write_page
 from tests.benchmarks.progress import Progress
+from tests.benchmarks.report import grids
 from tests.benchmarks.results import failures, join_results, read_results
 from tests.benchmarks.trace import TraceContest
 from tests.benchmarks.workshop import Workshop
@@ -94,6 +96,38 @@ def test_one_command(tmp_path: Path) -> None:
     for picture in re.findall(r"!\[.+?\]\((.+?)\)", page):
         assert ElementTree.parse(tmp_path / picture).getroot().tag.endswith("svg")  # noqa: S314  it was just drawn
     assert "operations (1 of 1; then nothing): filling" in ran.stderr
+
+
+def test_layers(tmp_path: Path) -> None:
+    """Each layer answers as the whole does, and the page has a line for each piece of work."""
+    ran = run("--quick", "--only", "layers", "--output", str(tmp_path))
+
+    assert ran.returncode == 0, ran.stderr
+    (measured,) = figures_of(tmp_path)["layers"]["measured"].values()
+    assert set(measured) == set(WORKS)
+    assert all(figures["seconds"] > 0 for row in measured.values() for figures in row.values())
+    assert all(set(row) == {layer.name for layer in LAYERS} for row in measured.values())
+    titles = figures_of(tmp_path)["layers"]["titles"].values()
+    assert all(f"| {title} |" in page_of(tmp_path) for title in titles)
+
+
+def test_a_layer_is_the_difference_of_neighbours() -> None:
+    """What a layer adds is told as the median difference of the samples that were taken side by side."""
+    samples = {
+        BASELINE: [10e-6, 20e-6, 30e-6],
+        LINK: [11e-6, 22e-6, 31e-6],
+        UNIT: [14e-6, 25e-6, 34e-6],
+        "homeagent": [14e-6, 29.5e-6, 34.5e-6],
+        COLD_BASELINE: [50e-6, 60e-6, 70e-6],
+        COLD: [57e-6, 69e-6, 78e-6],
+    }
+    row = {name: {"seconds": seconds[1], "samples": {"seconds": seconds}} for name, seconds in samples.items()}
+    failed = {**row, LINK: {"failed": "WrongAnswer"}}
+    measured = {DURABILITY: {"device": row, "seen": failed}}
+
+    (_, grid) = grids({"layers": {"titles": {"device": "one", "seen": "two"}, "measured": measured}})
+
+    assert grid.rows == [["one", "20.0", "1.0", "3.0", "0.5", "4.5", "8.0"]]
 
 
 @pytest.mark.parametrize("work", NAMES)
