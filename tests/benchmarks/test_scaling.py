@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from homeagent import Database
 from tests.benchmarks.contestants import BenchmarkError
 from tests.benchmarks.progress import Progress
 from tests.benchmarks.scaling import __main__ as command
+from tests.benchmarks.scaling import moving
 from tests.benchmarks.scaling.tables import TABLES, tell
 
 ROOT = Path(__file__).parents[2]
@@ -116,3 +118,15 @@ def test_every_section_is_measured_and_told(tmp_path: Path, pytestconfig: pytest
         assert scheme["same_nonce_in_another_message_let_in"] == ("by time" in title), title
         assert scheme["expiry"]["rows"] == 1000
         assert (scheme["expiry"]["bytes_given_back"] > 0) == ("by time" in title), title
+
+
+def test_the_memory_of_a_copy_is_its_own(tmp_path: Path) -> None:
+    """What the process that starts a copy has in its memory is not told as the copy's."""
+    source, target = tmp_path / "source.db", tmp_path / "target.db"
+    Database.open(source).close()
+    Database.open(target).close()
+    kept = bytes(range(256)) * 2**20
+
+    figures = moving._copy(str(source), str(target))
+
+    assert 16 * 2**20 < figures["peak_bytes"] < len(kept)

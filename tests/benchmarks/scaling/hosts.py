@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +34,7 @@ def measure_host(place: Place, *, messages: int) -> dict[str, Any]:
     clock = _example.TraceClock()
     with Database.open(target, clock=clock) as database:
         _handle(database, clock, messages // 10)
-        connections = _fill_pool(place, database)
+        connections = _measure_connections(place, target)
         log = _handle_measured(place, target, database, clock, messages)
     file = place.new_store("sqlite")
     with Database.open(file, clock=clock, durability="normal") as database:
@@ -47,39 +47,33 @@ def measure_host(place: Place, *, messages: int) -> dict[str, Any]:
     }
 
 
-def _fill_pool(place: Place, database: Database) -> dict[str, Any]:
-    """Hold as many units at once as the pool has places, and look at the server's side of it."""
-    lanes = [(database._engine.writers, False), (database._engine.readers, True)]
-    places = sum(lane._size for lane, _ in lanes)
-    inside = threading.Barrier(places + 1)
-    leave = threading.Event()
-
-    def hold(read_only: bool) -> None:
-        with database.unit_of_work(read_only=read_only) as unit:
-            unit.devices.list()
-            unit.sessions.list(limit=50)
-            unit.agents.list()
-            inside.wait(60)
-            leave.wait(60)
-
-    threads = [threading.Thread(target=hold, args=(read_only,)) for lane, read_only in lanes for _ in range(lane._size)]
-    for thread in threads:
-        thread.start()
-    try:
-        inside.wait(60)
-        found = place.server.execute(
-            "SELECT pid FROM pg_stat_activity WHERE application_name = 'homeagent' AND backend_type = 'client backend'"
-        )
-        private = [psutil.Process(pid).memory_full_info().uss for (pid,) in found]
-    finally:
-        leave.set()
-        for thread in threads:
-            thread.join()
+def _measure_connections(place: Place, target: str) -> dict[str, Any]:
+    """Look at a host of its own whose pool is full, and at the server's side of it."""
+    before = _clients(place)
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.benchmarks.scaling.host_process", target],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as host:
+        assert host.stdout is not None
+        host.stdout.readline()
+        resident = psutil.Process(host.pid).memory_info().rss
+        found = _clients(place) - before
+        private = [psutil.Process(pid).memory_full_info().uss for pid in found]
+        host.communicate()
     return {
         "connections": len(found),
         "server_bytes_per_connection": round(sum(private) / len(private)),
-        "client_resident_bytes": psutil.Process().memory_info().rss,
+        "client_resident_bytes": resident,
     }
+
+
+def _clients(place: Place) -> set[int]:
+    found = place.server.execute(
+        "SELECT pid FROM pg_stat_activity WHERE application_name = 'homeagent' AND backend_type = 'client backend'"
+    )
+    return {pid for (pid,) in found}
 
 
 def _handle_measured(place: Place, target: str, database: Database, clock: Any, messages: int) -> dict[str, Any]:

@@ -1,18 +1,12 @@
-"""How long `Database.copy_to` takes, and how much memory.
-
-Run as a program it is one such copy: it prints the rows, the seconds and its peak of resident memory in bytes.
-"""
+"""How long `Database.copy_to` takes, and how much memory: each copy is a process of its own."""
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
-import time
 from typing import Any
 
-from homeagent import Database
 from tests.benchmarks.scaling.stores import Place, fill
 
 __all__ = ["measure_copies"]
@@ -33,24 +27,10 @@ def measure_copies(place: Place, *, sizes: list[int]) -> dict[str, Any]:
 
 def _copy(source: str, target: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.scaling.moving", source, target],
+        [sys.executable, "-m", "tests.benchmarks.scaling.copy_process", source, target],
         check=True,
         capture_output=True,
         text=True,
     )
     figures: dict[str, Any] = json.loads(done.stdout)
     return figures
-
-
-def _main(source: str, target: str) -> None:
-    with Database.open(source) as ours, Database.open(target) as theirs:
-        start = time.perf_counter()
-        rows = sum(ours.copy_to(theirs).rows.values())
-        seconds = time.perf_counter() - start
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    json.dump({"rows": rows, "seconds": round(seconds, 2), "peak_bytes": peak}, sys.stdout)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
