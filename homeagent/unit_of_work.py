@@ -305,7 +305,7 @@ class UnitOfWork:
         """The ORM session of this unit, opened on the first call, on the same connection and transaction.
 
         It is flushed before a store's statement and expired after a store's write, so both see one truth. Its
-        `commit()` only flushes; its `rollback()` ends the unit.
+        `commit()` only flushes; its `rollback()` ends the unit. After the unit's end it raises UnitStateError too.
         """
         link = self._require_link()
         if self._session is None:
@@ -316,6 +316,11 @@ class UnitOfWork:
             unit = self
 
             class UnitSession(Session):
+                def get_bind(self, *args: Any, **kwargs: Any) -> Any:
+                    # Asked for before every statement. The connection outlives the unit, and may be another's by then.
+                    unit._require_link()
+                    return super().get_bind(*args, **kwargs)
+
                 def rollback(self) -> None:
                     # SQLAlchemy's own does nothing while the session has done nothing; the unit may have.
                     super().rollback()

@@ -309,6 +309,35 @@ def test_unit_and_its_stores_are_stale_after_the_end(database: Database) -> None
     assert agents_of(database) == ["ada"]
 
 
+@pytest.mark.parametrize("rolled_back", [False, True], ids=["ended", "rolled back"])
+@pytest.mark.parametrize("read_only", [False, True], ids=["write", "read only"])
+def test_session_is_stale_after_the_end(database: Database, read_only: bool, rolled_back: bool) -> None:
+    """A session that was kept reaches the connection no more, which the next unit has to itself."""
+    with database.unit_of_work() as unit:
+        create(unit, "ada")
+    with database.unit_of_work(read_only=read_only) as unit:
+        session = unit.session
+        assert session.exec(select(Agent.id)).all() == ["ada"]
+        if rolled_back:
+            unit.rollback()
+            with pytest.raises(UnitStateError):
+                session.exec(select(Agent.id))
+    for use in (
+        lambda: session.exec(select(Agent.id)),
+        lambda: session.execute(text("DELETE FROM agents")),
+        lambda: session.get(Agent, "ada"),
+        session.connection,
+    ):
+        with pytest.raises(UnitStateError):
+            use()
+    session.add(Agent(id="orm", name="Orm", workspace_path="/orm", created_at=START))
+    with pytest.raises(UnitStateError):
+        session.commit()
+    with database.unit_of_work() as unit:
+        create(unit, "bea")
+    assert agents_of(database) == ["ada", "bea"]
+
+
 @pytest.mark.parametrize("read_only", [False, True])
 def test_unit_cannot_be_entered_twice(database: Database, read_only: bool) -> None:
     """Entering an open unit again is refused, and the first entry goes on."""
