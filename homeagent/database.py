@@ -22,7 +22,7 @@ from homeagent.engine.postgresql.engine import POOL_SIZE, PostgreSQLEngine
 from homeagent.engine.sqlite.engine import Durability, SQLiteEngine
 from homeagent.engine.target import resolve_target
 from homeagent.errors import DatabaseClosedError, InvalidArgumentError
-from homeagent.idempotency import OnAbandoned, OnceCall, arun_once, run_once
+from homeagent.idempotency import ARUN_ONCE, OnAbandoned, OnceCall, arun_once, run_once
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models.device import Device
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
@@ -251,6 +251,7 @@ class Database:
             What `work` returned, once that is committed.
 
         Raises:
+            InvalidArgumentError: `work` is a coroutine function; nothing took place.
             DatabaseBusyError: the database was still busy after `busy_timeout`, or another caller's function kept the
                 common commit waiting for as long; nothing took place.
             ConnectionLostError: the server still could not be reached after `busy_timeout`; nothing took place.
@@ -270,7 +271,7 @@ class Database:
             idempotent: as in `run`.
 
         Raises:
-            DatabaseBusyError, ConnectionLostError, CommitUnknownError: as in `run`.
+            InvalidArgumentError, DatabaseBusyError, ConnectionLostError, CommitUnknownError: as in `run`.
         """
         return await self._runner.arun(work, read_only=read_only, idempotent=idempotent)
 
@@ -303,13 +304,22 @@ class Database:
                 is given the new attempt, and what it returns is the outcome.
 
         Raises:
+            InvalidArgumentError: a bad argument, a coroutine function among them, which `arun_once` takes.
             FingerprintMismatchError: the key was used with other parameters.
             IdempotencyInProgressError: another caller runs it now; `retry_after` says when to ask again.
             OutcomeUnknownError: an attempt was abandoned, and `on_abandoned` is `refuse`.
             LeaseLostError: the effect ran, but its key had been taken over or deleted meanwhile.
             EffectFailedError, EffectNotStartedError: the effect's own.
         """
-        call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned)
+        call = OnceCall.of(
+            scope,
+            params=params,
+            lease=lease,
+            ttl=ttl,
+            on_abandoned=on_abandoned,
+            effect=effect,
+            instead=ARUN_ONCE,
+        )
         return run_once(partial(self._runner.run, idempotent=True), call, effect)
 
     async def arun_once(
@@ -326,7 +336,7 @@ class Database:
 
         A cancelled caller cancels the effect. What is known of its outcome is recorded all the same.
         """
-        call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned)
+        call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned, effect=effect)
         return await arun_once(partial(self._runner.arun, idempotent=True), call, effect)
 
     # Devices and their secrets

@@ -25,6 +25,7 @@ from homeagent.errors import (
     LeaseLostError,
     OutcomeUnknownError,
 )
+from homeagent.functions import check_function, refuse_coroutine
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.unit_of_work import UnitOfWork
 
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
 
     from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 
-__all__ = ["OnAbandoned", "OnceCall", "arun_once", "run_once"]
+__all__ = ["ARUN_ONCE", "OnAbandoned", "OnceCall", "arun_once", "run_once"]
+
+ARUN_ONCE = "call arun_once"
+"""What to do about an effect that is a coroutine."""
 
 T = TypeVar("T")
 
@@ -69,9 +73,17 @@ class OnceCall:
         lease: timedelta,
         ttl: timedelta,
         on_abandoned: OnAbandoned,
+        effect: Callable[[Attempt], Any],
+        instead: str | None = None,
     ) -> OnceCall:
-        """Check the arguments, and take the fingerprint of the parameters as they are now."""
-        if not callable(on_abandoned) and on_abandoned not in ("refuse", "rerun"):
+        """Check the arguments, and take the fingerprint of the parameters as they are now.
+
+        `instead` says what takes a coroutine function; None where that is this call itself.
+        """
+        check_function(effect, "effect", coroutine=instead)
+        if callable(on_abandoned):
+            check_function(on_abandoned, "on_abandoned", coroutine=instead)
+        elif on_abandoned not in ("refuse", "rerun"):
             raise InvalidArgumentError("on_abandoned must be 'refuse', 'rerun' or a function that finds out")
         return cls(scope, fingerprint_of(params), lease, ttl, on_abandoned)
 
@@ -151,7 +163,8 @@ def run_once(run: Run, call: OnceCall, effect: Callable[[Attempt], Any]) -> Outc
     attempt: Attempt = claimed
     with _renewing(run, call, attempt):
         try:
-            value = effect(attempt)
+            # Were it recorded as a result, an effect that never began would count as done.
+            value = refuse_coroutine(effect(attempt), "the effect", ARUN_ONCE)
         except EffectFailedError as error:
             detail = error.detail
             run(_Once(attempt, lambda keys: keys.fail(attempt, detail)))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from homeagent.engine.faults import StandbyError, TransientError
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError
+from homeagent.functions import refuse_coroutine_function
 from homeagent.group_commit.grouping import Grouping
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
@@ -56,9 +57,9 @@ class Runner:
         while True:
             try:
                 if self._grouping is not None and not read_only:
-                    return self._grouping.run(work)
+                    return _done(work, self._grouping.run(work))
                 with UnitOfWork(self._settings, read_only=read_only) as unit:
-                    return work(unit)
+                    return _done(work, work(unit))
             except RETRIED as fault:
                 pause = tries.pause_after(fault)
             time.sleep(pause)
@@ -75,7 +76,7 @@ class Runner:
         tries = _Tries(self._settings, idempotent=idempotent)
         while True:
             try:
-                return await loop_calls.run(work)
+                return _done(work, await loop_calls.run(work))
             except RETRIED as fault:
                 pause = tries.pause_after(fault)
             await sleep(pause)
@@ -93,6 +94,10 @@ class Runner:
         """End the thread that does the units of many callers. The lanes are closed before."""
         if self._grouping is not None:
             self._grouping.close()
+
+
+def _done(work: Callable[[UnitOfWork], T], value: T) -> T:
+    return refuse_coroutine_function(work, value, "work", "make it an ordinary function, and await outside of it")
 
 
 class _Tries:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 from homeagent.canonical_json import fingerprint_of
 from homeagent.engine.statements import Parameters, Row, Statement
 from homeagent.errors import EffectFailedError, HomeAgentError, UnitStateError
+from homeagent.functions import check_function, refuse_coroutine
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import check_instant
 from homeagent.stores.agents import AgentStore
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["UnitOfWork", "UnitSettings", "call_back", "refuse_nesting"]
 
 R = TypeVar("R")
+
+_NO_COROUTINE = "do in it what is in this database, and await outside of the unit"
 
 logger = logging.getLogger("homeagent")
 
@@ -294,8 +297,10 @@ class UnitOfWork:
 
         Raises:
             UnitStateError: the unit is over already.
+            InvalidArgumentError: it can't be called, or is a coroutine function.
         """
         self._require_link()
+        check_function(callback, "callback", coroutine="await it after the unit")
         if self._after_commit is None:
             self._after_commit = []
         self._after_commit.append(callback)
@@ -360,10 +365,12 @@ class UnitOfWork:
             ttl: how long the outcome is replayed.
 
         Raises:
+            InvalidArgumentError: a bad argument, a coroutine function among them.
             FingerprintMismatchError, IdempotencyInProgressError, OutcomeUnknownError, EffectFailedError: as in
                 `IdempotencyKeyStore.claim`. Whatever the effect raises undoes it and frees the key, except that an
                 EffectFailedError is stored where the caller catches it inside the unit and lets that commit.
         """
+        check_function(effect, "effect", coroutine=_NO_COROUTINE)
         fingerprint = fingerprint_of(params)
         failure: EffectFailedError | None = None
         with self.savepoint():
@@ -372,7 +379,7 @@ class UnitOfWork:
                 return claimed
             try:
                 with self.savepoint():
-                    value = effect(claimed)
+                    value = refuse_coroutine(effect(claimed), "the effect", _NO_COROUTINE)
             except EffectFailedError as error:
                 self.idempotency_keys.fail(claimed, error.detail)
                 failure = error

@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
+import anyio
 import pytest
 from pydantic import SecretStr
 
@@ -157,6 +159,33 @@ def test_run_repeats_a_unit_that_met_another(database: Database) -> None:
     assert database.run(work) == "done"
     assert len(runs) == 3
     assert len(dump(database)["nonces"]) == 1
+
+
+@pytest.mark.parametrize("read_only", [False, True], ids=["write", "read only"])
+def test_work_that_is_a_coroutine_function(database: Database, read_only: bool) -> None:
+    """A coroutine function does nothing until it is awaited, so it is refused as work, and nothing is awaited."""
+
+    async def coroutine(unit: UnitOfWork) -> None:
+        raise AssertionError("it was awaited")
+
+    work: Any = coroutine
+    with pytest.raises(InvalidArgumentError, match="ordinary function"):
+        database.run(work, read_only=read_only)
+    for backend in ("asyncio", "trio"):
+        with pytest.raises(InvalidArgumentError, match="ordinary function"):
+            anyio.run(partial(database.arun, work, read_only=read_only), backend=backend)
+
+
+def test_work_may_return_a_coroutine(database: Database) -> None:
+    """What an ordinary function returns for its caller to await is handed over."""
+
+    async def tell() -> str:
+        return "told"
+
+    async def caller() -> tuple[str, str]:
+        return await database.run(lambda unit: tell()), await (await database.arun(lambda unit: tell()))
+
+    assert anyio.run(caller) == ("told", "told")
 
 
 def test_run_gives_up_at_its_deadline_and_repeats_nothing_else(target: str, clock: FakeClock) -> None:

@@ -230,6 +230,47 @@ def test_bad_arguments(database: Database) -> None:
     assert row_of(database) is None
 
 
+class Awaited:
+    """What is called like a coroutine function, and doesn't look like one."""
+
+    async def __call__(self, attempt: Attempt) -> Any:
+        """Do nothing."""
+
+
+@pytest.mark.parametrize(
+    "effect", [anever, functools.partial(anever), 5, None], ids=["coroutine", "partial", "int", "none"]
+)
+def test_effect_that_is_no_function(database: Database, effect: Any) -> None:
+    """What can't be called, or would have to be awaited, is refused before its key is claimed."""
+    with pytest.raises(InvalidArgumentError, match="effect"):
+        database.run_once(SCOPE, effect)
+    with pytest.raises(InvalidArgumentError, match="effect"), database.unit_of_work() as unit:
+        unit.run_once(SCOPE, effect)
+    assert row_of(database) is None
+
+
+def test_effects_are_not_swapped_for_coroutines(database: Database) -> None:
+    """A coroutine function can't find out for `run_once`, and what can't be called is no effect of `arun_once`."""
+    with pytest.raises(InvalidArgumentError, match="arun_once"):
+        database.run_once(SCOPE, never, on_abandoned=anever)
+    with pytest.raises(InvalidArgumentError, match="effect"):
+        anyio.run(functools.partial(database.arun_once, SCOPE, 5))  # type: ignore[arg-type]
+    assert row_of(database) is None
+
+
+@pytest.mark.parametrize("effect", [Awaited(), lambda attempt: anever(attempt)], ids=["object", "lambda"])
+def test_effect_that_returns_a_coroutine(database: Database, clock: FakeClock, effect: Any) -> None:
+    """A coroutine that nobody awaits is never recorded as the result of an effect that took place."""
+    with pytest.raises(InvalidArgumentError, match="coroutine"), database.unit_of_work() as unit:
+        unit.run_once(SCOPE, effect)
+    assert row_of(database) is None
+    with pytest.raises(InvalidArgumentError, match="arun_once"):
+        database.run_once(SCOPE, effect)
+    clock.advance(minutes=2)
+    with pytest.raises(OutcomeUnknownError):
+        database.run_once(SCOPE, never)
+
+
 # How an effect ends
 
 

@@ -20,6 +20,7 @@ from homeagent.errors import (
     DatabaseBusyError,
     DatabaseClosedError,
     HomeAgentError,
+    InvalidArgumentError,
     ReadOnlyError,
     UnitStateError,
 )
@@ -180,6 +181,18 @@ def test_after_commit_never_runs_after_a_rollback(database: Database) -> None:
             unit.after_commit(lambda: seen.append("savepoint"))
             raise ValueError
     assert seen == ["kept"]
+
+
+def test_callback_that_is_no_function(database: Database) -> None:
+    """What could not be called after the commit, or would have to be awaited, is refused while all can be undone."""
+
+    async def callback() -> None:
+        """Do nothing."""
+
+    with database.unit_of_work() as unit:
+        for bad in (callback, None):
+            with pytest.raises(InvalidArgumentError, match="callback"):
+                unit.after_commit(bad)  # type: ignore[arg-type]
 
 
 def test_failing_callback_is_logged_and_hides_nothing(database: Database, caplog: pytest.LogCaptureFixture) -> None:
