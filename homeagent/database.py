@@ -26,7 +26,7 @@ from homeagent.idempotency import ARUN_ONCE, OnAbandoned, OnceCall, arun_once, r
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models.device import Device
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
-from homeagent.models.types import check_duration, check_limit
+from homeagent.models.types import check_duration, check_limit, check_wait
 from homeagent.running import Runner
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
@@ -81,7 +81,7 @@ class Database:
             target: None for `$HOMEAGENT_DATABASE`, else `~/.homeagent/homeagent.db`; a path; `":memory:"` for a
                 private temporary database; or a URL.
             clock: returns the present instant; read once per store method.
-            busy_timeout: how long a unit waits for its turn.
+            busy_timeout: how long a unit waits for its turn; 24 days at most, whatever is asked for.
             durability: `full` syncs every commit to the disk. `normal` may lose the last commits at a power cut,
                 which reopens the window for a replay.
             migrate: whether the schema may be made or upgraded. A file that holds data is backed up first.
@@ -94,7 +94,7 @@ class Database:
             ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: the file, which was not touched.
             DatabaseError: anything else that keeps it from being opened.
         """
-        check_duration(busy_timeout, "busy_timeout", zero=True)
+        busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
         if durability not in ("full", "normal"):
             raise InvalidArgumentError("durability must be 'full' or 'normal'")
         if check_limit(pool_size, "pool_size") > 1000:
@@ -443,7 +443,7 @@ class Database:
         Closing the database stops it.
 
         Args:
-            every: how long to wait between two sweeps; the first is done at once.
+            every: how long to wait between two sweeps, 24 days at most; the first is done at once.
             backups: makes backups too, after a sweep, whenever the newest one is old enough by the database's clock.
                 One that fails is logged and tried again after the next sweep.
             check_every: checks the content of a SQLite file too, after a sweep, whenever the last check is that old;

@@ -27,6 +27,7 @@ from homeagent.errors import (
 )
 from homeagent.functions import check_function, refuse_coroutine
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
+from homeagent.models.types import LONGEST_WAIT
 from homeagent.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class OnceCall:
     @property
     def period(self) -> float:
         """How long to wait between two renewals, in seconds."""
-        return max(self.lease.total_seconds() / 3, _SHORTEST_PERIOD)
+        return max(min(self.lease, LONGEST_WAIT).total_seconds() / 3, _SHORTEST_PERIOD)
 
     def claim(self, unit: UnitOfWork, *, rerun: bool) -> Attempt | Outcome:
         """Claim the key."""

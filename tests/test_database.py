@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import anyio
 import pytest
 from pydantic import SecretStr
 
-from homeagent import Database, DevicePair, IdempotencyScope, Role, UnitOfWork
+from homeagent import Attempt, Database, DevicePair, IdempotencyScope, Role, UnitOfWork
 from homeagent.credentials import hashing
 from homeagent.engine.faults import TransientError
 from homeagent.errors import (
@@ -252,6 +252,53 @@ def test_sweep_ends_at_its_budget(database: Database, clock: FakeClock) -> None:
     for options in ({"batch_size": 0}, {"time_budget": timedelta(0)}):
         with pytest.raises(InvalidArgumentError):
             database.sweep(**options)  # type: ignore[arg-type]
+
+
+def test_waits_without_a_bound(target: str, clock: FakeClock) -> None:
+    """The longest of all durations serves as a timeout and as a period, though no lock can wait for so long."""
+    with Database.open(target, clock=clock, busy_timeout=timedelta.max) as database:
+        entered, held = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with database.unit_of_work():
+                held.set()
+                entered.wait(30)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert held.wait(30)
+        clients = [threading.Thread(target=database.run, args=[_consume(number)]) for number in range(4)]
+        for client in clients:
+            client.start()
+        entered.set()
+        for thread in (holder, *clients):
+            thread.join(30)
+        assert database.status().rows["nonces"] == 4
+
+        def effect(attempt: Attempt) -> bool:
+            return _stays("homeagent-lease")
+
+        scope = IdempotencyScope("lamp", "m", "k")
+        assert database.run_once(scope, effect, lease=timedelta(days=365 * 7000)).value is True
+        with database.sweeper(timedelta.max, check_every=timedelta.max):
+            assert _stays("homeagent-sweeper")
+
+
+def _stays(name: str) -> bool:
+    """Tell whether the thread of this name is there, and still is after it had time to begin to wait."""
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == name)
+    thread.join(0.5)
+    return thread.is_alive()
+
+
+def _consume(number: int) -> Callable[[UnitOfWork], bool]:
+    return lambda unit: unit.nonces.consume("lamp", str(number), expires_at=START + MINUTE)
+
+
+def test_clock_at_the_beginning_of_time(target: str) -> None:
+    """A clock that stands in the year 1 leaves nothing to be swept, and is no reason to fail."""
+    with Database.open(target, clock=lambda: datetime.min.replace(tzinfo=UTC)) as database:
+        assert database.sweep().nonces == 0
 
 
 def test_sweeper_survives_errors_and_stops_at_once(

@@ -19,7 +19,7 @@ from homeagent.migrations import REVISION
 from homeagent.migrations.postgresql import open_postgresql
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models import store_table
-from homeagent.models.types import check_duration, check_instant
+from homeagent.models.types import check_instant, check_wait
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,7 +66,7 @@ def begin_epoch(target: str | os.PathLike[str] | URL | None, *, clock: Clock, bu
         SchemaOutdatedError: it is absent, or of an older version.
         DatabaseError: anything else that keeps it from being opened.
     """
-    check_duration(busy_timeout, "busy_timeout", zero=True)
+    busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     where = resolve_target(target)
     now = check_instant(clock(), "the clock's instant")
     if where.url is not None:

@@ -39,7 +39,7 @@ from homeagent.errors import (
 )
 from homeagent.maintenance.looking_back import look_back
 from homeagent.maintenance.staging import SQLITE_HEADER, Devices, damaged, header_of, is_ours, stage
-from homeagent.models.types import check_duration, check_instant
+from homeagent.models.types import check_instant, check_wait
 
 if TYPE_CHECKING:
     from homeagent.clock import Clock
@@ -107,7 +107,7 @@ def restore(
         DatabaseError: anything else. The target is as it was, unless the last step itself failed: then whoever opens
             it next finishes that.
     """
-    check_duration(busy_timeout, "busy_timeout", zero=True)
+    busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     database = _target(target)
     source = _source(backup, database)
     manifest = read_manifest(source)

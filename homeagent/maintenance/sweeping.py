@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from homeagent.errors import DatabaseClosedError, HomeAgentError, UnitStateError
 from homeagent.maintenance.pacing import Pace
-from homeagent.models.types import check_duration, check_limit
+from homeagent.models.types import check_duration, check_limit, check_wait
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 __all__ = ["BackupSchedule", "SweepReport", "Sweeper", "sweep"]
@@ -136,12 +136,12 @@ class Sweeper:
 
     Args:
         run: sweeps once; it is given the event that tells it to end early.
-        every: how long to wait between two sweeps; the first is done at once.
+        every: how long to wait between two sweeps, 24 days at most; the first is done at once.
     """
 
     def __init__(self, run: Callable[[threading.Event], SweepReport], every: timedelta) -> None:
         self._run = run
-        self._every = check_duration(every, "every").total_seconds()
+        self._every = check_wait(every, "every").total_seconds()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._mutex = threading.Lock()

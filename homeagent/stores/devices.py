@@ -26,6 +26,7 @@ from homeagent.models.types import (
     check_instant,
     check_label,
     check_limit,
+    earlier,
 )
 from homeagent.stores.store import Store
 
@@ -298,7 +299,7 @@ class DeviceStore(Store):
         if at > now:
             raise InvalidArgumentError("at lies in the future: a device can't have been seen yet")
         # Without any granularity an equal instant would still be written again and again.
-        before = at - max(granularity, MILLISECOND)
+        before = earlier(at, max(granularity, MILLISECOND))
         return self._unit.write(_SEEN, device_id=device_id, at=at, before=before) > 0
 
     def delete(self, device_id: str, *, force: bool = False) -> bool:

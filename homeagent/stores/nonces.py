@@ -12,7 +12,15 @@ from homeagent.engine.statements import Statement
 from homeagent.errors import CorruptDatabaseError, NonceLimitError
 from homeagent.models.nonce import Nonce
 from homeagent.models.store_record import store_table
-from homeagent.models.types import check_duration, check_identifier, check_instant, check_label, check_limit, later
+from homeagent.models.types import (
+    check_duration,
+    check_identifier,
+    check_instant,
+    check_label,
+    check_limit,
+    earlier,
+    later,
+)
 from homeagent.stores.store import Store
 
 __all__ = ["NONCE_GRACE", "NONCE_LIMIT", "Freshness", "NonceStore", "ReplayGuard"]
@@ -194,7 +202,9 @@ class NonceStore(Store):
         Args:
             limit: how many at most, 1 or more.
         """
-        return self._unit.write(_DELETE_EXPIRED, before=self._unit.now() - NONCE_GRACE, limit=check_limit(limit))
+        return self._unit.write(
+            _DELETE_EXPIRED, before=earlier(self._unit.now(), NONCE_GRACE), limit=check_limit(limit)
+        )
 
 
 class ReplayGuard:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from pydantic import ValidationError
@@ -199,6 +199,15 @@ def test_last_seen_once_a_minute(database: Database, clock: FakeClock) -> None:
         see(clock.now + timedelta(milliseconds=1))
     with database.unit_of_work(read_only=True) as unit:
         assert unit.devices.get("lamp").last_seen_at == clock.now
+
+
+def test_last_seen_at_the_ends_of_time(database: Database, clock: FakeClock) -> None:
+    """Neither an instant in the year 1 nor the longest of all granularities is too much."""
+    add_device(database)
+    with database.unit_of_work() as unit:
+        assert unit.devices.update_last_seen("lamp", granularity=timedelta.max)
+        assert not unit.devices.update_last_seen("lamp", granularity=timedelta.max)
+        assert not unit.devices.update_last_seen("lamp", datetime.min.replace(tzinfo=UTC))
 
 
 def test_last_seen_never_lets_a_device_in(database: Database, clock: FakeClock) -> None:

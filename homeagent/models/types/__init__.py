@@ -7,11 +7,14 @@ argument comes in by itself, so that a bad id is refused alike at every door.
 from homeagent.models.types.closed import Flag, Word
 from homeagent.models.types.instants import (
     EPOCH,
+    LONGEST_WAIT,
     MILLISECOND,
     Instant,
     InstantColumn,
     check_duration,
     check_instant,
+    check_wait,
+    earlier,
     later,
     to_milliseconds,
 )
@@ -31,6 +34,7 @@ from homeagent.models.types.text import (
 
 __all__ = [
     "EPOCH",
+    "LONGEST_WAIT",
     "MAX_JSON_BYTES",
     "MAX_LIMIT",
     "MILLISECOND",
@@ -51,7 +55,9 @@ __all__ = [
     "check_label",
     "check_limit",
     "check_optional_label",
+    "check_wait",
     "decode_json",
+    "earlier",
     "encode_json",
     "later",
     "loaded",

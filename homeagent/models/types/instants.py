@@ -14,11 +14,14 @@ from homeagent.models.types.stored import loaded
 
 __all__ = [
     "EPOCH",
+    "LONGEST_WAIT",
     "MILLISECOND",
     "Instant",
     "InstantColumn",
     "check_duration",
     "check_instant",
+    "check_wait",
+    "earlier",
     "later",
     "to_milliseconds",
 ]
@@ -26,7 +29,11 @@ __all__ = [
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MILLISECOND = timedelta(milliseconds=1)
 
+LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
+"""How long anything waits at most, nearly 25 days: both engines count it in 32 bits, and locks have a bound too."""
+
 _ZERO = timedelta(0)
+_FIRST_INSTANT = datetime.min.replace(tzinfo=UTC)
 _INSTANTS_KEPT = 8192
 # Taking one of these off is four times as fast as `replace(microsecond=…)`, and the clock is floored in every unit.
 _MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))
@@ -64,6 +71,15 @@ def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timede
     return value
 
 
+def check_wait(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
+    """Return for how long to wait: `value`, and `LONGEST_WAIT` where that is shorter.
+
+    Raises:
+        InvalidArgumentError: as in `check_duration`.
+    """
+    return min(check_duration(value, what, zero=zero), LONGEST_WAIT)
+
+
 def later(instant: datetime, duration: timedelta, what: str) -> datetime:
     """Return `instant + duration`, floored to whole milliseconds.
 
@@ -74,6 +90,14 @@ def later(instant: datetime, duration: timedelta, what: str) -> datetime:
         return check_instant(instant + duration)
     except OverflowError:
         raise InvalidArgumentError(f"{what} reaches past the year 9999") from None
+
+
+def earlier(instant: datetime, duration: timedelta) -> datetime:
+    """Return `instant - duration`; the first instant of the year 1 where that lies before it."""
+    try:
+        return instant - duration
+    except OverflowError:
+        return _FIRST_INSTANT
 
 
 def to_milliseconds(value: datetime) -> int:
