@@ -22,6 +22,7 @@ from homeagent.engine.postgresql.engine import POOL_SIZE, PostgreSQLEngine
 from homeagent.engine.sqlite.engine import Durability, SQLiteEngine
 from homeagent.engine.target import resolve_target
 from homeagent.errors import DatabaseClosedError, InvalidArgumentError
+from homeagent.functions import check_function
 from homeagent.idempotency import ARUN_ONCE, OnAbandoned, OnceCall, arun_once, run_once
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models.device import Device
@@ -99,6 +100,7 @@ class Database:
             raise InvalidArgumentError("durability must be 'full' or 'normal'")
         if check_limit(pool_size, "pool_size") > 1000:
             raise InvalidArgumentError("pool_size must be 1 to 1000")
+        check_function(clock, "clock")
         where = resolve_target(target)
         engine: SQLiteEngine | PostgreSQLEngine
         if where.url is not None:
@@ -544,6 +546,8 @@ class Database:
         """
         from homeagent.maintenance.copying import copy_store
 
+        if not isinstance(target, Database):
+            raise InvalidArgumentError(f"target must be an open Database, not {type(target).__name__}")
         return copy_store(
             (self._engine, target._engine),
             lambda: self.unit_of_work(read_only=True),

@@ -18,6 +18,7 @@ from homeagent.models.shapes import DeviceCreate, DevicePair
 from homeagent.models.types import check_duration, check_identifier, later
 from homeagent.running import Runner
 from homeagent.scram import check_proof, make_verifier, proof_message
+from homeagent.stores.store import check_kind
 from homeagent.unit_of_work import UnitOfWork
 
 __all__ = ["PairedDevice", "Pairing"]
@@ -53,6 +54,7 @@ class Pairing:
 
     def pair(self, request: DevicePair) -> PairedDevice:
         """Add a device that waits for its approval; see `Database.pair`."""
+        check_kind(request, DevicePair, "request")
         # Asked before the hash is made, which is slow on purpose; `create` decides.
         if self._find_device(request.id) is not None:
             raise DeviceExistsError(request.id)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import URL
 
-from homeagent import AgentCreate, Database
+from homeagent import AgentCreate, Database, diagnose
 from homeagent.engine.sqlite.driver import choose_driver
 from homeagent.engine.sqlite.engine import APPLICATION_ID
 from homeagent.errors import (
@@ -34,6 +34,7 @@ from homeagent.errors import (
     SchemaTooNewError,
 )
 from homeagent.migrations import REVISION, VERSION_TABLE
+from tests.conftest import START
 
 if TYPE_CHECKING:
     from tests.conftest import Children
@@ -157,11 +158,32 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) ->
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("target", ["", "a\0b", "mysql://localhost/x", "sqlite:///x.db?mode=ro", "nonsense://"])
-def test_targets_that_are_none(target: str) -> None:
-    """A target that names no database is refused as an argument."""
-    with pytest.raises(InvalidArgumentError):
-        Database.open(target)
+@pytest.mark.parametrize(
+    "target",
+    ["", "a\0b", "mysql://localhost/x", "sqlite:///x.db?mode=ro", "nonsense://", 5, b"x.db", ["x.db"]],
+    ids=repr,
+)
+def test_targets_that_are_none(target: Any) -> None:
+    """A target that names no database is refused as an argument, at every door."""
+    for open_or_look in (Database.open, Database.begin_epoch, diagnose):
+        with pytest.raises(InvalidArgumentError):
+            open_or_look(target)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"x.db"], ids=repr)
+def test_paths_that_are_none(sqlite_database: Database, tmp_path: Path, path: Any) -> None:
+    """What is no path is refused as an argument where a backup is made or restored."""
+    with pytest.raises(InvalidArgumentError, match="path"):
+        sqlite_database.backup(path)
+    with pytest.raises(InvalidArgumentError, match="path"):
+        Database.restore(path, tmp_path / "restored.db")
+
+
+def test_clock_that_is_none(path: Path) -> None:
+    """What can't be called is no clock, and makes no database."""
+    with pytest.raises(InvalidArgumentError, match="clock"):
+        Database.open(path, clock=START)  # type: ignore[arg-type]
+    assert not path.exists()
 
 
 def test_linked_directory_is_followed(tmp_path: Path, directory: Path) -> None:

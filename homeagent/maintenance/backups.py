@@ -77,8 +77,8 @@ def back_up(
     engine = require_file(engine)
     if keep is not None:
         check_limit(keep, "keep")
+    where = locate_file(destination)
     given = os.fspath(destination)
-    where = locate_file(given)
     into_directory = where.is_dir() or given.endswith(("/", os.sep))
     directory = where if into_directory else where.parent
     prepare_directory(directory)

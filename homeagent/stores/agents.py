@@ -13,7 +13,7 @@ from homeagent.errors import AgentExistsError, AgentInUseError, AgentNotFoundErr
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession
 from homeagent.models.types import check_identifier, check_limit
-from homeagent.stores.store import Store
+from homeagent.stores.store import Store, check_kind
 
 if TYPE_CHECKING:
     from homeagent.models.shapes import AgentCreate, AgentUpdate
@@ -68,6 +68,10 @@ class AgentStore(Store):
         Raises:
             AgentExistsError: the id is taken; that agent is left as it is.
         """
+        # Imported here, for a process that adds no row starts sooner without the shapes.
+        from homeagent.models.shapes import AgentCreate
+
+        check_kind(agent, AgentCreate, "agent")
         created = self._unit.write_one(
             _CREATE,
             id=agent.id,
@@ -114,6 +118,9 @@ class AgentStore(Store):
         Raises:
             AgentNotFoundError: it is absent.
         """
+        from homeagent.models.shapes import AgentUpdate
+
+        check_kind(changes, AgentUpdate, "changes")
         agent = self.get(agent_id)
         given = changes.model_fields_set
         if not given:

@@ -26,9 +26,10 @@ from homeagent.models.types import (
     check_instant,
     check_label,
     check_limit,
+    check_optional_label,
     earlier,
 )
-from homeagent.stores.store import Store
+from homeagent.stores.store import Store, check_kind
 
 if TYPE_CHECKING:
     from homeagent.models.shapes import DeviceCreate, DeviceUpdate
@@ -139,6 +140,10 @@ class DeviceStore(Store):
         Raises:
             DeviceExistsError: the id is taken; that device is left as it is.
         """
+        # Imported here, for a process that adds no row starts sooner without the shapes.
+        from homeagent.models.shapes import DeviceCreate
+
+        check_kind(device, DeviceCreate, "device")
         created = self._unit.write_one(
             _CREATE,
             id=device.id,
@@ -209,7 +214,10 @@ class DeviceStore(Store):
         Raises:
             DeviceNotFoundError: it is absent.
         """
+        from homeagent.models.shapes import DeviceUpdate
+
         check_identifier(device_id, "device_id")
+        check_kind(changes, DeviceUpdate, "changes")
         if "metadata_" not in changes.model_fields_set:
             return self._present(device_id)
         device = self._unit.write_one(_UPDATE_METADATA, device_id=device_id, value=changes.metadata_)
@@ -240,12 +248,18 @@ class DeviceStore(Store):
             DeviceNotFoundError: it is absent.
             ApprovalChangedError: it has another role or secret, or paired anew.
         """
+        if expected_role is not None:
+            expected_role = _member(Role, expected_role)
+        if expected_secret_hash is not None:
+            check_label(expected_secret_hash, "expected_secret_hash")
+        if expected_paired_at is not None:
+            expected_paired_at = check_instant(expected_paired_at, "expected_paired_at")
         device = self.get(device_id)
-        if expected_role is not None and device.role != _member(Role, expected_role):
+        if expected_role is not None and device.role != expected_role:
             raise ApprovalChangedError(device_id, "role")
         if expected_secret_hash is not None and device.shared_secret_hash != expected_secret_hash:
             raise ApprovalChangedError(device_id, "secret")
-        if expected_paired_at is not None and device.paired_at != check_instant(expected_paired_at):
+        if expected_paired_at is not None and device.paired_at != expected_paired_at:
             raise ApprovalChangedError(device_id, "time of pairing")
         if device.approved:
             return False
@@ -338,16 +352,20 @@ class DeviceStore(Store):
 
         Returns:
             False where the device is absent or has another hash by now.
+
+        Raises:
+            InvalidArgumentError: a hash or a verifier is no name, or `previous_until` has no time zone.
         """
+        check_label(expected_secret_hash, "expected_secret_hash")
         return (
             self._unit.write(
                 _SET_SECRET,
                 device_id=check_identifier(device_id, "device_id"),
                 expected=expected_secret_hash,
                 replacement=check_label(secret_hash, "secret_hash"),
-                verifier=proof_verifier,
+                verifier=check_optional_label(proof_verifier, "proof_verifier"),
                 previous=None if previous_until is None else expected_secret_hash,
-                until=previous_until,
+                until=None if previous_until is None else check_instant(previous_until, "previous_until"),
             )
             > 0
         )
@@ -355,7 +373,13 @@ class DeviceStore(Store):
     def rehash_secret(self, device_id: str, *, expected_secret_hash: str, secret_hash: str) -> bool:
         """Replace the hash of the same secret by one made under newer parameters; False where it changed since."""
         return (
-            self._unit.write(_REHASH, device_id=device_id, expected=expected_secret_hash, replacement=secret_hash) > 0
+            self._unit.write(
+                _REHASH,
+                device_id=check_identifier(device_id, "device_id"),
+                expected=check_label(expected_secret_hash, "expected_secret_hash"),
+                replacement=check_label(secret_hash, "secret_hash"),
+            )
+            > 0
         )
 
     def _spare_last_admin(self, device_id: str, *, force: bool) -> None:

@@ -23,7 +23,7 @@ from homeagent.errors import (
 )
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.models.types import check_duration, check_label, check_limit, encode_json, later
-from homeagent.stores.store import Store
+from homeagent.stores.store import Store, check_kind
 
 __all__ = ["IdempotencyKeyStore"]
 
@@ -312,6 +312,7 @@ class IdempotencyKeyStore(Store):
         Raises:
             LeaseLostError: the attempt no longer owns its key; nothing was changed.
         """
+        check_kind(attempt, Attempt, "attempt")
         until = later(self._unit.now(), check_duration(lease, "lease", zero=True), "lease")
         self._fenced(_RENEW, attempt, lease_expires_at=until)
         return replace(attempt, lease_expires_at=until)
@@ -328,10 +329,12 @@ class IdempotencyKeyStore(Store):
         Raises:
             LeaseLostError: the attempt no longer owns its key; nothing was changed.
         """
+        check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=attempt.owner)
 
     def fail(self, attempt: Attempt, error: JsonValue) -> bool:
         """Record that the effect failed for good, with a detail to be replayed like a result; see `complete`."""
+        check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.FAILED, error, recorded_by=attempt.owner)
 
     def find_recorded(self, attempt: Attempt) -> IdempotencyKey | None:
@@ -339,6 +342,7 @@ class IdempotencyKeyStore(Store):
 
         By this an attempt whose record was committed while the connection was lost finds out that it was.
         """
+        check_kind(attempt, Attempt, "attempt")
         row = self._unit.one(_ANY, **_parameters(attempt.scope))
         own = row is not None and row.owner == attempt.owner and row.state is not IdempotencyState.IN_PROGRESS
         return row if own else None
@@ -375,6 +379,7 @@ class IdempotencyKeyStore(Store):
         Raises:
             LeaseLostError: the attempt no longer owns its key; nothing was changed.
         """
+        check_kind(attempt, Attempt, "attempt")
         if attempt.number == 1 or none_began:
             self._fenced(_DELETE_OWNED, attempt)
         else:

@@ -15,7 +15,7 @@ from homeagent.errors import AgentNotFoundError, InvalidArgumentError, SessionEx
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession, new_session_id, route_key
 from homeagent.models.types import check_identifier, check_instant, check_limit, check_optional_label
-from homeagent.stores.store import Store
+from homeagent.stores.store import Store, check_kind
 
 if TYPE_CHECKING:
     from homeagent.models.shapes import AgentSessionCreate
@@ -116,6 +116,10 @@ class SessionStore(Store):
             SessionExistsError: the id is taken; that session is left as it is.
             AgentNotFoundError: its agent is absent.
         """
+        # Imported here, for a process that adds no row starts sooner without the shapes.
+        from homeagent.models.shapes import AgentSessionCreate
+
+        check_kind(session, AgentSessionCreate, "session")
         now = self._unit.now()
         self._require_agent(session.agent_id)
         created = self._insert(session, now, route_key(session.agent_id, session.sender_id, session.channel_id))

@@ -7,10 +7,23 @@ from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
 from homeagent.engine.statements import Parameters, Statement
+from homeagent.errors import InvalidArgumentError
 
-__all__ = ["Store", "Unit"]
+__all__ = ["Store", "Unit", "check_kind"]
 
 R = TypeVar("R")
+T = TypeVar("T")
+
+
+def check_kind(value: T, kind: type[T], what: str) -> T:
+    """Return `value` if it is of the kind that a method takes: a dict, or another table's, was validated by nobody.
+
+    Raises:
+        InvalidArgumentError: it is not.
+    """
+    if not isinstance(value, kind):
+        raise InvalidArgumentError(f"{what} must be {kind.__name__}(…), not {type(value).__name__}")
+    return value
 
 
 class Unit(Protocol):

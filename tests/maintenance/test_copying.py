@@ -335,6 +335,13 @@ def test_a_target_with_data_is_refused(
         assert stored(theirs) == before
 
 
+def test_a_target_that_is_not_open_is_refused(make_store: MakeStore) -> None:
+    """A copy goes into a Database, not to a path."""
+    target = make_store("sqlite")
+    with Database.open(make_store("sqlite")) as ours, pytest.raises(errors.InvalidArgumentError, match="open Database"):
+        ours.copy_to(target)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("engine", BOTH)
 def test_a_database_is_not_copied_onto_itself(engine: str, make_store: MakeStore) -> None:
     """The same database is recognised under another name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from homeagent import Agent, AgentCreate, AgentSessionCreate, AgentUpdate, Database
+from homeagent import Agent, AgentCreate, AgentSessionCreate, AgentUpdate, Database, DeviceUpdate
 from homeagent.errors import AgentExistsError, AgentInUseError, AgentNotFoundError, InvalidArgumentError
 from tests.conftest import START, FakeClock, add_agent, dump
 
@@ -45,6 +45,20 @@ def test_what_is_absent(database: Database) -> None:
         with pytest.raises(AgentNotFoundError):
             unit.agents.update("nobody", AgentUpdate(name="Any"))
     assert dump(database)["agents"] == []
+
+
+def test_what_is_no_agent_writes_nothing(database: Database) -> None:
+    """A dict, a row and what patches another table are refused as what they are not, and nothing is written."""
+    add_agent(database)
+    before = dump(database)
+    row = Agent(id="row", name="Row", workspace_path="/row", created_at=START)
+    for wrong in ({"id": "new"}, row, None):
+        with pytest.raises(InvalidArgumentError, match="AgentCreate"), database.unit_of_work() as unit:
+            unit.agents.create(wrong)  # type: ignore[arg-type]
+    for changes in ({"name": "New"}, DeviceUpdate(metadata=1), None):
+        with pytest.raises(InvalidArgumentError, match="AgentUpdate"), database.unit_of_work() as unit:
+            unit.agents.update("ada", changes)  # type: ignore[arg-type]
+    assert dump(database) == before
 
 
 @pytest.mark.parametrize("bad", BAD_IDS, ids=repr)

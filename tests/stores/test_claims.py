@@ -52,6 +52,24 @@ def find(database: Database, scope: IdempotencyScope = SCOPE) -> IdempotencyKey 
     return database.run(lambda unit: unit.idempotency_keys.find(scope), read_only=True)
 
 
+def test_what_is_no_attempt_changes_nothing(database: Database) -> None:
+    """A scope, a record and an outcome are no attempts: whatever takes one refuses them, and nothing is written."""
+    begin(database)
+    before = dump(database)
+    for wrong in (SCOPE, find(database), Outcome(value=1, replayed=False, attempt=1), None):
+        with database.unit_of_work() as unit:
+            keys: Any = unit.idempotency_keys
+            with pytest.raises(InvalidArgumentError, match="Attempt"):
+                keys.renew(wrong, lease=MINUTE)
+            for record in (keys.complete, keys.fail):
+                with pytest.raises(InvalidArgumentError, match="Attempt"):
+                    record(wrong, 1)
+            for method in (keys.release, keys.find_recorded):
+                with pytest.raises(InvalidArgumentError, match="Attempt"):
+                    method(wrong)
+    assert dump(database) == before
+
+
 def test_lease_is_exact(database: Database, clock: FakeClock) -> None:
     """A lease is live a millisecond before its end, and lapsed at that very instant."""
     first = begin(database)

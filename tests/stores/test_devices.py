@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from homeagent import Database, Device, DeviceCreate, DeviceStatus, DeviceUpdate, IdempotencyScope, Role
+from homeagent import (
+    AgentUpdate,
+    Database,
+    Device,
+    DeviceCreate,
+    DevicePair,
+    DeviceStatus,
+    DeviceUpdate,
+    IdempotencyScope,
+    Role,
+)
 from homeagent.errors import (
     ApprovalChangedError,
     DeviceExistsError,
@@ -103,6 +114,34 @@ def test_bad_arguments_write_nothing(database: Database) -> None:
                 devices.revoke("lamp", reason=reason)
         with pytest.raises(InvalidArgumentError, match="aware"):
             devices.update_last_seen("lamp", START.replace(tzinfo=None))
+        for seen in ({"expected_paired_at": START.replace(tzinfo=None)}, {"expected_secret_hash": 5}):
+            with pytest.raises(InvalidArgumentError, match="expected_"):
+                devices.approve("lamp", expected_role=Role.ADMIN, **seen)  # type: ignore[arg-type]
+        stored = devices.get("lamp").shared_secret_hash
+        good: dict[str, Any] = {"expected_secret_hash": stored, "secret_hash": "new", "proof_verifier": None}
+        bad: dict[str, Any] = {"previous_until": START.replace(tzinfo=None), "proof_verifier": 5, "secret_hash": ""}
+        for name, value in bad.items():
+            with pytest.raises(InvalidArgumentError, match=name):
+                devices.set_secret("lamp", **{**good, name: value})
+        with pytest.raises(InvalidArgumentError):
+            devices.rehash_secret("lamp", expected_secret_hash=stored, secret_hash="")
+    assert dump(database) == before
+
+
+def test_what_is_no_device_writes_nothing(database: Database) -> None:
+    """A dict, a request and what patches another table are refused as what they are not, and nothing is written."""
+    add_device(database)
+    before = dump(database)
+    row = Device(id="row", role=Role.NODE, shared_secret_hash="h", paired_at=START, approved=True)
+    for wrong in ({"id": "new"}, DevicePair(id="new", role=Role.NODE), row, None):
+        with pytest.raises(InvalidArgumentError, match="DeviceCreate"), database.unit_of_work() as unit:
+            unit.devices.create(wrong)  # type: ignore[arg-type]
+    for changes in ({"metadata": 1}, AgentUpdate(name="Lamp"), None):
+        with pytest.raises(InvalidArgumentError, match="DeviceUpdate"), database.unit_of_work() as unit:
+            unit.devices.update("lamp", changes)  # type: ignore[arg-type]
+    for request in ({"id": "new"}, DeviceCreate(id="new", role=Role.NODE, shared_secret_hash="h"), None):
+        with pytest.raises(InvalidArgumentError, match="DevicePair"):
+            database.pair(request)  # type: ignore[arg-type]
     assert dump(database) == before
 
 

@@ -38,6 +38,17 @@ def test_create_and_find(database: Database) -> None:
     assert named.session_id[14] == "7"
 
 
+def test_what_is_no_session_writes_nothing(database: Database) -> None:
+    """A dict and a row are refused as what they are not, and nothing is written."""
+    add_agent(database)
+    before = dump(database)
+    row = AgentSession(session_id="row", agent_id="ada", created_at=START, last_active_at=START)
+    for wrong in ({"agent_id": "ada"}, row, None):
+        with pytest.raises(InvalidArgumentError, match="AgentSessionCreate"), database.unit_of_work() as unit:
+            unit.sessions.create(wrong)  # type: ignore[arg-type]
+    assert dump(database) == before
+
+
 def test_refused_creates_write_nothing(database: Database) -> None:
     """A taken id and an absent agent are refused."""
     add_agent(database)

@@ -74,8 +74,11 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
     legitimate: /tmp is one on macOS, and a home may lie on another volume. Nothing has to exist yet.
 
     Raises:
-        InvalidArgumentError: the path is empty, holds a NUL or can't be encoded, or names the home of an unknown user.
+        InvalidArgumentError: the path is no path, is empty, holds a NUL or can't be encoded, or names the home of an
+            unknown user.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidArgumentError(f"a path must be a str or a PathLike, not {type(path).__name__}")
     text = os.fspath(path)
     if not text or "\0" in text:
         raise InvalidArgumentError("the path of a database is empty or holds a NUL: name a file")
