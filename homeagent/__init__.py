@@ -4,12 +4,12 @@
 listed here, in `homeagent.errors` and in `homeagent.stores` are public.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from homeagent import errors
 from homeagent.clock import Clock
 from homeagent.database import Database
+from homeagent.late_import import late_names
 from homeagent.models import (
     Agent,
     AgentSession,
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
         DevicePair,
         DevicePublic,
         DeviceUpdate,
+        PairedDevice,
     )
-    from homeagent.pairing import PairedDevice
+    from homeagent.version import __version__
 
 __all__ = [
     "Agent",
@@ -85,6 +86,7 @@ __all__ = [
     "SweepReport",
     "Sweeper",
     "UnitOfWork",
+    "__version__",
     "diagnose",
     "errors",
     "hash_secret",
@@ -92,6 +94,7 @@ __all__ = [
 
 # Opening a database needs none of these, and a process starts sooner without them.
 _LATE = {
+    "__version__": "version",
     "AgentCreate": "models.shapes",
     "AgentPublic": "models.shapes",
     "AgentSessionCreate": "models.shapes",
@@ -109,7 +112,7 @@ _LATE = {
     "Diagnosis": "maintenance.doctor",
     "EpochReport": "maintenance.epochs",
     "Finding": "maintenance.doctor",
-    "PairedDevice": "pairing",
+    "PairedDevice": "models.shapes",
     "RestoreReport": "maintenance.restoring",
     "SweepReport": "maintenance.sweeping",
     "Sweeper": "maintenance.sweeping",
@@ -118,10 +121,9 @@ _LATE = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LATE:
-        return getattr(import_module(f"homeagent.{_LATE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Hidden from type checkers, which would take any misspelt name for one of these.
+if not TYPE_CHECKING:
+    __getattr__ = late_names(__name__, _LATE)
 
 
 def __dir__() -> list[str]:

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self, TypeVar
 
-from pydantic import SecretStr
+from pydantic import JsonValue, SecretStr
 from sqlalchemy import URL
 
+from homeagent import maintenance, models
 from homeagent.clock import Clock, system_clock
 from homeagent.engine.disk.directories import prepare_directory
 from homeagent.engine.disk.filesystems import refuse_network_filesystem
@@ -32,17 +33,8 @@ from homeagent.running import Runner
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 if TYPE_CHECKING:
-    from pydantic import JsonValue
-
     from homeagent.maintenance.checking import ContentCheck
-    from homeagent.maintenance.copying import CopyProgress, CopyReport
-    from homeagent.maintenance.doctor import Diagnosis
-    from homeagent.maintenance.epochs import EpochReport
-    from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
-    from homeagent.maintenance.restoring import RestoreReport
-    from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport
-    from homeagent.models.shapes import DevicePair
-    from homeagent.pairing import PairedDevice, Pairing
+    from homeagent.pairing import Pairing
 
 __all__ = ["Database"]
 
@@ -62,7 +54,7 @@ class Database:
         self._settings = UnitSettings(engine, clock, self._timeout)
         self._runner = Runner(self._settings)
         self._mutex = threading.Lock()
-        self._sweepers: list[Sweeper] = []
+        self._sweepers: list[maintenance.Sweeper] = []
         self._closed = False
 
     @classmethod
@@ -137,7 +129,7 @@ class Database:
         *,
         clock: Clock = system_clock,
         busy_timeout: timedelta = timedelta(seconds=5),
-    ) -> RestoreReport:
+    ) -> maintenance.RestoreReport:
         """Put a backup in the place of a database that nobody has open, and keep what was there aside.
 
         The backup is verified first, and brought to this version's schema. A new epoch begins, which `status` shows:
@@ -172,7 +164,7 @@ class Database:
         *,
         clock: Clock = system_clock,
         busy_timeout: timedelta = timedelta(seconds=5),
-    ) -> EpochReport:
+    ) -> maintenance.EpochReport:
         """Begin a new epoch of a store that was set back by other means than `restore`, and that nobody has open.
 
         After a PostgreSQL server's own tools, or a snapshot of a disk or a virtual machine: what was consumed since
@@ -350,7 +342,7 @@ class Database:
 
         return Pairing(self._runner, self._clock)
 
-    def pair(self, request: DevicePair) -> PairedDevice:
+    def pair(self, request: models.DevicePair) -> models.PairedDevice:
         """Add a device that waits for its approval. Only a hash of its secret is stored.
 
         Args:
@@ -413,7 +405,7 @@ class Database:
 
     # Maintenance
 
-    def sweep(self, *, batch_size: int = 100, time_budget: timedelta | None = None) -> SweepReport:
+    def sweep(self, *, batch_size: int = 100, time_budget: timedelta | None = None) -> maintenance.SweepReport:
         """Remove dead nonces and idempotency keys, in small batches that hold no writer up.
 
         While others write it goes slower, with smaller batches where the disk is slow and longer rests between them.
@@ -426,7 +418,7 @@ class Database:
 
     def _sweep(
         self, *, batch_size: int, time_budget: timedelta | None, stop: threading.Event | None = None
-    ) -> SweepReport:
+    ) -> maintenance.SweepReport:
         from homeagent.maintenance.sweeping import sweep
 
         report = sweep(self._settings, batch_size=batch_size, time_budget=time_budget, stop=stop)
@@ -437,9 +429,9 @@ class Database:
         self,
         every: timedelta = timedelta(minutes=5),
         *,
-        backups: BackupSchedule | None = None,
+        backups: maintenance.BackupSchedule | None = None,
         check_every: timedelta | None = timedelta(hours=24),
-    ) -> Sweeper:
+    ) -> maintenance.Sweeper:
         """Return a thread that sweeps periodically: `start()` and `stop()` it, or use it as a context manager.
 
         Closing the database stops it.
@@ -468,7 +460,7 @@ class Database:
 
             check = ContentCheck(self._engine, every=check_duration(check_every, "check_every"))
 
-        def run(stop: threading.Event) -> SweepReport:
+        def run(stop: threading.Event) -> maintenance.SweepReport:
             report = self._sweep(batch_size=100, time_budget=None, stop=stop)
             if backups is not None:
                 back_up_on_schedule(self._engine, backups, clock=self._clock, stop=stop.is_set)
@@ -521,8 +513,12 @@ class Database:
         )
 
     def copy_to(
-        self, target: Database, *, live: bool = False, progress: Callable[[CopyProgress], object] | None = None
-    ) -> CopyReport:
+        self,
+        target: Database,
+        *,
+        live: bool = False,
+        progress: Callable[[maintenance.CopyProgress], object] | None = None,
+    ) -> maintenance.CopyReport:
         """Copy the whole store into another one, which is empty and may be of the other engine.
 
         All of it is one transaction on the target. Before that commits, every row is compared; where anything fails,
@@ -547,7 +543,9 @@ class Database:
         from homeagent.maintenance.copying import copy_store
 
         if not isinstance(target, Database):
-            raise InvalidArgumentError(f"target must be an open Database, not {type(target).__name__}")
+            raise InvalidArgumentError(
+                f"target must be an open Database, not {type(target).__name__}: see Database.open"
+            )
         return copy_store(
             (self._engine, target._engine),
             lambda: self.unit_of_work(read_only=True),
@@ -556,7 +554,7 @@ class Database:
             progress=progress,
         )
 
-    def doctor(self, *, thorough: bool = False, fix: bool = False) -> Diagnosis:
+    def doctor(self, *, thorough: bool = False, fix: bool = False) -> maintenance.Diagnosis:
         """Look the database over while it is open: `homeagent.diagnose`, by this database's clock.
 
         Args:
@@ -576,13 +574,13 @@ class Database:
             fix=fix,
         )
 
-    def counters(self) -> DatabaseCounters:
+    def counters(self) -> maintenance.DatabaseCounters:
         """Return what this process did with the database since it opened it: cheap enough to be asked every second."""
         from homeagent.maintenance.reporting import report_counters
 
         return report_counters(self._engine)
 
-    def status(self) -> DatabaseStatus:
+    def status(self) -> maintenance.DatabaseStatus:
         """Describe the database: where it is, its engine and schema, its rows, and what waits for cleanup."""
         from homeagent.maintenance.reporting import report_status
 

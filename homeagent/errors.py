@@ -96,7 +96,9 @@ class DeviceNotFoundError(NotFoundError):
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
-        super().__init__(f"no device {device_id!r}: pair it first, or look for it with devices.list()")
+        super().__init__(
+            f"no device {device_id!r}: pair it first, or look for it with devices.list() or 'homeagent devices list'"
+        )
 
 
 class AgentNotFoundError(NotFoundError):
@@ -347,14 +349,19 @@ class SchemaTooNewError(DatabaseError):
 
 
 class SchemaOutdatedError(DatabaseError):
-    """The database needs an upgrade and `migrate=False` forbids it."""
+    """The database needs an upgrade and `migrate=False` forbids it, or there is none yet.
 
-    def __init__(self, revision: str | None, *, needed: str) -> None:
+    `location` is where it was looked for, a server's without its password; None where there is one.
+    """
+
+    def __init__(self, revision: str | None, *, needed: str, location: str | None = None) -> None:
         self.revision = revision
         self.needed = needed
+        self.location = location
+        where = "" if location is None else f" at {location!r}"
         super().__init__(
-            f"there is no database yet (this version needs schema revision {needed!r}): "
-            "run 'homeagent init', or open it with migrate=True"
+            f"there is no database yet{where} (this version needs schema revision {needed!r}): "
+            "check the name, or make it with 'homeagent init' or with migrate=True"
             if revision is None
             else f"the database is at schema revision {revision!r} and this version needs {needed!r}: "
             "run 'homeagent migrate', or open it with migrate=True"

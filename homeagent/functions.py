@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inspect import iscoroutine, iscoroutinefunction
+from inspect import iscoroutine, iscoroutinefunction, isgeneratorfunction
 from types import CoroutineType
 from typing import TypeVar
 
@@ -22,10 +22,13 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
         coroutine: what takes a coroutine function instead. None where one is welcome.
 
     Raises:
-        InvalidArgumentError: it can't be called, or is a coroutine function and those are not welcome.
+        InvalidArgumentError: it can't be called, or is a generator function, or a coroutine function where those are
+            not welcome.
     """
     if not callable(function):
         raise InvalidArgumentError(f"{what} must be a function, not {type(function).__name__}")
+    if isgeneratorfunction(function):
+        raise InvalidArgumentError(f"{what} is a generator function, a call of which runs nothing: make it return")
     if coroutine is not None and iscoroutinefunction(function):
         raise InvalidArgumentError(f"{what} is a coroutine function, which nobody awaits here: {coroutine}")
     return function

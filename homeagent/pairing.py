@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 from datetime import datetime, timedelta
 
-from pydantic import BaseModel, ConfigDict, SecretStr
+from pydantic import SecretStr
 
 from homeagent.clock import Clock
 from homeagent.credentials import check_secret, generate_secret, hash_secret, is_generated
 from homeagent.errors import DatabaseError, DeviceExistsError, DeviceNotFoundError
 from homeagent.models.device import Device
-from homeagent.models.shapes import DeviceCreate, DevicePair
+from homeagent.models.shapes import DeviceCreate, DevicePair, PairedDevice
 from homeagent.models.types import check_duration, check_identifier, later
 from homeagent.running import Runner
 from homeagent.scram import check_proof, make_verifier, proof_message
@@ -24,20 +24,6 @@ from homeagent.unit_of_work import UnitOfWork
 __all__ = ["PairedDevice", "Pairing"]
 
 logger = logging.getLogger("homeagent")
-
-
-class PairedDevice(BaseModel):
-    """A device that has just paired, and its secret, which nobody can ask for again.
-
-    Attributes:
-        device: the device as it was stored, unapproved.
-        shared_secret: what the device proves itself with: the one it sent, or the one that was made for it.
-    """
-
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
-
-    device: Device
-    shared_secret: SecretStr
 
 
 class Pairing:

@@ -66,8 +66,16 @@ def test_commands_run(tmp_path: Path) -> None:
         assert unit.devices.get("hall-lamp").revoked_at is not None
 
 
+def anchors(page: Path) -> set[str]:
+    """Return what a link may name after `#`: the headings in small letters, without punctuation, hyphens for blanks."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_lead_somewhere(page: Path) -> None:
-    """A link to a file of this tree leads to one."""
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
-    assert [target for target in targets if not (page.parent / target).exists()] == []
+    """A link to a file of this tree leads to one, and one to a section of a page to a heading of it."""
+    found = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8"))
+    assert [target for target, _ in found if not (page.parent / target).exists()] == []
+    sections = [(page.parent / target if target else page, anchor) for target, anchor in found if anchor]
+    assert [anchor for target, anchor in sections if anchor not in anchors(target)] == []

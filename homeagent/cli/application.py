@@ -109,8 +109,22 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from homeagent.version import __version__
+
+        typer.echo(f"homeagent {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _before_command(context: typer.Context, database: DatabaseOption = None) -> None:
+def _before_command(
+    context: typer.Context,
+    database: DatabaseOption = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
     """The operational store of a home agent gateway.
 
     Exit status: 0; 1 for a refused operation, with the reason on standard error; 2 for wrong usage.

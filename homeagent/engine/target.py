@@ -61,8 +61,8 @@ def resolve_target(target: str | os.PathLike[str] | URL | None) -> Target:
             as `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql+psycopg://…`.
 
     Raises:
-        InvalidArgumentError: it is empty, no URL, or of an engine that is not supported. The message never shows
-            the URL, which may hold a password.
+        InvalidArgumentError: it is empty, a directory, no URL, or of an engine that is not supported. The message never
+            shows the URL, which may hold a password.
     """
     if target is None:
         target = os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_PATH
@@ -75,7 +75,16 @@ def resolve_target(target: str | os.PathLike[str] | URL | None) -> Target:
         return _resolve_url(target)
     if target == ":memory:":
         return Target()
-    return Target(path=locate_file(target))
+    return _named_file(target)
+
+
+def _named_file(path: str | os.PathLike[str]) -> Target:
+    where = locate_file(path)
+    text = os.fspath(path)
+    if text.endswith(("/", os.sep)):
+        # Without its last slash it would name a file.
+        raise InvalidArgumentError(f"{text!r} names a directory: name a file in it")
+    return Target(path=where)
 
 
 def _resolve_url(url: URL) -> Target:
@@ -83,7 +92,7 @@ def _resolve_url(url: URL) -> Target:
     if backend == "sqlite":
         if url.query:
             raise InvalidArgumentError("a sqlite URL takes no query here: the store sets what it needs by itself")
-        return Target() if url.database in {None, "", ":memory:"} else Target(path=locate_file(str(url.database)))
+        return Target() if url.database in {None, "", ":memory:"} else _named_file(str(url.database))
     if backend == "postgresql":
         return Target(url=url.set(drivername="postgresql+psycopg"))
-    raise InvalidArgumentError(f"no engine for {backend!r}: use a path, sqlite:/// or postgresql+psycopg://")
+    raise InvalidArgumentError(f"no engine for {backend!r}: use a path, sqlite:/// or postgresql://")

@@ -80,7 +80,7 @@ def begin_epoch(target: str | os.PathLike[str] | URL | None, *, clock: Clock, bu
 
 def _in_file(path: Path, now: datetime, timeout: timedelta) -> int:
     if not os.path.lexists(path):
-        raise SchemaOutdatedError(None, needed=REVISION)
+        raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     with alone(path, timeout=timeout):
         with kept_from_sqlite(path):
             pass  # nobody has it open; the locks themselves would not outlast what SQLite opens and closes here

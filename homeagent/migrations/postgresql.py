@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from homeagent.engine.faults import TransientError
+from homeagent.engine.target import presentable_url
 from homeagent.errors import DatabaseBusyError, ForeignDatabaseError, MigrationError, SchemaOutdatedError
 from homeagent.migrations.revisions import REVISION, SPEAK_FOR_THEMSELVES, revision_of, suits, tables, upgrade
 
@@ -51,7 +52,8 @@ def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bo
             if suits(connection, revision):
                 return
         if not migrate:
-            raise SchemaOutdatedError(revision, needed=REVISION)
+            location = presentable_url(engine.sa_engine.url)
+            raise SchemaOutdatedError(revision, needed=REVISION, location=location)
         while True:
             try:
                 with connection.begin():

@@ -83,11 +83,11 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
         if suitable and (temporary or not migrate or _is_remembered(path)):
             return
         if not migrate:
-            raise SchemaOutdatedError(revision, needed=REVISION)
+            raise SchemaOutdatedError(revision, needed=REVISION, location=str(path))
     elif not migrate:
         if not temporary and _is_remembered(path):
             raise corrupt_after_all(path)  # to say that there is none yet would be an invitation to make one
-        raise SchemaOutdatedError(None, needed=REVISION)
+        raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     else:
         _announce(engine, timeout=timeout, temporary=temporary)
     lock = sidecar_lock(path, timeout=timeout)

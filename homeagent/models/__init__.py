@@ -4,7 +4,9 @@ A sixth table, `store`, has one row, about the store itself.
 """
 
 import os
+from typing import TYPE_CHECKING
 
+from homeagent.late_import import late_names
 from homeagent.models.agent import Agent
 from homeagent.models.base import Model, metadata
 from homeagent.models.device import Device, DeviceStatus, Role
@@ -13,29 +15,62 @@ from homeagent.models.nonce import Nonce
 from homeagent.models.session import AgentSession
 from homeagent.models.store_record import store_table
 
+if TYPE_CHECKING:
+    from homeagent.models.shapes import (
+        AgentCreate,
+        AgentSessionCreate,
+        AgentUpdate,
+        DeviceCreate,
+        DevicePair,
+        DeviceUpdate,
+        PairedDevice,
+    )
+
 __all__ = [
     "DATA_TABLES",
     "TABLES",
     "Agent",
+    "AgentCreate",
     "AgentSession",
+    "AgentSessionCreate",
+    "AgentUpdate",
     "Attempt",
     "Device",
+    "DeviceCreate",
+    "DevicePair",
     "DeviceStatus",
+    "DeviceUpdate",
     "IdempotencyKey",
     "IdempotencyScope",
     "IdempotencyState",
     "Nonce",
     "Outcome",
+    "PairedDevice",
     "Role",
     "metadata",
     "store_table",
 ]
+
+_SHAPES = (
+    "AgentCreate",
+    "AgentSessionCreate",
+    "AgentUpdate",
+    "DeviceCreate",
+    "DevicePair",
+    "DeviceUpdate",
+    "PairedDevice",
+)
 
 TABLES: tuple[str, ...] = tuple(sorted(metadata.tables))
 """Every table of the schema but Alembic's."""
 
 DATA_TABLES: tuple[str, ...] = tuple(sorted(set(metadata.tables) - {store_table.name}))
 """The tables that hold an application's rows, by name: all but `store`."""
+
+
+# Hidden from type checkers, which would take any misspelt name for one of these.
+if not TYPE_CHECKING:
+    __getattr__ = late_names(__name__, dict.fromkeys(_SHAPES, "shapes"))
 
 
 def _build(model: type[Model]) -> None:

@@ -5,12 +5,12 @@ They are imported when one is first named: a process that neither adds a row by 
 
 from typing import Any
 
-from pydantic import AliasChoices, SecretStr
+from pydantic import AliasChoices, BaseModel, ConfigDict, SecretStr
 from pydantic import Field as PlainField
 from sqlmodel import Field
 
 from homeagent.models.base import Model
-from homeagent.models.device import DeviceStatus, Role
+from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.session import new_session_id
 from homeagent.models.types import Identifier, Instant, Json, Label, WorkspacePath
 
@@ -24,6 +24,7 @@ __all__ = [
     "DevicePair",
     "DevicePublic",
     "DeviceUpdate",
+    "PairedDevice",
 ]
 
 
@@ -117,6 +118,20 @@ class DevicePublic(MetadataShape):
     metadata_: Json = PlainField(
         default=None, validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata"
     )
+
+
+class PairedDevice(BaseModel):
+    """A device that has just paired, and its secret, which nobody can ask for again.
+
+    Attributes:
+        device: the device as it was stored, unapproved.
+        shared_secret: what the device proves itself with: the one it sent, or the one that was made for it.
+    """
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    device: Device
+    shared_secret: SecretStr
 
 
 class AgentSessionCreate(Shape):

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import bindparam, delete, func, select, update
 
+from homeagent import models
 from homeagent.engine.statements import Statement
 from homeagent.errors import AgentExistsError, AgentInUseError, AgentNotFoundError
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession
 from homeagent.models.types import check_identifier, check_limit
 from homeagent.stores.store import Store, check_kind
-
-if TYPE_CHECKING:
-    from homeagent.models.shapes import AgentCreate, AgentUpdate
 
 __all__ = ["AgentStore"]
 
@@ -62,16 +60,13 @@ class AgentStore(Store):
 
     __slots__ = ()
 
-    def create(self, agent: AgentCreate) -> Agent:
+    def create(self, agent: models.AgentCreate) -> Agent:
         """Add an agent.
 
         Raises:
             AgentExistsError: the id is taken; that agent is left as it is.
         """
-        # Imported here, for a process that adds no row starts sooner without the shapes.
-        from homeagent.models.shapes import AgentCreate
-
-        check_kind(agent, AgentCreate, "agent")
+        check_kind(agent, models.AgentCreate, "agent")
         created = self._unit.write_one(
             _CREATE,
             id=agent.id,
@@ -112,15 +107,13 @@ class AgentStore(Store):
             after=None if after is None else check_identifier(after, "after"),
         )
 
-    def update(self, agent_id: str, changes: AgentUpdate) -> Agent:
+    def update(self, agent_id: str, changes: models.AgentUpdate) -> Agent:
         """Change what was given in `changes`, and return the agent as it is now. What was left out stays.
 
         Raises:
             AgentNotFoundError: it is absent.
         """
-        from homeagent.models.shapes import AgentUpdate
-
-        check_kind(changes, AgentUpdate, "changes")
+        check_kind(changes, models.AgentUpdate, "changes")
         agent = self.get(agent_id)
         given = changes.model_fields_set
         if not given:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import and_, bindparam, delete, or_, select, update
 
+from homeagent import models
 from homeagent.engine.statements import Statement
 from homeagent.errors import (
     ApprovalChangedError,
@@ -30,9 +31,6 @@ from homeagent.models.types import (
     earlier,
 )
 from homeagent.stores.store import Store, check_kind
-
-if TYPE_CHECKING:
-    from homeagent.models.shapes import DeviceCreate, DeviceUpdate
 
 __all__ = ["DeviceStore"]
 
@@ -134,16 +132,13 @@ class DeviceStore(Store):
 
     __slots__ = ()
 
-    def create(self, device: DeviceCreate) -> Device:
+    def create(self, device: models.DeviceCreate) -> Device:
         """Add a device that holds a hash already, always unapproved; `Database.pair` makes the hash itself.
 
         Raises:
             DeviceExistsError: the id is taken; that device is left as it is.
         """
-        # Imported here, for a process that adds no row starts sooner without the shapes.
-        from homeagent.models.shapes import DeviceCreate
-
-        check_kind(device, DeviceCreate, "device")
+        check_kind(device, models.DeviceCreate, "device")
         created = self._unit.write_one(
             _CREATE,
             id=device.id,
@@ -208,16 +203,14 @@ class DeviceStore(Store):
             after=None if after is None else check_identifier(after, "after"),
         )
 
-    def update(self, device_id: str, changes: DeviceUpdate) -> Device:
+    def update(self, device_id: str, changes: models.DeviceUpdate) -> Device:
         """Change what was given in `changes`, and return the device as it is now.
 
         Raises:
             DeviceNotFoundError: it is absent.
         """
-        from homeagent.models.shapes import DeviceUpdate
-
         check_identifier(device_id, "device_id")
-        check_kind(changes, DeviceUpdate, "changes")
+        check_kind(changes, models.DeviceUpdate, "changes")
         if "metadata_" not in changes.model_fields_set:
             return self._present(device_id)
         device = self._unit.write_one(_UPDATE_METADATA, device_id=device_id, value=changes.metadata_)

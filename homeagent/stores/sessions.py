@@ -6,19 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import bindparam, case, delete, exists, null, select, tuple_, update
 
+from homeagent import models
 from homeagent.engine.statements import Parameters, Statement
 from homeagent.errors import AgentNotFoundError, InvalidArgumentError, SessionExistsError, SessionNotFoundError
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession, new_session_id, route_key
 from homeagent.models.types import check_identifier, check_instant, check_limit, check_optional_label
 from homeagent.stores.store import Store, check_kind
-
-if TYPE_CHECKING:
-    from homeagent.models.shapes import AgentSessionCreate
 
 __all__ = ["SessionStore"]
 
@@ -109,17 +107,14 @@ class SessionStore(Store):
 
     __slots__ = ()
 
-    def create(self, session: AgentSessionCreate) -> AgentSession:
+    def create(self, session: models.AgentSessionCreate) -> AgentSession:
         """Add a session. It becomes the one of its agent, sender and channel where there is none yet.
 
         Raises:
             SessionExistsError: the id is taken; that session is left as it is.
             AgentNotFoundError: its agent is absent.
         """
-        # Imported here, for a process that adds no row starts sooner without the shapes.
-        from homeagent.models.shapes import AgentSessionCreate
-
-        check_kind(session, AgentSessionCreate, "session")
+        check_kind(session, models.AgentSessionCreate, "session")
         now = self._unit.now()
         self._require_agent(session.agent_id)
         created = self._insert(session, now, route_key(session.agent_id, session.sender_id, session.channel_id))
@@ -129,7 +124,7 @@ class SessionStore(Store):
             raise SessionExistsError(session.session_id)
         return created
 
-    def _insert(self, session: AgentSessionCreate, now: datetime, route: str | None) -> AgentSession | None:
+    def _insert(self, session: models.AgentSessionCreate, now: datetime, route: str | None) -> AgentSession | None:
         return self._unit.write_one(
             _CREATE,
             session_id=session.session_id,

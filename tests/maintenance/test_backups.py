@@ -341,7 +341,7 @@ from homeagent import Database, errors
 from homeagent.engine.sqlite import backup
 
 # Whatever is imported on the way: another user may not enter the folder of the packages.
-backup._package_version()
+import homeagent.version
 Database.open(':memory:').close()
 os.setuid(65534)
 with Database.open(sys.argv[1]) as database:

@@ -229,6 +229,9 @@ def _describe(
             digest.update(block)
             _proceed(stop)
         size = file.tell()
+    # Not at the top: its import costs more than the rest of this module's.
+    from homeagent.version import __version__
+
     return Manifest(
         kind=kind,
         database=str(database),
@@ -238,18 +241,8 @@ def _describe(
         rows=contents.rows,
         size=size,
         sha256=digest.hexdigest(),
-        package_version=_package_version(),
+        package_version=__version__,
     )
-
-
-def _package_version() -> str:
-    # Not at the top: its import costs more than the rest of this module's.
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("homeagent")
-    except PackageNotFoundError:
-        return "unknown"  # run from a folder that was never installed
 
 
 def _require_room(size: int, directory: Path) -> None:

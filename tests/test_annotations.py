@@ -1,0 +1,64 @@
+"""What tools see of the package: annotations that can be evaluated, and no name that is not there."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+import typing
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import homeagent
+from homeagent import Database, ReplayGuard, stores
+
+PACKAGE = Path(homeagent.__file__).parent
+PUBLIC = [Database, ReplayGuard, *(getattr(stores, name) for name in stores.__all__)]
+METHODS = [
+    pytest.param(method, id=f"{kind.__name__}.{name}")
+    for kind in dict.fromkeys(PUBLIC)
+    for name, method in inspect.getmembers(kind, inspect.isroutine)
+    if not name.startswith("_") and str(getattr(method, "__module__", None)).startswith("homeagent")
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_annotations_of_a_public_method_can_be_evaluated(method: object) -> None:
+    """`typing.get_type_hints` works on every one, the models that are imported late included."""
+    assert "return" in typing.get_type_hints(method)
+
+
+def test_opening_a_database_imports_nothing_late() -> None:
+    """The annotations cost no import: what they name is not loaded before somebody asks."""
+    program = (
+        "import sys, homeagent; homeagent.Database.open(':memory:').close();"
+        "print(*(m for m in sys.modules if m.startswith(('homeagent.models.shapes', 'homeagent.maintenance.'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("package", ["__init__.py", "models/__init__.py", "maintenance/__init__.py"])
+def test_a_type_checker_knows_each_name(package: str) -> None:
+    """A module's `__getattr__` is hidden from it: it would take `from homeagent import Devise` for right."""
+    tree = ast.parse((PACKAGE / package).read_text(encoding="utf-8"))
+    seen = {target.id for each in tree.body if isinstance(each, ast.Assign) for target in each.targets}
+    assert "__getattr__" not in seen | {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+
+
+def test_a_name_that_is_not_there_is_told() -> None:
+    """At run time it is an AttributeError that names the package, as with any module."""
+    for module in (homeagent, homeagent.models, homeagent.maintenance):
+        with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'Devise'"):
+            getattr(module, "Devise")  # noqa: B009  a type checker refuses the other way
+
+
+def test_the_package_tells_its_version() -> None:
+    """`homeagent.__version__` and `homeagent --version` are what was installed."""
+    assert homeagent.__version__ == version("homeagent")
+    done = subprocess.run([sys.executable, "-m", "homeagent", "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout == f"homeagent {version('homeagent')}\n"
+    assert done.stderr == ""

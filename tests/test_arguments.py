@@ -1,0 +1,58 @@
+"""Arguments as who is new here passes them: an error of ours that says what to pass."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from homeagent import Database, IdempotencyScope
+from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
+
+SCOPE = IdempotencyScope(device_id="lamp", method="door.open", key="k-1")
+
+
+def effect_that_yields(attempt: object) -> Iterator[int]:
+    """Never runs, as nobody asks for its values."""
+    yield 1
+
+
+def test_an_effect_that_yields_claims_no_key(database: Database) -> None:
+    """A call of it runs nothing, so it is refused and not recorded as done; the same key then serves."""
+    with pytest.raises(InvalidArgumentError, match="effect is a generator function"):
+        database.run_once(SCOPE, effect_that_yields)
+    with pytest.raises(InvalidArgumentError, match="effect is a generator function"):
+        asyncio.run(database.arun_once(SCOPE, effect_that_yields))
+    with database.unit_of_work() as unit, pytest.raises(InvalidArgumentError, match="effect is a generator function"):
+        unit.run_once(SCOPE, effect_that_yields)
+    outcome = database.run_once(SCOPE, lambda attempt: "open")
+    assert (outcome.value, outcome.replayed, outcome.attempt) == ("open", False, 1)
+
+
+@pytest.mark.parametrize("form", ["{}/", "sqlite:///{}/"])
+def test_a_target_that_ends_in_a_slash_is_a_directory(tmp_path: Path, form: str) -> None:
+    """It is refused, and no file of the directory's name is made."""
+    with pytest.raises(InvalidArgumentError, match=r"names a directory: name a file in it"):
+        Database.open(form.format(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_where_no_database_is_the_error_says_where_it_looked(tmp_path: Path) -> None:
+    """The place may come from the environment, so the message names it."""
+    path = tmp_path / "nowhere.db"
+    with pytest.raises(SchemaOutdatedError, match=r"there is no database yet at .*check the name") as caught:
+        Database.open(path, migrate=False)
+    assert caught.value.location == str(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(SchemaOutdatedError) as caught:
+        Database.begin_epoch(path)
+    assert caught.value.location == str(path)
+
+
+def test_an_unknown_engine_is_told_the_form_that_the_docs_use() -> None:
+    """`postgres://` is refused with `postgresql://` as the remedy, and no password is shown."""
+    with pytest.raises(InvalidArgumentError, match="use a path, sqlite:/// or postgresql://") as caught:
+        Database.open("postgres://u:hidden@127.0.0.1/x")
+    assert "hidden" not in str(caught.value)
