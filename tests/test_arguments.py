@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from homeagent import Database, IdempotencyScope
-from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
+from homeagent.errors import CorruptDatabaseError, InvalidArgumentError, SchemaOutdatedError
 
 SCOPE = IdempotencyScope(device_id="lamp", method="door.open", key="k-1")
 
@@ -56,3 +56,14 @@ def test_an_unknown_engine_is_told_the_form_that_the_docs_use() -> None:
     with pytest.raises(InvalidArgumentError, match="use a path, sqlite:/// or postgresql://") as caught:
         Database.open("postgres://u:hidden@127.0.0.1/x")
     assert "hidden" not in str(caught.value)
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    """The path may come from the environment, so the message that says to check it names it; the file is left alone."""
+    path = tmp_path / "notes.txt"
+    path.write_text("milk, bread\n" * 100)
+    path.chmod(0o600)
+    with pytest.raises(CorruptDatabaseError, match=r"is no SQLite database: check the path") as caught:
+        Database.open(path)
+    assert str(path) in str(caught.value)
+    assert path.read_text() == "milk, bread\n" * 100

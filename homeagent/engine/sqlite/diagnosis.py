@@ -53,7 +53,7 @@ def diagnosed_fault(
         moved = find_moved()
         if moved is not None:
             return moved
-        return type(fault)(f"{fault}; {newest_backup_hint(path)}")
+        return type(fault)(f"{fault}; it is {quoted(path)}, and {newest_backup_hint(path)}")
     code = getattr(error, "sqlite_errorcode", 0)
     if code & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY):
         return fault
