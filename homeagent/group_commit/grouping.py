@@ -393,8 +393,9 @@ class Grouping:
         done: list[Call[Any]] = []
         with self._mutex:
             for call in reversed(again):
-                call.error = call.callbacks = None
+                # Who gave up has its error, and may not have looked at it yet.
                 if call.state != GIVEN_UP:
+                    call.error = call.callbacks = None
                     call.state, call.since = QUEUED, monotonic()
                     self._queue.appendleft(call)
             for call in members:
