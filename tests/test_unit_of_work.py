@@ -227,6 +227,25 @@ def test_read_only_unit_is_one_snapshot(database: Database, reopen: MakeDatabase
     assert agents_of(database) == ["ada", "bob", "eve", "zoe"]
 
 
+@pytest.mark.parametrize("undone", [False, True], ids=["committed", "rolled back"])
+def test_a_result_that_is_kept_keeps_no_snapshot(database: Database, reopen: MakeDatabase, undone: bool) -> None:
+    """What an ORM session read only in part ends with its unit: the next units see the present, and can write."""
+    for agent_id in ("ada", "bob"):
+        add_agent(database, agent_id)
+    kept = []
+    for read_only in (True, False):
+        with suppress(LookupError), database.unit_of_work(read_only=read_only) as unit:
+            result = unit.session.connection().execute(text("SELECT id FROM agents ORDER BY id"))
+            assert result.fetchone() == ("ada",)
+            kept.append(result)
+            if undone:
+                raise LookupError
+    add_agent(reopen(busy_timeout=timedelta(0)), "eve")
+    assert agents_of(database) == ["ada", "bob", "eve"]
+    add_agent(database, "zoe")
+    assert agents_of(database) == ["ada", "bob", "eve", "zoe"]
+
+
 def test_read_only_unit_cannot_write(database: Database) -> None:
     """Stores, the ORM and plain SQL are all refused in a read-only unit, and nothing is written."""
     add_agent(database)

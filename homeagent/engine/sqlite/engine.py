@@ -31,6 +31,7 @@ from homeagent.engine.sqlite.diagnosis import diagnosed_fault, newest_backup_hin
 from homeagent.engine.sqlite.driver import SQLiteDriver, choose_driver
 from homeagent.engine.sqlite.lock_wait import PatientCursor
 from homeagent.engine.sqlite.snapshot import SnapshotLink
+from homeagent.engine.sqlite.unfetched import end_with_transactions
 from homeagent.errors import (
     CorruptDatabaseError,
     DatabaseError,
@@ -343,6 +344,7 @@ def _on_begin(connection: Connection) -> None:
     # A link has begun by itself before it lends its connection to an ORM session.
     if not raw.in_transaction:
         raw.execute("BEGIN IMMEDIATE")
+    end_with_transactions(connection)
 
 
 def corrupt_after_all(path: Path) -> CorruptDatabaseError:
