@@ -236,6 +236,27 @@ async def arun_once(arun: ARun, call: OnceCall, effect: Callable[[Attempt], Awai
         begun[:] = [claimed] if isinstance(claimed, Attempt) else []
         return claimed
 
+    async def record(work: _Once) -> Any:
+        """Do the unit to its end, however often its caller is cancelled meanwhile."""
+        cancellation: BaseException | None = None
+        # A scope of AnyIO shields from AnyIO's cancellation only. A Task.cancel() takes the unit out of the queue, or
+        # comes when it was done, and it may be done twice.
+        with anyio.CancelScope(shield=True):
+            while True:
+                try:
+                    value = await arun(work)
+                except cancelled as error:
+                    cancellation = error
+                except HomeAgentError as error:
+                    if cancellation is None:
+                        raise
+                    raise cancellation from error
+                else:
+                    break
+        if cancellation is not None:
+            raise cancellation
+        return value
+
     finds_out = False
     try:
         try:
@@ -251,16 +272,12 @@ async def arun_once(arun: ARun, call: OnceCall, effect: Callable[[Attempt], Awai
         # Nothing began: the key must not count as abandoned.
         if begun:
             # Where that fails, or the claim itself had failed, the lease sees to it.
-            with anyio.CancelScope(shield=True), suppress(HomeAgentError):
-                await arun(_Once(begun[0], lambda keys: keys.release(begun[0]), leaves_record=False))
+            with suppress(HomeAgentError):
+                await record(_Once(begun[0], lambda keys: keys.release(begun[0]), leaves_record=False))
         raise
     if isinstance(claimed, Outcome):
         return claimed
     attempt: Attempt = claimed
-
-    async def record(work: Callable[[UnitOfWork], Any]) -> Any:
-        with anyio.CancelScope(shield=True):
-            return await arun(work)
 
     async def conclude() -> Outcome:
         try:
