@@ -142,17 +142,14 @@ _WORKERS = 64
 
 async def _in_thread(work: Callable[[], T]) -> T:
     """Call `work` in a worker thread, and wait for its end even where the caller is cancelled meanwhile."""
-    import asyncio
-
     import anyio.to_thread
 
-    from homeagent.shielding import end_of
+    from homeagent.shielding import ended_in_thread
 
     if not _under_asyncio():
         return await anyio.to_thread.run_sync(work, limiter=_worker_places())
-    task = asyncio.ensure_future(anyio.to_thread.run_sync(work, limiter=_worker_places()))
     # Until then the unit is under way, or not yet handed to a thread.
-    cancellation = await end_of(task)
+    task, cancellation = await ended_in_thread(work, limiter=_worker_places())
     if cancellation is not None:
         if not task.cancelled():
             task.exception()  # looked at, or asyncio would report it as lost

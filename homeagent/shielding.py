@@ -3,11 +3,55 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import anyio
+import anyio.to_thread
 
-__all__ = ["end_of"]
+__all__ = ["end_of", "ended_in_thread"]
+
+T = TypeVar("T")
+
+
+async def ended_in_thread(
+    act: Callable[[], T], *, limiter: anyio.CapacityLimiter | None = None
+) -> tuple[asyncio.Task[T], asyncio.CancelledError | None]:
+    """Call `act` in a worker thread, and wait for its end.
+
+    Args:
+        act: what may block.
+        limiter: how many may do so at once; None for AnyIO's own.
+
+    Returns:
+        The task, which has what came of it, and the last cancellation that came meanwhile; None where none came.
+    """
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    mutex = threading.Lock()
+    begun = given_up = False
+
+    def whole() -> T:
+        nonlocal begun
+        with mutex:
+            if given_up:
+                raise asyncio.CancelledError
+            begun = True
+        try:
+            return act()
+        finally:
+            loop.call_soon_threadsafe(ended.set_result, None)
+
+    task = asyncio.ensure_future(anyio.to_thread.run_sync(whole, limiter=limiter))
+    cancellation = await end_of(task)
+    if task.cancelled():
+        # asyncio.run() cancels all tasks that are left when it ends, this one too, and that stops no thread.
+        with mutex:
+            given_up = not begun
+        if begun:
+            cancellation = await end_of(ended) or cancellation
+    return task, cancellation
 
 
 async def end_of(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:

@@ -736,6 +736,43 @@ def test_cancelled_record(database: Database, canceller: Native | Scoped, monkey
 
 
 @CANCELLERS
+def test_cancelled_before_the_records_turn(database: Database, canceller: Native | Scoped) -> None:
+    """A caller that is cancelled while the outcome waits to be recorded leaves with the record made."""
+    writers = database._engine.writers
+    grouping = database._runner._grouping
+    leading = threading.Thread(target=database.run, args=(lambda unit: None,))
+    held: list[Any] = []
+
+    def waiting() -> int:
+        return len(writers._waiters) + (len(grouping._queue) if grouping is not None else 0)
+
+    async def effect(attempt: Attempt) -> str:
+        held.extend(writers.acquire(30) for _ in range(writers._size))
+        # Others have come before: the record is behind them in the queue.
+        leading.start()
+        while not waiting():
+            await anyio.lowlevel.checkpoint()
+        return "done"
+
+    async def main() -> None:
+        async def when() -> None:
+            while waiting() < 2:
+                await anyio.lowlevel.checkpoint()
+
+        def then() -> None:
+            for link in held:
+                writers.release(link)
+
+        await canceller.cancel(lambda: database.arun_once(SCOPE, effect), when, then)
+        row = row_of(database)
+        assert row is not None
+        assert row.result == "done"
+
+    anyio.run(main, backend=canceller.backend)
+    leading.join(30)
+
+
+@CANCELLERS
 def test_cancelled_claim(database: Database, canceller: Native | Scoped) -> None:
     """A caller that is cancelled before its effect began leaves the key free."""
     writers = database._engine.writers
@@ -782,6 +819,43 @@ def test_cancelled_unit(database: Database, canceller: Native | Scoped) -> None:
     with database.unit_of_work() as unit:
         assert unit.agents.get("ada").name == "Ada"
     assert database._engine.writers.waits == waits
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_unit_ends_before_its_event_loop(database: Database, read_only: bool) -> None:
+    """asyncio.run() cancels the tasks that are left at its end: a unit under way ends before its caller does."""
+    began, go_on = threading.Event(), threading.Event()
+    ends: list[str] = []
+
+    def work(unit: Any) -> None:
+        began.set()
+        assert go_on.wait(30)
+        ends.append("unit")
+
+    async def caller() -> None:
+        try:
+            await database.arun(work, read_only=read_only)
+        except asyncio.CancelledError:
+            ends.append("caller")
+            raise
+
+    async def main() -> asyncio.Task[None]:
+        left = asyncio.ensure_future(caller())
+        assert await anyio.to_thread.run_sync(began.wait, 30)
+        loop = asyncio.get_running_loop()
+
+        def go_on_after(turns: int) -> None:
+            # By then all tasks were cancelled, and have had their turns.
+            if turns:
+                loop.call_soon(go_on_after, turns - 1)
+            else:
+                go_on.set()
+
+        go_on_after(50)
+        return left
+
+    assert asyncio.run(main()).cancelled()
+    assert ends == ["unit", "caller"]
 
 
 @BACKENDS

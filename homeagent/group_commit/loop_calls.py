@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import anyio
-import anyio.to_thread
 
 from homeagent.group_commit.calls import Call
 from homeagent.group_commit.grouping import Grouping
-from homeagent.shielding import end_of
+from homeagent.shielding import ended_in_thread
 from homeagent.unit_of_work import UnitOfWork, call_back
 
 __all__ = ["LoopCalls"]
@@ -65,7 +65,10 @@ class LoopCalls:
             loop.pending -= 1
         if call.callbacks is not None:
             # They may open units themselves, and must not block the loop.
-            cancellation = await _shielded(call_back, call.callbacks) or cancellation
+            task, late = await ended_in_thread(partial(call_back, call.callbacks))
+            cancellation = late or cancellation
+            if cancellation is None or not task.cancelled():
+                task.result()
         if cancellation is not None:
             call.error = None
             raise cancellation
@@ -142,12 +145,4 @@ async def _end_of(call: _LoopCall[Any], cancellation: asyncio.CancelledError) ->
                 await call.future
             except asyncio.CancelledError as error:
                 cancellation = error
-    return cancellation
-
-
-async def _shielded(act: Callable[..., object], *arguments: Any) -> asyncio.CancelledError | None:
-    """Call `act` in a worker thread to its end, and return the cancellation that came meanwhile."""
-    task = asyncio.ensure_future(anyio.to_thread.run_sync(act, *arguments))
-    cancellation = await end_of(task)
-    task.result()
     return cancellation
