@@ -10,6 +10,8 @@ from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
+from pydantic import JsonValue
+
 from homeagent.canonical_json import fingerprint_of
 from homeagent.engine.statements import Parameters, Row, Statement
 from homeagent.errors import EffectFailedError, HomeAgentError, UnitStateError
@@ -23,7 +25,6 @@ from homeagent.stores.nonces import NonceStore
 from homeagent.stores.sessions import SessionStore
 
 if TYPE_CHECKING:
-    from pydantic import JsonValue
     from sqlmodel import Session
 
     from homeagent.clock import Clock

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import homeagent
-from homeagent import Database, ReplayGuard, stores
+from homeagent import Database, ReplayGuard, UnitOfWork, stores
 
 PACKAGE = Path(homeagent.__file__).parent
-PUBLIC = [Database, ReplayGuard, *(getattr(stores, name) for name in stores.__all__)]
+PUBLIC = [Database, ReplayGuard, UnitOfWork, *(getattr(stores, name) for name in stores.__all__)]
 METHODS = [
     pytest.param(method, id=f"{kind.__name__}.{name}")
     for kind in dict.fromkeys(PUBLIC)
