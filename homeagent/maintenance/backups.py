@@ -18,7 +18,7 @@ from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path
 from homeagent.engine.sqlite.manifests import PARTIAL, Manifest, backups_in, manifest_path, remember_backup
 from homeagent.engine.sqlite.presence import presence_path
 from homeagent.errors import DatabaseBusyError, DatabaseError, HomeAgentError, InvalidArgumentError
-from homeagent.migrations import VERSION_TABLE, schema_revision
+from homeagent.migrations import VERSION_TABLE, revision_of
 from homeagent.models.types import check_limit
 
 if TYPE_CHECKING:
@@ -177,7 +177,8 @@ def _backups_of(database: Path, directory: Path) -> Iterator[tuple[Path, Manifes
 
 
 def _revision(engine: SQLiteEngine) -> str:
-    return schema_revision(engine) or "none"
+    with engine.looking() as connection:
+        return revision_of(connection) or "none"
 
 
 def _partial(target: Path) -> Path:

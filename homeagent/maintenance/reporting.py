@@ -171,7 +171,7 @@ def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
 
 
 def _sqlite_facts(engine: SQLiteEngine) -> dict[str, Any]:
-    with engine.connect() as connection:
+    with engine.looking() as connection:
         pragmas = {name: connection.execute(text(f"PRAGMA {name}")).scalar_one() for name in _PRAGMAS}
     path = engine.path
     beside = [path.parent, path, *sidecars(path), lock_path(path), presence_path(path)]

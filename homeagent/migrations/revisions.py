@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from sqlalchemy import Connection
 
-    from homeagent.engine.engine import Engine
 
 __all__ = [
     "REVISION",
@@ -36,7 +35,6 @@ __all__ = [
     "VERSION_TABLE",
     "alembic_config",
     "revision_of",
-    "schema_revision",
     "suits",
     "tables",
     "upgrade",
@@ -158,9 +156,3 @@ def upgrade(connection: Connection) -> None:
 
     with _alembic_lock:
         command.upgrade(alembic_config(connection), "head")
-
-
-def schema_revision(engine: Engine) -> str | None:
-    """Return the revision of an open database."""
-    with engine.connect() as connection:
-        return revision_of(connection)

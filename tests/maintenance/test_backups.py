@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from homeagent import AgentCreate, BackupSchedule, Database, errors
 from homeagent.engine.sqlite import backup as engine_backup
@@ -199,6 +200,29 @@ def test_broken_reference_is_no_backup(sqlite_path: Path, tmp_path: Path) -> Non
     with Database.open(sqlite_path) as database, pytest.raises(errors.CorruptDatabaseError, match="refers to one"):
         database.backup(tmp_path / "copy.db")
     assert names(tmp_path) == {"database"}
+
+
+def test_unit_that_goes_on_holds_nothing_up(sqlite_database: Database, tmp_path: Path) -> None:
+    """A backup and a status wait for no write unit, whose writes they don't see, and are no reason for it to wait."""
+    add_agent(sqlite_database, "committed")
+    with sqlite_database.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="open", name="Open", workspace_path="/open"))
+        backup = sqlite_database.backup(f"{tmp_path}/backups/")
+        assert sqlite_database.backup(tmp_path / "copy.db").exists()
+        status = sqlite_database.status()
+    assert rows(backup, "SELECT id FROM agents") == [("committed",)]
+    assert (status.rows["agents"], status.pragmas["journal_mode"]) == (1, "wal")
+
+
+def test_own_connection_that_writes_gets_our_errors(sqlite_path: Path) -> None:
+    """A write on a connection of its own that comes too late is told by our error, not by the driver's."""
+    with (
+        Database.open(sqlite_path, busy_timeout=timedelta(0)) as database,
+        database.unit_of_work(),
+        pytest.raises(errors.DatabaseBusyError),
+        database._engine.connect() as connection,
+    ):
+        connection.execute(text("DELETE FROM agents"))
 
 
 def test_writers_are_not_held(sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

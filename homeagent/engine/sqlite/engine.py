@@ -102,7 +102,7 @@ class SQLiteEngine(Engine):
         )
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "close", self._on_close)
-        event.listen(sa_engine, "begin", _on_begin)
+        event.listen(sa_engine, "begin", self._on_begin)
         # Returned and not raised, so that the listeners of others, such as instrumentation, are called too.
         event.listen(sa_engine, "handle_error", self._on_error)
         super().__init__(
@@ -142,6 +142,14 @@ class SQLiteEngine(Engine):
     def _uri(self, options: str) -> str:
         return f"file:{quote(os.fsencode(self.path))}?{options}"
 
+    def _on_begin(self, connection: Connection) -> None:
+        raw: Any = connection.connection.driver_connection
+        # A link has begun by itself before it lends its connection to an ORM session.
+        if not raw.in_transaction:
+            with self.translated():
+                raw.execute("BEGIN IMMEDIATE")
+        end_with_transactions(connection)
+
     def _on_close(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
         self._open.discard(id(connection))
 
@@ -178,6 +186,21 @@ class SQLiteEngine(Engine):
             connection.close()
             raise
         return connection
+
+    @contextmanager
+    def looking(self) -> Iterator[Connection]:
+        """Lend a connection of its own that only looks: it waits for no writer, and no writer waits for it."""
+        with self.connect() as connection:
+            raw: Any = connection.connection.driver_connection
+            # A reader's BEGIN: the engine's own is a writer's.
+            with self.translated():
+                raw.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.rollback()
+                if raw.in_transaction:
+                    raw.execute("ROLLBACK")
 
     def prepare_link(self, connection: Connection, *, read_only: bool) -> None:
         """Make a reader's connection unable to write, and a writer's not wait by itself: `begin_busy` does."""
@@ -337,14 +360,6 @@ class SQLiteEngine(Engine):
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
-
-
-def _on_begin(connection: Connection) -> None:
-    raw: Any = connection.connection.driver_connection
-    # A link has begun by itself before it lends its connection to an ORM session.
-    if not raw.in_transaction:
-        raw.execute("BEGIN IMMEDIATE")
-    end_with_transactions(connection)
 
 
 def corrupt_after_all(path: Path) -> CorruptDatabaseError:
