@@ -5,8 +5,8 @@ again for each class that inherits it, a twelfth of what the models take to be i
 """
 
 import copy
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
 
 from pydantic import VERSION, BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -21,7 +21,9 @@ from sqlmodel import SQLModel
 # itself is building an instance and will validate it by other means, and what `table=True` means.
 from sqlmodel._compat import SQLModelConfig, finish_init, is_table_model_class
 
-__all__ = ["Model", "Table", "metadata"]
+__all__ = ["Model", "Table", "hide_input", "metadata"]
+
+T = TypeVar("T")
 
 metadata = MetaData(
     # Every constraint has a name, or Alembic can't find it again to change it.
@@ -59,6 +61,16 @@ def _without_input(error: ValidationError) -> ValidationError:
     return ValidationError.from_exception_data(error.title, lines, hide_input=True)
 
 
+def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
+    """Validate by `handler`, and raise a ValidationError that does not carry what it refuses."""
+    try:
+        return handler(data)
+    except ValidationError as error:
+        refused = _without_input(error)
+    # Raised outside the handler, or the original, which shows its input, would be its context.
+    raise refused
+
+
 # Few programs use every model: where it can be, each is built at its first use. Before Pydantic 2.14, two threads that
 # come first at once could be given the validator of the base class, and an instance that was loaded before that could
 # not be serialised (https://github.com/pydantic/pydantic/pull/13438).
@@ -92,12 +104,13 @@ class Model(SQLModel, registry=_registry):
     @model_validator(mode="wrap")
     @classmethod
     def _hide_input(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        try:
-            return handler(data)
-        except ValidationError as error:
-            refused = _without_input(error)
-        # Raised outside the handler, or the original, which shows its input, would be its context.
-        raise refused
+        return hide_input(data, handler)
+
+    @classmethod
+    def model_validate_json(cls, *args: Any, **kwargs: Any) -> Self:
+        """Validate JSON text as Pydantic does; text that is no JSON is not shown either."""
+        # It is read before the model's own validator is called.
+        return hide_input(None, lambda _: super(Model, cls).model_validate_json(*args, **kwargs))
 
 
 class Table(Model):

@@ -6,11 +6,13 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from pydantic import JsonValue
+from pydantic import ConfigDict, GetCoreSchemaHandler, JsonValue
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_wrap_validator_function
 from sqlalchemy import CheckConstraint, Column, Index, Integer, PrimaryKeyConstraint, text
 from sqlmodel import Field
 
-from homeagent.models.base import Table
+from homeagent.models.base import Table, hide_input
 from homeagent.models.types import (
     Flag,
     Identifier,
@@ -138,15 +140,23 @@ class IdempotencyScope:
         InvalidArgumentError: one of them is no id, method or key.
     """
 
-    device_id: str
-    method: str
-    key: str = field(repr=False)
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    # Where it is a field of a model or a request body, Pydantic goes by these and calls no `__init__`.
+    device_id: Identifier
+    method: Label
+    key: Label = field(repr=False)
 
     # By hand, for it is made in every unit that names a key: a frozen dataclass's own takes three times as long.
     def __init__(self, device_id: str, method: str, key: str) -> None:
         _set_device_id(self, check_identifier(device_id, "device_id"))
         _set_method(self, check_label(method, "method"))
         _set_key(self, check_label(key, "key"))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Have Pydantic validate each part, and show none of them in what it refuses."""
+        return no_info_wrap_validator_function(hide_input, handler(source))
 
 
 _SLOTS: dict[str, Any] = dict(vars(IdempotencyScope))

@@ -259,6 +259,36 @@ def test_a_scope_is_validated_and_frozen(scope: tuple[str, str, str]) -> None:
     assert good == IdempotencyScope("d", "m", SECRET)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"device_id": f"../{SECRET}"}, {"key": f"{SECRET}\n"}, {"method": ""}, {"key": 5}, {"approved": SECRET}],
+    ids=["path", "control character", "empty", "int", "unknown"],
+)
+def test_a_scope_is_validated_by_pydantic_too(wrong: dict[str, Any]) -> None:
+    """As a field of a model, such as a request body, a scope takes what it takes by itself, and shows no key."""
+
+    class Request(BaseModel):
+        scope: IdempotencyScope
+
+    parts = {"device_id": "lamp", "method": "m", "key": "k"}
+    scope = IdempotencyScope(**parts)
+    assert Request.model_validate({"scope": parts}).scope == Request(scope=scope).scope == scope
+    assert Request.model_validate_json(Request(scope=scope).model_dump_json()).scope == scope
+    with pytest.raises(ValidationError) as refused:
+        Request.model_validate({"scope": {**parts, **wrong}})
+    error = refused.value
+    assert SECRET not in f"{error} {error.errors()} {error.json()} {error.__cause__} {error.__context__}"
+
+
+@pytest.mark.parametrize("model", [Device, DevicePair, DeviceCreate])
+def test_text_that_is_no_json_is_not_shown(model: type[SQLModel]) -> None:
+    """What can't even be read is refused without a word of it, for a secret may be in it."""
+    with pytest.raises(ValidationError, match="JSON") as refused:
+        model.model_validate_json(f'{{"id": "lamp", "shared_secret": "{SECRET}')
+    error = refused.value
+    assert SECRET not in f"{error} {error.errors()} {error.json()} {error.__cause__} {error.__context__}"
+
+
 def test_our_tables_are_in_metadata_of_their_own() -> None:
     """A host application's metadata has none of our tables, and every constraint of ours has a name."""
     assert not set(metadata.tables) & set(SQLModel.metadata.tables)
