@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from homeagent.clock import Clock
 from homeagent.credentials import check_secret, generate_secret, hash_secret, is_generated
-from homeagent.errors import DatabaseError, DeviceExistsError, DeviceNotFoundError
+from homeagent.errors import DatabaseError, DeviceExistsError, DeviceNotFoundError, UnitStateError
 from homeagent.models.device import Device
 from homeagent.models.shapes import DeviceCreate, DevicePair, PairedDevice
 from homeagent.models.types import check_duration, check_identifier, later
@@ -97,7 +97,7 @@ class Pairing:
                 lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
                 idempotent=True,
             )
-        except DatabaseError as error:
+        except (DatabaseError, UnitStateError) as error:  # the latter where this thread has a write unit open
             logger.warning(
                 "the hash of a device's secret could not be made anew, and will be at the next check: %s",
                 error,

@@ -399,6 +399,21 @@ def test_a_hash_that_can_not_be_made_anew_keeps_nobody_out(
     assert "could not be made anew" in caplog.text
 
 
+def test_a_hash_is_not_made_anew_beside_a_unit_of_the_same_thread(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks in the middle of a write unit is told that the secret is right, and the hash is made anew later."""
+    database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
+    approve(database)
+    monkeypatch.setattr(hashing, "_default", hashing.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
+    with database.unit_of_work() as unit:
+        old = unit.devices.get("lamp").shared_secret_hash
+        assert database.verify_secret("lamp", HUMAN) is not None
+    assert database.verify_secret("lamp", HUMAN) is not None
+    with database.unit_of_work(read_only=True) as unit:
+        assert unit.devices.get("lamp").shared_secret_hash != old
+
+
 def test_a_secret_is_never_hashed_inside_a_unit(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a slow hash is computed, nobody waits for a lane: neither for pairing, verifying nor rotating."""
     during: list[bool] = []
