@@ -383,7 +383,11 @@ class Database:
             device_id: who it claims to be.
             nonce: the number used once that was signed.
             timestamp: the instant that was signed.
-            proof: 32 bytes.
+            proof: 32 bytes; of any other length it is wrong.
+
+        Raises:
+            InvalidArgumentError: one of them can't be what it is to be, whatever the device: the nonce is no text that
+                could be consumed, the timestamp has no time zone, or the proof is no `bytes`.
         """
         return self._pairing.verify_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
@@ -395,7 +399,8 @@ class Database:
         Args:
             device_id: the device; it keeps its role and its approval.
             shared_secret: the secret that a human chose; None to have one made.
-            overlap: how long the old secret serves as well; not at all by default.
+            overlap: how long the old secret serves as well; not at all by default. One that still served from an
+                earlier rotation ends at once.
 
         Raises:
             DeviceNotFoundError: it is absent.

@@ -12,10 +12,16 @@ from pydantic import SecretStr
 
 from homeagent.clock import Clock
 from homeagent.credentials import check_secret, generate_secret, hash_secret, is_generated
-from homeagent.errors import DatabaseError, DeviceExistsError, DeviceNotFoundError, UnitStateError
+from homeagent.errors import (
+    DatabaseError,
+    DeviceExistsError,
+    DeviceNotFoundError,
+    InvalidArgumentError,
+    UnitStateError,
+)
 from homeagent.models.device import Device
 from homeagent.models.shapes import DeviceCreate, DevicePair, PairedDevice
-from homeagent.models.types import check_duration, check_identifier, later
+from homeagent.models.types import check_duration, check_identifier, check_instant, check_label, later
 from homeagent.running import Runner
 from homeagent.scram import check_proof, make_verifier, proof_message
 from homeagent.stores.store import check_kind
@@ -58,8 +64,9 @@ class Pairing:
                 return unit.devices.create(create)
             except DeviceExistsError:
                 device = unit.devices.find_by_id(create.id)
-                # Nobody else has this hash: it was committed before, while the connection was lost.
-                if device is None or device.shared_secret_hash != create.shared_secret_hash:
+                # Nobody else has these two, of which one holds a salt: it was committed before, while the connection
+                # was lost. The hash of a generated secret is the same for all who send that.
+                if device is None or _stored(device) != (create.shared_secret_hash, create.proof_verifier):
                     raise
                 return device
 
@@ -107,6 +114,10 @@ class Pairing:
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
         """Return the device if it is approved and the proof is made with its secret; see `Database.verify_proof`."""
         check_identifier(device_id, "device_id")
+        check_label(nonce, "nonce")
+        check_instant(timestamp, "timestamp")
+        if not isinstance(proof, (bytes, bytearray)):
+            raise InvalidArgumentError(f"proof must be bytes, not {type(proof).__name__}")
         device = self._find_device(device_id)
         message = proof_message(device_id=device_id, nonce=nonce, timestamp=timestamp)
         proven = check_proof(None if device is None else device.proof_verifier, message, proof)
@@ -131,14 +142,15 @@ class Pairing:
                 device = unit.devices.find_by_id(device_id)
                 if device is None:
                     raise DeviceNotFoundError(device_id)
-                if device.shared_secret_hash == new:
+                if new != old and _stored(device) == (new, verifier):
                     return True  # committed before, while the connection was lost
                 return unit.devices.set_secret(
                     device_id,
                     expected_secret_hash=old,
                     secret_hash=new,
                     proof_verifier=verifier,
-                    previous_until=later(self._clock(), overlap, "overlap") if overlap else None,
+                    # The same secret once more is no old one beside itself, and ends what served beside it.
+                    previous_until=later(self._clock(), overlap, "overlap") if overlap and new != old else None,
                 )
 
             # Where somebody else rotated it meanwhile, theirs is the old one now.
@@ -150,6 +162,10 @@ def _verifier(secret: SecretStr) -> str | None:
     # A human's secret is guessed at the speed of the fastest hash that is stored of it. PBKDF2, which SCRAM is built
     # on, is guessed faster than Argon2id; for 256 random bits that makes no difference.
     return make_verifier(secret) if is_generated(secret) else None
+
+
+def _stored(device: Device) -> tuple[str, str | None]:
+    return device.shared_secret_hash, device.proof_verifier
 
 
 def _serving_hashes(device: Device, now: datetime) -> list[str]:

@@ -25,7 +25,7 @@ from homeagent.errors import (
     InvalidArgumentError,
     UnitStateError,
 )
-from homeagent.scram import make_proof, proof_message, verifier_parameters
+from homeagent.scram import make_proof, make_verifier, proof_message, verifier_parameters
 from tests.conftest import START, FakeClock, dump
 
 HUMAN = SecretStr("correct horse battery staple")
@@ -123,6 +123,59 @@ def test_revocation_ends_the_overlap(database: Database) -> None:
         unit.devices.approve("lamp")
     assert database.verify_secret("lamp", first) is None
     assert database.verify_secret("lamp", second) is not None
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["generated", "human"])
+@pytest.mark.parametrize("overlap", [timedelta(0), MINUTE], ids=["at once", "overlapping"])
+def test_the_present_secret_once_more_ends_the_overlap(database: Database, made: bool, overlap: timedelta) -> None:
+    """Rotating to the secret that serves already ends the one that served beside it, whoever chose it."""
+    first = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
+    approve(database)
+    second = database.rotate_secret("lamp", None if made else SecretStr("a long passphrase"), overlap=60 * MINUTE)
+    assert database.verify_secret("lamp", first) is not None
+    database.rotate_secret("lamp", second, overlap=overlap)
+    assert database.verify_secret("lamp", first) is None
+    assert database.verify_secret("lamp", second) is not None
+
+
+def test_of_two_who_pair_with_one_secret_one_is_refused(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes second is told so, and not that it paired in a role that it never asked for."""
+    secret = database.pair(DevicePair(id="other", role=Role.NODE)).shared_secret
+
+    def make_verifier_late(secret: SecretStr) -> str:
+        monkeypatch.undo()
+        # After the first look at the id, and before the device is added.
+        database.pair(DevicePair(id="lamp", role=Role.CLIENT, shared_secret=secret))
+        return make_verifier(secret)
+
+    monkeypatch.setattr("homeagent.pairing.make_verifier", make_verifier_late)
+    with pytest.raises(DeviceExistsError):
+        database.pair(DevicePair(id="lamp", role=Role.ADMIN, shared_secret=secret))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"proof": None},
+        {"proof": "x" * 32},
+        {"nonce": b"n"},
+        {"nonce": None},
+        {"nonce": "n" * 257},
+        {"timestamp": None},
+        {"timestamp": "2026-01-02T03:04:05Z"},
+        {"timestamp": START.replace(tzinfo=None)},
+    ],
+    ids=lambda bad: str(bad)[:30],
+)
+def test_what_can_be_no_proof_is_refused_for_every_device(database: Database, bad: dict[str, Any]) -> None:
+    """What no device can have signed is a bad argument, the same for a device that exists and one that doesn't."""
+    database.pair(DevicePair(id="lamp", role=Role.NODE))
+    said = []
+    for device_id in ("lamp", "nobody"):
+        with pytest.raises(InvalidArgumentError) as caught:
+            database.verify_proof(device_id, **{"nonce": "n", "timestamp": START, "proof": bytes(32), **bad})
+        said.append(str(caught.value))
+    assert said[0] == said[1]
 
 
 def test_verify_proof(database: Database) -> None:
