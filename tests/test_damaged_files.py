@@ -292,3 +292,45 @@ def test_500_damaged_files(tmp_path: Path, samples: dict[str, Sample]) -> None:
     print(told(found))  # noqa: T201  it is what the test is for, shown with -s
     assert sum(found.values()) == 500
     assert {end.partition(":")[0] for end in found if "another value" in end} <= {"flip db"}
+
+
+# Keeps the index as it was at one moment, has the log begun anew after that, and is killed.
+RESTART = """
+import os, shutil, signal, sys
+from homeagent import AgentCreate, Database
+path, restarts = sys.argv[1], int(sys.argv[2])
+database = Database.open(path)
+def add(name):
+    database.run(lambda unit: unit.agents.create(AgentCreate(id=name, name=name, workspace_path="/srv")))
+add("first")
+shutil.copyfile(f"{path}-shm", f"{path}.index")
+shutil.copyfile(f"{path}-wal", f"{path}.log")
+for number in range(restarts):
+    with database._engine.connect() as connection:
+        connection.connection.driver_connection.execute("PRAGMA wal_checkpoint(RESTART)")
+    add(f"later-{number}")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(params=[1, 3])
+def restarted(request: pytest.FixtureRequest, tmp_path: Path, children: Children) -> Path:
+    """A killed database whose log was begun anew, once or more often; `.index` and `.log` are of before that."""
+    path = tmp_path / "private" / "homeagent.db"
+    assert children.start(RESTART, path, request.param).wait(timeout=60) == -9
+    return path
+
+
+def test_power_cut_leaves_an_older_index(restarted: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The kernel writes the log's index when it likes: one of before the log's last beginning tells of no loss."""
+    Path(f"{restarted}-shm").write_bytes(Path(f"{restarted}.index").read_bytes())
+    agents = read(restarted)["Agent"]
+    assert {"['first']", "['later-0']"} <= set(agents)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_older_log_is_refused(restarted: Path) -> None:
+    """A log of before its last beginning, beside the index of now, lacks what was committed since."""
+    Path(f"{restarted}-wal").write_bytes(Path(f"{restarted}.log").read_bytes())
+    with pytest.raises(CorruptDatabaseError, match="not of one database and time"):
+        read(restarted)

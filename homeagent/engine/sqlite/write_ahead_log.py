@@ -30,6 +30,10 @@ _INDEX_HEADER = 48
 _INDEX = 2 * _INDEX_HEADER + 40
 _INDEX_VERSION = 3007000
 
+# How often a log is begun anew at most before the kernel writes the index to the disk, which takes it half a minute.
+# The first salt of a new log is random: another database's passes for a later one of this with a chance of 1 in 65,536.
+_MOST_RESTARTS = 2**16
+
 Sums = tuple[int, int]
 
 
@@ -128,9 +132,9 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
             return LostCommits(
                 f"the log of {index.committed} frames {what}", 0, by_power_cut=log.is_blank or not log.exists
             )
-        if log.salt != index.salt:
+        if log.salt != index.salt and not _is_later(log.salt, than=index.salt):
             return LostCommits("the log and its index are not of one database and time", log.committed, False)
-        if log.committed < index.committed:
+        if log.salt == index.salt and log.committed < index.committed:
             return LostCommits(
                 f"the log is sound for {log.committed} frames only, and {index.committed} were committed",
                 log.committed,
@@ -147,6 +151,15 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
             by_power_cut=True,
         )
     return None
+
+
+def _is_later(salt: bytes, *, than: bytes) -> bool:
+    """Tell whether a log was begun anew since its index was written to the disk.
+
+    Only a power cut leaves the two so: nobody syncs the index. A log is begun anew once all of it was moved into the
+    database and synced there, and its first salt is then one more (https://sqlite.org/fileformat2.html#walformat).
+    """
+    return 0 < (int.from_bytes(salt[:4], "big") - int.from_bytes(than[:4], "big")) % 2**32 < _MOST_RESTARTS
 
 
 def _read_index(index: Path) -> _Index | None:
