@@ -74,8 +74,8 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
     legitimate: /tmp is one on macOS, and a home may lie on another volume. Nothing has to exist yet.
 
     Raises:
-        InvalidArgumentError: the path is no path, is empty, holds a NUL or can't be encoded, or names the home of an
-            unknown user.
+        InvalidArgumentError: the path is no path, is empty, holds a NUL, is not UTF-8, or names the home of an unknown
+            user.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidArgumentError(f"a path must be a str or a PathLike, not {type(path).__name__}")
@@ -83,15 +83,18 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
     if not text or "\0" in text:
         raise InvalidArgumentError("the path of a database is empty or holds a NUL: name a file")
     try:
-        os.fsencode(text)
         expanded = Path(text).expanduser()
-    except UnicodeEncodeError as error:
-        raise InvalidArgumentError(f"{text!r} can't be a file name here: name another file") from error
     except RuntimeError as error:
         raise InvalidArgumentError(f"there is no home directory for {text!r}: write the path out") from error
     with explained("find", expanded):
-        absolute = expanded.absolute()
-        return Path(os.path.realpath(absolute.parent)) / absolute.name
+        try:
+            absolute = expanded.absolute()
+            found = Path(os.path.realpath(absolute.parent)) / absolute.name
+            # Manifests and reports name it, and JSON has no place for other bytes.
+            str(found).encode()
+        except UnicodeEncodeError:
+            raise InvalidArgumentError(f"{text!r} is no UTF-8, or leads where none is: name another file") from None
+    return found
 
 
 def sidecars(path: Path) -> list[Path]:

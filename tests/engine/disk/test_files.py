@@ -74,12 +74,21 @@ class TestPaths:
         assert locate_file(tmp_path / "linked" / "a.db") == tmp_path.resolve() / "real" / "a.db"
 
     @pytest.mark.parametrize(
-        "path", ["", "a\0b.db", "~nobody-of-this-name/a.db", "\ud800.db"], ids=["empty", "nul", "user", "surrogate"]
+        "path",
+        ["", "a\0b.db", "~nobody-of-this-name/a.db", "\ud800.db", os.fsdecode(b"\xff.db"), os.fsdecode(b"\xff/a.db")],
+        ids=["empty", "nul", "user", "surrogate", "not UTF-8", "directory not UTF-8"],
     )
     def test_path_that_names_no_file_is_refused(self, path: str) -> None:
         """What can't be a file name is a bad argument, not an error from somewhere below."""
         with pytest.raises(InvalidArgumentError):
             locate_file(path)
+
+    def test_link_to_a_directory_whose_name_is_not_utf8_is_refused(self, tmp_path: Path) -> None:
+        """Neither a manifest nor a report could name the file: that is told at once, not at the first backup."""
+        (tmp_path / "\udcff").mkdir()
+        (tmp_path / "linked").symlink_to(tmp_path / "\udcff")
+        with pytest.raises(InvalidArgumentError, match="leads where none is"):
+            locate_file(tmp_path / "linked" / "a.db")
 
     def test_circle_of_links_is_refused_when_it_is_used(self, tmp_path: Path) -> None:
         """Directories that link to each other end in an error that names them, on every Python."""
