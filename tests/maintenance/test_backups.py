@@ -191,6 +191,33 @@ def test_damaged_database_has_no_backup(sqlite_path: Path, tmp_path: Path) -> No
     assert names(tmp_path) == {"database"}
 
 
+@pytest.mark.parametrize("how", ["moved away", "replaced"])
+def test_file_that_is_not_the_open_one_is_not_backed_up(
+    sqlite_database: Database, sqlite_path: Path, tmp_path: Path, how: str
+) -> None:
+    """A backup is of the file that is open: an empty one in its place would pass for good, and none is made there."""
+    add_agent(sqlite_database)
+    away = tmp_path / "away.db"
+    sqlite_path.rename(away)
+    if how == "replaced":
+        sqlite_path.touch(0o600)
+    with pytest.raises(errors.DatabaseMovedError):
+        sqlite_database.backup(tmp_path / "copy.db")
+    assert names(tmp_path) == {"away.db", "database"}
+    assert sqlite_path.exists() == (how == "replaced")
+    away.rename(sqlite_path)
+
+
+def test_lost_schema_is_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
+    """No restore would take a database without the version of its schema: it is not kept as a backup either."""
+    with Database.open(sqlite_path) as database:
+        with database.unit_of_work() as unit:
+            unit.session.connection().exec_driver_sql("DROP TABLE homeagent_schema_version")
+        with pytest.raises(errors.CorruptDatabaseError, match="lost its schema"):
+            database.backup(tmp_path / "copy.db")
+    assert names(tmp_path) == {"database"}
+
+
 def test_broken_reference_is_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
     """A row that refers to one that is not there is damage too."""
     with closing(choose_driver().module.connect(str(sqlite_path), isolation_level=None)) as raw:

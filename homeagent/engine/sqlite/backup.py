@@ -166,7 +166,7 @@ def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop) -
     module: Any = engine.driver.module
     with (
         _explained_copy(engine, partial, stop),
-        closing(module.connect(str(engine.path), isolation_level=None, timeout=engine.busy_seconds)) as source,
+        closing(engine.open_source()) as source,
         closing(module.connect(str(partial), isolation_level=None)) as copy,
     ):
         for raw in (source, copy):
@@ -203,6 +203,8 @@ def _verify(source: Path, copy: Any, expected: Contents, version_table: str) -> 
         problem = "a row refers to one that is not there"
     elif read_contents(copy, version_table) != expected:
         problem = "a table has another number of rows than in the snapshot that was copied"
+    elif expected.revision is None:
+        problem = "it has lost its schema"
     else:
         return
     raise CorruptDatabaseError(

@@ -279,6 +279,21 @@ class SQLiteEngine(Engine):
         raw.execute(f"PRAGMA synchronous={self.durability.upper()}")
         return raw
 
+    def open_source(self) -> Any:
+        """Return a bare connection of the driver's to the very file that is open, for a backup of it.
+
+        Raises:
+            DatabaseMovedError: another file has the name now, or none.
+        """
+        self.watch.before_connect()
+        raw = self._bare()
+        try:
+            self.watch.connected()
+        except BaseException:
+            raw.close()
+            raise
+        return raw
+
     def refuse_foreign(self) -> None:
         """Refuse a file with content that is not ours, without changing a byte of it.
 
