@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from sqlalchemy import event
+from sqlalchemy.engine.default import DefaultExecutionContext
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -26,8 +27,10 @@ def end_with_transactions(connection: Connection) -> None:
     cursors: WeakSet[Any] = WeakSet()
     connection.info[_KEY] = cursors
 
-    def note(connection: Connection, cursor: Any, *_: Any) -> None:
-        cursors.add(cursor)
+    def note(connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        # Where somebody listens, a link tells of its own cursor as well, which it goes on using.
+        if isinstance(context, DefaultExecutionContext):
+            cursors.add(cursor)
 
     def end(connection: Connection) -> None:
         for cursor in list(cursors):
