@@ -500,3 +500,8 @@ class UnitOfWork:
     def shared(self) -> dict[str, Any]:
         """What the stores of one `Database` remember between units."""
         return self._settings.memory
+
+    @property
+    def connection_memory(self) -> dict[str, Any]:
+        """What the stores remember of this unit's connection, for as long as it is open."""
+        return self._require_link().memory

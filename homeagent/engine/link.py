@@ -50,6 +50,7 @@ class Link:
         "_translate",
         "_watch",
         "is_suspect",
+        "memory",
         "read_only",
     )
 
@@ -81,6 +82,8 @@ class Link:
             self._cursor = AnnouncingCursor(connection, self._cursor, driver_errors=driver_errors, translate=translate)
         self._execute: Callable[..., Any] = self._cursor.execute
         self._root: RootTransaction | None = None
+        self.memory: dict[str, Any] = {}
+        """What was read over this connection and stays true for as long as it is open."""
 
     @property
     def driver_connection(self) -> Any:

@@ -102,6 +102,8 @@ def _on_server(url: URL, now: datetime, timeout: timedelta) -> int:
     try:
         open_postgresql(engine, timeout=timeout, migrate=False)
         with engine.translated(), engine.connect() as connection, connection.begin():
+            # Who connects after the others were counted waits here with its first look at the epoch.
+            connection.execute(text(f"LOCK TABLE {store_table.name} IN ACCESS EXCLUSIVE MODE"))
             others = int(connection.execute(text(_OTHERS)).scalar_one())
             if others:
                 raise DatabaseBusyError(

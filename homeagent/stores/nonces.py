@@ -163,14 +163,15 @@ class NonceStore(Store):
         return Freshness.FRESH if fresh else Freshness.REPLAYED
 
     def _restored_at(self) -> datetime | None:
-        # Asked once for each open database: nobody can restore one that is open.
-        shared = self._unit.shared
-        if "restored_at" not in shared:
+        # Asked once for each connection: no epoch begins while one is open. A server that is set back closes them all,
+        # and a gateway that goes on by itself afterwards must not go by what it knew before.
+        memory = self._unit.connection_memory
+        if "restored_at" not in memory:
             record = self._unit.one(FIND_RECORD)
             if record is None:
                 raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")
-            _, shared["restored_at"] = record
-        restored_at: datetime | None = shared["restored_at"]
+            _, memory["restored_at"] = record
+        restored_at: datetime | None = memory["restored_at"]
         return restored_at
 
     def _make_room(self, device_id: str, now: datetime, limit: int) -> None:

@@ -51,6 +51,10 @@ class Unit(Protocol):
     def shared(self) -> dict[str, Any]:
         """What the stores of one `Database` remember between units; never anything that must survive it."""
 
+    @property
+    def connection_memory(self) -> dict[str, Any]:
+        """What the stores remember of this unit's connection: only what can't change while that is open."""
+
 
 class Store:
     """The base of the stores: bound to one unit, and of no use after its end."""

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import make_url, text
 
-from homeagent import AgentCreate, Database, IdempotencyScope
+from homeagent import AgentCreate, Database, Freshness, IdempotencyScope, ReplayGuard
+from homeagent.models.types import to_milliseconds
 from tests.conftest import START, FakeClock, postgres_execute
 from tests.postgresql.server import Installation, free_port
 
@@ -109,6 +110,19 @@ def test_a_store_works_behind_a_pooler(pooled_url: str, empty_postgres_url: str,
         )
         for _ in range(4):
             assert len(database.run(lambda unit: unit.agents.list(limit=1000))) == 80
+
+
+def test_the_epoch_is_asked_with_each_message(pooled_url: str, empty_postgres_url: str, clock: FakeClock) -> None:
+    """A gateway whose connection to the pooler outlived an epoch goes by the new one with its next message."""
+    guard = ReplayGuard()
+
+    def judge(nonce: str) -> Freshness:
+        return database.run(lambda unit: guard.check(unit.nonces, "lamp", nonce, signed_at=START))
+
+    with Database.open(pooled_url, clock=clock, busy_timeout=timedelta(seconds=20)) as database:
+        assert judge("one") is Freshness.FRESH
+        postgres_execute(empty_postgres_url, f"UPDATE store SET epoch = 2, restored_at = {to_milliseconds(START)}")
+        assert judge("two") is Freshness.STALE
 
 
 def test_statements_are_prepared_only_where_no_pooler_is_between(pooled_url: str, empty_postgres_url: str) -> None:

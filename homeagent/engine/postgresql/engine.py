@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from homeagent.engine.engine import Engine
 from homeagent.engine.faults import postgresql_fault, translated
-from homeagent.engine.postgresql.link import PostgreSQLLink
+from homeagent.engine.postgresql.link import POOLED, PostgreSQLLink
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ _CONNECTING: dict[str, str] = {
     "tcp_user_timeout": "30000",  # milliseconds
     "fallback_application_name": "homeagent",
 }
-_POOLED = "homeagent_pooled"
 _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "PGTARGETSESSIONATTRS"}
 
 
@@ -94,7 +93,7 @@ class PostgreSQLEngine(Engine):
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry) -> None:
         pooled = connection.execute("SELECT pg_backend_pid()").fetchone()[0] != connection.info.backend_pid
-        record.info[_POOLED] = pooled
+        record.info[POOLED] = pooled
         if pooled:
             # A pooler in between has told us a process of its own: the next transaction may be given another session.
             # What was prepared in this one may be missing there, and what was set in this one would reach others.
@@ -116,7 +115,7 @@ class PostgreSQLEngine(Engine):
     def begin_of(self, connection: Connection, *, read_only: bool) -> Sequence[str]:
         """Return what begins a unit: behind a pooler, each brings the settings of its session along."""
         begin = super().begin_of(connection, read_only=read_only)
-        return (begin[0], f"SET LOCAL {self._lock_timeout}", *begin[1:]) if connection.info[_POOLED] else begin
+        return (begin[0], f"SET LOCAL {self._lock_timeout}", *begin[1:]) if connection.info[POOLED] else begin
 
     def prepare_link(self, connection: Connection, *, read_only: bool) -> None:
         """Nothing more: the BEGIN of a unit says whether it can write."""

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from homeagent.engine.faults import Translate
     from homeagent.engine.statements import Row
 
-__all__ = ["PostgreSQLLink"]
+__all__ = ["POOLED", "PostgreSQLLink"]
+
+POOLED = "homeagent_pooled"
+"""In the `info` of a connection: whether a pooler is between, and each transaction may be given another session."""
 
 # libpq's PGTransactionStatusType: https://www.postgresql.org/docs/current/libpq-status.html
 _IDLE = 0
@@ -40,7 +43,7 @@ class PostgreSQLLink(Link):
         **options: as of every link.
     """
 
-    __slots__ = ("_announces", "_begin_message", "_begun", "_lost", "_send", "_warnings")
+    __slots__ = ("_announces", "_begin_message", "_begun", "_lost", "_pooled", "_send", "_warnings")
 
     def __init__(self, connection: Connection, *, translate: Translate, begin: Sequence[str], **options: Any) -> None:
         def judge(error: BaseException) -> HomeAgentError:
@@ -53,6 +56,7 @@ class PostgreSQLLink(Link):
         super().__init__(connection, translate=judge, begin=begin, **options)
         self._begun = False
         self._lost = False
+        self._pooled = bool(connection.info[POOLED])
         self._warnings: list[str] = []
         self._raw.add_notice_handler(self._notice)
         self._begin_message = "; ".join(begin)
@@ -74,6 +78,9 @@ class PostgreSQLLink(Link):
             StandbyError: the server takes no writes.
         """
         fault: BaseException
+        if self._pooled:
+            # The session of the transaction before may be gone, though the connection to the pooler is not.
+            self.memory.clear()
         try:
             self._command(self._begin_message)
         except self._driver_errors as error:
