@@ -177,8 +177,9 @@ class NonceStore(Store):
     def _make_room(self, device_id: str, now: datetime, limit: int) -> None:
         # Counting at the bound costs as much as 40 inserts, so that is done again only after as many calls as half
         # the room that was left: other processes can overrun the bound by that much, and no more.
-        rooms: dict[str, int] = self._unit.shared.setdefault("nonce_rooms", {})
-        room = rooms.get(device_id, 0)
+        rooms: dict[tuple[str, int], int] = self._unit.shared.setdefault("nonce_rooms", {})
+        # What is left below one bound says nothing about a lower one.
+        room = rooms.get((device_id, limit), 0)
         if room < 1:
             live = self._unit.one(_COUNT, device_id=device_id, now=now, limit=limit) or 0
             if live >= limit:
@@ -186,7 +187,7 @@ class NonceStore(Store):
             if len(rooms) > 10_000:
                 rooms.clear()
             room = max(1, (limit - live) // 2)
-        rooms[device_id] = room - 1
+        rooms[device_id, limit] = room - 1
 
     def find(self, device_id: str, nonce: str) -> Nonce | None:
         """Return a live nonce, None where it was never consumed or is over."""

@@ -79,6 +79,16 @@ def test_the_bound_of_a_device_is_the_guards(database: Database) -> None:
         assert all(unit.nonces.find("lamp", f"n{number}") for number in range(3))
 
 
+def test_guards_of_two_bounds(database: Database) -> None:
+    """What a guard with a high bound found room for is none for one with a low bound."""
+    assert judge(database, "first", offset=timedelta(0), guard=ReplayGuard(skew=SKEW)) is Freshness.FRESH
+    guard = ReplayGuard(skew=SKEW, limit=3)
+    for number in range(2):
+        assert judge(database, f"n{number}", offset=timedelta(0), guard=guard) is Freshness.FRESH
+    with pytest.raises(NonceLimitError):
+        judge(database, "n2", offset=timedelta(0), guard=guard)
+
+
 def test_a_guard_refuses_bad_settings() -> None:
     """A skew of nothing would let nobody in."""
     for bad in (timedelta(0), -SKEW):
