@@ -84,6 +84,8 @@ def _make_or_upgrade(connection: Connection, deadline: float) -> None:
     """Upgrade within the transaction that has begun, or find that another host did."""
     left = max(1, int((deadline - time.monotonic()) * 1000))
     connection.execute(text(f"SET LOCAL lock_timeout = {left}"))
+    # Another host may take longer than the role lets a statement take.
+    connection.execute(text("SET LOCAL statement_timeout = 0"))
     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
     revision = revision_of(connection)
     if suits(connection, revision):

@@ -22,7 +22,7 @@ from homeagent.errors import (
     InvalidArgumentError,
     ReadOnlyError,
 )
-from tests.conftest import FakeClock, dump, postgres_execute
+from tests.conftest import FakeClock, dump, postgres_database, postgres_execute
 from tests.postgresql.load import wait_for
 from tests.postgresql.server import Installation, Server, free_port
 
@@ -102,6 +102,35 @@ def test_no_traceback_is_logged_for_a_lost_connection(
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("setting", ["LATIN1", "SQL_ASCII"])
+def test_text_is_text_whatever_encoding_a_database_asks_for(target: str, setting: str) -> None:
+    """The client's encoding is UTF-8: another one has no place for a name, or gives bytes in the place of text."""
+    postgres_execute(target, f"ALTER DATABASE {make_url(target).database} SET client_encoding = {setting}")
+    with Database.open(target) as database:
+        with database.unit_of_work() as unit:
+            unit.agents.create(AgentCreate(id="日", name="台所 é", workspace_path="/srv", config={"a": "台"}))
+        with database.unit_of_work(read_only=True) as unit:
+            found = unit.agents.get("日")
+    assert found is not None
+    assert (found.name, found.config) == ("台所 é", {"a": "台"})
+
+
+def test_a_database_without_an_encoding_is_of_use(postgres_url: str) -> None:
+    """A database of SQL_ASCII keeps the bytes that it is given, which are those of UTF-8."""
+    name = "without_encoding"
+    postgres_execute(
+        postgres_url,
+        f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C'",
+    )
+    try:
+        with Database.open(postgres_database(postgres_url, name)) as database:
+            with database.unit_of_work() as unit:
+                unit.agents.create(AgentCreate(id="日", name="台所 é", workspace_path="/srv"))
+            assert [agent[:2] for agent in dump(database)["agents"]] == [("日", "台所 é")]
+    finally:
+        postgres_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
 def test_a_failed_statement_whose_error_is_caught_commits_nothing_in_silence(database: Database) -> None:
     """PostgreSQL answers COMMIT with ROLLBACK then: the unit fails, and its callbacks are not called."""
     called: list[str] = []
@@ -123,6 +152,13 @@ def test_a_failed_statement_whose_error_is_caught_commits_nothing_in_silence(dat
     assert len(dump(database)["agents"]) == 1
 
 
+@pytest.fixture
+def quiet(target: str) -> None:
+    """Have the server keep its warnings to itself, as a role's settings may."""
+    postgres_execute(target, f"ALTER DATABASE {make_url(target).database} SET client_min_messages = error")
+
+
+@pytest.mark.usefixtures("quiet")
 def test_a_cancelled_wait_for_a_standby_is_no_commit_to_rely_on(postgres_url: str, database: Database) -> None:
     """The server says COMMIT and only warns: the standby may lack it, so that the caller is told."""
     postgres_execute(postgres_url, "ALTER SYSTEM SET synchronous_standby_names = 'absent'")

@@ -14,9 +14,10 @@ from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
 from homeagent import Database
-from homeagent.errors import DatabaseBusyError, MigrationError
+from homeagent.errors import DatabaseBusyError, DatabaseError, MigrationError
 from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config, postgresql
-from tests.conftest import add_agent
+from tests.conftest import add_agent, postgres_execute
+from tests.postgresql.load import wait_for
 
 pytestmark = pytest.mark.usefixtures("postgres_url")
 
@@ -56,6 +57,42 @@ def test_who_upgrades_is_waited_for_with_a_bound(old_url: str) -> None:
         threading.Timer(0.3, connection.rollback).start()
         Database.open(old_url, busy_timeout=timedelta(seconds=30)).close()
     assert revision_at(old_url) == REVISION
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "default_transaction_isolation = 'repeatable read'",
+        "default_transaction_isolation = 'serializable'",
+        "statement_timeout = '100ms'",
+    ],
+)
+def test_what_was_made_while_one_waited_is_seen(empty_postgres_url: str, setting: str) -> None:
+    """Whatever a role has set: who waits for the upgrade of another host finds it made, and is not ended before."""
+    postgres_execute(empty_postgres_url, f"ALTER DATABASE {make_url(empty_postgres_url).database} SET {setting}")
+    opened: list[str] = []
+
+    def use() -> None:
+        try:
+            Database.open(empty_postgres_url).close()
+            opened.append("opened")
+        except DatabaseError as error:
+            opened.append(str(error))
+
+    with other(empty_postgres_url) as connection:
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": postgresql._ADVISORY_LOCK})
+        thread = threading.Thread(target=use)
+        thread.start()
+        waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+        wait_for("another host", lambda: opened or connection.execute(waiting).scalar_one())
+        connection.execute(text("SELECT pg_sleep(0.3)"))  # longer than a statement may take
+        from alembic import command
+
+        command.upgrade(alembic_config(connection), "head")
+        connection.commit()
+        thread.join(30)
+    assert opened == ["opened"]
 
 
 def test_a_table_in_use_is_not_queued_for(old_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

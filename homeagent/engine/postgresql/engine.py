@@ -41,6 +41,9 @@ _CONNECTING: dict[str, str] = {
     "tcp_user_timeout": "30000",  # milliseconds
     "fallback_application_name": "homeagent",
 }
+# psycopg writes text in the client's encoding, and reads bytes where that is SQL_ASCII: whatever the URL, a role or a
+# database says, it is the one that has every character.
+_ENCODING = {"client_encoding": "utf8"}
 _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "PGTARGETSESSIONATTRS"}
 
 
@@ -63,7 +66,8 @@ class PostgreSQLEngine(Engine):
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
-        self._lock_timeout = f"lock_timeout = {busy_ms}"
+        # The server warns of a commit that a standby may lack, and a role may have it keep that to itself.
+        self._settings = (f"lock_timeout = {busy_ms}", "client_min_messages = warning")
         sa_engine = sqlalchemy.create_engine(
             url,
             poolclass=NullPool,
@@ -99,13 +103,14 @@ class PostgreSQLEngine(Engine):
             # What was prepared in this one may be missing there, and what was set in this one would reach others.
             connection.prepare_threshold = None
         else:
-            connection.execute(f"SET {self._lock_timeout}")
+            connection.execute("; ".join(f"SET {setting}" for setting in self._settings))
 
     def _on_begin(self, connection: Connection) -> None:
         raw: Any = connection.connection.driver_connection
         # A link has begun by itself before it lends its connection to an ORM session.
         if raw.info.transaction_status == 0:
-            raw.execute(f"BEGIN; SET LOCAL {self._lock_timeout}")
+            # Who waits for a lock must see afterwards what its holder did, also where a role asks for more isolation.
+            raw.execute("; ".join(("BEGIN ISOLATION LEVEL READ COMMITTED", *self._local_settings())))
 
     def connect(self) -> Connection:
         """Return a connection of its own; the caller closes it."""
@@ -115,7 +120,10 @@ class PostgreSQLEngine(Engine):
     def begin_of(self, connection: Connection, *, read_only: bool) -> Sequence[str]:
         """Return what begins a unit: behind a pooler, each brings the settings of its session along."""
         begin = super().begin_of(connection, read_only=read_only)
-        return (begin[0], f"SET LOCAL {self._lock_timeout}", *begin[1:]) if connection.info[POOLED] else begin
+        return (begin[0], *self._local_settings(), *begin[1:]) if connection.info[POOLED] else begin
+
+    def _local_settings(self) -> list[str]:
+        return [f"SET LOCAL {setting}" for setting in self._settings]
 
     def prepare_link(self, connection: Connection, *, read_only: bool) -> None:
         """Nothing more: the BEGIN of a unit says whether it can write."""
@@ -141,11 +149,12 @@ def _connect_args(url: URL) -> dict[str, str]:
     if len(hosts.split(",") if isinstance(hosts, str) else hosts) > 1 or "," in (url.host or ""):
         # Of several hosts only the primary will do: also to read, since a standby may lag behind.
         options["target_session_attrs"] = "read-write"
-    return {
+    wanted = {
         name: value
         for name, value in options.items()
         if name not in url.query and not (name in _VARIABLES and _VARIABLES[name] in os.environ)
     }
+    return wanted | _ENCODING
 
 
 def _execute(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
