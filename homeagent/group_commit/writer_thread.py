@@ -27,8 +27,7 @@ class WriterThread(Generic[T]):
 
     def __init__(self, act: Callable[[T], object]) -> None:
         self._act = act
-        # A signal's handler may come while its own thread holds it, and close the database.
-        self._mutex = threading.RLock()
+        self._mutex = threading.Lock()
         self._inbox: queue.SimpleQueue[T | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -43,17 +42,11 @@ class WriterThread(Generic[T]):
             self._inbox.put(work)  # it looks there before it ends
             return
         with self._mutex:
-            self._inbox.put(work)
             if self._thread is None:
-                # Before it starts: who waits for that may be interrupted, and the thread does the work all the same.
-                self._thread = threading.Thread(target=self._work, name="homeagent-writer", daemon=True)
-                try:
-                    self._thread.start()
-                except RuntimeError:
-                    self._thread = None
-                    while not self._inbox.empty():
-                        self._inbox.get()
-                    raise
+                thread = threading.Thread(target=self._work, name="homeagent-writer", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._inbox.put(work)
 
     def _work(self) -> None:
         while True:

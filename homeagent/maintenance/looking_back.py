@@ -10,7 +10,7 @@ from pathlib import Path
 from homeagent.engine.disk.files import sidecars
 from homeagent.engine.sqlite.backup import discard
 from homeagent.engine.sqlite.driver import choose_driver
-from homeagent.errors import DiskFullError
+from homeagent.errors import DatabaseError
 from homeagent.maintenance.staging import Devices, copy_file, devices_of
 
 __all__ = ["Before", "look_back"]
@@ -41,7 +41,7 @@ def look_back(database: Path) -> Before:
             with suppress(driver.module.Error, TypeError, ValueError):  # damaged, or older than the epochs
                 epoch = int(raw.execute("SELECT epoch FROM store").fetchone()[0])
             return Before(epoch, devices_of(raw))
-    except (driver.module.Error, DiskFullError, TypeError, ValueError):
+    except (driver.module.Error, DatabaseError, TypeError, ValueError):  # a disk that can't read it, or has no room
         return Before(epoch, None)
     finally:
         discard(copy)

@@ -197,7 +197,10 @@ def _not_in_use(source: Path) -> Iterator[None]:
 
     Bytes are never read of a file that this process has open through SQLite: that would drop SQLite's locks.
     """
-    lock = FileLock(presence_path(source), timeout=timedelta(0)) if os.path.lexists(presence_path(source)) else None
+    lock: FileLock | None = None
+    if os.path.lexists(presence_path(source)):
+        # Beside a database in a snapshot of a disk, which can only be read.
+        lock = FileLock(presence_path(source), timeout=timedelta(0), writable=False)
     try:
         if lock is not None:
             lock.acquire()

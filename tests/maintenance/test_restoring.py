@@ -5,6 +5,7 @@ SQLite only: PostgreSQL has tools of its own, and files that are swapped are SQL
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -23,10 +24,11 @@ from typing import Any
 import pytest
 
 from homeagent import Database, errors
+from homeagent.engine.disk.system_errors import explained
 from homeagent.engine.sqlite.driver import choose_driver
 from homeagent.engine.sqlite.manifests import manifest_path
 from homeagent.engine.sqlite.presence import announce
-from homeagent.maintenance import restoring
+from homeagent.maintenance import looking_back, restoring
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests.conftest import ROOT, START, Children, FakeClock, add_agent, add_device
 
@@ -444,6 +446,44 @@ def test_backup_on_a_read_only_medium(sqlite_path: Path, backup: Path, tmp_path:
     before = listing(place)
     assert Database.restore(place / "copy.db", sqlite_path).rows["agents"] == 1
     assert listing(place) == before
+
+
+@pytest.mark.parametrize("in_use", [False, True], ids=["closed", "in use"])
+def test_database_in_a_snapshot(sqlite_path: Path, tmp_path: Path, children: Children, in_use: bool) -> None:
+    """A database and its lock files, where nothing can be written, are restored from unless somebody has it open."""
+    with Database.open(sqlite_path) as database:
+        add_agent(database, "old")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    if subprocess.run(
+        ["mount", "--bind", sqlite_path.parent, snapshot], stderr=subprocess.DEVNULL, check=False
+    ).returncode:
+        pytest.skip("mounting needs the superuser")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", snapshot], check=True)
+        if in_use:
+            with Database.open(sqlite_path), pytest.raises(errors.DatabaseBusyError, match="is open"):
+                Database.restore(snapshot / sqlite_path.name, tmp_path / "new" / "homeagent.db")
+        else:
+            report = Database.restore(snapshot / sqlite_path.name, tmp_path / "new" / "homeagent.db")
+            assert report.rows["agents"] == 1
+    finally:
+        subprocess.run(["umount", snapshot], check=True)
+
+
+def test_target_that_the_disk_can_not_read(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database whose disk fails to give it back gives way as any damaged one does: nobody knows what was in it."""
+
+    def fail(source: Path, new: Path, **_: Any) -> str:
+        with explained("copy the backup to", new):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(looking_back, "copy_file", fail)
+    report = Database.restore(backup, sqlite_path)
+    assert (report.readmitted_devices, report.old_secret_devices) == (None, None)
+    assert report.kept_aside is not None
+    assert agents(sqlite_path) == ["old"]
+    assert agents(report.kept_aside) == ["new", "old"]
 
 
 def test_no_room(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ class FileLock:
         path: the lock file; its directory must exist.
         timeout: how long `acquire` waits at most; zero tries once.
         shared: True admits other shared holders, and keeps off exclusive ones.
+        writable: False for a file that may lie where nothing can be written, and of which no marker is written.
         owner_of: a file whose owner gets the lock file too, where the superuser makes it: otherwise one look at
             somebody's database would keep its owner out of it. SQLite does the same with what it keeps beside one.
         monotonic, pause: the clock and the sleep to wait with, in seconds.
@@ -51,6 +52,7 @@ class FileLock:
         *,
         timeout: timedelta = timedelta(seconds=30),
         shared: bool = False,
+        writable: bool = True,
         owner_of: Path | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
@@ -59,6 +61,7 @@ class FileLock:
             raise InvalidArgumentError("the timeout of a lock is negative: pass zero to try once")
         self.path = path
         self.shared = shared
+        self._access = os.O_RDWR if writable else os.O_RDONLY
         self._owner_of = owner_of
         self._timeout = timeout
         self._monotonic = monotonic
@@ -226,7 +229,7 @@ class FileLock:
             if judge_file(self.path, is_database=False, complete_empty=True) is None:
                 return None
             try:
-                return os.open(self.path, os.O_RDWR | OPEN_FLAGS)
+                return os.open(self.path, self._access | OPEN_FLAGS)
             except FileNotFoundError:
                 return None
 
