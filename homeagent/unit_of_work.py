@@ -146,8 +146,9 @@ class UnitOfWork:
             if self._owner in settings.writing:
                 settings.engine.lanes(read_only=False)  # in a forked child that is what is wrong
                 refuse_nesting()
-            settings.writing.add(self._owner)
         try:
+            if not self.read_only:
+                settings.writing.add(self._owner)
             self._link = settings.engine.begin(read_only=self.read_only, timeout=timeout)
         except BaseException as error:
             settings.engine.counters.faulted(error)
@@ -221,16 +222,23 @@ class UnitOfWork:
             if self._session is not None:
                 self._session.close()
         finally:
-            # In a forked child, a thread that is not there may hold the lanes' mutex.
-            if not engine.is_abandoned:
-                if sound and not link.is_suspect:
-                    lanes.release(link)
+            try:
+                if not self.read_only:
+                    settings.writing.discard(self._owner)
+            finally:
+                # In a forked child, a thread that is not there may hold the lanes' mutex.
+                if engine.is_abandoned:
+                    pass
+                elif sound and not link.is_suspect:
+                    try:
+                        lanes.release(link)
+                    except BaseException:
+                        lanes.release_own(link)
+                        raise
                 else:
                     lanes.discard(link)
                     if link.is_suspect:
                         engine.discard_free()
-            if not self.read_only:
-                settings.writing.discard(self._owner)
 
     def _require_link(self) -> Link:
         link = self._link

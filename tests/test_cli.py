@@ -297,6 +297,30 @@ def test_approve_asks_with_what_it_shows(ready: Path) -> None:
     assert "nothing to do" in _invoke("devices", "approve", "desk", "--database", ready).stdout
 
 
+@pytest.mark.parametrize("status", ["pending", "approved"])
+def test_approve_spares_what_was_revoked_meanwhile(ready: Path, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that another admin revokes between the look and the approval stays out."""
+    from homeagent.cli.opening import Database as Opened
+
+    with Database.open(ready) as other:
+        if status == "approved":
+            other.run(lambda unit: unit.devices.approve("desk"))
+
+        class Late(Opened):
+            def run(self, work: Any, *, read_only: bool = False, idempotent: bool = False) -> Any:
+                found = super().run(work, read_only=read_only, idempotent=idempotent)
+                if read_only:
+                    other.run(lambda unit: unit.devices.revoke("desk", reason="stolen", force=True))
+                return found
+
+        monkeypatch.setattr("homeagent.cli.opening.Database", Late)
+        done = _invoke("devices", "approve", "desk", "--database", ready, input="y\n")
+        monkeypatch.undo()
+    assert done.exit_code == 1
+    assert "another status" in done.stderr
+    assert _devices(ready)[0]["status"] == "revoked"
+
+
 def test_approve_refuses_another_than_was_seen(ready: Path) -> None:
     """A script that saw another role or another pairing is refused; with what the list prints it is let in."""
     seen = _devices(ready)[0]

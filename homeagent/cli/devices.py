@@ -86,7 +86,7 @@ def approve(
 ) -> None:
     """Let a device in.
 
-    It is shown first, and approved only if it still is what was shown, with the same role and secret.
+    It is shown first, and approved only if it still is what was shown, with the same role, secret and status.
     """
     if yes and (role is None or paired_at is None):
         raise typer.BadParameter("--yes needs --role and --paired-at, as 'devices list --json' prints them.")
@@ -100,6 +100,8 @@ def approve(
                 expected_role=role or seen.role,
                 expected_secret_hash=seen.shared_secret_hash,
                 expected_paired_at=datetime.fromisoformat(paired_at) if paired_at else seen.paired_at,
+                # Another admin may revoke it while the question stands; with --yes nobody was asked.
+                expected_status=None if yes else seen.status,
             )
         )
         now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)

@@ -26,9 +26,10 @@ T = TypeVar("T", bound=_Closable)
 
 
 class _Waiter(Generic[T]):
-    __slots__ = ("given", "resource", "room")
+    __slots__ = ("given", "ident", "resource", "room")
 
-    def __init__(self) -> None:
+    def __init__(self, ident: int) -> None:
+        self.ident = ident
         self.given = threading.Lock()
         self.given.acquire()
         self.resource: T | None = None
@@ -71,50 +72,61 @@ class Lanes(Generic[T]):
             DatabaseBusyError: none was given up in time; the message says who holds them and for how long.
             DatabaseClosedError: the lanes are closed.
         """
+        holder = get_ident(), monotonic()
+        resource: T | None = None
         waiter: _Waiter[T] | None = None
-        with self._mutex:
-            if self._closed:
-                raise _closed()
-            if self._free and not self._waiters:
-                resource = self._free.pop()
-                self._held[resource] = (get_ident(), monotonic())
-                return resource
-            if self._count < self._size:
-                self._count += 1
-            else:
-                waiter = _Waiter()
-                self._waiters.append(waiter)
-        if waiter is None:
-            return self._fill()
-        return self._wait(waiter, timeout)
+        has_room = False
+        # An interrupt comes right after a call, never between two lines without one: what is taken is noted by then.
+        try:
+            with self._mutex:
+                if self._closed:
+                    raise _closed()
+                if self._free and not self._waiters:
+                    resource = self._free[-1]
+                    self._held[resource] = holder
+                    del self._free[-1]
+                elif self._count < self._size:
+                    self._count += 1
+                    has_room = True
+                else:
+                    waiter = _Waiter(holder[0])
+                    self._waiters.append(waiter)
+            if waiter is not None:
+                has_room = self._wait(waiter, timeout)
+                resource = waiter.resource
+            if has_room:
+                holder = holder[0], monotonic()
+                made = self._make()
+                with self._mutex:
+                    self._held[made] = holder
+                    resource = made
+        except BaseException:
+            if resource is not None:
+                self.release(resource)
+            elif waiter is not None:
+                self._withdraw(waiter)
+            elif has_room:
+                self._give_room()
+            raise
+        if resource is None:
+            raise _closed()
+        return resource
 
-    def _wait(self, waiter: _Waiter[T], timeout: float) -> T:
+    def _wait(self, waiter: _Waiter[T], timeout: float) -> bool:
+        """Wait for a resource, and tell whether there is room for one instead."""
         self.waits += 1
         since = monotonic()
         try:
             given = waiter.given.acquire(timeout=max(timeout, 0))
-        except BaseException:
-            self._withdraw(waiter)
-            raise
         finally:
             if self._waited is not None:
                 self._waited(monotonic() - since)
         if not given:
-            # It may have been given between the timeout and here: then it is ours.
             with self._mutex:
-                given = waiter not in self._waiters
-                if not given:
-                    self._waiters.remove(waiter)
-                    busy = self._busy(timeout)
-            if not given:
-                raise busy
-        if waiter.room:
-            return self._fill()
-        if waiter.resource is None:
-            raise _closed()
-        with self._mutex:
-            self._held[waiter.resource] = (get_ident(), monotonic())
-        return waiter.resource
+                # It may have been given between the timeout and here: then it is ours.
+                if waiter in self._waiters:
+                    raise self._busy(timeout)
+        return waiter.room
 
     def _withdraw(self, waiter: _Waiter[T]) -> None:
         """Leave the queue; what was given in the meantime goes to the next."""
@@ -127,40 +139,38 @@ class Lanes(Generic[T]):
         elif waiter.room:
             self._give_room()
 
-    def _fill(self) -> T:
-        """Make a resource for a place that is already counted."""
-        try:
-            resource = self._make()
-        except BaseException:
-            self._give_room()
-            raise
-        with self._mutex:
-            self._held[resource] = (get_ident(), monotonic())
-        return resource
-
     def release(self, resource: T) -> None:
         """Give a resource back: to who waits longest, or to the free ones."""
         with self._mutex:
-            self._held.pop(resource, None)
-            if not self._closed:
-                if self._waiters:
-                    waiter = self._waiters.popleft()
-                    waiter.resource = resource
-                    waiter.given.release()
-                else:
-                    self._free.append(resource)
-                return
-            self._count -= 1
-        resource.close()
+            since = monotonic()
+            closed = self._closed
+            if closed:
+                del self._held[resource]
+                self._count -= 1
+            elif self._waiters:
+                waiter = self._waiters[0]
+                del self._waiters[0]
+                self._held[resource] = waiter.ident, since
+                waiter.resource = resource
+                waiter.given.release()
+            else:
+                del self._held[resource]
+                self._free.append(resource)
+        if closed:
+            resource.close()
+
+    def release_own(self, resource: T) -> None:
+        """Give back what this thread may hold still, since an interrupt came when it was about to."""
+        holder = self._held.get(resource)
+        if holder is not None and holder[0] == get_ident():
+            self.release(resource)
 
     def discard(self, resource: T) -> None:
         """Give a place back whose resource is of no more use, and close that."""
-        with self._mutex:
-            self._held.pop(resource, None)
         try:
             resource.close()
         finally:
-            self._give_room()
+            self._give_room(resource)
 
     def discard_free(self) -> None:
         """Close what nobody holds, such as connections to a server that was restarted."""
@@ -170,10 +180,13 @@ class Lanes(Generic[T]):
         for resource in free:
             resource.close()
 
-    def _give_room(self) -> None:
+    def _give_room(self, resource: T | None = None) -> None:
         with self._mutex:
+            if resource is not None:
+                del self._held[resource]
             if self._waiters and not self._closed:
-                waiter = self._waiters.popleft()
+                waiter = self._waiters[0]
+                del self._waiters[0]
                 waiter.room = True
                 waiter.given.release()
             else:

@@ -67,6 +67,8 @@ class Grouping:
         self._led = False
         self._group: list[Call[Any]] = []
         self._running: Call[Any] | None = None
+        # It was told to lead, and has not begun yet.
+        self._expected: Call[Any] | None = None
         # The group's outcome is settled: nobody can give up any more.
         self._sealed = False
         self._forsaken = False
@@ -107,10 +109,17 @@ class Grouping:
                 self._wait(call)
             if call.state == LEADING:
                 self._do_alone(call)
+        except BaseException:
+            self._tell_again(call)
+            raise
         finally:
             # Here, so that an interrupt never takes the lead along.
             if call.state == LEADING:
-                self._give_lead_on([call], [])
+                try:
+                    self._give_lead_on([call], [])
+                except BaseException:
+                    self._tell_again(call)
+                    raise
         if call.callbacks is not None:
             call_back(call.callbacks)
         return call.outcome()
@@ -119,14 +128,18 @@ class Grouping:
         """Queue a call whose caller is reached by its mailbox."""
         self._settings.engine.lanes(read_only=False)
         call.expect_turn()
-        with self._mutex:
-            if self._led:
-                call.state = QUEUED
-                self._queue.append(call)
-            else:
-                self._led, call.state = True, LEADING
-        if call.state == LEADING:
-            self._have_led(call)
+        try:
+            with self._mutex:
+                if self._led:
+                    call.state = QUEUED
+                    self._queue.append(call)
+                else:
+                    self._led, call.state = True, LEADING
+            if call.state == LEADING:
+                self._have_led(call)
+        except BaseException:
+            self._tell_again(call)
+            raise
 
     def close(self) -> None:
         """End the thread that does units for others. The lanes are closed before."""
@@ -227,6 +240,10 @@ class Grouping:
 
         The calls have their outcome then, and nothing is raised but through that.
         """
+        with self._mutex:
+            if self._expected is not call:
+                return  # it was told twice
+            self._expected = None
         members = self._group
         self._leader = get_ident()
         again: Sequence[Call[Any]] = ()
@@ -260,6 +277,8 @@ class Grouping:
             unit.commit()
         except BaseException as error:  # noqa: BLE001  raised by the outcome
             call.error = error
+            # Where an interrupt came as undoing or committing began: otherwise the unit is over.
+            unit.undo(None)
         if unit.took_place:
             call.callbacks = unit.callbacks
 
@@ -366,10 +385,16 @@ class Grouping:
     def _have_led(self, call: Call[Any]) -> None:
         """Have the call lead, as the first of a group, in a thread that may block."""
         with self._mutex:
-            self._group = [call]
-            self._running = call
-            self._sealed = self._forsaken = False
-            call.state = TAKEN
+            self._expect(call)
+        self._tell(call)
+
+    def _expect(self, call: Call[Any]) -> None:
+        self._group = [call]
+        self._running = self._expected = call
+        self._sealed = self._forsaken = False
+        call.state = TAKEN
+
+    def _tell(self, call: Call[Any]) -> None:
         try:
             if call.mailbox is not None:
                 call.mailbox.lead(call)
@@ -379,17 +404,26 @@ class Grouping:
             # The system has no thread left, or the interpreter ends.
             if call.woken is not None:
                 with self._mutex:
-                    self._group, self._running = [], None
+                    self._group, self._running, self._expected = [], None, None
                     call.state = LEADING
-                call.woken.release()
+                    call.woken.release()
                 return
             call.error = DatabaseError(f"no thread can be started to do the units of coroutines: {error}")
             self._give_lead_on([call], [])
 
+    def _tell_again(self, call: Call[Any]) -> None:
+        """Have somebody lead, where an interrupt came while this call was about to, or was giving the lead on."""
+        if call.state == LEADING:
+            self._give_lead_on([call], [])
+            return
+        with self._mutex:
+            expected = self._expected
+        if expected is not None:
+            self._tell(expected)
+
     def _give_lead_on(self, members: Sequence[Call[Any]], again: Sequence[Call[Any]]) -> None:
         """Queue those of a group that are to be done again, have the next in line lead, and tell the others."""
         following: Call[Any] | None = None
-        woken: threading.Lock | None = None
         done: list[Call[Any]] = []
         with self._mutex:
             for call in reversed(again):
@@ -399,23 +433,29 @@ class Grouping:
                     call.state, call.since = QUEUED, monotonic()
                     self._queue.appendleft(call)
             for call in members:
-                if call.state in {TAKEN, ENDED, LEADING}:
-                    if call.state != LEADING:
-                        done.append(call)
+                if call.state in {TAKEN, ENDED}:
+                    done.append(call)
                     call.state = DONE
-            self._group, self._running = [], None
-            if self._queue:
-                following = self._queue.popleft()
-                if following.woken is not None and following.alone:
-                    following.state, woken = LEADING, following.woken
-                else:
-                    following.state = TAKEN
-            else:
+            # An interrupt comes right after a call or a turn of a loop: there is none until somebody else leads.
+            if members[0].state == LEADING:
+                members[0].state = DONE
+            self._group, self._running, self._expected = [], None, None
+            if not self._queue:
                 self._led = False
-        if woken is not None:
-            woken.release()
-        elif following is not None:
-            self._have_led(following)
+            else:
+                following = self._queue[0]
+                del self._queue[0]
+                if following.woken is not None and following.alone:
+                    following.state = LEADING
+                    following.woken.release()
+                    following = None
+                else:
+                    self._group = [following]
+                    self._running = self._expected = following
+                    self._sealed = self._forsaken = False
+                    following.state = TAKEN
+        if following is not None:
+            self._tell(following)
         if done:
             self._deliver(done)
 

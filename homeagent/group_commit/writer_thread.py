@@ -27,7 +27,8 @@ class WriterThread(Generic[T]):
 
     def __init__(self, act: Callable[[T], object]) -> None:
         self._act = act
-        self._mutex = threading.Lock()
+        # A signal's handler may come while its own thread holds it, and close the database.
+        self._mutex = threading.RLock()
         self._inbox: queue.SimpleQueue[T | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -42,11 +43,17 @@ class WriterThread(Generic[T]):
             self._inbox.put(work)  # it looks there before it ends
             return
         with self._mutex:
-            if self._thread is None:
-                thread = threading.Thread(target=self._work, name="homeagent-writer", daemon=True)
-                thread.start()
-                self._thread = thread
             self._inbox.put(work)
+            if self._thread is None:
+                # Before it starts: who waits for that may be interrupted, and the thread does the work all the same.
+                self._thread = threading.Thread(target=self._work, name="homeagent-writer", daemon=True)
+                try:
+                    self._thread.start()
+                except RuntimeError:
+                    self._thread = None
+                    while not self._inbox.empty():
+                        self._inbox.get()
+                    raise
 
     def _work(self) -> None:
         while True:

@@ -225,6 +225,7 @@ class DeviceStore(Store):
         expected_role: Role | None = None,
         expected_secret_hash: str | None = None,
         expected_paired_at: datetime | None = None,
+        expected_status: DeviceStatus | None = None,
     ) -> bool:
         """Let a device in, if it still is what the admin looked at.
 
@@ -233,13 +234,15 @@ class DeviceStore(Store):
             expected_role: the role that was shown; None to approve any.
             expected_secret_hash: the hash of the secret that it paired with.
             expected_paired_at: when it paired: another instant means another device under the same id.
+            expected_status: where it stood: another admin may have revoked it since. One that is approved by now is
+                not refused for that.
 
         Returns:
             False where it was approved already, and nothing was written.
 
         Raises:
             DeviceNotFoundError: it is absent.
-            ApprovalChangedError: it has another role or secret, or paired anew.
+            ApprovalChangedError: it has another role, secret or status, or paired anew.
         """
         if expected_role is not None:
             expected_role = _member(Role, expected_role)
@@ -247,6 +250,8 @@ class DeviceStore(Store):
             check_label(expected_secret_hash, "expected_secret_hash")
         if expected_paired_at is not None:
             expected_paired_at = check_instant(expected_paired_at, "expected_paired_at")
+        if expected_status is not None:
+            expected_status = _member(DeviceStatus, expected_status)
         device = self.get(device_id)
         if expected_role is not None and device.role != expected_role:
             raise ApprovalChangedError(device_id, "role")
@@ -256,6 +261,8 @@ class DeviceStore(Store):
             raise ApprovalChangedError(device_id, "time of pairing")
         if device.approved:
             return False
+        if expected_status is not None and device.status is not expected_status:
+            raise ApprovalChangedError(device_id, "status")
         self._unit.write(_APPROVE, device_id=device_id, now=self._unit.now())
         return True
 

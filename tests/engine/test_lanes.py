@@ -9,6 +9,9 @@ import pytest
 
 from homeagent.engine.lanes import Lanes
 from homeagent.errors import DatabaseBusyError, DatabaseClosedError
+from tests.interrupts import interrupt_at
+
+LANES = ("homeagent.engine.lanes",)
 
 
 class Resource:
@@ -145,3 +148,41 @@ def test_no_more_than_its_size_are_out_at_once() -> None:
     for thread in threads:
         thread.join()
     assert 1 <= most <= 3
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["free", "handed over"])
+@pytest.mark.parametrize("is_made", [False, True], ids=["new", "made"])
+def test_an_interrupt_loses_no_place(is_made: bool, waits: bool) -> None:
+    """Wherever it comes while a lane is taken, the lane is taken for good or can be taken by the next one."""
+    turn = 0
+    came = True
+    while came:
+        lanes = lanes_of(1)
+        if is_made or waits:
+            first = lanes.acquire(0)
+            if waits:
+                # Given at once: what is left of the wait is all that comes after it.
+                threading.Timer(0, lanes.release if is_made else lanes.discard, [first]).start()
+            else:
+                lanes.release(first)
+        came = interrupt_at(turn, LANES, lambda lanes=lanes: lanes.acquire(30))  # type: ignore[misc]
+        if came:
+            assert lanes.acquire(30) is not None
+        assert (lanes._count, len(lanes._held)) == (1, 1)
+        turn += 1
+    assert turn > 3
+
+
+def test_an_interrupt_leaves_what_is_given_back_whole() -> None:
+    """Wherever it comes while a lane is given back, it was given back, or its holder can do that still."""
+    turn = 0
+    came = True
+    while came:
+        lanes = lanes_of(1)
+        resource = lanes.acquire(0)
+        came = interrupt_at(turn, LANES, lambda lanes=lanes, resource=resource: lanes.release(resource))  # type: ignore[misc]
+        if came:
+            lanes.release_own(resource)
+        assert lanes.acquire(0) is resource
+        turn += 1
+    assert turn > 2

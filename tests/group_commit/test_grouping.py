@@ -36,6 +36,7 @@ from homeagent.errors import (
 from homeagent.group_commit.calls import Call
 from homeagent.group_commit.grouping import Grouping
 from tests.conftest import START, FakeClock, add_agent, dump
+from tests.interrupts import interrupt_at
 
 Work = Callable[[UnitOfWork], Any]
 
@@ -473,6 +474,46 @@ def test_an_interrupt_right_after_the_commit_loses_nothing(
 
 
 # After the commit
+
+
+def interrupted_run(database: Database, turn: int, *, crowded: bool) -> bool:
+    """Interrupt a call of `run` that has another one behind it, and see that this one and later ones are done."""
+    modules = {f"homeagent.group_commit.{name}" for name in ("grouping", "joint_units", "writer_thread")}
+    grouping = grouping_of(database)
+    grouping._crowded = crowded
+    outcomes: list[Any] = []
+
+    go_on = threading.Event()
+
+    def follow() -> None:
+        assert go_on.wait(30)
+        outcomes.append(database.run(agents_seen))
+
+    def work(unit: UnitOfWork) -> None:
+        go_on.set()
+        while not grouping._queue and not outcomes:
+            time.sleep(0.0001)
+
+    behind = threading.Thread(target=follow)
+    behind.start()
+    came = interrupt_at(turn, modules, lambda: database.run(work))
+    go_on.set()
+    behind.join(30)
+    assert outcomes == [0]
+    assert database.run(agents_seen) == 0
+    return came
+
+
+@pytest.mark.parametrize("crowded", [False, True], ids=["in its own thread", "in the writer's"])
+def test_an_interrupt_takes_neither_lead_nor_lane_along(sqlite_path: Path, crowded: bool) -> None:
+    """Wherever it comes in a call of `run`, those who wait behind it and those who come later are done."""
+    turn = 0
+    came = True
+    while came:
+        with Database.open(sqlite_path, busy_timeout=timedelta(seconds=5), durability="normal") as database:
+            came = interrupted_run(database, turn, crowded=crowded)
+        turn += 1
+    assert turn > 10
 
 
 def test_no_callback_after_a_commit_that_failed(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,24 @@ def test_approve_compares_with_what_was_seen(database: Database, clock: FakeCloc
         assert unit.devices.approve("lamp", expected_role=Role.ADMIN, expected_secret_hash="sha256$of-lamp")
 
 
+@pytest.mark.parametrize("shown", [DeviceStatus.PENDING, DeviceStatus.APPROVED])
+def test_approve_spares_what_another_admin_revoked(database: Database, shown: DeviceStatus) -> None:
+    """Who was shown a device before it was revoked doesn't let it in again; who saw it revoked does."""
+    add_device(database, approved=shown is DeviceStatus.APPROVED)
+    with database.unit_of_work() as unit:
+        unit.devices.revoke("lamp", reason="stolen")
+    before = dump(database)
+    with database.unit_of_work() as unit, pytest.raises(ApprovalChangedError) as caught:
+        unit.devices.approve("lamp", expected_status=shown)
+    assert caught.value.changed == "status"
+    assert dump(database) == before
+    with database.unit_of_work() as unit:
+        assert unit.devices.approve("lamp", expected_status=DeviceStatus.REVOKED) is True
+        assert unit.devices.approve("lamp", expected_status=DeviceStatus.PENDING) is False
+        with pytest.raises(InvalidArgumentError):
+            unit.devices.approve("lamp", expected_status="gone")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("act", ["revoke", "delete"])
 def test_last_admin_stays(database: Database, act: str) -> None:
     """The last approved admin neither goes by revocation nor by deletion, unless that is forced."""

@@ -1,0 +1,42 @@
+"""An interrupt (Ctrl-C) at each of the points where one can come."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection
+from dis import opname
+from typing import Any
+
+
+def interrupt_at(turn: int, modules: Collection[str], act: Callable[[], object]) -> bool:
+    """Raise KeyboardInterrupt at one of the points of these modules where a signal may, and tell whether it came.
+
+    CPython looks for signals when a function begins, and right after a call or a jump back.
+    """
+    last: dict[Any, str] = {}
+    left = turn
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        if frame.f_globals.get("__name__") not in modules:
+            return None
+        frame.f_trace_opcodes = True
+        here = opname[frame.f_code.co_code[frame.f_lasti]] if event == "opcode" else ""
+        if event == "call" or (event == "opcode" and last.get(frame, "").startswith(("CALL", "JUMP_BACKWARD"))):
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        if event == "opcode":
+            last[frame] = here
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
