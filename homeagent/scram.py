@@ -73,13 +73,15 @@ class ProofParameters:
         iterations: rounds of PBKDF2 (RFC 8018), 4,096 to 10,000,000.
 
     Raises:
-        InvalidArgumentError: one of them is out of its bounds.
+        InvalidArgumentError: one of them is out of its bounds, or of another type.
     """
 
     salt: bytes
     iterations: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.salt, bytes) or type(self.iterations) is not int:
+            raise InvalidArgumentError("salt must be bytes and iterations a whole number: decode what the gateway sent")
         if not _MIN_SALT_BYTES <= len(self.salt) <= _MAX_SALT_BYTES:
             raise InvalidArgumentError(f"salt must be {_MIN_SALT_BYTES} to {_MAX_SALT_BYTES} bytes")
         if not _MIN_ITERATIONS <= self.iterations <= _MAX_ITERATIONS:
@@ -270,10 +272,10 @@ def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
         timestamp: aware; floored to milliseconds.
 
     Raises:
-        InvalidArgumentError: the timestamp has no time zone, or the id or nonce has a lone surrogate.
+        InvalidArgumentError: the timestamp is no datetime or has no time zone, or the id or nonce has a lone surrogate.
     """
-    if timestamp.utcoffset() is None:
-        raise InvalidArgumentError("timestamp must be aware: give it a time zone, as in datetime.now(UTC)")
+    if not isinstance(timestamp, datetime) or timestamp.utcoffset() is None:
+        raise InvalidArgumentError("timestamp must be an aware datetime: give it a time zone, as in datetime.now(UTC)")
     return _canonical(["homeagent-proof-1", device_id, nonce, (timestamp - _EPOCH) // _MILLISECOND])
 
 

@@ -344,10 +344,18 @@ def test_message_does_not_depend_on_the_time_zone() -> None:
     assert proof_message(device_id="d", nonce="n", timestamp=before).endswith(b",-1]")
 
 
-def test_naive_timestamp_is_refused() -> None:
+@pytest.mark.parametrize("timestamp", [NOON.replace(tzinfo=None), NOON.isoformat(), None], ids=str)
+def test_naive_timestamp_is_refused(timestamp: Any) -> None:
     """Without a time zone device and gateway could mean two instants."""
     with pytest.raises(InvalidArgumentError, match="aware"):
-        proof_message(device_id="d", nonce="n", timestamp=NOON.replace(tzinfo=None))
+        proof_message(device_id="d", nonce="n", timestamp=timestamp)
+
+
+@pytest.mark.parametrize("wrong", [{"salt": "x" * 16}, {"iterations": 4096.5}, {"iterations": "4096"}], ids=str)
+def test_parameters_that_were_not_decoded_are_refused(wrong: dict[str, Any]) -> None:
+    """What a gateway sent is refused where it comes in, and not in the middle of a derivation."""
+    with pytest.raises(InvalidArgumentError, match="decode"):
+        ProofParameters(**{"salt": bytes(16), "iterations": 4096, **wrong})
 
 
 @pytest.mark.parametrize(("device_id", "nonce"), [("d", "n-17\ud800"), ("d\udfff", "n-17")])
