@@ -338,6 +338,19 @@ def test_approve_refuses_another_than_was_seen(ready: Path) -> None:
     assert json.loads(done.stdout)["device"]["approved"] is True
 
 
+@pytest.mark.parametrize(
+    "lookalike", ["desk\u200b", "desk ", " desk", "desk\u00a0", "de\u00adsk", "de\u0301sk"], ids=ascii
+)
+def test_an_id_that_reads_as_another_is_told_apart(ready: Path, lookalike: str) -> None:
+    """What can't be seen of an id is shown as an escape or in quotes, in the list and before the question."""
+    with Database.open(ready) as database:
+        database.pair(DevicePair(id=lookalike, role=Role.ADMIN))
+    assert repr(lookalike) in _invoke("devices", "list", "--database", ready).stdout
+    asked = _invoke("devices", "approve", lookalike, "--database", ready, input="n\n")
+    assert repr(lookalike) in asked.stderr
+    assert "'desk'" not in _invoke("devices", "approve", "desk", "--database", ready, input="n\n").stderr
+
+
 def test_revoke_spares_the_last_admin(ready: Path) -> None:
     """The last approved admin goes only by force, and the reason is kept."""
     with Database.open(ready) as database, database.unit_of_work() as unit:

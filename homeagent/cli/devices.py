@@ -10,7 +10,7 @@ import typer
 
 from homeagent.cli.application import DatabaseOption, group
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import JsonOption, console_for, facts_table, grid, instant, print_json
+from homeagent.cli.output import JsonOption, console_for, facts_table, grid, identity, instant, print_json
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.shapes import DevicePublic
 from homeagent.models.types import MAX_LIMIT
@@ -49,7 +49,9 @@ def list_devices(
     for heading in ("Device", "Role", "Status", "Paired at", "Last seen at"):
         table.add_column(heading, overflow="fold")
     for device in page:
-        table.add_row(device.id, device.role, device.status, instant(device.paired_at), instant(device.last_seen_at))
+        table.add_row(
+            identity(device.id), device.role, device.status, instant(device.paired_at), instant(device.last_seen_at)
+        )
     console_for().print(table)
 
 
@@ -112,7 +114,7 @@ def _ask(device: Device) -> None:
     # On standard error: what is asked is no output.
     console = console_for(error=True)
     facts = {
-        "Device": device.id,
+        "Device": identity(device.id),
         "Role": str(device.role),
         "Status": str(device.status),
         "Paired at": instant(device.paired_at),

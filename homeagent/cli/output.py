@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from typing import Annotated
+from unicodedata import is_normalized
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["JsonOption", "console_for", "count", "facts_table", "grid", "instant", "print_json"]
+__all__ = ["JsonOption", "console_for", "count", "facts_table", "grid", "identity", "instant", "print_json"]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -41,6 +42,14 @@ def facts_table(facts: dict[str, str]) -> Table:
     for name, value in facts.items():
         table.add_row(name, value)
     return table
+
+
+def identity(text: str) -> str:
+    """Return an id as it is shown: in quotes and with escapes where it would otherwise read as another one."""
+    # What has no width, a space at an end or of another kind, and an accent that is a character of its own are not to
+    # be seen.
+    plain = text.isprintable() and text == text.strip() and is_normalized("NFC", text)
+    return text if plain else repr(text)
 
 
 def instant(value: datetime | None) -> str:
