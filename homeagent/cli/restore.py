@@ -38,6 +38,6 @@ def restore(
     if report.readmitted_devices is None:
         typer.echo("Who was revoked since the backup can't be told: look through 'devices list --status approved'.")
     for device_id in report.readmitted_devices or ():
-        typer.echo(f"{device_id!r} may enter again, and could not before: revoke it, or be sure.")
+        typer.echo(f"{device_id!r} may enter again, or in a role that it had lost: revoke it, or be sure.")
     for device_id in report.old_secret_devices or ():
         typer.echo(f"{device_id!r} has an older secret again: rotate it.")

@@ -63,8 +63,9 @@ class RestoreReport(BaseModel):
         upgraded_from: the schema revision of the backup, where it was an older one than this version's.
         schema_revision: the revision now.
         rows: how many rows each table holds.
-        readmitted_devices: the ids of those that may enter now and could not before: revoked or deleted since the
-            backup. None where the database before could not be asked.
+        readmitted_devices: the ids of those that may enter now and could not before, or not in this role: revoked,
+            deleted, or deleted and paired anew in another role since the backup. None where the database before could
+            not be asked.
         old_secret_devices: the ids of those whose secret is an older one again; None likewise.
     """
 
@@ -148,17 +149,19 @@ def restore(
     )
 
 
+_NOBODY = (None, "")
+
+
 def _readmitted(before: Devices | None, now: Devices) -> list[str] | None:
     if before is None:
         return None
-    kept_in = {name for name, (approved, _) in before.items() if approved}
-    return sorted(name for name, (approved, _) in now.items() if approved and name not in kept_in)
+    return sorted(name for name, (role, _) in now.items() if role not in (None, before.get(name, _NOBODY)[0]))
 
 
 def _with_old_secret(before: Devices | None, now: Devices) -> list[str] | None:
     if before is None:
         return None
-    both = [name for name, (approved, _) in now.items() if approved and before.get(name, (False, ""))[0]]
+    both = [name for name, (role, _) in now.items() if role and before.get(name, _NOBODY)[0]]
     return sorted(name for name in both if now[name][1] != before[name][1])
 
 

@@ -34,8 +34,8 @@ _HEADER_SIZE = 100
 _WAL_FORMAT = b"\x02\x02"  # the read and write versions in a header: https://sqlite.org/fileformat2.html, section 1.3
 _APPLICATION_ID = slice(68, 72)
 
-Devices = dict[str, tuple[bool, str]]
-"""By id: whether it may enter, and the hash of its secret."""
+Devices = dict[str, tuple[str | None, str]]
+"""By id: the role in which it may enter, None where it may not, and the hash of its secret."""
 
 
 def header_of(path: Path) -> bytes:
@@ -180,6 +180,8 @@ def _require_whole(new: Path) -> None:
 
 
 def devices_of(raw: Any) -> Devices:
-    """Return whether each device may enter, and the hash of its secret."""
-    rows = raw.execute("SELECT id, approved, shared_secret_hash FROM devices").fetchall()
-    return {str(device_id): (bool(approved), str(hashed)) for device_id, approved, hashed in rows}
+    """Return in which role each device may enter, and the hash of its secret."""
+    rows = raw.execute("SELECT id, approved, role, shared_secret_hash FROM devices").fetchall()
+    return {
+        str(device_id): (str(role) if approved else None, str(hashed)) for device_id, approved, role, hashed in rows
+    }

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from homeagent import Database, errors
+from homeagent import Database, DevicePair, Role, errors
 from homeagent.engine.disk.system_errors import explained
 from homeagent.engine.sqlite.driver import choose_driver
 from homeagent.engine.sqlite.manifests import manifest_path
@@ -125,6 +125,19 @@ def test_who_may_enter_again_is_told(sqlite_path: Path, tmp_path: Path, children
     os.truncate(sqlite_path, 5000)
     report = Database.restore(backup, sqlite_path)
     assert (report.readmitted_devices, report.old_secret_devices) == (None, None)
+
+
+def test_who_has_a_lost_role_again_is_told(sqlite_path: Path, tmp_path: Path) -> None:
+    """An admin that was deleted and paired anew as a client, with the secret that it held, is an admin again."""
+    with Database.open(sqlite_path) as database:
+        secret = database.pair(DevicePair(id="desk", role=Role.ADMIN)).shared_secret
+        database.run(lambda unit: unit.devices.approve("desk"))
+        backup = database.backup(tmp_path / "the.backup")
+        database.run(lambda unit: unit.devices.delete("desk", force=True))
+        database.pair(DevicePair(id="desk", role=Role.CLIENT, shared_secret=secret))
+        database.run(lambda unit: unit.devices.approve("desk"))
+    report = Database.restore(backup, sqlite_path)
+    assert (report.readmitted_devices, report.old_secret_devices) == (["desk"], [])
 
 
 def test_restore_where_nothing_is(tmp_path: Path, backup: Path, clock: FakeClock) -> None:
