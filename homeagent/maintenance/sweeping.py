@@ -162,10 +162,10 @@ class Sweeper:
             if self.running:
                 raise UnitStateError("this sweeper runs already: stop it first, or make another one")
             self._stop = threading.Event()
-            self._thread = threading.Thread(
-                target=self._loop, args=(self._stop,), name="homeagent-sweeper", daemon=True
-            )
-            self._thread.start()
+            thread = threading.Thread(target=self._loop, args=(self._stop,), name="homeagent-sweeper", daemon=True)
+            thread.start()
+            # Only now: one that the system refused can't be waited for.
+            self._thread = thread
 
     def stop(self) -> None:
         """Stop sweeping, and wait for the batch that is under way; stopping what does not run is fine."""

@@ -204,3 +204,21 @@ def test_a_sweep_on_postgresql_waits_for_nobody(
         assert Batches(database, rests, monkeypatch).sweep(batch_size=10).nonces == 30
         assert rests.noted == [0.001] * 3
         database._engine.empty_log(1)
+
+
+def test_a_sweeper_that_got_no_thread_is_in_nobodys_way(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has no thread left, the sweeper does not run, and stopping it and closing are fine."""
+    sweeper = database.sweeper()
+    with monkeypatch.context() as patch:
+
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"):
+            sweeper.start()
+    sweeper.stop()
+    assert not sweeper.running
+    database.close()
+    with pytest.raises(DatabaseClosedError):
+        database.sweep()
