@@ -194,6 +194,10 @@ def _renewing(run: Run, call: OnceCall, attempt: Attempt) -> Iterator[None]:
         # No thread is to be had, and nothing began: the key must not count as abandoned.
         run(_Once(attempt, lambda keys: keys.release(attempt), leaves_record=False))
         raise
+    except BaseException:
+        # An interrupt while it waited for the thread, which would renew the lease for good.
+        done.set()
+        raise
     try:
         yield
     finally:

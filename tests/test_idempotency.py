@@ -593,6 +593,25 @@ def test_renewal_meets_trouble(
     assert "no room" in caplog.text
 
 
+def test_an_interrupt_while_the_renewing_thread_starts(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody renews the lease then: the key counts as abandoned when it lapses, and is not in progress for good."""
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "homeagent-lease":
+            started.append(thread)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        database.run_once(SCOPE, never)
+    (thread,) = started
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def test_no_thread_to_renew_with(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system gives no thread to renew in, the effect does not begin and the key is free."""
 
