@@ -15,7 +15,7 @@ from homeagent.engine.disk.locks import FileLock
 from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.engine.sqlite.backup import Stop, backup_name, discard, write_backup
 from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path
-from homeagent.engine.sqlite.manifests import PARTIAL, Manifest, backups_in, manifest_path, remember_backup
+from homeagent.engine.sqlite.manifests import PARTIAL, Manifest, backups_in, manifest_path, note_path, remember_backup
 from homeagent.engine.sqlite.presence import presence_path
 from homeagent.errors import DatabaseBusyError, DatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.migrations import VERSION_TABLE, revision_of
@@ -85,7 +85,7 @@ def back_up(
     with FileLock(directory / _LOCK, timeout=timeout, owner_of=directory):
         if into_directory:
             return _make_in(directory, engine, clock=clock, keep=keep, stop=stop)
-        _refuse_own_files(engine.path, where)
+        _refuse_files_in_use(engine.path, where)
         if replace:
             judge_file(where, is_database=False)
         discard(_partial(where))
@@ -194,9 +194,17 @@ def _free_name(path: Path) -> Path:
     return free
 
 
-def _refuse_own_files(database: Path, target: Path) -> None:
-    if target in {database, *sidecars(database), lock_path(database), presence_path(database)}:
+def _refuse_files_in_use(database: Path, target: Path) -> None:
+    own = {database, *sidecars(database), lock_path(database), presence_path(database), note_path(database)}
+    if target in own:
         raise InvalidArgumentError(f"{quoted(target)} belongs to the database itself: name another file")
+    for beside in sidecars(target):
+        # Whoever opened the backup by that name would have another database's log put into it.
+        if os.path.lexists(beside):
+            raise InvalidArgumentError(
+                f"{quoted(target)} is a database that somebody has open or that was not closed cleanly, for there is "
+                f"{quoted(beside)}: name another file; to replace a database, restore a backup to it"
+            )
 
 
 def _remove_stale(directory: Path, database: Path) -> None:
@@ -210,7 +218,9 @@ def _remove_stale(directory: Path, database: Path) -> None:
 
 def _remove_oldest(made: Path, manifest: Manifest, keep: int) -> None:
     # The one just made stays, even if the clock was set back and it looks like the oldest.
-    others = [backup for backup, _ in _backups_of(Path(manifest.database), made.parent) if backup != made]
+    found = [one for one in _backups_of(Path(manifest.database), made.parent) if one[0] != made]
+    # One from the future is surely older than it looks, and would keep all others from staying.
+    others = [backup for backup, _ in sorted(found, key=lambda one: one[1].taken_at <= manifest.taken_at)]
     for backup in others[: max(len(others) - (keep - 1), 0)]:
         with explained("remove the old backup", backup):
             backup.unlink(missing_ok=True)

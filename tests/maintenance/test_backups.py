@@ -23,7 +23,7 @@ from sqlalchemy import text
 from homeagent import AgentCreate, BackupSchedule, Database, errors
 from homeagent.engine.sqlite import backup as engine_backup
 from homeagent.engine.sqlite.driver import choose_driver
-from homeagent.engine.sqlite.manifests import manifest_path, newest_backup, read_manifest
+from homeagent.engine.sqlite.manifests import backups_in, manifest_path, newest_backup, read_manifest
 from homeagent.maintenance.backups import back_up_if_due
 from tests.conftest import START, Children, FakeClock, add_agent, add_device
 
@@ -124,6 +124,28 @@ def test_replace(sqlite_database: Database, tmp_path: Path) -> None:
     assert names(tmp_path) == {"database", "latest.db", "latest.db.json"}
 
 
+def test_open_database_is_not_replaced(sqlite_database: Database, tmp_path: Path) -> None:
+    """A backup never takes the place of a database that somebody works with: its commits would be gone, or mixed up."""
+    other = tmp_path / "other" / "homeagent.db"
+    with Database.open(other) as opened:
+        add_agent(opened, "other")
+        before = names(other.parent)
+        with pytest.raises(errors.InvalidArgumentError, match="somebody has open"):
+            sqlite_database.backup(other, replace=True)
+        assert names(other.parent) == before
+        add_agent(opened, "another")
+    sqlite_database.backup(other, replace=True)
+    assert rows(other, "SELECT id FROM agents") == []
+
+
+def test_log_that_was_left_behind_is_in_the_way(sqlite_database: Database, tmp_path: Path) -> None:
+    """A log beside the name of a backup would be put into it by whoever opens it."""
+    (tmp_path / "copy.db-wal").write_bytes(b"of another one")
+    with pytest.raises(errors.InvalidArgumentError, match=r"copy\.db-wal"):
+        sqlite_database.backup(tmp_path / "copy.db")
+    assert names(tmp_path) == {"copy.db-wal", "database"}
+
+
 def test_keep(sqlite_database: Database, sqlite_path: Path, clock: FakeClock, tmp_path: Path) -> None:
     """The oldest go once the new one is verified: this database's alone, with a manifest, and no upgrade's copy."""
     directory = tmp_path / "backups"
@@ -155,6 +177,18 @@ def test_keep(sqlite_database: Database, sqlite_path: Path, clock: FakeClock, tm
     for keep in (0, -1, True):
         with pytest.raises(errors.InvalidArgumentError):
             sqlite_database.backup(directory, keep=keep)
+
+
+def test_keep_outlives_a_clock_that_was_ahead(sqlite_database: Database, clock: FakeClock, tmp_path: Path) -> None:
+    """Backups that were made while the clock was ahead go first: else they would leave room for one new one alone."""
+    ahead, now = clock.now + 1000 * DAY, clock.now
+    for start in (ahead, now):
+        clock.now = start
+        for _ in range(3):
+            clock.advance(hours=1)
+            sqlite_database.backup(f"{tmp_path}/backups/", keep=3)
+    kept = [manifest.taken_at for _, manifest in backups_in(tmp_path / "backups")]
+    assert kept == [now + timedelta(hours=hour) for hour in (1, 2, 3)]
 
 
 def test_keep_removes_nothing_where_the_new_one_fails(

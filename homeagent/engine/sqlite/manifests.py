@@ -10,13 +10,13 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from secrets import token_hex
 from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from homeagent.clock import system_clock
 from homeagent.engine.disk.files import OPEN_FLAGS, create_descriptor, give_to_owner
 from homeagent.engine.disk.syncing import fsync_directory, sync
 from homeagent.engine.disk.system_errors import explained, quoted
@@ -28,6 +28,7 @@ __all__ = [
     "backups_in",
     "manifest_path",
     "newest_backup",
+    "note_path",
     "read_manifest",
     "remember_backup",
     "write_manifest",
@@ -119,15 +120,15 @@ def newest_backup(database: Path) -> Path | None:
     Args:
         database: the file, as `locate_file` returns it.
     """
-    found: list[tuple[datetime, Path]] = []
-    for backup, manifest in backups_in(database.parent):
-        # Beside it, one of the same name will do: the directory may have been moved.
-        if Path(manifest.database).name == database.name:
-            found.append((manifest.taken_at, backup))
+    # Beside it, one of the same name will do: the directory may have been moved.
+    found = [one for one in backups_in(database.parent) if Path(one[1].database).name == database.name]
     last = _remembered(database)
     if last is not None and last.parent != database.parent:
-        found += [(m.taken_at, backup) for backup, m in backups_in(last.parent) if m.database == str(database)]
-    return max(found)[1] if found else None
+        found += [one for one in backups_in(last.parent) if one[1].database == str(database)]
+    now = system_clock()
+    # One from the future was made while the clock was ahead, and may be older than all others.
+    newest = max(found, key=lambda one: (one[1].taken_at <= now, one[1].taken_at, one[0]), default=None)
+    return None if newest is None else newest[0]
 
 
 def remember_backup(database: Path, backup: Path) -> None:
@@ -136,16 +137,17 @@ def remember_backup(database: Path, backup: Path) -> None:
     Raises:
         DatabaseError: the note can't be written.
     """
-    _write(_note(database), f"{backup}\n")
+    _write(note_path(database), f"{backup}\n")
 
 
-def _note(database: Path) -> Path:
+def note_path(database: Path) -> Path:
+    """Return where it is noted beside a database where its last backup is."""
     return database.with_name(database.name + ".last-backup")
 
 
 def _remembered(database: Path) -> Path | None:
     try:
-        return Path(os.fsdecode(_read(_note(database)).rstrip(b"\n")))
+        return Path(os.fsdecode(_read(note_path(database)).rstrip(b"\n")))
     except (OSError, ValueError):
         return None
 

@@ -42,6 +42,15 @@ def put(backup: Path, database: Path, *, hours: int = 0) -> Path:
     return backup
 
 
+def test_backup_from_the_future_is_the_last_choice(tmp_path: Path) -> None:
+    """One that was made while the clock was ahead is named where there is no other: nobody knows how old it is."""
+    database = tmp_path / "a" / "homeagent.db"
+    future = put(tmp_path / "a" / "z.backup", database, hours=24 * 365 * 900)
+    assert newest_backup(database) == future
+    past = put(tmp_path / "a" / "y.backup", database)
+    assert newest_backup(database) == past
+
+
 def test_newest_backup(tmp_path: Path) -> None:
     """The newest of this database is found, beside it and where the last one went, whatever order the names are in."""
     database, elsewhere = tmp_path / "a" / "homeagent.db", tmp_path / "elsewhere"
