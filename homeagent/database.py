@@ -345,6 +345,8 @@ class Database:
     def pair(self, request: models.DevicePair) -> models.PairedDevice:
         """Add a device that waits for its approval. Only a hash of its secret is stored.
 
+        What calls of an earlier device under this id recorded after it was deleted is removed.
+
         Args:
             request: with the secret that a human chose, or without one: then 256 random bits are made.
 

@@ -61,14 +61,18 @@ class Pairing:
 
         def add(unit: UnitOfWork) -> Device:
             try:
-                return unit.devices.create(create)
+                device = unit.devices.create(create)
+                # A call of a device that had this id may have ended after that was deleted. What is in progress may be
+                # the call that pairs.
+                unit.idempotency_keys.delete_ended(create.id)
+                return device
             except DeviceExistsError:
-                device = unit.devices.find_by_id(create.id)
+                stored = unit.devices.find_by_id(create.id)
                 # Nobody else has these two, of which one holds a salt: it was committed before, while the connection
                 # was lost. The hash of a generated secret is the same for all who send that.
-                if device is None or _stored(device) != (create.shared_secret_hash, create.proof_verifier):
+                if stored is None or _stored(stored) != (create.shared_secret_hash, create.proof_verifier):
                     raise
-                return device
+                return stored
 
         return PairedDevice(device=self._runner.run(add, idempotent=True), shared_secret=secret)
 

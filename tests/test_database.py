@@ -79,6 +79,24 @@ def test_pair_refuses_a_taken_id(database: Database) -> None:
     assert dump(database) == before
 
 
+def test_what_ends_after_its_device_was_deleted_is_not_the_next_ones(database: Database) -> None:
+    """A result recorded for a device that is gone never answers the one that pairs under its id; other ones' stay."""
+    old, other, pairing = (
+        IdempotencyScope(name, "on", key) for name, key in (("lamp", "k"), ("desk", "k"), ("lamp", "p"))
+    )
+    for scope in (old, other):
+        assert database.run_once(scope, lambda attempt: "old").replayed is False
+
+    def pair(attempt: Attempt) -> str:
+        return database.pair(DevicePair(id="lamp", role=Role.NODE)).device.id
+
+    # The call that pairs has a key under the same id, and ends as any other.
+    assert database.run_once(pairing, pair).value == "lamp"
+    assert database.run_once(old, lambda attempt: "new").value == "new"
+    assert database.run_once(other, lambda attempt: "new").value == "old"
+    assert database.run_once(pairing, pair).replayed is True
+
+
 def test_verify_secret_lets_in_approved_devices_alone(database: Database, secret: SecretStr | None) -> None:
     """Unknown, pending and revoked devices and wrong secrets all get None."""
     right = database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=secret)).shared_secret

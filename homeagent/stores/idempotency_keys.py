@@ -22,7 +22,7 @@ from homeagent.errors import (
     OutcomeUnknownError,
 )
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
-from homeagent.models.types import check_duration, check_label, check_limit, encode_json, later
+from homeagent.models.types import check_duration, check_identifier, check_label, check_limit, encode_json, later
 from homeagent.stores.store import Store, check_kind
 
 __all__ = ["IdempotencyKeyStore"]
@@ -141,6 +141,9 @@ _DELETE_EXPIRED = Statement[IdempotencyKey](
             .with_for_update(skip_locked=True)
         )
     )
+)
+_DELETE_ENDED = Statement[IdempotencyKey](
+    delete(IdempotencyKey).where(_columns.device_id == bindparam("device_id"), _columns.state != _IN_PROGRESS)
 )
 COUNT_EXPIRED = Statement[int](select(func.count()).select_from(IdempotencyKey).where(_DEAD))
 
@@ -442,6 +445,10 @@ class IdempotencyKeyStore(Store):
         if lapsed > now:
             raise IdempotencyInProgressError(device_id=scope.device_id, method=scope.method, retry_after=lapsed - now)
         return _attempt_of(row)
+
+    def delete_ended(self, device_id: str) -> int:
+        """Remove the records of a device's calls that have ended, and return how many. Those in progress are spared."""
+        return self._unit.write(_DELETE_ENDED, device_id=check_identifier(device_id, "device_id"))
 
     def delete_expired(self, *, limit: int = 100) -> int:
         """Remove dead records, oldest first, and return how many. Those in progress are spared.
