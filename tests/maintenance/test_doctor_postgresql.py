@@ -261,6 +261,13 @@ def test_clocks_that_differ(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert at(found, "server_clock").facts["difference_seconds"] == pytest.approx(off.total_seconds(), abs=5)
 
 
+@pytest.mark.parametrize("setting", ["datestyle = 'German'", "quote_all_identifiers = on"])
+def test_how_a_role_has_things_shown_is_no_fault(target: str, setting: str) -> None:
+    """The server writes instants and definitions as a role likes them: the doctor asks for what it can read."""
+    execute(target, f"ALTER DATABASE {make_url(target).database} SET {setting}")
+    assert bad(diagnose(target)) == {}
+
+
 def test_dead_rows(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dead rows that nobody clears away are told, and VACUUM is the remedy."""
     monkeypatch.setattr(doctor_postgresql, "DEAD_ROWS", 10)

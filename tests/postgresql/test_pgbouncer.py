@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import make_url, text
 
-from homeagent import AgentCreate, Database, Freshness, IdempotencyScope, ReplayGuard
+from homeagent import AgentCreate, Database, Freshness, IdempotencyScope, ReplayGuard, diagnose
 from homeagent.models.types import to_milliseconds
 from tests.conftest import START, FakeClock, postgres_execute
 from tests.postgresql.server import Installation, free_port
@@ -133,3 +133,16 @@ def test_statements_are_prepared_only_where_no_pooler_is_between(pooled_url: str
                 unit.agents.find_by_id("ada")
             count = unit.session.connection().execute(text("SELECT count(*) FROM pg_prepared_statements")).scalar_one()
             assert (count > 0) is expected
+
+
+def test_the_doctor_leaves_no_setting_behind(pooled_url: str) -> None:
+    """A session that the doctor looked through serves others afterwards: its limit of a statement is not for them."""
+    import psycopg
+
+    Database.open(pooled_url).close()
+    assert diagnose(pooled_url).finding("server_clock") is not None
+    found: set[object] = set()
+    with psycopg.connect(pooled_url, autocommit=True) as connection:
+        for _ in range(2 * SESSIONS):
+            found.add(connection.execute("SELECT current_setting('statement_timeout')").fetchone())
+    assert found == {("0",)}

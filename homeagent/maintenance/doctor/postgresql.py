@@ -35,6 +35,9 @@ LAG = timedelta(minutes=1)
 DEAD_ROWS = 100_000
 _CONNECT_SECONDS = "5"
 
+# How the server writes instants and definitions, which a role may have otherwise.
+_SHOWN_AS = ("datestyle = ISO", "quote_all_identifiers = off")
+
 
 def examine_postgresql(chart: Chart, url: URL, *, limit: timedelta | None) -> None:
     """Make all checks on a server's database.
@@ -52,9 +55,12 @@ def examine_postgresql(chart: Chart, url: URL, *, limit: timedelta | None) -> No
             with engine.connect() as connection:
                 raw: Any = connection.connection.driver_connection
                 with engine.translated():
-                    raw.execute(f"SET statement_timeout = {0 if limit is None else int(limit.total_seconds() * 1000)}")
-                    # The snapshot is taken by the first query. Its transaction is never written in.
+                    # The snapshot is taken by the first query. Its transaction is never written in, and what is set
+                    # ends with it: behind a pooler others are given the same session.
                     raw.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                    patience = 0 if limit is None else int(limit.total_seconds() * 1000)
+                    for setting in (f"statement_timeout = {patience}", *_SHOWN_AS):
+                        raw.execute(f"SET LOCAL {setting}")
                 _examine(chart, connection)
                 with engine.translated():
                     raw.execute("ROLLBACK")
