@@ -84,7 +84,10 @@ class Device(Table, table=True):
         repr=False,
         exclude=True,
         sa_column=Column("previous_secret_hash", text_column()),
-        description="The hash of the secret before the last rotation. Null where that one serves no more.",
+        description=(
+            "The hash of the secret before the last rotation. Null where that one never served beside the present one."
+            " After its time it serves no more, and stays until the next rotation, a revocation or a repair."
+        ),
     )
     previous_secret_expires_at: Instant | None = Field(
         default=None,
