@@ -11,7 +11,13 @@ from sqlalchemy import text
 
 from homeagent.engine.faults import TransientError
 from homeagent.engine.target import presentable_url
-from homeagent.errors import DatabaseBusyError, ForeignDatabaseError, MigrationError, SchemaOutdatedError
+from homeagent.errors import (
+    DatabaseBusyError,
+    ForeignDatabaseError,
+    InvalidArgumentError,
+    MigrationError,
+    SchemaOutdatedError,
+)
 from homeagent.migrations.revisions import REVISION, SPEAK_FOR_THEMSELVES, revision_of, suits, tables, upgrade
 
 if TYPE_CHECKING:
@@ -90,6 +96,11 @@ def _make_or_upgrade(connection: Connection, deadline: float) -> None:
     revision = revision_of(connection)
     if suits(connection, revision):
         return
+    if connection.execute(text("SELECT current_schema()")).scalar_one() is None:
+        raise InvalidArgumentError(
+            "the search_path leads to no schema, so that no table can be made: CREATE SCHEMA, or ALTER ROLE … SET "
+            "search_path to one that is there"
+        )
     if revision is None and tables(connection) & {"devices", "agents", "sessions", "nonces"}:
         raise ForeignDatabaseError(
             "the schema holds tables of these names that are not ours: name another database or schema"

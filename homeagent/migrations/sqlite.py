@@ -19,8 +19,10 @@ from homeagent.engine.sqlite.presence import announce, presence_path
 from homeagent.errors import (
     CorruptDatabaseError,
     DatabaseBusyError,
-    InvalidArgumentError,
+    DiskFullError,
+    HomeAgentError,
     MigrationError,
+    ReadOnlyError,
     SchemaOutdatedError,
 )
 from homeagent.migrations.revisions import (
@@ -247,6 +249,8 @@ def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path:
         discard(stale)  # of an upgrade that was killed: the lock is held, so none is under way
     try:
         write_backup(engine, target, partial=partial, version_table=VERSION_TABLE, taken_at=now, kind="upgrade")
-    except InvalidArgumentError as error:
+    except (CorruptDatabaseError, DatabaseBusyError, DiskFullError, ReadOnlyError):
+        raise  # of the database, or they say by themselves what to do
+    except HomeAgentError as error:
         raise MigrationError(f"the schema was not upgraded, since its backup can't be made: {error}") from None
     return target

@@ -21,7 +21,9 @@ import pytest
 from sqlalchemy import inspect, text
 
 from homeagent import AgentCreate, Database
+from homeagent.engine.sqlite.backup import backup_name
 from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.manifests import PARTIAL
 from homeagent.errors import MigrationError, SchemaOutdatedError
 from homeagent.migrations import REVISION, VERSION_TABLE, revisions
 from homeagent.migrations import postgresql as postgresql_migrations
@@ -91,6 +93,19 @@ def test_failed_upgrade_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             Database.open(path, clock=clock, migrate=False)
     with Database.open(path, clock=lambda: NOW + timedelta(seconds=1)) as database:
         assert database.status().schema_revision == REVISION
+
+
+def test_upgrade_without_a_backup_says_why(tmp_path: Path) -> None:
+    """What keeps the copy from being made keeps the upgrade from being made, and is told with its remedy."""
+    path = old_database(tmp_path, "0001")
+    before = rows_of(path)
+    obstacle = path.with_name(backup_name(path, "0001", NOW) + PARTIAL)
+    (obstacle / "in it").mkdir(parents=True)
+    with pytest.raises(MigrationError, match=r"its backup can't be made: .*partial' is in the way of a backup: remove"):
+        Database.open(path, clock=clock)
+    assert rows_of(path) == before
+    shutil.rmtree(obstacle)
+    Database.open(path, clock=clock).close()
 
 
 def test_rebuilding_a_parent_table_keeps_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
 from homeagent import Database
-from homeagent.errors import DatabaseBusyError, DatabaseError, MigrationError
+from homeagent.errors import DatabaseBusyError, DatabaseError, InvalidArgumentError, MigrationError
 from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config, postgresql
 from tests.conftest import add_agent, postgres_execute
 from tests.postgresql.load import wait_for
@@ -93,6 +93,13 @@ def test_what_was_made_while_one_waited_is_seen(empty_postgres_url: str, setting
         connection.commit()
         thread.join(30)
     assert opened == ["opened"]
+
+
+def test_search_path_that_leads_nowhere(empty_postgres_url: str) -> None:
+    """Where no schema is there to make tables in, that is told with its remedy."""
+    postgres_execute(empty_postgres_url, f"ALTER DATABASE {make_url(empty_postgres_url).database} SET search_path = no")
+    with pytest.raises(InvalidArgumentError, match="search_path leads to no schema"):
+        Database.open(empty_postgres_url)
 
 
 def test_a_table_in_use_is_not_queued_for(old_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
