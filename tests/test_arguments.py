@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,3 +68,37 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
         Database.open(path)
     assert str(path) in str(caught.value)
     assert path.read_text() == "milk, bread\n" * 100
+
+
+@pytest.mark.parametrize("wrong", [[], {}, {"id": "lamp"}, None, 7, b"lamp"], ids=repr)
+def test_what_is_no_text_is_no_id(database: Database, wrong: Any) -> None:
+    """What a client's JSON may hold in the place of an id is refused as an argument, a list and an object too."""
+    with database.unit_of_work() as unit:
+        calls: list[Callable[[], object]] = [
+            lambda: unit.devices.find_by_id(wrong),
+            lambda: unit.agents.find_by_id(wrong),
+            lambda: unit.sessions.find_by_id(wrong),
+            lambda: unit.nonces.consume(wrong, "n", expires_at=unit.now()),
+            lambda: IdempotencyScope(device_id=wrong, method="m", key="k"),
+        ]
+        for call in calls:
+            with pytest.raises(InvalidArgumentError, match=f"must be text, not {type(wrong).__name__}"):
+                call()
+
+
+def test_an_id_that_was_taken_once_is_no_reason_to_take_another(database: Database) -> None:
+    """A text of another class may say that it equals an id, and is looked at for itself."""
+
+    class Alike(str):
+        __slots__ = ()
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        def __hash__(self) -> int:
+            return hash("lamp")
+
+    with database.unit_of_work() as unit:
+        assert unit.devices.find_by_id("lamp") is None
+        with pytest.raises(InvalidArgumentError, match="file name"):
+            unit.devices.find_by_id(Alike("../lamp"))

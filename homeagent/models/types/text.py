@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from functools import lru_cache
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -43,8 +42,11 @@ def _check_text(value: str, what: str, *, characters: int, octets: int) -> str:
     return value
 
 
-# A gateway names the same few ids again and again: remembering the good ones makes a check a dictionary look-up.
-@lru_cache(maxsize=8192, typed=True)
+# A gateway names the same few ids again and again: remembering the good ones makes a check a look-up.
+_good: set[str] = set()
+_GOOD_KEPT = 8192
+
+
 def check_identifier(value: str, what: str = "an id") -> str:
     """Return `value` if it may be the id of a device, agent or session.
 
@@ -54,9 +56,16 @@ def check_identifier(value: str, what: str = "an id") -> str:
     Raises:
         InvalidArgumentError: it may not.
     """
+    # Only of a str itself: another kind may be unhashable, or equal to what it isn't.
+    if value.__class__ is str and value in _good:
+        return value
     _check_text(value, what, characters=128, octets=200)
     if "/" in value or "\\" in value or value in {".", ".."}:
         raise InvalidArgumentError(f"{what} may end up in a file name: no '/', no '\\', and not '.' or '..'")
+    if value.__class__ is str:
+        if len(_good) >= _GOOD_KEPT:
+            _good.clear()
+        _good.add(value)
     return value
 
 
