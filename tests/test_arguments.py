@@ -102,3 +102,17 @@ def test_an_id_that_was_taken_once_is_no_reason_to_take_another(database: Databa
         assert unit.devices.find_by_id("lamp") is None
         with pytest.raises(InvalidArgumentError, match="file name"):
             unit.devices.find_by_id(Alike("../lamp"))
+
+
+def test_what_is_no_role_and_no_status_is_told_by_the_name_of_the_argument(database: Database) -> None:
+    """The message names the argument and what it may be."""
+    wrong: Any = "boss"
+    with database.unit_of_work() as unit:
+        with pytest.raises(InvalidArgumentError, match=r"^role must be one of client, node, admin$"):
+            unit.devices.list(role=wrong)
+        with pytest.raises(InvalidArgumentError, match=r"^status must be one of pending, approved, revoked$"):
+            unit.devices.list(status=wrong)
+        with pytest.raises(InvalidArgumentError, match=r"^expected_role must be one of"):
+            unit.devices.approve("lamp", expected_role=wrong)
+        with pytest.raises(InvalidArgumentError, match=r"^expected_status must be one of"):
+            unit.devices.approve("lamp", expected_status=wrong)

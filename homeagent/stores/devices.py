@@ -193,8 +193,8 @@ class DeviceStore(Store):
         """
         if approved is not None and not isinstance(approved, bool):
             raise InvalidArgumentError("approved must be True, False or None")
-        role = None if role is None else _member(Role, role)
-        status = None if status is None else _member(DeviceStatus, status)
+        role = None if role is None else _member(Role, role, "role")
+        status = None if status is None else _member(DeviceStatus, status, "status")
         statement = _list(approved=approved, by_role=role is not None, status=status, after=after is not None)
         return self._unit.all(
             statement,
@@ -245,13 +245,13 @@ class DeviceStore(Store):
             ApprovalChangedError: it has another role, secret or status, or paired anew.
         """
         if expected_role is not None:
-            expected_role = _member(Role, expected_role)
+            expected_role = _member(Role, expected_role, "expected_role")
         if expected_secret_hash is not None:
             check_label(expected_secret_hash, "expected_secret_hash")
         if expected_paired_at is not None:
             expected_paired_at = check_instant(expected_paired_at, "expected_paired_at")
         if expected_status is not None:
-            expected_status = _member(DeviceStatus, expected_status)
+            expected_status = _member(DeviceStatus, expected_status, "expected_status")
         device = self.get(device_id)
         if expected_role is not None and device.role != expected_role:
             raise ApprovalChangedError(device_id, "role")
@@ -397,8 +397,8 @@ class DeviceStore(Store):
 E = TypeVar("E", Role, DeviceStatus)
 
 
-def _member(kind: type[E], value: E) -> E:
+def _member(kind: type[E], value: E, what: str) -> E:
     try:
         return kind(value)
     except ValueError:
-        raise InvalidArgumentError(f"{kind.__name__.lower()} must be one of {', '.join(kind)}") from None
+        raise InvalidArgumentError(f"{what} must be one of {', '.join(kind)}") from None
