@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 from pydantic import JsonValue
 
 from homeagent.canonical_json import fingerprint_of
+from homeagent.clock import Clock, system_clock
 from homeagent.engine.statements import Parameters, Row, Statement
 from homeagent.errors import EffectFailedError, HomeAgentError, UnitStateError
 from homeagent.functions import check_function, refuse_coroutine
@@ -27,7 +28,6 @@ from homeagent.stores.sessions import SessionStore
 if TYPE_CHECKING:
     from sqlmodel import Session
 
-    from homeagent.clock import Clock
     from homeagent.engine.engine import Engine
     from homeagent.engine.link import Link
 
@@ -47,13 +47,17 @@ class UnitSettings:
         engine: where the links come from.
         clock: read once per store method.
         timeout: how long a unit waits for its lane, in seconds.
+
+    Attributes:
+        now: reads that clock: an instant in UTC, floored to milliseconds.
     """
 
-    __slots__ = ("clock", "engine", "memory", "timeout", "writing")
+    __slots__ = ("engine", "memory", "now", "timeout", "writing")
 
     def __init__(self, engine: Engine, clock: Clock, timeout: float) -> None:
         self.engine = engine
-        self.clock = clock
+        # Ours floors by itself.
+        self.now = clock if clock is system_clock else lambda: check_instant(clock(), "the clock's instant")
         self.timeout = timeout
         self.memory: dict[str, Any] = {}
         self.writing: set[int] = set()
@@ -502,7 +506,7 @@ class UnitOfWork:
 
     def now(self) -> datetime:
         """Read the clock: an instant in UTC, floored to milliseconds."""
-        return check_instant(self._settings.clock(), "the clock's instant")
+        return self._settings.now()
 
     @property
     def shared(self) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def test_look_is_not_older_than_ten_milliseconds(
         with Database.open(sqlite_path, clock=clock, durability=durability) as database:  # type: ignore[arg-type]
             now = 1000.0
             assert isinstance(database._engine, SQLiteEngine)
-            database._engine.watch._monotonic = lambda: now  # noqa: B023
+            database._engine.watch.monotonic = lambda: now  # noqa: B023
             names(database)
             add_agent(database, f"{durability}-first")
             looks = 0

@@ -101,7 +101,9 @@ class Link:
         except self._driver_errors as error:
             fault = self._translate(error)
         else:
-            self._look_after_begin()
+            watch = self._watch
+            if watch is not None and watch.monotonic() >= watch.due:
+                self._look_after_begin(watch)
             return
         raise fault
 
@@ -115,13 +117,12 @@ class Link:
         finally:
             self._execute = execute
 
-    def _look_after_begin(self) -> None:
-        if self._watch is not None:
-            try:
-                self._watch.after_begin()
-            except HomeAgentError:
-                self.rollback()
-                raise
+    def _look_after_begin(self, watch: FileWatch) -> None:
+        try:
+            watch.after_begin()
+        except HomeAgentError:
+            self.rollback()
+            raise
 
     def commit(self) -> None:
         """Commit; when this returns, what the unit wrote is as durable as the engine was asked to make it.

@@ -35,18 +35,23 @@ class FileWatch:
         path: the file, which need not exist yet.
         strict: whether every commit looks, and not only the first one in ten milliseconds.
         monotonic: the clock to measure that with, in seconds.
+
+    Attributes:
+        monotonic: that clock.
+        due: from when on by it the last look is too old. Who begins a unit compares for himself, which takes less
+            than a call, and calls `after_begin` then.
     """
 
     def __init__(self, path: Path, *, strict: bool, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._path = path
         self._strict = strict
-        self._monotonic = monotonic
+        self.monotonic = monotonic
         # As text: to turn a path into text costs as much as to look at it.
         self._name = str(path)
         self._beside = [str(each) for each in sidecars(path)[:2]]
         self._identity: Identity | None = None
         self._known: dict[str, Identity] = {}
-        self._due = 0.0
+        self.due = 0.0
         self.condemned: str | None = None
         """Why nothing of this database is to be used any more: its content was found to be damaged."""
 
@@ -80,14 +85,13 @@ class FileWatch:
         self._known = {}
 
     def after_begin(self) -> None:
-        """Look, where the last look is too old. A connection that has begun holds the files beside the database.
+        """Look, since the last look is too old. A connection that has begun holds the files beside the database.
 
         Raises:
             DatabaseMovedError: the file, its log or the log's index is gone, or is another one.
             CorruptDatabaseError: it was condemned.
         """
-        if self._monotonic() >= self._due:
-            self._look()
+        self._look()
 
     def before_commit(self) -> None:
         """Look, always where a commit must be durable: what is acknowledged was in the file that has the name.
@@ -95,7 +99,7 @@ class FileWatch:
         Raises:
             DatabaseMovedError: as in `after_begin`.
         """
-        if self._monotonic() >= self._due:
+        if self.monotonic() >= self.due:
             self._look()
         elif self._strict:
             self._look(beside=False)
@@ -112,7 +116,7 @@ class FileWatch:
 
     def _look(self, *, beside: bool = True) -> None:
         # Where this look finds fault, so does the next one.
-        due, self._due = self._due, 0.0
+        due, self.due = self.due, 0.0
         if self.condemned is not None:
             raise CorruptDatabaseError(self.condemned)
         if self._identity is None:
@@ -131,7 +135,7 @@ class FileWatch:
         if status.st_size == _NO_CONTENT:
             raise DatabaseMovedError(f"{quoted(self._path)} was emptied while it was open: stop, and restore a backup")
         if not beside:
-            self._due = due
+            self.due = due
             return
         for name in self._beside:
             status = self._status(name)
@@ -146,7 +150,7 @@ class FileWatch:
                     "cleanly, which moves what it knows of the log into the database, and look into that with "
                     "'homeagent doctor'"
                 )
-        self._due = self._monotonic() + _INTERVAL
+        self.due = self.monotonic() + _INTERVAL
 
     @staticmethod
     def _status(name: str) -> os.stat_result | None:

@@ -47,9 +47,18 @@ class SnapshotLink(Link):
         if self._shows_commands:
             super().begin()
             return
-        self._translated(self._hold, _HOLD)
-        self._is_holding = True
-        self._look_after_begin()
+        fault: BaseException
+        try:
+            self._hold(_HOLD)
+        except self._driver_errors as error:
+            fault = self._translate(error)
+        else:
+            self._is_holding = True
+            watch = self._watch
+            if watch is not None and watch.monotonic() >= watch.due:
+                self._look_after_begin(watch)
+            return
+        raise fault
 
     def commit(self) -> None:
         """Give the snapshot up."""
@@ -65,9 +74,16 @@ class SnapshotLink(Link):
         super().rollback()
 
     def _end_hold(self) -> None:
-        # There is no second row: the statement ends. Where an interrupt comes before that, the rollback ends it.
-        self._translated(self._let_go)
-        self._is_holding = False
+        fault: BaseException
+        try:
+            # There is no second row: the statement ends. Where an interrupt comes before that, the rollback ends it.
+            self._let_go()
+        except self._driver_errors as error:
+            fault = self._translate(error)
+        else:
+            self._is_holding = False
+            return
+        raise fault
 
     @property
     def in_transaction(self) -> bool:
