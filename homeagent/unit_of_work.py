@@ -47,17 +47,13 @@ class UnitSettings:
         engine: where the links come from.
         clock: read once per store method.
         timeout: how long a unit waits for its lane, in seconds.
-
-    Attributes:
-        now: reads that clock: an instant in UTC, floored to milliseconds.
     """
 
-    __slots__ = ("engine", "memory", "now", "timeout", "writing")
+    __slots__ = ("clock", "engine", "memory", "timeout", "writing")
 
     def __init__(self, engine: Engine, clock: Clock, timeout: float) -> None:
         self.engine = engine
-        # Ours floors by itself.
-        self.now = clock if clock is system_clock else lambda: check_instant(clock(), "the clock's instant")
+        self.clock = clock
         self.timeout = timeout
         self.memory: dict[str, Any] = {}
         self.writing: set[int] = set()
@@ -506,7 +502,9 @@ class UnitOfWork:
 
     def now(self) -> datetime:
         """Read the clock: an instant in UTC, floored to milliseconds."""
-        return self._settings.now()
+        clock = self._settings.clock
+        # The system's is ours, and does that by itself.
+        return clock() if clock is system_clock else check_instant(clock(), "the clock's instant")
 
     @property
     def shared(self) -> dict[str, Any]:
