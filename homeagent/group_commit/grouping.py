@@ -110,6 +110,7 @@ class Grouping:
             if call.state == LEADING:
                 self._do_alone(call)
         except BaseException:
+            self._leave(call)
             self._tell_again(call)
             raise
         finally:
@@ -157,16 +158,16 @@ class Grouping:
         if woken is None:
             raise AssertionError("a call that waits was not made ready for it")
         patience = self._settings.timeout
-        try:
-            while not woken.acquire(timeout=patience):
-                patience = self._patience(call)
-        except BaseException:
-            with self._mutex:
-                if call.state == QUEUED:
-                    self._queue.remove(call)
-                if call.state != LEADING:
-                    call.state = GIVEN_UP
-            raise
+        while not woken.acquire(timeout=patience):
+            patience = self._patience(call)
+
+    def _leave(self, call: Call[Any]) -> None:
+        """Have nobody count on a caller that an interrupt took away: it would be told to lead, and all would wait."""
+        with self._mutex:
+            if call in self._queue:  # its state doesn't tell, where it came in the midst of giving up
+                self._queue.remove(call)
+            if call.state != LEADING:
+                call.state = GIVEN_UP
 
     def _patience(self, call: Call[Any]) -> float:
         """Return after how many seconds more the call is to look again. Where it waited too long, it gives up."""
@@ -246,21 +247,27 @@ class Grouping:
             self._expected = None
         members = self._group
         self._leader = get_ident()
-        again: Sequence[Call[Any]] = ()
-        if call.alone:
-            self._do_alone(call)
-        else:
-            try:
-                done = self._do_together(members)
-            except BaseException as error:  # noqa: BLE001  raised by the outcome
-                call.error = error
-                again = members[1:]
+        again: Sequence[Call[Any]] | None = None
+        try:
+            if call.alone:
+                self._do_alone(call)
             else:
-                again = [each for each in members if each.alone] if done else members
+                again = self._do_together(members)
+                if again is not members:
+                    self._count(members[1:])
+        except BaseException as error:  # noqa: BLE001  raised by the outcome
+            call.error = error
+            if again is None:
+                again = members[1:]
+        again = again or ()
         for each in again:
             each.alone = True
         self._crowded = len(members) > 1
-        self._give_lead_on(members, again)
+        try:
+            self._give_lead_on(members, again)
+        except BaseException:
+            self._tell_again(call)
+            raise
 
     def _do_alone(self, call: Call[Any]) -> None:
         """Do a call in a transaction of its own, in its caller's thread where it leads there."""
@@ -282,11 +289,11 @@ class Grouping:
         if unit.took_place:
             call.callbacks = unit.callbacks
 
-    def _do_together(self, members: list[Call[Any]]) -> bool:
+    def _do_together(self, members: list[Call[Any]]) -> Sequence[Call[Any]]:
         """Do the first call of a group, and add those that wait, in one transaction.
 
         Returns:
-            Whether each has its outcome, but for those that are to be done alone. Otherwise nothing took place.
+            Those that are to be done alone; each of the others has its outcome. `members` where nothing took place.
         """
         call = members[0]
         unit = LeadingUnit(self._settings)
@@ -295,9 +302,11 @@ class Grouping:
             call.since = monotonic()
             call.value = call.compute(unit)
             self._take_in(unit, members)
+            # Before the commit: after it nothing may fail that decides who is done again.
+            alone = [each for each in members if each.alone]
         except _UndoneError:
             unit.undo(None)
-            return False
+            return members
         except BaseException as error:
             unit.undo(error)
             raise
@@ -309,11 +318,10 @@ class Grouping:
         if unit.took_place or len(members) == 1:
             call.callbacks = unit.callbacks if unit.took_place else None
             call.error = failure
-            self._count(members[1:])
-            return True
+            return alone
         if failure is not None and not isinstance(failure, HomeAgentError):
             raise failure
-        return False
+        return members
 
     def _take_in(self, leading: LeadingUnit, members: list[Call[Any]]) -> None:
         """Do the units of who waits, until nobody does or it is enough; then nobody of the group can give up."""
@@ -395,21 +403,31 @@ class Grouping:
         call.state = TAKEN
 
     def _tell(self, call: Call[Any]) -> None:
-        try:
-            if call.mailbox is not None:
-                call.mailbox.lead(call)
-            else:
-                self._writer.hand(call)
-        except RuntimeError as error:
-            # The system has no thread left, or the interpreter ends.
-            if call.woken is not None:
-                with self._mutex:
-                    self._group, self._running, self._expected = [], None, None
-                    call.state = LEADING
-                    call.woken.release()
+        following: Call[Any] | None = call
+        # No recursion: where the system has no thread left, all coroutines that wait are refused, one after the other.
+        while following is not None:
+            call = following
+            try:
+                if call.mailbox is not None:
+                    call.mailbox.lead(call)
+                else:
+                    self._writer.hand(call)
                 return
-            call.error = DatabaseError(f"no thread can be started to do the units of coroutines: {error}")
-            self._give_lead_on([call], [])
+            except Exception as error:  # noqa: BLE001  raised by the outcome
+                # The system has no thread or no memory left, or the interpreter ends.
+                with self._mutex:
+                    if self._expected is not call:
+                        return  # it leads all the same
+                    self._expected = None
+                    if call.woken is not None and call.state != GIVEN_UP:
+                        self._group, self._running = [], None
+                        call.state = LEADING
+                        call.woken.release()
+                        return
+                why = str(error) or type(error).__name__
+                call.error = DatabaseError(f"no thread can be started to do the units of coroutines: {why}")
+            following, done = self._settle([call], [])
+            self._deliver(done)
 
     def _tell_again(self, call: Call[Any]) -> None:
         """Have somebody lead, where an interrupt came while this call was about to, or was giving the lead on."""
@@ -423,6 +441,16 @@ class Grouping:
 
     def _give_lead_on(self, members: Sequence[Call[Any]], again: Sequence[Call[Any]]) -> None:
         """Queue those of a group that are to be done again, have the next in line lead, and tell the others."""
+        following, done = self._settle(members, again)
+        if following is not None:
+            self._tell(following)
+        if done:
+            self._deliver(done)
+
+    def _settle(
+        self, members: Sequence[Call[Any]], again: Sequence[Call[Any]]
+    ) -> tuple[Call[Any] | None, Sequence[Call[Any]]]:
+        """Note the end of a group; return who is to be told to lead, where somebody is, and who has its outcome."""
         following: Call[Any] | None = None
         done: list[Call[Any]] = []
         with self._mutex:
@@ -454,10 +482,7 @@ class Grouping:
                     self._running = self._expected = following
                     self._sealed = self._forsaken = False
                     following.state = TAKEN
-        if following is not None:
-            self._tell(following)
-        if done:
-            self._deliver(done)
+        return following, done
 
     def _deliver(self, done: Sequence[Call[Any]]) -> None:
         letters: dict[Mailbox, list[Call[Any]]] = {}
@@ -466,8 +491,14 @@ class Grouping:
                 letters.setdefault(call.mailbox, []).append(call)
             elif call.woken is not None:
                 call.woken.release()
+        failure: BaseException | None = None
         for mailbox, calls in letters.items():
-            mailbox.deliver(calls)
+            try:
+                mailbox.deliver(calls)
+            except BaseException as error:  # noqa: BLE001  raised when the others have been told
+                failure = error
+        if failure is not None:
+            raise failure
 
 
 def _or_undone(act: Callable[[], T]) -> T:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -95,6 +94,7 @@ class _Loop:
     def __init__(self, calls: LoopCalls) -> None:
         self._calls = calls
         self._watched = False
+        self._untold: list[Call[Any]] = []
         self.pending = 0
 
     def expect(self, running: asyncio.AbstractEventLoop) -> None:
@@ -105,6 +105,8 @@ class _Loop:
             running.call_later(self._calls.timeout, self._look, running)
 
     def _look(self, running: asyncio.AbstractEventLoop) -> None:
+        while self._untold:
+            _resolve([self._untold.pop()])
         late, again = self._calls.overdue(self)
         for call, error in late:
             call.error = error
@@ -122,9 +124,14 @@ class _Loop:
         """Wake the callers, all at once."""
         first = calls[0]
         if isinstance(first, _LoopCall):
-            # A loop that was closed meanwhile has nobody left to be told.
-            with suppress(RuntimeError):
+            try:
                 first.future.get_loop().call_soon_threadsafe(_resolve, calls)
+            except RuntimeError:
+                pass  # a loop that was closed meanwhile has nobody left to be told
+            except BaseException:
+                # No memory, or a loop that fails: it is told when it looks who waits too long.
+                self._untold.extend(calls)
+                raise
 
 
 def _resolve(calls: Sequence[Call[Any]]) -> None:

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 __all__ = ["WriterThread"]
@@ -22,7 +23,7 @@ class WriterThread(Generic[T]):
     """Does one piece of work after the other, in a daemon thread.
 
     Args:
-        act: does a piece of work, and raises nothing.
+        act: does a piece of work. What it raises is logged, and the next piece is done all the same.
     """
 
     def __init__(self, act: Callable[[T], object]) -> None:
@@ -37,7 +38,7 @@ class WriterThread(Generic[T]):
         """Have a piece of work done.
 
         Raises:
-            RuntimeError: the system has no thread left. The piece was not taken.
+            RuntimeError, MemoryError: the system has no thread or no memory left. The piece was not taken.
         """
         if self._thread is threading.current_thread():
             self._inbox.put(work)  # it looks there before it ends
@@ -49,10 +50,11 @@ class WriterThread(Generic[T]):
                 self._thread = threading.Thread(target=self._work, name="homeagent-writer", daemon=True)
                 try:
                     self._thread.start()
-                except RuntimeError:
+                except Exception:
                     self._thread = None
-                    while not self._inbox.empty():
-                        self._inbox.get()
+                    with suppress(queue.Empty):
+                        while True:
+                            self._inbox.get_nowait()
                     raise
 
     def _work(self) -> None:
@@ -62,7 +64,14 @@ class WriterThread(Generic[T]):
             except queue.Empty:
                 work = None
             if work is not None:
-                self._act(work)
+                try:
+                    self._act(work)
+                except BaseException as error:
+                    # Nobody would start another thread in the place of one that ended here.
+                    logger.exception(
+                        "the thread that does units for others met an error, and goes on",
+                        extra={"event": "writer_failed", "error": type(error).__name__},
+                    )
                 continue
             with self._mutex:
                 if self._inbox.empty():
