@@ -145,6 +145,66 @@ database.close()
 
 
 @needs_fork
+@pytest.mark.parametrize("failing", ["discard_free", "abandon"])
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "MemoryError"])
+def test_a_fork_that_one_database_is_not_ready_for(
+    sqlite_path: Path, tmp_path: Path, children: Children, failing: str, error: str
+) -> None:
+    """An error or a Ctrl-C at a fork is told; every database is of use in the parent then, and none in the child.
+
+    SQLite only: what is tried is the same for both.
+    """
+    script = (
+        BEGIN
+        + f"failing, error = {failing!r}, {error}"
+        + """
+from concurrent.futures import ThreadPoolExecutor
+from homeagent.engine.engine import Engine
+from homeagent.engine.forks import _held
+others = (f"{sys.argv[2]}/{number}.db" for number in range(2))
+databases = [Database.open(path, busy_timeout=timedelta(seconds=3)) for path in (target, *others)]
+for database in databases:
+    add(database, "before")
+told = []
+sys.unraisablehook = lambda what: told.append(what.exc_type is error)
+real = getattr(Engine, failing)
+def fail(engine):
+    real(engine)
+    if engine is broken:
+        raise error
+setattr(Engine, failing, fail)
+for number, database in enumerate(databases):
+    broken = database._engine
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # a child that hangs is killed, and shows in its status
+        os._exit(refused(*(lambda d=d: add(d, "lost") for d in databases)) + 10 * (told != [True] * (number + 1)))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    # Another thread: what a thread has frozen is open to itself.
+    def use():
+        for each in databases:
+            add(each, f"after-{number}")
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        os.waitpid(child, 0)
+        told[:] = told[: number + 1]
+    other = threading.Thread(target=use, daemon=True)
+    other.start()
+    other.join(20)
+    assert not other.is_alive()
+    if failing == "abandon":
+        told.append(True)  # that was in the child
+print(*names(databases[1]))
+for database in databases:
+    database.close()
+"""
+    )
+    expected = ["3", "3", "3", "after-0", "after-1", "after-2", "before"]
+    assert children.run(script, sqlite_path, tmp_path / "others").split() == expected
+
+
+@needs_fork
 def test_child_that_outlives_the_parent_s_database(sqlite_path: Path, children: Children) -> None:
     """A child's end closes nothing of the parent's: SQLite would delete, by its name, the log of who came later."""
     script = (

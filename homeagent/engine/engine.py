@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from homeagent.engine.counters import Counters
@@ -209,15 +209,14 @@ class Engine(ABC):
     def after_close(self) -> None:
         """Do what must wait until the last connection is closed."""
 
-    def before_fork(self) -> None:
-        """Let no link be taken or given back until `after_fork`."""
-        self.writers.freeze()
-        self.readers.freeze()
+    def frozen(self) -> Generator[None]:
+        """Let no other thread take or give back a link, from the first step of this generator until it is closed."""
+        with self.writers.frozen(), self.readers.frozen():
+            yield
 
-    def after_fork(self) -> None:
-        """Let links be taken and given back again."""
-        self.writers.thaw()
-        self.readers.thaw()
+    @abstractmethod
+    def before_fork(self) -> None:
+        """Close what a forked child must not inherit."""
 
     def abandon(self) -> None:
         """Refuse to be used: this is a forked child's copy, whose connections belong to the parent."""

@@ -11,7 +11,12 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import get_ident
 from typing import Protocol
 
 from homeagent.engine.disk.files import identity_of, look_at
@@ -22,18 +27,19 @@ __all__ = ["inherit", "refuse_inherited", "register"]
 
 
 class _Forkable(Protocol):
-    def before_fork(self) -> None:
-        """Close what is idle, and let nothing begin until `after_fork`."""
+    def frozen(self) -> Generator[None]:
+        """Let nothing begin, from the first step until it is closed."""
 
-    def after_fork(self) -> None:
-        """Go on, in the parent and in the child."""
+    def before_fork(self) -> None:
+        """Close what is idle."""
 
     def abandon(self) -> None:
         """Refuse to be used, in the child; tell `inherit` of what is in use."""
 
 
 _known: weakref.WeakSet[_Forkable] = weakref.WeakSet()
-_held: list[_Forkable] = []
+# What each thread holds for the forks that it is in the middle of; a signal's handler may fork in the middle of one.
+_held: defaultdict[int, list[list[Generator[None]]]] = defaultdict(list)
 _inherited: set[tuple[int, int]] = set()
 
 # Two threads that fork at once would each wait for what the other one holds.
@@ -66,26 +72,59 @@ def refuse_inherited(path: Path) -> None:
         )
 
 
+def _alone() -> Generator[None]:
+    with _forking:
+        yield
+
+
 def _before() -> None:
-    _forking.acquire()
-    _held[:] = _known
-    for database in _held:
-        database.before_fork()
+    # A block is entered whole or not at all, wherever an interrupt comes, and a generator that is dropped leaves it.
+    # What is raised here stops no fork, so that the other databases are made ready for it all the same.
+    holds: list[Generator[None]] = []
+    _held[get_ident()].append(holds)
+    with _all_tried() as attempt:
+        attempt(partial(_enter, holds, _alone()))
+        for database in list(_known):
+            attempt(partial(_enter, holds, database.frozen()))
+            attempt(database.before_fork)
+
+
+def _enter(holds: list[Generator[None]], hold: Generator[None]) -> None:
+    holds.append(hold)
+    next(hold)
 
 
 def _after() -> None:
-    for database in _held:
-        database.after_fork()
-    _held.clear()
-    _forking.release()
+    mine = _held[get_ident()]
+    # The last one that was entered first; there is none where an interrupt came as `_before` began.
+    holds = mine.pop() if mine else []
+    while holds:
+        holds.pop().close()
 
 
 def _after_in_child() -> None:
     try:
-        for database in _held:
-            database.abandon()
+        with _all_tried() as attempt:
+            for database in list(_known):
+                attempt(database.abandon)
     finally:
         _after()
+
+
+@contextmanager
+def _all_tried() -> Iterator[Callable[[Callable[[], object]], None]]:
+    """Give a block what makes an attempt at something, and raise at its end what one of them raised."""
+    failures: list[BaseException] = []
+
+    def attempt(act: Callable[[], object]) -> None:
+        try:
+            act()
+        except BaseException as error:  # noqa: BLE001  raised at the end
+            failures.append(error)
+
+    yield attempt
+    if failures:
+        raise failures[0]
 
 
 if hasattr(os, "register_at_fork"):

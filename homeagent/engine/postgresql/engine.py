@@ -132,6 +132,9 @@ class PostgreSQLEngine(Engine):
         """Do nothing: a server has its checkpointer."""
         return True
 
+    def before_fork(self) -> None:
+        """Nothing is closed: a child never touches its parent's connections."""
+
     def after_close(self) -> None:
         """Nothing is left behind on this side."""
 

@@ -337,7 +337,6 @@ class SQLiteEngine(Engine):
 
     def before_fork(self) -> None:
         """Close what no unit uses, so that a child inherits none of SQLite's locks where nothing is under way."""
-        super().before_fork()
         # What can't be closed counts as in use.
         with suppress(HomeAgentError, *self.driver_errors):
             self.discard_free()
