@@ -53,7 +53,8 @@ class Database:
         self._timeout = busy_timeout.total_seconds()
         self._settings = UnitSettings(engine, clock, self._timeout)
         self._runner = Runner(self._settings)
-        self._mutex = threading.Lock()
+        # A signal's handler may come while its own thread holds it, and close the database.
+        self._mutex = threading.RLock()
         self._sweepers: list[maintenance.Sweeper] = []
         self._closed = False
 

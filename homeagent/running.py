@@ -49,7 +49,8 @@ class Runner:
         # PostgreSQL groups commits by itself, and has many writers: each unit has a connection of its own there.
         self._grouping = Grouping(settings) if settings.engine.shares_commits else None
         self._loop_calls: LoopCalls | None = None
-        self._mutex = threading.Lock()
+        # A signal's handler may come while its own thread holds it, and use the database.
+        self._mutex = threading.RLock()
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Do a unit of work, again whole where that is safe; see `Database.run`."""

@@ -1,4 +1,4 @@
-"""An interrupt (Ctrl-C) at each of the points where one can come."""
+"""An interrupt (Ctrl-C), or another signal, at each of the points where one can come."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from dis import opname
 from typing import Any
 
 
-def interrupt_at(turn: int, modules: Collection[str], act: Callable[[], object]) -> bool:
-    """Raise KeyboardInterrupt at one of the points of these modules where a signal may, and tell whether it came.
+def interrupt() -> None:
+    """Do what Python's handler of Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def interrupt_at(
+    turn: int, modules: Collection[str], act: Callable[[], object], handler: Callable[[], object] = interrupt
+) -> bool:
+    """Call a handler at one of the points of these modules where a signal may come, and tell whether it came.
 
     CPython looks for signals when a function begins, and right after a call or a jump back.
     """
@@ -26,7 +33,8 @@ def interrupt_at(turn: int, modules: Collection[str], act: Callable[[], object])
             left -= 1
             if left < 0:
                 sys.settrace(None)
-                raise KeyboardInterrupt
+                handler()
+                return None
         if event == "opcode":
             last[frame] = here
         return trace
@@ -36,7 +44,8 @@ def interrupt_at(turn: int, modules: Collection[str], act: Callable[[], object])
     try:
         act()
     except KeyboardInterrupt:
-        return True
+        if left >= 0:
+            raise
     finally:
         sys.settrace(before)
-    return False
+    return left < 0

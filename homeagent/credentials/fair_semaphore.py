@@ -26,7 +26,8 @@ class FairSemaphore:
         _all.add(self)
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
+        # A signal's handler may come while its own thread holds it, and ask for a place.
+        self._lock = threading.RLock()
         self._free = self._places
         self._queue: deque[threading.Event] = deque()
 
@@ -51,11 +52,11 @@ class FairSemaphore:
             return True
 
     def _take(self, timeout: float) -> bool:
+        turn = threading.Event()
         with self._lock:
             if self._free:
                 self._free -= 1
                 return True
-            turn = threading.Event()
             self._queue.append(turn)
         try:
             return turn.wait(timeout) or not self._withdraw(turn)

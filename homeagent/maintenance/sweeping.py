@@ -144,7 +144,8 @@ class Sweeper:
         self._every = check_wait(every, "every").total_seconds()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._mutex = threading.Lock()
+        # A signal's handler may come while its own thread holds it, and close the database.
+        self._mutex = threading.RLock()
 
     @property
     def running(self) -> bool:

@@ -9,7 +9,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -17,8 +17,10 @@ import argon2
 import pytest
 
 from homeagent.credentials import SecretCheck, SecretHasher, generate_secret
+from homeagent.credentials.fair_semaphore import FairSemaphore
 from homeagent.errors import DatabaseBusyError
 from tests.credentials.conftest import HUMAN, OTHER, Runs, dearer
+from tests.interrupts import interrupt_at
 
 
 @contextmanager
@@ -163,6 +165,57 @@ def test_no_turn_for_a_replacement_still_lets_the_device_in(monkeypatch: pytest.
         assert intruding.pop().result(60)
     assert check == SecretCheck(0, None)
     assert hasher.check(HUMAN, [old]).replacement is not None
+
+
+def asked_at(turn: int, *, gives_back: bool) -> bool:
+    """Ask for a place in a signal's handler, at one point of taking one in vain or of giving one to who waits."""
+    semaphore = FairSemaphore(1)
+    taken, go_on = threading.Event(), threading.Event()
+    came: list[bool] = []
+
+    def hold(timeout: float) -> None:
+        with semaphore.turn(timeout) as free:
+            assert free
+            taken.set()
+            assert go_on.wait(30)
+
+    def ask() -> None:
+        with semaphore.turn(0):
+            pass
+
+    def give_back() -> None:
+        with ExitStack() as stack:
+            stack.enter_context(semaphore.turn(0))
+            other.start()
+            _until(lambda: semaphore.waiting == 1)
+            signalled(stack.close)
+
+    def signalled(act: Callable[[], None] = ask) -> None:
+        came.append(interrupt_at(turn, {"homeagent.credentials.fair_semaphore"}, act, ask))
+
+    other = threading.Thread(target=hold, args=(30,), daemon=True)
+    if not gives_back:
+        other.start()
+        assert taken.wait(30)
+    thread = threading.Thread(target=give_back if gives_back else signalled, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    go_on.set()
+    other.join(30)
+    assert semaphore.waiting == 0
+    with semaphore.turn(0) as free:
+        assert free
+    return came[0]
+
+
+@pytest.mark.parametrize("gives_back", [False, True], ids=["taking", "giving back"])
+def test_a_signal_s_handler_may_ask_for_a_place(gives_back: bool) -> None:
+    """Wherever it comes while its thread takes or gives back a place, it waits for no lock, and no place is lost."""
+    turn = 0
+    while asked_at(turn, gives_back=gives_back):
+        turn += 1
+    assert turn > 5
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

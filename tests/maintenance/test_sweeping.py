@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +20,10 @@ import pytest
 from homeagent import Database
 from homeagent.engine.sqlite.driver import choose_driver
 from homeagent.errors import DatabaseClosedError
-from homeagent.maintenance.sweeping import sweep
+from homeagent.maintenance.sweeping import Sweeper, sweep
 from homeagent.stores import NonceStore
-from tests.conftest import START, FakeClock, add_agent
+from tests.conftest import START, FakeClock, add_agent, copy_template
+from tests.interrupts import interrupt_at
 
 MINUTE = timedelta(minutes=1)
 
@@ -222,3 +225,37 @@ def test_a_sweeper_that_got_no_thread_is_in_nobodys_way(database: Database, monk
     database.close()
     with pytest.raises(DatabaseClosedError):
         database.sweep()
+
+
+def test_a_signal_s_handler_may_close_the_database_while_a_sweeper_starts(
+    sqlite_template: Path, tmp_path: Path
+) -> None:
+    """Wherever it comes, it waits for no lock that its own thread holds, and no sweeper is left.
+
+    SQLite only: no lock of the engine is concerned.
+    """
+    modules = {"homeagent.database", "homeagent.maintenance.sweeping"}
+    turn = 0
+    came = [True]
+    while came.pop():
+        database = Database.open(copy_template(sqlite_template, tmp_path / str(turn)), durability="normal")
+        sweepers: list[Sweeper] = []
+
+        def sweep_on(database: Database = database, sweepers: list[Sweeper] = sweepers) -> None:
+            with suppress(DatabaseClosedError):
+                sweepers.append(database.sweeper(every=MINUTE))
+                sweepers[0].start()
+
+        def signalled(turn: int = turn, act: Callable[[], None] = sweep_on, database: Database = database) -> None:
+            came.append(interrupt_at(turn, modules, act, database.close))
+
+        thread = threading.Thread(target=signalled, daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive()
+        database.close()
+        for sweeper in sweepers:
+            sweeper.stop()
+            assert not sweeper.running
+        turn += 1
+    assert turn > 10
