@@ -223,9 +223,6 @@ class UnitOfWork:
                 self._session.close()
         finally:
             try:
-                if not self.read_only:
-                    settings.writing.discard(self._owner)
-            finally:
                 # In a forked child, a thread that is not there may hold the lanes' mutex.
                 if engine.is_abandoned:
                     pass
@@ -239,6 +236,11 @@ class UnitOfWork:
                     lanes.discard(link)
                     if link.is_suspect:
                         engine.discard_free()
+            finally:
+                # Only now: a signal's handler that asks for a unit in between is refused, and waits for its own thread
+                # otherwise.
+                if not self.read_only:
+                    settings.writing.discard(self._owner)
 
     def _require_link(self) -> Link:
         link = self._link

@@ -25,6 +25,7 @@ from homeagent.errors import (
     UnitStateError,
 )
 from tests.conftest import START, Children, FakeClock, MakeDatabase, add_agent, add_device, dump
+from tests.interrupts import interrupt_at
 
 
 def create(unit: UnitOfWork, agent_id: str) -> Agent:
@@ -588,3 +589,23 @@ def test_stopping_clock_error_passes_through(
         monkeypatch.setattr(database._settings, "clock", broken)
         create(unit, "bob")
     assert agents_of(database) == []
+
+
+def test_a_signal_s_handler_never_waits_for_the_lane_of_its_own_thread(sqlite_path: Path) -> None:
+    """Wherever it comes in a unit, another unit in it is refused or done, and the lane is of use afterwards.
+
+    SQLite only: it has one lane to write on.
+    """
+    modules = {"homeagent.unit_of_work", "homeagent.engine.lanes"}
+
+    def use() -> None:
+        with suppress(UnitStateError), database.unit_of_work():
+            pass
+
+    with Database.open(sqlite_path, busy_timeout=timedelta(milliseconds=50), durability="normal") as database:
+        use()
+        turn = 0
+        while interrupt_at(turn, modules, use, use):
+            use()
+            turn += 1
+    assert turn > 10
