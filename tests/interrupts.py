@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable, Collection
 from dis import opname
@@ -40,6 +41,7 @@ def interrupt_at(
         return trace
 
     before = sys.gettrace()
+    handled = sys.exception()
     sys.settrace(trace)
     try:
         act()
@@ -48,4 +50,8 @@ def interrupt_at(
             raise
     finally:
         sys.settrace(before)
+    if handled is None and sys.exception() is not None:
+        # A signal comes within the call, and this one before the instruction after it. Where that is the last of an
+        # `except` block, CPython goes on as if the block had not ended, in whatever this thread does next.
+        ctypes.pythonapi.PyErr_SetExcInfo(None, None, None)
     return left < 0

@@ -97,6 +97,7 @@ ACTS: dict[str, Act] = {
     "idempotency_keys.list_abandoned": lambda u, a: u.idempotency_keys.list_abandoned(),
     "idempotency_keys.resolve": lambda u, a: u.idempotency_keys.resolve(SCOPE, 1),
     "idempotency_keys.forget": lambda u, a: u.idempotency_keys.forget(SCOPE),
+    "idempotency_keys.delete_ended": lambda u, a: u.idempotency_keys.delete_ended("lamp"),
     "idempotency_keys.delete_expired": lambda u, a: u.idempotency_keys.delete_expired(),
 }
 
