@@ -6,7 +6,7 @@ listed here, in `homeagent.errors` and in `homeagent.stores` are public.
 
 from typing import TYPE_CHECKING
 
-from homeagent import errors
+from homeagent import errors, maintenance
 from homeagent.clock import Clock
 from homeagent.database import Database
 from homeagent.late_import import late_names
@@ -94,28 +94,19 @@ __all__ = [
 
 # Opening a database needs none of these, and a process starts sooner without them.
 _LATE = {
+    **dict.fromkeys(maintenance.__all__, "maintenance"),
     "__version__": "version",
     "AgentCreate": "models.shapes",
     "AgentPublic": "models.shapes",
     "AgentSessionCreate": "models.shapes",
     "AgentSessionPublic": "models.shapes",
     "AgentUpdate": "models.shapes",
-    "BackupSchedule": "maintenance.sweeping",
-    "CopyProgress": "maintenance.copying",
-    "CopyReport": "maintenance.copying",
-    "DatabaseCounters": "maintenance.reporting",
-    "DatabaseStatus": "maintenance.reporting",
     "DeviceCreate": "models.shapes",
     "DevicePair": "models.shapes",
     "DevicePublic": "models.shapes",
     "DeviceUpdate": "models.shapes",
-    "Diagnosis": "maintenance.doctor",
-    "EpochReport": "maintenance.epochs",
     "Finding": "maintenance.doctor",
     "PairedDevice": "models.shapes",
-    "RestoreReport": "maintenance.restoring",
-    "SweepReport": "maintenance.sweeping",
-    "Sweeper": "maintenance.sweeping",
     "diagnose": "maintenance.doctor",
     "hash_secret": "credentials",
 }

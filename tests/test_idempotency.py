@@ -254,7 +254,7 @@ def test_effects_are_not_swapped_for_coroutines(database: Database) -> None:
     with pytest.raises(InvalidArgumentError, match="arun_once"):
         database.run_once(SCOPE, never, on_abandoned=anever)
     with pytest.raises(InvalidArgumentError, match="effect"):
-        anyio.run(functools.partial(database.arun_once, SCOPE, 5))  # type: ignore[arg-type]
+        anyio.run(functools.partial(database.arun_once, SCOPE, 5))  # type: ignore[arg-type]  # on purpose
     assert row_of(database) is None
 
 

@@ -182,7 +182,7 @@ def test_paths_that_are_none(sqlite_database: Database, tmp_path: Path, path: An
 def test_clock_that_is_none(path: Path) -> None:
     """What can't be called is no clock, and makes no database."""
     with pytest.raises(InvalidArgumentError, match="clock"):
-        Database.open(path, clock=START)  # type: ignore[arg-type]
+        Database.open(path, clock=START)  # type: ignore[arg-type]  # on purpose
     assert not path.exists()
 
 

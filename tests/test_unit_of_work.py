@@ -193,7 +193,7 @@ def test_callback_that_is_no_function(database: Database) -> None:
     with database.unit_of_work() as unit:
         for bad in (callback, None):
             with pytest.raises(InvalidArgumentError, match="callback"):
-                unit.after_commit(bad)  # type: ignore[arg-type]
+                unit.after_commit(bad)  # type: ignore[arg-type]  # on purpose
 
 
 def test_failing_callback_is_logged_and_hides_nothing(database: Database, caplog: pytest.LogCaptureFixture) -> None:

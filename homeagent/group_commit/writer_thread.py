@@ -50,7 +50,7 @@ class WriterThread(Generic[T]):
                 self._thread = threading.Thread(target=self._work, name="homeagent-writer", daemon=True)
                 try:
                     self._thread.start()
-                except Exception:
+                except Exception:  # raised again: whatever kept it from starting, nobody will take what is in there
                     self._thread = None
                     with suppress(queue.Empty):
                         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -165,7 +166,7 @@ def test_an_interrupt_loses_no_place(is_made: bool, waits: bool) -> None:
                 threading.Timer(0, lanes.release if is_made else lanes.discard, [first]).start()
             else:
                 lanes.release(first)
-        came = interrupt_at(turn, LANES, lambda lanes=lanes: lanes.acquire(30))  # type: ignore[misc]
+        came = interrupt_at(turn, LANES, partial(lanes.acquire, 30))
         if came:
             assert lanes.acquire(30) is not None
         assert (lanes._count, len(lanes._held)) == (1, 1)
@@ -180,7 +181,7 @@ def test_an_interrupt_leaves_what_is_given_back_whole() -> None:
     while came:
         lanes = lanes_of(1)
         resource = lanes.acquire(0)
-        came = interrupt_at(turn, LANES, lambda lanes=lanes, resource=resource: lanes.release(resource))  # type: ignore[misc]
+        came = interrupt_at(turn, LANES, partial(lanes.release, resource))
         if came:
             lanes.release_own(resource)
         assert lanes.acquire(0) is resource

@@ -339,7 +339,7 @@ def test_a_target_that_is_not_open_is_refused(make_store: MakeStore) -> None:
     """A copy goes into a Database, not to a path."""
     target = make_store("sqlite")
     with Database.open(make_store("sqlite")) as ours, pytest.raises(errors.InvalidArgumentError, match="open Database"):
-        ours.copy_to(target)  # type: ignore[arg-type]
+        ours.copy_to(target)  # type: ignore[arg-type]  # on purpose
 
 
 @pytest.mark.parametrize("engine", BOTH)

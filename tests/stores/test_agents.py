@@ -54,10 +54,10 @@ def test_what_is_no_agent_writes_nothing(database: Database) -> None:
     row = Agent(id="row", name="Row", workspace_path="/row", created_at=START)
     for wrong in ({"id": "new"}, row, None):
         with pytest.raises(InvalidArgumentError, match="AgentCreate"), database.unit_of_work() as unit:
-            unit.agents.create(wrong)  # type: ignore[arg-type]
+            unit.agents.create(wrong)  # type: ignore[arg-type]  # on purpose
     for changes in ({"name": "New"}, DeviceUpdate(metadata=1), None):
         with pytest.raises(InvalidArgumentError, match="AgentUpdate"), database.unit_of_work() as unit:
-            unit.agents.update("ada", changes)  # type: ignore[arg-type]
+            unit.agents.update("ada", changes)  # type: ignore[arg-type]  # on purpose
     assert dump(database) == before
 
 

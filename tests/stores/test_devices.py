@@ -116,7 +116,7 @@ def test_bad_arguments_write_nothing(database: Database) -> None:
             devices.update_last_seen("lamp", START.replace(tzinfo=None))
         for seen in ({"expected_paired_at": START.replace(tzinfo=None)}, {"expected_secret_hash": 5}):
             with pytest.raises(InvalidArgumentError, match="expected_"):
-                devices.approve("lamp", expected_role=Role.ADMIN, **seen)  # type: ignore[arg-type]
+                devices.approve("lamp", expected_role=Role.ADMIN, **seen)  # type: ignore[arg-type]  # on purpose
         stored = devices.get("lamp").shared_secret_hash
         good: dict[str, Any] = {"expected_secret_hash": stored, "secret_hash": "new", "proof_verifier": None}
         bad: dict[str, Any] = {"previous_until": START.replace(tzinfo=None), "proof_verifier": 5, "secret_hash": ""}
@@ -135,13 +135,13 @@ def test_what_is_no_device_writes_nothing(database: Database) -> None:
     row = Device(id="row", role=Role.NODE, shared_secret_hash="h", paired_at=START, approved=True)
     for wrong in ({"id": "new"}, DevicePair(id="new", role=Role.NODE), row, None):
         with pytest.raises(InvalidArgumentError, match="DeviceCreate"), database.unit_of_work() as unit:
-            unit.devices.create(wrong)  # type: ignore[arg-type]
+            unit.devices.create(wrong)  # type: ignore[arg-type]  # on purpose
     for changes in ({"metadata": 1}, AgentUpdate(name="Lamp"), None):
         with pytest.raises(InvalidArgumentError, match="DeviceUpdate"), database.unit_of_work() as unit:
-            unit.devices.update("lamp", changes)  # type: ignore[arg-type]
+            unit.devices.update("lamp", changes)  # type: ignore[arg-type]  # on purpose
     for request in ({"id": "new"}, DeviceCreate(id="new", role=Role.NODE, shared_secret_hash="h"), None):
         with pytest.raises(InvalidArgumentError, match="DevicePair"):
-            database.pair(request)  # type: ignore[arg-type]
+            database.pair(request)  # type: ignore[arg-type]  # on purpose
     assert dump(database) == before
 
 
@@ -211,7 +211,7 @@ def test_approve_spares_what_another_admin_revoked(database: Database, shown: De
         assert unit.devices.approve("lamp", expected_status=DeviceStatus.REVOKED) is True
         assert unit.devices.approve("lamp", expected_status=DeviceStatus.PENDING) is False
         with pytest.raises(InvalidArgumentError):
-            unit.devices.approve("lamp", expected_status="gone")  # type: ignore[arg-type]
+            unit.devices.approve("lamp", expected_status="gone")  # type: ignore[arg-type]  # on purpose
 
 
 @pytest.mark.parametrize("act", ["revoke", "delete"])

@@ -45,7 +45,7 @@ def test_what_is_no_session_writes_nothing(database: Database) -> None:
     row = AgentSession(session_id="row", agent_id="ada", created_at=START, last_active_at=START)
     for wrong in ({"agent_id": "ada"}, row, None):
         with pytest.raises(InvalidArgumentError, match="AgentSessionCreate"), database.unit_of_work() as unit:
-            unit.sessions.create(wrong)  # type: ignore[arg-type]
+            unit.sessions.create(wrong)  # type: ignore[arg-type]  # on purpose
     assert dump(database) == before
 
 
