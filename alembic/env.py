@@ -89,6 +89,8 @@ def run_at_command_line() -> None:
             return
         if target.path is not None:
             with SQLiteEngine(target.path, busy_timeout=wait, durability="full").connect() as connection:
+                # While they are on, rebuilding a table that others refer to fails or deletes the others' rows.
+                connection.connection.driver_connection.execute("PRAGMA foreign_keys=OFF")
                 run(connection)
             return
     if getattr(command, "__name__", "") not in {"revision", "check"}:

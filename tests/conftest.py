@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -255,6 +255,22 @@ def add_device(
         return unit.devices.get(device_id)
 
 
+def write_past_checks(target: str | Path, *statements: str) -> None:
+    """Write as another program that heeds no CHECK: on SQLite by a pragma, on PostgreSQL after dropping two of them."""
+    target = str(target)
+    if "://" in target:
+        for table, check in (("devices", "approved"), ("idempotency_keys", "state")):
+            postgres_execute(target, f"ALTER TABLE {table} DROP CONSTRAINT IF EXISTS ck_{table}_{check}")
+        for statement in statements:
+            postgres_execute(target, statement)
+        return
+    from homeagent.engine.sqlite.driver import choose_driver
+
+    with closing(choose_driver().module.connect(target, isolation_level=None)) as raw:
+        for statement in ("PRAGMA ignore_check_constraints=ON", *statements):
+            raw.execute(statement)
+
+
 def dump(database: Database) -> dict[str, list[tuple[Any, ...]]]:
     """Return every row of every table as the database stores it: what was not written can be seen to be absent."""
     from sqlalchemy import text
@@ -281,17 +297,18 @@ class Children:
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[str]] = []
-        self._environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-    def start(self, script: str, *arguments: object) -> subprocess.Popen[str]:
-        """Start a process; warnings are errors in it too."""
+    def start(self, script: str, *arguments: object, path: Path = ROOT) -> subprocess.Popen[str]:
+        """Start a process that imports the package from `path`; warnings are errors in it too."""
         process = subprocess.Popen(
             [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=self._environment,
+            # Python looks in the directory that it runs in before it looks in PYTHONPATH.
+            cwd=path,
+            env={**os.environ, "PYTHONPATH": str(path)},
         )
         self._processes.append(process)
         return process

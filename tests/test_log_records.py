@@ -18,6 +18,7 @@ from homeagent import Database, DeviceCreate, DevicePair, IdempotencyScope, Role
 from tests.conftest import FakeClock
 
 PACKAGE = Path(homeagent.__file__).parent
+REVISIONS = PACKAGE.parent / "alembic" / "versions"
 PAGE = PACKAGE.parent / "docs" / "operations.md"
 LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 
@@ -30,8 +31,8 @@ VALUES = {
 
 
 def calls() -> Iterator[tuple[str, ast.Call]]:
-    """Return each place in the package that makes a log record, and the call that makes it."""
-    for path in sorted(PACKAGE.rglob("*.py")):
+    """Return each place in the package or a revision that makes a log record, and the call that makes it."""
+    for path in sorted([*PACKAGE.rglob("*.py"), *REVISIONS.glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if (
                 isinstance(node, ast.Call)
@@ -40,7 +41,7 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
                 and isinstance(node.func.value, ast.Name)
                 and node.func.value.id in {"logger", "logging", "log", "_logger"}
             ):
-                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", node
+                yield f"{path.relative_to(PACKAGE.parent)}:{node.lineno}", node
 
 
 def fields_of(place: str, call: ast.Call) -> dict[str, ast.expr]:

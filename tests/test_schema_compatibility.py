@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 from sqlalchemy import Connection, create_engine, make_url, text
@@ -17,8 +20,8 @@ from homeagent import Database
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.errors import SchemaTooNewError
 from homeagent.migrations import REVISION, VERSION_TABLE
-from tests.conftest import ROOT, add_device
-from tests.schema_compatibility import BASELINE, problems_of
+from tests.conftest import ROOT, Children, add_device
+from tests.schema_compatibility import BASELINE, SHOWN, problems_of
 
 SCRIPTS = ROOT / "alembic"
 CHECKED = sorted(path.name[:4] for path in (SCRIPTS / "versions").glob("[0-9]*.py") if path.name[:4] > BASELINE)
@@ -175,6 +178,35 @@ def test_what_breaks_the_version_before_is_refused(target: str, tmp_path: Path, 
     assert any(problem in line for line in problems), problems
 
 
+NEW_CHECK, CHANGED_CHECK = (
+    'with op.batch_alter_table("agents") as batch:\n'
+    '    batch.create_check_constraint(op.f("ck_agents_name"), "name <> \'x\'")',
+    'with op.batch_alter_table("devices") as batch:\n'
+    '    batch.drop_constraint(op.f("ck_devices_approved"), type_="check")\n'
+    '    batch.create_check_constraint(op.f("ck_devices_approved"), "approved IN (0, 1, 2)")',
+)
+
+
+@EITHER
+@pytest.mark.parametrize(
+    ("check", "body", "test", "passes"),
+    [
+        ("ck_agents_name", NEW_CHECK, "test_a_check_that_a_test_shows_passes", True),
+        ("ck_agents_name", NEW_CHECK, "test_that_is_not_there", False),
+        ("ck_devices_approved", CHANGED_CHECK, "test_a_check_that_a_test_shows_passes", False),
+    ],
+    ids=["shown", "by no test", "changed"],
+)
+def test_a_check_that_a_test_shows_passes(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str, body: str, test: str, passes: bool
+) -> None:
+    """A new CHECK on an old column passes if the test that is named for it exists; a changed CHECK never does."""
+    monkeypatch.setitem(SHOWN, check, f"tests/test_schema_compatibility.py::{test}")
+    with connected(target) as connection:
+        problems = problems_of(NEXT, connection, scripts=sample(tmp_path, body))
+    assert [f"CHECK {check}" in problem for problem in problems] == ([] if passes else [True])
+
+
 def test_a_trigger_is_refused(sqlite_path: Path, tmp_path: Path) -> None:
     """A trigger on an old table is found; on SQLite only, since PostgreSQL's need a function first."""
     body = 'op.execute("CREATE TRIGGER t AFTER INSERT ON nonces BEGIN DELETE FROM nonces; END")'
@@ -251,3 +283,76 @@ def test_an_older_version_is_refused_where_it_would_break_something(target: str,
         Database.open(target, migrate=migrate)
     assert (caught.value.revision, caught.value.known) == ("9999", REVISION)
     assert schema_of(target) == before
+
+
+# The version before writes what a new CHECK accepts
+
+
+def code_of(revision: str, directory: Path) -> Path:
+    """Unpack the newest code that was made for a revision, from the history of this checkout."""
+    module, line = "homeagent/migrations/revisions.py", f'REVISION = "{revision}"'
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True).stdout
+
+    try:
+        # The newest commit that brought or took this line.
+        commit = git("log", "-1", "--format=%H", f"-S{line}", "--", module).decode().strip()
+        is_there = line.encode() in git("show", f"{commit}:{module}")
+        archive = git("archive", "--format=zip", "HEAD" if is_there else f"{commit}^", "homeagent", "alembic")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip(f"needs the history of the checkout back to the last commit at revision {revision}")
+    ZipFile(io.BytesIO(archive)).extractall(directory)
+    return directory
+
+
+WRITES_DEVICES = """
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import homeagent
+from homeagent import Database, Device, DevicePair, DeviceUpdate, Role
+from homeagent.migrations import REVISION
+
+code, revision, target = sys.argv[1:]
+assert Path(homeagent.__file__).is_relative_to(code) and REVISION == revision, (homeagent.__file__, REVISION)
+with Database.open(target) as database:
+    for name in ("admin", "phone", "lock", "gone"):
+        secret = database.pair(DevicePair(id=name, role=Role.ADMIN)).shared_secret
+        with database.unit_of_work() as unit:
+            assert unit.devices.approve(name)
+        assert database.verify_secret(name, secret) is not None
+        database.rotate_secret(name, overlap=timedelta(hours=1))
+    with database.unit_of_work() as unit:
+        assert unit.devices.revoke("phone", reason="lost") and unit.devices.revoke("lock")
+        assert unit.devices.approve("lock")
+        assert unit.devices.update_last_seen("lock") and unit.devices.delete("gone")
+        unit.devices.update("lock", DeviceUpdate(metadata={"room": "hall"}))
+        for name, approved in (("orm-in", True), ("orm-out", False)):
+            unit.session.add(
+                Device(id=name, role=Role.NODE, shared_secret_hash="h", paired_at=datetime.now(UTC), approved=approved)
+            )
+        unit.session.flush()
+        unit.session.get(Device, "orm-in").approved = False
+        unit.session.get(Device, "orm-out").approved = True
+    database.pair(DevicePair(id="new", role=Role.CLIENT))
+    database.sweep()
+"""
+
+
+def test_code_of_0005_writes_what_0006_accepts(target: str, tmp_path: Path, children: Children) -> None:
+    """The code of revision 0005 does all that it can do with devices on the present schema, and no CHECK refuses it."""
+    code = code_of("0005", tmp_path / "code")
+    Database.open(target).close()
+    children.finish(children.start(WRITES_DEVICES, code, "0005", target, path=code))
+    with Database.open(target) as database, database.unit_of_work(read_only=True) as unit:
+        found = {device.id: device.status.value for device in unit.devices.list()}
+    assert found == {
+        "admin": "approved",
+        "lock": "approved",
+        "new": "pending",
+        "orm-in": "pending",
+        "orm-out": "approved",
+        "phone": "revoked",
+    }

@@ -183,5 +183,6 @@ def devices_of(raw: Any) -> Devices:
     """Return in which role each device may enter, and the hash of its secret."""
     rows = raw.execute("SELECT id, approved, role, shared_secret_hash FROM devices").fetchall()
     return {
-        str(device_id): (str(role) if approved else None, str(hashed)) for device_id, approved, role, hashed in rows
+        str(device_id): (str(role) if approved == 1 else None, str(hashed))
+        for device_id, approved, role, hashed in rows
     }

@@ -40,7 +40,7 @@ __all__ = [
     "upgrade",
 ]
 
-REVISION = "0005"
+REVISION = "0006"
 """The revision that this version of the package works with: the newest in `alembic/versions`."""
 
 VERSION_TABLE = "homeagent_schema_version"

@@ -48,7 +48,10 @@ class Device(Table, table=True):
     """A row of `devices`. Never a request body (a client could set `approved`), never a reply: see the shapes."""
 
     __tablename__ = "devices"
-    __table_args__ = (CheckConstraint("role IN ('client', 'node', 'admin')", name="role"),)
+    __table_args__ = (
+        CheckConstraint("role IN ('client', 'node', 'admin')", name="role"),
+        CheckConstraint("approved IN (0, 1)", name="approved"),
+    )
 
     id: Identifier = Field(sa_column=Column("id", text_column(), primary_key=True, nullable=False))
     role: Role = Field(sa_column=Column("role", Word(Role), nullable=False))

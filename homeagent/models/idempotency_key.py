@@ -125,7 +125,7 @@ class IdempotencyKey(Table, table=True):
     )
     omitted: bool = Field(
         default=False,
-        sa_column=Column("omitted", Flag, nullable=False, server_default=text("0")),
+        sa_column=Column("omitted", Flag(otherwise=True), nullable=False, server_default=text("0")),
         description="Whether the effect ended but what it returned could not be stored.",
     )
 

@@ -39,6 +39,10 @@ SEEN_GRANULARITY = timedelta(minutes=1)
 _columns: Any = Device.__table__.c
 _keys: Any = IdempotencyKey.__table__.c
 
+# Each device is in one of the two, whatever value is stored: `approved = 0` would leave out what is neither 0 nor 1.
+_APPROVED = _columns.approved == True  # noqa: E712  an expression
+_UNAPPROVED = _columns.approved.is_distinct_from(True)
+
 _FIND = Statement[Device](select(Device).where(_columns.id == bindparam("id")), lock=True)
 _PEEK = Statement[Device](select(Device).where(_columns.id == bindparam("id")))
 _CREATE = Statement[Device](
@@ -80,7 +84,7 @@ _REVOKE = Statement[Device](
 # All approved admins are locked, in one order, before one of them is given up: of two who revoke each other at once
 # the second waits, and then sees that it would be the last.
 _APPROVED_ADMINS = Statement[Device](
-    select(Device).where(_columns.role == Role.ADMIN, _columns.approved == True).order_by(_columns.id),  # noqa: E712  an expression
+    select(Device).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
     lock=True,
 )
 _SEEN = Statement[Device](
@@ -114,14 +118,14 @@ _REHASH = Statement[Device](
 def _list(*, approved: bool | None, by_role: bool, status: DeviceStatus | None, after: bool) -> Statement[Device]:
     conditions = []
     if approved is not None:
-        conditions.append(_columns.approved == approved)
+        conditions.append(_APPROVED if approved else _UNAPPROVED)
     if by_role:
         conditions.append(_columns.role == bindparam("role"))
     if status is DeviceStatus.APPROVED:
-        conditions.append(_columns.approved == True)  # noqa: E712  an expression
+        conditions.append(_APPROVED)
     elif status is not None:
         revoked = _columns.revoked_at.is_not(None)
-        conditions.append(and_(_columns.approved == False, revoked if status is DeviceStatus.REVOKED else ~revoked))  # noqa: E712
+        conditions.append(and_(_UNAPPROVED, revoked if status is DeviceStatus.REVOKED else ~revoked))
     if after:
         conditions.append(_columns.id > bindparam("after"))
     return Statement(select(Device).where(*conditions).order_by(_columns.id).limit(bindparam("limit")))

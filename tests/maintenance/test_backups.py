@@ -25,6 +25,7 @@ from homeagent.engine.sqlite import backup as engine_backup
 from homeagent.engine.sqlite.driver import choose_driver
 from homeagent.engine.sqlite.manifests import backups_in, manifest_path, newest_backup, read_manifest
 from homeagent.maintenance.backups import back_up_if_due
+from homeagent.migrations import REVISION
 from tests.conftest import START, Children, FakeClock, add_agent, add_device
 
 DAY = timedelta(days=1)
@@ -47,7 +48,7 @@ def test_backup_into_a_directory(sqlite_database: Database, sqlite_path: Path, t
     backup = sqlite_database.backup(tmp_path / "backups/")
     assert backup == tmp_path / "backups"
     backup = sqlite_database.backup(f"{tmp_path}/made/")
-    assert backup == tmp_path / "made" / "homeagent.db.0005-20260102T030405678000Z.backup"
+    assert backup == tmp_path / "made" / f"homeagent.db.{REVISION}-20260102T030405678000Z.backup"
     assert names(backup.parent) == {backup.name, f"{backup.name}.json"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in backup.parent.iterdir()} == {0o600}
     assert stat.S_IMODE(backup.parent.stat().st_mode) == 0o700
@@ -58,7 +59,7 @@ def test_backup_into_a_directory(sqlite_database: Database, sqlite_path: Path, t
         "kind": "backup",
         "database": str(sqlite_path),
         "taken_at": "2026-01-02T03:04:05.678000Z",
-        "schema_revision": "0005",
+        "schema_revision": REVISION,
         "epoch": 1,
         "rows": {"agents": 1, "devices": 0, "idempotency_keys": 0, "nonces": 0, "sessions": 0, "store": 1},
         "size": backup.stat().st_size,

@@ -30,7 +30,7 @@ from homeagent.engine.sqlite.manifests import manifest_path
 from homeagent.engine.sqlite.presence import announce
 from homeagent.maintenance import looking_back, restoring
 from homeagent.migrations import REVISION, VERSION_TABLE
-from tests.conftest import ROOT, START, Children, FakeClock, add_agent, add_device
+from tests.conftest import ROOT, START, Children, FakeClock, add_agent, add_device, write_past_checks
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks and modes")
 
@@ -125,6 +125,16 @@ def test_who_may_enter_again_is_told(sqlite_path: Path, tmp_path: Path, children
     os.truncate(sqlite_path, 5000)
     report = Database.restore(backup, sqlite_path)
     assert (report.readmitted_devices, report.old_secret_devices) == (None, None)
+
+
+def test_an_odd_approval_was_none_before_the_restore(sqlite_path: Path, tmp_path: Path) -> None:
+    """A device whose stored approval is text could not enter; the restore names it, since it may enter again."""
+    with Database.open(sqlite_path) as database:
+        for name in ("stays", "odd"):
+            add_device(database, name, approved=True)
+        backup = database.backup(tmp_path / "the.backup")
+    write_past_checks(sqlite_path, "UPDATE devices SET approved = 'false' WHERE id = 'odd'")
+    assert Database.restore(backup, sqlite_path).readmitted_devices == ["odd"]
 
 
 def test_who_has_a_lost_role_again_is_told(sqlite_path: Path, tmp_path: Path) -> None:
@@ -266,6 +276,12 @@ def no_store(path: Path) -> None:
         raw.execute("PRAGMA user_version = 1")
 
 
+def another(path: Path) -> None:
+    """Have a sound database of the same size with another row."""
+    with closing(bare(path)) as raw:
+        raw.execute("UPDATE agents SET name = 'eve'")
+
+
 def flipped(path: Path) -> None:
     """Flip a bit in the middle of a page that has nothing in it: SQLite itself would never know."""
     content = bytearray(path.read_bytes())
@@ -284,8 +300,7 @@ BACKUPS: dict[str, tuple[Any, type[errors.DatabaseError], str, bool]] = {
     "cut": (lambda path: os.truncate(path, 40960), errors.CorruptDatabaseError, "is damaged", False),
     "cut, with manifest": (lambda path: os.truncate(path, 40960), errors.CorruptDatabaseError, "its manifest", True),
     "flipped": (flipped, errors.CorruptDatabaseError, "SHA-256", True),
-    "another": (lambda path: shutil.copyfile(ROOT / "tests/fixtures/revisions/0005.db", path),
-                errors.CorruptDatabaseError, "SHA-256", True),
+    "another": (another, errors.CorruptDatabaseError, "SHA-256", True),
     "manifest": (lambda path: manifest_path(path).write_text("{}"), errors.CorruptDatabaseError, "no manifest", True),
 }  # fmt: skip
 
@@ -436,7 +451,7 @@ def test_backup_that_is_open_is_refused(sqlite_path: Path, tmp_path: Path, clock
     assert agents(tmp_path / "new.db") == ["live", "still-locked"]
 
 
-@pytest.mark.parametrize("revision", ["0001", "0004", "0005"])
+@pytest.mark.parametrize("revision", ["0001", "0004", "0005", REVISION])
 def test_backup_of_an_older_version(tmp_path: Path, clock: FakeClock, revision: str) -> None:
     """A backup of an older schema is upgraded before it takes the place, so that it has an epoch as well."""
     path = tmp_path / "homeagent.db"

@@ -76,7 +76,7 @@ def rows_of(path: Path) -> Rows:
             names = [column[0] for column in cursor.description]
             found[table] = sorted(
                 ({n: v for n, v in zip(names, row, strict=True) if v is not None} for row in cursor.fetchall()),
-                key=lambda row: json.dumps(row, sort_keys=True),
+                key=lambda row: json.dumps(row, sort_keys=True, default=repr),
             )
     return found
 

@@ -97,7 +97,7 @@ def test_autogenerate_drafts_plain_types(tmp_path: Path) -> None:
     """A drafted revision holds plain `sa.` types alone, whatever columns of ours are in it."""
     copy = tmp_path / "alembic"
     shutil.copytree(CHECKOUT / "alembic", copy, ignore=shutil.ignore_patterns("__pycache__"))
-    for revision in ("0003", "0004", "0005"):
+    for revision in REVISIONS[REVISIONS.index("0003") :]:
         next(copy.glob(f"versions/{revision}_*")).unlink()
     configuration = tmp_path / "alembic.ini"
     configuration.write_text(f"[alembic]\nscript_location = {copy}\n")
@@ -374,6 +374,113 @@ def test_old_database_opens_and_carries_on(tmp_path: Path, revision: str) -> Non
     # The backup is a database that opens.
     with Database.open(backup, clock=clock) as restored, restored.unit_of_work(read_only=True) as unit:
         assert unit.sessions.get("s-1").sender_id == "alice"
+
+
+ODD_APPROVALS = ["'false'", "'true'", "''", "2", "-1", "1.5", "x'01'", "x'31'"]
+APPROVALS = ["1", "1.0", "'1'"]
+
+
+@pytest.mark.parametrize("revision", REVISIONS[: REVISIONS.index("0006")])
+def test_odd_approvals_are_withdrawn(tmp_path: Path, revision: str, caplog: pytest.LogCaptureFixture) -> None:
+    """0006 counts 1 alone as an approval and names each other device; the backup keeps what was stored."""
+    path = old_database(tmp_path, revision)
+    with closing(sqlite(path)) as raw:
+        for value in [*ODD_APPROVALS, *APPROVALS, "0"]:
+            raw.execute(
+                "INSERT INTO devices (id, role, shared_secret_hash, approved, paired_at)"
+                f" VALUES (?, 'admin', 'h', {value}, 1)",
+                [f"is {value}"],
+            )
+    before = rows_of(path)["devices"]
+    odd = sorted(f"is {value}" for value in ODD_APPROVALS)
+    Database.open(path, clock=clock).close()
+    (record,) = [record for record in caplog.records if getattr(record, "event", "") == "approvals_withdrawn"]
+    assert (record.levelname, record.name, vars(record)["devices"]) == ("WARNING", "homeagent", odd)
+    assert all(repr(name) in record.getMessage() for name in odd)
+    after = rows_of(path)["devices"]
+    assert sorted(after, key=lambda row: row["id"]) == sorted(
+        ({**row, "approved": 0} if row["id"] in odd else row for row in before), key=lambda row: row["id"]
+    )
+    assert {(type(row["approved"]), row["approved"]) for row in after} == {(int, 0), (int, 1)}
+    assert {f"is {value}" for value in APPROVALS} < {row["id"] for row in after if row["approved"]}
+    (backup,) = tmp_path.glob("*.backup")
+    assert rows_of(backup)["devices"] == before
+    with closing(sqlite(path)) as raw:
+        for value in ODD_APPROVALS:
+            with pytest.raises(choose_driver().module.IntegrityError, match="ck_devices_approved"):
+                raw.execute(f"UPDATE devices SET approved = {value}")
+    caplog.clear()
+    Database.open(path).close()
+    assert not [record for record in caplog.records if getattr(record, "event", "") == "approvals_withdrawn"]
+
+
+@pytest.mark.parametrize("revision", ["0001", "0005"])
+def test_odd_approvals_are_withdrawn_on_postgresql(
+    empty_postgres_url: str, revision: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On PostgreSQL, too, any other number becomes 0, and so does a null that another program made possible."""
+    with server(empty_postgres_url).begin() as connection:
+        command.upgrade(alembic_config(connection), revision)
+        connection.execute(text("ALTER TABLE devices ALTER COLUMN approved DROP NOT NULL"))
+        for value in ("0", "1", "2", "-1", "NULL"):
+            connection.execute(
+                text(
+                    "INSERT INTO devices (id, role, shared_secret_hash, approved, paired_at)"
+                    f" VALUES ('is {value}', 'admin', 'h', {value}, 1)"
+                )
+            )
+    with Database.open(empty_postgres_url) as database, database.unit_of_work(read_only=True) as unit:
+        assert [device.id for device in unit.devices.list(approved=True)] == ["is 1"]
+    (record,) = [record for record in caplog.records if getattr(record, "event", "") == "approvals_withdrawn"]
+    assert vars(record)["devices"] == ["is -1", "is 2", "is NULL"]
+    with server(empty_postgres_url).begin() as connection:
+        found = connection.execute(text("SELECT DISTINCT approved FROM devices ORDER BY 1")).scalars().all()
+    assert found == [0, 1]
+
+
+OWN_OBJECTS = [
+    "ALTER TABLE devices ADD COLUMN room TEXT COLLATE NOCASE DEFAULT 'a (big) hall'",
+    "ALTER TABLE devices ADD COLUMN loud TEXT GENERATED ALWAYS AS (upper(id)) VIRTUAL",
+    "CREATE INDEX own_order ON devices (last_seen_at DESC, room COLLATE BINARY)",
+    "CREATE INDEX own_expression ON devices (lower(id)) WHERE approved = 1",
+    "CREATE TABLE own_keys (device_id TEXT REFERENCES devices (id) ON DELETE CASCADE, note TEXT)",
+    "CREATE TABLE own_log (id TEXT, role TEXT)",
+    "CREATE VIEW own_view AS SELECT id, room FROM devices JOIN own_keys ON device_id = id",
+    "CREATE TRIGGER own_deletion AFTER DELETE ON Devices BEGIN INSERT INTO own_log VALUES (old.id, old.role); END",
+    "CREATE TRIGGER own_reader AFTER INSERT ON own_keys WHEN new.device_id NOT IN (SELECT id FROM devices)"
+    " BEGIN SELECT raise(ABORT, 'no such device'); END",
+    "INSERT INTO own_keys SELECT id, '%s :id ?' FROM devices",
+]
+
+
+@pytest.mark.parametrize("by", ["the package", "alembic"])
+def test_what_others_added_to_devices_is_kept(tmp_path: Path, by: str) -> None:
+    """0006 makes the table again: own columns, indexes, triggers, views and rows that refer to it are as they were."""
+    path = old_database(tmp_path, "0005")
+    with closing(sqlite(path)) as raw:
+        for statement in OWN_OBJECTS:
+            raw.execute(statement)
+    own = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name LIKE 'own%' ORDER BY name"
+    rows = [
+        "SELECT * FROM devices ORDER BY id",
+        "SELECT * FROM own_keys ORDER BY 1",
+        "SELECT * FROM own_view ORDER BY 1",
+    ]
+    before = [fetch(path, query) for query in (own, *rows)]
+    if by == "alembic":
+        done = alembic_cli("upgrade", "head", HOMEAGENT_DATABASE=str(path))
+        assert done.returncode == 0, done.stderr
+    else:
+        Database.open(path, clock=clock).close()
+    assert [fetch(path, query) for query in (own, *rows)] == before
+    assert is_sound(path)
+    with closing(sqlite(path)) as raw:
+        raw.execute("PRAGMA foreign_keys=ON")
+        with pytest.raises(choose_driver().module.IntegrityError, match="no such device"):
+            raw.execute("INSERT INTO own_keys VALUES ('nobody', '')")
+        raw.execute("DELETE FROM devices WHERE id = 'phone'")
+        assert raw.execute("SELECT * FROM own_log").fetchall() == [("phone", "client")]
+        assert raw.execute("SELECT count(*) FROM own_keys WHERE device_id = 'phone'").fetchone() == (0,)
 
 
 def test_old_rows_on_postgresql(empty_postgres_url: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from sqlalchemy import text
 
 from homeagent import (
     AgentUpdate,
@@ -21,12 +22,14 @@ from homeagent import (
 )
 from homeagent.errors import (
     ApprovalChangedError,
+    ConflictError,
     DeviceExistsError,
     DeviceNotFoundError,
     InvalidArgumentError,
     LastAdminError,
 )
-from tests.conftest import START, FakeClock, add_device, dump
+from homeagent.scram import make_proof, proof_message, verifier_parameters
+from tests.conftest import START, FakeClock, add_device, dump, write_past_checks
 
 SECOND = timedelta(seconds=1)
 MINUTE = timedelta(minutes=1)
@@ -322,3 +325,79 @@ def test_hashes_are_in_no_dump_and_no_repr(database: Database) -> None:
     """What is stored of a secret appears in neither the repr nor the dump of a device."""
     device = add_device(database)
     assert "sha256$" not in repr(device) + str(device) + device.model_dump_json() + str(device.model_dump())
+
+
+# What another program stored as an approval
+
+
+@pytest.mark.parametrize("value", ["'false'", "'true'", "''", "x'01'", "2", "-1", "1.5"])
+@pytest.mark.parametrize("revoked", [False, True])
+def test_only_exactly_one_is_an_approval(
+    database: Database, target: str, engine_name: str, value: str, revoked: bool
+) -> None:
+    """A stored approval that is neither 0 nor 1 lets no device in, and the device is in the lists of the others."""
+    if engine_name == "postgresql" and value not in {"2", "-1"}:
+        pytest.skip("PostgreSQL stores nothing but integers in this column")
+    secret = database.pair(DevicePair(id="lamp", role=Role.ADMIN)).shared_secret
+    with database.unit_of_work() as unit:
+        assert unit.devices.approve("lamp")
+        if revoked:
+            assert unit.devices.revoke("lamp", force=True)
+    write_past_checks(target, f"UPDATE devices SET approved = {value}")
+    now = START
+    with database.unit_of_work(read_only=True) as unit:
+        verifier = unit.devices.get("lamp").proof_verifier
+    assert verifier is not None
+    message = proof_message(device_id="lamp", nonce="n", timestamp=now)
+    proof = make_proof(secret, verifier_parameters(verifier), message)
+    assert database.verify_secret("lamp", secret) is None
+    assert database.verify_proof("lamp", nonce="n", timestamp=now, proof=proof) is None
+    status = DeviceStatus.REVOKED if revoked else DeviceStatus.PENDING
+    with database.unit_of_work(read_only=True) as unit:
+        stored = unit.session.get(Device, "lamp")
+        for device in (unit.devices.get("lamp"), *unit.devices.list(), stored):
+            assert device is not None
+            assert (device.approved, device.status) == (False, status)
+        for listed in (
+            *({"approved": approved} for approved in (True, False)),
+            *({"status": wanted} for wanted in DeviceStatus),
+        ):
+            is_there = listed in ({"approved": False}, {"status": status})
+            assert len(unit.devices.list(**listed)) == is_there, listed  # type: ignore[arg-type]  # each is one of the two
+    assert database.doctor().finding("admins").facts == {"admins": 0, "devices": 1}  # type: ignore[union-attr]  # it is there
+    assert database.doctor().finding("pending_devices").facts["pending"] == (not revoked)  # type: ignore[union-attr]
+    add_device(database, "desk", role=Role.ADMIN, approved=True)
+    with pytest.raises(LastAdminError), database.unit_of_work() as unit:
+        unit.devices.revoke("desk")
+    with database.unit_of_work() as unit:
+        assert unit.devices.approve("lamp", expected_status=status)
+    assert database.verify_secret("lamp", secret) is not None
+
+
+def test_null_is_no_approval(database: Database, target: str, engine_name: str) -> None:
+    """Where another program let the column be null, a null is no approval, and the device is listed as pending."""
+    add_device(database, approved=True)
+    nullable = {
+        "postgresql": ["ALTER TABLE devices ALTER COLUMN approved DROP NOT NULL"],
+        "sqlite": [
+            "PRAGMA writable_schema=ON",
+            "UPDATE sqlite_master SET sql = replace(sql, 'approved INTEGER DEFAULT 0 NOT NULL', 'approved INTEGER')"
+            " WHERE name = 'devices'",
+            "PRAGMA schema_version=1000",
+        ],
+    }
+    write_past_checks(target, *nullable[engine_name], "UPDATE devices SET approved = NULL")
+    with database.unit_of_work(read_only=True) as unit:
+        (device,) = unit.devices.list(status=DeviceStatus.PENDING)
+        assert device.approved is False
+        assert unit.devices.list(approved=True) == []
+
+
+@pytest.mark.parametrize("value", ["2", "-1"])
+def test_the_database_refuses_another_approval(database: Database, value: str) -> None:
+    """The CHECK refuses whatever is neither 0 nor 1, on both engines, and nothing is written."""
+    add_device(database, approved=True)
+    before = dump(database)
+    with pytest.raises(ConflictError), database.unit_of_work() as unit:
+        unit.session.connection().execute(text(f"UPDATE devices SET approved = {value}"))
+    assert dump(database) == before

@@ -123,7 +123,8 @@ def _check_clock(chart: Chart, connection: Connection) -> None:
 
 def _check_backlog(chart: Chart, connection: Connection) -> None:
     nonces = _count(connection, Nonce, _nonce.expires_at <= chart.now - NONCE_GRACE)
-    keys = _count(connection, IdempotencyKey, _key.expires_at <= chart.now, _key.state != IdempotencyState.IN_PROGRESS)
+    ended = _key.state.in_([IdempotencyState.COMPLETED, IdempotencyState.FAILED])
+    keys = _count(connection, IdempotencyKey, _key.expires_at <= chart.now, ended)
     if nonces + keys <= BACKLOG:
         chart.ok("expired_backlog", f"Expired rows that wait to be swept: {nonces + keys:,}.", nonces=nonces, keys=keys)
         return
@@ -206,7 +207,7 @@ def _check_orphaned_sessions(chart: Chart, connection: Connection) -> None:
 
 
 def _check_pending(chart: Chart, connection: Connection) -> None:
-    pending = and_(_device.approved == False, _device.revoked_at.is_(None))  # noqa: E712  an expression
+    pending = and_(_device.approved.is_distinct_from(True), _device.revoked_at.is_(None))
     waiting = _count(connection, Device, pending)
     long = _count(connection, Device, pending, _device.paired_at <= chart.now - PENDING)
     if not long:

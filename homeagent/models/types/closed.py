@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 from sqlalchemy import Dialect, Integer, Text
 from sqlalchemy.types import TypeDecorator
@@ -38,19 +39,37 @@ class Word(TypeDecorator[StrEnum]):
         return None if value is None else loaded(self.loaded_values.__getitem__, value)
 
 
+class _Flags(dict[Any, bool]):
+    def __init__(self, *, otherwise: bool) -> None:
+        super().__init__({0: False, 1: True})
+        self._otherwise = otherwise
+
+    def __missing__(self, stored: object) -> bool:
+        return self._otherwise
+
+
 class Flag(TypeDecorator[bool]):
-    """A bool as INTEGER 0 or 1; a plain bool column would be declared BOOLEAN."""
+    """A bool as INTEGER 0 or 1; a plain bool column would be declared BOOLEAN.
+
+    Args:
+        otherwise: what any other stored value counts as, such as text, a BLOB or 2, which only another program
+            writes: the safe one of the two.
+    """
 
     impl = Integer
     cache_ok = True
+
+    def __init__(self, *, otherwise: bool = False) -> None:
+        super().__init__()
+        self.otherwise = otherwise
+        self.loaded_values = _Flags(otherwise=otherwise)
 
     def process_bind_param(self, value: bool | None, dialect: Dialect) -> int | None:
         """Return 1 or 0."""
         return None if value is None else int(value)
 
-    def process_result_value(self, value: int | None, dialect: Dialect) -> bool | None:
-        """Return whether it is not 0."""
-        return None if value is None else value != 0
+    def process_result_value(self, value: object, dialect: Dialect) -> bool | None:
+        """Return True for 1, False for 0, and `otherwise` for any other stored value."""
+        return None if value is None else self.loaded_values[value]
 
     convert_bound = int
-    convert_loaded = bool
