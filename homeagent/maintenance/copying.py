@@ -32,7 +32,7 @@ from homeagent.errors import (
 )
 from homeagent.migrations import REVISION, revision_of
 from homeagent.models import DATA_TABLES, metadata
-from homeagent.models.types import JsonColumn
+from homeagent.models.types import Flag, JsonColumn
 from homeagent.unit_of_work import UnitOfWork
 
 __all__ = ["CopyProgress", "CopyReport", "copy_store"]
@@ -90,6 +90,7 @@ class _Table:
         self._kinds = [
             {_stored_kind(c.type), type(None)} if c.nullable else {_stored_kind(c.type)} for c in described.columns
         ]
+        self._flags = [at for at, c in enumerate(described.columns) if isinstance(c.type, Flag)]
         self._sound: set[tuple[type, ...]] = set()
         raw = sql_table(name, *map(column, self.columns))
         key = [raw.c[c.name] for c in described.primary_key.columns]
@@ -135,6 +136,9 @@ class _Table:
             for name, value in zip(self.columns, row, strict=True):
                 if value.__class__ is str and "\0" in value:
                     raise self._unsound(name, "text with a NUL")
+            for at in self._flags:
+                if row[at] not in (0, 1):
+                    raise self._unsound(self.columns[at], "a number that is neither 0 nor 1")
         unit.insert_rows(self.name, self.columns, rows)
 
     def _check_kinds(self, kinds: tuple[type, ...]) -> None:

@@ -9,7 +9,7 @@ from secrets import token_hex
 from typing import Any
 
 from pydantic import JsonValue
-from sqlalchemy import Text, and_, bindparam, delete, func, null, or_, select, tuple_, update
+from sqlalchemy import Text, and_, bindparam, delete, func, not_, null, or_, select, tuple_, update
 
 from homeagent.engine.statements import Statement, as_loaded, constant
 from homeagent.errors import (
@@ -32,6 +32,7 @@ _columns: Any = _table.c
 
 _IN_PROGRESS = constant(IdempotencyState.IN_PROGRESS, _columns.state.type)
 _COMPLETED = constant(IdempotencyState.COMPLETED, _columns.state.type)
+_FAILED = constant(IdempotencyState.FAILED, _columns.state.type)
 _FIRST = constant(1, _columns.attempt.type)
 _NOT_OMITTED = constant(False, _columns.omitted.type)
 
@@ -40,9 +41,11 @@ _SAME_SCOPE = and_(
     _columns.method == bindparam("method"),
     _columns.key == bindparam("key"),
 )
-# A row in progress outlives its time, until somebody knows how it ended.
-_LIVE = or_(_columns.expires_at > bindparam("now"), _columns.state == _IN_PROGRESS)
-_DEAD = and_(_columns.expires_at <= bindparam("now"), _columns.state != _IN_PROGRESS)
+# A row in progress outlives its time, until somebody knows how it ended. So does a row whose stored state is none of
+# the three: if it were deleted, an effect that may have taken place would run again.
+_ENDED = or_(_columns.state == _COMPLETED, _columns.state == _FAILED)
+_LIVE = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
+_DEAD = and_(_columns.expires_at <= bindparam("now"), _ENDED)
 
 _INSERT = Statement[IdempotencyKey](
     lambda insert: (
@@ -143,7 +146,7 @@ _DELETE_EXPIRED = Statement[IdempotencyKey](
     )
 )
 _DELETE_ENDED = Statement[IdempotencyKey](
-    delete(IdempotencyKey).where(_columns.device_id == bindparam("device_id"), _columns.state != _IN_PROGRESS)
+    delete(IdempotencyKey).where(_columns.device_id == bindparam("device_id"), _ENDED)
 )
 COUNT_EXPIRED = Statement[int](select(func.count()).select_from(IdempotencyKey).where(_DEAD))
 

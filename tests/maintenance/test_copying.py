@@ -30,6 +30,7 @@ from tests.conftest import (
     copy_template,
     postgres_database,
     postgres_execute,
+    write_past_checks,
 )
 
 # All but a few copy to PostgreSQL or from it.
@@ -470,6 +471,23 @@ def test_a_value_that_no_store_writes_is_refused(bad: str, make_store: MakeStore
         assert type(raised.value) is expected
         assert "s3cret" not in repr(raised.value)
         assert raised.value.__cause__ is raised.value.__context__ is None
+        assert stored(theirs) == empty
+
+
+@pytest.mark.parametrize("target", BOTH)
+@pytest.mark.parametrize("name", ["approved", "omitted"])
+def test_a_flag_that_is_neither_0_nor_1_is_refused(
+    name: str, target: str, make_store: MakeStore, clock: FakeClock
+) -> None:
+    """The refusal names the column of the source, and the target is as it was."""
+    source = make_store("sqlite")
+    with Database.open(source, clock=clock) as ours, Database.open(make_store(target)) as theirs:
+        fill(ours)
+        table = {"approved": "devices", "omitted": "idempotency_keys"}[name]
+        write_past_checks(source, f"UPDATE {table} SET {name} = 2")
+        empty = stored(theirs)
+        with pytest.raises(errors.CorruptDatabaseError, match=rf"{table}\.{name} .* neither 0 nor 1.*the target is as"):
+            ours.copy_to(theirs)
         assert stored(theirs) == empty
 
 

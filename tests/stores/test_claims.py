@@ -12,6 +12,7 @@ import pytest
 
 from homeagent import Attempt, Database, IdempotencyKey, IdempotencyScope, Outcome
 from homeagent.errors import (
+    CorruptDatabaseError,
     EffectFailedError,
     FingerprintMismatchError,
     IdempotencyError,
@@ -21,7 +22,7 @@ from homeagent.errors import (
     OutcomeUnknownError,
 )
 from homeagent.stores import IdempotencyKeyStore
-from tests.conftest import ROOT, START, FakeClock, dump
+from tests.conftest import ROOT, START, FakeClock, dump, write_past_checks
 
 SCOPE = IdempotencyScope("lamp", "orders.create", "k-1")
 MINUTE = timedelta(minutes=1)
@@ -293,7 +294,7 @@ def test_errors_tell_no_key(database: Database) -> None:
         assert (error.device_id, error.method) == ("lamp", "m")
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004", "0005"])
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004", "0005", "0006"])
 def test_earlier_schema(tmp_path: Path, revision: str) -> None:
     """A row of every released schema counts as completed after the upgrade, null included, until it ends.
 
@@ -309,3 +310,33 @@ def test_earlier_schema(tmp_path: Path, revision: str) -> None:
         for key, value in (("key-1", {"opened": True, "who": "Zo\u00eb \U0001f408"}), ("key-2", None)):
             assert claim(database, IdempotencyScope("phone", "door.open", key)) == Outcome(value, True, 1)
         begin(database, IdempotencyScope("phone", "door.open", "key-old"))
+
+
+# What another program stored as a state
+
+
+def test_an_unknown_state_never_frees_a_key(database: Database, target: str, clock: FakeClock) -> None:
+    """A row whose state is none of the three may stand for an effect that took place: it stays, and is refused."""
+    begin(database, lease=timedelta(0))
+    write_past_checks(target, "UPDATE idempotency_keys SET state = 'running'")
+    clock.advance(days=30)
+    before = dump(database)
+    assert database.sweep().idempotency_keys == 0
+    with database.unit_of_work() as unit:
+        assert unit.idempotency_keys.delete_ended(SCOPE.device_id) == 0
+    for call in (
+        lambda: claim(database),
+        lambda: database.run(lambda unit: unit.idempotency_keys.find(SCOPE)),
+    ):
+        with pytest.raises(CorruptDatabaseError):
+            call()
+    assert dump(database) == before
+
+
+def test_an_odd_flag_says_that_the_result_was_left_out(database: Database, target: str) -> None:
+    """Where `omitted` is neither 0 nor 1, the stored result is not passed off as the whole one."""
+    complete(database, begin(database), "done")
+    write_past_checks(target, "UPDATE idempotency_keys SET omitted = 2")
+    again = claim(database)
+    assert isinstance(again, Outcome)
+    assert again.omitted
