@@ -55,6 +55,7 @@ __all__ = [
     "SessionNotFoundError",
     "SourceChangedError",
     "TargetNotEmptyError",
+    "TooManyAttemptsError",
     "TooManyFilesError",
     "UnitStateError",
 ]
@@ -82,6 +83,21 @@ class InvalidArgumentError(HomeAgentError, ValueError):
 
 class UnitStateError(HomeAgentError):
     """A unit of work was used after its end, or a second write unit was opened inside the first."""
+
+
+class TooManyAttemptsError(HomeAgentError):
+    """Too many checks of secrets failed for this id, or too many slow hashes wait; no hash was computed (HTTP: 429).
+
+    `retry_after` says when to try again. `device_id` is None if the error is about waiting hashes and not about an id.
+    """
+
+    def __init__(self, reason: str, *, retry_after: timedelta, device_id: str | None = None) -> None:
+        self.retry_after = retry_after
+        self.device_id = device_id
+        super().__init__(
+            f"{reason}: try again in {retry_after.total_seconds():.3f} s, or give the device a generated secret, whose "
+            "checks are never refused"
+        )
 
 
 # What is absent

@@ -23,6 +23,7 @@ from homeagent.errors import (
     IdempotencyInProgressError,
     InvalidArgumentError,
     NotFoundError,
+    TooManyAttemptsError,
 )
 
 __all__ = ["ErrorReply", "error_replies", "install_error_handlers"]
@@ -56,11 +57,12 @@ def install_error_handlers(app: FastAPI) -> None:
     | `NotFoundError` | 404 |
     | `AlreadyExistsError`, `ConflictError`, `IdempotencyError` | 409 |
     | `InvalidArgumentError`, `FingerprintMismatchError`, FastAPI's `RequestValidationError` | 422 |
+    | `TooManyAttemptsError` | 429 |
     | `DatabaseBusyError`, `ConnectionLostError`, `DatabaseClosedError`, `DiskFullError` | 503 |
 
-    `IdempotencyInProgressError`, `DatabaseBusyError` and `ConnectionLostError` carry a Retry-After (RFC 9110, section
-    10.2.3). A 422 of FastAPI echoes the input, which may be a secret: here it says where and why, and no more. Every
-    other error stays what it is, a 500: it speaks of the server and not of the request.
+    `IdempotencyInProgressError`, `TooManyAttemptsError`, `DatabaseBusyError` and `ConnectionLostError` carry a
+    Retry-After (RFC 9110, section 10.2.3). A 422 of FastAPI echoes the input, which may be a secret: here it says where
+    and why, and no more. Every other error stays what it is, a 500: it speaks of the server and not of the request.
 
     Args:
         app: the application; handlers that it has for these errors are replaced.
@@ -73,6 +75,7 @@ def install_error_handlers(app: FastAPI) -> None:
         InvalidArgumentError: _answer_argument,
         FingerprintMismatchError: _answer_422,
         RequestValidationError: _answer_validation,
+        TooManyAttemptsError: _answer_429,
         DatabaseBusyError: _answer_503,
         ConnectionLostError: _answer_503,
         DatabaseClosedError: _answer_503,
@@ -95,11 +98,18 @@ async def _answer_404(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _answer_409(request: Request, error: Exception) -> JSONResponse:
-    retry_after = None
-    if isinstance(error, IdempotencyInProgressError):
-        # Whole seconds, rounded up: a caller who comes too early is refused again.
-        retry_after = max(0, math.ceil(error.retry_after.total_seconds()))
+    retry_after = _seconds(error) if isinstance(error, IdempotencyInProgressError) else None
     return _reply(409, error, str(error), retry_after)
+
+
+async def _answer_429(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, TooManyAttemptsError)  # noqa: S101  what it is installed for
+    return _reply(429, error, str(error), _seconds(error))
+
+
+def _seconds(error: IdempotencyInProgressError | TooManyAttemptsError) -> int:
+    # Whole seconds, rounded up: a caller who comes too early is refused again.
+    return max(0, math.ceil(error.retry_after.total_seconds()))
 
 
 async def _answer_422(request: Request, error: Exception) -> JSONResponse:

@@ -25,6 +25,7 @@ ANSWERS: list[tuple[errors.HomeAgentError, int, str | None]] = [
     (errors.IdempotencyInProgressError(**CALL, retry_after=timedelta(seconds=-1)), 409, "0"),
     (errors.OutcomeUnknownError(**CALL, attempt=1), 409, None),
     (errors.FingerprintMismatchError(**CALL), 422, None),
+    (errors.TooManyAttemptsError("30 checks failed", retry_after=timedelta(milliseconds=1500)), 429, "2"),
     (errors.DatabaseBusyError("/srv/private.db is busy"), 503, "1"),
     (errors.ConnectionLostError("db.private.example went away"), 503, "1"),
     (errors.DatabaseClosedError("/srv/private.db is closed"), 503, None),

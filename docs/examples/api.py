@@ -74,7 +74,7 @@ LIMIT = Query(default=100, ge=1, le=1000)
 
 
 def _add_devices(app: FastAPI, database: Database) -> None:
-    @app.post("/devices", status_code=201, responses=error_replies(409, 503))
+    @app.post("/devices", status_code=201, responses=error_replies(409, 429, 503))
     def pair(request: DevicePair, response: Response) -> PairReply:
         paired = database.pair(request)
         made = paired.shared_secret.get_secret_value() if request.shared_secret is None else None

@@ -15,23 +15,29 @@ A secret is taken as it is, neither stripped nor normalised. It has 1 to 512 cha
 and no control character. How a device shows that it holds one without sending it is in `homeagent.scram`.
 """
 
-from homeagent.credentials.hashing import SecretCheck, SecretHasher, check_secret, hash_secret
+from homeagent.credentials.failed_checks import FAILED_CHECKS_PER_MINUTE, FailedChecks
+from homeagent.credentials.hashing import WAITING_HASHES, SecretHasher, SecretMatch, check_secret, hash_secret
 from homeagent.credentials.secret_format import (
     MAX_SECRET_BYTES,
     MAX_SECRET_CHARACTERS,
     generate_secret,
     is_generated,
+    needs_slow_hash,
     secret_text,
 )
 
 __all__ = [
+    "FAILED_CHECKS_PER_MINUTE",
     "MAX_SECRET_BYTES",
     "MAX_SECRET_CHARACTERS",
-    "SecretCheck",
+    "WAITING_HASHES",
+    "FailedChecks",
     "SecretHasher",
+    "SecretMatch",
     "check_secret",
     "generate_secret",
     "hash_secret",
     "is_generated",
+    "needs_slow_hash",
     "secret_text",
 ]

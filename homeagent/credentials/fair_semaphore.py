@@ -1,4 +1,4 @@
-"""A semaphore that is fair: so many go on at once, and the others in the order in which they came."""
+"""A fair semaphore: callers get places in order of arrival, and only a bounded number of callers may wait."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from weakref import WeakSet
 
+from homeagent.errors import TooManyAttemptsError
+
 __all__ = ["FairSemaphore"]
+
+_RETRY_AFTER = timedelta(seconds=1)
+"""How long a caller that finds the queue full should wait: the time of a few hashes."""
 
 
 class FairSemaphore:
@@ -51,12 +57,16 @@ class FairSemaphore:
             self._queue.remove(turn)
             return True
 
-    def _take(self, timeout: float) -> bool:
+    def _take(self, timeout: float, most_waiting: int) -> bool:
         turn = threading.Event()
         with self._lock:
             if self._free:
                 self._free -= 1
                 return True
+            if len(self._queue) >= most_waiting:
+                raise TooManyAttemptsError(
+                    f"{len(self._queue)} slow hashes of secrets wait for their turn already", retry_after=_RETRY_AFTER
+                )
             self._queue.append(turn)
         try:
             return turn.wait(timeout) or not self._withdraw(turn)
@@ -67,16 +77,20 @@ class FairSemaphore:
             raise
 
     @contextmanager
-    def turn(self, timeout: float) -> Iterator[bool]:
+    def turn(self, timeout: float, *, most_waiting: int) -> Iterator[bool]:
         """Hold a place for as long as the block runs.
 
         Args:
             timeout: how long to wait for it, in seconds.
+            most_waiting: how many callers may wait, this caller included; 0 or more.
 
         Returns:
             False where none came free in time.
+
+        Raises:
+            TooManyAttemptsError: no place is free, and `most_waiting` callers wait already.
         """
-        taken = self._take(timeout)
+        taken = self._take(timeout, most_waiting)
         try:
             yield taken
         finally:

@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING
 
 from homeagent.credentials.fair_semaphore import FairSemaphore
 from homeagent.credentials.secret_format import is_generated, reveal, secret_text, what_is_wrong
-from homeagent.errors import DatabaseBusyError, InvalidArgumentError
+from homeagent.errors import DatabaseBusyError, InvalidArgumentError, TooManyAttemptsError
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-__all__ = ["SecretCheck", "SecretHasher", "check_secret", "hash_secret"]
+__all__ = ["WAITING_HASHES", "SecretHasher", "SecretMatch", "check_secret", "hash_secret"]
+
+WAITING_HASHES = 16
+"""How many slow hashes may wait for their turn; callers beyond that get `TooManyAttemptsError` at once."""
 
 # Hashes as they are stored
 
@@ -111,8 +114,8 @@ _MAX_STORED = 2
 
 
 @dataclass(frozen=True, slots=True)
-class SecretCheck:
-    """What came of a check. It is true where the secret matched: `if check_secret(...):`."""
+class SecretMatch:
+    """Which stored hash a secret matched. It is true if there is one: `if check_secret(...):`."""
 
     matched: int | None = None
     """Which of the stored hashes matched, counted from 0; None where none did."""
@@ -172,7 +175,7 @@ class SecretHasher:
         """How many callers wait for their turn at this moment."""
         return self._turns.waiting
 
-    def hash(self, secret: SecretStr | str, *, beside: str | None = None) -> str:
+    def hash(self, secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
         """Hash a secret for storing.
 
         Args:
@@ -182,6 +185,7 @@ class SecretHasher:
                 can time that a device is changing its secret. RFC 9106 section 3.1 asks for a salt of its own for each
                 password, so that one guess doesn't serve against many accounts; here it serves against two secrets of
                 one device. Leave it out where the old secret is to stop at once.
+            waiting: how many callers of this hasher may wait for their turn, this one included.
 
         Returns:
             `sha256$` and 64 hex digits for a generated secret, else Argon2's own text form, `$argon2id$v=19$…`. At most
@@ -189,6 +193,7 @@ class SecretHasher:
 
         Raises:
             InvalidArgumentError: it is no usable secret; the message doesn't show it.
+            TooManyAttemptsError: `waiting` callers wait already; not for a generated secret, which is never refused.
             DatabaseBusyError: no turn came within `timeout`. As with a busy database, try again later.
             MemoryError: the system would not give Argon2 the memory or the threads for a run.
         """
@@ -197,9 +202,9 @@ class SecretHasher:
             return _sha256(text)
         companion = None if beside is None else _parse_argon2(beside)
         recipe = companion.recipe if companion and self._is_current(companion.recipe) else self._fresh_recipe()
-        return _format_argon2(recipe, self._run(text, recipe))
+        return _format_argon2(recipe, self._run(text, recipe, waiting))
 
-    def check(self, secret: SecretStr | str, stored: Sequence[str]) -> SecretCheck:
+    def check(self, secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
         """Check a presented secret against the hashes that are stored for one device.
 
         What matters for the time is only what was presented. A generated secret is hashed once with SHA-256. Any other
@@ -215,9 +220,11 @@ class SecretHasher:
             stored: at most 2 hashes: none for an unknown device, the present one, and the one before it while that
                 still serves. One that is damaged or of an unknown kind never matches, nor does a generated secret
                 match an Argon2 hash.
+            waiting: how many callers of this hasher may wait for their turn, this one included.
 
         Raises:
             InvalidArgumentError: more than 2 hashes, or one string in place of a sequence.
+            TooManyAttemptsError: `waiting` callers wait already; not for a generated secret, which is never refused.
             DatabaseBusyError: no turn came within `timeout`. As with a busy database, try again later.
             MemoryError: the system would not give Argon2 the memory or the threads for a run.
         """
@@ -225,35 +232,35 @@ class SecretHasher:
             raise InvalidArgumentError(f"stored must be a sequence of at most {_MAX_STORED} hashes")
         text = reveal(secret)
         if what_is_wrong(text) is not None:
-            return SecretCheck()
-        return self._check_generated(text, stored) if is_generated(text) else self._check_human(text, stored)
+            return SecretMatch()
+        return self._check_generated(text, stored) if is_generated(text) else self._check_human(text, stored, waiting)
 
-    def _check_generated(self, text: str, stored: Sequence[str]) -> SecretCheck:
+    def _check_generated(self, text: str, stored: Sequence[str]) -> SecretMatch:
         presented = _sha256(text).encode()
         hashes = [*stored, _DECOY_HASH, _DECOY_HASH][:_MAX_STORED]
         # compare_digest refuses text that is not ASCII: bytes it is, and a stored surrogate must not raise either.
         same = [hmac.compare_digest(presented, one.encode(errors="replace")) for one in hashes]
-        return SecretCheck(next((index for index, yes in enumerate(same[: len(stored)]) if yes), None))
+        return SecretMatch(next((index for index, yes in enumerate(same[: len(stored)]) if yes), None))
 
-    def _check_human(self, text: str, stored: Sequence[str]) -> SecretCheck:
+    def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         hashes = [_parse_argon2(one) for one in stored]
         # A dictionary for a set that keeps its order; the decoy is for a device that has no such hash.
         recipes = dict.fromkeys(one.recipe for one in hashes if one is not None) or {self._decoy: None}
-        digests = {recipe: self._run(text, recipe) for recipe in recipes}
+        digests = {recipe: self._run(text, recipe, waiting) for recipe in recipes}
         same = [one is not None and hmac.compare_digest(digests[one.recipe], one.digest) for one in hashes]
         matched = next((index for index, yes in enumerate(same) if yes), None)
         if matched is None:
-            return SecretCheck()
+            return SecretMatch()
         found = hashes[matched]
         if found is None or self._is_current(found.recipe):
-            return SecretCheck(matched)
+            return SecretMatch(matched)
         others = [one for index, one in enumerate(stored) if index != matched]
         replacement = None
         # The secret was right: no turn for the new hash is no reason to turn the device away, and the next check tries
         # again.
-        with suppress(DatabaseBusyError):
-            replacement = self.hash(text, beside=others[0] if others else None)
-        return SecretCheck(matched, replacement)
+        with suppress(DatabaseBusyError, TooManyAttemptsError):
+            replacement = self.hash(text, beside=others[0] if others else None, waiting=waiting)
+        return SecretMatch(matched, replacement)
 
     def _fresh_recipe(self) -> _Recipe:
         return _Recipe(self._costs, secrets.token_bytes(_SALT_BYTES), _DIGEST_BYTES)
@@ -261,12 +268,13 @@ class SecretHasher:
     def _is_current(self, recipe: _Recipe) -> bool:
         return recipe.costs == self._costs and (len(recipe.salt), recipe.digest_bytes) == (_SALT_BYTES, _DIGEST_BYTES)
 
-    def _run(self, text: str, recipe: _Recipe) -> bytes:
+    def _run(self, text: str, recipe: _Recipe, waiting: int) -> bytes:
         from argon2.exceptions import HashingError
         from argon2.low_level import Type, hash_secret_raw
 
         costs = recipe.costs
-        with self._turns.turn(min(self.timeout.total_seconds(), threading.TIMEOUT_MAX)) as taken:
+        timeout = min(self.timeout.total_seconds(), threading.TIMEOUT_MAX)
+        with self._turns.turn(timeout, most_waiting=waiting) as taken:
             if not taken:
                 raise DatabaseBusyError(
                     f"{self.concurrency} secret(s) are being hashed and others wait, for more than "
@@ -294,37 +302,41 @@ class SecretHasher:
 _default = SecretHasher()
 
 
-def hash_secret(secret: SecretStr | str, *, beside: str | None = None) -> str:
+def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
     """Hash a secret for storing, with the default costs: see `SecretHasher.hash`.
 
     Args:
         secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, no control character. It is taken as it is.
         beside: the stored hash that stays valid for a while beside the new one; None where none does.
+        waiting: how many slow hashes may wait for their turn in this process, this one included.
 
     Returns:
         `sha256$…` for a generated secret, `$argon2id$…` for any other.
 
     Raises:
         InvalidArgumentError: it is no usable secret; the message doesn't show it.
+        TooManyAttemptsError: `waiting` slow hashes wait already; not for a generated secret, which is never refused.
         DatabaseBusyError: too many are being hashed, and no turn came within 30 seconds.
         MemoryError: the system would not give Argon2 the memory or the threads for a run.
     """
-    return _default.hash(secret, beside=beside)
+    return _default.hash(secret, beside=beside, waiting=waiting)
 
 
-def check_secret(secret: SecretStr | str, stored: Sequence[str]) -> SecretCheck:
+def check_secret(secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
     """Check a presented secret against at most 2 stored hashes, with the default costs: see `SecretHasher.check`.
 
     Args:
         secret: as it was presented, of any length.
         stored: none for an unknown device, the present hash, and the one before it while that still serves.
+        waiting: how many slow hashes may wait for their turn in this process, this one included.
 
     Returns:
         Which one matched, and what to store in its place if it is out of date.
 
     Raises:
         InvalidArgumentError: more than 2 hashes, or one string in place of a sequence.
+        TooManyAttemptsError: `waiting` slow hashes wait already; not for a generated secret, which is never refused.
         DatabaseBusyError: too many are being hashed, and no turn came within 30 seconds.
         MemoryError: the system would not give Argon2 the memory or the threads for a run.
     """
-    return _default.check(secret, stored)
+    return _default.check(secret, stored, waiting=waiting)

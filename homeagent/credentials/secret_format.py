@@ -22,6 +22,7 @@ __all__ = [
     "MAX_SECRET_CHARACTERS",
     "generate_secret",
     "is_generated",
+    "needs_slow_hash",
     "reveal",
     "secret_text",
     "what_is_wrong",
@@ -111,3 +112,12 @@ def is_generated(secret: SecretStr | str) -> bool:
         return False
     decoded = base64.urlsafe_b64decode(found[1])
     return decoded[_RANDOM_BYTES:] == _checksum(decoded[:_RANDOM_BYTES])
+
+
+def needs_slow_hash(secret: SecretStr | str) -> bool:
+    """Tell whether a check of this secret runs Argon2: it is usable and does not have the generated form.
+
+    Raises:
+        InvalidArgumentError: it is neither a str nor a SecretStr.
+    """
+    return what_is_wrong(reveal(secret)) is None and not is_generated(secret)

@@ -16,9 +16,9 @@ from typing import Any
 import argon2
 import pytest
 
-from homeagent.credentials import SecretCheck, SecretHasher, generate_secret
+from homeagent.credentials import SecretHasher, SecretMatch, generate_secret
 from homeagent.credentials.fair_semaphore import FairSemaphore
-from homeagent.errors import DatabaseBusyError
+from homeagent.errors import DatabaseBusyError, TooManyAttemptsError
 from tests.credentials.conftest import HUMAN, OTHER, Runs, dearer
 from tests.interrupts import interrupt_at
 
@@ -62,6 +62,23 @@ def test_no_more_than_concurrency_run_at_once(runs: Runs) -> None:
         secret = generate_secret()
         assert hasher.check(secret, [hasher.hash(secret)])
     assert hasher.hash(OTHER)
+
+
+def test_no_more_than_so_many_wait(runs: Runs) -> None:
+    """A caller that finds the queue full is refused at once, and one that leaves the queue makes room."""
+    hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(minutes=1))
+    with _held(runs, lambda: hasher.hash(HUMAN)) as pool:
+        waiting = [pool.submit(hasher.check, HUMAN, [], waiting=2) for _ in range(2)]
+        _until(lambda: hasher.waiting == 2)
+        for refused in (lambda: hasher.hash(OTHER, waiting=2), lambda: hasher.check(OTHER, [], waiting=2)):
+            with pytest.raises(TooManyAttemptsError, match=r"2 slow hashes of secrets wait .* try again in 1\.000 s"):
+                refused()
+        assert hasher.waiting == 2
+        secret = generate_secret()
+        assert hasher.check(secret, [hasher.hash(secret, waiting=0)], waiting=0)
+    for future in waiting:
+        assert not future.result(60)
+    assert hasher.hash(OTHER, waiting=0)
 
 
 def test_all_places_are_used(runs: Runs) -> None:
@@ -142,7 +159,10 @@ def test_a_failing_run_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> 
     assert hasher.hash(HUMAN)
 
 
-def test_no_turn_for_a_replacement_still_lets_the_device_in(monkeypatch: pytest.MonkeyPatch, runs: Runs) -> None:
+@pytest.mark.parametrize("waiting", [0, 1], ids=["queue full", "timed out"])
+def test_no_turn_for_a_replacement_still_lets_the_device_in(
+    monkeypatch: pytest.MonkeyPatch, runs: Runs, waiting: int
+) -> None:
     """The right secret is right, even when there is no time to hash it anew; the next check offers it again."""
     hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(0))
     old = dearer.hash(HUMAN)
@@ -160,10 +180,10 @@ def test_no_turn_for_a_replacement_still_lets_the_device_in(monkeypatch: pytest.
 
         with monkeypatch.context() as patch:
             patch.setattr("hmac.compare_digest", steal_the_place)
-            check = hasher.check(HUMAN, [old])
+            check = hasher.check(HUMAN, [old], waiting=waiting)
         runs.go_on.set()
         assert intruding.pop().result(60)
-    assert check == SecretCheck(0, None)
+    assert check == SecretMatch(0, None)
     assert hasher.check(HUMAN, [old]).replacement is not None
 
 
@@ -174,18 +194,18 @@ def asked_at(turn: int, *, gives_back: bool) -> bool:
     came: list[bool] = []
 
     def hold(timeout: float) -> None:
-        with semaphore.turn(timeout) as free:
+        with semaphore.turn(timeout, most_waiting=9) as free:
             assert free
             taken.set()
             assert go_on.wait(30)
 
     def ask() -> None:
-        with semaphore.turn(0):
+        with semaphore.turn(0, most_waiting=9):
             pass
 
     def give_back() -> None:
         with ExitStack() as stack:
-            stack.enter_context(semaphore.turn(0))
+            stack.enter_context(semaphore.turn(0, most_waiting=9))
             other.start()
             _until(lambda: semaphore.waiting == 1)
             signalled(stack.close)
@@ -204,7 +224,7 @@ def asked_at(turn: int, *, gives_back: bool) -> bool:
     go_on.set()
     other.join(30)
     assert semaphore.waiting == 0
-    with semaphore.turn(0) as free:
+    with semaphore.turn(0, most_waiting=9) as free:
         assert free
     return came[0]
 

@@ -22,8 +22,8 @@ from pydantic import SecretStr
 
 from homeagent.credentials import (
     MAX_SECRET_CHARACTERS,
-    SecretCheck,
     SecretHasher,
+    SecretMatch,
     check_secret,
     generate_secret,
     hash_secret,
@@ -39,7 +39,7 @@ def test_generated_secret_is_hashed_with_sha256(runs: Runs) -> None:
     secret = generate_secret()
     stored = cheap.hash(secret)
     assert stored == "sha256$" + hashlib.sha256(secret.get_secret_value().encode()).hexdigest()
-    assert cheap.check(secret, [stored]) == SecretCheck(0)
+    assert cheap.check(secret, [stored]) == SecretMatch(0)
     assert runs.count == 0
 
 
@@ -72,7 +72,7 @@ def test_hashes_of_the_reference_implementation_verify(stored: str) -> None:
     check = cheap.check("password", [stored])
     assert check.matched == 0
     assert check.replacement is not None
-    assert cheap.check("password", [check.replacement]) == SecretCheck(0)
+    assert cheap.check("password", [check.replacement]) == SecretMatch(0)
 
 
 def test_every_hash_has_its_own_salt() -> None:
@@ -84,7 +84,7 @@ def test_every_hash_has_its_own_salt() -> None:
 def test_only_the_same_secret_matches(secret: str, other: str) -> None:
     """A hash matches its own secret, and another one only where that is the same."""
     stored = [cheap.hash(SecretStr(secret))]
-    assert cheap.check(secret, stored) == SecretCheck(0)
+    assert cheap.check(secret, stored) == SecretMatch(0)
     assert bool(cheap.check(SecretStr(other), stored)) == (secret == other)
 
 
@@ -100,7 +100,7 @@ def test_public_functions_hash_and_check() -> None:
     for secret in (HUMAN, generated()):
         stored = hash_secret(SecretStr(secret))
         assert len(stored) <= 256
-        assert check_secret(secret, [stored]) == SecretCheck(0)
+        assert check_secret(secret, [stored]) == SecretMatch(0)
         assert not check_secret(SecretStr(OTHER), [stored])
 
 
@@ -272,8 +272,8 @@ def test_either_secret_serves_during_an_overlap(old: str, new: str) -> None:
     """Of two stored hashes the one that matched is named by its index, for every pair of kinds."""
     previous = cheap.hash(old)
     stored = [cheap.hash(new, beside=previous), previous]
-    assert cheap.check(new, stored) == SecretCheck(0)
-    assert cheap.check(old, stored) == SecretCheck(1)
+    assert cheap.check(new, stored) == SecretMatch(0)
+    assert cheap.check(old, stored) == SecretMatch(1)
     assert not cheap.check("neither", stored)
     assert not cheap.check(generate_secret(), stored)
 
@@ -296,7 +296,7 @@ def test_only_a_sound_argon2_hash_gives_its_salt(beside: str) -> None:
     """Beside anything else the new hash gets a salt of its own."""
     first, second = cheap.hash(HUMAN, beside=beside), cheap.hash(HUMAN, beside=beside)
     assert first != second
-    assert cheap.check(HUMAN, [first, beside]) == SecretCheck(0)
+    assert cheap.check(HUMAN, [first, beside]) == SecretMatch(0)
 
 
 def test_older_costs_are_never_taken_over() -> None:
@@ -305,7 +305,7 @@ def test_older_costs_are_never_taken_over() -> None:
     present = dearer.hash(OTHER, beside=previous)
     assert "m=16,t=2,p=1" in present
     assert present.split("$")[4] != previous.split("$")[4]
-    assert dearer.check(OTHER, [present, previous]) == SecretCheck(0)
+    assert dearer.check(OTHER, [present, previous]) == SecretMatch(0)
     assert dearer.check(HUMAN, [present, previous]).matched == 1
 
 
@@ -313,7 +313,7 @@ def test_hashes_made_apart_cost_a_run_each(runs: Runs) -> None:
     """The exception that the docstring names: two salts can't be checked by one run, and both still serve."""
     stored = [cheap.hash(OTHER), cheap.hash(HUMAN)]
     runs.count = 0
-    assert cheap.check(HUMAN, stored) == SecretCheck(1)
+    assert cheap.check(HUMAN, stored) == SecretMatch(1)
     assert runs.count == 2
 
 
@@ -327,14 +327,14 @@ def test_hash_with_older_costs_is_replaced_once() -> None:
     assert check.matched == 0
     assert check.replacement is not None
     assert "m=16,t=2,p=1" in check.replacement
-    assert dearer.check(HUMAN, [check.replacement]) == SecretCheck(0)
+    assert dearer.check(HUMAN, [check.replacement]) == SecretMatch(0)
 
 
 def test_wrong_secret_replaces_nothing(runs: Runs) -> None:
     """Only who knows the secret can have it hashed anew."""
     old = cheap.hash(HUMAN)
     runs.count = 0
-    assert dearer.check(OTHER, [old]) == SecretCheck()
+    assert dearer.check(OTHER, [old]) == SecretMatch()
     assert runs.count == 1
 
 
@@ -357,7 +357,7 @@ def test_replacement_during_an_overlap_pairs_with_the_other_hash(runs: Runs) -> 
     assert check.matched == 1
     assert check.replacement is not None
     runs.count = 0
-    assert dearer.check(HUMAN, [present, check.replacement]) == SecretCheck(1)
+    assert dearer.check(HUMAN, [present, check.replacement]) == SecretMatch(1)
     assert runs.count == 1
 
 
@@ -421,9 +421,9 @@ def test_default_concurrency_follows_the_processors(monkeypatch: pytest.MonkeyPa
 
 def test_a_check_is_true_where_the_secret_matched() -> None:
     """Index 0 is a match: the check itself is asked, not its index."""
-    assert SecretCheck(0)
-    assert SecretCheck(1)
-    assert not SecretCheck()
+    assert SecretMatch(0)
+    assert SecretMatch(1)
+    assert not SecretMatch()
 
 
 def test_a_check_is_frozen_and_hides_its_replacement() -> None:

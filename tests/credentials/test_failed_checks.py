@@ -1,0 +1,109 @@
+"""Failed checks are counted for each id within a minute, in a bounded memory that guesses can't empty."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from homeagent.credentials.failed_checks import FailedChecks
+from homeagent.errors import TooManyAttemptsError
+from tests.conftest import FakeClock
+
+MINUTE = timedelta(minutes=1)
+
+
+class Ticks:
+    """A monotonic clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def fail(checks: FailedChecks, device_id: str, times: int = 1) -> None:
+    """Let so many checks of an id fail."""
+    for _ in range(times):
+        with checks.attempt(device_id) as attempt:
+            attempt.failed = True
+
+
+def is_refused(checks: FailedChecks, device_id: str) -> bool:
+    """Tell whether a check of this id is refused; one that is not leaves no count."""
+    try:
+        with checks.attempt(device_id):
+            return False
+    except TooManyAttemptsError:
+        return True
+
+
+def test_refused_until_the_oldest_failure_is_a_minute_old(clock: FakeClock) -> None:
+    """At most `per_minute` checks fail within any minute, and `retry_after` says when the next one may begin."""
+    checks = FailedChecks(clock, per_minute=2, monotonic=Ticks())
+    fail(checks, "lamp")
+    clock.advance(seconds=40)
+    fail(checks, "lamp")
+    with pytest.raises(TooManyAttemptsError, match=r"2 checks .*'lamp' failed.* try again in 20\.000 s") as refused:
+        fail(checks, "lamp")
+    assert (refused.value.device_id, refused.value.retry_after) == ("lamp", timedelta(seconds=20))
+    assert not is_refused(checks, "door")
+    clock.advance(seconds=19.999)
+    assert is_refused(checks, "lamp")
+    clock.advance(seconds=0.001)
+    fail(checks, "lamp")
+    assert is_refused(checks, "lamp")
+
+
+def test_a_success_is_not_counted_and_resets_nothing(clock: FakeClock) -> None:
+    """A device that presents its right secret gives no further guesses to others."""
+    checks = FailedChecks(clock, per_minute=2, monotonic=Ticks())
+    fail(checks, "lamp")
+    for _ in range(5):
+        assert not is_refused(checks, "lamp")
+    fail(checks, "lamp")
+    assert is_refused(checks, "lamp")
+
+
+def test_a_check_that_ended_in_an_error_is_not_counted(clock: FakeClock) -> None:
+    """No guess was tried if the hash was not computed."""
+    checks = FailedChecks(clock, per_minute=1, monotonic=Ticks())
+    for _ in range(3):
+        with pytest.raises(MemoryError), checks.attempt("lamp"):
+            raise MemoryError
+    assert not is_refused(checks, "lamp")
+
+
+def test_checks_at_the_same_time_do_not_exceed_the_bound(clock: FakeClock) -> None:
+    """A check that is under way counts until it ends."""
+    checks = FailedChecks(clock, per_minute=2, monotonic=Ticks())
+    with checks.attempt("lamp"), checks.attempt("lamp"):
+        assert is_refused(checks, "lamp")
+    assert not is_refused(checks, "lamp")
+
+
+@pytest.mark.parametrize("step", [timedelta(0), timedelta(hours=-1)], ids=["stands still", "set back"])
+def test_a_wall_clock_can_not_prolong_the_minute(clock: FakeClock, step: timedelta) -> None:
+    """While the wall clock does not go on, the monotonic clock ends the minute."""
+    ticks = Ticks()
+    checks = FailedChecks(clock, per_minute=1, monotonic=ticks)
+    fail(checks, "lamp")
+    clock.advance(step)
+    ticks.now = 59.0
+    assert is_refused(checks, "lamp")
+    ticks.now = 60.0
+    assert not is_refused(checks, "lamp")
+
+
+def test_other_ids_do_not_push_a_count_out(clock: FakeClock) -> None:
+    """Of more ids than are remembered, the id with the fewest failures is forgotten, and expired ids before that."""
+    checks = FailedChecks(clock, per_minute=3, most_ids=10, monotonic=Ticks())
+    fail(checks, "expired", 3)
+    clock.advance(MINUTE)
+    fail(checks, "lamp", 3)
+    for number in range(100):
+        fail(checks, f"guess {number}", 1 + number % 2)
+        assert len(checks._failed) <= 10
+        assert is_refused(checks, "lamp")
+    assert "expired" not in checks._failed
