@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         DevicePublic,
         DeviceUpdate,
         PairedDevice,
+        SecretCheck,
     )
     from homeagent.version import __version__
 
@@ -83,6 +84,7 @@ __all__ = [
     "ReplayGuard",
     "RestoreReport",
     "Role",
+    "SecretCheck",
     "SweepReport",
     "Sweeper",
     "UnitOfWork",
@@ -107,6 +109,7 @@ _LATE = {
     "DeviceUpdate": "models.shapes",
     "Finding": "maintenance.doctor",
     "PairedDevice": "models.shapes",
+    "SecretCheck": "models.shapes",
     "diagnose": "maintenance.doctor",
     "hash_secret": "credentials",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
-from functools import cached_property, partial
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +56,7 @@ class Database:
         # A signal's handler may come while its own thread holds it, and close the database.
         self._mutex = threading.RLock()
         self._sweepers: list[maintenance.Sweeper] = []
+        self._made_pairing: Pairing | None = None
         self._closed = False
 
     @classmethod
@@ -336,12 +337,17 @@ class Database:
 
     # Devices and their secrets
 
-    @cached_property
+    @property
     def _pairing(self) -> Pairing:
-        # A process that checks no secret starts sooner without it.
-        from homeagent.pairing import Pairing
+        if self._made_pairing is None:
+            # A process that checks no secret starts sooner without it.
+            from homeagent.pairing import Pairing
 
-        return Pairing(self._runner, self._clock)
+            # Two threads must not make two: each would count failed checks by itself.
+            with self._mutex:
+                if self._made_pairing is None:
+                    self._made_pairing = Pairing(self._runner, self._clock)
+        return self._made_pairing
 
     def pair(self, request: models.DevicePair) -> models.PairedDevice:
         """Add a device that waits for its approval. Only a hash of its secret is stored.
@@ -355,25 +361,58 @@ class Database:
             The device and its secret, which can't be asked for again.
 
         Raises:
-            DeviceExistsError: the id is taken.
-            InvalidArgumentError: the secret is empty, too long or has a control character.
+            DeviceExistsError: the id is taken. So `pair` tells its caller that the id exists.
+            InvalidArgumentError: the secret is too long or has a control character.
+            TooManyAttemptsError: a human chose the secret, and 16 slow hashes wait for their turn already.
         """
         return self._pairing.pair(request)
+
+    async def apair(self, request: models.DevicePair) -> models.PairedDevice:
+        """Do as `pair` does without blocking the event loop, under asyncio or trio."""
+        return await self._pairing.apair(request)
 
     def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
         """Return the device if it is approved and this is its secret, else None.
 
-        How long that takes depends on the form of the secret that is presented, and not on whether the device
-        exists, is approved, or has that secret.
+        `check_secret` also tells a caller with the right secret that the device is pending or revoked.
 
         Args:
             device_id: who it claims to be.
             shared_secret: what it presents. During the overlap of a rotation the old secret serves too.
 
         Raises:
-            DatabaseBusyError: too many slow hashes wait for their turn.
+            TooManyAttemptsError, DatabaseBusyError: as in `check_secret`.
         """
         return self._pairing.verify_secret(device_id, shared_secret)
+
+    def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
+        """Tell whether this is the device's secret, and whether the device is approved, pending or revoked.
+
+        What a check of a wrong secret costs, and whether it is refused, depends on the id and the secret that are
+        presented, and not on the device: not on whether it exists, is approved, or has a generated secret.
+
+        Args:
+            device_id: the id that is presented.
+            shared_secret: the secret that is presented. During the overlap of a rotation the old secret serves too.
+
+        Returns:
+            True only if the secret is right and the device is approved. If the secret is wrong or the device is
+            absent, `status` is `denied` and `device` is None.
+
+        Raises:
+            TooManyAttemptsError: 30 checks of this id failed within a minute in this process, or 16 slow hashes wait
+                for their turn already. No hash was computed, and the right secret is refused too. A secret in the
+                generated form is never refused.
+            DatabaseBusyError: no turn to hash the secret came within 30 seconds.
+        """
+        return self._pairing.check_secret(device_id, shared_secret)
+
+    async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
+        """Do as `check_secret` does without blocking the event loop, under asyncio or trio.
+
+        Slow hashes run in threads of their own, and take none from `arun` or from checks of generated secrets.
+        """
+        return await self._pairing.acheck_secret(device_id, shared_secret)
 
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
         """Return the device if it is approved and the proof is made with its secret, else None.
@@ -407,9 +446,16 @@ class Database:
 
         Raises:
             DeviceNotFoundError: it is absent.
-            InvalidArgumentError: the secret is empty, too long or has a control character.
+            InvalidArgumentError: the secret has fewer than 8 characters, is too long or has a control character.
+            TooManyAttemptsError: a human chose the secret, and 16 slow hashes wait for their turn already.
         """
         return self._pairing.rotate_secret(device_id, shared_secret, overlap=overlap)
+
+    async def arotate_secret(
+        self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
+    ) -> SecretStr:
+        """Do as `rotate_secret` does without blocking the event loop, under asyncio or trio."""
+        return await self._pairing.arotate_secret(device_id, shared_secret, overlap=overlap)
 
     # Maintenance
 

@@ -7,11 +7,21 @@ from __future__ import annotations
 
 import logging
 from datetime import datetime, timedelta
+from functools import partial
 
 from pydantic import SecretStr
 
 from homeagent.clock import Clock
-from homeagent.credentials import check_secret, generate_secret, hash_secret, is_generated
+from homeagent.credentials import (
+    FAILED_CHECKS_PER_MINUTE,
+    WAITING_HASHES,
+    FailedChecks,
+    check_secret,
+    generate_secret,
+    hash_secret,
+    is_generated,
+    needs_slow_hash,
+)
 from homeagent.errors import (
     DatabaseError,
     DeviceExistsError,
@@ -20,16 +30,26 @@ from homeagent.errors import (
     UnitStateError,
 )
 from homeagent.models.device import Device
-from homeagent.models.shapes import DeviceCreate, DevicePair, PairedDevice
-from homeagent.models.types import check_duration, check_identifier, check_instant, check_label, later
+from homeagent.models.shapes import DeviceCreate, DevicePair, PairedDevice, SecretCheck
+from homeagent.models.types import (
+    check_duration,
+    check_identifier,
+    check_instant,
+    check_label,
+    check_new_secret,
+    later,
+)
 from homeagent.running import Runner
 from homeagent.scram import check_proof, make_verifier, proof_message
+from homeagent.stores.devices import SecretHashes
 from homeagent.stores.store import check_kind
 from homeagent.unit_of_work import UnitOfWork
 
 __all__ = ["PairedDevice", "Pairing"]
 
 logger = logging.getLogger("homeagent")
+
+_DENIED = SecretCheck("denied")
 
 
 class Pairing:
@@ -38,11 +58,22 @@ class Pairing:
     Args:
         runner: does units of work.
         clock: tells whether the overlap of a rotation is over.
+        waiting_hashes: how many slow hashes may wait for their turn in this process.
+        failed_checks_per_minute: how many checks of one id may fail within a minute. Generated secrets don't count.
     """
 
-    def __init__(self, runner: Runner, clock: Clock) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        clock: Clock,
+        *,
+        waiting_hashes: int = WAITING_HASHES,
+        failed_checks_per_minute: int = FAILED_CHECKS_PER_MINUTE,
+    ) -> None:
         self._runner = runner
         self._clock = clock
+        self._waiting_hashes = waiting_hashes
+        self._failed_checks = FailedChecks(clock, per_minute=failed_checks_per_minute)
 
     def pair(self, request: DevicePair) -> PairedDevice:
         """Add a device that waits for its approval; see `Database.pair`."""
@@ -54,7 +85,7 @@ class Pairing:
         create = DeviceCreate(
             id=request.id,
             role=request.role,
-            shared_secret_hash=hash_secret(secret),
+            shared_secret_hash=hash_secret(secret, waiting=self._waiting_hashes),
             metadata=request.metadata_,
             proof_verifier=_verifier(secret),
         )
@@ -78,24 +109,57 @@ class Pairing:
 
     def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
         """Return the device if it is approved and this is its secret; see `Database.verify_secret`."""
+        checked = self.check_secret(device_id, shared_secret)
+        return checked.device if checked else None
+
+    def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
+        """Tell whether this is the device's secret, and where the device stands; see `Database.check_secret`."""
         check_identifier(device_id, "device_id")
+        if not needs_slow_hash(shared_secret):
+            return self._check(device_id, shared_secret)
+        with self._failed_checks.attempt(device_id) as attempt:
+            checked = self._check(device_id, shared_secret)
+            attempt.failed = checked.device is None
+        return checked
+
+    async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
+        """Do as `check_secret` does without blocking the event loop; see `Database.acheck_secret`."""
+        check = partial(self.check_secret, device_id, shared_secret)
+        return await self._runner.in_thread(check, slow=needs_slow_hash(shared_secret))
+
+    async def apair(self, request: DevicePair) -> PairedDevice:
+        """Do as `pair` does without blocking the event loop; see `Database.apair`."""
+        return await self._runner.in_thread(partial(self.pair, request), slow=True)
+
+    async def arotate_secret(
+        self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
+    ) -> SecretStr:
+        """Do as `rotate_secret` does without blocking the event loop; see `Database.arotate_secret`."""
+        return await self._runner.in_thread(
+            partial(self.rotate_secret, device_id, shared_secret, overlap=overlap), slow=True
+        )
+
+    def _check(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
         while True:
             now = self._clock()
+            # A wrong secret costs this statement and one hash, whether or not there is such a device.
+            stored = _serving_hashes(
+                self._runner.run(lambda unit: unit.devices.find_secret_hashes(device_id), read_only=True), now
+            )
+            match = check_secret(shared_secret, stored, waiting=self._waiting_hashes)
+            if match.matched is None:
+                return _DENIED
+            # The device may have been revoked, rotated or deleted while the hash was computed.
             device = self._find_device(device_id)
-            stored = [] if device is None else _serving_hashes(device, now)
-            check = check_secret(shared_secret, stored)
-            if device is None or check.matched is None or not device.approved:
-                return None
-            # It may have been revoked, rotated or deleted while the hash was computed.
-            current = self._find_device(device_id)
-            if current is None or not current.approved or current.paired_at != device.paired_at:
-                return None
-            if stored[check.matched] in _serving_hashes(current, self._clock()):
-                if check.matched == 0 and check.replacement is not None:
-                    self._rehash(device_id, stored[0], check.replacement)
-                return current
-            if current.shared_secret_hash == device.shared_secret_hash:
-                return None  # the overlap ended meanwhile
+            if device is None:
+                return _DENIED
+            if stored[match.matched] in _serving_hashes(device, self._clock()):
+                # Not before its approval: the administrator may insist on the hash that was shown.
+                if device.approved and match.matched == 0 and match.replacement is not None:
+                    self._rehash(device_id, stored[0], match.replacement)
+                return SecretCheck(device.status.value, device)
+            if device.shared_secret_hash == stored[0]:
+                return _DENIED  # the overlap ended meanwhile
             # Another caller replaced the hash, perhaps by one of the same secret under newer parameters: look again.
 
     def _find_device(self, device_id: str) -> Device | None:
@@ -122,24 +186,26 @@ class Pairing:
         check_instant(timestamp, "timestamp")
         if not isinstance(proof, (bytes, bytearray)):
             raise InvalidArgumentError(f"proof must be bytes, not {type(proof).__name__}")
-        device = self._find_device(device_id)
+        verifier = self._runner.run(lambda unit: unit.devices.find_proof_verifier(device_id), read_only=True)
         message = proof_message(device_id=device_id, nonce=nonce, timestamp=timestamp)
-        proven = check_proof(None if device is None else device.proof_verifier, message, proof)
-        return device if device is not None and proven and device.approved else None
+        if not check_proof(verifier, message, proof):
+            return None
+        device = self._find_device(device_id)
+        return device if device is not None and device.approved and device.proof_verifier == verifier else None
 
     def rotate_secret(
         self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
     ) -> SecretStr:
         """Give a device a new secret; see `Database.rotate_secret`."""
         check_duration(overlap, "overlap", zero=True)
-        secret = generate_secret() if shared_secret is None else shared_secret
+        secret = generate_secret() if shared_secret is None else check_new_secret(shared_secret)
         while True:
             current = self._find_device(device_id)
             if current is None:
                 raise DeviceNotFoundError(device_id)
             old = current.shared_secret_hash
             # While both serve, one run of the slow hash must do for both; otherwise each gets a salt of its own.
-            new = hash_secret(secret, beside=old if overlap else None)
+            new = hash_secret(secret, beside=old if overlap else None, waiting=self._waiting_hashes)
             verifier = _verifier(secret)
 
             def replace(unit: UnitOfWork, old: str = old, new: str = new, verifier: str | None = verifier) -> bool:
@@ -172,7 +238,7 @@ def _stored(device: Device) -> tuple[str, str | None]:
     return device.shared_secret_hash, device.proof_verifier
 
 
-def _serving_hashes(device: Device, now: datetime) -> list[str]:
+def _serving_hashes(device: Device | SecretHashes, now: datetime) -> list[str]:
     hashes = [device.shared_secret_hash]
     until = device.previous_secret_expires_at
     if device.previous_secret_hash is not None and until is not None and until > now:

@@ -82,6 +82,19 @@ class Runner:
                 pause = tries.pause_after(fault)
             await sleep(pause)
 
+    async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
+        """Call `work` in a worker thread, and wait for its end even if the caller is cancelled meanwhile.
+
+        Args:
+            work: a function that may block.
+            slow: whether it computes a slow hash. Such functions have threads of their own, so that however many of
+                them wait, they take no thread from units of work and from checks that need no slow hash.
+        """
+        from anyio.lowlevel import checkpoint_if_cancelled
+
+        await checkpoint_if_cancelled()
+        return await _in_thread(work, slow=slow)
+
     def _open_loop_calls(self, grouping: Grouping) -> LoopCalls:
         # It costs an import that a program without coroutines never pays.
         from homeagent.group_commit.loop_calls import LoopCalls
@@ -138,19 +151,20 @@ def _under_asyncio() -> bool:
 
 
 _WORKERS = 64
-"""How many threads the coroutines of one event loop may wait in; the host's own threads are not taken from it."""
+"""How many threads the units of one event loop may wait in, and how many its slow hashes; none is the host's own."""
 
 
-async def _in_thread(work: Callable[[], T]) -> T:
+async def _in_thread(work: Callable[[], T], *, slow: bool = False) -> T:
     """Call `work` in a worker thread, and wait for its end even where the caller is cancelled meanwhile."""
     import anyio.to_thread
 
     from homeagent.shielding import ended_in_thread
 
+    limiter = _worker_places("homeagent_slow_hash_places" if slow else "homeagent_worker_places")
     if not _under_asyncio():
-        return await anyio.to_thread.run_sync(work, limiter=_worker_places())
+        return await anyio.to_thread.run_sync(work, limiter=limiter)
     # Until then the unit is under way, or not yet handed to a thread.
-    task, cancellation = await ended_in_thread(work, limiter=_worker_places())
+    task, cancellation = await ended_in_thread(work, limiter=limiter)
     if cancellation is not None:
         if not task.cancelled():
             task.exception()  # looked at, or asyncio would report it as lost
@@ -158,11 +172,11 @@ async def _in_thread(work: Callable[[], T]) -> T:
     return task.result()
 
 
-def _worker_places() -> CapacityLimiter:
+def _worker_places(name: str) -> CapacityLimiter:
     from anyio import CapacityLimiter
     from anyio.lowlevel import RunVar
 
-    places: RunVar[CapacityLimiter] = RunVar("homeagent_worker_places")
+    places: RunVar[CapacityLimiter] = RunVar(name)
     try:
         return places.get()
     except LookupError:

@@ -53,6 +53,8 @@ ACTS: dict[str, Act] = {
         DeviceCreate(id="new", role=Role.NODE, shared_secret_hash="sha256$x")
     ),
     "devices.find_by_id": lambda u, a: u.devices.find_by_id("lamp"),
+    "devices.find_secret_hashes": lambda u, a: u.devices.find_secret_hashes("lamp"),
+    "devices.find_proof_verifier": lambda u, a: u.devices.find_proof_verifier("lamp"),
     "devices.get": lambda u, a: u.devices.get("lamp"),
     "devices.list": lambda u, a: u.devices.list(),
     "devices.update": lambda u, a: u.devices.update("lamp", DeviceUpdate(metadata={"a": 1})),

@@ -104,7 +104,8 @@ class FailedChecks:
             if len(failed) >= self._per_minute:
                 raise TooManyAttemptsError(
                     f"{len(failed)} checks of a secret of device {device_id!r} failed within a minute or are under way",
-                    retry_after=_MINUTE - max(_age(begun, now) for begun in failed),
+                    # By the database's clock, and a minute at most if that clock was set back.
+                    retry_after=_MINUTE - max(timedelta(0), *(now[0] - begun for begun, _ in failed)),
                     device_id=device_id,
                 )
             if device_id not in self._failed and len(self._failed) >= self._most_ids:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         DevicePair,
         DeviceUpdate,
         PairedDevice,
+        SecretCheck,
     )
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Outcome",
     "PairedDevice",
     "Role",
+    "SecretCheck",
     "metadata",
     "store_table",
 ]
@@ -59,6 +61,7 @@ _SHAPES = (
     "DevicePair",
     "DeviceUpdate",
     "PairedDevice",
+    "SecretCheck",
 )
 
 TABLES: tuple[str, ...] = tuple(sorted(metadata.tables))

@@ -3,16 +3,17 @@
 They are imported when one is first named: a process that neither adds a row by one nor answers with one starts sooner.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, SecretStr
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, SecretStr
 from pydantic import Field as PlainField
 from sqlmodel import Field
 
 from homeagent.models.base import Model
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.session import new_session_id
-from homeagent.models.types import Identifier, Instant, Json, Label, WorkspacePath
+from homeagent.models.types import Identifier, Instant, Json, Label, WorkspacePath, check_new_secret
 
 __all__ = [
     "AgentCreate",
@@ -25,6 +26,7 @@ __all__ = [
     "DevicePublic",
     "DeviceUpdate",
     "PairedDevice",
+    "SecretCheck",
 ]
 
 
@@ -79,7 +81,7 @@ class DevicePair(MetadataShape):
 
     id: Identifier
     role: Role
-    shared_secret: SecretStr | None = Field(
+    shared_secret: Annotated[SecretStr, AfterValidator(check_new_secret)] | None = Field(
         default=None,
         description="The secret that a human chose. Left out, one of 256 bits is made and given back once.",
     )
@@ -132,6 +134,22 @@ class PairedDevice(BaseModel):
 
     device: Device
     shared_secret: SecretStr
+
+
+@dataclass(frozen=True, slots=True)
+class SecretCheck:
+    """Report what a check of a secret found. It is true only if the device is approved and the secret is right.
+
+    Attributes:
+        status: where the device stands if the secret is right; `denied` if the secret is wrong or the device is absent.
+        device: the device if the secret is right, else None.
+    """
+
+    status: Literal["approved", "pending", "revoked", "denied"]
+    device: Device | None = None
+
+    def __bool__(self) -> bool:
+        return self.status == "approved"
 
 
 class AgentSessionCreate(Shape):

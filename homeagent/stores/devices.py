@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import and_, bindparam, delete, or_, select, update
+from sqlalchemy import and_, bindparam, delete, func, literal_column, or_, select, update
 
 from homeagent import models
-from homeagent.engine.statements import Statement
+from homeagent.engine.statements import Statement, constant
 from homeagent.errors import (
     ApprovalChangedError,
     DeviceExistsError,
@@ -32,7 +32,7 @@ from homeagent.models.types import (
 )
 from homeagent.stores.store import Store, check_kind
 
-__all__ = ["DeviceStore"]
+__all__ = ["DeviceStore", "SecretHashes"]
 
 SEEN_GRANULARITY = timedelta(minutes=1)
 
@@ -45,6 +45,24 @@ _UNAPPROVED = _columns.approved.is_distinct_from(True)
 
 _FIND = Statement[Device](select(Device).where(_columns.id == bindparam("id")), lock=True)
 _PEEK = Statement[Device](select(Device).where(_columns.id == bindparam("id")))
+
+
+def _for_every_id(*columns: Any) -> Any:
+    # One row, also if the device is absent: then as much is fetched and converted as if it were there.
+    one_row = select(literal_column("1").label("one")).subquery("asked")
+    return select(*columns).select_from(one_row.outerjoin(Device.__table__, _columns.id == bindparam("id")))
+
+
+# A check reads no more than this. On SQLite, columns stored after a long `metadata` take longer to read if they hold
+# a value, so that the verifier is not among those of a secret.
+_SECRET_HASHES = Statement[tuple[str, str | None, datetime | None]](
+    _for_every_id(
+        func.coalesce(_columns.shared_secret_hash, constant("", _columns.shared_secret_hash.type)),
+        _columns.previous_secret_hash,
+        _columns.previous_secret_expires_at,
+    )
+)
+_VERIFIER = Statement[str | None](_for_every_id(_columns.proof_verifier))
 _CREATE = Statement[Device](
     lambda insert_: (
         insert_(Device.__table__)
@@ -131,6 +149,17 @@ def _list(*, approved: bool | None, by_role: bool, status: DeviceStatus | None, 
     return Statement(select(Device).where(*conditions).order_by(_columns.id).limit(bindparam("limit")))
 
 
+class SecretHashes(NamedTuple):
+    """The columns of a device that a check of its secret reads, named as in `Device`.
+
+    The values of an absent device are an empty hash, which no secret has, and None.
+    """
+
+    shared_secret_hash: str
+    previous_secret_hash: str | None
+    previous_secret_expires_at: datetime | None
+
+
 class DeviceStore(Store):
     """The devices: who may enter."""
 
@@ -170,6 +199,16 @@ class DeviceStore(Store):
         if device is None:
             raise DeviceNotFoundError(device_id)
         return device
+
+    def find_secret_hashes(self, device_id: str) -> SecretHashes:
+        """Return what a secret of this device is checked against. An absent device costs the same."""
+        row = self._unit.one(_SECRET_HASHES, id=check_identifier(device_id, "device_id"))
+        assert row is not None  # noqa: S101  the outer join has a row for every id
+        return SecretHashes(*row)
+
+    def find_proof_verifier(self, device_id: str) -> str | None:
+        """Return what a proof of this device is checked against, None if it is absent or has no verifier."""
+        return self._unit.one(_VERIFIER, id=check_identifier(device_id, "device_id"))
 
     def _present(self, device_id: str) -> Device:
         device = self._unit.one(_PEEK, id=device_id)

@@ -91,7 +91,9 @@ def test_a_wall_clock_can_not_prolong_the_minute(clock: FakeClock, step: timedel
     fail(checks, "lamp")
     clock.advance(step)
     ticks.now = 59.0
-    assert is_refused(checks, "lamp")
+    with pytest.raises(TooManyAttemptsError) as refused:
+        fail(checks, "lamp")
+    assert refused.value.retry_after == MINUTE
     ticks.now = 60.0
     assert not is_refused(checks, "lamp")
 

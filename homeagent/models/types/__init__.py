@@ -28,6 +28,7 @@ from homeagent.models.types.text import (
     WorkspacePath,
     check_identifier,
     check_label,
+    check_new_secret,
     check_optional_label,
     text_column,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "check_instant",
     "check_label",
     "check_limit",
+    "check_new_secret",
     "check_optional_label",
     "check_wait",
     "decode_json",

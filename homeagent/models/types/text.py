@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, SecretStr
 from sqlalchemy import Text
 from sqlalchemy.types import TypeEngine
 
@@ -18,6 +18,7 @@ __all__ = [
     "WorkspacePath",
     "check_identifier",
     "check_label",
+    "check_new_secret",
     "check_optional_label",
     "text_column",
 ]
@@ -85,6 +86,26 @@ def check_label(value: str, what: str = "a name") -> str:
 def check_optional_label(value: str | None, what: str) -> str | None:
     """Return `value` if it is None or may be a label (`check_label`)."""
     return None if value is None else check_label(value, what)
+
+
+MIN_SECRET_CHARACTERS = 8
+"""The least that NIST SP 800-63B, revision 3, section 5.1.1.2 allows for a secret that a person chose."""
+
+
+def check_new_secret(secret: SecretStr) -> SecretStr:
+    """Return `secret` if it is long enough to be given to a device. One that a device has already is not checked.
+
+    Raises:
+        InvalidArgumentError: it is shorter, or not a `SecretStr`; the message doesn't show it.
+    """
+    if not isinstance(secret, SecretStr):
+        raise InvalidArgumentError(f"a secret must be a SecretStr, not {type(secret).__name__}")
+    if len(secret) < MIN_SECRET_CHARACTERS:
+        raise InvalidArgumentError(
+            f"a secret that a person chose must have at least {MIN_SECRET_CHARACTERS} characters, and this has "
+            f"{len(secret)}: choose a longer one, or leave it out to have one made"
+        )
+    return secret
 
 
 def _check_path(value: str) -> str:

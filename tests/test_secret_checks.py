@@ -1,0 +1,304 @@
+"""What a check of a secret tells, what it costs, and that a flood of guesses keeps no other device waiting."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import anyio
+import pytest
+from pydantic import SecretStr, ValidationError
+from sqlalchemy import event
+
+from homeagent import Database, DeviceCreate, DevicePair, Role, SecretCheck, hash_secret, running
+from homeagent.credentials import FAILED_CHECKS_PER_MINUTE, WAITING_HASHES, generate_secret, hashing
+from homeagent.errors import InvalidArgumentError, TooManyAttemptsError
+from tests.conftest import START, FakeClock, dump
+from tests.credentials.conftest import Runs
+
+HUMAN = SecretStr("correct horse battery staple")
+MINUTE = timedelta(minutes=1)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """Every Argon2 run of this test."""
+    counted = Runs()
+    monkeypatch.setattr("argon2.low_level.hash_secret_raw", counted)
+    return counted
+
+
+@pytest.fixture(autouse=True)
+def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Argon2 with the least costs that it takes. Call it to set how many hashes are computed at once."""
+
+    def set_concurrency(concurrency: int) -> None:
+        hasher = hashing.SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=concurrency)
+        monkeypatch.setattr(hashing, "_default", hasher)
+
+    set_concurrency(2)
+    return set_concurrency
+
+
+def pair(database: Database, device_id: str, secret: SecretStr | None = None, **more: Any) -> SecretStr:
+    """Pair and approve a device, and return its secret."""
+    paired = database.pair(DevicePair(id=device_id, role=Role.NODE, shared_secret=secret, **more))
+    database.run(lambda unit: unit.devices.approve(device_id))
+    return paired.shared_secret
+
+
+def fail(database: Database, device_id: str, times: int) -> None:
+    """Present wrong secrets of the kind that people choose."""
+    for number in range(times):
+        assert database.verify_secret(device_id, f"guess {number}") is None
+
+
+# What it tells
+
+
+@pytest.mark.parametrize("secret", [HUMAN, None], ids=["human", "generated"])
+def test_pending_and_revoked_are_told_to_the_holder_of_the_secret_alone(
+    database: Database, secret: SecretStr | None
+) -> None:
+    """The status and the device are only for the right secret, and a check is true for an approved device only."""
+    right = database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=secret)).shared_secret
+    changes: list[tuple[str, Callable[[Any], object]]] = [
+        ("pending", lambda unit: None),
+        ("approved", lambda unit: unit.devices.approve("lamp")),
+        ("revoked", lambda unit: unit.devices.revoke("lamp")),
+    ]
+    for status, change in changes:
+        database.run(change)
+        check = database.check_secret("lamp", right)
+        assert check.status == status
+        assert check.device is not None
+        assert check.device.id == "lamp"
+        assert bool(check) == (status == "approved")
+        assert (database.verify_secret("lamp", right) is not None) == (status == "approved")
+        for device_id, wrong in ("lamp", "wrong"), ("lamp", generate_secret()), ("lamp", ""), ("nobody", right):
+            denied = database.check_secret(device_id, wrong)
+            assert denied == SecretCheck("denied", None)
+            assert not denied
+
+
+# What it costs
+
+
+@pytest.fixture
+def statements(database: Database) -> list[str]:
+    """The text of every statement, in order."""
+    seen: list[str] = []
+
+    def before(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        seen.append(statement)
+
+    # Connections that are opened from here on call it.
+    event.listen(database._engine.sa_engine, "before_cursor_execute", before)
+    return seen
+
+
+def only_select(costs: list[tuple[str, ...]]) -> str:
+    """Return the one statement that each of some checks ran, which is the same for all."""
+    (cost,) = set(costs)
+    (select,) = [statement for statement in cost if "devices" in statement]
+    return select
+
+
+def test_a_wrong_secret_costs_the_same_for_every_device_and_for_none(
+    database: Database, statements: list[str], runs: Runs
+) -> None:
+    """One statement without metadata, and one slow hash or none: the presented secret alone decides which."""
+    pair(database, "human", HUMAN)
+    pair(database, "generated", metadata="x" * 10_000)
+    pair(database, "rotated", HUMAN)
+    database.rotate_secret("rotated", overlap=MINUTE)
+    database.pair(DevicePair(id="pending", role=Role.NODE))
+    pair(database, "revoked", HUMAN)
+    database.run(lambda unit: unit.devices.revoke("revoked"))
+    for wrong, hashes in ("not the secret", 1), (generate_secret(), 0), ("", 0):
+        costs = []
+        for device_id in "human", "generated", "rotated", "pending", "revoked", "absent":
+            statements.clear()
+            assert runs.of(lambda: database.check_secret(device_id, wrong)) == hashes  # noqa: B023  called at once
+            costs.append(tuple(statements))
+        select = only_select(costs)
+        assert "metadata" not in select
+        assert "proof_verifier" not in select
+
+
+def test_a_wrong_proof_costs_the_same_for_every_device_and_for_none(database: Database, statements: list[str]) -> None:
+    """One statement, which reads the verifier alone."""
+    pair(database, "human", HUMAN)
+    pair(database, "generated", metadata="x" * 10_000)
+    costs = []
+    for device_id in "human", "generated", "absent":
+        statements.clear()
+        assert database.verify_proof(device_id, nonce="n", timestamp=START, proof=bytes(32)) is None
+        costs.append(tuple(statements))
+    select = only_select(costs)
+    assert "metadata" not in select
+    assert "secret_hash" not in select
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["known", "unknown"])
+def test_so_many_wrong_secrets_of_an_id_a_minute(database: Database, clock: FakeClock, runs: Runs, there: bool) -> None:
+    """After 30 the id is refused without a hash, the right secret too, whether or not there is such a device."""
+    if there:
+        pair(database, "lamp", HUMAN)
+    fail(database, "lamp", FAILED_CHECKS_PER_MINUTE)
+    for secret in "another guess", HUMAN:
+        with pytest.raises(TooManyAttemptsError, match="generated secret") as refused:
+            runs.of(lambda: database.check_secret("lamp", secret))  # noqa: B023  called at once
+        assert refused.value.device_id == "lamp"
+        assert timedelta(seconds=1) < refused.value.retry_after <= MINUTE
+        assert secret not in (str(refused.value), repr(refused.value.__dict__))
+    assert runs.count == FAILED_CHECKS_PER_MINUTE + there
+    assert not database.check_secret("lamp", generate_secret())
+    fail(database, "other", 1)
+    clock.advance(refused.value.retry_after)
+    assert bool(database.check_secret("lamp", HUMAN)) == there
+
+
+def test_a_generated_secret_is_never_refused(database: Database, runs: Runs) -> None:
+    """Neither its own wrong checks nor the guesses of others count against it."""
+    secret = pair(database, "lamp")
+    for _ in range(3 * FAILED_CHECKS_PER_MINUTE):
+        assert not database.check_secret("lamp", generate_secret())
+    fail(database, "lamp", FAILED_CHECKS_PER_MINUTE)
+    before = runs.count
+    assert database.check_secret("lamp", secret)
+    assert runs.count == before
+
+
+def test_threads_do_not_exceed_the_bound_together(
+    database: Database, runs: Runs, cheap_hashes: Callable[[int], None]
+) -> None:
+    """Of 60 guesses at once at one id, 30 are tried."""
+    cheap_hashes(60)
+    together = threading.Barrier(60)
+
+    def guess(number: int) -> bool:
+        together.wait()
+        try:
+            return bool(database.check_secret("lamp", f"guess {number}"))
+        except TooManyAttemptsError:
+            return True
+
+    with ThreadPoolExecutor(max_workers=60) as pool:
+        refused = sum(pool.map(guess, range(60)))
+    assert (refused, runs.count) == (60 - FAILED_CHECKS_PER_MINUTE, FAILED_CHECKS_PER_MINUTE)
+
+
+# A flood
+
+
+def test_a_flood_of_guesses_holds_no_generated_secret_up(database: Database, runs: Runs) -> None:
+    """With each slow hash held for ever: 2 run, 16 wait, the others are refused, and a generated secret is answered."""
+    secret, human = pair(database, "lamp"), pair(database, "door", HUMAN)
+    before = runs.count
+    runs.go_on.clear()
+    refused: list[timedelta] = []
+    all_refused = threading.Event()
+    callers = 60
+
+    def guess(number: int) -> bool:
+        try:
+            return database.check_secret(f"nobody {number}", f"guess {number}").status == "denied"
+        except TooManyAttemptsError as error:
+            refused.append(error.retry_after)
+            if len(refused) == callers - 2 - WAITING_HASHES:
+                all_refused.set()
+            return False
+
+    with ThreadPoolExecutor(max_workers=callers) as pool:
+        guesses = [pool.submit(guess, number) for number in range(callers)]
+        try:
+            assert all_refused.wait(60)
+            assert runs.count - before == 2
+            assert database.verify_secret("lamp", secret) is not None
+            assert not database.check_secret("door", secret)
+            slow: list[Callable[[], object]] = [
+                lambda: database.check_secret("door", human),
+                lambda: database.pair(DevicePair(id="new", role=Role.NODE, shared_secret=HUMAN)),
+                lambda: database.rotate_secret("lamp", HUMAN),
+            ]
+            for one in slow:
+                with pytest.raises(TooManyAttemptsError, match="16 slow hashes of secrets wait") as full:
+                    one()
+                assert full.value.device_id is None
+                assert full.value.retry_after > timedelta(0)
+            assert database.rotate_secret("lamp")
+        finally:
+            runs.go_on.set()
+        assert sum(future.result(60) for future in guesses) == 2 + WAITING_HASHES
+    assert database.check_secret("door", human)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_coroutines_that_hash_take_no_thread_from_the_others(
+    database: Database,
+    runs: Runs,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+    cheap_hashes: Callable[[int], None],
+) -> None:
+    """While more slow checks wait than there are threads, units and checks of generated secrets go on."""
+    cheap_hashes(1)
+    monkeypatch.setattr(running, "_WORKERS", 2)
+    found: list[SecretCheck] = []
+
+    async def check(device_id: str, secret: SecretStr) -> None:
+        found.append(await database.acheck_secret(device_id, secret))
+
+    async def work() -> None:
+        with anyio.fail_after(60):
+            paired = await database.apair(DevicePair(id="lamp", role=Role.NODE))
+            await database.apair(DevicePair(id="door", role=Role.NODE, shared_secret=HUMAN))
+            runs.go_on.clear()
+            async with anyio.create_task_group() as tasks:
+                try:
+                    for _ in range(5):
+                        tasks.start_soon(check, "door", HUMAN)
+                    await anyio.sleep(0.05)
+                    assert await database.arun(lambda unit: unit.devices.approve("lamp"))
+                    assert await database.arun(lambda unit: len(unit.devices.list()), read_only=True) == 2
+                    assert await database.acheck_secret("lamp", paired.shared_secret)
+                    assert found == []
+                finally:
+                    runs.go_on.set()
+            assert [one.status for one in found] == ["pending"] * 5
+            new = await database.arotate_secret("lamp", overlap=MINUTE)
+            assert await database.acheck_secret("lamp", new)
+            assert await database.acheck_secret("lamp", paired.shared_secret)
+
+    anyio.run(work, backend=backend)
+
+
+# What people choose
+
+
+def test_a_new_secret_has_eight_characters(database: Database) -> None:
+    """Pairing and rotation refuse a shorter one, which the error does not show, and nothing is changed."""
+    short, long_enough = SecretStr("sev3n7!"), SecretStr("e1ght!88")
+    pair(database, "lamp", long_enough)
+    before = dump(database)
+    with pytest.raises(ValidationError, match="at least 8 characters, and this has 7: choose a longer one") as refused:
+        database.pair(DevicePair(id="new", role=Role.NODE, shared_secret=short))
+    assert "sev3n7!" not in str(refused.value) + refused.value.json()
+    with pytest.raises(InvalidArgumentError, match="at least 8 characters, and this has 7: choose a longer one"):
+        database.rotate_secret("lamp", short)
+    wrong: Any = "a plain text of the right length"
+    with pytest.raises(InvalidArgumentError, match="must be a SecretStr, not str"):
+        database.rotate_secret("lamp", wrong)
+    assert dump(database) == before
+
+
+def test_a_shorter_secret_that_is_stored_already_serves(database: Database) -> None:
+    """A device that was given three characters before that was refused is let in."""
+    device = DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash=hash_secret("abc"))
+    database.run(lambda unit: unit.devices.create(device) and unit.devices.approve("lamp"))
+    assert database.verify_secret("lamp", "abc") is not None
+    assert not database.check_secret("lamp", "abd")
