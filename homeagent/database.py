@@ -85,7 +85,7 @@ class Database:
 
         Raises:
             InvalidArgumentError: the target or an argument is of no use.
-            SchemaTooNewError, SchemaOutdatedError, MigrationError: the schema, see there.
+            SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: the schema, see there.
             ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: the file, which was not touched.
             DatabaseError: anything else that keeps it from being opened.
         """
@@ -152,6 +152,7 @@ class Database:
             InvalidArgumentError: the backup is absent or is the target itself, or the target is no file.
             DatabaseBusyError: somebody has the target open, or the backup; the message says who, where it can.
             CorruptDatabaseError, SchemaTooNewError: the backup is damaged, or of a newer version.
+            SchemaChangedError: if the backup's schema was changed by hand, for example by a trigger on devices.
             ForeignDatabaseError: the backup, or the target, is another application's.
             DatabaseError: anything else. Unless the very last step failed, which the next opening finishes, the
                 target is as it was.
@@ -592,6 +593,7 @@ class Database:
             SourceChangedError: the source was written meanwhile.
             InvalidArgumentError: both are the same database.
             SchemaOutdatedError, SchemaTooNewError: one of them has the schema of another version.
+            SchemaChangedError: if the schema of one was changed by hand; on PostgreSQL, by a trigger or rule.
             CorruptDatabaseError: the source holds what no store writes.
         """
         from homeagent.maintenance.copying import copy_store

@@ -49,6 +49,7 @@ __all__ = [
     "NotFoundError",
     "OutcomeUnknownError",
     "ReadOnlyError",
+    "SchemaChangedError",
     "SchemaOutdatedError",
     "SchemaTooNewError",
     "SessionExistsError",
@@ -381,6 +382,24 @@ class SchemaOutdatedError(DatabaseError):
             if revision is None
             else f"the database is at schema revision {revision!r} and this version needs {needed!r}: "
             "run 'homeagent migrate', or open it with migrate=True"
+        )
+
+
+class SchemaChangedError(DatabaseError):
+    """The schema was changed by other means than homeagent's revisions, so that the rows can't be trusted to it.
+
+    Raised by a restore, a copy and an upgrade; nothing was changed. `changes` has one sentence for each change, with
+    the names of the table and of the trigger, index, column or view.
+    """
+
+    def __init__(self, changes: list[str], *, location: str, command: str | None) -> None:
+        self.changes = changes
+        self.location = location
+        shown = "; ".join(changes[:10]) + ("; …" if len(changes) > 10 else "")
+        first = "" if command is None else f" (the first step is: {command})"
+        super().__init__(
+            f"the schema of {location} was changed by hand: {shown}. Undo the change{first}, then try again; of a "
+            "backup, undo it in a copy of the file and restore the copy. Nothing was changed"
         )
 
 

@@ -31,6 +31,7 @@ from homeagent.errors import (
     TargetNotEmptyError,
 )
 from homeagent.migrations import REVISION, revision_of
+from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.models import DATA_TABLES, metadata
 from homeagent.models.types import Flag, JsonColumn
 from homeagent.unit_of_work import UnitOfWork
@@ -190,14 +191,16 @@ def copy_store(
     Raises:
         InvalidArgumentError: the two are one database.
         SchemaOutdatedError, SchemaTooNewError: one is not at the revision of this package.
+        SchemaChangedError: the schema of one was changed by hand.
         TargetNotEmptyError: the target holds data.
         SourceChangedError: the source was written while it was copied.
         CorruptDatabaseError: the source holds what no store writes, or another target gave back other rows.
         DatabaseError: the target doesn't give back what it was given.
     """
     with open_target() as target, open_source() as source:
-        for unit in (source, target):
+        for unit, location in ((source, "the source"), (target, "the target")):
             _require_present_schema(unit)
+            refuse_changed_schema(unit.session.connection(), REVISION, location)
         _refuse_same_database(engines, source, target)
         _keep_writers_out(engines[1], target)
         for table in _tables():

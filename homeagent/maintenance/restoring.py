@@ -104,6 +104,7 @@ def restore(
         DatabaseBusyError: somebody has the target open, or the backup.
         CorruptDatabaseError, ForeignDatabaseError, SchemaTooNewError: the backup is damaged, another application's,
             or of a newer version.
+        SchemaChangedError: the backup's schema was changed by hand.
         ForeignDatabaseError: the target is another application's file.
         DatabaseError: anything else. The target is as it was, unless the last step itself failed: then whoever opens
             it next finishes that.

@@ -24,6 +24,7 @@ from homeagent.engine.sqlite.manifests import Manifest
 from homeagent.engine.sqlite.swapping import new_path
 from homeagent.errors import CorruptDatabaseError, DatabaseError, DiskFullError, HomeAgentError
 from homeagent.migrations import VERSION_TABLE, revision_of
+from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.migrations.sqlite import upgrade_copy
 from homeagent.models import DATA_TABLES, store_table
 
@@ -80,6 +81,8 @@ def stage(
         try:
             with translated(engine.driver_errors, lambda error: _fault(error, source)):
                 found = _verify(engine, source, manifest)
+            with engine.looking() as connection:
+                refuse_changed_schema(connection, str(found.revision), quoted(source))
             engine.prepare_header()
             upgrade_copy(engine, clock=lambda: restored_at)
             epoch = max(known_epoch, found.epoch or 1) + 1

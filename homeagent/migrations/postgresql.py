@@ -19,6 +19,7 @@ from homeagent.errors import (
     SchemaOutdatedError,
 )
 from homeagent.migrations.revisions import REVISION, SPEAK_FOR_THEMSELVES, revision_of, suits, tables, upgrade
+from homeagent.migrations.schema_drift import refuse_changed_schema
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -105,6 +106,8 @@ def _make_or_upgrade(connection: Connection, deadline: float) -> None:
         raise ForeignDatabaseError(
             "the schema holds tables of these names that are not ours: name another database or schema"
         )
+    if revision is not None:
+        refuse_changed_schema(connection, revision, presentable_url(connection.engine.url))
     connection.execute(text(f"SET LOCAL lock_timeout = {min(left, _TABLE_LOCK_PATIENCE * 1000)}"))
     connection.execute(text(f"SET LOCAL statement_timeout = {int(_STATEMENT_PATIENCE.total_seconds() * 1000)}"))
     upgrade(connection)

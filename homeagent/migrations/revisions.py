@@ -21,6 +21,7 @@ from homeagent.errors import (
     InvalidArgumentError,
     MigrationError,
     ReadOnlyError,
+    SchemaChangedError,
     SchemaTooNewError,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "SPEAK_FOR_THEMSELVES",
     "VERSION_TABLE",
     "alembic_config",
+    "known_revisions",
     "revision_of",
     "suits",
     "tables",
@@ -56,6 +58,7 @@ SPEAK_FOR_THEMSELVES = (
     InvalidArgumentError,
     MigrationError,
     ReadOnlyError,
+    SchemaChangedError,
     SchemaTooNewError,
 )
 """Errors that say by themselves why an upgrade failed; any other becomes a MigrationError."""
@@ -113,6 +116,13 @@ def revision_of(connection: Connection) -> str | None:
     return str(rows[0][0])
 
 
+def known_revisions() -> set[str]:
+    """Return the revisions that this version has the scripts of."""
+    from alembic.script import ScriptDirectory
+
+    return {script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()}
+
+
 def suits(connection: Connection, revision: str | None) -> bool:
     """Tell whether this version works with the schema as it is: at its own revision, or at a newer one that allows it.
 
@@ -130,9 +140,7 @@ def suits(connection: Connection, revision: str | None) -> bool:
     """
     if revision is None or revision == REVISION:
         return revision is not None
-    from alembic.script import ScriptDirectory
-
-    known = {script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()}
+    known = known_revisions()
     if revision in known:
         return False
     if "store" not in tables(connection):
@@ -150,9 +158,14 @@ def suits(connection: Connection, revision: str | None) -> bool:
     return True
 
 
-def upgrade(connection: Connection) -> None:
-    """Run the revisions that are missing, on a connection that holds the lock under which one process does that."""
+def upgrade(connection: Connection, to: str = "head") -> None:
+    """Run the revisions that are missing, on a connection that holds the lock under which one process does that.
+
+    Args:
+        connection: on the database.
+        to: the last revision to run; "head" for the newest.
+    """
     from alembic import command
 
     with _alembic_lock:
-        command.upgrade(alembic_config(connection), "head")
+        command.upgrade(alembic_config(connection), to)

@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from homeagent.engine.disk import files
 from homeagent.engine.disk.locks import FileLock
+from homeagent.engine.disk.system_errors import quoted
 from homeagent.engine.sqlite.engine import corrupt_after_all, lock_path, sidecar_lock
 from homeagent.engine.sqlite.integrity import check_content, refuse_unclean_damage
 from homeagent.engine.sqlite.presence import announce, presence_path
@@ -57,8 +58,8 @@ def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migra
         temporary: whether nobody else can know of the file.
 
     Raises:
-        SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, CorruptDatabaseError,
-        InsecureFileError, DatabaseBusyError: as their names say. The file is as it was.
+        SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError, ForeignDatabaseError,
+        CorruptDatabaseError, InsecureFileError, DatabaseBusyError: as their names say. The file is as it was.
     """
     try:
         _open_sqlite(engine, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
@@ -86,6 +87,11 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
             return
         if not migrate:
             raise SchemaOutdatedError(revision, needed=REVISION, location=str(path))
+        if revision is not None and not suitable and not temporary:
+            from homeagent.migrations.schema_drift import refuse_changed_schema
+
+            with engine.looking() as connection:
+                refuse_changed_schema(connection, revision, quoted(path))
     elif not migrate:
         if not temporary and _is_remembered(path):
             raise corrupt_after_all(path)  # to say that there is none yet would be an invitation to make one

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import make_url, text
 
-from homeagent import Attempt, CopyProgress, Database, IdempotencyScope, Outcome, errors
+from homeagent import Attempt, CopyProgress, Database, IdempotencyScope, Outcome, UnitOfWork, errors
 from homeagent.engine.sqlite.driver import choose_driver
-from homeagent.maintenance.copying import PAGE, PAGE_WITH_JSON
+from homeagent.maintenance.copying import PAGE, PAGE_WITH_JSON, copy_store
 from homeagent.models import DATA_TABLES, metadata
 from tests.conftest import (
     Children,
@@ -524,12 +524,50 @@ def test_rows_that_differ_are_noticed(target: str, make_store: MakeStore, clock:
     """One number in one row of two thousand is other than it was given: nothing is copied."""
     with Database.open(make_store("sqlite"), clock=clock) as ours, Database.open(make_store(target)) as theirs:
         fill(ours)
-        with theirs.unit_of_work() as unit:
-            for statement in TRIGGERS[target]:
+        empty = stored(theirs)
+        writing: list[UnitOfWork] = []
+
+        def open_target() -> UnitOfWork:
+            writing.append(theirs.unit_of_work())
+            return writing[0]
+
+        def meddle(progress: CopyProgress) -> None:
+            # In the copy's own transaction: a trigger that was there before is refused.
+            if progress.step == "copying" and progress.table == "agents":
+                for statement in TRIGGERS[target]:
+                    writing[0].session.connection().exec_driver_sql(statement)
+
+        with pytest.raises(errors.DatabaseError, match="nonces is not the same on both sides"):
+            copy_store(
+                (ours._engine, theirs._engine),
+                lambda: ours.unit_of_work(read_only=True),
+                open_target,
+                live=False,
+                progress=meddle,
+            )
+        assert stored(theirs) == empty
+
+
+RULE = "CREATE RULE z AS ON INSERT TO devices DO ALSO UPDATE devices SET approved = 1"
+
+
+@pytest.mark.parametrize("changed", ["source", "target"])
+@pytest.mark.parametrize(("engine", "kind"), [("sqlite", "trigger"), ("postgresql", "trigger"), ("postgresql", "rule")])
+def test_a_changed_schema_is_not_copied(
+    engine: str, kind: str, changed: str, make_store: MakeStore, clock: FakeClock
+) -> None:
+    """A trigger or rule on homeagent's tables, of either side, is refused by name, and nothing is copied."""
+    other = "postgresql" if engine == "sqlite" else "sqlite"
+    pair = (engine, other) if changed == "source" else (other, engine)
+    with Database.open(make_store(pair[0]), clock=clock) as ours, Database.open(make_store(pair[1])) as theirs:
+        add_device(ours)
+        with (ours if changed == "source" else theirs).unit_of_work() as unit:
+            for statement in TRIGGERS[engine] if kind == "trigger" else [RULE]:
                 unit.session.connection().exec_driver_sql(statement)
         empty = stored(theirs)
-        with pytest.raises(errors.DatabaseError, match="nonces is not the same on both sides"):
+        with pytest.raises(errors.SchemaChangedError, match=f"the schema of the {changed} .* {kind} ") as caught:
             ours.copy_to(theirs)
+        assert len(caught.value.changes) == 1
         assert stored(theirs) == empty
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterator
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import ExceptionContext
 
-__all__ = ["Stopwatch", "inspect_sqlite", "journal_mode", "scratch_sqlite"]
+__all__ = ["Stopwatch", "inspect_sqlite", "journal_mode", "reaches", "scratch_sqlite"]
 
 # How many instructions of SQLite's virtual machine go by between two looks at the watch: well under a millisecond.
 _INSTRUCTIONS = 10_000
@@ -152,6 +152,59 @@ def journal_mode(path: Path, connection: Connection) -> str | None:
             os.close(descriptor)
     # https://sqlite.org/fileformat2.html#file_format_version_numbers
     return "wal" if header[18:20] == b"\x02\x02" else "delete"
+
+
+def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) -> bool:
+    """Tell whether a trigger writes to one of these tables, or a view reads one, without running either.
+
+    SQLite compiles statements that fire the trigger, or that read the view, and reports every table that they use and
+    the trigger that uses it: https://sqlite.org/c3ref/set_authorizer.html
+
+    Args:
+        raw: the driver's connection.
+        tables: their names, in lower case.
+        kind: `trigger` or `view`.
+        name: of the trigger or view.
+        on: the table or view that the trigger is on; of a view, its own name.
+
+    Returns:
+        True also if SQLite can't compile it, for example because a function or a table of the application is missing.
+    """
+    module: Any = choose_driver().module
+    writes = (module.SQLITE_INSERT, module.SQLITE_UPDATE, module.SQLITE_DELETE)
+    used: list[tuple[int, str | None]] = []
+
+    def note(action: int, table: str | None, _column: object, _schema: object, by: str | None) -> int:
+        if kind == "view" or by == name:
+            used.append((action, table))
+        return int(module.SQLITE_OK)
+
+    seen = False
+    raw.set_authorizer(note)
+    try:
+        for statement in _using(raw, kind, '"' + on.replace('"', '""') + '"'):
+            used.clear()
+            try:
+                with closing(raw.execute(f"EXPLAIN {statement}")):
+                    pass
+            except module.Error:
+                if used:
+                    return True
+            seen = seen or bool(used)
+            if any(table in tables for action, table in used if kind == "view" or action in writes):
+                return True
+    finally:
+        raw.set_authorizer(None)
+    return not seen
+
+
+def _using(raw: Any, kind: str, place: str) -> list[str]:
+    if kind == "view":
+        return [f"SELECT * FROM {place}"]  # noqa: S608  a name, escaped
+    # A generated column, hidden in the sense of table_xinfo, can't be set.
+    names = [row[1].replace('"', '""') for row in raw.execute(f"PRAGMA table_xinfo({place})") if not row[6]]
+    settings = ", ".join(f'"{name}" = "{name}"' for name in names)
+    return [f"INSERT INTO {place} DEFAULT VALUES", f"UPDATE {place} SET {settings}", f"DELETE FROM {place}"]  # noqa: S608  likewise
 
 
 @contextmanager

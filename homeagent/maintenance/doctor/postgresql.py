@@ -18,7 +18,8 @@ from homeagent.maintenance.doctor.chart import Chart
 from homeagent.maintenance.doctor.findings import STORE_CHECKS
 from homeagent.maintenance.doctor.revision import check_revision
 from homeagent.maintenance.doctor.rows import check_rows
-from homeagent.maintenance.doctor.schema import check_schema, columns_found
+from homeagent.maintenance.doctor.schema import check_schema
+from homeagent.migrations.schema_drift import columns_found
 from homeagent.models import metadata
 
 if TYPE_CHECKING:

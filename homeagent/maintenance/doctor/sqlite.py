@@ -23,7 +23,8 @@ from homeagent.maintenance.doctor.findings import STORE_CHECKS, Severity
 from homeagent.maintenance.doctor.restores import check_restores
 from homeagent.maintenance.doctor.revision import check_revision
 from homeagent.maintenance.doctor.rows import check_rows
-from homeagent.maintenance.doctor.schema import check_schema, columns_found
+from homeagent.maintenance.doctor.schema import check_schema
+from homeagent.migrations.schema_drift import columns_found
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

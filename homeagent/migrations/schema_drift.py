@@ -1,0 +1,384 @@
+"""Compare the schema of a database with what homeagent's revisions make, without writing to the database.
+
+On SQLite the revisions run on a scratch database in memory, and both schemas are read in the same way: a CHECK is
+compared word for word, which no pragma shows. On PostgreSQL nothing can be made without writing, so the models are
+compared with the server's catalogue.
+
+Tables, indexes, triggers and views of the application are allowed, unless a trigger changes homeagent's tables or a
+view reads them: a trigger can approve a device, and a view keeps the table under it from being rebuilt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqlalchemy import CheckConstraint, ForeignKeyConstraint, text
+from sqlalchemy.schema import CreateIndex
+
+from homeagent.engine.sqlite.inspection import reaches, scratch_sqlite
+from homeagent.errors import SchemaChangedError, SchemaTooNewError
+from homeagent.migrations.revisions import REVISION, VERSION_TABLE, known_revisions, upgrade
+from homeagent.models import metadata
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Table
+
+__all__ = ["Difference", "columns_found", "refuse_changed_schema", "schema_differences"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One change of the schema that no revision made.
+
+    Attributes:
+        text: what it is, by the names of the table and of the object.
+        grave: whether homeagent may fail, or accept what it must refuse.
+        command: the SQL statement that undoes the change; None if there is no single one.
+    """
+
+    text: str
+    grave: bool
+    command: str | None = None
+
+
+class _Index(NamedTuple):
+    unique: bool
+    definition: str
+    sql: str
+
+
+@dataclass
+class _Structure:
+    """One table as it is.
+
+    Attributes:
+        columns: by name, how each is defined.
+        required: the columns without which no row can be inserted.
+        constraints: by name, the text of each.
+        indexes: by name.
+        options: how the rows are stored.
+    """
+
+    columns: dict[str, str] = field(default_factory=dict)
+    required: set[str] = field(default_factory=set)
+    constraints: dict[str, str] = field(default_factory=dict)
+    indexes: dict[str, _Index] = field(default_factory=dict)
+    options: str = ""
+
+
+def columns_found(connection: Connection) -> dict[str, set[str]]:
+    """Return the columns that each of our tables has; a table that is missing is left out."""
+    read = _sqlite_columns if connection.dialect.name == "sqlite" else _postgresql_columns
+    return {table: columns for table in metadata.tables if (columns := read(connection, table))}
+
+
+def refuse_changed_schema(connection: Connection, revision: str, location: str) -> None:
+    """Refuse a database whose schema was changed by anything but homeagent's revisions.
+
+    On PostgreSQL only triggers and rules on homeagent's tables are looked for.
+
+    Args:
+        connection: on the database, in a transaction.
+        revision: of its schema.
+        location: what the error calls the database.
+
+    Raises:
+        SchemaChangedError: it was changed.
+        SchemaTooNewError: if this version does not know the revision, and so not its schema either.
+    """
+    if revision not in known_revisions():
+        raise SchemaTooNewError(revision, known=REVISION)
+    if connection.dialect.name == "sqlite":
+        found = list(_sqlite_differences(connection, revision))
+    else:
+        found = list(_postgresql_triggers(connection))
+    if found:
+        first = next((difference.command for difference in found if difference.command), None)
+        raise SchemaChangedError([difference.text for difference in found], location=location, command=first)
+
+
+def schema_differences(connection: Connection) -> list[Difference]:
+    """Return how the schema of a database at this version's revision differs from what that revision makes."""
+    if connection.dialect.name == "sqlite":
+        return [*_sqlite_differences(connection, REVISION), *_sqlite_leftovers(connection)]
+    wanted = {name: _modelled(connection, table) for name, table in metadata.tables.items()}
+    return [*_compare(wanted, _postgresql_structures(connection)), *_postgresql_triggers(connection)]
+
+
+def _compare(wanted: dict[str, _Structure], found: dict[str, _Structure]) -> Iterator[Difference]:
+    for name, table in wanted.items():
+        if name not in found:
+            yield Difference(f"table {name} is missing", grave=True)
+        else:
+            yield from _compare_table(name, table, found[name])
+
+
+def _compare_table(name: str, wanted: _Structure, found: _Structure) -> Iterator[Difference]:
+    if wanted.options != found.options:
+        yield Difference(f"table {name} stores its rows otherwise ({found.options or 'with a rowid'})", grave=False)
+    for column, definition in wanted.columns.items():
+        if column not in found.columns:
+            yield Difference(f"column {name}.{column} is missing", grave=True)
+        elif found.columns[column] != definition:
+            yield Difference(
+                f"column {name}.{column} is {found.columns[column]!r} instead of {definition!r}", grave=True
+            )
+    for column in sorted(found.columns.keys() - wanted.columns.keys()):
+        yield Difference(f"column {name}.{column} is not ours", grave=column in found.required)
+    for constraint, definition in wanted.constraints.items():
+        if constraint not in found.constraints:
+            yield Difference(f"constraint {constraint} of {name} is missing", grave=True)
+        elif found.constraints[constraint] != definition:
+            yield Difference(f"constraint {constraint} of {name} says something else", grave=True)
+    for constraint in sorted(found.constraints.keys() - wanted.constraints.keys()):
+        yield Difference(f"constraint {constraint} of {name} is not ours", grave=False)
+    for index, made in wanted.indexes.items():
+        if index not in found.indexes:
+            yield Difference(f"index {index} of {name} is missing", grave=made.unique, command=made.sql)
+        elif found.indexes[index][:2] != made[:2]:
+            yield Difference(
+                f"index {index} of {name} is another one",
+                grave=made.unique or found.indexes[index].unique,
+                command=f"DROP INDEX {index}; {made.sql}",
+            )
+    for index in sorted(found.indexes.keys() - wanted.indexes.keys()):
+        yield Difference(
+            f"index {index} of {name} is not ours",
+            grave=found.indexes[index].unique,
+            command=f"DROP INDEX {_name(index)}",
+        )
+
+
+def _name(name: str) -> str:
+    """Return the name of a table, an index or a trigger as SQL takes it."""
+    return name if re.fullmatch(r"[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'
+
+
+# SQLite
+
+
+class _Expected(NamedTuple):
+    """What a revision makes: its tables by name, and its triggers and views by name, each in one spelling."""
+
+    tables: dict[str, _Structure]
+    others: dict[str, str]
+
+
+@cache
+def _sqlite_expected(revision: str) -> _Expected:
+    with scratch_sqlite() as scratch:
+        with scratch.begin():
+            upgrade(scratch, revision)
+        others = {name: _plain(sql) for _, name, _, sql in _sqlite_others(scratch)}
+        return _Expected(_sqlite_structures(scratch), others)
+
+
+def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Difference]:
+    expected = _sqlite_expected(revision)
+    found = {name: table for name, table in _sqlite_structures(connection).items() if name in expected.tables}
+    yield from _compare(expected.tables, found)
+    others = _sqlite_others(connection)
+    for name in expected.others.keys() - {name for _, name, _, _ in others}:
+        yield Difference(f"trigger {name} is missing", True, expected.others[name])
+    raw: Any = connection.connection.driver_connection
+    mention = re.compile(rf"\b({'|'.join(expected.tables)})\b", re.IGNORECASE)
+    for kind, name, on, sql in others:
+        if expected.others.get(name) == _plain(sql):
+            continue
+        # SQLite writes the table of a trigger as its author spelt it.
+        if kind == "trigger" and on.lower() in expected.tables:
+            what = f"trigger {name} of {on.lower()} is not homeagent's"
+        elif mention.search(sql) and reaches(raw, expected.tables, kind=kind, name=name, on=on):
+            what = f"{kind} {name} " + (f"of {on} changes" if kind == "trigger" else "reads") + " homeagent's tables"
+        else:
+            continue
+        yield Difference(what, kind == "trigger", f"DROP {kind.upper()} {_name(name)}")
+
+
+def _sqlite_others(connection: Connection) -> list[tuple[str, str, str, str]]:
+    found = connection.exec_driver_sql(
+        "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE type IN ('trigger', 'view') ORDER BY name"
+    )
+    return [(kind, name, on, sql) for kind, name, on, sql in found]
+
+
+def _sqlite_columns(connection: Connection, table: str) -> set[str]:
+    return {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_xinfo({_name(table)})")}
+
+
+def _sqlite_structures(connection: Connection) -> dict[str, _Structure]:
+    return {
+        table: _sqlite_structure(connection, table, sql)
+        for table, sql in connection.exec_driver_sql("SELECT name, sql FROM sqlite_master WHERE type = 'table'")
+        if table in {*metadata.tables, VERSION_TABLE}
+    }
+
+
+def _sqlite_structure(connection: Connection, table: str, sql: str) -> _Structure:
+    structure = _Structure()
+    body, _, options = _plain(sql).partition("(")[2].rpartition(")")
+    structure.options = options.strip()
+    for clause in _clauses(body):
+        first, _, rest = clause.partition(" ")
+        if first == "CONSTRAINT":
+            name, _, definition = rest.partition(" ")
+            structure.constraints[name] = definition
+        elif first in {"CHECK", "FOREIGN", "PRIMARY", "UNIQUE"}:
+            structure.constraints[clause] = clause
+        else:
+            structure.columns[first] = rest
+    for _, name, _, not_null, default, key, _ in connection.exec_driver_sql(f"PRAGMA table_xinfo({table})"):
+        if not_null and default is None and not key:
+            structure.required.add(name)
+    indexes = connection.exec_driver_sql(
+        "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND tbl_name = ? AND sql IS NOT NULL", (table,)
+    )
+    for name, written in indexes:
+        plain = _plain(written)
+        definition = plain.partition(" ON ")[2].replace(" (", "(")
+        structure.indexes[name] = _Index(plain.startswith("CREATE UNIQUE "), definition, plain)
+    return structure
+
+
+def _sqlite_leftovers(connection: Connection) -> list[Difference]:
+    # What Alembic's batch mode rebuilds a table into, before it is renamed.
+    found = connection.exec_driver_sql(
+        "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE '~_alembic~_tmp~_%' ESCAPE '~'"
+    )
+    return [
+        Difference(
+            f"table {name} was left behind by an upgrade that another tool ran",
+            grave=False,
+            command=f"DROP TABLE {name}",
+        )
+        for (name,) in found
+    ]
+
+
+def _plain(sql: str) -> str:
+    return re.sub(r"\s+", " ", sql.replace('"', "")).strip()
+
+
+def _clauses(body: str) -> Iterator[str]:
+    """Split the definition of a table at the commas that are in no parenthesis and in no text."""
+    depth, start, quoted = 0, 0, False
+    for place, character in enumerate(body):
+        if character == "'":
+            quoted = not quoted
+        elif quoted:
+            continue
+        elif character == "(":
+            depth += 1
+        elif character == ")":
+            depth -= 1
+        elif character == "," and not depth:
+            yield body[start:place].strip()
+            start = place + 1
+    yield body[start:].strip()
+
+
+# PostgreSQL
+
+_COLUMNS = text(
+    "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, pg_get_expr(d.adbin, d.adrelid),"
+    " co.collname, ty.typcollation <> a.attcollation"
+    " FROM pg_attribute a JOIN pg_type ty ON ty.oid = a.atttypid"
+    " LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum"
+    " LEFT JOIN pg_collation co ON co.oid = a.attcollation"
+    " WHERE a.attrelid = to_regclass(:name) AND a.attnum > 0 AND NOT a.attisdropped"
+)
+_CONSTRAINTS = text(
+    "SELECT conname, contype, pg_get_constraintdef(oid) FROM pg_constraint"
+    " WHERE conrelid = to_regclass(:name) AND contype <> 'n'"
+)
+_INDEXES = text(
+    "SELECT c.relname, i.indisunique, pg_get_indexdef(i.indexrelid), i.indisvalid FROM pg_index i"
+    " JOIN pg_class c ON c.oid = i.indexrelid WHERE i.indrelid = to_regclass(:name)"
+    " AND NOT EXISTS (SELECT 1 FROM pg_constraint k WHERE k.conindid = i.indexrelid)"
+)
+_TRIGGERS = text(
+    "SELECT 'trigger', tgname FROM pg_trigger WHERE tgrelid = to_regclass(:name) AND NOT tgisinternal"
+    " UNION ALL SELECT 'rule', rulename FROM pg_rewrite WHERE ev_class = to_regclass(:name) AND rulename <> '_RETURN'"
+)
+
+
+def _postgresql_triggers(connection: Connection) -> Iterator[Difference]:
+    for table in (*metadata.tables, VERSION_TABLE):
+        for kind, name in connection.execute(_TRIGGERS, {"name": table}):
+            yield Difference(
+                f"{kind} {name} of {table} is not homeagent's", True, f"DROP {kind.upper()} {_name(name)} ON {table}"
+            )
+
+
+def _postgresql_columns(connection: Connection, table: str) -> set[str]:
+    return {row[0] for row in connection.execute(_COLUMNS, {"name": table})}
+
+
+def _postgresql_structures(connection: Connection) -> dict[str, _Structure]:
+    found = {}
+    for table in metadata.tables:
+        structure = _Structure()
+        for name, kind, not_null, default, collation, is_own in connection.execute(_COLUMNS, {"name": table}):
+            structure.columns[name] = _column(kind, collation if is_own else None, default, not_null)
+            if not_null and default is None:
+                structure.required.add(name)
+        for name, kind, definition in connection.execute(_CONSTRAINTS, {"name": table}):
+            structure.constraints[name] = _same_words(definition) if kind == "c" else definition
+        for name, unique, definition, valid in connection.execute(_INDEXES, {"name": table}):
+            written = definition.partition(" USING btree ")[2] if valid else "invalid"
+            structure.indexes[name] = _Index(unique, _same_words(written), definition)
+        if structure.columns:
+            found[table] = structure
+    return found
+
+
+def _modelled(connection: Connection, table: Table) -> _Structure:
+    """Describe a table of the models in the words of PostgreSQL's catalogue."""
+    dialect = connection.dialect
+    structure = _Structure()
+    for column in table.columns:
+        kind, _, collation = column.type.compile(dialect).partition(" COLLATE ")
+        default: Any = column.server_default
+        structure.columns[column.name] = _column(
+            kind.lower(),
+            collation.strip('"') or None,
+            None if default is None else str(default.arg),
+            not column.nullable,
+        )
+    for constraint in table.constraints:
+        name = str(dialect.identifier_preparer.format_constraint(constraint))
+        columns = ", ".join(column.name for column in getattr(constraint, "columns", ()))
+        if isinstance(constraint, CheckConstraint):
+            structure.constraints[name] = _same_words(f"CHECK ({constraint.sqltext})")
+        elif isinstance(constraint, ForeignKeyConstraint):
+            (element,) = constraint.elements
+            target = element.column
+            structure.constraints[name] = f"FOREIGN KEY ({columns}) REFERENCES {target.table.name}({target.name})"
+        else:
+            structure.constraints[name] = f"PRIMARY KEY ({columns})"
+    for index in table.indexes:
+        where = index.dialect_options["postgresql"]["where"]
+        columns = f"({', '.join(column.name for column in index.columns)})"
+        structure.indexes[str(index.name)] = _Index(
+            bool(index.unique),
+            _same_words(columns if where is None else f"{columns} WHERE {where}"),
+            " ".join(str(CreateIndex(index).compile(dialect=dialect)).split()),
+        )
+    return structure
+
+
+def _column(kind: str, collation: str | None, default: str | None, not_null: bool) -> str:
+    default = None if default is None else re.sub(r"::[\w ]+$", "", default)
+    parts = [kind, f"COLLATE {collation}" if collation else "", f"DEFAULT {default}" if default else ""]
+    return " ".join([*filter(None, parts), "NOT NULL" if not_null else "NULL"])
+
+
+def _same_words(written: str) -> str:
+    """Return an expression as both write it: the server writes IN as = ANY (ARRAY[…]), adds casts and parentheses."""
+    plain = re.sub(r"::[a-z]+(\[\])?", "", written)
+    plain = re.sub(r"= ANY \(+ARRAY\[(.*?)\]\)+", r"IN \1", plain)
+    return re.sub(r"[\s()]+", " ", plain).strip()

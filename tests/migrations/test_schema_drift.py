@@ -1,0 +1,180 @@
+"""A schema that was changed by hand is refused before its rows are trusted; the application's own tables are not."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from alembic import command
+from homeagent import Database, DevicePair, Role
+from homeagent.errors import SchemaChangedError
+from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config
+from tests.conftest import FakeClock, add_device
+from tests.migrations.old_databases import clock as then
+from tests.migrations.old_databases import fetch, old_database, server, sqlite
+
+APPROVES = "BEGIN UPDATE devices SET approved = 1, role = 'admin'; END"
+
+# What is done by hand, and how the error names it. Each is possible at every revision.
+CHANGES = {
+    "trigger": (f"CREATE TRIGGER z AFTER INSERT ON devices {APPROVES}", "trigger z of devices"),
+    "trigger in other letters": (f"CREATE TRIGGER z AFTER INSERT ON [Devices] {APPROVES}", "trigger z of devices"),
+    "trigger of the version": (f"CREATE TRIGGER z AFTER UPDATE ON {VERSION_TABLE} {APPROVES}", "trigger z"),
+    "trigger of another table": (f"CREATE TRIGGER z AFTER INSERT ON rooms {APPROVES}", "trigger z of rooms"),
+    "trigger of one column": (
+        'CREATE TRIGGER z BEFORE UPDATE OF size ON rooms WHEN 0 BEGIN DELETE FROM "nonces"; END',
+        "trigger z of rooms",
+    ),
+    "trigger of a view": (
+        "CREATE VIEW large AS SELECT id FROM rooms;"
+        " CREATE TRIGGER z INSTEAD OF DELETE ON large BEGIN INSERT OR REPLACE INTO agents SELECT * FROM agents; END",
+        "trigger z of large",
+    ),
+    "trigger with a function of the application": (
+        "CREATE TRIGGER z AFTER INSERT ON rooms BEGIN SELECT theirs(NEW.id); UPDATE devices SET approved = 1; END",
+        "trigger z of rooms",
+    ),
+    "trigger with an odd name": (f'CREATE TRIGGER "z ""1" AFTER INSERT ON devices {APPROVES}', 'z "1'),
+    "view": ("CREATE VIEW z AS SELECT rooms.id FROM rooms JOIN devices", "view z"),
+    "view without a column": ("CREATE VIEW z AS SELECT (SELECT count(*) FROM devices)", "view z"),
+    "index": ("CREATE INDEX z ON devices (role)", "index z of devices"),
+    "index dropped": ("DROP INDEX idx_sessions_agent", "idx_sessions_agent"),
+    "column": ("ALTER TABLE devices ADD COLUMN z TEXT", "devices.z"),
+}
+ROOMS = "CREATE TABLE rooms (id INTEGER PRIMARY KEY, size INTEGER, twice INTEGER AS (size * 2));"
+
+# The application's own objects: they name homeagent's tables, and change none.
+APPLICATION = (
+    ROOMS + "CREATE TABLE messages (id INTEGER PRIMARY KEY, session_id TEXT REFERENCES sessions, devices INTEGER);"
+    "CREATE UNIQUE INDEX idx_messages ON messages (session_id);"
+    "CREATE VIEW recent AS SELECT id, devices FROM messages;"
+    "CREATE TRIGGER counts AFTER INSERT ON messages BEGIN"
+    " UPDATE messages SET devices = (SELECT count(*) FROM devices) WHERE id = NEW.id; END;"
+    "CREATE TRIGGER logs INSTEAD OF INSERT ON recent BEGIN INSERT INTO rooms (size) VALUES ('devices'); END;"
+)
+
+
+def change(path: Path, statements: str) -> None:
+    """Change a file that is not open, by SQL."""
+    with closing(sqlite(path)) as raw:
+        raw.executescript(statements)
+
+
+def content(directory: Path) -> dict[str, str]:
+    """Return a digest of every file in a directory."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_changed_schema_is_not_restored(sqlite_path: Path, tmp_path: Path, kind: str) -> None:
+    """A backup with a changed schema is refused by name, and the database stays as it is."""
+    backup = tmp_path / "the.backup"
+    shutil.copyfile(sqlite_path, backup)
+    statements, named = CHANGES[kind]
+    change(backup, ROOMS + statements)
+    before = content(sqlite_path.parent)
+    with pytest.raises(SchemaChangedError) as caught:
+        Database.restore(backup, sqlite_path)
+    assert len(caught.value.changes) == 1
+    assert named in caught.value.changes[0].replace('""', '"')
+    assert str(backup) in str(caught.value)
+    after = content(sqlite_path.parent)
+    assert {name: after[name] for name in after if not name.endswith((".lock", ".open"))} == before
+
+
+def test_an_old_backup_is_compared_with_its_own_revision(sqlite_path: Path, tmp_path: Path) -> None:
+    """A backup of each older revision is restored if it is as that revision made it, and refused otherwise."""
+    for revision in ("0001", "0002", "0003", "0004"):
+        directory = tmp_path / revision
+        directory.mkdir()
+        backup = old_database(directory, revision)
+        assert Database.restore(backup, sqlite_path).upgraded_from == revision
+        change(backup, CHANGES["trigger"][0])
+        with pytest.raises(SchemaChangedError):
+            Database.restore(backup, sqlite_path)
+
+
+def test_the_remedy_of_a_refused_restore(database_backup: Path, sqlite_path: Path, tmp_path: Path) -> None:
+    """The statement that the error names, on a copy of the backup, makes it one that can be restored."""
+    with pytest.raises(SchemaChangedError, match="restore the copy") as caught:
+        Database.restore(database_backup, sqlite_path)
+    mended = tmp_path / "mended.backup"
+    shutil.copyfile(database_backup, mended)
+    remedy = str(caught.value)
+    change(mended, remedy[remedy.index("DROP TRIGGER") :].partition(")")[0])
+    Database.restore(mended, sqlite_path)
+    with Database.open(sqlite_path) as database:
+        secret = database.pair(DevicePair(id="new", role=Role.CLIENT)).shared_secret
+        assert database.verify_secret("new", secret) is None
+
+
+@pytest.fixture
+def database_backup(sqlite_path: Path, tmp_path: Path) -> Path:
+    """A backup with its manifest, of a database that has a trigger on devices."""
+    change(sqlite_path, CHANGES["trigger"][0])
+    with Database.open(sqlite_path) as database:
+        return database.backup(tmp_path / "the.backup")
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_changed_schema_is_not_upgraded(tmp_path: Path, kind: str) -> None:
+    """An old file with a changed schema is refused by name: no byte of it changes, and no backup of it is made."""
+    directory = tmp_path / "old"
+    directory.mkdir(mode=0o700)
+    path = old_database(directory, "0001")
+    statements, named = CHANGES[kind]
+    change(path, ROOMS + statements)
+    before = content(directory)
+    with pytest.raises(SchemaChangedError) as caught:
+        Database.open(path, clock=then)
+    assert len(caught.value.changes) == 1
+    assert named in caught.value.changes[0].replace('""', '"')
+    assert content(directory) == before
+
+
+@pytest.mark.parametrize("revision", ["0001", REVISION])
+def test_the_applications_own_tables_stay(tmp_path: Path, sqlite_path: Path, revision: str) -> None:
+    """Tables, indexes, views and triggers that change nothing of homeagent's are upgraded and restored with it."""
+    path = old_database(tmp_path, revision)
+    change(path, APPLICATION)
+    query = "SELECT type, name, sql FROM sqlite_master WHERE tbl_name IN ('rooms', 'messages', 'recent') ORDER BY 2"
+    made = fetch(path, query)
+    assert len(made) == 6
+    Database.restore(path, sqlite_path)
+    Database.open(path, clock=then).close()
+    assert fetch(path, query) == fetch(sqlite_path, query) == made
+    with Database.open(sqlite_path) as database:
+        (schema,) = [finding for finding in database.doctor().findings if finding.check == "schema"]
+    assert schema.severity == "ok"
+
+
+SERVER_CHANGES = {
+    "trigger": [
+        "CREATE FUNCTION z() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.approved = 1; RETURN NEW; END'",
+        "CREATE TRIGGER z BEFORE INSERT ON devices FOR EACH ROW EXECUTE FUNCTION z()",
+    ],
+    "rule": ["CREATE RULE z AS ON UPDATE TO devices DO INSTEAD NOTHING"],
+}
+
+
+@pytest.mark.parametrize("kind", SERVER_CHANGES)
+def test_a_changed_schema_on_a_server(empty_postgres_url: str, clock: FakeClock, kind: str) -> None:
+    """On PostgreSQL a trigger or rule on homeagent's tables keeps an upgrade from being made, until it is dropped."""
+    engine = server(empty_postgres_url)
+    with engine.begin() as connection:
+        command.upgrade(alembic_config(connection), "0004")
+        for statement in SERVER_CHANGES[kind]:
+            connection.execute(text(statement))
+    with pytest.raises(SchemaChangedError, match=f"{kind} z of devices") as caught:
+        Database.open(empty_postgres_url)
+    remedy = str(caught.value)
+    with engine.begin() as connection:
+        assert connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).all() == [("0004",)]
+        connection.execute(text(remedy[remedy.index(f"DROP {kind.upper()}") :].partition(")")[0]))
+    with Database.open(empty_postgres_url, clock=clock) as database:
+        assert not add_device(database).approved
