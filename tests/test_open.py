@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import URL
 
-from homeagent import AgentCreate, Database, diagnose
+from homeagent import AgentCreate, BackupSchedule, Database, diagnose
+from homeagent.cli import main
 from homeagent.engine.sqlite.driver import choose_driver
 from homeagent.engine.sqlite.engine import APPLICATION_ID
 from homeagent.errors import (
@@ -168,6 +169,108 @@ def test_targets_that_are_none(target: Any) -> None:
     for open_or_look in (Database.open, Database.begin_epoch, diagnose):
         with pytest.raises(InvalidArgumentError):
             open_or_look(target)
+
+
+ADDRESSES = [
+    "host=db dbname=home user=gateway password=S3CRET",
+    "password = 'S3CRET'",
+    "PGPASSWORD=x host=db\tpassword=S3CRET",
+    "postgresql:/gateway:S3CRET@db/home",
+    "postgresql+psycopg:/gateway:S3CRET@db/home",
+    "postgresql:gateway:S3CRET@db",
+    "postgres//gateway:S3CRET@db/home",
+    "postgresql+psycopg//db/home",
+    "//gateway:S3CRET@db/home",
+    " postgresql:/gateway:S3CRET@db/home",
+    "jdbc:postgresql://gateway:S3CRET@db/home",
+    "'postgresql://gateway:S3CRET@db/home'",
+    "postgresql://gateway:S3CRET@db:port/home",
+    "postgresql://gateway:S3CRET@db/home\n",
+    "postgresql://gateway:S3CRET@db/home\0",
+    "sqlite://gateway:S3CRET@db/home.db",
+    "gateway:S3CRET@db/home",
+    "gateway:S3/CRET@db/home",
+    "gateway@db/home",
+    "db:5432/home",
+    "[::1]:5432/home",
+    "sqlite:home.db",
+    "sqlite:/home.db",
+    "sqlite://home.db",
+    "file:home.db?mode=ro",
+    "home.db\n",
+]
+
+
+@pytest.mark.parametrize("target", ADDRESSES, ids=repr)
+def test_mistyped_address_makes_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server's address that is no URL is refused at every entry point: it makes no file, and no message shows it."""
+    monkeypatch.chdir(tmp_path)
+    messages = []
+    for open_or_look in (Database.open, Database.begin_epoch, diagnose):
+        with pytest.raises(InvalidArgumentError) as caught:
+            open_or_look(target)
+        messages.append(str(caught.value))
+    if "\0" not in target:
+        monkeypatch.setenv("HOMEAGENT_DATABASE", target)
+        with pytest.raises(InvalidArgumentError) as caught:
+            Database.open()
+        messages.append(str(caught.value))
+    for arguments in (["status", "--database", target], ["init", "--database", target], ["copy", target, "new.db"]):
+        with pytest.raises(SystemExit) as ended:
+            monkeypatch.setattr(sys, "argv", ["homeagent", *arguments])
+            main()
+        assert ended.value.code == 1
+    messages += capsys.readouterr()
+    assert not any("CRET" in message for message in messages)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ADDRESSES[:12], ids=repr)
+def test_address_is_no_backup(
+    sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """A server's address where a backup's path belongs makes no directory, and is not shown."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for call in (
+        lambda: sqlite_database.backup(path),
+        lambda: Database.restore(path, "restored.db"),
+        lambda: BackupSchedule(path),
+    ):
+        with pytest.raises(InvalidArgumentError) as caught:
+            call()
+        assert "S3CRET" not in str(caught.value)
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "./a:b.db",
+        "../here/a:b.db",
+        "~/a:b.db",
+        "here/a:b.db",
+        "{directory}/host=x user=y.db",
+        "sqlite:///a:b.db",
+        "anna@home.db",
+        "postgres/host.db",
+        Path("host=db password=x"),
+        Path("postgresql:/gateway:x@db/home"),
+    ],
+    ids=repr,
+)
+def test_path_that_resembles_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str | Path) -> None:
+    """A path that begins as one, a PathLike, and a colon or `@` beyond the first name are taken for what they are."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setenv("USERPROFILE", str(here))
+    with Database.open(target.format(directory=here) if isinstance(target, str) else target) as database:
+        assert location(database).is_relative_to(here)
+        assert location(database).is_file()
 
 
 @pytest.mark.parametrize("path", [None, 5, b"x.db"], ids=repr)

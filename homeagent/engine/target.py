@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +13,22 @@ from sqlalchemy.exc import ArgumentError
 from homeagent.engine.disk.files import locate_file
 from homeagent.errors import InvalidArgumentError
 
-__all__ = ["DEFAULT_PATH", "ENVIRONMENT_VARIABLE", "Target", "presentable_url", "resolve_target"]
+__all__ = ["DEFAULT_PATH", "ENVIRONMENT_VARIABLE", "Target", "presentable_url", "refuse_address", "resolve_target"]
 
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
+
+# A server's address that is no URL. Taken for a path, it would be a new, empty store named by the server's password:
+# libpq's "host=… password=…"; a name with a colon up to its first slash, as of "postgresql:/…", "user:password@host/…",
+# "host:5432" or "sqlite:x.db", also after "//"; "user@host/…"; and "postgres//…".
+_ADDRESS = re.compile(
+    r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
+    r"|^([\w+.-]*//)?[^/]*(:|@[^/]*/)"
+    r"|^\s*(postgres|postgresql)(\+\w+)?//",
+    re.IGNORECASE,
+)
+_PLAIN_PATH = re.compile(r"/(?!/)|\.\.?/|~/")
+_CONTROL = re.compile(r"[\0-\x1f\x7f]")
 
 _SHOWN_OPTIONS = frozenset({"host", "hostaddr", "port", "sslmode", "target_session_attrs", "user"})
 
@@ -58,14 +71,21 @@ def resolve_target(target: str | os.PathLike[str] | URL | None) -> Target:
 
     Args:
         target: None for `$HOMEAGENT_DATABASE` or else `~/.homeagent/homeagent.db`; a path; `":memory:"`; a URL such
-            as `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql+psycopg://…`.
+            as `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql+psycopg://…`. A PathLike is always a
+            path. So is a str that begins with `/`, `./`, `../` or `~/`; another str that looks like a server's address,
+            for example because it has a colon before its first slash, is refused.
 
     Raises:
-        InvalidArgumentError: it is empty, a directory, no URL, or of an engine that is not supported. The message never
-            shows the URL, which may hold a password.
+        InvalidArgumentError: it is empty, a directory, no URL, or of an engine that is not supported; or if a str
+            holds a control character or looks like a server's address. The message never shows the URL or the
+            address, which may hold a password.
     """
     if target is None:
         target = os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_PATH
+    if isinstance(target, str) and _CONTROL.search(target):
+        raise InvalidArgumentError(
+            "the database's name holds a control character, such as a line break: remove it, or pass a Path"
+        )
     if isinstance(target, str) and "://" in target:
         try:
             target = make_url(target)
@@ -75,7 +95,23 @@ def resolve_target(target: str | os.PathLike[str] | URL | None) -> Target:
         return _resolve_url(target)
     if target == ":memory:":
         return Target()
+    refuse_address(target)
     return _named_file(target)
+
+
+def refuse_address(path: object) -> None:
+    """Refuse a str that was meant as the address of a server, where a path is expected.
+
+    Raises:
+        InvalidArgumentError: if it looks like an address. The message does not show it, since it may hold a password.
+    """
+    if not isinstance(path, str) or _PLAIN_PATH.match(path):
+        return
+    if _ADDRESS.search(os.path.splitdrive(path)[1]):
+        raise InvalidArgumentError(
+            "the path looks like the address of a server: a database's URL has the form postgresql://USER@HOST/NAME; "
+            "if it is a path, begin it with ./ or pass a Path"
+        )
 
 
 def _named_file(path: str | os.PathLike[str]) -> Target:
@@ -92,6 +128,10 @@ def _resolve_url(url: URL) -> Target:
     if backend == "sqlite":
         if url.query:
             raise InvalidArgumentError("a sqlite URL takes no query here: the store sets what it needs by itself")
+        if url.host or url.username or url.password or url.port:
+            raise InvalidArgumentError(
+                "a sqlite URL has no host: write sqlite:///relative.db or sqlite:////absolute.db"
+            )
         return Target() if url.database in {None, "", ":memory:"} else _named_file(str(url.database))
     if backend == "postgresql":
         return Target(url=url.set(drivername="postgresql+psycopg"))

@@ -17,6 +17,7 @@ from homeagent.engine.sqlite.backup import Stop, backup_name, discard, write_bac
 from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path
 from homeagent.engine.sqlite.manifests import PARTIAL, Manifest, backups_in, manifest_path, note_path, remember_backup
 from homeagent.engine.sqlite.presence import presence_path
+from homeagent.engine.target import refuse_address
 from homeagent.errors import DatabaseBusyError, DatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.migrations import VERSION_TABLE, revision_of
 from homeagent.models.types import check_limit
@@ -77,6 +78,7 @@ def back_up(
     engine = require_file(engine)
     if keep is not None:
         check_limit(keep, "keep")
+    refuse_address(destination)
     where = locate_file(destination)
     given = os.fspath(destination)
     into_directory = where.is_dir() or given.endswith(("/", os.sep))

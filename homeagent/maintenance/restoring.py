@@ -31,7 +31,7 @@ from homeagent.engine.sqlite.engine import sidecar_lock
 from homeagent.engine.sqlite.manifests import Manifest, read_manifest
 from homeagent.engine.sqlite.presence import alone, kept_from_sqlite, presence_path
 from homeagent.engine.sqlite.swapping import aside_path, epoch_of_marker, swap_in
-from homeagent.engine.target import resolve_target
+from homeagent.engine.target import refuse_address, resolve_target
 from homeagent.errors import (
     DatabaseBusyError,
     ForeignDatabaseError,
@@ -182,6 +182,7 @@ def _target(target: str | os.PathLike[str] | URL | None) -> Path:
 
 
 def _source(backup: str | os.PathLike[str], database: Path) -> Path:
+    refuse_address(backup)
     source = Path(os.path.realpath(locate_file(backup)))
     with explained("look at", source):
         try:

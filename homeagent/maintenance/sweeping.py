@@ -14,6 +14,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
+from homeagent.engine.target import refuse_address
 from homeagent.errors import DatabaseClosedError, HomeAgentError, UnitStateError
 from homeagent.maintenance.pacing import Pace
 from homeagent.models.types import check_duration, check_limit, check_wait
@@ -39,7 +40,7 @@ class BackupSchedule:
         keep: how many stay there; older ones of this database are removed once a new one is verified. None for all.
 
     Raises:
-        InvalidArgumentError: `every` is not above zero, or `keep` not 1 or more.
+        InvalidArgumentError: `every` is not above zero, or `keep` not 1 or more, or `directory` is a server's address.
     """
 
     directory: str | os.PathLike[str]
@@ -47,6 +48,7 @@ class BackupSchedule:
     keep: int | None = 7
 
     def __post_init__(self) -> None:
+        refuse_address(self.directory)
         check_duration(self.every, "every")
         if self.keep is not None:
             check_limit(self.keep, "keep")
