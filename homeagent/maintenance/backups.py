@@ -89,7 +89,7 @@ def back_up(
             return _make_in(directory, engine, clock=clock, keep=keep, stop=stop)
         _refuse_files_in_use(engine.path, where)
         if replace:
-            judge_file(where, is_database=False)
+            judge_file(where, is_database=False, repair=False)
         discard(_partial(where))
         return _make(where, engine, taken_at=clock(), keep=keep, replace=replace, stop=stop)
 

@@ -17,7 +17,7 @@ from homeagent.engine.target import resolve_target
 from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, InvalidArgumentError, SchemaOutdatedError
 from homeagent.migrations import REVISION
 from homeagent.migrations.postgresql import open_postgresql
-from homeagent.migrations.sqlite import open_sqlite
+from homeagent.migrations.sqlite import identify_or_wait, open_sqlite
 from homeagent.models import store_table
 from homeagent.models.types import check_instant, check_wait
 
@@ -81,19 +81,20 @@ def begin_epoch(target: str | os.PathLike[str] | URL | None, *, clock: Clock, bu
 def _in_file(path: Path, now: datetime, timeout: timedelta) -> int:
     if not os.path.lexists(path):
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
-    with alone(path, timeout=timeout):
-        with kept_from_sqlite(path):
-            pass  # nobody has it open; the locks themselves would not outlast what SQLite opens and closes here
-        engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
-        try:
+    engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
+    try:
+        identify_or_wait(engine)
+        with alone(path, timeout=timeout):
+            with kept_from_sqlite(path):
+                pass  # nobody has it open; the locks themselves would not outlast what SQLite opens and closes here
             # Its presence is announced by the lock that is held alone.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:
                 with engine.translated(), engine.connect() as connection, connection.begin():
                     epoch = _advance(connection, now, at_least=epoch_of_marker(lock.read_marker()))
                 lock.write_marker(marker_of_epoch(epoch))
-        finally:
-            engine.close()
+    finally:
+        engine.close()
     return epoch
 
 

@@ -22,17 +22,19 @@ from homeagent.engine.disk.directories import prepare_directory
 from homeagent.engine.disk.files import (
     judge_file,
     locate_file,
+    look_at,
     secure_sidecars,
 )
 from homeagent.engine.disk.filesystems import refuse_network_filesystem
 from homeagent.engine.disk.locks import FileLock
 from homeagent.engine.disk.system_errors import explained, quoted
-from homeagent.engine.sqlite.engine import sidecar_lock
+from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path, sidecar_lock
 from homeagent.engine.sqlite.manifests import Manifest, read_manifest
 from homeagent.engine.sqlite.presence import alone, kept_from_sqlite, presence_path
 from homeagent.engine.sqlite.swapping import aside_path, epoch_of_marker, swap_in
 from homeagent.engine.target import refuse_address, resolve_target
 from homeagent.errors import (
+    CorruptDatabaseError,
     DatabaseBusyError,
     ForeignDatabaseError,
     InvalidArgumentError,
@@ -115,6 +117,7 @@ def restore(
     manifest = read_manifest(source)
     with _not_in_use(source):
         _look_at(source, manifest)
+        _identify_target(database)
         prepare_directory(database.parent)
         refuse_network_filesystem(database)
         with alone(database, timeout=busy_timeout) as lock:
@@ -246,16 +249,40 @@ def _marker(database: Path, timeout: timedelta) -> str | None:
         return lock.read_marker()
 
 
+def _identify_target(database: Path) -> None:
+    """Refuse another application's file before a lock file is made next to it."""
+    state = judge_file(database, is_database=False, repair=False)
+    if state is None or state.is_empty or any(map(_has_content, (lock_path(database), presence_path(database)))):
+        return  # a marker says that a database of ours was made, or a restore begun: `_refuse_target` reads it
+    # Another thread may have it open, so its bytes are read through SQLite.
+    engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
+    try:
+        engine.refuse_foreign()
+    except (CorruptDatabaseError, ForeignDatabaseError):
+        raise _not_ours(database) from None
+    finally:
+        engine.close()
+
+
+def _has_content(path: Path) -> bool:
+    status = look_at(path)
+    return status is not None and status.st_size > 0
+
+
 def _refuse_target(database: Path, marker: str | None) -> None:
-    state = judge_file(database, is_database=False)
+    state = judge_file(database, is_database=False, repair=False)
+    # Where the marker says that a database of ours was made, what is there now is what is left of it.
+    if state is not None and not state.is_empty and marker is None and not is_ours(header_of(database)):
+        raise _not_ours(database)
+    judge_file(database, is_database=False)
     secure_sidecars(database)
-    if state is None or state.is_empty or marker is not None:
-        return  # where the marker says that a database of ours was made, what is there now is what is left of it
-    if not is_ours(header_of(database)):
-        raise ForeignDatabaseError(
-            f"{quoted(database)} is no database of this application, or damaged beyond recognition: name another "
-            "path, or move it away first; nothing was changed"
-        )
+
+
+def _not_ours(database: Path) -> ForeignDatabaseError:
+    return ForeignDatabaseError(
+        f"{quoted(database)} is no database of this application, or damaged beyond recognition: name another "
+        "path, or move it away first; nothing was changed"
+    )
 
 
 def _now(clock: Clock, manifest: Manifest | None) -> datetime:

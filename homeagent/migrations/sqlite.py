@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from homeagent.clock import Clock
     from homeagent.engine.sqlite.engine import SQLiteEngine
 
-__all__ = ["open_sqlite", "upgrade_copy"]
+__all__ = ["identify_or_wait", "open_sqlite", "upgrade_copy"]
 
 logger = logging.getLogger("homeagent")
 
@@ -71,12 +71,13 @@ def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migra
 
 def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migrate: bool, temporary: bool) -> None:
     path = engine.path
+    identified = identify_or_wait(engine)
     if not temporary and presence_path(path).exists():
-        # Before it is looked at: a restore that was cut off is finished first.
+        # A restore that was cut off is finished first.
         engine.announced(announce(path, timeout=timeout))
-    state = files.inspect_file(path)
+    state = identify(engine) if not identified else files.judge_file(path, is_database=True, repair=False)
     if state is not None and not state.is_empty:
-        engine.refuse_foreign()
+        files.inspect_file(path)
         if files.secure_sidecars(path) and not temporary:
             _examine_leftovers(engine)
         _announce(engine, timeout=timeout, temporary=temporary)
@@ -101,6 +102,34 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
     lock = sidecar_lock(path, timeout=timeout)
     with lock:
         _make_or_upgrade(engine, lock, clock=clock, temporary=temporary)
+
+
+def identify(engine: SQLiteEngine) -> files.FileState | None:
+    """Judge a file, which must be homeagent's, empty or absent, and change nothing of it or next to it.
+
+    Raises:
+        ForeignDatabaseError, CorruptDatabaseError, InsecureFileError, DatabaseError: as `open_sqlite`.
+    """
+    state = files.judge_file(engine.path, is_database=True, repair=False)
+    if state is not None and not state.is_empty:
+        engine.refuse_foreign()
+    return state
+
+
+def identify_or_wait(engine: SQLiteEngine) -> bool:
+    """Identify a file before its first lock is taken; see `identify`.
+
+    Returns:
+        False if the file is damaged, and a restore that is under way or was cut off may replace it: identify it
+        again under the lock that a restore takes.
+    """
+    try:
+        identify(engine)
+    except CorruptDatabaseError:
+        if not presence_path(engine.path).exists():
+            raise
+        return False
+    return True
 
 
 def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
@@ -166,15 +195,14 @@ def _is_remembered(path: Path) -> bool:
 def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temporary: bool) -> None:
     path = engine.path
     files.refuse_orphaned_log(path)
-    state = files.inspect_file(path)
+    state = identify(engine)
     # The lock file remembers that a database was made here: one that lost its content is never read as a new one.
     initialised = lock.read_marker() is not None
     if initialised and (state is None or state.is_empty):
         raise corrupt_after_all(path)
     if state is None:
         files.create_file(path)
-    elif not state.is_empty:
-        engine.refuse_foreign()
+    files.inspect_file(path)
     engine.prepare_header()
     files.secure_sidecars(path)
     backup: Path | None = None

@@ -290,13 +290,14 @@ def give_to_owner(descriptor: int, of: Path) -> None:
         os.fchown(descriptor, status.st_uid, status.st_gid)
 
 
-def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False) -> FileState | None:
+def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, repair: bool = True) -> FileState | None:
     """Judge a file as `inspect_file` does, one that need not be a database either.
 
     Args:
         path: the file.
         is_database: whether one that is too short for a database is refused, and an empty one gets 0600 in full.
         complete_empty: whether any empty file gets 0600 in full.
+        repair: False to leave the mode as it is, for a file that may be another application's.
     """
     repaired_from: int | None = None
     for _ in range(_ATTEMPTS):
@@ -308,7 +309,7 @@ def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False) -
         wanted = mode & FILE_MODE
         if (is_database or complete_empty) and status.st_size == 0:
             wanted = FILE_MODE
-        if sys.platform == "win32" or mode == wanted:
+        if sys.platform == "win32" or mode == wanted or not repair:
             return FileState(
                 path=path,
                 size=status.st_size,

@@ -37,7 +37,8 @@ class FileLock:
         path: the lock file; its directory must exist.
         timeout: how long `acquire` waits at most; zero tries once.
         shared: True admits other shared holders, and keeps off exclusive ones.
-        writable: False for a file that may lie where nothing can be written, and of which no marker is written.
+        writable: False for a file that may lie where nothing can be written, or be another application's: its mode
+            stays as it is, and no marker is written.
         owner_of: a file whose owner gets the lock file too, where the superuser makes it: otherwise one look at
             somebody's database would keep its owner out of it. SQLite does the same with what it keeps beside one.
         monotonic, pause: the clock and the sleep to wait with, in seconds.
@@ -226,7 +227,8 @@ class FileLock:
                     give_to_owner(descriptor, self._owner_of)
                 return descriptor
             # An empty one may still miss bits: its maker's umask took them, and gives them back a moment later.
-            if judge_file(self.path, is_database=False, complete_empty=True) is None:
+            repair = self._access == os.O_RDWR
+            if judge_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None
             try:
                 return os.open(self.path, self._access | OPEN_FLAGS)

@@ -317,7 +317,7 @@ class SQLiteEngine(Engine):
         if files.look_at(log) is not None and files.look_at(index) is not None:
             # It takes SQLite's locks, and can write neither the file nor the index. Without a log SQLite makes one.
             return self._application_id("readonly_shm=1")
-        lock = sidecar_lock(self.path, timeout=timedelta(milliseconds=self._busy_ms))
+        lock = FileLock(lock_path(self.path), timeout=timedelta(milliseconds=self._busy_ms), writable=False)
         if files.look_at(lock.path) is None:
             return self._application_id("immutable=1")
         with lock:  # who makes a database holds it

@@ -58,7 +58,8 @@ def mend(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine |
         engine: the open database's; None to open one.
     """
     done: list[Repair] = []
-    if target.path is not None:
+    # A file that is not known to be homeagent's keeps its mode, and the files next to it.
+    if target.path is not None and _severity(diagnosis, "database") is not Severity.CRITICAL:
         for check, mend_files in _OUTSIDE.items():
             with _told(done, check):
                 done += mend_files(target.path, diagnosis)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -296,8 +297,8 @@ class TestLocking:
                 path.unlink()
             return descriptor
 
-        def judge_and_remove(path: Path, *, is_database: bool, complete_empty: bool = False) -> files.FileState | None:
-            state = judge(path, is_database=is_database, complete_empty=complete_empty)
+        def judge_and_remove(path: Path, **options: Any) -> files.FileState | None:
+            state = judge(path, **options)
             if state is not None and moment == "before it is opened":
                 path.unlink()
             return state

@@ -1,0 +1,148 @@
+"""Another application's file, named by a slip: it is refused, and nothing of it or next to it changes.
+
+SQLite only: a server has no files of its own here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from homeagent import Database, diagnose
+from homeagent.engine.disk.locks import FileLock
+from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.manifests import PARTIAL
+from homeagent.engine.sqlite.presence import presence_path
+from homeagent.engine.sqlite.swapping import new_path
+from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError, HomeAgentError
+from homeagent.migrations import REVISION
+from tests.conftest import FakeClock
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX")
+
+State = dict[str, tuple[str, int, str]]
+
+
+def state_of(directory: Path) -> State:
+    """Return the mode, inode and content of every file in a directory."""
+    return {
+        path.name: (
+            stat.filemode(path.lstat().st_mode),
+            path.lstat().st_ino,
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+        for path in directory.iterdir()
+        if path.is_file()
+    }
+
+
+def sqlite(path: Path, *statements: str) -> None:
+    """Make another application's SQLite file."""
+    with closing(choose_driver().module.connect(str(path), isolation_level=None)) as raw:
+        for statement in ("CREATE TABLE t (i)", *statements):
+            raw.execute(statement)
+
+
+def logged(path: Path) -> None:
+    """Make one with a write-ahead log, whose files lie next to it."""
+    sqlite(path, "PRAGMA journal_mode=WAL")
+    path.with_name("other.db-wal").write_bytes(b"")
+    path.with_name("other.db-shm").write_bytes(bytes(32768))
+
+
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "sqlite": sqlite,
+    "sqlite with a log": logged,
+    "picture": lambda path: path.write_bytes(b"\xff\xd8" * 5000),
+    "short text": lambda path: path.write_text("dear diary"),
+}
+
+
+@pytest.fixture(params=FOREIGN)
+def other(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A file of another application, with files next to it whose names resemble those of homeagent's."""
+    directory = tmp_path / "theirs"
+    directory.mkdir(0o755)
+    path = directory / "other.db"
+    FOREIGN[request.param](path)
+    for name in (".lock", ".bak"):
+        path.with_name(f"other.db{name}").write_text("")
+    for each in directory.iterdir():
+        each.chmod(0o664)
+    return path
+
+
+CALLS: dict[str, Callable[[Path, Path], Any]] = {
+    "open": lambda other, ours: Database.open(other),
+    "open, migrate=False": lambda other, ours: Database.open(other, migrate=False),
+    "begin_epoch": lambda other, ours: Database.begin_epoch(other),
+    "restore to it": lambda other, ours: Database.restore(ours, other),
+    "restore it": lambda other, ours: Database.restore(other, ours.with_name("restored.db")),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_foreign_file_stays_as_it_was(other: Path, sqlite_path: Path, call: str) -> None:
+    """A refusal changes no mode, no byte and no name, of the file and of what lies next to it."""
+    before, ours = state_of(other.parent), state_of(sqlite_path.parent)
+    with pytest.raises((ForeignDatabaseError, CorruptDatabaseError)):
+        CALLS[call](other, sqlite_path)
+    assert state_of(other.parent) == before
+    assert state_of(sqlite_path.parent) == ours
+
+
+def test_the_doctor_mends_nothing_of_others(other: Path, clock: FakeClock) -> None:
+    """`--fix` leaves the modes of a file that is not homeagent's, and its neighbours, alone."""
+    stale = other.with_name("other.db.copy.partial")
+    stale.write_text("")
+    before = state_of(other.parent)
+    clock.advance(days=10_000)
+    assert diagnose(other, clock=clock, fix=True).repairs == []
+    assert state_of(other.parent) == before
+
+
+def test_an_empty_file_stays_as_it_was(tmp_path: Path) -> None:
+    """An empty file may be anyone's until a database is made in it."""
+    path = tmp_path / "empty.db"
+    path.touch()
+    path.chmod(0o664)
+    before = state_of(tmp_path)
+    with pytest.raises(DatabaseError):
+        Database.open(path, migrate=False)
+    assert state_of(tmp_path) == before
+    Database.open(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_failed_backup_leaves_what_it_was_to_replace(other: Path, sqlite_database: Database) -> None:
+    """A backup that was to replace a file, and can't be made, leaves that file as it was; only the lock is new."""
+    other.with_name(f".other.db{PARTIAL}").mkdir()
+    before = state_of(other.parent)
+    with pytest.raises(HomeAgentError):
+        sqlite_database.backup(other, replace=True)
+    after = state_of(other.parent)
+    del after[".homeagent-backups.lock"]
+    assert after == before
+
+
+def test_a_damaged_file_makes_way_for_a_restore_that_was_cut_off(sqlite_path: Path) -> None:
+    """A damaged file is refused, and nothing is made next to it, unless a restore was cut off: that is finished."""
+    whole, content = new_path(sqlite_path, "1"), sqlite_path.read_bytes()
+    sqlite_path.write_bytes(b"\xff" * 8192)
+    for open_or_begin in (Database.open, Database.begin_epoch):
+        with pytest.raises(CorruptDatabaseError):
+            open_or_begin(sqlite_path)
+        assert [path.name for path in sqlite_path.parent.iterdir()] == ["homeagent.db"]
+    whole.write_bytes(content)
+    whole.chmod(0o600)
+    with FileLock(presence_path(sqlite_path)) as lock:
+        lock.write_marker("swap 1 2 end")
+    with Database.open(sqlite_path) as database:
+        assert database.status().schema_revision == REVISION
