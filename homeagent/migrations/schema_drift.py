@@ -77,9 +77,10 @@ def columns_found(connection: Connection) -> dict[str, set[str]]:
 
 
 def refuse_changed_schema(connection: Connection, revision: str, location: str) -> None:
-    """Refuse a database whose schema was changed by anything but homeagent's revisions.
+    """Refuse a database whose schema was changed by anything but homeagent's revisions, so that rows can't be trusted.
 
-    On PostgreSQL only triggers and rules on homeagent's tables are looked for.
+    A change that can neither change nor refuse a row, such as a view or a plain index, is left to the doctor. On
+    PostgreSQL only triggers and rules on homeagent's tables are looked for.
 
     Args:
         connection: on the database, in a transaction.
@@ -93,7 +94,7 @@ def refuse_changed_schema(connection: Connection, revision: str, location: str) 
     if revision not in known_revisions():
         raise SchemaTooNewError(revision, known=REVISION)
     if connection.dialect.name == "sqlite":
-        found = list(_sqlite_differences(connection, revision))
+        found = [difference for difference in _sqlite_differences(connection, revision) if difference.grave]
     else:
         found = list(_postgresql_triggers(connection))
     if found:

