@@ -22,8 +22,11 @@ from pathlib import Path
 import pytest
 from sqlmodel import SQLModel, select
 
-from homeagent import Agent, AgentSession, Database, Device, IdempotencyKey, Nonce
+from homeagent import Agent, AgentSession, Database, Device, IdempotencyKey, Nonce, diagnose
+from homeagent.engine.sqlite.driver import choose_driver
 from homeagent.errors import CorruptDatabaseError, ForeignDatabaseError, HomeAgentError
+from homeagent.maintenance.doctor import Severity
+from homeagent.migrations import VERSION_TABLE
 from tests.conftest import Children, FakeClock
 
 MODELS: tuple[type[SQLModel], ...] = (Agent, Device, AgentSession, Nonce, IdempotencyKey)
@@ -334,3 +337,89 @@ def test_older_log_is_refused(restarted: Path) -> None:
     Path(f"{restarted}-wal").write_bytes(Path(f"{restarted}.log").read_bytes())
     with pytest.raises(CorruptDatabaseError, match="not of one database and time"):
         read(restarted)
+
+
+# Texts that are in a file, and none in UTF-8 any more when their third byte is 0xAC.
+TEXTS = (
+    b"CREATE TABLE devices",
+    b"tabledevices",
+    b"homeagent_schema_version",
+    b"CREATE INDEX",
+    b"idx_idempotency_lease",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_undecodable_schema(tmp_path: Path, samples: dict[str, Sample], text: bytes) -> None:
+    """A byte that is no text in the schema is damage, for an opening, the doctor, a copy and a restore."""
+    files = dict(samples["closed"].files)
+    at = files[""].index(text) + 2
+    files[""] = files[""][:at] + b"\xac" + files[""][at + 1 :]
+    path = tmp_path / "private" / "homeagent.db"
+    path.parent.mkdir(mode=0o700)
+    put(files, path)
+    before = content(path)
+    assert diagnose(path).severity is Severity.CRITICAL
+    for migrate in (True, False):
+        with pytest.raises(CorruptDatabaseError):
+            Database.open(path, migrate=migrate)
+    with pytest.raises(CorruptDatabaseError):
+        Database.restore(path, tmp_path / "restored.db")
+    assert content(path) == before
+
+
+SECRET = "sha256$do-not-tell"
+
+
+@pytest.fixture
+def undecodable(tmp_path: Path) -> Path:
+    """A database in which another program wrote a device and an agent whose texts are no UTF-8."""
+    path = tmp_path / "private" / "homeagent.db"
+    Database.open(path).close()
+    with closing(choose_driver().module.connect(str(path))) as raw, raw:
+        raw.execute(
+            "INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ('d', 'node', CAST(? AS TEXT), 0)",
+            [SECRET.encode() + b"\xac"],
+        )
+    return path
+
+
+def told_by(error: BaseException | None) -> str:
+    """Return all that a traceback of this error would show, with what its exceptions keep."""
+    return "" if error is None else f"{error!r} {error} {vars(error)} {told_by(error.__context__)}"
+
+
+def test_undecodable_rows(undecodable: Path, tmp_path: Path) -> None:
+    """A text of a row that can't be decoded is damage where it is read, and no error quotes it."""
+    with Database.open(undecodable) as database, Database.open(tmp_path / "copy.db") as copy:
+
+        def through_the_orm() -> None:
+            with database.unit_of_work(read_only=True) as unit:
+                unit.session.exec(select(Device)).all()
+
+        def through_the_stores() -> None:
+            with database.unit_of_work(read_only=True) as unit:
+                unit.devices.list()
+
+        acts: list[Callable[[], object]] = [through_the_orm, through_the_stores, lambda: database.copy_to(copy)]
+        for act in acts:
+            with pytest.raises(CorruptDatabaseError, match="not UTF-8") as refusal:
+                act()
+            assert SECRET not in told_by(refusal.value)
+        assert database.status().rows["devices"] == 1
+    with pytest.raises(CorruptDatabaseError, match="can't read it") as refusal:
+        Database.restore(undecodable, tmp_path / "restored.db")
+    assert SECRET not in told_by(refusal.value)
+
+
+def test_undecodable_revision(undecodable: Path, tmp_path: Path) -> None:
+    """A revision that can't be decoded is damage: for a backup, `status`, the doctor and the next opening."""
+    with Database.open(undecodable) as database:
+        with closing(choose_driver().module.connect(str(undecodable))) as raw, raw:
+            raw.execute(f"UPDATE {VERSION_TABLE} SET version_num = CAST(x'30ac' AS TEXT)")
+        for act in (database.status, lambda: database.backup(tmp_path / "backup.db")):
+            with pytest.raises(CorruptDatabaseError):
+                act()
+        assert database.doctor().severity is Severity.CRITICAL
+    with pytest.raises(CorruptDatabaseError):
+        Database.open(undecodable)

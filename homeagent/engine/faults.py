@@ -138,10 +138,15 @@ def sqlite_fault(error: BaseException) -> HomeAgentError:
     """
     code = getattr(error, "sqlite_errorcode", None)
     if code is None:
+        # First, since the driver's message quotes the text. Python's own exception is for names, and for messages of
+        # SQLite's that quote a damaged schema. SQLAlchemy keeps either as the cause, so the text is removed.
+        if isinstance(error, UnicodeDecodeError) or str(error).startswith("Could not decode to UTF-8"):
+            error.args = ()
+            if isinstance(error, UnicodeDecodeError):
+                error.object = b""
+            return CorruptDatabaseError(f"a stored text is not UTF-8: the database is damaged, {RESTORE}")
         if "closed" in str(error):
             return DatabaseClosedError("the database was closed: open it again")
-        if "decode to UTF-8" in str(error):
-            return CorruptDatabaseError(f"a stored text is none: the database is damaged, {RESTORE}")
         if isinstance(error, OverflowError) or "too large" in str(error):
             return InvalidArgumentError("a number is outside of 64 bits")
         return DatabaseError(f"the SQLite driver refused the statement ({type(error).__name__})")

@@ -81,15 +81,15 @@ def stage(
         try:
             with translated(engine.driver_errors, lambda error: _fault(error, source)):
                 found = _verify(engine, source, manifest)
-            with engine.looking() as connection:
-                refuse_changed_schema(connection, str(found.revision), quoted(source))
-            engine.prepare_header()
-            upgrade_copy(engine, clock=lambda: restored_at)
-            epoch = max(known_epoch, found.epoch or 1) + 1
-            with engine.connect() as connection, connection.begin():
-                connection.execute(update(store_table).values(epoch=epoch, restored_at=restored_at))
-                revision = revision_of(connection)
-                devices = devices_of(connection.connection.driver_connection)
+                with engine.looking() as connection:
+                    refuse_changed_schema(connection, str(found.revision), quoted(source))
+                engine.prepare_header()
+                upgrade_copy(engine, clock=lambda: restored_at)
+                epoch = max(known_epoch, found.epoch or 1) + 1
+                with engine.connect() as connection, connection.begin():
+                    connection.execute(update(store_table).values(epoch=epoch, restored_at=restored_at))
+                    revision = revision_of(connection)
+                    devices = devices_of(connection.connection.driver_connection)
         finally:
             engine.close()
         _require_whole(new)

@@ -274,7 +274,7 @@ def _explained_copy(engine: SQLiteEngine, partial: Path, stop: Stop) -> Iterator
             refused = _refused_growth(partial)
             if refused is not None:
                 return refused
-        if code is None and "malformed" in str(error):
+        if code is None and ("malformed" in str(error) or isinstance(sqlite_fault(error), CorruptDatabaseError)):
             return CorruptDatabaseError(
                 f"{quoted(engine.path)} is damaged: stop, keep it aside with its -wal and -shm, and restore the newest "
                 "good backup"

@@ -64,6 +64,11 @@ class SQLiteDriver(NamedTuple):
     version_text: str
     safe: bool
 
+    @property
+    def errors(self) -> tuple[type[BaseException], ...]:
+        """What the module raises: its own exceptions, and Python's for numbers and texts that it can't convert."""
+        return (self.module.Error, OverflowError, UnicodeDecodeError)
+
     @classmethod
     def of(cls, module: ModuleType, name: str) -> SQLiteDriver:
         """Describe a DBAPI module by the SQLite library it runs on."""

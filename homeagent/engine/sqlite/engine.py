@@ -92,10 +92,9 @@ class SQLiteEngine(Engine):
         self.is_temporary = temporary
         self.watch = FileWatch(path, strict=durability == "full")
         self.presence: FileLock | None = None
-        module: Any = self.driver.module
         sa_engine = sqlalchemy.create_engine(
             URL.create("sqlite+pysqlite", database=str(path)),
-            module=module,
+            module=self.driver.module,
             poolclass=NullPool,
             hide_parameters=True,
             creator=self._open_existing,
@@ -107,7 +106,7 @@ class SQLiteEngine(Engine):
         event.listen(sa_engine, "handle_error", self._on_error)
         super().__init__(
             sa_engine,
-            driver_errors=(module.Error, OverflowError),
+            driver_errors=self.driver.errors,
             translate=self.fault,
             writers=1,
             readers=READERS,
@@ -333,7 +332,9 @@ class SQLiteEngine(Engine):
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
             raise context.original_exception  # from what a forked child has in the place of a connection
-        return self.fault(original) if isinstance(original, self.driver.module.Error) else None
+        # Before a statement runs, a column type of the application may raise exceptions that are Python's own.
+        kinds = self.driver.module.Error if context.execution_context is None else self.driver_errors
+        return self.fault(original) if isinstance(original, kinds) else None
 
     def before_fork(self) -> None:
         """Close what no unit uses, so that a child inherits none of SQLite's locks where nothing is under way."""

@@ -105,12 +105,12 @@ def inspect_sqlite(path: Path, *, watch: Stopwatch, assume_closed: bool = True) 
 def _open(path: Path, options: list[str], watch: Stopwatch) -> Any:
     driver = choose_driver()
     module: Any = driver.module
-    with translated((module.Error,), sqlite_fault):
+    with translated(driver.errors, sqlite_fault):
         # https://sqlite.org/wal.html#readonly and https://sqlite.org/c3ref/open.html
         uri = f"file:{quote(str(path))}?mode=ro&{options[0]}"
         raw = module.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=1)
     try:
-        with translated((module.Error,), sqlite_fault):
+        with translated(driver.errors, sqlite_fault):
             raw.set_progress_handler(watch, _INSTRUCTIONS)
             raw.execute("PRAGMA query_only=ON")
             raw.execute("PRAGMA trusted_schema=OFF")
