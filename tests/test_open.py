@@ -34,6 +34,7 @@ from homeagent.errors import (
     SchemaOutdatedError,
     SchemaTooNewError,
 )
+from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests.conftest import START
 
@@ -532,6 +533,44 @@ def test_orphaned_log_is_not_swept_away(directory: Path, path: Path) -> None:
         Database.open(path)
     assert path.with_name("homeagent.db-wal").read_bytes() == b"x" * 4096
     assert not path.exists()
+
+
+JOURNAL = bytes.fromhex("d9d505f920a163d7 00000000 74c490bb 00000000 00000200 00001000").ljust(512, b"\0")
+"""The journal of the transaction that makes a file: the file had no page before."""
+
+
+def half_made(path: Path, first_page: bytes) -> None:
+    """Make what a power cut leaves of a database's first transaction."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    for name, content in (("homeagent.db", first_page), ("homeagent.db-journal", JOURNAL), ("homeagent.db.lock", b"")):
+        path.with_name(name).write_bytes(content)
+        path.with_name(name).chmod(0o600)
+
+
+@pytest.mark.parametrize("part", ["whole", "begun", "not written"])
+def test_a_first_transaction_that_was_cut_off(tmp_path: Path, path: Path, part: str) -> None:
+    """A file that was empty before the transaction that was cut off is made anew, whatever is in its first page."""
+    made = tmp_path / "made.db"
+    with closing(sqlite(made)) as raw:
+        raw.execute(f"PRAGMA application_id={APPLICATION_ID}")
+    page = made.read_bytes()
+    half_made(path, {"whole": page, "begun": bytes(512) + page[512:], "not written": bytes(4096)}[part])
+    assert diagnose(path).severity is Severity.WARNING
+    with Database.open(path) as database:
+        assert database.status().schema_revision == REVISION
+    assert diagnose(path).severity is Severity.OK
+
+
+def test_a_damaged_database_is_not_taken_for_a_half_made_one(directory: Path, path: Path) -> None:
+    """Where a database was made before, such a journal is no reason to let SQLite empty the file."""
+    initialised(path)
+    content = bytes(512) + path.read_bytes()[512:]
+    marker = path.with_name("homeagent.db.lock").read_bytes()
+    half_made(path, content)
+    path.with_name("homeagent.db.lock").write_bytes(marker)
+    with pytest.raises(CorruptDatabaseError):
+        Database.open(path)
+    assert path.read_bytes() == content
 
 
 def test_starting_anew_on_purpose(directory: Path, path: Path) -> None:

@@ -23,6 +23,7 @@ from sqlalchemy.pool import NullPool
 from homeagent.engine.disk import files
 from homeagent.engine.disk.file_watch import FileWatch
 from homeagent.engine.disk.locks import FileLock
+from homeagent.engine.disk.system_errors import explained
 from homeagent.engine.engine import Engine
 from homeagent.engine.faults import TransientError, translated
 from homeagent.engine.forks import inherit, refuse_inherited
@@ -55,6 +56,7 @@ APPLICATION_ID = 0x48414731
 READERS = 16
 _JOURNAL_SIZE_LIMIT = 64 * 1024 * 1024
 _WAL_PAUSE = 0.002  # seconds
+_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 
 
 def lock_path(database: Path) -> Path:
@@ -303,6 +305,8 @@ class SQLiteEngine(Engine):
         try:
             found = self._application_id("immutable=1")
         except CorruptDatabaseError:
+            if self._waits_to_be_emptied():
+                return
             # That took no lock: while another process writes the header a sound file may look damaged.
             found = self._application_id_while_locked()
         if found != APPLICATION_ID:
@@ -310,6 +314,24 @@ class SQLiteEngine(Engine):
                 f"{self.path} is another application's SQLite database (application_id {found:#x}): "
                 "name another path; it was not changed"
             )
+
+    def _waits_to_be_emptied(self) -> bool:
+        """Tell whether SQLite will empty the file: its first transaction was cut off, and no database was made yet.
+
+        After a power cut only a part of the first page may be there. The first connection undoes the transaction.
+        """
+        lock = files.look_at(lock_path(self.path))
+        journal = files.sidecars(self.path)[2]
+        if (lock is not None and lock.st_size) or files.look_at(journal) is None:
+            return False
+        with explained("read", journal):
+            descriptor = os.open(journal, os.O_RDONLY | files.OPEN_FLAGS)
+            try:
+                header = os.read(descriptor, 20)
+            finally:
+                os.close(descriptor)
+        # It ends with the size of the file before, in pages: https://sqlite.org/fileformat2.html#the_rollback_journal
+        return header[:8] == _JOURNAL_MAGIC and header[16:] == bytes(4)
 
     def _application_id_while_locked(self) -> int:
         log, index, _ = files.sidecars(self.path)
