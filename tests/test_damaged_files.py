@@ -339,6 +339,87 @@ def test_older_log_is_refused(restarted: Path) -> None:
         read(restarted)
 
 
+def test_an_emptied_log_is_refused(restarted: Path) -> None:
+    """An empty log with an index that tells of commits that are nowhere else has lost them."""
+    Path(f"{restarted}-wal").write_bytes(b"")
+    with pytest.raises(CorruptDatabaseError, match="can't be read as one"):
+        read(restarted)
+
+
+# What SQLite itself leaves behind after a kill or a power cut, and ignores: by name, the part of a log that is kept.
+SCRAPS: dict[str, Callable[[bytes], bytes]] = {
+    "nothing": lambda log: b"",
+    "one byte": lambda log: log[:1],
+    "part of a header": lambda log: log[:31],
+    "header": lambda log: log[:32],
+    "damaged header": lambda log: log[:24] + bytes(8),
+    "another magic number": lambda log: b"\1\2\3\4" + log[4:32],
+    "damaged header and part of a frame": lambda log: log[:24] + bytes(8) + log[32:500],
+    "part of a frame": lambda log: log[: 32 + 24 + 2000],
+    "zeros": lambda log: bytes(len(log)),
+}
+INDEXES: dict[str, bytes | None] = {"none": None, "zeros": bytes(32768)}
+
+
+def judged(path: Path, files: Files) -> dict[str, Severity]:
+    """Write a database's files and return how bad each check of the doctor finds them."""
+    put(files, path)
+    diagnosis = diagnose(path, clock=FakeClock())
+    assert not diagnosis.not_checked
+    return {finding.check: finding.severity for finding in diagnosis.findings}
+
+
+@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("scrap", SCRAPS)
+def test_what_sqlite_ignores_keeps_no_store_shut(
+    tmp_path: Path, samples: dict[str, Sample], scrap: str, index: str
+) -> None:
+    """A log without a frame counts as absent: for the doctor, for an opening, and for a restore of that very file."""
+    sample = samples["closed"]
+    closed = {**sample.files, ".open": b""}
+    files = {**closed, "-wal": SCRAPS[scrap](samples["killed"].files["-wal"])}
+    if (content_of_index := INDEXES[index]) is not None:
+        files["-shm"] = content_of_index
+    path, restored = tmp_path / "private" / "homeagent.db", tmp_path / "restored" / "homeagent.db"
+    path.parent.mkdir(mode=0o700)
+    expected = judged(path, closed)
+    assert judged(path, files) == expected
+    Database.restore(path, restored)
+    assert read(restored) == sample.rows
+    assert read(path) == sample.rows
+
+
+@pytest.mark.parametrize("index", ["live", *INDEXES])
+@pytest.mark.parametrize("rest", [b"", b"\1" * 2000, bytes(9000)], ids=["half", "noise", "zeros"])
+def test_a_commit_that_was_cut_off(tmp_path: Path, samples: dict[str, Sample], index: str, rest: bytes) -> None:
+    """What follows the last commit in a log is ignored, and every commit before it is there."""
+    files = {**samples["killed"].files, ".open": b""}
+    log = files["-wal"]
+    files["-wal"] = log + (rest or log[32:2000])
+    indexes = {**INDEXES, "live": files.pop("-shm")}
+    if (content_of_index := indexes[index]) is not None:
+        files["-shm"] = content_of_index
+    path = tmp_path / "private" / "homeagent.db"
+    path.parent.mkdir(mode=0o700)
+    expected = judged(path, {**samples["closed"].files, ".open": b""})
+    assert judged(path, files) == expected
+    assert read(path) == samples["killed"].rows
+
+
+def test_a_damaged_file_beside_a_header(tmp_path: Path, samples: dict[str, Sample]) -> None:
+    """A file that is damaged is called that, whatever is left of its log and its index."""
+    killed = samples["killed"].files
+    database = samples["closed"].files[""]
+    damaged = {"page": database[:4096] + bytes(8192) + database[12288:], "header": b"\1" * 100 + database[100:]}
+    for name, changed in damaged.items():
+        path = tmp_path / name / "homeagent.db"
+        path.parent.mkdir(mode=0o700)
+        put({"": changed, ".lock": killed[".lock"], "-wal": killed["-wal"][:32], "-shm": bytes(32768)}, path)
+        assert diagnose(path).severity is Severity.CRITICAL
+        with pytest.raises(CorruptDatabaseError):
+            read(path)
+
+
 # Texts that are in a file, and none in UTF-8 any more when their third byte is 0xAC.
 TEXTS = (
     b"CREATE TABLE devices",

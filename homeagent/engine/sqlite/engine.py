@@ -33,6 +33,7 @@ from homeagent.engine.sqlite.driver import SQLiteDriver, choose_driver
 from homeagent.engine.sqlite.lock_wait import PatientCursor
 from homeagent.engine.sqlite.snapshot import SnapshotLink
 from homeagent.engine.sqlite.unfetched import end_with_transactions
+from homeagent.engine.sqlite.write_ahead_log import has_frames
 from homeagent.errors import (
     CorruptDatabaseError,
     DatabaseError,
@@ -334,8 +335,7 @@ class SQLiteEngine(Engine):
         return header[:8] == _JOURNAL_MAGIC and header[16:] == bytes(4)
 
     def _application_id_while_locked(self) -> int:
-        log, index, _ = files.sidecars(self.path)
-        if files.look_at(log) is not None and files.look_at(index) is not None:
+        if files.look_at(files.sidecars(self.path)[1]) is not None and has_frames(self.path):
             # It takes SQLite's locks, and can write neither the file nor the index. Without a log SQLite makes one.
             return self._application_id("readonly_shm=1")
         lock = FileLock(lock_path(self.path), timeout=timedelta(milliseconds=self._busy_ms), writable=False)

@@ -23,6 +23,7 @@ from homeagent.engine.disk.system_errors import explained
 from homeagent.engine.engine import open_engines
 from homeagent.engine.faults import sqlite_fault, translated
 from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.write_ahead_log import has_frames
 from homeagent.errors import ReadOnlyError
 
 if TYPE_CHECKING:
@@ -61,10 +62,12 @@ class Stopwatch:
 
 
 @contextmanager
-def inspect_sqlite(path: Path, *, watch: Stopwatch, assume_closed: bool = True) -> Iterator[Connection]:
+def inspect_sqlite(
+    path: Path, *, watch: Stopwatch, assume_closed: bool = True, is_closed: bool = False
+) -> Iterator[Connection]:
     """Open an existing file to look at it, and see one state of it throughout.
 
-    Without a log beside it the file is all there is, and it is read without a lock. Where there is a log, that is
+    If no frame is in the log, the file is all there is, and it is read without a lock. Where there is a log, that is
     read too, through its index as it lies there. Where the log has lost its index, SQLite makes a new one (-shm):
     that is the one file that may be there afterwards and was not before.
 
@@ -72,17 +75,17 @@ def inspect_sqlite(path: Path, *, watch: Stopwatch, assume_closed: bool = True) 
         path: the file.
         watch: ends statements that take too long.
         assume_closed: False to take the locks even where no log is there, since somebody may just be opening it.
+        is_closed: whether no process of homeagent's had the file open a moment ago. Otherwise a log with an index is
+            read through the index even if the log has no frame: an open database may get one at any time.
 
     Raises:
         DatabaseError: it can't be opened; one of its kin says why.
     """
     log, index, _ = sidecars(path)
-    state = look_at(log)
-    has_log = state is not None and state.st_size > 0
-    has_index = look_at(index) is not None
-    if not has_log and assume_closed and not (state is not None and has_index):
+    has_both = look_at(log) is not None and look_at(index) is not None
+    if (is_closed or (assume_closed and not has_both)) and not has_frames(path):
         options = ["immutable=1"]
-    elif has_index and state is not None:
+    elif has_both:
         options = ["readonly_shm=1", ""]
     else:
         options = [""]
@@ -137,9 +140,9 @@ def journal_mode(path: Path, connection: Connection) -> str | None:
         path: the file.
         connection: on it.
     """
-    log, index, _ = sidecars(path)
-    if look_at(log) is not None and look_at(index) is not None:
-        return str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
+    mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
+    if mode == "wal":
+        return mode
     # A file that is read without a lock has no journal mode. It is in the header, but to read that would drop the
     # locks that this process may have: https://sqlite.org/howtocorrupt.html, section 2.2
     if any(str(engine.sa_engine.url.database) == str(path) for engine in open_engines()):

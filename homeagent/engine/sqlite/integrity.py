@@ -73,7 +73,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
     began = time.monotonic()
     had_index = look_at(index) is not None
     try:
-        with inspect_sqlite(path, watch=Stopwatch(None)) as connection, engine.translated():
+        with inspect_sqlite(path, watch=Stopwatch(None), is_closed=True) as connection, engine.translated():
             check_content(path, connection.connection.driver_connection, always=True)
     except CorruptDatabaseError as error:
         if not had_index:

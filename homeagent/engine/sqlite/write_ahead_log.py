@@ -16,16 +16,17 @@ import os
 import struct
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from homeagent.engine.disk.files import OPEN_FLAGS, sidecars
+from homeagent.engine.disk.files import OPEN_FLAGS, SMALLEST_DATABASE, sidecars
 from homeagent.engine.disk.system_errors import explained
 
-__all__ = ["LostCommits", "find_lost_commits"]
+__all__ = ["LostCommits", "find_lost_commits", "has_frames"]
 
 _HEADER = 32
 _FRAME_HEADER = 24
 _MAGIC = {0x377F0682: "little", 0x377F0683: "big"}  # which order the checksums read their words in
+_SMALLEST_LOG = _HEADER + _FRAME_HEADER + SMALLEST_DATABASE  # with one frame of the smallest page
 _INDEX_HEADER = 48
 _INDEX = 2 * _INDEX_HEADER + 40
 _INDEX_VERSION = 3007000
@@ -57,6 +58,29 @@ class _Index(NamedTuple):
     salt: bytes
 
 
+def has_frames(path: Path) -> bool:
+    """Tell whether SQLite would read any frame of this database's write-ahead log.
+
+    A process that is killed in its first commit leaves a header alone, and a full disk may leave a part of a header.
+    SQLite ignores such a log. But a connection with `readonly_shm=1` fails with SQLITE_PROTOCOL after 10 seconds if the
+    log is at least as long as a header, without a sound header followed by more bytes, and no other connection is open.
+
+    Args:
+        path: the database file. Other connections may be open.
+
+    Raises:
+        DatabaseError: the log can't be read.
+    """
+    log = sidecars(path)[0]
+    with explained("read", log):
+        try:
+            descriptor = os.open(log, os.O_RDONLY | OPEN_FLAGS)
+        except FileNotFoundError:
+            return False
+        with os.fdopen(descriptor, "rb") as file:
+            return os.fstat(descriptor).st_size >= _SMALLEST_LOG and _sound_header(file.read(_HEADER)) is not None
+
+
 def find_lost_commits(path: Path) -> LostCommits | None:
     """Look for commits that SQLite would drop without a word when it opens this database.
 
@@ -80,7 +104,7 @@ def find_lost_commits(path: Path) -> LostCommits | None:
         except FileNotFoundError:
             return _judged(known, _Log(0, 0, None, exists=False))
         with os.fdopen(descriptor, "rb") as file:
-            return _judged(known, _Log.read(file))
+            return _judged(known, _Log.read(file, os.fstat(descriptor).st_size))
 
 
 class _Log(NamedTuple):
@@ -88,25 +112,19 @@ class _Log(NamedTuple):
     later_commits: int  # ends of commits further on that belong to this log all the same
     salt: bytes | None  # None where there is no sound header
     exists: bool = True
-    is_blank: bool = False  # nothing but zeros, as a power cut leaves what was never written
+    is_blank: bool = False  # too short for a frame, or only zeros: a power cut leaves zeros instead of unwritten bytes
 
     @classmethod
-    def read(cls, file: object) -> _Log:
-        read = file.read  # type: ignore[attr-defined]  # a file opened for bytes
+    def read(cls, file: BinaryIO, length: int) -> _Log:
+        read = file.read
         header = read(_HEADER)
-        if len(header) < _HEADER:
-            return cls(0, 0, None, is_blank=not any(header))
-        magic, version, page_size, _, *_, first, second = struct.unpack(">8I", header)
-        order = _MAGIC.get(magic)
-        sums: Sums = (0, 0)
-        if order is not None:
-            sums = _add(sums, header[:24], order)
-        size = 65536 if page_size == 1 else page_size
-        if order is None or sums != (first, second) or version != _INDEX_VERSION or not 512 <= size <= 65536:
+        found = _sound_header(header)
+        if found is None:
             blank = not any(header)
             while blank and (rest := read(1 << 20)):
                 blank = not any(rest)
-            return cls(0, 0, None, is_blank=blank)
+            return cls(0, 0, None, is_blank=blank or length < _SMALLEST_LOG)
+        order, size, sums = found
         salt = header[16:24]
         committed = later = number = 0
         sound = True
@@ -122,6 +140,19 @@ class _Log(NamedTuple):
                     continue
             later += bool(is_ours and size_after)
         return cls(committed, later, salt)
+
+
+def _sound_header(header: bytes) -> tuple[str, int, Sums] | None:
+    """Return the byte order of a log's checksums, its page size and its first checksum, or None if it is not sound."""
+    if len(header) < _HEADER:
+        return None
+    magic, version, page_size, _, *_, first, second = struct.unpack(">8I", header)
+    order = _MAGIC.get(magic)
+    size = 65536 if page_size == 1 else page_size
+    if order is None or version != _INDEX_VERSION or not SMALLEST_DATABASE <= size <= 65536:
+        return None
+    sums = _add((0, 0), header[:24], order)
+    return (order, size, sums) if sums == (first, second) else None
 
 
 def _judged(index: _Index | None, log: _Log) -> LostCommits | None:

@@ -41,18 +41,19 @@ def examine_sqlite(chart: Chart, path: Path) -> None:
     _check_version(chart)
     check_wal_size(chart, path)
     check_restores(chart, path)
+    is_closed = False
     with chart.attempt("log"):
-        _check_log(chart, path)
+        is_closed = _check_log(chart, path)
     if not _is_worth_opening(chart, path):
         chart.skip("the database can't be opened", *_INSIDE)
         return
-    _examine_inside(chart, path, assume_closed=True)
+    _examine_inside(chart, path, assume_closed=True, is_closed=is_closed)
     if _is_damaged(chart) and look_at(sidecars(path)[0]) is not None:
         # Somebody opened it meanwhile, and a file that is read without locks looks damaged while it is written.
         for check in ("database", *_INSIDE):
             chart.findings.pop(check, None)
             chart.not_checked.pop(check, None)
-        _examine_inside(chart, path, assume_closed=False)
+        _examine_inside(chart, path, assume_closed=False, is_closed=is_closed)
 
 
 def _is_damaged(chart: Chart) -> bool:
@@ -78,26 +79,27 @@ def _check_version(chart: Chart) -> None:
         )
 
 
-def _check_log(chart: Chart, path: Path) -> None:
+def _check_log(chart: Chart, path: Path) -> bool:
+    """Check the log, and return whether no process of homeagent's has the database open."""
     log, index, _ = sidecars(path)
     if look_at(log) is None and look_at(index) is None:
         chart.ok("log", "The database was closed cleanly: its log is empty.")
-        return
+        return False
     note = presence_path(path)
     state = look_at(note)
     if state is None or state.st_mode & 0o777 != FILE_MODE:
         # To make the lock file, or its mode right, would be a change.
         chart.skip("it can't be told whether somebody has the database open", "log")
-        return
+        return state is None  # every open database has this file
     try:
         with FileLock(note, timeout=timedelta(0)):
             lost = find_lost_commits(path)
     except DatabaseBusyError:
         chart.ok("log", "The database is open: who has it open writes the log.")
-        return
+        return False
     if lost is None:
         chart.ok("log", "The database was not closed cleanly, and its log is whole.")
-        return
+        return True
     accepted = "; after a power cut, durability='normal' opens it without what was lost" if lost.by_power_cut else ""
     chart.alarm(
         "log",
@@ -108,6 +110,7 @@ def _check_log(chart: Chart, path: Path) -> None:
         frames=lost.frames,
         by_power_cut=lost.by_power_cut,
     )
+    return True
 
 
 def _is_worth_opening(chart: Chart, path: Path) -> bool:
@@ -174,10 +177,10 @@ def _tell_absent(chart: Chart, path: Path, *, was_there: bool) -> None:
     )
 
 
-def _examine_inside(chart: Chart, path: Path, *, assume_closed: bool) -> None:
+def _examine_inside(chart: Chart, path: Path, *, assume_closed: bool, is_closed: bool) -> None:
     chart.watch.start()
     try:
-        with inspect_sqlite(path, watch=chart.watch, assume_closed=assume_closed) as connection:
+        with inspect_sqlite(path, watch=chart.watch, assume_closed=assume_closed, is_closed=is_closed) as connection:
             if _is_ours(chart, path, connection):
                 _examine_open(chart, path, connection)
     except CorruptDatabaseError as error:
