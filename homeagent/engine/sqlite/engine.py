@@ -224,6 +224,9 @@ class SQLiteEngine(Engine):
             if truncate:
                 link.execute(f"PRAGMA busy_timeout={min(int(timeout * 1000), 2**31 - 1)}")
                 (blocked, _, _) = link.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                # A commit gives the log a header again. Otherwise a power cut could leave an empty log with an older
+                # index, and these two look like a log that lost its commits.
+                link.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 link.execute("PRAGMA busy_timeout=0")
             else:
                 (blocked, _, _) = link.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()

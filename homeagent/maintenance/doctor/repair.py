@@ -156,7 +156,7 @@ def _forget_previous_secrets(settings: UnitSettings) -> list[Repair]:
 def _truncate_log(settings: UnitSettings) -> list[Repair]:
     if not settings.engine.empty_log(settings.timeout, truncate=True):
         return []
-    return [Repair(check="wal_size", action="moved the write-ahead log into the file and emptied it")]
+    return [Repair(check="wal_size", action="moved the write-ahead log into the file and gave its room back")]
 
 
 _OUTSIDE: dict[str, Callable[[Path, Diagnosis], Iterator[Repair]]] = {
