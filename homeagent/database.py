@@ -447,6 +447,7 @@ class Database:
 
         Raises:
             DeviceNotFoundError: it is absent.
+            DeviceNotApprovedError: an overlap was given and the device is pending or revoked.
             InvalidArgumentError: the secret has fewer than 8 characters, is too long or has a control character.
             TooManyAttemptsError: a human chose the secret, and 16 slow hashes wait for their turn already.
         """

@@ -30,6 +30,7 @@ __all__ = [
     "DatabaseIOError",
     "DatabaseMovedError",
     "DeviceExistsError",
+    "DeviceNotApprovedError",
     "DeviceNotFoundError",
     "DiskFullError",
     "EffectFailedError",
@@ -212,8 +213,19 @@ class ApprovalChangedError(ConflictError):
     def __init__(self, device_id: str, changed: str) -> None:
         self.device_id = device_id
         self.changed = changed
+        revoked = ", a revoked device with expected_status=REVOKED or --status revoked" if changed == "status" else ""
         super().__init__(
-            f"device {device_id!r} has another {changed} than the one that was looked at: show it again, then approve"
+            f"device {device_id!r} has another {changed} than expected: show it again, then approve it{revoked}"
+        )
+
+
+class DeviceNotApprovedError(ConflictError):
+    """An overlap was asked for the secret of a device that is not approved."""
+
+    def __init__(self, device_id: str) -> None:
+        self.device_id = device_id
+        super().__init__(
+            f"device {device_id!r} is not approved, so its old secret can't get an overlap: rotate it without one"
         )
 
 

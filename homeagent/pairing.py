@@ -25,6 +25,7 @@ from homeagent.credentials import (
 from homeagent.errors import (
     DatabaseError,
     DeviceExistsError,
+    DeviceNotApprovedError,
     DeviceNotFoundError,
     InvalidArgumentError,
     UnitStateError,
@@ -203,6 +204,8 @@ class Pairing:
             current = self._find_device(device_id)
             if current is None:
                 raise DeviceNotFoundError(device_id)
+            if overlap and not current.approved:
+                raise DeviceNotApprovedError(device_id)  # before the slow hash; `set_secret` decides
             old = current.shared_secret_hash
             # While both serve, one run of the slow hash must do for both; otherwise each gets a salt of its own.
             new = hash_secret(secret, beside=old if overlap else None, waiting=self._waiting_hashes)

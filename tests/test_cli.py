@@ -220,6 +220,7 @@ def test_a_refusal_after_a_warning_is_one_line(ready: Path) -> None:
         ["devices"],
         ["devices", "approve"],
         ["devices", "approve", "desk", "--yes"],
+        ["devices", "approve", "desk", "--status", "gone"],
         ["devices", "approve", "desk", "--paired-at", "2030-01-01"],
         ["devices", "list", "--role", "king"],
     ],
@@ -319,6 +320,64 @@ def test_approve_spares_what_was_revoked_meanwhile(ready: Path, status: str, mon
     assert done.exit_code == 1
     assert "another status" in done.stderr
     assert _devices(ready)[0]["status"] == "revoked"
+
+
+@pytest.mark.parametrize("act", ["revoke", "delete and pair again"])
+def test_an_answer_to_what_was_shown_before_approves_nothing(ready: Path, act: str) -> None:
+    """A process that asks is overtaken by another one that revokes or replaces the device: a yes is refused."""
+    command = [sys.executable, "-m", "homeagent", "devices", "approve", "desk", "--database", str(ready)]
+    asking = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert asking.stderr is not None
+        shown = ""
+        while "Approve this device?" not in shown:
+            read = asking.stderr.read(1)
+            assert read, shown
+            shown += read
+        if act == "revoke":
+            assert _run("devices", "revoke", "desk", "--reason", "stolen", "--database", str(ready)).returncode == 0
+        else:
+            with Database.open(ready) as other:
+                other.run(lambda unit: unit.devices.delete("desk"))
+                other.pair(DevicePair(id="desk", role=Role.ADMIN))
+        out, err = asking.communicate("y\n", timeout=60)
+    finally:
+        asking.kill()
+        asking.wait(60)
+    assert (asking.returncode, out.strip()) == (1, "")
+    assert ("another status" if act == "revoke" else "another secret") in err
+    assert _devices(ready)[0]["approved"] is False
+
+
+def test_a_revoked_device_is_approved_by_its_status_alone(ready: Path) -> None:
+    """`--yes` refuses a revoked device with one line that names the remedy, and `--status revoked` lets it in."""
+    seen = _devices(ready)[0]
+    assert _run("devices", "revoke", "desk", "--reason", "stolen", "--database", str(ready)).returncode == 0
+    approve = ["devices", "approve", "desk", "--yes", "--role", seen["role"], "--paired-at", seen["paired_at"]]
+    approve += ["--database", str(ready)]
+    for status in ([], ["--status", "pending"], ["--status", "approved"]):
+        _assert_refused(_run(*approve, *status), "another status", "--status revoked")
+        assert _devices(ready)[0]["status"] == "revoked"
+    assert _run(*approve, "--status", "revoked").returncode == 0
+    assert _devices(ready)[0]["status"] == "approved"
+
+
+def test_the_status_that_was_seen_binds_with_a_question_too(ready: Path) -> None:
+    """A yes to a revoked device lets it in as it was shown, and not if the command named another status."""
+    with Database.open(ready) as database:
+        database.run(lambda unit: unit.devices.revoke("desk"))
+    approve = ["devices", "approve", "desk", "--database", str(ready)]
+    assert _invoke(*approve, "--status", "pending", input="y\n").exit_code == 1
+    assert _devices(ready)[0]["status"] == "revoked"
+    assert _invoke(*approve, input="y\n").exit_code == 0
+    assert _devices(ready)[0]["status"] == "approved"
 
 
 def test_approve_refuses_another_than_was_seen(ready: Path) -> None:

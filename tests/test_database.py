@@ -14,13 +14,14 @@ import anyio
 import pytest
 from pydantic import SecretStr
 
-from homeagent import Attempt, Database, DevicePair, IdempotencyScope, Role, UnitOfWork
+from homeagent import Attempt, Database, DevicePair, DeviceStatus, IdempotencyScope, Role, UnitOfWork
 from homeagent.credentials import hashing
 from homeagent.engine.faults import TransientError
 from homeagent.errors import (
     DatabaseBusyError,
     DatabaseClosedError,
     DeviceExistsError,
+    DeviceNotApprovedError,
     DeviceNotFoundError,
     InvalidArgumentError,
     UnitStateError,
@@ -138,9 +139,61 @@ def test_revocation_ends_the_overlap(database: Database) -> None:
     second = database.rotate_secret("lamp", overlap=MINUTE)
     with database.unit_of_work() as unit:
         unit.devices.revoke("lamp")
-        unit.devices.approve("lamp")
+        unit.devices.approve("lamp", expected_status=DeviceStatus.REVOKED)
     assert database.verify_secret("lamp", first) is None
     assert database.verify_secret("lamp", second) is not None
+
+
+@pytest.mark.parametrize("status", [DeviceStatus.PENDING, DeviceStatus.REVOKED])
+def test_a_secret_gets_no_overlap_while_its_device_is_not_approved(database: Database, status: DeviceStatus) -> None:
+    """A pending or revoked device keeps its secret when an overlap is refused; rotated without one, it loses it."""
+    stolen = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
+    if status is DeviceStatus.REVOKED:
+        approve(database)
+        database.run(lambda unit: unit.devices.revoke("lamp"))
+    before = dump(database)
+    for secret in (None, stolen):
+        with pytest.raises(DeviceNotApprovedError):
+            database.rotate_secret("lamp", secret, overlap=MINUTE)
+    assert dump(database) == before
+    new = database.rotate_secret("lamp")
+    database.run(lambda unit: unit.devices.approve("lamp", expected_status=status))
+    assert database.verify_secret("lamp", stolen) is None
+    assert database.verify_secret("lamp", new) is not None
+
+
+def test_a_device_revoked_during_its_rotation_gets_no_overlap(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A revocation that comes while the new secret is hashed is seen, and the device keeps its secret."""
+    secret = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
+    approve(database)
+
+    def make_verifier_late(secret: SecretStr) -> str:
+        monkeypatch.undo()
+        database.run(lambda unit: unit.devices.revoke("lamp"))
+        return make_verifier(secret)
+
+    monkeypatch.setattr("homeagent.pairing.make_verifier", make_verifier_late)
+    with pytest.raises(DeviceNotApprovedError):
+        database.rotate_secret("lamp", overlap=MINUTE)
+    database.run(lambda unit: unit.devices.approve("lamp", expected_status=DeviceStatus.REVOKED))
+    assert database.verify_secret("lamp", secret) is not None
+
+
+def test_a_device_that_pairs_again_has_no_overlap_of_the_one_before(database: Database) -> None:
+    """Neither secret of a deleted device serves for the device that pairs under its id."""
+    first = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
+    approve(database)
+    second = database.rotate_secret("lamp", overlap=MINUTE)
+    database.run(lambda unit: unit.devices.delete("lamp"))
+    third = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
+    approve(database)
+    assert [database.verify_secret("lamp", secret) is not None for secret in (first, second, third)] == [
+        False,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("made", [True, False], ids=["generated", "human"])

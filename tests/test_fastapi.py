@@ -20,6 +20,7 @@ ANSWERS: list[tuple[errors.HomeAgentError, int, str | None]] = [
     (errors.AgentInUseError("a1", 3), 409, None),
     (errors.LastAdminError("d1"), 409, None),
     (errors.ApprovalChangedError("d1", "role"), 409, None),
+    (errors.DeviceNotApprovedError("d1"), 409, None),
     (errors.NonceLimitError("d1", 10), 409, None),
     (errors.IdempotencyInProgressError(**CALL, retry_after=timedelta(seconds=1, milliseconds=1)), 409, "2"),
     (errors.IdempotencyInProgressError(**CALL, retry_after=timedelta(seconds=-1)), 409, "0"),

@@ -9,8 +9,8 @@ from datetime import timedelta
 
 import pytest
 
-from homeagent import AgentSessionCreate, Database, Role
-from homeagent.errors import AgentNotFoundError, LastAdminError
+from homeagent import AgentSessionCreate, Database, DeviceStatus, Role
+from homeagent.errors import AgentNotFoundError, ApprovalChangedError, DeviceNotApprovedError, LastAdminError
 from tests.conftest import START, Children, FakeClock, add_agent, add_device, dump
 
 READY = """
@@ -125,7 +125,7 @@ def at_once(count: int, work: Callable[[int], object]) -> list[object]:
         barrier.wait(30)
         try:
             return work(number)
-        except LastAdminError as error:
+        except (ApprovalChangedError, DeviceNotApprovedError, LastAdminError) as error:
             return type(error)
 
     with ThreadPoolExecutor(count) as pool:
@@ -160,6 +160,25 @@ def test_two_admins_who_remove_each_other(database: Database, act: str) -> None:
             (left,) = unit.devices.list(role=Role.ADMIN, approved=True)
             assert left.id in pair
             unit.devices.delete(left.id, force=True)
+
+
+@pytest.mark.parametrize("approved", [False, True], ids=["pending", "approved"])
+def test_a_revocation_outlasts_what_comes_at_the_same_moment(database: Database, approved: bool) -> None:
+    """After a revocation among approvals and rotations with an overlap the device is out and has one secret."""
+    for attempt in range(10):
+        device_id = f"lamp-{attempt}"
+        add_device(database, device_id, approved=approved)
+
+        def act(number: int, device_id: str = device_id) -> object:
+            if number == 0:
+                return database.run(lambda unit: unit.devices.revoke(device_id, reason="stolen"))
+            if number % 2:
+                return database.run(lambda unit: unit.devices.approve(device_id, expected_role=Role.CLIENT))
+            return bool(database.rotate_secret(device_id, overlap=timedelta(minutes=1)))
+
+        assert at_once(7, act)[0] is True
+        device = database.run(lambda unit: unit.devices.get(device_id), read_only=True)  # noqa: B023  run at once
+        assert (device.status, device.previous_secret_hash) == (DeviceStatus.REVOKED, None)
 
 
 def test_killed_process_leaves_all_or_nothing(target: str, children: Children) -> None:

@@ -82,7 +82,14 @@ def approve(
             show_default=False,
         ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Don't ask. It needs --role and --paired-at.")] = False,
+    status: Annotated[
+        DeviceStatus | None,
+        typer.Option(help="The status that you saw: a revoked device is refused without it.", show_default=False),
+    ] = None,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", help="Don't ask. It needs --role and --paired-at, and --status for a revoked device."),
+    ] = False,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -102,8 +109,8 @@ def approve(
                 expected_role=role or seen.role,
                 expected_secret_hash=seen.shared_secret_hash,
                 expected_paired_at=datetime.fromisoformat(paired_at) if paired_at else seen.paired_at,
-                # Another admin may revoke it while the question stands; with --yes nobody was asked.
-                expected_status=None if yes else seen.status,
+                # Another admin may revoke the device before the answer. With --yes `seen` was not shown to the admin.
+                expected_status=status if yes else status or seen.status,
             )
         )
         now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)

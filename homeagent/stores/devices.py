@@ -14,6 +14,7 @@ from homeagent.engine.statements import Statement, constant
 from homeagent.errors import (
     ApprovalChangedError,
     DeviceExistsError,
+    DeviceNotApprovedError,
     DeviceNotFoundError,
     InvalidArgumentError,
     LastAdminError,
@@ -86,7 +87,15 @@ _UPDATE_METADATA = Statement[Device](
 _APPROVE = Statement[Device](
     update(Device)
     .where(_columns.id == bindparam("device_id"))
-    .values(approved=True, approved_at=bindparam("now"), revoked_at=None, revoked_reason=None)
+    .values(
+        approved=True,
+        approved_at=bindparam("now"),
+        revoked_at=None,
+        revoked_reason=None,
+        # Earlier versions and `uow.session` may have given a device that was not approved an overlap.
+        previous_secret_hash=None,
+        previous_secret_expires_at=None,
+    )
 )
 _REVOKE = Statement[Device](
     update(Device)
@@ -277,15 +286,16 @@ class DeviceStore(Store):
             expected_role: the role that was shown; None to approve any.
             expected_secret_hash: the hash of the secret that it paired with.
             expected_paired_at: when it paired: another instant means another device under the same id.
-            expected_status: where it stood: another admin may have revoked it since. One that is approved by now is
-                not refused for that.
+            expected_status: the status that was shown. None approves a pending device only: a revoked device needs
+                `DeviceStatus.REVOKED`. A device that is approved already never raises for its status.
 
         Returns:
             False where it was approved already, and nothing was written.
 
         Raises:
             DeviceNotFoundError: it is absent.
-            ApprovalChangedError: it has another role, secret or status, or paired anew.
+            ApprovalChangedError: it has another role, secret or status, or paired anew; or it is revoked and
+                `expected_status` does not say so.
         """
         if expected_role is not None:
             expected_role = _member(Role, expected_role, "expected_role")
@@ -304,7 +314,7 @@ class DeviceStore(Store):
             raise ApprovalChangedError(device_id, "time of pairing")
         if device.approved:
             return False
-        if expected_status is not None and device.status is not expected_status:
+        if device.status is not (expected_status or DeviceStatus.PENDING):
             raise ApprovalChangedError(device_id, "status")
         self._unit.write(_APPROVE, device_id=device_id, now=self._unit.now())
         return True
@@ -391,27 +401,28 @@ class DeviceStore(Store):
             expected_secret_hash: the hash that is to be replaced.
             secret_hash: the new one.
             proof_verifier: what the new secret's proofs are checked against; None for no proofs.
-            previous_until: until when the old secret serves as well; None for no longer.
+            previous_until: until when the old secret of an approved device serves as well; None for no longer.
 
         Returns:
             False where the device is absent or has another hash by now.
 
         Raises:
+            DeviceNotApprovedError: `previous_until` was given and the device is pending or revoked.
             InvalidArgumentError: a hash or a verifier is no name, or `previous_until` has no time zone.
         """
-        check_label(expected_secret_hash, "expected_secret_hash")
-        return (
-            self._unit.write(
-                _SET_SECRET,
-                device_id=check_identifier(device_id, "device_id"),
-                expected=expected_secret_hash,
-                replacement=check_label(secret_hash, "secret_hash"),
-                verifier=check_optional_label(proof_verifier, "proof_verifier"),
-                previous=None if previous_until is None else expected_secret_hash,
-                until=None if previous_until is None else check_instant(previous_until, "previous_until"),
-            )
-            > 0
-        )
+        values = {
+            "device_id": check_identifier(device_id, "device_id"),
+            "expected": check_label(expected_secret_hash, "expected_secret_hash"),
+            "replacement": check_label(secret_hash, "secret_hash"),
+            "verifier": check_optional_label(proof_verifier, "proof_verifier"),
+            "previous": None if previous_until is None else expected_secret_hash,
+            "until": None if previous_until is None else check_instant(previous_until, "previous_until"),
+        }
+        if previous_until is not None:
+            device = self.find_by_id(device_id)
+            if device is not None and not device.approved:
+                raise DeviceNotApprovedError(device_id)
+        return self._unit.write(_SET_SECRET, **values) > 0
 
     def rehash_secret(self, device_id: str, *, expected_secret_hash: str, secret_hash: str) -> bool:
         """Replace the hash of the same secret by one made under newer parameters; False where it changed since."""

@@ -831,7 +831,8 @@ def test_two_rows_where_one_belongs(path: Path, clock: FakeClock) -> None:
 def test_no_finding_shows_what_is_secret(database: Database, clock: FakeClock) -> None:
     """With every check of rows upset, no id, hash, nonce, key or result is in what is printed."""
     secrets = ("geheim-id", "geheim-nonce", "geheim-key", "geheim-result", "geheim-session", "sha256$of-geheim-id")
-    add_device(database, secrets[0])
+    add_device(database, secrets[0], approved=True)
+    add_device(database, secrets[0] + "-waiting")
     database.rotate_secret(secrets[0], overlap=timedelta(minutes=1))
     with database.unit_of_work() as unit:
         unit.nonces.consume(secrets[0], secrets[1], expires_at=clock.now + timedelta(minutes=1))

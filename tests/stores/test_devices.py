@@ -24,6 +24,7 @@ from homeagent.errors import (
     ApprovalChangedError,
     ConflictError,
     DeviceExistsError,
+    DeviceNotApprovedError,
     DeviceNotFoundError,
     InvalidArgumentError,
     LastAdminError,
@@ -172,7 +173,7 @@ def test_approve_and_revoke(database: Database, clock: FakeClock) -> None:
         assert unit.devices.revoke("lamp", reason="again") is False
         device = unit.devices.get("lamp")
         assert (device.status, device.revoked_at, device.revoked_reason) == (DeviceStatus.REVOKED, revoked_at, "lost")
-        assert unit.devices.approve("lamp") is True
+        assert unit.devices.approve("lamp", expected_status=DeviceStatus.REVOKED) is True
         device = unit.devices.get("lamp")
         assert (device.status, device.revoked_at, device.revoked_reason) == (DeviceStatus.APPROVED, None, None)
 
@@ -199,22 +200,64 @@ def test_approve_compares_with_what_was_seen(database: Database, clock: FakeCloc
         assert unit.devices.approve("lamp", expected_role=Role.ADMIN, expected_secret_hash="sha256$of-lamp")
 
 
-@pytest.mark.parametrize("shown", [DeviceStatus.PENDING, DeviceStatus.APPROVED])
-def test_approve_spares_what_another_admin_revoked(database: Database, shown: DeviceStatus) -> None:
+@pytest.mark.parametrize("shown", [None, DeviceStatus.PENDING, DeviceStatus.APPROVED])
+def test_approve_spares_what_another_admin_revoked(database: Database, shown: DeviceStatus | None) -> None:
     """Who was shown a device before it was revoked doesn't let it in again; who saw it revoked does."""
     add_device(database, approved=shown is DeviceStatus.APPROVED)
     with database.unit_of_work() as unit:
         unit.devices.revoke("lamp", reason="stolen")
     before = dump(database)
     with database.unit_of_work() as unit, pytest.raises(ApprovalChangedError) as caught:
-        unit.devices.approve("lamp", expected_status=shown)
+        unit.devices.approve("lamp", expected_role=Role.CLIENT, expected_paired_at=START, expected_status=shown)
     assert caught.value.changed == "status"
+    assert "expected_status=REVOKED" in str(caught.value)
     assert dump(database) == before
     with database.unit_of_work() as unit:
         assert unit.devices.approve("lamp", expected_status=DeviceStatus.REVOKED) is True
         assert unit.devices.approve("lamp", expected_status=DeviceStatus.PENDING) is False
         with pytest.raises(InvalidArgumentError):
             unit.devices.approve("lamp", expected_status="gone")  # type: ignore[arg-type]  # on purpose
+
+
+@pytest.mark.parametrize("shown", [DeviceStatus.REVOKED, DeviceStatus.APPROVED])
+def test_a_pending_device_is_not_what_was_seen_revoked_or_approved(database: Database, shown: DeviceStatus) -> None:
+    """A device that paired anew after it was shown in another status is refused for that status alone."""
+    add_device(database)
+    before = dump(database)
+    with database.unit_of_work() as unit, pytest.raises(ApprovalChangedError, match="another status"):
+        unit.devices.approve("lamp", expected_status=shown)
+    assert dump(database) == before
+
+
+@pytest.mark.parametrize("revoked", [False, True], ids=["pending", "revoked"])
+def test_an_overlap_is_for_approved_devices_alone(database: Database, revoked: bool) -> None:
+    """`set_secret` refuses an overlap for a pending or revoked device and changes nothing; without one it does."""
+    stored = add_device(database, approved=revoked).shared_secret_hash
+    if revoked:
+        database.run(lambda unit: unit.devices.revoke("lamp"))
+    before = dump(database)
+    new: dict[str, Any] = {"expected_secret_hash": stored, "secret_hash": "new", "proof_verifier": None}
+    with database.unit_of_work() as unit, pytest.raises(DeviceNotApprovedError) as caught:
+        unit.devices.set_secret("lamp", previous_until=START + MINUTE, **new)
+    assert caught.value.device_id == "lamp"
+    assert dump(database) == before
+    assert database.run(lambda unit: unit.devices.set_secret("absent", previous_until=START + MINUTE, **new)) is False
+    assert database.run(lambda unit: unit.devices.set_secret("lamp", **new)) is True
+
+
+@pytest.mark.parametrize("status", [DeviceStatus.PENDING, DeviceStatus.REVOKED])
+def test_approval_ends_an_overlap_that_was_given_before(database: Database, status: DeviceStatus) -> None:
+    """A previous secret on record for a device that was not approved, as earlier versions wrote it, never serves."""
+    add_device(database)
+    if status is DeviceStatus.REVOKED:
+        database.run(lambda unit: unit.devices.revoke("lamp"))
+    with database.unit_of_work() as unit:
+        device = unit.session.get_one(Device, "lamp")
+        device.previous_secret_hash, device.previous_secret_expires_at = "stolen", START + MINUTE
+    with database.unit_of_work() as unit:
+        assert unit.devices.approve("lamp", expected_status=status) is True
+        device = unit.devices.get("lamp")
+        assert (device.previous_secret_hash, device.previous_secret_expires_at) == (None, None)
 
 
 @pytest.mark.parametrize("act", ["revoke", "delete"])

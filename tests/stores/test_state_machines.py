@@ -18,11 +18,12 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import text
 
-from homeagent import AgentCreate, AgentSessionCreate, Database, DeviceCreate, IdempotencyScope, Role
+from homeagent import AgentCreate, AgentSessionCreate, Database, DeviceCreate, DeviceStatus, IdempotencyScope, Role
 from homeagent.errors import (
     AgentExistsError,
     AgentInUseError,
     AgentNotFoundError,
+    ApprovalChangedError,
     DeviceExistsError,
     DeviceNotFoundError,
     HomeAgentError,
@@ -141,12 +142,18 @@ class StoreMachine(RuleBasedStateMachine):
             assert got.id == device
             self.devices[device] = [role, False, False, None]
 
-    @rule(device=names)
-    def approve(self, device: str) -> None:
-        got = self.attempt("devices", "approve", device)
+    @rule(device=names, status=st.none() | st.sampled_from(DeviceStatus))
+    def approve(self, device: str, status: DeviceStatus | None) -> None:
+        got = self.attempt("devices", "approve", device, expected_status=status)
         row = self.devices.get(device)
-        assert got is (DeviceNotFoundError if row is None else not row[1])
-        if row is not None:
+        if row is None:
+            assert got is DeviceNotFoundError
+        elif row[1]:
+            assert got is False
+        elif (status or DeviceStatus.PENDING) is not (DeviceStatus.REVOKED if row[2] else DeviceStatus.PENDING):
+            assert got is ApprovalChangedError
+        else:
+            assert got is True
             row[1:3] = True, False
 
     @rule(device=names, force=st.booleans())
