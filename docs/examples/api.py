@@ -100,11 +100,19 @@ def _add_devices(app: FastAPI, database: Database) -> None:
             return DevicePublic.model_validate(unit.devices.update(device_id, changes))
 
     @app.post("/devices/{device_id}/approve", responses=error_replies(404, 409, 503))
-    def approve_device(device_id: str, expected_role: Role, expected_paired_at: AwareDatetime) -> Changed:
-        # What the admin looked at: a device that took its place since is refused.
+    def approve_device(
+        device_id: str,
+        expected_role: Role,
+        expected_paired_at: AwareDatetime,
+        expected_status: DeviceStatus = DeviceStatus.PENDING,
+    ) -> Changed:
+        # What the admin saw. If another device has the id now, or another admin revoked the device, the answer is 409.
         with database.unit_of_work() as unit:
             changed = unit.devices.approve(
-                device_id, expected_role=expected_role, expected_paired_at=expected_paired_at
+                device_id,
+                expected_role=expected_role,
+                expected_paired_at=expected_paired_at,
+                expected_status=expected_status,
             )
         return Changed(changed=changed)
 

@@ -35,9 +35,11 @@ from homeagent import (
     AgentSessionCreate,
     Database,
     DevicePair,
+    DeviceStatus,
     IdempotencyScope,
     Role,
     UnitOfWork,
+    errors,
 )
 
 TRACE = Path(__file__).resolve().parents[2] / "tests" / "fixtures" / "gateway.jsonl.gz"
@@ -73,6 +75,7 @@ class Tally:
 
     events: int = 0
     paired: int = 0
+    unapproved_refused: int = 0
     replays_refused: int = 0
     retries_answered: int = 0
     rows_swept: int = 0
@@ -116,8 +119,9 @@ class Gateway:
             swept = self.database.sweep()
             self.tally.rows_swept += swept.nonces + swept.idempotency_keys
             self._next_sweep = now + SWEEP_EVERY
-        if event["device"] not in self._known:
-            self._welcome(event["device"])
+        if event["device"] not in self._known and not self._welcome(event["device"]):
+            self.tally.unapproved_refused += 1
+            return
         # In a unit of its own, which commits before anything else is done: whatever fails later, and rolls back, the
         # message can't be used a second time.
         with self.database.unit_of_work() as unit:
@@ -128,7 +132,8 @@ class Gateway:
         else:
             self.tally.replays_refused += 1
 
-    def _welcome(self, device_id: str) -> None:
+    def _welcome(self, device_id: str) -> bool:
+        """Pair and approve a new device, and return whether the device is approved."""
         with self.database.unit_of_work(read_only=True) as unit:
             device = unit.devices.find_by_id(device_id)
         if device is None:
@@ -136,12 +141,19 @@ class Gateway:
             device = self.database.pair(DevicePair(id=device_id, role=Role.CLIENT)).device
             self.tally.paired += 1
         if not device.approved:
-            with self.database.unit_of_work() as unit:
-                # What an admin looked at, and no other device that took its place since.
-                unit.devices.approve(
-                    device_id, expected_role=Role.CLIENT, expected_secret_hash=device.shared_secret_hash
-                )
+            try:
+                with self.database.unit_of_work() as unit:
+                    # What an admin looked at: no device that took its place since, and no revoked device.
+                    unit.devices.approve(
+                        device_id,
+                        expected_role=Role.CLIENT,
+                        expected_secret_hash=device.shared_secret_hash,
+                        expected_status=DeviceStatus.PENDING,
+                    )
+            except errors.ApprovalChangedError:
+                return False
         self._known.add(device_id)
+        return True
 
     def _answer(self, unit: UnitOfWork, event: Event) -> None:
         """Find or make what the message speaks of, and answer it. All of it is one commit."""
@@ -201,6 +213,7 @@ def summary(tally: Tally, before: dict[str, int], after: dict[str, int]) -> Tabl
         "devices": after["devices"],
         "agents": after["agents"],
         "sessions": after["sessions"],
+        "messages of unapproved devices refused": tally.unapproved_refused,
         "replays refused": tally.replays_refused,
         "retries answered from the store": tally.retries_answered,
         "rows swept": tally.rows_swept,

@@ -94,6 +94,11 @@ def test_devices(api: httpx.Client) -> None:
     assert api.patch("/devices/lamp", json={"metadata": None}).json()["metadata"] is None
     assert api.post("/devices/lamp/revoke", params={"reason": "lost"}).json() == {"changed": True}
     assert api.get("/devices/lamp").json()["revoked_reason"] == "lost"
+    stale = api.post("/devices/lamp/approve", params=seen)
+    assert (stale.status_code, stale.json()["error"]) == (409, "ApprovalChangedError")
+    assert api.get("/devices/lamp").json()["status"] == "revoked"
+    again = {**seen, "expected_status": "revoked"}
+    assert api.post("/devices/lamp/approve", params=again).json() == {"changed": True}
 
 
 def test_agents_and_sessions(api: httpx.Client) -> None:

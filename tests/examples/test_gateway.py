@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from homeagent import Database, DevicePair, DeviceStatus, Role
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "gateway.py"
 TRACE = ROOT / "tests" / "fixtures" / "gateway.jsonl.gz"
@@ -87,6 +89,27 @@ def test_a_message_comes_again(tmp_path: Path) -> None:
     assert summary["replays refused"] == 2
     assert summary["retries answered from the store"] == 1
     assert summary["devices paired"] == 2
+
+
+def test_a_revoked_device_stays_out(tmp_path: Path) -> None:
+    """The gateway approves new devices by itself, and no device that was revoked: its messages are refused."""
+    file = tmp_path / "gateway.db"
+    with Database.open(file) as database:
+        database.pair(DevicePair(id="d1", role=Role.CLIENT))
+        database.run(lambda unit: unit.devices.revoke("d1", reason="stolen"))
+    trace = write_trace(
+        tmp_path / "trace.jsonl",
+        {"at": 0, "nonce": "n1", "key": "k1"},
+        {"at": 1, "nonce": "n2", "key": "k2"},
+        {"at": 2, "nonce": "n1", "key": "k1", "device": "d2"},
+    )
+
+    summary = run("--trace", trace, "--database", file)
+
+    assert (summary["messages of unapproved devices refused"], summary["nonces on record at the end"]) == (2, 1)
+    with Database.open(file) as database:
+        device = database.run(lambda unit: unit.devices.get("d1"), read_only=True)
+        assert device.status is DeviceStatus.REVOKED
 
 
 def test_no_arguments_and_again(tmp_path: Path) -> None:
