@@ -66,7 +66,7 @@ def back_up(
             A path that ends in a slash is a directory, made where it is missing.
         clock: tells when it was taken.
         keep: remove this database's oldest backups in that directory afterwards, until so many are left. Only what
-            has its manifest is one; copies made by upgrades stay.
+            has its manifest is one; copies made by upgrades stay, and files that `restore` refuses for their owner.
         replace: whether a file that exists is replaced.
         timeout: how long to wait for another backup into the same directory.
         stop: asked now and then; where it answers True, there will be no backup.
@@ -84,7 +84,7 @@ def back_up(
     into_directory = where.is_dir() or given.endswith(("/", os.sep))
     directory = where if into_directory else where.parent
     prepare_directory(directory)
-    with FileLock(directory / _LOCK, timeout=timeout, owner_of=directory):
+    with FileLock(directory / _LOCK, timeout=timeout):
         if into_directory:
             return _make_in(directory, engine, clock=clock, keep=keep, stop=stop)
         _refuse_files_in_use(engine.path, where)
@@ -105,7 +105,7 @@ def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, st
     if not _is_due(engine.path, directory, schedule, clock()):
         return None
     prepare_directory(directory)
-    lock = FileLock(directory / _LOCK, timeout=timedelta(0), owner_of=directory)
+    lock = FileLock(directory / _LOCK, timeout=timedelta(0))
     try:
         lock.acquire()
     except DatabaseBusyError:
@@ -173,7 +173,7 @@ def _is_due(database: Path, directory: Path, schedule: BackupSchedule, now: date
 
 
 def _backups_of(database: Path, directory: Path) -> Iterator[tuple[Path, Manifest]]:
-    for backup, manifest in backups_in(directory):
+    for backup, manifest in backups_in(directory, database):
         if manifest.kind == "backup" and manifest.database == str(database):
             yield backup, manifest
 

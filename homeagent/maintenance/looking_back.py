@@ -35,7 +35,7 @@ def look_back(database: Path) -> Before:
     try:
         for original, made in zip((database, *sidecars(database)), (copy, *sidecars(copy)), strict=True):
             if os.path.lexists(original) and not original.name.endswith("-shm"):
-                copy_file(original, made, owner_of=database)
+                copy_file(original, made, database=database)
         with closing(driver.module.connect(str(copy), isolation_level=None)) as raw:
             raw.execute("PRAGMA trusted_schema=OFF")
             with suppress(driver.module.Error, TypeError, ValueError):  # damaged, or older than the epochs

@@ -23,11 +23,13 @@ from homeagent.engine.disk.files import (
     judge_file,
     locate_file,
     look_at,
+    refuse_insecure,
     secure_sidecars,
 )
 from homeagent.engine.disk.filesystems import refuse_network_filesystem
 from homeagent.engine.disk.locks import FileLock
-from homeagent.engine.disk.system_errors import explained, quoted
+from homeagent.engine.disk.owners import backup_owners
+from homeagent.engine.disk.system_errors import quoted
 from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path, sidecar_lock
 from homeagent.engine.sqlite.manifests import Manifest, read_manifest
 from homeagent.engine.sqlite.presence import alone, kept_from_sqlite, presence_path
@@ -102,6 +104,8 @@ def restore(
         busy_timeout: how long to wait for who has the target open.
 
     Raises:
+        InsecureFileError: the backup, its manifest or the target is a link, has a second name, or belongs to a user
+            whose files are not safe (`homeagent.engine.disk.owners`).
         InvalidArgumentError: the backup is absent or is the target itself, or the target is no file's name.
         DatabaseBusyError: somebody has the target open, or the backup.
         CorruptDatabaseError, ForeignDatabaseError, SchemaTooNewError: the backup is damaged, another application's,
@@ -114,9 +118,9 @@ def restore(
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     database = _target(target)
     source = _source(backup, database)
-    manifest = read_manifest(source)
+    manifest = read_manifest(source, database)
     with _not_in_use(source):
-        _look_at(source, manifest)
+        _look_at(source, database, manifest)
         _identify_target(database)
         prepare_directory(database.parent)
         refuse_network_filesystem(database)
@@ -186,14 +190,13 @@ def _target(target: str | os.PathLike[str] | URL | None) -> Path:
 
 def _source(backup: str | os.PathLike[str], database: Path) -> Path:
     refuse_address(backup)
-    source = Path(os.path.realpath(locate_file(backup)))
-    with explained("look at", source):
-        try:
-            status = source.stat()
-        except FileNotFoundError:
-            raise InvalidArgumentError(f"there is no {quoted(source)}: name the backup to restore") from None
-    if not stat.S_ISREG(status.st_mode):
+    source = locate_file(backup)
+    status = look_at(source)
+    if status is None:
+        raise InvalidArgumentError(f"there is no {quoted(source)}: name the backup to restore")
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):
         raise InvalidArgumentError(f"{quoted(source)} is no file: name the backup to restore")
+    refuse_insecure(source, status, backup_owners(database))
     if os.path.lexists(database) and source.samefile(database):
         raise InvalidArgumentError(f"{quoted(source)} is the database itself: name one of its backups")
     return source
@@ -226,9 +229,9 @@ def _not_in_use(source: Path) -> Iterator[None]:
             lock.release()
 
 
-def _look_at(source: Path, manifest: Manifest | None) -> None:
+def _look_at(source: Path, database: Path, manifest: Manifest | None) -> None:
     """Refuse what can't be a backup of ours, before anything is made."""
-    header = header_of(source)
+    header = header_of(source, database)
     size = source.stat().st_size
     if manifest is not None and manifest.size != size:
         raise damaged(source, f"it has {size:,} bytes and its manifest says {manifest.size:,}")
@@ -272,7 +275,7 @@ def _has_content(path: Path) -> bool:
 def _refuse_target(database: Path, marker: str | None) -> None:
     state = judge_file(database, is_database=False, repair=False)
     # Where the marker says that a database of ours was made, what is there now is what is left of it.
-    if state is not None and not state.is_empty and marker is None and not is_ours(header_of(database)):
+    if state is not None and not state.is_empty and marker is None and not is_ours(header_of(database, database)):
         raise _not_ours(database)
     judge_file(database, is_database=False)
     secure_sidecars(database)

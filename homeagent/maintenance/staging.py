@@ -14,7 +14,8 @@ from typing import Any
 
 from sqlalchemy import update
 
-from homeagent.engine.disk.files import OPEN_FLAGS, create_descriptor, give_to_owner, sidecars
+from homeagent.engine.disk.files import OPEN_FLAGS, create_descriptor, open_to_read, secure_sidecars, sidecars
+from homeagent.engine.disk.owners import backup_owners
 from homeagent.engine.disk.syncing import fsync_directory, sync
 from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.engine.faults import sqlite_fault, translated
@@ -39,9 +40,14 @@ Devices = dict[str, tuple[str | None, str]]
 """By id: the role in which it may enter, None where it may not, and the hash of its secret."""
 
 
-def header_of(path: Path) -> bytes:
-    """Return the first 100 bytes of a file that this process does not have open through SQLite."""
-    with explained("read", path), path.open("rb") as file:
+def header_of(path: Path, database: Path) -> bytes:
+    """Return the first 100 bytes of a database or of a backup that this process does not have open through SQLite.
+
+    Raises:
+        InsecureFileError: `path` is a link, has a second name, or belongs to a user whose backups of `database` are not
+            safe.
+    """
+    with explained("read", path), open_to_read(path, backup_owners(database)) as file:
         return file.read(_HEADER_SIZE)
 
 
@@ -76,7 +82,8 @@ def stage(
         discard(stale)  # of a restore that was killed before it had decided anything
     new = new_path(database, stamp)
     try:
-        _copy(source, new, manifest, owner_of=database)
+        _copy(source, new, manifest, database=database)
+        secure_sidecars(new)  # before SQLite would replay a journal that another user put there
         engine = SQLiteEngine(new, busy_timeout=timedelta(0), durability="full")
         try:
             with translated(engine.driver_errors, lambda error: _fault(error, source)):
@@ -105,7 +112,7 @@ def stage(
     )
 
 
-def _copy(source: Path, new: Path, manifest: Manifest | None, *, owner_of: Path) -> None:
+def _copy(source: Path, new: Path, manifest: Manifest | None, *, database: Path) -> None:
     needed = source.stat().st_size
     with explained("look for room in", new.parent):
         free = shutil.disk_usage(new.parent).free
@@ -114,28 +121,32 @@ def _copy(source: Path, new: Path, manifest: Manifest | None, *, owner_of: Path)
             f"there is no room to restore in {quoted(new.parent)}: it takes {needed:,} bytes beside the old database, "
             f"and {free:,} are free; free some space"
         )
-    digest = copy_file(source, new, owner_of=owner_of)
+    digest = copy_file(source, new, database=database)
     if manifest is not None:
         if digest != manifest.sha256:
             raise damaged(source, "its SHA-256 is not the one in its manifest")
         return  # one of ours is whole by itself: what lies beside it belongs to something else
     log, _, journal = sidecars(source)
     new_log, _, new_journal = sidecars(new)
-    is_logged = header_of(source)[18:20] == _WAL_FORMAT
+    is_logged = header_of(source, database)[18:20] == _WAL_FORMAT
     beside, kept = (log, new_log) if is_logged else (journal, new_journal)
     if os.path.lexists(beside):
-        copy_file(beside, kept, owner_of=owner_of)
+        copy_file(beside, kept, database=database)
 
 
-def copy_file(source: Path, new: Path, *, owner_of: Path) -> str:
-    """Copy a file to a new one that is private, and return the SHA-256 of its bytes."""
+def copy_file(source: Path, new: Path, *, database: Path) -> str:
+    """Copy a database or a backup to a new file that is private, and return the SHA-256 of its bytes.
+
+    Raises:
+        InsecureFileError: `source` is a link, has a second name, or belongs to a user whose backups of `database` are
+            not safe.
+    """
     digest = hashlib.sha256()
     with explained("copy the backup to", new):
         descriptor = create_descriptor(new)
         if descriptor is None:
             raise DatabaseError(f"{quoted(new)} is in the way: remove it")
-        with os.fdopen(descriptor, "wb") as copy, source.open("rb") as original:
-            give_to_owner(descriptor, owner_of)
+        with os.fdopen(descriptor, "wb") as copy, open_to_read(source, backup_owners(database)) as original:
             while block := original.read(1 << 20):
                 digest.update(block)
                 copy.write(block)

@@ -151,7 +151,7 @@ def _examine_leftovers(engine: SQLiteEngine) -> None:
         engine.presence = None
     if not os.access(engine.path.parent, os.W_OK):
         return  # SQLite can't change anything either
-    lock = FileLock(presence_path(engine.path), timeout=timedelta(0), owner_of=engine.path)
+    lock = FileLock(presence_path(engine.path), timeout=timedelta(0))
     try:
         lock.acquire()
     except DatabaseBusyError:
@@ -203,8 +203,8 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
     if state is None:
         files.create_file(path)
     files.inspect_file(path)
+    files.secure_sidecars(path)  # before SQLite would replay a journal that another user put there
     engine.prepare_header()
-    files.secure_sidecars(path)
     backup: Path | None = None
     with engine.translated(), engine.connect() as connection:
         raw: Any = connection.connection.driver_connection

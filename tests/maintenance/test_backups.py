@@ -188,7 +188,7 @@ def test_keep_outlives_a_clock_that_was_ahead(sqlite_database: Database, clock: 
         for _ in range(3):
             clock.advance(hours=1)
             sqlite_database.backup(f"{tmp_path}/backups/", keep=3)
-    kept = [manifest.taken_at for _, manifest in backups_in(tmp_path / "backups")]
+    kept = [manifest.taken_at for _, manifest in backups_in(tmp_path / "backups", tmp_path / "homeagent.db")]
     assert kept == [now + timedelta(hours=hour) for hour in (1, 2, 3)]
 
 

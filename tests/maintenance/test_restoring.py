@@ -693,8 +693,7 @@ def test_superuser_leaves_the_owner_in(backup: Path, others_place: Path, childre
         assert children.run(AS_OTHER, path, OTHER_USER) == "['old']"
     with Database.open(path) as database:
         made = database.backup(f"{others_place}/backups/")
-    # A directory that the superuser made is the superuser's, and so is what is in it.
-    assert {entry.lstat().st_uid for entry in made.parent.iterdir()} == {0}
+    assert {entry.lstat().st_uid for entry in (made.parent, *made.parent.iterdir())} == {OTHER_USER}
     with Database.open(path) as database:
         database.backup(others_place / "copy.db")
     shutil.rmtree(made.parent)

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+from homeagent.engine.disk.owners import give_to_owner, is_replaceable, refuse_replaceable
 from homeagent.engine.disk.privacy import DIRECTORY_MODE, change_mode, modes_not_kept, unguarded
 from homeagent.engine.disk.syncing import fsync_directory
 from homeagent.engine.disk.system_errors import explained, quoted
@@ -47,13 +48,14 @@ _reported_lock = threading.Lock()
 def prepare_directory(directory: Path) -> DirectoryReport:
     """Make a directory for the database where it is missing, and report what others could do to one that exists.
 
-    What is made is 0700 under any umask, missing parents included. What exists is left as it is, since somebody
-    chose its mode and other programs may rely on it: the first time that it is found unsafe, the logger
-    `homeagent` is warned.
+    What is made is 0700 under any umask, missing parents included, and belongs to the owner of its parent if root makes
+    it. What exists is left as it is, since somebody chose its mode and other programs may rely on it: the first time
+    that it is found unsafe, the logger `homeagent` is warned.
 
     Raises:
         InvalidArgumentError: a component of the path is no directory.
-        InsecureFileError: the file system does not keep modes.
+        InsecureFileError: the file system does not keep modes; or the process runs as root, and other users can replace
+            files in the directory.
         DatabaseError: it can't be made or looked into; `ReadOnlyError` and `DiskFullError` where that is why.
     """
     made: list[Path] = []
@@ -67,6 +69,7 @@ def prepare_directory(directory: Path) -> DirectoryReport:
                 change_mode(step, DIRECTORY_MODE)  # a umask may take bits from the owner too
                 if not _is_private_directory(step):
                     raise modes_not_kept(step)
+            _give_to_parents_owner(step)
         made.append(step)
         fsync_directory(step.parent)
     with explained("look into the directory", directory):
@@ -110,8 +113,28 @@ def _missing_directories(directory: Path) -> list[Path]:
                 continue  # a parent is a file: the walk gets to it, and names it
         if not stat.S_ISDIR(status.st_mode):
             raise InvalidArgumentError(f"{quoted(candidate)} is a file, not a directory: name another path")
+        refuse_replaceable(candidate)
         break
     return missing[::-1]
+
+
+def _give_to_parents_owner(made: Path) -> None:
+    """Give a directory that root created to the owner of its parent."""
+    if sys.platform == "win32" or os.geteuid() != 0:
+        return
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    # Through the parent's descriptor: its owner could put a link to another directory in the place of either of them.
+    # A directory that is empty gives that user nothing, even if it is not the one that was made.
+    parent = os.open(made.parent, flags)
+    try:
+        descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)
+        try:
+            if not os.listdir(descriptor):
+                give_to_owner(descriptor, parent)
+        finally:
+            os.close(descriptor)
+    finally:
+        os.close(parent)
 
 
 def _is_private_directory(directory: Path) -> bool:
@@ -126,9 +149,14 @@ def _directory_problem(directory: Path, status: os.stat_result) -> str | None:
             f"the directory {quoted(directory)} belongs to user {status.st_uid}, who can replace the database: "
             "keep it in a directory of your own"
         )
-    if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+    if is_replaceable(status):
         return (
             f"the directory {quoted(directory)} has mode {stat.S_IMODE(status.st_mode):04o}, so others can replace "
             f"the database: chmod go-w {quoted(directory)}"
+        )
+    if status.st_mode & 0o022:
+        return (
+            f"the directory {quoted(directory)} has mode {stat.S_IMODE(status.st_mode):04o}, so other users can put "
+            "files next to the database: keep it in a directory of your own"
         )
     return None

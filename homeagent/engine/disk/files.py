@@ -1,7 +1,8 @@
 """The database's files on disk: found, judged, made private, put in one another's place.
 
 Who can write the database can let anybody in, and who can read it sees every device. So each file is 0600 and what
-we can't vouch for is refused: a symlink, a second name for the same file, a file of another user.
+we can't vouch for is refused: a symlink, a second name for the same file, a file of another user (which users'
+files are safe: `homeagent.engine.disk.owners`).
 
 An existing database is judged by `lstat` alone and never opened here. SQLite holds POSIX locks on it, and a process
 loses all of them as soon as it closes any descriptor of that file (https://sqlite.org/howtocorrupt.html, section 2.2).
@@ -17,8 +18,9 @@ import os
 import stat
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
+from homeagent.engine.disk.owners import give_to_owner, refuse_replaceable, trusted_owners
 from homeagent.engine.disk.privacy import FILE_MODE, change_mode, modes_not_kept
 from homeagent.engine.disk.syncing import fsync_directory, sync
 from homeagent.engine.disk.system_errors import explained, quoted
@@ -37,12 +39,13 @@ __all__ = [
     "atomic_replace",
     "create_descriptor",
     "create_file",
-    "give_to_owner",
     "identity_of",
     "inspect_file",
     "judge_file",
     "locate_file",
     "look_at",
+    "open_to_read",
+    "refuse_insecure",
     "refuse_orphaned_log",
     "secure_sidecars",
     "sidecars",
@@ -141,15 +144,16 @@ def inspect_file(path: Path) -> FileState | None:
     can only be read; only an empty file gets 0600 in full, for a umask can have left it with less. A file that
     is refused is left as it is.
 
-    The superuser may open another user's file that is private to that user: SQLite then gives the files beside it
-    to the same owner. It is refused where the mode is looser, as another user's file always is: to change modes
-    in a directory that somebody else controls is how a superuser is made to change them elsewhere.
+    Root may open a file of the directory's owner that is private to that user (see `homeagent.engine.disk.owners`):
+    SQLite then gives the files next to it to the same owner. A looser mode of such a file raises InsecureFileError: to
+    change modes in a directory that another user controls is how root is made to change them elsewhere.
 
     Returns:
         None where there is no file.
 
     Raises:
-        InsecureFileError: it is a link, has a second name (hard link), is another user's, or can't be made private.
+        InsecureFileError: it is a link, has a second name (hard link), is another user's, or can't be made private; or
+            the process runs as root, and other users can replace files in the directory.
         ForeignDatabaseError: it is a directory, a pipe, a socket or a device.
         CorruptDatabaseError: it has 1 to 511 bytes, too few for a database; SQLite would take it for an empty one.
         DatabaseError: it can't be looked at.
@@ -188,7 +192,7 @@ def refuse_orphaned_log(path: Path) -> None:
         )
 
 
-def create_file(path: Path, *, owner_of: Path | None = None) -> bool:
+def create_file(path: Path, *, database: Path | None = None) -> bool:
     """Create an empty database file that only its owner can read and write, under any umask.
 
     Its directory must exist. Other threads must not find the file before this returns, or SQLite may have locks on
@@ -196,7 +200,7 @@ def create_file(path: Path, *, owner_of: Path | None = None) -> bool:
 
     Args:
         path: the file.
-        owner_of: whose owner gets it, where the superuser makes it (`give_to_owner`); None for the superuser's own.
+        database: of which it is to be a copy, as for `give_to_owner`.
 
     Returns:
         False where a file, or anything else of that name, exists already: nothing was changed.
@@ -206,14 +210,10 @@ def create_file(path: Path, *, owner_of: Path | None = None) -> bool:
         DatabaseError: it can't be made; `ReadOnlyError` and `DiskFullError` where that is why.
     """
     with explained("create", path):
-        descriptor = create_descriptor(path)
+        descriptor = create_descriptor(path, database=database)
         if descriptor is None:
             return False
-        try:
-            if owner_of is not None:
-                give_to_owner(descriptor, owner_of)
-        finally:
-            os.close(descriptor)
+        os.close(descriptor)
     fsync_directory(path.parent)
     return True
 
@@ -244,8 +244,14 @@ def atomic_replace(source: Path, target: Path) -> None:
         fsync_directory(source.parent)
 
 
-def create_descriptor(path: Path) -> int | None:
+def create_descriptor(path: Path, *, database: Path | None = None) -> int | None:
     """Create an empty file with mode 0600 and return its descriptor, or None where the name is taken.
+
+    A file that root creates belongs to the owner of its directory.
+
+    Args:
+        path: the file.
+        database: of which it is to be a copy, as for `give_to_owner`.
 
     Raises:
         InsecureFileError: the file system does not keep modes.
@@ -264,30 +270,35 @@ def create_descriptor(path: Path) -> int | None:
                 raise modes_not_kept(path) from error
             if stat.S_IMODE(os.fstat(descriptor).st_mode) != FILE_MODE:
                 raise modes_not_kept(path)
+        give_to_owner(descriptor, path.parent, database=database)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def give_to_owner(descriptor: int, of: Path) -> None:
-    """Give a file that was just made to the owner of another one, where the superuser made it; else do nothing.
+def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
+    """Open a file to read it, if it is a regular one with one name that belongs to one of these users.
+
+    Not for a file that this process has open through SQLite: to close it would drop SQLite's locks.
 
     Args:
-        descriptor: of the new file. By its name it could be another one by now.
-        of: whose owner gets it: a directory, or a file, or where that is absent its directory.
+        path: the file.
+        owners: as `trusted_owners` and `backup_owners` return them.
 
     Raises:
-        OSError: it can't be given away.
+        InsecureFileError: it has a second name (hard link), or belongs to another user.
+        ForeignDatabaseError: it is not a regular file.
+        OSError: it can't be opened, or is a link.
     """
-    if sys.platform == "win32" or os.geteuid() != 0:
-        return
+    # Judged by its descriptor: by its name it could be another file by now. A pipe must not make the caller wait.
+    file = os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS | getattr(os, "O_NONBLOCK", 0)), "rb")
     try:
-        status = os.lstat(of)
-    except FileNotFoundError:
-        status = os.stat(of.parent)
-    if status.st_uid != 0:
-        os.fchown(descriptor, status.st_uid, status.st_gid)
+        refuse_insecure(path, os.fstat(file.fileno()), owners)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, repair: bool = True) -> FileState | None:
@@ -304,6 +315,7 @@ def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, r
         status = look_at(path)
         if status is None:
             return None
+        refuse_replaceable(path.parent)
         _refuse(path, status, is_database=is_database)
         mode = stat.S_IMODE(status.st_mode)
         wanted = mode & FILE_MODE
@@ -340,7 +352,18 @@ def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, r
     raise DatabaseError(f"{quoted(path)} keeps being replaced: find out which other program writes it")
 
 
-def _refuse(path: Path, status: os.stat_result, *, is_database: bool) -> None:
+def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) -> None:
+    """Refuse a file that is not a regular one with one name that belongs to one of these users.
+
+    Args:
+        path: the file.
+        status: of the file.
+        owners: as `trusted_owners` and `backup_owners` return them.
+
+    Raises:
+        InsecureFileError: it is a link, has a second name (hard link), or belongs to another user.
+        ForeignDatabaseError: it is a directory, a pipe, a socket or a device.
+    """
     if stat.S_ISLNK(status.st_mode):
         raise InsecureFileError(f"{quoted(path)} is a symbolic link: name the file itself, or remove the link")
     if stat.S_ISDIR(status.st_mode):
@@ -352,13 +375,28 @@ def _refuse(path: Path, status: os.stat_result, *, is_database: bool) -> None:
             f"{quoted(path)} has {status.st_nlink} names (hard links): remove the others, "
             f"or copy it and name the copy; 'find -inum {status.st_ino}' finds them"
         )
-    if sys.platform != "win32":
-        caller = os.geteuid()
-        if status.st_uid != caller and (caller != 0 or status.st_mode & 0o077):
-            raise InsecureFileError(
-                f"{quoted(path)} belongs to user {status.st_uid} and you are {caller}: run as its owner, "
-                "or let an administrator chown it to you and chmod it to 600"
-            )
+    if sys.platform == "win32" or status.st_uid in owners:
+        return
+    if os.geteuid() == 0:
+        raise InsecureFileError(
+            f"{quoted(path)} belongs to user {status.st_uid}, and only files of user "
+            f"{' or '.join(map(str, sorted(owners)))} are safe here, since any other user may have put it there: "
+            f"move it away; if you know that it is sound, copy it, or chown it to {max(owners)}"
+        )
+    raise _not_the_callers(path, status)
+
+
+def _not_the_callers(path: Path, status: os.stat_result) -> InsecureFileError:
+    return InsecureFileError(
+        f"{quoted(path)} belongs to user {status.st_uid} and you are {os.geteuid()}: run as its owner, "
+        "or let an administrator chown it to you and chmod it to 600"
+    )
+
+
+def _refuse(path: Path, status: os.stat_result, *, is_database: bool) -> None:
+    refuse_insecure(path, status, trusted_owners(path.parent))
+    if sys.platform != "win32" and status.st_uid != os.geteuid() and status.st_mode & 0o077:
+        raise _not_the_callers(path, status)
     if is_database and 0 < status.st_size < SMALLEST_DATABASE:
         raise CorruptDatabaseError(
             f"{quoted(path)} has {status.st_size} bytes, too few for a database: restore a backup, or move it away"

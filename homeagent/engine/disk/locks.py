@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from homeagent.engine.disk.files import OPEN_FLAGS, create_descriptor, give_to_owner, identity_of, judge_file, look_at
+from homeagent.engine.disk.files import OPEN_FLAGS, create_descriptor, identity_of, judge_file, look_at
 from homeagent.engine.disk.syncing import fsync_directory, sync
 from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.errors import DatabaseBusyError, DatabaseError, DiskFullError, InvalidArgumentError
@@ -39,8 +39,6 @@ class FileLock:
         shared: True admits other shared holders, and keeps off exclusive ones.
         writable: False for a file that may lie where nothing can be written, or be another application's: its mode
             stays as it is, and no marker is written.
-        owner_of: a file whose owner gets the lock file too, where the superuser makes it: otherwise one look at
-            somebody's database would keep its owner out of it. SQLite does the same with what it keeps beside one.
         monotonic, pause: the clock and the sleep to wait with, in seconds.
     """
 
@@ -54,7 +52,6 @@ class FileLock:
         timeout: timedelta = timedelta(seconds=30),
         shared: bool = False,
         writable: bool = True,
-        owner_of: Path | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -63,7 +60,6 @@ class FileLock:
         self.path = path
         self.shared = shared
         self._access = os.O_RDWR if writable else os.O_RDONLY
-        self._owner_of = owner_of
         self._timeout = timeout
         self._monotonic = monotonic
         self._pause = pause
@@ -223,8 +219,6 @@ class FileLock:
             descriptor = create_descriptor(self.path)
             if descriptor is not None:
                 self._made = True
-                if self._owner_of is not None:
-                    give_to_owner(descriptor, self._owner_of)
                 return descriptor
             # An empty one may still miss bits: its maker's umask took them, and gives them back a moment later.
             repair = self._access == os.O_RDWR

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from homeagent.engine.disk.files import OPEN_FLAGS, create_file, sidecars
+from homeagent.engine.disk.files import OPEN_FLAGS, create_file, secure_sidecars, sidecars
 from homeagent.engine.disk.syncing import fsync_directory, sync
 from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.engine.faults import sqlite_fault, translated
@@ -96,9 +96,10 @@ def write_backup(
     """
     if not replace and os.path.lexists(target):
         raise InvalidArgumentError(f"{quoted(target)} exists already: name another file, or ask for it to be replaced")
-    if not create_file(partial, owner_of=partial.parent):
+    if not create_file(partial, database=engine.path):
         raise DatabaseError(f"{quoted(partial)} is in the way of a backup: remove it")
     try:
+        secure_sidecars(partial)  # before SQLite would replay a journal that another user put there
         contents = _copy(engine, partial, version_table, stop)
         manifest = _describe(partial, engine.path, contents, taken_at=taken_at, kind=kind, stop=stop)
         write_manifest(partial, manifest)

@@ -67,7 +67,7 @@ def lock_path(database: Path) -> Path:
 
 def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
     """Return the lock under which one process at a time makes, upgrades or restores this database."""
-    return FileLock(lock_path(path), timeout=timeout, owner_of=path)
+    return FileLock(lock_path(path), timeout=timeout)
 
 
 class SQLiteEngine(Engine):

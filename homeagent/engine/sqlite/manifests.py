@@ -7,8 +7,6 @@ small file beside the database remembers where the last one was put.
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
@@ -17,10 +15,11 @@ from typing import Annotated, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from homeagent.clock import system_clock
-from homeagent.engine.disk.files import OPEN_FLAGS, create_descriptor, give_to_owner
+from homeagent.engine.disk.files import create_descriptor, open_to_read, refuse_insecure
+from homeagent.engine.disk.owners import backup_owners
 from homeagent.engine.disk.syncing import fsync_directory, sync
 from homeagent.engine.disk.system_errors import explained, quoted
-from homeagent.errors import CorruptDatabaseError, DatabaseError
+from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError, HomeAgentError
 
 __all__ = [
     "PARTIAL",
@@ -31,6 +30,7 @@ __all__ = [
     "note_path",
     "read_manifest",
     "remember_backup",
+    "remembered_backup",
     "write_manifest",
 ]
 
@@ -75,18 +75,24 @@ def manifest_path(backup: Path) -> Path:
     return backup.with_name(backup.name + ".json")
 
 
-def read_manifest(backup: Path) -> Manifest | None:
+def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None:
     """Return what is written of a backup, None where there is no manifest beside it.
 
+    Args:
+        backup: the file.
+        database: the one that it is, or is to become; None to judge it by the backup's own directory.
+
     Raises:
+        InsecureFileError: the manifest has a second name, or belongs to a user whose backups of `database` are not
+            safe.
         CorruptDatabaseError: there is one that can't be read as such.
     """
     path = manifest_path(backup)
     try:
-        return Manifest.model_validate_json(_read(path))
+        return Manifest.model_validate_json(_read(path, backup_owners(database or backup)))
     except FileNotFoundError:
         return None
-    except (OSError, ValidationError):
+    except (OSError, ValidationError, ForeignDatabaseError):
         raise CorruptDatabaseError(
             f"{quoted(path)} is no manifest that can be read, so that nothing vouches for the backup beside it: "
             "use another backup, or move the manifest away to rely on SQLite's own checks alone"
@@ -99,15 +105,31 @@ def write_manifest(backup: Path, manifest: Manifest) -> None:
     Raises:
         DatabaseError: it can't be written; `DiskFullError` and `ReadOnlyError` where that is why.
     """
-    _write(manifest_path(backup), manifest.model_dump_json(indent=2) + "\n")
+    _write(manifest_path(backup), manifest.model_dump_json(indent=2) + "\n", database=Path(manifest.database))
 
 
-def backups_in(directory: Path) -> list[tuple[Path, Manifest]]:
+def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
     """Return the backups in a directory that have a manifest and still the size in it, oldest first.
 
-    None of them is opened: what their bytes are worth, a restore finds out. A directory that can't be read has none.
+    None of them is opened: what their bytes are worth, a restore finds out. A directory that can't be read has none. A
+    backup that `restore` would refuse to put in the place of the database, for its owner or a second name, is left out.
+
+    Args:
+        directory: where to look.
+        database: the file.
     """
-    found = [(backup, manifest) for backup, manifest in _manifests(directory) if _size(backup) == manifest.size]
+    found: list[tuple[Path, Manifest]] = []
+    with suppress(OSError, HomeAgentError):
+        owners = backup_owners(database)
+        for path in sorted(directory.glob("*.json")):
+            if path.name.endswith(PARTIAL + ".json"):
+                continue
+            with suppress(OSError, ValidationError, HomeAgentError):
+                manifest, backup = Manifest.model_validate_json(_read(path, owners)), path.with_suffix("")
+                status = backup.lstat()
+                refuse_insecure(backup, status, owners)
+                if status.st_size == manifest.size:
+                    found.append((backup, manifest))
     return sorted(found, key=lambda one: (one[1].taken_at, one[0].name))
 
 
@@ -121,10 +143,10 @@ def newest_backup(database: Path) -> Path | None:
         database: the file, as `locate_file` returns it.
     """
     # Beside it, one of the same name will do: the directory may have been moved.
-    found = [one for one in backups_in(database.parent) if Path(one[1].database).name == database.name]
-    last = _remembered(database)
+    found = [one for one in backups_in(database.parent, database) if Path(one[1].database).name == database.name]
+    last = remembered_backup(database)
     if last is not None and last.parent != database.parent:
-        found += [one for one in backups_in(last.parent) if one[1].database == str(database)]
+        found += [one for one in backups_in(last.parent, database) if one[1].database == str(database)]
     now = system_clock()
     # One from the future was made while the clock was ahead, and may be older than all others.
     newest = max(found, key=lambda one: (one[1].taken_at <= now, one[1].taken_at, one[0]), default=None)
@@ -145,48 +167,30 @@ def note_path(database: Path) -> Path:
     return database.with_name(database.name + ".last-backup")
 
 
-def _remembered(database: Path) -> Path | None:
+def remembered_backup(database: Path) -> Path | None:
+    """Return where the last backup of a database went, None if that is not noted next to it."""
     try:
-        return Path(os.fsdecode(_read(note_path(database)).rstrip(b"\n")))
-    except (OSError, ValueError):
+        return Path(os.fsdecode(_read(note_path(database), backup_owners(database)).rstrip(b"\n")))
+    except (OSError, ValueError, HomeAgentError):
         return None
 
 
-def _manifests(directory: Path) -> Iterator[tuple[Path, Manifest]]:
-    with suppress(OSError):
-        for path in sorted(directory.glob("*.json")):
-            if path.name.endswith(PARTIAL + ".json"):
-                continue
-            with suppress(OSError, ValidationError):
-                yield path.with_suffix(""), Manifest.model_validate_json(_read(path))
-
-
-def _size(path: Path) -> int | None:
-    with suppress(OSError):
-        status = path.lstat()
-        if stat.S_ISREG(status.st_mode):
-            return status.st_size
-    return None
-
-
-def _read(path: Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | OPEN_FLAGS | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(descriptor, "rb") as file:
+def _read(path: Path, owners: frozenset[int]) -> bytes:
+    with open_to_read(path, owners) as file:
         content = file.read(_LARGEST + 1)
     if len(content) > _LARGEST:
         raise OSError(f"{path} is too large")
     return content
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, *, database: Path | None = None) -> None:
     """Replace a small file, so that after a power cut it is the old one or the whole new one."""
     partial = path.with_name(f".{path.name}.{token_hex(8)}{PARTIAL}")
     try:
         with explained("write", path):
-            descriptor = create_descriptor(partial)
+            descriptor = create_descriptor(partial, database=database)
             if descriptor is None:
                 raise DatabaseError(f"{quoted(partial)} is in the way: remove it")
-            give_to_owner(descriptor, path.parent)
             with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
                 file.write(text)
                 file.flush()

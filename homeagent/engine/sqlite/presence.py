@@ -51,7 +51,7 @@ def announce(database: Path, *, timeout: timedelta) -> FileLock | None:
     """
     path = presence_path(database)
     while True:
-        lock = FileLock(path, timeout=timeout, shared=True, owner_of=database)
+        lock = FileLock(path, timeout=timeout, shared=True)
         try:
             lock.acquire()
         except ReadOnlyError:
@@ -64,7 +64,7 @@ def announce(database: Path, *, timeout: timedelta) -> FileLock | None:
             return lock
         # Only who holds it alone may do that, and nobody else can have the database open: they all pass by here.
         lock.release()
-        with FileLock(path, timeout=timeout, owner_of=database) as only:
+        with FileLock(path, timeout=timeout) as only:
             finish_swap(only, database, timeout=timeout)
 
 
@@ -79,7 +79,7 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
     Raises:
         DatabaseBusyError: it is open; the message says in which processes, where that can be known.
     """
-    lock = FileLock(presence_path(database), timeout=timeout, owner_of=database)
+    lock = FileLock(presence_path(database), timeout=timeout)
     try:
         lock.acquire()
     except DatabaseBusyError:

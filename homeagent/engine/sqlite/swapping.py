@@ -14,7 +14,7 @@ import re
 from datetime import timedelta
 from pathlib import Path
 
-from homeagent.engine.disk.files import sidecars
+from homeagent.engine.disk.files import judge_file, sidecars
 from homeagent.engine.disk.locks import FileLock
 from homeagent.engine.disk.syncing import fsync_directory
 from homeagent.engine.disk.system_errors import explained, quoted
@@ -77,6 +77,7 @@ def finish_swap(lock: FileLock, database: Path, *, timeout: timedelta) -> None:
         timeout: how long to wait for the lock that initialisation takes.
 
     Raises:
+        InsecureFileError, ForeignDatabaseError: another user put a file in the place of the new database.
         CorruptDatabaseError: the lock file says what this version does not understand.
         DatabaseError: it failed on the way; it can be tried again.
     """
@@ -94,7 +95,8 @@ def finish_swap(lock: FileLock, database: Path, *, timeout: timedelta) -> None:
         )
     stamp, epoch = found[1], int(found[2])
     new, aside = new_path(database, stamp), aside_path(database, stamp)
-    if os.path.lexists(new):
+    # Judged: the swap may have been finished before, and another user may have put a file of that name here since.
+    if judge_file(new, is_database=False) is not None:
         with explained("put the restored database in place at", database):
             # The old one keeps its name until the new one takes it, so that there is one at every moment.
             if os.path.lexists(database) and not os.path.lexists(aside):

@@ -19,7 +19,7 @@ def check_backup(chart: Chart, path: Path) -> None:
     """Look for the newest backup that is known beside the database, without opening it."""
     with chart.attempt("backup"):
         backup = newest_backup(path)
-        manifest = None if backup is None else read_manifest(backup)
+        manifest = None if backup is None else read_manifest(backup, path)
         if backup is None or manifest is None:
             # There may be one elsewhere, made by other means: nothing is known, which is no fault.
             chart.ok("backup", "No backup is known here: 'homeagent backup' makes one.", age_seconds=None)

@@ -17,7 +17,9 @@ from typing import Any
 
 from homeagent.engine.disk.files import sidecars
 from homeagent.engine.disk.filesystems import filesystem_kind, is_network_filesystem
+from homeagent.engine.disk.owners import backup_owners, is_replaceable, trusted_owners
 from homeagent.engine.disk.privacy import unguarded
+from homeagent.engine.sqlite.manifests import remembered_backup
 from homeagent.maintenance.doctor.chart import Chart
 
 __all__ = ["STALE", "check_disk", "check_wal_size", "loose_files", "our_files", "stale_partials"]
@@ -79,7 +81,8 @@ def check_disk(chart: Chart, path: Path) -> None:
     if sys.platform == "win32":
         chart.skip(str(unguarded()), "file_owners", "file_modes")
     else:
-        _check_owners(chart, path, files)
+        with chart.attempt("file_owners"):
+            _check_owners(chart, path, files)
         _check_modes(chart, files)
     _check_stale(chart, path)
     with chart.attempt("filesystem"):
@@ -116,13 +119,22 @@ def _check_directory(chart: Chart, directory: Path) -> None:
             remedy="keep it in a directory of your own",
             **facts,
         )
-    elif mode & 0o022 and not mode & stat.S_ISVTX:
+    elif is_replaceable(status):
         chart.alarm(
             "directory",
             f"The directory {str(directory)!r} has mode {mode:04o}.",
             meaning="others can replace the database",
             remedy="take the right to write from them",
             command=f"chmod go-w {named}",
+            **facts,
+        )
+    elif mode & 0o022:
+        chart.warn(
+            "directory",
+            f"The directory {str(directory)!r} has mode {mode:04o}.",
+            meaning="others can put files next to the database; the store refuses those that it finds there",
+            remedy="keep the database in a directory of your own",
+            command=f"ls -l {named}",
             **facts,
         )
     else:
@@ -168,13 +180,24 @@ def _check_owners(chart: Chart, path: Path, files: dict[Path, os.stat_result]) -
     if main is None:
         chart.skip("there is no database file", "file_owners")
         return
-    caller = os.geteuid()
-    if main.st_uid != caller and caller != 0:
+    if main.st_uid not in trusted_owners(path.parent):
         chart.alarm(
             "file_owners",
-            f"The database belongs to user {main.st_uid}, and you are {caller}.",
+            f"The database belongs to user {main.st_uid}, and you are {os.geteuid()}.",
             meaning="the store refuses a file of another user",
             remedy="run as its owner",
+            uid=main.st_uid,
+        )
+        return
+    planted = _planted(path, files)
+    if planted:
+        chart.alarm(
+            "file_owners",
+            f"Files of a database that another user put there: {len(planted)}, such as {str(planted[0])!r}.",
+            meaning="what is in them is that user's choice; the store refuses them, and does not count them as backups",
+            remedy="find out where they are from; remove them, or chown those that you know to be sound",
+            command=f"ls -l {' '.join(shlex.quote(str(file)) for file in planted)}",
+            files=len(planted),
             uid=main.st_uid,
         )
         return
@@ -191,6 +214,16 @@ def _check_owners(chart: Chart, path: Path, files: dict[Path, os.stat_result]) -
         )
         return
     chart.ok("file_owners", f"All files belong to user {main.st_uid}.", uid=main.st_uid)
+
+
+def _planted(path: Path, files: dict[Path, os.stat_result]) -> list[Path]:
+    """Return the files of a database, and those of its name where the last backup went, that another user put there."""
+    owners = backup_owners(path)
+    last = remembered_backup(path)
+    if last is not None and last.parent != path.parent:
+        elsewhere = our_files(last.parent / path.name)
+        files = files | {file: status for file in elsewhere if (status := _lstat(file)) is not None}
+    return [file for file, status in files.items() if status.st_uid not in owners]
 
 
 def _check_modes(chart: Chart, files: dict[Path, os.stat_result]) -> None:

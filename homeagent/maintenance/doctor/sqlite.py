@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from homeagent.engine.disk.files import SMALLEST_DATABASE, look_at, sidecars
 from homeagent.engine.disk.locks import FileLock
+from homeagent.engine.disk.owners import backup_owners
 from homeagent.engine.disk.privacy import FILE_MODE
 from homeagent.engine.sqlite.driver import choose_driver
 from homeagent.engine.sqlite.engine import APPLICATION_ID, lock_path
@@ -118,6 +119,7 @@ def _is_worth_opening(chart: Chart, path: Path) -> bool:
     lock = lock_path(path)
     try:
         states = {file: look_at(file) for file in (path, log, journal, lock)}
+        owners = backup_owners(path)
     except HomeAgentError as error:
         chart.alarm(
             "database",
@@ -133,6 +135,14 @@ def _is_worth_opening(chart: Chart, path: Path) -> bool:
             f"{str(path)!r} is not opened: a link or no regular file is among what belongs to it.",
             meaning="the store refuses it, and so it can't start",
             remedy="see file_names",
+        )
+        return False
+    if any(state is not None and state.st_uid not in owners for file, state in states.items() if file != lock):
+        chart.alarm(
+            "database",
+            f"{str(path)!r} is not opened: it, its log or its journal belongs to another user.",
+            meaning="the store refuses it, and so it can't start",
+            remedy="see file_owners",
         )
         return False
     if sizes[path] == 0:

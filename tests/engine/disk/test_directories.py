@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
@@ -19,9 +18,11 @@ from homeagent.errors import (
 )
 from tests.engine.disk.conftest import (
     NOBODY,
+    UNPRIVILEGED,
     make,
     mode_of,
     needs_root,
+    run,
     snapshot,
 )
 
@@ -44,31 +45,64 @@ class TestDirectories:
         assert snapshot(tmp_path) == before
         assert caplog.records == []
 
+    @pytest.mark.parametrize("mode", [0o775, 0o777, 0o702, 0o1777])
+    def test_directory_that_others_can_write_is_reported_once(self, open_directory: Path, mode: int) -> None:
+        """An ordinary user is told, once, that others can replace the database, or put files next to it (sticky)."""
+        open_directory.chmod(mode)
+        output = run(
+            """
+            import logging, sys
+            from pathlib import Path
+            from homeagent.engine.disk.directories import prepare_directory
+            logging.basicConfig(stream=sys.stdout, format="%(name)s %(levelname)s %(message)s")
+            """,
+            UNPRIVILEGED,
+            """
+            problems = {prepare_directory(Path(sys.argv[1])).problem for _ in range(2)}
+            print(*problems)
+            """,
+            arguments=[str(open_directory)],
+        )
+        record, problem = output.splitlines()
+        assert record == f"homeagent WARNING {problem}"
+        assert f"{mode:04o}" in problem
+        assert ("directory of your own" if mode & 0o1000 else "chmod go-w") in problem
+        assert mode_of(open_directory) == mode
+
+    @needs_root
+    @pytest.mark.parametrize("beneath", ["", "sub/deeper"])
     @pytest.mark.parametrize("mode", [0o775, 0o777, 0o702])
-    def test_directory_that_others_can_write_is_reported_once(
-        self, tmp_path: Path, mode: int, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """Whoever can write the directory can replace the database, so the report and one warning say so."""
+    def test_root_refuses_a_directory_that_others_can_write(self, tmp_path: Path, mode: int, beneath: str) -> None:
+        """Users who can replace root's files could have root believe theirs: nothing is made, and chmod is named."""
         directory = tmp_path / "open"
         directory.mkdir()
         directory.chmod(mode)
-        for _ in range(2):
-            report = prepare_directory(directory)
-            assert report.problem is not None
-            assert f"{mode:04o}" in report.problem
-            assert "chmod go-w" in report.problem
-        [record] = caplog.records
-        assert (record.name, record.levelno) == ("homeagent", logging.WARNING)
-        assert record.getMessage() == report.problem
-        assert mode_of(directory) == mode
+        before = snapshot(tmp_path)
+        with pytest.raises(InsecureFileError, match=f"mode {mode:04o}.*chmod go-w"):
+            prepare_directory(directory / beneath)
+        assert snapshot(tmp_path) == before
 
-    def test_sticky_directory_is_safe(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        """In a directory such as /tmp others can't rename or remove our files."""
+    @needs_root
+    def test_root_may_use_a_sticky_directory_and_is_told(self, tmp_path: Path) -> None:
+        """In a directory such as /tmp others can't rename or remove root's files, but can put files next to them."""
         directory = tmp_path / "sticky"
         directory.mkdir()
         directory.chmod(0o1777)
-        assert prepare_directory(directory).problem is None
-        assert caplog.records == []
+        problem = prepare_directory(directory).problem
+        assert problem is not None
+        assert "put files next to the database" in problem
+
+    @needs_root
+    def test_what_root_makes_belongs_to_the_parents_owner(self, tmp_path: Path) -> None:
+        """`sudo homeagent init` in a user's home must not lock that user out; in root's directories all is root's."""
+        home = tmp_path / "home"
+        home.mkdir(0o700)
+        os.chown(home, NOBODY, NOBODY)
+        made = prepare_directory(home / "a" / "b").made
+        assert [(each.stat().st_uid, each.stat().st_gid) for each in made] == [(NOBODY, NOBODY)] * 2
+        assert [mode_of(each) for each in made] == [0o700, 0o700]
+        [made_by_root] = prepare_directory(tmp_path / "root").made
+        assert made_by_root.stat().st_uid == 0
 
     @needs_root
     def test_directory_of_another_user_is_reported(self, tmp_path: Path) -> None:

@@ -220,8 +220,9 @@ class TestInspecting:
     @needs_root
     @pytest.mark.parametrize("mode", [0o600, 0o400])
     def test_superuser_may_open_a_private_file_of_another(self, database_file: Path, mode: int) -> None:
-        """An administrator can look at a user's database, which stays that user's."""
+        """An administrator can look at a database in a user's own directory, which stays that user's."""
         os.chown(make(database_file, mode=mode), NOBODY, NOBODY)
+        os.chown(database_file.parent, NOBODY, NOBODY)
         before = snapshot(database_file.parent)
         state = inspect_file(database_file)
         assert state is not None
@@ -229,9 +230,19 @@ class TestInspecting:
         assert snapshot(database_file.parent) == before
 
     @needs_root
+    def test_superuser_refuses_a_file_that_another_user_put_there(self, database_file: Path) -> None:
+        """A private file of a user who does not own the directory is refused, and the error says what to do."""
+        os.chown(make(database_file), NOBODY, NOBODY)
+        before = snapshot(database_file.parent)
+        with pytest.raises(InsecureFileError, match=f"belongs to user {NOBODY}, .* move it away; .* chown it to 0"):
+            inspect_file(database_file)
+        assert snapshot(database_file.parent) == before
+
+    @needs_root
     def test_superuser_does_not_repair_files_of_others(self, database_file: Path) -> None:
         """A loose file of another user is refused and keeps its mode, also for the superuser."""
         os.chown(make(database_file, mode=0o644), NOBODY, NOBODY)
+        os.chown(database_file.parent, NOBODY, NOBODY)
         before = snapshot(database_file.parent)
         with pytest.raises(InsecureFileError, match=f"belongs to user {NOBODY}"):
             inspect_file(database_file)

@@ -95,7 +95,7 @@ def test_spoilt_is_passed_over(tmp_path: Path, how: str) -> None:
         case "pipe":
             manifest.unlink()
             os.mkfifo(manifest)
-    assert [backup for backup, _ in backups_in(tmp_path / "a")] == [good]
+    assert [backup for backup, _ in backups_in(tmp_path / "a", tmp_path / "homeagent.db")] == [good]
     assert newest_backup(database) == good
 
 

@@ -1,0 +1,374 @@
+"""Files of other users: what root refuses to believe, and to which user the files belong that root creates.
+
+SQLite only: on PostgreSQL the server owns the files.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from homeagent import BackupSchedule, Database, DevicePair, Diagnosis, Role, diagnose
+from homeagent.engine.sqlite.manifests import manifest_path, newest_backup
+from homeagent.engine.sqlite.presence import presence_path
+from homeagent.engine.sqlite.swapping import new_path
+from homeagent.errors import CorruptDatabaseError, InsecureFileError
+from homeagent.maintenance.backups import back_up_if_due
+from homeagent.maintenance.doctor.findings import Severity
+from tests.conftest import Children, FakeClock, add_agent
+
+STRANGER = 65534
+
+needs_root = pytest.mark.skipif(
+    sys.platform == "win32" or os.geteuid() != 0, reason="only the superuser can act as two users"
+)
+
+
+def give(path: Path, uid: int = STRANGER) -> None:
+    """Make a file another user's."""
+    os.chown(path, uid, uid)
+
+
+def plant(path: Path, content: bytes = b"") -> Path:
+    """Put a private file of the stranger's there."""
+    path.write_bytes(content)
+    path.chmod(0o600)
+    give(path)
+    return path
+
+
+def owners(directory: Path) -> set[int]:
+    """Return the users whose files are in a directory, and the directory's owner."""
+    return {path.lstat().st_uid for path in (directory, *directory.rglob("*"))}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return the bytes of each file in a directory, lock files left out."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.suffix not in (".lock", ".open")}
+
+
+def devices(path: Path) -> list[str]:
+    """Return the ids of the devices in a database."""
+    with Database.open(path) as database:
+        return database.run(lambda unit: [device.id for device in unit.devices.list()], read_only=True)
+
+
+def severity_of(diagnosis: Diagnosis, check: str) -> Severity | None:
+    """Return how bad a finding is, None if the check was not made."""
+    finding = diagnosis.finding(check)
+    return None if finding is None else finding.severity
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A directory such as /tmp, where each user can create files."""
+    directory = tmp_path / "shared"
+    directory.mkdir()
+    directory.chmod(0o1777)
+    return directory
+
+
+@pytest.fixture
+def path(shared: Path) -> Path:
+    """Root's database in the shared directory, with the device `lamp`."""
+    with Database.open(shared / "h.db") as database:
+        database.pair(DevicePair(id="lamp", role=Role.NODE))
+    return shared / "h.db"
+
+
+@pytest.fixture
+def intruders(tmp_path: Path) -> bytes:
+    """The content of a database in which the stranger is an approved admin."""
+    made = tmp_path / "elsewhere" / "h.db"
+    with Database.open(made) as database:
+        database.pair(DevicePair(id="intruder", role=Role.ADMIN, shared_secret=SecretStr("letmein-letmein")))
+        database.run(lambda unit: unit.devices.approve("intruder") and None)
+    return made.read_bytes()
+
+
+def hot_journal(content: bytes) -> bytes:
+    """Return a rollback journal that makes a database of this content, as SQLite replays it when it opens the file.
+
+    The format: https://sqlite.org/fileformat2.html#the_rollback_journal
+    """
+    size = int.from_bytes(content[16:18], "big")
+    pages = [content[at : at + size] for at in range(0, len(content), size)]
+    journal = bytes.fromhex("d9d505f920a163d7") + struct.pack(">IIIII", len(pages), 7, len(pages), 512, size)
+    journal += bytes(512 - len(journal))
+    for number, page in enumerate(pages, 1):
+        checksum = (7 + sum(page[at] for at in range(size - 200, 0, -200))) & 0xFFFFFFFF
+        journal += struct.pack(">I", number) + page + struct.pack(">I", checksum)
+    return journal
+
+
+# The files next to a database
+
+
+@needs_root
+def test_a_rollback_journal_that_another_user_put_there(path: Path, shared: Path, intruders: bytes) -> None:
+    """It is refused before SQLite replays it: the database keeps its devices, and opens once the journal is gone."""
+    planted = plant(Path(f"{path}-journal"), hot_journal(intruders))
+    before = contents(shared)
+    with pytest.raises(InsecureFileError, match=r"h\.db-journal' belongs to user 65534.*move it away"):
+        Database.open(path)
+    diagnosis = diagnose(path)
+    assert severity_of(diagnosis, "file_owners") is Severity.CRITICAL
+    assert severity_of(diagnosis, "database") is Severity.CRITICAL
+    assert contents(shared) == before
+    planted.unlink()
+    assert devices(path) == ["lamp"]
+
+
+@needs_root
+@pytest.mark.parametrize("migrate", [True, False])
+@pytest.mark.parametrize("end", ["", "-wal", "-shm", "-journal", ".open", ".lock"])
+def test_a_file_of_another_user(path: Path, shared: Path, end: str, migrate: bool) -> None:
+    """Each file of a database that the store would believe is refused with its name, changes nothing, and is found."""
+    with Database.open(path) as database:
+        backup = database.backup(f"{shared.parent}/safe/")
+    planted = Path(f"{path}{end}")
+    plant(planted, planted.read_bytes() if planted.exists() else b"x")
+    before = contents(shared)
+    with pytest.raises(InsecureFileError, match="belongs to user 65534"):
+        # A database that is up to date is opened without the lock under which the schema is made.
+        Database.restore(backup, path) if end == ".lock" else Database.open(path, migrate=migrate)
+    assert contents(shared) == before
+    finding = diagnose(path).finding("file_owners")
+    assert finding is not None
+    assert finding.severity is Severity.CRITICAL
+
+
+@needs_root
+def test_an_absent_database_next_to_files_of_another_user(shared: Path, intruders: bytes) -> None:
+    """A new database is not made over the journal or the log of another user."""
+    path = shared / "h.db"
+    for end in ("-journal", "-wal"):
+        planted = plant(Path(f"{path}{end}"), hot_journal(intruders))
+        with pytest.raises((InsecureFileError, CorruptDatabaseError)):
+            Database.open(path)
+        assert planted.read_bytes() == hot_journal(intruders)
+        planted.unlink()
+        path.unlink(missing_ok=True)
+    assert devices(path) == []
+
+
+@needs_root
+def test_the_end_of_a_restore_that_another_user_pretends(path: Path, shared: Path, intruders: bytes) -> None:
+    """After a crash at the last step the lock file still tells of a restore: what is put there then is refused."""
+    presence_path(path).write_text("swap 20260102T030405678000Z 2 end\n")
+    planted = plant(new_path(path, "20260102T030405678000Z"), intruders)
+    before = contents(shared)
+    with pytest.raises(InsecureFileError, match="restoring' belongs to user 65534"):
+        Database.open(path)
+    assert contents(shared) == before
+    planted.unlink()
+    assert devices(path) == ["lamp"]
+
+
+@needs_root
+@pytest.mark.parametrize("mode", [0o770, 0o777])
+def test_a_directory_in_which_others_can_replace_files(path: Path, shared: Path, mode: int) -> None:
+    """Root neither opens, backs up to nor restores to such a directory; the error names the command."""
+    safe = shared.parent / "safe"
+    with Database.open(path) as database:
+        backup = database.backup(f"{safe}/")
+    shared.chmod(mode)
+    for attempt in (
+        lambda: Database.open(path),
+        lambda: Database.open(path, migrate=False),
+        lambda: Database.restore(backup, path),
+        lambda: Database.restore(backup, safe / "h.db") and Database.open(safe / "h.db").backup(f"{shared}/"),
+    ):
+        with pytest.raises(InsecureFileError, match=f"mode {mode:04o}.*chmod go-w"):
+            attempt()
+    assert severity_of(diagnose(path), "directory") is Severity.CRITICAL
+    shared.chmod(0o1777)
+    assert severity_of(diagnose(path), "directory") is Severity.WARNING
+    assert devices(path) == ["lamp"]
+
+
+# Backups
+
+
+@pytest.fixture
+def backups(shared: Path) -> Path:
+    """A shared directory for backups."""
+    directory = shared / "backups"
+    directory.mkdir()
+    directory.chmod(0o1777)
+    return directory
+
+
+def by_owner(backup: Path) -> None:
+    """Make a backup and its manifest the stranger's."""
+    for file in (backup, manifest_path(backup)):
+        give(file)
+
+
+def by_manifests_owner(backup: Path) -> None:
+    """Make only the manifest the stranger's."""
+    give(manifest_path(backup))
+
+
+def by_link(backup: Path) -> None:
+    """Put a link in the backup's place."""
+    backup.rename(backup.with_name("real"))
+    backup.symlink_to(backup.with_name("real"))
+
+
+def by_second_name(backup: Path) -> None:
+    """Give the backup a second name."""
+    backup.with_name("second").hardlink_to(backup)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="owners and links are POSIX")
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        pytest.param(by_owner, "belongs to user 65534.*copy it, or chown it", marks=needs_root),
+        pytest.param(by_manifests_owner, r"json' belongs to user 65534.*chown it", marks=needs_root),
+        (by_link, "symbolic link: name the file itself"),
+        (by_second_name, r"2 names .*copy it"),
+    ],
+)
+def test_a_backup_that_is_not_safe(sqlite_path: Path, tmp_path: Path, clock: FakeClock, spoil, says: str) -> None:  # type: ignore[no-untyped-def]
+    """It is not the newest, takes the place of none that `keep` keeps, puts off no schedule, and is not restored."""
+    backups = tmp_path / "backups"
+    with Database.open(sqlite_path, clock=clock) as database:
+        good = database.backup(f"{backups}/")
+        clock.advance(hours=1)
+        spoiled = database.backup(f"{backups}/")
+        assert newest_backup(sqlite_path) == spoiled
+        spoil(spoiled)
+        assert newest_backup(sqlite_path) == good
+        clock.advance(hours=1)
+        due = BackupSchedule(f"{backups}/", every=timedelta(minutes=90))
+        newest = back_up_if_due(database._engine, due, clock=clock, stop=lambda: False)
+        assert newest is not None
+        clock.advance(hours=1)
+        database.backup(f"{backups}/", keep=2)
+        assert not good.exists()
+        assert newest.exists()
+        assert spoiled.exists()
+    before = sqlite_path.read_bytes()
+    with pytest.raises(InsecureFileError, match=says):
+        Database.restore(spoiled, sqlite_path)
+    assert sqlite_path.read_bytes() == before
+    if spoil in (by_owner, by_manifests_owner):
+        finding = diagnose(sqlite_path, clock=clock).finding("file_owners")
+        assert finding is not None
+        assert (finding.severity, str(backups) in str(finding.command)) == (Severity.CRITICAL, True)
+        shutil.copy(spoiled, tmp_path / "copy.db")
+        assert Database.restore(tmp_path / "copy.db", sqlite_path).database == sqlite_path
+
+
+@needs_root
+def test_the_note_of_the_last_backup(path: Path, backups: Path) -> None:
+    """Another user's note does not lead to that user's backups."""
+    with Database.open(path) as database:
+        backup = database.backup(f"{backups}/")
+    assert newest_backup(path) == backup
+    give(Path(f"{path}.last-backup"))
+    assert newest_backup(path) is None
+
+
+@needs_root
+def test_a_journal_put_next_to_a_file_that_is_being_made(
+    path: Path, backups: Path, clock: FakeClock, intruders: bytes
+) -> None:
+    """A backup and a restore are made in files of their own: a journal that waits there for them is refused."""
+    with Database.open(path, clock=clock) as database:
+        backup = database.backup(f"{backups}/")
+        clock.advance(hours=1)
+        stamp = clock.now.strftime("%Y%m%dT%H%M%S%fZ")
+        plant(backups / f".h.db.0005-{stamp}.backup.partial-journal", hot_journal(intruders))
+        with pytest.raises(InsecureFileError, match="partial-journal' belongs to user 65534"):
+            database.backup(f"{backups}/")
+    plant(Path(f"{new_path(path, stamp)}-journal"), hot_journal(intruders))
+    with pytest.raises(InsecureFileError, match="restoring-journal' belongs to user 65534"):
+        Database.restore(backup, path, clock=clock)
+    assert devices(path) == ["lamp"]
+
+
+# What root creates
+
+
+AS_STRANGER = """
+import os, sys, tempfile
+from homeagent import AgentCreate, Database
+
+# Whatever is imported on the way: another user may not enter the folder of the packages.
+with tempfile.TemporaryDirectory() as name, Database.open(":memory:") as database:
+    Database.restore(database.backup(name + "/a"), name + "/b")
+os.setgid(int(sys.argv[2]))
+os.setuid(int(sys.argv[2]))
+with Database.open(sys.argv[1]) as database:
+    database.run(lambda unit: unit.agents.create(AgentCreate(id="theirs", name="A", workspace_path="/srv")) and None)
+    database.backup(sys.argv[1] + ".copy")
+"""
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """The stranger's home, where that user can reach it: pytest's directories are root's alone."""
+    place = Path(tempfile.mkdtemp(prefix="homeagent-other-"))
+    place.chmod(0o711)
+    (place / "home").mkdir(mode=0o700)
+    give(place / "home")
+    yield place / "home"
+    shutil.rmtree(place)
+
+
+@needs_root
+def test_root_locks_no_user_out(home: Path, children: Children) -> None:
+    """What root makes in a user's directory is that user's: the database, all beside it, backups and directories."""
+    path = home / ".homeagent" / "h.db"
+    with Database.open(path) as database:
+        add_agent(database, "roots")
+        assert owners(home) == {STRANGER}  # with SQLite's own files, while it is open
+        backup = database.backup(f"{home}/backups/", keep=1)
+        database.backup(path.with_name("copy.db"))
+    children.run(AS_STRANGER, path, STRANGER)
+    Database.restore(backup, path)
+    assert owners(home) == {STRANGER}
+    children.run(AS_STRANGER, path.with_name("other.db"), STRANGER)
+    with Database.open(path) as database:
+        # What the user made since is as good as root's.
+        assert database.backup(f"{home}/backups/", keep=1).exists()
+    assert not backup.exists()
+
+
+@needs_root
+def test_a_backup_of_roots_in_another_users_directory(path: Path, tmp_path: Path, home: Path, clock: FakeClock) -> None:
+    """It stays root's: its directory's owner may neither read every device nor change what root would restore."""
+    with Database.open(path, clock=clock) as database:
+        first = database.backup(f"{home}/", keep=1)
+        assert {first.stat().st_uid, manifest_path(first).stat().st_uid} == {0}
+        clock.advance(hours=1)
+        second = database.backup(f"{home}/", keep=1)
+    assert not first.exists()
+    assert newest_backup(path) == second
+    assert Database.restore(second, path, clock=clock).backup == second
+
+
+@needs_root
+def test_an_ordinary_user_restores_what_root_made(home: Path, shared: Path, children: Children) -> None:
+    """A backup that root made and lets the user read is as safe as the user's own."""
+    path = home / "h.db"
+    with Database.open(path) as database:
+        backup = database.backup(home.parent / "made-by-root.db")
+    for file in (backup, manifest_path(backup)):
+        file.chmod(0o644)
+        assert file.stat().st_uid == 0
+    script = AS_STRANGER + "\nDatabase.restore(sys.argv[3], sys.argv[1])\n"
+    children.run(script, path, STRANGER, backup)
+    assert owners(home) == {STRANGER}
