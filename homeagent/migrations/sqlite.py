@@ -219,6 +219,8 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
             )
         # It is ignored inside a transaction; while it is on, rebuilding a parent table fails or deletes its children.
         raw.execute("PRAGMA foreign_keys=OFF")
+        # Zeros take the place of a table that a revision recreates: its rows hold hashes, and its text is no schema.
+        raw.execute("PRAGMA secure_delete=ON")
         try:
             with connection.begin():
                 # BEGIN IMMEDIATE: from here on the revision can't change.

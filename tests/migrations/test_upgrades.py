@@ -7,6 +7,7 @@ timeouts of the other.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -371,3 +372,17 @@ def test_threads_open_together(tmp_path: Path) -> None:
         assert failures == []
         assert fetch(path, f"SELECT version_num FROM {VERSION_TABLE}") == [(REVISION,)]
         assert fetch(path, "SELECT count(*) FROM agents") == [(PROCESSES,)]
+
+
+@pytest.mark.parametrize("revision", [None, "0001"])
+def test_nothing_of_a_recreated_table_is_left(tmp_path: Path, revision: str | None) -> None:
+    """After an upgrade the file has the text of each table once: what was deleted is overwritten with zeros."""
+    path = tmp_path / "private" / "homeagent.db"
+    path.parent.mkdir(mode=0o700)
+    if revision is not None:
+        shutil.copyfile(FIXTURES / "revisions" / f"{revision}.db", path)
+        path.chmod(0o600)
+    Database.open(path).close()
+    content = path.read_bytes()
+    for table in ("devices", "idempotency_keys"):
+        assert len(re.findall(rf'CREATE TABLE "?{table}"? \('.encode(), content)) == 1
