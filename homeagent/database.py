@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
-from functools import partial
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -29,15 +30,25 @@ from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models.device import Device
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import check_duration, check_limit, check_wait
+from homeagent.one_call import one_call_store
 from homeagent.running import Runner
+from homeagent.stores.agents import AgentStore
+from homeagent.stores.devices import DeviceStore
+from homeagent.stores.idempotency_keys import IdempotencyKeyStore
+from homeagent.stores.nonces import NonceStore
+from homeagent.stores.sessions import SessionStore
+from homeagent.stores.store import Store
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 if TYPE_CHECKING:
+    import sqlalchemy
+
     from homeagent.maintenance.checking import ContentCheck
     from homeagent.pairing import Pairing
 
 __all__ = ["Database"]
 
+S = TypeVar("S", bound=Store)
 T = TypeVar("T")
 
 
@@ -209,6 +220,61 @@ class Database:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    # One call, one unit
+
+    @cached_property
+    def devices(self) -> DeviceStore:
+        """The devices, each call a unit of its own: a read takes no lock, a write goes through `run`."""
+        return self.store(DeviceStore)
+
+    @cached_property
+    def agents(self) -> AgentStore:
+        """The agents, each call a unit of its own."""
+        return self.store(AgentStore)
+
+    @cached_property
+    def sessions(self) -> SessionStore:
+        """The index of sessions, each call a unit of its own."""
+        return self.store(SessionStore)
+
+    @cached_property
+    def nonces(self) -> NonceStore:
+        """The consumed nonces, each call a unit of its own: a nonce that was consumed here can't be rolled back."""
+        return self.store(NonceStore)
+
+    @cached_property
+    def idempotency_keys(self) -> IdempotencyKeyStore:
+        """The idempotency keys, each call a unit of its own."""
+        return self.store(IdempotencyKeyStore)
+
+    def store(self, kind: type[S]) -> S:
+        """Return a store whose every method call is a unit of work of its own.
+
+        A read is one statement in autocommit mode, which takes no lock: code that decides on what it has read needs a
+        unit of work. A write goes through `run`; inside a write unit of the same thread it raises UnitStateError.
+
+        Args:
+            kind: the class of the store, such as `DeviceStore`.
+
+        Raises:
+            InvalidArgumentError: `kind` is not a store's class.
+        """
+        if not isinstance(kind, type) or not issubclass(kind, Store):
+            raise InvalidArgumentError("kind must be the class of a store, such as homeagent.stores.DeviceStore")
+        return one_call_store(kind, self._settings, self._runner)
+
+    def read_connection(self) -> AbstractContextManager[sqlalchemy.Connection]:
+        """Return a connection for reports, pandas or ad-hoc SQL, to use as a context manager.
+
+        It is opened read-only and sees one snapshot until it is committed or rolled back. On SQLite it can attach no
+        other file. At most two are lent at a time.
+
+        Raises (when the block is entered):
+            DatabaseBusyError: none was given back within `busy_timeout`.
+            DatabaseClosedError: the database was closed, or opened before a fork.
+        """
+        return self._engine.read_connection(self._timeout)
 
     # Units of work
 

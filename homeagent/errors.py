@@ -36,6 +36,7 @@ __all__ = [
     "EffectFailedError",
     "EffectNotStartedError",
     "FingerprintMismatchError",
+    "ForeignAccessError",
     "ForeignDatabaseError",
     "HomeAgentError",
     "IdempotencyError",
@@ -424,6 +425,10 @@ class MigrationError(DatabaseError):
     def __init__(self, message: str, *, backup: Path | None = None) -> None:
         self.backup = backup
         super().__init__(message)
+
+
+class ForeignAccessError(DatabaseError):
+    """Another SQLite library in this process has, or wants, the file that is open as a database."""
 
 
 class ForeignDatabaseError(DatabaseError):

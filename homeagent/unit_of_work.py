@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from homeagent.engine.engine import Engine
     from homeagent.engine.link import Link
 
-__all__ = ["UnitOfWork", "UnitSettings", "call_back", "refuse_nesting"]
+__all__ = ["UnitOfWork", "UnitSettings", "call_back", "read_clock", "refuse_nesting"]
 
 R = TypeVar("R")
 
@@ -57,6 +57,12 @@ class UnitSettings:
         self.timeout = timeout
         self.memory: dict[str, Any] = {}
         self.writing: set[int] = set()
+
+
+def read_clock(clock: Clock) -> datetime:
+    """Read a clock: a timestamp in UTC, floored to milliseconds."""
+    # The default clock returns such a timestamp by itself.
+    return clock() if clock is system_clock else check_instant(clock(), "the clock's instant")
 
 
 def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
@@ -258,6 +264,8 @@ class UnitOfWork:
         Raises:
             UnitStateError: it is over already.
         """
+        if self._state == "rolled back":
+            return
         link = self._require_link()
         self._after_commit = None
         if self._session is not None:
@@ -504,9 +512,7 @@ class UnitOfWork:
 
     def now(self) -> datetime:
         """Read the clock: an instant in UTC, floored to milliseconds."""
-        clock = self._settings.clock
-        # The system's is ours, and does that by itself.
-        return clock() if clock is system_clock else check_instant(clock(), "the clock's instant")
+        return read_clock(self._settings.clock)
 
     @property
     def shared(self) -> dict[str, Any]:

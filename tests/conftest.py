@@ -264,9 +264,9 @@ def write_past_checks(target: str | Path, *statements: str) -> None:
         for statement in statements:
             postgres_execute(target, statement)
         return
-    from homeagent.engine.sqlite.driver import choose_driver
+    from homeagent.engine.sqlite.dialect import connect
 
-    with closing(choose_driver().module.connect(target, isolation_level=None)) as raw:
+    with closing(connect(target)) as raw:
         for statement in ("PRAGMA ignore_check_constraints=ON", *statements):
             raw.execute(statement)
 

@@ -23,7 +23,7 @@ import pytest
 from sqlmodel import SQLModel, select
 
 from homeagent import Agent, AgentSession, Database, Device, IdempotencyKey, Nonce, diagnose
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import connect
 from homeagent.errors import CorruptDatabaseError, ForeignDatabaseError, HomeAgentError
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import VERSION_TABLE
@@ -457,7 +457,7 @@ def undecodable(tmp_path: Path) -> Path:
     """A database in which another program wrote a device and an agent whose texts are no UTF-8."""
     path = tmp_path / "private" / "homeagent.db"
     Database.open(path).close()
-    with closing(choose_driver().module.connect(str(path))) as raw, raw:
+    with closing(connect(str(path))) as raw, raw:
         raw.execute(
             "INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ('d', 'node', CAST(? AS TEXT), 0)",
             [SECRET.encode() + b"\xac"],
@@ -496,7 +496,7 @@ def test_undecodable_rows(undecodable: Path, tmp_path: Path) -> None:
 def test_undecodable_revision(undecodable: Path, tmp_path: Path) -> None:
     """A revision that can't be decoded is damage: for a backup, `status`, the doctor and the next opening."""
     with Database.open(undecodable) as database:
-        with closing(choose_driver().module.connect(str(undecodable))) as raw, raw:
+        with closing(connect(str(undecodable))) as raw, raw:
             raw.execute(f"UPDATE {VERSION_TABLE} SET version_num = CAST(x'30ac' AS TEXT)")
         for act in (database.status, lambda: database.backup(tmp_path / "backup.db")):
             with pytest.raises(CorruptDatabaseError):

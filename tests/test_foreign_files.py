@@ -17,7 +17,7 @@ import pytest
 
 from homeagent import Database, diagnose
 from homeagent.engine.disk.locks import FileLock
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.manifests import PARTIAL
 from homeagent.engine.sqlite.presence import presence_path
 from homeagent.engine.sqlite.swapping import new_path
@@ -45,7 +45,7 @@ def state_of(directory: Path) -> State:
 
 def sqlite(path: Path, *statements: str) -> None:
     """Make another application's SQLite file."""
-    with closing(choose_driver().module.connect(str(path), isolation_level=None)) as raw:
+    with closing(connect(str(path))) as raw:
         for statement in ("CREATE TABLE t (i)", *statements):
             raw.execute(statement)
 

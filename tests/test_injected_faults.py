@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import apsw
 import pytest
 
 from homeagent import AgentCreate, AgentSessionCreate, Database, UnitOfWork, errors
@@ -69,9 +69,8 @@ def driver_error(engine: Engine, name: str) -> Exception:
     """Return an exception as the driver raises it, with a value in its message that must not get out."""
     error: Any
     if engine.dialect_name == "sqlite":
-        error = engine.driver.module.OperationalError(f"it failed with {SECRET}")  # type: ignore[attr-defined]
-        error.sqlite_errorcode = getattr(sqlite3, name)
-        error.sqlite_errorname = name
+        error = apsw.SQLError(f"it failed with {SECRET}")
+        error.extendedresult = getattr(apsw, name)
     else:
         import psycopg
 

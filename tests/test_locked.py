@@ -128,8 +128,8 @@ READS = frozenset(name for name in ACTS if name.partition(".")[2].startswith(("f
 # In exclusive locking mode even a reader is kept off: https://sqlite.org/pragma.html#pragma_locking_mode
 HOLD = """
 import sys
-from homeagent.engine.sqlite.driver import choose_driver
-raw = choose_driver().module.connect(sys.argv[1], isolation_level=None)
+from homeagent.engine.sqlite.dialect import connect
+raw = connect(sys.argv[1])
 raw.execute("PRAGMA locking_mode=EXCLUSIVE")
 raw.execute("BEGIN EXCLUSIVE")
 print("held", flush=True)

@@ -22,7 +22,7 @@ from sqlalchemy import URL
 
 from homeagent import AgentCreate, BackupSchedule, Database, diagnose
 from homeagent.cli import main
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import APPLICATION_ID
 from homeagent.errors import (
     CorruptDatabaseError,
@@ -54,7 +54,7 @@ Listing = dict[str, tuple[str, int, int, str]]
 
 def sqlite(path: Path) -> Any:
     """Return a bare connection, through the library that the package itself uses in this process."""
-    return choose_driver().module.connect(str(path), isolation_level=None)
+    return connect(str(path))
 
 
 def listing(directory: Path) -> Listing:

@@ -42,9 +42,7 @@ def status(context: typer.Context, database: DatabaseOption = None, as_json: Jso
 
 def _summary(found: DatabaseStatus) -> dict[str, str]:
     name = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}.get(found.engine, found.engine)
-    engine = f"{name} {found.engine_version}, through {found.driver}"
-    if not found.safe_engine:
-        engine += " (it has the WAL-reset bug: use SQLite 3.51.3 or newer)"
+    engine = f"{name} {found.engine_version}, through {found.driver} {found.driver_version}"
     facts = {
         "Database": found.location,
         "Engine": engine,

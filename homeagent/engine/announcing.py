@@ -88,12 +88,6 @@ class AnnouncingCursor:
         self._driver_errors = driver_errors
         self._translate = translate
 
-    def around(self, wrap: Callable[[Any], Any]) -> AnnouncingCursor:
-        """Return one that tells of what it runs on the driver's cursor as `wrap` wraps it."""
-        return AnnouncingCursor(
-            self._connection, wrap(self._cursor), driver_errors=self._driver_errors, translate=self._translate
-        )
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cursor, name)
 

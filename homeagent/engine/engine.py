@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 from homeagent.engine.counters import Counters
-from homeagent.engine.faults import TransientError
 from homeagent.engine.forks import register
 from homeagent.engine.lanes import Lanes
 from homeagent.engine.link import Link
-from homeagent.errors import DatabaseBusyError, DatabaseClosedError, DatabaseMovedError
+from homeagent.errors import ConnectionLostError, DatabaseBusyError, DatabaseClosedError, DatabaseMovedError
 
 if TYPE_CHECKING:
     import sqlalchemy
 
     from homeagent.engine.disk.file_watch import FileWatch
     from homeagent.engine.faults import Translate
-    from homeagent.engine.statements import Compiled, Statement
+    from homeagent.engine.statements import Compiled, Parameters, Statement
 
 __all__ = ["Engine", "open_engines"]
+
+
+READ_CONNECTIONS = 2
+"""How many connections a host may read on at once, past the stores."""
 
 
 class Engine(ABC):
@@ -72,6 +76,9 @@ class Engine(ABC):
         self.readers: Lanes[Link] = Lanes(
             readers, lambda: self._link(read_only=True), name="set of read lanes", waited=waited
         )
+        self.read_connections: Lanes[sqlalchemy.Connection] = Lanes(
+            READ_CONNECTIONS, self.open_read_connection, name="set of read connections"
+        )
         self._closed = False
         self.is_abandoned = False
         """Whether this is a forked child's copy."""
@@ -111,10 +118,7 @@ class Engine(ABC):
         while True:
             link = lanes.acquire(timeout)
             try:
-                try:
-                    link.begin()
-                except TransientError as busy:
-                    self.begin_busy(link, busy)
+                link.begin()
             except BaseException as error:
                 # A file that lost its name lives on as long as a connection is open: it may be put back.
                 if isinstance(error, (DatabaseBusyError, DatabaseMovedError)) and not link.in_transaction:
@@ -128,6 +132,44 @@ class Engine(ABC):
                 return link
             # Each turn takes a connection away, and the first fresh one ends it.
             self.discard_free()
+
+    def read_alone(
+        self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters, timeout: float
+    ) -> Any:
+        """Run one statement that reads, in autocommit mode; once more if its connection was lost.
+
+        Args:
+            act: which method of `Link` runs the statement.
+            statement: a statement that reads.
+            parameters: its parameters, by name.
+            timeout: how long to wait for a connection, in seconds.
+
+        Raises:
+            DatabaseBusyError: no connection was free in time.
+            DatabaseClosedError: the database was closed, or opened before a fork.
+            ConnectionLostError: no server lets a fresh connection in.
+        """
+        lanes = self.lanes(read_only=True)
+        again = True
+        while True:
+            link = lanes.acquire(timeout)
+            try:
+                link.check_file()
+                found = getattr(link, act)(statement, parameters)
+            except ConnectionLostError:
+                lanes.discard(link)
+                self.discard_free()
+                if not again:
+                    raise
+                again = False
+            except BaseException as error:
+                lanes.discard(link)
+                self.counters.faulted(error)
+                raise
+            else:
+                self.counters.reads += 1
+                lanes.release(link)
+                return found
 
     @property
     def contention(self) -> int:
@@ -145,10 +187,6 @@ class Engine(ABC):
         Returns:
             False where it was not truncated, since somebody needed it for as long.
         """
-
-    def begin_busy(self, link: Link, busy: TransientError) -> None:
-        """Begin on a link that met another one when it began, or raise what it met."""
-        raise busy
 
     def _link(self, *, read_only: bool) -> Link:
         connection = self.connect()
@@ -189,6 +227,21 @@ class Engine(ABC):
         """Return a connection of SQLAlchemy's engine, outside of the lanes."""
 
     @abstractmethod
+    def open_read_connection(self) -> sqlalchemy.Connection:
+        """Return a connection of its own that can't write, in a transaction that has one snapshot."""
+
+    @contextmanager
+    def read_connection(self, timeout: float) -> Iterator[sqlalchemy.Connection]:
+        """Lend a connection that can't write, see `Database.read_connection`."""
+        if self.is_abandoned:
+            raise _abandoned()
+        connection = self.read_connections.acquire(timeout)
+        try:
+            yield connection
+        finally:
+            self.read_connections.discard(connection)
+
+    @abstractmethod
     def prepare_link(self, connection: sqlalchemy.Connection, *, read_only: bool) -> None:
         """Set what a link of this kind needs beyond what every connection has."""
 
@@ -202,6 +255,7 @@ class Engine(ABC):
             return
         self.writers.close()
         self.readers.close()
+        self.read_connections.close()
         self.sa_engine.dispose()
         self.after_close()
 

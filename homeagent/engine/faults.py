@@ -6,10 +6,11 @@ kind of fault and its remedy only, and the driver's own exception is neither its
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import apsw
 
 from homeagent.errors import (
     CommitUnknownError,
@@ -34,6 +35,8 @@ __all__ = [
     "Translate",
     "commit_unknown",
     "postgresql_fault",
+    "sqlite_code",
+    "sqlite_code_name",
     "sqlite_fault",
     "translated",
 ]
@@ -73,87 +76,104 @@ def commit_unknown() -> CommitUnknownError:
 
 # https://sqlite.org/rescode.html: the low byte is the primary result code, which an extended one says more than.
 _SQLITE_FAULTS: dict[int, tuple[type[HomeAgentError], str]] = {
-    sqlite3.SQLITE_BUSY: (
+    apsw.SQLITE_BUSY: (
         TransientError,
         "the database is locked by another process for longer than busy_timeout: run the unit again",
     ),
-    sqlite3.SQLITE_LOCKED: (TransientError, "the database is locked within this process: run the unit again"),
-    sqlite3.SQLITE_PROTOCOL: (TransientError, "other processes keep opening the database: run the unit again"),
-    sqlite3.SQLITE_FULL: (
+    apsw.SQLITE_LOCKED: (TransientError, "the database is locked within this process: run the unit again"),
+    apsw.SQLITE_PROTOCOL: (TransientError, "other processes keep opening the database: run the unit again"),
+    apsw.SQLITE_FULL: (
         DiskFullError,
         "the disk is full, or the file may not grow: make room, then run the unit again",
     ),
-    sqlite3.SQLITE_READONLY: (
+    apsw.SQLITE_READONLY: (
         ReadOnlyError,
         "the database can't be written: it is a read-only unit, file or file system",
     ),
-    sqlite3.SQLITE_READONLY_DBMOVED: (
+    apsw.SQLITE_READONLY_DBMOVED: (
         DatabaseMovedError,
         "the database file was deleted, moved or replaced while it was open: put it back, or restore a backup",
     ),
-    sqlite3.SQLITE_READONLY_DIRECTORY: (
+    apsw.SQLITE_READONLY_DIRECTORY: (
         ReadOnlyError,
         "the directory of the database can't be written, where its log belongs: mend its owner and mode",
     ),
-    sqlite3.SQLITE_PERM: (ReadOnlyError, "access to the database file was denied: mend its owner and mode"),
-    sqlite3.SQLITE_CORRUPT: (CorruptDatabaseError, f"the database file is damaged: {RESTORE}"),
-    sqlite3.SQLITE_NOTADB: (CorruptDatabaseError, f"the file is no SQLite database: check the path, or {RESTORE}"),
-    sqlite3.SQLITE_CANTOPEN: (
+    apsw.SQLITE_PERM: (ReadOnlyError, "access to the database file was denied: mend its owner and mode"),
+    apsw.SQLITE_CORRUPT: (CorruptDatabaseError, f"the database file is damaged: {RESTORE}"),
+    apsw.SQLITE_NOTADB: (CorruptDatabaseError, f"the file is no SQLite database: check the path, or {RESTORE}"),
+    apsw.SQLITE_CANTOPEN: (
         DatabaseError,
         "a file of the database can't be opened: check that it is there, its permissions and those of its directory",
     ),
-    sqlite3.SQLITE_CANTOPEN_SYMLINK: (
+    apsw.SQLITE_CANTOPEN_SYMLINK: (
         InsecureFileError,
         "a symbolic link is in the place of a file of the database: remove it",
     ),
-    sqlite3.SQLITE_IOERR: (
+    apsw.SQLITE_IOERR: (
         DatabaseIOError,
         "the operating system failed to read or write the database: check the disk and the system's log",
     ),
-    sqlite3.SQLITE_IOERR_NOMEM: (DatabaseError, "SQLite ran out of memory"),
-    sqlite3.SQLITE_IOERR_CORRUPTFS: (
+    apsw.SQLITE_IOERR_NOMEM: (DatabaseError, "SQLite ran out of memory"),
+    apsw.SQLITE_IOERR_CORRUPTFS: (
         CorruptDatabaseError,
         f"the file system is damaged: check it; {RESTORE}",
     ),
-    sqlite3.SQLITE_IOERR_SHORT_READ: (
+    apsw.SQLITE_IOERR_SHORT_READ: (
         CorruptDatabaseError,
         f"the database file or its log ends too early: {RESTORE}",
     ),
-    sqlite3.SQLITE_NOLFS: (DatabaseIOError, "the file is larger than this system can handle"),
-    sqlite3.SQLITE_NOMEM: (DatabaseError, "SQLite ran out of memory"),
-    sqlite3.SQLITE_CONSTRAINT: (
+    apsw.SQLITE_NOLFS: (DatabaseIOError, "the file is larger than this system can handle"),
+    apsw.SQLITE_NOMEM: (DatabaseError, "SQLite ran out of memory"),
+    apsw.SQLITE_CONSTRAINT: (
         ConflictError,
         "a constraint of the database refused the change: a duplicate, a missing reference or a value out of range",
     ),
-    sqlite3.SQLITE_INTERRUPT: (DatabaseError, "the statement was interrupted"),
-    sqlite3.SQLITE_TOOBIG: (InvalidArgumentError, "a value is too large for the database"),
+    apsw.SQLITE_INTERRUPT: (DatabaseError, "the statement was interrupted"),
+    apsw.SQLITE_TOOBIG: (InvalidArgumentError, "a value is too large for the database"),
+}
+
+
+# What apsw and Python raise before SQLite has seen a statement, or after SQLite has answered.
+_DRIVER_FAULTS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
+    apsw.ConnectionClosedError: (DatabaseClosedError, "the database was closed: open it again"),
+    apsw.CursorClosedError: (DatabaseClosedError, "the database was closed: open it again"),
+    UnicodeDecodeError: (CorruptDatabaseError, f"a stored text is not UTF-8: the database is damaged, {RESTORE}"),
+    UnicodeEncodeError: (InvalidArgumentError, "a text holds half of a surrogate pair, which UTF-8 can't encode"),
+    OverflowError: (InvalidArgumentError, "a number is outside of 64 bits"),
 }
 
 
 def sqlite_fault(error: BaseException) -> HomeAgentError:
-    """Return ours for an exception of `sqlite3` or `pysqlite3`, told apart by SQLite's extended result code.
+    """Return homeagent's error for an exception of apsw, chosen by SQLite's extended result code.
 
     Args:
         error: the driver's exception.
     """
-    code = getattr(error, "sqlite_errorcode", None)
+    code = getattr(error, "extendedresult", None)
     if code is None:
-        # First, since the driver's message quotes the text. Python's own exception is for names, and for messages of
-        # SQLite's that quote a damaged schema. SQLAlchemy keeps either as the cause, so the text is removed.
-        if isinstance(error, UnicodeDecodeError) or str(error).startswith("Could not decode to UTF-8"):
+        if isinstance(error, UnicodeError):
+            # Python's exception holds the text, and SQLAlchemy keeps the exception as the cause.
             error.args = ()
-            if isinstance(error, UnicodeDecodeError):
-                error.object = b""
-            return CorruptDatabaseError(f"a stored text is not UTF-8: the database is damaged, {RESTORE}")
-        if "closed" in str(error):
-            return DatabaseClosedError("the database was closed: open it again")
-        if isinstance(error, OverflowError) or "too large" in str(error):
-            return InvalidArgumentError("a number is outside of 64 bits")
+            error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
+        for kind, fault in _DRIVER_FAULTS.items():
+            if isinstance(error, kind):
+                return fault[0](fault[1])
         return DatabaseError(f"the SQLite driver refused the statement ({type(error).__name__})")
     found = _SQLITE_FAULTS.get(code) or _SQLITE_FAULTS.get(code & 0xFF)
     kind, message = found or (DatabaseError, "SQLite refused the statement")
-    name = getattr(error, "sqlite_errorname", "SQLITE_ERROR")
-    return kind(f"{message} [{name}]")
+    return kind(f"{message} [{sqlite_code_name(error)}]")
+
+
+def sqlite_code(error: BaseException) -> int:
+    """Return SQLite's primary result code of an error, or 0 if the error is not SQLite's."""
+    return int(getattr(error, "extendedresult", None) or 0) & 0xFF
+
+
+def sqlite_code_name(error: BaseException) -> str:
+    """Return the name of SQLite's extended result code of an error, such as `SQLITE_IOERR_READ`."""
+    code = int(getattr(error, "extendedresult", None) or apsw.SQLITE_ERROR)
+    names = apsw.mapping_extended_result_codes, apsw.mapping_result_codes
+    return str(names[0].get(code) or names[1].get(code & 0xFF, "SQLITE_ERROR"))
 
 
 def postgresql_fault(error: BaseException) -> HomeAgentError:

@@ -77,13 +77,17 @@ class Link:
         """Whether it met, or may have met, a failure of the system: a new connection begins without its remains."""
         raw: Any = connection.connection.driver_connection
         self._raw = raw
-        self._cursor: Any = raw.cursor()
+        self._cursor: Any = self._open_cursor(raw)
         if has_listeners(connection):
             self._cursor = AnnouncingCursor(connection, self._cursor, driver_errors=driver_errors, translate=translate)
         self._execute: Callable[..., Any] = self._cursor.execute
         self._root: RootTransaction | None = None
         self.memory: dict[str, Any] = {}
         """What was read over this connection and stays true for as long as it is open."""
+
+    @staticmethod
+    def _open_cursor(raw: Any) -> Any:
+        return raw.cursor()
 
     @property
     def driver_connection(self) -> Any:
@@ -107,15 +111,15 @@ class Link:
             return
         raise fault
 
-    def begin_on(self, patient: Callable[[Any], Any]) -> None:
-        """Begin a transaction on a cursor that waits, which `patient` makes of the driver's."""
-        execute, cursor = self._execute, self._cursor
-        around = cursor.around(patient) if isinstance(cursor, AnnouncingCursor) else patient(cursor)
-        self._execute = around.execute
-        try:
-            self.begin()
-        finally:
-            self._execute = execute
+    def check_file(self) -> None:
+        """Check that the database's file is still the file that was opened, if the last check is too old.
+
+        Raises:
+            DatabaseMovedError: it was moved or replaced.
+        """
+        watch = self._watch
+        if watch is not None and watch.monotonic() >= watch.due:
+            watch.after_begin()
 
     def _look_after_begin(self, watch: FileWatch) -> None:
         try:

@@ -154,32 +154,31 @@ def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
 
 
 def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], Row]:
-    """Return generated code for `(convert(p["a"]), p["b"], …)` in the order of the placeholders."""
-    namespace: dict[str, Any] = {}
-    terms = []
-    for index, name in enumerate(compiled.positiontup or ()):
+    """Return what takes parameters by name and returns their converted values in the order of the placeholders."""
+    terms: list[tuple[str, Callable[[Any], Any] | None]] = []
+    constants: dict[str, Any] = {}
+    for name in compiled.positiontup or ():
         parameter = compiled.binds[name]
         convert = parameter.type.dialect_impl(dialect).bind_processor(dialect)
-        direct = getattr(parameter.type, "convert_bound", None)
-        value = f"p[{parameter.key!r}]"
         if not parameter.required:
             # A constant of the expression, such as the False in `approved == False`.
             constant = parameter.effective_value
-            namespace[f"v{index}"] = convert(constant) if convert else constant
-            terms.append(f"v{index}")
-        elif convert is None:
-            terms.append(value)
-        elif direct is None:
-            namespace[f"c{index}"] = convert
-            terms.append(f"c{index}({value})")
-        else:
+            constants[parameter.key] = convert(constant) if convert else constant
+            convert = None
+        elif convert is not None:
             # Past SQLAlchemy's layers, which cost more than the conversion.
-            namespace[f"c{index}"] = direct
-            terms.append(f"None if {value} is None else c{index}({value})")
-    source = f"lambda p: ({', '.join(terms)}{',' if terms else ''})"
-    # The names in it are those of bindparams and of this module, never anybody's input.
-    binder: Callable[[Parameters], Row] = eval(source, namespace)  # noqa: S307
-    return binder
+            convert = _or_null(getattr(parameter.type, "convert_bound", None)) or convert
+        terms.append((parameter.key, convert))
+    if constants:
+        return lambda parameters: [
+            constants[name] if name in constants else convert(parameters[name]) if convert else parameters[name]
+            for name, convert in terms
+        ]
+    return lambda parameters: [convert(parameters[name]) if convert else parameters[name] for name, convert in terms]
+
+
+def _or_null(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+    return convert and (lambda value: None if value is None else convert(value))
 
 
 # Rows

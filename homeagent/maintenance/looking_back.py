@@ -9,7 +9,7 @@ from pathlib import Path
 
 from homeagent.engine.disk.files import sidecars
 from homeagent.engine.sqlite.backup import discard
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, connect
 from homeagent.errors import DatabaseError
 from homeagent.maintenance.staging import Devices, copy_file, devices_of
 
@@ -30,18 +30,17 @@ def look_back(database: Path) -> Before:
         return Before(0, None)
     copy = database.with_name(f"{database.name}.before.restoring")
     discard(copy)
-    driver = choose_driver()
     epoch = 0
     try:
         for original, made in zip((database, *sidecars(database)), (copy, *sidecars(copy)), strict=True):
             if os.path.lexists(original) and not original.name.endswith("-shm"):
                 copy_file(original, made, database=database)
-        with closing(driver.module.connect(str(copy), isolation_level=None)) as raw:
+        with closing(connect(str(copy))) as raw:
             raw.execute("PRAGMA trusted_schema=OFF")
-            with suppress(driver.module.Error, TypeError, ValueError):  # damaged, or older than the epochs
-                epoch = int(raw.execute("SELECT epoch FROM store").fetchone()[0])
+            with suppress(*DRIVER_ERRORS, TypeError, ValueError):  # damaged, or older than the epochs
+                epoch = int(raw.execute("SELECT epoch FROM store").get)
             return Before(epoch, devices_of(raw))
-    except (driver.module.Error, DatabaseError, TypeError, ValueError):  # a disk that can't read it, or has no room
+    except (*DRIVER_ERRORS, DatabaseError, TypeError, ValueError):  # a disk that can't read it, or has no room
         return Before(epoch, None)
     finally:
         discard(copy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sqlalchemy import text
 
 from homeagent.engine.disk.files import sidecars
 from homeagent.engine.engine import Engine
+from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION
 from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path
 from homeagent.engine.sqlite.presence import presence_path
 from homeagent.engine.target import presentable_url
@@ -99,8 +101,8 @@ class DatabaseStatus(BaseModel):
         engine: `sqlite` or `postgresql`.
         location: the file, or the server's URL without its password.
         engine_version: the library's or the server's.
-        driver: the module that speaks to it.
-        safe_engine: False where the SQLite library has the WAL-reset bug.
+        driver: the Python package that connects to it, `apsw` or `psycopg`.
+        driver_version: the version of that package.
         schema_revision: the revision of the schema.
         epoch: 1 at first, and one more with every restore; who remembers another one has to look again.
         restored_at: when the epoch began; None in the first.
@@ -119,7 +121,7 @@ class DatabaseStatus(BaseModel):
     location: str
     engine_version: str
     driver: str
-    safe_engine: bool = True
+    driver_version: str
     schema_revision: str | None
     epoch: int = 1
     restored_at: datetime | None = None
@@ -161,11 +163,12 @@ def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
     if isinstance(engine, SQLiteEngine):
         return DatabaseStatus(**facts, **_sqlite_facts(engine))
     with engine.connect() as connection:
-        version = connection.execute(text("SHOW server_version")).scalar_one()
+        engine_version = connection.execute(text("SHOW server_version")).scalar_one()
     return DatabaseStatus(
         **facts,
-        engine_version=str(version),
+        engine_version=str(engine_version),
         driver="psycopg",
+        driver_version=version("psycopg"),
         location=presentable_url(engine.sa_engine.url),
     )
 
@@ -178,9 +181,9 @@ def _sqlite_facts(engine: SQLiteEngine) -> dict[str, Any]:
     log = sidecars(path)[0]
     return {
         "location": str(path),
-        "engine_version": engine.driver.version_text,
-        "driver": engine.driver.name,
-        "safe_engine": engine.driver.safe,
+        "engine_version": SQLITE_VERSION,
+        "driver": "apsw",
+        "driver_version": APSW_VERSION,
         "durability": engine.durability,
         "pragmas": pragmas,
         "file_modes": {file.name: _mode(file) for file in beside if file.exists()},

@@ -20,6 +20,7 @@ from homeagent.engine.disk.syncing import fsync_directory, sync
 from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.engine.faults import sqlite_fault, translated
 from homeagent.engine.sqlite.backup import Contents, discard, read_contents
+from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine
 from homeagent.engine.sqlite.manifests import Manifest
 from homeagent.engine.sqlite.swapping import new_path
@@ -154,14 +155,13 @@ def copy_file(source: Path, new: Path, *, database: Path) -> str:
 
 
 def _verify(engine: SQLiteEngine, source: Path, manifest: Manifest | None) -> Contents:
-    module: Any = engine.driver.module
-    with closing(module.connect(str(engine.path), isolation_level=None)) as raw:
+    with closing(connect(str(engine.path))) as raw:
         raw.execute("PRAGMA trusted_schema=OFF")
         raw.execute("PRAGMA cell_size_check=ON")
-        verdict = str(raw.execute("PRAGMA integrity_check(1)").fetchone()[0])
+        verdict = str(raw.execute("PRAGMA integrity_check(1)").get)
         if verdict != "ok":
             raise damaged(source, verdict.splitlines()[0])
-        if raw.execute("PRAGMA foreign_key_check").fetchone() is not None:
+        if raw.execute("PRAGMA foreign_key_check").fetchall():
             raise damaged(source, "a row refers to one that is not there")
         found = read_contents(raw, VERSION_TABLE)
     if found.revision is None:

@@ -14,7 +14,7 @@ from homeagent.errors import AgentExistsError, AgentInUseError, AgentNotFoundErr
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession
 from homeagent.models.types import check_identifier, check_limit
-from homeagent.stores.store import Store, check_kind
+from homeagent.stores.store import Store, check_kind, reading, writing
 
 __all__ = ["AgentStore"]
 
@@ -60,6 +60,7 @@ class AgentStore(Store):
 
     __slots__ = ()
 
+    @writing()
     def create(self, agent: models.AgentCreate) -> Agent:
         """Add an agent.
 
@@ -79,10 +80,12 @@ class AgentStore(Store):
             raise AgentExistsError(agent.id)
         return created
 
+    @reading
     def find_by_id(self, agent_id: str) -> Agent | None:
         """Return the agent, None where it is absent. In a write unit it may be decided on."""
         return self._unit.one(_FIND, id=check_identifier(agent_id, "agent_id"))
 
+    @reading
     def get(self, agent_id: str) -> Agent:
         """Return the agent. In a write unit it may be decided on.
 
@@ -94,6 +97,7 @@ class AgentStore(Store):
             raise AgentNotFoundError(agent_id)
         return agent
 
+    @reading
     def list(self, *, limit: int = 100, after: str | None = None) -> Sequence[Agent]:
         """Return a page of agents, ordered by id.
 
@@ -107,6 +111,7 @@ class AgentStore(Store):
             after=None if after is None else check_identifier(after, "after"),
         )
 
+    @writing()
     def update(self, agent_id: str, changes: models.AgentUpdate) -> Agent:
         """Change what was given in `changes`, and return the agent as it is now. What was left out stays.
 
@@ -129,6 +134,7 @@ class AgentStore(Store):
             raise AgentNotFoundError(agent_id)
         return changed
 
+    @writing()
     def delete(self, agent_id: str, *, delete_sessions: bool = False) -> bool:
         """Remove an agent. The files of its workspace are never touched.
 

@@ -31,7 +31,7 @@ from homeagent.models.types import (
     check_optional_label,
     earlier,
 )
-from homeagent.stores.store import Store, check_kind
+from homeagent.stores.store import Store, check_kind, reading, writing
 
 __all__ = ["DeviceStore", "SecretHashes"]
 
@@ -114,14 +114,12 @@ _APPROVED_ADMINS = Statement[Device](
     select(Device).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
     lock=True,
 )
-_SEEN = Statement[Device](
-    update(Device)
-    .where(
-        _columns.id == bindparam("device_id"),
-        or_(_columns.last_seen_at.is_(None), _columns.last_seen_at <= bindparam("before")),
-    )
-    .values(last_seen_at=bindparam("at"))
+_not_seen = (
+    _columns.id == bindparam("device_id"),
+    or_(_columns.last_seen_at.is_(None), _columns.last_seen_at <= bindparam("before")),
 )
+_TO_BE_SEEN = Statement[str](select(_columns.id).where(*_not_seen))
+_SEEN = Statement[Device](update(Device).where(*_not_seen).values(last_seen_at=bindparam("at")))
 _DELETE = Statement[Device](delete(Device).where(_columns.id == bindparam("device_id")))
 _DELETE_KEYS = Statement[IdempotencyKey](delete(IdempotencyKey).where(_keys.device_id == bindparam("device_id")))
 _SET_SECRET = Statement[Device](
@@ -174,6 +172,7 @@ class DeviceStore(Store):
 
     __slots__ = ()
 
+    @writing()
     def create(self, device: models.DeviceCreate) -> Device:
         """Add a device that holds a hash already, always unapproved; `Database.pair` makes the hash itself.
 
@@ -194,10 +193,12 @@ class DeviceStore(Store):
             raise DeviceExistsError(device.id)
         return created
 
+    @reading
     def find_by_id(self, device_id: str) -> Device | None:
         """Return the device, None where it is absent. In a write unit it may be decided on."""
         return self._unit.one(_FIND, id=check_identifier(device_id, "device_id"))
 
+    @reading
     def get(self, device_id: str) -> Device:
         """Return the device. In a write unit it may be decided on.
 
@@ -209,12 +210,14 @@ class DeviceStore(Store):
             raise DeviceNotFoundError(device_id)
         return device
 
+    @reading
     def find_secret_hashes(self, device_id: str) -> SecretHashes:
         """Return what a secret of this device is checked against. An absent device costs the same."""
         row = self._unit.one(_SECRET_HASHES, id=check_identifier(device_id, "device_id"))
         assert row is not None  # noqa: S101  the outer join has a row for every id
         return SecretHashes(*row)
 
+    @reading
     def find_proof_verifier(self, device_id: str) -> str | None:
         """Return what a proof of this device is checked against, None if it is absent or has no verifier."""
         return self._unit.one(_VERIFIER, id=check_identifier(device_id, "device_id"))
@@ -225,6 +228,7 @@ class DeviceStore(Store):
             raise DeviceNotFoundError(device_id)
         return device
 
+    @reading
     def list(
         self,
         *,
@@ -255,6 +259,7 @@ class DeviceStore(Store):
             after=None if after is None else check_identifier(after, "after"),
         )
 
+    @writing()
     def update(self, device_id: str, changes: models.DeviceUpdate) -> Device:
         """Change what was given in `changes`, and return the device as it is now.
 
@@ -270,6 +275,7 @@ class DeviceStore(Store):
             raise DeviceNotFoundError(device_id)
         return device
 
+    @writing()
     def approve(
         self,
         device_id: str,
@@ -319,6 +325,7 @@ class DeviceStore(Store):
         self._unit.write(_APPROVE, device_id=device_id, now=self._unit.now())
         return True
 
+    @writing()
     def revoke(self, device_id: str, *, reason: str | None = None, force: bool = False) -> bool:
         """Keep a device out until an explicit `approve`. Its nonces and idempotency keys stay.
 
@@ -343,6 +350,14 @@ class DeviceStore(Store):
         self._unit.write(_REVOKE, device_id=device_id, now=self._unit.now(), reason=reason)
         return True
 
+    def _seen_lately(
+        self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
+    ) -> tuple[bool, bool]:
+        check_identifier(device_id, "device_id")
+        _, before = self._seen(at, granularity)
+        return self._unit.one(_TO_BE_SEEN, device_id=device_id, before=before) is None, False
+
+    @writing(unless=_seen_lately)
     def update_last_seen(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> bool:
@@ -360,15 +375,19 @@ class DeviceStore(Store):
             InvalidArgumentError: `at` lies in the future.
         """
         check_identifier(device_id, "device_id")
+        at, before = self._seen(at, granularity)
+        return self._unit.write(_SEEN, device_id=device_id, at=at, before=before) > 0
+
+    def _seen(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
         check_duration(granularity, "granularity", zero=True)
         now = self._unit.now()
         at = now if at is None else check_instant(at, "at")
         if at > now:
             raise InvalidArgumentError("at lies in the future: a device can't have been seen yet")
         # Without any granularity an equal instant would still be written again and again.
-        before = earlier(at, max(granularity, MILLISECOND))
-        return self._unit.write(_SEEN, device_id=device_id, at=at, before=before) > 0
+        return at, earlier(at, max(granularity, MILLISECOND))
 
+    @writing()
     def delete(self, device_id: str, *, force: bool = False) -> bool:
         """Remove a device and its idempotency keys. Its nonces stay, so that none can be used again.
 
@@ -385,6 +404,7 @@ class DeviceStore(Store):
         self._unit.write(_DELETE_KEYS, device_id=device_id)
         return True
 
+    @writing()
     def set_secret(
         self,
         device_id: str,
@@ -424,6 +444,7 @@ class DeviceStore(Store):
                 raise DeviceNotApprovedError(device_id)
         return self._unit.write(_SET_SECRET, **values) > 0
 
+    @writing()
     def rehash_secret(self, device_id: str, *, expected_secret_hash: str, secret_hash: str) -> bool:
         """Replace the hash of the same secret by one made under newer parameters; False where it changed since."""
         return (

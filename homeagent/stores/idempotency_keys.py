@@ -23,7 +23,7 @@ from homeagent.errors import (
 )
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.models.types import check_duration, check_identifier, check_label, check_limit, encode_json, later
-from homeagent.stores.store import Store, check_kind
+from homeagent.stores.store import Store, check_kind, reading, writing
 
 __all__ = ["IdempotencyKeyStore"]
 
@@ -156,6 +156,7 @@ class IdempotencyKeyStore(Store):
 
     __slots__ = ()
 
+    @writing()
     def insert(self, scope: IdempotencyScope, result: JsonValue, *, ttl: timedelta) -> IdempotencyKey:
         """Store the result of a call, so that its retries are answered with it.
 
@@ -203,6 +204,7 @@ class IdempotencyKeyStore(Store):
             },
         )
 
+    @reading
     def find(self, scope: IdempotencyScope) -> IdempotencyKey | None:
         """Return the live record of a call, None where there is none or its time is over."""
         scope = _check_scope(scope)
@@ -212,6 +214,7 @@ class IdempotencyKeyStore(Store):
 
     # What run_once is made of
 
+    @writing()
     def claim(
         self,
         scope: IdempotencyScope,
@@ -312,6 +315,7 @@ class IdempotencyKeyStore(Store):
         )
         return replace(_attempt_of(row), number=number, lease_expires_at=lease_expires_at, owner=owner)
 
+    @writing()
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
         """Extend an attempt's lease to `lease` from now, and return the attempt with it.
 
@@ -323,6 +327,7 @@ class IdempotencyKeyStore(Store):
         self._fenced(_RENEW, attempt, lease_expires_at=until)
         return replace(attempt, lease_expires_at=until)
 
+    @writing()
     def complete(self, attempt: Attempt, result: JsonValue) -> bool:
         """Record what the effect returned, to be replayed.
 
@@ -338,11 +343,13 @@ class IdempotencyKeyStore(Store):
         check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=attempt.owner)
 
+    @writing()
     def fail(self, attempt: Attempt, error: JsonValue) -> bool:
         """Record that the effect failed for good, with a detail to be replayed like a result; see `complete`."""
         check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.FAILED, error, recorded_by=attempt.owner)
 
+    @reading
     def find_recorded(self, attempt: Attempt) -> IdempotencyKey | None:
         """Return the record that this very attempt made, None where it made none, or that is gone.
 
@@ -372,6 +379,7 @@ class IdempotencyKeyStore(Store):
         )
         return not omitted
 
+    @writing()
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
         """Give a key back whose effect did not begin.
 
@@ -398,6 +406,7 @@ class IdempotencyKeyStore(Store):
 
     # What the operator does about outcomes that nobody knows
 
+    @reading
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
         """Return the records whose lease lapsed before an outcome came, longest ago first.
 
@@ -406,6 +415,7 @@ class IdempotencyKeyStore(Store):
         """
         return self._unit.all(_ABANDONED, now=self._unit.now(), limit=check_limit(limit))
 
+    @writing()
     def resolve(self, scope: IdempotencyScope, result: JsonValue) -> bool:
         """Record how an abandoned effect ended, to be replayed from now on.
 
@@ -424,6 +434,7 @@ class IdempotencyKeyStore(Store):
         attempt = self._abandoned(scope)
         return attempt is not None and self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=None)
 
+    @writing()
     def forget(self, scope: IdempotencyScope) -> bool:
         """Remove an abandoned record, so that the next call runs the effect as if it had never been tried.
 
@@ -449,10 +460,12 @@ class IdempotencyKeyStore(Store):
             raise IdempotencyInProgressError(device_id=scope.device_id, method=scope.method, retry_after=lapsed - now)
         return _attempt_of(row)
 
+    @writing()
     def delete_ended(self, device_id: str) -> int:
         """Remove the records of a device's calls that have ended, and return how many. Those in progress are spared."""
         return self._unit.write(_DELETE_ENDED, device_id=check_identifier(device_id, "device_id"))
 
+    @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
         """Remove dead records, oldest first, and return how many. Those in progress are spared.
 

@@ -21,7 +21,7 @@ from homeagent.models.types import (
     earlier,
     later,
 )
-from homeagent.stores.store import Store
+from homeagent.stores.store import Store, reading, writing
 
 __all__ = ["NONCE_GRACE", "NONCE_LIMIT", "Freshness", "NonceStore", "ReplayGuard"]
 
@@ -101,6 +101,7 @@ class NonceStore(Store):
 
     __slots__ = ()
 
+    @writing()
     def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int = NONCE_LIMIT) -> bool:
         """Use a nonce up, atomically: of all who try, one gets True.
 
@@ -130,6 +131,7 @@ class NonceStore(Store):
         self._make_room(device_id, now, limit)
         return self._unit.write(_CONSUME, device_id=device_id, nonce=nonce, now=now, expires_at=expires_at) > 0
 
+    @writing()
     def consume_signed(
         self, device_id: str, nonce: str, *, signed_at: datetime, skew: timedelta, limit: int = NONCE_LIMIT
     ) -> Freshness:
@@ -189,6 +191,7 @@ class NonceStore(Store):
             room = max(1, (limit - live) // 2)
         rooms[device_id, limit] = room - 1
 
+    @reading
     def find(self, device_id: str, nonce: str) -> Nonce | None:
         """Return a live nonce, None where it was never consumed or is over."""
         return self._unit.one(
@@ -198,6 +201,7 @@ class NonceStore(Store):
             now=self._unit.now(),
         )
 
+    @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
         """Remove the rows of nonces that have been dead for an hour, oldest first, and return how many.
 

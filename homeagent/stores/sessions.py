@@ -16,7 +16,7 @@ from homeagent.errors import AgentNotFoundError, InvalidArgumentError, SessionEx
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession, new_session_id, route_key
 from homeagent.models.types import check_identifier, check_instant, check_limit, check_optional_label
-from homeagent.stores.store import Store, check_kind
+from homeagent.stores.store import Store, check_kind, reading, writing
 
 __all__ = ["SessionStore"]
 
@@ -107,6 +107,7 @@ class SessionStore(Store):
 
     __slots__ = ()
 
+    @writing()
     def create(self, session: models.AgentSessionCreate) -> AgentSession:
         """Add a session. It becomes the one of its agent, sender and channel where there is none yet.
 
@@ -140,10 +141,12 @@ class SessionStore(Store):
         if self._unit.one(_AGENT, agent_id=check_identifier(agent_id, "agent_id")) is None:
             raise AgentNotFoundError(agent_id)
 
+    @reading
     def find_by_id(self, session_id: str) -> AgentSession | None:
         """Return the session, None where it is absent. In a write unit it may be decided on."""
         return self._unit.one(_FIND, id=check_identifier(session_id, "session_id"))
 
+    @reading
     def get(self, session_id: str) -> AgentSession:
         """Return the session. In a write unit it may be decided on.
 
@@ -155,6 +158,19 @@ class SessionStore(Store):
             raise SessionNotFoundError(session_id)
         return session
 
+    def _route(self, agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
+        check_identifier(agent_id, "agent_id")
+        check_optional_label(sender_id, "sender_id")
+        check_optional_label(channel_id, "channel_id")
+        return route_key(agent_id, sender_id, channel_id)
+
+    def _resolved(
+        self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
+    ) -> tuple[bool, AgentSession | None]:
+        session = self._unit.one(_BY_ROUTE, route=self._route(agent_id, sender_id, channel_id))
+        return session is not None, session
+
+    @writing(unless=_resolved)
     def resolve(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
         """Return the one session of an agent, a sender and a channel, and make it if there is none.
 
@@ -163,10 +179,7 @@ class SessionStore(Store):
         Raises:
             AgentNotFoundError: the agent is absent.
         """
-        check_identifier(agent_id, "agent_id")
-        check_optional_label(sender_id, "sender_id")
-        check_optional_label(channel_id, "channel_id")
-        route = route_key(agent_id, sender_id, channel_id)
+        route = self._route(agent_id, sender_id, channel_id)
         while True:
             session = self._unit.one(_BY_ROUTE, route=route)
             if session is not None:
@@ -187,6 +200,7 @@ class SessionStore(Store):
             if session is not None:
                 return session
 
+    @reading
     def list(
         self,
         *,
@@ -224,6 +238,7 @@ class SessionStore(Store):
             after_id=None if after is None else after.session_id,
         )
 
+    @writing()
     def touch(self, session_id: str, at: datetime | None = None) -> bool:
         """Remember when a session was active. Never creates one, never moves back.
 
@@ -238,10 +253,12 @@ class SessionStore(Store):
         at = self._unit.now() if at is None else check_instant(at, "at")
         return self._unit.write(_TOUCH, id=session_id, at=at) > 0
 
+    @writing()
     def delete(self, session_id: str) -> bool:
         """Remove a session from the index; False where it was absent. Its transcript is not touched."""
         return self._unit.write(_DELETE, id=check_identifier(session_id, "session_id")) > 0
 
+    @writing(stream=True)
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
         """Add many sessions at once, or move on those that exist, as when the index is rebuilt from transcripts.
 

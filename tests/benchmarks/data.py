@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from homeagent import Database
 from homeagent.engine.sqlite.driver import choose_driver
+
+from homeagent import Database
 
 __all__ = [
     "DAY",

@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from homeagent import Database
 from homeagent.engine.sqlite.driver import choose_driver
+
+from homeagent import Database
 from tests.benchmarks.callers import percentile
 from tests.benchmarks.contestants import ROOT, BenchmarkError
 from tests.benchmarks.data import DAY, count_rows, now_ms

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event
 
 from homeagent import AgentCreate, Database
 from homeagent.engine.sqlite import lock_wait
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import connect
 from homeagent.errors import DatabaseBusyError
 from tests.conftest import FakeClock, add_agent
 
@@ -54,8 +53,7 @@ class Time:
 @contextmanager
 def locked(database: Database) -> Iterator[Any]:
     """Hold the write lock as another process would, on a connection of its own."""
-    module: Any = choose_driver().module
-    with closing(module.connect(database.status().location, isolation_level=None)) as connection:
+    with closing(connect(database.status().location)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield connection
 
@@ -104,39 +102,6 @@ def test_who_waits_gets_the_lock_once_it_is_free(sqlite_database: Database, monk
         add_agent(sqlite_database)
     assert len(time.slept) == 5
     assert sqlite_database.counters().commits == 1
-
-
-def test_only_a_lock_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whatever else a statement meets, it is raised at once."""
-    time = Time(monkeypatch)
-    module: Any = choose_driver().module
-    with closing(module.connect(tmp_path / "any.db")) as connection:
-        patient = lock_wait.PatientCursor(connection.cursor(), driver_errors=(module.Error,), timeout=10)
-        with pytest.raises(module.OperationalError, match="syntax"):
-            patient.execute("BEGIN SOMEHOW")
-        assert patient.execute("SELECT ?", (1,)).fetchone() == (1,)
-    assert time.slept == []
-
-
-def test_listeners_are_told_of_the_wait_as_one_statement(
-    sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However many tries it takes, there is the BEGIN that failed and the one that waited."""
-    with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(seconds=1)) as database:
-        told: list[str] = []
-        event.listen(
-            database._engine.sa_engine,
-            "before_cursor_execute",
-            lambda connection, cursor, statement, *rest: told.append(statement),
-        )
-        database._engine.discard_free()  # the next ones are made where somebody listens
-        with locked(database):
-            told.clear()
-            time = Time(monkeypatch)
-            with pytest.raises(DatabaseBusyError):
-                add_agent(database)
-    assert told == ["BEGIN IMMEDIATE"] * 2
-    assert len(time.slept) > 10
 
 
 def test_a_writer_gets_its_turns_beside_a_process_that_never_pauses(sqlite_database: Database) -> None:

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from homeagent import AgentCreate, Database
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import connect
 
 ACCOUNTS = 20
 WRITERS = 4
@@ -48,7 +48,7 @@ def begin(database: Database) -> None:
 
 def look(path: Path) -> tuple[int, dict[int, int]]:
     """Return the ledger and each writer's count as they are in a file, which must hold a state that existed."""
-    with closing(choose_driver().module.connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as raw:
+    with closing(connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as raw:
         assert raw.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert raw.execute("PRAGMA foreign_key_check").fetchall() == []
         values = {name: json.loads(text)["value"] for name, text in raw.execute("SELECT id, config FROM agents")}

@@ -22,7 +22,7 @@ from sqlalchemy import text
 
 from homeagent import AgentCreate, BackupSchedule, Database, errors
 from homeagent.engine.sqlite import backup as engine_backup
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.manifests import backups_in, manifest_path, newest_backup, read_manifest
 from homeagent.maintenance.backups import back_up_if_due
 from homeagent.migrations import REVISION
@@ -33,7 +33,7 @@ DAY = timedelta(days=1)
 
 def rows(path: Path, query: str) -> list[Any]:
     """Return the rows of a query on a file, which is opened so that it can't be written and no file be made beside."""
-    with closing(choose_driver().module.connect(f"file:{path}?mode=ro", uri=True)) as raw:
+    with closing(connect(f"file:{path}?mode=ro", uri=True)) as raw:
         return list(raw.execute(query).fetchall())
 
 
@@ -213,7 +213,7 @@ def test_damaged_database_has_no_backup(sqlite_path: Path, tmp_path: Path) -> No
     with Database.open(sqlite_path) as database:
         for number in range(200):
             add_agent(database, f"agent-{number}")
-    with closing(choose_driver().module.connect(str(sqlite_path), isolation_level=None)) as raw:
+    with closing(connect(str(sqlite_path))) as raw:
         (root,) = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_agent'").fetchone()
     # Opened first: it would be found at the opening of so small a file.
     with Database.open(sqlite_path) as database:
@@ -255,7 +255,7 @@ def test_lost_schema_is_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
 
 def test_broken_reference_is_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
     """A row that refers to one that is not there is damage too."""
-    with closing(choose_driver().module.connect(str(sqlite_path), isolation_level=None)) as raw:
+    with closing(connect(str(sqlite_path))) as raw:
         raw.execute(
             "INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'gone', 1, 1)"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from homeagent import Database
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import connect
 from homeagent.errors import CorruptDatabaseError
 from homeagent.maintenance.checking import ContentCheck
 from tests.conftest import FakeClock, add_agent
@@ -41,7 +41,7 @@ def test_damage_that_is_found_condemns_the_database(
     sqlite_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An index that came to disagree with its table ends the work: every unit gets the error until it is reopened."""
-    with closing(choose_driver().module.connect(str(sqlite_path), isolation_level=None)) as raw:
+    with closing(connect(str(sqlite_path))) as raw:
         (root,) = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_agent'").fetchone()
     with Database.open(sqlite_path, clock=clock) as database:
         with sqlite_path.open("r+b") as file:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sqlalchemy import make_url, text
 
 from homeagent import Attempt, CopyProgress, Database, IdempotencyScope, Outcome, UnitOfWork, errors
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import connect
 from homeagent.maintenance.copying import PAGE, PAGE_WITH_JSON, copy_store
 from homeagent.models import DATA_TABLES, metadata
 from tests.conftest import (
@@ -495,7 +495,7 @@ def test_a_flag_that_is_neither_0_nor_1_is_refused(
 def test_a_session_without_its_agent_is_refused(target: str, make_store: MakeStore) -> None:
     """A reference that leads nowhere, as another program may leave it, is not carried over."""
     source = make_store("sqlite")
-    with closing(choose_driver().module.connect(source, isolation_level=None)) as raw:
+    with closing(connect(source)) as raw:
         raw.execute(
             "INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'nobody', 0, 0)"
         )

@@ -29,12 +29,11 @@ from homeagent import (
     errors,
 )
 from homeagent.cli import app
-from homeagent.engine.sqlite.driver import SQLiteDriver, choose_driver
+from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION, connect
 from homeagent.engine.sqlite.inspection import Stopwatch
 from homeagent.engine.sqlite.manifests import Manifest, read_manifest, write_manifest
 from homeagent.engine.sqlite.presence import presence_path
 from homeagent.maintenance.doctor import CHECKS, Finding, Severity, disk
-from homeagent.maintenance.doctor import sqlite as doctor_sqlite
 from homeagent.migrations import REVISION
 from tests.conftest import START, Children, FakeClock, add_agent, add_device
 
@@ -48,7 +47,7 @@ needs_root = pytest.mark.skipif(
 
 def sqlite(path: Path) -> Any:
     """Return a bare connection, through the library that the package itself uses in this process."""
-    return choose_driver().module.connect(str(path), isolation_level=None)
+    return connect(str(path))
 
 
 def change(path: Path, *statements: str) -> None:
@@ -529,14 +528,10 @@ def test_a_full_disk(tmp_path: Path, sqlite_template: Path, clock: FakeClock) ->
         subprocess.run(["umount", place], check=True)
 
 
-def test_an_affected_library(path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SQLite with the WAL-reset bug is told, with where to get another one."""
-    sound = choose_driver()
-    affected = SQLiteDriver(sound.module, sound.name, (3, 45, 1), "3.45.1", safe=False)
-    monkeypatch.setattr(doctor_sqlite, "choose_driver", lambda: affected)
-    finding = only(look(path, clock), "sqlite_version", Severity.WARNING)
-    assert finding.facts == {"version": "3.45.1", "driver": sound.name}
-    assert "pysqlite3" in finding.command
+def test_the_versions_of_the_libraries(path: Path, clock: FakeClock) -> None:
+    """The doctor reports SQLite's version and apsw's."""
+    finding = at(look(path, clock), "sqlite_version")
+    assert finding.facts == {"version": SQLITE_VERSION, "apsw_version": APSW_VERSION}
 
 
 def test_a_file_without_a_write_ahead_log(path: Path, clock: FakeClock) -> None:
@@ -650,7 +645,7 @@ def test_a_schema_changed_by_hand(
     if "route_key" in statements and "COLUMN" in statements:
         change(path, "DROP INDEX idx_sessions_route")
     with closing(sqlite(path)) as raw:
-        raw.executescript(statements)
+        raw.execute(statements)
     found = look(path, clock)
     finding = at(found, "schema")
     assert finding.severity is severity

@@ -25,7 +25,7 @@ import pytest
 
 from homeagent import Database, DevicePair, Role, errors
 from homeagent.engine.disk.system_errors import explained
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.manifests import manifest_path
 from homeagent.engine.sqlite.presence import announce
 from homeagent.maintenance import looking_back, restoring
@@ -52,7 +52,7 @@ def agents(path: Path) -> list[str]:
 
 def bare(path: Path) -> Any:
     """Return a connection of the driver's."""
-    return choose_driver().module.connect(str(path), isolation_level=None)
+    return connect(str(path))
 
 
 @pytest.fixture
@@ -397,8 +397,8 @@ def test_open_database_is_not_swapped(sqlite_path: Path, backup: Path, children:
 def test_other_programs_are_noticed(sqlite_path: Path, backup: Path, children: Children) -> None:
     """A program that knows nothing of our lock, such as SQLite's shell, is noticed by SQLite's own."""
     script = (
-        "import sys\nfrom homeagent.engine.sqlite.driver import choose_driver\n"
-        "raw = choose_driver().module.connect(sys.argv[1])\nraw.execute('SELECT * FROM agents').fetchall()\n"
+        "import sys\nfrom homeagent.engine.sqlite.dialect import connect\n"
+        "raw = connect(sys.argv[1])\nraw.execute('SELECT * FROM agents').fetchall()\n"
         "print('open', flush=True)\nsys.stdin.readline()\n"
     )
     for path, target in ((sqlite_path, sqlite_path), (backup, sqlite_path.parent / "new.db")):

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from homeagent import Database
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import connect
 from homeagent.errors import DatabaseClosedError
 from homeagent.maintenance.sweeping import Sweeper, sweep
 from homeagent.stores import NonceStore
@@ -185,8 +185,7 @@ def test_waits_for_this_process_and_for_another_one_are_contention(sqlite_databa
             time.sleep(0.001)
     writer.join(30)
     assert engine.contention == 1
-    module: Any = choose_driver().module
-    with closing(module.connect(sqlite_database.status().location, isolation_level=None)) as other:
+    with closing(connect(sqlite_database.status().location)) as other:
         other.execute("BEGIN IMMEDIATE")
         writer = threading.Thread(target=add_agent, args=(sqlite_database, "eve"))
         writer.start()

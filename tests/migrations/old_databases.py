@@ -16,7 +16,7 @@ from sqlalchemy.pool import NullPool
 import homeagent
 from alembic import command
 from homeagent.engine.disk.files import create_file
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.migrations import alembic_config
 
@@ -36,7 +36,7 @@ def clock() -> datetime:
 
 def sqlite(path: Path) -> Any:
     """Return a bare connection, through the library that the package itself uses in this process."""
-    return choose_driver().module.connect(str(path), isolation_level=None)
+    return connect(str(path))
 
 
 def fetch(path: Path, query: str) -> list[Any]:

@@ -65,7 +65,7 @@ APPLICATION = (
 def change(path: Path, statements: str) -> None:
     """Change a file that is not open, by SQL."""
     with closing(sqlite(path)) as raw:
-        raw.executescript(statements)
+        raw.execute(statements)
 
 
 def content(directory: Path) -> dict[str, str]:

@@ -35,6 +35,7 @@ class FileWatch:
         path: the file, which need not exist yet.
         strict: whether every commit looks, and not only the first one in ten milliseconds.
         monotonic: the clock to measure that with, in seconds.
+        on_moved: is called before DatabaseMovedError is raised.
 
     Attributes:
         monotonic: that clock.
@@ -42,7 +43,15 @@ class FileWatch:
             than a call, and calls `after_begin` then.
     """
 
-    def __init__(self, path: Path, *, strict: bool, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        strict: bool,
+        monotonic: Callable[[], float] = time.monotonic,
+        on_moved: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._on_moved = on_moved
         self._path = path
         self._strict = strict
         self.monotonic = monotonic
@@ -104,10 +113,14 @@ class FileWatch:
         elif self._strict:
             self._look(beside=False)
 
-    def find_moved(self) -> DatabaseMovedError | None:
-        """Return what is wrong with the files' names, None where all is well."""
+    def find_moved(self, *, beside: bool = False) -> DatabaseMovedError | None:
+        """Return what is wrong with the files' names, None where all is well.
+
+        Args:
+            beside: whether to check the log and its index too.
+        """
         try:
-            self._look(beside=False)
+            self._look(beside=beside)
         except DatabaseMovedError as moved:
             return moved
         except CorruptDatabaseError:
@@ -115,6 +128,13 @@ class FileWatch:
         return None
 
     def _look(self, *, beside: bool = True) -> None:
+        try:
+            self._compare(beside=beside)
+        except DatabaseMovedError:
+            self._on_moved()
+            raise
+
+    def _compare(self, *, beside: bool) -> None:
         # Where this look finds fault, so does the next one.
         due, self.due = self.due, 0.0
         if self.condemned is not None:
@@ -146,9 +166,8 @@ class FileWatch:
                     self._known[name] = found
             elif found != known:
                 raise DatabaseMovedError(
-                    f"{quoted(Path(name))} was deleted or replaced while the database was open: end this process "
-                    "cleanly, which moves what it knows of the log into the database, and look into that with "
-                    "'homeagent doctor'"
+                    f"{quoted(Path(name))} was deleted or replaced while the database was open: stop, and restore a "
+                    "backup. While this process runs, /proc/PID/fd still leads to the log that it had"
                 )
         self.due = self.monotonic() + _INTERVAL
 

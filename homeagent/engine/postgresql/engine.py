@@ -47,6 +47,10 @@ _ENCODING = {"client_encoding": "utf8"}
 _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "PGTARGETSESSIONATTRS"}
 
 
+_READS = "homeagent_reads"
+"""In the `info` of a connection: whether its transactions are read-only."""
+
+
 class PostgreSQLEngine(Engine):
     """One PostgreSQL database, several writers, row locks where a unit decides on what it read.
 
@@ -110,12 +114,25 @@ class PostgreSQLEngine(Engine):
         # A link has begun by itself before it lends its connection to an ORM session.
         if raw.info.transaction_status == 0:
             # Who waits for a lock must see afterwards what its holder did, also where a role asks for more isolation.
-            raw.execute("; ".join(("BEGIN ISOLATION LEVEL READ COMMITTED", *self._local_settings())))
+            kind = "REPEATABLE READ READ ONLY" if connection.info.get(_READS) else "READ COMMITTED"
+            raw.execute("; ".join((f"BEGIN ISOLATION LEVEL {kind}", *self._local_settings())))
 
     def connect(self) -> Connection:
         """Return a connection of its own; the caller closes it."""
         with self.translated():
             return self.sa_engine.connect()
+
+    def open_read_connection(self) -> Connection:
+        """Return a connection whose transactions are read-only and have one snapshot each."""
+        connection = self.connect()
+        connection.info[_READS] = True
+        try:
+            with self.translated():
+                connection.exec_driver_sql("SELECT 1")  # the snapshot is taken by the first query, not by BEGIN
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def begin_of(self, connection: Connection, *, read_only: bool) -> Sequence[str]:
         """Return what begins a unit: behind a pooler, each brings the settings of its session along."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,10 +17,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import apsw
+
 from homeagent.engine.disk.files import OPEN_FLAGS, create_file, secure_sidecars, sidecars
 from homeagent.engine.disk.syncing import fsync_directory, sync
 from homeagent.engine.disk.system_errors import explained, quoted
-from homeagent.engine.faults import sqlite_fault, translated
+from homeagent.engine.faults import sqlite_code, sqlite_fault, translated
+from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.manifests import Manifest, manifest_path, write_manifest
 from homeagent.errors import CorruptDatabaseError, DatabaseError, DiskFullError, HomeAgentError, InvalidArgumentError
 
@@ -151,7 +153,7 @@ def read_contents(raw: Any, version_table: str) -> Contents:
     ]
     quoted_names = {name: name.replace('"', '""') for name in tables if name != version_table}
     rows = {
-        name: int(raw.execute(f'SELECT count(*) FROM "{escaped}"').fetchone()[0])  # noqa: S608  a name, escaped
+        name: int(raw.execute(f'SELECT count(*) FROM "{escaped}"').get)  # noqa: S608  a name, escaped
         for name, escaped in quoted_names.items()
     }
     revisions = raw.execute(f"SELECT version_num FROM {version_table}").fetchall() if version_table in tables else []  # noqa: S608  a constant
@@ -164,11 +166,10 @@ def read_contents(raw: Any, version_table: str) -> Contents:
 
 
 def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop) -> Contents:
-    module: Any = engine.driver.module
     with (
         _explained_copy(engine, partial, stop),
         closing(engine.open_source()) as source,
-        closing(module.connect(str(partial), isolation_level=None)) as copy,
+        closing(connect(str(partial))) as copy,
     ):
         for raw in (source, copy):
             raw.set_progress_handler(stop, _INSTRUCTIONS)
@@ -179,7 +180,10 @@ def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop) -
         source.execute("BEGIN")
         contents = read_contents(source, version_table)
         _require_room(_size(source), partial.parent)
-        source.backup(copy, pages=_STEP, progress=lambda *_: _proceed(stop))
+        with copy.backup("main", source, "main") as steps:
+            while not steps.done:
+                steps.step(_STEP)
+                _proceed(stop)
         source.execute("ROLLBACK")
         # The copy of a file with a write-ahead log says that it has one too.
         copy.execute("PRAGMA journal_mode=DELETE")
@@ -197,10 +201,10 @@ def _stopped() -> BackupStoppedError:
 
 
 def _verify(source: Path, copy: Any, expected: Contents, version_table: str) -> None:
-    verdict = str(copy.execute("PRAGMA integrity_check(1)").fetchone()[0])
+    verdict = str(copy.execute("PRAGMA integrity_check(1)").get)
     if verdict != "ok":
         problem = verdict.splitlines()[0]
-    elif copy.execute("PRAGMA foreign_key_check").fetchone() is not None:
+    elif copy.execute("PRAGMA foreign_key_check").fetchall():
         problem = "a row refers to one that is not there"
     elif read_contents(copy, version_table) != expected:
         problem = "a table has another number of rows than in the snapshot that was copied"
@@ -260,30 +264,20 @@ def _require_room(size: int, directory: Path) -> None:
 
 
 def _size(source: Any) -> int:
-    pages, page_size = (int(source.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("page_count", "page_size"))
+    pages, page_size = (int(source.execute(f"PRAGMA {name}").get) for name in ("page_count", "page_size"))
     return pages * page_size
 
 
 @contextmanager
 def _explained_copy(engine: SQLiteEngine, partial: Path, stop: Stop) -> Iterator[None]:
     def fault(error: BaseException) -> HomeAgentError:
-        # What a backup's step raises has the text of the fault and often not its code.
-        code = getattr(error, "sqlite_errorcode", None)
-        if stop() and (code is None or code & 0xFF == sqlite3.SQLITE_INTERRUPT):
+        code = sqlite_code(error)
+        if stop() and code == apsw.SQLITE_INTERRUPT:
             return _stopped()
-        if code is None or code & 0xFF in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
+        if code in (apsw.SQLITE_FULL, apsw.SQLITE_IOERR):
             refused = _refused_growth(partial)
             if refused is not None:
                 return refused
-        if code is None and ("malformed" in str(error) or isinstance(sqlite_fault(error), CorruptDatabaseError)):
-            return CorruptDatabaseError(
-                f"{quoted(engine.path)} is damaged: stop, keep it aside with its -wal and -shm, and restore the newest "
-                "good backup"
-            )
-        if code is None:
-            return DatabaseError(
-                f"copying {quoted(engine.path)} to {quoted(partial.parent)} failed ({error}): check both disks"
-            )
         return sqlite_fault(error)
 
     with translated(engine.driver_errors, fault):

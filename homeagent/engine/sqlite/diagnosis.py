@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import errno
 import os
-import sqlite3
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import apsw
+
 from homeagent.engine.disk.files import sidecars
 from homeagent.engine.disk.system_errors import quoted
-from homeagent.engine.faults import sqlite_fault
+from homeagent.engine.faults import sqlite_code, sqlite_code_name, sqlite_fault
 from homeagent.engine.sqlite.manifests import newest_backup
 from homeagent.errors import (
     CorruptDatabaseError,
@@ -54,11 +55,11 @@ def diagnosed_fault(
         if moved is not None:
             return moved
         return type(fault)(f"{fault}; it is {quoted(path)}, and {newest_backup_hint(path)}")
-    code = getattr(error, "sqlite_errorcode", 0)
-    if code & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY):
+    code = sqlite_code(error)
+    if code not in (apsw.SQLITE_CANTOPEN, apsw.SQLITE_IOERR, apsw.SQLITE_READONLY):
         return fault
-    name = getattr(error, "sqlite_errorname", "SQLITE_ERROR")
-    if code & 0xFF != sqlite3.SQLITE_READONLY and _no_descriptor_left():
+    name = sqlite_code_name(error)
+    if code != apsw.SQLITE_READONLY and _no_descriptor_left():
         return TooManyFilesError(
             "this process, or the machine, may open no more files: close some, or raise the limit "
             f"('ulimit -n'), then run the unit again [{name}]"
@@ -66,7 +67,7 @@ def diagnosed_fault(
     moved = find_moved()
     if moved is not None:
         return moved
-    if code & 0xFF == sqlite3.SQLITE_READONLY:
+    if code == apsw.SQLITE_READONLY:
         return fault
     if _at_size_limit(path):
         return DiskFullError(

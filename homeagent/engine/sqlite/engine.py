@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import sqlite3
 import tempfile
 import time
 import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
+import apsw
 import sqlalchemy
 from sqlalchemy import URL, event
 from sqlalchemy.pool import NullPool
@@ -25,13 +24,14 @@ from homeagent.engine.disk.file_watch import FileWatch
 from homeagent.engine.disk.locks import FileLock
 from homeagent.engine.disk.system_errors import explained
 from homeagent.engine.engine import Engine
-from homeagent.engine.faults import TransientError, translated
+from homeagent.engine.faults import translated
 from homeagent.engine.forks import inherit, refuse_inherited
-from homeagent.engine.link import Link
 from homeagent.engine.sqlite.diagnosis import diagnosed_fault, newest_backup_hint
-from homeagent.engine.sqlite.driver import SQLiteDriver, choose_driver
-from homeagent.engine.sqlite.lock_wait import PatientCursor
-from homeagent.engine.sqlite.snapshot import SnapshotLink
+from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME, connect
+from homeagent.engine.sqlite.dialect import Connection as DriverConnection
+from homeagent.engine.sqlite.foreign_access import guard_of, refuse_foreign_descriptors
+from homeagent.engine.sqlite.link import SQLiteLink
+from homeagent.engine.sqlite.lock_wait import LockWait
 from homeagent.engine.sqlite.unfetched import end_with_transactions
 from homeagent.engine.sqlite.write_ahead_log import has_frames
 from homeagent.errors import (
@@ -44,7 +44,7 @@ from homeagent.errors import (
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
-    from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
+    from sqlalchemy.engine.interfaces import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
 
 __all__ = ["APPLICATION_ID", "Durability", "SQLiteEngine", "lock_path", "sidecar_lock"]
@@ -82,22 +82,22 @@ class SQLiteEngine(Engine):
 
     # There is one writer, and a sync costs many times what a small unit does.
     shares_commits = True
-    read_link_type = SnapshotLink
+    write_link_type = SQLiteLink
+    read_link_type = SQLiteLink
 
     def __init__(self, path: Path, *, busy_timeout: timedelta, durability: Durability, temporary: bool = False) -> None:
         refuse_inherited(path)
+        refuse_foreign_descriptors(path)
         self.path = path
         self.durability = durability
-        self._open: set[int] = set()
+        self._open: weakref.WeakSet[DriverConnection] = weakref.WeakSet()
         self._lock_waits = 0
-        self.driver: SQLiteDriver = choose_driver()
         self._busy_ms = min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1)
         self.is_temporary = temporary
-        self.watch = FileWatch(path, strict=durability == "full")
+        self.watch = FileWatch(path, strict=durability == "full", on_moved=self._keep_from_checkpoints)
         self.presence: FileLock | None = None
         sa_engine = sqlalchemy.create_engine(
-            URL.create("sqlite+pysqlite", database=str(path)),
-            module=self.driver.module,
+            URL.create(DRIVER_NAME, database=str(path)),
             poolclass=NullPool,
             hide_parameters=True,
             creator=self._open_existing,
@@ -109,16 +109,15 @@ class SQLiteEngine(Engine):
         event.listen(sa_engine, "handle_error", self._on_error)
         super().__init__(
             sa_engine,
-            driver_errors=self.driver.errors,
+            driver_errors=DRIVER_ERRORS,
             translate=self.fault,
             writers=1,
             readers=READERS,
             # A deferred BEGIN that turns into a write fails at once when another process wrote in between, and
             # busy_timeout does not apply to it: https://sqlite.org/lang_transaction.html
             begin_write=("BEGIN IMMEDIATE",),
-            # Where SnapshotLink shows its commands: the snapshot is taken by the first read, not by BEGIN, and this one
-            # yields no row that must be fetched.
-            begin_read=("BEGIN", "SELECT 1 FROM sqlite_master WHERE 0"),
+            # BEGIN takes no snapshot, the first read does: this one yields no row that has to be fetched.
+            begin_read=("BEGIN; SELECT 1 FROM sqlite_master WHERE 0",),
             watch=self.watch,
         )
 
@@ -129,17 +128,15 @@ class SQLiteEngine(Engine):
             self.suspect_links()
         return fault
 
-    def _open_existing(self) -> Any:
-        """Open the file, and never make one: where it vanished, an empty one would take its place."""
-        module: Any = self.driver.module
-        return module.connect(
-            self._uri("mode=rw"),
-            uri=True,
-            # The driver's own transaction handling commits before DDL; ours says BEGIN itself.
-            isolation_level=None,
-            check_same_thread=False,
-            timeout=self._busy_ms / 1000,
-        )
+    def _open_existing(self, options: str = "mode=rw") -> DriverConnection:
+        """Open the file, and never create one: an empty file would take the place of one that has disappeared."""
+        connection = connect(self._uri(options), uri=True, create=False, timeout=self._busy_ms / 1000)
+        status = files.look_at(self.path)
+        if status is not None:
+            guard = guard_of(self.path, files.identity_of(status))
+            guard.opened()
+            connection.closing = guard.closing
+        return connection
 
     def _uri(self, options: str) -> str:
         return f"file:{quote(os.fsencode(self.path))}?{options}"
@@ -149,14 +146,14 @@ class SQLiteEngine(Engine):
         # A link has begun by itself before it lends its connection to an ORM session.
         if not raw.in_transaction:
             with self.translated():
-                raw.execute("BEGIN IMMEDIATE")
+                raw.execute("BEGIN" if raw.readonly("main") else "BEGIN IMMEDIATE")
         end_with_transactions(connection)
 
-    def _on_close(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-        self._open.discard(id(connection))
+    def _on_close(self, connection: Any, record: ConnectionPoolEntry) -> None:
+        self._open.discard(connection)
 
-    def _on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-        self._open.add(id(connection))
+    def _on_connect(self, connection: Any, record: ConnectionPoolEntry) -> None:
+        self._open.add(connection)
         with closing(connection.cursor()) as cursor:
             # busy_timeout first: the other pragmas may have to wait for a lock themselves.
             cursor.execute(f"PRAGMA busy_timeout={self._busy_ms}")
@@ -165,6 +162,12 @@ class SQLiteEngine(Engine):
             cursor.execute("PRAGMA trusted_schema=OFF")
             cursor.execute("PRAGMA cell_size_check=ON")
             cursor.execute(f"PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}")
+
+    def _keep_from_checkpoints(self) -> None:
+        """Have no connection move its log into the file when it is closed: the file is another one by now."""
+        for connection in list(self._open):
+            with suppress(apsw.ConnectionClosedError):
+                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
 
     @property
     def busy_seconds(self) -> float:
@@ -189,6 +192,30 @@ class SQLiteEngine(Engine):
             raise
         return connection
 
+    def open_read_connection(self) -> Connection:
+        """Return a connection that was opened read-only, in one snapshot. It can attach no other file."""
+
+        def open_file() -> DriverConnection:
+            raw = self._open_existing("mode=ro")
+            raw.authorizer = _deny_attach
+            return raw
+
+        self.watch.before_connect()
+        sa_engine = sqlalchemy.create_engine(
+            f"{DRIVER_NAME}://", poolclass=NullPool, hide_parameters=True, creator=open_file
+        )
+        event.listen(sa_engine, "handle_error", self._on_error)
+        with self.translated():
+            connection = sa_engine.connect()
+        try:
+            with self.translated():
+                connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE 0")  # takes the snapshot
+            self.watch.connected()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
     @contextmanager
     def looking(self) -> Iterator[Connection]:
         """Lend a connection of its own that only looks: it waits for no writer, and no writer waits for it."""
@@ -205,9 +232,22 @@ class SQLiteEngine(Engine):
                     raw.execute("ROLLBACK")
 
     def prepare_link(self, connection: Connection, *, read_only: bool) -> None:
-        """Make a reader's connection unable to write, and a writer's not wait by itself: `begin_busy` does."""
-        pragma = "query_only=ON" if read_only else "busy_timeout=0"
-        connection.connection.driver_connection.execute(f"PRAGMA {pragma}")  # type: ignore[union-attr]  # it is connected
+        """Keep a reader's connection from writing, and have a writer's connection wait as `LockWait` does."""
+        raw: Any = connection.connection.driver_connection
+        with self.translated():
+            raw.execute("SELECT 1 FROM sqlite_master WHERE 0")  # opens the WAL index
+        if self.watch.identity is not None:
+            guard_of(self.path, self.watch.identity).hold()
+        if read_only:
+            raw.execute("PRAGMA query_only=ON")
+        else:
+            self._wait_for_locks(raw, self.busy_seconds)
+
+    def _wait_for_locks(self, raw: DriverConnection, timeout: float) -> None:
+        def count() -> None:
+            self._lock_waits += 1
+
+        raw.set_busy_handler(LockWait(timeout, count))
 
     @property
     def contention(self) -> int:
@@ -222,26 +262,19 @@ class SQLiteEngine(Engine):
         try:
             # https://sqlite.org/pragma.html#pragma_wal_checkpoint
             if truncate:
-                link.execute(f"PRAGMA busy_timeout={min(int(timeout * 1000), 2**31 - 1)}")
-                (blocked, _, _) = link.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                self._wait_for_locks(link.driver_connection, timeout)
+                ((blocked, _, _),) = link.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 # A commit gives the log a header again. Otherwise a power cut could leave an empty log with an older
                 # index, and these two look like a log that lost its commits.
                 link.execute(f"PRAGMA application_id={APPLICATION_ID}")
-                link.execute("PRAGMA busy_timeout=0")
+                self._wait_for_locks(link.driver_connection, self.busy_seconds)
             else:
-                (blocked, _, _) = link.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                ((blocked, _, _),) = link.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         except BaseException:
             lanes.discard(link)
             raise
         lanes.release(link)
         return not blocked
-
-    def begin_busy(self, link: Link, busy: TransientError) -> None:
-        """Wait for the write lock of another process, with a fair chance to get it."""
-        if link.read_only or not self._busy_ms:
-            raise busy
-        self._lock_waits += 1
-        link.begin_on(partial(PatientCursor, driver_errors=self.driver_errors, timeout=self.busy_seconds))
 
     @contextmanager
     def translated(self) -> Iterator[None]:
@@ -270,17 +303,16 @@ class SQLiteEngine(Engine):
         deadline = time.monotonic() + self._busy_ms / 1000
         while True:
             try:
-                return str(raw.execute("PRAGMA journal_mode=WAL").fetchone()[0])
-            except self.driver.module.OperationalError as error:
+                return str(raw.execute("PRAGMA journal_mode=WAL").get)
+            except apsw.BusyError:
                 # SQLite wants the file for itself here, and doesn't ask its busy handler: another process that only
                 # reads a file still in rollback mode, to look at its revision, would make this fail.
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                if time.monotonic() >= deadline:
                     raise
             time.sleep(_WAL_PAUSE)
 
     def _bare(self) -> Any:
-        module: Any = self.driver.module
-        raw = module.connect(self._uri("mode=rw"), uri=True, isolation_level=None, timeout=self._busy_ms / 1000)
+        raw = self._open_existing()
         raw.execute(f"PRAGMA synchronous={self.durability.upper()}")
         return raw
 
@@ -348,18 +380,23 @@ class SQLiteEngine(Engine):
             return self._application_id("immutable=1")
 
     def _application_id(self, option: str) -> int:
-        module: Any = self.driver.module
         uri = self._uri(f"mode=ro&{option}")
-        with self.translated(), closing(module.connect(uri, uri=True, timeout=self._busy_ms / 1000)) as raw:
-            return int(raw.execute("PRAGMA application_id").fetchone()[0])
+        with self.translated(), closing(connect(uri, uri=True, create=False, timeout=self._busy_ms / 1000)) as raw:
+            return int(raw.execute("PRAGMA application_id").get)
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
             raise context.original_exception  # from what a forked child has in the place of a connection
         # Before a statement runs, a column type of the application may raise exceptions that are Python's own.
-        kinds = self.driver.module.Error if context.execution_context is None else self.driver_errors
+        kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
         return self.fault(original) if isinstance(original, kinds) else None
+
+    def close(self) -> None:
+        """Close every connection; closing twice is fine."""
+        if not self.is_abandoned:
+            self.watch.find_moved(beside=True)
+        super().close()
 
     def before_fork(self) -> None:
         """Close what no unit uses, so that a child inherits none of SQLite's locks where nothing is under way."""
@@ -369,7 +406,7 @@ class SQLiteEngine(Engine):
 
     def abandon(self) -> None:
         """Refuse to be used, and let this process not open the file anew where its parent was using it."""
-        if self._open and self.watch.identity is not None:
+        if len(self._open) and self.watch.identity is not None:
             inherit(self.watch.identity)
         super().abandon()
 
@@ -400,6 +437,10 @@ class SQLiteEngine(Engine):
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
+
+
+def _deny_attach(operation: int, *names: str | None) -> int:
+    return apsw.SQLITE_DENY if operation in (apsw.SQLITE_ATTACH, apsw.SQLITE_DETACH) else apsw.SQLITE_OK
 
 
 def corrupt_after_all(path: Path) -> CorruptDatabaseError:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import apsw
 from sqlalchemy import create_engine, event
 from sqlalchemy.pool import NullPool
 
@@ -22,7 +23,7 @@ from homeagent.engine.disk.files import OPEN_FLAGS, look_at, sidecars
 from homeagent.engine.disk.system_errors import explained
 from homeagent.engine.engine import open_engines
 from homeagent.engine.faults import sqlite_fault, translated
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME, connect
 from homeagent.engine.sqlite.write_ahead_log import has_frames
 from homeagent.errors import ReadOnlyError
 
@@ -91,8 +92,7 @@ def inspect_sqlite(
         options = [""]
     raw = _open(path, options, watch)
     engine = create_engine(
-        "sqlite+pysqlite://",
-        module=choose_driver().module,
+        f"{DRIVER_NAME}://",
         creator=lambda: raw,
         poolclass=NullPool,
         hide_parameters=True,
@@ -106,14 +106,12 @@ def inspect_sqlite(
 
 
 def _open(path: Path, options: list[str], watch: Stopwatch) -> Any:
-    driver = choose_driver()
-    module: Any = driver.module
-    with translated(driver.errors, sqlite_fault):
+    with translated(DRIVER_ERRORS, sqlite_fault):
         # https://sqlite.org/wal.html#readonly and https://sqlite.org/c3ref/open.html
         uri = f"file:{quote(str(path))}?mode=ro&{options[0]}"
-        raw = module.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=1)
+        raw = connect(uri, uri=True, create=False, timeout=1)
     try:
-        with translated(driver.errors, sqlite_fault):
+        with translated(DRIVER_ERRORS, sqlite_fault):
             raw.set_progress_handler(watch, _INSTRUCTIONS)
             raw.execute("PRAGMA query_only=ON")
             raw.execute("PRAGMA trusted_schema=OFF")
@@ -173,14 +171,13 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
     Returns:
         True also if SQLite can't compile it, for example because a function or a table of the application is missing.
     """
-    module: Any = choose_driver().module
-    writes = (module.SQLITE_INSERT, module.SQLITE_UPDATE, module.SQLITE_DELETE)
+    writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []
 
     def note(action: int, table: str | None, _column: object, _schema: object, by: str | None) -> int:
         if kind == "view" or by == name:
             used.append((action, table))
-        return int(module.SQLITE_OK)
+        return apsw.SQLITE_OK
 
     seen = False
     raw.set_authorizer(note)
@@ -188,9 +185,9 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
         for statement in _using(raw, kind, '"' + on.replace('"', '""') + '"'):
             used.clear()
             try:
-                with closing(raw.execute(f"EXPLAIN {statement}")):
+                with closing(raw.execute(f"EXPLAIN {statement}", can_cache=False)):
                     pass
-            except module.Error:
+            except apsw.Error:
                 if used:
                     return True
             seen = seen or bool(used)
@@ -213,7 +210,7 @@ def _using(raw: Any, kind: str, place: str) -> list[str]:
 @contextmanager
 def scratch_sqlite() -> Iterator[Connection]:
     """Open an empty database in memory, gone at the end."""
-    engine = create_engine("sqlite+pysqlite://", module=choose_driver().module)
+    engine = create_engine(f"{DRIVER_NAME}://")
     try:
         with engine.connect() as connection:
             yield connection

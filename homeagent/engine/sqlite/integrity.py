@@ -7,12 +7,13 @@ that its column can't have. It doesn't find another letter in a name.
 from __future__ import annotations
 
 import logging
-import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import apsw
 
 from homeagent.engine.disk.files import look_at, sidecars
 from homeagent.engine.disk.system_errors import quoted
@@ -150,10 +151,8 @@ def check_table(engine: SQLiteEngine, table: str, *, give_up: Callable[[], bool]
 def _check_table(engine: SQLiteEngine, raw: Any, table: str) -> bool:
     try:
         found = raw.execute(f"PRAGMA integrity_check({table})").fetchall()
-    except engine.driver.module.Error as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_INTERRUPT:
-            return False
-        raise
+    except apsw.InterruptError:
+        return False
     _refuse(engine.path, found)
     return True
 

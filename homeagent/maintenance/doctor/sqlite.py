@@ -11,7 +11,7 @@ from homeagent.engine.disk.files import SMALLEST_DATABASE, look_at, sidecars
 from homeagent.engine.disk.locks import FileLock
 from homeagent.engine.disk.owners import backup_owners
 from homeagent.engine.disk.privacy import FILE_MODE
-from homeagent.engine.sqlite.driver import choose_driver
+from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION
 from homeagent.engine.sqlite.engine import APPLICATION_ID, lock_path
 from homeagent.engine.sqlite.inspection import inspect_sqlite, journal_mode
 from homeagent.engine.sqlite.presence import presence_path
@@ -63,21 +63,12 @@ def _is_damaged(chart: Chart) -> bool:
 
 
 def _check_version(chart: Chart) -> None:
-    with chart.attempt("sqlite_version"):
-        driver = choose_driver()
-        facts = {"version": driver.version_text, "driver": driver.name}
-        if driver.safe:
-            chart.ok("sqlite_version", f"SQLite {driver.version_text}, through {driver.name}.", **facts)
-            return
-        chart.warn(
-            "sqlite_version",
-            f"SQLite {driver.version_text} has the WAL-reset bug.",
-            meaning="two connections that write and checkpoint at once can corrupt the database "
-            "(https://sqlite.org/wal.html#walresetbug)",
-            remedy="install pysqlite3, or a Python with SQLite 3.51.3 or later",
-            command="pip install pysqlite3",
-            **facts,
-        )
+    chart.ok(
+        "sqlite_version",
+        f"SQLite {SQLITE_VERSION}, apsw {APSW_VERSION}.",
+        version=SQLITE_VERSION,
+        apsw_version=APSW_VERSION,
+    )
 
 
 def _check_log(chart: Chart, path: Path) -> bool:

@@ -15,6 +15,7 @@ from secrets import token_hex
 from typing import Any
 
 from homeagent.engine.sqlite.driver import choose_driver
+
 from tests.benchmarks.contender import BATCH, FINGERPRINT, GRACE, GRANULARITY, LEASE, Contender
 from tests.benchmarks.data import DAY, METHOD
 

@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from typing import Any
 
+from homeagent.engine.sqlite.driver import choose_driver
+
 from homeagent import (
     AgentCreate,
     AgentSession,
@@ -18,7 +20,6 @@ from homeagent import (
     Role,
     errors,
 )
-from homeagent.engine.sqlite.driver import choose_driver
 from tests.benchmarks.contender import FINGERPRINT, LEASE, Contender
 from tests.benchmarks.data import METHOD
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from homeagent.engine.sqlite.driver import choose_driver
+
 from tests.benchmarks.contestants import BenchmarkError
 from tests.benchmarks.machine import busy_share, describe_code, told_command
 from tests.benchmarks.progress import Progress

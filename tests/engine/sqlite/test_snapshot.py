@@ -9,8 +9,7 @@ import pytest
 from sqlalchemy import event, select
 
 from homeagent import Agent, Database, UnitOfWork, errors
-from homeagent.engine.sqlite.driver import choose_driver
-from homeagent.engine.sqlite.snapshot import SnapshotLink
+from homeagent.engine.sqlite.dialect import connect
 from tests.conftest import add_agent
 
 WAYS: dict[str, Callable[[UnitOfWork], object]] = {
@@ -27,7 +26,7 @@ def names(unit: UnitOfWork) -> set[str]:
 
 def log_can_be_emptied(path: Path) -> bool:
     """Tell whether a checkpoint meets no reader, which it can't do while a snapshot is held."""
-    connection = choose_driver().module.connect(str(path), timeout=0, isolation_level=None)
+    connection = connect(str(path), timeout=0)
     try:
         (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     finally:
@@ -43,7 +42,6 @@ def test_it_is_of_the_beginning(sqlite_path: Path, way: str, shows: bool) -> Non
         if shows:
             event.listen(reader._engine.sa_engine, "before_cursor_execute", lambda *_: None)
         with reader.unit_of_work(read_only=True) as unit:
-            assert isinstance(unit._require_link(), SnapshotLink)
             add_agent(writer, "late")
             WAYS[way](unit)
             assert names(unit) == set()
@@ -77,19 +75,3 @@ def test_it_is_given_up_at_the_end(sqlite_path: Path, way: str, end: str) -> Non
         assert log_can_be_emptied(sqlite_path)
         with database.unit_of_work(read_only=True) as unit:
             assert names(unit) == {"ada"}
-
-
-def test_an_interrupt_at_the_end_leaves_none(sqlite_path: Path) -> None:
-    """Where Ctrl-C comes in the very step that would give it up, undoing the unit gives it up."""
-    with Database.open(sqlite_path) as database:
-        with pytest.raises(KeyboardInterrupt), database.unit_of_work(read_only=True) as unit:
-            link = unit._require_link()
-            assert isinstance(link, SnapshotLink)
-            let_go = link._let_go
-
-            def interrupted() -> None:
-                link._let_go = let_go
-                raise KeyboardInterrupt
-
-            link._let_go = interrupted
-        assert log_can_be_emptied(sqlite_path)

@@ -1,0 +1,261 @@
+"""apsw as a DB-API module, and SQLAlchemy's dialect on it.
+
+apsw brings its own, current SQLite on every platform. It has no DB-API, so this module adds the part of it (PEP 249)
+that SQLAlchemy and homeagent use. Differences from the interpreter's `sqlite3`: homeagent and SQLAlchemy send BEGIN
+themselves, a statement's text may hold several statements, and undecodable text raises `UnicodeDecodeError`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import apsw
+from apsw import Connection as _Connection
+from apsw import Cursor as _Cursor
+from sqlalchemy import util
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
+from sqlalchemy.engine import URL
+from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool
+
+__all__ = [
+    "APSW_VERSION",
+    "DRIVER_ERRORS",
+    "DRIVER_NAME",
+    "SQLITE_VERSION",
+    "Connection",
+    "Dialect",
+    "StatementCursor",
+    "connect",
+]
+
+DRIVER_NAME = "sqlite+homeagent"
+"""The dialect's name in SQLAlchemy's URLs."""
+
+APSW_VERSION = apsw.apsw_version()
+SQLITE_VERSION = apsw.sqlite_lib_version()
+
+# https://peps.python.org/pep-0249/#globals
+apilevel = "2.0"
+threadsafety = 3
+paramstyle = "qmark"
+sqlite_version_info = tuple(map(int, SQLITE_VERSION.split(".")))
+Binary = bytes
+Error = apsw.Error
+# apsw has one class for each of SQLite's result codes; `Dialect.dbapi_exception_translation_map` sorts them.
+InterfaceError = DatabaseError = DataError = OperationalError = IntegrityError = apsw.Error
+InternalError = ProgrammingError = NotSupportedError = apsw.Error
+
+DRIVER_ERRORS = (apsw.Error, OverflowError, UnicodeError)
+"""What a statement raises: SQLite's errors, a number beyond 64 bits, and text that is not UTF-8."""
+
+Description = tuple[tuple[str, None, None, None, None, None, None], ...]
+
+
+def _note_description(cursor: Any, sql: str, bindings: object) -> bool:
+    """Keep the names of a statement's columns: apsw forgets them with the last row, and SQLAlchemy asks later."""
+    cursor.description = tuple((name, None, None, None, None, None, None) for name, _ in cursor.get_description())
+    cursor.is_write = not cursor.is_readonly
+    return True
+
+
+class Cursor(_Cursor):
+    """A DB-API cursor, for SQLAlchemy. A store's statements run on apsw's own cursor, which costs less."""
+
+    arraysize = 1
+    description: Description | None = None  # type: ignore[assignment]  # apsw's own raises after the last row
+    is_write = False
+    _changed: int | None = None
+
+    def __init__(self, connection: _Connection) -> None:
+        super().__init__(connection)
+        self.exec_trace = _note_description
+
+    def execute(self, statements: str, bindings: Any = None, **options: Any) -> Cursor:
+        """Run a statement."""
+        self.description = self._changed = None
+        super().execute(statements, bindings, **options)
+        self.description = self.description or None
+        return self
+
+    def executemany(self, statements: str, sequenceofbindings: Iterable[Any], **options: Any) -> Cursor:
+        """Run a statement once for each set of bindings."""
+        before = self.connection.total_changes()
+        super().executemany(statements, sequenceofbindings, **options)
+        self._changed = self.connection.total_changes() - before
+        self.description = self.description or None
+        return self
+
+    @property
+    def rowcount(self) -> int:
+        """How many rows the last statement changed; -1 for a statement that only reads."""
+        if self._changed is not None:
+            return self._changed
+        return self.connection.changes() if self.is_write else -1
+
+    @property
+    def lastrowid(self) -> int:
+        """The row id of the last inserted row."""
+        return self.connection.last_insert_rowid()
+
+    def fetchmany(self, size: int | None = None) -> list[Any]:
+        """Return at most `size` rows, by default `arraysize`."""
+        rows = []
+        for _ in range(self.arraysize if size is None else size):
+            row = self.fetchone()
+            if row is None:
+                break
+            rows.append(row)
+        return rows
+
+
+class StatementCursor(_Cursor):
+    """A cursor for statements whose columns are known."""
+
+    _changed: int | None = None
+
+    def executemany(self, statements: str, sequenceofbindings: Iterable[Any], **options: Any) -> _Cursor:
+        """Run a statement once for each set of bindings."""
+        before = self.connection.total_changes()
+        super().executemany(statements, sequenceofbindings, **options)
+        self._changed = self.connection.total_changes() - before
+        return self
+
+    @property
+    def rowcount(self) -> int:
+        """How many rows the last statement changed; undefined after a statement that only reads."""
+        if self._changed is None:
+            return self.connection.changes()
+        changed, self._changed = self._changed, None
+        return changed
+
+
+class Connection(_Connection):
+    """A DB-API connection, in SQLite's autocommit mode until a BEGIN is sent."""
+
+    autocommit = False
+    closing: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
+    """Returns the block in which the connection is closed."""
+
+    def __init__(self, filename: str, flags: int) -> None:
+        super().__init__(filename, flags)
+        self.cursor_factory = Cursor
+
+    def close(self, force: bool = False) -> None:
+        """Close the connection; closing twice is fine."""
+        closing, self.closing = self.closing, nullcontext
+        with closing():
+            super().close(force)
+
+    def commit(self) -> None:
+        """End the transaction, if there is one."""
+        if self.in_transaction:
+            self.execute("COMMIT")
+
+    def rollback(self) -> None:
+        """Undo the transaction, if there is one."""
+        if self.in_transaction:
+            self.execute("ROLLBACK")
+
+
+def connect(database: str, *, uri: bool = False, create: bool = True, timeout: float = 5.0) -> Connection:
+    """Open a SQLite file.
+
+    Args:
+        database: a path, a URI (https://sqlite.org/uri.html) or `":memory:"`.
+        uri: whether `database` is a URI.
+        create: whether an absent file is created.
+        timeout: how long a statement waits for a lock, in seconds.
+
+    Raises:
+        apsw.Error: SQLite can't open it.
+    """
+    flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if create else 0)
+    connection = Connection(database, flags | (apsw.SQLITE_OPEN_URI if uri else 0))
+    connection.set_busy_timeout(int(timeout * 1000))
+    return connection
+
+
+def _regexp(pattern: Any, value: Any) -> bool | None:
+    return None if value is None else re.search(pattern, value) is not None
+
+
+class Dialect(SQLiteDialect):
+    """SQLAlchemy's SQLite dialect on apsw (https://docs.sqlalchemy.org/en/21/core/internals.html)."""
+
+    driver = "homeagent"
+    default_paramstyle = "qmark"
+    supports_statement_cache = True
+    returns_native_bytes = True
+    # SQLAlchemy wraps an error by the name of its class: https://docs.sqlalchemy.org/en/21/core/exceptions.html
+    dbapi_exception_translation_map = {  # noqa: RUF012  SQLAlchemy declares it for instances
+        "ConstraintError": "IntegrityError",
+        "MismatchError": "IntegrityError",
+        "TooBigError": "DataError",
+        "RangeError": "ProgrammingError",
+        "MisuseError": "ProgrammingError",
+        "BindingsError": "ProgrammingError",
+        "ConnectionClosedError": "ProgrammingError",
+        "CursorClosedError": "ProgrammingError",
+        "ThreadingViolationError": "ProgrammingError",
+        "IncompleteExecutionError": "ProgrammingError",
+        "CorruptError": "DatabaseError",
+        "NotADBError": "DatabaseError",
+        "Error": "DatabaseError",
+    }
+    for _name in ("SQL", "Busy", "Locked", "ReadOnly", "IO", "Full", "CantOpen", "Protocol", "Interrupt", "Abort"):
+        dbapi_exception_translation_map[f"{_name}Error"] = "OperationalError"
+    for _name in ("SchemaChange", "NoMem", "Permissions", "Auth", "NoLFS", "NotFound"):
+        dbapi_exception_translation_map[f"{_name}Error"] = "OperationalError"
+    _isolation_lookup = SQLiteDialect._isolation_lookup.union({"AUTOCOMMIT": None})
+
+    @classmethod
+    def import_dbapi(cls) -> Any:
+        """Return this module, which is the DB-API."""
+        import homeagent.engine.sqlite.dialect as module
+
+        return module
+
+    @classmethod
+    def get_pool_class(cls, url: URL) -> type[Pool]:
+        """Return the pool of an engine that names none: an in-memory database belongs to one connection."""
+        return SingletonThreadPool if url.database in (None, "", ":memory:") else QueuePool
+
+    def create_connect_args(self, url: URL) -> tuple[Sequence[str], dict[str, Any]]:
+        """Return the arguments of `connect` for a URL, whose options it takes from its query."""
+        options: dict[str, Any] = dict(url.query)
+        for name, kind in (("uri", bool), ("create", bool), ("timeout", float)):
+            util.coerce_kw_type(options, name, kind)
+        return [url.database or ":memory:"], options
+
+    def on_connect(self) -> Callable[[Any], None]:
+        """Return what prepares a new connection: the function behind SQLAlchemy's `regexp_match`."""
+
+        def prepare(connection: Connection) -> None:
+            connection.create_scalar_function("regexp", _regexp, 2, deterministic=True)
+
+        return prepare
+
+    def do_begin(self, dbapi_connection: Any) -> None:
+        """Send BEGIN, unless a listener to SQLAlchemy's `begin` event has sent a BEGIN of another kind."""
+        if not dbapi_connection.autocommit and not dbapi_connection.in_transaction:
+            dbapi_connection.execute("BEGIN")
+
+    def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
+        """Set the isolation level, or `AUTOCOMMIT`."""
+        dbapi_connection.autocommit = level == "AUTOCOMMIT"
+        if not dbapi_connection.autocommit:
+            super().set_isolation_level(dbapi_connection, level)
+
+    def detect_autocommit_setting(self, dbapi_conn: Any) -> bool:
+        """Tell whether SQLAlchemy's transactions on this connection send no BEGIN."""
+        return bool(dbapi_conn.autocommit)
+
+    def _get_server_version_info(self, connection: Any) -> tuple[int, ...]:
+        return sqlite_version_info
+
+
+registry.register(DRIVER_NAME.replace("+", "."), __name__, "Dialect")

@@ -1,0 +1,183 @@
+"""A second SQLite library in the process does no harm to an open database.
+
+POSIX locks belong to a process. When another library of the process, such as the interpreter's `sqlite3`, closes a
+descriptor of the database, the locks of homeagent's connections are gone, and other processes may delete the log under
+them (https://sqlite.org/howtocorrupt.html, section 2.2). Two measures:
+
+- Read locks on open file descriptions (Linux: `F_OFD_SETLK`), one on the file and one on its WAL index. They survive
+  the close of any other descriptor, and keep another library from taking the database for closed.
+- An audit hook that refuses `sqlite3.connect` to a file that a `Database` has open.
+
+Neither sees a host that writes through `ATTACH` or a C library. See docs/operations.md.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from homeagent.engine.disk.files import OPEN_FLAGS, identity_of, look_at, sidecars
+from homeagent.engine.disk.system_errors import explained, quoted
+from homeagent.errors import ForeignAccessError
+
+__all__ = ["FileGuard", "guard_of", "refuse_foreign_descriptors"]
+
+Identity = tuple[int, int]
+
+# SQLite's SHARED range in the database file, and the byte of the WAL index that each process with a connection holds a
+# read lock on (os_unix.c: SHARED_FIRST, SHARED_SIZE, UNIX_SHM_DMS).
+_SHARED_RANGE = (0x40000002, 510)
+_WAL_INDEX_BYTE = (128, 1)
+
+_HAS_OFD_LOCKS = hasattr(fcntl, "F_OFD_SETLK")
+
+
+class FileGuard:
+    """Holds the locks of one database file for as long as this process has a connection to it.
+
+    Args:
+        path: the file.
+        identity: its device and inode.
+    """
+
+    def __init__(self, path: Path, identity: Identity) -> None:
+        self._path = path
+        self._identity = identity
+        self._mutex = threading.RLock()
+        self._connections = 0
+        self._descriptors: list[int] = []
+        self._holds = False
+
+    def opened(self) -> None:
+        """Count a connection that was opened."""
+        with self._mutex:
+            self._connections += 1
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Count a connection that is closed in the block.
+
+        The locks are released before the last one closes, since SQLite then locks the file to move the log into it.
+        The descriptors are closed after that: closing them earlier would drop SQLite's own locks.
+        """
+        with self._mutex:
+            self._connections -= 1
+            is_last = self._connections == 0
+            if is_last:
+                self._release()
+            try:
+                yield
+            finally:
+                if is_last:
+                    self.forget()
+                    with _registry:
+                        if _guards.get(self._identity) is self:
+                            del _guards[self._identity]
+
+    def hold(self) -> None:
+        """Take the locks, if they are not held. A connection has read the database, so that its WAL index exists."""
+        with self._mutex:
+            if self._holds or not _HAS_OFD_LOCKS or not self._connections:
+                return
+            self._holds = True
+            for path, span in ((self._path, _SHARED_RANGE), (sidecars(self._path)[1], _WAL_INDEX_BYTE)):
+                with explained("lock", path):
+                    descriptor = os.open(path, os.O_RDONLY | OPEN_FLAGS)
+                    self._descriptors.append(descriptor)
+                    _lock(descriptor, fcntl.F_RDLCK, *span)
+            _install_hook()
+
+    def _release(self) -> None:
+        for descriptor in self._descriptors:
+            _lock(descriptor, fcntl.F_UNLCK, 0, 0)
+        self._holds = False
+
+    def forget(self) -> None:
+        """Close the descriptors: no connection is open, or this is a forked child, whose copies keep the locks."""
+        descriptors, self._descriptors = self._descriptors, []
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
+    # struct flock, its l_pid 0: https://man7.org/linux/man-pages/man2/F_OFD_SETLK.2const.html
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
+
+
+_registry = threading.RLock()
+_guards: dict[Identity, FileGuard] = {}
+
+
+def guard_of(path: Path, identity: Identity) -> FileGuard:
+    """Return the guard of a file, the same for all databases of this process."""
+    with _registry:
+        guard = _guards.get(identity)
+        if guard is None:
+            guard = _guards[identity] = FileGuard(path, identity)
+        return guard
+
+
+def refuse_foreign_descriptors(path: Path) -> None:
+    """Refuse a file of which this process has a descriptor that is not homeagent's.
+
+    Its close would drop the locks that are about to be taken. Nothing can be told of a file that homeagent has open
+    already, nor on a system without /proc.
+
+    Raises:
+        ForeignAccessError: there is such a descriptor.
+    """
+    status = look_at(path)
+    if status is None or identity_of(status) in _guards:
+        return
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for link in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):  # closed since it was listed
+                if identity_of(link.stat()) == identity_of(status):
+                    raise ForeignAccessError(
+                        f"this process has {quoted(path)} open already, as descriptor {link.name}, by other means than "
+                        "homeagent: close that before Database.open, since its close would drop SQLite's locks"
+                    )
+
+
+def _refuse_connect(event: str, arguments: tuple[object, ...]) -> None:
+    if event != "sqlite3.connect" or not _guards:
+        return
+    target = arguments[0]
+    if not isinstance(target, (str, bytes, os.PathLike)):
+        return
+    name = os.fsdecode(target)
+    names = [name, unquote(urlsplit(name).path)] if name.startswith("file:") else [name]
+    for candidate in names:
+        with suppress(OSError, ValueError):
+            if identity_of(Path(candidate).stat()) in _guards:
+                raise ForeignAccessError(
+                    f"{quoted(Path(candidate))} is open as a homeagent database in this process, and a second SQLite "
+                    "library would drop its locks: read it through Database.read_connection, or use a store"
+                )
+
+
+_is_hooked = False
+
+
+def _install_hook() -> None:
+    # A hook can't be removed, and slows each audited call a little: so it is installed with the first open file.
+    global _is_hooked
+    if not _is_hooked:
+        _is_hooked = True
+        sys.addaudithook(_refuse_connect)
+
+
+def _after_fork_in_child() -> None:
+    for guard in _guards.values():
+        guard.forget()
+    _guards.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

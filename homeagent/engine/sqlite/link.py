@@ -1,0 +1,20 @@
+"""A link to a SQLite file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from homeagent.engine.link import Link
+from homeagent.engine.sqlite.dialect import StatementCursor
+
+__all__ = ["SQLiteLink"]
+
+
+class SQLiteLink(Link):
+    """A connection of apsw's. Its statements run on a cursor without the parts of DB-API that only SQLAlchemy needs."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def _open_cursor(raw: Any) -> StatementCursor:
+        return StatementCursor(raw)

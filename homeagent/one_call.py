@@ -1,0 +1,85 @@
+"""Stores whose every method call is a unit of work of its own: `database.devices.get(id)`.
+
+A method that reads runs its statement in autocommit mode, without BEGIN and COMMIT. A method that writes goes through
+`Runner.run`, so it shares commits and is retried. Which is which is declared once, at the store's method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from functools import cache, wraps
+from typing import Any, TypeVar
+
+from homeagent.engine.statements import Statement
+from homeagent.running import Runner
+from homeagent.stores.store import Access, Store, access_of
+from homeagent.unit_of_work import UnitOfWork, UnitSettings, read_clock
+
+__all__ = ["one_call_store"]
+
+R = TypeVar("R")
+S = TypeVar("S", bound=Store)
+
+
+def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
+    """Return a store that is bound to a database instead of a unit.
+
+    Args:
+        kind: the class of the store.
+        settings: those of the database's units.
+        runner: runs the units of methods that write.
+    """
+    store: S = _one_call_type(kind)(AutocommitReads(settings, runner))  # type: ignore[arg-type]  # a class is hashable
+    return store
+
+
+class AutocommitReads:
+    """What a one-call store has in the place of its unit: each read is one statement that takes no lock."""
+
+    def __init__(self, settings: UnitSettings, runner: Runner) -> None:
+        self.settings = settings
+        self.runner = runner
+
+    def one(self, statement: Statement[R], **parameters: Any) -> R | None:
+        """Return what the first row stands for, or None if there is no row."""
+        settings = self.settings
+        return settings.engine.read_alone("one", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
+
+    def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
+        """Return what the rows stand for."""
+        settings = self.settings
+        return settings.engine.read_alone("all", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
+
+    def now(self) -> datetime:
+        """Read the clock: a timestamp in UTC, floored to milliseconds."""
+        return read_clock(self.settings.clock)
+
+
+@cache
+def _one_call_type(kind: type[Store]) -> Any:
+    """Return a subclass of a store whose writing methods run in a unit of their own; reading methods are inherited."""
+    methods: dict[str, Any] = {"__slots__": ()}
+    for name in dir(kind):
+        method = getattr(kind, name)
+        access = access_of(method)
+        if access is not None and access.kind is not Access.Kind.READ:
+            methods[name] = _in_own_unit(kind, method, access)
+    return type(kind.__name__, (kind,), methods)
+
+
+def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) -> Callable[..., Any]:
+    @wraps(method)
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        database: AutocommitReads = self._unit
+        if access.kind is Access.Kind.STREAM:
+            # An iterable can be read once only, so this unit is not retried.
+            with UnitOfWork(database.settings, read_only=False) as unit:
+                return method(kind(unit), *arguments, **named)
+        if access.unless is not None:
+            known, answer = access.unless(self, *arguments, **named)
+            if known:
+                return answer
+        return database.runner.run(lambda unit: method(kind(unit), *arguments, **named))
+
+    return call

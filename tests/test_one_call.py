@@ -1,0 +1,184 @@
+"""Stores of a `Database`: each call is a unit of its own."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import event, text
+
+from homeagent import AgentSession, Database, DeviceCreate, IdempotencyScope, Role, errors, stores
+from homeagent.stores.store import access_of
+from tests.conftest import FakeClock, add_agent
+
+STORES = [stores.AgentStore, stores.DeviceStore, stores.IdempotencyKeyStore, stores.NonceStore, stores.SessionStore]
+HASH = "sha256$" + "ab" * 32
+
+
+def statements(database: Database) -> list[str]:
+    """Return a list to which the SQL of each later statement is added."""
+    told: list[str] = []
+    event.listen(
+        database._engine.sa_engine,
+        "before_cursor_execute",
+        lambda connection, cursor, statement, *rest: told.append(statement.split()[0]),
+    )
+    database._engine.discard_free()  # the next connections are opened where a listener is
+    return told
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_each_method_is_declared(kind: type) -> None:
+    """Each public method of a store is declared as one that reads or writes."""
+    methods = {name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")}
+    assert methods
+    assert {name for name in methods if access_of(getattr(kind, name)) is None} == set()
+
+
+def test_calls_do_what_units_do(database: Database, clock: FakeClock) -> None:
+    """A call through the database reads and writes what the same call in a unit does."""
+    database.devices.create(DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash=HASH))
+    assert database.devices.approve("lamp")
+    assert database.devices.get("lamp").approved
+    assert [device.id for device in database.devices.list()] == ["lamp"]
+    assert database.devices.find_by_id("absent") is None
+    with pytest.raises(errors.DeviceNotFoundError):
+        database.devices.get("absent")
+    with pytest.raises(errors.DeviceExistsError):
+        database.devices.create(DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash=HASH))
+    until = clock() + timedelta(minutes=5)
+    assert database.nonces.consume("lamp", "n", expires_at=until)
+    assert not database.nonces.consume("lamp", "n", expires_at=until)
+    scope = IdempotencyScope(device_id="lamp", method="m", key="k")
+    database.idempotency_keys.insert(scope, {"on": True}, ttl=timedelta(hours=1))
+    found = database.idempotency_keys.find(scope)
+    assert found is not None
+    assert found.result == {"on": True}
+    assert database.devices is database.devices
+
+
+def test_a_read_is_one_statement(sqlite_database: Database) -> None:
+    """A call that reads sends its SELECT, without BEGIN and COMMIT, and keeps no snapshot."""
+    add_agent(sqlite_database)
+    told = statements(sqlite_database)
+    assert sqlite_database.agents.get("ada").id == "ada"
+    assert sqlite_database.agents.list()
+    assert [word for word in told if word != "PRAGMA"] == ["SELECT", "SELECT"]
+    assert sqlite_database.counters().reads == 2
+    add_agent(sqlite_database, "later")
+    assert sqlite_database.agents.get("later").id == "later"
+
+
+def test_nothing_to_write_takes_no_write_lock(database: Database, clock: FakeClock) -> None:
+    """`resolve` of a route that exists and `update_last_seen` shortly after the last one end while a writer is busy."""
+    add_agent(database)
+    session = database.sessions.resolve(agent_id="ada", sender_id="anna")
+    database.devices.create(DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash=HASH))
+    assert database.devices.update_last_seen("lamp")
+    clock.advance(seconds=1)
+    answers: list[object] = []
+
+    def ask() -> None:
+        answers.append(database.sessions.resolve(agent_id="ada", sender_id="anna").session_id)
+        answers.append(database.devices.update_last_seen("lamp"))
+        answers.append(database.devices.update_last_seen("absent"))
+
+    with database.unit_of_work() as unit:
+        unit.agents.get("ada")
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join(60)
+    assert answers == [session.session_id, False, False]
+    clock.advance(minutes=2)
+    assert database.devices.update_last_seen("lamp")
+
+
+def test_a_write_inside_a_write_unit_is_refused(database: Database, clock: FakeClock) -> None:
+    """A call that writes inside a write unit of the same thread raises; a call that reads sees what is committed."""
+    with database.unit_of_work() as unit:
+        unit.devices.create(DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash=HASH))
+        assert database.devices.find_by_id("lamp") is None
+        with pytest.raises(errors.UnitStateError):
+            database.nonces.consume("lamp", "n", expires_at=clock() + timedelta(minutes=1))
+    assert database.devices.find_by_id("lamp") is not None
+
+
+def test_an_iterable_is_read_once(database: Database, clock: FakeClock) -> None:
+    """`sessions.index` takes a generator, as in a unit."""
+    add_agent(database)
+
+    def sessions() -> Iterator[AgentSession]:
+        for number in range(300):
+            yield AgentSession(session_id=f"s{number}", agent_id="ada", created_at=clock(), last_active_at=clock())
+
+    assert database.sessions.index(sessions()) == 300
+    assert len(database.sessions.list(limit=1000)) == 300
+
+
+def test_a_closed_database_is_told(database: Database) -> None:
+    """After close both kinds of calls raise DatabaseClosedError."""
+    devices = database.devices
+    database.close()
+    with pytest.raises(errors.DatabaseClosedError):
+        devices.find_by_id("lamp")
+    with pytest.raises(errors.DatabaseClosedError):
+        devices.revoke("lamp")
+
+
+def test_only_a_stores_class_is_taken(database: Database) -> None:
+    """`store` takes the class of a store, and nothing else."""
+    assert isinstance(database.store(stores.NonceStore), stores.NonceStore)
+    for wrong in (object, database.devices, "DeviceStore"):
+        with pytest.raises(errors.InvalidArgumentError, match="store"):
+            database.store(wrong)
+
+
+# A connection to read on
+
+
+def test_a_read_connection_has_one_snapshot_and_cannot_write(database: Database) -> None:
+    """`read_connection` reads with any SQL, in one snapshot; a write is refused, also after a rollback."""
+    add_agent(database)
+    count = text("SELECT count(*) FROM agents")
+    with database.read_connection() as connection:
+        assert connection.execute(count).scalar_one() == 1
+        add_agent(database, "later")
+        assert connection.execute(count).scalar_one() == 1
+        for _ in range(2):
+            with pytest.raises(errors.ReadOnlyError):
+                connection.execute(text("DELETE FROM agents"))
+            connection.rollback()
+        assert connection.execute(count).scalar_one() == 2
+    with database.unit_of_work() as unit:
+        assert len(unit.agents.list()) == 2
+
+
+def test_a_read_connection_holds_no_writer_up(database: Database) -> None:
+    """A transaction that is begun anew on a read connection takes no write lock."""
+    with database.read_connection() as connection:
+        connection.rollback()
+        connection.execute(text("SELECT count(*) FROM agents"))
+        add_agent(database)
+
+
+def test_a_read_connection_attaches_nothing(sqlite_database: Database) -> None:
+    """ATTACH is refused on a read connection: it would be a way to write, and to a second file."""
+    with sqlite_database.read_connection() as connection, pytest.raises(errors.DatabaseError):
+        connection.execute(text("ATTACH ':memory:' AS other"))
+
+
+def test_two_read_connections_are_lent_at_a_time(sqlite_path: object, clock: FakeClock) -> None:
+    """A third one is waited for, for `busy_timeout`."""
+    with Database.open(str(sqlite_path), clock=clock, busy_timeout=timedelta(milliseconds=50)) as database:
+        with (
+            database.read_connection(),
+            database.read_connection(),
+            pytest.raises(errors.DatabaseBusyError, match="read connections"),
+            database.read_connection(),
+        ):
+            pass
+        with database.read_connection() as connection:
+            assert connection.execute(text("SELECT 1")).scalar_one() == 1
