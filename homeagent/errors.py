@@ -361,6 +361,8 @@ class ConnectionLostError(DatabaseError):
 class CommitUnknownError(DatabaseError):
     """The connection was lost in the middle of COMMIT: nobody knows whether the unit took place.
 
+    On SQLite: COMMIT failed, and the WAL could not be written either to remove the failed commit from it.
+
     SQLSTATE 08007 is the standard's name for it, transaction resolution unknown. Look whether what the unit wrote is
     there before you do it again, or make it a unit that may be done twice and pass `idempotent=True` to `Database.run`.
     """

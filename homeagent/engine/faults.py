@@ -66,11 +66,15 @@ class StandbyError(ReadOnlyError):
         )
 
 
-def commit_unknown() -> CommitUnknownError:
-    """Return the error for a connection that was lost between COMMIT and its answer."""
+def commit_unknown(cause: str = "the connection was lost in the middle of COMMIT") -> CommitUnknownError:
+    """Return the error for a COMMIT whose result is unknown.
+
+    Args:
+        cause: what happened; by default, the connection was lost between COMMIT and its answer.
+    """
     return CommitUnknownError(
-        "the connection was lost in the middle of COMMIT, so that nobody knows whether the unit took place: "
-        "look whether it did before it is done again, or use run(…, idempotent=True) for a unit that may be done twice"
+        f"{cause}, so that nobody knows whether the unit took place: look whether it did before it is done again, "
+        "or use run(…, idempotent=True) for a unit that may be done twice"
     )
 
 

@@ -133,7 +133,7 @@ class Link:
 
         Raises:
             DatabaseMovedError: the file is no longer the one that was opened. Nothing was committed.
-            CommitUnknownError: the connection was lost before the answer came.
+            CommitUnknownError: the connection was lost before the answer came, or a failed commit may still reappear.
         """
         if self._watch is not None and not self.read_only:
             self._watch.before_commit()
@@ -143,7 +143,7 @@ class Link:
                 root, self._root = self._root, None
                 root.commit()
             else:
-                self._execute("COMMIT")
+                self._send_commit()
         except self._driver_errors as error:
             fault = self._translate(error)
         except ConnectionLostError as error:
@@ -154,6 +154,9 @@ class Link:
         if isinstance(fault, ConnectionLostError) and not self.read_only:
             fault = commit_unknown()
         raise fault
+
+    def _send_commit(self) -> None:
+        self._execute("COMMIT")
 
     def rollback(self) -> None:
         """Undo everything since `begin`. Nothing to undo is fine: the engine may have done it by itself."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import apsw
@@ -20,6 +20,8 @@ from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool
+
+from homeagent.engine.faults import commit_unknown
 
 __all__ = [
     "APSW_VERSION",
@@ -51,6 +53,8 @@ InternalError = ProgrammingError = NotSupportedError = apsw.Error
 
 DRIVER_ERRORS = (apsw.Error, OverflowError, UnicodeError)
 """What a statement raises: SQLite's errors, a number beyond 64 bits, and text that is not UTF-8."""
+
+_FAILED_WRITES = (apsw.SQLITE_FULL, apsw.SQLITE_IOERR_WRITE)
 
 Description = tuple[tuple[str, None, None, None, None, None, None], ...]
 
@@ -153,7 +157,52 @@ class Connection(_Connection):
     def commit(self) -> None:
         """End the transaction, if there is one."""
         if self.in_transaction:
-            self.execute("COMMIT")
+            self.commit_by(self.execute)
+
+    def commit_by(self, execute: Callable[[str], object]) -> None:
+        """Send COMMIT, and erase a failed commit from the WAL.
+
+        Args:
+            execute: sends a statement on this connection.
+
+        Raises:
+            CommitUnknownError: if COMMIT failed and the WAL could not be written again.
+        """
+        try:
+            execute("COMMIT")
+        except Exception as error:
+            # If COMMIT failed before it wrote, the transaction is open. If a write failed, the commit is not whole.
+            is_whole = not self.in_transaction and getattr(error, "extendedresult", 0) not in _FAILED_WRITES
+            if not is_whole or self._erase_failed_commit():
+                raise
+        else:
+            return
+        raise commit_unknown("the system failed to write the database's log in the middle of COMMIT")
+
+    def _erase_failed_commit(self) -> bool:
+        """Write a commit without changes over a failed commit in the WAL, and return whether that succeeded.
+
+        If only the sync failed, all frames of the failed commit are in the WAL, and valid: only the WAL index leaves
+        them out. If all connections close and the last of them can't checkpoint either, the next connection rebuilds
+        the index and recovers the commit. The next commit overwrites the first of these frames, and the checksums of
+        the others include the first. This commit has no sync, since the sync could fail again; the next one has.
+        """
+        try:
+            if self.pragma("query_only") or self.pragma("journal_mode") != "wal":
+                return True
+            synchronous, autocheckpoint = self.pragma("synchronous"), self.pragma("wal_autocheckpoint")
+            try:
+                # Do not leave out the second pragma: a checkpoint without syncs can damage the database at a power cut.
+                self.execute("PRAGMA synchronous=OFF; PRAGMA wal_autocheckpoint=0")
+                self.pragma("user_version", self.pragma("user_version"))
+            finally:
+                self.execute(f"PRAGMA synchronous={synchronous}; PRAGMA wal_autocheckpoint={autocheckpoint}")
+        except apsw.Error:
+            return False
+        with suppress(apsw.Error):
+            # If this succeeds, the next commit begins the log again, and `find_lost_commits` does not meet the rest.
+            self.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        return True
 
     def rollback(self) -> None:
         """Undo the transaction, if there is one."""

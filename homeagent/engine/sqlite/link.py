@@ -18,3 +18,6 @@ class SQLiteLink(Link):
     @staticmethod
     def _open_cursor(raw: Any) -> StatementCursor:
         return StatementCursor(raw)
+
+    def _send_commit(self) -> None:
+        self._raw.commit_by(self._execute)

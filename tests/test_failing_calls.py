@@ -1,0 +1,292 @@
+"""A sync, an unlock or a close fails in the operating system: a child process runs with `failing_calls.c` preloaded.
+
+One engine only: a server's files are the server's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from homeagent import AgentCreate, Database
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="needs Linux and gcc")
+
+PLAN = """
+import ctypes, errno, json, os, signal, sys
+from homeagent import AgentCreate, Database, errors
+_library = ctypes.CDLL(None)
+_KINDS = {"sync": 1, "unlock": 2, "close": 3, "write": 4}
+def plan(kind, part, error, first=1, times=10**9):
+    _library.plan_failures(_KINDS[kind], str(part).encode(), ctypes.c_long(first), ctypes.c_long(times), error)
+def failures():
+    return _library.failures()
+def done():
+    plan("sync", "/", 0, 10**9, 0)
+def create(unit, name, size=0):
+    unit.agents.create(AgentCreate(id=name, name="A", workspace_path="/", config={"pad": "x" * size}))
+def add(database, name, size=0):
+    database.run(lambda unit: create(unit, name, size))
+def names(database):
+    return database.run(lambda unit: [agent.id for agent in unit.agents.list()], read_only=True)
+def refused(act):
+    "Return the name of the error of homeagent's that it raises, None without one; another exception ends the process."
+    try:
+        act()
+    except errors.HomeAgentError as error:
+        return type(error).__name__
+    return None
+path = sys.argv[1]
+"""
+
+Failing = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled library."""
+    library = tmp_path_factory.mktemp("failing_calls") / "failing_calls.so"
+    source = Path(__file__).with_name("failing_calls.c")
+    subprocess.run(["gcc", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source], check=True, timeout=60)
+    return library
+
+
+@pytest.fixture
+def failing(library: Path, sqlite_path: Path) -> Failing:
+    """Runs a script whose system calls fail, and returns the JSON that it printed last."""
+
+    def run(script: str, *arguments: object, status: int = 0) -> Any:
+        ended = subprocess.run(
+            [sys.executable, "-c", PLAN + script, str(sqlite_path), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)},
+        )
+        assert ended.returncode == status, ended.stderr
+        return json.loads(ended.stdout.splitlines()[-1])
+
+    return run
+
+
+def names(path: Path) -> list[str]:
+    """Return the agents that the next process finds."""
+    with Database.open(path) as database:
+        return database.run(lambda unit: [agent.id for agent in unit.agents.list()], read_only=True)
+
+
+# A commit whose sync fails
+
+
+@pytest.mark.parametrize(
+    ("way", "end"),
+    [("run", "go on"), ("run", "close"), ("run", "kill"), ("session", "close"), ("fresh log", "kill")],
+)
+def test_failed_commit_does_not_reappear(failing: Failing, sqlite_path: Path, way: str, end: str) -> None:
+    """A unit that got DatabaseIOError is not in the database later, even if no sync succeeds until the last close."""
+    found = failing(
+        """
+database = Database.open(path)
+add(database, "before")
+if sys.argv[2] == "fresh log":
+    assert database._engine.empty_log(1.0, truncate=True)
+def by_session():
+    with database.unit_of_work() as unit:
+        create(unit, "session")
+        unit.session
+plan("sync", path, errno.EIO, 2 if sys.argv[2] == "fresh log" else 1)
+act = by_session if sys.argv[2] == "session" else lambda: add(database, "first", 20_000)
+error = refused(act)
+there = names(database)
+if sys.argv[3] == "go on":
+    refused(lambda: add(database, "second"))
+    done()
+    add(database, "after")
+    there = names(database)
+elif sys.argv[3] == "close":
+    refused(database.close)
+print(json.dumps([error, failures() > 0, there]), flush=True)
+if sys.argv[3] == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+os._exit(0)
+""",
+        way,
+        end,
+        status=-9 if end == "kill" else 0,
+    )
+    expected = ["after", "before"] if end == "go on" else ["before"]
+    assert found == ["DatabaseIOError", end != "go on", expected]
+    assert names(sqlite_path) == expected
+
+
+def test_failed_commits_are_not_damage(failing: Failing, sqlite_path: Path) -> None:
+    """What several failed commits left in the log of a killed process is not taken for lost commits."""
+    found = failing(
+        """
+database, other = Database.open(path), Database.open(path)
+names(other)  # keeps the log in place when the connections of the first are replaced
+add(database, "before")
+errors_met = []
+for name, size in (("first", 200_000), ("second", 50_000)):
+    plan("sync", path, errno.EIO, times=1)
+    errors_met.append(refused(lambda: add(database, name, size)))
+done()
+add(database, "after")
+print(json.dumps(errors_met), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        status=-9,
+    )
+    assert found == ["DatabaseIOError", "DatabaseIOError"]
+    assert names(sqlite_path) == ["after", "before"]
+
+
+def test_commit_that_stays_in_the_log_is_unknown(failing: Failing, sqlite_path: Path) -> None:
+    """If the log can't be written either after the failed sync, the caller learns that the commit may reappear."""
+    found = failing(
+        """
+from homeagent.engine.sqlite import dialect
+database = Database.open(path)
+add(database, "before")
+erase = dialect.Connection._erase_failed_commit
+def failing_write(connection):
+    plan("write", path, errno.EIO)
+    return erase(connection)
+dialect.Connection._erase_failed_commit = failing_write
+plan("sync", path, errno.EIO)
+error = refused(lambda: add(database, "first"))
+done()
+there = names(database)
+add(database, "after")
+print(json.dumps([error, there, names(database)]))
+database.close()
+""",
+    )
+    assert found == ["CommitUnknownError", ["before"], ["after", "before"]]
+    assert names(sqlite_path) == ["after", "before"]
+
+
+def test_new_epoch_that_was_refused_has_not_begun(failing: Failing, sqlite_path: Path) -> None:
+    """The same holds outside of units of work: a new epoch whose commit fails is not there later."""
+    failing(
+        """
+add(Database.open(path), "before")
+print("null", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)  # leaves a log
+""",
+        status=-9,
+    )
+    found = failing(
+        """
+plan("sync", path + "-wal", errno.EIO)
+error = refused(lambda: Database.begin_epoch(path))
+print(json.dumps([error, failures() > 0]))
+"""
+    )
+    assert found == ["DatabaseIOError", True]
+    with Database.open(sqlite_path) as database:
+        assert database.status().epoch == 1
+
+
+# A lock that can't be released
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [("unlock", ".lock"), ("unlock", ".open"), ("unlock", "-shm"), ("close", ".lock"), ("close", ".open")],
+)
+def test_failing_unlock_is_an_error_of_homeagent(failing: Failing, sqlite_path: Path, kind: str, part: str) -> None:
+    """The caller never gets a raw OSError, and all that could be released is released."""
+    failing(
+        """
+kind, part, backup = sys.argv[2:]
+def opened():
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return [each for each in map(os.path.realpath, links) if each.startswith(os.path.dirname(path))]
+met = 0
+database = Database.open(path)
+add(database, "before")
+for act in (
+    lambda: database.backup(backup, replace=True),
+    database.close,
+    lambda: Database.open(path).close(),
+    lambda: Database.restore(backup, path),
+    lambda: Database.begin_epoch(path),
+):
+    plan(kind, part, errno.ENOLCK if kind == "unlock" else errno.EIO)
+    error = refused(act)
+    met += failures()
+    done()
+    # SQLAlchemy logs what fails when it closes a connection, and raises nothing.
+    assert error or not failures() or part == "-shm"
+    if database._closed:
+        assert opened() == [], opened()
+assert met
+with Database.open(path) as database:
+    assert names(database) == ["before"]
+print("null")
+""",
+        kind,
+        part,
+        sqlite_path.parent / "kept.backup",
+    )
+
+
+# A backup that fails
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_failed_backup_leaves_no_part(failing: Failing, tmp_path: Path, replace: bool) -> None:
+    """Whichever sync fails, no `.partial` is left; a name that was free is free again."""
+    target = tmp_path / "backups"
+    target.mkdir(mode=0o700)
+    count = failing(
+        """
+directory, replace = sys.argv[2], sys.argv[3] == "True"
+target = os.path.join(directory, "b.backup")
+with Database.open(path) as database:
+    for number in range(1, 100):
+        if replace:
+            database.backup(target, replace=True)
+        plan("sync", directory, errno.EIO, number, 1)
+        error = refused(lambda: database.backup(target, replace=replace))
+        if not failures():
+            break
+        left = sorted(os.listdir(directory))
+        assert error == "DatabaseError", (number, error)
+        assert not [name for name in left if ".partial" in name], (number, left)
+        assert replace or "b.backup" not in left, (number, left)
+        assert "b.backup.json" not in left or "b.backup" in left, (number, left)
+print(number)
+""",
+        target,
+        replace,
+    )
+    assert count > 4
+
+
+def test_failed_creation_leaves_no_file(failing: Failing, tmp_path: Path) -> None:
+    """A database file whose directory can't be synced is not left behind, and the next opening makes it."""
+    path = tmp_path / "new" / "homeagent.db"
+    found = failing(
+        """
+path = sys.argv[2]
+os.mkdir(os.path.dirname(path), 0o700)
+plan("sync", os.path.dirname(path), errno.EIO, 1, 1)
+error = refused(lambda: Database.open(path).close())
+print(json.dumps([error, os.path.exists(path)]))
+""",
+        path,
+    )
+    assert found == ["DatabaseError", False]
+    with Database.open(path) as database, database.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="a", name="A", workspace_path="/"))
