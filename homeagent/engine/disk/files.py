@@ -17,6 +17,7 @@ import logging
 import os
 import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -207,14 +208,19 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
 
     Raises:
         InsecureFileError: the file system does not keep modes.
-        DatabaseError: it can't be made; `ReadOnlyError` and `DiskFullError` where that is why.
+        DatabaseError: it can't be made; `ReadOnlyError` and `DiskFullError` where that is why. No file is left.
     """
     with explained("create", path):
         descriptor = create_descriptor(path, database=database)
         if descriptor is None:
             return False
-        os.close(descriptor)
-    fsync_directory(path.parent)
+        try:
+            os.close(descriptor)
+            fsync_directory(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                path.unlink()
+            raise
     return True
 
 

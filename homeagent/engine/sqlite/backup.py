@@ -122,9 +122,15 @@ def _put_in_place(partial: Path, target: Path, *, replace: bool) -> None:
         elif os.path.lexists(target):
             raise InvalidArgumentError(f"{quoted(target)} was made by another program meanwhile: name another file")
         partial.replace(target)
-        fsync_directory(target.parent)
-        manifest_path(partial).replace(manifest_path(target))
-        fsync_directory(target.parent)
+        try:
+            fsync_directory(target.parent)
+            manifest_path(partial).replace(manifest_path(target))
+            fsync_directory(target.parent)
+        except BaseException:
+            # If it replaced a backup, that one is gone, and this copy is the only one.
+            if not replace:
+                discard(target)
+            raise
 
 
 def discard(partial: Path) -> None:
