@@ -207,8 +207,10 @@ class Database:
             sweepers, self._sweepers = self._sweepers, []
         for sweeper in sweepers:
             sweeper.stop()
-        self._engine.close()
-        self._runner.close()
+        try:
+            self._engine.close()
+        finally:
+            self._runner.close()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Database can't be pickled: pass its target, and open it in the other process")

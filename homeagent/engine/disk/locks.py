@@ -95,17 +95,22 @@ class FileLock:
             delay = min(delay * 2, self._LONGEST_PAUSE)
 
     def release(self) -> None:
-        """Give the lock back; one that is not held is left alone."""
+        """Give the lock back; one that is not held is left alone.
+
+        Raises:
+            DatabaseError: the system could not unlock the file. This object does not hold the lock any more.
+        """
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return
         _held.discard(self)
-        try:
-            if sys.platform != "win32":
-                # Closing alone would leave it locked while a child between fork and exec still has a copy.
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
-        finally:
-            os.close(descriptor)
+        with explained("unlock", self.path):
+            try:
+                if sys.platform != "win32":
+                    # Closing alone would leave it locked while a child between fork and exec still has a copy.
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
+            finally:
+                os.close(descriptor)
 
     def withdraw(self) -> None:
         """Give the lock back, and take its file away again where this made it, no other holds it and it is empty.
@@ -202,12 +207,12 @@ class FileLock:
         if descriptor is None:
             return False
         is_ours = False
-        try:
-            with explained("lock", self.path):
+        with explained("lock", self.path):
+            try:
                 is_ours = self._lock(descriptor) and self._is_in_place(descriptor)
-        finally:
-            if not is_ours:
-                os.close(descriptor)
+            finally:
+                if not is_ours:
+                    os.close(descriptor)
         if is_ours:
             self._descriptor = descriptor
             _held.add(self)

@@ -418,10 +418,12 @@ class SQLiteEngine(Engine):
 
     def after_close(self) -> None:
         """Say that the database is not open here any more; remove the private directory of a temporary one."""
-        if self.presence is not None:
-            self.presence.release()
-        if self.is_temporary:
-            shutil.rmtree(self.path.parent, ignore_errors=True)
+        try:
+            if self.presence is not None:
+                self.presence.release()
+        finally:
+            if self.is_temporary:
+                shutil.rmtree(self.path.parent, ignore_errors=True)
 
     @classmethod
     def temporary(cls, *, busy_timeout: timedelta, durability: Durability) -> SQLiteEngine:

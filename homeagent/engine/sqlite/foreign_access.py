@@ -19,7 +19,7 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -66,20 +66,24 @@ class FileGuard:
 
         The locks are released before the last one closes, since SQLite then locks the file to move the log into it.
         The descriptors are closed after that: closing them earlier would drop SQLite's own locks.
+
+        Raises:
+            DatabaseError: if the system could not unlock or close a file. The connection is closed.
         """
-        with self._mutex:
+        with self._mutex, explained("unlock", self._path):
             self._connections -= 1
             is_last = self._connections == 0
-            if is_last:
-                self._release()
+            failure = self._release() if is_last else None
             try:
                 yield
             finally:
                 if is_last:
-                    self.forget()
                     with _registry:
                         if _guards.get(self._identity) is self:
                             del _guards[self._identity]
+                    self.forget()
+            if failure is not None:
+                raise failure
 
     def hold(self) -> None:
         """Take the locks, if they are not held. A connection has read the database, so that its WAL index exists."""
@@ -94,16 +98,23 @@ class FileGuard:
                     _lock(descriptor, fcntl.F_RDLCK, *span)
             _install_hook()
 
-    def _release(self) -> None:
+    def _release(self) -> OSError | None:
+        """Release the locks, and return the last error: the connection must be closed before it is raised."""
+        failure = None
         for descriptor in self._descriptors:
-            _lock(descriptor, fcntl.F_UNLCK, 0, 0)
+            try:
+                _lock(descriptor, fcntl.F_UNLCK, 0, 0)
+            except OSError as error:
+                failure = error
         self._holds = False
+        return failure
 
     def forget(self) -> None:
         """Close the descriptors: no connection is open, or this is a forked child, whose copies keep the locks."""
         descriptors, self._descriptors = self._descriptors, []
-        for descriptor in descriptors:
-            os.close(descriptor)
+        with ExitStack() as closing:  # closes the others too if one close fails
+            for descriptor in descriptors:
+                closing.callback(os.close, descriptor)
 
 
 def _lock(descriptor: int, kind: int, start: int, length: int) -> None:

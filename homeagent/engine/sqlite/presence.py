@@ -124,7 +124,8 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
                 ) from None
         yield
     finally:
-        os.close(descriptor)
+        with explained("close", database):
+            os.close(descriptor)
 
 
 def _holders(path: Path) -> str:
