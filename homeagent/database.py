@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self, TypeVar
 
 from pydantic import JsonValue, SecretStr
-from sqlalchemy import URL
+from sqlalchemy import URL, Connection
 
 from homeagent import maintenance, models
 from homeagent.clock import Clock, system_clock
@@ -41,8 +41,6 @@ from homeagent.stores.store import Store
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 if TYPE_CHECKING:
-    import sqlalchemy
-
     from homeagent.maintenance.checking import ContentCheck
     from homeagent.pairing import Pairing
 
@@ -266,7 +264,7 @@ class Database:
             raise InvalidArgumentError("kind must be the class of a store, such as homeagent.stores.DeviceStore")
         return one_call_store(kind, self._settings, self._runner)
 
-    def read_connection(self) -> AbstractContextManager[sqlalchemy.Connection]:
+    def read_connection(self) -> AbstractContextManager[Connection]:
         """Return a connection for reports, pandas or ad-hoc SQL, to use as a context manager.
 
         It is opened read-only and sees one snapshot until it is committed or rolled back. On SQLite it can attach no

@@ -159,7 +159,7 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
     constants: dict[str, Any] = {}
     for name in compiled.positiontup or ():
         parameter = compiled.binds[name]
-        convert = parameter.type.dialect_impl(dialect).bind_processor(dialect)
+        convert: Any = parameter.type.dialect_impl(dialect).bind_processor(dialect)
         if not parameter.required:
             # A constant of the expression, such as the False in `approved == False`.
             constant = parameter.effective_value

@@ -228,7 +228,8 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
     return connection
 
 
-def _regexp(pattern: Any, value: Any) -> bool | None:
+def _regexp(*arguments: Any) -> bool | None:
+    pattern, value = arguments
     return None if value is None else re.search(pattern, value) is not None
 
 
