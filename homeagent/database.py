@@ -301,8 +301,8 @@ class Database:
         is over, with growing pauses.
 
         On SQLite, write units that wait for one another share a commit, each in a savepoint: one that raises is
-        undone alone, and where the commit fails, each is run again by itself. They are done in a thread of the
-        database's then, with their callers' context variables. A unit that asks for its ORM session is done alone.
+        undone alone, and where the commit fails, each is run again by itself. The writer thread of the database runs
+        them, with their callers' context variables. A unit that asks for its ORM session is done alone.
 
         Args:
             work: is given the unit and may be called several times: it has no effect but on the unit.

@@ -8,7 +8,6 @@ run again only if its owner says that twice is the same as once.
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,13 +16,11 @@ from typing import TYPE_CHECKING, TypeVar
 from homeagent.engine.faults import StandbyError, TransientError
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError
 from homeagent.functions import refuse_coroutine_function
-from homeagent.group_commit.grouping import Grouping
+from homeagent.group_commit import GroupCommit
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 if TYPE_CHECKING:
     from anyio import CapacityLimiter
-
-    from homeagent.group_commit.loop_calls import LoopCalls
 
 __all__ = ["Runner"]
 
@@ -47,18 +44,15 @@ class Runner:
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
         # PostgreSQL groups commits by itself, and has many writers: each unit has a connection of its own there.
-        self._grouping = Grouping(settings) if settings.engine.shares_commits else None
-        self._loop_calls: LoopCalls | None = None
-        # A signal's handler may come while its own thread holds it, and use the database.
-        self._mutex = threading.RLock()
+        self._group_commit = GroupCommit(settings) if settings.engine.shares_commits else None
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Do a unit of work, again whole where that is safe; see `Database.run`."""
         tries = _Tries(self._settings, idempotent=idempotent)
         while True:
             try:
-                if self._grouping is not None and not read_only:
-                    return _done(work, self._grouping.run(work))
+                if self._group_commit is not None and not read_only:
+                    return _done(work, self._group_commit.run(work))
                 with UnitOfWork(self._settings, read_only=read_only) as unit:
                     return _done(work, work(unit))
             except RETRIED as fault:
@@ -71,13 +65,12 @@ class Runner:
         from anyio.lowlevel import checkpoint_if_cancelled
 
         await checkpoint_if_cancelled()
-        if self._grouping is None or read_only or not _under_asyncio():
+        if self._group_commit is None or read_only or not _under_asyncio():
             return await _in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent))
-        loop_calls = self._loop_calls or self._open_loop_calls(self._grouping)
         tries = _Tries(self._settings, idempotent=idempotent)
         while True:
             try:
-                return _done(work, await loop_calls.run(work))
+                return _done(work, await self._group_commit.arun(work))
             except RETRIED as fault:
                 pause = tries.pause_after(fault)
             await sleep(pause)
@@ -95,19 +88,10 @@ class Runner:
         await checkpoint_if_cancelled()
         return await _in_thread(work, slow=slow)
 
-    def _open_loop_calls(self, grouping: Grouping) -> LoopCalls:
-        # It costs an import that a program without coroutines never pays.
-        from homeagent.group_commit.loop_calls import LoopCalls
-
-        with self._mutex:
-            if self._loop_calls is None:
-                self._loop_calls = LoopCalls(grouping, self._settings.timeout)
-            return self._loop_calls
-
     def close(self) -> None:
         """End the thread that does the units of many callers. The lanes are closed before."""
-        if self._grouping is not None:
-            self._grouping.close()
+        if self._group_commit is not None:
+            self._group_commit.close()
 
 
 def _done(work: Callable[[UnitOfWork], T], value: T) -> T:
@@ -158,18 +142,13 @@ async def _in_thread(work: Callable[[], T], *, slow: bool = False) -> T:
     """Call `work` in a worker thread, and wait for its end even where the caller is cancelled meanwhile."""
     import anyio.to_thread
 
-    from homeagent.shielding import ended_in_thread
+    from homeagent.shielding import call_in_thread
 
     limiter = _worker_places("homeagent_slow_hash_places" if slow else "homeagent_worker_places")
     if not _under_asyncio():
         return await anyio.to_thread.run_sync(work, limiter=limiter)
     # Until then the unit is under way, or not yet handed to a thread.
-    task, cancellation = await ended_in_thread(work, limiter=limiter)
-    if cancellation is not None:
-        if not task.cancelled():
-            task.exception()  # looked at, or asyncio would report it as lost
-        raise cancellation
-    return task.result()
+    return await call_in_thread(work, limiter=limiter)
 
 
 def _worker_places(name: str) -> CapacityLimiter:

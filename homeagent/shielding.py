@@ -10,22 +10,20 @@ from typing import Any, TypeVar
 import anyio
 import anyio.to_thread
 
-__all__ = ["end_of", "ended_in_thread"]
+__all__ = ["call_in_thread", "end_of"]
 
 T = TypeVar("T")
 
 
-async def ended_in_thread(
-    act: Callable[[], T], *, limiter: anyio.CapacityLimiter | None = None
-) -> tuple[asyncio.Task[T], asyncio.CancelledError | None]:
-    """Call `act` in a worker thread, and wait for its end.
+async def call_in_thread(act: Callable[[], T], *, limiter: anyio.CapacityLimiter | None = None) -> T:
+    """Call `act` in a worker thread, wait for its end, and return its value or raise its error.
 
     Args:
-        act: what may block.
-        limiter: how many may do so at once; None for AnyIO's own.
+        act: a function that may block.
+        limiter: how many threads may run such functions at once; None for AnyIO's own.
 
-    Returns:
-        The task, which has what came of it, and the last cancellation that came meanwhile; None where none came.
+    Raises:
+        asyncio.CancelledError: the caller was cancelled meanwhile. `act` has ended all the same, or never begins.
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
@@ -51,7 +49,11 @@ async def ended_in_thread(
             given_up = not begun
         if begun:
             cancellation = await end_of(ended) or cancellation
-    return task, cancellation
+    if cancellation is not None:
+        if not task.cancelled():
+            task.exception()  # looked at, or asyncio would report it as lost
+        raise cancellation
+    return task.result()
 
 
 async def end_of(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:

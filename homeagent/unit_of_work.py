@@ -107,11 +107,13 @@ class UnitOfWork:
         "_sessions",
         "_settings",
         "_state",
+        "_timeout",
         "read_only",
     )
 
-    def __init__(self, settings: UnitSettings, *, read_only: bool) -> None:
+    def __init__(self, settings: UnitSettings, *, read_only: bool, timeout: float | None = None) -> None:
         self._settings = settings
+        self._timeout = settings.timeout if timeout is None else timeout
         self.read_only = read_only
         self._state = "new"
         self._link: Link | None = None
@@ -128,7 +130,23 @@ class UnitOfWork:
     # Its life
 
     def __enter__(self) -> Self:
-        self._begin(self._settings.timeout)
+        if self._state != "new":
+            raise UnitStateError("this unit of work was used before: open another one with unit_of_work()")
+        settings = self._settings
+        if not self.read_only:
+            self._owner = get_ident()
+            if self._owner in settings.writing:
+                settings.engine.lanes(read_only=False)  # in a forked child that is what is wrong
+                refuse_nesting()
+        try:
+            if not self.read_only:
+                settings.writing.add(self._owner)
+            self._link = settings.engine.begin(read_only=self.read_only, timeout=self._timeout)
+        except BaseException as error:
+            settings.engine.counters.faulted(error)
+            settings.writing.discard(self._owner)
+            raise
+        self._state = "open"
         return self
 
     def __exit__(
@@ -142,25 +160,6 @@ class UnitOfWork:
                 call_back(self._after_commit)
         else:
             self._roll_back(error)
-
-    def _begin(self, timeout: float) -> None:
-        if self._state != "new":
-            raise UnitStateError("this unit of work was used before: open another one with unit_of_work()")
-        settings = self._settings
-        if not self.read_only:
-            self._owner = get_ident()
-            if self._owner in settings.writing:
-                settings.engine.lanes(read_only=False)  # in a forked child that is what is wrong
-                refuse_nesting()
-        try:
-            if not self.read_only:
-                settings.writing.add(self._owner)
-            self._link = settings.engine.begin(read_only=self.read_only, timeout=timeout)
-        except BaseException as error:
-            settings.engine.counters.faulted(error)
-            settings.writing.discard(self._owner)
-            raise
-        self._state = "open"
 
     def _commit(self) -> None:
         link = self._link

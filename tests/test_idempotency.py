@@ -758,12 +758,12 @@ def test_cancelled_record(database: Database, canceller: Native | Scoped, monkey
 def test_cancelled_before_the_records_turn(database: Database, canceller: Native | Scoped) -> None:
     """A caller that is cancelled while the outcome waits to be recorded leaves with the record made."""
     writers = database._engine.writers
-    grouping = database._runner._grouping
+    group_commit = database._runner._group_commit
     leading = threading.Thread(target=database.run, args=(lambda unit: None,))
     held: list[Any] = []
 
     def waiting() -> int:
-        return len(writers._waiters) + (len(grouping._queue) if grouping is not None else 0)
+        return len(writers._waiters) + (group_commit._queue.qsize() if group_commit is not None else 0)
 
     async def effect(attempt: Attempt) -> str:
         held.extend(writers.acquire(30) for _ in range(writers._size))

@@ -278,7 +278,7 @@ def test_floors_hold() -> None:
         ("engine/sqlite/engine.py", "from homeagent import Database", "door"),
         ("engine/sqlite/engine.py", "import homeagent.engine.postgresql.link", "engine"),
         ("engine/disk/files.py", "import homeagent.engine.faults", "engine"),
-        ("group_commit/calls.py", "import homeagent.group_commit.grouping", "group_commit"),
+        ("unit_of_work.py", "import homeagent.group_commit", "floors"),
         ("stores/nonces.py", "import sqlite3", "drivers"),
         ("unit_of_work.py", "from fastapi import Depends", "extras"),
     ],

@@ -1,1 +1,0 @@
-"""How write units that wait for the one writer's lane share a commit: `grouping` does it, and begins the tale."""

@@ -1,0 +1,125 @@
+"""Batches on purpose: units that wait for the write lock until all of them are queued."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from homeagent import AgentCreate, Database, UnitOfWork
+from homeagent.engine.link import Link
+from homeagent.group_commit import GroupCommit
+
+Work = Callable[[UnitOfWork], Any]
+
+
+def create(unit: UnitOfWork, agent_id: str) -> str:
+    """Create an agent in this unit."""
+    return unit.agents.create(AgentCreate(id=agent_id, name=agent_id, workspace_path="/srv")).id
+
+
+def creating(agent_id: str) -> Work:
+    """Return a function that creates an agent."""
+    return functools.partial(create, agent_id=agent_id)
+
+
+def agents_of(database: Database) -> list[str]:
+    """Return the ids of the committed agents."""
+    with database.unit_of_work(read_only=True) as unit:
+        return [agent.id for agent in unit.agents.list()]
+
+
+def group_commit_of(database: Database) -> GroupCommit:
+    """Return the group commit of a database."""
+    group_commit = database._runner._group_commit
+    assert group_commit is not None
+    return group_commit
+
+
+def wait_for_calls(database: Database, number: int) -> None:
+    """Wait until so many calls are queued, the first of which waits for the write lock."""
+    group_commit = group_commit_of(database)
+    while group_commit._queue.qsize() + len(database._engine.writers._waiters) < number:
+        time.sleep(0.0005)
+
+
+def outcome_of(act: Callable[[], Any]) -> Any:
+    """Return the value of a function, or its error."""
+    try:
+        return act()
+    except BaseException as error:  # noqa: BLE001  it is compared
+        return error
+
+
+def run_together(database: Database, works: Sequence[Work], *, coroutines: bool = False) -> list[Any]:
+    """Run functions as the units of one batch, in this order, and return the value or the error of each."""
+    outcomes: dict[int, Any] = {}
+
+    async def main() -> None:
+        calls = [asyncio.ensure_future(database.arun(work)) for work in works]
+        await asyncio.wait(calls)
+        outcomes.update((number, outcome_of(call.result)) for number, call in enumerate(calls))
+
+    def call(number: int) -> None:
+        outcomes[number] = outcome_of(functools.partial(database.run, works[number]))
+
+    if coroutines:
+        threads = [threading.Thread(target=asyncio.run, args=(main(),))]
+    else:
+        threads = [
+            threading.Thread(target=call, args=(number,), name=f"caller {number}") for number in range(len(works))
+        ]
+    with database.unit_of_work() as unit:
+        unit.rollback()  # so that this block is no commit
+        for number, thread in enumerate(threads):
+            thread.start()
+            wait_for_calls(database, len(works) if coroutines else number + 1)
+    for thread in threads:
+        thread.join(60)
+    return [outcomes[number] for number in range(len(works))]
+
+
+@contextmanager
+def counted_commits(monkeypatch: pytest.MonkeyPatch, *faults: BaseException | None) -> Iterator[list[int]]:
+    """Count the commits of write units. The first ones fail with these errors; None is a commit that succeeds."""
+    count = [0]
+    coming = iter(faults)
+    commit = Link.commit
+
+    def counting(link: Link) -> None:
+        if not link.read_only:
+            count[0] += 1
+            fault = next(coming, None)
+            if fault is not None:
+                raise fault
+        commit(link)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Link, "commit", counting)
+        yield count
+
+
+@contextmanager
+def held(database: Database) -> Iterator[None]:
+    """Hold the write lock in another thread."""
+    entered, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with database.unit_of_work():
+            entered.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold, name="the slow one")
+    holder.start()
+    try:
+        assert entered.wait(30)
+        yield
+    finally:
+        done.set()
+        holder.join()

@@ -1,0 +1,614 @@
+"""Group commit: units that share a commit are as good as units of their own, whatever the others do.
+
+SQLite only, but for the test that says so: PostgreSQL groups commits by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from homeagent import Agent, Database, UnitOfWork
+from homeagent.engine.counters import Counters
+from homeagent.engine.link import Link
+from homeagent.errors import AgentExistsError, AgentNotFoundError, DiskFullError, UnitStateError
+from tests.batches import Work, agents_of, counted_commits, create, creating, group_commit_of, held, run_together
+from tests.conftest import START, FakeClock, dump
+
+BOTH = pytest.mark.parametrize("coroutines", [False, True], ids=["threads", "coroutines"])
+
+
+@pytest.fixture(autouse=True)
+def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch takes all calls that wait, however slow the machine is."""
+    monkeypatch.setattr("homeagent.group_commit._LONGEST", 60)
+
+
+class Odd(BaseException):
+    """Neither an Exception nor one that Python itself raises."""
+
+
+# What a batch is
+
+
+@BOTH
+def test_units_that_wait_share_one_commit(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, coroutines: bool
+) -> None:
+    """Ten units that wait for the write lock are committed together in one thread, each with its own result."""
+    threads: set[str] = set()
+
+    def work(unit: UnitOfWork, agent_id: str) -> str:
+        threads.add(threading.current_thread().name)
+        return create(unit, agent_id)
+
+    works = [functools.partial(work, agent_id=f"a{number}") for number in range(10)]
+    with counted_commits(monkeypatch) as count:
+        results = run_together(sqlite_database, works, coroutines=coroutines)
+    assert results == [f"a{number}" for number in range(10)]
+    assert count == [1]
+    assert threads == {"homeagent-writer"}
+    assert agents_of(sqlite_database) == sorted(results)
+    snapshot = sqlite_database._engine.counters.snapshot()
+    assert (snapshot.groups, snapshot.group_size_p50, snapshot.commits, snapshot.rollbacks) == (1, 10, 10, 1)
+    assert snapshot.lane_waits == 10
+
+
+def test_a_lone_caller_runs_its_unit_in_its_own_thread(sqlite_database: Database) -> None:
+    """No other thread is started for it, and it has a plain transaction, where it may open its ORM session."""
+
+    def work(unit: UnitOfWork) -> threading.Thread:
+        unit.session.add(Agent(id="ada", name="Ada", workspace_path="/ada", created_at=START))
+        return threading.current_thread()
+
+    assert sqlite_database.run(work) is threading.current_thread()
+    assert group_commit_of(sqlite_database)._thread is None
+    assert agents_of(sqlite_database) == ["ada"]
+
+
+def test_many_coroutines_share_few_commits(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hundred coroutines have their units in a few commits, each with its own result or error."""
+
+    def work(unit: UnitOfWork, number: int) -> str:
+        agent_id = create(unit, f"a{number:03}")
+        if number % 10 == 9:
+            raise LookupError(agent_id)
+        return agent_id
+
+    async def main() -> list[Any]:
+        calls = [sqlite_database.arun(functools.partial(work, number=number)) for number in range(200)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    with counted_commits(monkeypatch) as count:
+        results = asyncio.run(main())
+    for number, result in enumerate(results):
+        if number % 10 == 9:
+            assert isinstance(result, LookupError)
+            assert result.args == (f"a{number:03}",)
+        else:
+            assert result == f"a{number:03}"
+    assert len(dump(sqlite_database)["agents"]) == 180
+    assert count[0] < 20
+
+
+def test_an_event_loop_is_notified_once_for_a_batch(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of its coroutines shared the commit."""
+    notified: list[int] = []
+    notify = asyncio.BaseEventLoop.call_soon_threadsafe
+
+    def counting(loop: Any, callback: Any, *arguments: Any, **options: Any) -> Any:
+        if callback.__module__ == "homeagent.group_commit":
+            notified.append(len(arguments[0]))
+        return notify(loop, callback, *arguments, **options)
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", counting)
+    run_together(sqlite_database, [creating(f"a{number}") for number in range(20)], coroutines=True)
+    assert notified == [20]
+
+
+def test_postgresql_groups_by_itself(empty_postgres_url: str) -> None:
+    """A server has many writers and groups their commits: there, each unit has a connection of its own."""
+    with Database.open(empty_postgres_url) as database:
+        assert database._runner._group_commit is None
+        assert database.run(creating("ada")) == "ada"
+
+
+def test_a_batch_is_bounded(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends after so many units, or after so long, and the next one begins."""
+    monkeypatch.setattr("homeagent.group_commit._MOST", 4)
+    with counted_commits(monkeypatch) as count:
+        run_together(sqlite_database, [creating(f"a{number}") for number in range(11)])
+    assert count == [3]
+    monkeypatch.setattr("homeagent.group_commit._LONGEST", 0)
+    with counted_commits(monkeypatch) as count:
+        run_together(sqlite_database, [creating(f"b{number}") for number in range(4)])
+    assert count == [4]
+
+
+# Each for itself
+
+
+def raising(unit: UnitOfWork, error: BaseException) -> None:
+    """Write something, and raise."""
+    create(unit, "raised")
+    raise error
+
+
+def rolling_back(unit: UnitOfWork) -> str:
+    """Write something, give the unit up, and try to go on."""
+    create(unit, "given up")
+    unit.after_commit(lambda: pytest.fail("never committed"))
+    unit.rollback()
+    for act in (lambda: create(unit, "too late"), lambda: unit.session, unit.rollback):
+        with pytest.raises(UnitStateError, match="rolled back"):
+            act()
+    return "gave up"
+
+
+left_open: list[Any] = []
+
+
+def leave_open(unit: UnitOfWork) -> None:
+    """Open a savepoint that nobody ends. It would be ended if nothing referred to it."""
+    left_open.append(unit.savepoint())
+    left_open[-1].__enter__()
+
+
+def leaving_savepoints(unit: UnitOfWork) -> str:
+    """Open savepoints, and end none of them."""
+    for number in range(2):
+        leave_open(unit)
+        create(unit, f"in savepoint {number}")
+    return "left"
+
+
+def leaving_and_raising(unit: UnitOfWork) -> None:
+    """Raise within savepoints that nobody ends."""
+    leaving_savepoints(unit)
+    create(unit, "raised")
+    raise LookupError
+
+
+def refused(unit: UnitOfWork) -> None:
+    """Meet an error of the store, and let it out."""
+    create(unit, "raised")
+    create(unit, "raised")
+
+
+def recursing(unit: UnitOfWork) -> None:
+    """Write something, and recurse without an end."""
+    create(unit, "raised")
+
+    def again() -> None:
+        again()
+
+    again()
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        (functools.partial(raising, error=LookupError("x")), LookupError),
+        (functools.partial(raising, error=SystemExit(3)), SystemExit),
+        (functools.partial(raising, error=GeneratorExit()), GeneratorExit),
+        (functools.partial(raising, error=MemoryError()), MemoryError),
+        (functools.partial(raising, error=Odd()), Odd),
+        (recursing, RecursionError),
+        (refused, AgentExistsError),
+        (leaving_and_raising, LookupError),
+        (rolling_back, "gave up"),
+    ],
+)
+def test_what_undoes_a_unit_spares_its_neighbours(
+    sqlite_path: Path, bad: Work, expected: Any, coroutines: bool
+) -> None:
+    """A unit that raises or gives up is undone alone, wherever it stands; its caller alone learns of it."""
+    if expected in (SystemExit, GeneratorExit):
+        coroutines = False  # such an error ends the event loop
+    for position in range(3):
+        works = [creating(f"ada {position}"), creating(f"bob {position}")]
+        works.insert(position, bad)
+        with Database.open(sqlite_path, durability="normal") as database:
+            results = run_together(database, works, coroutines=coroutines)
+            result = results.pop(position)
+            assert result == expected or isinstance(result, expected)
+            assert results == [f"ada {position}", f"bob {position}"]
+            assert len(agents_of(database)) == 2 * (position + 1)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2], ids=["first", "middle", "last"])
+def test_savepoints_that_nobody_ended_end_with_their_unit(sqlite_database: Database, position: int) -> None:
+    """What was done in them is kept with the unit, and no other unit is inside of them."""
+    works = [creating("ada"), functools.partial(raising, error=LookupError())]
+    works.insert(position, leaving_savepoints)
+    results = run_together(sqlite_database, works)
+    assert results[position] == "left"
+    left_open.clear()  # where the generators behind them end, and may touch nothing
+    assert agents_of(sqlite_database) == ["ada", "in savepoint 0", "in savepoint 1"]
+
+
+@BOTH
+def test_a_unit_with_its_orm_session_runs_alone(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, coroutines: bool
+) -> None:
+    """It runs again in a transaction of its own, where it may flush, fail and roll back; the others do not."""
+    runs: list[str] = []
+
+    def orm(unit: UnitOfWork, *, swallow: bool) -> str:
+        runs.append("orm")
+        create(unit, f"store {swallow}")
+        try:
+            session = unit.session
+        except BaseException:
+            if not swallow:
+                raise
+            return "swallowed"
+        session.add(Agent(id=f"orm {swallow}", name="Orm", workspace_path="/orm", created_at=START))
+        return "with session"
+
+    def orm_rollback(unit: UnitOfWork) -> str:
+        create(unit, "undone")
+        unit.session.rollback()
+        return "rolled back"
+
+    def plain(unit: UnitOfWork, agent_id: str) -> str:
+        runs.append(agent_id)
+        return create(unit, agent_id)
+
+    works: list[Work] = [
+        functools.partial(orm, swallow=False),
+        functools.partial(plain, agent_id="ada"),
+        orm_rollback,
+        functools.partial(orm, swallow=True),
+        functools.partial(plain, agent_id="bob"),
+    ]
+    with counted_commits(monkeypatch) as count:
+        results = run_together(sqlite_database, works, coroutines=coroutines)
+    assert results == ["with session", "ada", "rolled back", "with session", "bob"]
+    assert agents_of(sqlite_database) == ["ada", "bob", "orm False", "orm True", "store False", "store True"]
+    assert runs == ["orm", "ada", "orm", "bob", "orm", "orm"]
+    assert count == [3]
+
+
+def test_units_see_what_those_before_them_did(sqlite_database: Database) -> None:
+    """In a batch, one unit sees the writes of the units before it, and none of those that were undone."""
+
+    def look(unit: UnitOfWork) -> list[str]:
+        return [agent.id for agent in unit.agents.list()]
+
+    works = [creating("ada"), functools.partial(raising, error=LookupError()), look, creating("ada")]
+    results = run_together(sqlite_database, works)
+    assert results[2] == ["ada"]
+    assert isinstance(results[3], AgentExistsError)
+
+
+def test_a_unit_is_of_no_use_after_its_end(sqlite_database: Database) -> None:
+    """A unit that was kept beyond its turn can't write into its neighbour's."""
+    kept: list[UnitOfWork] = []
+
+    def meddle(unit: UnitOfWork) -> None:
+        for other in kept:
+            with pytest.raises(UnitStateError):
+                create(other, "smuggled")
+            with pytest.raises(UnitStateError):
+                other.rollback()
+        kept.append(unit)
+
+    assert run_together(sqlite_database, [meddle] * 4) == [None] * 4
+    assert len(kept) == 4
+    assert agents_of(sqlite_database) == []
+
+
+def test_a_unit_in_a_unit_is_refused(sqlite_database: Database) -> None:
+    """It would wait for its own thread: in a block, in a unit of a batch, and while others wait."""
+
+    def nested(unit: UnitOfWork) -> None:
+        sqlite_database.run(lambda unit: None)
+
+    def block(unit: UnitOfWork) -> None:
+        with sqlite_database.unit_of_work():
+            pass
+
+    assert [type(result) for result in run_together(sqlite_database, [nested, block])] == [UnitStateError] * 2
+    waiting = threading.Thread(target=sqlite_database.run, args=(creating("waits"),))
+    with sqlite_database.unit_of_work() as unit:
+        with pytest.raises(UnitStateError):
+            nested(unit)
+        waiting.start()
+        while not sqlite_database._engine.writers._waiters:
+            threading.Event().wait(0.001)
+        with pytest.raises(UnitStateError):
+            nested(unit)
+        create(unit, "ada")
+    waiting.join(30)
+    assert agents_of(sqlite_database) == ["ada", "waits"]
+
+
+# When the commit fails
+
+
+@BOTH
+def test_a_commit_that_fails_is_made_for_each_alone(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, coroutines: bool
+) -> None:
+    """Nothing of the batch took place: each unit runs again in a transaction of its own, and succeeds."""
+    runs: list[str] = []
+
+    def work(unit: UnitOfWork, agent_id: str) -> str:
+        runs.append(agent_id)
+        return create(unit, agent_id)
+
+    works = [functools.partial(work, agent_id=name) for name in ("a", "b", "c")]
+    with counted_commits(monkeypatch, DiskFullError("no room")) as count:
+        results = run_together(sqlite_database, works, coroutines=coroutines)
+    assert results == ["a", "b", "c"]
+    assert runs[:3] == ["a", "b", "c"]
+    assert sorted(runs[3:]) == ["a", "b", "c"]
+    assert count == [4]
+    assert agents_of(sqlite_database) == ["a", "b", "c"]
+
+
+def test_a_commit_that_fails_for_one_alone_is_its_own_error(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of units that run again alone, the one whose commit fails gets the error, and is not there."""
+    error = DiskFullError("no room")
+    with counted_commits(monkeypatch, DiskFullError("no room"), None, error):
+        results = run_together(sqlite_database, [creating(name) for name in ("a", "b", "c")])
+    assert results.count(error) == 1
+    assert agents_of(sqlite_database) == [result for result in results if result is not error]
+
+
+def test_a_transaction_that_the_engine_undid_is_done_again(sqlite_database: Database) -> None:
+    """SQLite may undo all by itself on a full disk: the others' units run again, and none is lost."""
+    broken: list[int] = []
+
+    def breaking(unit: UnitOfWork) -> str:
+        if not broken:
+            broken.append(1)
+            link: Any = unit._link
+            link.execute("ROLLBACK")
+            raise DiskFullError("no room")
+        return create(unit, "broke before")
+
+    assert run_together(sqlite_database, [creating("a"), breaking, creating("b")]) == ["a", "broke before", "b"]
+    assert agents_of(sqlite_database) == ["a", "b", "broke before"]
+
+
+def test_a_savepoint_that_can_not_be_undone_takes_nobody_along(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the unit did would be committed with the others: the batch is rolled back, and each runs alone."""
+
+    def failing(link: Link, name: str) -> None:
+        raise DiskFullError("no room")
+
+    monkeypatch.setattr(Link, "rollback_to_savepoint", failing)
+    works = [creating("a"), functools.partial(raising, error=LookupError("mine")), creating("b")]
+    results = run_together(sqlite_database, works)
+    assert results[::2] == ["a", "b"]
+    assert isinstance(results[1], LookupError)
+    assert agents_of(sqlite_database) == ["a", "b"]
+
+
+def test_an_error_after_the_commit_has_no_unit_done_twice(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where counting fails, the units of the batch took place, once, and their callers are told so."""
+    runs: list[str] = []
+
+    def work(unit: UnitOfWork, agent_id: str) -> str:
+        runs.append(agent_id)
+        return create(unit, agent_id)
+
+    def fail(counters: Counters, units: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Counters, "grouped", fail)
+    results = run_together(sqlite_database, [functools.partial(work, agent_id=name) for name in ("a", "b")])
+    assert results == runs == agents_of(sqlite_database) == ["a", "b"]
+    assert sqlite_database.run(creating("c")) == "c"
+    assert [getattr(record, "event", None) for record in caplog.records] == ["writer_failed"]
+
+
+# After the commit
+
+
+@BOTH
+def test_no_callback_after_a_commit_that_failed(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, coroutines: bool
+) -> None:
+    """A lone unit whose commit fails calls nothing, and neither does one of a batch that then fails alone."""
+    called: list[str] = []
+
+    def work(unit: UnitOfWork, name: str) -> None:
+        unit.after_commit(functools.partial(called.append, name))
+        create(unit, name)
+
+    with counted_commits(monkeypatch, DiskFullError("no room")), pytest.raises(DiskFullError):
+        sqlite_database.run(functools.partial(work, name="lone"))
+    works = [functools.partial(work, name=name) for name in ("a", "b")]
+    with counted_commits(monkeypatch, *(DiskFullError("no room") for _ in range(3))):
+        results = run_together(sqlite_database, works, coroutines=coroutines)
+    assert [type(result) for result in results] == [DiskFullError] * 2
+    assert called == []
+    assert agents_of(sqlite_database) == []
+
+
+def test_callbacks_run_in_their_callers_thread_once_all_is_durable(sqlite_database: Database) -> None:
+    """Each caller's callbacks run in its own thread, see the commit, and may open units themselves."""
+    seen: list[tuple[str, bool, str]] = []
+
+    def work(unit: UnitOfWork, name: str) -> None:
+        create(unit, name)
+        unit.after_commit(
+            lambda: seen.append((name, name in agents_of(sqlite_database), threading.current_thread().name))
+        )
+        unit.after_commit(lambda: sqlite_database.run(creating(f"after {name}")))
+
+    run_together(sqlite_database, [functools.partial(work, name=f"caller {number}") for number in range(3)])
+    assert sorted(seen) == [(name, True, name) for name in ("caller 0", "caller 1", "caller 2")]
+    assert len(agents_of(sqlite_database)) == 6
+
+
+def test_callbacks_of_coroutines_run_before_they_go_on_and_block_no_loop(sqlite_database: Database) -> None:
+    """They run in a worker thread with the caller's context, and a broken one hides nothing."""
+    name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
+    seen: list[tuple[str, bool]] = []
+
+    def work(unit: UnitOfWork) -> str:
+        unit.after_commit(lambda: 1 / 0)
+        unit.after_commit(lambda: seen.append((name.get(), threading.current_thread() is main_thread)))
+        return create(unit, name.get())
+
+    async def caller(mine: str) -> None:
+        name.set(mine)
+        assert await sqlite_database.arun(work) == mine
+        assert (mine, False) in seen
+
+    async def main() -> None:
+        await asyncio.gather(*(caller(f"c{number}") for number in range(5)))
+
+    main_thread = threading.current_thread()
+    asyncio.run(main())
+    assert len(seen) == 5
+
+
+def test_the_callers_context_is_the_works(sqlite_database: Database) -> None:
+    """Whichever thread runs a unit, the function finds the context variables of its own caller."""
+    name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
+    results: list[bool] = []
+
+    def call(mine: str) -> None:
+        name.set(mine)
+        results.append(sqlite_database.run(lambda unit: name.get()) == mine)
+
+    threads = [threading.Thread(target=call, args=(f"t{number}",)) for number in range(5)]
+    with held(sqlite_database):
+        for thread in threads:
+            thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert results == [True] * 5
+
+
+# Whatever units do
+
+
+names = st.sampled_from(["a", "b", "c"])
+acts = st.sampled_from(["create", "delete", "get", "nested", "nested error", "left open", "session", "callback"])
+steps = st.lists(st.tuples(acts, names), max_size=4)
+ends = st.sampled_from(["return", "return", "return", "raise", "rollback"])
+
+
+def play(unit: UnitOfWork, script: Sequence[tuple[str, str]], end: str, called: list[str]) -> Any:
+    """Do the steps of a unit, and return what they showed."""
+    shown: list[Any] = []
+    for act, name in script:
+        if act == "create":
+            shown.append(create(unit, name))
+        elif act == "delete":
+            shown.append(unit.agents.delete(name))
+        elif act == "get":
+            shown.append(unit.agents.get(name).name)
+        elif act == "nested":
+            with suppress(LookupError), unit.savepoint():
+                unit.agents.delete(name)
+                raise LookupError
+        elif act == "nested error":
+            with suppress(AgentExistsError), unit.savepoint(), unit.savepoint():
+                create(unit, "d")
+                create(unit, name)
+        elif act == "left open":
+            leave_open(unit)
+            shown.append(unit.agents.delete(name))
+        elif act == "session":
+            found = unit.session.get(Agent, name)
+            shown.append(found is not None)
+            if found is not None:
+                found.name = "by the ORM"
+        else:
+            unit.after_commit(functools.partial(called.append, name))
+    if end == "raise":
+        raise LookupError(str(shown))
+    if end == "rollback":
+        unit.rollback()
+    return shown
+
+
+def comparable(outcome: Any) -> Any:
+    """Return what two outcomes are alike by."""
+    return (type(outcome), str(outcome)) if isinstance(outcome, BaseException) else outcome
+
+
+# The fixture that all tests have is the same for every example.
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    scripts=st.lists(st.tuples(steps, ends), min_size=2, max_size=6),
+    faults=st.lists(st.booleans(), max_size=3),
+    coroutines=st.booleans(),
+)
+def test_units_of_a_batch_are_as_good_as_units_alone(
+    pair: tuple[Database, Database],
+    scripts: list[tuple[list[tuple[str, str]], str]],
+    faults: list[bool],
+    coroutines: bool,
+) -> None:
+    """Whatever they do and whichever commits fail, each ends as it would alone, one after the other."""
+    batched, alone = pair
+    order: list[int] = []
+    called: dict[int, list[str]] = {number: [] for number in range(len(scripts))}
+    failing = [DiskFullError("no room") if fault else None for fault in faults]
+
+    def work(unit: UnitOfWork, number: int) -> Any:
+        if number in order:
+            order.remove(number)
+        order.append(number)
+        return play(unit, *scripts[number], called[number])
+
+    for database in pair:
+        with database.unit_of_work() as unit:
+            for agent in unit.agents.list():
+                unit.agents.delete(agent.id)
+            create(unit, "a")
+    works = [functools.partial(work, number=number) for number in range(len(scripts))]
+    with pytest.MonkeyPatch.context() as patch, counted_commits(patch, *failing):
+        outcomes = run_together(batched, works, coroutines=coroutines)
+    left_open.clear()
+    for number in order:
+        expected: list[str] = []
+        if isinstance(outcomes[number], DiskFullError):
+            # Its own commit failed: nothing of it took place.
+            assert called[number] == []
+            continue
+        try:
+            with alone.unit_of_work() as unit:
+                result: Any = play(unit, *scripts[number], expected)
+        except (LookupError, AgentExistsError, AgentNotFoundError) as error:
+            result = error
+        assert comparable(outcomes[number]) == comparable(result)
+        assert called[number] == expected
+    left_open.clear()
+    assert dump(batched) == dump(alone)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[Database, Database]]:
+    """Two databases, kept open for all examples, which takes most of the time."""
+    clock = FakeClock()
+    with (
+        Database.open(":memory:", clock=clock, durability="normal") as batched,
+        Database.open(":memory:", clock=clock, durability="normal") as alone,
+    ):
+        yield batched, alone

@@ -1,0 +1,630 @@
+"""Group commit: how long callers wait, and what takes them out of the queue. No caller waits for ever.
+
+SQLite only: PostgreSQL groups commits by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from homeagent import Database, UnitOfWork
+from homeagent.engine.link import Link
+from homeagent.errors import DatabaseBusyError, DatabaseClosedError, DatabaseError
+from tests.batches import (
+    Work,
+    agents_of,
+    create,
+    creating,
+    group_commit_of,
+    held,
+    outcome_of,
+    wait_for_calls,
+)
+from tests.conftest import Children, FakeClock, add_agent, dump
+
+
+@pytest.fixture
+def impatient(sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
+    """A database whose units wait for 400 ms at most. A quarter of that is what a batch may last."""
+    monkeypatch.setattr("homeagent.group_commit._LONGEST", 60)
+    with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(milliseconds=400)) as database:
+        yield database
+
+
+# Whose turn it is
+
+
+def test_a_block_that_waits_is_not_passed_by_batch_after_batch(sqlite_database: Database) -> None:
+    """While 8 threads run units without a pause, one that uses blocks gets its turns between their batches."""
+    stop = threading.Event()
+
+    def busy(number: int) -> None:
+        while not stop.is_set():
+            sqlite_database.run(lambda unit: unit.agents.find_by_id(f"x{number}"))
+
+    threads = [threading.Thread(target=busy, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(20):
+            add_agent(sqlite_database, f"a{number}")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    assert len(agents_of(sqlite_database)) == 20
+
+
+# For how long
+
+
+@pytest.mark.parametrize("coroutines", [False, True], ids=["threads", "coroutines"])
+def test_no_caller_waits_longer_than_the_timeout(impatient: Database, coroutines: bool) -> None:
+    """Each caller is told which thread holds the write lock; then all goes on as before."""
+    errors: list[Any] = []
+    works = [creating(f"late {number}") for number in range(4)]
+
+    async def main() -> None:
+        errors.extend(await asyncio.gather(*map(impatient.arun, works), return_exceptions=True))
+
+    def call(work: Work) -> None:
+        errors.append(outcome_of(lambda: impatient.run(work)))
+
+    with held(impatient):
+        if coroutines:
+            asyncio.run(main())
+        else:
+            threads = [threading.Thread(target=call, args=(work,)) for work in works]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+    assert [type(error) for error in errors] == [DatabaseBusyError] * 4
+    assert all("'the slow one' holds it since" in str(error) for error in errors)
+    assert impatient._engine.counters.snapshot().lane_waits >= 4
+    assert impatient.run(creating("ada")) == "ada"
+    assert agents_of(impatient) == ["ada"]
+
+
+def test_without_a_timeout_a_free_write_lock_is_enough(sqlite_path: Path) -> None:
+    """With a busy_timeout of 0, a unit that the writer thread takes up at once is no unit that waits."""
+    with Database.open(sqlite_path, busy_timeout=timedelta(0)) as database:
+        assert asyncio.run(database.arun(creating("ada"))) == "ada"
+        group_commit_of(database)._is_crowded = True
+        assert database.run(creating("bob")) == "bob"
+
+
+def test_a_function_that_hangs_keeps_no_other_caller_waiting(impatient: Database) -> None:
+    """Those before it in its batch and those behind are told which function hangs, and none of them took place.
+
+    They learn it while it hangs. When it ends after all, it alone is done, in a transaction of its own.
+    """
+    go_on, hanging = threading.Event(), threading.Event()
+    outcomes: dict[str, Any] = {}
+    called: list[str] = []
+
+    def caller(name: str, work: Work) -> threading.Thread:
+        return threading.Thread(
+            target=lambda: outcomes.update({name: outcome_of(lambda: impatient.run(work))}), name=name
+        )
+
+    def hang(unit: UnitOfWork) -> str:
+        called.append("hang")
+        hanging.set()
+        assert go_on.wait(10)
+        return create(unit, "hung")
+
+    def begin(unit: UnitOfWork) -> str:
+        for number, thread in enumerate((second, hangs)):
+            thread.start()
+            wait_for_calls(impatient, number + 1)
+        unit.after_commit(lambda: called.append("never"))
+        return create(unit, "first")
+
+    hangs = caller("the hanging one", hang)
+    second = caller("second", creating("second"))
+    threads = [caller("first", begin), second, caller("third", creating("third"))]
+    group_commit_of(impatient)._is_crowded = True  # the first caller hands its unit over too
+    threads[0].start()
+    assert hanging.wait(30)
+    threads[2].start()
+    for thread in threads:
+        thread.join(30)
+    outcomes["block"] = outcome_of(lambda: add_agent(impatient))
+    assert "the hanging one" not in outcomes
+    assert sorted(outcomes) == ["block", "first", "second", "third"]
+    for outcome in outcomes.values():
+        assert isinstance(outcome, DatabaseBusyError)
+        assert "'homeagent-writer' holds it since" in str(outcome)
+        assert "hang for thread 'the hanging one' since" in str(outcome)
+    go_on.set()
+    hangs.join(30)
+    assert outcomes["the hanging one"] == "hung"
+    assert agents_of(impatient) == ["hung"]
+    assert called == ["hang", "hang"]
+    assert impatient.run(creating("ada")) == "ada"
+
+
+@pytest.mark.parametrize("cancelled", [False, True], ids=["waiting", "cancelled"])
+def test_a_function_that_hangs_keeps_no_coroutine_waiting(impatient: Database, cancelled: bool) -> None:
+    """A coroutine whose unit was done leaves its batch in time, also one that was cancelled meanwhile."""
+    go_on, hanging = threading.Event(), threading.Event()
+
+    def hang(unit: UnitOfWork) -> str:
+        hanging.set()
+        assert go_on.wait(10)
+        return create(unit, "hung")
+
+    def begin(unit: UnitOfWork) -> str:
+        wait_for_calls(impatient, 1)
+        unit.after_commit(lambda: pytest.fail("it was given up"))
+        return create(unit, "first")
+
+    async def main() -> None:
+        first = asyncio.ensure_future(impatient.arun(begin))
+        hangs = asyncio.ensure_future(impatient.arun(hang))
+        assert await anyio.to_thread.run_sync(hanging.wait, 30)
+        if cancelled:
+            first.cancel()
+        with pytest.raises(asyncio.CancelledError if cancelled else DatabaseBusyError) as caught:
+            await first
+        if not cancelled:
+            assert caught.match("hang for a coroutine since")
+        with pytest.raises(DatabaseBusyError, match="homeagent-writer"):
+            await impatient.arun(creating("late"))
+        assert not hangs.done()
+        go_on.set()
+        assert await hangs == "hung"
+
+    asyncio.run(main())
+    assert agents_of(impatient) == ["hung"]
+
+
+def test_a_caller_that_stays_with_a_batch_that_another_left_is_done_again(
+    impatient: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is done without what the other one did, whose unit took no place."""
+    left = threading.Event()
+    outcomes: list[Any] = []
+    runs: list[tuple[str, int]] = []
+
+    def first() -> None:
+        outcomes.append(outcome_of(lambda: impatient.run(functools.partial(work, agent_id="first"))))
+        left.set()
+
+    def work(unit: UnitOfWork, agent_id: str) -> str:
+        runs.append((agent_id, len(unit.agents.list())))
+        if agent_id == "second":
+            assert left.wait(60)  # until the first caller has waited for too long
+        else:
+            wait_for_calls(impatient, 1)
+        return create(unit, agent_id)
+
+    group_commit_of(impatient)._is_crowded = True
+    thread = threading.Thread(target=first)
+    thread.start()
+    while not runs:
+        time.sleep(0.0005)
+    assert impatient.run(functools.partial(work, agent_id="second")) == "second"
+    thread.join(30)
+    assert [type(outcome) for outcome in outcomes] == [DatabaseBusyError]
+    assert runs == [("first", 0), ("second", 1), ("second", 0)]
+    assert agents_of(impatient) == ["second"]
+
+
+def test_no_caller_leaves_a_batch_that_commits(impatient: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the decision to commit on, no wait is too long: a caller told `busy` would find the unit in the file."""
+    commit = Link.commit
+
+    def slow(link: Link) -> None:
+        if not link.read_only:
+            threading.Event().wait(1)
+        commit(link)
+
+    group_commit_of(impatient)._is_crowded = True
+    monkeypatch.setattr(Link, "commit", slow)
+    assert impatient.run(creating("a")) == "a"
+    assert asyncio.run(impatient.arun(creating("b"))) == "b"
+
+
+def test_a_caller_that_was_told_busy_is_not_in_the_file(sqlite_path: Path) -> None:
+    """Functions that hang for about as long as callers wait: units that returned are there, the others are not."""
+    gave_up: list[str] = []
+    returned: list[str] = []
+
+    with Database.open(sqlite_path, busy_timeout=timedelta(milliseconds=8), durability="normal") as database:
+
+        def call(caller: int) -> None:
+            for number in range(25):
+                name = f"{caller}-{number}"
+
+                def work(unit: UnitOfWork, name: str = name, number: int = number) -> None:
+                    create(unit, name)
+                    time.sleep(0.001 * ((caller * 7 + number * 3) % 10))
+
+                outcome = outcome_of(functools.partial(database.run, work))
+                assert outcome is None or isinstance(outcome, DatabaseBusyError)
+                (returned if outcome is None else gave_up).append(name)
+
+        threads = [threading.Thread(target=call, args=(caller,)) for caller in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len(gave_up) + len(returned) == 200
+        assert gave_up
+        assert returned
+        assert {row[0] for row in dump(database)["agents"]} == set(returned)
+
+
+# The writer thread
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=["thread", "memory"])
+def test_a_system_without_threads_left_still_runs_the_units_of_threads(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Each caller runs its own. A coroutine's is refused with an error of ours, and later calls work."""
+    group_commit_of(sqlite_database)._is_crowded = True
+
+    def refuse(thread: threading.Thread) -> None:
+        raise error
+
+    async def coroutines() -> list[Any]:
+        calls = [sqlite_database.arun(creating(f"c{number}")) for number in range(50)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("homeagent.group_commit.threading.Thread.start", refuse)
+        refusals = asyncio.run(coroutines())
+        assert [type(refusal) for refusal in refusals] == [DatabaseError] * 50
+        assert type(error).__name__ in str(refusals[0])
+        assert sqlite_database.run(creating("thread")) == "thread"
+    assert asyncio.run(sqlite_database.arun(creating("later"))) == "later"
+    assert agents_of(sqlite_database) == ["later", "thread"]
+
+
+def test_the_writer_thread_ends_when_it_is_idle(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call starts another one, and a database that is dropped without a close goes away."""
+    monkeypatch.setattr("homeagent.group_commit._IDLE", 0.05)
+    database = Database.open(sqlite_path)
+    for name in ("ada", "bob"):
+        assert asyncio.run(database.arun(creating(name))) == name
+        thread = group_commit_of(database)._thread
+        if thread is not None:
+            thread.join(30)
+        assert group_commit_of(database)._thread is None
+    gone = weakref.ref(group_commit_of(database))
+    database.close()
+    del database, thread
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_loop_that_can_t_be_notified_is_told_later_and_keeps_no_other_waiting(
+    sqlite_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its coroutines have their outcome within the timeout; the thread goes on, and the failure is logged."""
+
+    async def main() -> str:
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+        failures = [MemoryError()]
+
+        def fail_once(*arguments: Any, **options: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return wake(*arguments, **options)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", fail_once)
+        first: str = await asyncio.wait_for(database.arun(creating("a")), 20)
+        assert not failures
+        second: str = await asyncio.wait_for(database.arun(creating("b")), 20)
+        return first + second
+
+    with Database.open(sqlite_path, busy_timeout=timedelta(milliseconds=300)) as database:
+        assert asyncio.run(main()) == "ab"
+        assert database.run(creating("c")) == "c"
+    assert [getattr(record, "event", None) for record in caplog.records] == ["writer_failed"]
+
+
+# Closing
+
+
+def test_closing_waits_for_a_function_that_hangs_no_longer_than_the_timeout(
+    impatient: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said that one hangs. Like a block that is open meanwhile, it commits when it ends."""
+    go_on, hanging = threading.Event(), threading.Event()
+    results: list[str] = []
+
+    def hang(unit: UnitOfWork) -> str:
+        hanging.set()
+        assert go_on.wait(10)
+        return create(unit, "hung")
+
+    async def main() -> None:
+        results.append(await impatient.arun(hang))
+
+    path = impatient.status().location
+    caller = threading.Thread(target=asyncio.run, args=(main(),))
+    caller.start()
+    assert hanging.wait(30)
+    impatient.close()
+    assert [getattr(record, "event", None) for record in caplog.records] == ["unit_hangs"]
+    go_on.set()
+    caller.join(30)
+    assert results == ["hung"]
+    with Database.open(path) as again:
+        assert agents_of(again) == ["hung"]
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["a block", "a function"])
+def test_closing_refuses_callers_that_wait(sqlite_path: Path, hangs: bool) -> None:
+    """Threads and coroutines that wait for their turn learn at once that the database was closed."""
+    errors: list[type[BaseException]] = []
+    go_on, entered = threading.Event(), threading.Event()
+    database = Database.open(sqlite_path)
+
+    def hang(unit: UnitOfWork) -> None:
+        entered.set()
+        assert go_on.wait(10)
+
+    def block() -> None:
+        with database.unit_of_work() as unit:
+            hang(unit)
+
+    def call(number: int) -> None:
+        errors.append(type(outcome_of(lambda: database.run(creating(f"late {number}")))))
+
+    async def coroutines() -> None:
+        calls = [database.arun(creating(f"late {number}")) for number in range(10, 13)]
+        errors.extend(map(type, await asyncio.gather(*calls, return_exceptions=True)))
+
+    group_commit_of(database)._is_crowded = True  # the function is run by the writer thread
+    holder = threading.Thread(target=functools.partial(database.run, hang) if hangs else block)
+    holder.start()
+    assert entered.wait(30)
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(3)]
+    threads.append(threading.Thread(target=asyncio.run, args=(coroutines(),)))
+    for thread in threads:
+        thread.start()
+    wait_for_calls(database, 6)
+    closing = threading.Thread(target=database.close)
+    closing.start()
+    for thread in threads:
+        thread.join(30)
+    assert errors == [DatabaseClosedError] * 6
+    go_on.set()
+    closing.join(30)
+    holder.join(30)
+    assert not [thread for thread in threading.enumerate() if thread.name == "homeagent-writer"]
+    with pytest.raises(DatabaseClosedError):
+        database.run(lambda unit: None)
+    with pytest.raises(DatabaseClosedError):
+        asyncio.run(database.arun(lambda unit: None))
+
+
+# Callers that are cancelled or interrupted
+
+
+@pytest.mark.parametrize("scoped", [False, True], ids=["Task.cancel", "scope"])
+@pytest.mark.parametrize("position", [0, 2], ids=["first", "last"])
+def test_a_caller_that_is_cancelled_in_the_queue_leaves_the_others_alone(
+    sqlite_database: Database, scoped: bool, position: int
+) -> None:
+    """It leaves at once, its unit is never run, and its neighbours' are."""
+    ran: list[str] = []
+
+    def work(unit: UnitOfWork, agent_id: str) -> str:
+        ran.append(agent_id)
+        return create(unit, agent_id)
+
+    async def cancelled() -> None:
+        call = sqlite_database.arun(functools.partial(work, agent_id="cancelled"))
+        if scoped:
+            with anyio.move_on_after(0.02) as scope:
+                await call
+            assert scope.cancelled_caught
+            return
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(call, 0.02)
+
+    async def main() -> list[Any]:
+        calls: list[Awaitable[Any]] = [sqlite_database.arun(functools.partial(work, agent_id=name)) for name in "ab"]
+        calls.insert(position, cancelled())
+        tasks = list(map(asyncio.ensure_future, calls))
+        await tasks.pop(position)
+        done.set()
+        return await asyncio.gather(*tasks)
+
+    done = threading.Event()
+    entered = threading.Event()
+
+    def hold() -> None:
+        with sqlite_database.unit_of_work():
+            entered.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert entered.wait(30)
+    assert asyncio.run(main()) == ["a", "b"]
+    holder.join()
+    assert ran == ["a", "b"]
+
+
+@pytest.mark.parametrize("scoped", [False, True], ids=["Task.cancel", "scope"])
+def test_a_caller_that_is_cancelled_at_its_turn_waits_for_its_end(sqlite_database: Database, scoped: bool) -> None:
+    """Its unit and its callbacks end before the caller does, and the caller is cancelled all the same."""
+    began, go_on = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def work(unit: UnitOfWork) -> None:
+        began.set()
+        assert go_on.wait(10)
+        create(unit, "ada")
+        unit.after_commit(lambda: seen.append("durable"))
+
+    async def turned(act: Callable[[], Any]) -> None:
+        assert await anyio.to_thread.run_sync(began.wait, 30)
+        act()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        go_on.set()
+
+    async def main() -> None:
+        if scoped:
+            with anyio.CancelScope() as scope:
+                other = asyncio.ensure_future(turned(scope.cancel))
+                await sqlite_database.arun(work)
+            assert scope.cancelled_caught
+            await other
+            return
+        task = asyncio.ensure_future(sqlite_database.arun(work))
+        await turned(task.cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert seen == ["durable"]
+    assert agents_of(sqlite_database) == ["ada"]
+
+
+def test_a_loop_that_ended_holds_nobody_up(sqlite_database: Database) -> None:
+    """A caller whose event loop was closed meanwhile is not told, and the others go on."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def work(unit: UnitOfWork) -> None:
+        began.set()
+        assert go_on.wait(10)
+        create(unit, "left behind")
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(sqlite_database.arun(work))
+    while not began.is_set():
+        loop.run_until_complete(asyncio.sleep(0.001))
+    # It is abandoned on purpose, which asyncio would complain about.
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's switch for that
+    loop.close()
+    go_on.set()
+    assert sqlite_database.run(creating("ada")) == "ada"
+    assert agents_of(sqlite_database) == ["ada", "left behind"]
+    with suppress(RuntimeError):
+        task.get_coro().close()  # type: ignore[union-attr]  # it is there
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from homeagent import AgentCreate, Database
+# A shell starts what it runs in the background with this signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+database = Database.open(sys.argv[1])
+group_commit = database._runner._group_commit
+others, interrupts = [], 0
+begun = threading.Event()
+
+def work(unit, name, slow=False):
+    unit.agents.create(AgentCreate(id=name, name=name, workspace_path="/srv"))
+    if slow:
+        begun.set()
+        time.sleep(0.002)
+
+def other(number):
+    for turn in range(20):
+        database.run(lambda unit: work(unit, f"other {number}-{turn}", slow=True))
+        others.append(f"other {number}-{turn}")
+
+def interrupt():
+    while not over.wait(0.003):
+        os.kill(os.getpid(), signal.SIGINT)
+
+threads = [threading.Thread(target=other, args=(number,)) for number in range(4)]
+for thread in threads:
+    thread.start()
+begun.wait()
+over, mine = threading.Event(), []
+sender = threading.Thread(target=interrupt)
+turn = 0
+while any(thread.is_alive() for thread in threads):
+    turn += 1
+    try:
+        if not sender.is_alive() and turn == 1:
+            sender.start()
+        database.run(lambda unit: work(unit, f"mine {turn}"))
+        mine.append(f"mine {turn}")
+    except KeyboardInterrupt:
+        interrupts += 1
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+over.set()
+sender.join()
+for thread in threads:
+    thread.join(30)
+database.run(lambda unit: work(unit, "last"))
+with database.unit_of_work(read_only=True) as unit:
+    there, after = set(), None
+    page = unit.agents.list(limit=1000)
+    there = {agent.id for agent in page}
+assert len(others) == 80, others
+assert set(others) <= there, set(others) - there
+assert set(mine) <= there, set(mine) - there
+assert "last" in there
+database.close()
+print(interrupts)
+"""
+
+
+def test_interrupts_of_a_caller_that_waits_hold_nobody_up(sqlite_path: Path, children: Children) -> None:
+    """With a real Ctrl-C every 3 ms in the main thread, the other callers' units are committed, each once."""
+    process = children.start(INTERRUPTED, sqlite_path)
+    output = children.finish(process)
+    assert int(output) > 0
+
+
+def test_an_interrupted_caller_leaves_the_queue(sqlite_path: Path) -> None:
+    """Its unit is never run; the thread that is interrupted while it waits goes on at once."""
+    code = """
+import os, signal, sys, threading, time
+from homeagent import Database
+signal.signal(signal.SIGINT, signal.default_int_handler)
+database = Database.open(sys.argv[1])
+entered, done = threading.Event(), threading.Event()
+
+def hold():
+    with database.unit_of_work():
+        entered.set()
+        done.wait(60)
+
+holder = threading.Thread(target=hold)
+holder.start()
+entered.wait()
+ran = []
+threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    database.run(lambda unit: ran.append(1))
+except KeyboardInterrupt:
+    print("interrupted")
+done.set()
+holder.join()
+print(database.run(lambda unit: len(unit.agents.list())), ran)
+database.close()
+"""
+    result = subprocess.run([sys.executable, "-c", code, sqlite_path], capture_output=True, text=True, timeout=60)
+    assert result.stderr == ""
+    assert result.stdout == "interrupted\n0 []\n"
