@@ -397,7 +397,7 @@ class GroupCommit:
                 except BaseException as error:  # noqa: BLE001  raised by the outcome
                     call.error = error
                 call.callbacks = unit.end(keep=call.error is None and not unit.wants_session)
-                self._move([call], ENDED)
+                call.since, call.state = monotonic(), ENDED
                 if unit.wants_session:
                     alone.append(shared.pop())
                 if not link.in_transaction:

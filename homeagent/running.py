@@ -7,6 +7,7 @@ run again only if its owner says that twice is the same as once.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Callable
@@ -48,7 +49,7 @@ class Runner:
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Do a unit of work, again whole where that is safe; see `Database.run`."""
-        tries = _Tries(self._settings, idempotent=idempotent)
+        begun, tries = time.monotonic(), None
         while True:
             try:
                 if self._group_commit is not None and not read_only:
@@ -56,24 +57,25 @@ class Runner:
                 with UnitOfWork(self._settings, read_only=read_only) as unit:
                     return _done(work, work(unit))
             except RETRIED as fault:
+                tries = tries or _Tries(self._settings, begun, idempotent=idempotent)
                 pause = tries.pause_after(fault)
             time.sleep(pause)
 
     async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Do as `run` does without blocking the event loop; see `Database.arun`."""
-        from anyio import sleep
         from anyio.lowlevel import checkpoint_if_cancelled
 
         await checkpoint_if_cancelled()
         if self._group_commit is None or read_only or not _under_asyncio():
             return await _in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent))
-        tries = _Tries(self._settings, idempotent=idempotent)
+        begun, tries = time.monotonic(), None
         while True:
             try:
                 return _done(work, await self._group_commit.arun(work))
             except RETRIED as fault:
+                tries = tries or _Tries(self._settings, begun, idempotent=idempotent)
                 pause = tries.pause_after(fault)
-            await sleep(pause)
+            await asyncio.sleep(pause)
 
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
         """Call `work` in a worker thread, and wait for its end even if the caller is cancelled meanwhile.
@@ -103,10 +105,10 @@ class _Tries:
 
     __slots__ = ("_bound", "_deadline", "_idempotent", "_settings", "_unknown")
 
-    def __init__(self, settings: UnitSettings, *, idempotent: bool) -> None:
+    def __init__(self, settings: UnitSettings, begun: float, *, idempotent: bool) -> None:
         self._settings = settings
         self._idempotent = idempotent
-        self._deadline = time.monotonic() + settings.timeout
+        self._deadline = begun + settings.timeout
         self._bound = _FIRST_PAUSE
         self._unknown: CommitUnknownError | None = None
 
@@ -126,8 +128,6 @@ class _Tries:
 
 
 def _under_asyncio() -> bool:
-    import asyncio
-
     try:
         return asyncio.current_task() is not None
     except RuntimeError:

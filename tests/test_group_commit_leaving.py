@@ -1,0 +1,230 @@
+"""Group commit: callers that are cancelled or interrupted leave the queue, or wait for their unit's end.
+
+SQLite only: PostgreSQL groups commits by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from homeagent import Database, UnitOfWork
+from tests.batches import agents_of, create, creating
+from tests.conftest import Children
+
+
+@pytest.mark.parametrize("scoped", [False, True], ids=["Task.cancel", "scope"])
+@pytest.mark.parametrize("position", [0, 2], ids=["first", "last"])
+def test_a_caller_that_is_cancelled_in_the_queue_leaves_the_others_alone(
+    sqlite_database: Database, scoped: bool, position: int
+) -> None:
+    """It leaves at once, its unit is never run, and its neighbours' are."""
+    ran: list[str] = []
+
+    def work(unit: UnitOfWork, agent_id: str) -> str:
+        ran.append(agent_id)
+        return create(unit, agent_id)
+
+    async def cancelled() -> None:
+        call = sqlite_database.arun(functools.partial(work, agent_id="cancelled"))
+        if scoped:
+            with anyio.move_on_after(0.02) as scope:
+                await call
+            assert scope.cancelled_caught
+            return
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(call, 0.02)
+
+    async def main() -> list[Any]:
+        calls: list[Awaitable[Any]] = [sqlite_database.arun(functools.partial(work, agent_id=name)) for name in "ab"]
+        calls.insert(position, cancelled())
+        tasks = list(map(asyncio.ensure_future, calls))
+        await tasks.pop(position)
+        done.set()
+        return await asyncio.gather(*tasks)
+
+    done = threading.Event()
+    entered = threading.Event()
+
+    def hold() -> None:
+        with sqlite_database.unit_of_work():
+            entered.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert entered.wait(30)
+    assert asyncio.run(main()) == ["a", "b"]
+    holder.join()
+    assert ran == ["a", "b"]
+
+
+@pytest.mark.parametrize("scoped", [False, True], ids=["Task.cancel", "scope"])
+def test_a_caller_that_is_cancelled_at_its_turn_waits_for_its_end(sqlite_database: Database, scoped: bool) -> None:
+    """Its unit and its callbacks end before the caller does, and the caller is cancelled all the same."""
+    began, go_on = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def work(unit: UnitOfWork) -> None:
+        began.set()
+        assert go_on.wait(10)
+        create(unit, "ada")
+        unit.after_commit(lambda: seen.append("durable"))
+
+    async def turned(act: Callable[[], Any]) -> None:
+        assert await anyio.to_thread.run_sync(began.wait, 30)
+        act()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        go_on.set()
+
+    async def main() -> None:
+        if scoped:
+            with anyio.CancelScope() as scope:
+                other = asyncio.ensure_future(turned(scope.cancel))
+                await sqlite_database.arun(work)
+            assert scope.cancelled_caught
+            await other
+            return
+        task = asyncio.ensure_future(sqlite_database.arun(work))
+        await turned(task.cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert seen == ["durable"]
+    assert agents_of(sqlite_database) == ["ada"]
+
+
+def test_a_loop_that_ended_holds_nobody_up(sqlite_database: Database) -> None:
+    """A caller whose event loop was closed meanwhile is not told, and the others go on."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def work(unit: UnitOfWork) -> None:
+        began.set()
+        assert go_on.wait(10)
+        create(unit, "left behind")
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(sqlite_database.arun(work))
+    while not began.is_set():
+        loop.run_until_complete(asyncio.sleep(0.001))
+    # It is abandoned on purpose, which asyncio would complain about.
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's switch for that
+    loop.close()
+    go_on.set()
+    assert sqlite_database.run(creating("ada")) == "ada"
+    assert agents_of(sqlite_database) == ["ada", "left behind"]
+    with suppress(RuntimeError):
+        task.get_coro().close()  # type: ignore[union-attr]  # it is there
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from homeagent import AgentCreate, Database
+# A shell starts what it runs in the background with this signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+database = Database.open(sys.argv[1])
+group_commit = database._runner._group_commit
+others, interrupts = [], 0
+begun = threading.Event()
+
+def work(unit, name, slow=False):
+    unit.agents.create(AgentCreate(id=name, name=name, workspace_path="/srv"))
+    if slow:
+        begun.set()
+        time.sleep(0.002)
+
+def other(number):
+    for turn in range(20):
+        database.run(lambda unit: work(unit, f"other {number}-{turn}", slow=True))
+        others.append(f"other {number}-{turn}")
+
+def interrupt():
+    while not over.wait(0.003):
+        os.kill(os.getpid(), signal.SIGINT)
+
+threads = [threading.Thread(target=other, args=(number,)) for number in range(4)]
+for thread in threads:
+    thread.start()
+begun.wait()
+over, mine = threading.Event(), []
+sender = threading.Thread(target=interrupt)
+turn = 0
+while any(thread.is_alive() for thread in threads):
+    turn += 1
+    try:
+        if not sender.is_alive() and turn == 1:
+            sender.start()
+        database.run(lambda unit: work(unit, f"mine {turn}"))
+        mine.append(f"mine {turn}")
+    except KeyboardInterrupt:
+        interrupts += 1
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+over.set()
+sender.join()
+for thread in threads:
+    thread.join(30)
+database.run(lambda unit: work(unit, "last"))
+with database.unit_of_work(read_only=True) as unit:
+    there, after = set(), None
+    page = unit.agents.list(limit=1000)
+    there = {agent.id for agent in page}
+assert len(others) == 80, others
+assert set(others) <= there, set(others) - there
+assert set(mine) <= there, set(mine) - there
+assert "last" in there
+database.close()
+print(interrupts)
+"""
+
+
+def test_interrupts_of_a_caller_that_waits_hold_nobody_up(sqlite_path: Path, children: Children) -> None:
+    """With a real Ctrl-C every 3 ms in the main thread, the other callers' units are committed, each once."""
+    process = children.start(INTERRUPTED, sqlite_path)
+    output = children.finish(process)
+    assert int(output) > 0
+
+
+def test_an_interrupted_caller_leaves_the_queue(sqlite_path: Path) -> None:
+    """Its unit is never run; the thread that is interrupted while it waits goes on at once."""
+    code = """
+import os, signal, sys, threading, time
+from homeagent import Database
+signal.signal(signal.SIGINT, signal.default_int_handler)
+database = Database.open(sys.argv[1])
+entered, done = threading.Event(), threading.Event()
+
+def hold():
+    with database.unit_of_work():
+        entered.set()
+        done.wait(60)
+
+holder = threading.Thread(target=hold)
+holder.start()
+entered.wait()
+ran = []
+threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    database.run(lambda unit: ran.append(1))
+except KeyboardInterrupt:
+    print("interrupted")
+done.set()
+holder.join()
+print(database.run(lambda unit: len(unit.agents.list())), ran)
+database.close()
+"""
+    result = subprocess.run([sys.executable, "-c", code, sqlite_path], capture_output=True, text=True, timeout=60)
+    assert result.stderr == ""
+    assert result.stdout == "interrupted\n0 []\n"
