@@ -204,7 +204,9 @@ class GroupCommit:
     def _run_alone(self, work: Callable[[UnitOfWork], T]) -> T:
         """Run a function as a unit in this thread, in a transaction of its own."""
         with UnitOfWork(self._settings, read_only=False) as unit:
-            return work(unit)
+            # Do not return from here: test_an_interrupt_anywhere_in_a_call_holds_nobody_up
+            value = work(unit)
+        return value
 
     async def arun(self, work: Callable[[UnitOfWork], T]) -> T:
         """Run a function as a unit for a coroutine of asyncio, in the writer thread, and return its value.

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import anyio.to_thread
 import pytest
 
 from homeagent import Database, UnitOfWork
-from tests.batches import agents_of, create, creating
+from tests.batches import agents_of, create, creating, group_commit_of
 from tests.conftest import Children
+from tests.interrupts import interrupt_at
 
 
 @pytest.mark.parametrize("scoped", [False, True], ids=["Task.cancel", "scope"])
@@ -228,3 +230,26 @@ database.close()
     result = subprocess.run([sys.executable, "-c", code, sqlite_path], capture_output=True, text=True, timeout=60)
     assert result.stderr == ""
     assert result.stdout == "interrupted\n0 []\n"
+
+
+@pytest.mark.parametrize("crowded", [False, True], ids=["in its own thread", "in the writer's"])
+def test_an_interrupt_anywhere_in_a_call_holds_nobody_up(sqlite_path: Path, crowded: bool) -> None:
+    """Wherever it comes in a call of `run`, the calls of this thread, of others and of coroutines go on."""
+
+    def count(unit: UnitOfWork) -> int:
+        return len(unit.agents.list())
+
+    turn = 0
+    came = True
+    with Database.open(sqlite_path, busy_timeout=timedelta(seconds=10), durability="normal") as database:
+        while came:
+            group_commit_of(database)._is_crowded = crowded
+            came = interrupt_at(turn, {"homeagent.group_commit"}, lambda: database.run(count))
+            other = threading.Thread(target=database.run, args=(count,))
+            other.start()
+            assert database.run(count) == 0
+            other.join(30)
+            assert not other.is_alive()
+            assert asyncio.run(database.arun(count)) == 0
+            turn += 1
+    assert turn > 5
