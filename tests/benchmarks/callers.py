@@ -1,280 +1,182 @@
-"""Durable commits a second with many callers at once, and what `run` costs a lone one.
-
-Each way is a process of its own: python -m tests.benchmarks.callers WAY CALLERS SECONDS TARGET DURABILITY
-"""
+"""homeagent's own ways to write: `run_once`, `run`, group commit, and a writer at the same time as a sweep."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import shutil
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from datetime import UTC, datetime, timedelta
-from statistics import median
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from itertools import count
 from typing import Any
 
-from homeagent import Database, UnitOfWork
-from tests.benchmarks.contestants import ROOT, BenchmarkError
-from tests.benchmarks.data import count_rows
-from tests.benchmarks.measuring import spread
-from tests.benchmarks.workshop import DURABILITIES, Workshop
+from homeagent import UnitOfWork
+from tests.benchmarks.contender import DAY, METHOD, Clock, Filled
+from tests.benchmarks.contenders.by_hand import Sqlite3
+from tests.benchmarks.contenders.homeagent_ import HomeAgent, fill, scope
+from tests.benchmarks.measuring import Bench, BenchmarkError, percentile
+from tests.benchmarks.operations import BASELINE, DURABILITIES, opened
 
-__all__ = ["ARUN", "RUN", "WAYS", "compared", "measure_callers", "percentile"]
+__all__ = ["measure"]
 
-COUNTS = (1, 8, 64, 256)
-DEVICES = 10
+CROWDED = "nonce consume, a device with 5,000"
+ONCE = "run_once of an empty effect"
+LONE = "a lone caller through run"
+TASKS = "durable commits of 256 asyncio callers"
+THREADS = "durable commits of 64 threads"
+SWEEP = "p99 of a writer during a sweep"
 
-HANDWRITTEN = "sqlite3 and a lock, threads"
-UNITS = "unit_of_work, threads"
-RUN = "run, threads"
-UNITS_ASYNC = "unit_of_work in a worker thread, asyncio"
-ARUN = "arun, asyncio"
-LONE = "lone"
-
-WAYS = (HANDWRITTEN, UNITS, RUN, UNITS_ASYNC, ARUN)
-
-COMPARED = ((64, RUN, UNITS), (256, ARUN, UNITS_ASYNC))
-"""How many callers, in which way, are compared with which other way: what goals are about."""
+CLAIM = "INSERT INTO idempotency_keys VALUES (?, ?, ?, '', ?, ?)"
+COMPLETE = "UPDATE idempotency_keys SET result = ? WHERE device_id = ? AND method = ? AND key = ?"
 
 
-def compared(callers: int, way: str) -> str:
-    """Return what a comparison is called in the results."""
-    return f"{callers} {way}"
-
-
-Write = Callable[[int, int], object]
-"""Commits the nonce of one call of one caller."""
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value that this share of the values doesn't exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
-
-
-def _consume(until: datetime, caller: int, call: int) -> Callable[[UnitOfWork], bool]:
-    device_id, nonce = f"device-{caller % DEVICES:08}", f"{caller}-{call}"
-    return lambda unit: unit.nonces.consume(device_id, nonce, expires_at=until, limit=10_000_000)
-
-
-def _in_threads(callers: int, seconds: float, write: Write) -> tuple[list[float], float]:
-    """Return how long each call took, and how long all of them."""
-    ready = threading.Barrier(callers + 1)
-    taken: list[list[float]] = [[] for _ in range(callers)]
-    deadline = 0.0
-
-    def call_again(caller: int) -> None:
-        write(caller, -1)
-        ready.wait()
-        ready.wait()
-        times, call = taken[caller], 0
-        start = time.perf_counter()
-        while start < deadline:
-            write(caller, call)
-            now = time.perf_counter()
-            times.append(now - start)
-            start, call = now, call + 1
-
-    threads = [threading.Thread(target=call_again, args=(caller,)) for caller in range(callers)]
-    for thread in threads:
-        thread.start()
-    ready.wait()
-    begun = time.perf_counter()
-    deadline = begun + seconds
-    ready.wait()
-    for thread in threads:
-        thread.join()
-    return [each for times in taken for each in times], time.perf_counter() - begun
-
-
-async def _in_tasks(
-    callers: int, seconds: float, write: Callable[[int, int], Awaitable[object]]
-) -> tuple[list[float], float]:
-    taken: list[float] = []
-    await asyncio.gather(*(write(caller, -1) for caller in range(callers)))
-    begun = time.perf_counter()
-
-    async def call_again(caller: int) -> None:
-        start, call = time.perf_counter(), 0
-        while start < begun + seconds:
-            await write(caller, call)
-            now = time.perf_counter()
-            taken.append(now - start)
-            start, call = now, call + 1
-
-    await asyncio.gather(*(call_again(caller) for caller in range(callers)))
-    return taken, time.perf_counter() - begun
-
-
-def _handwritten(target: str, durability: str) -> Write:
-    from tests.benchmarks.contenders.handwritten import Handwritten
-    from tests.benchmarks.data import DAY, now_ms
-
-    class Shared(Handwritten):
-        def connect(self) -> Any:
-            from homeagent.engine.sqlite.driver import choose_driver
-
-            module: Any = choose_driver().module
-            return module.connect(self.target, isolation_level=None, check_same_thread=False)
-
-    contender, lock, until = Shared(target, durability), threading.Lock(), now_ms() + DAY
-
-    def write(caller: int, call: int) -> None:
-        with lock:
-            contender.consume(f"device-{caller % DEVICES:08}", f"{caller}-{call}", until)
-
-    return write
-
-
-def _measure(way: str, callers: int, seconds: float, target: str, durability: Any) -> dict[str, Any]:
-    until = datetime.now(UTC) + timedelta(days=1)
-    if way == HANDWRITTEN:
-        times, elapsed = _in_threads(callers, seconds, _handwritten(target, durability))
-        return _summary(callers, times, elapsed)
-    with Database.open(target, durability=durability) as database:
-
-        def alone(caller: int, call: int) -> bool:
-            with database.unit_of_work() as unit:
-                return _consume(until, caller, call)(unit)
-
-        def together(caller: int, call: int) -> bool:
-            return database.run(_consume(until, caller, call))
-
-        if way == LONE:
-            return _lone(seconds, alone, together)
-        if way == UNITS:
-            times, elapsed = _in_threads(callers, seconds, alone)
-        elif way == RUN:
-            times, elapsed = _in_threads(callers, seconds, together)
-        elif way == UNITS_ASYNC:
-            times, elapsed = asyncio.run(_units_in_workers(callers, seconds, alone))
-        else:
-            times, elapsed = asyncio.run(
-                _in_tasks(callers, seconds, lambda caller, call: database.arun(_consume(until, caller, call)))
-            )
-    return _summary(callers, times, elapsed)
-
-
-async def _units_in_workers(callers: int, seconds: float, alone: Write) -> tuple[list[float], float]:
-    """Do what an application does that has no `arun`: hand each unit to a worker thread."""
-    from anyio import CapacityLimiter, to_thread
-
-    places = CapacityLimiter(64)
-    return await _in_tasks(
-        callers, seconds, lambda caller, call: to_thread.run_sync(alone, caller, call, limiter=places)
-    )
-
-
-def _summary(callers: int, times: list[float], elapsed: float) -> dict[str, Any]:
-    return {
-        "commits": len(times) + callers,
-        "rate": len(times) / elapsed,
-        "p50": percentile(times, 0.5),
-        "p99": percentile(times, 0.99),
-    }
-
-
-def _lone(seconds: float, alone: Write, together: Write) -> dict[str, Any]:
-    """Take turns in short blocks, and compare each block of the one way with its neighbour of the other."""
-    block, calls = 40, 0
-    times: dict[str, list[float]] = {"unit_of_work": [], "run": []}
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or calls < 10 * block:
-        order = [("unit_of_work", alone), ("run", together)]
-        for name, write in order if calls // (2 * block) % 2 else order[::-1]:
-            start = time.perf_counter()
-            for call in range(calls, calls + block):
-                write(0, call)
-            times[name].append((time.perf_counter() - start) / block)
-            calls += block
-    ratios = [run / unit for unit, run in zip(times["unit_of_work"], times["run"], strict=True)][1:]
-    return {
-        "commits": calls,
-        "unit_of_work": median(times["unit_of_work"]),
-        "run": median(times["run"]),
-        "ratio": median(ratios),
-        "ratio_p10": percentile(ratios, 0.1),
-        "ratio_p90": percentile(ratios, 0.9),
-    }
-
-
-def _in_process(workshop: Workshop, way: str, callers: int, seconds: float, durability: str) -> dict[str, Any]:
-    """Measure one way in a process of its own, and count what it committed.
-
-    Raises:
-        BenchmarkError: it failed, or the file does not hold all that it was told is committed.
-    """
-    path = workshop.fresh(workshop.rows)
-    arguments = [way, str(callers), str(seconds), str(path), durability]
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.callers", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if ran.returncode:
-        raise BenchmarkError(f"{way} with {callers} callers ended with status {ran.returncode}, see above")
-    found: dict[str, Any] = json.loads(ran.stdout)
-    rows = count_rows(path)["nonces"]
-    shutil.rmtree(path.parent)
-    if rows != workshop.rows + found["commits"]:
-        raise BenchmarkError(f"{way}: {found['commits']} commits left {rows - workshop.rows} rows")
-    return found
-
-
-def measure_callers(workshop: Workshop) -> dict[str, Any]:
-    """Return commits a second at `full` by way and number of callers, and what `run` costs one caller alone.
-
-    What goals compare is measured more often than the rest. What is there after each round is kept.
-    """
-    counts = (1, 8) if workshop.quick else COUNTS
-    seconds = 0.2 if workshop.quick else 1.0
-    runs: dict[str, dict[str, list[dict[str, Any]]]] = {way: {str(n): [] for n in counts} for way in WAYS}
-    lone: dict[str, Any] = {}
+def measure(bench: Bench) -> None:
+    """Measure each row."""
     for durability in DURABILITIES:
-        workshop.say(f"one alone, {durability}")
-        lone[durability] = _in_process(workshop, LONE, 1, 4 * seconds, durability)
-    plan = workshop.plan
-    for number in range(max(plan.rounds, plan.pairs)):
-        for callers in counts:
-            for way in WAYS:
-                if number < plan.rounds or any(callers == many and way in pair for many, *pair in COMPARED):
-                    workshop.say(f"round {number + 1} of {max(plan.rounds, plan.pairs)}: {callers}, {way}")
-                    runs[way][str(callers)].append(_in_process(workshop, way, callers, seconds, "full"))
-        workshop.keep(
-            results := {
-                "rounds": max(plan.rounds, plan.pairs),
-                "measured": {way: {count: _middle(each) for count, each in row.items()} for way, row in runs.items()},
-                "compared": {
-                    compared(callers, way): spread(_rates(runs[way][str(callers)], runs[alone][str(callers)]))
-                    for callers, way, alone in COMPARED
-                    if callers in counts
-                },
-                "lone": lone,
-            }
+        if bench.wants(CROWDED, ONCE, LONE, TASKS, THREADS):
+            _writers(bench, durability)
+    if bench.wants(SWEEP):
+        _sweep(bench)
+
+
+def _writers(bench: Bench, durability: str) -> None:
+    filled = bench.sizes.filled
+    with (
+        opened(BASELINE, bench.folder(), durability, filled) as (first, _, _),
+        opened("homeagent", bench.folder(), durability, filled) as (second, clock, _),
+    ):
+        assert isinstance(first, Sqlite3)
+        assert isinstance(second, HomeAgent)
+        _run_once(bench, durability, first, second)
+        if durability == "full":
+            _storm(bench, first, second, clock)
+        _lone(bench, durability, second)
+        _crowded(bench, durability, second)
+
+
+def _run_once(bench: Bench, durability: str, by_hand: Sqlite3, homeagent: HomeAgent) -> None:
+    def twice(i: int) -> bool:
+        now, key = by_hand.clock.ms, f"o{i}"
+        return by_hand.write(CLAIM, (key, METHOD, "d1", now, now + DAY)) and by_hand.write(
+            COMPLETE, ('{"ok": true}', "d1", METHOD, key)
         )
-    return results
+
+    def once(i: int) -> object:
+        return homeagent.database.run_once(scope("d1", f"o{i}"), lambda attempt: {"ok": True}, params=i)
+
+    bench.compare(ONCE, durability, {BASELINE: twice, "homeagent": once})
 
 
-def _rates(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[float]:
-    return [run["rate"] / other["rate"] for run, other in zip(runs, others, strict=True)]
+def _consume(homeagent: HomeAgent, devices: int, prefix: str) -> Callable[[int], Callable[[UnitOfWork], bool]]:
+    """Return a function that returns the work of a unit: consume a nonce with this number."""
+    until = homeagent.clock.now + timedelta(hours=1)
+    return lambda i: lambda uow: uow.nonces.consume(f"d{i % devices}", f"{prefix}{i}-abcdefgh", expires_at=until)
 
 
-def _middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    rates = [run["rate"] for run in runs]
-    return {
-        "rate": median(rates),
-        "rate_min": min(rates),
-        "rate_max": max(rates),
-        "p50": median(run["p50"] for run in runs),
-        "p99": median(run["p99"] for run in runs),
+def _lone(bench: Bench, durability: str, homeagent: HomeAgent) -> None:
+    through_run, in_unit = (_consume(homeagent, bench.sizes.filled.devices, prefix) for prefix in ("run", "unit"))
+
+    def unit(i: int) -> bool:
+        work = in_unit(i)
+        with homeagent.database.unit_of_work() as uow:
+            return work(uow)
+
+    calls = {"unit_of_work": unit, "homeagent": lambda i: homeagent.database.run(through_run(i))}
+    bench.compare(LONE, durability, calls)
+
+
+def _crowded(bench: Bench, durability: str, homeagent: HomeAgent) -> None:
+    if not bench.wants(CROWDED):
+        return
+    with homeagent.database.unit_of_work() as uow:
+        for i in range(bench.sizes.crowd):
+            uow.nonces.consume("crowded", f"c{i}", expires_at=homeagent.clock.now + timedelta(hours=1))
+    calls = {
+        "few nonces": lambda i: homeagent.consume(f"fresh{i % 10}", f"f{i}-abcdefghijkl"),
+        "homeagent": lambda i: homeagent.consume("crowded", f"f{i}-abcdefghijkl"),
     }
+    bench.compare(CROWDED, durability, calls)
 
 
-if __name__ == "__main__":
-    way, callers, seconds, target, durability = sys.argv[1:]
-    sys.stdout.write(json.dumps(_measure(way, int(callers), float(seconds), target, durability)))
+def _storm(bench: Bench, by_hand: Sqlite3, homeagent: HomeAgent, clock: Clock) -> None:
+    """Measure group commit: many callers, each of which waits for its commit, against one by one by hand."""
+    database, numbers = homeagent.database, count()
+
+    def one_by_one(total: int) -> None:
+        for _ in range(total):
+            i = next(numbers)
+            by_hand.consume(f"d{i % bench.sizes.filled.devices}", f"b{i}-abcdefgh")
+
+    def tasks(total: int) -> None:
+        async def caller() -> None:
+            for _ in range(total // 256):
+                await database.arun(work(next(numbers)))
+
+        async def callers() -> None:
+            await asyncio.gather(*(caller() for _ in range(256)))
+
+        asyncio.run(callers())
+
+    def threads(total: int) -> None:
+        def caller(_: int) -> None:
+            for _ in range(total // 64):
+                database.run(work(next(numbers)))
+
+        with ThreadPoolExecutor(64) as pool:
+            list(pool.map(caller, range(64)))
+
+    for row, storm in ((TASKS, tasks), (THREADS, threads)):
+        if not bench.wants(row):
+            continue
+        rates: dict[str, list[float]] = {"one by one": [], "homeagent": []}
+        for _ in range(bench.sizes.few_rounds):
+            # The nonces of the round before have expired.
+            clock.set(clock.ms + 3 * DAY // 24)
+            database.sweep()
+            work = _consume(homeagent, bench.sizes.filled.devices, "storm")
+            for name, write in zip(rates, (one_by_one, storm), strict=True):
+                start = time.perf_counter()
+                write(bench.sizes.commits)
+                rates[name].append(bench.sizes.commits / (time.perf_counter() - start))
+        bench.add(row, "full", rates)
+
+
+def _sweep(bench: Bench) -> None:
+    """Measure a writer alone, and then while another thread of the same process sweeps."""
+    path = bench.folder() / "gateway.db"
+    fill(path, Filled(devices=0, agents=0, sessions=0, keys=0))
+    clock, sizes = Clock(), bench.sizes
+    homeagent = HomeAgent(path, "full", clock)
+    database, numbers = homeagent.database, count()
+    times: dict[str, list[float]] = {"alone": [], "homeagent": []}
+
+    def write(ended: Callable[[], bool]) -> float:
+        waits: list[float] = []
+        while not ended() or not waits:
+            i = next(numbers)
+            start = time.perf_counter()
+            homeagent.consume(f"w{i // 1_000}", f"{i}-abcdefghijkl")
+            waits.append(time.perf_counter() - start)
+        return percentile(waits, 0.99)
+
+    for turn in range(sizes.few_rounds):
+        for begin in range(0, sizes.dead, 1_000):
+            with database.unit_of_work() as uow:
+                for i in range(begin, min(begin + 1_000, sizes.dead)):
+                    uow.nonces.consume(f"dead{i % 100}", f"{turn}-{i}", expires_at=clock.now + timedelta(hours=1))
+        clock.set(clock.ms + DAY // 2)
+        end = time.perf_counter() + sizes.writing
+        times["alone"].append(write(lambda: time.perf_counter() > end))  # noqa: B023  called at once
+        reports: list[Any] = []
+        budget = timedelta(seconds=sizes.writing)
+        sweep = threading.Thread(target=lambda: reports.append(database.sweep(time_budget=budget)))  # noqa: B023  joined below
+        sweep.start()
+        times["homeagent"].append(write(lambda: not sweep.is_alive()))  # noqa: B023  called at once
+        sweep.join()
+        if not reports or not reports[0].nonces:
+            raise BenchmarkError(f"{SWEEP}: nothing was swept")
+        # What the time budget left.
+        database.sweep()
+    homeagent.close()
+    bench.add(SWEEP, "full", times)

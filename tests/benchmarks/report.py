@@ -1,227 +1,113 @@
-"""What was measured, as tables: for the terminal and for the page alike."""
+"""The report: tables for the terminal and for docs/benchmarks.md, and the figures as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from operator import sub
-from statistics import median
-from typing import Any
+import json
+import os
+import platform
+import re
+import sqlite3
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-from rich.table import Table
+from tests.benchmarks.goals import ROWS, Figure, Row, judge
+from tests.benchmarks.measuring import ROOT, BenchmarkError
+from tests.benchmarks.operations import BASELINE, CONTENDERS
 
-from tests.benchmarks import layers
-from tests.benchmarks.contestants import BASELINE
-from tests.benchmarks.goals import judge
+__all__ = ["describe_run", "goals_table", "terminal_line", "write"]
 
-__all__ = ["Grid", "grids", "readable_time"]
-
-Results = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table; its first columns are text, the others are figures.
-
-    Attributes:
-        section: where it belongs; tables of one section stand together.
-        title: what it shows.
-        header: the names of its columns.
-        rows: its cells.
-        texts: how many columns are text.
-    """
-
-    section: str
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    texts: int = 1
-
-    def markdown(self) -> str:
-        """Return it for a page."""
-        rule = ["---" if number < self.texts else "--:" for number in range(len(self.header))]
-        lines = [self.header, rule, *self.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-    def rich(self) -> Table:
-        """Return it for a terminal."""
-        table = Table(title=self.title)
-        for number, name in enumerate(self.header):
-            table.add_column(name, justify="left" if number < self.texts else "right")
-        for row in self.rows:
-            table.add_row(*(cell.replace("**", "").replace("`", "") for cell in row))
-        return table
+BEGIN, END = "<!-- measured: python -m tests.benchmarks --output docs -->", "<!-- end -->"
+LIBRARIES = ("homeagent", "apsw", "sqlalchemy", "sqlmodel", "psycopg")
 
 
-def readable_time(seconds: float) -> str:
-    """Return a duration with three figures and its unit."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale:
-            value = seconds / scale
-            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
-
-
-def spread(figures: Mapping[str, Any]) -> str:
-    """Return a ratio with the least and the greatest of its samples."""
-    return f"{figures['ratio']:.2f} ({figures['ratio_min']:.2f}–{figures['ratio_max']:.2f})"
-
-
-def grids(results: Results) -> list[Grid]:
-    """Return every table that these results can fill, the goals first."""
-    tables = _goals(results)
-    for section, make in _MAKERS.items():
-        # A section that failed from the first has nothing but its run.
-        if "measured" in results.get(section, {}):
-            tables += make(results[section])
-    return tables
-
-
-def _goals(results: Results) -> list[Grid]:
-    rows = []
-    for verdict in judge(results):
-        told = f"**{verdict.verdict()}**" if verdict.met is False else verdict.verdict()
-        rows.append([verdict.goal.work, verdict.goal.text(), verdict.measured(), told])
-    return [Grid("goals", "Goals", ("work", "goal", "measured", ""), rows, texts=4)]
-
-
-def _works(section: Mapping[str, Any], name: str, engine: str) -> list[Grid]:
-    tables = []
-    for durability, measured in section["measured"].items():
-        rows = []
-        for work, row in measured.items():
-            for number, (contender, figures) in enumerate(row.items()):
-                shown = [
-                    "" if number else section["titles"][work],
-                    f"**{contender}**" if contender == "homeagent" else contender,
-                ]
-                if "failed" in figures:
-                    rows.append([*shown, f"failed: {figures['failed']}", "–", "–", "–"])
-                    continue
-                if figures.get("events") != figures.get("of_events"):
-                    shown[1] += f", first {figures['events']:,} of {figures['of_events']:,}"
-                rows.append(
-                    [
-                        *shown,
-                        readable_time(figures["seconds"]),
-                        spread(figures),
-                        str(len(figures["samples"]["ratios"])),
-                        "–" if figures["ratio_cpu"] is None else f"{figures['ratio_cpu']:.2f}",
-                    ]
-                )
-        header = ("work", "contender", "a call", "ratio (min–max)", "samples", "ratio of CPU time")
-        tables.append(Grid(name, f"{engine}, at `{durability}`", header, rows, texts=2))
-    return tables
-
-
-def _layers(section: Mapping[str, Any]) -> list[Grid]:
-    ladder = (BASELINE, layers.LINK, layers.UNIT, "homeagent")
-    differences = (*pairwise(ladder), (BASELINE, "homeagent"), (layers.COLD_BASELINE, layers.COLD))
-    rows = []
-    for work, row in section["measured"][layers.DURABILITY].items():
-        if any("failed" in each for each in row.values()):
+def describe_run(command: str) -> dict[str, str]:
+    """Return when, with which command, on which machine and with which versions a run is made."""
+    versions = [f"Python {platform.python_version()}", f"sqlite3 with SQLite {sqlite3.sqlite_version}"]
+    for name in LIBRARIES:
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
             continue
-        samples = {name: each["samples"]["seconds"] for name, each in row.items()}
-        # Of samples that were taken side by side, so that what else the machine did falls on both.
-        added = [median(map(sub, samples[above], samples[below])) for below, above in differences]
-        told = (row[BASELINE]["seconds"], *added)
-        rows.append([section["titles"][work], *(f"{seconds * 1e6:.1f}" for seconds in told)])
-    header = ("work", "by hand", "statement and link", "unit of work", "store", "all three", "all three, cold")
-    return [Grid("layers", "Microseconds of a call, and what each layer adds to it", header, rows)]
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    busy = f", busy with other work (load average {load:.1f}), so that the figures are rough" if load > 1 else ""
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "command": command,
+        "revision": revision.strip() or "unknown",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors{busy}",
+        "versions": ", ".join(versions),
+    }
 
 
-def _callers(section: Mapping[str, Any]) -> list[Grid]:
+def _value(figure: Figure, row: Row) -> str:
+    """Return a time or a rate as text."""
+    if row.at_least:
+        return f"{figure.value:,.0f}/s"
+    for unit, factor in (("µs", 1e6), ("ms", 1e3)):
+        if figure.value * factor < 1_000:
+            return f"{figure.value * factor:.3g} {unit}"
+    return f"{figure.value:.3g} s"
+
+
+def terminal_line(figure: Figure) -> str:
+    """Return a figure as one line of text."""
+    row = next(row for row in ROWS if row.name == figure.row)
+    return f"{figure.row:40} {figure.durability:6} {figure.contender:15} {_value(figure, row):>10}  {figure.ratio}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def goals_table(figures: Sequence[Figure]) -> str:
+    """Return the table of goals, in Markdown, which a terminal shows as well."""
     rows = []
-    for way, row in section["measured"].items():
-        for number, (count, figures) in enumerate(row.items()):
-            rows.append(
-                [
-                    "" if number else way,
-                    count,
-                    f"{figures['rate']:,.0f}",
-                    f"{figures['rate_min']:,.0f}–{figures['rate_max']:,.0f}",
-                    readable_time(figures["p50"]),
-                    readable_time(figures["p99"]),
-                ]
-            )
-    header = ("way", "callers", "commits a second", "min–max", "p50 of a call", "p99 of a call")
-    lone = [
-        [
-            durability,
-            readable_time(found["unit_of_work"]),
-            readable_time(found["run"]),
-            f"{found['ratio']:.2f} ({found['ratio_p10']:.2f}–{found['ratio_p90']:.2f})",
-        ]
-        for durability, found in section["lone"].items()
-    ]
-    return [
-        Grid("callers", "Durable commits a second, at `full`", header, rows),
-        Grid("callers", "One caller alone", ("durability", "`unit_of_work`", "`run`", "ratio (p10–p90)"), lone),
-    ]
+    for verdict in judge(figures):
+        measured = ", ".join(
+            f"{each.ratio} ({each.durability})" if each.durability else each.ratio for each in verdict.figures
+        )
+        rows.append([verdict.row.name, verdict.row.against, verdict.row.goal, measured, verdict.text])
+    return _table(["work", "compared with", "goal", "median ratio [least–greatest]", "result"], rows)
 
 
-def _sweeping(section: Mapping[str, Any]) -> list[Grid]:
-    rows = [
-        [
-            mode,
-            f"{found['rate']:,.0f}",
-            readable_time(found["p50"]),
-            readable_time(found["p99"]),
-            readable_time(found["max"]),
-            spread(found),
-            f"{found['swept']:,.0f}" if found["swept"] else "–",
-        ]
-        for mode, found in section["measured"].items()
-    ]
-    header = (
-        "the writer is",
-        "units a second",
-        "p50",
-        "p99",
-        "longest",
-        "p99 as a ratio (min–max)",
-        "rows swept a second",
+def figures_table(figures: Sequence[Figure]) -> str:
+    """Return the table of all figures: a line for each row and durability, a column for each contender."""
+    others = [name for name in CONTENDERS if name != BASELINE]
+    lines = []
+    for row in ROWS:
+        found = [each for each in figures if each.row == row.name]
+        for durability in dict.fromkeys(each.durability for each in found):
+            baseline, *rest = (each for each in found if each.durability == durability)
+            cells: Mapping[str, Figure] = {each.contender: each for each in rest}
+            line = [row.name, durability, _value(baseline, row)]
+            line += [f"{_value(cells[name], row)}, {cells[name].ratio}" if name in cells else "" for name in others]
+            lines.append(line)
+    return _table(["work", "durability", "baseline", *others], lines)
+
+
+def write(figures: Sequence[Figure], run: Mapping[str, str], page: Path) -> None:
+    """Write the tables into a page, between its markers, and the figures into a JSON file beside the page.
+
+    Raises:
+        BenchmarkError: the page has no markers.
+    """
+    text = page.read_text(encoding="utf-8")
+    told = (
+        f"Measured {run['date']} at revision {run['revision']}, by `{run['command']}`.\n"
+        f"The machine: {run['machine']}.\nThe versions: {run['versions']}."
     )
-    return [Grid("sweeping", f"A writer, beside a sweep of {section['dead']:,} dead rows", header, rows)]
-
-
-def _scale(section: Mapping[str, Any]) -> list[Grid]:
-    smallest, *larger = [str(size) for size in section["sizes"]]
-    samples = len(next(iter(section["measured"]["homeagent"].values()))[smallest]["samples"]["ratios"])
-    rows = []
-    for work, title in section["titles"].items():
-        for number, (name, measured) in enumerate(section["measured"].items()):
-            sizes = measured[work]
-            rows.append(
-                [
-                    "" if number else title,
-                    f"**{name}**" if name == "homeagent" else name,
-                    readable_time(sizes[smallest]["seconds"]),
-                    *(f"{readable_time(sizes[size]['seconds'])}: {spread(sizes[size])}" for size in larger),
-                ]
-            )
-    header = ("work", "contender", f"{int(smallest):,} rows", *(f"{int(size):,}: ratio (min–max)" for size in larger))
-    return [
-        Grid("scale", f"By the rows in each large table, at `normal`, {samples} samples of each", header, rows, texts=2)
-    ]
-
-
-def _startup(section: Mapping[str, Any]) -> list[Grid]:
-    rows = [
-        [name, readable_time(found["seconds"]), spread(found), readable_time(found["cpu"]), f"{found['ratio_cpu']:.2f}"]
-        for name, found in section["measured"].items()
-    ]
-    header = ("program", "on the clock", "ratio (min–max)", "CPU time", "ratio of CPU time")
-    return [Grid("startup", "A whole process", header, rows)]
-
-
-_MAKERS: dict[str, Callable[[Mapping[str, Any]], list[Grid]]] = {
-    "operations": lambda section: _works(section, "operations", "SQLite"),
-    "layers": _layers,
-    "callers": _callers,
-    "sweeping": _sweeping,
-    "scale": _scale,
-    "startup": _startup,
-    "postgresql": lambda section: _works(section, "postgresql", "PostgreSQL"),
-}
+    parts = ["## Goals", goals_table(figures), "## Every contender", figures_table(figures)]
+    made = "\n\n".join([BEGIN, told, *parts, END])
+    text, count = re.subn(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: made, text, flags=re.DOTALL)
+    if count != 1:
+        raise BenchmarkError(f"{page.name} needs the line {BEGIN}, and later the line {END}, once each")
+    page.write_text(text, encoding="utf-8")
+    lines = ",\n  ".join(json.dumps(asdict(each), ensure_ascii=False) for each in figures)
+    head = json.dumps(dict(run), indent=1, ensure_ascii=False).removesuffix("\n}")
+    page.with_suffix(".json").write_text(f'{head},\n "figures": [\n  {lines}\n ]\n}}\n', encoding="utf-8")

@@ -1,144 +1,108 @@
-"""homeagent, by its public interface alone: one unit of work for each piece of work."""
+"""homeagent by its public interface: each call is one unit of work."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
-from importlib.metadata import version
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
-
-from homeagent.engine.sqlite.driver import choose_driver
 
 from homeagent import (
     AgentCreate,
     AgentSession,
     AgentSessionCreate,
-    Attempt,
     Database,
+    Device,
     DeviceCreate,
+    IdempotencyKey,
     IdempotencyScope,
     Role,
+    UnitOfWork,
     errors,
 )
-from tests.benchmarks.contender import FINGERPRINT, LEASE, Contender
-from tests.benchmarks.data import METHOD
+from tests.benchmarks.contender import METHOD, RESULT, SECRET_HASH, START, Clock, Event, Filled
 
-__all__ = ["HomeAgent"]
+__all__ = ["HomeAgent", "fill", "scope"]
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
-LEASE_TIME = timedelta(milliseconds=LEASE)
 
 
-def instant(milliseconds: int) -> datetime:
-    """Return the instant of a number of milliseconds."""
-    return EPOCH + timedelta(milliseconds=milliseconds)
+def scope(device_id: str, key: str) -> IdempotencyScope:
+    """Return the scope of a key."""
+    return IdempotencyScope(device_id=device_id, method=METHOD, key=key)
 
 
-class HomeAgent(Contender):
-    """The stores of this package."""
+def fill(path: Path | str, filled: Filled) -> None:
+    """Make a database with homeagent's tables. `path` may be the URL of a server."""
+    clock = Clock()
+    with Database.open(path, clock=clock) as database, database.unit_of_work() as uow:
+        for i in range(filled.devices):
+            _create_device(uow, f"d{i}")
+        for i in range(filled.agents):
+            uow.agents.create(AgentCreate(id=f"a{i}", name="A", workspace_path="/srv/agent"))
+        for i in range(filled.keys):
+            uow.idempotency_keys.insert(scope(f"d{i % filled.devices}", f"k{i}"), RESULT, ttl=DAY)
+        for i in range(filled.sessions):
+            clock.set(START + i)
+            uow.sessions.create(
+                AgentSessionCreate(
+                    session_id=f"s{i}", agent_id=f"a{i % filled.agents}", sender_id=f"u{i}", channel_id=f"c{i % 7}"
+                )
+            )
 
-    def __init__(self, target: str, durability: str, *, traced: bool = False) -> None:
-        super().__init__(target, durability, traced=traced)
-        options: dict[str, Any] = {"clock": lambda: instant(self.moment)} if traced else {}
-        if "://" not in target:
-            options["durability"] = durability
-        self.database = Database.open(target, **options)
 
-    @classmethod
-    def describe(cls) -> str:
-        """Return the version, and the SQLite it picked."""
-        driver = choose_driver()
-        return f"{version('homeagent')}, {driver.name}, SQLite {driver.version_text}"
+def _create_device(uow: UnitOfWork, device_id: str) -> None:
+    uow.devices.create(DeviceCreate(id=device_id, role=Role.CLIENT, shared_secret_hash=SECRET_HASH))
+    uow.devices.approve(device_id)
 
-    def prepare(self, work: str, arguments: list[Any]) -> list[Any]:
-        """Make instants of numbers, and models of sessions."""
-        if work == "consume":
-            return [(device_id, nonce, instant(expires_at)) for device_id, nonce, expires_at in arguments]
-        if work == "index":
-            return [([_session(row) for row in rows],) for (rows,) in arguments]
-        return arguments
 
-    def until(self, milliseconds: int) -> datetime:
-        """Return an instant."""
-        return instant(milliseconds)
+class HomeAgent:
+    """The stores of this package. `path` may be the URL of a server, which has a durability of its own."""
 
-    def device(self, device_id: str) -> Any:
-        """Find a device."""
-        with self.database.unit_of_work(read_only=True) as unit:
-            return unit.devices.find_by_id(device_id)
+    def __init__(self, path: Path | str, durability: str, clock: Clock) -> None:
+        self.clock = clock
+        options: dict[str, Any] = {} if "://" in str(path) else {"durability": durability}
+        self.database = Database.open(path, clock=clock, **options)
 
-    def find_key(self, device_id: str, method: str, key: str) -> Any:
-        """Find a live key."""
-        with self.database.unit_of_work(read_only=True) as unit:
-            return unit.idempotency_keys.find(IdempotencyScope(device_id=device_id, method=method, key=key))
+    def device(self, device_id: str) -> Device | None:
+        with self.database.unit_of_work(read_only=True) as uow:
+            return uow.devices.find_by_id(device_id)
 
-    def agent_sessions(self, agent_id: str, limit: int) -> Any:
-        """List sessions."""
-        with self.database.unit_of_work(read_only=True) as unit:
-            return unit.sessions.list(agent_id=agent_id, limit=limit)
+    def find_key(self, device_id: str, key: str) -> IdempotencyKey | None:
+        with self.database.unit_of_work(read_only=True) as uow:
+            return uow.idempotency_keys.find(scope(device_id, key))
+
+    def sessions(self, agent_id: str, limit: int) -> Sequence[AgentSession]:
+        with self.database.unit_of_work(read_only=True) as uow:
+            return uow.sessions.list(agent_id=agent_id, limit=limit)
 
     def seen(self, device_id: str) -> bool:
-        """Remember when a device was seen."""
-        with self.database.unit_of_work() as unit:
-            return unit.devices.update_last_seen(device_id)
+        with self.database.unit_of_work() as uow:
+            return uow.devices.update_last_seen(device_id)
 
-    def consume(self, device_id: str, nonce: str, expires_at: datetime) -> bool:
-        """Use up a nonce."""
-        with self.database.unit_of_work() as unit:
-            return unit.nonces.consume(device_id, nonce, expires_at=expires_at)
+    def consume(self, device_id: str, nonce: str) -> bool:
+        with self.database.unit_of_work() as uow:
+            return uow.nonces.consume(device_id, nonce, expires_at=self.clock.now + DAY)
 
-    def insert_key(self, device_id: str, method: str, key: str, result: Any) -> bool:
-        """Store a result."""
+    def insert_key(self, device_id: str, key: str) -> bool:
         try:
-            with self.database.unit_of_work() as unit:
-                unit.idempotency_keys.insert(
-                    IdempotencyScope(device_id=device_id, method=method, key=key), result, ttl=DAY
-                )
+            with self.database.unit_of_work() as uow:
+                uow.idempotency_keys.insert(scope(device_id, key), RESULT, ttl=DAY)
         except errors.IdempotencyKeyExistsError:
             return False
         return True
 
-    def claim(self, device_id: str, method: str, key: str, result: Any) -> bool:
-        """Claim and complete."""
-        scope = IdempotencyScope(device_id=device_id, method=method, key=key)
-        with self.database.unit_of_work() as unit:
-            attempt = unit.idempotency_keys.claim(scope, fingerprint=FINGERPRINT, lease=LEASE_TIME, ttl=DAY)
-        if not isinstance(attempt, Attempt):
-            return False
-        with self.database.unit_of_work() as unit:
-            unit.idempotency_keys.complete(attempt, result)
-        return True
-
-    def index(self, sessions: Sequence[AgentSession]) -> int:
-        """Add sessions."""
-        with self.database.unit_of_work() as unit:
-            return unit.sessions.index(sessions)
-
-    def welcome(self, device_id: str) -> None:
-        """Pair and approve a device; its secret was hashed elsewhere, which is not what is measured."""
-        with self.database.unit_of_work(read_only=True) as unit:
-            if unit.devices.find_by_id(device_id) is not None:
-                return
-        with self.database.unit_of_work() as unit:
-            unit.devices.create(
-                DeviceCreate(id=device_id, role=Role.CLIENT, shared_secret_hash=f"sha256$of-{device_id}")
-            )
-        with self.database.unit_of_work() as unit:
-            unit.devices.approve(device_id, expected_role=Role.CLIENT)
-
-    def answer(self, event: Any) -> bool:
-        """Take a message."""
+    def answer(self, event: Event) -> bool:
         device_id, agent_id, session_id = event["device"], event["agent"], event["session"]
-        scope = IdempotencyScope(device_id=device_id, method=METHOD, key=event["key"])
-        with self.database.unit_of_work() as unit:
-            unit.devices.update_last_seen(device_id)
-            if unit.agents.find_by_id(agent_id) is None:
-                unit.agents.create(
-                    AgentCreate(id=agent_id, name=agent_id.title(), workspace_path=f"/srv/agents/{agent_id}")
-                )
-            if unit.sessions.find_by_id(session_id) is None:
-                unit.sessions.create(
+        key = scope(device_id, event["key"])
+        with self.database.unit_of_work() as uow:
+            if uow.devices.find_by_id(device_id) is None:
+                _create_device(uow, device_id)
+            uow.devices.update_last_seen(device_id)
+            if uow.agents.find_by_id(agent_id) is None:
+                uow.agents.create(AgentCreate(id=agent_id, name=agent_id, workspace_path="/srv/agent"))
+            if uow.sessions.find_by_id(session_id) is None:
+                uow.sessions.create(
                     AgentSessionCreate(
                         session_id=session_id,
                         agent_id=agent_id,
@@ -146,29 +110,11 @@ class HomeAgent(Contender):
                         channel_id=event["channel"],
                     )
                 )
-            unit.sessions.touch(session_id)
-            if unit.idempotency_keys.find(scope) is not None:
+            uow.sessions.touch(session_id)
+            if uow.idempotency_keys.find(key) is not None:
                 return True
-            unit.idempotency_keys.insert(scope, {"session": session_id, "accepted_at": self.moment}, ttl=DAY)
-        return False
-
-    def sweep(self) -> int:
-        """Delete dead rows."""
-        report = self.database.sweep()
-        return report.nonces + report.idempotency_keys
+            uow.idempotency_keys.insert(key, RESULT, ttl=DAY)
+            return False
 
     def close(self) -> None:
-        """Close the database."""
         self.database.close()
-
-
-def _session(row: Sequence[Any]) -> AgentSession:
-    session_id, agent_id, sender_id, channel_id, created_at, last_active_at = row
-    return AgentSession(
-        session_id=session_id,
-        agent_id=agent_id,
-        sender_id=sender_id,
-        channel_id=channel_id,
-        created_at=instant(created_at),
-        last_active_at=instant(last_active_at),
-    )

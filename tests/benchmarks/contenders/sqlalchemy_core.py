@@ -1,302 +1,120 @@
-"""SQLAlchemy Core: tables, statements made once and cached by SQLAlchemy, a pooled connection for each call."""
+"""SQLAlchemy Core: tables, statements that are built once, and a pooled connection for each call."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import (
-    Column,
-    Connection,
-    Engine,
-    Integer,
-    MetaData,
-    Table,
-    Text,
-    and_,
-    bindparam,
-    case,
-    create_engine,
-    delete,
-    event,
-    null,
-    or_,
-    select,
-    tuple_,
-    update,
-)
+from sqlalchemy import Connection, Engine, MetaData, bindparam, create_engine, event, select, update
 from sqlalchemy.dialects.sqlite import insert
 
-from tests.benchmarks.contender import (
-    BATCH,
-    DEVICE_COLUMNS,
-    GRACE,
-    GRANULARITY,
-    KEY_COLUMNS,
-    SESSION_COLUMNS,
-    Contender,
-)
-from tests.benchmarks.contenders.handwritten import PRAGMAS, route_key
-from tests.benchmarks.data import DAY, METHOD
+from tests.benchmarks.contender import DAY, METHOD, RESULT, SECRET_HASH, Clock, Event
+from tests.benchmarks.contenders.by_hand import pragmas
 
 __all__ = ["SQLAlchemyCore", "make_engine"]
 
-NUMBERS = {"approved", "attempt", "omitted"}
-KEYS = {
-    "devices": {"id"},
-    "agents": {"id"},
-    "sessions": {"session_id"},
-    "nonces": {"nonce", "device_id"},
-    "idempotency_keys": {"device_id", "method", "key"},
-}
 
-
-def _table(name: str, columns: Sequence[str]) -> Table:
-    kinds = {column: Integer if column in NUMBERS or column.endswith("_at") else Text for column in columns}
-    return Table(
-        name, MetaData(), *(Column(column, kind, primary_key=column in KEYS[name]) for column, kind in kinds.items())
-    )
-
-
-devices = _table("devices", DEVICE_COLUMNS)
-agents = _table("agents", ("id", "name", "workspace_path", "created_at", "config"))
-sessions = _table("sessions", SESSION_COLUMNS)
-nonces = _table("nonces", ("nonce", "device_id", "created_at", "expires_at"))
-keys = _table("idempotency_keys", KEY_COLUMNS)
-
-SAME_KEY = and_(
-    keys.c.device_id == bindparam("device"),
-    keys.c.method == bindparam("its_method"),
-    keys.c.key == bindparam("its_key"),
-)
-DEVICE = select(devices).where(devices.c.id == bindparam("device"))
-SEEN = (
-    update(devices)
-    .where(devices.c.id == bindparam("device"))
-    .where(or_(devices.c.last_seen_at.is_(None), devices.c.last_seen_at <= bindparam("before")))
-    .values(last_seen_at=bindparam("now"))
-)
-CONSUME = insert(nonces)
-CONSUME = CONSUME.on_conflict_do_update(
-    index_elements=["device_id", "nonce"],
-    set_={"created_at": CONSUME.excluded.created_at, "expires_at": CONSUME.excluded.expires_at},
-    where=nonces.c.expires_at <= bindparam("now"),
-)
-FIND_KEY = select(keys).where(SAME_KEY, or_(keys.c.expires_at > bindparam("now"), keys.c.state == "in_progress"))
-STORE_KEY = insert(keys)
-STORE_KEY = STORE_KEY.on_conflict_do_update(
-    index_elements=["device_id", "method", "key"],
-    set_={name: STORE_KEY.excluded[name] for name in KEY_COLUMNS if name not in KEYS["idempotency_keys"]},
-    where=and_(keys.c.expires_at <= bindparam("now"), keys.c.state != "in_progress"),
-)
-COMPLETE = (
-    update(keys)
-    .where(SAME_KEY, keys.c.state == "in_progress", keys.c.owner == bindparam("its_owner"))
-    .values(state="completed", result=bindparam("outcome"), expires_at=bindparam("until"), lease_expires_at=None)
-)
-SESSIONS = (
-    select(sessions)
-    .where(sessions.c.agent_id == bindparam("agent"))
-    .order_by(sessions.c.last_active_at.desc(), sessions.c.session_id.desc())
-    .limit(bindparam("most"))
-)
-SESSION = select(sessions).where(sessions.c.session_id == bindparam("session"))
-TAKEN = select(sessions.c.session_id).where(sessions.c.route_key == bindparam("route")).exists()
-INDEX = insert(sessions).values(
-    {
-        **{name: bindparam(name) for name in SESSION_COLUMNS[:-1]},
-        "route_key": case((TAKEN, null()), else_=bindparam("route", type_=Text)),
-    }
-)
-INDEX = INDEX.on_conflict_do_update(
-    index_elements=["session_id"],
-    set_={
-        "last_active_at": case(
-            (INDEX.excluded.last_active_at > sessions.c.last_active_at, INDEX.excluded.last_active_at),
-            else_=sessions.c.last_active_at,
-        )
-    },
-)
-CREATE_SESSION = insert(sessions).on_conflict_do_nothing()
-TOUCH = (
-    update(sessions)
-    .where(sessions.c.session_id == bindparam("session"), sessions.c.last_active_at < bindparam("now"))
-    .values(last_active_at=bindparam("now"))
-)
-AGENT = select(agents).where(agents.c.id == bindparam("agent"))
-CREATE_AGENT = insert(agents).on_conflict_do_nothing()
-SWEEP_NONCES = delete(nonces).where(
-    tuple_(nonces.c.device_id, nonces.c.nonce).in_(
-        select(nonces.c.device_id, nonces.c.nonce)
-        .where(nonces.c.expires_at <= bindparam("before"))
-        .order_by(nonces.c.expires_at)
-        .limit(BATCH)
-    )
-)
-SWEEP_KEYS = delete(keys).where(
-    tuple_(keys.c.device_id, keys.c.method, keys.c.key).in_(
-        select(keys.c.device_id, keys.c.method, keys.c.key)
-        .where(keys.c.expires_at <= bindparam("before"), keys.c.state != "in_progress")
-        .order_by(keys.c.expires_at)
-        .limit(BATCH)
-    )
-)
-
-
-def make_engine(target: str, durability: str) -> Engine:
+def make_engine(path: Path, durability: str) -> Engine:
     """Return an engine whose connections have the pragmas of all contenders."""
-    engine = create_engine(f"sqlite:///{target}")
+    engine = create_engine(f"sqlite:///{path}")
 
     @event.listens_for(engine, "connect")
     def set_pragmas(connection: Any, record: object) -> None:
-        for pragma in (*PRAGMAS, f"synchronous={durability}"):
-            connection.execute(f"PRAGMA {pragma}")
+        for pragma in pragmas(durability):
+            connection.execute(pragma)
 
     return engine
 
 
-class SQLAlchemyCore(Contender):
+class SQLAlchemyCore:
     """Statements, without the ORM."""
 
-    def __init__(self, target: str, durability: str, *, traced: bool = False) -> None:
-        super().__init__(target, durability, traced=traced)
-        self.engine = make_engine(target, durability)
-
-    @classmethod
-    def describe(cls) -> str:
-        """Return the version."""
-        return version("sqlalchemy")
-
-    def prepare(self, work: str, arguments: list[Any]) -> list[Any]:
-        """Make the parameters of sessions."""
-        if work == "index":
-            names = SESSION_COLUMNS[:-1]
-            return [
-                ([{**dict(zip(names, row, strict=True)), "route": route_key(*row[1:4])} for row in rows],)
-                for (rows,) in arguments
-            ]
-        return arguments
+    def __init__(self, path: Path, durability: str, clock: Clock) -> None:
+        self.clock = clock
+        self.engine = make_engine(path, durability)
+        metadata = MetaData()
+        metadata.reflect(self.engine)
+        devices, agents, sessions, nonces, keys = (
+            metadata.tables[name] for name in ("devices", "agents", "sessions", "nonces", "idempotency_keys")
+        )
+        self.find_device = select(devices).where(devices.c.id == bindparam("device"))
+        self.find_live_key = select(keys).where(
+            keys.c.device_id == bindparam("device"),
+            keys.c.method == METHOD,
+            keys.c.key == bindparam("its_key"),
+            keys.c.expires_at > bindparam("now"),
+        )
+        self.list_sessions = (
+            select(sessions)
+            .where(sessions.c.agent_id == bindparam("agent"))
+            .order_by(sessions.c.last_active_at.desc(), sessions.c.session_id.desc())
+            .limit(bindparam("most"))
+        )
+        self.set_seen = update(devices).where(devices.c.id == bindparam("device")).values(last_seen_at=bindparam("now"))
+        self.store_nonce = insert(nonces).on_conflict_do_nothing()
+        self.store_new_key = insert(keys).on_conflict_do_nothing()
+        self.store_key = insert(keys).prefix_with("OR REPLACE")
+        see = insert(devices)
+        self.see_device = see.on_conflict_do_update(
+            index_elements=["id"], set_={"last_seen_at": see.excluded.last_seen_at}
+        )
+        self.create_agent = insert(agents).on_conflict_do_nothing()
+        touch = insert(sessions)
+        self.touch_session = touch.on_conflict_do_update(
+            index_elements=["session_id"], set_={"last_active_at": touch.excluded.last_active_at}
+        )
 
     def device(self, device_id: str) -> Any:
-        """Find a device."""
         with self.engine.connect() as connection:
-            return connection.execute(DEVICE, {"device": device_id}).first()
+            return connection.execute(self.find_device, {"device": device_id}).first()
 
-    def find_key(self, device_id: str, method: str, key: str) -> Any:
-        """Find a live key."""
+    def find_key(self, device_id: str, key: str) -> Any:
         with self.engine.connect() as connection:
-            return self._find_key(connection, device_id, method, key)
+            return self._find_key(connection, device_id, key)
 
-    def _find_key(self, connection: Connection, device_id: str, method: str, key: str) -> Any:
-        scope = {"device": device_id, "its_method": method, "its_key": key}
-        return connection.execute(FIND_KEY, {**scope, "now": self.now()}).first()
+    def _find_key(self, connection: Connection, device_id: str, key: str) -> Any:
+        parameters = {"device": device_id, "its_key": key, "now": self.clock.ms}
+        return connection.execute(self.find_live_key, parameters).first()
 
-    def agent_sessions(self, agent_id: str, limit: int) -> Any:
-        """List sessions."""
+    def sessions(self, agent_id: str, limit: int) -> Any:
         with self.engine.connect() as connection:
-            return connection.execute(SESSIONS, {"agent": agent_id, "most": limit}).all()
+            return connection.execute(self.list_sessions, {"agent": agent_id, "most": limit}).all()
+
+    def _write(self, statement: Any, parameters: dict[str, Any]) -> bool:
+        with self.engine.begin() as connection:
+            return connection.execute(statement, parameters).rowcount > 0
 
     def seen(self, device_id: str) -> bool:
-        """Remember when a device was seen."""
-        with self.engine.begin() as connection:
-            return self._see(connection, device_id)
+        return self._write(self.set_seen, {"device": device_id, "now": self.clock.ms})
 
-    def _see(self, connection: Connection, device_id: str) -> bool:
-        now = self.now()
-        return connection.execute(SEEN, {"device": device_id, "now": now, "before": now - GRANULARITY}).rowcount > 0
+    def consume(self, device_id: str, nonce: str) -> bool:
+        now = self.clock.ms
+        row = {"device_id": device_id, "nonce": nonce, "created_at": now, "expires_at": now + DAY}
+        return self._write(self.store_nonce, row)
 
-    def consume(self, device_id: str, nonce: str, expires_at: int) -> bool:
-        """Use up a nonce."""
-        now = self.now()
-        row = {"nonce": nonce, "device_id": device_id, "created_at": now, "expires_at": expires_at}
-        with self.engine.begin() as connection:
-            return connection.execute(CONSUME, {**row, "now": now}).rowcount > 0
+    def _key(self, device_id: str, key: str) -> dict[str, Any]:
+        now = self.clock.ms
+        scope = {"device_id": device_id, "method": METHOD, "key": key}
+        return {**scope, "result": json.dumps(RESULT), "created_at": now, "expires_at": now + DAY}
 
-    def insert_key(self, device_id: str, method: str, key: str, result: Any) -> bool:
-        """Store a result."""
-        with self.engine.begin() as connection:
-            return self._store(connection, device_id, method, key, result, state="completed")
+    def insert_key(self, device_id: str, key: str) -> bool:
+        return self._write(self.store_new_key, self._key(device_id, key))
 
-    def _store(self, connection: Connection, device_id: str, method: str, key: str, result: Any, **others: Any) -> bool:
-        now = self.now()
-        row = {
-            **dict.fromkeys(KEY_COLUMNS),
-            "device_id": device_id,
-            "method": method,
-            "key": key,
-            "result": json.dumps(result),
-            "created_at": now,
-            "expires_at": now + DAY,
-            "attempt": 1,
-            "omitted": 0,
-            **others,
-        }
-        return connection.execute(STORE_KEY, {**row, "now": now}).rowcount > 0
-
-    def claim(self, device_id: str, method: str, key: str, result: Any) -> bool:
-        """Claim and complete."""
-        claimed = self.claimed()
-        owner = claimed["owner"]
+    def answer(self, event: Event) -> bool:
+        now, device_id, agent_id = self.clock.ms, event["device"], event["agent"]
+        device = {"id": device_id, "role": "client", "shared_secret_hash": SECRET_HASH, "approved": 1}
+        agent = {"id": agent_id, "name": agent_id, "workspace_path": "/srv/agent", "created_at": now}
+        session = {"session_id": event["session"], "agent_id": agent_id, "created_at": now, "last_active_at": now}
         with self.engine.begin() as connection:
-            if not self._store(connection, device_id, method, key, None, **claimed):
-                return False
-        scope = {"device": device_id, "its_method": method, "its_key": key}
-        done = {"its_owner": owner, "outcome": json.dumps(result), "until": self.now() + DAY}
-        with self.engine.begin() as connection:
-            return connection.execute(COMPLETE, {**scope, **done}).rowcount > 0
-
-    def index(self, sessions: Sequence[dict[str, Any]]) -> int:
-        """Add sessions."""
-        with self.engine.begin() as connection:
-            connection.execute(INDEX, sessions)
-        return len(sessions)
-
-    def welcome(self, device_id: str) -> None:
-        """Pair and approve a device."""
-        if self.device(device_id) is not None:
-            return
-        row = {"id": device_id, "role": "client", "shared_secret_hash": f"sha256$of-{device_id}", "approved": 0}
-        with self.engine.begin() as connection:
-            connection.execute(insert(devices), {**row, "paired_at": self.now()})
-        with self.engine.begin() as connection:
-            connection.execute(
-                update(devices).where(devices.c.id == device_id).values(approved=1, approved_at=self.now())
-            )
-
-    def answer(self, event: Any) -> bool:
-        """Take a message."""
-        now, device_id, agent_id, session_id = self.now(), event["device"], event["agent"], event["session"]
-        with self.engine.begin() as connection:
-            self._see(connection, device_id)
-            if connection.execute(AGENT, {"agent": agent_id}).first() is None:
-                row = {"id": agent_id, "name": agent_id.title(), "workspace_path": f"/srv/agents/{agent_id}"}
-                connection.execute(CREATE_AGENT, {**row, "created_at": now})
-            if connection.execute(SESSION, {"session": session_id}).first() is None:
-                sender, channel = event["sender"], event["channel"]
-                values = (session_id, agent_id, sender, channel, now, now, route_key(agent_id, sender, channel))
-                row = dict(zip(SESSION_COLUMNS, values, strict=True))
-                if not connection.execute(CREATE_SESSION, row).rowcount:
-                    connection.execute(CREATE_SESSION, {**row, "route_key": None})
-            connection.execute(TOUCH, {"session": session_id, "now": now})
-            if self._find_key(connection, device_id, METHOD, event["key"]) is not None:
+            connection.execute(self.see_device, {**device, "paired_at": now, "last_seen_at": now})
+            connection.execute(self.create_agent, agent)
+            route = {"sender_id": event["sender"], "channel_id": event["channel"]}
+            connection.execute(self.touch_session, {**session, **route})
+            if self._find_key(connection, device_id, event["key"]) is not None:
                 return True
-            result = {"session": session_id, "accepted_at": now}
-            self._store(connection, device_id, METHOD, event["key"], result, state="completed")
-        return False
-
-    def sweep(self) -> int:
-        """Delete dead rows."""
-        now, total = self.now(), 0
-        for statement, before in ((SWEEP_NONCES, now - GRACE), (SWEEP_KEYS, now)):
-            count = BATCH
-            while count == BATCH:
-                with self.engine.begin() as connection:
-                    count = connection.execute(statement, {"before": before}).rowcount
-                total += count
-        return total
+            connection.execute(self.store_key, self._key(device_id, event["key"]))
+            return False
 
     def close(self) -> None:
-        """Close the pool."""
         self.engine.dispose()
