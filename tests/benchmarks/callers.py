@@ -56,14 +56,16 @@ def _writers(bench: Bench, durability: str) -> None:
 
 
 def _run_once(bench: Bench, durability: str, by_hand: Sqlite3, homeagent: HomeAgent) -> None:
+    devices = bench.sizes.filled.devices
+
     def twice(i: int) -> bool:
-        now, key = by_hand.clock.ms, f"o{i}"
-        return by_hand.write(CLAIM, (key, METHOD, "d1", now, now + DAY)) and by_hand.write(
-            COMPLETE, ('{"ok": true}', "d1", METHOD, key)
+        now, device_id, key = by_hand.clock.ms, f"d{i % devices}", f"o{i}"
+        return by_hand.write(CLAIM, (key, METHOD, device_id, now, now + DAY)) and by_hand.write(
+            COMPLETE, ('{"ok": true}', device_id, METHOD, key)
         )
 
     def once(i: int) -> object:
-        return homeagent.database.run_once(scope("d1", f"o{i}"), lambda attempt: {"ok": True}, params=i)
+        return homeagent.database.run_once(scope(f"d{i % devices}", f"o{i}"), lambda attempt: {"ok": True}, params=i)
 
     bench.compare(ONCE, durability, {BASELINE: twice, "homeagent": once})
 
@@ -96,7 +98,8 @@ def _crowded(bench: Bench, durability: str, homeagent: HomeAgent) -> None:
         "few nonces": lambda i: homeagent.consume(f"fresh{i % 10}", f"f{i}-abcdefghijkl"),
         "homeagent": lambda i: homeagent.consume("crowded", f"f{i}-abcdefghijkl"),
     }
-    bench.compare(CROWDED, durability, calls)
+    # A device may have 10,000 nonces: fewer calls keep well below that.
+    bench.compare(CROWDED, durability, calls, share=0.2)
 
 
 def _storm(bench: Bench, by_hand: Sqlite3, homeagent: HomeAgent, clock: Clock) -> None:

@@ -122,8 +122,14 @@ class Bench:
             self.figures.append(figure)
             self.report(figure)
 
-    def compare(self, row: str, durability: str, calls: Mapping[str, Call]) -> dict[str, int]:
+    def compare(self, row: str, durability: str, calls: Mapping[str, Call], *, share: float = 1.0) -> dict[str, int]:
         """Measure calls in turns; the first is the baseline, and the second has its turn next to it in each round.
+
+        Args:
+            row: the row's name.
+            durability: what the calls are measured at; empty if they commit nothing.
+            calls: by contender.
+            share: how long a sample takes, as a share of the usual time.
 
         Returns:
             How often each was called. The numbers that it got are below that.
@@ -143,7 +149,7 @@ class Bench:
 
         for name in calls:
             sample(name, 5)
-            size[name] = max(1, int(self.sizes.seconds / sample(name, 10)))
+            size[name] = max(1, int(share * self.sizes.seconds / sample(name, 10)))
         for turn in range(self.sizes.rounds):
             for name in calls if turn % 2 else reversed(calls):
                 samples[name].append(sample(name, size[name]))
