@@ -130,6 +130,8 @@ class _SharedUnit(UnitOfWork):
 
     def rollback(self) -> None:
         """Abandon the unit: see `UnitOfWork.rollback`."""
+        if self._state == "rolled back":
+            return
         link = self._require_link()
         self._after_commit = None
         link.rollback_to_savepoint(_SAVEPOINT)

@@ -258,7 +258,7 @@ class UnitOfWork:
     # What its owner does
 
     def rollback(self) -> None:
-        """Abandon the unit: everything is undone now, and leaving the block then commits nothing.
+        """Abandon the unit: everything is undone now, and leaving the block then commits nothing. Twice is fine.
 
         Raises:
             UnitStateError: it is over already.
