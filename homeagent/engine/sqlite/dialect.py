@@ -63,7 +63,23 @@ def _note_description(cursor: Any, sql: str, bindings: object) -> bool:
     """Keep the names of a statement's columns: apsw forgets them with the last row, and SQLAlchemy asks later."""
     cursor.description = tuple((name, None, None, None, None, None, None) for name, _ in cursor.get_description())
     cursor.is_write = not cursor.is_readonly
+    cursor.changes_before = cursor.connection.total_changes()
     return True
+
+
+def _execute_each(
+    execute: Callable[[str, Any], object], connection: _Connection, statement: str, sets: Iterable[Any]
+) -> int:
+    """Run a statement once for each set of bindings, and return how many rows it changed.
+
+    `Connection.total_changes` would count the rows of triggers and foreign keys too, and SQLAlchemy's ORM would raise
+    StaleDataError.
+    """
+    changed = 0
+    for bindings in sets:
+        execute(statement, bindings)
+        changed += connection.changes()
+    return changed
 
 
 class Cursor(_Cursor):
@@ -72,6 +88,7 @@ class Cursor(_Cursor):
     arraysize = 1
     description: Description | None = None  # type: ignore[assignment]  # apsw's own raises after the last row
     is_write = False
+    changes_before = 0
     _changed: int | None = None
 
     def __init__(self, connection: _Connection) -> None:
@@ -81,16 +98,16 @@ class Cursor(_Cursor):
     def execute(self, statements: str, bindings: Any = None, **options: Any) -> Cursor:
         """Run a statement."""
         self.description = self._changed = None
-        super().execute(statements, bindings, **options)
+        try:
+            super().execute(statements, bindings, **options)
+        except TypeError as error:  # a binding of a type that SQLite does not have
+            raise apsw.BindingsError(str(error)) from None
         self.description = self.description or None
         return self
 
     def executemany(self, statements: str, sequenceofbindings: Iterable[Any], **options: Any) -> Cursor:
         """Run a statement once for each set of bindings."""
-        before = self.connection.total_changes()
-        super().executemany(statements, sequenceofbindings, **options)
-        self._changed = self.connection.total_changes() - before
-        self.description = self.description or None
+        self._changed = _execute_each(self.execute, self.connection, statements, sequenceofbindings)
         return self
 
     @property
@@ -98,7 +115,10 @@ class Cursor(_Cursor):
         """How many rows the last statement changed; -1 for a statement that only reads."""
         if self._changed is not None:
             return self._changed
-        return self.connection.changes() if self.is_write else -1
+        if not self.is_write:
+            return -1
+        # A statement that changes the schema leaves the number of the statement before it in `changes`.
+        return self.connection.changes() if self.connection.total_changes() != self.changes_before else 0
 
     @property
     def lastrowid(self) -> int:
@@ -123,9 +143,7 @@ class StatementCursor(_Cursor):
 
     def executemany(self, statements: str, sequenceofbindings: Iterable[Any], **options: Any) -> _Cursor:
         """Run a statement once for each set of bindings."""
-        before = self.connection.total_changes()
-        super().executemany(statements, sequenceofbindings, **options)
-        self._changed = self.connection.total_changes() - before
+        self._changed = _execute_each(self.execute, self.connection, statements, sequenceofbindings)
         return self
 
     @property
@@ -230,7 +248,10 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
 
 def _regexp(*arguments: Any) -> bool | None:
     pattern, value = arguments
-    return None if value is None else re.search(pattern, value) is not None
+    try:
+        return None if value is None else re.search(pattern, value) is not None
+    except (re.error, TypeError) as error:
+        raise apsw.SQLError(f"regexp: {error}") from None
 
 
 class Dialect(SQLiteDialect):

@@ -1,0 +1,567 @@
+"""The DB-API part over apsw and SQLAlchemy's dialect on it: result codes, cursors, transactions, bad values."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+import sqlalchemy as sa
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from sqlalchemy import exc
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.pool import NullPool
+
+from homeagent import Database, errors
+from homeagent.engine.faults import TransientError, sqlite_code_name, sqlite_fault
+from homeagent.engine.sqlite import dialect
+from homeagent.engine.sqlite.dialect import DRIVER_NAME, Connection, StatementCursor, connect
+from tests.conftest import Children, add_agent
+
+SCHEMA = """
+    CREATE TABLE room (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, CONSTRAINT ck_name CHECK (name <> 'bad'));
+    CREATE TABLE lamp (id TEXT PRIMARY KEY, room REFERENCES room);
+    CREATE TABLE exact (number INTEGER) STRICT;
+    CREATE TRIGGER no_seven BEFORE INSERT ON exact WHEN new.number = 7 BEGIN SELECT RAISE(ABORT, 'seven'); END;
+    INSERT INTO room VALUES (1, 'hall'), (2, 'attic');
+    INSERT INTO lamp VALUES ('a', 1);
+"""
+
+COPIES = """
+    CREATE TABLE other (id);
+    CREATE TRIGGER copies AFTER UPDATE ON room BEGIN INSERT INTO other VALUES (1), (2); END;
+"""
+"""A trigger whose own changes must not be counted as those of the statement."""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A database in rollback mode with two tables and a few rows."""
+    path = tmp_path / "dialect.db"
+    raw = connect(str(path))
+    raw.execute(SCHEMA)
+    raw.close()
+    return path
+
+
+@pytest.fixture
+def engine(path: Path) -> Iterator[sa.Engine]:
+    """SQLAlchemy's engine on that database; statements wait for no lock."""
+    engine = sa.create_engine(f"{DRIVER_NAME}:///{path}?timeout=0", poolclass=NullPool)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def raw(path: Path) -> Iterator[Connection]:
+    """A connection of the driver's to that database."""
+    raw = connect(str(path), timeout=0)
+    yield raw
+    raw.close()
+
+
+def driver_connection(connection: sa.Connection) -> Connection:
+    """Return the driver's connection of one of SQLAlchemy's."""
+    found: Any = connection.connection.driver_connection
+    return found  # type: ignore[no-any-return]
+
+
+# Result codes that SQLite can be brought to return
+
+
+def send(*statements: str) -> Callable[[sa.Connection, Path], None]:
+    """Return what sends these statements; the last one is to fail."""
+
+    def act(connection: sa.Connection, path: Path) -> None:
+        for statement in statements:
+            result = connection.exec_driver_sql(statement)
+            if result.returns_rows:
+                result.all()
+
+    return act
+
+
+def while_another_writes(connection: sa.Connection, path: Path) -> None:
+    """Write while another connection has the write lock."""
+    other = connect(str(path))
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        connection.exec_driver_sql("DELETE FROM lamp")
+    finally:
+        other.close()
+
+
+def on_an_old_snapshot(connection: sa.Connection, path: Path) -> None:
+    """Write in a transaction that has read before another connection committed."""
+    other = connect(str(path))
+    other.execute("PRAGMA journal_mode=WAL").fetchall()
+    connection.exec_driver_sql("SELECT count(*) FROM lamp").all()
+    other.execute("DELETE FROM lamp")
+    try:
+        connection.exec_driver_sql("DELETE FROM lamp")
+    finally:
+        other.close()
+
+
+def drop_what_is_read(connection: sa.Connection, path: Path) -> None:
+    """Drop a table that an unfinished statement of the same connection reads."""
+    unfinished = driver_connection(connection).cursor().execute("SELECT * FROM room")
+    try:
+        connection.exec_driver_sql("DROP TABLE lamp")
+    finally:
+        unfinished.close()
+
+
+def after_a_move(connection: sa.Connection, path: Path) -> None:
+    """Write to a file that has lost its name."""
+    connection.exec_driver_sql("SELECT * FROM room").all()
+    path.rename(path.with_suffix(".moved"))
+    connection.exec_driver_sql("DELETE FROM lamp")
+
+
+def with_damaged_pages(connection: sa.Connection, path: Path) -> None:
+    """Read tables whose pages hold other bytes; the first page, with the schema, is whole."""
+    content = bytearray(path.read_bytes())
+    content[4096:] = b"\xee" * (len(content) - 4096)
+    path.write_bytes(content)
+    connection.exec_driver_sql("SELECT * FROM room").all()
+
+
+def without_a_header(connection: sa.Connection, path: Path) -> None:
+    """Read a file that is not a SQLite database."""
+    path.write_bytes(b"no database " * 1000)
+    connection.exec_driver_sql("SELECT * FROM room").all()
+
+
+def interrupted(connection: sa.Connection, path: Path) -> None:
+    """Run a statement that a progress handler interrupts."""
+    driver_connection(connection).set_progress_handler(lambda: True, 1)
+    connection.exec_driver_sql("SELECT * FROM room, room, room").all()
+
+
+def denied(connection: sa.Connection, path: Path) -> None:
+    """Run a statement that an authorizer denies."""
+    driver_connection(connection).authorizer = lambda *arguments: apsw.SQLITE_DENY
+    connection.exec_driver_sql("SELECT * FROM room")
+
+
+def rolled_back_meanwhile(connection: sa.Connection, path: Path) -> None:
+    """Go on with a statement after a rollback that undid a change of the schema."""
+    connection.exec_driver_sql("CREATE TABLE other (id)")
+    result = connection.exec_driver_sql("SELECT * FROM room")
+    driver_connection(connection).rollback()
+    result.all()
+
+
+def in_an_absent_directory(connection: sa.Connection, path: Path) -> None:
+    """Open a file whose directory does not exist."""
+    with sa.create_engine(f"{DRIVER_NAME}:///{path.parent}/absent/x.db").connect():
+        pass
+
+
+PROVOKED: list[tuple[str, type[exc.DBAPIError], type[errors.HomeAgentError], Callable[[sa.Connection, Path], None]]] = [
+    ("SQLITE_ERROR", exc.OperationalError, errors.DatabaseError, send("SELEC 1")),
+    ("SQLITE_CONSTRAINT_UNIQUE", exc.IntegrityError, errors.ConflictError, send("UPDATE room SET name='hall'")),
+    ("SQLITE_CONSTRAINT_CHECK", exc.IntegrityError, errors.ConflictError, send("UPDATE room SET name='bad'")),
+    ("SQLITE_CONSTRAINT_NOTNULL", exc.IntegrityError, errors.ConflictError, send("UPDATE room SET name=NULL")),
+    (
+        "SQLITE_CONSTRAINT_FOREIGNKEY",
+        exc.IntegrityError,
+        errors.ConflictError,
+        send("ROLLBACK", "PRAGMA foreign_keys=ON", "DELETE FROM room"),
+    ),
+    ("SQLITE_CONSTRAINT_PRIMARYKEY", exc.IntegrityError, errors.ConflictError, send("INSERT INTO lamp VALUES('a', 1)")),
+    ("SQLITE_CONSTRAINT_ROWID", exc.IntegrityError, errors.ConflictError, send("INSERT INTO lamp(rowid) VALUES (1)")),
+    ("SQLITE_CONSTRAINT_DATATYPE", exc.IntegrityError, errors.ConflictError, send("INSERT INTO exact VALUES ('x')")),
+    ("SQLITE_CONSTRAINT_TRIGGER", exc.IntegrityError, errors.ConflictError, send("INSERT INTO exact VALUES (7)")),
+    ("SQLITE_BUSY", exc.OperationalError, TransientError, while_another_writes),
+    ("SQLITE_BUSY_SNAPSHOT", exc.OperationalError, TransientError, on_an_old_snapshot),
+    ("SQLITE_LOCKED", exc.OperationalError, TransientError, drop_what_is_read),
+    (
+        "SQLITE_READONLY",
+        exc.OperationalError,
+        errors.ReadOnlyError,
+        send("PRAGMA query_only=ON", "DELETE FROM room"),
+    ),
+    ("SQLITE_READONLY_DBMOVED", exc.OperationalError, errors.DatabaseMovedError, after_a_move),
+    (
+        "SQLITE_FULL",
+        exc.OperationalError,
+        errors.DiskFullError,
+        send("PRAGMA max_page_count=1", "INSERT INTO lamp VALUES (zeroblob(100000), 1)"),
+    ),
+    ("SQLITE_CORRUPT", exc.DatabaseError, errors.CorruptDatabaseError, with_damaged_pages),
+    ("SQLITE_NOTADB", exc.DatabaseError, errors.CorruptDatabaseError, without_a_header),
+    ("SQLITE_CANTOPEN", exc.OperationalError, errors.DatabaseError, in_an_absent_directory),
+    ("SQLITE_TOOBIG", exc.DataError, errors.InvalidArgumentError, send("SELECT zeroblob(2147483647)")),
+    ("SQLITE_INTERRUPT", exc.OperationalError, errors.DatabaseError, interrupted),
+    ("SQLITE_MISMATCH", exc.IntegrityError, errors.DatabaseError, send("INSERT INTO room VALUES ('x', 'y')")),
+    ("SQLITE_AUTH", exc.OperationalError, errors.DatabaseError, denied),
+    ("SQLITE_ABORT_ROLLBACK", exc.OperationalError, errors.DatabaseError, rolled_back_meanwhile),
+]
+
+
+@pytest.mark.parametrize(("name", "theirs", "ours", "provoke"), PROVOKED, ids=[case[0] for case in PROVOKED])
+def test_a_result_code_becomes_two_errors(
+    engine: sa.Engine,
+    path: Path,
+    name: str,
+    theirs: type[exc.DBAPIError],
+    ours: type[errors.HomeAgentError],
+    provoke: Callable[[sa.Connection, Path], None],
+) -> None:
+    """SQLite's result code decides which class SQLAlchemy raises, and which error of homeagent's it becomes."""
+    with engine.connect() as connection, pytest.raises(exc.DBAPIError) as raised:
+        provoke(connection, path)
+    assert type(raised.value) is theirs
+    original = raised.value.orig
+    assert original is not None
+    assert sqlite_code_name(original) == name
+    assert type(sqlite_fault(original)) is ours
+    assert name in str(sqlite_fault(original))
+
+
+def test_a_file_that_may_not_grow_is_an_io_error(children: Children, path: Path) -> None:
+    """Over RLIMIT_FSIZE SQLite returns SQLITE_IOERR_WRITE."""
+    printed = children.run(
+        """
+import resource, sys
+import sqlalchemy as sa
+from homeagent.engine.faults import sqlite_code_name, sqlite_fault
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+with sa.create_engine(f"sqlite+homeagent:///{sys.argv[1]}").connect() as connection:
+    try:
+        connection.exec_driver_sql("INSERT INTO lamp VALUES (zeroblob(100000), 1)")
+        connection.commit()
+    except sa.exc.DBAPIError as error:
+        print(type(error).__name__, sqlite_code_name(error.orig), type(sqlite_fault(error.orig)).__name__)
+""",
+        path,
+    )
+    assert printed == "OperationalError SQLITE_IOERR_WRITE DatabaseIOError"
+
+
+def codes() -> list[int]:
+    """Return all result codes that are errors, extended ones included."""
+    found = {**apsw.mapping_result_codes, **apsw.mapping_extended_result_codes}
+    # The others tell of a row, of the end, or are for the error log alone.
+    states = (apsw.SQLITE_OK, apsw.SQLITE_ROW, apsw.SQLITE_DONE, apsw.SQLITE_NOTICE, apsw.SQLITE_WARNING)
+    return sorted(code for code in found if isinstance(code, int) and code & 0xFF not in states)
+
+
+def as_sqlalchemy_raises(error: Exception) -> BaseException:
+    """Return the exception of SQLAlchemy's for one of the driver's."""
+    return exc.DBAPIError.instance("SELECT 1", None, error, apsw.Error, dialect=dialect.Dialect())
+
+
+def test_no_result_code_falls_through() -> None:
+    """Each of SQLite's error codes becomes an error of SQLAlchemy's and of homeagent's, which names the code."""
+    assert len(codes()) > 90
+    for code in codes():
+        error = apsw.exception_for(code)
+        assert isinstance(as_sqlalchemy_raises(error), exc.DatabaseError)
+        fault = sqlite_fault(error)
+        assert isinstance(fault, errors.HomeAgentError)
+        assert f"[{sqlite_code_name(error)}]" in str(fault)
+        assert sqlite_code_name(error) != "SQLITE_ERROR" or code == apsw.SQLITE_ERROR
+
+
+def test_no_class_of_apsw_falls_through() -> None:
+    """Each exception that apsw defines is the driver's `Error`, and becomes an error of homeagent's."""
+    kinds = [kind for kind in vars(apsw).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert len(kinds) > 30
+    for kind in kinds:
+        assert issubclass(kind, dialect.DRIVER_ERRORS)
+        assert isinstance(as_sqlalchemy_raises(kind("x")), exc.DatabaseError)
+        assert isinstance(sqlite_fault(kind("x")), errors.HomeAgentError)
+
+
+def test_the_translation_names_classes_that_exist() -> None:
+    """Each name in the dialect's table is a class of apsw's, and leads to a class of SQLAlchemy's."""
+    for name, wrapper in dialect.Dialect.dbapi_exception_translation_map.items():
+        assert issubclass(getattr(apsw, name), apsw.Error)
+        assert issubclass(getattr(exc, wrapper), exc.DBAPIError)
+
+
+# Values and objects that can't be used
+
+
+@pytest.mark.parametrize(
+    ("statement", "values", "kind", "ours"),
+    [
+        ("SELECT CAST(x'ff' AS TEXT)", (), UnicodeDecodeError, errors.CorruptDatabaseError),
+        ("SELECT ?", ("key \ud800",), UnicodeEncodeError, errors.InvalidArgumentError),
+        ("SELECT 'key \ud800'", (), UnicodeEncodeError, errors.InvalidArgumentError),
+        ("SELECT ?", (2**63,), OverflowError, errors.InvalidArgumentError),
+        ("SELECT ?", (-(2**63) - 1,), OverflowError, errors.InvalidArgumentError),
+        ("SELECT ?", (object(),), apsw.BindingsError, errors.DatabaseError),
+        ("SELECT ?", (), apsw.BindingsError, errors.DatabaseError),
+        ("SELECT ?", (1, 2), apsw.BindingsError, errors.DatabaseError),
+    ],
+    ids=["undecodable", "surrogate", "surrogate in SQL", "too great", "too small", "type", "too few", "too many"],
+)
+def test_a_bad_value(
+    raw: Connection, sqlite_database: Database, statement: str, values: Any, kind: type[Exception], ours: type
+) -> None:
+    """A value that SQLite can't take, or Python can't read, is the driver's error, and in a unit homeagent's."""
+    with pytest.raises(dialect.DRIVER_ERRORS) as raised:
+        raw.cursor().execute(statement, values).fetchall()
+    assert type(raised.value) is kind
+    assert type(sqlite_fault(raised.value)) is ours
+    with sqlite_database.unit_of_work(read_only=True) as unit, pytest.raises(ours) as told:
+        unit.session.connection().exec_driver_sql(statement, values).all()
+    assert type(told.value) is ours
+    assert "key" not in str(told.value)
+    # Nothing of the error is left behind.
+    assert raw.cursor().execute("SELECT count(*) FROM room").fetchall() == [(2,)]
+
+
+@pytest.mark.parametrize("value", [None, 2**63 - 1, -(2**63), 1.5, "a\0b", "ä\U0001f4a1", b"\0\xff", True])
+def test_a_value_comes_back(raw: Connection, value: object) -> None:
+    """The least and greatest integer, NUL in a text, and bytes come back as they were."""
+    assert raw.cursor().execute("SELECT ?", (value,)).fetchone() == (value,)
+
+
+def test_a_closed_connection_or_cursor(path: Path) -> None:
+    """A closed connection or cursor is a ProgrammingError to SQLAlchemy, and DatabaseClosedError to homeagent."""
+    raw = connect(str(path))
+    cursor, unused = raw.cursor(), raw.cursor()
+    cursor.close()
+    with pytest.raises(apsw.CursorClosedError) as closed_cursor:
+        cursor.execute("SELECT 1")
+    raw.close()
+    raw.close()
+    with pytest.raises(apsw.ConnectionClosedError) as closed_connection:
+        raw.execute("SELECT 1")
+    with pytest.raises(apsw.Error) as cursor_of_closed:
+        unused.execute("SELECT 1")
+    for raised in (closed_cursor, closed_connection, cursor_of_closed):
+        assert type(as_sqlalchemy_raises(raised.value)) is exc.ProgrammingError
+        assert type(sqlite_fault(raised.value)) is errors.DatabaseClosedError
+
+
+# Cursors
+
+
+def test_description_outlives_the_rows(raw: Connection) -> None:
+    """`description` names the columns, also for a result without rows and after the last row; else it is None."""
+    cursor = raw.cursor()
+    assert cursor.description is None
+    for statement in ("SELECT id, name AS other FROM room", "SELECT id, name AS other FROM room WHERE 0"):
+        cursor.execute(statement).fetchall()
+        assert [column[0] for column in cursor.description or ()] == ["id", "other"]
+        assert [column[1:] for column in cursor.description or ()] == [(None,) * 6] * 2
+    cursor.execute("DELETE FROM lamp")
+    assert cursor.description is None
+    cursor.execute("INSERT INTO room(name) VALUES ('cellar') RETURNING id").fetchall()
+    assert [column[0] for column in cursor.description or ()] == ["id"]
+
+
+def test_rows_are_fetched_in_parts(raw: Connection) -> None:
+    """`fetchone`, `fetchmany` and `fetchall` go on where the one before ended; `fetchmany` goes by `arraysize`."""
+    cursor = raw.cursor()
+    cursor.execute("SELECT value FROM json_each('[1,2,3,4,5,6]')")
+    assert cursor.fetchone() == (1,)
+    assert cursor.fetchmany() == [(2,)]
+    cursor.arraysize = 2
+    assert cursor.fetchmany() == [(3,), (4,)]
+    assert cursor.fetchmany(0) == []
+    assert cursor.fetchmany(1) == [(5,)]
+    assert cursor.fetchmany(9) == [(6,)]
+    assert (cursor.fetchone(), cursor.fetchmany(), cursor.fetchall()) == (None, [], [])
+
+
+def test_changed_rows_are_counted(raw: Connection) -> None:
+    """`rowcount` is the rows that the statement changed, not those of triggers or of the statement before it."""
+    cursor = raw.cursor()
+    cursor.execute("UPDATE room SET name = name || '!'")
+    assert cursor.rowcount == 2
+    cursor.execute("CREATE TABLE other (id)")
+    assert cursor.rowcount == 0
+    cursor.execute("SELECT * FROM room").fetchall()
+    assert cursor.rowcount == -1
+    cursor.execute("DROP TABLE other")
+    cursor.execute(COPIES)
+    cursor.execute("UPDATE room SET name = 'x' WHERE id = 1")
+    assert cursor.rowcount == 1
+    cursor.execute("UPDATE room SET name = 'x' WHERE id = 9")
+    assert cursor.rowcount == 0
+    cursor.execute("DELETE FROM lamp RETURNING id").fetchall()
+    assert cursor.rowcount == 1
+
+
+@pytest.mark.parametrize("kind", [dialect.Cursor, StatementCursor])
+def test_many_statements_count_together(raw: Connection, kind: type[Any]) -> None:
+    """After `executemany`, `rowcount` is the sum over all sets of bindings, without the rows of triggers."""
+    raw.execute(COPIES)
+    cursor = kind(raw)
+    cursor.executemany("UPDATE room SET name = ? WHERE id = ?", [("a", 1), ("b", 2), ("c", 9)])
+    assert cursor.rowcount == 2
+    cursor.executemany("UPDATE room SET name = ? WHERE id = ?", [])
+    assert cursor.rowcount == 0
+    cursor.execute("DELETE FROM room WHERE id = 1")
+    assert cursor.rowcount == 1
+
+
+def test_the_orm_updates_many_rows_beside_a_trigger(engine: sa.Engine, raw: Connection) -> None:
+    """The ORM compares `rowcount` with what it sent: the rows of a trigger don't make it raise StaleDataError."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Room(Base):
+        __tablename__ = "room"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        name: Mapped[str]
+
+    raw.execute(COPIES)
+    with Session(engine) as session:
+        for room in session.scalars(sa.select(Room)):
+            room.name += "!"
+        session.commit()
+    assert raw.execute("SELECT name FROM room ORDER BY id").fetchall() == [("hall!",), ("attic!",)]
+
+
+def test_the_last_row_id(raw: Connection) -> None:
+    """`lastrowid` is the id that SQLite gave to the last inserted row."""
+    cursor = raw.cursor()
+    cursor.execute("INSERT INTO room(name) VALUES (?)", ("cellar",))
+    assert cursor.lastrowid == 3
+    cursor.executemany("INSERT INTO room(name) VALUES (:name)", [{"name": "x"}, {"name": "y"}])
+    assert cursor.lastrowid == 5
+
+
+# The dialect
+
+
+def test_regexp_match(engine: sa.Engine) -> None:
+    """SQLAlchemy's `regexp_match` searches, NULL stays NULL, and a bad pattern is an OperationalError."""
+    name = sa.column("name")
+    with engine.connect() as connection:
+        matching = sa.select(name).select_from(sa.table("room", name)).where(name.regexp_match("^ha.l$"))
+        assert connection.scalars(matching).all() == ["hall"]
+        assert connection.scalar(sa.select(sa.literal("hall").regexp_match("al"))) == 1
+        assert connection.scalar(sa.select(sa.null().regexp_match("al"))) is None
+        with pytest.raises(exc.OperationalError, match="regexp"):
+            connection.scalar(sa.select(sa.literal("hall").regexp_match("(")))
+        with pytest.raises(exc.OperationalError, match="regexp"):
+            connection.exec_driver_sql("SELECT 5 REGEXP '5'").all()
+
+
+def test_a_transaction_is_undone_whole(engine: sa.Engine, raw: Connection) -> None:
+    """SQLAlchemy's first statement begins a transaction; a rollback undoes changes of the schema too."""
+    with engine.connect() as connection:
+        connection.exec_driver_sql("CREATE TABLE other (id)")
+        connection.exec_driver_sql("INSERT INTO other VALUES (1)")
+        assert driver_connection(connection).in_transaction
+        connection.rollback()
+        assert not driver_connection(connection).in_transaction
+    assert raw.execute("SELECT name FROM sqlite_master WHERE name = 'other'").fetchall() == []
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE other (id)")
+        with connection.begin_nested() as savepoint:
+            connection.exec_driver_sql("INSERT INTO other VALUES (1)")
+            savepoint.rollback()
+    assert raw.execute("SELECT count(*) FROM other").fetchall() == [(0,)]
+
+
+def test_autocommit(engine: sa.Engine, raw: Connection) -> None:
+    """At isolation level AUTOCOMMIT each statement is committed by itself, and the level can be set back."""
+    with engine.connect() as connection:
+        connection.execution_options(isolation_level="AUTOCOMMIT")
+        connection.exec_driver_sql("DELETE FROM lamp")
+        assert raw.execute("SELECT count(*) FROM lamp").fetchall() == [(0,)]
+        connection.rollback()
+        connection.execution_options(isolation_level="SERIALIZABLE")
+        connection.exec_driver_sql("DELETE FROM room")
+        assert driver_connection(connection).in_transaction
+    assert raw.execute("SELECT count(*) FROM room").fetchall() == [(2,)]
+
+
+def test_no_snapshot_is_held_after_the_last_row(raw: Connection, path: Path) -> None:
+    """After `fetchall` a connection without a transaction sees what another one commits, and keeps no lock."""
+    other = connect(str(path), timeout=0)
+    other.execute("PRAGMA journal_mode=WAL").fetchall()
+    cursor = raw.cursor()
+    for number in range(3, 6):
+        cursor.execute("SELECT max(id) FROM room")
+        assert cursor.fetchall() == [(number - 1,)]
+        other.execute("INSERT INTO room VALUES (?, ?)", (number, str(number)))
+        ((blocked, in_log, moved),) = other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        assert (blocked, in_log, moved) == (0, 0, 0)
+    other.close()
+
+
+def test_an_unfinished_statement_does_not_block_close(sqlite_database: Database, tmp_path: Path) -> None:
+    """A result that was read in part and kept keeps neither a backup nor `close` from ending."""
+    add_agent(sqlite_database)
+    kept = []
+    for _ in range(3):
+        with sqlite_database.unit_of_work(read_only=True) as unit:
+            result = unit.session.connection().exec_driver_sql("SELECT value FROM json_each('[1,2,3]')")
+            assert result.fetchone() == (1,)
+            kept.append(result)
+    del result
+    kept.pop()
+    gc.collect()
+    add_agent(sqlite_database, "later")
+    sqlite_database.backup(tmp_path / "backup.db")
+    closing = threading.Thread(target=sqlite_database.close)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive()
+    with Database.open(tmp_path / "backup.db") as copy:
+        assert {agent.id for agent in copy.agents.list()} == {"ada", "later"}
+
+
+def test_a_connection_with_an_unfinished_statement_closes(path: Path) -> None:
+    """The driver's connection closes under a cursor with rows left, and the file is free afterwards."""
+    raw = connect(str(path))
+    cursor = raw.cursor()
+    cursor.execute("SELECT * FROM room")
+    assert cursor.fetchone() == (1, "hall")
+    raw.close()
+    other = connect(str(path), timeout=0)
+    other.execute("PRAGMA locking_mode=EXCLUSIVE; BEGIN EXCLUSIVE; DROP TABLE lamp; COMMIT")
+    other.close()
+
+
+def test_alembic_rebuilds_a_table(engine: sa.Engine, raw: Connection) -> None:
+    """Alembic's batch mode reflects a table, rebuilds it with a new column and constraint, and keeps its rows."""
+    with engine.begin() as connection:
+        operations = Operations(MigrationContext.configure(connection))
+        with operations.batch_alter_table("room", recreate="always") as batch:
+            batch.add_column(sa.Column("floor", sa.Integer, server_default="0", nullable=False))
+            batch.create_check_constraint("ck_floor", sa.column("floor") < 9)
+    assert raw.execute("SELECT * FROM room ORDER BY id").fetchall() == [(1, "hall", 0), (2, "attic", 0)]
+    with engine.connect() as connection:
+        inspector = sa.inspect(connection)
+        assert [column["name"] for column in inspector.get_columns("room")] == ["id", "name", "floor"]
+        checks = {check["name"] for check in inspector.get_check_constraints("room")}
+        assert checks == {"ck_name", "ck_floor"}
+        assert inspector.get_foreign_keys("lamp")[0]["referred_table"] == "room"
+        with pytest.raises(exc.IntegrityError):
+            connection.exec_driver_sql("UPDATE room SET floor = 9")
+
+
+def test_the_engine_without_a_pool_of_its_own(path: Path) -> None:
+    """An in-memory database stays the same for a thread; a file gets a pool; options come from the URL's query."""
+    memory = sa.create_engine(f"{DRIVER_NAME}://")
+    with memory.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE here (id)")
+    with memory.connect() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM here").scalar_one() == 0
+    memory.dispose()
+    absent = path.with_name("absent.db")
+    with pytest.raises(exc.OperationalError):
+        sa.create_engine(f"{DRIVER_NAME}:///{absent}?create=false").connect()
+    assert not absent.exists()
+    by_uri = sa.create_engine(f"{DRIVER_NAME}:///file:{path}?uri=true", poolclass=NullPool)
+    with by_uri.connect() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM room").scalar_one() == 2
+        assert connection.dialect.server_version_info == dialect.sqlite_version_info
