@@ -1,0 +1,366 @@
+"""What a second SQLite library in the process can do to an open database: nothing, or it is refused.
+
+Linux only, where open file description locks exist. All in child processes: an audit hook stays for good.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from homeagent import Database, errors
+from tests.conftest import Children, add_agent
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="F_OFD_SETLK and /proc are Linux's")
+
+# Opens the database, does what `act` does before each commit, tells the name of each committed agent, and waits to be
+# killed: nothing is left to a clean end.
+HOST = """
+import contextlib, os, sqlite3, sys
+from homeagent import AgentCreate, Database
+path = sys.argv[1]
+database = Database.open(path)
+def write(name):
+    database.agents.create(AgentCreate(id=name, name=name, workspace_path="/a"))
+{act}
+write("first")
+for number in range(5):
+    act()
+    write(f"a{{number}}")
+    print(f"a{{number}}", flush=True)
+act()
+print("told", flush=True)
+sys.stdin.readline()
+"""
+
+READ_THE_FILES = """
+def act():
+    for name in (path, path + "-wal"):
+        descriptor = os.open(name, os.O_RDONLY)
+        os.read(descriptor, 4096)
+        os.close(descriptor)
+"""
+
+OPEN_THE_INDEX = """
+def act():
+    os.close(os.open(path + "-shm", os.O_RDWR))
+"""
+
+ATTACH = """
+def act():
+    with contextlib.closing(sqlite3.connect(path + ".other", isolation_level=None)) as other:
+        other.execute("ATTACH ? AS store", (path,))
+        assert other.execute("SELECT count(*) FROM store.agents").fetchone()[0] > 0
+"""
+
+# Another process: it opens the database and closes it, which deletes the WAL if no lock says that it is in use.
+VISITOR = """
+import sys
+from homeagent import Database
+with Database.open(sys.argv[1]) as database:
+    print(*sorted(agent.id for agent in database.agents.list()))
+"""
+
+PLAIN_VISITOR = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+print(*[row[0] for row in connection.execute("SELECT id FROM agents ORDER BY id")])
+connection.close()
+"""
+
+
+def agents(path: Path) -> set[str]:
+    """Open the database and return the ids of its agents."""
+    with Database.open(path) as database:
+        return {agent.id for agent in database.agents.list()}
+
+
+@pytest.mark.parametrize("visitor", [VISITOR, PLAIN_VISITOR], ids=["homeagent", "sqlite3"])
+@pytest.mark.parametrize("act", [READ_THE_FILES, OPEN_THE_INDEX, ATTACH], ids=["files", "index", "attach"])
+def test_no_commit_is_lost_after_foreign_access(sqlite_path: Path, children: Children, act: str, visitor: str) -> None:
+    """A host opens the files past homeagent, another process comes and goes, the host is killed: no commit is lost."""
+    host = children.start(HOST.format(act=act), sqlite_path)
+    assert host.stdout is not None
+    told = {"first"}
+    while (line := host.stdout.readline().strip()) != "told":
+        assert line, host.communicate()[1]
+        told.add(line)
+        # Each visitor is the only one that SQLite's own locks would show, had the host's been dropped.
+        if line in ("a0", "a3"):
+            assert told <= set(children.run(visitor, sqlite_path).split())
+    assert children.run(visitor, sqlite_path).split() == sorted(told)
+    assert sqlite_path.with_name(sqlite_path.name + "-wal").exists()
+    host.kill()
+    host.wait()
+    assert agents(sqlite_path) == told
+
+
+def test_a_host_writes_on_after_a_visitor(sqlite_path: Path, children: Children) -> None:
+    """What the host commits after foreign access and a visitor's end is in the file that others open."""
+    script = HOST.format(act=ATTACH) + 'write("last")\nprint("end", flush=True)\nsys.stdin.readline()\n'
+    host = children.start(script, sqlite_path)
+    assert host.stdout is not None
+    assert host.stdin is not None
+    while host.stdout.readline() != "told\n":
+        assert host.poll() is None
+    before = set(children.run(VISITOR, sqlite_path).split())
+    host.stdin.write("go\n")
+    host.stdin.flush()
+    assert host.stdout.readline() == "end\n"
+    assert set(children.run(VISITOR, sqlite_path).split()) == before | {"last"}
+    host.kill()
+    host.wait()
+    assert agents(sqlite_path) == before | {"last"}
+
+
+def test_sqlite3_is_refused_in_the_process(sqlite_path: Path, children: Children) -> None:
+    """`sqlite3.connect` to the open file raises ForeignAccessError in each spelling; any other file is let be."""
+    printed = children.run(
+        """
+import os, sqlite3, sys
+from pathlib import Path
+from homeagent import Database, errors
+path = Path(sys.argv[1])
+os.chdir(path.parent)
+os.symlink(path, "link.db")
+os.mkdir("inner")
+targets = [
+    (str(path), {}), (os.fsencode(path), {}), (path, {}), (path.name, {}),
+    ("inner/../" + path.name, {}), ("link.db", {}),
+    (f"file:{path}", {"uri": True}), (f"file:{path}?mode=ro", {"uri": True}), (f"file://{path}", {"uri": True}),
+    (f"file://localhost{path}", {"uri": True}), (f"file:{path.name}", {"uri": True}),
+    (f"file:{str(path).replace('.', '%2e')}?immutable=1", {"uri": True}),
+]
+database = Database.open(path)
+database.agents.list()
+for target, options in targets:
+    try:
+        sqlite3.connect(target, **options)
+    except errors.ForeignAccessError as error:
+        assert "read_connection" in str(error)
+    else:
+        print("let in:", target)
+for target in ("other.db", ":memory:", "", Path("other.db"), b"other.db"):
+    connection = sqlite3.connect(target)
+    connection.execute("CREATE TABLE IF NOT EXISTS t (id)")
+    connection.close()
+database.close()
+for target, options in targets:
+    connection = sqlite3.connect(target, **options)
+    assert connection.execute("SELECT count(*) FROM agents").fetchone() == (0,)
+    connection.close()
+with Database.open(path) as database:
+    database.agents.list()
+    try:
+        sqlite3.connect(path)
+    except errors.ForeignAccessError:
+        print("refused again")
+""",
+        sqlite_path,
+    )
+    assert printed == "refused again"
+
+
+def test_a_refused_connect_leaves_no_descriptor(sqlite_path: Path, children: Children) -> None:
+    """The refusal comes before sqlite3 opens the file, so that no lock is dropped."""
+    printed = children.run(
+        """
+import os, sqlite3, sys
+from homeagent import Database, errors
+with Database.open(sys.argv[1]) as database:
+    database.agents.list()
+    before = sorted(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        try:
+            sqlite3.connect(sys.argv[1])
+        except errors.ForeignAccessError:
+            pass
+    print(sorted(os.listdir("/proc/self/fd")) == before)
+""",
+        sqlite_path,
+    )
+    assert printed == "True"
+
+
+@pytest.mark.parametrize("how", ["os.open(path, os.O_RDONLY)", "sqlite3.connect(path)"])
+def test_a_descriptor_from_before_is_refused(sqlite_path: Path, children: Children, how: str) -> None:
+    """`Database.open` raises ForeignAccessError while the process has the file open, and opens it after the close."""
+    printed = children.run(
+        f"""
+import os, sqlite3, sys
+from homeagent import Database, errors
+path = sys.argv[1]
+foreign = {how}
+try:
+    Database.open(path)
+except errors.ForeignAccessError as error:
+    assert path in str(error)
+    print("refused")
+os.close(foreign) if isinstance(foreign, int) else foreign.close()
+with Database.open(path) as database:
+    print(len(database.agents.list()))
+""",
+        sqlite_path,
+    )
+    assert printed.split() == ["refused", "0"]
+
+
+def test_a_forked_child_is_free(sqlite_path: Path, children: Children) -> None:
+    """A forked child may use sqlite3 on the file, and its end drops none of the locks of its parent."""
+    host = children.start(
+        """
+import os, sqlite3, sys
+from homeagent import AgentCreate, Database
+path = sys.argv[1]
+database = Database.open(path)
+database.agents.create(AgentCreate(id="before", name="B", workspace_path="/b"))
+child = os.fork()
+if child == 0:
+    connection = sqlite3.connect(path)
+    found = connection.execute("SELECT count(*) FROM agents").fetchone()[0]
+    connection.close()
+    os.close(os.open(path, os.O_RDONLY))
+    os._exit(found)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+database.agents.create(AgentCreate(id="after", name="A", workspace_path="/a"))
+try:
+    sqlite3.connect(path)
+except Exception as error:
+    print(type(error).__name__, flush=True)
+sys.stdin.readline()
+""",
+        sqlite_path,
+    )
+    assert host.stdout is not None
+    assert [host.stdout.readline().strip() for _ in range(2)] == ["1", "ForeignAccessError"]
+    assert children.run(PLAIN_VISITOR, sqlite_path) == "after before"
+    assert sqlite_path.with_name(sqlite_path.name + "-wal").exists()
+    host.kill()
+    host.wait()
+    assert agents(sqlite_path) == {"after", "before"}
+
+
+def test_no_descriptor_is_left(sqlite_path: Path, children: Children) -> None:
+    """After 50 times of opening and closing, and of several databases on one file, each descriptor is closed."""
+    printed = children.run(
+        """
+import os, sys, threading
+from homeagent import Database
+def open_descriptors():
+    return len(os.listdir("/proc/self/fd"))
+path = sys.argv[1]
+def once():
+    with Database.open(path) as database:
+        database.agents.list()
+        database.sweep()
+once()
+before = open_descriptors()
+for _ in range(50):
+    once()
+several = [Database.open(path) for _ in range(5)]
+for database in several:
+    database.sweep()
+for database in several:
+    database.close()
+threads = [threading.Thread(target=once) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+from homeagent.engine.sqlite import foreign_access
+print(open_descriptors() - before, len(foreign_access._guards))
+""",
+        sqlite_path,
+    )
+    assert printed == "0 0"
+
+
+def test_the_last_database_on_a_file_keeps_the_locks(sqlite_path: Path, children: Children) -> None:
+    """Of several databases on one file, closing one leaves the locks and the refusal to the others."""
+    host = children.start(
+        """
+import os, sqlite3, sys
+from homeagent import AgentCreate, Database
+path = sys.argv[1]
+first, second = Database.open(path), Database.open(path)
+for number, database in enumerate((first, second)):
+    database.agents.create(AgentCreate(id=f"a{number}", name="A", workspace_path="/a"))
+first.close()
+os.close(os.open(path, os.O_RDONLY))
+os.close(os.open(path + "-shm", os.O_RDONLY))
+try:
+    sqlite3.connect(path)
+except Exception as error:
+    print(type(error).__name__, flush=True)
+sys.stdin.readline()
+second.agents.create(AgentCreate(id="a2", name="A", workspace_path="/a"))
+print("written", flush=True)
+sys.stdin.readline()
+""",
+        sqlite_path,
+    )
+    assert host.stdout is not None
+    assert host.stdin is not None
+    assert host.stdout.readline() == "ForeignAccessError\n"
+    assert children.run(PLAIN_VISITOR, sqlite_path) == "a0 a1"
+    host.stdin.write("go\n")
+    host.stdin.flush()
+    assert host.stdout.readline() == "written\n"
+    assert children.run(PLAIN_VISITOR, sqlite_path) == "a0 a1 a2"
+    host.kill()
+    host.wait()
+    assert agents(sqlite_path) == {"a0", "a1", "a2"}
+
+
+def test_closing_still_empties_the_log(sqlite_path: Path, children: Children) -> None:
+    """The locks do not keep the last close from moving the WAL into the file and deleting it."""
+    with Database.open(sqlite_path) as database:
+        add_agent(database)
+        children.run(VISITOR, sqlite_path)
+    assert [path.name for path in sqlite_path.parent.glob("*-wal")] == []
+    assert children.run(PLAIN_VISITOR, sqlite_path) == "ada"
+
+
+@pytest.mark.parametrize("noticed", [True, False], ids=["noticed", "unnoticed"])
+@pytest.mark.parametrize("how", ["moved", "replaced"])
+def test_another_file_is_not_written_at_close(
+    sqlite_path: Path, sqlite_template: Path, children: Children, how: str, noticed: bool
+) -> None:
+    """A database whose file was moved or replaced writes neither into the new file nor its WAL, which others use."""
+    database = Database.open(sqlite_path)
+    add_agent(database)
+    for path in sorted(sqlite_path.parent.glob("homeagent.db*")):
+        if how == "moved" or path.suffix == ".db":
+            path.rename(path.with_name("kept-" + path.name))
+    if how == "replaced":
+        for suffix in ("-wal", "-shm"):
+            sqlite_path.with_name(sqlite_path.name + suffix).unlink()
+    shutil.copy(sqlite_template, sqlite_path)
+    sqlite_path.chmod(0o600)
+    other = children.start(
+        """
+import sys
+from homeagent import AgentCreate, Database
+database = Database.open(sys.argv[1])
+for number in range(20):
+    database.agents.create(AgentCreate(id=f"n{number:02}", name="N", workspace_path="/n"))
+print("written", flush=True)
+sys.stdin.readline()
+""",
+        sqlite_path,
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "written\n", other.communicate()[1]
+    log = sqlite_path.with_name(sqlite_path.name + "-wal")
+    before = sqlite_path.read_bytes(), log.read_bytes()
+    if noticed:
+        with pytest.raises(errors.DatabaseMovedError, match=r"moved|replaced"):
+            add_agent(database, "lost")
+    database.close()
+    assert (sqlite_path.read_bytes(), log.read_bytes()) == before
+    other.kill()
+    other.wait()
+    assert agents(sqlite_path) == {f"n{number:02}" for number in range(20)}
