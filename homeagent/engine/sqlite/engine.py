@@ -29,7 +29,7 @@ from homeagent.engine.forks import inherit, refuse_inherited
 from homeagent.engine.sqlite.diagnosis import diagnosed_fault, newest_backup_hint
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME, connect
 from homeagent.engine.sqlite.dialect import Connection as DriverConnection
-from homeagent.engine.sqlite.foreign_access import guard_of, refuse_foreign_descriptors
+from homeagent.engine.sqlite.foreign_access import guard_new_connection, guard_of, refuse_foreign_descriptors
 from homeagent.engine.sqlite.link import SQLiteLink
 from homeagent.engine.sqlite.lock_wait import LockWait
 from homeagent.engine.sqlite.unfetched import end_with_transactions
@@ -133,9 +133,7 @@ class SQLiteEngine(Engine):
         connection = connect(self._uri(options), uri=True, create=False, timeout=self._busy_ms / 1000)
         status = files.look_at(self.path)
         if status is not None:
-            guard = guard_of(self.path, files.identity_of(status))
-            guard.opened()
-            connection.closing = guard.closing
+            connection.closing = guard_new_connection(self.path, files.identity_of(status)).closing
         return connection
 
     def _uri(self, options: str) -> str:

@@ -13,7 +13,6 @@ Neither sees a host that writes through `ATTACH` or a C library. See docs/operat
 
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
 import sys
@@ -27,7 +26,10 @@ from homeagent.engine.disk.files import OPEN_FLAGS, identity_of, look_at, sideca
 from homeagent.engine.disk.system_errors import explained, quoted
 from homeagent.errors import ForeignAccessError
 
-__all__ = ["FileGuard", "guard_of", "refuse_foreign_descriptors"]
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["FileGuard", "guard_new_connection", "guard_of", "refuse_foreign_descriptors"]
 
 Identity = tuple[int, int]
 
@@ -36,7 +38,8 @@ Identity = tuple[int, int]
 _SHARED_RANGE = (0x40000002, 510)
 _WAL_INDEX_BYTE = (128, 1)
 
-_HAS_OFD_LOCKS = hasattr(fcntl, "F_OFD_SETLK")
+# Not by the name in `fcntl` alone: `_lock` knows the layout of Linux's structure only.
+_HAS_OFD_LOCKS = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
 
 class FileGuard:
@@ -54,11 +57,13 @@ class FileGuard:
         self._connections = 0
         self._descriptors: list[int] = []
         self._holds = False
+        self._is_over = False
 
-    def opened(self) -> None:
-        """Count a connection that was opened."""
+    def opened(self) -> bool:
+        """Count a connection that was opened; return False if the last one was closed meanwhile."""
         with self._mutex:
-            self._connections += 1
+            self._connections += not self._is_over
+            return not self._is_over
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -78,6 +83,7 @@ class FileGuard:
                 yield
             finally:
                 if is_last:
+                    self._is_over = True
                     with _registry:
                         if _guards.get(self._identity) is self:
                             del _guards[self._identity]
@@ -88,15 +94,18 @@ class FileGuard:
     def hold(self) -> None:
         """Take the locks, if they are not held. A connection has read the database, so that its WAL index exists."""
         with self._mutex:
-            if self._holds or not _HAS_OFD_LOCKS or not self._connections:
+            if self._holds or not self._connections:
                 return
-            self._holds = True
-            for path, span in ((self._path, _SHARED_RANGE), (sidecars(self._path)[1], _WAL_INDEX_BYTE)):
-                with explained("lock", path):
-                    descriptor = os.open(path, os.O_RDONLY | OPEN_FLAGS)
-                    self._descriptors.append(descriptor)
-                    _lock(descriptor, fcntl.F_RDLCK, *span)
             _install_hook()
+            if _HAS_OFD_LOCKS:
+                spans = ((self._path, _SHARED_RANGE), (sidecars(self._path)[1], _WAL_INDEX_BYTE))
+                for number, (path, span) in enumerate(spans):
+                    with explained("lock", path):
+                        # A descriptor stays open if the next step fails: its close would drop SQLite's own locks.
+                        if number == len(self._descriptors):
+                            self._descriptors.append(os.open(path, os.O_RDONLY | OPEN_FLAGS))
+                        _lock(self._descriptors[number], fcntl.F_RDLCK, *span)
+            self._holds = True
 
     def _release(self) -> OSError | None:
         """Release the locks, and return the last error: the connection must be closed before it is raised."""
@@ -133,6 +142,14 @@ def guard_of(path: Path, identity: Identity) -> FileGuard:
         if guard is None:
             guard = _guards[identity] = FileGuard(path, identity)
         return guard
+
+
+def guard_new_connection(path: Path, identity: Identity) -> FileGuard:
+    """Count a connection that was opened to a file, and return the guard that has to be told of its close."""
+    while True:
+        guard = guard_of(path, identity)
+        if guard.opened():
+            return guard
 
 
 def refuse_foreign_descriptors(path: Path) -> None:

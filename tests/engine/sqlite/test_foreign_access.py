@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from homeagent import Database, errors
+from homeagent.engine.sqlite.foreign_access import guard_new_connection
 from tests.conftest import Children, add_agent
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="F_OFD_SETLK and /proc are Linux's")
@@ -230,6 +231,8 @@ try:
     sqlite3.connect(path)
 except Exception as error:
     print(type(error).__name__, flush=True)
+else:
+    print("let in", flush=True)
 sys.stdin.readline()
 """,
         sqlite_path,
@@ -295,6 +298,8 @@ try:
     sqlite3.connect(path)
 except Exception as error:
     print(type(error).__name__, flush=True)
+else:
+    print("let in", flush=True)
 sys.stdin.readline()
 second.agents.create(AgentCreate(id="a2", name="A", workspace_path="/a"))
 print("written", flush=True)
@@ -364,3 +369,36 @@ sys.stdin.readline()
     other.kill()
     other.wait()
     assert agents(sqlite_path) == {f"n{number:02}" for number in range(20)}
+
+
+def test_a_guard_whose_last_connection_is_closed_is_not_used_again() -> None:
+    """A connection that is opened while the last one of the file is closed is counted by a new guard."""
+    guard = guard_new_connection(Path("absent.db"), (0, 0))
+    with guard.closing():
+        pass
+    assert not guard.opened()
+    other = guard_new_connection(Path("absent.db"), (0, 0))
+    assert other is not guard
+    with other.closing():
+        pass
+
+
+def test_sqlite3_is_refused_without_open_file_description_locks(sqlite_path: Path, children: Children) -> None:
+    """On a platform without these locks `sqlite3.connect` raises ForeignAccessError all the same."""
+    printed = children.run(
+        """
+import sqlite3, sys
+from homeagent import Database, errors
+from homeagent.engine.sqlite import foreign_access
+foreign_access._HAS_OFD_LOCKS = False
+with Database.open(sys.argv[1]) as database:
+    database.agents.list()
+    try:
+        sqlite3.connect(sys.argv[1])
+    except errors.ForeignAccessError:
+        print("refused")
+sqlite3.connect(sys.argv[1]).close()
+""",
+        sqlite_path,
+    )
+    assert printed == "refused"
