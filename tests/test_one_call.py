@@ -133,7 +133,7 @@ def test_only_a_stores_class_is_taken(database: Database) -> None:
     assert isinstance(database.store(stores.NonceStore), stores.NonceStore)
     for wrong in (object, database.devices, "DeviceStore"):
         with pytest.raises(errors.InvalidArgumentError, match="store"):
-            database.store(wrong)
+            database.store(wrong)  # type: ignore[type-var]
 
 
 # A connection to read on

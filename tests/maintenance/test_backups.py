@@ -214,7 +214,7 @@ def test_damaged_database_has_no_backup(sqlite_path: Path, tmp_path: Path) -> No
         for number in range(200):
             add_agent(database, f"agent-{number}")
     with closing(connect(str(sqlite_path))) as raw:
-        (root,) = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_agent'").fetchone()
+        root: Any = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_agent'").get
     # Opened first: it would be found at the opening of so small a file.
     with Database.open(sqlite_path) as database:
         with sqlite_path.open("r+b") as file:

@@ -6,6 +6,7 @@ import logging
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ def test_damage_that_is_found_condemns_the_database(
 ) -> None:
     """An index that came to disagree with its table ends the work: every unit gets the error until it is reopened."""
     with closing(connect(str(sqlite_path))) as raw:
-        (root,) = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_agent'").fetchone()
+        root: Any = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_agent'").get
     with Database.open(sqlite_path, clock=clock) as database:
         with sqlite_path.open("r+b") as file:
             file.seek((root - 1) * 4096 + 3)

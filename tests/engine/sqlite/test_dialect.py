@@ -441,7 +441,7 @@ def test_the_last_row_id(raw: Connection) -> None:
 
 def test_regexp_match(engine: sa.Engine) -> None:
     """SQLAlchemy's `regexp_match` searches, NULL stays NULL, and a bad pattern is an OperationalError."""
-    name = sa.column("name")
+    name: sa.ColumnClause[str] = sa.column("name", sa.String)
     with engine.connect() as connection:
         matching = sa.select(name).select_from(sa.table("room", name)).where(name.regexp_match("^ha.l$"))
         assert connection.scalars(matching).all() == ["hall"]

@@ -28,7 +28,7 @@ def log_can_be_emptied(path: Path) -> bool:
     """Tell whether a checkpoint meets no reader, which it can't do while a snapshot is held."""
     connection = connect(str(path), timeout=0)
     try:
-        (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        ((busy, *_),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     finally:
         connection.close()
     return not busy
