@@ -92,7 +92,10 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
             from homeagent.migrations.schema_drift import refuse_changed_schema
 
             with engine.looking() as connection:
-                refuse_changed_schema(connection, revision, quoted(path))
+                # Read again, in one snapshot with the schema: another process may have upgraded the file meanwhile.
+                revision = revision_of(connection)
+                if revision is not None and not suits(connection, revision):
+                    refuse_changed_schema(connection, revision, quoted(path))
     elif not migrate:
         if not temporary and _is_remembered(path):
             raise corrupt_after_all(path)  # to say that there is none yet would be an invitation to make one
