@@ -68,10 +68,8 @@ def test_the_wait_is_bounded_by_the_timeout(
             with pytest.raises(DatabaseBusyError, match="locked by another process"):
                 add_agent(database)
             assert time.now == pytest.approx(3)
-            # Close together at first and for who has waited for long; far apart where it is no bad luck any more.
-            assert max(time.slept) <= 0.01
-            assert all(pause <= 0.001 for pause in time.slept[:2])
-            assert 500 < len(time.slept) < 2_000
+            assert max(time.slept) <= 0.005
+            assert 600 <= len(time.slept) <= 3_000
         add_agent(database)
 
 

@@ -3,8 +3,8 @@
 SQLite's own busy handler tries again after 1, 2, 5, 10 and at last every 100 ms. A process that commits and begins
 again at once holds the lock nearly all the time, so a process that waits in this way rarely meets the short moments
 between: of eight writing processes some got no turn for seconds. There is no queue between processes, but a process
-that tries more often is luckier. The first tries are close together, since most waits are short, and so are the tries
-of a process that has waited for long. After a second the lock is not contended but held: then the tries are far apart.
+that tries every few milliseconds gets its turn. More tries hand the lock over more often, and the writes of all wait
+longer: with pauses of 0.5 to 2 ms the 99th percentile of eight writing processes was two to five times as long.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from time import monotonic, sleep
 
 __all__ = ["LockWait"]
 
-# For how long a process has waited, and up to how long the pause before the next try is then, in seconds. Each pause
-# is drawn between half of that and all of it, so that two processes don't keep meeting.
-_PAUSES = ((0.002, 0.001), (0.04, 0.005), (1.0, 0.002))
-_LAST_PAUSE = 0.01
+_PAUSE = (0.001, 0.005)
+"""Between two tries, in seconds; drawn at random, so that two processes don't keep meeting."""
 
 
 class LockWait:
@@ -40,10 +38,8 @@ class LockWait:
         if attempts == 0:
             self._since = now
             self._began()
-        waited = now - self._since
-        left = self._timeout - waited
+        left = self._timeout - (now - self._since)
         if left <= 0:
             return False
-        pause = next((pause for until, pause in _PAUSES if waited < until), _LAST_PAUSE)
-        sleep(min(uniform(pause / 2, pause), left))  # noqa: S311  it parts processes, it keeps no secret
+        sleep(min(uniform(*_PAUSE), left))  # noqa: S311  it parts processes, it keeps no secret
         return True
