@@ -27,9 +27,9 @@ from homeagent.engine.engine import Engine
 from homeagent.engine.faults import translated
 from homeagent.engine.forks import inherit, refuse_inherited
 from homeagent.engine.sqlite.diagnosis import diagnosed_fault, newest_backup_hint
-from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME, connect
+from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME
 from homeagent.engine.sqlite.dialect import Connection as DriverConnection
-from homeagent.engine.sqlite.foreign_access import guard_new_connection, guard_of, refuse_foreign_descriptors
+from homeagent.engine.sqlite.foreign_access import guard_of, open_guarded
 from homeagent.engine.sqlite.link import SQLiteLink
 from homeagent.engine.sqlite.lock_wait import LockWait
 from homeagent.engine.sqlite.unfetched import end_with_transactions
@@ -87,7 +87,6 @@ class SQLiteEngine(Engine):
 
     def __init__(self, path: Path, *, busy_timeout: timedelta, durability: Durability, temporary: bool = False) -> None:
         refuse_inherited(path)
-        refuse_foreign_descriptors(path)
         self.path = path
         self.durability = durability
         self._open: weakref.WeakSet[DriverConnection] = weakref.WeakSet()
@@ -130,11 +129,7 @@ class SQLiteEngine(Engine):
 
     def _open_existing(self, options: str = "mode=rw") -> DriverConnection:
         """Open the file, and never create one: an empty file would take the place of one that has disappeared."""
-        connection = connect(self._uri(options), uri=True, create=False, timeout=self._busy_ms / 1000)
-        status = files.look_at(self.path)
-        if status is not None:
-            connection.closing = guard_new_connection(self.path, files.identity_of(status)).closing
-        return connection
+        return open_guarded(self.path, self._uri(options), timeout=self.busy_seconds, refuse=True)
 
     def _uri(self, options: str) -> str:
         return f"file:{quote(os.fsencode(self.path))}?{options}"
@@ -379,7 +374,7 @@ class SQLiteEngine(Engine):
 
     def _application_id(self, option: str) -> int:
         uri = self._uri(f"mode=ro&{option}")
-        with self.translated(), closing(connect(uri, uri=True, create=False, timeout=self._busy_ms / 1000)) as raw:
+        with self.translated(), closing(open_guarded(self.path, uri, timeout=self.busy_seconds)) as raw:
             return int(raw.execute("PRAGMA application_id").get)
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:

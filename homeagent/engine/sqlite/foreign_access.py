@@ -24,12 +24,13 @@ from urllib.parse import unquote, urlsplit
 
 from homeagent.engine.disk.files import OPEN_FLAGS, identity_of, look_at, sidecars
 from homeagent.engine.disk.system_errors import explained, quoted
+from homeagent.engine.sqlite.dialect import Connection, connect
 from homeagent.errors import ForeignAccessError
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["FileGuard", "guard_new_connection", "guard_of", "refuse_foreign_descriptors"]
+__all__ = ["FileGuard", "guard_of", "open_guarded"]
 
 Identity = tuple[int, int]
 
@@ -84,10 +85,12 @@ class FileGuard:
             finally:
                 if is_last:
                     self._is_over = True
-                    with _registry:
-                        if _guards.get(self._identity) is self:
-                            del _guards[self._identity]
-                    self.forget()
+                    try:
+                        self.forget()
+                    finally:
+                        with _registry:
+                            if _guards.get(self._identity) is self:
+                                del _guards[self._identity]
             if failure is not None:
                 raise failure
 
@@ -100,6 +103,8 @@ class FileGuard:
             if _HAS_OFD_LOCKS:
                 spans = ((self._path, _SHARED_RANGE), (sidecars(self._path)[1], _WAL_INDEX_BYTE))
                 for number, (path, span) in enumerate(spans):
+                    if look_at(path) is None:
+                        return  # a file that can only be read, next to which SQLite makes no WAL index
                     with explained("lock", path):
                         # A descriptor stays open if the next step fails: its close would drop SQLite's own locks.
                         if number == len(self._descriptors):
@@ -131,6 +136,8 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
+# A connection is opened and counted in one step. Otherwise another thread would take its descriptor for a foreign one.
+_opening = threading.RLock()
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}
 
@@ -144,15 +151,33 @@ def guard_of(path: Path, identity: Identity) -> FileGuard:
         return guard
 
 
-def guard_new_connection(path: Path, identity: Identity) -> FileGuard:
-    """Count a connection that was opened to a file, and return the guard that has to be told of its close."""
-    while True:
-        guard = guard_of(path, identity)
-        if guard.opened():
-            return guard
+def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) -> Connection:
+    """Open an existing database with a connection that its guard counts until it is closed.
+
+    Args:
+        path: the file.
+        uri: the file as SQLite takes it.
+        timeout: how long a statement waits for a lock, in seconds.
+        refuse: whether to refuse a file of which this process has a descriptor that is not homeagent's.
+
+    Raises:
+        ForeignAccessError: there is such a descriptor.
+        apsw.Error: SQLite can't open the file.
+    """
+    with _opening:
+        if refuse:
+            _refuse_foreign_descriptors(path)
+        connection = connect(uri, uri=True, create=False, timeout=timeout)
+        status = look_at(path)
+        while status is not None:
+            guard = guard_of(path, identity_of(status))
+            if guard.opened():
+                connection.closing = guard.closing
+                break
+    return connection
 
 
-def refuse_foreign_descriptors(path: Path) -> None:
+def _refuse_foreign_descriptors(path: Path) -> None:
     """Refuse a file of which this process has a descriptor that is not homeagent's.
 
     Its close would drop the locks that are about to be taken. Nothing can be told of a file that homeagent has open
@@ -203,6 +228,9 @@ def _install_hook() -> None:
 
 
 def _after_fork_in_child() -> None:
+    # Threads that do not exist in the child may have held the locks.
+    global _opening, _registry
+    _opening, _registry = threading.RLock(), threading.RLock()
     for guard in _guards.values():
         guard.forget()
     _guards.clear()

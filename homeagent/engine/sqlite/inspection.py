@@ -23,7 +23,8 @@ from homeagent.engine.disk.files import OPEN_FLAGS, look_at, sidecars
 from homeagent.engine.disk.system_errors import explained
 from homeagent.engine.engine import open_engines
 from homeagent.engine.faults import sqlite_fault, translated
-from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME, connect
+from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME
+from homeagent.engine.sqlite.foreign_access import open_guarded
 from homeagent.engine.sqlite.write_ahead_log import has_frames
 from homeagent.errors import ReadOnlyError
 
@@ -109,7 +110,7 @@ def _open(path: Path, options: list[str], watch: Stopwatch) -> Any:
     with translated(DRIVER_ERRORS, sqlite_fault):
         # https://sqlite.org/wal.html#readonly and https://sqlite.org/c3ref/open.html
         uri = f"file:{quote(str(path))}?mode=ro&{options[0]}"
-        raw = connect(uri, uri=True, create=False, timeout=1)
+        raw = open_guarded(path, uri, timeout=1)
     try:
         with translated(DRIVER_ERRORS, sqlite_fault):
             raw.set_progress_handler(watch, _INSTRUCTIONS)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from homeagent import Database, errors
-from homeagent.engine.sqlite.foreign_access import guard_new_connection
+from homeagent.engine.sqlite.foreign_access import guard_of
 from tests.conftest import Children, add_agent
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="F_OFD_SETLK and /proc are Linux's")
@@ -372,12 +372,14 @@ sys.stdin.readline()
 
 def test_a_guard_whose_last_connection_is_closed_is_not_used_again() -> None:
     """A connection that is opened while the last one of the file is closed is counted by a new guard."""
-    guard = guard_new_connection(Path("absent.db"), (0, 0))
+    guard = guard_of(Path("absent.db"), (0, 0))
+    assert guard.opened()
     with guard.closing():
         pass
     assert not guard.opened()
-    other = guard_new_connection(Path("absent.db"), (0, 0))
+    other = guard_of(Path("absent.db"), (0, 0))
     assert other is not guard
+    assert other.opened()
     with other.closing():
         pass
 
