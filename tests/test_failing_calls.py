@@ -98,7 +98,10 @@ def test_failed_commit_does_not_reappear(failing: Failing, sqlite_path: Path, wa
 database = Database.open(path)
 add(database, "before")
 if sys.argv[2] == "fresh log":
-    assert database._engine.empty_log(1.0, truncate=True)
+    # As another program would: homeagent itself leaves a header in the log that it empties.
+    link = database._engine.writers.acquire(1.0)
+    link.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    database._engine.writers.release(link)
 def by_session():
     with database.unit_of_work() as unit:
         create(unit, "session")

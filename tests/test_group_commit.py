@@ -146,7 +146,8 @@ def rolling_back(unit: UnitOfWork) -> str:
     create(unit, "given up")
     unit.after_commit(lambda: pytest.fail("never committed"))
     unit.rollback()
-    for act in (lambda: create(unit, "too late"), lambda: unit.session, unit.rollback):
+    unit.rollback()
+    for act in (lambda: create(unit, "too late"), lambda: unit.session):
         with pytest.raises(UnitStateError, match="rolled back"):
             act()
     return "gave up"

@@ -24,6 +24,7 @@ from homeagent.engine.sqlite.swapping import new_path
 from homeagent.errors import CorruptDatabaseError, InsecureFileError
 from homeagent.maintenance.backups import back_up_if_due
 from homeagent.maintenance.doctor.findings import Severity
+from homeagent.migrations import REVISION
 from tests.conftest import Children, FakeClock, add_agent
 
 STRANGER = 65534
@@ -290,7 +291,7 @@ def test_a_journal_put_next_to_a_file_that_is_being_made(
         backup = database.backup(f"{backups}/")
         clock.advance(hours=1)
         stamp = clock.now.strftime("%Y%m%dT%H%M%S%fZ")
-        plant(backups / f".h.db.0005-{stamp}.backup.partial-journal", hot_journal(intruders))
+        plant(backups / f".h.db.{REVISION}-{stamp}.backup.partial-journal", hot_journal(intruders))
         with pytest.raises(InsecureFileError, match="partial-journal' belongs to user 65534"):
             database.backup(f"{backups}/")
     plant(Path(f"{new_path(path, stamp)}-journal"), hot_journal(intruders))
