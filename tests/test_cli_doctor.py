@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from homeagent import Database, DevicePair, Diagnosis, Role
 from homeagent.cli import app
-from homeagent.maintenance.doctor import CHECKS, disk
+from homeagent.maintenance.doctor import CHECKS, files
 
 runner = CliRunner()
 
@@ -22,7 +22,7 @@ runner = CliRunner()
 @pytest.fixture
 def path(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh, migrated file, on what is taken for a disk."""
-    monkeypatch.setattr(disk, "filesystem_kind", lambda path: "ext4")
+    monkeypatch.setattr(files, "filesystem_kind", lambda path: "ext4")
     return sqlite_path
 
 
@@ -42,7 +42,7 @@ def test_a_process_ends_with_what_it_found(path: Path) -> None:
         found = Diagnosis.model_validate_json(done.stdout)
         assert (done.returncode, done.stderr) == (found.exit_status, "")
         # Where the temporary directory is in memory, that is one more warning.
-        modes = found.finding("file_modes")
+        modes = found.finding("files")
         assert modes is not None
         statuses.append(modes.severity.exit_status)
     assert statuses == [0, 1, 2]
@@ -67,7 +67,7 @@ def test_fix_says_what_it_did(path: Path) -> None:
     path.chmod(0o644)
     done = runner.invoke(app, ["doctor", "--fix", "--database", str(path)], env={"COLUMNS": "200"})
     assert done.exit_code == 0
-    assert "Mended, file_modes: gave 'homeagent.db' mode 0600; it had 0644." in done.stdout
+    assert "Repaired, files: gave 'homeagent.db' mode 0600; it had 0644." in done.stdout
     assert "All is well" in done.stdout
 
 

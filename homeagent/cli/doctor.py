@@ -23,7 +23,7 @@ def doctor(
         bool, typer.Option("--thorough", help="Make the full integrity check too, however long it takes.")
     ] = False,
     fix: Annotated[
-        bool, typer.Option("--fix", help="Mend what can be mended without losing anything, and say what was done.")
+        bool, typer.Option("--fix", help="Repair what can be repaired without losing anything, and say what was done.")
     ] = False,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
@@ -49,7 +49,7 @@ def doctor(
 def _print(diagnosis: Diagnosis) -> None:
     console = console_for()
     for repair in diagnosis.repairs:
-        console.print(f"Mended, {repair.check}: {repair.action}.", style="green")
+        console.print(f"Repaired, {repair.check}: {repair.action}.", style="green")
     table = grid()
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, style="bold")

@@ -6,7 +6,7 @@ from homeagent.late_import import late_names
 
 if TYPE_CHECKING:
     from homeagent.maintenance.copying import CopyProgress, CopyReport
-    from homeagent.maintenance.doctor import Diagnosis
+    from homeagent.maintenance.doctor import Diagnosis, Finding
     from homeagent.maintenance.epochs import EpochReport
     from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
     from homeagent.maintenance.restoring import RestoreReport
@@ -20,6 +20,7 @@ __all__ = [
     "DatabaseStatus",
     "Diagnosis",
     "EpochReport",
+    "Finding",
     "RestoreReport",
     "SweepReport",
     "Sweeper",
@@ -33,6 +34,7 @@ _LATE = {
     "DatabaseStatus": "reporting",
     "Diagnosis": "doctor",
     "EpochReport": "epochs",
+    "Finding": "doctor",
     "RestoreReport": "restoring",
     "SweepReport": "sweeping",
     "Sweeper": "sweeping",

@@ -27,7 +27,7 @@ from homeagent.models import metadata
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Table
 
-__all__ = ["Difference", "columns_found", "refuse_changed_schema", "schema_differences"]
+__all__ = ["Difference", "refuse_changed_schema", "schema_differences"]
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,6 @@ class _Structure:
     constraints: dict[str, str] = field(default_factory=dict)
     indexes: dict[str, _Index] = field(default_factory=dict)
     options: str = ""
-
-
-def columns_found(connection: Connection) -> dict[str, set[str]]:
-    """Return the columns that each of our tables has; a table that is missing is left out."""
-    read = _sqlite_columns if connection.dialect.name == "sqlite" else _postgresql_columns
-    return {table: columns for table in metadata.tables if (columns := read(connection, table))}
 
 
 def refuse_changed_schema(connection: Connection, revision: str, location: str) -> None:
@@ -207,10 +201,6 @@ def _sqlite_others(connection: Connection) -> list[tuple[str, str, str, str]]:
     return [(kind, name, on, sql) for kind, name, on, sql in found]
 
 
-def _sqlite_columns(connection: Connection, table: str) -> set[str]:
-    return {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_xinfo({_name(table)})")}
-
-
 def _sqlite_structures(connection: Connection) -> dict[str, _Structure]:
     return {
         table: _sqlite_structure(connection, table, sql)
@@ -313,10 +303,6 @@ def _postgresql_triggers(connection: Connection) -> Iterator[Difference]:
             yield Difference(
                 f"{kind} {name} of {table} is not homeagent's", True, f"DROP {kind.upper()} {_name(name)} ON {table}"
             )
-
-
-def _postgresql_columns(connection: Connection, table: str) -> set[str]:
-    return {row[0] for row in connection.execute(_COLUMNS, {"name": table})}
 
 
 def _postgresql_structures(connection: Connection) -> dict[str, _Structure]:

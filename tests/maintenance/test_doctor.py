@@ -29,11 +29,11 @@ from homeagent import (
     errors,
 )
 from homeagent.cli import app
-from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION, connect
+from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.inspection import Stopwatch
 from homeagent.engine.sqlite.manifests import Manifest, read_manifest, write_manifest
 from homeagent.engine.sqlite.presence import presence_path
-from homeagent.maintenance.doctor import CHECKS, Finding, Severity, disk
+from homeagent.maintenance.doctor import CHECKS, Finding, Severity, files
 from homeagent.migrations import REVISION
 from tests.conftest import START, Children, FakeClock, add_agent, add_device
 
@@ -110,7 +110,7 @@ def run(finding: Finding) -> None:
 @pytest.fixture(autouse=True)
 def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the tests run where the temporary directory is in memory: that has its own test."""
-    monkeypatch.setattr(disk, "filesystem_kind", lambda path: "ext4")
+    monkeypatch.setattr(files, "filesystem_kind", lambda path: "ext4")
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_a_sound_file_is_found_sound(path: Path, clock: FakeClock) -> None:
     found = look(path, clock)
     assert [finding.check for finding in found.findings if finding.severity is not Severity.OK] == []
     assert (found.exit_status, found.severity, found.not_checked) == (0, Severity.OK, {})
-    assert [finding.check for finding in found.findings] == list(CHECKS[: CHECKS.index("server_version")])
+    assert [finding.check for finding in found.findings] == list(CHECKS[: CHECKS.index("durability")])
     assert (found.location, found.engine, found.checked_at) == (str(path), "sqlite", clock.now)
     assert at(look(path, clock, thorough=True), "integrity").facts["pragma"] == "integrity_check"
 
@@ -177,7 +177,7 @@ sys.stdin.readline()
     found = diagnose(path, clock=clock)
     assert found.severity is Severity.OK, found
     assert at(found, "clock").facts["newest_row_ahead_seconds"] < 0
-    assert at(found, "wal_size").facts["wal_bytes"] > 0
+    assert at(found, "wal").facts["wal_bytes"] > 0
 
 
 def test_an_open_database_whose_file_is_gone(path: Path, clock: FakeClock) -> None:
@@ -285,7 +285,7 @@ def test_a_foreign_file(tmp_path: Path, clock: FakeClock) -> None:
         only(look(path, clock), "database", Severity.CRITICAL)
     (tmp_path / "folder.db").mkdir(mode=0o700)
     found = look(tmp_path / "folder.db", clock)
-    assert at(found, "file_names").severity is Severity.CRITICAL
+    assert at(found, "files").severity is Severity.CRITICAL
     assert found.exit_status == 2
 
 
@@ -333,14 +333,14 @@ def test_a_rollback_journal_that_waits(path: Path, clock: FakeClock) -> None:
 def test_loose_modes(path: Path, clock: FakeClock, mode: int, severity: Severity, by: str) -> None:
     """A file that others can read or write is told, and made private by the command or by --fix, which says so."""
     path.chmod(mode)
-    finding = only(look(path, clock), "file_modes", severity)
+    finding = only(look(path, clock), "files", severity)
     if by == "command":
         run(finding)
         assert look(path, clock).severity is Severity.OK
     else:
         fixed = diagnose(path, clock=clock, fix=True)
         assert fixed.severity is Severity.OK
-        assert [repair.check for repair in fixed.repairs] == ["file_modes"]
+        assert [repair.check for repair in fixed.repairs] == ["files"]
         assert f"it had {mode:04o}" in fixed.repairs[0].action
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -351,7 +351,7 @@ def test_a_backup_that_others_can_read(path: Path, clock: FakeClock) -> None:
     copy = path.with_name("homeagent.db.0004-x.backup")
     shutil.copy(path, copy)
     copy.chmod(0o640)
-    only(look(path, clock), "file_modes", Severity.WARNING)
+    only(look(path, clock), "files", Severity.WARNING)
     diagnose(path, clock=clock, fix=True)
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
 
@@ -374,7 +374,7 @@ def test_a_file_of_another_user(path: Path, clock: FakeClock) -> None:
     beside.touch(mode=0o600)
     for file in (path.parent, path):
         os.chown(file, 65534, 65534)
-    finding = only(look(path, clock), "file_owners", Severity.CRITICAL)
+    finding = only(look(path, clock), "files", Severity.CRITICAL)
     run(finding)
     assert look(path, clock).severity is Severity.OK
 
@@ -390,7 +390,7 @@ def test_a_second_name(path: Path, clock: FakeClock, kind: str) -> None:
     else:
         real.hardlink_to(path)
     found = look(path, clock)
-    assert at(found, "file_names").severity is Severity.CRITICAL
+    assert at(found, "files").severity is Severity.CRITICAL
     assert found.exit_status == 2
     if kind == "link":
         path.unlink()
@@ -408,10 +408,10 @@ def test_half_a_copy_left_behind(path: Path, clock: FakeClock) -> None:
         partial.chmod(0o600)
         moment = (clock.now - age).timestamp()
         os.utime(partial, (moment, moment))
-    finding = only(look(path, clock), "stale_files", Severity.WARNING)
-    assert finding.facts == {"files": 1, "bytes": 4}
+    finding = only(look(path, clock), "leftovers", Severity.WARNING)
+    assert (finding.facts["partial"], finding.facts["bytes"]) == (1, 4)
     fixed = diagnose(path, clock=clock, fix=True)
-    assert [repair.check for repair in fixed.repairs] == ["stale_files"]
+    assert [repair.check for repair in fixed.repairs] == ["leftovers"]
     assert (old.exists(), new.exists(), fixed.severity) == (False, True, Severity.OK)
 
 
@@ -452,16 +452,17 @@ def test_what_restores_leave_behind(path: Path, clock: FakeClock) -> None:
     half = path.with_name(f"homeagent.db.{START:%Y%m%dT%H%M%S%f}Z_2.restoring")
     half.touch(mode=0o600)
     write_manifest_anew(backup, clock, days=40)
-    assert at(look(path, clock), "restores").facts == {"kept": 1, "old": 0, "halves": 0}
+    assert at(look(path, clock), "leftovers").facts == {"partial": 0, "bytes": 0, "kept": 1, "old": 0, "halves": 0}
     clock.advance(days=2)
-    assert only(look(path, clock), "restores", Severity.WARNING).facts == {"kept": 1, "old": 0, "halves": 1}
+    found = only(look(path, clock), "leftovers", Severity.WARNING).facts
+    assert (found["kept"], found["old"], found["halves"]) == (1, 0, 1)
     clock.advance(days=30)
-    finding = only(look(path, clock), "restores", Severity.WARNING)
-    assert finding.facts == {"kept": 1, "old": 1, "halves": 1}
+    finding = only(look(path, clock), "leftovers", Severity.WARNING)
+    assert (finding.facts["kept"], finding.facts["old"], finding.facts["halves"]) == (1, 1, 1)
     run(finding)
     assert (report.kept_aside.exists(), half.exists()) == (False, False)
     presence_path(path).write_text("swap 1 2 end\n")
-    assert "cut off" in only(look(path, clock), "restores", Severity.WARNING).summary
+    assert "interrupted" in only(look(path, clock), "leftovers", Severity.WARNING).summary
 
 
 def write_manifest_anew(backup: Path, clock: FakeClock, *, days: int) -> None:
@@ -484,12 +485,12 @@ os.kill(os.getpid(), 9)
 """
     children.start(script, path).wait(timeout=60)
     clock.advance(days=10_000)
-    assert "whole" in at(look(path, clock), "log").summary
+    assert "whole" in at(look(path, clock), "wal").summary
     log = path.with_name("homeagent.db-wal")
     content = bytearray(log.read_bytes())
     content[32 + 24 + 100] ^= 0xFF
     log.write_bytes(bytes(content))
-    finding = at(look(path, clock), "log")
+    finding = at(look(path, clock), "wal")
     assert finding.severity is Severity.CRITICAL
     assert "restore" in finding.remedy
 
@@ -502,7 +503,7 @@ def test_the_wrong_file_system(
     path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, kind: str, severity: Severity
 ) -> None:
     """A network file system corrupts a write-ahead log, and one in memory forgets it."""
-    monkeypatch.setattr(disk, "filesystem_kind", lambda path: kind)
+    monkeypatch.setattr(files, "filesystem_kind", lambda path: kind)
     assert only(look(path, clock), "filesystem", severity).facts == {"kind": kind}
 
 
@@ -528,32 +529,26 @@ def test_a_full_disk(tmp_path: Path, sqlite_template: Path, clock: FakeClock) ->
         subprocess.run(["umount", place], check=True)
 
 
-def test_the_versions_of_the_libraries(path: Path, clock: FakeClock) -> None:
-    """The doctor reports SQLite's version and apsw's."""
-    finding = at(look(path, clock), "sqlite_version")
-    assert finding.facts == {"version": SQLITE_VERSION, "apsw_version": APSW_VERSION}
-
-
 def test_a_file_without_a_write_ahead_log(path: Path, clock: FakeClock) -> None:
     """A copy that was put in place by hand is in rollback mode; --fix switches it."""
     change(path, "PRAGMA journal_mode=DELETE")
-    only(look(path, clock), "journal_mode", Severity.WARNING)
+    only(look(path, clock), "wal", Severity.WARNING)
     fixed = diagnose(path, clock=clock, fix=True)
-    assert (fixed.severity, [repair.check for repair in fixed.repairs]) == (Severity.OK, ["journal_mode"])
+    assert (fixed.severity, [repair.check for repair in fixed.repairs]) == (Severity.OK, ["wal"])
     with closing(sqlite(path)) as raw:
         assert raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_a_large_log(path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """A log that was never moved into the file is told; --fix moves it and gives its room back."""
-    monkeypatch.setattr(disk, "WAL_LIMIT", 5000)
+    monkeypatch.setattr("homeagent.maintenance.doctor.sqlite.WAL_LIMIT", 5000)
     log, index = (path.with_name(f"homeagent.db{suffix}") for suffix in ("-wal", "-shm"))
     with Database.open(path, clock=clock) as database:
         add_agent(database)
-        only(database.doctor(), "wal_size", Severity.WARNING)
+        only(database.doctor(), "wal", Severity.WARNING)
         older_index = index.read_bytes()
         fixed = database.doctor(fix=True)
-        assert (fixed.severity, [repair.check for repair in fixed.repairs]) == (Severity.OK, ["wal_size"])
+        assert (fixed.severity, [repair.check for repair in fixed.repairs]) == (Severity.OK, ["wal"])
         assert log.stat().st_size < 5000
         files = {path: path.read_bytes(), log: log.read_bytes(), index: older_index}
     # A power cut may leave the index as the kernel wrote it last, and the log as it was synced.
@@ -718,7 +713,7 @@ def test_a_clock_set_back(
 
 def test_a_backlog(path: Path, database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that nobody sweeps are counted, and swept by --fix, which says how many."""
-    monkeypatch.setattr("homeagent.maintenance.doctor.rows.BACKLOG", 3)
+    monkeypatch.setattr("homeagent.maintenance.doctor.store.BACKLOG", 3)
     with database.unit_of_work() as unit:
         for number in range(3):
             unit.nonces.consume("desk", f"n{number}", expires_at=clock.now + timedelta(minutes=1))
@@ -770,7 +765,7 @@ def test_keys_of_nobody(database: Database, clock: FakeClock) -> None:
     """Keys whose device is absent are told; they go when they expire."""
     with database.unit_of_work() as unit:
         unit.idempotency_keys.insert(IdempotencyScope("ghost", "m", "k"), 1, ttl=timedelta(hours=1))
-    assert only(database.doctor(), "orphaned_keys", Severity.WARNING).facts == {"keys": 1}
+    assert only(database.doctor(), "references", Severity.WARNING).facts == {"broken": 0, "sessions": 0, "keys": 1}
     clock.advance(hours=2)
     database.sweep()
     assert database.doctor().severity is Severity.OK
@@ -784,9 +779,8 @@ def test_sessions_of_nobody(path: Path, clock: FakeClock) -> None:
         "INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'gone', 1, 1)",
     )
     found = look(path, clock)
-    assert at(found, "orphaned_sessions").facts == {"sessions": 1}
-    assert at(found, "foreign_keys").facts == {"broken": 1}
-    assert found.exit_status == 2
+    finding = only(found, "references", Severity.CRITICAL)
+    assert finding.facts == {"broken": 1, "sessions": 1, "keys": 0}
     with Database.open(path, clock=clock) as database, database.unit_of_work() as unit:
         unit.agents.create(AgentCreate(id="gone", name="G", workspace_path="/srv"))
     assert look(path, clock).severity is Severity.OK
@@ -818,7 +812,56 @@ def test_nobody_who_can_approve(database: Database) -> None:
 def test_two_rows_where_one_belongs(path: Path, clock: FakeClock) -> None:
     """The table of the store itself holds one row, or nobody knows which epoch it is."""
     change(path, "DELETE FROM store")
-    assert only(look(path, clock), "store_record", Severity.CRITICAL).facts == {"rows": 0}
+    assert only(look(path, clock), "store_record", Severity.CRITICAL).facts == {"rows": 0, "epoch": None}
+
+
+# What was stored in place of a value, and how the finding names the row.
+ODD_VALUES = {
+    "no JSON": ("UPDATE devices SET metadata = 'hello'", "devices.metadata holds a value that can't be read"),
+    "another type": ("UPDATE devices SET paired_at = 'today'", "devices.paired_at holds a value of type str"),
+    "a time beyond the year 9999": ("UPDATE devices SET last_seen_at = 1 << 60", "devices.last_seen_at holds a value"),
+    "NUL": ("UPDATE devices SET revoked_reason = CAST(x'6100' AS TEXT)", "devices.revoked_reason holds a value"),
+    "another route": ("UPDATE sessions SET sender_id = 'eve'", "sessions.route_key is not the key"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_VALUES)
+def test_a_row_that_no_store_writes(path: Path, clock: FakeClock, kind: str) -> None:
+    """The doctor reads every row, and names the table, the column and the key of one that can't be used."""
+    with Database.open(path, clock=clock) as database:
+        add_device(database, "desk", role=Role.ADMIN, approved=True)
+        add_agent(database)
+        session = database.run(lambda unit: unit.sessions.resolve(agent_id="ada", sender_id="anna").session_id)
+    assert look(path, clock).severity is Severity.OK
+    statement, named = ODD_VALUES[kind]
+    change(path, statement)
+    finding = at(look(path, clock), "rows")
+    assert finding.severity is Severity.CRITICAL
+    assert named in finding.summary
+    assert (session if "session" in statement else "'desk'") in finding.summary
+    assert finding.facts["unreadable"] == 1
+    assert diagnose(path, clock=clock, fix=True).repairs == []
+
+
+def test_text_that_is_not_utf8(path: Path, clock: FakeClock) -> None:
+    """Damaged text is a finding that names the table, and the other tables are read all the same."""
+    with Database.open(path, clock=clock) as database:
+        add_device(database, "desk", role=Role.ADMIN, approved=True)
+        add_agent(database)
+    change(path, "UPDATE devices SET metadata = 'x'", "UPDATE agents SET name = CAST(x'ff' AS TEXT)")
+    finding = at(look(path, clock), "rows")
+    assert "table agents can't be read to its end (a stored text is not UTF-8" in finding.summary
+    assert "devices.metadata" in finding.summary
+
+
+def test_an_odd_row_of_a_secret_key(path: Path, clock: FakeClock) -> None:
+    """A row of a nonce or an idempotency key is named by its device, never by the nonce or the key."""
+    with Database.open(path, clock=clock) as database, database.unit_of_work() as unit:
+        unit.nonces.consume("desk", "geheim", expires_at=clock.now + timedelta(minutes=1))
+    change(path, "UPDATE nonces SET created_at = 'geheim'")
+    found = look(path, clock)
+    assert "nonces.created_at" in at(found, "rows").summary
+    assert "geheim" not in found.model_dump_json()
 
 
 # What it never does

@@ -140,7 +140,7 @@ def test_the_doctor_leaves_no_setting_behind(pooled_url: str) -> None:
     import psycopg
 
     Database.open(pooled_url).close()
-    assert diagnose(pooled_url).finding("server_clock") is not None
+    assert diagnose(pooled_url).finding("durability") is not None
     found: set[object] = set()
     with psycopg.connect(pooled_url, autocommit=True) as connection:
         for _ in range(2 * SESSIONS):

@@ -1,4 +1,4 @@
-"""What can be mended without losing anything: modes of our own files, leftovers, the backlog, the log."""
+"""Repairs that lose nothing: modes of homeagent's own files, half copies, expired rows and hashes, the log."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.statements import Statement
 from homeagent.engine.target import Target
 from homeagent.errors import HomeAgentError
-from homeagent.maintenance.doctor.disk import loose_files, megabytes, stale_partials
-from homeagent.maintenance.doctor.findings import Diagnosis, Repair, Severity
-from homeagent.maintenance.doctor.rows import SECRETS_GRACE
+from homeagent.maintenance.doctor.files import megabytes, public_files, stale_partials
+from homeagent.maintenance.doctor.report import Diagnosis, Repair, Severity
+from homeagent.maintenance.doctor.store import SECRETS_GRACE
 from homeagent.maintenance.sweeping import sweep
 from homeagent.migrations.postgresql import open_postgresql
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models import Device
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
-__all__ = ["mend"]
+__all__ = ["repair"]
 
 _WAIT = timedelta(seconds=30)
 
@@ -44,79 +44,86 @@ _FORGET_PREVIOUS = Statement[Device](
     .values(previous_secret_hash=None, previous_secret_expires_at=None)
 )
 
-# Where one of these is found, the rows are left alone: they may be damaged, or seen by a wrong clock.
-_HANDS_OFF = ("database", "integrity", "foreign_keys", "schema", "schema_revision", "store_record", "clock")
+# If one of these finds something critical, the rows are left alone: they may be damaged, or the clock may be wrong.
+_HANDS_OFF = (
+    "database",
+    "integrity",
+    "references",
+    "rows",
+    "schema",
+    "schema_revision",
+    "store_record",
+    "clock",
+    "wal",
+)
 
 
-def mend(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine | None) -> list[Repair]:
-    """Mend what was found and can be mended safely, and say what was done, or what it was given up for.
+def repair(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine | None) -> list[Repair]:
+    """Repair what was found and can be repaired safely; return what was done, or why it was given up.
 
     Args:
-        diagnosis: what was found.
+        diagnosis: the findings.
         target: the database.
         clock: the store's.
         engine: the open database's; None to open one.
     """
     done: list[Repair] = []
+    found = {finding.check: finding for finding in diagnosis.findings}
+    bad = {check: finding.severity for check, finding in found.items() if finding.severity is not Severity.OK}
     # A file that is not known to be homeagent's keeps its mode, and the files next to it.
-    if target.path is not None and _severity(diagnosis, "database") is not Severity.CRITICAL:
-        for check, mend_files in _OUTSIDE.items():
-            with _told(done, check):
-                done += mend_files(target.path, diagnosis)
-    if any(_severity(diagnosis, check) is Severity.CRITICAL for check in _HANDS_OFF):
+    if target.path is not None and bad.get("database") is not Severity.CRITICAL:
+        with _noted(done, "files"):
+            _make_private(target.path, done)
+        with _noted(done, "leftovers"):
+            _remove_partials(target.path, diagnosis, done)
+    present = "schema_revision" in found and "schema_revision" not in bad
+    if not present or any(bad.get(check) is Severity.CRITICAL for check in _HANDS_OFF):
         return done
-    if _severity(diagnosis, "schema_revision") is not Severity.OK:
-        return done
-    if target.path is not None and engine is None and _severity(diagnosis, "journal_mode") is Severity.WARNING:
-        with _told(done, "journal_mode"):
-            done += _switch_to_wal(target.path)
-    needed = [check for check in _WITHIN if _severity(diagnosis, check) is Severity.WARNING]
+    if target.path is not None and engine is None and "wal" in bad and "mode" in found["wal"].facts:
+        with _noted(done, "wal"):
+            _switch_to_wal(target.path, done)
+    needed = [check for check in _REPAIRS if check in bad and "mode" not in found[check].facts]
     if needed:
-        with _told(done, needed[0]), _opened(target, clock, engine) as settings:
+        with _noted(done, needed[0]), _opened(target, clock, engine) as settings:
             for check in needed:
-                with _told(done, check):
-                    done += _WITHIN[check](settings)
+                with _noted(done, check):
+                    done += [Repair(check=check, action=action) for action in _REPAIRS[check](settings)]
     return done
 
 
 @contextmanager
-def _told(done: list[Repair], check: str) -> Iterator[None]:
+def _noted(done: list[Repair], check: str) -> Iterator[None]:
     try:
         yield
     except HomeAgentError as error:
         done.append(Repair(check=check, action=f"gave up: {error}"))
 
 
-def _severity(diagnosis: Diagnosis, check: str) -> Severity | None:
-    finding = diagnosis.finding(check)
-    return None if finding is None else finding.severity
-
-
-def _make_private(path: Path, diagnosis: Diagnosis) -> Iterator[Repair]:
-    for file in loose_files(path):
+def _make_private(path: Path, done: list[Repair]) -> None:
+    for file in public_files(path):
         mode = stat.S_IMODE(file.lstat().st_mode)
         with explained("make private", file):
             change_mode(file, mode & FILE_MODE)
         action = f"gave {file.name!r} mode {mode & FILE_MODE:04o}; it had {mode:04o}"
-        yield Repair(check="file_modes", action=action)
+        done.append(Repair(check="files", action=action))
 
 
-def _remove_partials(path: Path, diagnosis: Diagnosis) -> Iterator[Repair]:
-    for file in stale_partials(path, diagnosis.checked_at):
+def _remove_partials(path: Path, diagnosis: Diagnosis, done: list[Repair]) -> None:
+    for file, status in stale_partials(path, diagnosis.checked_at).items():
         with explained("remove", file):
-            size = file.lstat().st_size
             file.unlink()
-        yield Repair(check="stale_files", action=f"removed {file.name!r}, {megabytes(size)} of half a copy")
+        action = f"removed {file.name!r}, {megabytes(status.st_size)} of half a copy"
+        done.append(Repair(check="leftovers", action=action))
 
 
-def _switch_to_wal(path: Path) -> list[Repair]:
+def _switch_to_wal(path: Path, done: list[Repair]) -> None:
     engine = SQLiteEngine(path, busy_timeout=timedelta(seconds=5), durability="full")
     try:
         with sidecar_lock(path, timeout=timedelta(seconds=5)):
             engine.prepare_header()
     finally:
         engine.close()
-    return [Repair(check="journal_mode", action="switched the file to a write-ahead log")]
+    done.append(Repair(check="wal", action="switched the file to a write-ahead log"))
 
 
 @contextmanager
@@ -141,30 +148,24 @@ def _opened(target: Target, clock: Clock, engine: Engine | None) -> Iterator[Uni
         own.close()
 
 
-def _sweep(settings: UnitSettings) -> list[Repair]:
+def _sweep(settings: UnitSettings) -> Iterator[str]:
     report = sweep(settings, batch_size=100, time_budget=None)
-    action = f"swept {report.nonces:,} nonces and {report.idempotency_keys:,} idempotency keys that had expired"
-    return [Repair(check="expired_backlog", action=action)]
+    yield f"swept {report.nonces:,} nonces and {report.idempotency_keys:,} idempotency keys that had expired"
 
 
-def _forget_previous_secrets(settings: UnitSettings) -> list[Repair]:
+def _forget_previous_secrets(settings: UnitSettings) -> Iterator[str]:
     with UnitOfWork(settings, read_only=False) as unit:
         count = unit.write(_FORGET_PREVIOUS, before=unit.now() - SECRETS_GRACE)
-    return [Repair(check="previous_secrets", action=f"removed the hash of a previous secret from {count:,} devices")]
+    yield f"removed the hash of a previous secret from {count:,} devices"
 
 
-def _truncate_log(settings: UnitSettings) -> list[Repair]:
-    if not settings.engine.empty_log(settings.timeout, truncate=True):
-        return []
-    return [Repair(check="wal_size", action="moved the write-ahead log into the file and gave its room back")]
+def _truncate_log(settings: UnitSettings) -> Iterator[str]:
+    if settings.engine.empty_log(settings.timeout, truncate=True):
+        yield "moved the write-ahead log into the file and gave its room back"
 
 
-_OUTSIDE: dict[str, Callable[[Path, Diagnosis], Iterator[Repair]]] = {
-    "file_modes": _make_private,
-    "stale_files": _remove_partials,
-}
-_WITHIN: dict[str, Callable[[UnitSettings], list[Repair]]] = {
+_REPAIRS: dict[str, Callable[[UnitSettings], Iterator[str]]] = {
     "expired_backlog": _sweep,
     "previous_secrets": _forget_previous_secrets,
-    "wal_size": _truncate_log,
+    "wal": _truncate_log,
 }

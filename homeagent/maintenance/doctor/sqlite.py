@@ -11,266 +11,188 @@ from homeagent.engine.disk.files import SMALLEST_DATABASE, look_at, sidecars
 from homeagent.engine.disk.locks import FileLock
 from homeagent.engine.disk.owners import backup_owners
 from homeagent.engine.disk.privacy import FILE_MODE
-from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION
 from homeagent.engine.sqlite.engine import APPLICATION_ID, lock_path
 from homeagent.engine.sqlite.inspection import inspect_sqlite, journal_mode
 from homeagent.engine.sqlite.presence import presence_path
 from homeagent.engine.sqlite.write_ahead_log import find_lost_commits
 from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, HomeAgentError
-from homeagent.maintenance.doctor.backup import check_backup
-from homeagent.maintenance.doctor.chart import RESTORE, Chart
-from homeagent.maintenance.doctor.disk import check_disk, check_wal_size
-from homeagent.maintenance.doctor.findings import STORE_CHECKS, Severity
-from homeagent.maintenance.doctor.restores import check_restores
-from homeagent.maintenance.doctor.revision import check_revision
-from homeagent.maintenance.doctor.rows import check_rows
-from homeagent.maintenance.doctor.schema import check_schema
-from homeagent.migrations.schema_drift import columns_found
+from homeagent.maintenance.doctor.files import check_files, megabytes
+from homeagent.maintenance.doctor.report import RESTORE, STORE_CHECKS, Collector, Severity
+from homeagent.maintenance.doctor.store import check_store
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-__all__ = ["examine_sqlite"]
+__all__ = ["check_sqlite"]
 
-_INSIDE = (*STORE_CHECKS, "journal_mode", "integrity", "foreign_keys")
+WAL_LIMIT = 64 * 1024 * 1024
+"""The log is cut to this size after each checkpoint: `journal_size_limit`."""
+
+_INSIDE = (*STORE_CHECKS, "integrity")
 
 
-def examine_sqlite(chart: Chart, path: Path) -> None:
-    """Make all checks on a file, whatever state it is in."""
-    check_backup(chart, path)
-    check_disk(chart, path)
-    _check_version(chart)
-    check_wal_size(chart, path)
-    check_restores(chart, path)
+def check_sqlite(collector: Collector, path: Path) -> None:
+    """Make all checks on a file, in any state."""
+    may_open = check_files(collector, path)
     is_closed = False
-    with chart.attempt("log"):
-        is_closed = _check_log(chart, path)
-    if not _is_worth_opening(chart, path):
-        chart.skip("the database can't be opened", *_INSIDE)
-        return
-    _examine_inside(chart, path, assume_closed=True, is_closed=is_closed)
-    if _is_damaged(chart) and look_at(sidecars(path)[0]) is not None:
-        # Somebody opened it meanwhile, and a file that is read without locks looks damaged while it is written.
-        for check in ("database", *_INSIDE):
-            chart.findings.pop(check, None)
-            chart.not_checked.pop(check, None)
-        _examine_inside(chart, path, assume_closed=False, is_closed=is_closed)
+    with collector.attempt("wal"):
+        is_closed = _check_log(collector, path)
+    if not may_open:
+        summary = f"{str(path)!r} is not opened: a link is among its files, or a file that is not regular."
+        meaning = "homeagent refuses it, so the gateway can't start"
+        collector.critical("database", summary, meaning, "see the check 'files'")
+    elif _is_worth_opening(collector, path):
+        before, skipped = dict(collector.findings), dict(collector.not_checked)
+        _check_inside(collector, path, assume_closed=True, is_closed=is_closed)
+        inside = [finding.severity for check, finding in collector.findings.items() if finding != before.get(check)]
+        if Severity.CRITICAL in inside and look_at(sidecars(path)[0]) is not None:
+            # Another process opened it meanwhile, and a file that is read without locks looks damaged while a
+            # process writes to it.
+            collector.findings, collector.not_checked = before, skipped
+            _check_inside(collector, path, assume_closed=False, is_closed=is_closed)
+    collector.skip("the database can't be opened", *_INSIDE)
 
 
-def _is_damaged(chart: Chart) -> bool:
-    inside = (chart.findings.get(check) for check in ("database", "integrity", *_INSIDE))
-    return any(finding is not None and finding.severity is Severity.CRITICAL for finding in inside)
-
-
-def _check_version(chart: Chart) -> None:
-    chart.ok(
-        "sqlite_version",
-        f"SQLite {SQLITE_VERSION}, apsw {APSW_VERSION}.",
-        version=SQLITE_VERSION,
-        apsw_version=APSW_VERSION,
-    )
-
-
-def _check_log(chart: Chart, path: Path) -> bool:
-    """Check the log, and return whether no process of homeagent's has the database open."""
+def _check_log(collector: Collector, path: Path) -> bool:
+    """Check the log, and return whether it is certain that no process of homeagent's has the database open."""
     log, index, _ = sidecars(path)
-    if look_at(log) is None and look_at(index) is None:
-        chart.ok("log", "The database was closed cleanly: its log is empty.")
+    state = look_at(log)
+    size = 0 if state is None else state.st_size
+    if size > WAL_LIMIT:
+        summary = f"The write-ahead log has {megabytes(size)}."
+        meaning = "a reader holds its snapshot open, or the log was never moved into the file: reads get slow"
+        remedy = "end long read-only units; then move the log into the file"
+        collector.warn("wal", summary, meaning, remedy, "homeagent doctor --fix", wal_bytes=size)
+    if state is None and look_at(index) is None:
+        collector.ok("wal", "The database was closed cleanly: its log is empty.", wal_bytes=0)
         return False
-    note = presence_path(path)
-    state = look_at(note)
-    if state is None or state.st_mode & 0o777 != FILE_MODE:
-        # To make the lock file, or its mode right, would be a change.
-        chart.skip("it can't be told whether somebody has the database open", "log")
-        return state is None  # every open database has this file
+    marker = look_at(presence_path(path))
+    if marker is None or marker.st_mode & 0o777 != FILE_MODE:
+        # Taking this lock would create the file or change its mode. The doctor must not modify anything.
+        collector.skip("the lock file that shows whether another process has it open is missing or not private", "wal")
+        return marker is None  # while the database is open, this file exists
     try:
-        with FileLock(note, timeout=timedelta(0)):
+        with FileLock(presence_path(path), timeout=timedelta(0)):
             lost = find_lost_commits(path)
     except DatabaseBusyError:
-        chart.ok("log", "The database is open: who has it open writes the log.")
+        collector.ok("wal", "A process has the database open, and writes the log.", wal_bytes=size)
         return False
     if lost is None:
-        chart.ok("log", "The database was not closed cleanly, and its log is whole.")
+        collector.ok("wal", "The database was not closed cleanly, and its log is whole.", wal_bytes=size)
         return True
     accepted = "; after a power cut, durability='normal' opens it without what was lost" if lost.by_power_cut else ""
-    chart.alarm(
-        "log",
-        "The log lost commits.",
-        meaning=f"revocations and used nonces may be among them, and the store refuses to open it: {lost.problem}",
-        remedy=f"{RESTORE}{accepted}",
-        command=chart.restore_command,
-        frames=lost.frames,
-        by_power_cut=lost.by_power_cut,
+    summary = "The log lost commits."
+    meaning = f"revocations and used nonces may be among them, and homeagent refuses to open it: {lost.problem}"
+    remedy = f"{RESTORE}{accepted}"
+    command = collector.restore_command
+    collector.critical(
+        "wal", summary, meaning, remedy, command, wal_bytes=size, frames=lost.frames, by_power_cut=lost.by_power_cut
     )
     return True
 
 
-def _is_worth_opening(chart: Chart, path: Path) -> bool:
+def _is_worth_opening(collector: Collector, path: Path) -> bool:
     log, _, journal = sidecars(path)
     lock = lock_path(path)
     try:
         states = {file: look_at(file) for file in (path, log, journal, lock)}
         owners = backup_owners(path)
     except HomeAgentError as error:
-        chart.alarm(
-            "database",
-            f"{str(path)!r} can't be looked at.",
-            meaning=str(error),
-            remedy="run as the owner of the database",
-        )
+        remedy = "run as the owner of the database"
+        collector.critical("database", f"The files of {str(path)!r} can't be read.", str(error), remedy)
         return False
     sizes = {file: 0 if status is None else status.st_size for file, status in states.items()}
-    if "file_names" in chart.findings and chart.findings["file_names"].severity is not Severity.OK:
-        chart.alarm(
-            "database",
-            f"{str(path)!r} is not opened: a link or no regular file is among what belongs to it.",
-            meaning="the store refuses it, and so it can't start",
-            remedy="see file_names",
-        )
-        return False
-    if any(state is not None and state.st_uid not in owners for file, state in states.items() if file != lock):
-        chart.alarm(
-            "database",
-            f"{str(path)!r} is not opened: it, its log or its journal belongs to another user.",
-            meaning="the store refuses it, and so it can't start",
-            remedy="see file_owners",
-        )
-        return False
-    if sizes[path] == 0:
-        _tell_absent(chart, path, was_there=bool(sizes[log] or sizes[lock]))
-        return False
-    if sizes[path] < SMALLEST_DATABASE:
-        chart.alarm(
-            "database",
-            f"{str(path)!r} has {sizes[path]} bytes, too few for a database.",
-            meaning="it was cut off, or is another kind of file",
-            remedy=RESTORE,
-            bytes=sizes[path],
-        )
-        return False
-    if sizes[journal]:
-        chart.warn(
-            "database",
-            "A transaction was cut off and waits to be undone: there is a rollback journal with content.",
-            meaning="until then nothing in the file can be judged; SQLite undoes it when the file is opened to write",
-            remedy="open the database once, then look again",
-            command=f"homeagent status --database {shlex.quote(str(path))}",
-        )
-        return False
-    return True
-
-
-def _tell_absent(chart: Chart, path: Path, *, was_there: bool) -> None:
-    if was_there:
-        chart.alarm(
-            "database",
-            f"{str(path)!r} held a database and is gone or empty now.",
-            meaning="a new one would have forgotten every device, revocation and nonce; none is made by itself",
-            remedy=RESTORE,
-        )
-        return
-    chart.alarm(
-        "database",
-        f"There is no database at {str(path)!r}.",
-        meaning="nothing can be opened here",
-        remedy="check the path, or make the database",
-        command=f"homeagent init --database {shlex.quote(str(path))}",
-    )
-
-
-def _examine_inside(chart: Chart, path: Path, *, assume_closed: bool, is_closed: bool) -> None:
-    chart.watch.start()
-    try:
-        with inspect_sqlite(path, watch=chart.watch, assume_closed=assume_closed, is_closed=is_closed) as connection:
-            if _is_ours(chart, path, connection):
-                _examine_open(chart, path, connection)
-    except CorruptDatabaseError as error:
-        chart.alarm("database", f"{str(path)!r} can't be read.", meaning=str(error), remedy=RESTORE)
-    except HomeAgentError as error:
-        chart.alarm(
-            "database",
-            f"{str(path)!r} can't be opened.",
-            meaning=str(error),
-            remedy="mend its owner and mode, or wait until the one who holds it is done",
-        )
-    chart.skip("the database can't be opened", *_INSIDE)
-
-
-def _is_ours(chart: Chart, path: Path, connection: Connection) -> bool:
-    found = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
-    if found == APPLICATION_ID:
+    if any(status is not None and status.st_uid not in owners for file, status in states.items() if file != lock):
+        summary = f"{str(path)!r} is not opened: it, its log or its journal belongs to another user."
+        meaning = "homeagent refuses it, so the gateway can't start"
+        collector.critical("database", summary, meaning, "see the check 'files'")
+    elif sizes[path] == 0 and (sizes[log] or sizes[lock]):
+        meaning = "a new one would have no device, revocation and nonce of the old one; homeagent does not create it"
+        collector.critical("database", f"{str(path)!r} held a database and is gone or empty now.", meaning, RESTORE)
+    elif sizes[path] == 0:
+        summary = f"There is no database at {str(path)!r}."
+        meaning = "nothing can be opened here"
+        remedy = "check the path, or create the database"
+        collector.critical("database", summary, meaning, remedy, f"homeagent init --database {shlex.quote(str(path))}")
+    elif sizes[path] < SMALLEST_DATABASE:
+        summary = f"{str(path)!r} has {sizes[path]} bytes, too few for a database."
+        meaning = "it was cut off, or is another kind of file"
+        collector.critical("database", summary, meaning, RESTORE, bytes=sizes[path])
+    elif sizes[journal]:
+        summary = "A transaction was interrupted and waits to be undone: there is a rollback journal with content."
+        meaning = "until then no check can judge the file; SQLite undoes it when the file is opened to write"
+        remedy = "open the database once, then check again"
+        collector.warn("database", summary, meaning, remedy, f"homeagent status --database {shlex.quote(str(path))}")
+    else:
         return True
-    chart.alarm(
-        "database",
-        f"{str(path)!r} is another application's SQLite database (application_id {found:#x}).",
-        meaning="the store refuses it",
-        remedy="name another path",
-        application_id=found,
-    )
     return False
 
 
-def _examine_open(chart: Chart, path: Path, connection: Connection) -> None:
-    pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
-    free = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
-    size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
-    chart.ok("database", "It can be opened and is ours.", pages=pages, free_pages=free, page_size=size)
-    with chart.attempt("journal_mode"):
-        _check_journal_mode(chart, path, connection)
-    with chart.attempt("integrity"):
-        _check_integrity(chart, connection)
-    with chart.attempt("foreign_keys"):
-        _check_foreign_keys(chart, connection)
-    if check_revision(chart, connection):
-        check_schema(chart, connection)
-    with chart.attempt("schema"):
-        check_rows(chart, connection, columns_found(connection))
+def _check_inside(collector: Collector, path: Path, *, assume_closed: bool, is_closed: bool) -> None:
+    collector.watch.start()
+    try:
+        with inspect_sqlite(
+            path, watch=collector.watch, assume_closed=assume_closed, is_closed=is_closed
+        ) as connection:
+            found = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
+            if found == APPLICATION_ID:
+                _check_open(collector, path, connection)
+            else:
+                summary = f"{str(path)!r} is another application's SQLite database (application_id {found:#x})."
+                meaning = "homeagent refuses it"
+                collector.critical("database", summary, meaning, "name another path", application_id=found)
+    except CorruptDatabaseError as error:
+        collector.critical("database", f"{str(path)!r} can't be read.", str(error), RESTORE)
+    except HomeAgentError as error:
+        remedy = "correct its owner and mode, or wait until the process that holds it is done"
+        collector.critical("database", f"{str(path)!r} can't be opened.", str(error), remedy)
 
 
-def _check_journal_mode(chart: Chart, path: Path, connection: Connection) -> None:
+def _check_open(collector: Collector, path: Path, connection: Connection) -> None:
+    pages, free, size = (
+        connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    summary = "The file can be opened and is a homeagent database."
+    collector.ok("database", summary, pages=pages, free_pages=free, page_size=size)
+    with collector.attempt("wal"):
+        _check_journal_mode(collector, path, connection)
+    with collector.attempt("integrity"):
+        _check_integrity(collector, connection)
+    with collector.attempt("references"):
+        _check_foreign_keys(collector, connection)
+    check_store(collector, connection)
+
+
+def _check_journal_mode(collector: Collector, path: Path, connection: Connection) -> None:
     mode = journal_mode(path, connection)
-    if mode is None:
-        chart.skip("this process has it open: use Database.doctor()", "journal_mode")
+    # None: this process has the file open, and every process of homeagent's opens it in WAL mode.
+    if mode in ("wal", None):
         return
-    if mode == "wal":
-        chart.ok("journal_mode", "It has a write-ahead log.", mode=mode)
-        return
-    chart.warn(
-        "journal_mode",
-        f"Its journal mode is {mode!r} and not 'wal'.",
-        meaning="readers and the writer wait for each other; a copy that was put in place by hand is like this",
-        remedy="switch it to a write-ahead log, while nobody has it open",
-        command="homeagent doctor --fix",
-        mode=mode,
-    )
+    summary = f"Its journal mode is {mode!r} and not 'wal'."
+    meaning = "readers and the writer wait for each other; a copy that was put in place by hand is like this"
+    remedy = "switch it to a write-ahead log, while no process has it open"
+    collector.warn("wal", summary, meaning, remedy, "homeagent doctor --fix", mode=mode)
 
 
-def _check_integrity(chart: Chart, connection: Connection) -> None:
-    pragma = "integrity_check" if chart.thorough else "quick_check"
+def _check_integrity(collector: Collector, connection: Connection) -> None:
+    pragma = "integrity_check" if collector.thorough else "quick_check"
     problems = [str(row[0]) for row in connection.exec_driver_sql(f"PRAGMA {pragma}(100)")]
-    if problems == ["ok"]:
-        chart.ok("integrity", f"SQLite's {pragma} finds nothing.", pragma=pragma, problems=0)
-        return
-    first = problems[0].splitlines()[0]
-    chart.alarm(
+    sound = problems == ["ok"]
+    collector.add(
+        Severity.OK if sound else Severity.CRITICAL,
         "integrity",
-        f"The file is damaged: SQLite's {pragma} finds faults: {len(problems)}, the first is {first!r}.",
-        meaning="rows may be missing or wrong, and each write may make it worse",
-        remedy=RESTORE,
+        f"SQLite's {pragma} finds {'no damage' if sound else f'damage: {problems[0].splitlines()[0]!r}'}.",
+        "rows may be missing or wrong, and each write may make it worse",
+        RESTORE,
         pragma=pragma,
-        problems=len(problems),
+        problems=0 if sound else len(problems),
     )
 
 
-def _check_foreign_keys(chart: Chart, connection: Connection) -> None:
+def _check_foreign_keys(collector: Collector, connection: Connection) -> None:
     broken = len(connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall())
-    if not broken:
-        chart.ok("foreign_keys", "Every reference leads somewhere.", broken=0)
-        return
-    chart.alarm(
-        "foreign_keys",
-        f"References that lead nowhere: {broken:,}.",
-        meaning="something else wrote to the database with foreign keys switched off; an upgrade will fail",
-        remedy="see orphaned_sessions",
-        broken=broken,
-    )
+    summary = f"Foreign keys that refer to a row that does not exist: {broken:,}."
+    meaning = "another program wrote to the database with foreign keys switched off; an upgrade will fail"
+    remedy = "create the missing rows again, or remove the rows that refer to them"
+    collector.add(Severity.CRITICAL if broken else Severity.OK, "references", summary, meaning, remedy, broken=broken)

@@ -1,0 +1,327 @@
+"""Checks of a SQLite file from outside: names, owners, modes, leftovers, backups, file system, free space.
+
+All of them use `lstat`. Opening the file would be wrong if SQLite has it open in this process: see
+`homeagent.engine.disk.files`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import stat
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from homeagent.engine.disk.files import sidecars
+from homeagent.engine.disk.filesystems import filesystem_kind, is_network_filesystem
+from homeagent.engine.disk.owners import backup_owners, is_replaceable, trusted_owners
+from homeagent.engine.disk.privacy import unguarded
+from homeagent.engine.sqlite.manifests import newest_backup, read_manifest, remembered_backup
+from homeagent.engine.sqlite.presence import presence_path
+from homeagent.engine.sqlite.swapping import aside_path, new_path
+from homeagent.maintenance.doctor.report import Collector, Severity
+
+__all__ = ["check_files", "megabytes", "our_files", "public_files", "stale_partials"]
+
+OLD_BACKUP = timedelta(days=7)
+
+STALE = timedelta(days=1)
+"""After this long the writer of a half copy is no longer at work."""
+
+KEPT = timedelta(days=30)
+"""How long the database before a restore is kept without a warning."""
+
+ROOM = 64 * 1024 * 1024
+"""What must be free in addition to a second copy of the database: its log may grow to this size."""
+
+SCARCE = 16 * 1024 * 1024
+"""With less free space than this, the next burst of writes may fail."""
+
+_FLEETING = frozenset({"ramfs", "tmpfs"})
+
+Files = dict[Path, os.stat_result]
+
+
+def our_files(path: Path) -> Files:
+    """Return the database, SQLite's files next to it, its lock files, its backups and their manifests."""
+    own = {path, *sidecars(path)}
+    try:
+        entries = sorted(path.parent.iterdir())
+    except OSError:
+        return {}  # reported by the check of the directory
+    found = {}
+    for entry in entries:
+        if entry in own or entry.name.removeprefix(".").startswith(f"{path.name}."):
+            try:
+                found[entry] = entry.lstat()
+            except OSError:
+                continue  # gone meanwhile; a file that can't be read is reported by the check of the database
+    return found
+
+
+def public_files(path: Path) -> list[Path]:
+    """Return the caller's own regular files of the database that other users may read or write."""
+    if sys.platform == "win32":
+        return []
+    return [
+        file
+        for file, status in our_files(path).items()
+        if _is_public(status) and status.st_nlink == 1 and status.st_uid == os.geteuid()
+    ]
+
+
+def stale_partials(path: Path, now: datetime) -> Files:
+    """Return the half copies whose writer died over a day ago."""
+    oldest = (now - STALE).timestamp()
+    return {
+        file: status
+        for file, status in our_files(path).items()
+        if file.suffix == ".partial" and stat.S_ISREG(status.st_mode) and status.st_mtime < oldest
+    }
+
+
+def check_files(collector: Collector, path: Path) -> bool:
+    """Make all checks that need no look into the file, and return whether it may be opened."""
+    with collector.attempt("backup"):
+        _check_backup(collector, path)
+    _check_directory(collector, path.parent)
+    files = our_files(path)
+    may_open = _check_names(collector, files)
+    if sys.platform == "win32":
+        collector.skip(str(unguarded()), "files")
+    else:
+        with collector.attempt("files"):
+            _check_owners(collector, path, files)
+        _check_modes(collector, files)
+    with collector.attempt("leftovers"):
+        _check_leftovers(collector, path, files)
+    with collector.attempt("filesystem"):
+        _check_filesystem(collector, path)
+    _check_space(collector, path, files)
+    return may_open
+
+
+def _is_public(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and status.st_mode & 0o177 != 0
+
+
+def _check_directory(collector: Collector, directory: Path) -> None:
+    named = shlex.quote(str(directory))
+    try:
+        status = directory.stat()
+    except FileNotFoundError:
+        collector.skip("there is no such directory", "directory")
+        return
+    except OSError as error:
+        summary = f"The directory {str(directory)!r} can't be read."
+        meaning = os.strerror(error.errno or 0)
+        collector.critical("directory", summary, meaning, "create it, or correct its owner and mode", f"ls -ld {named}")
+        return
+    mode = stat.S_IMODE(status.st_mode)
+    foreign = sys.platform != "win32" and os.geteuid() not in (0, status.st_uid) and status.st_uid != 0
+    critical = foreign or is_replaceable(status)
+    public = sys.platform != "win32" and mode & 0o022
+    collector.add(
+        Severity.CRITICAL if critical else Severity.WARNING if public else Severity.OK,
+        "directory",
+        f"The directory {str(directory)!r} belongs to user {status.st_uid} and has mode {mode:04o}.",
+        "other users can replace the database"
+        if critical
+        else "other users can put files next to the database; homeagent refuses such files",
+        "keep the database in a directory of your own, in which no other user can write",
+        # A sticky directory, such as /tmp, is meant for all users.
+        f"chmod go-w {named}" if is_replaceable(status) else f"ls -ld {named}",
+        mode=f"{mode:04o}",
+        uid=status.st_uid,
+    )
+
+
+def _check_names(collector: Collector, files: Files) -> bool:
+    for file, status in files.items():
+        named = shlex.quote(str(file))
+        if stat.S_ISLNK(status.st_mode):
+            what, remedy, command = "is a symbolic link", "replace the link by the file itself", f"readlink {named}"
+        elif not stat.S_ISREG(status.st_mode):
+            what, remedy, command = "is not a regular file", "name a regular file", f"ls -ld {named}"
+        elif status.st_nlink > 1:
+            what, remedy = f"has {status.st_nlink} names (hard links)", "remove the other names"
+            command = f"find {shlex.quote(str(file.parent))} -xdev -inum {status.st_ino}"
+        else:
+            continue
+        meaning = "homeagent refuses it: under another name the file has another log, or another user may exchange it"
+        collector.critical("files", f"{str(file)!r} {what}.", meaning, remedy, command, names=status.st_nlink)
+        return False
+    return True
+
+
+def _check_owners(collector: Collector, path: Path, files: Files) -> None:
+    if path not in files:
+        return
+    owner, group = files[path].st_uid, files[path].st_gid
+    others = [file for file, status in files.items() if status.st_uid != owner]
+    if owner not in trusted_owners(path.parent):
+        summary = f"The database belongs to user {owner}, and the caller is user {os.geteuid()}."
+        meaning = "homeagent refuses a file of another user"
+        collector.critical("files", summary, meaning, "run as the owner of the database", uid=owner)
+        return
+    planted = _planted(path, files)
+    if planted:
+        summary = (
+            f"Files of another user next to the database or its backups: {len(planted)}, such as {str(planted[0])!r}."
+        )
+        meaning = "that user chose their content; homeagent refuses them, and does not count them as backups"
+        remedy = "find out where they are from; remove them, or chown those that you know to be sound"
+        command = f"ls -l {' '.join(shlex.quote(str(file)) for file in planted)}"
+        collector.critical("files", summary, meaning, remedy, command, foreign=len(planted), uid=owner)
+        return
+    collector.add(
+        Severity.CRITICAL if others else Severity.OK,
+        "files",
+        f"The database belongs to user {owner}, and {len(others)} of its {len(files)} files to another user.",
+        "the gateway can't open them: a command was probably run as another user, such as root",
+        "give them to the owner of the database",
+        f"chown {owner}:{group} {' '.join(shlex.quote(str(file)) for file in others)}",
+        foreign=len(others),
+        uid=owner,
+    )
+
+
+def _planted(path: Path, files: Files) -> list[Path]:
+    """Return the files of a database, also those where the last backup went, whose owner is not to be trusted."""
+    owners = backup_owners(path)
+    last = remembered_backup(path)
+    if last is not None and last.parent != path.parent:
+        files = files | our_files(last.parent / path.name)
+    return [file for file, status in files.items() if status.st_uid not in owners]
+
+
+def _check_modes(collector: Collector, files: Files) -> None:
+    public = {file: stat.S_IMODE(status.st_mode) for file, status in files.items() if _is_public(status)}
+    if not public:
+        collector.ok("files", "Only its owner can read and write a file.", public=0)
+        return
+    file, mode = max(public.items(), key=lambda item: (item[1] & 0o022 != 0, item[1]))
+    collector.add(
+        Severity.CRITICAL if mode & 0o022 else Severity.WARNING,
+        "files",
+        f"Files with more rights than 0600: {len(public)}, such as {file.name!r} with {mode:04o}.",
+        "other users can write to the database, and so let a device in"
+        if mode & 0o022
+        else "other users can read every device, session and stored result",
+        "remove these rights ('homeagent doctor --fix' does it too), then check which devices are approved",
+        f"chmod 600 {' '.join(shlex.quote(str(file)) for file in public)}",
+        public=len(public),
+    )
+
+
+def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
+    partial = stale_partials(path, collector.now)
+    marker = files.get(presence_path(path))
+    kept = {file: made for file in files if (made := _stamp(file, aside_path(path, "*"))) is not None}
+    old = [file for file, made in kept.items() if made < collector.now - KEPT]
+    halves = [
+        file
+        for file in files
+        if (made := _stamp(file, new_path(path, "*"))) is not None and made < collector.now - STALE
+    ]
+    collector.ok(
+        "leftovers",
+        "Nothing that was left behind waits to be removed.",
+        partial=len(partial),
+        bytes=sum(status.st_size for status in partial.values()),
+        kept=len(kept),
+        old=len(old),
+        halves=len(halves),
+    )
+    if marker is not None and marker.st_size:
+        summary = "A restore was interrupted, and waits to be finished."
+        meaning = "the next program that opens the database finishes the restore first"
+        remedy = "open the database once"
+        collector.warn("leftovers", summary, meaning, remedy, f"homeagent status --database {shlex.quote(str(path))}")
+    if partial:
+        summary = f"Half copies whose writer died: {len(partial)}, such as {next(iter(partial)).name!r}."
+        meaning = "a half copy is useless and takes up space"
+        collector.warn("leftovers", summary, meaning, "remove the half copies", "homeagent doctor --fix")
+    if old or halves:
+        collector.warn(
+            "leftovers",
+            f"{len(old)} files of databases that restores put aside over {KEPT.days} days ago, and {len(halves)} half "
+            "copies of interrupted restores.",
+            "they hold devices and hashes like the database itself, and take up space",
+            "check whether you still need them, then remove them",
+            f"rm {' '.join(shlex.quote(str(file)) for file in sorted([*old, *halves]))}",
+        )
+
+
+def _stamp(file: Path, pattern: Path) -> datetime | None:
+    """Return the time in the name of a file that a restore made; None for any other file."""
+    before, _, after = pattern.name.partition("*")
+    # SQLite's files next to it are kept under the same name.
+    found = re.fullmatch(rf"{re.escape(before)}(\d{{8}}T\d{{12}}Z)(_\d+)?{re.escape(after)}(-\w+)?", file.name)
+    return None if found is None else datetime.strptime(found[1], "%Y%m%dT%H%M%S%fZ").replace(tzinfo=UTC)
+
+
+def _check_backup(collector: Collector, path: Path) -> None:
+    backup = newest_backup(path)
+    manifest = None if backup is None else read_manifest(backup, path)
+    if backup is None or manifest is None:
+        # Backups that another tool made elsewhere are unknown here, so this is not a warning.
+        collector.ok("backup", "No backup is known here: 'homeagent backup' makes one.", age_seconds=None)
+        return
+    database = shlex.quote(str(path))
+    collector.restore_command = f"homeagent restore {shlex.quote(str(backup))} --database {database}"
+    age = collector.now - manifest.taken_at
+    collector.add(
+        Severity.WARNING if age > OLD_BACKUP else Severity.OK,
+        "backup",
+        f"The newest backup is {str(backup)!r}, of {manifest.taken_at:%Y-%m-%d %H:%M} UTC, {age.days} days ago.",
+        "if the file is lost, so is everything since: revocations and used nonces too",
+        "make a backup, and have the gateway or a timer make them from now on",
+        f"homeagent backup --database {database}",
+        age_seconds=round(age.total_seconds(), 3),
+    )
+
+
+def _check_filesystem(collector: Collector, path: Path) -> None:
+    kind = filesystem_kind(path)
+    network = kind is not None and is_network_filesystem(kind)
+    collector.add(
+        Severity.CRITICAL if network else Severity.WARNING if kind in _FLEETING else Severity.OK,
+        "filesystem",
+        f"The file system is {kind or 'of an unknown kind'}.",
+        "SQLite's write-ahead log can corrupt a database on a network file system (https://sqlite.org/wal.html)"
+        if network
+        else "it is in memory: at the next restart every device, revocation and nonce is gone",
+        "move the database to a local disk, in a container to a named volume, or use PostgreSQL",
+        kind=kind,
+    )
+
+
+def _check_space(collector: Collector, path: Path, files: Files) -> None:
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError as error:
+        collector.skip(os.strerror(error.errno or 0), "disk_space")
+        return
+    size = sum(files[file].st_size for file in (path, *sidecars(path)) if file in files)
+    lacking = size + ROOM - free
+    collector.add(
+        Severity.OK if lacking <= 0 else Severity.WARNING if free >= SCARCE else Severity.CRITICAL,
+        "disk_space",
+        f"{megabytes(free)} are free, and the database has {megabytes(size)}.",
+        "there is no room for a backup, and without a backup no schema is upgraded"
+        if free >= SCARCE
+        else "writes are about to fail, and with them every request that needs one",
+        f"free {megabytes(lacking)} or more",
+        f"df -h {shlex.quote(str(path.parent))}",
+        free_bytes=free,
+        database_bytes=size,
+    )
+
+
+def megabytes(size: int) -> str:
+    """Return a size as text."""
+    return f"{size / 1024 / 1024:,.1f} MiB"

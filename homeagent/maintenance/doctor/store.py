@@ -1,0 +1,346 @@
+"""Checks of a store that can be opened, on either engine: its revision, its schema, and what its rows show.
+
+The checks count. Only `rows` names rows, and no check shows a secret, a hash, a nonce, a key or a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import and_, column, exists, func, not_, or_, select
+from sqlalchemy import table as sql_table
+
+from homeagent.errors import CorruptDatabaseError
+from homeagent.maintenance.doctor.report import RESTORE, STORE_CHECKS, TOO_LONG, Collector, Severity
+from homeagent.migrations import REVISION, VERSION_TABLE, revision_of
+from homeagent.migrations.schema_drift import schema_differences
+from homeagent.models import Agent, AgentSession, Device, IdempotencyKey, Nonce, Role, metadata, store_table
+from homeagent.models.idempotency_key import IdempotencyState
+from homeagent.models.session import route_key
+from homeagent.models.types import Flag, InstantColumn
+from homeagent.stores.nonces import NONCE_GRACE
+
+if TYPE_CHECKING:
+    from sqlalchemy import Column, ColumnElement, Connection, Dialect, Table
+
+__all__ = ["BACKLOG", "SECRETS_GRACE", "check_store"]
+
+BACKLOG = 10_000
+"""More expired rows than this show that no process sweeps."""
+
+AHEAD = timedelta(minutes=1)
+"""How far a row may lie in the future: clocks of several hosts are never quite equal."""
+
+PENDING = timedelta(days=7)
+"""How long a device may wait for its approval."""
+
+SECRETS_GRACE = timedelta(days=1)
+"""How long after its overlap a previous secret's hash may stay, in case the clock is wrong."""
+
+_PAGE = 1000
+
+_device: Any = Device.__table__.c
+_agent: Any = Agent.__table__.c
+_session: Any = AgentSession.__table__.c
+_nonce: Any = Nonce.__table__.c
+_key: Any = IdempotencyKey.__table__.c
+
+_TIMES = [
+    c
+    for described in metadata.sorted_tables
+    for c in described.columns
+    if isinstance(c.type, InstantColumn) and not c.name.endswith("expires_at")
+]
+"""When something happened; no store writes a time after the present one there."""
+
+
+def check_store(collector: Collector, connection: Connection) -> None:
+    """Make all checks of a store; at a revision that this version does not work with, only that of the revision.
+
+    Args:
+        collector: of the findings.
+        connection: sees one snapshot throughout.
+    """
+    with collector.attempt("schema_revision", on=connection):
+        _check_revision(collector, connection)
+    revision = collector.findings.get("schema_revision")
+    if revision is not None and revision.severity is Severity.OK:
+        if revision.facts["revision"] != REVISION:
+            collector.skip("the schema is newer than this version's", "schema", "rows")
+        for check, function in _CHECKS.items():
+            if check not in collector.not_checked:
+                with collector.attempt(check, on=connection):
+                    function(collector, connection)
+    collector.skip("the schema is at another revision", *STORE_CHECKS)
+
+
+def _check_revision(collector: Collector, connection: Connection) -> None:
+    check, revision = "schema_revision", revision_of(connection)
+    facts = {"revision": revision, "needed": REVISION}
+    if revision == REVISION:
+        collector.ok(check, f"The schema is at revision {revision}.", **facts)
+    elif revision is None:
+        summary = f"There is no schema: no table {VERSION_TABLE}."
+        remedy = f"if there was a schema: {RESTORE}; else create it"
+        collector.critical(check, summary, "it was never created, or it was lost", remedy, "homeagent init", **facts)
+    elif revision < REVISION:
+        summary = f"The schema is at revision {revision}, and this version needs {REVISION}."
+        meaning = "the gateway upgrades it when it opens it; programs that only read refuse it until then"
+        collector.warn(check, summary, meaning, "upgrade it; a file is copied first", "homeagent migrate", **facts)
+    elif (connection.execute(select(store_table.c.oldest_revision)).scalar() or revision) <= REVISION:
+        collector.ok(check, f"The schema is at the newer revision {revision}, which works with this version.", **facts)
+    else:
+        summary = f"The schema is at revision {revision}, and this version knows {REVISION} at most."
+        meaning = "a newer version upgraded it; this version refuses it, since it can't know what it would break"
+        remedy = "install the newer version again, or restore the backup that was made before the upgrade"
+        collector.critical(check, summary, meaning, remedy, "pip install --upgrade homeagent", **facts)
+
+
+def _check_schema(collector: Collector, connection: Connection) -> None:
+    differences = schema_differences(connection)
+    if not differences:
+        collector.ok("schema", "The schema is as homeagent's revisions make it.", differences=0)
+        return
+    grave = [difference for difference in differences if difference.grave]
+    command = (grave or differences)[0].command
+    shown = "; ".join(difference.text for difference in differences[:10])
+    collector.add(
+        Severity.CRITICAL if grave else Severity.WARNING,
+        "schema",
+        f"The schema was changed by hand: {shown}{'; …' if len(differences) > 10 else ''}.",
+        "homeagent relies on the schema: it may fail, or accept what it must refuse"
+        if grave
+        else "homeagent works, perhaps slowly; the next upgrade may fail or lose what was added",
+        "undo the change" if command is None else f"undo the change; the first step is: {command}",
+        differences=len(differences),
+    )
+
+
+# What the rows hold
+
+
+def _check_rows(collector: Collector, connection: Connection) -> None:
+    faults: list[str] = []
+    rows = 0
+    for described in metadata.sorted_tables:
+        try:
+            for count, fault in _faults(described, connection):
+                rows += count
+                faults += fault
+                if collector.watch():
+                    break
+        except CorruptDatabaseError as error:
+            faults.append(f"table {described.name} can't be read to its end ({error})")
+    if faults:
+        shown = "; ".join(faults[:10])
+        collector.critical(
+            "rows",
+            f"Rows that no store writes and that can't be used: {len(faults):,}: {shown}"
+            f"{'; …' if len(faults) > 10 else ''}.",
+            "units that read such a row raise CorruptDatabaseError; another program wrote it, or the file is damaged",
+            "correct or delete these rows, or restore a backup",
+            rows=rows,
+            unreadable=len(faults),
+        )
+    elif collector.watch():
+        collector.skip(TOO_LONG, "rows")
+    else:
+        collector.ok("rows", f"All {rows:,} rows can be read.", rows=rows, unreadable=0)
+
+
+def _faults(described: Table, connection: Connection) -> Iterator[tuple[int, list[str]]]:
+    """Read every row of a table as it is stored; yield for each page its number of rows and its faults."""
+    columns = list(described.columns)
+    raw = sql_table(described.name, *(column(c.name) for c in columns))
+    # A nonce and an idempotency key are secret: such a row is named by its device.
+    named = next((at for at, c in enumerate(columns) if c.name == "device_id"), None)
+    if named is None:
+        named = next(at for at, c in enumerate(columns) if c.primary_key)
+    route = next((at for at, c in enumerate(columns) if c.name == "route_key"), None)
+    tests = [_test(c, connection.dialect) for c in columns]
+    found = connection.execute(select(*raw.c), execution_options={"yield_per": _PAGE})
+    for page in found.partitions():
+        faults = []
+        for row in page:
+            odd = next(((at, what) for at, test in enumerate(tests) if (what := test(row[at])) is not None), None)
+            if odd is None and route is not None and row[route] is not None:
+                values = row._mapping
+                if row[route] != route_key(values["agent_id"], values["sender_id"], values["channel_id"]):
+                    odd = route, "is not the key of the session's route"
+            if odd is not None:
+                where = f"{described.name}.{columns[odd[0]].name}"
+                faults.append(f"{where} {odd[1]}, in the row with {columns[named].name} {row[named]!r}")
+        yield len(page), faults
+
+
+def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | None]:
+    """Return a function that tells what is wrong with a stored value of this column; None if it is sound."""
+    kind: Any = getattr(described.type, "impl_instance", described.type)
+    stored: type = kind.python_type
+    load = getattr(described.type, "process_result_value", None)
+    is_flag = isinstance(described.type, Flag)
+
+    def test(value: Any) -> str | None:
+        if value is None:
+            return None if described.nullable else "is NULL"
+        if not isinstance(value, stored):
+            return f"holds a value of type {type(value).__name__}"
+        if (is_flag and value not in (0, 1)) or (isinstance(value, str) and "\0" in value):
+            return "holds a value that no store writes"
+        try:
+            if load is not None:
+                load(value, dialect)
+        except CorruptDatabaseError:
+            return "holds a value that can't be read"
+        return None
+
+    return test
+
+
+# What the rows show
+
+
+def _count(connection: Connection, model: Any, *conditions: ColumnElement[bool]) -> int:
+    statement = select(func.count()).select_from(model.__table__).where(*conditions)
+    return int(connection.execute(statement).scalar_one())
+
+
+def _check_abandoned(collector: Collector, connection: Connection) -> None:
+    lapsed = or_(_key.lease_expires_at <= collector.now, _key.lease_expires_at.is_(None))
+    abandoned = _count(connection, IdempotencyKey, _key.state == IdempotencyState.IN_PROGRESS, lapsed)
+    collector.add(
+        Severity.WARNING if abandoned else Severity.OK,
+        "abandoned_effects",
+        f"Effects that began and have no recorded end: {abandoned:,}.",
+        "their retries get OutcomeUnknownError until the administrator records how each ended",
+        "list them, find out about each, then 'homeagent keys resolve' or 'homeagent keys forget'",
+        "homeagent keys abandoned",
+        keys=abandoned,
+    )
+
+
+def _check_previous_secrets(collector: Collector, connection: Connection) -> None:
+    expired = _device.previous_secret_expires_at <= collector.now - SECRETS_GRACE
+    ended = or_(_device.previous_secret_expires_at.is_(None), expired)
+    stale = _count(connection, Device, _device.previous_secret_hash.is_not(None), ended)
+    summary = f"Devices that still hold the hash of an expired secret: {stale:,}."
+    meaning = "the secret is refused and the hash is not needed: a thief of the file has one more hash to guess at"
+    remedy = "remove these hashes"
+    command = "homeagent doctor --fix"
+    collector.add(
+        Severity.WARNING if stale else Severity.OK, "previous_secrets", summary, meaning, remedy, command, devices=stale
+    )
+
+
+def _check_references(collector: Collector, connection: Connection) -> None:
+    sessions = _count(connection, AgentSession, not_(exists().where(_agent.id == _session.agent_id)))
+    summary = f"Sessions whose agent does not exist: {sessions:,}."
+    meaning = "another program wrote to the database with foreign keys switched off"
+    remedy = "create the missing agents again, or remove these sessions; then find out which program wrote them"
+    collector.add(
+        Severity.CRITICAL if sessions else Severity.OK, "references", summary, meaning, remedy, sessions=sessions
+    )
+    keys = _count(connection, IdempotencyKey, not_(exists().where(_device.id == _key.device_id)))
+    summary = f"Idempotency keys whose device does not exist: {keys:,}."
+    meaning = "the device was removed by other means than devices.delete, or never paired"
+    remedy = "wait until the keys expire and are swept; if the device never existed, find out which program writes them"
+    collector.add(Severity.WARNING if keys else Severity.OK, "references", summary, meaning, remedy, keys=keys)
+
+
+def _check_store_record(collector: Collector, connection: Connection) -> None:
+    epochs = connection.execute(select(store_table.c.epoch)).scalars().all()
+    collector.add(
+        Severity.OK if len(epochs) == 1 else Severity.CRITICAL,
+        "store_record",
+        f"The table store holds {len(epochs)} rows, of epoch {max(epochs, default=None)}; one belongs there.",
+        "the epoch is unknown, and so are the versions that may work with the store",
+        RESTORE,
+        rows=len(epochs),
+        epoch=epochs[0] if epochs else None,
+    )
+
+
+def _check_clock(collector: Collector, connection: Connection) -> None:
+    newest = [time for c in _TIMES if (time := connection.execute(select(func.max(c))).scalar_one())]
+    if not newest:
+        collector.ok("clock", "There is no row to compare the clock with.")
+        return
+    ahead = max(newest) - collector.now
+    seconds = round(ahead.total_seconds(), 3)
+    late = ahead > NONCE_GRACE
+    collector.add(
+        Severity.CRITICAL if late else Severity.WARNING if ahead > AHEAD else Severity.OK,
+        "clock",
+        f"The newest row is {seconds:,} s ahead of the clock." if ahead > AHEAD else "No row comes from the future.",
+        "the clock was set back, here or where the row was written: leases and expiries end late"
+        f"{', and a message whose nonce was swept may be accepted once more' if late else ''}",
+        "correct the clock, and let a time service keep it so",
+        "timedatectl status",
+        newest_row_ahead_seconds=seconds,
+    )
+
+
+def _check_backlog(collector: Collector, connection: Connection) -> None:
+    nonces = _count(connection, Nonce, _nonce.expires_at <= collector.now - NONCE_GRACE)
+    ended = _key.state.in_([IdempotencyState.COMPLETED, IdempotencyState.FAILED])
+    keys = _count(connection, IdempotencyKey, _key.expires_at <= collector.now, ended)
+    collector.add(
+        Severity.WARNING if nonces + keys > BACKLOG else Severity.OK,
+        "expired_backlog",
+        f"Expired rows that wait to be swept: {nonces + keys:,}.",
+        "no process sweeps, so the database only grows; expired rows count as absent all the same",
+        "sweep now, and run database.sweeper() in the gateway",
+        "homeagent sweep",
+        nonces=nonces,
+        keys=keys,
+    )
+
+
+def _check_pending(collector: Collector, connection: Connection) -> None:
+    pending = and_(_device.approved.is_distinct_from(True), _device.revoked_at.is_(None))
+    waiting = _count(connection, Device, pending)
+    overdue = _count(connection, Device, pending, _device.paired_at <= collector.now - PENDING)
+    collector.add(
+        Severity.WARNING if overdue else Severity.OK,
+        "pending_devices",
+        f"Devices that wait for approval: {waiting:,}, for over {PENDING.days} days: {overdue:,}.",
+        "a user waits to be let in, or a stranger tries to get in",
+        "check each, then 'homeagent devices approve' or 'homeagent devices revoke' it",
+        "homeagent devices list --status pending",
+        pending=waiting,
+        overdue=overdue,
+    )
+
+
+def _check_admins(collector: Collector, connection: Connection) -> None:
+    admins = _count(connection, Device, _device.role == Role.ADMIN, _device.approved == True)  # noqa: E712  an expression
+    devices = _count(connection, Device)
+    lacking = devices and not admins
+    collector.add(
+        Severity.WARNING if lacking else Severity.OK,
+        "admins",
+        "There are devices and no approved admin."
+        if lacking
+        else f"Devices: {devices:,}, approved admins: {admins:,}.",
+        "nobody can approve or revoke a device without a shell on this host",
+        "pair a device with the role admin, and approve it here",
+        "homeagent devices list --role admin",
+        admins=admins,
+        devices=devices,
+    )
+
+
+_CHECKS: dict[str, Callable[[Collector, Connection], None]] = {
+    "schema": _check_schema,
+    "rows": _check_rows,
+    "references": _check_references,
+    "store_record": _check_store_record,
+    "clock": _check_clock,
+    "expired_backlog": _check_backlog,
+    "abandoned_effects": _check_abandoned,
+    "previous_secrets": _check_previous_secrets,
+    "pending_devices": _check_pending,
+    "admins": _check_admins,
+}
