@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,29 +45,24 @@ class Difference:
     command: str | None = None
 
 
-class _Index(NamedTuple):
-    unique: bool
-    definition: str
-    sql: str
-
-
-@dataclass
-class _Structure:
-    """One table as it is.
+class _Part(NamedTuple):
+    """A column, a constraint or an index of a table, or the way in which the table stores its rows.
 
     Attributes:
-        columns: by name, how each is defined.
-        required: the columns without which no row can be inserted.
-        constraints: by name, the text of each.
-        indexes: by name.
-        options: how the rows are stored.
+        definition: its text, in one spelling.
+        strict: whether it can refuse a row that homeagent inserts: a unique index, or a column without a default.
+        index_name: of an index; None for another part.
+        sql: the statement that creates the index.
     """
 
-    columns: dict[str, str] = field(default_factory=dict)
-    required: set[str] = field(default_factory=set)
-    constraints: dict[str, str] = field(default_factory=dict)
-    indexes: dict[str, _Index] = field(default_factory=dict)
-    options: str = ""
+    definition: str
+    strict: bool = False
+    index_name: str | None = None
+    sql: str | None = None
+
+
+# By the name of the table, its parts by their names.
+_Tables = dict[str, dict[str, _Part]]
 
 
 def refuse_changed_schema(connection: Connection, revision: str, location: str) -> None:
@@ -101,51 +96,30 @@ def schema_differences(connection: Connection) -> list[Difference]:
     if connection.dialect.name == "sqlite":
         return [*_sqlite_differences(connection, REVISION), *_sqlite_leftovers(connection)]
     wanted = {name: _modelled(connection, table) for name, table in metadata.tables.items()}
-    return [*_compare(wanted, _postgresql_structures(connection)), *_postgresql_triggers(connection)]
+    return [*_compare(wanted, _postgresql_tables(connection)), *_postgresql_triggers(connection)]
 
 
-def _compare(wanted: dict[str, _Structure], found: dict[str, _Structure]) -> Iterator[Difference]:
-    for name, table in wanted.items():
-        if name not in found:
-            yield Difference(f"table {name} is missing", grave=True)
-        else:
-            yield from _compare_table(name, table, found[name])
-
-
-def _compare_table(name: str, wanted: _Structure, found: _Structure) -> Iterator[Difference]:
-    if wanted.options != found.options:
-        yield Difference(f"table {name} stores its rows otherwise ({found.options or 'with a rowid'})", grave=False)
-    for column, definition in wanted.columns.items():
-        if column not in found.columns:
-            yield Difference(f"column {name}.{column} is missing", grave=True)
-        elif found.columns[column] != definition:
-            yield Difference(
-                f"column {name}.{column} is {found.columns[column]!r} instead of {definition!r}", grave=True
-            )
-    for column in sorted(found.columns.keys() - wanted.columns.keys()):
-        yield Difference(f"column {name}.{column} is not ours", grave=column in found.required)
-    for constraint, definition in wanted.constraints.items():
-        if constraint not in found.constraints:
-            yield Difference(f"constraint {constraint} of {name} is missing", grave=True)
-        elif found.constraints[constraint] != definition:
-            yield Difference(f"constraint {constraint} of {name} says something else", grave=True)
-    for constraint in sorted(found.constraints.keys() - wanted.constraints.keys()):
-        yield Difference(f"constraint {constraint} of {name} is not ours", grave=False)
-    for index, made in wanted.indexes.items():
-        if index not in found.indexes:
-            yield Difference(f"index {index} of {name} is missing", grave=made.unique, command=made.sql)
-        elif found.indexes[index][:2] != made[:2]:
-            yield Difference(
-                f"index {index} of {name} is another one",
-                grave=made.unique or found.indexes[index].unique,
-                command=f"DROP INDEX {index}; {made.sql}",
-            )
-    for index in sorted(found.indexes.keys() - wanted.indexes.keys()):
-        yield Difference(
-            f"index {index} of {name} is not ours",
-            grave=found.indexes[index].unique,
-            command=f"DROP INDEX {_name(index)}",
-        )
+def _compare(wanted: _Tables, found: _Tables) -> Iterator[Difference]:
+    for table, parts in wanted.items():
+        if table not in found:
+            yield Difference(f"table {table} is missing", grave=True)
+            continue
+        there = found[table]
+        for name, part in parts.items():
+            other = there.get(name)
+            if other is None:
+                what, command = "is missing", part.sql
+            elif other.definition != part.definition:
+                what = f"is {other.definition!r} instead of {part.definition!r}"
+                command = part.sql and f"DROP INDEX {part.index_name}; {part.sql}"
+            else:
+                continue
+            grave = name.startswith(("column", "constraint")) or part.strict or (other is not None and other.strict)
+            yield Difference(f"{name} {what}", grave, command)
+        for name in sorted(there.keys() - parts.keys()):
+            index = there[name].index_name
+            command = None if index is None else f"DROP INDEX {_name(index)}"
+            yield Difference(f"{name} is not homeagent's", there[name].strict, command)
 
 
 def _name(name: str) -> str:
@@ -159,7 +133,7 @@ def _name(name: str) -> str:
 class _Expected(NamedTuple):
     """What a revision makes: its tables by name, and its triggers and views by name, each in one spelling."""
 
-    tables: dict[str, _Structure]
+    tables: _Tables
     others: dict[str, str]
 
 
@@ -169,12 +143,12 @@ def _sqlite_expected(revision: str) -> _Expected:
         with scratch.begin():
             upgrade(scratch, revision)
         others = {name: _plain(sql) for _, name, _, sql in _sqlite_others(scratch)}
-        return _Expected(_sqlite_structures(scratch), others)
+        return _Expected(_sqlite_tables(scratch), others)
 
 
 def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Difference]:
     expected = _sqlite_expected(revision)
-    found = {name: table for name, table in _sqlite_structures(connection).items() if name in expected.tables}
+    found = {name: table for name, table in _sqlite_tables(connection).items() if name in expected.tables}
     yield from _compare(expected.tables, found)
     others = _sqlite_others(connection)
     for name in expected.others.keys() - {name for _, name, _, _ in others}:
@@ -201,38 +175,34 @@ def _sqlite_others(connection: Connection) -> list[tuple[str, str, str, str]]:
     return [(kind, name, on, sql) for kind, name, on, sql in found]
 
 
-def _sqlite_structures(connection: Connection) -> dict[str, _Structure]:
-    return {
-        table: _sqlite_structure(connection, table, sql)
-        for table, sql in connection.exec_driver_sql("SELECT name, sql FROM sqlite_master WHERE type = 'table'")
-        if table in {*metadata.tables, VERSION_TABLE}
-    }
+def _sqlite_tables(connection: Connection) -> _Tables:
+    found: _Tables = {}
+    rows = connection.exec_driver_sql(
+        "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type DESC"
+    ).fetchall()
+    for kind, name, table, sql in rows:
+        if kind == "table" and name in {*metadata.tables, VERSION_TABLE}:
+            found[name] = dict(_sqlite_parts(name, _plain(sql)))
+        elif kind == "index" and sql is not None and table in found:
+            plain = _plain(sql)
+            unique = plain.startswith("CREATE UNIQUE ")
+            definition = f"{'UNIQUE ' if unique else ''}{plain.partition(' ON ')[2].replace(' (', '(')}"
+            found[table][f"index {name} of {table}"] = _Part(definition, unique, name, plain)
+    return found
 
 
-def _sqlite_structure(connection: Connection, table: str, sql: str) -> _Structure:
-    structure = _Structure()
-    body, _, options = _plain(sql).partition("(")[2].rpartition(")")
-    structure.options = options.strip()
+def _sqlite_parts(table: str, sql: str) -> Iterator[tuple[str, _Part]]:
+    body, _, options = sql.partition("(")[2].rpartition(")")
+    yield f"storage of {table}", _Part(options.strip())
     for clause in _clauses(body):
         first, _, rest = clause.partition(" ")
         if first == "CONSTRAINT":
             name, _, definition = rest.partition(" ")
-            structure.constraints[name] = definition
+            yield f"constraint {name} of {table}", _Part(definition)
         elif first in {"CHECK", "FOREIGN", "PRIMARY", "UNIQUE"}:
-            structure.constraints[clause] = clause
+            yield f"constraint {clause} of {table}", _Part(clause)
         else:
-            structure.columns[first] = rest
-    for _, name, _, not_null, default, key, _ in connection.exec_driver_sql(f"PRAGMA table_xinfo({table})"):
-        if not_null and default is None and not key:
-            structure.required.add(name)
-    indexes = connection.exec_driver_sql(
-        "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND tbl_name = ? AND sql IS NOT NULL", (table,)
-    )
-    for name, written in indexes:
-        plain = _plain(written)
-        definition = plain.partition(" ON ")[2].replace(" (", "(")
-        structure.indexes[name] = _Index(plain.startswith("CREATE UNIQUE "), definition, plain)
-    return structure
+            yield f"column {table}.{first}", _Part(rest, "NOT NULL" in rest and "DEFAULT" not in rest)
 
 
 def _sqlite_leftovers(connection: Connection) -> list[Difference]:
@@ -305,57 +275,55 @@ def _postgresql_triggers(connection: Connection) -> Iterator[Difference]:
             )
 
 
-def _postgresql_structures(connection: Connection) -> dict[str, _Structure]:
-    found = {}
+def _postgresql_tables(connection: Connection) -> _Tables:
+    found: _Tables = {}
     for table in metadata.tables:
-        structure = _Structure()
+        parts = {}
         for name, kind, not_null, default, collation, is_own in connection.execute(_COLUMNS, {"name": table}):
-            structure.columns[name] = _column(kind, collation if is_own else None, default, not_null)
-            if not_null and default is None:
-                structure.required.add(name)
+            definition = _column(kind, collation if is_own else None, default, not_null)
+            parts[f"column {table}.{name}"] = _Part(definition, not_null and default is None)
         for name, kind, definition in connection.execute(_CONSTRAINTS, {"name": table}):
-            structure.constraints[name] = _same_words(definition) if kind == "c" else definition
-        for name, unique, definition, valid in connection.execute(_INDEXES, {"name": table}):
-            written = definition.partition(" USING btree ")[2] if valid else "invalid"
-            structure.indexes[name] = _Index(unique, _same_words(written), definition)
-        if structure.columns:
-            found[table] = structure
+            parts[f"constraint {name} of {table}"] = _Part(_same_words(definition) if kind == "c" else definition)
+        for name, unique, sql, valid in connection.execute(_INDEXES, {"name": table}):
+            definition = _index(unique, sql.partition(" USING btree ")[2] if valid else "invalid")
+            parts[f"index {name} of {table}"] = _Part(definition, unique, name, sql)
+        if parts:
+            found[table] = parts
     return found
 
 
-def _modelled(connection: Connection, table: Table) -> _Structure:
+def _modelled(connection: Connection, table: Table) -> dict[str, _Part]:
     """Describe a table of the models in the words of PostgreSQL's catalogue."""
     dialect = connection.dialect
-    structure = _Structure()
+    parts = {}
     for column in table.columns:
         kind, _, collation = column.type.compile(dialect).partition(" COLLATE ")
         default: Any = column.server_default
-        structure.columns[column.name] = _column(
-            kind.lower(),
-            collation.strip('"') or None,
-            None if default is None else str(default.arg),
-            not column.nullable,
-        )
+        default = None if default is None else str(default.arg)
+        definition = _column(kind.lower(), collation.strip('"') or None, default, not column.nullable)
+        parts[f"column {table.name}.{column.name}"] = _Part(definition)
     for constraint in table.constraints:
         name = str(dialect.identifier_preparer.format_constraint(constraint))
         columns = ", ".join(column.name for column in getattr(constraint, "columns", ()))
         if isinstance(constraint, CheckConstraint):
-            structure.constraints[name] = _same_words(f"CHECK ({constraint.sqltext})")
+            definition = _same_words(f"CHECK ({constraint.sqltext})")
         elif isinstance(constraint, ForeignKeyConstraint):
             (element,) = constraint.elements
-            target = element.column
-            structure.constraints[name] = f"FOREIGN KEY ({columns}) REFERENCES {target.table.name}({target.name})"
+            definition = f"FOREIGN KEY ({columns}) REFERENCES {element.column.table.name}({element.column.name})"
         else:
-            structure.constraints[name] = f"PRIMARY KEY ({columns})"
+            definition = f"PRIMARY KEY ({columns})"
+        parts[f"constraint {name} of {table.name}"] = _Part(definition)
     for index in table.indexes:
         where = index.dialect_options["postgresql"]["where"]
         columns = f"({', '.join(column.name for column in index.columns)})"
-        structure.indexes[str(index.name)] = _Index(
-            bool(index.unique),
-            _same_words(columns if where is None else f"{columns} WHERE {where}"),
-            " ".join(str(CreateIndex(index).compile(dialect=dialect)).split()),
-        )
-    return structure
+        definition = _index(index.unique, columns if where is None else f"{columns} WHERE {where}")
+        sql = " ".join(str(CreateIndex(index).compile(dialect=dialect)).split())
+        parts[f"index {index.name} of {table.name}"] = _Part(definition, bool(index.unique), index.name, sql)
+    return parts
+
+
+def _index(unique: bool | None, written: str) -> str:
+    return f"{'UNIQUE ' if unique else ''}{_same_words(written)}"
 
 
 def _column(kind: str, collation: str | None, default: str | None, not_null: bool) -> str:
