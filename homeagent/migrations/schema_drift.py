@@ -220,8 +220,17 @@ def _sqlite_leftovers(connection: Connection) -> list[Difference]:
     ]
 
 
+_QUOTED_OR_BLANK = re.compile(
+    r"""('(?:[^']|'')*')"""  # a text, in which everything counts
+    r'''|"((?:[^"]|"")*)"'''  # a name
+    r"|(?:\s|/\*.*?\*/|--[^\n]*)+",
+    re.DOTALL,
+)
+
+
 def _plain(sql: str) -> str:
-    return re.sub(r"\s+", " ", sql.replace('"', "")).strip()
+    """Return a statement without comments, quotes of names and needless spaces: a tracing listener adds comments."""
+    return _QUOTED_OR_BLANK.sub(lambda match: match[1] or match[2] or " ", sql).strip()
 
 
 def _clauses(body: str) -> Iterator[str]:

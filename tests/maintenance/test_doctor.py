@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine, event
 from typer.testing import CliRunner
 
 from homeagent import (
@@ -865,6 +866,19 @@ def test_an_odd_row_of_a_secret_key(path: Path, clock: FakeClock) -> None:
 
 
 # What it never does
+
+
+def test_a_listener_of_the_host(path: Path, clock: FakeClock) -> None:
+    """A PRAGMA that the host application runs on every connection of its process does not keep the doctor out."""
+
+    def set_synchronous(connection: Any, record: object) -> None:
+        connection.execute("PRAGMA synchronous = NORMAL")
+
+    event.listen(Engine, "connect", set_synchronous)
+    try:
+        assert look(path, clock).severity is Severity.OK
+    finally:
+        event.remove(Engine, "connect", set_synchronous)
 
 
 def test_no_finding_shows_what_is_secret(database: Database, clock: FakeClock) -> None:

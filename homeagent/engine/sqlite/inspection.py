@@ -91,45 +91,47 @@ def inspect_sqlite(
         options = ["readonly_shm=1", ""]
     else:
         options = [""]
-    raw = _open(path, options, watch)
-    engine = create_engine(
-        f"{DRIVER_NAME}://",
-        creator=lambda: raw,
-        poolclass=NullPool,
-        hide_parameters=True,
-    )
-    event.listen(engine, "handle_error", _on_error)
-    connection = engine.connect()
+    while True:
+        connection = _open(path, options.pop(0), watch)
+        try:
+            with translated(DRIVER_ERRORS, sqlite_fault):
+                # One snapshot for all that follows, taken by the first read. Not before: a listener of the host
+                # application may run a PRAGMA on each new connection that SQLite refuses in a transaction.
+                raw: Any = connection.connection.driver_connection
+                raw.execute("BEGIN")
+                raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
+            break
+        except ReadOnlyError:
+            # Another process writes at this moment, and an index that can only be read has no place for one more
+            # reader.
+            connection.close()
+            if not options:
+                raise
+        except BaseException:
+            connection.close()
+            raise
     try:
         yield connection
     finally:
         connection.close()
 
 
-def _open(path: Path, options: list[str], watch: Stopwatch) -> Any:
+def _open(path: Path, option: str, watch: Stopwatch) -> Connection:
     with translated(DRIVER_ERRORS, sqlite_fault):
         # https://sqlite.org/wal.html#readonly and https://sqlite.org/c3ref/open.html
-        uri = f"file:{quote(str(path))}?mode=ro&{options[0]}"
-        raw = open_guarded(path, uri, timeout=1)
+        raw: Any = open_guarded(path, f"file:{quote(str(path))}?mode=ro&{option}", timeout=1)
     try:
         with translated(DRIVER_ERRORS, sqlite_fault):
             raw.set_progress_handler(watch, _INSTRUCTIONS)
             raw.execute("PRAGMA query_only=ON")
             raw.execute("PRAGMA trusted_schema=OFF")
             raw.execute("PRAGMA cell_size_check=ON")
-            # One snapshot for all that follows: it is taken by the first read.
-            raw.execute("BEGIN")
-            raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
-    except ReadOnlyError:
-        raw.close()
-        if len(options) == 1:
-            raise
-        # Somebody writes at this very moment, and an index that can only be read has no place for one more reader.
-        return _open(path, options[1:], watch)
+        engine = create_engine(f"{DRIVER_NAME}://", creator=lambda: raw, poolclass=NullPool, hide_parameters=True)
+        event.listen(engine, "handle_error", _on_error)
+        return engine.connect()
     except BaseException:
         raw.close()
         raise
-    return raw
 
 
 def journal_mode(path: Path, connection: Connection) -> str | None:
