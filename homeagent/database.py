@@ -25,7 +25,7 @@ from homeagent.engine.sqlite.engine import Durability, SQLiteEngine
 from homeagent.engine.target import resolve_target
 from homeagent.errors import DatabaseClosedError, InvalidArgumentError
 from homeagent.functions import check_function
-from homeagent.idempotency import ARUN_ONCE, OnAbandoned, OnceCall, arun_once, run_once
+from homeagent.idempotency import ARUN_ONCE, LeaseTimer, OnAbandoned, OnceCall, arun_once, run_once
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models.device import Device
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
@@ -62,6 +62,7 @@ class Database:
         self._timeout = busy_timeout.total_seconds()
         self._settings = UnitSettings(engine, clock, self._timeout)
         self._runner = Runner(self._settings)
+        self._lease_timer = LeaseTimer(partial(self._runner.run, idempotent=True))
         # A signal's handler may come while its own thread holds it, and close the database.
         self._mutex = threading.RLock()
         self._sweepers: list[maintenance.Sweeper] = []
@@ -205,6 +206,7 @@ class Database:
             sweepers, self._sweepers = self._sweepers, []
         for sweeper in sweepers:
             sweeper.stop()
+        self._lease_timer.close()
         try:
             self._engine.close()
         finally:
@@ -383,7 +385,7 @@ class Database:
             effect=effect,
             instead=ARUN_ONCE,
         )
-        return run_once(partial(self._runner.run, idempotent=True), call, effect)
+        return run_once(partial(self._runner.run, idempotent=True), self._lease_timer, call, effect)
 
     async def arun_once(
         self,
@@ -400,7 +402,7 @@ class Database:
         A cancelled caller cancels the effect. What is known of its outcome is recorded all the same.
         """
         call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned, effect=effect)
-        return await arun_once(partial(self._runner.arun, idempotent=True), call, effect)
+        return await arun_once(partial(self._runner.arun, idempotent=True), self._lease_timer, call, effect)
 
     # Devices and their secrets
 

@@ -8,12 +8,15 @@ committed after it. Where the process dies in between, nobody can know whether t
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from secrets import token_hex
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from homeagent.canonical_json import fingerprint_of
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
     from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 
-__all__ = ["ARUN_ONCE", "OnAbandoned", "OnceCall", "arun_once", "run_once"]
+__all__ = ["ARUN_ONCE", "LeaseTimer", "OnAbandoned", "OnceCall", "arun_once", "run_once"]
 
 ARUN_ONCE = "call arun_once"
 """What to do about an effect that is a coroutine."""
@@ -142,11 +145,100 @@ class _Once:
             return not record.omitted
 
 
-def run_once(run: Run, call: OnceCall, effect: Callable[[Attempt], Any]) -> Outcome:
+@dataclass(eq=False, slots=True)
+class _Lease:
+    call: OnceCall
+    attempt: Attempt
+    due: float
+    """When to renew it, by `time.monotonic`."""
+
+
+class LeaseTimer:
+    """Renews the leases of the effects that run on one database, in one thread.
+
+    The thread sleeps until the earliest renewal is due. An effect that ends before does not wake it, so a thread serves
+    all short effects of such a period. It ends when it wakes and finds no effect.
+
+    Args:
+        run: does a unit of work, as `Database.run` does.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        # Its lock is reentrant: a signal handler may run an effect while its own thread holds it.
+        self._changed = threading.Condition()
+        self._leases: set[_Lease] = set()
+        self._thread: threading.Thread | None = None
+        self._wakes = math.inf
+
+    def renew(self, call: OnceCall, attempt: Attempt) -> Callable[[], None]:
+        """Renew a lease from now on, until the function that is returned is called.
+
+        Raises:
+            RuntimeError: no thread can be started.
+        """
+        lease = _Lease(call, attempt, monotonic() + call.period)
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._keep, name="homeagent-lease", daemon=True)
+                try:
+                    self._thread.start()
+                except BaseException:
+                    self._thread = None  # a thread that begins in spite of an interrupt ends at once
+                    raise
+            self._leases.add(lease)
+            if lease.due < self._wakes:
+                self._changed.notify()
+        # Without the lock: in a child that the effect forks, a thread that is not there may hold it.
+        return partial(self._leases.discard, lease)
+
+    def close(self) -> None:
+        """Renew no lease any more, and end the thread."""
+        with self._changed:
+            self._leases.clear()
+            self._changed.notify()
+
+    def _keep(self) -> None:
+        while (lease := self._next()) is not None:
+            try:
+                self._run(partial(self._renew, lease))
+            except LeaseLostError:
+                self._leases.discard(lease)
+            except Exception as error:  # noqa: BLE001  a database that is busy or full now may not be at the next turn
+                if lease in self._leases:
+                    logger.warning(
+                        "a lease could not be renewed and will be tried again: %s",
+                        error,
+                        extra={"event": "lease_renewal_failed", "error": type(error).__name__},
+                    )
+            lease.due = monotonic() + lease.call.period
+
+    def _next(self) -> _Lease | None:
+        """Wait until a lease is due, and return it; None if the thread is to end."""
+        with self._changed:
+            while True:
+                lease = min([*self._leases], key=lambda lease: lease.due, default=None)
+                if lease is None:
+                    self._thread = None
+                if lease is None or self._thread is not threading.current_thread():
+                    return None
+                self._wakes = lease.due
+                wait = lease.due - monotonic()
+                if wait <= 0:
+                    return lease
+                self._changed.wait(wait)
+
+    def _renew(self, lease: _Lease, unit: UnitOfWork) -> None:
+        if lease in self._leases:  # its effect may have ended while the unit waited for its turn
+            lease.call.renew(unit, lease.attempt)
+
+
+def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Attempt], Any]) -> Outcome:
     """Run an effect once; see `Database.run_once`.
 
     Args:
         run: does a unit of work, as `Database.run` does.
+        timer: renews the lease meanwhile.
         call: what it is about.
         effect: is given the attempt.
     """
@@ -162,69 +254,32 @@ def run_once(run: Run, call: OnceCall, effect: Callable[[Attempt], Any]) -> Outc
     if isinstance(claimed, Outcome):
         return claimed
     attempt: Attempt = claimed
-    with _renewing(run, call, attempt):
-        try:
-            # Were it recorded as a result, an effect that never began would count as done.
-            value = refuse_coroutine(effect(attempt), "the effect", ARUN_ONCE)
-        except EffectFailedError as error:
-            detail = error.detail
-            run(_Once(attempt, lambda keys: keys.fail(attempt, detail)))
-            raise
-        except EffectNotStartedError:
-            run(_Once(attempt, lambda keys: keys.release(attempt, none_began=finds_out), leaves_record=False))
-            raise
-        stored = run(_Once(attempt, lambda keys: keys.complete(attempt, value)))
-    return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)
-
-
-@contextmanager
-def _renewing(run: Run, call: OnceCall, attempt: Attempt) -> Iterator[None]:
-    """Renew the lease in a thread for as long as the block takes."""
-    done = threading.Event()
-
-    def keep() -> None:
-        while not done.wait(call.period):
-            if not _renewed(lambda: run(lambda unit: call.renew(unit, attempt))):
-                return
-
-    thread = threading.Thread(target=keep, name="homeagent-lease", daemon=True)
     try:
-        thread.start()
+        end = timer.renew(call, attempt)
     except RuntimeError:
         # No thread is to be had, and nothing began: the key must not count as abandoned.
         run(_Once(attempt, lambda keys: keys.release(attempt), leaves_record=False))
         raise
-    except BaseException:
-        # An interrupt while it waited for the thread, which would renew the lease for good.
-        done.set()
+    try:
+        # Were it recorded as a result, an effect that never began would count as done.
+        value = refuse_coroutine(effect(attempt), "the effect", ARUN_ONCE)
+    except EffectFailedError as error:
+        detail = error.detail
+        run(_Once(attempt, lambda keys: keys.fail(attempt, detail)))
         raise
-    try:
-        yield
+    except EffectNotStartedError:
+        run(_Once(attempt, lambda keys: keys.release(attempt, none_began=finds_out), leaves_record=False))
+        raise
+    else:
+        stored = run(_Once(attempt, lambda keys: keys.complete(attempt, value)))
     finally:
-        done.set()
-        thread.join()
+        end()
+    return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)
 
 
-def _renewed(renew: Callable[[], object]) -> bool:
-    """Renew, and tell whether to go on. A database that is busy or full now may not be at the next turn."""
-    try:
-        renew()
-    except LeaseLostError:
-        return False
-    except HomeAgentError as error:
-        _warn_of_renewal(error)
-    return True
-
-
-def _warn_of_renewal(error: HomeAgentError) -> None:
-    logger.warning(
-        "a lease could not be renewed and will be tried again: %s",
-        error,
-        extra={"event": "lease_renewal_failed", "error": type(error).__name__},
-    )
-
-
-async def arun_once(arun: ARun, call: OnceCall, effect: Callable[[Attempt], Awaitable[Any]]) -> Outcome:
+async def arun_once(
+    arun: ARun, timer: LeaseTimer, call: OnceCall, effect: Callable[[Attempt], Awaitable[Any]]
+) -> Outcome:
     """Run an effect that is a coroutine once; see `Database.arun_once`.
 
     A cancelled caller cancels the effect; what there is to record is recorded all the same.
@@ -272,57 +327,30 @@ async def arun_once(arun: ARun, call: OnceCall, effect: Callable[[Attempt], Awai
             finds_out = isinstance(claimed, Attempt) and claimed.number > 1
             effect = call.on_abandoned if finds_out else effect
         await checkpoint_if_cancelled()
-    except cancelled:
+        if isinstance(claimed, Outcome):
+            return claimed
+        attempt: Attempt = claimed
+        end = timer.renew(call, attempt)
+    except (cancelled, RuntimeError):
         # Nothing began: the key must not count as abandoned.
         if begun:
             # Where that fails, or the claim itself had failed, the lease sees to it.
             with suppress(HomeAgentError):
                 await record(_Once(begun[0], lambda keys: keys.release(begun[0]), leaves_record=False))
         raise
-    if isinstance(claimed, Outcome):
-        return claimed
-    attempt: Attempt = claimed
-
-    async def conclude() -> Outcome:
-        try:
-            value: Any = effect(attempt)
-            if isinstance(value, Awaitable):
-                value = await value
-        except EffectFailedError as error:
-            detail = error.detail
-            await record(_Once(attempt, lambda keys: keys.fail(attempt, detail)))
-            raise
-        except EffectNotStartedError:
-            await record(_Once(attempt, lambda keys: keys.release(attempt, none_began=finds_out), leaves_record=False))
-            raise
+    try:
+        value: Any = effect(attempt)
+        if isinstance(value, Awaitable):
+            value = await value
+    except EffectFailedError as error:
+        detail = error.detail
+        await record(_Once(attempt, lambda keys: keys.fail(attempt, detail)))
+        raise
+    except EffectNotStartedError:
+        await record(_Once(attempt, lambda keys: keys.release(attempt, none_began=finds_out), leaves_record=False))
+        raise
+    else:
         stored = await record(_Once(attempt, lambda keys: keys.complete(attempt, value)))
-        return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)
-
-    async def keep() -> None:
-        while True:
-            await anyio.sleep(call.period)
-            try:
-                await arun(lambda unit: call.renew(unit, attempt))
-            except LeaseLostError:
-                return
-            except HomeAgentError as error:
-                _warn_of_renewal(error)
-
-    problem: BaseException | None = None
-    outcome: Outcome | None = None
-    async with anyio.create_task_group() as group:
-        group.start_soon(keep)
-        # Caught here and raised below: out of a task group it would come wrapped in an ExceptionGroup.
-        try:
-            outcome = await conclude()
-        except cancelled:
-            raise
-        except BaseException as error:  # noqa: BLE001  raised again below, unchanged
-            problem = error
-        finally:
-            group.cancel_scope.cancel()
-    if outcome is not None:
-        return outcome
-    if problem is None:
-        raise AssertionError("a cancelled effect left its task group without the cancellation")
-    raise problem
+    finally:
+        end()
+    return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)

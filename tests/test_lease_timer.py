@@ -1,0 +1,276 @@
+"""The leases of running effects are renewed by one thread per database."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import anyio
+import pytest
+from sqlmodel import update
+
+from homeagent import Attempt, Database, IdempotencyKey, IdempotencyScope, UnitOfWork
+from homeagent.errors import DatabaseClosedError
+from homeagent.idempotency import LeaseTimer, OnceCall
+from tests.conftest import Children, FakeClock
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+def scope_of(key: str) -> IdempotencyScope:
+    """Return the scope of a key."""
+    return IdempotencyScope("lamp", "orders.create", key)
+
+
+def lease_threads() -> list[threading.Thread]:
+    """Return the threads that renew leases."""
+    return [thread for thread in threading.enumerate() if thread.name == "homeagent-lease"]
+
+
+@pytest.fixture
+def renewals(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], threading.Semaphore]:
+    """Returns the semaphore that each committed renewal of a key releases."""
+    made: dict[str, threading.Semaphore] = {}
+    renew = OnceCall.renew
+
+    def of(key: str) -> threading.Semaphore:
+        return made.setdefault(key, threading.Semaphore(0))
+
+    def counted(self: OnceCall, unit: Any, attempt: Attempt) -> None:
+        renew(self, unit, attempt)
+        unit.after_commit(of(attempt.scope.key).release)
+
+    monkeypatch.setattr(OnceCall, "renew", counted)
+    return of
+
+
+def test_one_thread_for_all_effects(
+    database: Database, monkeypatch: pytest.MonkeyPatch, renewals: Callable[[str], threading.Semaphore]
+) -> None:
+    """One thread renews the leases of 16 effects at once, each of them several times, and ends after the last one."""
+    monkeypatch.setattr(OnceCall, "period", 0.002)
+    all_run = threading.Barrier(16)
+
+    def effect(attempt: Attempt) -> int:
+        all_run.wait(30)
+        assert all(renewals(attempt.scope.key).acquire(timeout=30) for _ in range(3))
+        all_run.wait(30)
+        return len(lease_threads())
+
+    with ThreadPoolExecutor(16) as pool:
+        outcomes = list(pool.map(lambda n: database.run_once(scope_of(f"k-{n}"), effect), range(16)))
+    assert [outcome.value for outcome in outcomes] == [1] * 16
+    for thread in lease_threads():
+        thread.join(30)
+    assert not lease_threads()
+
+
+def test_short_effects_share_a_thread_that_sleeps(
+    database: Database, monkeypatch: pytest.MonkeyPatch, renewals: Callable[[str], threading.Semaphore]
+) -> None:
+    """Effects shorter than a third of their lease start one thread among them, and none of them wakes it."""
+    started: list[threading.Thread] = []
+    woken: list[float | None] = []
+    start, wait = threading.Thread.start, threading.Condition.wait
+
+    def starts(self: threading.Thread) -> None:
+        start(self)
+        if self.name == "homeagent-lease":
+            started.append(self)
+
+    def wakes(self: threading.Condition, timeout: float | None = None) -> bool:
+        try:
+            return wait(self, timeout)
+        finally:
+            if threading.current_thread().name == "homeagent-lease":
+                woken.append(timeout)
+
+    async def quick(attempt: Attempt) -> int:
+        return attempt.number
+
+    async def coroutines() -> None:
+        for number in range(20):
+            await database.arun_once(scope_of(f"a-{number}"), quick)
+
+    monkeypatch.setattr(threading.Thread, "start", starts)
+    monkeypatch.setattr(threading.Condition, "wait", wakes)
+    for number in range(20):
+        database.run_once(scope_of(f"k-{number}"), lambda attempt: attempt.number)
+    anyio.run(coroutines)
+    assert len(started) == 1
+    assert not woken
+    assert not any(renewals(f"{kind}-{number}").acquire(blocking=False) for kind in "ak" for number in range(20))
+
+
+def test_a_shorter_lease_wakes_the_thread(database: Database, renewals: Callable[[str], threading.Semaphore]) -> None:
+    """While the thread sleeps until the renewal of a long lease, a short lease is renewed in time."""
+
+    def short(attempt: Attempt) -> bool:
+        return renewals("short").acquire(timeout=30)
+
+    def long(attempt: Attempt) -> Any:
+        return database.run_once(scope_of("short"), short, lease=timedelta(milliseconds=30)).value
+
+    assert database.run_once(scope_of("long"), long, lease=timedelta(days=1)).value is True
+    assert not renewals("long").acquire(blocking=False)
+
+
+def test_close_ends_the_thread(target: str, clock: FakeClock) -> None:
+    """A database that is closed while an effect runs ends the thread, which sleeps until a third of the lease."""
+    database = Database.open(target, clock=clock)
+
+    def effect(attempt: Attempt) -> None:
+        (thread,) = lease_threads()
+        database.close()
+        thread.join(10)
+        assert not thread.is_alive()
+
+    with pytest.raises(DatabaseClosedError):
+        database.run_once(scope_of("k"), effect, lease=timedelta(days=1))
+
+
+def test_a_clock_that_fails(
+    target: str,
+    clock: FakeClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    renewals: Callable[[str], threading.Semaphore],
+) -> None:
+    """A renewal that fails with an error of the application's own is logged and tried again, in the same thread."""
+    monkeypatch.setattr(OnceCall, "period", 0.002)
+    failures = iter([ValueError("no signal")])
+
+    def fails_once() -> Any:
+        if threading.current_thread().name == "homeagent-lease" and (error := next(failures, None)):
+            raise error
+        return clock()
+
+    with Database.open(target, clock=fails_once) as database:
+        outcome = database.run_once(scope_of("k"), lambda attempt: renewals("k").acquire(timeout=30))
+    assert outcome.value is True
+    (record,) = (record for record in caplog.records if record.message.startswith("a lease could not be renewed"))
+    assert "no signal" in record.message
+
+
+def test_an_effect_that_ends_before_its_renewal(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the effect ends while its renewal waits for a turn, the lease is not extended: it may be abandoned."""
+    monkeypatch.setattr(OnceCall, "period", 0.002)
+    scope, hour, begun, end = scope_of("k"), timedelta(hours=1), threading.Event(), threading.Event()
+    call = OnceCall.of(scope, params=None, lease=hour, ttl=hour, on_abandoned="refuse", effect=repr)
+
+    def run_later(work: Callable[[UnitOfWork], Any]) -> Any:
+        begun.set()
+        assert end.wait(30)
+        return database.run(work)
+
+    attempt = database.run(lambda unit: call.claim(unit, rerun=False))
+    assert isinstance(attempt, Attempt)
+    stop = LeaseTimer(run_later).renew(replace(call, lease=2 * hour), attempt)
+    (thread,) = lease_threads()
+    assert begun.wait(30)
+    stop()
+    end.set()
+    thread.join(30)
+    with database.unit_of_work(read_only=True) as unit:
+        row = unit.idempotency_keys.find(scope)
+    assert row is not None
+    assert row.lease_expires_at == attempt.lease_expires_at
+
+
+def test_a_row_that_stays_locked(
+    target: str,
+    engine_name: str,
+    clock: FakeClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    renewals: Callable[[str], threading.Semaphore],
+) -> None:
+    """A lease whose row another unit holds delays the others by one `busy_timeout` at most, and is renewed later.
+
+    On SQLite a unit holds the whole database, so that no lease can be renewed meanwhile.
+    """
+    monkeypatch.setattr(OnceCall, "period", 0.002)
+    busy_timeout = timedelta(milliseconds=300)
+
+    def effect(attempt: Attempt) -> bool:
+        return renewals(attempt.scope.key).acquire(timeout=30)
+
+    def held(attempt: Attempt) -> bool:
+        with database.unit_of_work() as unit:
+            same = IdempotencyKey.key == "held"
+            unit.session.exec(update(IdempotencyKey).where(same).values(method=IdempotencyKey.method))
+            while not any("could not be renewed" in record.message for record in caplog.records):
+                assert renewals("held").acquire(timeout=0.01) is False
+            if engine_name == "postgresql":
+                for _ in range(3):
+                    assert renewals("free").acquire(timeout=30)
+        while renewals("held").acquire(blocking=False):
+            pass
+        return effect(attempt)
+
+    with Database.open(target, clock=clock, busy_timeout=busy_timeout) as database, ThreadPoolExecutor(1) as pool:
+        begun, ended = threading.Event(), threading.Event()
+
+        def free(attempt: Attempt) -> bool:
+            begun.set()
+            return ended.wait(60) and effect(attempt)
+
+        other = pool.submit(database.run_once, scope_of("free"), free)
+        assert begun.wait(30)
+        try:
+            assert database.run_once(scope_of("held"), held).value is True
+        finally:
+            ended.set()
+        assert other.result(30).value is True
+
+
+@needs_fork
+def test_a_forked_child_has_no_thread(target: str, children: Children) -> None:
+    """An effect that forks leaves the child without the thread, even if another thread held the timer at the fork."""
+    assert children.run(FORK, target) == "0"
+
+
+FORK = """
+import os, signal, sys, threading
+from homeagent import Database, IdempotencyScope
+from homeagent.errors import DatabaseClosedError
+
+class Leaves(Exception):
+    pass
+
+def effect(attempt):
+    held, done = threading.Event(), threading.Event()
+    def hold():
+        with database._lease_timer._changed:
+            held.set()
+            done.wait(30)
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(30)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # a child that hangs is killed, and shows in its status
+        raise Leaves
+    done.set()
+    holder.join()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+database = Database.open(sys.argv[1])
+try:
+    print(database.run_once(IdempotencyScope("lamp", "m", "k"), effect).value)
+except Leaves:
+    code = len(threading.enumerate()) - 1
+    try:
+        database.run_once(IdempotencyScope("lamp", "m", "k-2"), lambda attempt: 1)
+        code += 10
+    except DatabaseClosedError:
+        pass
+    database.close()
+    os._exit(code)
+database.close()
+"""
