@@ -12,6 +12,7 @@ import gzip
 import random
 import shutil
 import sqlite3
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
@@ -19,12 +20,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import apsw
 import pytest
 from sqlmodel import SQLModel, select
 
 from homeagent import Agent, AgentSession, Database, Device, IdempotencyKey, Nonce, diagnose
 from homeagent.engine.sqlite.dialect import connect
-from homeagent.errors import CorruptDatabaseError, ForeignDatabaseError, HomeAgentError
+from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError, HomeAgentError
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import VERSION_TABLE
 from tests.conftest import Children, FakeClock
@@ -344,6 +346,49 @@ def test_an_emptied_log_is_refused(restarted: Path) -> None:
     Path(f"{restarted}-wal").write_bytes(b"")
     with pytest.raises(CorruptDatabaseError, match="can't be read as one"):
         read(restarted)
+
+
+# Leaves 3 MiB in the log alone, and is killed.
+LARGE = """
+import os, signal, sys
+from homeagent import AgentCreate, Database
+database = Database.open(sys.argv[1])
+with database.unit_of_work(read_only=True) as reader:
+    reader.agents.list()  # keeps the log from being moved into the file
+    with database.unit_of_work() as unit:
+        for number in range(3000):
+            unit.agents.create(AgentCreate(id=f"a{number}", name="x" * 200, workspace_path="/srv/" + "y" * 800))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_large_log_is_checked_once(tmp_path: Path, children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill the content is checked once, as thoroughly as its size with the log allows."""
+    path = tmp_path / "private" / "homeagent.db"
+    assert children.start(LARGE, path).wait(timeout=60) == -9
+    assert path.stat().st_size < 2 * 1024 * 1024 < Path(f"{path}-wal").stat().st_size
+    checks: list[str] = []
+
+    def note(operation: int, name: str | None, *_: str | None) -> int:
+        if operation == apsw.SQLITE_PRAGMA and name in ("quick_check", "integrity_check"):
+            checks.append(name)
+        return apsw.SQLITE_OK
+
+    monkeypatch.setattr(apsw, "connection_hooks", [lambda connection: setattr(connection, "authorizer", note)])
+    with Database.open(path, clock=FakeClock()):
+        pass
+    assert checks == ["quick_check"]
+
+
+def test_no_room_to_judge_a_log(tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log is judged from a copy: the error names the directory that can't hold it, and no byte changes."""
+    path = tmp_path / "private" / "homeagent.db"
+    path.parent.mkdir(mode=0o700)
+    put(samples["killed"].files, path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(DatabaseError, match=r"make a copy in .*absent of .*homeagent\.db-wal"):
+        Database.open(path)
+    assert content(path) == samples["killed"].files
 
 
 # What SQLite itself leaves behind after a kill or a power cut, and ignores: by name, the part of a log that is kept.

@@ -78,12 +78,12 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
     state = identify(engine) if not identified else files.judge_file(path, is_database=True, repair=False)
     if state is not None and not state.is_empty:
         files.inspect_file(path)
-        if files.secure_sidecars(path) and not temporary:
-            _examine_leftovers(engine)
+        is_checked = files.secure_sidecars(path) and not temporary and _check_unclean_end(engine)
         _announce(engine, timeout=timeout, temporary=temporary)
         with engine.translated(), engine.connect() as connection:
             revision, suitable = _look_up(connection)
-            check_content(path, connection.connection.driver_connection)
+            if not is_checked:
+                check_content(path, connection.connection.driver_connection)
         if suitable and (temporary or not migrate or _is_remembered(path)):
             return
         if not migrate:
@@ -147,25 +147,33 @@ def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
         lock_path(engine.path).unlink(missing_ok=True)
 
 
-def _examine_leftovers(engine: SQLiteEngine) -> None:
-    """Judge a log that lies beside the file, where nobody has that open: its last end was no clean one then."""
+def _check_unclean_end(engine: SQLiteEngine) -> bool:
+    """Check a file beside which a log lies if no process has it open: its last end was no clean one then.
+
+    Returns:
+        False if it was not checked.
+
+    Raises:
+        CorruptDatabaseError: it is damaged, or its log lost commits.
+    """
     if engine.presence is not None:
         engine.presence.release()
         engine.presence = None
     if not os.access(engine.path.parent, os.W_OK):
-        return  # SQLite can't change anything either
+        return False  # SQLite can't change anything either
     lock = FileLock(presence_path(engine.path), timeout=timedelta(0))
     try:
         lock.acquire()
     except DatabaseBusyError:
-        return  # somebody has it open, and the log is what it must be
+        return False  # somebody has it open, and the log is what it must be
     try:
-        if not lock.has_marker():  # left by a restore that was cut off, which is finished first
-            refuse_unclean_damage(engine)
+        # A marker is left by a restore that was cut off, which is finished first.
+        is_checked = not lock.has_marker() and refuse_unclean_damage(engine)
     except BaseException:
         lock.withdraw()
         raise
     lock.release()
+    return is_checked
 
 
 def _announce(engine: SQLiteEngine, *, timeout: timedelta, temporary: bool) -> None:

@@ -45,7 +45,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
     An ordinary connection would change it: the last one to be closed moves the log into the database.
 
     Returns:
-        Whether it was looked at; there is no need to where its last end was clean.
+        True if `check_content` found nothing in it, False if there is no log that needs it.
 
     Raises:
         CorruptDatabaseError: it is damaged, or its log lost commits.
@@ -104,8 +104,8 @@ def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
         CorruptDatabaseError: it is damaged.
         Exception: the driver's own, where it can't even be read.
     """
-    state = look_at(path)
-    size = 0 if state is None else state.st_size
+    # The file's own size leaves out what is in its log.
+    size = raw.pragma("page_count") * raw.pragma("page_size")
     if size <= FULL_CHECK_BYTES:
         found = raw.execute("PRAGMA integrity_check(1)").fetchall()
     elif always or size <= QUICK_CHECK_BYTES:

@@ -13,13 +13,20 @@ closes it loses its locks.
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 import sys
+import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import apsw
+
 from homeagent.engine.disk.files import OPEN_FLAGS, SMALLEST_DATABASE, sidecars
 from homeagent.engine.disk.system_errors import explained
+from homeagent.engine.faults import sqlite_fault, translated
+from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, connect
 
 __all__ = ["LostCommits", "find_lost_commits", "has_frames"]
 
@@ -34,8 +41,6 @@ _INDEX_VERSION = 3007000
 # How often a log is begun anew at most before the kernel writes the index to the disk, which takes it half a minute.
 # The first salt of a new log is random: another database's passes for a later one of this with a chance of 1 in 65,536.
 _MOST_RESTARTS = 2**16
-
-Sums = tuple[int, int]
 
 
 class LostCommits(NamedTuple):
@@ -78,7 +83,7 @@ def has_frames(path: Path) -> bool:
         except FileNotFoundError:
             return False
         with os.fdopen(descriptor, "rb") as file:
-            return os.fstat(descriptor).st_size >= _SMALLEST_LOG and _sound_header(file.read(_HEADER)) is not None
+            return os.fstat(descriptor).st_size >= _SMALLEST_LOG and _page_size(file.read(_HEADER)) is not None
 
 
 def find_lost_commits(path: Path) -> LostCommits | None:
@@ -94,7 +99,8 @@ def find_lost_commits(path: Path) -> LostCommits | None:
         None where all that was committed is there, as far as can be known.
 
     Raises:
-        DatabaseError: a file can't be read.
+        DatabaseError: a file can't be read, or the log can't be copied to the directory for temporary files.
+        CorruptDatabaseError: the log is sound, and what it says is the database's first page is none.
     """
     log, index = sidecars(path)[:2]
     known = _read_index(index)
@@ -104,7 +110,7 @@ def find_lost_commits(path: Path) -> LostCommits | None:
         except FileNotFoundError:
             return _judged(known, _Log(0, 0, None, exists=False))
         with os.fdopen(descriptor, "rb") as file:
-            return _judged(known, _Log.read(file, os.fstat(descriptor).st_size))
+            return _judged(known, _Log.read(file, log))
 
 
 class _Log(NamedTuple):
@@ -115,35 +121,48 @@ class _Log(NamedTuple):
     is_blank: bool = False  # too short for a frame, or only zeros: a power cut leaves zeros instead of unwritten bytes
 
     @classmethod
-    def read(cls, file: BinaryIO, length: int) -> _Log:
-        read = file.read
-        header = read(_HEADER)
-        found = _sound_header(header)
-        if found is None:
+    def read(cls, file: BinaryIO, path: Path) -> _Log:
+        length = os.fstat(file.fileno()).st_size
+        header = file.read(_HEADER)
+        size = _page_size(header)
+        if size is None:
             blank = not any(header)
-            while blank and (rest := read(1 << 20)):
+            while blank and (rest := file.read(1 << 20)):
                 blank = not any(rest)
             return cls(0, 0, None, is_blank=blank or length < _SMALLEST_LOG)
-        order, size, sums = found
         salt = header[16:24]
-        committed = later = number = 0
-        sound = True
-        while len(frame := read(_FRAME_HEADER + size)) == _FRAME_HEADER + size:
-            number += 1
-            page, size_after, *_, first, second = struct.unpack(">6I", frame[:_FRAME_HEADER])
-            is_ours = frame[8:16] == salt
-            if sound:
-                sums = _add(_add(sums, frame[:8], order), frame[_FRAME_HEADER:], order)
-                sound = is_ours and page > 0 and sums == (first, second)
-                if sound:
-                    committed = number if size_after else committed
-                    continue
-            later += bool(is_ours and size_after)
+        committed = _recovered(path, page_size=size)
+        frame = _FRAME_HEADER + size
+        later = 0
+        for place in range(_HEADER + committed * frame, length - frame + 1, frame):
+            file.seek(place)
+            _, size_after, its_salt = struct.unpack(">II8s", file.read(16))
+            later += its_salt == salt and size_after > 0
         return cls(committed, later, salt)
 
 
-def _sound_header(header: bytes) -> tuple[str, int, Sums] | None:
-    """Return the byte order of a log's checksums, its page size and its first checksum, or None if it is not sound."""
+def _recovered(log: Path, *, page_size: int) -> int:
+    """Return how many frames of a log SQLite recovers: have it recover a copy, beside an empty database.
+
+    The header of the real database may be damaged, and SQLite would undo what is in its rollback journal.
+    """
+    with (
+        explained(f"make a copy in {tempfile.gettempdir()} of", log),
+        tempfile.TemporaryDirectory(prefix="homeagent-") as folder,
+        translated(DRIVER_ERRORS, sqlite_fault),
+    ):
+        copy = Path(folder) / "copy"
+        with closing(connect(str(copy))) as raw:
+            raw.execute(f"PRAGMA page_size={page_size}; PRAGMA synchronous=OFF; PRAGMA journal_mode=WAL")
+        shutil.copyfile(log, sidecars(copy)[0])
+        with closing(connect(str(copy))) as raw:
+            raw.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            raw.execute("PRAGMA schema_version")  # the first read recovers
+            return int(raw.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0])
+
+
+def _page_size(header: bytes) -> int | None:
+    """Return the page size that a log's header tells, or None if the header is not sound."""
     if len(header) < _HEADER:
         return None
     magic, version, page_size, _, *_, first, second = struct.unpack(">8I", header)
@@ -151,8 +170,7 @@ def _sound_header(header: bytes) -> tuple[str, int, Sums] | None:
     size = 65536 if page_size == 1 else page_size
     if order is None or version != _INDEX_VERSION or not SMALLEST_DATABASE <= size <= 65536:
         return None
-    sums = _add((0, 0), header[:24], order)
-    return (order, size, sums) if sums == (first, second) else None
+    return size if _checksum(header[:24], order) == (first, second) else None
 
 
 def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
@@ -208,15 +226,15 @@ def _read_index(index: Path) -> _Index | None:
     version, _, _, initialised, _, _, frames = struct.unpack("=IIIBBHI", header[:20])
     if version != _INDEX_VERSION or not initialised:
         return None
-    if _add((0, 0), header[:40], sys.byteorder) != struct.unpack("=2I", header[40:48]):
+    if _checksum(header[:40], sys.byteorder) != struct.unpack("=2I", header[40:48]):
         return None
     (moved,) = struct.unpack("=I", content[2 * _INDEX_HEADER : 2 * _INDEX_HEADER + 4])
     return _Index(committed=frames, moved=moved, salt=header[32:40])
 
 
-def _add(sums: Sums, content: bytes, order: str) -> Sums:
-    """Go on with the checksum of a log over some more content, a multiple of eight bytes."""
-    first, second = sums
+def _checksum(content: bytes, order: str) -> tuple[int, int]:
+    """Return the checksum that SQLite has in a log and in its index, of a multiple of eight bytes."""
+    first = second = 0
     words = iter(struct.unpack(f"{'<' if order == 'little' else '>'}{len(content) // 4}I", content))
     for one, other in zip(words, words, strict=True):
         first = (first + one + second) & 0xFFFFFFFF
