@@ -30,7 +30,7 @@ from homeagent import (
     errors,
 )
 from homeagent.cli import app
-from homeagent.engine.sqlite.dialect import connect
+from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION, connect
 from homeagent.engine.sqlite.inspection import Stopwatch
 from homeagent.engine.sqlite.manifests import Manifest, read_manifest, write_manifest
 from homeagent.engine.sqlite.presence import presence_path
@@ -528,6 +528,12 @@ def test_a_full_disk(tmp_path: Path, sqlite_template: Path, clock: FakeClock) ->
         only(look(path, clock), "disk_space", Severity.CRITICAL)
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+def test_the_versions_of_the_libraries(path: Path, clock: FakeClock) -> None:
+    """The doctor reports the versions of SQLite and of apsw."""
+    facts = at(look(path, clock), "database").facts
+    assert (facts["sqlite_version"], facts["apsw_version"]) == (SQLITE_VERSION, APSW_VERSION)
 
 
 def test_a_file_without_a_write_ahead_log(path: Path, clock: FakeClock) -> None:

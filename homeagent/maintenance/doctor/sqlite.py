@@ -11,6 +11,7 @@ from homeagent.engine.disk.files import SMALLEST_DATABASE, look_at, sidecars
 from homeagent.engine.disk.locks import FileLock
 from homeagent.engine.disk.owners import backup_owners
 from homeagent.engine.disk.privacy import FILE_MODE
+from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION
 from homeagent.engine.sqlite.engine import APPLICATION_ID, lock_path
 from homeagent.engine.sqlite.inspection import inspect_sqlite, journal_mode
 from homeagent.engine.sqlite.presence import presence_path
@@ -153,8 +154,9 @@ def _check_open(collector: Collector, path: Path, connection: Connection) -> Non
         connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
         for name in ("page_count", "freelist_count", "page_size")
     )
-    summary = "The file can be opened and is a homeagent database."
-    collector.ok("database", summary, pages=pages, free_pages=free, page_size=size)
+    summary = f"SQLite {SQLITE_VERSION} (apsw {APSW_VERSION}) can open the file, and it is a homeagent database."
+    versions = {"sqlite_version": SQLITE_VERSION, "apsw_version": APSW_VERSION}
+    collector.ok("database", summary, pages=pages, free_pages=free, page_size=size, **versions)
     with collector.attempt("wal"):
         _check_journal_mode(collector, path, connection)
     with collector.attempt("integrity"):
