@@ -15,6 +15,7 @@ from homeagent.errors import (
     InsecureFileError,
     InvalidArgumentError,
     ReadOnlyError,
+    TooManyFilesError,
 )
 
 __all__ = ["explained", "quoted"]
@@ -51,6 +52,11 @@ def _explain(error: OSError, act: str, path: Path) -> HomeAgentError:
         case errno.ENOTDIR | errno.ENAMETOOLONG:
             return InvalidArgumentError(
                 f"can't {act} {name}, it is too long or leads through a file: name another path"
+            )
+        case errno.EMFILE | errno.ENFILE:
+            return TooManyFilesError(
+                f"can't {act} {name}: this process, or the machine, may open no more files: close some, or raise the "
+                "limit ('ulimit -n')"
             )
         case errno.EXDEV:
             return DatabaseError(f"can't {act} {name} from another file system: put the new file beside it")

@@ -39,6 +39,8 @@ Identity = tuple[int, int]
 _SHARED_RANGE = (0x40000002, 510)
 _WAL_INDEX_BYTE = (128, 1)
 
+_DESCRIPTORS = Path("/proc/self/fd")
+
 # Not by the name in `fcntl` alone: `_lock` knows the layout of Linux's structure only.
 _HAS_OFD_LOCKS = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
@@ -189,8 +191,10 @@ def _refuse_foreign_descriptors(path: Path) -> None:
     status = look_at(path)
     if status is None or identity_of(status) in _guards:
         return
-    with suppress(FileNotFoundError, NotADirectoryError):
-        for link in Path("/proc/self/fd").iterdir():
+    if not _DESCRIPTORS.is_dir():
+        return
+    with explained("look into", _DESCRIPTORS):
+        for link in _DESCRIPTORS.iterdir():
             with suppress(OSError):  # closed since it was listed
                 if identity_of(link.stat()) == identity_of(status):
                     raise ForeignAccessError(

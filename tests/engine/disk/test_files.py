@@ -34,6 +34,7 @@ from homeagent.errors import (
     InsecureFileError,
     InvalidArgumentError,
     ReadOnlyError,
+    TooManyFilesError,
 )
 from tests.engine.disk.conftest import (
     DATABASE,
@@ -482,7 +483,7 @@ class TestCreating:
             (errno.EDQUOT, DiskFullError, "free some space"),
             (errno.EROFS, ReadOnlyError, "read-only file system"),
             (errno.EACCES, DatabaseError, "no permission to create"),
-            (errno.EMFILE, DatabaseError, "open files"),
+            (errno.EMFILE, TooManyFilesError, "open no more files"),
         ],
     )
     def test_errors_of_the_system_become_ours(
