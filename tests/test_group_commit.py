@@ -58,7 +58,8 @@ def test_units_that_wait_share_one_commit(
     assert agents_of(sqlite_database) == sorted(results)
     snapshot = sqlite_database._engine.counters.snapshot()
     assert (snapshot.groups, snapshot.group_size_p50, snapshot.commits, snapshot.rollbacks) == (1, 10, 10, 1)
-    assert snapshot.lane_waits == 10
+    # The first unit of a batch may find the write lock just released.
+    assert snapshot.lane_waits in (9, 10)
 
 
 def test_a_lone_caller_runs_its_unit_in_its_own_thread(sqlite_database: Database) -> None:

@@ -61,6 +61,7 @@ def work_of(name: str, folder: Path, durability: str) -> dict[str, Any]:
     return {"answers": answers, "tally": tally, "rows": rows_of(path)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("durability", operations.DURABILITIES)
 def test_contenders_do_the_same(tmp_path: Path, durability: str) -> None:
     """Each contender answers as the hand-written one does, and leaves the same rows."""
@@ -107,6 +108,7 @@ def expected_rows() -> set[str]:
     return {row.name for row in ROWS if hasattr(Database, "devices") or ", one call" not in row.name}
 
 
+@pytest.mark.slow
 def test_every_row_is_measured(found: list[Figure]) -> None:
     """Each row has homeagent and a baseline; operations and the trace have all contenders."""
     rows = {name for name in expected_rows() if "PostgreSQL" not in name}
@@ -120,6 +122,7 @@ def test_every_row_is_measured(found: list[Figure]) -> None:
     assert writes == set(operations.DURABILITIES)
 
 
+@pytest.mark.slow
 def test_postgresql_rows_are_measured(tmp_path: Path, installation: Any) -> None:
     """The rows of PostgreSQL are measured on a server of their own, against psycopg."""
     bench = measured(tmp_path, postgresql.measure)
@@ -128,6 +131,7 @@ def test_postgresql_rows_are_measured(tmp_path: Path, installation: Any) -> None
     assert {figure.contender for figure in bench.figures} == {"psycopg", "homeagent"}
 
 
+@pytest.mark.slow
 def test_the_page_is_generated(tmp_path: Path, found: list[Figure]) -> None:
     """The tables replace those between the markers and leave the text; the JSON file holds every figure."""
     page = tmp_path / "benchmarks.md"
