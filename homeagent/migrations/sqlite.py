@@ -123,9 +123,12 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
     """Identify a file before its first lock is taken; see `identify`.
 
     Returns:
-        False if the file is damaged, and a restore that is under way or was cut off may replace it: identify it
-        again under the lock that a restore takes.
+        False if a restore was cut off, or if the file is damaged and a restore that is under way may replace it:
+        identify it again under the lock that a restore takes.
     """
+    intent = files.look_at(presence_path(engine.path))
+    if intent is not None and intent.st_size:
+        return False  # the restore may have given the old file a second name, which is refused otherwise
     try:
         identify(engine)
     except CorruptDatabaseError:

@@ -28,6 +28,7 @@ from homeagent.engine.disk.system_errors import explained
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.manifests import manifest_path
 from homeagent.engine.sqlite.presence import announce
+from homeagent.engine.sqlite.swapping import aside_path, new_path
 from homeagent.maintenance import looking_back, restoring
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests.conftest import ROOT, START, Children, FakeClock, add_agent, add_device, write_past_checks
@@ -626,6 +627,20 @@ def test_killed_now_and_then(sqlite_path: Path, backup: Path, tmp_path: Path) ->
 def test_killed_at_any_step(sqlite_path: Path, backup: Path, tmp_path: Path, links: bool) -> None:
     """Killed at any step at all, on a file system with hard links and on one without, likewise."""
     assert killed_restores(sqlite_path, backup, tmp_path, every=1, links=links) == {"old", "new"}
+
+
+@posix
+def test_old_file_with_a_second_name(sqlite_path: Path, backup: Path) -> None:
+    """A restore that was cut off while the old file had two names is finished by the next opening."""
+    stamp = "20260102T030405678000Z"
+    shutil.copy(backup, new_path(sqlite_path, stamp))
+    new_path(sqlite_path, stamp).chmod(0o600)
+    presence = sqlite_path.with_name("homeagent.db.open")
+    presence.write_text(f"swap {stamp} 2 end\n")
+    presence.chmod(0o600)
+    aside_path(sqlite_path, stamp).hardlink_to(sqlite_path)
+    assert agents(sqlite_path) == ["old"]
+    assert (sqlite_path.stat().st_nlink, presence.read_text()) == (1, "")
 
 
 @posix
