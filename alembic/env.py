@@ -16,23 +16,23 @@ from alembic.util import CommandError
 from sqlalchemy import Connection
 
 from alembic import context
-from homeagent.engine.disk.files import create_file
+from homeagent.engine.files.database_file import create_file
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.target import ENVIRONMENT_VARIABLE, resolve_target
 from homeagent.migrations import VERSION_TABLE
 from homeagent.models import metadata
-from homeagent.models.types import Flag, InstantColumn, JsonColumn, Word
+from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, TimestampColumn
 
 
 def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
     """Render our column types as plain ones: a revision must not change when the package does."""
     if kind == "type":
-        if isinstance(item, InstantColumn):
+        if isinstance(item, TimestampColumn):
             return 'sa.BigInteger().with_variant(sa.Integer(), "sqlite")'
-        if isinstance(item, Flag):
+        if isinstance(item, FlagColumn):
             return "sa.Integer()"
-        if isinstance(item, (JsonColumn, Word)):
+        if isinstance(item, (JsonColumn, EnumColumn)):
             return "sa.Text()"
     return False
 

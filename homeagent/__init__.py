@@ -6,10 +6,10 @@ listed here, in `homeagent.errors` and in `homeagent.stores` are public.
 
 from typing import TYPE_CHECKING
 
-from homeagent import errors, maintenance
+from homeagent import errors
 from homeagent.clock import Clock
 from homeagent.database import Database
-from homeagent.late_import import late_names
+from homeagent.lazy_import import lazy_names
 from homeagent.models import (
     Agent,
     AgentSession,
@@ -28,13 +28,8 @@ from homeagent.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from homeagent.credentials import hash_secret
-    from homeagent.maintenance.copying import CopyProgress, CopyReport
-    from homeagent.maintenance.doctor import Diagnosis, Finding, diagnose
-    from homeagent.maintenance.epochs import EpochReport
-    from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
-    from homeagent.maintenance.restoring import RestoreReport
-    from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport
-    from homeagent.models.shapes import (
+    from homeagent.maintenance.doctor import diagnose
+    from homeagent.models.schemas import (
         AgentCreate,
         AgentPublic,
         AgentSessionCreate,
@@ -58,22 +53,14 @@ __all__ = [
     "AgentSessionPublic",
     "AgentUpdate",
     "Attempt",
-    "BackupSchedule",
     "Clock",
-    "CopyProgress",
-    "CopyReport",
     "Database",
-    "DatabaseCounters",
-    "DatabaseStatus",
     "Device",
     "DeviceCreate",
     "DevicePair",
     "DevicePublic",
     "DeviceStatus",
     "DeviceUpdate",
-    "Diagnosis",
-    "EpochReport",
-    "Finding",
     "Freshness",
     "IdempotencyKey",
     "IdempotencyScope",
@@ -82,11 +69,8 @@ __all__ = [
     "Outcome",
     "PairedDevice",
     "ReplayGuard",
-    "RestoreReport",
     "Role",
     "SecretCheck",
-    "SweepReport",
-    "Sweeper",
     "UnitOfWork",
     "__version__",
     "diagnose",
@@ -95,21 +79,19 @@ __all__ = [
 ]
 
 # Opening a database needs none of these, and a process starts sooner without them.
-_LATE = {
-    **dict.fromkeys(maintenance.__all__, "maintenance"),
+_LAZY = {
     "__version__": "version",
-    "AgentCreate": "models.shapes",
-    "AgentPublic": "models.shapes",
-    "AgentSessionCreate": "models.shapes",
-    "AgentSessionPublic": "models.shapes",
-    "AgentUpdate": "models.shapes",
-    "DeviceCreate": "models.shapes",
-    "DevicePair": "models.shapes",
-    "DevicePublic": "models.shapes",
-    "DeviceUpdate": "models.shapes",
-    "Finding": "maintenance.doctor",
-    "PairedDevice": "models.shapes",
-    "SecretCheck": "models.shapes",
+    "AgentCreate": "models.schemas",
+    "AgentPublic": "models.schemas",
+    "AgentSessionCreate": "models.schemas",
+    "AgentSessionPublic": "models.schemas",
+    "AgentUpdate": "models.schemas",
+    "DeviceCreate": "models.schemas",
+    "DevicePair": "models.schemas",
+    "DevicePublic": "models.schemas",
+    "DeviceUpdate": "models.schemas",
+    "PairedDevice": "models.schemas",
+    "SecretCheck": "models.schemas",
     "diagnose": "maintenance.doctor",
     "hash_secret": "credentials",
 }
@@ -117,7 +99,7 @@ _LATE = {
 
 # Hidden from type checkers, which would take any misspelt name for one of these.
 if not TYPE_CHECKING:
-    __getattr__ = late_names(__name__, _LATE)
+    __getattr__ = lazy_names(__name__, _LAZY)
 
 
 def __dir__() -> list[str]:

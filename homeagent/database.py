@@ -16,22 +16,22 @@ from pydantic import JsonValue, SecretStr
 from sqlalchemy import URL, Connection
 
 from homeagent import maintenance, models
+from homeagent.callables import check_function
 from homeagent.clock import Clock, system_clock
-from homeagent.engine.disk.directories import prepare_directory
-from homeagent.engine.disk.filesystems import refuse_network_filesystem
 from homeagent.engine.engine import Engine
+from homeagent.engine.files.directories import prepare_directory
+from homeagent.engine.files.filesystems import refuse_network_filesystem
 from homeagent.engine.postgresql.engine import POOL_SIZE, PostgreSQLEngine
 from homeagent.engine.sqlite.engine import Durability, SQLiteEngine
 from homeagent.engine.target import resolve_target
 from homeagent.errors import DatabaseClosedError, InvalidArgumentError
-from homeagent.functions import check_function
 from homeagent.idempotency import ARUN_ONCE, LeaseTimer, OnAbandoned, OnceCall, arun_once, run_once
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models.device import Device
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import check_duration, check_limit, check_wait
 from homeagent.one_call import one_call_store
-from homeagent.running import Runner
+from homeagent.retry import Runner
 from homeagent.stores.agents import AgentStore
 from homeagent.stores.devices import DeviceStore
 from homeagent.stores.idempotency_keys import IdempotencyKeyStore
@@ -41,7 +41,7 @@ from homeagent.stores.store import Store
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 if TYPE_CHECKING:
-    from homeagent.maintenance.checking import ContentCheck
+    from homeagent.maintenance.content_check import ContentCheck
     from homeagent.pairing import Pairing
 
 __all__ = ["Database"]
@@ -167,7 +167,7 @@ class Database:
             DatabaseError: anything else. Unless the very last step failed, which the next opening finishes, the
                 target is as it was.
         """
-        from homeagent.maintenance.restoring import restore
+        from homeagent.maintenance.restore import restore
 
         return restore(backup, target, clock=clock, busy_timeout=busy_timeout)
 
@@ -543,7 +543,7 @@ class Database:
     def _sweep(
         self, *, batch_size: int, time_budget: timedelta | None, stop: threading.Event | None = None
     ) -> maintenance.SweepReport:
-        from homeagent.maintenance.sweeping import sweep
+        from homeagent.maintenance.sweep import sweep
 
         report = sweep(self._settings, batch_size=batch_size, time_budget=time_budget, stop=stop)
         self._engine.counters.cleaned(report.nonces + report.idempotency_keys)
@@ -571,7 +571,7 @@ class Database:
         Raises:
             DatabaseError: backups are asked for, and the database is on PostgreSQL.
         """
-        from homeagent.maintenance.sweeping import Sweeper
+        from homeagent.maintenance.sweep import Sweeper
 
         if backups is not None:
             from homeagent.maintenance.backups import back_up_on_schedule, require_file
@@ -580,7 +580,7 @@ class Database:
 
         check: ContentCheck | None = None
         if check_every is not None:
-            from homeagent.maintenance.checking import ContentCheck
+            from homeagent.maintenance.content_check import ContentCheck
 
             check = ContentCheck(self._engine, every=check_duration(check_every, "check_every"))
 
@@ -665,7 +665,7 @@ class Database:
             SchemaChangedError: if the schema of one was changed by hand; on PostgreSQL, by a trigger or rule.
             CorruptDatabaseError: the source holds what no store writes.
         """
-        from homeagent.maintenance.copying import copy_store
+        from homeagent.maintenance.copy_store import copy_store
 
         if not isinstance(target, Database):
             raise InvalidArgumentError(
@@ -701,13 +701,13 @@ class Database:
 
     def counters(self) -> maintenance.DatabaseCounters:
         """Return what this process did with the database since it opened it: cheap enough to be asked every second."""
-        from homeagent.maintenance.reporting import report_counters
+        from homeagent.maintenance.status import report_counters
 
         return report_counters(self._engine)
 
     def status(self) -> maintenance.DatabaseStatus:
         """Describe the database: where it is, its engine and schema, its rows, and what waits for cleanup."""
-        from homeagent.maintenance.reporting import report_status
+        from homeagent.maintenance.status import report_status
 
         with self.unit_of_work(read_only=True) as unit:
             return report_status(self._engine, unit)

@@ -37,14 +37,14 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from homeagent.cancellation import call_in_thread, shielded_wait
 from homeagent.errors import DatabaseClosedError, DatabaseError
-from homeagent.shielding import call_in_thread, end_of
 from homeagent.unit_of_work import UnitOfWork, UnitSettings, call_back, refuse_nesting
 
 if TYPE_CHECKING:
     from sqlmodel import Session
 
-    from homeagent.engine.link import Link
+    from homeagent.engine.connection import StoreConnection
 
 __all__ = ["GroupCommit"]
 
@@ -114,17 +114,17 @@ class _SharedUnit(UnitOfWork):
 
     __slots__ = ("wants_session",)
 
-    def __init__(self, settings: UnitSettings, link: Link) -> None:
+    def __init__(self, settings: UnitSettings, connection: StoreConnection) -> None:
         super().__init__(settings, read_only=False)
         self.wants_session = False
-        link.savepoint(_SAVEPOINT)
-        self._link = link
+        connection.savepoint(_SAVEPOINT)
+        self._connection = connection
         self._state = "open"
 
     @property
     def session(self) -> Session:
         """End the function: the ORM session needs a transaction of its own, so the unit runs again alone."""
-        self._require_link()
+        self._require_connection()
         self.wants_session = True
         raise _NotSharedError
 
@@ -132,18 +132,18 @@ class _SharedUnit(UnitOfWork):
         """Abandon the unit: see `UnitOfWork.rollback`."""
         if self._state == "rolled back":
             return
-        link = self._require_link()
+        connection = self._require_connection()
         self._after_commit = None
-        link.rollback_to_savepoint(_SAVEPOINT)
+        connection.rollback_to_savepoint(_SAVEPOINT)
         self._state = "rolled back"
 
     def end(self, *, keep: bool) -> list[Callable[[], object]] | None:
         """End the unit and its savepoint; return what to call after the commit."""
-        link, self._link = self._link, None
+        connection, self._connection = self._connection, None
         is_open, self._state = self._state == "open", "ended"
         # If SQLite rolled back the whole transaction, the savepoint is gone too.
-        if link is not None and is_open and link.in_transaction:
-            (link.release_savepoint if keep else link.rollback_to_savepoint)(_SAVEPOINT)
+        if connection is not None and is_open and connection.in_transaction:
+            (connection.release_savepoint if keep else connection.rollback_to_savepoint)(_SAVEPOINT)
         return self._after_commit if keep else None
 
 
@@ -181,7 +181,7 @@ class GroupCommit:
             DatabaseClosedError: the database was closed, or opened before a fork.
         """
         settings = self._settings
-        settings.engine.lanes(read_only=False)  # raises in a forked child
+        settings.engine.pool(read_only=False)  # raises in a forked child
         if get_ident() in settings.writing:
             refuse_nesting()
         # After a batch of several units more callers are about to come, and all of them can share a commit.
@@ -219,7 +219,7 @@ class GroupCommit:
             DatabaseBusyError, DatabaseClosedError: as in `run`.
             DatabaseError: no thread can be started. Nothing took place.
         """
-        self._settings.engine.lanes(read_only=False)
+        self._settings.engine.pool(read_only=False)
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         call = _Call(work, future)
@@ -240,7 +240,7 @@ class GroupCommit:
             if not call.is_over:
                 # The cancellation ended the future. Only this thread resolves one, so no wake-up is missed.
                 call.future = loop.create_future()
-                cancellation = await end_of(call.future) or error
+                cancellation = await shielded_wait(call.future) or error
         finally:
             calls.discard(call)
         if call.state is ALONE and cancellation is None:
@@ -384,7 +384,7 @@ class GroupCommit:
 
     def _run_units(self, first: _Call, transaction: UnitOfWork, shared: list[_Call], alone: list[_Call]) -> None:
         """Run units in savepoints until no call is queued or the batch is full."""
-        link = transaction._require_link()
+        connection = transaction._require_connection()
         # Well within the time that the first callers wait for the commit.
         end = monotonic() + min(_LONGEST, self._settings.timeout / 4)
         call: _Call | None = first
@@ -395,7 +395,7 @@ class GroupCommit:
                     self._batch.append(call)
                     self._settings.engine.counters.waited(waited)
                 shared.append(call)
-                unit = _SharedUnit(self._settings, link)
+                unit = _SharedUnit(self._settings, connection)
                 try:
                     call.value = call.context.run(call.work, unit)
                 except BaseException as error:  # noqa: BLE001  raised by the outcome
@@ -404,7 +404,7 @@ class GroupCommit:
                 call.since, call.state = monotonic(), ENDED
                 if unit.wants_session:
                     alone.append(shared.pop())
-                if not link.in_transaction:
+                if not connection.in_transaction:
                     # A full disk, for example: https://sqlite.org/lang_transaction.html, section 3
                     raise _NotSharedError
             is_full = len(self._batch) >= _MOST or monotonic() >= end

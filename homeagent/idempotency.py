@@ -19,6 +19,7 @@ from secrets import token_hex
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from homeagent.callables import check_function, refuse_coroutine
 from homeagent.canonical_json import fingerprint_of
 from homeagent.errors import (
     EffectFailedError,
@@ -28,7 +29,6 @@ from homeagent.errors import (
     LeaseLostError,
     OutcomeUnknownError,
 )
-from homeagent.functions import check_function, refuse_coroutine
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import LONGEST_WAIT
 from homeagent.unit_of_work import UnitOfWork

@@ -12,7 +12,7 @@ from functools import cache, wraps
 from typing import Any, TypeVar
 
 from homeagent.engine.statements import Statement
-from homeagent.running import Runner
+from homeagent.retry import Runner
 from homeagent.stores.store import Access, Store, access_of
 from homeagent.unit_of_work import UnitOfWork, UnitSettings, read_clock
 

@@ -31,16 +31,16 @@ from homeagent.errors import (
     UnitStateError,
 )
 from homeagent.models.device import Device
-from homeagent.models.shapes import DeviceCreate, DevicePair, PairedDevice, SecretCheck
+from homeagent.models.schemas import DeviceCreate, DevicePair, PairedDevice, SecretCheck
 from homeagent.models.types import (
     check_duration,
     check_identifier,
-    check_instant,
     check_label,
     check_new_secret,
+    check_timestamp,
     later,
 )
-from homeagent.running import Runner
+from homeagent.retry import Runner
 from homeagent.scram import check_proof, make_verifier, proof_message
 from homeagent.stores.devices import SecretHashes
 from homeagent.stores.store import check_kind
@@ -184,7 +184,7 @@ class Pairing:
         """Return the device if it is approved and the proof is made with its secret; see `Database.verify_proof`."""
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
-        check_instant(timestamp, "timestamp")
+        check_timestamp(timestamp, "timestamp")
         if not isinstance(proof, (bytes, bytearray)):
             raise InvalidArgumentError(f"proof must be bytes, not {type(proof).__name__}")
         verifier = self._runner.run(lambda unit: unit.devices.find_proof_verifier(device_id), read_only=True)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from pydantic import JsonValue
 
+from homeagent.callables import check_function, refuse_coroutine
 from homeagent.canonical_json import fingerprint_of
 from homeagent.clock import Clock, system_clock
 from homeagent.engine.statements import Parameters, Row, Statement
 from homeagent.errors import EffectFailedError, HomeAgentError, UnitStateError
-from homeagent.functions import check_function, refuse_coroutine
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
-from homeagent.models.types import check_instant
+from homeagent.models.types import check_timestamp
 from homeagent.stores.agents import AgentStore
 from homeagent.stores.devices import DeviceStore
 from homeagent.stores.idempotency_keys import IdempotencyKeyStore
@@ -28,8 +28,8 @@ from homeagent.stores.sessions import SessionStore
 if TYPE_CHECKING:
     from sqlmodel import Session
 
+    from homeagent.engine.connection import StoreConnection
     from homeagent.engine.engine import Engine
-    from homeagent.engine.link import Link
 
 __all__ = ["UnitOfWork", "UnitSettings", "call_back", "read_clock", "refuse_nesting"]
 
@@ -62,7 +62,7 @@ class UnitSettings:
 def read_clock(clock: Clock) -> datetime:
     """Read a clock: a timestamp in UTC, floored to milliseconds."""
     # The default clock returns such a timestamp by itself.
-    return clock() if clock is system_clock else check_instant(clock(), "the clock's instant")
+    return clock() if clock is system_clock else check_timestamp(clock(), "the clock's instant")
 
 
 def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
@@ -97,9 +97,9 @@ class UnitOfWork:
     __slots__ = (
         "_after_commit",
         "_agents",
+        "_connection",
         "_devices",
         "_idempotency_keys",
-        "_link",
         "_nonces",
         "_owner",
         "_savepoints",
@@ -116,7 +116,7 @@ class UnitOfWork:
         self._timeout = settings.timeout if timeout is None else timeout
         self.read_only = read_only
         self._state = "new"
-        self._link: Link | None = None
+        self._connection: StoreConnection | None = None
         self._session: Session | None = None
         self._after_commit: list[Callable[[], object]] | None = None
         self._savepoints = 0
@@ -136,12 +136,12 @@ class UnitOfWork:
         if not self.read_only:
             self._owner = get_ident()
             if self._owner in settings.writing:
-                settings.engine.lanes(read_only=False)  # in a forked child that is what is wrong
+                settings.engine.pool(read_only=False)  # in a forked child that is what is wrong
                 refuse_nesting()
         try:
             if not self.read_only:
                 settings.writing.add(self._owner)
-            self._link = settings.engine.begin(read_only=self.read_only, timeout=self._timeout)
+            self._connection = settings.engine.begin(read_only=self.read_only, timeout=self._timeout)
         except BaseException as error:
             settings.engine.counters.faulted(error)
             settings.writing.discard(self._owner)
@@ -152,7 +152,7 @@ class UnitOfWork:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._link is None:
+        if self._connection is None:
             return
         if kind is None and self._state == "open":
             self._commit()
@@ -162,23 +162,23 @@ class UnitOfWork:
             self._roll_back(error)
 
     def _commit(self) -> None:
-        link = self._link
-        if link is None or self._state != "open":
-            link = self._require_link()
+        connection = self._connection
+        if connection is None or self._state != "open":
+            connection = self._require_connection()
         counters = self._settings.engine.counters
         sound = False
         try:
             if self._session is not None:
                 self._session.flush()
-            link.commit()
+            connection.commit()
             sound = True
         except BaseException as error:
             counters.faulted(error)
             counters.rollbacks += 1
-            sound = self._undo(link)
+            sound = self._undo(connection)
             raise
         finally:
-            self._end(link, sound=sound)
+            self._end(connection, sound=sound)
         if self.read_only:
             counters.reads += 1
         else:
@@ -186,8 +186,8 @@ class UnitOfWork:
 
     def _roll_back(self, error: BaseException | None) -> None:
         # Once more where `rollback` came before: that is harmless, and the link is given back either way.
-        link = self._link
-        if link is None:
+        connection = self._connection
+        if connection is None:
             return
         counters = self._settings.engine.counters
         if error is not None:
@@ -198,16 +198,16 @@ class UnitOfWork:
             counters.rollbacks += 1
         sound = False
         try:
-            sound = self._undo(link)
+            sound = self._undo(connection)
         finally:
-            self._end(link, sound=sound)
+            self._end(connection, sound=sound)
 
-    def _undo(self, link: Link) -> bool:
+    def _undo(self, connection: StoreConnection) -> bool:
         """Roll back, and tell whether the link is still of use. The engine undoes what a lost link had begun."""
-        if link.is_lost:
+        if connection.is_lost:
             return False
         try:
-            link.rollback()
+            connection.rollback()
         except HomeAgentError as error:
             logger.warning(
                 "rolling back failed, so the connection is closed: %s",
@@ -217,12 +217,12 @@ class UnitOfWork:
             return False
         return True
 
-    def _end(self, link: Link, *, sound: bool) -> None:
+    def _end(self, connection: StoreConnection, *, sound: bool) -> None:
         self._state = "ended"
-        self._link = None
+        self._connection = None
         settings = self._settings
         engine = settings.engine
-        lanes = engine.readers if self.read_only else engine.writers
+        pool = engine.readers if self.read_only else engine.writers
         try:
             if self._session is not None:
                 self._session.close()
@@ -231,15 +231,15 @@ class UnitOfWork:
                 # In a forked child, a thread that is not there may hold the lanes' mutex.
                 if engine.is_abandoned:
                     pass
-                elif sound and not link.is_suspect:
+                elif sound and not connection.needs_reconnect:
                     try:
-                        lanes.release(link)
+                        pool.release(connection)
                     except BaseException:
-                        lanes.release_own(link)
+                        pool.release_own(connection)
                         raise
                 else:
-                    lanes.discard(link)
-                    if link.is_suspect:
+                    pool.discard(connection)
+                    if connection.needs_reconnect:
                         engine.discard_free()
             finally:
                 # Only now: a signal's handler that asks for a unit in between is refused, and waits for its own thread
@@ -247,13 +247,13 @@ class UnitOfWork:
                 if not self.read_only:
                     settings.writing.discard(self._owner)
 
-    def _require_link(self) -> Link:
-        link = self._link
-        if link is None or self._state != "open":
-            if self._state == "rolled back" and link is not None:
+    def _require_connection(self) -> StoreConnection:
+        connection = self._connection
+        if connection is None or self._state != "open":
+            if self._state == "rolled back" and connection is not None:
                 raise UnitStateError("this unit of work was rolled back: leave its block, and open another one")
             raise UnitStateError("this unit of work is over, or was never entered: use it inside its with block")
-        return link
+        return connection
 
     # What its owner does
 
@@ -265,17 +265,17 @@ class UnitOfWork:
         """
         if self._state == "rolled back":
             return
-        link = self._require_link()
+        connection = self._require_connection()
         self._after_commit = None
         if self._session is not None:
             self._session.close()
-        link.rollback()
+        connection.rollback()
         self._state = "rolled back"
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """Undo only what was done inside this block when an exception leaves it; the exception goes on its way."""
-        link = self._require_link()
+        connection = self._require_connection()
         self._savepoints += 1
         name = f"homeagent_{self._savepoints}"
         callbacks = len(self._after_commit or ())
@@ -285,10 +285,10 @@ class UnitOfWork:
             # SQLAlchemy sends SAVEPOINT when the session first needs the connection, and a store may come before.
             self._session.connection()
         else:
-            link.savepoint(name)
+            connection.savepoint(name)
         try:
             yield
-            self._require_link()
+            self._require_connection()
             if nested is not None:
                 nested.commit()
             elif self._session is not None:
@@ -301,12 +301,12 @@ class UnitOfWork:
                     if self._session is not None:
                         # It was opened in here: what it holds may be undone with the rest.
                         self._session.expunge_all()
-                    link.rollback_to_savepoint(name)
+                    connection.rollback_to_savepoint(name)
                 if self._after_commit is not None:
                     del self._after_commit[callbacks:]
             raise
         if nested is None:
-            link.release_savepoint(name)
+            connection.release_savepoint(name)
 
     def after_commit(self, callback: Callable[[], object]) -> None:
         """Have `callback` called once, in order, when the commit is durable; never after a rollback.
@@ -317,7 +317,7 @@ class UnitOfWork:
             UnitStateError: the unit is over already.
             InvalidArgumentError: it can't be called, or is a coroutine function.
         """
-        self._require_link()
+        self._require_connection()
         check_function(callback, "callback", coroutine="await it after the unit")
         if self._after_commit is None:
             self._after_commit = []
@@ -330,7 +330,7 @@ class UnitOfWork:
         It is flushed before a store's statement and expired after a store's write, so both see one truth. Its
         `commit()` only flushes; its `rollback()` ends the unit. After the unit's end it raises UnitStateError too.
         """
-        link = self._require_link()
+        connection = self._require_connection()
         if self._session is None:
             # SQLModel's session costs an import that a unit without one never pays.
             from sqlalchemy import event
@@ -341,7 +341,7 @@ class UnitOfWork:
             class UnitSession(Session):
                 def get_bind(self, *args: Any, **kwargs: Any) -> Any:
                     # Asked for before every statement. The connection outlives the unit, and may be another's by then.
-                    unit._require_link()
+                    unit._require_connection()
                     return super().get_bind(*args, **kwargs)
 
                 def rollback(self) -> None:
@@ -349,20 +349,20 @@ class UnitOfWork:
                     super().rollback()
                     unit._on_session_rollback(self, whole=True)
 
-            session = UnitSession(bind=link.orm_connection(), join_transaction_mode="rollback_only")
+            session = UnitSession(bind=connection.orm_connection(), join_transaction_mode="rollback_only")
             event.listen(session, "after_rollback", self._on_session_rollback)
             self._session = session
         return self._session
 
     def _on_session_rollback(self, session: Any, *, whole: bool = False) -> None:
-        link = self._link
-        if self._state != "open" or link is None:
+        connection = self._connection
+        if self._state != "open" or connection is None:
             return
-        if link.in_transaction:
+        if connection.in_transaction:
             if not whole:
                 # Only a savepoint was undone.
                 return
-            link.rollback()
+            connection.rollback()
         self._state = "rolled back"
         self._after_commit = None
 
@@ -453,61 +453,61 @@ class UnitOfWork:
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
         """Return what the first row of a store's statement stands for, None where there is none."""
-        link = self._link
-        if link is None or self._state != "open":
-            link = self._require_link()
+        connection = self._connection
+        if connection is None or self._state != "open":
+            connection = self._require_connection()
         if self._session is not None:
             self._session.flush()
-        return link.one(statement, parameters)
+        return connection.one(statement, parameters)
 
     def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
         """Return what the rows of a store's statement stand for."""
-        link = self._require_link()
+        connection = self._require_connection()
         if self._session is not None:
             self._session.flush()
-        return link.all(statement, parameters)
+        return connection.all(statement, parameters)
 
     def write(self, statement: Statement[Any], **parameters: Any) -> int:
         """Run a store's statement that changes rows, and return how many."""
-        link = self._link
-        if link is None or self._state != "open":
-            link = self._require_link()
+        connection = self._connection
+        if connection is None or self._state != "open":
+            connection = self._require_connection()
         if self._session is None:
-            return link.write(statement, parameters)
+            return connection.write(statement, parameters)
         self._session.flush()
         try:
-            return link.write(statement, parameters)
+            return connection.write(statement, parameters)
         finally:
             self._session.expire_all()
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
         """Run a store's statement that changes a row and returns it, and return what that stands for."""
-        link = self._require_link()
+        connection = self._require_connection()
         if self._session is not None:
             self._session.flush()
         try:
-            return link.one(statement, parameters)
+            return connection.one(statement, parameters)
         finally:
             if self._session is not None:
                 self._session.expire_all()
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
         """Run a store's statement once for each set of parameters, and return how many rows changed."""
-        link = self._require_link()
+        connection = self._require_connection()
         if self._session is not None:
             self._session.flush()
         try:
-            return link.write_many(statement, parameters)
+            return connection.write_many(statement, parameters)
         finally:
             if self._session is not None:
                 self._session.expire_all()
 
     def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
         """Insert rows of values as they are stored: see `Link.insert_rows`."""
-        link = self._require_link()
+        connection = self._require_connection()
         if self._session is not None:
             self._session.flush()
-        link.insert_rows(table, columns, rows)
+        connection.insert_rows(table, columns, rows)
 
     def now(self) -> datetime:
         """Read the clock: an instant in UTC, floored to milliseconds."""
@@ -521,4 +521,4 @@ class UnitOfWork:
     @property
     def connection_memory(self) -> dict[str, Any]:
         """What the stores remember of this unit's connection, for as long as it is open."""
-        return self._require_link().memory
+        return self._require_connection().memory

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from homeagent import AgentCreate, Database, UnitOfWork
-from homeagent.engine.link import Link
+from homeagent.engine.connection import StoreConnection
 from homeagent.group_commit import GroupCommit
 
 Work = Callable[[UnitOfWork], Any]
@@ -90,9 +90,9 @@ def counted_commits(monkeypatch: pytest.MonkeyPatch, *faults: BaseException | No
     """Count the commits of write units. The first ones fail with these errors; None is a commit that succeeds."""
     count = [0]
     coming = iter(faults)
-    commit = Link.commit
+    commit = StoreConnection.commit
 
-    def counting(link: Link) -> None:
+    def counting(link: StoreConnection) -> None:
         if not link.read_only:
             count[0] += 1
             fault = next(coming, None)
@@ -101,7 +101,7 @@ def counted_commits(monkeypatch: pytest.MonkeyPatch, *faults: BaseException | No
         commit(link)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Link, "commit", counting)
+        patch.setattr(StoreConnection, "commit", counting)
         yield count
 
 

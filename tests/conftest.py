@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from homeagent import Agent, AgentCreate, Database, Device, DeviceCreate, Role
-from homeagent.models.types import check_instant
+from homeagent.models.types import check_timestamp
 from tests.postgresql.server import Installation, Server, find_installation
 
 ROOT = Path(__file__).parent.parent
@@ -286,7 +286,7 @@ def dump(database: Database) -> dict[str, list[tuple[Any, ...]]]:
 
 def floored(instant: datetime) -> datetime:
     """Return the instant as it is stored."""
-    return check_instant(instant)
+    return check_timestamp(instant)
 
 
 # Child processes

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from alembic import command
 from homeagent import Database, DevicePair, Role
 from homeagent.cli import app
-from homeagent.engine.disk import files
+from homeagent.engine.files import database_file as files
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.migrations import REVISION, alembic_config
 

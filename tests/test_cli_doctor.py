@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from homeagent import Database, DevicePair, Diagnosis, Role
+from homeagent import Database, DevicePair, Role
 from homeagent.cli import app
+from homeagent.maintenance import Diagnosis
 from homeagent.maintenance.doctor import CHECKS, files
 
 runner = CliRunner()

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from homeagent import Attempt, Database, DevicePair, DeviceStatus, IdempotencyScope, Role, UnitOfWork
 from homeagent.credentials import hashing
-from homeagent.engine.faults import TransientError
+from homeagent.engine.driver_errors import TransientError
 from homeagent.errors import (
     DatabaseBusyError,
     DatabaseClosedError,

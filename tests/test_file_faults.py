@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy import event
 
 from homeagent import AgentCreate, Database
-from homeagent.engine.disk import file_watch
+from homeagent.engine.files import file_identity
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.errors import CorruptDatabaseError, DatabaseMovedError, DiskFullError, ReadOnlyError
 from tests.conftest import add_agent, dump
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="an open file ca
 @pytest.fixture(autouse=True)
 def every_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at the file in each unit, and not only once in ten milliseconds."""
-    monkeypatch.setattr(file_watch, "_INTERVAL", 0.0)
+    monkeypatch.setattr(file_identity, "_INTERVAL", 0.0)
 
 
 @pytest.fixture
@@ -147,16 +147,16 @@ def test_look_is_not_older_than_ten_milliseconds(
     sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At `normal`, and for readers, one look serves the units of ten milliseconds; at `full` each commit looks."""
-    monkeypatch.setattr(file_watch, "_INTERVAL", 0.01)
+    monkeypatch.setattr(file_identity, "_INTERVAL", 0.01)
     looks = 0
-    look = file_watch.FileWatch._status
+    look = file_identity.FileIdentityCheck._status
 
     def counted(name: str) -> Any:
         nonlocal looks
         looks += name == str(sqlite_path)
         return look(name)
 
-    monkeypatch.setattr(file_watch.FileWatch, "_status", staticmethod(counted))
+    monkeypatch.setattr(file_identity.FileIdentityCheck, "_status", staticmethod(counted))
     for durability, each in (("full", 1), ("normal", 0)):
         with Database.open(sqlite_path, clock=clock, durability=durability) as database:  # type: ignore[arg-type]
             now = 1000.0
@@ -209,7 +209,7 @@ def verified(database: Database, prefix: str, count: int) -> None:
         found = {agent.id for agent in unit.agents.list(limit=1000) if agent.id.startswith(prefix)}
         wanted = {f"{prefix}{number}{suffix}" for number in range(count) for suffix in ("", "-too")}
         assert found == wanted
-        assert unit._require_link().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert unit._require_connection().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 def test_file_that_may_not_grow(sqlite_path: Path, clock: FakeClock) -> None:
@@ -394,7 +394,7 @@ def test_condemned_database_is_refused(opened: Database) -> None:
     """What was found damaged serves nobody any more, and the refusal changes nothing."""
     before = dump(opened)
     assert isinstance(opened._engine, SQLiteEngine)
-    opened._engine.watch.condemned = "it was found to be damaged"
+    opened._engine.watch.marked_corrupt = "it was found to be damaged"
     refused(opened, "damaged", kind=CorruptDatabaseError)
-    opened._engine.watch.condemned = None
+    opened._engine.watch.marked_corrupt = None
     assert dump(opened) == before

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from homeagent import Database, diagnose
-from homeagent.engine.disk.locks import FileLock
+from homeagent.engine.files.locks import FileLock
 from homeagent.engine.sqlite.dialect import connect
+from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.manifests import PARTIAL
-from homeagent.engine.sqlite.presence import presence_path
-from homeagent.engine.sqlite.swapping import new_path
+from homeagent.engine.sqlite.replacement import new_path
 from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError, HomeAgentError
 from homeagent.migrations import REVISION
 from tests.conftest import FakeClock
@@ -142,7 +142,7 @@ def test_a_damaged_file_makes_way_for_a_restore_that_was_cut_off(sqlite_path: Pa
         assert [path.name for path in sqlite_path.parent.iterdir()] == ["homeagent.db"]
     whole.write_bytes(content)
     whole.chmod(0o600)
-    with FileLock(presence_path(sqlite_path)) as lock:
+    with FileLock(in_use_path(sqlite_path)) as lock:
         lock.write_marker("swap 1 2 end")
     with Database.open(sqlite_path) as database:
         assert database.status().schema_revision == REVISION

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from homeagent import Agent, Database, UnitOfWork
+from homeagent.engine.connection import StoreConnection
 from homeagent.engine.counters import Counters
-from homeagent.engine.link import Link
 from homeagent.errors import AgentExistsError, DiskFullError, UnitStateError
 from tests.batches import Work, agents_of, counted_commits, create, creating, group_commit_of, held, run_together
 from tests.conftest import START, Children, dump
@@ -59,7 +59,7 @@ def test_units_that_wait_share_one_commit(
     snapshot = sqlite_database._engine.counters.snapshot()
     assert (snapshot.groups, snapshot.group_size_p50, snapshot.commits, snapshot.rollbacks) == (1, 10, 10, 1)
     # The first unit of a batch may find the write lock just released.
-    assert snapshot.lane_waits in (9, 10)
+    assert snapshot.pool_waits in (9, 10)
 
 
 def test_a_lone_caller_runs_its_unit_in_its_own_thread(sqlite_database: Database) -> None:
@@ -407,7 +407,7 @@ def test_a_transaction_that_the_engine_undid_is_done_again(sqlite_database: Data
     def breaking(unit: UnitOfWork) -> str:
         if not broken:
             broken.append(1)
-            link: Any = unit._link
+            link: Any = unit._connection
             link.execute("ROLLBACK")
             raise DiskFullError("no room")
         return create(unit, "broke before")
@@ -421,10 +421,10 @@ def test_a_savepoint_that_can_not_be_undone_takes_nobody_along(
 ) -> None:
     """What the unit did would be committed with the others: the batch is rolled back, and each runs alone."""
 
-    def failing(link: Link, name: str) -> None:
+    def failing(link: StoreConnection, name: str) -> None:
         raise DiskFullError("no room")
 
-    monkeypatch.setattr(Link, "rollback_to_savepoint", failing)
+    monkeypatch.setattr(StoreConnection, "rollback_to_savepoint", failing)
     works = [creating("a"), functools.partial(raising, error=LookupError("mine")), creating("b")]
     results = run_together(sqlite_database, works)
     assert results[::2] == ["a", "b"]

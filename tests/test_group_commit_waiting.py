@@ -21,7 +21,7 @@ import anyio.to_thread
 import pytest
 
 from homeagent import Database, UnitOfWork
-from homeagent.engine.link import Link
+from homeagent.engine.connection import StoreConnection
 from homeagent.errors import DatabaseBusyError, DatabaseClosedError, DatabaseError
 from tests.batches import (
     Work,
@@ -94,7 +94,7 @@ def test_no_caller_waits_longer_than_the_timeout(impatient: Database, coroutines
                 thread.join(30)
     assert [type(error) for error in errors] == [DatabaseBusyError] * 4
     assert all("'the slow one' holds it since" in str(error) for error in errors)
-    assert impatient._engine.counters.snapshot().lane_waits >= 4
+    assert impatient._engine.counters.snapshot().pool_waits >= 4
     assert impatient.run(creating("ada")) == "ada"
     assert agents_of(impatient) == ["ada"]
 
@@ -227,15 +227,15 @@ def test_a_caller_that_stays_with_a_batch_that_another_left_is_done_again(
 
 def test_no_caller_leaves_a_batch_that_commits(impatient: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the decision to commit on, no wait is too long: a caller told `busy` would find the unit in the file."""
-    commit = Link.commit
+    commit = StoreConnection.commit
 
-    def slow(link: Link) -> None:
+    def slow(link: StoreConnection) -> None:
         if not link.read_only:
             threading.Event().wait(1)
         commit(link)
 
     group_commit_of(impatient)._is_crowded = True
-    monkeypatch.setattr(Link, "commit", slow)
+    monkeypatch.setattr(StoreConnection, "commit", slow)
     assert impatient.run(creating("a")) == "a"
     assert asyncio.run(impatient.arun(creating("b"))) == "b"
 

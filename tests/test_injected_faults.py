@@ -11,9 +11,9 @@ import apsw
 import pytest
 
 from homeagent import AgentCreate, AgentSessionCreate, Database, UnitOfWork, errors
+from homeagent.engine.connection import StoreConnection
+from homeagent.engine.driver_errors import TransientError
 from homeagent.engine.engine import Engine
-from homeagent.engine.faults import TransientError
-from homeagent.engine.link import Link
 from tests.conftest import START, add_agent, dump
 
 SECRET = "the-bound-parameter"
@@ -124,16 +124,16 @@ class Plan:
 def failing(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plan]:
     """Put failing cursors into the connections of a database from now on."""
     plan = Plan()
-    make = Engine._link
+    make = Engine._connection
 
-    def link(engine: Engine, *, read_only: bool) -> Link:
+    def link(engine: Engine, *, read_only: bool) -> StoreConnection:
         made = make(engine, read_only=read_only)
         cursor: Any = FailingCursor(made._cursor, plan)
         made._cursor, made._execute = cursor, cursor.execute
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_link", link)
+        patch.setattr(Engine, "_connection", link)
         database._engine.discard_free()
         yield plan
         plan.error = None
@@ -231,7 +231,7 @@ def test_connection_is_replaced_after_a_failure_of_the_system(
         add_agent(sqlite_database, "before")
         with sqlite_database.unit_of_work(read_only=True) as unit:
             unit.agents.list()
-        links = set(sqlite_database._engine._links)
+        links = set(sqlite_database._engine._connections)
         plan.error, plan.at = driver_error(sqlite_database._engine, "SQLITE_IOERR_READ"), 2
         with pytest.raises(errors.DatabaseIOError):
             add_agent(sqlite_database, "lost")
@@ -239,4 +239,4 @@ def test_connection_is_replaced_after_a_failure_of_the_system(
         add_agent(sqlite_database, "after")
         with sqlite_database.unit_of_work(read_only=True) as unit:
             assert [agent.id for agent in unit.agents.list()] == ["after", "before"]
-        assert not links & {link for link in sqlite_database._engine._links if not link.is_suspect}
+        assert not links & {link for link in sqlite_database._engine._connections if not link.needs_reconnect}

@@ -79,7 +79,7 @@ def kill_rounds(path: Path, children: Children, durability: str, rounds: int, se
         ):
             agents = {agent.id for agent in unit.agents.list(limit=1_000_000)}
             sessions = {session.session_id for session in unit.sessions.list(limit=1_000_000)}
-            assert unit._require_link().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            assert unit._require_connection().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert agents == sessions, "a unit is half there"
         assert acknowledged <= agents, "an acknowledged unit is lost"
     return len(acknowledged)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import URL
 
-from homeagent import AgentCreate, BackupSchedule, Database, diagnose
+from homeagent import AgentCreate, Database, diagnose
 from homeagent.cli import main
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import APPLICATION_ID
@@ -34,6 +34,7 @@ from homeagent.errors import (
     SchemaOutdatedError,
     SchemaTooNewError,
 )
+from homeagent.maintenance import BackupSchedule
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests.conftest import START
@@ -675,7 +676,7 @@ from homeagent import Database
 
 Database.open(sys.argv[1]).close()
 late = ["alembic", "sqlalchemy.dialects.postgresql", "homeagent.credentials", "homeagent.pairing", "homeagent.scram"]
-late += ["homeagent.models.shapes"]
+late += ["homeagent.models.schemas"]
 print([name for name in sys.modules if name in late or name.startswith("homeagent.maintenance.")])
 
 from homeagent.models import metadata

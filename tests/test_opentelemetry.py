@@ -19,7 +19,7 @@ from opentelemetry.trace import StatusCode
 from sqlalchemy import event
 
 from homeagent import Agent, AgentCreate, AgentSession, Database, IdempotencyScope, errors
-from homeagent.engine.announcing import AnnouncingCursor
+from homeagent.engine.instrumented_cursor import InstrumentedCursor
 from tests.conftest import FakeClock, add_agent
 
 Spans = Callable[[], list[ReadableSpan]]
@@ -197,7 +197,7 @@ def test_rows_that_go_in_in_bulk_are_one_statement(traced: Database, spans: Span
 def test_nothing_is_wrapped_where_nobody_listens(database: Database) -> None:
     """Without a listener a link has the driver's own cursor."""
     with database.unit_of_work() as unit:
-        assert not isinstance(unit._require_link()._cursor, AnnouncingCursor)
+        assert not isinstance(unit._require_connection()._cursor, InstrumentedCursor)
 
 
 def test_any_listener_of_sqlalchemy_is_told(target: str) -> None:

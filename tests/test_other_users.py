@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from homeagent import BackupSchedule, Database, DevicePair, Diagnosis, Role, diagnose
+from homeagent import Database, DevicePair, Role, diagnose
+from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.manifests import manifest_path, newest_backup
-from homeagent.engine.sqlite.presence import presence_path
-from homeagent.engine.sqlite.swapping import new_path
+from homeagent.engine.sqlite.replacement import new_path
 from homeagent.errors import CorruptDatabaseError, InsecureFileError
+from homeagent.maintenance import BackupSchedule, Diagnosis
 from homeagent.maintenance.backups import back_up_if_due
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import REVISION
@@ -165,7 +166,7 @@ def test_an_absent_database_next_to_files_of_another_user(shared: Path, intruder
 @needs_root
 def test_the_end_of_a_restore_that_another_user_pretends(path: Path, shared: Path, intruders: bytes) -> None:
     """After a crash at the last step the lock file still tells of a restore: what is put there then is refused."""
-    presence_path(path).write_text("swap 20260102T030405678000Z 2 end\n")
+    in_use_path(path).write_text("swap 20260102T030405678000Z 2 end\n")
     planted = plant(new_path(path, "20260102T030405678000Z"), intruders)
     before = contents(shared)
     with pytest.raises(InsecureFileError, match="restoring' belongs to user 65534"):

@@ -54,7 +54,7 @@ def names(path: Path | str) -> list[str]:
     """Return the agents in a database, opened for this, and assert that it is sound."""
     with Database.open(path) as database, database.unit_of_work(read_only=True) as unit:
         if database._engine.dialect_name == "sqlite":
-            assert unit._require_link().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            assert unit._require_connection().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         return sorted(agent.id for agent in unit.agents.list(limit=100_000))
 
 
@@ -160,7 +160,7 @@ def test_a_fork_that_one_database_is_not_ready_for(
         + """
 from concurrent.futures import ThreadPoolExecutor
 from homeagent.engine.engine import Engine
-from homeagent.engine.forks import _held
+from homeagent.engine.fork import _held
 others = (f"{sys.argv[2]}/{number}.db" for number in range(2))
 databases = [Database.open(path, busy_timeout=timedelta(seconds=3)) for path in (target, *others)]
 for database in databases:
@@ -311,7 +311,7 @@ from homeagent.errors import DatabaseError
 database = Database.open(target)
 add(database, "before")
 with database.unit_of_work() as unit:
-    remembered = unit._require_link()
+    remembered = unit._require_connection()
 database._engine.discard_free()
 for under_way in (True, False):
     unit = database.unit_of_work(read_only=True)

@@ -13,7 +13,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 from sqlalchemy import event
 
-from homeagent import Database, DeviceCreate, DevicePair, Role, SecretCheck, hash_secret, running
+from homeagent import Database, DeviceCreate, DevicePair, Role, SecretCheck, hash_secret, retry
 from homeagent.credentials import FAILED_CHECKS_PER_MINUTE, WAITING_HASHES, generate_secret, hashing
 from homeagent.errors import InvalidArgumentError, TooManyAttemptsError
 from tests.conftest import START, FakeClock, dump
@@ -247,7 +247,7 @@ def test_coroutines_that_hash_take_no_thread_from_the_others(
 ) -> None:
     """While more slow checks wait than there are threads, units and checks of generated secrets go on."""
     cheap_hashes(1)
-    monkeypatch.setattr(running, "_WORKERS", 2)
+    monkeypatch.setattr(retry, "_WORKERS", 2)
     found: list[SecretCheck] = []
 
     async def check(device_id: str, secret: SecretStr) -> None:

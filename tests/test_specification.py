@@ -70,8 +70,8 @@ def test_all_v1_tables_created_via_migration_system(database: Database) -> None:
 def test_migration_system_tracks_applied_versions_and_runs_pending_ones(tmp_path: Path) -> None:
     """Migration system tracks applied versions and runs pending ones, and an up-to-date file is left as it is."""
     from alembic import command
-    from homeagent.engine.disk import files
-    from homeagent.engine.disk.directories import prepare_directory
+    from homeagent.engine.files import database_file as files
+    from homeagent.engine.files.directories import prepare_directory
     from homeagent.engine.sqlite.engine import SQLiteEngine
     from homeagent.migrations import alembic_config
 

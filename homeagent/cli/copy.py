@@ -14,7 +14,7 @@ from homeagent.cli.output import JsonOption, console_for, count, print_json
 from homeagent.database import Database
 from homeagent.engine.target import Target, resolve_target
 from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
-from homeagent.maintenance.copying import CopyProgress
+from homeagent.maintenance.copy_store import CopyProgress
 
 _Report = Callable[[CopyProgress], object]
 

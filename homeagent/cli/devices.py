@@ -12,7 +12,7 @@ from homeagent.cli.application import DatabaseOption, group
 from homeagent.cli.opening import open_named
 from homeagent.cli.output import JsonOption, console_for, facts_table, grid, identity, instant, print_json
 from homeagent.models.device import Device, DeviceStatus, Role
-from homeagent.models.shapes import DevicePublic
+from homeagent.models.schemas import DevicePublic
 from homeagent.models.types import MAX_LIMIT
 
 devices = group("devices", help="See which devices may enter, let them in and keep them out.")
@@ -55,7 +55,7 @@ def list_devices(
     console_for().print(table)
 
 
-def _instant_argument(text: str | None) -> str | None:
+def _timestamp_argument(text: str | None) -> str | None:
     if text is not None:
         try:
             aware = datetime.fromisoformat(text).tzinfo is not None
@@ -76,7 +76,7 @@ def approve(
     paired_at: Annotated[
         str | None,
         typer.Option(
-            callback=_instant_argument,
+            callback=_timestamp_argument,
             metavar="INSTANT",
             help="The instant of pairing that you saw: with another one it is refused.",
             show_default=False,

@@ -7,7 +7,7 @@ import typer
 from homeagent.cli.application import DatabaseOption, app
 from homeagent.cli.opening import open_named
 from homeagent.cli.output import JsonOption, console_for, count, facts_table, grid, instant, print_json
-from homeagent.maintenance.reporting import DatabaseStatus
+from homeagent.maintenance.status import DatabaseStatus
 
 
 @app.command()

@@ -40,7 +40,7 @@ _ARGON2 = re.compile(
 _MAX_MEMORY_COST = 2 * 1024 * 1024
 _MAX_TIME_COST = 64
 _MAX_PARALLELISM = 64
-_MEMORY_PER_LANE = 8  # kibibytes; RFC 9106 section 3.1
+_MEMORY_PER_THREAD = 8  # kibibytes; RFC 9106 section 3.1
 
 _SALT_BYTES = 16
 _DIGEST_BYTES = 32
@@ -57,8 +57,8 @@ class _Costs:
             return f"time_cost must be 1 to {_MAX_TIME_COST}"
         if not 1 <= self.parallelism <= _MAX_PARALLELISM:
             return f"parallelism must be 1 to {_MAX_PARALLELISM}"
-        if not _MEMORY_PER_LANE * self.parallelism <= self.memory_cost <= _MAX_MEMORY_COST:
-            return f"memory_cost must be {_MEMORY_PER_LANE} KiB for each lane to {_MAX_MEMORY_COST:,} KiB"
+        if not _MEMORY_PER_THREAD * self.parallelism <= self.memory_cost <= _MAX_MEMORY_COST:
+            return f"memory_cost must be {_MEMORY_PER_THREAD} KiB for each thread to {_MAX_MEMORY_COST:,} KiB"
         return None
 
 

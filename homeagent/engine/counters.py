@@ -42,8 +42,8 @@ class CountersSnapshot(NamedTuple):
         commits: write units that were committed, those that shared a commit each by itself.
         rollbacks: write units that were undone.
         retries: how often a unit was run again.
-        lane_waits: how often a caller had to wait for its lane.
-        lane_wait_p50, lane_wait_p99: how long such a caller waited, in seconds.
+        pool_waits: how often a caller had to wait for a connection of the pool (for a writer: for the write lock).
+        pool_wait_p50, pool_wait_p99: how long such a caller waited, in seconds.
         groups: commits that were shared by two units or more.
         group_size_p50, group_size_p99: how many units shared one.
         sweeps: sweeps that ended.
@@ -56,9 +56,9 @@ class CountersSnapshot(NamedTuple):
     commits: int = 0
     rollbacks: int = 0
     retries: int = 0
-    lane_waits: int = 0
-    lane_wait_p50: float | None = None
-    lane_wait_p99: float | None = None
+    pool_waits: int = 0
+    pool_wait_p50: float | None = None
+    pool_wait_p99: float | None = None
     groups: int = 0
     group_size_p50: int | None = None
     group_size_p99: int | None = None
@@ -76,7 +76,7 @@ class Counters:
         "_waits",
         "commits",
         "groups",
-        "lane_waits",
+        "pool_waits",
         "reads",
         "retries",
         "rollbacks",
@@ -89,7 +89,7 @@ class Counters:
         self.commits = 0
         self.rollbacks = 0
         self.retries = 0
-        self.lane_waits = 0
+        self.pool_waits = 0
         self.groups = 0
         self.sweeps = 0
         self.swept = 0
@@ -98,8 +98,8 @@ class Counters:
         self._last_error: LastError | None = None
 
     def waited(self, seconds: float) -> None:
-        """Count a caller who had to wait for its lane, whether or not it got it."""
-        self.lane_waits += 1
+        """Count a caller that had to wait for a connection, whether or not the caller got one."""
+        self.pool_waits += 1
         self._waits.append(seconds)
 
     def grouped(self, size: int) -> None:
@@ -126,9 +126,9 @@ class Counters:
             commits=self.commits,
             rollbacks=self.rollbacks,
             retries=self.retries,
-            lane_waits=self.lane_waits,
-            lane_wait_p50=_percentile(waits, 50),
-            lane_wait_p99=_percentile(waits, 99),
+            pool_waits=self.pool_waits,
+            pool_wait_p50=_percentile(waits, 50),
+            pool_wait_p99=_percentile(waits, 99),
             groups=self.groups,
             group_size_p50=_percentile(sizes, 50),
             group_size_p99=_percentile(sizes, 99),

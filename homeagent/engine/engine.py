@@ -8,17 +8,17 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from homeagent.engine.connection import StoreConnection
 from homeagent.engine.counters import Counters
-from homeagent.engine.forks import register
-from homeagent.engine.lanes import Lanes
-from homeagent.engine.link import Link
+from homeagent.engine.fork import register
+from homeagent.engine.pool import ConnectionPool
 from homeagent.errors import ConnectionLostError, DatabaseBusyError, DatabaseClosedError, DatabaseMovedError
 
 if TYPE_CHECKING:
     import sqlalchemy
 
-    from homeagent.engine.disk.file_watch import FileWatch
-    from homeagent.engine.faults import Translate
+    from homeagent.engine.driver_errors import Translate
+    from homeagent.engine.files.file_identity import FileIdentityCheck
     from homeagent.engine.statements import Compiled, Parameters, Statement
 
 __all__ = ["Engine", "open_engines"]
@@ -44,8 +44,8 @@ class Engine(ABC):
         counters: what was done so far.
     """
 
-    write_link_type: type[Link] = Link
-    read_link_type: type[Link] = Link
+    write_connection_type: type[StoreConnection] = StoreConnection
+    read_connection_type: type[StoreConnection] = StoreConnection
     shares_commits = False
     """Whether units that wait for one another are worth a common commit."""
 
@@ -59,24 +59,24 @@ class Engine(ABC):
         readers: int,
         begin_write: Sequence[str],
         begin_read: Sequence[str],
-        watch: FileWatch | None = None,
+        watch: FileIdentityCheck | None = None,
     ) -> None:
         self.sa_engine = sa_engine
         self.driver_errors = driver_errors
         self.translate = translate
-        self._watch = watch
-        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._identity_check = watch
+        self._connections: weakref.WeakSet[StoreConnection] = weakref.WeakSet()
         self._begin = {False: tuple(begin_write), True: tuple(begin_read)}
         self._compiled: dict[bool, dict[Statement[Any], Compiled[Any]]] = {False: {}, True: {}}
         self.counters = Counters()
         waited = self.counters.waited
-        self.writers: Lanes[Link] = Lanes(
-            writers, lambda: self._link(read_only=False), name="write lane", waited=waited
+        self.writers: ConnectionPool[StoreConnection] = ConnectionPool(
+            writers, lambda: self._connection(read_only=False), name="write lane", waited=waited
         )
-        self.readers: Lanes[Link] = Lanes(
-            readers, lambda: self._link(read_only=True), name="set of read lanes", waited=waited
+        self.readers: ConnectionPool[StoreConnection] = ConnectionPool(
+            readers, lambda: self._connection(read_only=True), name="set of read lanes", waited=waited
         )
-        self.read_connections: Lanes[sqlalchemy.Connection] = Lanes(
+        self.read_connections: ConnectionPool[sqlalchemy.Connection] = ConnectionPool(
             READ_CONNECTIONS, self.open_read_connection, name="set of read connections"
         )
         self._closed = False
@@ -90,13 +90,13 @@ class Engine(ABC):
         """`sqlite` or `postgresql`."""
         return self.sa_engine.dialect.name
 
-    def lanes(self, *, read_only: bool) -> Lanes[Link]:
+    def pool(self, *, read_only: bool) -> ConnectionPool[StoreConnection]:
         """Return the lanes that a unit takes its link from."""
         if self.is_abandoned:
-            raise _abandoned()
+            raise _invalidated()
         return self.readers if read_only else self.writers
 
-    def begin(self, *, read_only: bool, timeout: float) -> Link:
+    def begin(self, *, read_only: bool, timeout: float) -> StoreConnection:
         """Return a link that nobody else uses, with its transaction begun.
 
         A connection that its server gave up while it was idle is put away with all the other idle ones, and a fresh
@@ -113,23 +113,23 @@ class Engine(ABC):
         """
         # As `lanes` does: a call less in every unit.
         if self.is_abandoned:
-            raise _abandoned()
-        lanes = self.readers if read_only else self.writers
+            raise _invalidated()
+        pool = self.readers if read_only else self.writers
         while True:
-            link = lanes.acquire(timeout)
+            connection = pool.acquire(timeout)
             try:
-                link.begin()
+                connection.begin()
             except BaseException as error:
                 # A file that lost its name lives on as long as a connection is open: it may be put back.
-                if isinstance(error, (DatabaseBusyError, DatabaseMovedError)) and not link.in_transaction:
-                    lanes.release(link)
+                if isinstance(error, (DatabaseBusyError, DatabaseMovedError)) and not connection.in_transaction:
+                    pool.release(connection)
                     raise
-                stale = link.is_stale(error)
-                lanes.discard(link)
+                stale = connection.is_stale(error)
+                pool.discard(connection)
                 if not stale:
                     raise
             else:
-                return link
+                return connection
             # Each turn takes a connection away, and the first fresh one ends it.
             self.discard_free()
 
@@ -139,7 +139,7 @@ class Engine(ABC):
         """Run one statement that reads, in autocommit mode; once more if its connection was lost.
 
         Args:
-            act: which method of `Link` runs the statement.
+            act: which method of `StoreConnection` runs the statement.
             statement: a statement that reads.
             parameters: its parameters, by name.
             timeout: how long to wait for a connection, in seconds.
@@ -149,26 +149,26 @@ class Engine(ABC):
             DatabaseClosedError: the database was closed, or opened before a fork.
             ConnectionLostError: no server lets a fresh connection in.
         """
-        lanes = self.lanes(read_only=True)
+        pool = self.pool(read_only=True)
         again = True
         while True:
-            link = lanes.acquire(timeout)
+            connection = pool.acquire(timeout)
             try:
-                link.check_file()
-                found = getattr(link, act)(statement, parameters)
+                connection.check_file()
+                found = getattr(connection, act)(statement, parameters)
             except ConnectionLostError:
-                lanes.discard(link)
+                pool.discard(connection)
                 self.discard_free()
                 if not again:
                     raise
                 again = False
             except BaseException as error:
-                lanes.discard(link)
+                pool.discard(connection)
                 self.counters.faulted(error)
                 raise
             else:
                 self.counters.reads += 1
-                lanes.release(link)
+                pool.release(connection)
                 return found
 
     @property
@@ -188,34 +188,34 @@ class Engine(ABC):
             False where it was not truncated, since somebody needed it for as long.
         """
 
-    def _link(self, *, read_only: bool) -> Link:
-        connection = self.connect()
+    def _connection(self, *, read_only: bool) -> StoreConnection:
+        raw = self.connect()
         try:
-            self.prepare_link(connection, read_only=read_only)
-            make = self.read_link_type if read_only else self.write_link_type
-            link = make(
-                connection,
-                begin=self.begin_of(connection, read_only=read_only),
+            self.prepare_connection(raw, read_only=read_only)
+            make = self.read_connection_type if read_only else self.write_connection_type
+            connection = make(
+                raw,
+                begin=self.begin_of(raw, read_only=read_only),
                 read_only=read_only,
                 compiled=self._compiled[read_only],
                 driver_errors=self.driver_errors,
                 translate=self.translate,
-                watch=self._watch,
+                watch=self._identity_check,
             )
         except BaseException:
-            connection.close()
+            raw.close()
             raise
-        self._links.add(link)
-        return link
+        self._connections.add(connection)
+        return connection
 
     def begin_of(self, connection: sqlalchemy.Connection, *, read_only: bool) -> Sequence[str]:
         """Return the SQL that begins a unit on this connection."""
         return self._begin[read_only]
 
-    def suspect_links(self) -> None:
+    def require_reconnect(self) -> None:
         """Have every connection closed when the unit on it ends, and not used for another one."""
-        for link in list(self._links):
-            link.is_suspect = True
+        for connection in list(self._connections):
+            connection.needs_reconnect = True
 
     def discard_free(self) -> None:
         """Close the connections that no unit uses; the next ones are opened anew."""
@@ -234,7 +234,7 @@ class Engine(ABC):
     def read_connection(self, timeout: float) -> Iterator[sqlalchemy.Connection]:
         """Lend a connection that can't write, see `Database.read_connection`."""
         if self.is_abandoned:
-            raise _abandoned()
+            raise _invalidated()
         connection = self.read_connections.acquire(timeout)
         try:
             yield connection
@@ -242,7 +242,7 @@ class Engine(ABC):
             self.read_connections.discard(connection)
 
     @abstractmethod
-    def prepare_link(self, connection: sqlalchemy.Connection, *, read_only: bool) -> None:
+    def prepare_connection(self, connection: sqlalchemy.Connection, *, read_only: bool) -> None:
         """Set what a link of this kind needs beyond what every connection has."""
 
     def close(self) -> None:
@@ -275,11 +275,11 @@ class Engine(ABC):
     def abandon(self) -> None:
         """Refuse to be used: this is a forked child's copy, whose connections belong to the parent."""
         self.is_abandoned = True
-        for link in list(self._links):
-            link.abandon()
+        for connection in list(self._connections):
+            connection.abandon()
 
 
-def _abandoned() -> DatabaseClosedError:
+def _invalidated() -> DatabaseClosedError:
     return DatabaseClosedError("this database was opened before the process was forked: open it again in the child")
 
 

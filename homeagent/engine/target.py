@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from homeagent.engine.disk.files import locate_file
+from homeagent.engine.files.database_file import locate_file
 from homeagent.errors import InvalidArgumentError
 
 __all__ = ["DEFAULT_PATH", "ENVIRONMENT_VARIABLE", "Target", "presentable_url", "refuse_address", "resolve_target"]

@@ -2,15 +2,15 @@
 
 from typing import TYPE_CHECKING
 
-from homeagent.late_import import late_names
+from homeagent.lazy_import import lazy_names
 
 if TYPE_CHECKING:
-    from homeagent.maintenance.copying import CopyProgress, CopyReport
+    from homeagent.maintenance.copy_store import CopyProgress, CopyReport
     from homeagent.maintenance.doctor import Diagnosis, Finding
     from homeagent.maintenance.epochs import EpochReport
-    from homeagent.maintenance.reporting import DatabaseCounters, DatabaseStatus
-    from homeagent.maintenance.restoring import RestoreReport
-    from homeagent.maintenance.sweeping import BackupSchedule, Sweeper, SweepReport
+    from homeagent.maintenance.restore import RestoreReport
+    from homeagent.maintenance.status import DatabaseCounters, DatabaseStatus
+    from homeagent.maintenance.sweep import BackupSchedule, Sweeper, SweepReport
 
 __all__ = [
     "BackupSchedule",
@@ -26,20 +26,20 @@ __all__ = [
     "Sweeper",
 ]
 
-_LATE = {
-    "BackupSchedule": "sweeping",
-    "CopyProgress": "copying",
-    "CopyReport": "copying",
-    "DatabaseCounters": "reporting",
-    "DatabaseStatus": "reporting",
+_LAZY = {
+    "BackupSchedule": "sweep",
+    "CopyProgress": "copy_store",
+    "CopyReport": "copy_store",
+    "DatabaseCounters": "status",
+    "DatabaseStatus": "status",
     "Diagnosis": "doctor",
     "EpochReport": "epochs",
     "Finding": "doctor",
-    "RestoreReport": "restoring",
-    "SweepReport": "sweeping",
-    "Sweeper": "sweeping",
+    "RestoreReport": "restore",
+    "SweepReport": "sweep",
+    "Sweeper": "sweep",
 }
 
 # Hidden from type checkers, which would take any misspelt name for one of these.
 if not TYPE_CHECKING:
-    __getattr__ = late_names(__name__, _LATE)
+    __getattr__ = lazy_names(__name__, _LAZY)

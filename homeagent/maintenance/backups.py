@@ -9,14 +9,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from homeagent.engine.disk.directories import prepare_directory
-from homeagent.engine.disk.files import judge_file, locate_file, sidecars
-from homeagent.engine.disk.locks import FileLock
-from homeagent.engine.disk.system_errors import explained, quoted
+from homeagent.engine.files.database_file import judge_file, locate_file, sidecars
+from homeagent.engine.files.directories import prepare_directory
+from homeagent.engine.files.locks import FileLock
+from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.backup import Stop, backup_name, discard, write_backup
 from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path
+from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.manifests import PARTIAL, Manifest, backups_in, manifest_path, note_path, remember_backup
-from homeagent.engine.sqlite.presence import presence_path
 from homeagent.engine.target import refuse_address
 from homeagent.errors import DatabaseBusyError, DatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.migrations import VERSION_TABLE, revision_of
@@ -25,7 +25,7 @@ from homeagent.models.types import check_limit
 if TYPE_CHECKING:
     from homeagent.clock import Clock
     from homeagent.engine.engine import Engine
-    from homeagent.maintenance.sweeping import BackupSchedule
+    from homeagent.maintenance.sweep import BackupSchedule
 
 __all__ = ["back_up", "back_up_if_due", "back_up_on_schedule", "require_file"]
 
@@ -197,7 +197,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _refuse_files_in_use(database: Path, target: Path) -> None:
-    own = {database, *sidecars(database), lock_path(database), presence_path(database), note_path(database)}
+    own = {database, *sidecars(database), lock_path(database), in_use_path(database), note_path(database)}
     if target in own:
         raise InvalidArgumentError(f"{quoted(target)} belongs to the database itself: name another file")
     for beside in sidecars(target):

@@ -11,15 +11,15 @@ from sqlalchemy import URL, select, text, update
 
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
-from homeagent.engine.sqlite.presence import alone, kept_from_sqlite
-from homeagent.engine.sqlite.swapping import epoch_of_marker, marker_of_epoch
+from homeagent.engine.sqlite.in_use import alone, kept_from_sqlite
+from homeagent.engine.sqlite.replacement import epoch_of_marker, marker_of_epoch
 from homeagent.engine.target import resolve_target
 from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, InvalidArgumentError, SchemaOutdatedError
 from homeagent.migrations import REVISION
 from homeagent.migrations.postgresql import open_postgresql
 from homeagent.migrations.sqlite import identify_or_wait, open_sqlite
 from homeagent.models import store_table
-from homeagent.models.types import check_instant, check_wait
+from homeagent.models.types import check_timestamp, check_wait
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +68,7 @@ def begin_epoch(target: str | os.PathLike[str] | URL | None, *, clock: Clock, bu
     """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     where = resolve_target(target)
-    now = check_instant(clock(), "the clock's instant")
+    now = check_timestamp(clock(), "the clock's instant")
     if where.url is not None:
         epoch = _on_server(where.url, now, busy_timeout)
     elif where.path is None:

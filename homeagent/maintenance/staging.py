@@ -14,23 +14,33 @@ from typing import Any
 
 from sqlalchemy import update
 
-from homeagent.engine.disk.files import OPEN_FLAGS, create_descriptor, open_to_read, secure_sidecars, sidecars
-from homeagent.engine.disk.owners import backup_owners
-from homeagent.engine.disk.syncing import fsync_directory, sync
-from homeagent.engine.disk.system_errors import explained, quoted
-from homeagent.engine.faults import sqlite_fault, translated
+from homeagent.engine.driver_errors import sqlite_error, translated
+from homeagent.engine.files.database_file import OPEN_FLAGS, create_descriptor, open_to_read, secure_sidecars, sidecars
+from homeagent.engine.files.owners import backup_owners
+from homeagent.engine.files.sync import fsync_directory, sync
+from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.backup import Contents, discard, read_contents
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine
 from homeagent.engine.sqlite.manifests import Manifest
-from homeagent.engine.sqlite.swapping import new_path
+from homeagent.engine.sqlite.replacement import new_path
 from homeagent.errors import CorruptDatabaseError, DatabaseError, DiskFullError, HomeAgentError
 from homeagent.migrations import VERSION_TABLE, revision_of
 from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.migrations.sqlite import upgrade_copy
 from homeagent.models import DATA_TABLES, store_table
 
-__all__ = ["SQLITE_HEADER", "Devices", "Staged", "copy_file", "damaged", "devices_of", "header_of", "is_ours", "stage"]
+__all__ = [
+    "SQLITE_HEADER",
+    "Devices",
+    "Staged",
+    "copy_file",
+    "damaged",
+    "devices_of",
+    "header_of",
+    "is_homeagent_database",
+    "stage",
+]
 
 SQLITE_HEADER = b"SQLite format 3\0"
 _HEADER_SIZE = 100
@@ -52,7 +62,7 @@ def header_of(path: Path, database: Path) -> bytes:
         return file.read(_HEADER_SIZE)
 
 
-def is_ours(header: bytes) -> bool:
+def is_homeagent_database(header: bytes) -> bool:
     """Tell whether a header is that of a SQLite database of this application."""
     return header.startswith(SQLITE_HEADER) and int.from_bytes(header[_APPLICATION_ID], "big") == APPLICATION_ID
 
@@ -172,7 +182,7 @@ def _verify(engine: SQLiteEngine, source: Path, manifest: Manifest | None) -> Co
 
 
 def _fault(error: BaseException, source: Path) -> HomeAgentError:
-    ours = sqlite_fault(error)
+    ours = sqlite_error(error)
     return damaged(source, "SQLite can't read it") if isinstance(ours, CorruptDatabaseError) else ours
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from homeagent.engine.faults import TransientError
+from homeagent.engine.driver_errors import TransientError
 from homeagent.engine.target import presentable_url
 from homeagent.errors import (
     DatabaseBusyError,

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
-from homeagent.engine.disk import files
-from homeagent.engine.disk.locks import FileLock
-from homeagent.engine.disk.system_errors import quoted
+from homeagent.engine.files import database_file
+from homeagent.engine.files.locks import FileLock
+from homeagent.engine.files.system_errors import quoted
 from homeagent.engine.sqlite.engine import corrupt_after_all, lock_path, sidecar_lock
+from homeagent.engine.sqlite.in_use import hold_in_use_lock, in_use_path
 from homeagent.engine.sqlite.integrity import check_content, refuse_unclean_damage
-from homeagent.engine.sqlite.presence import announce, presence_path
 from homeagent.errors import (
     CorruptDatabaseError,
     DatabaseBusyError,
@@ -72,13 +72,13 @@ def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migra
 def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migrate: bool, temporary: bool) -> None:
     path = engine.path
     identified = identify_or_wait(engine)
-    if not temporary and presence_path(path).exists():
+    if not temporary and in_use_path(path).exists():
         # A restore that was cut off is finished first.
-        engine.announced(announce(path, timeout=timeout))
-    state = identify(engine) if not identified else files.judge_file(path, is_database=True, repair=False)
+        engine.announced(hold_in_use_lock(path, timeout=timeout))
+    state = identify(engine) if not identified else database_file.judge_file(path, is_database=True, repair=False)
     if state is not None and not state.is_empty:
-        files.inspect_file(path)
-        is_checked = files.secure_sidecars(path) and not temporary and _check_unclean_end(engine)
+        database_file.inspect_file(path)
+        is_checked = database_file.secure_sidecars(path) and not temporary and _check_unclean_end(engine)
         _announce(engine, timeout=timeout, temporary=temporary)
         with engine.translated(), engine.connect() as connection:
             revision, suitable = _look_up(connection)
@@ -107,13 +107,13 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
         _make_or_upgrade(engine, lock, clock=clock, temporary=temporary)
 
 
-def identify(engine: SQLiteEngine) -> files.FileState | None:
+def identify(engine: SQLiteEngine) -> database_file.FileState | None:
     """Judge a file, which must be homeagent's, empty or absent, and change nothing of it or next to it.
 
     Raises:
         ForeignDatabaseError, CorruptDatabaseError, InsecureFileError, DatabaseError: as `open_sqlite`.
     """
-    state = files.judge_file(engine.path, is_database=True, repair=False)
+    state = database_file.judge_file(engine.path, is_database=True, repair=False)
     if state is not None and not state.is_empty:
         engine.refuse_foreign()
     return state
@@ -126,13 +126,13 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
         False if a restore was cut off, or if the file is damaged and a restore that is under way may replace it:
         identify it again under the lock that a restore takes.
     """
-    intent = files.look_at(presence_path(engine.path))
+    intent = database_file.look_at(in_use_path(engine.path))
     if intent is not None and intent.st_size:
         return False  # the restore may have given the old file a second name, which is refused otherwise
     try:
         identify(engine)
     except CorruptDatabaseError:
-        if not presence_path(engine.path).exists():
+        if not in_use_path(engine.path).exists():
             raise
         return False
     return True
@@ -164,7 +164,7 @@ def _check_unclean_end(engine: SQLiteEngine) -> bool:
         engine.presence = None
     if not os.access(engine.path.parent, os.W_OK):
         return False  # SQLite can't change anything either
-    lock = FileLock(presence_path(engine.path), timeout=timedelta(0))
+    lock = FileLock(in_use_path(engine.path), timeout=timedelta(0))
     try:
         lock.acquire()
     except DatabaseBusyError:
@@ -181,7 +181,7 @@ def _check_unclean_end(engine: SQLiteEngine) -> bool:
 
 def _announce(engine: SQLiteEngine, *, timeout: timedelta, temporary: bool) -> None:
     if engine.presence is None and not temporary:
-        engine.announced(announce(engine.path, timeout=timeout))
+        engine.announced(hold_in_use_lock(engine.path, timeout=timeout))
 
 
 def _look_up(connection: Connection) -> tuple[str | None, bool]:
@@ -208,16 +208,16 @@ def _is_remembered(path: Path) -> bool:
 
 def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temporary: bool) -> None:
     path = engine.path
-    files.refuse_orphaned_log(path)
+    database_file.refuse_orphaned_log(path)
     state = identify(engine)
     # The lock file remembers that a database was made here: one that lost its content is never read as a new one.
     initialised = lock.read_marker() is not None
     if initialised and (state is None or state.is_empty):
         raise corrupt_after_all(path)
     if state is None:
-        files.create_file(path)
-    files.inspect_file(path)
-    files.secure_sidecars(path)  # before SQLite would replay a journal that another user put there
+        database_file.create_file(path)
+    database_file.inspect_file(path)
+    database_file.secure_sidecars(path)  # before SQLite would replay a journal that another user put there
     engine.prepare_header()
     backup: Path | None = None
     with engine.translated(), engine.connect() as connection:

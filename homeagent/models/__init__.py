@@ -1,4 +1,4 @@
-"""The domain: five tables that are Pydantic models as well. What creates, patches and shows their rows is in `shapes`.
+"""The domain: five tables that are Pydantic models as well. What creates, patches and shows their rows is in `schemas`.
 
 A sixth table, `store`, has one row, about the store itself.
 """
@@ -6,7 +6,7 @@ A sixth table, `store`, has one row, about the store itself.
 import os
 from typing import TYPE_CHECKING
 
-from homeagent.late_import import late_names
+from homeagent.lazy_import import lazy_names
 from homeagent.models.agent import Agent
 from homeagent.models.base import Model, metadata
 from homeagent.models.device import Device, DeviceStatus, Role
@@ -16,7 +16,7 @@ from homeagent.models.session import AgentSession
 from homeagent.models.store_record import store_table
 
 if TYPE_CHECKING:
-    from homeagent.models.shapes import (
+    from homeagent.models.schemas import (
         AgentCreate,
         AgentSessionCreate,
         AgentUpdate,
@@ -53,7 +53,7 @@ __all__ = [
     "store_table",
 ]
 
-_SHAPES = (
+_SCHEMAS = (
     "AgentCreate",
     "AgentSessionCreate",
     "AgentUpdate",
@@ -73,7 +73,7 @@ DATA_TABLES: tuple[str, ...] = tuple(sorted(set(metadata.tables) - {store_table.
 
 # Hidden from type checkers, which would take any misspelt name for one of these.
 if not TYPE_CHECKING:
-    __getattr__ = late_names(__name__, dict.fromkeys(_SHAPES, "shapes"))
+    __getattr__ = lazy_names(__name__, dict.fromkeys(_SCHEMAS, "schemas"))
 
 
 def _build(model: type[Model]) -> None:
@@ -83,7 +83,7 @@ def _build(model: type[Model]) -> None:
 
 
 def _build_all() -> None:
-    from homeagent.models import shapes  # noqa: F401  so that they are among the subclasses
+    from homeagent.models import schemas  # noqa: F401  so that they are among the subclasses
 
     _build(Model)
 

@@ -6,11 +6,11 @@ from sqlmodel import Field
 from homeagent.models.base import Table
 from homeagent.models.types import (
     Identifier,
-    Instant,
-    InstantColumn,
     Json,
     JsonColumn,
     Label,
+    Timestamp,
+    TimestampColumn,
     WorkspacePath,
     text_column,
 )
@@ -29,5 +29,5 @@ class Agent(Table, table=True):
         sa_column=Column("workspace_path", text_column(), nullable=False),
         description="A directory on the owner's machine. This package stores the path and never touches what is there.",
     )
-    created_at: Instant = Field(sa_column=Column("created_at", InstantColumn, nullable=False))
+    created_at: Timestamp = Field(sa_column=Column("created_at", TimestampColumn, nullable=False))
     config: Json = Field(default=None, sa_column=Column("config", JsonColumn))

@@ -8,14 +8,14 @@ from sqlmodel import Field
 
 from homeagent.models.base import Table
 from homeagent.models.types import (
-    Flag,
+    EnumColumn,
+    FlagColumn,
     Identifier,
-    Instant,
-    InstantColumn,
     Json,
     JsonColumn,
     Label,
-    Word,
+    Timestamp,
+    TimestampColumn,
     text_column,
 )
 
@@ -54,7 +54,7 @@ class Device(Table, table=True):
     )
 
     id: Identifier = Field(sa_column=Column("id", text_column(), primary_key=True, nullable=False))
-    role: Role = Field(sa_column=Column("role", Word(Role), nullable=False))
+    role: Role = Field(sa_column=Column("role", EnumColumn(Role), nullable=False))
     shared_secret_hash: Label = Field(
         repr=False,
         exclude=True,
@@ -63,22 +63,24 @@ class Device(Table, table=True):
             "The hash of the present secret; its prefix says which kind of hash it is. In no repr and in no dump."
         ),
     )
-    approved: bool = Field(default=False, sa_column=Column("approved", Flag, nullable=False, server_default=text("0")))
-    paired_at: Instant = Field(sa_column=Column("paired_at", InstantColumn, nullable=False))
-    last_seen_at: Instant | None = Field(
+    approved: bool = Field(
+        default=False, sa_column=Column("approved", FlagColumn, nullable=False, server_default=text("0"))
+    )
+    paired_at: Timestamp = Field(sa_column=Column("paired_at", TimestampColumn, nullable=False))
+    last_seen_at: Timestamp | None = Field(
         default=None,
-        sa_column=Column("last_seen_at", InstantColumn),
+        sa_column=Column("last_seen_at", TimestampColumn),
         description="Null until the device is seen for the first time; written at most once a minute.",
     )
     metadata_: Json = Field(default=None, alias="metadata", sa_column=Column("metadata", JsonColumn))
-    approved_at: Instant | None = Field(
+    approved_at: Timestamp | None = Field(
         default=None,
-        sa_column=Column("approved_at", InstantColumn),
+        sa_column=Column("approved_at", TimestampColumn),
         description="When it was approved last. Null where it never was, and where that was before this was recorded.",
     )
-    revoked_at: Instant | None = Field(
+    revoked_at: Timestamp | None = Field(
         default=None,
-        sa_column=Column("revoked_at", InstantColumn),
+        sa_column=Column("revoked_at", TimestampColumn),
         description="When it was revoked. Null where it never was, or was approved again since.",
     )
     revoked_reason: Label | None = Field(default=None, sa_column=Column("revoked_reason", text_column()))
@@ -92,10 +94,10 @@ class Device(Table, table=True):
             " After its time it serves no more, and stays until the next rotation, a revocation or a repair."
         ),
     )
-    previous_secret_expires_at: Instant | None = Field(
+    previous_secret_expires_at: Timestamp | None = Field(
         default=None,
         exclude=True,
-        sa_column=Column("previous_secret_expires_at", InstantColumn),
+        sa_column=Column("previous_secret_expires_at", TimestampColumn),
         description="Until when the previous secret serves beside the present one.",
     )
     proof_verifier: Label | None = Field(

@@ -14,14 +14,14 @@ from sqlmodel import Field
 
 from homeagent.models.base import Table, hide_input
 from homeagent.models.types import (
-    Flag,
+    EnumColumn,
+    FlagColumn,
     Identifier,
-    Instant,
-    InstantColumn,
     Json,
     JsonColumn,
     Label,
-    Word,
+    Timestamp,
+    TimestampColumn,
     check_identifier,
     check_label,
     text_column,
@@ -83,16 +83,16 @@ class IdempotencyKey(Table, table=True):
             " says so."
         ),
     )
-    created_at: Instant = Field(sa_column=Column("created_at", InstantColumn, nullable=False))
-    expires_at: Instant = Field(
-        sa_column=Column("expires_at", InstantColumn, nullable=False),
+    created_at: Timestamp = Field(sa_column=Column("created_at", TimestampColumn, nullable=False))
+    expires_at: Timestamp = Field(
+        sa_column=Column("expires_at", TimestampColumn, nullable=False),
         description=(
             "From this very instant on the record is dead, unless it is in progress: such a row outlives its time."
         ),
     )
     state: IdempotencyState = Field(
         default=IdempotencyState.COMPLETED,
-        sa_column=Column("state", Word(IdempotencyState), nullable=False, server_default=text("'completed'")),
+        sa_column=Column("state", EnumColumn(IdempotencyState), nullable=False, server_default=text("'completed'")),
     )
     fingerprint: Label | None = Field(
         default=None,
@@ -112,9 +112,9 @@ class IdempotencyKey(Table, table=True):
         sa_column=Column("attempt", Integer, nullable=False, server_default=text("1")),
         description="How often the effect was begun.",
     )
-    lease_expires_at: Instant | None = Field(
+    lease_expires_at: Timestamp | None = Field(
         default=None,
-        sa_column=Column("lease_expires_at", InstantColumn),
+        sa_column=Column("lease_expires_at", TimestampColumn),
         description="When the running attempt counts as abandoned unless it renews. Null once the outcome is recorded.",
     )
     downstream_key: Label | None = Field(
@@ -125,7 +125,7 @@ class IdempotencyKey(Table, table=True):
     )
     omitted: bool = Field(
         default=False,
-        sa_column=Column("omitted", Flag(otherwise=True), nullable=False, server_default=text("0")),
+        sa_column=Column("omitted", FlagColumn(otherwise=True), nullable=False, server_default=text("0")),
         description="Whether the effect ended but what it returned could not be stored.",
     )
 

@@ -4,7 +4,7 @@ from sqlalchemy import Column, Index, PrimaryKeyConstraint
 from sqlmodel import Field
 
 from homeagent.models.base import Table
-from homeagent.models.types import Identifier, Instant, InstantColumn, Label, text_column
+from homeagent.models.types import Identifier, Label, Timestamp, TimestampColumn, text_column
 
 __all__ = ["Nonce"]
 
@@ -23,9 +23,9 @@ class Nonce(Table, table=True):
 
     nonce: Label = Field(repr=False, sa_column=Column("nonce", text_column(), nullable=False))
     device_id: Identifier = Field(sa_column=Column("device_id", text_column(), nullable=False))
-    created_at: Instant = Field(sa_column=Column("created_at", InstantColumn, nullable=False))
-    expires_at: Instant = Field(
-        sa_column=Column("expires_at", InstantColumn, nullable=False),
+    created_at: Timestamp = Field(sa_column=Column("created_at", TimestampColumn, nullable=False))
+    expires_at: Timestamp = Field(
+        sa_column=Column("expires_at", TimestampColumn, nullable=False),
         description=(
             "From this very instant on the nonce is dead. Its row stays a while longer, in case the clock steps back."
         ),

@@ -10,7 +10,7 @@ from sqlalchemy import Column, ForeignKey, Index
 from sqlmodel import Field
 
 from homeagent.models.base import Table
-from homeagent.models.types import Identifier, Instant, InstantColumn, Label, text_column
+from homeagent.models.types import Identifier, Label, Timestamp, TimestampColumn, text_column
 
 __all__ = ["AgentSession", "new_session_id", "route_key"]
 
@@ -62,8 +62,8 @@ class AgentSession(Table, table=True):
     channel_id: Label | None = Field(
         default=None, sa_column=Column("channel_id", text_column()), description="Null where it came over no channel."
     )
-    created_at: Instant = Field(sa_column=Column("created_at", InstantColumn, nullable=False))
-    last_active_at: Instant = Field(sa_column=Column("last_active_at", InstantColumn, nullable=False))
+    created_at: Timestamp = Field(sa_column=Column("created_at", TimestampColumn, nullable=False))
+    last_active_at: Timestamp = Field(sa_column=Column("last_active_at", TimestampColumn, nullable=False))
     route_key: Label | None = Field(
         default=None,
         repr=False,

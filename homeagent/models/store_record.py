@@ -3,7 +3,7 @@
 from sqlalchemy import CheckConstraint, Column, Integer, Table, text
 
 from homeagent.models.base import metadata
-from homeagent.models.types import InstantColumn, text_column
+from homeagent.models.types import TimestampColumn, text_column
 
 __all__ = ["store_table"]
 
@@ -15,7 +15,7 @@ store_table = Table(
     # 1 at first, and one more with every restore: what was learned in another epoch may not be so in this one.
     Column("epoch", Integer, server_default=text("1"), nullable=False),
     # When this epoch began; null in the first, which no restore began.
-    Column("restored_at", InstantColumn),
+    Column("restored_at", TimestampColumn),
     # The oldest schema revision whose code may work with this schema. A revision that only expands leaves it alone.
     Column("oldest_revision", text_column(), nullable=False),
     CheckConstraint("id = 1", name="single"),

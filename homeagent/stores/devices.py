@@ -25,10 +25,10 @@ from homeagent.models.types import (
     MILLISECOND,
     check_duration,
     check_identifier,
-    check_instant,
     check_label,
     check_limit,
     check_optional_label,
+    check_timestamp,
     earlier,
 )
 from homeagent.stores.store import Store, check_kind, reading, writing
@@ -308,7 +308,7 @@ class DeviceStore(Store):
         if expected_secret_hash is not None:
             check_label(expected_secret_hash, "expected_secret_hash")
         if expected_paired_at is not None:
-            expected_paired_at = check_instant(expected_paired_at, "expected_paired_at")
+            expected_paired_at = check_timestamp(expected_paired_at, "expected_paired_at")
         if expected_status is not None:
             expected_status = _member(DeviceStatus, expected_status, "expected_status")
         device = self.get(device_id)
@@ -381,7 +381,7 @@ class DeviceStore(Store):
     def _seen(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
         check_duration(granularity, "granularity", zero=True)
         now = self._unit.now()
-        at = now if at is None else check_instant(at, "at")
+        at = now if at is None else check_timestamp(at, "at")
         if at > now:
             raise InvalidArgumentError("at lies in the future: a device can't have been seen yet")
         # Without any granularity an equal instant would still be written again and again.
@@ -436,7 +436,7 @@ class DeviceStore(Store):
             "replacement": check_label(secret_hash, "secret_hash"),
             "verifier": check_optional_label(proof_verifier, "proof_verifier"),
             "previous": None if previous_until is None else expected_secret_hash,
-            "until": None if previous_until is None else check_instant(previous_until, "previous_until"),
+            "until": None if previous_until is None else check_timestamp(previous_until, "previous_until"),
         }
         if previous_until is not None:
             device = self.find_by_id(device_id)

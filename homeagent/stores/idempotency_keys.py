@@ -431,7 +431,7 @@ class IdempotencyKeyStore(Store):
             InvalidArgumentError: the result is no JSON or too large.
         """
         encode_json(result, "result")
-        attempt = self._abandoned(scope)
+        attempt = self._invalidated(scope)
         return attempt is not None and self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=None)
 
     @writing()
@@ -444,12 +444,12 @@ class IdempotencyKeyStore(Store):
         Raises:
             IdempotencyInProgressError: its lease is live: it may still end by itself.
         """
-        attempt = self._abandoned(scope)
+        attempt = self._invalidated(scope)
         if attempt is not None:
             self._fenced(_DELETE_OWNED, attempt)
         return attempt is not None
 
-    def _abandoned(self, scope: IdempotencyScope) -> Attempt | None:
+    def _invalidated(self, scope: IdempotencyScope) -> Attempt | None:
         scope = _check_scope(scope)
         row = self._unit.one(_ANY, **_parameters(scope))
         if row is None or row.state is not IdempotencyState.IN_PROGRESS:

@@ -15,9 +15,9 @@ from homeagent.models.store_record import store_table
 from homeagent.models.types import (
     check_duration,
     check_identifier,
-    check_instant,
     check_label,
     check_limit,
+    check_timestamp,
     earlier,
     later,
 )
@@ -123,7 +123,7 @@ class NonceStore(Store):
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
         check_limit(limit)
-        return self._consume(device_id, nonce, check_instant(expires_at, "expires_at"), self._unit.now(), limit)
+        return self._consume(device_id, nonce, check_timestamp(expires_at, "expires_at"), self._unit.now(), limit)
 
     def _consume(self, device_id: str, nonce: str, expires_at: datetime, now: datetime, limit: int) -> bool:
         if expires_at <= now:
@@ -150,7 +150,7 @@ class NonceStore(Store):
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
         check_limit(limit)
-        signed_at = check_instant(signed_at, "signed_at")
+        signed_at = check_timestamp(signed_at, "signed_at")
         expires_at = later(signed_at, check_duration(skew, "skew"), "skew")
         now = self._unit.now()
         if expires_at <= now:

@@ -15,7 +15,7 @@ from homeagent.engine.statements import Parameters, Statement
 from homeagent.errors import AgentNotFoundError, InvalidArgumentError, SessionExistsError, SessionNotFoundError
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession, new_session_id, route_key
-from homeagent.models.types import check_identifier, check_instant, check_limit, check_optional_label
+from homeagent.models.types import check_identifier, check_limit, check_optional_label, check_timestamp
 from homeagent.stores.store import Store, check_kind, reading, writing
 
 __all__ = ["SessionStore"]
@@ -250,7 +250,7 @@ class SessionStore(Store):
             False where nothing was written: the session is absent, or was active as late already.
         """
         check_identifier(session_id, "session_id")
-        at = self._unit.now() if at is None else check_instant(at, "at")
+        at = self._unit.now() if at is None else check_timestamp(at, "at")
         return self._unit.write(_TOUCH, id=session_id, at=at) > 0
 
     @writing()

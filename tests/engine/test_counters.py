@@ -10,7 +10,7 @@ import pytest
 
 from homeagent import Database
 from homeagent.engine.counters import Counters
-from homeagent.engine.faults import TransientError
+from homeagent.engine.driver_errors import TransientError
 from homeagent.errors import ConflictError, DatabaseBusyError, DiskFullError
 from tests.conftest import START, FakeClock, add_agent
 
@@ -48,7 +48,7 @@ def test_units_are_counted_by_how_they_ended(database: Database, clock: FakeCloc
 def test_a_wait_for_the_lane_is_measured(sqlite_database: Database) -> None:
     """Who had to wait is counted, and how long it was."""
     lanes = sqlite_database._engine.writers
-    before = sqlite_database._engine.counters.snapshot().lane_waits
+    before = sqlite_database._engine.counters.snapshot().pool_waits
     with sqlite_database.unit_of_work():
         waiter = threading.Thread(target=add_agent, args=(sqlite_database,))
         waiter.start()
@@ -56,9 +56,9 @@ def test_a_wait_for_the_lane_is_measured(sqlite_database: Database) -> None:
             threading.Event().wait(0.001)
     waiter.join()
     snapshot = sqlite_database._engine.counters.snapshot()
-    assert snapshot.lane_waits - before == 1
-    assert snapshot.lane_wait_p99 is not None
-    assert snapshot.lane_wait_p99 > 0
+    assert snapshot.pool_waits - before == 1
+    assert snapshot.pool_wait_p99 is not None
+    assert snapshot.pool_wait_p99 > 0
 
 
 def test_the_last_error_is_a_fault_of_the_engine(sqlite_database: Database) -> None:
@@ -100,11 +100,11 @@ def test_a_lane_that_was_not_given_up_is_an_error_that_is_remembered(sqlite_path
 def test_percentiles_are_of_the_last_ones() -> None:
     """Memory is bounded: what is long past no longer counts, and nothing is no percentile."""
     counters = Counters()
-    assert counters.snapshot().lane_wait_p50 is None
+    assert counters.snapshot().pool_wait_p50 is None
     for size in [1000] * 2000 + list(range(1, 1025)):
         counters.grouped(size)
         counters.waited(float(size))
     snapshot = counters.snapshot()
-    assert (snapshot.groups, snapshot.lane_waits) == (3024, 3024)
+    assert (snapshot.groups, snapshot.pool_waits) == (3024, 3024)
     assert (snapshot.group_size_p50, snapshot.group_size_p99) == (512, 1014)
-    assert (snapshot.lane_wait_p50, snapshot.lane_wait_p99) == (512.0, 1014.0)
+    assert (snapshot.pool_wait_p50, snapshot.pool_wait_p99) == (512.0, 1014.0)

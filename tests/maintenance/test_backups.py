@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from homeagent import AgentCreate, BackupSchedule, Database, errors
+from homeagent import AgentCreate, Database, errors
 from homeagent.engine.sqlite import backup as engine_backup
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.manifests import backups_in, manifest_path, newest_backup, read_manifest
+from homeagent.maintenance import BackupSchedule
 from homeagent.maintenance.backups import back_up_if_due
 from homeagent.migrations import REVISION
 from tests.conftest import START, Children, FakeClock, add_agent, add_device
@@ -584,7 +585,7 @@ def test_stopped_sweeper_ends_its_backup(
 
 def test_two_schedules_make_one(sqlite_database: Database, clock: FakeClock, tmp_path: Path) -> None:
     """While one process makes a backup there, another one that finds it due leaves it at that."""
-    from homeagent.engine.disk.locks import FileLock
+    from homeagent.engine.files.locks import FileLock
 
     directory = tmp_path / "backups"
     directory.mkdir()
@@ -596,7 +597,8 @@ def test_two_schedules_make_one(sqlite_database: Database, clock: FakeClock, tmp
 
 SCHEDULED = """
 import sys
-from homeagent import BackupSchedule, Database
+from homeagent import Database
+from homeagent.maintenance import BackupSchedule
 from homeagent.maintenance.backups import back_up_on_schedule
 
 with Database.open(sys.argv[1]) as database:

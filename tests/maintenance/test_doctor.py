@@ -19,21 +19,13 @@ import pytest
 from sqlalchemy import Engine, event
 from typer.testing import CliRunner
 
-from homeagent import (
-    AgentCreate,
-    AgentSessionCreate,
-    Database,
-    Diagnosis,
-    IdempotencyScope,
-    Role,
-    diagnose,
-    errors,
-)
+from homeagent import AgentCreate, AgentSessionCreate, Database, IdempotencyScope, Role, diagnose, errors
 from homeagent.cli import app
 from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION, connect
+from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.inspection import Stopwatch
 from homeagent.engine.sqlite.manifests import Manifest, read_manifest, write_manifest
-from homeagent.engine.sqlite.presence import presence_path
+from homeagent.maintenance import Diagnosis
 from homeagent.maintenance.doctor import CHECKS, Finding, Severity, files
 from homeagent.migrations import REVISION
 from tests.conftest import START, Children, FakeClock, add_agent, add_device
@@ -462,7 +454,7 @@ def test_what_restores_leave_behind(path: Path, clock: FakeClock) -> None:
     assert (finding.facts["kept"], finding.facts["old"], finding.facts["halves"]) == (1, 1, 1)
     run(finding)
     assert (report.kept_aside.exists(), half.exists()) == (False, False)
-    presence_path(path).write_text("swap 1 2 end\n")
+    in_use_path(path).write_text("swap 1 2 end\n")
     assert "interrupted" in only(look(path, clock), "leftovers", Severity.WARNING).summary
 
 

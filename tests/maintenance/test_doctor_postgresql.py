@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
-from homeagent import AgentSessionCreate, Database, Diagnosis, IdempotencyScope, Role, diagnose
+from homeagent import AgentSessionCreate, Database, IdempotencyScope, Role, diagnose
 from homeagent.clock import system_clock
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.inspection import Stopwatch
+from homeagent.maintenance import Diagnosis
 from homeagent.maintenance.doctor import CHECKS, Severity
 from homeagent.maintenance.doctor.report import Collector
 from homeagent.maintenance.doctor.store import check_store

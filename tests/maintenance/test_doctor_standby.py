@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from homeagent import Database, Diagnosis, diagnose
+from homeagent import Database, diagnose
+from homeagent.maintenance import Diagnosis
 from homeagent.maintenance.doctor import Severity
 from tests.postgresql.server import Installation
 from tests.postgresql.test_failover import Pair

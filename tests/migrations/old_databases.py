@@ -15,7 +15,7 @@ from sqlalchemy.pool import NullPool
 
 import homeagent
 from alembic import command
-from homeagent.engine.disk.files import create_file
+from homeagent.engine.files.database_file import create_file
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.migrations import alembic_config

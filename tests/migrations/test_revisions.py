@@ -23,7 +23,7 @@ from sqlalchemy import text
 
 from alembic import command
 from homeagent import AgentCreate, Database, IdempotencyScope, IdempotencyState
-from homeagent.engine.disk.files import create_file
+from homeagent.engine.files.database_file import create_file
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine
 from homeagent.errors import IdempotencyKeyExistsError

@@ -11,8 +11,9 @@ import pytest
 from sqlalchemy import text
 
 from alembic import command
-from homeagent import Database, DevicePair, Finding, Role, diagnose
+from homeagent import Database, DevicePair, Role, diagnose
 from homeagent.errors import SchemaChangedError
+from homeagent.maintenance import Finding
 from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config
 from tests.conftest import FakeClock, add_device
 from tests.migrations.old_databases import clock as then

@@ -142,13 +142,13 @@ def test_a_failed_statement_whose_error_is_caught_commits_nothing_in_silence(dat
                 if opened:
                     unit.session.connection().execute(text("SELECT 1/0"))
                 else:
-                    unit._require_link().execute("SELECT 1/0")
+                    unit._require_connection().execute("SELECT 1/0")
     assert called == []
     assert dump(database)["agents"] == []
     with database.unit_of_work() as unit:
         unit.agents.create(ADA)
         with pytest.raises(DatabaseError), unit.savepoint():
-            unit._require_link().execute("SELECT 1/0")
+            unit._require_connection().execute("SELECT 1/0")
     assert len(dump(database)["agents"]) == 1
 
 

@@ -134,17 +134,17 @@ def test_a_stale_one_uses_no_nonce_up(database: Database, reopen: MakeDatabase) 
 
 def test_the_epoch_is_asked_once(database: Database, reopen: MakeDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     """One look at the epoch serves every message: no further statement is run for it."""
-    from homeagent.engine.link import Link
+    from homeagent.engine.connection import StoreConnection
     from homeagent.stores.nonces import FIND_RECORD
 
     asked: list[object] = []
-    one = Link.one
+    one = StoreConnection.one
 
-    def counted(link: Link, statement: object, parameters: object) -> object:
+    def counted(link: StoreConnection, statement: object, parameters: object) -> object:
         asked.append(statement)
         return one(link, statement, parameters)  # type: ignore[arg-type]  # it is passed on as it came
 
-    monkeypatch.setattr(Link, "one", counted)
+    monkeypatch.setattr(StoreConnection, "one", counted)
     for number in range(3):
         assert judge(database, f"n-{number}", START) is Freshness.FRESH
     assert asked.count(FIND_RECORD) == 1

@@ -16,9 +16,9 @@ import sqlalchemy
 from sqlalchemy import URL, event
 from sqlalchemy.pool import NullPool
 
+from homeagent.engine.driver_errors import postgresql_error, translated
 from homeagent.engine.engine import Engine
-from homeagent.engine.faults import postgresql_fault, translated
-from homeagent.engine.postgresql.link import POOLED, PostgreSQLLink
+from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class PostgreSQLEngine(Engine):
         pool_size: how many units may write at once, and how many may read.
     """
 
-    write_link_type = PostgreSQLLink
-    read_link_type = PostgreSQLLink
+    write_connection_type = PostgreSQLConnection
+    read_connection_type = PostgreSQLConnection
 
     def __init__(self, url: URL, *, busy_timeout: timedelta, pool_size: int = POOL_SIZE) -> None:
         try:
@@ -91,7 +91,7 @@ class PostgreSQLEngine(Engine):
         super().__init__(
             sa_engine,
             driver_errors=(psycopg.Error, OverflowError),
-            translate=postgresql_fault,
+            translate=postgresql_error,
             writers=pool_size,
             readers=pool_size,
             begin_write=("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",),
@@ -142,7 +142,7 @@ class PostgreSQLEngine(Engine):
     def _local_settings(self) -> list[str]:
         return [f"SET LOCAL {setting}" for setting in self._settings]
 
-    def prepare_link(self, connection: Connection, *, read_only: bool) -> None:
+    def prepare_connection(self, connection: Connection, *, read_only: bool) -> None:
         """Nothing more: the BEGIN of a unit says whether it can write."""
 
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
@@ -158,7 +158,7 @@ class PostgreSQLEngine(Engine):
     @contextmanager
     def translated(self) -> Iterator[None]:
         """Raise ours instead of the driver's exceptions."""
-        with translated(self.driver_errors, postgresql_fault):
+        with translated(self.driver_errors, postgresql_error):
             yield
 
 
@@ -211,7 +211,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
         raise original  # from what a forked child has in the place of a connection
     if isinstance(original, HomeAgentError):
         return None  # announced by a link, which translated it
-    fault = postgresql_fault(original)
+    fault = postgresql_error(original)
     if context.connection is None and isinstance(fault, ConnectionLostError):
         fault = _not_connected(original)
     # SQLAlchemy makes the driver's exception the cause of ours.

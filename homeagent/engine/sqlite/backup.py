@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import apsw
 
-from homeagent.engine.disk.files import OPEN_FLAGS, create_file, secure_sidecars, sidecars
-from homeagent.engine.disk.syncing import fsync_directory, sync
-from homeagent.engine.disk.system_errors import explained, quoted
-from homeagent.engine.faults import sqlite_code, sqlite_fault, translated
+from homeagent.engine.driver_errors import sqlite_code, sqlite_error, translated
+from homeagent.engine.files.database_file import OPEN_FLAGS, create_file, secure_sidecars, sidecars
+from homeagent.engine.files.sync import fsync_directory, sync
+from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.manifests import Manifest, manifest_path, write_manifest
 from homeagent.errors import CorruptDatabaseError, DatabaseError, DiskFullError, HomeAgentError, InvalidArgumentError
@@ -284,7 +284,7 @@ def _explained_copy(engine: SQLiteEngine, partial: Path, stop: Stop) -> Iterator
             refused = _refused_growth(partial)
             if refused is not None:
                 return refused
-        return sqlite_fault(error)
+        return sqlite_error(error)
 
     with translated(engine.driver_errors, fault):
         yield

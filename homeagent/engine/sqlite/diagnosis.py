@@ -15,9 +15,9 @@ from pathlib import Path
 
 import apsw
 
-from homeagent.engine.disk.files import sidecars
-from homeagent.engine.disk.system_errors import quoted
-from homeagent.engine.faults import sqlite_code, sqlite_code_name, sqlite_fault
+from homeagent.engine.driver_errors import sqlite_code, sqlite_code_name, sqlite_error
+from homeagent.engine.files.database_file import sidecars
+from homeagent.engine.files.system_errors import quoted
 from homeagent.engine.sqlite.manifests import newest_backup
 from homeagent.errors import (
     CorruptDatabaseError,
@@ -31,7 +31,7 @@ from homeagent.errors import (
 if sys.platform != "win32":
     import resource
 
-__all__ = ["diagnosed_fault", "newest_backup_hint"]
+__all__ = ["diagnosed_error", "newest_backup_hint"]
 
 # What SQLite may have wanted to write in one piece: the index of the log grows by 32 KiB at a time.
 _PIECE = 64 * 1024
@@ -39,7 +39,7 @@ _PIECE = 64 * 1024
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-def diagnosed_fault(
+def diagnosed_error(
     error: BaseException, path: Path, *, find_moved: Callable[[], DatabaseMovedError | None]
 ) -> HomeAgentError:
     """Return ours for an exception of the SQLite driver, told apart by SQLite's code and by what the system says now.
@@ -49,7 +49,7 @@ def diagnosed_fault(
         path: the database file.
         find_moved: tells whether the file is still the one that was opened.
     """
-    fault = sqlite_fault(error)
+    fault = sqlite_error(error)
     if isinstance(fault, CorruptDatabaseError):
         moved = find_moved()
         if moved is not None:

@@ -21,7 +21,7 @@ from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool
 
-from homeagent.engine.faults import commit_unknown
+from homeagent.engine.driver_errors import commit_unknown
 
 __all__ = [
     "APSW_VERSION",

@@ -19,20 +19,20 @@ import sqlalchemy
 from sqlalchemy import URL, event
 from sqlalchemy.pool import NullPool
 
-from homeagent.engine.disk import files
-from homeagent.engine.disk.file_watch import FileWatch
-from homeagent.engine.disk.locks import FileLock
-from homeagent.engine.disk.system_errors import explained
+from homeagent.engine.driver_errors import translated
 from homeagent.engine.engine import Engine
-from homeagent.engine.faults import translated
-from homeagent.engine.forks import inherit, refuse_inherited
-from homeagent.engine.sqlite.diagnosis import diagnosed_fault, newest_backup_hint
+from homeagent.engine.files import database_file
+from homeagent.engine.files.file_identity import FileIdentityCheck
+from homeagent.engine.files.locks import FileLock
+from homeagent.engine.files.system_errors import explained
+from homeagent.engine.fork import inherit, refuse_inherited
+from homeagent.engine.sqlite.connection import SQLiteConnection
+from homeagent.engine.sqlite.diagnosis import diagnosed_error, newest_backup_hint
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME
 from homeagent.engine.sqlite.dialect import Connection as DriverConnection
 from homeagent.engine.sqlite.foreign_access import guard_of, open_guarded
-from homeagent.engine.sqlite.link import SQLiteLink
 from homeagent.engine.sqlite.lock_wait import LockWait
-from homeagent.engine.sqlite.unfetched import end_with_transactions
+from homeagent.engine.sqlite.open_statements import end_with_transactions
 from homeagent.engine.sqlite.write_ahead_log import has_frames
 from homeagent.errors import (
     CorruptDatabaseError,
@@ -82,8 +82,8 @@ class SQLiteEngine(Engine):
 
     # There is one writer, and a sync costs many times what a small unit does.
     shares_commits = True
-    write_link_type = SQLiteLink
-    read_link_type = SQLiteLink
+    write_connection_type = SQLiteConnection
+    read_connection_type = SQLiteConnection
 
     def __init__(self, path: Path, *, busy_timeout: timedelta, durability: Durability, temporary: bool = False) -> None:
         refuse_inherited(path)
@@ -93,7 +93,7 @@ class SQLiteEngine(Engine):
         self._lock_waits = 0
         self._busy_ms = min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1)
         self.is_temporary = temporary
-        self.watch = FileWatch(path, strict=durability == "full", on_moved=self._keep_from_checkpoints)
+        self.watch = FileIdentityCheck(path, strict=durability == "full", on_moved=self._keep_from_checkpoints)
         self.presence: FileLock | None = None
         sa_engine = sqlalchemy.create_engine(
             URL.create(DRIVER_NAME, database=str(path)),
@@ -122,9 +122,9 @@ class SQLiteEngine(Engine):
 
     def fault(self, error: BaseException) -> HomeAgentError:
         """Return ours for an exception of the driver."""
-        fault = diagnosed_fault(error, self.path, find_moved=self.watch.find_moved)
+        fault = diagnosed_error(error, self.path, find_moved=self.watch.find_moved)
         if isinstance(fault, DatabaseIOError):
-            self.suspect_links()
+            self.require_reconnect()
         return fault
 
     def _open_existing(self, options: str = "mode=rw") -> DriverConnection:
@@ -224,7 +224,7 @@ class SQLiteEngine(Engine):
                 if raw.in_transaction:
                     raw.execute("ROLLBACK")
 
-    def prepare_link(self, connection: Connection, *, read_only: bool) -> None:
+    def prepare_connection(self, connection: Connection, *, read_only: bool) -> None:
         """Keep a reader's connection from writing, and have a writer's connection wait as `LockWait` does."""
         raw: Any = connection.connection.driver_connection
         with self.translated():
@@ -249,24 +249,24 @@ class SQLiteEngine(Engine):
 
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
         """Move what the log holds into the file, in a turn of its own; see `Engine.empty_log`."""
-        lanes = self.lanes(read_only=False)
+        pool = self.pool(read_only=False)
         # On the link that writes: no two connections of a process write and checkpoint.
-        link = lanes.acquire(timeout)
+        connection = pool.acquire(timeout)
         try:
             # https://sqlite.org/pragma.html#pragma_wal_checkpoint
             if truncate:
-                self._wait_for_locks(link.driver_connection, timeout)
-                ((blocked, _, _),) = link.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                self._wait_for_locks(connection.driver_connection, timeout)
+                ((blocked, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 # A commit gives the log a header again. Otherwise a power cut could leave an empty log with an older
                 # index, and these two look like a log that lost its commits.
-                link.execute(f"PRAGMA application_id={APPLICATION_ID}")
-                self._wait_for_locks(link.driver_connection, self.busy_seconds)
+                connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+                self._wait_for_locks(connection.driver_connection, self.busy_seconds)
             else:
-                ((blocked, _, _),) = link.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                ((blocked, _, _),) = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         except BaseException:
-            lanes.discard(link)
+            pool.discard(connection)
             raise
-        lanes.release(link)
+        pool.release(connection)
         return not blocked
 
     @contextmanager
@@ -349,12 +349,12 @@ class SQLiteEngine(Engine):
 
         After a power cut only a part of the first page may be there. The first connection undoes the transaction.
         """
-        lock = files.look_at(lock_path(self.path))
-        journal = files.sidecars(self.path)[2]
-        if (lock is not None and lock.st_size) or files.look_at(journal) is None:
+        lock = database_file.look_at(lock_path(self.path))
+        journal = database_file.sidecars(self.path)[2]
+        if (lock is not None and lock.st_size) or database_file.look_at(journal) is None:
             return False
         with explained("read", journal):
-            descriptor = os.open(journal, os.O_RDONLY | files.OPEN_FLAGS)
+            descriptor = os.open(journal, os.O_RDONLY | database_file.OPEN_FLAGS)
             try:
                 header = os.read(descriptor, 20)
             finally:
@@ -363,11 +363,11 @@ class SQLiteEngine(Engine):
         return header[:8] == _JOURNAL_MAGIC and header[16:] == bytes(4)
 
     def _application_id_while_locked(self) -> int:
-        if files.look_at(files.sidecars(self.path)[1]) is not None and has_frames(self.path):
+        if database_file.look_at(database_file.sidecars(self.path)[1]) is not None and has_frames(self.path):
             # It takes SQLite's locks, and can write neither the file nor the index. Without a log SQLite makes one.
             return self._application_id("readonly_shm=1")
         lock = FileLock(lock_path(self.path), timeout=timedelta(milliseconds=self._busy_ms), writable=False)
-        if files.look_at(lock.path) is None:
+        if database_file.look_at(lock.path) is None:
             return self._application_id("immutable=1")
         with lock:  # who makes a database holds it
             return self._application_id("immutable=1")
@@ -427,7 +427,7 @@ class SQLiteEngine(Engine):
         directory = Path(tempfile.mkdtemp(prefix="homeagent-"))
         try:
             path = directory / "homeagent.db"
-            files.create_file(path)
+            database_file.create_file(path)
             return cls(path, busy_timeout=busy_timeout, durability=durability, temporary=True)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)

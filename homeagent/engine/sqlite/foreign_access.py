@@ -22,8 +22,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from homeagent.engine.disk.files import OPEN_FLAGS, identity_of, look_at, sidecars
-from homeagent.engine.disk.system_errors import explained, quoted
+from homeagent.engine.files.database_file import OPEN_FLAGS, identity_of, look_at, sidecars
+from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.dialect import Connection, connect
 from homeagent.errors import ForeignAccessError
 

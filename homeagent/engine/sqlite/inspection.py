@@ -19,10 +19,10 @@ import apsw
 from sqlalchemy import create_engine, event
 from sqlalchemy.pool import NullPool
 
-from homeagent.engine.disk.files import OPEN_FLAGS, look_at, sidecars
-from homeagent.engine.disk.system_errors import explained
+from homeagent.engine.driver_errors import sqlite_error, translated
 from homeagent.engine.engine import open_engines
-from homeagent.engine.faults import sqlite_fault, translated
+from homeagent.engine.files.database_file import OPEN_FLAGS, look_at, sidecars
+from homeagent.engine.files.system_errors import explained
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME
 from homeagent.engine.sqlite.foreign_access import open_guarded
 from homeagent.engine.sqlite.write_ahead_log import has_frames
@@ -94,7 +94,7 @@ def inspect_sqlite(
     while True:
         connection = _open(path, options.pop(0), watch)
         try:
-            with translated(DRIVER_ERRORS, sqlite_fault):
+            with translated(DRIVER_ERRORS, sqlite_error):
                 # One snapshot for all that follows, taken by the first read. Not before: a listener of the host
                 # application may run a PRAGMA on each new connection that SQLite refuses in a transaction.
                 raw: Any = connection.connection.driver_connection
@@ -117,11 +117,11 @@ def inspect_sqlite(
 
 
 def _open(path: Path, option: str, watch: Stopwatch) -> Connection:
-    with translated(DRIVER_ERRORS, sqlite_fault):
+    with translated(DRIVER_ERRORS, sqlite_error):
         # https://sqlite.org/wal.html#readonly and https://sqlite.org/c3ref/open.html
         raw: Any = open_guarded(path, f"file:{quote(str(path))}?mode=ro&{option}", timeout=1)
     try:
-        with translated(DRIVER_ERRORS, sqlite_fault):
+        with translated(DRIVER_ERRORS, sqlite_error):
             raw.set_progress_handler(watch, _INSTRUCTIONS)
             raw.execute("PRAGMA query_only=ON")
             raw.execute("PRAGMA trusted_schema=OFF")
@@ -222,4 +222,4 @@ def scratch_sqlite() -> Iterator[Connection]:
 
 
 def _on_error(context: ExceptionContext) -> None:
-    raise sqlite_fault(context.original_exception)
+    raise sqlite_error(context.original_exception)

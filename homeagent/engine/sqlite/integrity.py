@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import apsw
 
-from homeagent.engine.disk.files import look_at, sidecars
-from homeagent.engine.disk.system_errors import quoted
-from homeagent.engine.faults import RESTORE
+from homeagent.engine.driver_errors import RESTORE
+from homeagent.engine.files.database_file import look_at, sidecars
+from homeagent.engine.files.system_errors import quoted
 from homeagent.engine.sqlite.diagnosis import newest_backup_hint
 from homeagent.engine.sqlite.inspection import Stopwatch, inspect_sqlite
 from homeagent.engine.sqlite.write_ahead_log import find_lost_commits
@@ -131,21 +131,21 @@ def check_table(engine: SQLiteEngine, table: str, *, give_up: Callable[[], bool]
             again.
         DatabaseBusyError, DatabaseClosedError: as for any unit.
     """
-    link = engine.begin(read_only=True, timeout=engine.busy_seconds)
+    connection = engine.begin(read_only=True, timeout=engine.busy_seconds)
     try:
-        raw = link.driver_connection
+        raw = connection.driver_connection
         raw.set_progress_handler(give_up, _INSTRUCTIONS)
         try:
             with engine.translated():
                 return _check_table(engine, raw, table)
         except CorruptDatabaseError as error:
-            engine.watch.condemned = str(error)
+            engine.watch.marked_corrupt = str(error)
             raise
         finally:
             raw.set_progress_handler(None, 0)
-            link.rollback()
+            connection.rollback()
     finally:
-        engine.readers.release(link)
+        engine.readers.release(connection)
 
 
 def _check_table(engine: SQLiteEngine, raw: Any, table: str) -> bool:

@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from homeagent.clock import system_clock
-from homeagent.engine.disk.files import create_descriptor, open_to_read, refuse_insecure
-from homeagent.engine.disk.owners import backup_owners
-from homeagent.engine.disk.syncing import fsync_directory, sync
-from homeagent.engine.disk.system_errors import explained, quoted
+from homeagent.engine.files.database_file import create_descriptor, open_to_read, refuse_insecure
+from homeagent.engine.files.owners import backup_owners
+from homeagent.engine.files.sync import fsync_directory, sync
+from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError, HomeAgentError
 
 __all__ = [

@@ -23,9 +23,9 @@ from typing import BinaryIO, NamedTuple
 
 import apsw
 
-from homeagent.engine.disk.files import OPEN_FLAGS, SMALLEST_DATABASE, sidecars
-from homeagent.engine.disk.system_errors import explained
-from homeagent.engine.faults import sqlite_fault, translated
+from homeagent.engine.driver_errors import sqlite_error, translated
+from homeagent.engine.files.database_file import OPEN_FLAGS, SMALLEST_DATABASE, sidecars
+from homeagent.engine.files.system_errors import explained
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, connect
 
 __all__ = ["LostCommits", "find_lost_commits", "has_frames"]
@@ -149,7 +149,7 @@ def _recovered(log: Path, *, page_size: int) -> int:
     with (
         explained(f"make a copy in {tempfile.gettempdir()} of", log),
         tempfile.TemporaryDirectory(prefix="homeagent-") as folder,
-        translated(DRIVER_ERRORS, sqlite_fault),
+        translated(DRIVER_ERRORS, sqlite_error),
     ):
         copy = Path(folder) / "copy"
         with closing(connect(str(copy))) as raw:

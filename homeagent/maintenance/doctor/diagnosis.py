@@ -21,7 +21,7 @@ from homeagent.maintenance.doctor.postgresql import check_postgresql
 from homeagent.maintenance.doctor.repair import repair
 from homeagent.maintenance.doctor.report import Collector, Diagnosis, Repair
 from homeagent.maintenance.doctor.sqlite import check_sqlite
-from homeagent.models.types import check_instant
+from homeagent.models.types import check_timestamp
 from homeagent.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _diagnose(
 
 def _check(target: Target, clock: Clock, *, thorough: bool, repairs: Sequence[Repair] = ()) -> Diagnosis:
     limit = None if thorough else QUICK
-    collector = Collector(check_instant(clock(), "the clock's time"), thorough=thorough, watch=Stopwatch(limit))
+    collector = Collector(check_timestamp(clock(), "the clock's time"), thorough=thorough, watch=Stopwatch(limit))
     if target.url is not None:
         check_postgresql(collector, target.url, limit=limit)
         return collector.diagnosis(location=target.location, engine="postgresql", repairs=repairs)

@@ -1,7 +1,7 @@
 """Checks of a SQLite file from outside: names, owners, modes, leftovers, backups, file system, free space.
 
 All of them use `lstat`. Opening the file would be wrong if SQLite has it open in this process: see
-`homeagent.engine.disk.files`.
+`homeagent.engine.files.database_file`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from homeagent.engine.disk.files import sidecars
-from homeagent.engine.disk.filesystems import filesystem_kind, is_network_filesystem
-from homeagent.engine.disk.owners import backup_owners, is_replaceable, trusted_owners
-from homeagent.engine.disk.privacy import unguarded
+from homeagent.engine.files.database_file import sidecars
+from homeagent.engine.files.filesystems import filesystem_kind, is_network_filesystem
+from homeagent.engine.files.owners import backup_owners, is_replaceable, trusted_owners
+from homeagent.engine.files.permissions import unguarded
+from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.manifests import newest_backup, read_manifest, remembered_backup
-from homeagent.engine.sqlite.presence import presence_path
-from homeagent.engine.sqlite.swapping import aside_path, new_path
+from homeagent.engine.sqlite.replacement import new_path, quarantine_path
 from homeagent.maintenance.doctor.report import Collector, Severity
 
-__all__ = ["check_files", "megabytes", "our_files", "public_files", "stale_partials"]
+__all__ = ["check_files", "database_files", "megabytes", "public_files", "stale_partials"]
 
 OLD_BACKUP = timedelta(days=7)
 
@@ -45,7 +45,7 @@ _FLEETING = frozenset({"ramfs", "tmpfs"})
 Files = dict[Path, os.stat_result]
 
 
-def our_files(path: Path) -> Files:
+def database_files(path: Path) -> Files:
     """Return the database, SQLite's files next to it, its lock files, its backups and their manifests."""
     own = {path, *sidecars(path)}
     try:
@@ -68,7 +68,7 @@ def public_files(path: Path) -> list[Path]:
         return []
     return [
         file
-        for file, status in our_files(path).items()
+        for file, status in database_files(path).items()
         if _is_public(status) and status.st_nlink == 1 and status.st_uid == os.geteuid()
     ]
 
@@ -78,7 +78,7 @@ def stale_partials(path: Path, now: datetime) -> Files:
     oldest = (now - STALE).timestamp()
     return {
         file: status
-        for file, status in our_files(path).items()
+        for file, status in database_files(path).items()
         if file.suffix == ".partial" and stat.S_ISREG(status.st_mode) and status.st_mtime < oldest
     }
 
@@ -88,7 +88,7 @@ def check_files(collector: Collector, path: Path) -> bool:
     with collector.attempt("backup"):
         _check_backup(collector, path)
     _check_directory(collector, path.parent)
-    files = our_files(path)
+    files = database_files(path)
     may_open = _check_names(collector, files)
     if sys.platform == "win32":
         collector.skip(str(unguarded()), "files")
@@ -194,7 +194,7 @@ def _planted(path: Path, files: Files) -> list[Path]:
     owners = backup_owners(path)
     last = remembered_backup(path)
     if last is not None and last.parent != path.parent:
-        files = files | our_files(last.parent / path.name)
+        files = files | database_files(last.parent / path.name)
     return [file for file, status in files.items() if status.st_uid not in owners]
 
 
@@ -219,8 +219,8 @@ def _check_modes(collector: Collector, files: Files) -> None:
 
 def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
     partial = stale_partials(path, collector.now)
-    marker = files.get(presence_path(path))
-    kept = {file: made for file in files if (made := _stamp(file, aside_path(path, "*"))) is not None}
+    marker = files.get(in_use_path(path))
+    kept = {file: made for file in files if (made := _stamp(file, quarantine_path(path, "*"))) is not None}
     old = [file for file, made in kept.items() if made < collector.now - KEPT]
     halves = [
         file

@@ -12,9 +12,9 @@ from typing import Any
 from sqlalchemy import bindparam, or_, update
 
 from homeagent.clock import Clock
-from homeagent.engine.disk.privacy import FILE_MODE, change_mode
-from homeagent.engine.disk.system_errors import explained
 from homeagent.engine.engine import Engine
+from homeagent.engine.files.permissions import FILE_MODE, change_mode
+from homeagent.engine.files.system_errors import explained
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.statements import Statement
@@ -23,7 +23,7 @@ from homeagent.errors import HomeAgentError
 from homeagent.maintenance.doctor.files import megabytes, public_files, stale_partials
 from homeagent.maintenance.doctor.report import Diagnosis, Repair, Severity
 from homeagent.maintenance.doctor.store import SECRETS_GRACE
-from homeagent.maintenance.sweeping import sweep
+from homeagent.maintenance.sweep import sweep
 from homeagent.migrations.postgresql import open_postgresql
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models import Device

@@ -7,14 +7,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from homeagent.engine.disk.files import SMALLEST_DATABASE, look_at, sidecars
-from homeagent.engine.disk.locks import FileLock
-from homeagent.engine.disk.owners import backup_owners
-from homeagent.engine.disk.privacy import FILE_MODE
+from homeagent.engine.files.database_file import SMALLEST_DATABASE, look_at, sidecars
+from homeagent.engine.files.locks import FileLock
+from homeagent.engine.files.owners import backup_owners
+from homeagent.engine.files.permissions import FILE_MODE
 from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION
 from homeagent.engine.sqlite.engine import APPLICATION_ID, lock_path
+from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.inspection import inspect_sqlite, journal_mode
-from homeagent.engine.sqlite.presence import presence_path
 from homeagent.engine.sqlite.write_ahead_log import find_lost_commits
 from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, HomeAgentError
 from homeagent.maintenance.doctor.files import check_files, megabytes
@@ -67,13 +67,13 @@ def _check_log(collector: Collector, path: Path) -> bool:
     if state is None and look_at(index) is None:
         collector.ok("wal", "The database was closed cleanly: its log is empty.", wal_bytes=0)
         return False
-    marker = look_at(presence_path(path))
+    marker = look_at(in_use_path(path))
     if marker is None or marker.st_mode & 0o777 != FILE_MODE:
         # Taking this lock would create the file or change its mode. The doctor must not modify anything.
         collector.skip("the lock file that shows whether another process has it open is missing or not private", "wal")
         return marker is None  # while the database is open, this file exists
     try:
-        with FileLock(presence_path(path), timeout=timedelta(0)):
+        with FileLock(in_use_path(path), timeout=timedelta(0)):
             lost = find_lost_commits(path)
     except DatabaseBusyError:
         collector.ok("wal", "A process has the database open, and writes the log.", wal_bytes=size)

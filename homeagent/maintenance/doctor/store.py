@@ -19,7 +19,7 @@ from homeagent.migrations.schema_drift import schema_differences
 from homeagent.models import Agent, AgentSession, Device, IdempotencyKey, Nonce, Role, metadata, store_table
 from homeagent.models.idempotency_key import IdempotencyState
 from homeagent.models.session import route_key
-from homeagent.models.types import Flag, InstantColumn
+from homeagent.models.types import FlagColumn, TimestampColumn
 from homeagent.stores.nonces import NONCE_GRACE
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ _TIMES = [
     c
     for described in metadata.sorted_tables
     for c in described.columns
-    if isinstance(c.type, InstantColumn) and not c.name.endswith("expires_at")
+    if isinstance(c.type, TimestampColumn) and not c.name.endswith("expires_at")
 ]
 """When something happened; no store writes a time after the present one there."""
 
@@ -180,7 +180,7 @@ def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | Non
     kind: Any = getattr(described.type, "impl_instance", described.type)
     stored: type = kind.python_type
     load = getattr(described.type, "process_result_value", None)
-    is_flag = isinstance(described.type, Flag)
+    is_flag = isinstance(described.type, FlagColumn)
 
     def test(value: Any) -> str | None:
         if value is None:

@@ -4,23 +4,10 @@ What a field accepts is decided here once, and used by the models when they vali
 argument comes in by itself, so that a bad id is refused alike at every door.
 """
 
-from homeagent.models.types.closed import Flag, Word
-from homeagent.models.types.instants import (
-    EPOCH,
-    LONGEST_WAIT,
-    MILLISECOND,
-    Instant,
-    InstantColumn,
-    check_duration,
-    check_instant,
-    check_wait,
-    earlier,
-    later,
-    to_milliseconds,
-)
+from homeagent.models.types.enums import EnumColumn, FlagColumn
 from homeagent.models.types.json_text import MAX_JSON_BYTES, Json, JsonColumn, decode_json, encode_json
 from homeagent.models.types.limits import MAX_LIMIT, check_limit
-from homeagent.models.types.stored import UNREADABLE, loaded, unreadable
+from homeagent.models.types.stored_values import UNREADABLE, loaded, unreadable
 from homeagent.models.types.text import (
     Identifier,
     Label,
@@ -32,6 +19,19 @@ from homeagent.models.types.text import (
     check_optional_label,
     text_column,
 )
+from homeagent.models.types.timestamps import (
+    EPOCH,
+    LONGEST_WAIT,
+    MILLISECOND,
+    Timestamp,
+    TimestampColumn,
+    check_duration,
+    check_timestamp,
+    check_wait,
+    earlier,
+    later,
+    to_milliseconds,
+)
 
 __all__ = [
     "EPOCH",
@@ -40,23 +40,23 @@ __all__ = [
     "MAX_LIMIT",
     "MILLISECOND",
     "UNREADABLE",
-    "Flag",
+    "EnumColumn",
+    "FlagColumn",
     "Identifier",
-    "Instant",
-    "InstantColumn",
     "Json",
     "JsonColumn",
     "Label",
     "OptionalLabel",
-    "Word",
+    "Timestamp",
+    "TimestampColumn",
     "WorkspacePath",
     "check_duration",
     "check_identifier",
-    "check_instant",
     "check_label",
     "check_limit",
     "check_new_secret",
     "check_optional_label",
+    "check_timestamp",
     "check_wait",
     "decode_json",
     "earlier",

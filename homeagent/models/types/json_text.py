@@ -12,7 +12,7 @@ from sqlalchemy import Dialect, Text
 from sqlalchemy.types import TypeDecorator
 
 from homeagent.errors import InvalidArgumentError
-from homeagent.models.types.stored import loaded
+from homeagent.models.types.stored_values import loaded
 
 __all__ = ["MAX_JSON_BYTES", "Json", "JsonColumn", "decode_json", "encode_json"]
 

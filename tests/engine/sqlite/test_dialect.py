@@ -18,7 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
 from homeagent import Database, errors
-from homeagent.engine.faults import TransientError, sqlite_code_name, sqlite_fault
+from homeagent.engine.driver_errors import TransientError, sqlite_code_name, sqlite_error
 from homeagent.engine.sqlite import dialect
 from homeagent.engine.sqlite.dialect import DRIVER_NAME, Connection, StatementCursor, connect
 from tests.conftest import Children, add_agent
@@ -222,8 +222,8 @@ def test_a_result_code_becomes_two_errors(
     original = raised.value.orig
     assert original is not None
     assert sqlite_code_name(original) == name
-    assert type(sqlite_fault(original)) is ours
-    assert name in str(sqlite_fault(original))
+    assert type(sqlite_error(original)) is ours
+    assert name in str(sqlite_error(original))
 
 
 def test_a_file_that_may_not_grow_is_an_io_error(children: Children, path: Path) -> None:
@@ -232,14 +232,14 @@ def test_a_file_that_may_not_grow_is_an_io_error(children: Children, path: Path)
         """
 import resource, sys
 import sqlalchemy as sa
-from homeagent.engine.faults import sqlite_code_name, sqlite_fault
+from homeagent.engine.driver_errors import sqlite_code_name, sqlite_error
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 with sa.create_engine(f"sqlite+homeagent:///{sys.argv[1]}").connect() as connection:
     try:
         connection.exec_driver_sql("INSERT INTO lamp VALUES (zeroblob(100000), 1)")
         connection.commit()
     except sa.exc.DBAPIError as error:
-        print(type(error).__name__, sqlite_code_name(error.orig), type(sqlite_fault(error.orig)).__name__)
+        print(type(error).__name__, sqlite_code_name(error.orig), type(sqlite_error(error.orig)).__name__)
 """,
         path,
     )
@@ -265,7 +265,7 @@ def test_no_result_code_falls_through() -> None:
     for code in codes():
         error = apsw.exception_for(code)
         assert isinstance(as_sqlalchemy_raises(error), exc.DatabaseError)
-        fault = sqlite_fault(error)
+        fault = sqlite_error(error)
         assert isinstance(fault, errors.HomeAgentError)
         assert f"[{sqlite_code_name(error)}]" in str(fault)
         assert sqlite_code_name(error) != "SQLITE_ERROR" or code == apsw.SQLITE_ERROR
@@ -278,7 +278,7 @@ def test_no_class_of_apsw_falls_through() -> None:
     for kind in kinds:
         assert issubclass(kind, dialect.DRIVER_ERRORS)
         assert isinstance(as_sqlalchemy_raises(kind("x")), exc.DatabaseError)
-        assert isinstance(sqlite_fault(kind("x")), errors.HomeAgentError)
+        assert isinstance(sqlite_error(kind("x")), errors.HomeAgentError)
 
 
 def test_the_translation_names_classes_that_exist() -> None:
@@ -312,7 +312,7 @@ def test_a_bad_value(
     with pytest.raises(dialect.DRIVER_ERRORS) as raised:
         raw.cursor().execute(statement, values).fetchall()
     assert type(raised.value) is kind
-    assert type(sqlite_fault(raised.value)) is ours
+    assert type(sqlite_error(raised.value)) is ours
     with sqlite_database.unit_of_work(read_only=True) as unit, pytest.raises(ours) as told:
         unit.session.connection().exec_driver_sql(statement, values).all()
     assert type(told.value) is ours
@@ -342,7 +342,7 @@ def test_a_closed_connection_or_cursor(path: Path) -> None:
         unused.execute("SELECT 1")
     for raised in (closed_cursor, closed_connection, cursor_of_closed):
         assert type(as_sqlalchemy_raises(raised.value)) is exc.ProgrammingError
-        assert type(sqlite_fault(raised.value)) is errors.DatabaseClosedError
+        assert type(sqlite_error(raised.value)) is errors.DatabaseClosedError
 
 
 # Cursors

@@ -1,0 +1,229 @@
+"""The one place where a driver's exception becomes one of ours.
+
+A driver's message may carry values: psycopg puts the offending row into DETAIL. So what is raised here names the
+kind of fault and its remedy only, and the driver's own exception is neither its cause nor its context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import apsw
+
+from homeagent.errors import (
+    CommitUnknownError,
+    ConflictError,
+    ConnectionLostError,
+    CorruptDatabaseError,
+    DatabaseBusyError,
+    DatabaseClosedError,
+    DatabaseError,
+    DatabaseIOError,
+    DatabaseMovedError,
+    DiskFullError,
+    HomeAgentError,
+    InsecureFileError,
+    InvalidArgumentError,
+    ReadOnlyError,
+)
+
+__all__ = [
+    "StandbyError",
+    "TransientError",
+    "Translate",
+    "commit_unknown",
+    "postgresql_error",
+    "sqlite_code",
+    "sqlite_code_name",
+    "sqlite_error",
+    "translated",
+]
+
+RESTORE = "stop, keep it aside with its -wal and -shm, and restore the newest good backup"
+"""What to do about a damaged file."""
+
+Translate = Callable[[BaseException], HomeAgentError]
+
+
+class TransientError(DatabaseBusyError):
+    """The unit met another one and may succeed when it is run again whole: `Database.run` does that.
+
+    `sqlstate` is what a PostgreSQL server called it.
+    """
+
+    sqlstate: str | None = None
+
+
+class StandbyError(ReadOnlyError):
+    """The server takes no writes: it is a standby, or a primary that was demoted. Another one may take them soon."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the PostgreSQL server is a standby and takes no writes: name all hosts in the URL, with "
+            "target_session_attrs=read-write, so that the primary is found"
+        )
+
+
+def commit_unknown(cause: str = "the connection was lost in the middle of COMMIT") -> CommitUnknownError:
+    """Return the error for a COMMIT whose result is unknown.
+
+    Args:
+        cause: what happened; by default, the connection was lost between COMMIT and its answer.
+    """
+    return CommitUnknownError(
+        f"{cause}, so that nobody knows whether the unit took place: look whether it did before it is done again, "
+        "or use run(…, idempotent=True) for a unit that may be done twice"
+    )
+
+
+# https://sqlite.org/rescode.html: the low byte is the primary result code, which an extended one says more than.
+_SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
+    apsw.SQLITE_BUSY: (
+        TransientError,
+        "the database is locked by another process for longer than busy_timeout: run the unit again",
+    ),
+    apsw.SQLITE_LOCKED: (TransientError, "the database is locked within this process: run the unit again"),
+    apsw.SQLITE_PROTOCOL: (TransientError, "other processes keep opening the database: run the unit again"),
+    apsw.SQLITE_FULL: (
+        DiskFullError,
+        "the disk is full, or the file may not grow: make room, then run the unit again",
+    ),
+    apsw.SQLITE_READONLY: (
+        ReadOnlyError,
+        "the database can't be written: it is a read-only unit, file or file system",
+    ),
+    apsw.SQLITE_READONLY_DBMOVED: (
+        DatabaseMovedError,
+        "the database file was deleted, moved or replaced while it was open: put it back, or restore a backup",
+    ),
+    apsw.SQLITE_READONLY_DIRECTORY: (
+        ReadOnlyError,
+        "the directory of the database can't be written, where its log belongs: mend its owner and mode",
+    ),
+    apsw.SQLITE_PERM: (ReadOnlyError, "access to the database file was denied: mend its owner and mode"),
+    apsw.SQLITE_CORRUPT: (CorruptDatabaseError, f"the database file is damaged: {RESTORE}"),
+    apsw.SQLITE_NOTADB: (CorruptDatabaseError, f"the file is no SQLite database: check the path, or {RESTORE}"),
+    apsw.SQLITE_CANTOPEN: (
+        DatabaseError,
+        "a file of the database can't be opened: check that it is there, its permissions and those of its directory",
+    ),
+    apsw.SQLITE_CANTOPEN_SYMLINK: (
+        InsecureFileError,
+        "a symbolic link is in the place of a file of the database: remove it",
+    ),
+    apsw.SQLITE_IOERR: (
+        DatabaseIOError,
+        "the operating system failed to read or write the database: check the disk and the system's log",
+    ),
+    apsw.SQLITE_IOERR_NOMEM: (DatabaseError, "SQLite ran out of memory"),
+    apsw.SQLITE_IOERR_CORRUPTFS: (
+        CorruptDatabaseError,
+        f"the file system is damaged: check it; {RESTORE}",
+    ),
+    apsw.SQLITE_IOERR_SHORT_READ: (
+        CorruptDatabaseError,
+        f"the database file or its log ends too early: {RESTORE}",
+    ),
+    apsw.SQLITE_NOLFS: (DatabaseIOError, "the file is larger than this system can handle"),
+    apsw.SQLITE_NOMEM: (DatabaseError, "SQLite ran out of memory"),
+    apsw.SQLITE_CONSTRAINT: (
+        ConflictError,
+        "a constraint of the database refused the change: a duplicate, a missing reference or a value out of range",
+    ),
+    apsw.SQLITE_INTERRUPT: (DatabaseError, "the statement was interrupted"),
+    apsw.SQLITE_TOOBIG: (InvalidArgumentError, "a value is too large for the database"),
+}
+
+
+# What apsw and Python raise before SQLite has seen a statement, or after SQLite has answered.
+_DRIVER_FAULTS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
+    apsw.ConnectionClosedError: (DatabaseClosedError, "the database was closed: open it again"),
+    apsw.CursorClosedError: (DatabaseClosedError, "the database was closed: open it again"),
+    UnicodeDecodeError: (CorruptDatabaseError, f"a stored text is not UTF-8: the database is damaged, {RESTORE}"),
+    UnicodeEncodeError: (InvalidArgumentError, "a text holds half of a surrogate pair, which UTF-8 can't encode"),
+    OverflowError: (InvalidArgumentError, "a number is outside of 64 bits"),
+}
+
+
+def sqlite_error(error: BaseException) -> HomeAgentError:
+    """Return homeagent's error for an exception of apsw, chosen by SQLite's extended result code.
+
+    Args:
+        error: the driver's exception.
+    """
+    code = getattr(error, "extendedresult", None)
+    if code is None:
+        if isinstance(error, UnicodeError):
+            # Python's exception holds the text, and SQLAlchemy keeps the exception as the cause.
+            error.args = ()
+            error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
+        for kind, fault in _DRIVER_FAULTS.items():
+            if isinstance(error, kind):
+                return fault[0](fault[1])
+        return DatabaseError(f"the SQLite driver refused the statement ({type(error).__name__})")
+    found = _SQLITE_ERRORS.get(code) or _SQLITE_ERRORS.get(code & 0xFF)
+    kind, message = found or (DatabaseError, "SQLite refused the statement")
+    return kind(f"{message} [{sqlite_code_name(error)}]")
+
+
+def sqlite_code(error: BaseException) -> int:
+    """Return SQLite's primary result code of an error, or 0 if the error is not SQLite's."""
+    return int(getattr(error, "extendedresult", None) or 0) & 0xFF
+
+
+def sqlite_code_name(error: BaseException) -> str:
+    """Return the name of SQLite's extended result code of an error, such as `SQLITE_IOERR_READ`."""
+    code = int(getattr(error, "extendedresult", None) or apsw.SQLITE_ERROR)
+    names = apsw.mapping_extended_result_codes, apsw.mapping_result_codes
+    return str(names[0].get(code) or names[1].get(code & 0xFF, "SQLITE_ERROR"))
+
+
+def postgresql_error(error: BaseException) -> HomeAgentError:
+    """Return ours for an exception of psycopg, told apart by its SQLSTATE.
+
+    Args:
+        error: the driver's exception.
+
+    Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
+    """
+    state = getattr(error, "sqlstate", None)
+    if state is None:
+        # Refused, reset or closed: psycopg has no SQLSTATE where no server answered.
+        return ConnectionLostError("the PostgreSQL server can't be reached or went away: check it, then run again")
+    label = f" [SQLSTATE {state}]"
+    if state in {"40001", "40P01"}:
+        return TransientError("the unit met another one (serialization failure or deadlock): run it again" + label)
+    if state in {"55P03", "57014"}:
+        busy = TransientError("a lock was not given in time: run the unit again" + label)
+        busy.sqlstate = state
+        return busy
+    if state.startswith("08") or state in {"57P01", "57P02", "57P03"}:
+        return ConnectionLostError("the PostgreSQL server closed the connection or is starting: run again" + label)
+    if state in {"25006", "42501"}:
+        return ReadOnlyError("the database can't be written: a read-only unit, server or role" + label)
+    if state in {"53100", "53400"}:
+        return DiskFullError("the PostgreSQL server has no room to write: make some, then run the unit again" + label)
+    if state.startswith("53"):
+        return TransientError("the PostgreSQL server has no connection or memory left: lower the pools" + label)
+    if state.startswith("23"):
+        return ConflictError(
+            "a constraint of the database refused the change: a duplicate, a missing reference or a value out of range"
+            + label
+        )
+    if state in {"XX001", "XX002"}:
+        return CorruptDatabaseError("the PostgreSQL server reports damaged data: restore it from a backup" + label)
+    return DatabaseError("PostgreSQL refused the statement" + label)
+
+
+@contextmanager
+def translated(driver_errors: tuple[type[BaseException], ...], translate: Translate) -> Iterator[None]:
+    """Raise ours instead of the driver's exception, with nothing of the driver's in its chain."""
+    fault: Any = None
+    try:
+        yield
+    except driver_errors as error:
+        fault = translate(error)
+    if fault is not None:
+        raise fault

@@ -1,0 +1,162 @@
+"""The directory of a database: made private where it is missing, reported where others can do harm in it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import sys
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+from homeagent.engine.files.owners import give_to_owner, is_replaceable, refuse_replaceable
+from homeagent.engine.files.permissions import DIRECTORY_MODE, change_mode, modes_not_kept, unguarded
+from homeagent.engine.files.sync import fsync_directory
+from homeagent.engine.files.system_errors import explained, quoted
+from homeagent.errors import InvalidArgumentError
+
+__all__ = ["DirectoryReport", "prepare_directory"]
+
+logger = logging.getLogger("homeagent")
+
+
+class DirectoryReport(NamedTuple):
+    """A directory as it was found or made.
+
+    Attributes:
+        path: the directory.
+        made: the directories that were made now, outermost first; empty where all existed.
+        mode: its permission bits, sticky bit included.
+        uid: its owner; 0 on Windows.
+        listable: whether others may see the names in it, though not the files' content.
+        problem: why its files are not safe from other users, with the remedy; None where they are.
+    """
+
+    path: Path
+    made: tuple[Path, ...]
+    mode: int
+    uid: int
+    listable: bool
+    problem: str | None
+
+
+_reported: set[Path] = set()
+_reported_lock = threading.Lock()
+
+
+def prepare_directory(directory: Path) -> DirectoryReport:
+    """Make a directory for the database where it is missing, and report what others could do to one that exists.
+
+    What is made is 0700 under any umask, missing parents included, and belongs to the owner of its parent if root makes
+    it. What exists is left as it is, since somebody chose its mode and other programs may rely on it: the first time
+    that it is found unsafe, the logger `homeagent` is warned.
+
+    Raises:
+        InvalidArgumentError: a component of the path is no directory.
+        InsecureFileError: the file system does not keep modes; or the process runs as root, and other users can replace
+            files in the directory.
+        DatabaseError: it can't be made or looked into; `ReadOnlyError` and `DiskFullError` where that is why.
+    """
+    made: list[Path] = []
+    for step in _missing_directories(directory):
+        with explained("make the directory", step):
+            try:
+                step.mkdir(DIRECTORY_MODE)
+            except FileExistsError:
+                continue  # another process was first, or a link leads nowhere: found out below
+            if sys.platform != "win32" and not _is_private_directory(step):
+                change_mode(step, DIRECTORY_MODE)  # a umask may take bits from the owner too
+                if not _is_private_directory(step):
+                    raise modes_not_kept(step)
+            _give_to_parents_owner(step)
+        made.append(step)
+        fsync_directory(step.parent)
+    with explained("look into the directory", directory):
+        try:
+            status = directory.stat()
+        except FileNotFoundError:
+            raise InvalidArgumentError(
+                f"{quoted(directory)} is a link that leads nowhere: remove it, or name another directory"
+            ) from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise InvalidArgumentError(f"{quoted(directory)} is a file: name a directory")
+    report = DirectoryReport(
+        path=directory,
+        made=tuple(made),
+        mode=stat.S_IMODE(status.st_mode),
+        uid=status.st_uid,
+        listable=sys.platform != "win32" and bool(status.st_mode & 0o044),
+        problem=_directory_problem(directory, status),
+    )
+    problem = report.problem or unguarded()
+    if problem is not None:
+        with _reported_lock:
+            is_news = directory not in _reported
+            _reported.add(directory)
+        if is_news:
+            logger.warning("%s", problem, extra={"event": "directory_unsafe", "path": str(directory)})
+    return report
+
+
+def _missing_directories(directory: Path) -> list[Path]:
+    """Return what has to be made, outermost first."""
+    missing: list[Path] = []
+    for candidate in (directory, *directory.parents):
+        with explained("look into the directory", candidate):
+            try:
+                status = candidate.stat()
+            except FileNotFoundError:
+                missing.append(candidate)
+                continue
+            except NotADirectoryError:
+                continue  # a parent is a file: the walk gets to it, and names it
+        if not stat.S_ISDIR(status.st_mode):
+            raise InvalidArgumentError(f"{quoted(candidate)} is a file, not a directory: name another path")
+        refuse_replaceable(candidate)
+        break
+    return missing[::-1]
+
+
+def _give_to_parents_owner(made: Path) -> None:
+    """Give a directory that root created to the owner of its parent."""
+    if sys.platform == "win32" or os.geteuid() != 0:
+        return
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    # Through the parent's descriptor: its owner could put a link to another directory in the place of either of them.
+    # A directory that is empty gives that user nothing, even if it is not the one that was made.
+    parent = os.open(made.parent, flags)
+    try:
+        descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)
+        try:
+            if not os.listdir(descriptor):
+                give_to_owner(descriptor, parent)
+        finally:
+            os.close(descriptor)
+    finally:
+        os.close(parent)
+
+
+def _is_private_directory(directory: Path) -> bool:
+    return os.lstat(directory).st_mode & 0o777 == DIRECTORY_MODE  # a set-group-id bit may come from the parent
+
+
+def _directory_problem(directory: Path, status: os.stat_result) -> str | None:
+    if sys.platform == "win32":
+        return None
+    if status.st_uid not in (0, os.geteuid()):
+        return (
+            f"the directory {quoted(directory)} belongs to user {status.st_uid}, who can replace the database: "
+            "keep it in a directory of your own"
+        )
+    if is_replaceable(status):
+        return (
+            f"the directory {quoted(directory)} has mode {stat.S_IMODE(status.st_mode):04o}, so others can replace "
+            f"the database: chmod go-w {quoted(directory)}"
+        )
+    if status.st_mode & 0o022:
+        return (
+            f"the directory {quoted(directory)} has mode {stat.S_IMODE(status.st_mode):04o}, so other users can put "
+            "files next to the database: keep it in a directory of your own"
+        )
+    return None

@@ -1,0 +1,182 @@
+"""Whether a database's files are still the ones that were opened.
+
+A file that is deleted or replaced under an open connection lives on without a name: SQLite would go on reading and
+writing it, and all of that would be gone with the process (https://sqlite.org/howtocorrupt.html, section 4). SQLite
+looks before it writes a rollback journal, and not at all in write-ahead-log mode.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from homeagent.engine.files.database_file import identity_of, sidecars
+from homeagent.engine.files.system_errors import explained, quoted
+from homeagent.errors import CorruptDatabaseError, DatabaseMovedError
+
+__all__ = ["FileIdentityCheck"]
+
+Identity = tuple[int, int]
+
+# A unit that only reads, or that may be lost at a power cut anyway, may act on what is this old, in seconds. A look
+# takes some microseconds, and a unit not many more.
+_INTERVAL = 0.01
+
+# Where a file of no more bytes was a database, it was emptied.
+_NO_CONTENT = 0
+
+
+class FileIdentityCheck:
+    """Watches the file of one open database, its log and the log's index.
+
+    Args:
+        path: the file, which need not exist yet.
+        strict: whether every commit looks, and not only the first one in ten milliseconds.
+        monotonic: the clock to measure that with, in seconds.
+        on_moved: is called before DatabaseMovedError is raised.
+
+    Attributes:
+        monotonic: that clock.
+        due: from when on by it the last look is too old. Who begins a unit compares for himself, which takes less
+            than a call, and calls `after_begin` then.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        strict: bool,
+        monotonic: Callable[[], float] = time.monotonic,
+        on_moved: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._on_moved = on_moved
+        self._path = path
+        self._strict = strict
+        self.monotonic = monotonic
+        # As text: to turn a path into text costs as much as to look at it.
+        self._name = str(path)
+        self._beside = [str(each) for each in sidecars(path)[:2]]
+        self._identity: Identity | None = None
+        self._known: dict[str, Identity] = {}
+        self.due = 0.0
+        self.marked_corrupt: str | None = None
+        """Why nothing of this database is to be used any more: its content was found to be damaged."""
+
+    @property
+    def identity(self) -> tuple[int, int] | None:
+        """Which file was opened; None before the first connection."""
+        return self._identity
+
+    def before_connect(self) -> None:
+        """Look before a connection is opened.
+
+        Raises:
+            DatabaseMovedError: another file has the name now, or none.
+        """
+        self._look(beside=False)
+
+    def connected(self) -> None:
+        """Say that a connection was opened; the first one decides which file it is.
+
+        Raises:
+            DatabaseMovedError: another file has the name now.
+        """
+        if self._identity is None:
+            status = self._status(self._name)
+            self._identity = None if status is None else identity_of(status)
+        else:
+            self._look(beside=False)
+
+    def disconnected(self) -> None:
+        """Say that a connection was closed. Where it was the last one, SQLite may make the files beside anew."""
+        self._known = {}
+
+    def after_begin(self) -> None:
+        """Look, since the last look is too old. A connection that has begun holds the files beside the database.
+
+        Raises:
+            DatabaseMovedError: the file, its log or the log's index is gone, or is another one.
+            CorruptDatabaseError: it was condemned.
+        """
+        self._look()
+
+    def before_commit(self) -> None:
+        """Look, always where a commit must be durable: what is acknowledged was in the file that has the name.
+
+        Raises:
+            DatabaseMovedError: as in `after_begin`.
+        """
+        if self.monotonic() >= self.due:
+            self._look()
+        elif self._strict:
+            self._look(beside=False)
+
+    def find_moved(self, *, beside: bool = False) -> DatabaseMovedError | None:
+        """Return what is wrong with the files' names, None where all is well.
+
+        Args:
+            beside: whether to check the log and its index too.
+        """
+        try:
+            self._look(beside=beside)
+        except DatabaseMovedError as moved:
+            return moved
+        except CorruptDatabaseError:
+            pass  # condemned before: what is asked here is another question
+        return None
+
+    def _look(self, *, beside: bool = True) -> None:
+        try:
+            self._compare(beside=beside)
+        except DatabaseMovedError:
+            self._on_moved()
+            raise
+
+    def _compare(self, *, beside: bool) -> None:
+        # Where this look finds fault, so does the next one.
+        due, self.due = self.due, 0.0
+        if self.marked_corrupt is not None:
+            raise CorruptDatabaseError(self.marked_corrupt)
+        if self._identity is None:
+            return
+        status = self._status(self._name)
+        if status is None:
+            raise DatabaseMovedError(
+                f"{quoted(self._path)} was deleted or moved away while it was open: put the same file back, or stop "
+                "and restore a backup. While this process runs, /proc/PID/fd still leads to what was in it"
+            )
+        if identity_of(status) != self._identity:
+            raise DatabaseMovedError(
+                f"{quoted(self._path)} was replaced by another file while it was open: open the database again if "
+                "that is meant to be it, or put the one that was there back"
+            )
+        if status.st_size == _NO_CONTENT:
+            raise DatabaseMovedError(f"{quoted(self._path)} was emptied while it was open: stop, and restore a backup")
+        if not beside:
+            self.due = due
+            return
+        for name in self._beside:
+            status = self._status(name)
+            known = self._known.get(name)
+            found = None if status is None else identity_of(status)
+            if known is None:
+                if found is not None:
+                    self._known[name] = found
+            elif found != known:
+                raise DatabaseMovedError(
+                    f"{quoted(Path(name))} was deleted or replaced while the database was open: stop, and restore a "
+                    "backup. While this process runs, /proc/PID/fd still leads to the log that it had"
+                )
+        self.due = self.monotonic() + _INTERVAL
+
+    @staticmethod
+    def _status(name: str) -> os.stat_result | None:
+        try:
+            return os.lstat(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:
+            with explained("look at", Path(name)):
+                raise

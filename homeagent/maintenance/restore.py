@@ -1,0 +1,313 @@
+"""Restore: a backup is checked, brought up to date and put in the place of the database, which is kept aside.
+
+What was consumed, revoked or finished since the backup was taken is not in it. So a restore begins a new epoch, and
+writes down when: the replay guard refuses what may have been consumed before that.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import URL
+
+from homeagent.engine.files.database_file import (
+    judge_file,
+    locate_file,
+    look_at,
+    refuse_insecure,
+    secure_sidecars,
+)
+from homeagent.engine.files.directories import prepare_directory
+from homeagent.engine.files.filesystems import refuse_network_filesystem
+from homeagent.engine.files.locks import FileLock
+from homeagent.engine.files.owners import backup_owners
+from homeagent.engine.files.system_errors import quoted
+from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path, sidecar_lock
+from homeagent.engine.sqlite.in_use import alone, in_use_path, kept_from_sqlite
+from homeagent.engine.sqlite.manifests import Manifest, read_manifest
+from homeagent.engine.sqlite.replacement import epoch_of_marker, quarantine_path, replace_database
+from homeagent.engine.target import refuse_address, resolve_target
+from homeagent.errors import (
+    CorruptDatabaseError,
+    DatabaseBusyError,
+    ForeignDatabaseError,
+    InvalidArgumentError,
+)
+from homeagent.maintenance.previous_state import read_previous_state
+from homeagent.maintenance.staging import SQLITE_HEADER, Devices, damaged, header_of, is_homeagent_database, stage
+from homeagent.models.types import check_timestamp, check_wait
+
+if TYPE_CHECKING:
+    from homeagent.clock import Clock
+
+__all__ = ["RestoreReport", "restore"]
+
+logger = logging.getLogger("homeagent")
+
+
+class RestoreReport(BaseModel):
+    """What a restore did.
+
+    Attributes:
+        database: the file that holds the backup's data now.
+        backup: where that came from; it is as it was.
+        kept_aside: the database that was there before, with its -wal and -shm beside it under the same name; None
+            where there was none.
+        taken_at: when the backup was taken; None without a manifest.
+        epoch: the store's epoch from now on.
+        restored_at: when it began.
+        upgraded_from: the schema revision of the backup, where it was an older one than this version's.
+        schema_revision: the revision now.
+        rows: how many rows each table holds.
+        readmitted_devices: the ids of those that may enter now and could not before, or not in this role: revoked,
+            deleted, or deleted and paired anew in another role since the backup. None where the database before could
+            not be asked.
+        old_secret_devices: the ids of those whose secret is an older one again; None likewise.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    database: Path
+    backup: Path
+    kept_aside: Path | None
+    taken_at: datetime | None
+    epoch: int
+    restored_at: datetime
+    upgraded_from: str | None
+    schema_revision: str
+    rows: dict[str, int]
+    readmitted_devices: list[str] | None
+    old_secret_devices: list[str] | None
+
+
+def restore(
+    backup: str | os.PathLike[str],
+    target: str | os.PathLike[str] | URL | None,
+    *,
+    clock: Clock,
+    busy_timeout: timedelta,
+) -> RestoreReport:
+    """Put a backup in the place of a database that nobody has open, and keep what was there aside.
+
+    Args:
+        backup: the file. Its manifest beside it is believed; without one, SQLite's own checks have to do.
+        target: which database, as `Database.open` takes it; it may be damaged, or absent.
+        clock: tells when the new epoch begins. Set it right first: messages are refused by that instant.
+        busy_timeout: how long to wait for who has the target open.
+
+    Raises:
+        InsecureFileError: the backup, its manifest or the target is a link, has a second name, or belongs to a user
+            whose files are not safe (`homeagent.engine.files.owners`).
+        InvalidArgumentError: the backup is absent or is the target itself, or the target is no file's name.
+        DatabaseBusyError: somebody has the target open, or the backup.
+        CorruptDatabaseError, ForeignDatabaseError, SchemaTooNewError: the backup is damaged, another application's,
+            or of a newer version.
+        SchemaChangedError: the backup's schema was changed by hand.
+        ForeignDatabaseError: the target is another application's file.
+        DatabaseError: anything else. The target is as it was, unless the last step itself failed: then whoever opens
+            it next finishes that.
+    """
+    busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
+    database = _target(target)
+    source = _source(backup, database)
+    manifest = read_manifest(source, database)
+    with _not_in_use(source):
+        _look_at(source, database, manifest)
+        _identify_target(database)
+        prepare_directory(database.parent)
+        refuse_network_filesystem(database)
+        with alone(database, timeout=busy_timeout) as lock:
+            marker = _marker(database, busy_timeout)
+            _refuse_target(database, marker)
+            before = read_previous_state(database)
+            known_epoch = max(epoch_of_marker(marker), before.epoch)
+            with kept_from_sqlite(database):
+                there_was_one = os.path.lexists(database)
+                restored_at = _now(clock, manifest)
+                stamp = _free_stamp(database, restored_at)
+                staged = stage(source, manifest, database, stamp, restored_at=restored_at, known_epoch=known_epoch)
+                replace_database(lock, database, stamp=stamp, epoch=staged.epoch, timeout=busy_timeout)
+    logger.info(
+        "%s was restored from %s: epoch %d begins",
+        database,
+        source,
+        staged.epoch,
+        extra={"event": "restored", "path": str(database), "backup": str(source), "epoch": staged.epoch},
+    )
+    return RestoreReport(
+        database=database,
+        backup=source,
+        kept_aside=quarantine_path(database, stamp) if there_was_one else None,
+        taken_at=None if manifest is None else manifest.taken_at,
+        epoch=staged.epoch,
+        restored_at=restored_at,
+        upgraded_from=staged.upgraded_from,
+        schema_revision=staged.revision,
+        rows=staged.rows,
+        readmitted_devices=_readmitted(before.devices, staged.devices),
+        old_secret_devices=_with_old_secret(before.devices, staged.devices),
+    )
+
+
+_NOBODY = (None, "")
+
+
+def _readmitted(before: Devices | None, now: Devices) -> list[str] | None:
+    if before is None:
+        return None
+    return sorted(name for name, (role, _) in now.items() if role not in (None, before.get(name, _NOBODY)[0]))
+
+
+def _with_old_secret(before: Devices | None, now: Devices) -> list[str] | None:
+    if before is None:
+        return None
+    both = [name for name, (role, _) in now.items() if role and before.get(name, _NOBODY)[0]]
+    return sorted(name for name in both if now[name][1] != before[name][1])
+
+
+# What is named
+
+
+def _target(target: str | os.PathLike[str] | URL | None) -> Path:
+    where = resolve_target(target)
+    if where.url is not None:
+        raise InvalidArgumentError(
+            "a PostgreSQL database is restored with its own tools, pg_restore or a base backup and the archive of its "
+            "write-ahead log; see docs/operations.md for what must follow"
+        )
+    if where.path is None:
+        raise InvalidArgumentError("a temporary database ends when it is closed: name the file to restore to")
+    return where.path
+
+
+def _source(backup: str | os.PathLike[str], database: Path) -> Path:
+    refuse_address(backup)
+    source = locate_file(backup)
+    status = look_at(source)
+    if status is None:
+        raise InvalidArgumentError(f"there is no {quoted(source)}: name the backup to restore")
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):
+        raise InvalidArgumentError(f"{quoted(source)} is no file: name the backup to restore")
+    refuse_insecure(source, status, backup_owners(database))
+    if os.path.lexists(database) and source.samefile(database):
+        raise InvalidArgumentError(f"{quoted(source)} is the database itself: name one of its backups")
+    return source
+
+
+@contextmanager
+def _not_in_use(source: Path) -> Iterator[None]:
+    """Refuse a file that is open anywhere, and keep ours from opening it while its bytes are read.
+
+    Bytes are never read of a file that this process has open through SQLite: that would drop SQLite's locks.
+    """
+    lock: FileLock | None = None
+    if os.path.lexists(in_use_path(source)):
+        # Beside a database in a snapshot of a disk, which can only be read.
+        lock = FileLock(in_use_path(source), timeout=timedelta(0), writable=False)
+    try:
+        if lock is not None:
+            lock.acquire()
+    except DatabaseBusyError:
+        raise DatabaseBusyError(
+            f"{quoted(source)} is open: close it first, or make a backup of it and restore that"
+        ) from None
+    try:
+        if os.access(source, os.W_OK):  # on a medium that can only be read nobody changes it
+            with kept_from_sqlite(source):
+                pass
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _look_at(source: Path, database: Path, manifest: Manifest | None) -> None:
+    """Refuse what can't be a backup of ours, before anything is made."""
+    header = header_of(source, database)
+    size = source.stat().st_size
+    if manifest is not None and manifest.size != size:
+        raise damaged(source, f"it has {size:,} bytes and its manifest says {manifest.size:,}")
+    if not header.startswith(SQLITE_HEADER):
+        raise damaged(source, "it is no SQLite database")
+    if not is_homeagent_database(header):
+        raise ForeignDatabaseError(
+            f"{quoted(source)} is another application's SQLite database: name a backup of this one; nothing was changed"
+        )
+
+
+# What is there
+
+
+def _marker(database: Path, timeout: timedelta) -> str | None:
+    # Held for this look alone: who makes or upgrades a database passes the presence lock first.
+    with sidecar_lock(database, timeout=timeout) as lock:
+        return lock.read_marker()
+
+
+def _identify_target(database: Path) -> None:
+    """Refuse another application's file before a lock file is made next to it."""
+    state = judge_file(database, is_database=False, repair=False)
+    if state is None or state.is_empty or any(map(_has_content, (lock_path(database), in_use_path(database)))):
+        return  # a marker says that a database of ours was made, or a restore begun: `_refuse_target` reads it
+    # Another thread may have it open, so its bytes are read through SQLite.
+    engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
+    try:
+        engine.refuse_foreign()
+    except (CorruptDatabaseError, ForeignDatabaseError):
+        raise _not_homeagent(database) from None
+    finally:
+        engine.close()
+
+
+def _has_content(path: Path) -> bool:
+    status = look_at(path)
+    return status is not None and status.st_size > 0
+
+
+def _refuse_target(database: Path, marker: str | None) -> None:
+    state = judge_file(database, is_database=False, repair=False)
+    # Where the marker says that a database of ours was made, what is there now is what is left of it.
+    if (
+        state is not None
+        and not state.is_empty
+        and marker is None
+        and not is_homeagent_database(header_of(database, database))
+    ):
+        raise _not_homeagent(database)
+    judge_file(database, is_database=False)
+    secure_sidecars(database)
+
+
+def _not_homeagent(database: Path) -> ForeignDatabaseError:
+    return ForeignDatabaseError(
+        f"{quoted(database)} is no database of this application, or damaged beyond recognition: name another "
+        "path, or move it away first; nothing was changed"
+    )
+
+
+def _now(clock: Clock, manifest: Manifest | None) -> datetime:
+    now = check_timestamp(clock(), "the clock's instant")
+    if manifest is not None and now < manifest.taken_at:
+        logger.warning(
+            "the clock says %s, before the backup was taken (%s): where it is wrong, set it and restore once more",
+            now.isoformat(timespec="seconds"),
+            manifest.taken_at.isoformat(timespec="seconds"),
+            extra={"event": "clock_before_backup", "seconds": (manifest.taken_at - now).total_seconds()},
+        )
+    return now
+
+
+def _free_stamp(database: Path, now: datetime) -> str:
+    stamp = now.strftime("%Y%m%dT%H%M%S%fZ")
+    number = 1
+    while os.path.lexists(quarantine_path(database, free := stamp if number == 1 else f"{stamp}_{number}")):
+        number += 1
+    return free

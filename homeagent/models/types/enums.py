@@ -1,0 +1,75 @@
+"""Small closed types: the members of an enumeration, and true and false."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Dialect, Integer, Text
+from sqlalchemy.types import TypeDecorator
+
+from homeagent.models.types.stored_values import loaded
+
+__all__ = ["EnumColumn", "FlagColumn"]
+
+
+class EnumColumn(TypeDecorator[StrEnum]):
+    """A member of a StrEnum as the text of its value; a plain Enum column would hold the member's name.
+
+    Args:
+        kind: the StrEnum. A stored text that is none of its values is refused, though the CHECK keeps it out.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, kind: type[StrEnum]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.loaded_values = {member.value: member for member in kind}
+        # A member equals its text, and finds it here.
+        self.convert_bound = {member.value: member.value for member in kind}.__getitem__
+
+    def process_bind_param(self, value: StrEnum | None, dialect: Dialect) -> str | None:
+        """Return the member's value."""
+        return None if value is None else self.kind(value).value
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> StrEnum | None:
+        """Return the member that has this value."""
+        return None if value is None else loaded(self.loaded_values.__getitem__, value)
+
+
+class _Flags(dict[Any, bool]):
+    def __init__(self, *, otherwise: bool) -> None:
+        super().__init__({0: False, 1: True})
+        self._otherwise = otherwise
+
+    def __missing__(self, stored: object) -> bool:
+        return self._otherwise
+
+
+class FlagColumn(TypeDecorator[bool]):
+    """A bool as INTEGER 0 or 1; a plain bool column would be declared BOOLEAN.
+
+    Args:
+        otherwise: what any other stored value counts as, such as text, a BLOB or 2, which only another program
+            writes: the safe one of the two.
+    """
+
+    impl = Integer
+    cache_ok = True
+
+    def __init__(self, *, otherwise: bool = False) -> None:
+        super().__init__()
+        self.otherwise = otherwise
+        self.loaded_values = _Flags(otherwise=otherwise)
+
+    def process_bind_param(self, value: bool | None, dialect: Dialect) -> int | None:
+        """Return 1 or 0."""
+        return None if value is None else int(value)
+
+    def process_result_value(self, value: object, dialect: Dialect) -> bool | None:
+        """Return True for 1, False for 0, and `otherwise` for any other stored value."""
+        return None if value is None else self.loaded_values[value]
+
+    convert_bound = int

@@ -1,0 +1,643 @@
+"""The database's files: how they are found, judged, repaired, refused, made and swapped."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from homeagent.engine.files import database_file as files
+from homeagent.engine.files import sync
+from homeagent.engine.files.database_file import (
+    atomic_replace,
+    create_file,
+    inspect_file,
+    locate_file,
+    refuse_orphaned_log,
+    secure_sidecars,
+    sidecars,
+)
+from homeagent.engine.files.directories import prepare_directory
+from homeagent.engine.files.filesystems import refuse_network_filesystem
+from homeagent.engine.files.sync import fsync_directory
+from homeagent.errors import (
+    CorruptDatabaseError,
+    DatabaseError,
+    DiskFullError,
+    InsecureFileError,
+    InvalidArgumentError,
+    ReadOnlyError,
+    TooManyFilesError,
+)
+from tests.engine.files.conftest import (
+    DATABASE,
+    NOBODY,
+    NOT_A_FILE_OF_OURS,
+    UNPRIVILEGED,
+    dangling_symlink,
+    directory,
+    fifo,
+    hard_link,
+    make,
+    mode_of,
+    needs_root,
+    run,
+    snapshot,
+    symlink,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="owners, modes and flock are POSIX")
+
+
+class TestPaths:
+    def test_home_is_expanded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`~` is the caller's home."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert locate_file("~/.homeagent/homeagent.db") == tmp_path.resolve() / ".homeagent" / "homeagent.db"
+
+    def test_relative_path_becomes_absolute(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A later change of the working directory does not lead to another file."""
+        monkeypatch.chdir(tmp_path)
+        assert locate_file(Path("data/../homeagent.db")) == tmp_path.resolve() / "homeagent.db"
+
+    def test_linked_directory_is_followed_and_a_linked_file_is_not(self, tmp_path: Path) -> None:
+        """Two ways to one file give one path, while a link in the file's own place stays visible."""
+        (tmp_path / "real").mkdir()
+        (tmp_path / "linked").symlink_to(tmp_path / "real")
+        (tmp_path / "real" / "a.db").symlink_to(tmp_path / "elsewhere.db")
+        assert locate_file(tmp_path / "linked" / "a.db") == tmp_path.resolve() / "real" / "a.db"
+
+    @pytest.mark.parametrize(
+        "path",
+        ["", "a\0b.db", "~nobody-of-this-name/a.db", "\ud800.db", os.fsdecode(b"\xff.db"), os.fsdecode(b"\xff/a.db")],
+        ids=["empty", "nul", "user", "surrogate", "not UTF-8", "directory not UTF-8"],
+    )
+    def test_path_that_names_no_file_is_refused(self, path: str) -> None:
+        """What can't be a file name is a bad argument, not an error from somewhere below."""
+        with pytest.raises(InvalidArgumentError):
+            locate_file(path)
+
+    def test_link_to_a_directory_whose_name_is_not_utf8_is_refused(self, tmp_path: Path) -> None:
+        """Neither a manifest nor a report could name the file: that is told at once, not at the first backup."""
+        (tmp_path / "\udcff").mkdir()
+        (tmp_path / "linked").symlink_to(tmp_path / "\udcff")
+        with pytest.raises(InvalidArgumentError, match="leads where none is"):
+            locate_file(tmp_path / "linked" / "a.db")
+
+    def test_circle_of_links_is_refused_when_it_is_used(self, tmp_path: Path) -> None:
+        """Directories that link to each other end in an error that names them, on every Python."""
+        (tmp_path / "a").symlink_to(tmp_path / "b")
+        (tmp_path / "b").symlink_to(tmp_path / "a")
+        path = locate_file(tmp_path / "a" / "homeagent.db")
+        with pytest.raises(InsecureFileError, match="circle"):
+            inspect_file(path)
+        with pytest.raises(InsecureFileError, match="circle"):
+            prepare_directory(path.parent)
+
+    def test_sidecars_lie_beside_the_database(self) -> None:
+        """SQLite puts its suffixes after the whole name, dots included."""
+        assert sidecars(Path("/data/a.b.db")) == [
+            Path("/data/a.b.db-wal"),
+            Path("/data/a.b.db-shm"),
+            Path("/data/a.b.db-journal"),
+        ]
+
+
+class TestInspecting:
+    def test_absent_file(self, database_file: Path) -> None:
+        """No file is None, and looking for it makes none."""
+        assert inspect_file(database_file) is None
+        assert list(database_file.parent.iterdir()) == []
+
+    def test_empty_file(self, database_file: Path) -> None:
+        """A file without a byte is a database that was created and never initialised."""
+        state = inspect_file(make(database_file, b""))
+        assert state is not None
+        assert state.is_empty
+        assert state.size == 0
+
+    def test_present_file(self, database_file: Path) -> None:
+        """A private file of at least one page is told by its size, owner and identity, and not touched."""
+        status = make(database_file).lstat()
+        before = snapshot(database_file.parent)
+        state = inspect_file(database_file)
+        assert state is not None
+        assert not state.is_empty
+        assert (state.path, state.size, state.mode, state.uid) == (database_file, 512, 0o600, os.geteuid())
+        assert (state.device, state.inode, state.repaired_from) == (status.st_dev, status.st_ino, None)
+        assert snapshot(database_file.parent) == before
+
+    @pytest.mark.parametrize(("put", "error", "words"), NOT_A_FILE_OF_OURS)
+    def test_what_is_no_file_of_ours_is_refused(
+        self, database_file: Path, put: Callable[[Path], None], error: type[DatabaseError], words: str
+    ) -> None:
+        """Links, second names and what is no regular file are refused by name, and nothing changes."""
+        put(database_file)
+        before = snapshot(database_file.parent)
+        with pytest.raises(error, match=words) as refusal:
+            inspect_file(database_file)
+        assert str(database_file) in str(refusal.value)
+        assert snapshot(database_file.parent) == before
+
+    @pytest.mark.parametrize("size", [1, 100, 511])
+    def test_too_short_file_is_corrupt(self, database_file: Path, size: int, caplog: pytest.LogCaptureFixture) -> None:
+        """What SQLite would take for an empty file is refused, its loose mode left for whoever looks into it."""
+        make(database_file, b"x" * size, mode=0o644)
+        before = snapshot(database_file.parent)
+        with pytest.raises(CorruptDatabaseError, match=f"{size} bytes.*restore a backup"):
+            inspect_file(database_file)
+        assert snapshot(database_file.parent) == before
+        assert caplog.records == []
+
+    @pytest.mark.parametrize(
+        ("content", "mode", "repaired"),
+        [
+            (DATABASE, 0o644, 0o600),
+            (DATABASE, 0o666, 0o600),
+            (DATABASE, 0o640, 0o600),
+            (DATABASE, 0o700, 0o600),
+            (DATABASE, 0o4600, 0o600),
+            (DATABASE, 0o444, 0o400),
+            (b"", 0o644, 0o600),
+            (b"", 0o000, 0o600),  # its maker was killed under a umask of 0777
+        ],
+    )
+    def test_loose_mode_is_repaired_with_a_warning(
+        self, database_file: Path, content: bytes, mode: int, repaired: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Others lose what they could do with our file; the log names the file and both modes."""
+        make(database_file, content, mode)
+        before = database_file.lstat()
+        state = inspect_file(database_file)
+        assert state is not None
+        assert (state.mode, state.repaired_from) == (repaired, mode)
+        assert mode_of(database_file) == repaired
+        assert database_file.lstat().st_mtime_ns == before.st_mtime_ns
+        [record] = caplog.records
+        assert (record.name, record.levelno) == ("homeagent", logging.WARNING)
+        for words in (str(database_file), f"{mode:04o}", f"{repaired:04o}"):
+            assert words in record.getMessage()
+        again = inspect_file(database_file)
+        assert again is not None
+        assert again.repaired_from is None
+        assert len(caplog.records) == 1
+
+    @pytest.mark.parametrize("mode", [0o600, 0o400])
+    def test_tight_mode_is_kept(self, database_file: Path, mode: int, caplog: pytest.LogCaptureFixture) -> None:
+        """A database that may only be read stays so."""
+        make(database_file, mode=mode)
+        state = inspect_file(database_file)
+        assert state is not None
+        assert (state.mode, state.repaired_from) == (mode, None)
+        assert mode_of(database_file) == mode
+        assert caplog.records == []
+
+    def test_file_of_another_user_is_refused(self) -> None:
+        """An unprivileged program refuses a file that it does not own, though it could read it."""
+        output = run(
+            """
+            from pathlib import Path
+            from homeagent.engine.files.database_file import inspect_file
+            from homeagent.errors import InsecureFileError
+            """,
+            UNPRIVILEGED,
+            """
+            try:
+                inspect_file(Path("/etc/passwd"))
+            except InsecureFileError as error:
+                print(error)
+            """,
+        )
+        assert "'/etc/passwd' belongs to user 0" in output
+        assert "chown" in output
+
+    @needs_root
+    @pytest.mark.parametrize("mode", [0o600, 0o400])
+    def test_superuser_may_open_a_private_file_of_another(self, database_file: Path, mode: int) -> None:
+        """An administrator can look at a database in a user's own directory, which stays that user's."""
+        os.chown(make(database_file, mode=mode), NOBODY, NOBODY)
+        os.chown(database_file.parent, NOBODY, NOBODY)
+        before = snapshot(database_file.parent)
+        state = inspect_file(database_file)
+        assert state is not None
+        assert (state.uid, state.mode) == (NOBODY, mode)
+        assert snapshot(database_file.parent) == before
+
+    @needs_root
+    def test_superuser_refuses_a_file_that_another_user_put_there(self, database_file: Path) -> None:
+        """A private file of a user who does not own the directory is refused, and the error says what to do."""
+        os.chown(make(database_file), NOBODY, NOBODY)
+        before = snapshot(database_file.parent)
+        with pytest.raises(InsecureFileError, match=f"belongs to user {NOBODY}, .* move it away; .* chown it to 0"):
+            inspect_file(database_file)
+        assert snapshot(database_file.parent) == before
+
+    @needs_root
+    def test_superuser_does_not_repair_files_of_others(self, database_file: Path) -> None:
+        """A loose file of another user is refused and keeps its mode, also for the superuser."""
+        os.chown(make(database_file, mode=0o644), NOBODY, NOBODY)
+        os.chown(database_file.parent, NOBODY, NOBODY)
+        before = snapshot(database_file.parent)
+        with pytest.raises(InsecureFileError, match=f"belongs to user {NOBODY}"):
+            inspect_file(database_file)
+        assert snapshot(database_file.parent) == before
+
+    @pytest.mark.parametrize("refusal", [None, PermissionError(errno.EPERM, "not permitted")])
+    def test_mode_that_can_not_be_changed_is_refused(
+        self, database_file: Path, monkeypatch: pytest.MonkeyPatch, refusal: OSError | None
+    ) -> None:
+        """A file system that ignores or forbids modes leaves the database open, so it is no place for it."""
+
+        def chmod(path: Path, mode: int, *, follow_symlinks: bool = True) -> None:
+            if refusal is not None:
+                raise refusal
+
+        make(database_file, mode=0o644)
+        before = snapshot(database_file.parent)
+        monkeypatch.setattr(Path, "chmod", chmod)
+        with pytest.raises(InsecureFileError, match="can't be made private"):
+            inspect_file(database_file)
+        assert snapshot(database_file.parent) == before
+
+    def test_link_put_in_place_during_the_repair_is_not_followed(
+        self, database_file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who swaps the file for a link between the look and the repair can't change the mode of what it names."""
+        victim = make(database_file.parent.parent / "victim", mode=0o644)
+        make(database_file, mode=0o644)
+        change_mode = files.change_mode
+
+        def swap(path: Path, mode: int) -> None:
+            path.unlink()
+            path.symlink_to(victim)
+            change_mode(path, mode)
+
+        monkeypatch.setattr(files, "change_mode", swap)
+        with pytest.raises(InsecureFileError, match="symbolic link"):
+            inspect_file(database_file)
+        assert mode_of(victim) == 0o644
+
+    def test_plain_chmod_serves_where_links_can_not_be_spared(
+        self, database_file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Without fchmodat's flag, as on an old C library, a loose file is repaired all the same."""
+        chmod = Path.chmod
+
+        def plain(path: Path, mode: int, *, follow_symlinks: bool = True) -> None:
+            if not follow_symlinks:
+                raise NotImplementedError
+            chmod(path, mode)
+
+        make(database_file, mode=0o644)
+        monkeypatch.setattr(Path, "chmod", plain)
+        assert inspect_file(database_file) is not None
+        assert mode_of(database_file) == 0o600
+
+    def test_file_that_keeps_changing_is_given_up(self, database_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A program that replaces the file again and again ends in an error, not in an endless loop."""
+        make(database_file, mode=0o644)
+        kept: list[Path] = []
+
+        def replace(path: Path, mode: int) -> None:
+            # The old one is kept, or its inode would be used again for the new one.
+            kept.append(path.rename(path.with_name(f"old-{len(kept)}")))
+            make(path, mode=0o644)
+
+        monkeypatch.setattr(files, "change_mode", replace)
+        with pytest.raises(DatabaseError, match="keeps being replaced"):
+            inspect_file(database_file)
+        assert 1 < len(kept) < 100
+
+
+class TestSidecars:
+    def test_none(self, database_file: Path) -> None:
+        """A database that is closed has nothing beside it."""
+        make(database_file)
+        assert secure_sidecars(database_file) == []
+
+    def test_loose_ones_are_repaired(self, database_file: Path) -> None:
+        """Each file beside the database gets its privacy, however short it is."""
+        made = [make(path, b"x", mode=0o644) for path in sidecars(database_file)]
+        states = secure_sidecars(database_file)
+        assert [state.path for state in states] == made
+        assert [mode_of(path) for path in made] == [0o600] * 3
+
+    @pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+    @pytest.mark.parametrize(("put", "error", "words"), NOT_A_FILE_OF_OURS)
+    def test_what_is_no_file_of_ours_is_refused(
+        self, database_file: Path, suffix: str, put: Callable[[Path], None], error: type[DatabaseError], words: str
+    ) -> None:
+        """SQLite would follow a link there, so what holds for the database holds for each of its files."""
+        make(database_file)
+        put(database_file.with_name(database_file.name + suffix))
+        before = snapshot(database_file.parent)
+        with pytest.raises(error, match=words):
+            secure_sidecars(database_file)
+        assert snapshot(database_file.parent) == before
+
+    def test_one_that_is_removed_meanwhile_is_absent(
+        self, database_file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another process's last connection may remove the log while it is being repaired."""
+        make(database_file)
+        make(sidecars(database_file)[0], mode=0o644)
+        change_mode = files.change_mode
+
+        def remove(path: Path, mode: int) -> None:
+            path.unlink()
+            change_mode(path, mode)
+
+        monkeypatch.setattr(files, "change_mode", remove)
+        assert secure_sidecars(database_file) == []
+
+    @pytest.mark.parametrize("journal_mode", ["delete", "wal"])
+    def test_locks_of_a_live_connection_survive_every_look(self, database_file: Path, journal_mode: str) -> None:
+        """No function opens and closes a file of SQLite's: the write lock of this process still keeps others off."""
+        with closing(sqlite3.connect(database_file, isolation_level=None)) as connection:
+            connection.execute(f"PRAGMA journal_mode={journal_mode}")
+            connection.execute("CREATE TABLE t (a)")
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("INSERT INTO t VALUES (1)")
+            for path in (database_file, *sidecars(database_file)):
+                if path.exists():
+                    path.chmod(0o644)
+            prepare_directory(database_file.parent)
+            assert inspect_file(database_file) is not None
+            assert len(secure_sidecars(database_file)) == (2 if journal_mode == "wal" else 1)
+            assert create_file(database_file) is False
+            refuse_orphaned_log(database_file)
+            refuse_network_filesystem(database_file)
+            fsync_directory(database_file.parent)
+            output = run(
+                """
+                import sqlite3, sys
+                connection = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)
+                try:
+                    connection.execute("BEGIN IMMEDIATE")
+                except sqlite3.OperationalError as error:
+                    print(error)
+                """,
+                arguments=[str(database_file)],
+            )
+            assert output.strip() == "database is locked"
+            connection.execute("COMMIT")
+
+
+class TestOrphanedLog:
+    def make_log(self, database_file: Path) -> None:
+        """Leave a log with committed content and no database."""
+        with closing(sqlite3.connect(database_file, isolation_level=None)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("CREATE TABLE t (a)")
+            log = sidecars(database_file)[0].read_bytes()
+        database_file.unlink()
+        make(sidecars(database_file)[0], log)
+
+    @pytest.mark.parametrize("leave", ["nothing", "an empty file"])
+    def test_log_without_database_is_refused(self, database_file: Path, leave: str) -> None:
+        """SQLite would delete the log and begin empty; here it is kept, and the remedy is named."""
+        self.make_log(database_file)
+        if leave == "an empty file":
+            make(database_file, b"")
+        before = snapshot(database_file.parent)
+        with pytest.raises(CorruptDatabaseError, match="restore a backup"):
+            refuse_orphaned_log(database_file)
+        assert snapshot(database_file.parent) == before
+
+    def test_new_and_live_databases_pass(self, database_file: Path) -> None:
+        """Neither a first start, nor one that was cut short, nor a database in use is refused."""
+        refuse_orphaned_log(database_file)
+        create_file(database_file)
+        refuse_orphaned_log(database_file)
+        make(sidecars(database_file)[0], b"")
+        refuse_orphaned_log(database_file)
+        with closing(sqlite3.connect(database_file, isolation_level=None)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            refuse_orphaned_log(database_file)
+            connection.execute("CREATE TABLE t (a)")
+            assert sidecars(database_file)[0].stat().st_size > 0
+            refuse_orphaned_log(database_file)
+
+
+class TestCreating:
+    def test_file_is_created_once(self, database_file: Path) -> None:
+        """The first call makes an empty private file, the second changes nothing and says so."""
+        assert create_file(database_file) is True
+        assert (mode_of(database_file), database_file.stat().st_size) == (0o600, 0)
+        database_file.write_bytes(DATABASE)
+        before = snapshot(database_file.parent)
+        assert create_file(database_file) is False
+        assert snapshot(database_file.parent) == before
+
+    def test_one_of_many_creates_it(self, database_file: Path) -> None:
+        """Of threads that create it at the same moment, exactly one did."""
+        barrier = threading.Barrier(8)
+        answers: list[bool] = []
+
+        def create() -> None:
+            barrier.wait()
+            answers.append(create_file(database_file))
+
+        threads = [threading.Thread(target=create) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(answers) == [False] * 7 + [True]
+
+    @pytest.mark.parametrize("put", [symlink, dangling_symlink, directory, fifo])
+    def test_name_that_is_taken_is_left_alone(self, database_file: Path, put: Callable[[Path], None]) -> None:
+        """Whatever has the name keeps it, and nothing is made at the far end of a link."""
+        put(database_file)
+        before = snapshot(database_file.parent)
+        assert create_file(database_file) is False
+        assert snapshot(database_file.parent) == before
+
+    def test_missing_directory_is_named(self, database_file: Path) -> None:
+        """Without its directory the file can't be made, and the message says what to make."""
+        with pytest.raises(DatabaseError, match="its directory is missing"):
+            create_file(database_file.parent / "absent" / "homeagent.db")
+
+    def test_too_long_name_is_refused(self, database_file: Path) -> None:
+        """A name that the file system can't hold is a bad argument."""
+        with pytest.raises(InvalidArgumentError, match="too long"):
+            create_file(database_file.with_name("x" * 300))
+
+    def test_path_through_a_file_is_refused(self, database_file: Path) -> None:
+        """A component that is a file is a bad argument here too."""
+        make(database_file)
+        with pytest.raises(InvalidArgumentError, match="leads through a file"):
+            create_file(database_file / "homeagent.db")
+
+    @pytest.mark.parametrize(
+        ("number", "kind", "words"),
+        [
+            (errno.ENOSPC, DiskFullError, "free some space"),
+            (errno.EDQUOT, DiskFullError, "free some space"),
+            (errno.EROFS, ReadOnlyError, "read-only file system"),
+            (errno.EACCES, DatabaseError, "no permission to create"),
+            (errno.EMFILE, TooManyFilesError, "open no more files"),
+        ],
+    )
+    def test_errors_of_the_system_become_ours(
+        self,
+        database_file: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        number: int,
+        kind: type[DatabaseError],
+        words: str,
+    ) -> None:
+        """A full disk, a read-only one and a missing permission have errors of their own, which name the path."""
+
+        def fail(*arguments: object, **named: object) -> int:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "open", fail)
+        with pytest.raises(DatabaseError, match=words) as refusal:
+            create_file(database_file)
+        assert type(refusal.value) is kind
+        assert str(database_file) in str(refusal.value)
+
+    @pytest.mark.parametrize("refusal", [None, PermissionError(errno.EPERM, "not permitted")])
+    def test_file_system_without_modes_is_refused(
+        self, database_file: Path, monkeypatch: pytest.MonkeyPatch, refusal: OSError | None
+    ) -> None:
+        """A new file that others could read is no database of ours."""
+
+        def fchmod(descriptor: int, mode: int) -> None:
+            if refusal is not None:
+                raise refusal
+            change(descriptor, 0o644)
+
+        change = os.fchmod
+        monkeypatch.setattr(os, "fchmod", fchmod)
+        with pytest.raises(InsecureFileError, match="can't be made private"):
+            create_file(database_file)
+
+    def test_missing_permission_is_told(self, open_directory: Path) -> None:
+        """Where this user may not write or look, every function names the path and what to do."""
+        output = run(
+            """
+            import sys
+            from datetime import timedelta
+            from pathlib import Path
+            from homeagent.engine.files.directories import prepare_directory
+            from homeagent.engine.files.database_file import create_file, inspect_file
+            from homeagent.engine.files.locks import FileLock
+            from homeagent.errors import DatabaseError
+            """,
+            UNPRIVILEGED,
+            """
+            closed = Path(sys.argv[1]) / "closed"
+            closed.mkdir()
+            closed.chmod(0o500)
+            hidden = Path(sys.argv[1]) / "hidden"
+            hidden.mkdir()
+            hidden.chmod(0o000)
+            unreadable = Path(sys.argv[1]) / "unreadable.lock"
+            unreadable.write_text("initialised")
+            unreadable.chmod(0o000)
+            for act in (
+                lambda: create_file(closed / "a.db"),
+                lambda: prepare_directory(closed / "sub"),
+                lambda: FileLock(closed / "a.lock", timeout=timedelta(0)).acquire(),
+                lambda: inspect_file(hidden / "a.db"),
+                lambda: prepare_directory(hidden / "sub"),
+                lambda: FileLock(unreadable, timeout=timedelta(0)).acquire(),
+            ):
+                try:
+                    act()
+                except DatabaseError as error:
+                    print(type(error).__name__, error)
+            """,
+            arguments=[str(open_directory)],
+        )
+        lines = output.splitlines()
+        assert len(lines) == 6, output
+        for line, name in zip(lines, ["a.db", "sub", "a.lock", "a.db", "sub", "unreadable.lock"], strict=True):
+            assert line.startswith("DatabaseError no permission to ")
+            assert name in line
+            assert "run as the owner" in line
+
+
+class TestReplacing:
+    def test_target_gets_the_new_content(self, database_file: Path) -> None:
+        """The source takes the target's name, private, and nothing else is left over."""
+        make(database_file, b"old")
+        source = make(database_file.with_name("restored.db"), b"new", mode=0o644)
+        inode = source.stat().st_ino
+        atomic_replace(source, database_file)
+        assert database_file.read_bytes() == b"new"
+        assert (database_file.stat().st_ino, mode_of(database_file)) == (inode, 0o600)
+        assert list(database_file.parent.iterdir()) == [database_file]
+
+    def test_target_need_not_exist(self, database_file: Path) -> None:
+        """A restore after a loss has nothing to replace."""
+        atomic_replace(make(database_file.with_name("restored.db"), b"new"), database_file)
+        assert database_file.read_bytes() == b"new"
+
+    def test_link_in_the_target_s_place_is_replaced_itself(self, database_file: Path) -> None:
+        """The content goes to the name, not through the link to another file."""
+        symlink(database_file)
+        atomic_replace(make(database_file.with_name("restored.db"), b"new"), database_file)
+        assert not database_file.is_symlink()
+        assert database_file.with_name("target.db").read_bytes() == DATABASE
+
+    def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(
+        self, database_file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A power cut at any moment leaves the old file or the whole new one: file, rename, both directories."""
+        other = database_file.parent.parent / "other"
+        other.mkdir()
+        source = make(other / "restored.db", b"new")
+        order: list[object] = []
+        real_sync, replace = sync.sync, Path.replace
+
+        def recorded_sync(descriptor: int) -> None:
+            order.append(os.fstat(descriptor).st_ino)
+            real_sync(descriptor)
+
+        def recorded_replace(path: Path, target: Path) -> Path:
+            order.append("rename")
+            return replace(path, target)
+
+        inode = source.stat().st_ino
+        monkeypatch.setattr(files, "sync", recorded_sync)
+        monkeypatch.setattr(sync, "sync", recorded_sync)
+        monkeypatch.setattr(Path, "replace", recorded_replace)
+        atomic_replace(source, database_file)
+        assert order == [inode, "rename", database_file.parent.stat().st_ino, other.stat().st_ino]
+
+    @pytest.mark.parametrize("put", [None, symlink, hard_link, directory, fifo])
+    def test_source_that_is_no_file_of_ours_is_refused(
+        self, database_file: Path, put: Callable[[Path], None] | None
+    ) -> None:
+        """A missing or untrusted source leaves the target as it is."""
+        make(database_file)
+        source = database_file.with_name("restored.db")
+        if put is not None:
+            put(source)
+        before = snapshot(database_file.parent)
+        with pytest.raises(DatabaseError):
+            atomic_replace(source, database_file)
+        assert snapshot(database_file.parent) == before
+
+    def test_other_file_system_is_refused(self, database_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A move between file systems can't be atomic: the message says where to put the new file."""
+
+        def fail(path: Path, target: Path) -> Path:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+        make(database_file)
+        source = make(database_file.with_name("restored.db"))
+        monkeypatch.setattr(Path, "replace", fail)
+        with pytest.raises(DatabaseError, match="put the new file beside it"):
+            atomic_replace(source, database_file)

@@ -1,0 +1,173 @@
+"""The directory of a database: how it is made, and what is said of one that exists."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from homeagent.engine.files import directories
+from homeagent.engine.files.directories import prepare_directory
+from homeagent.errors import (
+    DatabaseError,
+    InsecureFileError,
+    InvalidArgumentError,
+)
+from tests.engine.files.conftest import (
+    NOBODY,
+    UNPRIVILEGED,
+    make,
+    mode_of,
+    needs_root,
+    run,
+    snapshot,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="owners, modes and flock are POSIX")
+
+
+class TestDirectories:
+    def test_existing_directory_is_left_alone_and_reported(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A directory that others can read keeps its mode and its time, and that is no reason to warn."""
+        directory = tmp_path / "shared"
+        directory.mkdir()
+        directory.chmod(0o755)
+        before = snapshot(tmp_path)
+        report = prepare_directory(directory)
+        assert (report.made, report.mode, report.uid) == ((), 0o755, os.geteuid())
+        assert report.listable
+        assert report.problem is None
+        assert snapshot(tmp_path) == before
+        assert caplog.records == []
+
+    @pytest.mark.parametrize("mode", [0o775, 0o777, 0o702, 0o1777])
+    def test_directory_that_others_can_write_is_reported_once(self, open_directory: Path, mode: int) -> None:
+        """An ordinary user is told, once, that others can replace the database, or put files next to it (sticky)."""
+        open_directory.chmod(mode)
+        output = run(
+            """
+            import logging, sys
+            from pathlib import Path
+            from homeagent.engine.files.directories import prepare_directory
+            logging.basicConfig(stream=sys.stdout, format="%(name)s %(levelname)s %(message)s")
+            """,
+            UNPRIVILEGED,
+            """
+            problems = {prepare_directory(Path(sys.argv[1])).problem for _ in range(2)}
+            print(*problems)
+            """,
+            arguments=[str(open_directory)],
+        )
+        record, problem = output.splitlines()
+        assert record == f"homeagent WARNING {problem}"
+        assert f"{mode:04o}" in problem
+        assert ("directory of your own" if mode & 0o1000 else "chmod go-w") in problem
+        assert mode_of(open_directory) == mode
+
+    @needs_root
+    @pytest.mark.parametrize("beneath", ["", "sub/deeper"])
+    @pytest.mark.parametrize("mode", [0o775, 0o777, 0o702])
+    def test_root_refuses_a_directory_that_others_can_write(self, tmp_path: Path, mode: int, beneath: str) -> None:
+        """Users who can replace root's files could have root believe theirs: nothing is made, and chmod is named."""
+        directory = tmp_path / "open"
+        directory.mkdir()
+        directory.chmod(mode)
+        before = snapshot(tmp_path)
+        with pytest.raises(InsecureFileError, match=f"mode {mode:04o}.*chmod go-w"):
+            prepare_directory(directory / beneath)
+        assert snapshot(tmp_path) == before
+
+    @needs_root
+    def test_root_may_use_a_sticky_directory_and_is_told(self, tmp_path: Path) -> None:
+        """In a directory such as /tmp others can't rename or remove root's files, but can put files next to them."""
+        directory = tmp_path / "sticky"
+        directory.mkdir()
+        directory.chmod(0o1777)
+        problem = prepare_directory(directory).problem
+        assert problem is not None
+        assert "put files next to the database" in problem
+
+    @needs_root
+    def test_what_root_makes_belongs_to_the_parents_owner(self, tmp_path: Path) -> None:
+        """`sudo homeagent init` in a user's home must not lock that user out; in root's directories all is root's."""
+        home = tmp_path / "home"
+        home.mkdir(0o700)
+        os.chown(home, NOBODY, NOBODY)
+        made = prepare_directory(home / "a" / "b").made
+        assert [(each.stat().st_uid, each.stat().st_gid) for each in made] == [(NOBODY, NOBODY)] * 2
+        assert [mode_of(each) for each in made] == [0o700, 0o700]
+        [made_by_root] = prepare_directory(tmp_path / "root").made
+        assert made_by_root.stat().st_uid == 0
+
+    @needs_root
+    def test_directory_of_another_user_is_reported(self, tmp_path: Path) -> None:
+        """The owner of a directory can replace what is in it, whatever its mode."""
+        directory = tmp_path / "theirs"
+        directory.mkdir(0o700)
+        os.chown(directory, NOBODY, NOBODY)
+        problem = prepare_directory(directory).problem
+        assert problem is not None
+        assert str(NOBODY) in problem
+
+    def test_only_what_is_missing_is_made(self, tmp_path: Path) -> None:
+        """Under an existing parent the new directories are ours and 0700, and the parent keeps its mode."""
+        tmp_path.chmod(0o755)
+        report = prepare_directory(tmp_path / "a" / "b")
+        assert report.made == (tmp_path / "a", tmp_path / "a" / "b")
+        assert [mode_of(made) for made in report.made] == [0o700, 0o700]
+        assert mode_of(tmp_path) == 0o755
+        assert prepare_directory(tmp_path / "a" / "b").made == ()
+
+    def test_linked_directory_is_legitimate(self, tmp_path: Path) -> None:
+        """A home on another volume is often behind a link: the directory itself is what counts."""
+        (tmp_path / "real").mkdir(0o700)
+        (tmp_path / "link").symlink_to(tmp_path / "real")
+        assert prepare_directory(tmp_path / "link").mode == 0o700
+        assert prepare_directory(tmp_path / "link" / "sub").made == (tmp_path / "link" / "sub",)
+        assert mode_of(tmp_path / "real" / "sub") == 0o700
+
+    @pytest.mark.parametrize("beneath", ["", "sub", "sub/deeper"])
+    def test_file_in_the_way_is_named(self, tmp_path: Path, beneath: str) -> None:
+        """A path that leads through a file is a bad argument, and the message names that file."""
+        blocker = make(tmp_path / "blocker")
+        before = snapshot(tmp_path)
+        with pytest.raises(InvalidArgumentError, match="blocker' is a file"):
+            prepare_directory(blocker / beneath)
+        assert snapshot(tmp_path) == before
+
+    @pytest.mark.parametrize("beneath", ["", "sub"])
+    def test_link_that_leads_nowhere_is_refused(self, tmp_path: Path, beneath: str) -> None:
+        """Nothing is made at the far end of a dangling link."""
+        (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+        before = snapshot(tmp_path)
+        with pytest.raises((InvalidArgumentError, DatabaseError), match="leads nowhere"):
+            prepare_directory(tmp_path / "link" / beneath)
+        assert snapshot(tmp_path) == before
+
+    def test_directory_made_by_another_at_the_same_moment_is_kept(self, tmp_path: Path) -> None:
+        """Threads that prepare one directory together all succeed, and only one reports that it made it."""
+        directory = tmp_path / "a" / "b" / "c"
+        barrier = threading.Barrier(6)
+        made: list[Path] = []
+
+        def prepare() -> None:
+            barrier.wait()
+            made.extend(prepare_directory(directory).made)
+
+        threads = [threading.Thread(target=prepare) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(made) == [tmp_path / "a", tmp_path / "a" / "b", directory]
+
+    def test_file_system_without_modes_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where a new directory can't be closed to others, the error says so."""
+        monkeypatch.setattr(directories, "_is_private_directory", lambda directory: False)
+        with pytest.raises(InsecureFileError, match="does not keep modes"):
+            prepare_directory(tmp_path / "new")

@@ -1,0 +1,95 @@
+"""Which kinds of file systems are refused, told by the kernel's table of mounts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from homeagent.engine.files.filesystems import filesystem_kind, is_network_filesystem, refuse_network_filesystem
+from homeagent.errors import (
+    DatabaseError,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="owners, modes and flock are POSIX")
+
+
+def mount(point: Path | str, kind: str, device: str = "0:99", optional: str = "shared:1") -> str:
+    """Return a line of the kernel's mount table, with blanks written as the kernel writes them."""
+    escaped = str(point).replace("\\", "\\134").replace(" ", "\\040")
+    return f"30 1 {device} / {escaped} rw,relatime {optional} - {kind} source rw\n".replace("  ", " ")
+
+
+class TestFileSystems:
+    def table(self, tmp_path: Path, *lines: str) -> Path:
+        """Write a mount table."""
+        path = tmp_path / "mountinfo"
+        path.write_text("".join(lines))
+        return path
+
+    def test_longest_mount_point_decides(self, tmp_path: Path) -> None:
+        """A mount within a mount is the one that counts, for paths that are yet to be made too."""
+        share = tmp_path / "my share"
+        share.mkdir()
+        (tmp_path / "my share 2").mkdir()
+        table = self.table(tmp_path, mount("/", "ext4"), mount(share, "nfs4", optional=""), mount("/proc", "proc"))
+        assert filesystem_kind(share, mount_table=table) == "nfs4"
+        assert filesystem_kind(share / "missing" / "homeagent.db", mount_table=table) == "nfs4"
+        assert filesystem_kind(tmp_path / "my share 2", mount_table=table) == "ext4"
+
+    def test_link_is_followed_to_its_file_system(self, tmp_path: Path) -> None:
+        """What counts is where the file really is."""
+        share = tmp_path / "share"
+        share.mkdir()
+        (tmp_path / "link").symlink_to(share)
+        table = self.table(tmp_path, mount("/", "ext4"), mount(share, "cifs"))
+        assert filesystem_kind(tmp_path / "link" / "homeagent.db", mount_table=table) == "cifs"
+
+    def test_later_mount_hides_the_earlier(self, tmp_path: Path) -> None:
+        """An automounter's placeholder has the same mount point as the share that comes over it."""
+        table = self.table(tmp_path, mount("/", "ext4"), mount(tmp_path, "autofs"), mount(tmp_path, "nfs"))
+        assert filesystem_kind(tmp_path, mount_table=table) == "nfs"
+
+    def test_device_tells_which_of_the_mounts_is_on_top(self, tmp_path: Path) -> None:
+        """A mount that was hidden by one above it is still in the table, and is not where the path lies."""
+        device = tmp_path.stat().st_dev
+        hidden = tmp_path / "hidden"
+        hidden.mkdir()
+        table = self.table(
+            tmp_path, mount(hidden, "nfs"), mount(tmp_path, "xfs", f"{os.major(device)}:{os.minor(device)}")
+        )
+        assert filesystem_kind(hidden, mount_table=table) == "xfs"
+
+    def test_unknown_is_none_and_not_refused(self, tmp_path: Path) -> None:
+        """Without a mount table, or without a line for the path, nothing is claimed."""
+        assert filesystem_kind(tmp_path, mount_table=tmp_path / "absent") is None
+        refuse_network_filesystem(tmp_path, mount_table=tmp_path / "absent")
+        table = self.table(tmp_path, "not a line of a mount table\n", mount("/elsewhere", "nfs"))
+        assert filesystem_kind(tmp_path, mount_table=table) is None
+
+    def test_this_machine_s_own_table_is_understood(self, tmp_path: Path) -> None:
+        """On Linux the kernel names the file system of any directory; elsewhere there is no such table."""
+        kind = filesystem_kind(tmp_path)
+        assert (kind is not None and kind.isprintable() and kind != "") is sys.platform.startswith("linux")
+
+    @pytest.mark.parametrize(
+        "kind", ["nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "fuse.sshfs", "ceph", "glusterfs", "lustre", "afs"]
+    )
+    def test_network_file_system_is_refused(self, tmp_path: Path, kind: str) -> None:
+        """Where connections can't share memory WAL corrupts, so the error names the path, the kind and the way out."""
+        assert is_network_filesystem(kind)
+        table = self.table(tmp_path, mount("/", "ext4"), mount(tmp_path, kind))
+        with pytest.raises(DatabaseError, match=r"sqlite\.org/wal\.html.*local disk") as refusal:
+            refuse_network_filesystem(tmp_path / "homeagent.db", mount_table=table)
+        assert f"({kind})" in str(refusal.value)
+        assert str(tmp_path / "homeagent.db") in str(refusal.value)
+
+    @pytest.mark.parametrize(
+        "kind", ["ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs", "fuseblk", "fuse.mergerfs"]
+    )
+    def test_local_file_system_is_accepted(self, tmp_path: Path, kind: str) -> None:
+        """A file system of this kernel is no reason to refuse."""
+        assert not is_network_filesystem(kind)
+        refuse_network_filesystem(tmp_path, mount_table=self.table(tmp_path, mount("/", kind)))

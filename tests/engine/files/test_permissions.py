@@ -1,0 +1,75 @@
+"""Everything that is made is its owner's alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from homeagent.engine.files.permissions import unguarded
+from tests.engine.files.conftest import (
+    UNPRIVILEGED,
+    run,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="owners, modes and flock are POSIX")
+
+
+class TestAnyUmask:
+    def test_everything_is_private_under_any_umask(self, open_directory: Path) -> None:
+        """Directories get 0700 and files 0600, SQLite's own included, and the umask is never touched."""
+        output = run(
+            """
+            import json, os, sqlite3, stat, sys
+            from datetime import timedelta
+            from pathlib import Path
+            from homeagent.engine.files.directories import prepare_directory
+            from homeagent.engine.files.database_file import create_file, sidecars
+            from homeagent.engine.files.locks import FileLock
+            """,
+            UNPRIVILEGED,
+            """
+            set_umask = os.umask
+            def forbidden(mask):
+                raise AssertionError("the umask belongs to the whole process")
+            os.umask = forbidden
+            found = {}
+            for umask in (0o000, 0o022, 0o077, 0o777):
+                set_umask(umask)
+                top = Path(sys.argv[1]) / format(umask, "03o")
+                report = prepare_directory(top / "one" / "two")
+                assert report.made == (top, top / "one", top / "one" / "two"), report
+                assert report.mode == 0o700 and report.problem is None and not report.listable, report
+                path = report.path / "homeagent.db"
+                assert create_file(path) is True
+                with FileLock(report.path / "homeagent.lock", timeout=timedelta(0)) as lock:
+                    lock.write_marker("initialised")
+                connection = sqlite3.connect(path)
+                assert connection.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
+                connection.execute("CREATE TABLE t (a)")
+                made = [top, top / "one", top / "one" / "two", *(top / "one" / "two").iterdir()]
+                found[format(umask, "03o")] = {
+                    str(each.relative_to(top)): stat.S_IMODE(each.lstat().st_mode) for each in made
+                }
+                connection.close()
+                assert set_umask(umask) == umask
+            print(json.dumps(found))
+            """,
+            arguments=[str(open_directory)],
+        )
+        expected = {
+            ".": 0o700,
+            "one": 0o700,
+            "one/two": 0o700,
+            "one/two/homeagent.db": 0o600,
+            "one/two/homeagent.db-wal": 0o600,
+            "one/two/homeagent.db-shm": 0o600,
+            "one/two/homeagent.lock": 0o600,
+        }
+        assert json.loads(output) == dict.fromkeys(("000", "022", "077", "777"), expected)
+
+    def test_nothing_is_unguarded_here(self) -> None:
+        """On POSIX all guards work, so there is nothing to tell."""
+        assert unguarded() is None

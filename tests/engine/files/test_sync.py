@@ -1,0 +1,35 @@
+"""What survives a power cut."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from homeagent.engine.files import sync
+from homeagent.engine.files.sync import fsync_directory
+from homeagent.errors import (
+    DatabaseError,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="owners, modes and flock are POSIX")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_directory_that_can_not_be_synced_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Some file systems have no sync of a directory, and SQLite works there too; a real failure is told."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(sync, "sync", fail)
+    code = number
+    fsync_directory(tmp_path)
+    code = errno.EIO
+    with pytest.raises(DatabaseError, match="sync the directory"):
+        fsync_directory(tmp_path)

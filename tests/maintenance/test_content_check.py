@@ -1,0 +1,56 @@
+"""The content of a file, checked beside the work; a server checks its own."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from homeagent import Database
+from homeagent.engine.sqlite.dialect import connect
+from homeagent.errors import CorruptDatabaseError
+from homeagent.maintenance.content_check import ContentCheck
+from tests.conftest import FakeClock, add_agent
+
+
+def test_sound_database_is_checked_once_in_a_while(database: Database) -> None:
+    """A check that finds nothing says nothing, and the next one is due when its time has come (either engine)."""
+    now = 0.0
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    check = ContentCheck(database._engine, every=timedelta(hours=1), monotonic=lambda: now)
+    check.run_if_due(stop)
+    first = asked
+    check.run_if_due(stop)
+    assert asked == first
+    now = 3600.0
+    check.run_if_due(stop)
+    assert (asked > first) == (database._engine.dialect_name == "sqlite")
+    add_agent(database, "after")
+
+
+def test_damage_that_is_found_condemns_the_database(
+    sqlite_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An index that came to disagree with its table ends the work: every unit gets the error until it is reopened."""
+    with closing(connect(str(sqlite_path))) as raw:
+        root: Any = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_agent'").get
+    with Database.open(sqlite_path, clock=clock) as database:
+        with sqlite_path.open("r+b") as file:
+            file.seek((root - 1) * 4096 + 3)
+            file.write(b"\x00\x03")
+        check = ContentCheck(database._engine, every=timedelta(hours=1))
+        with caplog.at_level(logging.ERROR, "homeagent"), pytest.raises(CorruptDatabaseError):
+            check.run_if_due(lambda: False)
+        assert "is damaged" in caplog.text
+        with pytest.raises(CorruptDatabaseError, match="is damaged"):
+            add_agent(database, "lost")

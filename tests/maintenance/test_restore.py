@@ -1,0 +1,730 @@
+"""Restore: verified first, never under anybody, and at every instant the old database or the new one is in place.
+
+SQLite only: PostgreSQL has tools of its own, and files that are swapped are SQLite's.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from homeagent import Database, DevicePair, Role, errors
+from homeagent.engine.files.system_errors import explained
+from homeagent.engine.sqlite.dialect import connect
+from homeagent.engine.sqlite.in_use import hold_in_use_lock
+from homeagent.engine.sqlite.manifests import manifest_path
+from homeagent.engine.sqlite.replacement import new_path, quarantine_path
+from homeagent.maintenance import previous_state, restore
+from homeagent.migrations import REVISION, VERSION_TABLE
+from tests.conftest import ROOT, START, Children, FakeClock, add_agent, add_device, write_past_checks
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks and modes")
+
+
+def listing(directory: Path) -> dict[str, tuple[int, int, str]]:
+    """Return what is in a directory, to the byte, locks left out."""
+    return {
+        path.name: (path.lstat().st_ino, path.lstat().st_mode, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in directory.iterdir()
+        if not path.name.endswith((".lock", ".open"))
+    }
+
+
+def agents(path: Path) -> list[str]:
+    """Return the agents in a database, as who opens it sees them."""
+    with Database.open(path) as database, database.unit_of_work(read_only=True) as unit:
+        return [agent.id for agent in unit.agents.list(limit=1000)]
+
+
+def bare(path: Path) -> Any:
+    """Return a connection of the driver's."""
+    return connect(str(path))
+
+
+@pytest.fixture
+def backup(sqlite_path: Path, tmp_path: Path, clock: FakeClock) -> Path:
+    """A backup that has the agent `old`; the database has `new` besides, and nobody has it open."""
+    with Database.open(sqlite_path, clock=clock) as database:
+        add_agent(database, "old")
+        backup = database.backup(tmp_path / "the.backup")
+        add_agent(database, "new")
+    return backup
+
+
+def test_restore(sqlite_path: Path, backup: Path, clock: FakeClock) -> None:
+    """The backup's data is there, the old database is kept, both are private, and a new epoch has begun."""
+    clock.advance(hours=1)
+    before = listing(sqlite_path.parent)
+    report = Database.restore(backup, sqlite_path, clock=clock)
+    assert agents(sqlite_path) == ["old"]
+    assert report.kept_aside == sqlite_path.with_name("homeagent.db.20260102T040405678000Z.quarantine")
+    assert listing(sqlite_path.parent)[report.kept_aside.name] == before["homeagent.db"]
+    assert agents(report.kept_aside) == ["new", "old"]
+    assert report.model_dump(exclude={"kept_aside", "rows", "readmitted_devices", "old_secret_devices"}) == {
+        "database": sqlite_path,
+        "backup": backup,
+        "taken_at": START,
+        "epoch": 2,
+        "restored_at": clock.now,
+        "upgraded_from": None,
+        "schema_revision": REVISION,
+    }
+    assert report.rows["agents"] == 1
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in sqlite_path.parent.iterdir())
+    with Database.open(sqlite_path) as database:
+        status = database.status()
+    assert (status.epoch, status.restored_at) == (2, clock.now)
+    # It is a database like any other: it logs ahead, and is remembered as one that was made.
+    assert status.pragmas["journal_mode"] == "wal"
+    sqlite_path.unlink()
+    with pytest.raises(errors.CorruptDatabaseError):
+        Database.open(sqlite_path)
+
+
+def test_who_may_enter_again_is_told(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
+    """Revoked, deleted and rotated since: each is named, what is in the log alone included, and no other."""
+    with Database.open(sqlite_path) as database:
+        for name in ("stays", "revoked", "deleted", "rotated"):
+            add_device(database, name, approved=True)
+        add_device(database, "waits")
+        backup = database.backup(tmp_path / "the.backup")
+        database.rotate_secret("rotated")
+    children.run(
+        "import os, sys\nfrom homeagent import Database\ndatabase = Database.open(sys.argv[1])\n"
+        "with database.unit_of_work() as unit:\n    unit.devices.revoke('revoked')\n"
+        "    unit.devices.delete('deleted')\n"
+        "os._exit(0)\n",
+        sqlite_path,
+    )
+    before = listing(sqlite_path.parent)
+    assert before["homeagent.db-wal"]
+    report = Database.restore(backup, sqlite_path)
+    assert report.readmitted_devices == ["deleted", "revoked"]
+    assert report.old_secret_devices == ["rotated"]
+    assert report.kept_aside is not None
+    after = listing(sqlite_path.parent)
+    for end in ("", "-wal"):
+        assert after[report.kept_aside.name + end] == before["homeagent.db" + end]
+    # Once more, and none is new; then over what can't be asked.
+    report = Database.restore(backup, sqlite_path)
+    assert (report.readmitted_devices, report.old_secret_devices) == ([], [])
+    os.truncate(sqlite_path, 5000)
+    report = Database.restore(backup, sqlite_path)
+    assert (report.readmitted_devices, report.old_secret_devices) == (None, None)
+
+
+def test_an_odd_approval_was_none_before_the_restore(sqlite_path: Path, tmp_path: Path) -> None:
+    """A device whose stored approval is text could not enter; the restore names it, since it may enter again."""
+    with Database.open(sqlite_path) as database:
+        for name in ("stays", "odd"):
+            add_device(database, name, approved=True)
+        backup = database.backup(tmp_path / "the.backup")
+    write_past_checks(sqlite_path, "UPDATE devices SET approved = 'false' WHERE id = 'odd'")
+    assert Database.restore(backup, sqlite_path).readmitted_devices == ["odd"]
+
+
+def test_who_has_a_lost_role_again_is_told(sqlite_path: Path, tmp_path: Path) -> None:
+    """An admin that was deleted and paired anew as a client, with the secret that it held, is an admin again."""
+    with Database.open(sqlite_path) as database:
+        secret = database.pair(DevicePair(id="desk", role=Role.ADMIN)).shared_secret
+        database.run(lambda unit: unit.devices.approve("desk"))
+        backup = database.backup(tmp_path / "the.backup")
+        database.run(lambda unit: unit.devices.delete("desk", force=True))
+        database.pair(DevicePair(id="desk", role=Role.CLIENT, shared_secret=secret))
+        database.run(lambda unit: unit.devices.approve("desk"))
+    report = Database.restore(backup, sqlite_path)
+    assert (report.readmitted_devices, report.old_secret_devices) == (["desk"], [])
+
+
+def test_restore_where_nothing_is(tmp_path: Path, backup: Path, clock: FakeClock) -> None:
+    """A place where nothing is yet gets the database, its directory private, and nothing is kept aside."""
+    path = tmp_path / "elsewhere" / "deep" / "homeagent.db"
+    report = Database.restore(backup, path, clock=clock)
+    assert report.kept_aside is None
+    assert (agents(path), report.epoch) == (["old"], 2)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert {entry.name for entry in path.parent.iterdir()} == {f"homeagent.db{end}" for end in ("", ".lock", ".open")}
+
+
+def test_epochs_never_repeat(sqlite_path: Path, backup: Path, clock: FakeClock) -> None:
+    """Each restore begins an epoch that was never there, even of an old backup, and over a file beyond recognition."""
+    assert [Database.restore(backup, sqlite_path, clock=clock).epoch for _ in range(2)] == [2, 3]
+    sqlite_path.write_bytes(b"\xff" * 8192)
+    clock.advance(hours=1)
+    assert Database.restore(backup, sqlite_path, clock=clock).epoch == 4
+    # A copy of the file alone has no lock file that remembers.
+    alone = sqlite_path.parent / "alone.db"
+    shutil.copyfile(sqlite_path, alone)
+    alone.chmod(0o600)
+    assert Database.restore(backup, alone, clock=clock).epoch == 5
+    with Database.open(alone, clock=clock) as database:
+        latest = database.backup(sqlite_path.parent / "latest.backup")
+    assert Database.restore(latest, sqlite_path, clock=clock).epoch == 6
+
+
+def test_stale_log_is_kept_with_its_database(sqlite_path: Path, backup: Path, children: Children) -> None:
+    """A log with commits that a killed process left belongs to the old database: it goes aside with it, unread."""
+    script = (
+        "import os, sys\nfrom homeagent import AgentCreate, Database\ndatabase = Database.open(sys.argv[1])\n"
+        "with database.unit_of_work() as unit:\n"
+        "    unit.agents.create(AgentCreate(id='logged', name='L', workspace_path='/l'))\nos._exit(0)\n"
+    )
+    children.run(script, sqlite_path)
+    log = sqlite_path.with_name("homeagent.db-wal")
+    assert log.stat().st_size > 0
+    content = log.read_bytes()
+    report = Database.restore(backup, sqlite_path)
+    assert agents(sqlite_path) == ["old"]
+    assert report.kept_aside is not None
+    assert report.kept_aside.with_name(report.kept_aside.name + "-wal").read_bytes() == content
+    assert agents(report.kept_aside) == ["logged", "new", "old"]
+    # The way back: what was kept aside is a database, and restoring it takes its log into account.
+    children.run(script.replace("logged", "later"), report.kept_aside)
+    with closing(bare(sqlite_path)):
+        pass
+    Database.restore(report.kept_aside, sqlite_path)
+    assert agents(sqlite_path) == ["later", "logged", "new", "old"]
+
+
+def test_stale_log_of_nobody(sqlite_path: Path, backup: Path) -> None:
+    """A log beside a database that is gone is kept aside too, and never replayed over the new one."""
+    sqlite_path.unlink()
+    for end in ("-wal", "-shm", "-journal"):
+        sqlite_path.with_name(f"homeagent.db{end}").write_bytes(b"stale" * 1000)
+        sqlite_path.with_name(f"homeagent.db{end}").chmod(0o600)
+    Database.restore(backup, sqlite_path)
+    assert agents(sqlite_path) == ["old"]
+    kept = {path.name.partition(".quarantine")[2] for path in sqlite_path.parent.glob("*.quarantine*")}
+    assert kept == {"-wal", "-shm", "-journal"}
+
+
+@pytest.mark.parametrize("how", ["cut", "zeros", "text", "byte", "empty", "page"])
+def test_damaged_target(sqlite_path: Path, backup: Path, how: str) -> None:
+    """Whatever is left of a database gives way to the backup, and is kept as it is."""
+    match how:
+        case "cut":
+            os.truncate(sqlite_path, 5000)
+        case "zeros":
+            sqlite_path.write_bytes(bytes(8192))
+        case "text":
+            sqlite_path.write_text("dear diary")
+        case "byte":
+            sqlite_path.write_bytes(b"S")
+        case "empty":
+            sqlite_path.write_bytes(b"")
+        case "page":
+            with sqlite_path.open("r+b") as file:
+                file.seek(4096)
+                file.write(b"\xff" * 4096)
+    content = sqlite_path.read_bytes()
+    report = Database.restore(backup, sqlite_path)
+    assert agents(sqlite_path) == ["old"]
+    assert report.kept_aside is not None
+    assert report.kept_aside.read_bytes() == content
+
+
+def newer(path: Path) -> None:
+    """Give a database a revision that this version does not know."""
+    with closing(bare(path)) as raw:
+        raw.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
+        raw.execute("UPDATE store SET oldest_revision = '9999'")
+
+
+def foreign(path: Path) -> None:
+    """Make another application's database of it."""
+    path.unlink()
+    with closing(bare(path)) as raw:
+        raw.execute("PRAGMA application_id = 7")
+        raw.execute("CREATE TABLE agents (id)")
+
+
+def broken_reference(path: Path) -> None:
+    """Have a row refer to one that is not there."""
+    with closing(bare(path)) as raw:
+        raw.execute("INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'no', 1, 1)")
+
+
+def damaged_index(path: Path) -> None:
+    """Have an index lack an entry, which nothing but an integrity check finds."""
+    with closing(bare(path)) as raw:
+        raw.execute("PRAGMA writable_schema = ON")
+        raw.execute(
+            "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master WHERE name = 'idx_nonces_expires')"
+            " WHERE name = 'idx_sessions_agent'"
+        )
+
+
+def no_store(path: Path) -> None:
+    """Leave a file of ours with nothing in it."""
+    path.unlink()
+    with closing(bare(path)) as raw:
+        raw.execute("PRAGMA application_id = 0x48414731")
+        raw.execute("PRAGMA user_version = 1")
+
+
+def another(path: Path) -> None:
+    """Have a sound database of the same size with another row."""
+    with closing(bare(path)) as raw:
+        raw.execute("UPDATE agents SET name = 'eve'")
+
+
+def flipped(path: Path) -> None:
+    """Flip a bit in the middle of a page that has nothing in it: SQLite itself would never know."""
+    content = bytearray(path.read_bytes())
+    content[len(content) - 2048] ^= 1
+    path.write_bytes(content)
+
+
+BACKUPS: dict[str, tuple[Any, type[errors.DatabaseError], str, bool]] = {
+    "newer": (newer, errors.SchemaTooNewError, "upgrade homeagent", False),
+    "foreign": (foreign, errors.ForeignDatabaseError, "another application", False),
+    "reference": (broken_reference, errors.CorruptDatabaseError, "refers to one", False),
+    "index": (damaged_index, errors.CorruptDatabaseError, "is damaged", False),
+    "no store": (no_store, errors.CorruptDatabaseError, "no store", False),
+    "text": (lambda path: path.write_text("dear diary " * 100), errors.CorruptDatabaseError, "no SQLite", False),
+    "empty": (lambda path: path.write_bytes(b""), errors.CorruptDatabaseError, "no SQLite", False),
+    "cut": (lambda path: os.truncate(path, 40960), errors.CorruptDatabaseError, "is damaged", False),
+    "cut, with manifest": (lambda path: os.truncate(path, 40960), errors.CorruptDatabaseError, "its manifest", True),
+    "flipped": (flipped, errors.CorruptDatabaseError, "SHA-256", True),
+    "another": (another, errors.CorruptDatabaseError, "SHA-256", True),
+    "manifest": (lambda path: manifest_path(path).write_text("{}"), errors.CorruptDatabaseError, "no manifest", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BACKUPS)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_refused_backup(sqlite_path: Path, backup: Path, tmp_path: Path, kind: str, is_there: bool) -> None:
+    """A backup that is damaged, another application's or of a newer version is refused, and nothing has changed."""
+    spoil, error, says, keeps_manifest = BACKUPS[kind]
+    if not keeps_manifest:
+        manifest_path(backup).unlink()
+    spoil(backup)
+    target = sqlite_path if is_there else tmp_path / "empty" / "homeagent.db"
+    target.parent.mkdir(mode=0o700, exist_ok=True)
+    before, content = listing(target.parent), backup.read_bytes()
+    with pytest.raises(error, match=says) as caught:
+        Database.restore(backup, target)
+    assert type(caught.value) is error
+    assert listing(target.parent) == before
+    assert backup.read_bytes() == content
+    if is_there:
+        assert agents(target) == ["new", "old"]
+
+
+def test_refused_target(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
+    """What is no database of ours and never was is refused as a place: it would be gone from it."""
+    photo, link, directory = tmp_path / "photo.jpg", tmp_path / "link.db", tmp_path / "directory"
+    photo.write_bytes(b"\xff\xd8" * 1000)
+    link.symlink_to(sqlite_path)
+    directory.mkdir()
+    other = tmp_path / "other.db"
+    other.touch()
+    foreign(other)
+    for target, error in (
+        (photo, errors.ForeignDatabaseError),
+        (other, errors.ForeignDatabaseError),
+        (directory, errors.ForeignDatabaseError),
+        (link, errors.InsecureFileError),
+        (":memory:", errors.InvalidArgumentError),
+        ("postgresql://host/db", errors.InvalidArgumentError),
+        (backup, errors.InvalidArgumentError),
+    ):
+        with pytest.raises(error):
+            Database.restore(backup, target)
+    for source in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(errors.InvalidArgumentError):
+            Database.restore(source, sqlite_path)
+    assert photo.read_bytes() == b"\xff\xd8" * 1000
+    assert agents(sqlite_path) == ["new", "old"]
+
+
+HOLDS = """
+import sys
+import tempfile
+from homeagent import Database
+database = Database.open(sys.argv[1])
+print("open", flush=True)
+sys.stdin.readline()
+with database.unit_of_work(read_only=True) as unit:
+    print([agent.id for agent in unit.agents.list()])
+"""
+
+
+@posix
+def test_open_database_is_not_swapped(sqlite_path: Path, backup: Path, children: Children) -> None:
+    """While a process has the target open, this one or another, it is not restored; a crash of its holder frees it."""
+    now = timedelta(0)
+    before = listing(sqlite_path.parent)["homeagent.db"]
+    with Database.open(sqlite_path), pytest.raises(errors.DatabaseBusyError, match="is open in"):
+        Database.restore(backup, sqlite_path, busy_timeout=now)
+    holder = children.start(HOLDS, sqlite_path)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "open\n"
+    with pytest.raises(errors.DatabaseBusyError, match=f"process {holder.pid}|another process"):
+        Database.restore(backup, sqlite_path, busy_timeout=now)
+    # It is damaged meanwhile: that its holders are known does not depend on the file.
+    content = sqlite_path.read_bytes()
+    sqlite_path.write_bytes(b"\xff" * len(content))
+    with pytest.raises(errors.DatabaseBusyError, match="is open in"):
+        Database.restore(backup, sqlite_path, busy_timeout=now)
+    sqlite_path.write_bytes(content)
+    assert listing(sqlite_path.parent)["homeagent.db"] == before
+    assert children.finish_with(holder, "\n") == "['new', 'old']"
+    crasher = children.start(HOLDS, sqlite_path)
+    assert crasher.stdout is not None
+    assert crasher.stdout.readline() == "open\n"
+    crasher.kill()
+    crasher.wait()
+    Database.restore(backup, sqlite_path, busy_timeout=now)
+    assert agents(sqlite_path) == ["old"]
+
+
+@posix
+def test_other_programs_are_noticed(sqlite_path: Path, backup: Path, children: Children) -> None:
+    """A program that knows nothing of our lock, such as SQLite's shell, is noticed by SQLite's own."""
+    script = (
+        "import sys\nfrom homeagent.engine.sqlite.dialect import connect\n"
+        "raw = connect(sys.argv[1])\nraw.execute('SELECT * FROM agents').fetchall()\n"
+        "print('open', flush=True)\nsys.stdin.readline()\n"
+    )
+    for path, target in ((sqlite_path, sqlite_path), (backup, sqlite_path.parent / "new.db")):
+        with closing(bare(path)) as raw:
+            raw.execute("PRAGMA journal_mode=WAL")
+        shell = children.start(script, path)
+        assert shell.stdout is not None
+        assert shell.stdout.readline() == "open\n"
+        with pytest.raises(errors.DatabaseBusyError, match="another program"):
+            Database.restore(backup, target)
+        children.finish_with(shell, "\n")
+
+
+@posix
+def test_open_waits_for_a_restore(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opens the database during a restore waits for its end, or says that it is busy, and sees the new one."""
+    seen: list[Any] = []
+    started = threading.Event()
+    stage = restore.stage
+
+    def slowly(*arguments: Any, **named: Any) -> Any:
+        with pytest.raises(errors.DatabaseBusyError):
+            Database.open(sqlite_path, busy_timeout=timedelta(0))
+
+        def wait() -> None:
+            started.set()
+            seen.append(agents(sqlite_path))
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        started.wait(30)
+        seen.append(waiter)
+        return stage(*arguments, **named)
+
+    monkeypatch.setattr(restore, "stage", slowly)
+    Database.restore(backup, sqlite_path)
+    seen[0].join(60)
+    assert seen[1:] == [["old"]]
+
+
+@posix
+def test_backup_that_is_open_is_refused(sqlite_path: Path, tmp_path: Path, clock: FakeClock) -> None:
+    """A live database is no backup: its bytes are not read while this process or another one has it open."""
+    with Database.open(sqlite_path) as database:
+        add_agent(database, "live")
+        with pytest.raises(errors.DatabaseBusyError, match="is open"):
+            Database.restore(sqlite_path, tmp_path / "new.db", clock=clock)
+        add_agent(database, "still-locked")
+    Database.restore(sqlite_path, tmp_path / "new.db", clock=clock)
+    assert agents(tmp_path / "new.db") == ["live", "still-locked"]
+
+
+@pytest.mark.parametrize("revision", ["0001", "0004", "0005", REVISION])
+def test_backup_of_an_older_version(tmp_path: Path, clock: FakeClock, revision: str) -> None:
+    """A backup of an older schema is upgraded before it takes the place, so that it has an epoch as well."""
+    path = tmp_path / "homeagent.db"
+    report = Database.restore(ROOT / "tests" / "fixtures" / "revisions" / f"{revision}.db", path, clock=clock)
+    assert (report.upgraded_from, report.schema_revision) == (None if revision == REVISION else revision, REVISION)
+    with Database.open(path, migrate=False) as database:
+        status = database.status()
+    assert (status.epoch, status.restored_at, status.rows["agents"]) == (2, START, 2)
+    assert {entry.name for entry in tmp_path.iterdir()} == {f"homeagent.db{end}" for end in ("", ".lock", ".open")}
+
+
+def test_backup_on_a_read_only_medium(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
+    """A backup that can only be read, in a place where nothing can be made, is restored all the same."""
+    place = tmp_path / "medium"
+    place.mkdir()
+    shutil.copy(backup, place / "copy.db")
+    shutil.copy(manifest_path(backup), place / "copy.db.json")
+    (place / "copy.db").chmod(0o444)
+    place.chmod(0o555)
+    before = listing(place)
+    assert Database.restore(place / "copy.db", sqlite_path).rows["agents"] == 1
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize("in_use", [False, True], ids=["closed", "in use"])
+def test_database_in_a_snapshot(sqlite_path: Path, tmp_path: Path, children: Children, in_use: bool) -> None:
+    """A database and its lock files, where nothing can be written, are restored from unless somebody has it open."""
+    with Database.open(sqlite_path) as database:
+        add_agent(database, "old")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    if subprocess.run(
+        ["mount", "--bind", sqlite_path.parent, snapshot], stderr=subprocess.DEVNULL, check=False
+    ).returncode:
+        pytest.skip("mounting needs the superuser")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", snapshot], check=True)
+        if in_use:
+            with Database.open(sqlite_path), pytest.raises(errors.DatabaseBusyError, match="is open"):
+                Database.restore(snapshot / sqlite_path.name, tmp_path / "new" / "homeagent.db")
+        else:
+            report = Database.restore(snapshot / sqlite_path.name, tmp_path / "new" / "homeagent.db")
+            assert report.rows["agents"] == 1
+    finally:
+        subprocess.run(["umount", snapshot], check=True)
+
+
+def test_target_that_the_disk_can_not_read(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database whose disk fails to give it back gives way as any damaged one does: nobody knows what was in it."""
+
+    def fail(source: Path, new: Path, **_: Any) -> str:
+        with explained("copy the backup to", new):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(previous_state, "copy_file", fail)
+    report = Database.restore(backup, sqlite_path)
+    assert (report.readmitted_devices, report.old_secret_devices) == (None, None)
+    assert report.kept_aside is not None
+    assert agents(sqlite_path) == ["old"]
+    assert agents(report.kept_aside) == ["new", "old"]
+
+
+def test_no_room(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for both, that is said before anything is written."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    before = listing(sqlite_path.parent)
+    with pytest.raises(errors.DiskFullError, match="no room to restore"):
+        Database.restore(backup, sqlite_path)
+    assert listing(sqlite_path.parent) == before
+
+
+def test_clock_behind_the_backup_is_told(
+    sqlite_path: Path, backup: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A clock that stands before the backup's own time is believed, as always, and a warning says what that means."""
+    clock.advance(-timedelta(days=400))
+    assert Database.restore(backup, sqlite_path, clock=clock).restored_at == clock.now
+    assert "before the backup was taken" in caplog.text
+
+
+# kill -9
+
+KILLED = """
+import errno, os, signal, sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+from homeagent import Database
+from homeagent.engine.files import locks
+from homeagent.engine.sqlite import replacement
+
+backup, database, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
+left = step
+
+def counted(function):
+    def call(*arguments, **named):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+    return call
+
+def no_link(*arguments, **named):
+    raise OSError(errno.EPERM, "no hard links")
+
+# Whatever changes what is on the disk.
+for name in ("open", "rename", "replace", "link", "unlink", "fsync", "ftruncate", "write", "mkdir", "fchmod"):
+    setattr(os, name, counted(getattr(os, name)))
+Database.restore(backup, database, clock=lambda: datetime(2026, 2, 1, tzinfo=timezone.utc))
+print("done")
+"""
+
+
+def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: int, links: bool = True) -> set[str]:
+    """Restore over a database with a log, killed at each of these steps, and return how it was found each time."""
+    found: set[str] = set()
+    script = KILLED if links else KILLED.replace("# Whatever", "os.link = no_link\n# Whatever")
+    # The old database's last commit is in its log alone.
+    source = tmp_path / "source"
+    shutil.copytree(sqlite_path.parent, source)
+    with closing(bare(source / "homeagent.db")) as raw, closing(bare(source / "homeagent.db")) as other:
+        other.execute("SELECT 1 FROM agents").fetchall()
+        raw.execute("INSERT INTO agents (id, name, workspace_path, created_at) VALUES ('logged', 'L', '/l', 0)")
+        shutil.copytree(source, tmp_path / "logged")
+    for step in range(0, 1000, every):
+        directory = tmp_path / str(step)
+        shutil.copytree(tmp_path / "logged", directory)
+        path = directory / "homeagent.db"
+        child = subprocess.run(
+            [sys.executable, "-c", script, str(backup), str(path), str(step)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert child.returncode in {0, -signal.SIGKILL}, child.stderr
+        seen = agents(path)
+        with Database.open(path) as database:
+            status = database.status()
+        kept = [entry for entry in directory.iterdir() if entry.name.endswith(".quarantine")]
+        if seen == ["old"]:
+            assert status.epoch == 2
+            assert (directory / "homeagent.db.lock").read_text().startswith("initialised, epoch 2")
+            assert agents(kept[0]) == ["logged", "new", "old"]
+            found.add("new")
+        else:
+            # With the commit that was in its log alone.
+            assert seen == ["logged", "new", "old"]
+            assert (status.epoch, kept) == (1, [])
+            found.add("old")
+        # Nothing stands in the way of the next one, which leaves nothing of this one behind.
+        assert Database.restore(backup, path).epoch == status.epoch + 1
+        assert agents(path) == ["old"]
+        assert not list(directory.glob("*.restoring*"))
+        assert all(entry.stat().st_nlink == 1 for entry in directory.iterdir())
+        shutil.rmtree(directory)
+        if child.returncode == 0:
+            return found
+    raise AssertionError("it never came to its end")
+
+
+@posix
+def test_killed_now_and_then(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
+    """Killed at any of these steps, a restore leaves the old database with its log in place, or the new one."""
+    assert killed_restores(sqlite_path, backup, tmp_path, every=29) == {"old", "new"}
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("links", [True, False])
+def test_killed_at_any_step(sqlite_path: Path, backup: Path, tmp_path: Path, links: bool) -> None:
+    """Killed at any step at all, on a file system with hard links and on one without, likewise."""
+    assert killed_restores(sqlite_path, backup, tmp_path, every=1, links=links) == {"old", "new"}
+
+
+@posix
+def test_old_file_with_a_second_name(sqlite_path: Path, backup: Path) -> None:
+    """A restore that was cut off while the old file had two names is finished by the next opening."""
+    stamp = "20260102T030405678000Z"
+    shutil.copy(backup, new_path(sqlite_path, stamp))
+    new_path(sqlite_path, stamp).chmod(0o600)
+    presence = sqlite_path.with_name("homeagent.db.open")
+    presence.write_text(f"swap {stamp} 2 end\n")
+    presence.chmod(0o600)
+    quarantine_path(sqlite_path, stamp).hardlink_to(sqlite_path)
+    assert agents(sqlite_path) == ["old"]
+    assert (sqlite_path.stat().st_nlink, presence.read_text()) == (1, "")
+
+
+@posix
+def test_intent_that_the_power_cut_short(sqlite_path: Path) -> None:
+    """An intent that never got to the disk whole was never begun; one of a later version is not guessed at."""
+    presence = sqlite_path.with_name("homeagent.db.open")
+    for text in ("swap 2026", "swap 20260102T030405678000Z 2", "\0\0\0\0"):
+        presence.write_text(text)
+        presence.chmod(0o600)
+        with closing_lock(hold_in_use_lock(sqlite_path, timeout=timedelta(0))):
+            assert presence.read_text() == ""
+    presence.write_text("exchange everything end\n")
+    with pytest.raises(errors.CorruptDatabaseError, match="version that began it"):
+        Database.open(sqlite_path)
+
+
+class closing_lock:
+    def __init__(self, lock: Any) -> None:
+        self.lock = lock
+
+    def __enter__(self) -> None:
+        assert self.lock is not None
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+# Owners and permissions
+
+OTHER_USER = 65534
+
+AS_OTHER = """
+import os, sys
+from homeagent import Database
+
+# Whatever is imported on the way: another user may not enter the folder of the packages.
+Database.open(":memory:").close()
+os.setuid(int(sys.argv[2]))
+with Database.open(sys.argv[1], migrate=len(sys.argv) < 4) as database:
+    with database.unit_of_work(read_only=True) as unit:
+        print([agent.id for agent in unit.agents.list()])
+"""
+
+
+@pytest.fixture
+def others_place() -> Iterator[Path]:
+    """A directory of another user's, where that user can get to it."""
+    # Not below pytest's directories, which are the superuser's alone.
+    place = Path(tempfile.mkdtemp(prefix="homeagent-other-"))
+    place.chmod(0o711)
+    (place / "database").mkdir(mode=0o700)
+    os.chown(place / "database", OTHER_USER, OTHER_USER)
+    yield place / "database"
+    shutil.rmtree(place)
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only the superuser can become another user")
+def test_superuser_leaves_the_owner_in(backup: Path, others_place: Path, children: Children) -> None:
+    """What the superuser restores or looks at stays its owner's, with every file that is made beside it."""
+    path = others_place / "homeagent.db"
+    for _ in range(2):
+        Database.restore(backup, path)
+        assert agents(path) == ["old"]
+        assert {entry.lstat().st_uid for entry in others_place.iterdir()} == {OTHER_USER}
+        assert children.run(AS_OTHER, path, OTHER_USER) == "['old']"
+    with Database.open(path) as database:
+        made = database.backup(f"{others_place}/backups/")
+    assert {entry.lstat().st_uid for entry in (made.parent, *made.parent.iterdir())} == {OTHER_USER}
+    with Database.open(path) as database:
+        database.backup(others_place / "copy.db")
+    shutil.rmtree(made.parent)
+    path.with_name("homeagent.db.open").unlink()
+    path.with_name("homeagent.db.lock").unlink()
+    assert agents(path) == ["old"]
+    assert {entry.lstat().st_uid for entry in others_place.iterdir()} == {OTHER_USER}
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only the superuser can become another user")
+def test_reading_where_nothing_can_be_made(backup: Path, others_place: Path, children: Children) -> None:
+    """Where no lock can be left, nothing can be swapped: a backup is opened and read there all the same."""
+    path = others_place / "homeagent.db"
+    shutil.copy(backup, path)
+    path.chmod(0o400)
+    os.chown(path, OTHER_USER, OTHER_USER)
+    others_place.chmod(0o500)
+    assert children.run(AS_OTHER, path, OTHER_USER, "read") == "['old']"
+    assert [entry.name for entry in others_place.iterdir()] == ["homeagent.db"]

@@ -1,0 +1,49 @@
+"""What a database says of itself: its counters among it, and what no status shows."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from homeagent import Database, errors
+from homeagent.maintenance import DatabaseCounters, DatabaseStatus
+from tests.conftest import FakeClock, add_agent
+
+
+def test_status_has_the_counters(database: Database, clock: FakeClock) -> None:
+    """Commits, rollbacks, reads and sweeps of this process are in the status, which is JSON and back the same."""
+    add_agent(database)
+    with pytest.raises(errors.AgentExistsError):
+        add_agent(database)
+    with database.unit_of_work() as unit:
+        unit.nonces.consume("lamp", "n", expires_at=clock.now + timedelta(minutes=1))
+    clock.advance(hours=2)
+    database.sweep()
+    before = database.counters()
+    status = database.status()
+    counters = status.counters
+    assert counters.reads == before.reads
+    assert counters.units == counters.reads + counters.commits + counters.rollbacks
+    # A sweep is two units here: one for each kind of row.
+    assert (counters.commits, counters.rollbacks, counters.sweeps, counters.swept) == (4, 1, 1, 1)
+    assert counters.last_error is None
+    assert database.counters().reads == before.reads + 1
+    assert DatabaseStatus.model_validate_json(status.model_dump_json()) == status
+
+
+def test_the_last_fault_is_told(database: Database) -> None:
+    """A fault of the engine is in the counters, with its kind and what it says."""
+    with pytest.raises(errors.ReadOnlyError), database.unit_of_work(read_only=True) as unit:
+        unit.nonces.delete_expired()
+    fault = database.counters().last_error
+    assert fault is not None
+    assert fault.kind == "ReadOnlyError"
+    assert "read" in fault.message
+
+
+def test_a_status_of_before_is_read(database: Database) -> None:
+    """A status that was stored before there were counters is still one."""
+    old = database.status().model_dump(mode="json")
+    del old["counters"]
+    assert DatabaseStatus.model_validate(old).counters == DatabaseCounters()
