@@ -199,7 +199,7 @@ class Database:
 
     def close(self) -> None:
         """Stop the sweepers and close every connection. Closing twice is fine; what is used after it is refused."""
-        if self._engine.is_abandoned:
+        if self._engine.is_forked_copy:
             return  # a forked child's copy; somebody who is not there may hold the mutex
         with self._mutex:
             self._closed = True

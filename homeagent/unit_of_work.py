@@ -229,7 +229,7 @@ class UnitOfWork:
         finally:
             try:
                 # In a forked child, a thread that is not there may hold the lanes' mutex.
-                if engine.is_abandoned:
+                if engine.is_forked_copy:
                     pass
                 elif sound and not connection.needs_reconnect:
                     try:

@@ -311,7 +311,7 @@ class StoreConnection:
         places = ", ".join("?" * width)
         self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names of ours
 
-    def abandon(self) -> None:
+    def invalidate(self) -> None:
         """Have everything that is done on it refused, a unit in the middle of which the process was forked included.
 
         The connection is never closed: SQLite would look for the parent's log by its name, and delete it.

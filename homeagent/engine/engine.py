@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,7 +80,7 @@ class Engine(ABC):
             READ_CONNECTIONS, self.open_read_connection, name="set of read connections"
         )
         self._closed = False
-        self.is_abandoned = False
+        self.is_forked_copy = False
         """Whether this is a forked child's copy."""
         _engines.add(self)
         register(self)
@@ -92,7 +92,7 @@ class Engine(ABC):
 
     def pool(self, *, read_only: bool) -> ConnectionPool[StoreConnection]:
         """Return the lanes that a unit takes its link from."""
-        if self.is_abandoned:
+        if self.is_forked_copy:
             raise _invalidated()
         return self.readers if read_only else self.writers
 
@@ -112,7 +112,7 @@ class Engine(ABC):
             ConnectionLostError: no server lets a fresh connection in.
         """
         # As `lanes` does: a call less in every unit.
-        if self.is_abandoned:
+        if self.is_forked_copy:
             raise _invalidated()
         pool = self.readers if read_only else self.writers
         while True:
@@ -233,7 +233,7 @@ class Engine(ABC):
     @contextmanager
     def read_connection(self, timeout: float) -> Iterator[sqlalchemy.Connection]:
         """Lend a connection that can't write, see `Database.read_connection`."""
-        if self.is_abandoned:
+        if self.is_forked_copy:
             raise _invalidated()
         connection = self.read_connections.acquire(timeout)
         try:
@@ -251,7 +251,7 @@ class Engine(ABC):
             return
         self._closed = True
         _engines.discard(self)
-        if self.is_abandoned:
+        if self.is_forked_copy:
             return
         self.writers.close()
         self.readers.close()
@@ -263,20 +263,14 @@ class Engine(ABC):
     def after_close(self) -> None:
         """Do what must wait until the last connection is closed."""
 
-    def frozen(self) -> Generator[None]:
-        """Let no other thread take or give back a link, from the first step of this generator until it is closed."""
-        with self.writers.frozen(), self.readers.frozen():
-            yield
-
     @abstractmethod
     def before_fork(self) -> None:
         """Close what a forked child must not inherit."""
 
-    def abandon(self) -> None:
-        """Refuse to be used: this is a forked child's copy, whose connections belong to the parent."""
-        self.is_abandoned = True
+    def after_fork_in_child(self) -> None:
+        """Make the connections unusable: in this forked child they are copies, and belong to the parent."""
         for connection in list(self._connections):
-            connection.abandon()
+            connection.invalidate()
 
 
 def _invalidated() -> DatabaseClosedError:

@@ -1,22 +1,17 @@
-"""What a fork must not carry over: an open connection, and with it SQLite's memory of its locks.
+"""Prepare open databases for a fork of the process.
 
-A child inherits no lock on a file, but SQLite's record of the locks that its parent held. Where a connection is open at
-the fork, the child's own later ones on that file would believe that they hold what they don't, and the parent could
-delete the log under them (https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_).
-So what is idle is closed before a fork, and a file that was in use is refused in the child.
+A child inherits no lock on a file, but it inherits SQLite's record of the locks that its parent held. A connection that
+the child opens on the same file would rely on locks that the child does not hold, and the parent could delete the WAL
+under that connection (https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_).
+Before a fork each engine therefore closes its idle connections. A file with a connection that could not be closed,
+because a unit of work uses it, is refused in the child.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from threading import get_ident
 from typing import Protocol
 
 from homeagent.engine.files.database_file import identity_of, look_at
@@ -27,32 +22,26 @@ __all__ = ["inherit", "refuse_inherited", "register"]
 
 
 class _Forkable(Protocol):
-    def frozen(self) -> Generator[None]:
-        """Let nothing begin, from the first step until it is closed."""
+    is_forked_copy: bool
 
     def before_fork(self) -> None:
-        """Close what is idle."""
+        """Close idle connections. Connections that remain open count as in use."""
 
-    def abandon(self) -> None:
-        """Refuse to be used, in the child; tell `inherit` of what is in use."""
+    def after_fork_in_child(self) -> None:
+        """Make inherited connections unusable, and call `inherit` for a file that was in use."""
 
 
 _known: weakref.WeakSet[_Forkable] = weakref.WeakSet()
-# What each thread holds for the forks that it is in the middle of; a signal's handler may fork in the middle of one.
-_held: defaultdict[int, list[list[Generator[None]]]] = defaultdict(list)
 _inherited: set[tuple[int, int]] = set()
 
-# Two threads that fork at once would each wait for what the other one holds.
-_forking = threading.RLock()
 
-
-def register(database: _Forkable) -> None:
-    """Have an open database told of every fork, for as long as it lives."""
-    _known.add(database)
+def register(engine: _Forkable) -> None:
+    """Prepare this engine for every fork, until it is garbage-collected."""
+    _known.add(engine)
 
 
 def inherit(identity: tuple[int, int]) -> None:
-    """Remember, in a forked child, a file that its parent had in use."""
+    """Remember, in a forked child, the device and inode of a file that its parent had in use."""
     _inherited.add(identity)
 
 
@@ -60,7 +49,7 @@ def refuse_inherited(path: Path) -> None:
     """Refuse a file that the parent had in use when this process was forked.
 
     Raises:
-        DatabaseError: it is one.
+        DatabaseError: the parent had the file in use.
     """
     if not _inherited:
         return
@@ -72,60 +61,19 @@ def refuse_inherited(path: Path) -> None:
         )
 
 
-def _alone() -> Generator[None]:
-    with _forking:
-        yield
-
-
 def _before() -> None:
-    # A block is entered whole or not at all, wherever an interrupt comes, and a generator that is dropped leaves it.
-    # What is raised here stops no fork, so that the other databases are made ready for it all the same.
-    holds: list[Generator[None]] = []
-    _held[get_ident()].append(holds)
-    with _all_tried() as attempt:
-        attempt(partial(_enter, holds, _alone()))
-        for database in list(_known):
-            attempt(partial(_enter, holds, database.frozen()))
-            attempt(database.before_fork)
-
-
-def _enter(holds: list[Generator[None]], hold: Generator[None]) -> None:
-    holds.append(hold)
-    next(hold)
-
-
-def _after() -> None:
-    mine = _held[get_ident()]
-    # The last one that was entered first; there is none where an interrupt came as `_before` began.
-    holds = mine.pop() if mine else []
-    while holds:
-        holds.pop().close()
+    for engine in list(_known):
+        engine.before_fork()
 
 
 def _after_in_child() -> None:
-    try:
-        with _all_tried() as attempt:
-            for database in list(_known):
-                attempt(database.abandon)
-    finally:
-        _after()
-
-
-@contextmanager
-def _all_tried() -> Iterator[Callable[[Callable[[], object]], None]]:
-    """Give a block what makes an attempt at something, and raise at its end what one of them raised."""
-    failures: list[BaseException] = []
-
-    def attempt(act: Callable[[], object]) -> None:
-        try:
-            act()
-        except BaseException as error:  # noqa: BLE001  raised at the end
-            failures.append(error)
-
-    yield attempt
-    if failures:
-        raise failures[0]
+    engines = list(_known)
+    # First for all of them: an error in the second loop must not leave an engine that looks usable.
+    for engine in engines:
+        engine.is_forked_copy = True
+    for engine in engines:
+        engine.after_fork_in_child()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after_in_child)
+    os.register_at_fork(before=_before, after_in_child=_after_in_child)

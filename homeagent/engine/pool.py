@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from threading import get_ident
 from time import monotonic
 from typing import Generic, Protocol, TypeVar
@@ -192,10 +191,6 @@ class ConnectionPool(Generic[T]):
                 waiter.given.release()
             else:
                 self._count -= 1
-
-    def frozen(self) -> AbstractContextManager[object]:
-        """Return what lets no other thread take or give back a resource, for as long as this one is in its block."""
-        return self._mutex
 
     def close(self) -> None:
         """Close what is free, refuse who waits and who comes; what is held is closed when it is released."""

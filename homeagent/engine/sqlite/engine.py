@@ -387,7 +387,7 @@ class SQLiteEngine(Engine):
 
     def close(self) -> None:
         """Close every connection; closing twice is fine."""
-        if not self.is_abandoned:
+        if not self.is_forked_copy:
             self.watch.find_moved(beside=True)
         super().close()
 
@@ -397,11 +397,11 @@ class SQLiteEngine(Engine):
         with suppress(HomeAgentError, *self.driver_errors):
             self.discard_free()
 
-    def abandon(self) -> None:
-        """Refuse to be used, and let this process not open the file anew where its parent was using it."""
+    def after_fork_in_child(self) -> None:
+        """Make the connections unusable. If the parent was using the file, refuse to open the file in this process."""
         if len(self._open) and self.watch.identity is not None:
             inherit(self.watch.identity)
-        super().abandon()
+        super().after_fork_in_child()
 
     def announced(self, presence: FileLock | None) -> None:
         """Keep the lock that says that the database is open, until this engine is closed or forgotten."""
