@@ -110,7 +110,7 @@ from homeagent.errors import IdempotencyInProgressError
 with Database.open(sys.argv[1], durability="normal") as database:
     print("ready", flush=True)
     sys.stdin.readline()
-    keys = list(range(200))
+    keys = list(range(int(sys.argv[2])))
     while keys:
         later = []
         for key in keys:
@@ -126,10 +126,11 @@ with Database.open(sys.argv[1], durability="normal") as database:
 """
 
 
-def test_processes(target: str, children: Children) -> None:
-    """Of 8 processes that call the same 200 keys, one runs each effect."""
-    out = children.together(PROCESS, [[target]] * 8)
-    assert sorted(int(line) for lines in out for line in lines.split()) == list(range(200))
+@pytest.mark.parametrize(("processes", "keys"), [(4, 50), pytest.param(8, 200, marks=pytest.mark.slow)])
+def test_processes(target: str, children: Children, processes: int, keys: int) -> None:
+    """Of several processes that call the same keys, one runs each effect."""
+    out = children.together(PROCESS, [[target, keys]] * processes)
+    assert sorted(int(line) for lines in out for line in lines.split()) == list(range(keys))
 
 
 @BACKENDS

@@ -95,12 +95,12 @@ def test_short_effects_share_a_thread_that_sleeps(
 
     async def coroutines() -> None:
         for number in range(20):
-            await database.arun_once(scope_of(f"a-{number}"), quick)
+            await database.arun_once(scope_of(f"a-{number}"), quick, lease=timedelta(days=1))
 
     monkeypatch.setattr(threading.Thread, "start", starts)
     monkeypatch.setattr(threading.Condition, "wait", wakes)
     for number in range(20):
-        database.run_once(scope_of(f"k-{number}"), lambda attempt: attempt.number)
+        database.run_once(scope_of(f"k-{number}"), lambda attempt: attempt.number, lease=timedelta(days=1))
     anyio.run(coroutines)
     assert len(started) == 1
     assert not woken

@@ -210,8 +210,8 @@ for number in range(10_000):
 @pytest.mark.parametrize(
     ("revision", "step"),
     [
-        (None, 5),
-        ("0001", 3),
+        (None, 15),
+        ("0001", 11),
         pytest.param(None, 1, marks=pytest.mark.slow),
         pytest.param("0001", 1, marks=pytest.mark.slow),
     ],
@@ -313,10 +313,16 @@ def open_together(processes: list[subprocess.Popen[str]], target: str) -> list[s
     return [answer(process) for process in processes]
 
 
+FEW_OR_ALL_ROUNDS = pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+
+
+@FEW_OR_ALL_ROUNDS
 @pytest.mark.parametrize("revision", [None, "0001"])
-def test_processes_open_together(tmp_path: Path, openers: list[subprocess.Popen[str]], revision: str | None) -> None:
+def test_processes_open_together(
+    tmp_path: Path, openers: list[subprocess.Popen[str]], revision: str | None, rounds: int
+) -> None:
     """Eight processes that open one new or old file at once make one schema, lose nothing, and none fails."""
-    for number in range(ROUNDS):
+    for number in range(rounds):
         directory = tmp_path / str(number)
         directory.mkdir(mode=0o700)
         path = old_database(directory, revision) if revision else directory / "homeagent.db"
@@ -327,7 +333,7 @@ def test_processes_open_together(tmp_path: Path, openers: list[subprocess.Popen[
         assert len(list(directory.glob("*.backup"))) == (1 if revision else 0)
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+@FEW_OR_ALL_ROUNDS
 def test_processes_open_postgresql_together(
     openers: list[subprocess.Popen[str]], postgres_url: str, rounds: int
 ) -> None:
@@ -344,9 +350,10 @@ def test_processes_open_postgresql_together(
         postgres_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def test_threads_open_together(tmp_path: Path) -> None:
+@FEW_OR_ALL_ROUNDS
+def test_threads_open_together(tmp_path: Path, rounds: int) -> None:
     """Eight threads that open one new file at once make one schema, and none fails."""
-    for number in range(ROUNDS):
+    for number in range(rounds):
         path = tmp_path / str(number) / "homeagent.db"
         failures: list[BaseException] = []
         start = threading.Barrier(PROCESSES)
