@@ -178,7 +178,6 @@ def test_a_foreign_file_a_directory_and_a_link_are_refused(tmp_path: Path) -> No
     assert foreign.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such permissions")
 def test_a_missing_permission_is_refused(tmp_path: Path) -> None:
     """In a directory where nothing may be made, `init` says so in one line."""
     locked = tmp_path / "locked"

@@ -83,7 +83,6 @@ def test_a_trial_says_that_it_is_one(source: Path, tmp_path: Path) -> None:
     assert json.loads(_invoke("copy", "--json", source, tmp_path / "three" / "h.db").stdout)["live"] is False
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no pty")
 @pytest.mark.parametrize("as_json", [False, True])
 def test_progress_is_shown_on_a_terminal(source: Path, tmp_path: Path, as_json: bool) -> None:
     """A bar for each step on a standard error that is a terminal; never with --json, and never on standard output."""

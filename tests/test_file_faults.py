@@ -26,8 +26,6 @@ from tests.conftest import add_agent, dump
 if TYPE_CHECKING:
     from tests.conftest import Children, FakeClock
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="an open file can't be moved or deleted there")
-
 
 @pytest.fixture(autouse=True)
 def every_look(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import stat
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -24,8 +23,6 @@ from homeagent.engine.sqlite.replacement import new_path
 from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError, HomeAgentError
 from homeagent.migrations import REVISION
 from tests.conftest import FakeClock
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX")
 
 State = dict[str, tuple[str, int, str]]
 

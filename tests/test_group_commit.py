@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -382,7 +381,6 @@ with Database.open(sys.argv[1]) as database:
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit for the size of files")
 def test_a_disk_that_is_full_at_the_common_commit_costs_no_unit(sqlite_path: Path, children: Children) -> None:
     """SQLite itself fails to write its log: each unit runs again alone, when there is room, and is there once."""
     output = children.run(FULL_DISK, sqlite_path)

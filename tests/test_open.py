@@ -45,10 +45,7 @@ if TYPE_CHECKING:
 FIXTURES = Path(__file__).parent / "fixtures" / "revisions"
 NOBODY = 65534
 
-posix = pytest.mark.skipif(sys.platform == "win32", reason="owners, modes and links are POSIX")
-needs_root = pytest.mark.skipif(
-    sys.platform == "win32" or os.geteuid() != 0, reason="only the superuser can drop to another user"
-)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can drop to another user")
 
 Listing = dict[str, tuple[str, int, int, str]]
 
@@ -380,7 +377,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[DatabaseError], str]] = 
 }
 
 
-@posix
 @pytest.mark.parametrize("migrate", [True, False])
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_and_left_alone(directory: Path, path: Path, kind: str, migrate: bool) -> None:
@@ -607,7 +603,6 @@ print(json.dumps(modes))
 """
 
 
-@posix
 @pytest.mark.parametrize("umask", ["000", "022", "077", "777"])
 @pytest.mark.parametrize("revision", [None, "0001"])
 def test_files_are_private_under_any_umask(
@@ -625,7 +620,6 @@ def test_files_are_private_under_any_umask(
     assert set(modes.values()) == {"0o600"}
 
 
-@posix
 def test_looser_mode_is_repaired(directory: Path, path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Files of ours with a looser mode, the log beside included, are made private, and a warning says so."""
     initialised(path)

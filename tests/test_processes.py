@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from tests.conftest import Children, FakeClock
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
 # What every script begins with; add() is a unit, and names() what is there.
 BEGIN = """
@@ -501,9 +499,6 @@ def test_thread_that_died_in_an_entered_unit_is_named(sqlite_path: Path, clock: 
 
 
 # Signals
-
-
-@posix
 def test_signal_handler_that_uses_the_database(target: str, children: Children) -> None:
     """In the middle of a unit a handler may read, a second write unit is refused, and neither waits (either engine)."""
     script = (
@@ -546,7 +541,6 @@ database.close()
     assert children.run(script, target).split() == ["True", "0", "True", "True"]
 
 
-@posix
 @pytest.mark.parametrize("way", ["block", "function"])
 def test_interrupt_in_the_middle_of_a_unit(target: str, children: Children, way: str) -> None:
     """Ctrl-C inside of a unit undoes it, and the lane is of use afterwards (either engine)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -106,6 +105,5 @@ def _free_all_places() -> None:
         semaphore._reset()
 
 
-if sys.platform != "win32":
-    # The threads that held or awaited a place did not come along into the child, and would never give it back there.
-    os.register_at_fork(after_in_child=_free_all_places)
+# The threads that held or awaited a place did not come along into the child, and would never give it back there.
+os.register_at_fork(after_in_child=_free_all_places)

@@ -89,5 +89,4 @@ def _build_all() -> None:
 
 
 # Where another thread was building a model at the fork, a child would wait for Pydantic's lock for ever.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_build_all)
+os.register_at_fork(before=_build_all)

@@ -32,10 +32,7 @@ from tests.conftest import START, Children, FakeClock, add_agent, add_device
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "revisions"
 
-posix_only = pytest.mark.skipif(sys.platform == "win32", reason="there are no such modes and owners")
-needs_root = pytest.mark.skipif(
-    sys.platform == "win32" or os.geteuid() != 0, reason="only the superuser can give a file away, or mount"
-)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can give a file away, or mount")
 
 
 def sqlite(path: Path) -> Any:
@@ -320,7 +317,6 @@ def test_a_rollback_journal_that_waits(path: Path, clock: FakeClock) -> None:
     assert look(path, clock).severity is Severity.OK
 
 
-@posix_only
 @pytest.mark.parametrize(("mode", "severity"), [(0o644, Severity.WARNING), (0o666, Severity.CRITICAL)])
 @pytest.mark.parametrize("by", ["command", "fix"])
 def test_loose_modes(path: Path, clock: FakeClock, mode: int, severity: Severity, by: str) -> None:
@@ -338,7 +334,6 @@ def test_loose_modes(path: Path, clock: FakeClock, mode: int, severity: Severity
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-@posix_only
 def test_a_backup_that_others_can_read(path: Path, clock: FakeClock) -> None:
     """What lies beside the database holds the same rows, and is judged with it."""
     copy = path.with_name("homeagent.db.0004-x.backup")
@@ -349,7 +344,6 @@ def test_a_backup_that_others_can_read(path: Path, clock: FakeClock) -> None:
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
 
 
-@posix_only
 def test_a_directory_that_others_can_write_to(path: Path, clock: FakeClock) -> None:
     """Others could replace the database; --fix leaves a directory alone, since somebody chose its mode."""
     path.parent.chmod(0o770)
@@ -372,7 +366,6 @@ def test_a_file_of_another_user(path: Path, clock: FakeClock) -> None:
     assert look(path, clock).severity is Severity.OK
 
 
-@posix_only
 @pytest.mark.parametrize("kind", ["link", "hard link"])
 def test_a_second_name(path: Path, clock: FakeClock, kind: str) -> None:
     """A link and a second hard link are refused by the store, and found; nothing is opened through them."""

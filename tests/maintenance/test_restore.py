@@ -33,8 +33,6 @@ from homeagent.maintenance import previous_state, restore
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests.conftest import ROOT, START, Children, FakeClock, add_agent, add_device, write_past_checks
 
-posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks and modes")
-
 
 def listing(directory: Path) -> dict[str, tuple[int, int, str]]:
     """Return what is in a directory, to the byte, locks left out."""
@@ -365,7 +363,6 @@ with database.unit_of_work(read_only=True) as unit:
 """
 
 
-@posix
 def test_open_database_is_not_swapped(sqlite_path: Path, backup: Path, children: Children) -> None:
     """While a process has the target open, this one or another, it is not restored; a crash of its holder frees it."""
     now = timedelta(0)
@@ -394,7 +391,6 @@ def test_open_database_is_not_swapped(sqlite_path: Path, backup: Path, children:
     assert agents(sqlite_path) == ["old"]
 
 
-@posix
 def test_other_programs_are_noticed(sqlite_path: Path, backup: Path, children: Children) -> None:
     """A program that knows nothing of our lock, such as SQLite's shell, is noticed by SQLite's own."""
     script = (
@@ -413,7 +409,6 @@ def test_other_programs_are_noticed(sqlite_path: Path, backup: Path, children: C
         children.finish_with(shell, "\n")
 
 
-@posix
 def test_open_waits_for_a_restore(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who opens the database during a restore waits for its end, or says that it is busy, and sees the new one."""
     seen: list[Any] = []
@@ -440,7 +435,6 @@ def test_open_waits_for_a_restore(sqlite_path: Path, backup: Path, monkeypatch: 
     assert seen[1:] == [["old"]]
 
 
-@posix
 def test_backup_that_is_open_is_refused(sqlite_path: Path, tmp_path: Path, clock: FakeClock) -> None:
     """A live database is no backup: its bytes are not read while this process or another one has it open."""
     with Database.open(sqlite_path) as database:
@@ -615,13 +609,11 @@ def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: i
     raise AssertionError("it never came to its end")
 
 
-@posix
 def test_killed_now_and_then(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
     """Killed at any of these steps, a restore leaves the old database with its log in place, or the new one."""
     assert killed_restores(sqlite_path, backup, tmp_path, every=29) == {"old", "new"}
 
 
-@posix
 @pytest.mark.slow
 @pytest.mark.parametrize("links", [True, False])
 def test_killed_at_any_step(sqlite_path: Path, backup: Path, tmp_path: Path, links: bool) -> None:
@@ -629,7 +621,6 @@ def test_killed_at_any_step(sqlite_path: Path, backup: Path, tmp_path: Path, lin
     assert killed_restores(sqlite_path, backup, tmp_path, every=1, links=links) == {"old", "new"}
 
 
-@posix
 def test_old_file_with_a_second_name(sqlite_path: Path, backup: Path) -> None:
     """A restore that was cut off while the old file had two names is finished by the next opening."""
     stamp = "20260102T030405678000Z"
@@ -643,7 +634,6 @@ def test_old_file_with_a_second_name(sqlite_path: Path, backup: Path) -> None:
     assert (sqlite_path.stat().st_nlink, presence.read_text()) == (1, "")
 
 
-@posix
 def test_intent_that_the_power_cut_short(sqlite_path: Path) -> None:
     """An intent that never got to the disk whole was never begun; one of a later version is not guessed at."""
     presence = sqlite_path.with_name("homeagent.db.open")
@@ -697,7 +687,7 @@ def others_place() -> Iterator[Path]:
     shutil.rmtree(place)
 
 
-@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only the superuser can become another user")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
 def test_superuser_leaves_the_owner_in(backup: Path, others_place: Path, children: Children) -> None:
     """What the superuser restores or looks at stays its owner's, with every file that is made beside it."""
     path = others_place / "homeagent.db"
@@ -718,7 +708,7 @@ def test_superuser_leaves_the_owner_in(backup: Path, others_place: Path, childre
     assert {entry.lstat().st_uid for entry in others_place.iterdir()} == {OTHER_USER}
 
 
-@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only the superuser can become another user")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
 def test_reading_where_nothing_can_be_made(backup: Path, others_place: Path, children: Children) -> None:
     """Where no lock can be left, nothing can be swapped: a backup is opened and read there all the same."""
     path = others_place / "homeagent.db"

@@ -206,7 +206,6 @@ for number in range(10_000):
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and fork are POSIX")
 @pytest.mark.parametrize(
     ("revision", "step"),
     [

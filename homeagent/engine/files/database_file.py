@@ -1,14 +1,12 @@
-"""The database's files on disk: found, judged, made private, put in one another's place.
+"""Locate, inspect, create and replace the files of a SQLite database.
 
-Who can write the database can let anybody in, and who can read it sees every device. So each file is 0600 and what
-we can't vouch for is refused: a symlink, a second name for the same file, a file of another user (which users'
-files are safe: `homeagent.engine.files.owners`).
+A user with write access to the database can approve any device, and a user with read access sees every device.
+Each file therefore has mode 0600. This module refuses a symbolic link, a file with several hard links, and a file of
+an untrusted user (`homeagent.engine.files.owners` lists the trusted users).
 
-An existing database is judged by `lstat` alone and never opened here. SQLite holds POSIX locks on it, and a process
-loses all of them as soon as it closes any descriptor of that file (https://sqlite.org/howtocorrupt.html, section 2.2).
-The same holds for the files beside it.
-
-On Windows there are neither owners, modes nor `flock` to go by: what is not guarded there, `privacy.unguarded` says.
+This module inspects an existing database by `lstat` only. Do not open a database file here: when a process closes any
+descriptor of a file, the process loses all POSIX locks that SQLite holds on the file
+(https://sqlite.org/howtocorrupt.html, section 2.2). The same rule holds for the `-wal`, `-shm` and `-journal` files.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from __future__ import annotations
 import logging
 import os
 import stat
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -54,17 +51,16 @@ __all__ = [
 
 logger = logging.getLogger("homeagent")
 
-# The smallest page, so the smallest database (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite itself
-# takes a shorter file for an empty one, and would start anew where all revocations and nonces were.
+# The smallest page is the smallest database (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite treats a
+# shorter file as an empty database, and would silently drop all revocations and nonces.
 SMALLEST_DATABASE = 512
 
 _SIDECAR_SUFFIXES = ("-wal", "-shm", "-journal")
 
-# Windows has only the last of these, and would else write a carriage return before each line feed.
-OPEN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
-# A file of SQLite's may come, go or be replaced by another process while it is judged. Nothing but a hostile or
-# broken program keeps that up for this long.
+# Another process may create, remove or replace a file of SQLite during an inspection. Only a hostile or broken program
+# does so ten times in a row.
 _ATTEMPTS = 10
 
 
@@ -72,14 +68,14 @@ _ATTEMPTS = 10
 
 
 def locate_file(path: str | os.PathLike[str]) -> Path:
-    """Return where a database file really is: absolute, `~` expanded, links among its directories followed.
+    """Return the absolute path of a database file, with `~` expanded and links among the directories resolved.
 
-    The last component is left as it is, so that a link there is still seen and refused. A linked directory is
-    legitimate: /tmp is one on macOS, and a home may lie on another volume. Nothing has to exist yet.
+    The last component is not resolved, so that `inspect_file` can still refuse a link there. A linked directory is
+    legitimate: /tmp is a link on macOS, and a home directory may be on another volume. The file need not exist.
 
     Raises:
-        InvalidArgumentError: the path is no path, is empty, holds a NUL, is not UTF-8, or names the home of an unknown
-            user.
+        InvalidArgumentError: `path` is not a path, is empty, contains a NUL, is not UTF-8, or names the home directory
+            of an unknown user.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidArgumentError(f"a path must be a str or a PathLike, not {type(path).__name__}")
@@ -94,17 +90,17 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
         try:
             absolute = expanded.absolute()
             found = Path(os.path.realpath(absolute.parent)) / absolute.name
-            # Manifests and reports name it, and JSON has no place for other bytes.
+            # Manifests and reports contain the path as JSON text, which must be UTF-8.
             str(found).encode()
         except UnicodeEncodeError:
-            raise InvalidArgumentError(f"{text!r} is no UTF-8, or leads where none is: name another file") from None
+            raise InvalidArgumentError(f"the path {text!r} or its directory is not UTF-8: name another file") from None
     return found
 
 
 def sidecars(path: Path) -> list[Path]:
-    """Return the files that SQLite may keep beside this database, whether or not they exist.
+    """Return the paths of the WAL, the WAL index and the rollback journal (https://sqlite.org/tempfiles.html).
 
-    The write-ahead log, its shared-memory index and the rollback journal (https://sqlite.org/tempfiles.html).
+    The files need not exist.
     """
     return [path.with_name(path.name + suffix) for suffix in _SIDECAR_SUFFIXES]
 
@@ -113,15 +109,15 @@ def sidecars(path: Path) -> list[Path]:
 
 
 class FileState(NamedTuple):
-    """An existing file that was found to be regular, ours and private.
+    """The state of an existing regular, private file of a trusted user.
 
     Attributes:
         path: the file.
-        size: in bytes; 0 is a database that was created and not yet initialised.
-        mode: its permission bits, after any repair.
-        uid: its owner; 0 on Windows.
-        device, inode: together what the file is, whatever name it has.
-        repaired_from: the permission bits it had before they were narrowed now; None where they were right.
+        size: bytes; 0 for a database that was created and not yet initialised.
+        mode: permission bits, after any repair.
+        uid: user id of the owner.
+        device, inode: identity of the file, independent of the file's name.
+        repaired_from: permission bits before this inspection narrowed them; None if the bits were right.
     """
 
     path: Path
@@ -134,38 +130,37 @@ class FileState(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether the file has no byte in it."""
+        """Whether the size of the file is 0."""
         return self.size == 0
 
 
 def inspect_file(path: Path) -> FileState | None:
-    """Judge a database file without opening it, and make a looser mode of our own file 0600.
+    """Inspect a database file without opening it, and narrow the mode of the caller's own file to 0600.
 
-    A repair is told to the logger `homeagent`. A mode tighter than 0600 is kept, since someone wanted a file that
-    can only be read; only an empty file gets 0600 in full, for a umask can have left it with less. A file that
-    is refused is left as it is.
+    A repair is logged as a warning. A mode narrower than 0600 is kept, because an administrator may want a read-only
+    file; an empty file always gets 0600, because a umask may have removed bits. A refused file is not changed.
 
-    Root may open a file of the directory's owner that is private to that user (see `homeagent.engine.files.owners`):
-    SQLite then gives the files next to it to the same owner. A looser mode of such a file raises InsecureFileError: to
-    change modes in a directory that another user controls is how root is made to change them elsewhere.
+    Root may open a private file of the directory's owner (see `homeagent.engine.files.owners`); SQLite then gives the
+    sidecar files to the same owner. A wider mode of such a file raises InsecureFileError: another user who controls the
+    directory could make root change the mode of a different file.
 
     Returns:
-        None where there is no file.
+        None if the file does not exist.
 
     Raises:
-        InsecureFileError: it is a link, has a second name (hard link), is another user's, or can't be made private; or
-            the process runs as root, and other users can replace files in the directory.
-        ForeignDatabaseError: it is a directory, a pipe, a socket or a device.
-        CorruptDatabaseError: it has 1 to 511 bytes, too few for a database; SQLite would take it for an empty one.
-        DatabaseError: it can't be looked at.
+        InsecureFileError: the file is a link, has a second hard link, belongs to another user, or can't be made
+            private; or the process runs as root, and other users can replace files in the directory.
+        ForeignDatabaseError: `path` is a directory, a pipe, a socket or a device.
+        CorruptDatabaseError: the file has 1 to 511 bytes, too few for a database; SQLite would treat it as empty.
+        DatabaseError: `lstat` failed.
     """
     return judge_file(path, is_database=True)
 
 
 def secure_sidecars(path: Path) -> list[FileState]:
-    """Judge the files beside a database like the database itself, and return those that exist.
+    """Inspect the sidecar files of a database like the database itself, and return the existing ones.
 
-    SQLite gives them the database's mode, but only when it makes them: they may be older than the file.
+    SQLite sets the mode of a sidecar file only on creation, and a sidecar file may be older than the database.
 
     Raises:
         InsecureFileError, ForeignDatabaseError, DatabaseError: as in `inspect_file`.
@@ -175,17 +170,17 @@ def secure_sidecars(path: Path) -> list[FileState]:
 
 
 def refuse_orphaned_log(path: Path) -> None:
-    """Refuse to begin anew where a write-ahead log shows that there was a database.
+    """Refuse to create a database next to a WAL that has content.
 
-    A log is only made after the database's header is on the disk, so a log with content beside a missing or empty
-    database means that the database was lost. SQLite would delete the log and start empty, and every revocation
-    and every nonce would be forgotten. Call it under the lock that initialisation takes.
+    SQLite creates a WAL only after the database's header is on the disk. A WAL with content next to a missing or empty
+    database means that the database was lost. SQLite would delete the WAL and start with an empty database, without any
+    revocation or nonce. The caller must hold the lock for initialisation.
 
     Raises:
-        CorruptDatabaseError: the log has content and the database has none.
+        CorruptDatabaseError: the WAL has content, and the database is missing or empty.
     """
     log = sidecars(path)[0]
-    # The log is looked at first: a database that is being made meanwhile gets its content before its log.
+    # Do not swap the two sizes: a database that another process creates now gets content before its WAL does.
     if _size(log) and not _size(path):
         raise CorruptDatabaseError(
             f"{quoted(path)} is gone or empty, but its log {quoted(log)} is not: restore a backup, "
@@ -194,21 +189,21 @@ def refuse_orphaned_log(path: Path) -> None:
 
 
 def create_file(path: Path, *, database: Path | None = None) -> bool:
-    """Create an empty database file that only its owner can read and write, under any umask.
+    """Create an empty database file with mode 0600, under any umask.
 
-    Its directory must exist. Other threads must not find the file before this returns, or SQLite may have locks on
-    it that are lost when this closes it: create it under the lock that initialisation takes.
+    The directory must exist. The caller must hold the lock for initialisation: if another thread opened the file before
+    this function closes its descriptor, SQLite would lose its locks.
 
     Args:
         path: the file.
-        database: of which it is to be a copy, as for `give_to_owner`.
+        database: the database of which the file will be a copy, as for `give_to_owner`.
 
     Returns:
-        False where a file, or anything else of that name, exists already: nothing was changed.
+        False if `path` exists already; nothing was changed.
 
     Raises:
         InsecureFileError: the file system does not keep modes.
-        DatabaseError: it can't be made; `ReadOnlyError` and `DiskFullError` where that is why. No file is left.
+        DatabaseError: the file can't be created (`ReadOnlyError`, `DiskFullError` for these causes). No file is left.
     """
     with explained("create", path):
         descriptor = create_descriptor(path, database=database)
@@ -225,20 +220,19 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
 
 
 def atomic_replace(source: Path, target: Path) -> None:
-    """Put one file in another's place, so that after a power cut the name leads to the old or to the whole new one.
+    """Replace one file by another. After a power cut `target` is the old file or the whole new file.
 
-    Both lie in one file system, best in one directory. No connection of this process may have `source` open, and
-    the files beside `target` are the caller's business: a stale log would be replayed over the new database.
+    Both paths must be in one file system. No connection of this process may have `source` open. The caller must remove
+    the sidecar files of `target`: SQLite would replay a stale WAL over the new database.
 
     Raises:
         InsecureFileError, ForeignDatabaseError: `source` is a link, is not a regular file or can't be made private.
-        DatabaseError: `source` is missing, or it can't be moved; `target` is then as it was.
+        DatabaseError: `source` is missing or can't be moved; `target` is unchanged.
     """
     if judge_file(source, is_database=False) is None:
         raise DatabaseError(f"there is no {quoted(source)} to put in the place of {quoted(target)}: make it first")
     with explained("sync", source):
-        # Windows syncs only what is open for writing.
-        descriptor = os.open(source, (os.O_RDWR if sys.platform == "win32" else os.O_RDONLY) | OPEN_FLAGS)
+        descriptor = os.open(source, os.O_RDONLY | OPEN_FLAGS)
         try:
             sync(descriptor)
         finally:
@@ -251,31 +245,30 @@ def atomic_replace(source: Path, target: Path) -> None:
 
 
 def create_descriptor(path: Path, *, database: Path | None = None) -> int | None:
-    """Create an empty file with mode 0600 and return its descriptor, or None where the name is taken.
+    """Create an empty file with mode 0600 and return its descriptor; None if the path exists already.
 
-    A file that root creates belongs to the owner of its directory.
+    If root creates the file, the file is given to the owner of its directory.
 
     Args:
         path: the file.
-        database: of which it is to be a copy, as for `give_to_owner`.
+        database: the database of which the file will be a copy, as for `give_to_owner`.
 
     Raises:
         InsecureFileError: the file system does not keep modes.
-        OSError: it can't be made.
+        OSError: the file can't be created.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, FILE_MODE)
     except FileExistsError:
         return None
     try:
-        if sys.platform != "win32":
-            # The umask took its bits from the mode above, and it can't be read without changing it for all threads.
-            try:
-                os.fchmod(descriptor, FILE_MODE)
-            except PermissionError as error:
-                raise modes_not_kept(path) from error
-            if stat.S_IMODE(os.fstat(descriptor).st_mode) != FILE_MODE:
-                raise modes_not_kept(path)
+        # The umask removed bits from the mode above. Reading the umask would change it for all threads.
+        try:
+            os.fchmod(descriptor, FILE_MODE)
+        except PermissionError as error:
+            raise modes_not_kept(path) from error
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != FILE_MODE:
+            raise modes_not_kept(path)
         give_to_owner(descriptor, path.parent, database=database)
     except BaseException:
         os.close(descriptor)
@@ -284,21 +277,21 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
 
 
 def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
-    """Open a file to read it, if it is a regular one with one name that belongs to one of these users.
+    """Open a regular file of a trusted user for reading.
 
-    Not for a file that this process has open through SQLite: to close it would drop SQLite's locks.
+    Do not call this for a file that SQLite has open in this process: closing the file would drop SQLite's locks.
 
     Args:
         path: the file.
-        owners: as `trusted_owners` and `backup_owners` return them.
+        owners: trusted user ids, from `trusted_owners` or `backup_owners`.
 
     Raises:
-        InsecureFileError: it has a second name (hard link), or belongs to another user.
-        ForeignDatabaseError: it is not a regular file.
-        OSError: it can't be opened, or is a link.
+        InsecureFileError: the file has a second hard link, or belongs to another user.
+        ForeignDatabaseError: `path` is not a regular file.
+        OSError: the file can't be opened, or is a link.
     """
-    # Judged by its descriptor: by its name it could be another file by now. A pipe must not make the caller wait.
-    file = os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS | getattr(os, "O_NONBLOCK", 0)), "rb")
+    # Check the descriptor: another file could replace the path meanwhile. O_NONBLOCK: a pipe must not block the caller.
+    file = os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS | os.O_NONBLOCK), "rb")
     try:
         refuse_insecure(path, os.fstat(file.fileno()), owners)
     except BaseException:
@@ -308,13 +301,13 @@ def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
 
 
 def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, repair: bool = True) -> FileState | None:
-    """Judge a file as `inspect_file` does, one that need not be a database either.
+    """Inspect a file as `inspect_file` does; the file need not be a database.
 
     Args:
         path: the file.
-        is_database: whether one that is too short for a database is refused, and an empty one gets 0600 in full.
-        complete_empty: whether any empty file gets 0600 in full.
-        repair: False to leave the mode as it is, for a file that may be another application's.
+        is_database: True refuses a file too short for a database, and sets the mode of an empty file to 0600.
+        complete_empty: True sets the mode of any empty file to 0600.
+        repair: False keeps the mode, for a file that may belong to another application.
     """
     repaired_from: int | None = None
     for _ in range(_ATTEMPTS):
@@ -327,7 +320,7 @@ def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, r
         wanted = mode & FILE_MODE
         if (is_database or complete_empty) and status.st_size == 0:
             wanted = FILE_MODE
-        if sys.platform == "win32" or mode == wanted or not repair:
+        if mode == wanted or not repair:
             return FileState(
                 path=path,
                 size=status.st_size,
@@ -342,33 +335,35 @@ def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, r
                 change_mode(path, wanted)
                 changed = os.lstat(path)
             except FileNotFoundError:
-                continue  # its owner process removed it: look again
+                continue  # another process removed the file: inspect again
         if identity_of(changed) != identity_of(status):
-            continue  # replaced meanwhile: judge the new one
+            continue  # another process replaced the file: inspect the new one
         if stat.S_IMODE(changed.st_mode) != wanted:
             raise modes_not_kept(path)
         logger.warning(
-            "%s had mode %04o: made it %04o, since only its owner may use it",
+            "%s had mode %04o: changed to %04o, because only the owner may use the file",
             path,
             mode,
             wanted,
             extra={"event": "file_mode_repaired", "path": str(path), "mode_before": mode, "mode": wanted},
         )
         repaired_from = mode
-    raise DatabaseError(f"{quoted(path)} keeps being replaced: find out which other program writes it")
+    raise DatabaseError(
+        f"another program replaced {quoted(path)} {_ATTEMPTS} times during one inspection: stop that program"
+    )
 
 
 def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) -> None:
-    """Refuse a file that is not a regular one with one name that belongs to one of these users.
+    """Refuse a file that is not regular, has several hard links, or belongs to an untrusted user.
 
     Args:
         path: the file.
-        status: of the file.
-        owners: as `trusted_owners` and `backup_owners` return them.
+        status: result of `lstat` or `fstat` for the file.
+        owners: trusted user ids, from `trusted_owners` or `backup_owners`.
 
     Raises:
-        InsecureFileError: it is a link, has a second name (hard link), or belongs to another user.
-        ForeignDatabaseError: it is a directory, a pipe, a socket or a device.
+        InsecureFileError: the file is a link, has a second hard link, or belongs to another user.
+        ForeignDatabaseError: `path` is a directory, a pipe, a socket or a device.
     """
     if stat.S_ISLNK(status.st_mode):
         raise InsecureFileError(f"{quoted(path)} is a symbolic link: name the file itself, or remove the link")
@@ -381,13 +376,13 @@ def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) 
             f"{quoted(path)} has {status.st_nlink} names (hard links): remove the others, "
             f"or copy it and name the copy; 'find -inum {status.st_ino}' finds them"
         )
-    if sys.platform == "win32" or status.st_uid in owners:
+    if status.st_uid in owners:
         return
     if os.geteuid() == 0:
         raise InsecureFileError(
             f"{quoted(path)} belongs to user {status.st_uid}, and only files of user "
-            f"{' or '.join(map(str, sorted(owners)))} are safe here, since any other user may have put it there: "
-            f"move it away; if you know that it is sound, copy it, or chown it to {max(owners)}"
+            f"{' or '.join(map(str, sorted(owners)))} are trusted here: move the file away, "
+            f"or, if you know that the file is sound, chown it to {max(owners)}"
         )
     raise _not_the_callers(path, status)
 
@@ -401,7 +396,7 @@ def _not_the_callers(path: Path, status: os.stat_result) -> InsecureFileError:
 
 def _refuse(path: Path, status: os.stat_result, *, is_database: bool) -> None:
     refuse_insecure(path, status, trusted_owners(path.parent))
-    if sys.platform != "win32" and status.st_uid != os.geteuid() and status.st_mode & 0o077:
+    if status.st_uid != os.geteuid() and status.st_mode & 0o077:
         raise _not_the_callers(path, status)
     if is_database and 0 < status.st_size < SMALLEST_DATABASE:
         raise CorruptDatabaseError(
@@ -410,8 +405,8 @@ def _refuse(path: Path, status: os.stat_result, *, is_database: bool) -> None:
 
 
 def look_at(path: Path) -> os.stat_result | None:
-    """Return what `lstat` says of a path, None where there is nothing of that name."""
-    with explained("look at", path):
+    """Return the result of `lstat`; None if the path does not exist."""
+    with explained("inspect", path):
         try:
             return os.lstat(path)
         except FileNotFoundError:
@@ -424,5 +419,5 @@ def _size(path: Path) -> int:
 
 
 def identity_of(status: os.stat_result) -> tuple[int, int]:
-    """Return what a file is, whatever name it has: its device and inode."""
+    """Return the device and inode of a file: its identity, independent of its name."""
     return status.st_dev, status.st_ino

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import stat
-import sys
 import threading
 from pathlib import Path
 from typing import NamedTuple
 
 from homeagent.engine.files.owners import give_to_owner, is_replaceable, refuse_replaceable
-from homeagent.engine.files.permissions import DIRECTORY_MODE, change_mode, modes_not_kept, unguarded
+from homeagent.engine.files.permissions import DIRECTORY_MODE, change_mode, modes_not_kept
 from homeagent.engine.files.sync import fsync_directory
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import InvalidArgumentError
@@ -28,7 +27,7 @@ class DirectoryReport(NamedTuple):
         path: the directory.
         made: the directories that were made now, outermost first; empty where all existed.
         mode: its permission bits, sticky bit included.
-        uid: its owner; 0 on Windows.
+        uid: user id of the owner.
         listable: whether others may see the names in it, though not the files' content.
         problem: why its files are not safe from other users, with the remedy; None where they are.
     """
@@ -65,7 +64,7 @@ def prepare_directory(directory: Path) -> DirectoryReport:
                 step.mkdir(DIRECTORY_MODE)
             except FileExistsError:
                 continue  # another process was first, or a link leads nowhere: found out below
-            if sys.platform != "win32" and not _is_private_directory(step):
+            if not _is_private_directory(step):
                 change_mode(step, DIRECTORY_MODE)  # a umask may take bits from the owner too
                 if not _is_private_directory(step):
                     raise modes_not_kept(step)
@@ -86,10 +85,10 @@ def prepare_directory(directory: Path) -> DirectoryReport:
         made=tuple(made),
         mode=stat.S_IMODE(status.st_mode),
         uid=status.st_uid,
-        listable=sys.platform != "win32" and bool(status.st_mode & 0o044),
+        listable=bool(status.st_mode & 0o044),
         problem=_directory_problem(directory, status),
     )
-    problem = report.problem or unguarded()
+    problem = report.problem
     if problem is not None:
         with _reported_lock:
             is_news = directory not in _reported
@@ -120,7 +119,7 @@ def _missing_directories(directory: Path) -> list[Path]:
 
 def _give_to_parents_owner(made: Path) -> None:
     """Give a directory that root created to the owner of its parent."""
-    if sys.platform == "win32" or os.geteuid() != 0:
+    if os.geteuid() != 0:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     # Through the parent's descriptor: its owner could put a link to another directory in the place of either of them.
@@ -142,8 +141,6 @@ def _is_private_directory(directory: Path) -> bool:
 
 
 def _directory_problem(directory: Path, status: os.stat_result) -> str | None:
-    if sys.platform == "win32":
-        return None
     if status.st_uid not in (0, os.geteuid()):
         return (
             f"the directory {quoted(directory)} belongs to user {status.st_uid}, who can replace the database: "

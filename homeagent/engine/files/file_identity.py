@@ -178,5 +178,5 @@ class FileIdentityCheck:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError:
-            with explained("look at", Path(name)):
+            with explained("inspect", Path(name)):
                 raise

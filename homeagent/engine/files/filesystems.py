@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from pathlib import Path
 
 from homeagent.engine.files.system_errors import explained, quoted
@@ -34,15 +33,13 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
         mount_table: the kernel's list of mounts (proc_pid_mountinfo(5)).
 
     Returns:
-        None where it can't be told: on macOS and Windows, and on a Linux without /proc.
+        None where it can't be told: on macOS, and on a Linux without /proc.
     """
-    if sys.platform == "win32":
-        return None
     try:
         table = mount_table.read_bytes()
     except OSError:
         return None  # hidden or not there: unknown is an answer, and says nothing bad about the path
-    with explained("look at", path):
+    with explained("inspect", path):
         place = Path(os.path.realpath(path))
         while not place.is_dir() and place != place.parent:
             place = place.parent

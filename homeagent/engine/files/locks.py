@@ -1,9 +1,9 @@
-"""Locks between threads and processes, on files of their own that SQLite never sees."""
+"""Locks between threads and processes, on separate files that SQLite does not open."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,33 +17,31 @@ from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import DatabaseBusyError, DatabaseError, DiskFullError, InvalidArgumentError
 
-if sys.platform != "win32":
-    import fcntl
-
 __all__ = ["FileLock"]
 
 
 class FileLock:
-    """A lock that threads and processes hold on a file of its own, beside the database.
+    """A lock on a separate file next to the database, between threads and between processes.
 
-    The file is made 0600 where it is missing and never deleted: whoever waits on a deleted one would share the lock
-    with whoever makes the next. The lock goes with the process, however that ends. A child made by `fork` does not
-    have it. It keeps off only who asks for the same lock, and it can carry a short text for whoever holds it next.
+    `acquire` creates the file with mode 0600 if it is missing. The file is not deleted: a process that waits on a
+    deleted file and a process that creates a new file would both hold the lock. The system releases the lock when the
+    process ends. A child made by `fork` does not hold the lock. A holder can leave a short text, the marker, in the
+    file for the next holder.
 
-    `flock` locks are used: unlike SQLite's POSIX locks they also part the threads of one process, and closing some
-    other descriptor of the file does not drop them. On Windows no lock is taken, see `privacy.unguarded`.
+    The lock is a `flock` lock: unlike SQLite's POSIX locks, `flock` works between threads of one process, and closing
+    another descriptor of the file does not drop the lock.
 
     Args:
-        path: the lock file; its directory must exist.
-        timeout: how long `acquire` waits at most; zero tries once.
-        shared: True admits other shared holders, and keeps off exclusive ones.
-        writable: False for a file that may lie where nothing can be written, or be another application's: its mode
-            stays as it is, and no marker is written.
-        monotonic, pause: the clock and the sleep to wait with, in seconds.
+        path: the lock file; the directory must exist.
+        timeout: longest wait of `acquire`; zero tries once.
+        shared: True allows other shared holders, and excludes exclusive holders.
+        writable: False for a file that may be read-only or belong to another application: its mode stays unchanged, and
+            no marker can be written.
+        monotonic, pause: the clock and the sleep function for waiting, in seconds.
     """
 
     _FIRST_PAUSE = 0.001
-    _LONGEST_PAUSE = 0.05  # what a waiter may lose at most once the lock is free
+    _LONGEST_PAUSE = 0.05  # the longest time in which a waiting caller does not notice that the lock is free
 
     def __init__(
         self,
@@ -72,15 +70,15 @@ class FileLock:
         return self._descriptor is not None
 
     def acquire(self) -> None:
-        """Take the lock, waiting for other holders no longer than the timeout.
+        """Acquire the lock. Wait for other holders at most for the timeout.
 
         Raises:
-            DatabaseBusyError: the timeout is over and others still hold it.
-            InsecureFileError, ForeignDatabaseError: the lock file is not as `inspect_file` wants it.
-            DatabaseError: this object holds it already, or the file can't be made, opened or locked.
+            DatabaseBusyError: the timeout is over, and another thread or process still holds the lock.
+            InsecureFileError, ForeignDatabaseError: `inspect_file` would refuse the lock file.
+            DatabaseError: this object holds the lock already, or the file can't be created, opened or locked.
         """
         if self._descriptor is not None:
-            raise DatabaseError(f"this lock on {quoted(self.path)} is held already: use one object per holder")
+            raise DatabaseError(f"this object holds the lock on {quoted(self.path)} already: use one object per holder")
         seconds = self._timeout.total_seconds()
         deadline = self._monotonic() + seconds
         delay = self._FIRST_PAUSE
@@ -88,17 +86,17 @@ class FileLock:
             left = deadline - self._monotonic()
             if left <= 0:
                 raise DatabaseBusyError(
-                    f"another process or thread holds {quoted(self.path)}, waited {seconds:g} s for it: "
-                    "try again when it is done, or allow a longer timeout"
+                    f"another process or thread holds {quoted(self.path)}, waited {seconds:g} s for the lock: "
+                    "try again later, or allow a longer timeout"
                 )
             self._pause(min(delay, left))
             delay = min(delay * 2, self._LONGEST_PAUSE)
 
     def release(self) -> None:
-        """Give the lock back; one that is not held is left alone.
+        """Release the lock, if this object holds the lock.
 
         Raises:
-            DatabaseError: the system could not unlock the file. This object does not hold the lock any more.
+            DatabaseError: the system could not unlock the file. This object no longer holds the lock.
         """
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
@@ -106,19 +104,18 @@ class FileLock:
         _held.discard(self)
         with explained("unlock", self.path):
             try:
-                if sys.platform != "win32":
-                    # Closing alone would leave it locked while a child between fork and exec still has a copy.
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)
+                # Do not rely on the close: a child between fork and exec still has a copy of the descriptor.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             finally:
                 os.close(descriptor)
 
     def withdraw(self) -> None:
-        """Give the lock back, and take its file away again where this made it, no other holds it and it is empty.
+        """Release the lock. Remove the file if this object created it, no other process holds it, and it is empty.
 
-        Whoever waits for a lock looks whether its file still has its name, and begins anew where it has not.
+        A waiting process checks that the locked file still has its name, and otherwise opens the path again.
         """
         descriptor = self._while_held()
-        if self._made and sys.platform != "win32":
+        if self._made:
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(descriptor).st_size == 0 and self._is_in_place(descriptor):
@@ -135,7 +132,7 @@ class FileLock:
         self.release()
 
     def read_marker(self) -> str | None:
-        """Return the text that a holder left in the lock file, None where none was left. Only while held.
+        """Return the marker that an earlier holder left; None if there is no marker. The lock must be held.
 
         Raises:
             DatabaseError: the lock is not held, or the file can't be read.
@@ -145,55 +142,55 @@ class FileLock:
             content = _read(descriptor, 4096)
         if not content:
             return None
-        # Whatever follows the first line is left over from a longer text that was overwritten when the power failed.
+        # The rest of the file can be a part of a longer marker that was being overwritten during a power cut.
         return content.split(b"\n", 1)[0].decode("utf-8", "replace")
 
     def write_marker(self, text: str) -> None:
-        """Leave a text in the lock file, in the place of the one before, synced to the disk. Only while held alone.
+        """Replace the marker and sync the file to the disk. The lock must be held exclusively.
 
         Args:
             text: 1 to 200 bytes of UTF-8 without control characters.
 
         Raises:
-            InvalidArgumentError: the text is none of that.
-            DatabaseError: the lock is not held, or it is shared, or the file can't be written.
+            InvalidArgumentError: `text` is not such a text.
+            DatabaseError: the lock is not held, or is shared, or the file can't be written.
         """
         if not text.isprintable() or not 1 <= len(content := text.encode()) <= 200:
             raise InvalidArgumentError("a marker is 1 to 200 bytes of printable text: shorten it")
         descriptor = self._while_held()
         if self.shared:
-            raise DatabaseError(f"the lock on {quoted(self.path)} is shared: hold it alone to leave a marker")
+            raise DatabaseError(f"the lock on {quoted(self.path)} is shared: use an exclusive lock to write a marker")
         with explained("write", self.path):
             os.lseek(descriptor, 0, os.SEEK_SET)
-            # In one write, and cut to length after it, so that at no moment the file is without a marker.
+            # Write first and truncate afterwards, so that the file contains a marker at every moment.
             written = os.write(descriptor, content + b"\n")
             os.ftruncate(descriptor, written)
             sync(descriptor)
         if written != len(content) + 1:
-            raise DiskFullError(f"there was no room to write {quoted(self.path)}: free some space")
+            raise DiskFullError(f"the disk has no room to write {quoted(self.path)}: free some space")
         fsync_directory(self.path.parent)
 
     def clear_marker(self) -> None:
-        """Take the text out of the lock file again, synced to the disk. Only while held alone.
+        """Remove the marker and sync the file to the disk. The lock must be held exclusively.
 
         Raises:
-            DatabaseError: the lock is not held, or it is shared, or the file can't be written.
+            DatabaseError: the lock is not held, or is shared, or the file can't be written.
         """
         descriptor = self._while_held()
         if self.shared:
-            raise DatabaseError(f"the lock on {quoted(self.path)} is shared: hold it alone to take a marker away")
+            raise DatabaseError(f"the lock on {quoted(self.path)} is shared: use an exclusive lock to remove a marker")
         with explained("write", self.path):
             os.ftruncate(descriptor, 0)
             sync(descriptor)
 
     def has_marker(self) -> bool:
-        """Tell whether a holder left a text in the lock file. Only while held.
+        """Return whether the lock file contains a marker. The lock must be held.
 
         Raises:
             DatabaseError: the lock is not held.
         """
         descriptor = self._while_held()
-        with explained("look at", self.path):
+        with explained("inspect", self.path):
             return os.fstat(descriptor).st_size > 0
 
     def _while_held(self) -> int:
@@ -202,30 +199,30 @@ class FileLock:
         return self._descriptor
 
     def _try(self) -> bool:
-        """Open the file and try to lock it; each try opens it anew, since the file may have been replaced."""
+        """Open the file and try to lock it. Each try opens the path again, because the file may have been replaced."""
         descriptor = self._open()
         if descriptor is None:
             return False
-        is_homeagent_database = False
+        locked = False
         with explained("lock", self.path):
             try:
-                is_homeagent_database = self._lock(descriptor) and self._is_in_place(descriptor)
+                locked = self._lock(descriptor) and self._is_in_place(descriptor)
             finally:
-                if not is_homeagent_database:
+                if not locked:
                     os.close(descriptor)
-        if is_homeagent_database:
+        if locked:
             self._descriptor = descriptor
             _held.add(self)
-        return is_homeagent_database
+        return locked
 
     def _open(self) -> int | None:
-        """Return a descriptor of the lock file, or None where another process removed it at this very moment."""
+        """Return a descriptor of the lock file; None if another process removed the file at this moment."""
         with explained("open the lock file", self.path):
             descriptor = create_descriptor(self.path)
             if descriptor is not None:
                 self._made = True
                 return descriptor
-            # An empty one may still miss bits: its maker's umask took them, and gives them back a moment later.
+            # The mode of an empty file may be too narrow: its creator's umask removed bits, which the creator restores.
             repair = self._access == os.O_RDWR
             if judge_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None
@@ -235,15 +232,14 @@ class FileLock:
                 return None
 
     def _lock(self, descriptor: int) -> bool:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(descriptor, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
         return True
 
     def _is_in_place(self, descriptor: int) -> bool:
-        """Tell whether the locked file still has its name: a lock on a removed one keeps nobody off."""
+        """Return whether the locked file still has its name: a lock on a removed file excludes no other process."""
         status = look_at(self.path)
         return status is not None and identity_of(status) == identity_of(os.fstat(descriptor))
 
@@ -252,7 +248,7 @@ _held: set[FileLock] = set()
 
 
 def _drop_inherited_locks() -> None:
-    # A lock belongs to the open file, which a forked child shares: it would outlive its holder in the child.
+    # A flock lock belongs to the open file, which a forked child shares: the child would keep the lock held.
     for lock in list(_held):
         descriptor, lock._descriptor = lock._descriptor, None
         if descriptor is not None:
@@ -260,8 +256,7 @@ def _drop_inherited_locks() -> None:
     _held.clear()
 
 
-if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_drop_inherited_locks)
+os.register_at_fork(after_in_child=_drop_inherited_locks)
 
 
 def _read(descriptor: int, size: int) -> bytes:

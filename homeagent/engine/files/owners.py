@@ -7,15 +7,13 @@
 
 The owner of a directory can replace every file in it, so root gains nothing by refusing that user's files. Each other
 user could add a file to a directory that several users can write: a rollback journal that SQLite replays, a lock file
-that tells of a restore, a backup. So root also refuses a directory in which other users can replace files. On Windows
-owners are not checked, see `privacy.unguarded`.
+that tells of a restore, a backup. So root also refuses a directory in which other users can replace files.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-import sys
 from pathlib import Path
 
 from homeagent.engine.files.system_errors import explained, quoted
@@ -33,8 +31,6 @@ def trusted_owners(directory: Path) -> frozenset[int]:
     Raises:
         DatabaseError: the directory can't be looked into.
     """
-    if sys.platform == "win32":
-        return frozenset()
     caller = os.geteuid()
     return frozenset({0, _nearest(directory).st_uid} if caller == 0 else {caller})
 
@@ -63,7 +59,7 @@ def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | No
     Raises:
         OSError: the owner can't be changed.
     """
-    if sys.platform == "win32" or os.geteuid() != 0:
+    if os.geteuid() != 0:
         return
     status = os.stat(directory)  # noqa: PTH116  by a descriptor too
     if status.st_uid != 0 and (database is None or status.st_uid in backup_owners(database)):
@@ -72,7 +68,7 @@ def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | No
 
 def is_replaceable(status: os.stat_result) -> bool:
     """Tell whether users other than its owner can rename and remove files in a directory."""
-    return sys.platform != "win32" and bool(status.st_mode & 0o022) and not status.st_mode & stat.S_ISVTX
+    return bool(status.st_mode & 0o022) and not status.st_mode & stat.S_ISVTX
 
 
 def refuse_replaceable(directory: Path) -> None:
@@ -84,7 +80,7 @@ def refuse_replaceable(directory: Path) -> None:
         InsecureFileError: the process runs as root, and group or others can write the directory, without a sticky bit.
         DatabaseError: the directory can't be looked into.
     """
-    if sys.platform == "win32" or os.geteuid() != 0:
+    if os.geteuid() != 0:
         return
     status = _nearest(directory)
     if is_replaceable(status):

@@ -1,4 +1,4 @@
-"""The one place where an error of the operating system becomes one of ours."""
+"""Translate errors of the operating system into errors of homeagent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["explained", "quoted"]
 
 @contextmanager
 def explained(act: str, path: Path) -> Iterator[None]:
-    """Turn the operating system's error into one of ours, which names the path and the remedy."""
+    """Translate an OSError of the block into an error of homeagent that names the path and the remedy."""
     try:
         yield
     except OSError as error:
@@ -34,12 +34,12 @@ def _explain(error: OSError, act: str, path: Path) -> HomeAgentError:
     name = quoted(path)
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            return DiskFullError(f"there is no room to {act} {name}: free some space")
+            return DiskFullError(f"the disk has no room to {act} {name}: free some space")
         case errno.EROFS:
             return ReadOnlyError(f"can't {act} {name} on a read-only file system: name a path that can be written")
         case errno.EACCES | errno.EPERM:
             return DatabaseError(
-                f"no permission to {act} {name}: run as the owner of it and of its directory, or name another path"
+                f"no permission to {act} {name}: run as the owner of the file and its directory, or name another path"
             )
         case errno.ENOENT:
             return DatabaseError(
@@ -59,12 +59,14 @@ def _explain(error: OSError, act: str, path: Path) -> HomeAgentError:
                 "limit ('ulimit -n')"
             )
         case errno.EXDEV:
-            return DatabaseError(f"can't {act} {name} from another file system: put the new file beside it")
+            return DatabaseError(
+                f"can't {act} {name} from another file system: put the new file into the same directory"
+            )
         case _:
             reason = os.strerror(error.errno) if error.errno is not None else type(error).__name__
-            return DatabaseError(f"can't {act} {name} ({reason}): mend that, or name another path")
+            return DatabaseError(f"can't {act} {name} ({reason}): remove the cause, or name another path")
 
 
 def quoted(path: Path) -> str:
-    """Return a path for a message: in quotes and escaped, for a file name may hold a line break or worse."""
+    """Return a path for a message, quoted and escaped: a file name can contain a line break."""
     return repr(str(path))

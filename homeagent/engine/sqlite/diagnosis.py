@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
+import resource
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -27,9 +27,6 @@ from homeagent.errors import (
     ReadOnlyError,
     TooManyFilesError,
 )
-
-if sys.platform != "win32":
-    import resource
 
 __all__ = ["diagnosed_error", "newest_backup_hint"]
 
@@ -100,8 +97,6 @@ def _no_descriptor_left() -> bool:
 
 
 def _at_size_limit(path: Path) -> bool:
-    if sys.platform == "win32":
-        return False
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit == resource.RLIM_INFINITY:
         return False
@@ -130,8 +125,6 @@ def _write_error(directory: Path) -> int | None:
 
 
 def _space_error(directory: Path) -> int | None:
-    if sys.platform == "win32":
-        return None
     with suppress(OSError):
         state = os.statvfs(directory)
         if state.f_flag & os.ST_RDONLY:

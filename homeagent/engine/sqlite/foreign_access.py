@@ -13,6 +13,7 @@ Neither sees a host that writes through `ATTACH` or a C library. See docs/operat
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 import sys
@@ -26,9 +27,6 @@ from homeagent.engine.files.database_file import OPEN_FLAGS, identity_of, look_a
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.dialect import Connection, connect
 from homeagent.errors import ForeignAccessError
-
-if sys.platform != "win32":
-    import fcntl
 
 __all__ = ["FileGuard", "guard_of", "open_guarded"]
 

@@ -6,8 +6,8 @@ where that is damaged, and it goes with its holder, however that ends.
 
 from __future__ import annotations
 
+import fcntl
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,9 +18,6 @@ from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.replacement import finish_replacement
 from homeagent.errors import DatabaseBusyError, DatabaseError, ReadOnlyError
-
-if sys.platform != "win32":
-    import fcntl
 
 __all__ = ["alone", "hold_in_use_lock", "in_use_path", "kept_from_sqlite"]
 
@@ -95,7 +92,7 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
 
 @contextmanager
 def kept_from_sqlite(database: Path) -> Iterator[None]:
-    """Keep other programs that use SQLite from having a file open (not on Windows). One that is absent is let be.
+    """Keep other programs that use SQLite from having a file open. One that is absent is let be.
 
     Only for a file that this process does not have open through SQLite: closing any descriptor of it would drop
     SQLite's locks, and a descriptor that SQLite closes meanwhile drops these.
@@ -103,9 +100,6 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
     Raises:
         DatabaseBusyError: one has it open.
     """
-    if sys.platform == "win32":
-        yield
-        return
     with explained("open", database):
         try:
             descriptor = os.open(database, os.O_RDWR | OPEN_FLAGS)

@@ -11,14 +11,12 @@ import re
 import shlex
 import shutil
 import stat
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from homeagent.engine.files.database_file import sidecars
 from homeagent.engine.files.filesystems import filesystem_kind, is_network_filesystem
 from homeagent.engine.files.owners import backup_owners, is_replaceable, trusted_owners
-from homeagent.engine.files.permissions import unguarded
 from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.manifests import newest_backup, read_manifest, remembered_backup
 from homeagent.engine.sqlite.replacement import new_path, quarantine_path
@@ -64,8 +62,6 @@ def database_files(path: Path) -> Files:
 
 def public_files(path: Path) -> list[Path]:
     """Return the caller's own regular files of the database that other users may read or write."""
-    if sys.platform == "win32":
-        return []
     return [
         file
         for file, status in database_files(path).items()
@@ -90,12 +86,9 @@ def check_files(collector: Collector, path: Path) -> bool:
     _check_directory(collector, path.parent)
     files = database_files(path)
     may_open = _check_names(collector, files)
-    if sys.platform == "win32":
-        collector.skip(str(unguarded()), "files")
-    else:
-        with collector.attempt("files"):
-            _check_owners(collector, path, files)
-        _check_modes(collector, files)
+    with collector.attempt("files"):
+        _check_owners(collector, path, files)
+    _check_modes(collector, files)
     with collector.attempt("leftovers"):
         _check_leftovers(collector, path, files)
     with collector.attempt("filesystem"):
@@ -121,9 +114,9 @@ def _check_directory(collector: Collector, directory: Path) -> None:
         collector.critical("directory", summary, meaning, "create it, or correct its owner and mode", f"ls -ld {named}")
         return
     mode = stat.S_IMODE(status.st_mode)
-    foreign = sys.platform != "win32" and os.geteuid() not in (0, status.st_uid) and status.st_uid != 0
+    foreign = os.geteuid() not in (0, status.st_uid) and status.st_uid != 0
     critical = foreign or is_replaceable(status)
-    public = sys.platform != "win32" and mode & 0o022
+    public = mode & 0o022
     collector.add(
         Severity.CRITICAL if critical else Severity.WARNING if public else Severity.OK,
         "directory",

@@ -28,9 +28,7 @@ NOBODY = 65534
 CHECKOUT = Path(homeagent.__file__).parents[1]
 DATABASE = b"\0" * 512  # a judge that only looks from outside takes this for a database
 
-needs_root = pytest.mark.skipif(
-    sys.platform == "win32" or os.geteuid() != 0, reason="only the superuser can give a file away"
-)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can give a file away")
 
 # A program's start: nothing is imported after the privileges are gone, for the checkout may be closed to others.
 UNPRIVILEGED = f"""

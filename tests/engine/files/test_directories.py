@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from pathlib import Path
 
@@ -25,8 +24,6 @@ from tests.engine.files.conftest import (
     run,
     snapshot,
 )
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="owners, modes and flock are POSIX")
 
 
 class TestDirectories:

@@ -13,8 +13,6 @@ from homeagent.errors import (
     DatabaseError,
 )
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="owners, modes and flock are POSIX")
-
 
 def mount(point: Path | str, kind: str, device: str = "0:99", optional: str = "shared:1") -> str:
     """Return a line of the kernel's mount table, with blanks written as the kernel writes them."""

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-import pytest
-
-from homeagent.engine.files.permissions import unguarded
 from tests.engine.files.conftest import (
     UNPRIVILEGED,
     run,
 )
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="owners, modes and flock are POSIX")
 
 
 class TestAnyUmask:
@@ -69,7 +63,3 @@ class TestAnyUmask:
             "one/two/homeagent.lock": 0o600,
         }
         assert json.loads(output) == dict.fromkeys(("000", "022", "077", "777"), expected)
-
-    def test_nothing_is_unguarded_here(self) -> None:
-        """On POSIX all guards work, so there is nothing to tell."""
-        assert unguarded() is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ from homeagent.engine.files.sync import fsync_directory
 from homeagent.errors import (
     DatabaseError,
 )
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="owners, modes and flock are POSIX")
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
