@@ -25,7 +25,7 @@ LIBRARIES = ("homeagent", "apsw", "sqlalchemy", "sqlmodel", "psycopg")
 
 
 def describe_run(command: str) -> dict[str, str]:
-    """Return when, with which command, on which machine and with which versions a run is made."""
+    """Return the date, the command, the revision, the machine and the versions of a run."""
     versions = [f"Python {platform.python_version()}", f"sqlite3 with SQLite {sqlite3.sqlite_version}"]
     for name in LIBRARIES:
         try:
@@ -66,7 +66,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def goals_table(figures: Sequence[Figure]) -> str:
-    """Return the table of goals, in Markdown, which a terminal shows as well."""
+    """Return the table of goals in Markdown, for the page and the terminal."""
     rows = []
     for verdict in judge(figures):
         measured = ", ".join(
@@ -92,10 +92,10 @@ def figures_table(figures: Sequence[Figure]) -> str:
 
 
 def write(figures: Sequence[Figure], run: Mapping[str, str], page: Path) -> None:
-    """Write the tables into a page, between its markers, and the figures into a JSON file beside the page.
+    """Write the tables between the markers of a page, and the figures into a JSON file next to the page.
 
     Raises:
-        BenchmarkError: the page has no markers.
+        BenchmarkError: if the page does not have both markers once.
     """
     text = page.read_text(encoding="utf-8")
     told = (
