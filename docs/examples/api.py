@@ -1,9 +1,8 @@
-"""The store over HTTP: requests and replies are the package's own models, and each handler opens its own unit.
+"""The store over HTTP. Requests and replies are homeagent's models; each handler opens its own unit of work.
 
     uvicorn --factory docs.examples.api:create_app
 
-Nobody is asked who they are here. Put your own check in front before you let anyone reach it: whoever can approve a
-device decides who enters.
+This example does not authenticate its callers. Add authentication first: a caller can approve devices.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from homeagent.fastapi import error_replies, install_error_handlers
 
 
 class PairReply(BaseModel):
-    """A device that has just paired, and waits for its approval."""
+    """A device that has paired and is pending."""
 
     device: DevicePublic
     shared_secret: str | None
-    """The secret that was made for it, shown this once; null where it sent its own."""
+    """The generated secret, shown only here; null if the device sent its own."""
 
 
 class Changed(BaseModel):
-    """Whether there was anything to do."""
+    """Whether the call changed the row."""
 
     changed: bool
 
@@ -48,7 +47,7 @@ def create_app(database: Database | None = None) -> FastAPI:
     """Return the application.
 
     Args:
-        database: stays open when the application ends. None: the default one is opened and closed with it.
+        database: stays open at the end. None: open the default database, and close it at the end.
     """
     opened = database is None
     store = Database.open() if database is None else database
@@ -67,8 +66,8 @@ def create_app(database: Database | None = None) -> FastAPI:
     return app
 
 
-# The handlers are plain functions, which FastAPI runs in its thread pool. A unit of work ends before its handler
-# returns: in a dependency it would outlive it, and hold a thread's unit while the reply is being sent.
+# FastAPI runs plain functions in its thread pool. Do not open the unit in a dependency: the unit would stay open while
+# FastAPI sends the reply.
 
 LIMIT = Query(default=100, ge=1, le=1000)
 
@@ -106,7 +105,7 @@ def _add_devices(app: FastAPI, database: Database) -> None:
         expected_paired_at: AwareDatetime,
         expected_status: DeviceStatus = DeviceStatus.PENDING,
     ) -> Changed:
-        # What the admin saw. If another device has the id now, or another admin revoked the device, the answer is 409.
+        # The state that the admin saw. Another device under this id, or a revocation since, gets status 409.
         with database.unit_of_work() as unit:
             changed = unit.devices.approve(
                 device_id,
@@ -178,7 +177,7 @@ def _add_sessions(app: FastAPI, database: Database) -> None:
         with database.unit_of_work(read_only=True) as unit:
             last = None if after is None else unit.sessions.get(after)
             if last is not None and after_active_at is not None:
-                # Where the page before ended, even if that session has been active since.
+                # The end of the page before; the session may have been active since.
                 last = last.model_copy(update={"last_active_at": after_active_at})
             found = unit.sessions.list(
                 agent_id=agent_id, sender_id=sender_id, channel_id=channel_id, limit=limit, after=last
