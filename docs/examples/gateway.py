@@ -1,14 +1,12 @@
-"""A gateway that lives through two months in a few seconds: it replays a recorded trace at the trace's own times.
+"""Replay two months of a gateway's recorded messages in a few seconds, with an injected clock.
 
     python docs/examples/gateway.py [--trace FILE] [--database FILE]
 
-Without `--database` it works on a new database in a temporary directory, which is removed at the end. With it the
-file stays. A second run over the same file refuses every message whose nonce the first run left on record: the clock
-starts again at the beginning of the trace, and an injected clock is believed, so all of those are live once more.
-The nonces that were swept meanwhile are gone, and nothing tells their messages from new ones. A real clock does not
-step back by two months: there a message of that age is refused for its age.
+Without `--database` the example uses a temporary database. A second run with the same `--database` starts its clock at
+the beginning of the trace again. The store refuses messages whose nonces it still has, and accepts messages whose
+nonces were swept. With a real clock these messages would be too old.
 
-The trace holds no signatures. A real gateway calls `verify_secret` or `verify_proof` before it consumes a nonce.
+The trace has no signatures. A real gateway calls `verify_secret` or `verify_proof` before it consumes a nonce.
 """
 
 from __future__ import annotations
@@ -45,10 +43,10 @@ from homeagent import (
 TRACE = Path(__file__).resolve().parents[2] / "tests" / "fixtures" / "gateway.jsonl.gz"
 
 NONCE_LIFE = timedelta(hours=24)
-"""How old a signed message may be. Until then its nonce must be remembered."""
+"""How old a signed message may be: the nonce is stored for as long."""
 
 RESULT_LIFE = timedelta(hours=24)
-"""How long a retry is answered with the stored result."""
+"""How long a retry gets the stored result."""
 
 SWEEP_EVERY = timedelta(days=1)
 METHOD = "message.send"
@@ -56,10 +54,10 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Event(TypedDict):
-    """One line of the trace: a signed message that came in."""
+    """One line of the trace: a received message."""
 
     at: int
-    """Milliseconds since the epoch: when it was signed, and when it came in."""
+    """When the message was signed and received, in milliseconds since 1970."""
     device: str
     sender: str
     channel: str
@@ -71,7 +69,7 @@ class Event(TypedDict):
 
 @dataclass
 class Tally:
-    """What the gateway did."""
+    """Counts of the gateway's work."""
 
     events: int = 0
     paired: int = 0
@@ -83,13 +81,13 @@ class Tally:
 
 
 def read_trace(path: Path) -> list[Event]:
-    """Return the events of a trace: JSON lines, compressed or not."""
+    """Return the events of a trace, JSON lines, compressed or not."""
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 class TraceClock:
-    """The clock of the replay: it shows the time of the event at hand."""
+    """A clock that returns the time of the current event."""
 
     def __init__(self) -> None:
         self.now = EPOCH
@@ -100,7 +98,7 @@ class TraceClock:
 
 
 class Gateway:
-    """Lets messages in, each once, and answers them."""
+    """Accepts each message once, and stores an answer."""
 
     def __init__(self, database: Database, clock: TraceClock) -> None:
         self.database = database
@@ -110,7 +108,7 @@ class Gateway:
         self._next_sweep: datetime | None = None
 
     def handle(self, event: Event) -> None:
-        """Take one message: three units of work at most, and two for a device that is known."""
+        """Handle one message, in two units of work if the device is known."""
         now = self.clock.now = EPOCH + timedelta(milliseconds=event["at"])
         self.tally.events += 1
         if self._next_sweep is None:
@@ -122,8 +120,7 @@ class Gateway:
         if event["device"] not in self._known and not self._welcome(event["device"]):
             self.tally.unapproved_refused += 1
             return
-        # In a unit of its own, which commits before anything else is done: whatever fails later, and rolls back, the
-        # message can't be used a second time.
+        # Consume the nonce in a unit of its own: a later error must not roll it back.
         with self.database.unit_of_work() as unit:
             fresh = unit.nonces.consume(event["device"], event["nonce"], expires_at=now + NONCE_LIFE)
         if fresh:
@@ -137,13 +134,13 @@ class Gateway:
         with self.database.unit_of_work(read_only=True) as unit:
             device = unit.devices.find_by_id(device_id)
         if device is None:
-            # Pairing hashes the secret outside any unit of work. The device would keep `shared_secret`.
+            # A real gateway returns `shared_secret` to the device.
             device = self.database.pair(DevicePair(id=device_id, role=Role.CLIENT)).device
             self.tally.paired += 1
         if not device.approved:
             try:
                 with self.database.unit_of_work() as unit:
-                    # What an admin looked at: no device that took its place since, and no revoked device.
+                    # Approve only the device that was read above, and only while it is pending.
                     unit.devices.approve(
                         device_id,
                         expected_role=Role.CLIENT,
@@ -156,7 +153,7 @@ class Gateway:
         return True
 
     def _answer(self, unit: UnitOfWork, event: Event) -> None:
-        """Find or make what the message speaks of, and answer it. All of it is one commit."""
+        """Create the agent and session if absent, and store the answer, in one commit."""
         unit.devices.update_last_seen(event["device"])
         scope = IdempotencyScope(device_id=event["device"], method=METHOD, key=event["key"])
         if unit.agents.find_by_id(event["agent"]) is None:
@@ -173,7 +170,7 @@ class Gateway:
             )
         unit.sessions.touch(event["session"])
         if unit.idempotency_keys.find(scope) is not None:
-            # Its `result` is the answer, and the message has no second effect.
+            # The stored `result` is the answer; the effect does not happen again.
             self.tally.retries_answered += 1
         else:
             answer: JsonValue = {"session": event["session"], "accepted_at": self.clock.now.isoformat()}
@@ -181,7 +178,7 @@ class Gateway:
 
 
 def replay(events: Sequence[Event], target: Path, console: Console) -> Table:
-    """Replay a trace on the database at `target`, and return the table that tells what came of it."""
+    """Replay a trace on the database at `target`, and return a table of counts."""
     clock = TraceClock()
     columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Database.open(target, clock=clock) as database:
@@ -199,9 +196,9 @@ def summary(tally: Tally, before: dict[str, int], after: dict[str, int]) -> Tabl
     """Return the table that is shown at the end.
 
     Args:
-        tally: what was done.
-        before: the rows of each table before the replay.
-        after: the rows of each table after it.
+        tally: the gateway's counts.
+        before: the number of rows per table before the replay.
+        after: the number of rows per table after the replay.
     """
     table = Table(title="The gateway's two months")
     table.add_column("what")
@@ -227,8 +224,8 @@ def summary(tally: Tally, before: dict[str, int], after: dict[str, int]) -> Tabl
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Replay a gateway's trace at its own times.")
-    parser.add_argument("--trace", type=Path, default=TRACE, help="JSON lines, compressed where it ends in .gz")
-    parser.add_argument("--database", type=Path, help="a file to keep; without it a temporary one is made")
+    parser.add_argument("--trace", type=Path, default=TRACE, help="JSON lines, compressed if the name ends in .gz")
+    parser.add_argument("--database", type=Path, help="a file to keep; by default a temporary one")
     options = parser.parse_args(arguments)
     console = Console()
     with ExitStack() as stack:
