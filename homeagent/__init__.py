@@ -23,25 +23,25 @@ from homeagent.models import (
     Outcome,
     Role,
 )
+from homeagent.models.schemas import (
+    AgentCreate,
+    AgentPublic,
+    AgentSessionCreate,
+    AgentSessionPublic,
+    AgentUpdate,
+    DeviceCreate,
+    DevicePair,
+    DevicePublic,
+    DeviceUpdate,
+    PairedDevice,
+    SecretCheck,
+)
 from homeagent.stores import Freshness, ReplayGuard
 from homeagent.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from homeagent.credentials import hash_secret
     from homeagent.maintenance.doctor import diagnose
-    from homeagent.models.schemas import (
-        AgentCreate,
-        AgentPublic,
-        AgentSessionCreate,
-        AgentSessionPublic,
-        AgentUpdate,
-        DeviceCreate,
-        DevicePair,
-        DevicePublic,
-        DeviceUpdate,
-        PairedDevice,
-        SecretCheck,
-    )
     from homeagent.version import __version__
 
 __all__ = [
@@ -81,17 +81,6 @@ __all__ = [
 # Opening a database needs none of these, and a process starts sooner without them.
 _LAZY = {
     "__version__": "version",
-    "AgentCreate": "models.schemas",
-    "AgentPublic": "models.schemas",
-    "AgentSessionCreate": "models.schemas",
-    "AgentSessionPublic": "models.schemas",
-    "AgentUpdate": "models.schemas",
-    "DeviceCreate": "models.schemas",
-    "DevicePair": "models.schemas",
-    "DevicePublic": "models.schemas",
-    "DeviceUpdate": "models.schemas",
-    "PairedDevice": "models.schemas",
-    "SecretCheck": "models.schemas",
     "diagnose": "maintenance.doctor",
     "hash_secret": "credentials",
 }

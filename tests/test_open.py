@@ -670,7 +670,6 @@ from homeagent import Database
 
 Database.open(sys.argv[1]).close()
 late = ["alembic", "sqlalchemy.dialects.postgresql", "homeagent.credentials", "homeagent.pairing", "homeagent.scram"]
-late += ["homeagent.models.schemas"]
 print([name for name in sys.modules if name in late or name.startswith("homeagent.maintenance.")])
 
 from homeagent.models import metadata

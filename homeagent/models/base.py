@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
 
-from pydantic import VERSION, BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import ErrorType
 from sqlalchemy import MetaData, inspect
@@ -71,19 +71,12 @@ def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
     raise refused
 
 
-# Few programs use every model: where it can be, each is built at its first use. Before Pydantic 2.14, two threads that
-# come first at once could be given the validator of the base class, and an instance that was loaded before that could
-# not be serialised (https://github.com/pydantic/pydantic/pull/13438).
-_BUILT_AT_FIRST_USE = tuple(int(part) for part in VERSION.split(".")[:2]) >= (2, 14)
-
-
 class Model(SQLModel, registry=_registry):
     """The base of all models: unknown fields are refused, and an assignment is validated like a construction."""
 
     # Fields are described by `description=`: to find docstrings of attributes, Pydantic would parse the source of each
     # class, a tenth of the time that it takes to start.
     model_config = SQLModelConfig(
-        defer_build=_BUILT_AT_FIRST_USE,
         extra="forbid",
         validate_assignment=True,
         validate_by_name=True,
@@ -92,14 +85,6 @@ class Model(SQLModel, registry=_registry):
         hide_input_in_errors=True,
         from_attributes=True,
     )
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Put off no more than this very model: see `_BUILT_AT_FIRST_USE`."""
-        super().__pydantic_init_subclass__(**kwargs)
-        if cls.model_fields:
-            # Or Pydantic would put off every `TypeAdapter` of it as well, FastAPI's among them, and without a lock.
-            cls.model_config["defer_build"] = False
 
     @model_validator(mode="wrap")
     @classmethod

@@ -1,7 +1,4 @@
-"""The shapes: what creates or patches a row, and what a reply may show of it.
-
-They are imported when one is first named: a process that neither adds a row by one nor answers with one starts sooner.
-"""
+"""The shapes: what creates or patches a row, and what a reply may show of it."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
