@@ -96,15 +96,10 @@ class UnitOfWork:
 
     __slots__ = (
         "_after_commit",
-        "_agents",
         "_connection",
-        "_devices",
-        "_idempotency_keys",
-        "_nonces",
         "_owner",
         "_savepoints",
         "_session",
-        "_sessions",
         "_settings",
         "_state",
         "_timeout",
@@ -121,11 +116,6 @@ class UnitOfWork:
         self._after_commit: list[Callable[[], object]] | None = None
         self._savepoints = 0
         self._owner = 0
-        self._devices: DeviceStore | None = None
-        self._agents: AgentStore | None = None
-        self._sessions: SessionStore | None = None
-        self._nonces: NonceStore | None = None
-        self._idempotency_keys: IdempotencyKeyStore | None = None
 
     # Its life
 
@@ -407,47 +397,32 @@ class UnitOfWork:
             raise failure
         return Outcome(value=value, replayed=False, attempt=claimed.number, omitted=not stored)
 
-    # The stores
+    # The stores. A unit that kept one would be in a reference cycle with it, which only the garbage collector ends.
 
     @property
     def devices(self) -> DeviceStore:
         """Who may enter."""
-        store = self._devices
-        if store is None:
-            store = self._devices = DeviceStore(self)
-        return store
+        return DeviceStore(self)
 
     @property
     def agents(self) -> AgentStore:
         """Who answers."""
-        store = self._agents
-        if store is None:
-            store = self._agents = AgentStore(self)
-        return store
+        return AgentStore(self)
 
     @property
     def sessions(self) -> SessionStore:
         """The index of sessions."""
-        store = self._sessions
-        if store is None:
-            store = self._sessions = SessionStore(self)
-        return store
+        return SessionStore(self)
 
     @property
     def nonces(self) -> NonceStore:
         """Replay protection."""
-        store = self._nonces
-        if store is None:
-            store = self._nonces = NonceStore(self)
-        return store
+        return NonceStore(self)
 
     @property
     def idempotency_keys(self) -> IdempotencyKeyStore:
         """The records that make a retried call safe."""
-        store = self._idempotency_keys
-        if store is None:
-            store = self._idempotency_keys = IdempotencyKeyStore(self)
-        return store
+        return IdempotencyKeyStore(self)
 
     # What a store asks of it
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -44,6 +45,21 @@ class Odd(BaseException):
 
 
 # Commit and rollback
+
+
+def test_unit_leaves_no_reference_cycle(database: Database) -> None:
+    """Python frees a unit and its stores when the block ends: the garbage collector finds nothing of them."""
+    add_agent(database)
+    gc.collect()
+    gc.disable()
+    try:
+        for read_only in (False, True):
+            with database.unit_of_work(read_only=read_only) as unit:
+                unit.agents.get("ada")
+        del unit
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_clean_exit_commits(database: Database, reopen: MakeDatabase) -> None:

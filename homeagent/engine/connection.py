@@ -238,7 +238,7 @@ class StoreConnection:
             fault = self._translate(error)
         else:
             try:
-                return compiled.load_one(rows[0]) if rows else None
+                return compiled.load(rows)[0] if rows else None
             except UNREADABLE:
                 fault = unreadable()
         raise fault

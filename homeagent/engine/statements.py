@@ -7,11 +7,9 @@ run, to the text, to a function that orders and converts its parameters, and to 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
-from itertools import repeat
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel
@@ -55,11 +53,10 @@ class Compiled(Generic[R]):
         sql: the text, with the placeholders of the driver.
         bind: from parameters by name to a tuple in the order of the text, converted for the driver.
         load: from rows as the driver returns them to what each stands for.
-        load_one: the same for a single row.
         writes: whether it changes the database.
     """
 
-    __slots__ = ("bind", "load", "load_one", "sql", "writes")
+    __slots__ = ("bind", "load", "sql", "writes")
 
     def __init__(self, expression: Executable, dialect: Dialect, returning: type[Table] | None = None) -> None:
         compiled: Any = expression.compile(dialect=dialect)  # type: ignore[attr-defined]  # every Executable here is a ClauseElement
@@ -68,10 +65,9 @@ class Compiled(Generic[R]):
         self.sql: str = compiled.string
         self.writes = not isinstance(expression, Select)
         self.bind: Callable[[Parameters], Row] = _binder(compiled, dialect)
-        loaders: Any = _loaders(expression, dialect) if returning is None else _model_loaders(returning, dialect)
-        self.load: Callable[[Sequence[Row]], list[R]]
-        self.load_one: Callable[[Row], R]
-        self.load, self.load_one = loaders
+        self.load: Callable[[Sequence[Row]], list[R]] = (
+            _loader(expression, dialect) if returning is None else _model_loader(returning, dialect)
+        )
 
 
 class Statement(Generic[R]):
@@ -155,30 +151,33 @@ def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
 
 def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], Row]:
     """Return what takes parameters by name and returns their converted values in the order of the placeholders."""
-    terms: list[tuple[str, Callable[[Any], Any] | None]] = []
+    names: list[str] = []
     constants: dict[str, Any] = {}
-    for name in compiled.positiontup or ():
+    conversions: list[tuple[int, Callable[[Any], Any], bool]] = []
+    for index, name in enumerate(compiled.positiontup or ()):
         parameter = compiled.binds[name]
+        names.append(parameter.key)
         convert: Any = parameter.type.dialect_impl(dialect).bind_processor(dialect)
         if not parameter.required:
             # A constant of the expression, such as the False in `approved == False`.
             constant = parameter.effective_value
             constants[parameter.key] = convert(constant) if convert else constant
-            convert = None
         elif convert is not None:
             # Past SQLAlchemy's layers, which cost more than the conversion.
-            convert = _or_null(getattr(parameter.type, "convert_bound", None)) or convert
-        terms.append((parameter.key, convert))
-    if constants:
-        return lambda parameters: [
-            constants[name] if name in constants else convert(parameters[name]) if convert else parameters[name]
-            for name, convert in terms
-        ]
-    return lambda parameters: [convert(parameters[name]) if convert else parameters[name] for name, convert in terms]
+            direct = getattr(parameter.type, "convert_bound", None)
+            conversions.append((index, direct or convert, direct is None))
 
+    def bind(parameters: Parameters) -> Row:
+        if constants:
+            parameters = {**parameters, **constants}
+        values = list(map(parameters.__getitem__, names))
+        for index, convert, takes_none in conversions:
+            value = values[index]
+            if takes_none or value is not None:
+                values[index] = convert(value)
+        return values
 
-def _or_null(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
-    return convert and (lambda value: None if value is None else convert(value))
+    return bind
 
 
 # Rows
@@ -188,16 +187,11 @@ def _processor(column: ColumnElement[Any], dialect: Dialect) -> Callable[[Any], 
     return column.type.dialect_impl(dialect).result_processor(dialect, None)
 
 
-def _loaders(expression: Any, dialect: Dialect) -> tuple[Loader, Callable[[Row], Any]]:
+def _loader(expression: Any, dialect: Dialect) -> Loader:
     """Return what makes model instances, single values or tuples out of rows, as the statement selects them."""
     described = getattr(expression, "column_descriptions", None) or []
     if len(described) == 1 and isinstance(described[0]["expr"], type):
-        return _model_loaders(described[0]["expr"], dialect)
-    load = _value_loader(expression, dialect)
-    return load, lambda row: load((row,))[0]
-
-
-def _value_loader(expression: Any, dialect: Dialect) -> Loader:
+        return _model_loader(described[0]["expr"], dialect)
     columns = list(expression.exported_columns) if hasattr(expression, "exported_columns") else []
     processors = [_processor(column, dialect) for column in columns]
     if len(columns) == 1:
@@ -234,7 +228,7 @@ def as_loaded(model: type[M], values: dict[str, Any]) -> M:
 
 
 @cache
-def _model_loaders(model: type[Table], dialect: Dialect) -> tuple[Loader, Callable[[Row], Table]]:
+def _model_loader(model: type[Table], dialect: Dialect) -> Loader:
     """Return generated code that makes detached instances of `model`, as if an ORM session had loaded and left them.
 
     Each gets its identity key when SQLAlchemy first looks at it, and has no pending change: `session.add` attaches
@@ -243,39 +237,24 @@ def _model_loaders(model: type[Table], dialect: Dialect) -> tuple[Loader, Callab
     """
     configure_mappers()
     mapper = inspect(model)
-    namespace: dict[str, Any] = {
-        "deque": deque,
-        "model": model,
-        "new": object.__new__,
-        "repeat": repeat,
-        "set_dict": _set_dict,
-    }
-    one, many = [], []
+    namespace: dict[str, Any] = {"model": model, "new": object.__new__, "set_dict": _set_dict}
+    items = []
     for index, column in enumerate(model.__table__.columns):
         name = mapper.get_property_by_column(column).key
-        nothing = f"None if c{index} is None else " if column.nullable else ""
         known = getattr(column.type, "loaded_values", None)
-        convert = getattr(column.type, "convert_loaded", None)
-        if convert is None and known is None:
-            convert = _processor(column, dialect)
+        convert = getattr(column.type, "convert_loaded", None) or _processor(column, dialect)
         namespace[f"known{index}"], namespace[f"convert{index}"] = known, convert
-        looked_up = f"{nothing}known{index}[c{index}]"
-        converted = f"{nothing}convert{index}(c{index})" if convert is not None else f"c{index}"
-        many.append(f"{name!r}: {converted if known is None else looked_up}")
-        one.append(f"{name!r}: {looked_up if convert is None and known is not None else converted}")
-    row = "".join(f"c{index}, " for index in range(len(one)))
+        value = f"c{index}"
+        if known is not None:
+            value = f"known{index}[{value}]"
+        elif convert is not None:
+            value = f"convert{index}({value})"
+        items.append(f"{name!r}: None if c{index} is None else {value}" if column.nullable else f"{name!r}: {value}")
+    row = "".join(f"c{index}, " for index in range(len(items)))
     source = f"""
 def load(rows):
-    instances = list(map(new, repeat(model, len(rows))))
-    # Nothing but the calls themselves: a deque without room keeps nothing of what they return.
-    deque(map(set_dict, instances, [{{{", ".join(many)}}} for {row}in rows]), 0)
-    return instances
-
-def load_one(row):
-    {row}= row
-    instance = new(model)
-    set_dict(instance, {{{", ".join(one)}}})
-    return instance
+    # `set_dict` returns None.
+    return [each for {row}in rows for each in (new(model),) if set_dict(each, {{{", ".join(items)}}}) is None]
 """
     exec(source, namespace)  # noqa: S102  built from the names of columns, never from anybody's input
-    return namespace["load"], namespace["load_one"]
+    return namespace["load"]  # type: ignore[no-any-return]
