@@ -389,8 +389,13 @@ class GroupCommit:
         end = monotonic() + min(_LONGEST, self._settings.timeout / 4)
         call: _Call | None = first
         while call is not None:
-            waited = monotonic() - call.since
-            if self._move([call], RUNNING):
+            now = monotonic()
+            waited = now - call.since
+            with self._mutex:
+                is_waiting = not call.is_over
+                if is_waiting:
+                    call.since, call.state = now, RUNNING
+            if is_waiting:
                 if call is not first:
                     self._batch.append(call)
                     self._settings.engine.counters.waited(waited)

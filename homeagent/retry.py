@@ -14,6 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from anyio.lowlevel import checkpoint_if_cancelled
+
 from homeagent.callables import refuse_coroutine_function
 from homeagent.engine.driver_errors import StandbyError, TransientError
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError
@@ -63,8 +65,6 @@ class Runner:
 
     async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Do as `run` does without blocking the event loop; see `Database.arun`."""
-        from anyio.lowlevel import checkpoint_if_cancelled
-
         await checkpoint_if_cancelled()
         if self._group_commit is None or read_only or not _under_asyncio():
             return await _in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent))
@@ -85,8 +85,6 @@ class Runner:
             slow: whether it computes a slow hash. Such functions have threads of their own, so that however many of
                 them wait, they take no thread from units of work and from checks that need no slow hash.
         """
-        from anyio.lowlevel import checkpoint_if_cancelled
-
         await checkpoint_if_cancelled()
         return await _in_thread(work, slow=slow)
 

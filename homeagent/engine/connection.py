@@ -170,7 +170,7 @@ class StoreConnection:
             if root.is_active:
                 root.rollback()
         if self.in_transaction:
-            self._translated(self._execute, "ROLLBACK")
+            self.execute("ROLLBACK")
 
     @property
     def in_transaction(self) -> bool:
@@ -209,13 +209,9 @@ class StoreConnection:
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
         """Run SQL that is no store's statement, such as a pragma, and return the driver's cursor."""
-        return self._translated(self._execute, sql, parameters) if parameters else self._translated(self._execute, sql)
-
-    def _translated(self, act: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what `act` returns. What it raises of the driver's is ours then, and hides what the driver said."""
         fault: BaseException
         try:
-            return act(*arguments)
+            return self._execute(sql, parameters) if parameters else self._execute(sql)
         except self._driver_errors as error:
             fault = self._translate(error)
         raise fault

@@ -116,8 +116,13 @@ class PostgreSQLConnection(StoreConnection):
                 "let the error leave the block, or put what may fail into a savepoint()"
             )
         if self.read_only and self._root is None:
-            self._translated(self._command, "COMMIT")
-            return
+            try:
+                self._command("COMMIT")
+            except self._driver_errors as error:
+                fault = self._translate(error)
+            else:
+                return
+            raise fault
         self._warnings.clear()
         super().commit()
         if self._warnings and not self.read_only:
