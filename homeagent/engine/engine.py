@@ -149,13 +149,15 @@ class Engine(ABC):
             DatabaseClosedError: the database was closed, or opened before a fork.
             ConnectionLostError: no server lets a fresh connection in.
         """
-        pool = self.pool(read_only=True)
+        if self.is_forked_copy:
+            raise _invalidated()
+        pool = self.readers
         again = True
         while True:
             connection = pool.acquire(timeout)
             try:
                 connection.check_file()
-                found = getattr(connection, act)(statement, parameters)
+                found = connection.one(statement, parameters) if act == "one" else connection.all(statement, parameters)
             except ConnectionLostError:
                 pool.discard(connection)
                 self.discard_free()

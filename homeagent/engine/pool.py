@@ -142,12 +142,12 @@ class ConnectionPool(Generic[T]):
     def release(self, resource: T) -> None:
         """Give a resource back: to who waits longest, or to the free ones."""
         with self._mutex:
-            since = monotonic()
             closed = self._closed
             if closed:
                 del self._held[resource]
                 self._count -= 1
             elif self._waiters:
+                since = monotonic()
                 waiter = self._waiters[0]
                 del self._waiters[0]
                 self._held[resource] = waiter.ident, since

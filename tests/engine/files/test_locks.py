@@ -224,7 +224,7 @@ class TestLocking:
     def test_lock_that_is_held_is_not_taken_again(self, lock_file: Path) -> None:
         """Taking it twice would wait for itself, so it is told at once."""
         lock = FileLock(lock_file)
-        with lock, pytest.raises(DatabaseError, match="holds the lock .* already"):
+        with lock, pytest.raises(DatabaseError, match=r"holds the lock .* already"):
             lock.acquire()
         lock.release()  # a second time, which is fine
         with lock:
