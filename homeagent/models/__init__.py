@@ -8,7 +8,6 @@ from homeagent.models.base import metadata
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.models.nonce import Nonce
-from homeagent.models.session import AgentSession
 from homeagent.models.schemas import (
     AgentCreate,
     AgentSessionCreate,
@@ -19,6 +18,7 @@ from homeagent.models.schemas import (
     PairedDevice,
     SecretCheck,
 )
+from homeagent.models.session import AgentSession
 from homeagent.models.store_record import store_table
 
 __all__ = [
