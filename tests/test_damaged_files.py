@@ -391,6 +391,20 @@ def test_no_room_to_judge_a_log(tmp_path: Path, samples: dict[str, Sample], monk
     assert content(path) == samples["killed"].files
 
 
+def test_log_is_judged_without_a_directory_for_temporary_files(
+    tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If no usual directory can be written, the copy is made next to the database, and removed."""
+    path = tmp_path / "private" / "homeagent.db"
+    path.parent.mkdir(mode=0o700)
+    put(samples["killed"].files, path)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "absent")])
+    with Database.open(path, clock=FakeClock()):
+        pass
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, f"{path.name}.lock", f"{path.name}.open"]
+
+
 # What SQLite itself leaves behind after a kill or a power cut, and ignores: by name, the part of a log that is kept.
 SCRAPS: dict[str, Callable[[bytes], bytes]] = {
     "nothing": lambda log: b"",

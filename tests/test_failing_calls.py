@@ -200,6 +200,29 @@ print(json.dumps([error, failures() > 0]))
         assert database.status().epoch == 1
 
 
+def test_large_unit_needs_no_temporary_file(failing: Failing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit that changes many pages needs no directory for temporary files: SQLite keeps the savepoint in memory."""
+    monkeypatch.setenv("SQLITE_TMPDIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    found = failing(
+        """
+import pathlib
+from homeagent import AgentUpdate
+def change(unit, size):
+    with unit.savepoint():
+        for number in range(100):
+            unit.agents.update(f"a{number}", AgentUpdate(config={"pad": "y" * size}))
+with Database.open(path) as database:
+    database.run(lambda unit: [create(unit, f"a{number}", 4000) for number in range(100)] and None)
+    plan("write", sys.argv[2], errno.EROFS)
+    error = refused(lambda: database.run(lambda unit: change(unit, 3000)))
+    print(json.dumps([error, failures()]))
+""",
+        tmp_path / "temporary",
+    )
+    assert found == [None, 0]
+
+
 # A lock that can't be released
 
 

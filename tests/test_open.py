@@ -158,6 +158,18 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_memory_without_a_directory_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container in which no usual directory can be written, the error names the remedy."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", None)
+        patch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "absent")])
+        with pytest.raises(DatabaseError, match="set TMPDIR"):
+            Database.open(":memory:")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(DatabaseError, match=r"make a temporary directory in .*absent"):
+        Database.open(":memory:")
+
+
 @pytest.mark.parametrize(
     "target",
     ["", "a\0b", "mysql://localhost/x", "sqlite:///x.db?mode=ro", "nonsense://", 5, b"x.db", ["x.db"]],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import tempfile
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from homeagent.engine.files.sync import fsync_directory
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import InvalidArgumentError
 
-__all__ = ["DirectoryReport", "prepare_directory"]
+__all__ = ["DirectoryReport", "find_temporary_directory", "prepare_directory"]
 
 logger = logging.getLogger("homeagent")
 
@@ -96,6 +97,14 @@ def prepare_directory(directory: Path) -> DirectoryReport:
         if is_news:
             logger.warning("%s", problem, extra={"event": "directory_unsafe", "path": str(directory)})
     return report
+
+
+def find_temporary_directory() -> Path | None:
+    """Return the directory for temporary files, None if neither `TMPDIR` nor a usual directory can be written."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        return None
 
 
 def _missing_directories(directory: Path) -> list[Path]:

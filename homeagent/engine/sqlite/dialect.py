@@ -243,6 +243,9 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
     flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if create else 0)
     connection = Connection(database, flags | (apsw.SQLITE_OPEN_URI if uri else 0))
     connection.set_busy_timeout(int(timeout * 1000))
+    # SQLite puts the journal of a large savepoint into a temporary file, for which a container may have no directory:
+    # https://sqlite.org/tempfiles.html
+    connection.execute("PRAGMA temp_store=MEMORY")
     return connection
 
 

@@ -25,6 +25,7 @@ import apsw
 
 from homeagent.engine.driver_errors import sqlite_error, translated
 from homeagent.engine.files.database_file import OPEN_FLAGS, SMALLEST_DATABASE, sidecars
+from homeagent.engine.files.directories import find_temporary_directory
 from homeagent.engine.files.system_errors import explained
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, connect
 
@@ -99,7 +100,7 @@ def find_lost_commits(path: Path) -> LostCommits | None:
         None where all that was committed is there, as far as can be known.
 
     Raises:
-        DatabaseError: a file can't be read, or the log can't be copied to the directory for temporary files.
+        DatabaseError: a file can't be read, or the log can't be copied.
         CorruptDatabaseError: the log is sound, and what it says is the database's first page is none.
     """
     log, index = sidecars(path)[:2]
@@ -144,11 +145,13 @@ class _Log(NamedTuple):
 def _recovered(log: Path, *, page_size: int) -> int:
     """Return how many frames of a log SQLite recovers: have it recover a copy, beside an empty database.
 
-    The header of the real database may be damaged, and SQLite would undo what is in its rollback journal.
+    The header of the real database may be damaged, and SQLite would undo what is in its rollback journal. The copy is
+    in the directory for temporary files. A container may have none that can be written: then it is next to the log.
     """
+    parent = find_temporary_directory() or log.parent
     with (
-        explained(f"make a copy in {tempfile.gettempdir()} of", log),
-        tempfile.TemporaryDirectory(prefix="homeagent-") as folder,
+        explained(f"make a copy in {parent} of", log),
+        tempfile.TemporaryDirectory(prefix="homeagent-", dir=parent) as folder,
         translated(DRIVER_ERRORS, sqlite_error),
     ):
         copy = Path(folder) / "copy"
