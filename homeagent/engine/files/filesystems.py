@@ -17,10 +17,17 @@ __all__ = ["filesystem_kind", "is_network_filesystem", "refuse_network_filesyste
 # for WSL 2's drives (9p), for gVisor's volumes (9p) and for Docker Desktop's and Podman's shared folders (virtiofs).
 _NETWORK_KINDS = frozenset(
     {
-        "9p", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "fakeowner", "glusterfs", "gpfs", "lustre", "ncpfs",
-        "nfs", "nfs4", "orangefs", "prl_fs", "pvfs2", "smb3", "smbfs", "vboxsf", "virtiofs", "vmhgfs",
-        # through FUSE, as "fuse.<kind>"
-        "ceph-fuse", "gcsfuse", "grpcfuse", "juicefs", "osxfs", "rclone", "s3fs", "sshfs", "vmhgfs-fuse",
+        "9p", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "cvfs", "davfs", "fakeowner", "glusterfs", "gpfs",
+        "lustre", "mfs", "ncpfs", "nfs", "nfs4", "orangefs", "panfs", "prl_fs", "pvfs2", "smb3", "smbfs", "vboxsf",
+        "virtiofs", "vmhgfs", "wekafs",
+        # Through FUSE, as "fuse.<kind>": servers,
+        "alluxio-fuse", "ceph-fuse", "cephfs", "curlftpfs", "davfs2", "fuse-nfs", "fuse_dfs", "gvfsd-fuse", "lizardfs",
+        "moosefs", "quobyte", "rozofs", "saunafs", "seaweedfs", "smbnetfs", "sshfs",
+        # object stores and drives on the internet,
+        "blobfuse", "blobfuse2", "cosfs", "gcsfuse", "geesefs", "google-drive-ocamlfuse", "goofys", "juicefs",
+        "mountpoint-s3", "onedriver", "ossfs", "rclone", "s3fs", "s3ql",
+        # and shared folders.
+        "grpcfuse", "osxfs", "vmhgfs-fuse",
     }
 )  # fmt: skip
 

@@ -73,7 +73,12 @@ class TestFileSystems:
         assert (kind is not None and kind.isprintable() and kind != "") is sys.platform.startswith("linux")
 
     @pytest.mark.parametrize(
-        "kind", ["nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "fuse.sshfs", "ceph", "glusterfs", "lustre", "afs"]
+        "kind",
+        [
+            *("nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "fuse.sshfs", "ceph", "glusterfs", "lustre", "afs"),
+            *("fuse.glusterfs", "fuse.ceph", "fuse.rclone", "fuse.s3fs", "fuse.gcsfuse", "fuse.davfs2", "fuse.mfs"),
+            *("fuse.gvfsd-fuse", "fuse.seaweedfs", "fuse.geesefs", "fuse.blobfuse2", "fuse.mountpoint-s3"),
+        ],
     )
     def test_network_file_system_is_refused(self, tmp_path: Path, kind: str) -> None:
         """Where connections can't share memory WAL corrupts, so the error names the path, the kind and the way out."""
@@ -85,7 +90,11 @@ class TestFileSystems:
         assert str(tmp_path / "homeagent.db") in str(refusal.value)
 
     @pytest.mark.parametrize(
-        "kind", ["ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs", "fuseblk", "fuse.mergerfs"]
+        "kind",
+        [
+            *("ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs"),
+            *("fuse", "fuseblk", "fuse.mergerfs", "fuse.bindfs", "fuse.gocryptfs", "fuse.fuse-overlayfs"),
+        ],
     )
     def test_local_file_system_is_accepted(self, tmp_path: Path, kind: str) -> None:
         """A file system of this kernel is no reason to refuse."""
