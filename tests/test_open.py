@@ -182,6 +182,32 @@ def test_targets_that_are_none(target: Any) -> None:
             open_or_look(target)
 
 
+@pytest.mark.parametrize(
+    "target",
+    [Path("home.db\n"), Path("a\tb.db"), Path("home\x85.db"), URL.create("sqlite", database="home.db\r")],
+    ids=repr,
+)
+def test_control_character_makes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Any) -> None:
+    """A path that was read with its line break is no new database, whatever type it has."""
+    monkeypatch.chdir(tmp_path)
+    for open_or_look in (Database.open, Database.begin_epoch, diagnose):
+        with pytest.raises(InvalidArgumentError, match="a control character, such as a line break: remove"):
+            open_or_look(target)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "target", ["file:home.db?mode=ro", "FILE:home.db", "sqlite:///file:home.db", "file:///home.db"]
+)
+def test_uri_of_sqlite_names_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """SQLite's own URI is refused with what to write instead; a path that begins so can be spelt."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidArgumentError, match=r"SQLite URI.*read_only=True"):
+        Database.open(target)
+    assert list(tmp_path.iterdir()) == []
+    Database.open("./file:home.db").close()
+
+
 ADDRESSES = [
     "host=db dbname=home user=gateway password=S3CRET",
     "password = 'S3CRET'",

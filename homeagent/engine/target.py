@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from homeagent.engine.files.database_file import locate_file
+from homeagent.engine.files.database_file import CONTROL_CHARACTER, locate_file
 from homeagent.errors import InvalidArgumentError
 
 __all__ = ["DEFAULT_PATH", "ENVIRONMENT_VARIABLE", "Target", "presentable_url", "refuse_address", "resolve_target"]
@@ -28,7 +28,7 @@ _ADDRESS = re.compile(
     re.IGNORECASE,
 )
 _PLAIN_PATH = re.compile(r"/(?!/)|\.\.?/|~/")
-_CONTROL = re.compile(r"[\0-\x1f\x7f]")
+_SQLITE_URI = re.compile(r"\s*file:", re.IGNORECASE)  # https://sqlite.org/uri.html
 
 _SHOWN_OPTIONS = frozenset({"host", "hostaddr", "port", "sslmode", "target_session_attrs", "user"})
 
@@ -76,17 +76,18 @@ def resolve_target(target: str | os.PathLike[str] | URL | None) -> Target:
             for example because it has a colon before its first slash, is refused.
 
     Raises:
-        InvalidArgumentError: it is empty, a directory, no URL, or of an engine that is not supported; or if a str
-            holds a control character or looks like a server's address. The message never shows the URL or the
-            address, which may hold a password.
+        InvalidArgumentError: it is empty, a directory, no URL, or of an engine that is not supported; or if it
+            holds a control character, or a str looks like a server's address or is a SQLite URI. The message never
+            shows the URL or the address, which may hold a password.
     """
     if target is None:
         target = os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_PATH
-    if isinstance(target, str) and _CONTROL.search(target):
+    if isinstance(target, str) and CONTROL_CHARACTER.search(target):
         raise InvalidArgumentError(
-            "the database's name holds a control character, such as a line break: remove it, or pass a Path"
+            "the database's name holds a control character, such as a line break: remove the character"
         )
     if isinstance(target, str) and "://" in target:
+        _refuse_sqlite_uri(target)
         try:
             target = make_url(target)
         except (ArgumentError, ValueError):
@@ -103,14 +104,24 @@ def refuse_address(path: object) -> None:
     """Refuse a str that was meant as the address of a server, where a path is expected.
 
     Raises:
-        InvalidArgumentError: if it looks like an address. The message does not show it, since it may hold a password.
+        InvalidArgumentError: if it looks like an address, or is a SQLite URI. The message does not show it: it may hold
+            a password.
     """
     if not isinstance(path, str) or _PLAIN_PATH.match(path):
         return
+    _refuse_sqlite_uri(path)
     if _ADDRESS.search(os.path.splitdrive(path)[1]):
         raise InvalidArgumentError(
             "the path looks like the address of a server: a database's URL has the form postgresql://USER@HOST/NAME; "
             "if it is a path, begin it with ./ or pass a Path"
+        )
+
+
+def _refuse_sqlite_uri(path: str) -> None:
+    if _SQLITE_URI.match(path):
+        raise InvalidArgumentError(
+            "the path is a SQLite URI, whose options are not taken here: name the path alone; to read without writing, "
+            "open a unit with read_only=True; if it is a path, begin it with ./ or pass a Path"
         )
 
 
@@ -132,7 +143,10 @@ def _resolve_url(url: URL) -> Target:
             raise InvalidArgumentError(
                 "a sqlite URL has no host: write sqlite:///relative.db or sqlite:////absolute.db"
             )
-        return Target() if url.database in {None, "", ":memory:"} else _named_file(str(url.database))
+        if url.database in {None, "", ":memory:"}:
+            return Target()
+        _refuse_sqlite_uri(str(url.database))
+        return _named_file(str(url.database))
     if backend == "postgresql":
         return Target(url=url.set(drivername="postgresql+psycopg"))
     raise InvalidArgumentError(f"no engine for {backend!r}: use a path, sqlite:/// or postgresql://")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ from homeagent.errors import (
 )
 
 __all__ = [
+    "CONTROL_CHARACTER",
     "OPEN_FLAGS",
     "SMALLEST_DATABASE",
     "FileState",
@@ -55,6 +57,8 @@ logger = logging.getLogger("homeagent")
 # shorter file as an empty database, and would silently drop all revocations and nonces.
 SMALLEST_DATABASE = 512
 
+CONTROL_CHARACTER = re.compile(r"[\0-\x1f\x7f-\x9f]")
+
 _SIDECAR_SUFFIXES = ("-wal", "-shm", "-journal")
 
 OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
@@ -74,14 +78,17 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
     legitimate: /tmp is a link on macOS, and a home directory may be on another volume. The file need not exist.
 
     Raises:
-        InvalidArgumentError: `path` is not a path, is empty, contains a NUL, is not UTF-8, or names the home directory
-            of an unknown user.
+        InvalidArgumentError: `path` is not a path, is empty, contains a control character, is not UTF-8, or names the
+            home directory of an unknown user.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidArgumentError(f"a path must be a str or a PathLike, not {type(path).__name__}")
     text = os.fspath(path)
-    if not text or "\0" in text:
-        raise InvalidArgumentError("the path of a database is empty or holds a NUL: name a file")
+    if not text:
+        raise InvalidArgumentError("the path of a database is empty: name a file")
+    if CONTROL_CHARACTER.search(text):
+        # A name that was read from a file with its line break would be a new, empty database.
+        raise InvalidArgumentError("the path holds a control character, such as a line break: remove the character")
     try:
         expanded = Path(text).expanduser()
     except RuntimeError as error:

@@ -14,9 +14,9 @@ from homeagent.engine.files.owners import give_to_owner, is_replaceable, refuse_
 from homeagent.engine.files.permissions import DIRECTORY_MODE, change_mode, modes_not_kept
 from homeagent.engine.files.sync import fsync_directory
 from homeagent.engine.files.system_errors import explained, quoted
-from homeagent.errors import InvalidArgumentError
+from homeagent.errors import DatabaseError, InvalidArgumentError
 
-__all__ = ["DirectoryReport", "find_temporary_directory", "prepare_directory"]
+__all__ = ["DirectoryReport", "find_temporary_directory", "make_temporary_directory", "prepare_directory"]
 
 logger = logging.getLogger("homeagent")
 
@@ -105,6 +105,22 @@ def find_temporary_directory() -> Path | None:
         return Path(tempfile.gettempdir())
     except FileNotFoundError:
         return None
+
+
+def make_temporary_directory() -> Path:
+    """Make a private directory among the temporary files.
+
+    Raises:
+        DatabaseError: if no directory for temporary files can be written.
+    """
+    parent = find_temporary_directory()
+    if parent is None:
+        raise DatabaseError(
+            "':memory:' needs a directory for temporary files, and no usual one can be written: set TMPDIR to one that "
+            "can be written, or name a file"
+        )
+    with explained("make a temporary directory in", parent):
+        return Path(tempfile.mkdtemp(prefix="homeagent-", dir=parent))
 
 
 def _missing_directories(directory: Path) -> list[Path]:

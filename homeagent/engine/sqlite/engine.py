@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from sqlalchemy.pool import NullPool
 from homeagent.engine.driver_errors import translated
 from homeagent.engine.engine import Engine
 from homeagent.engine.files import database_file
-from homeagent.engine.files.directories import find_temporary_directory
+from homeagent.engine.files.directories import make_temporary_directory
 from homeagent.engine.files.file_identity import FileIdentityCheck
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.system_errors import explained
@@ -424,18 +423,8 @@ class SQLiteEngine(Engine):
         """Return an engine on a private file that is removed when it is closed: what `:memory:` means here.
 
         A real `:memory:` database is one per connection, and behaves unlike a file in locking and in WAL.
-
-        Raises:
-            DatabaseError: if no directory for temporary files can be written.
         """
-        parent = find_temporary_directory()
-        if parent is None:
-            raise DatabaseError(
-                "':memory:' needs a directory for temporary files, and no usual one can be written: set TMPDIR to one "
-                "that can be written, or name a file"
-            )
-        with explained("make a temporary directory in", parent):
-            directory = Path(tempfile.mkdtemp(prefix="homeagent-", dir=parent))
+        directory = make_temporary_directory()
         try:
             path = directory / "homeagent.db"
             database_file.create_file(path)
