@@ -238,6 +238,31 @@ def test_wheel_says_what_it_is(wheel: Path) -> None:
     assert dict(entry_points["console_scripts"]) == {"homeagent": "homeagent.cli:main"}
 
 
+FROM_A_ZIP = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import homeagent
+from homeagent.cli import main
+assert homeagent.__file__.startswith(sys.argv[1]), homeagent.__file__
+sys.argv[1:] = ["init", "--database", sys.argv[2]]
+main()
+"""
+
+
+def test_package_runs_from_a_zip_file(wheel: Path, tmp_path: Path) -> None:
+    """The revisions are found in a zip file too, such as a zipapp; a wheel is one."""
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_A_ZIP, str(wheel), str(tmp_path / "private" / "h.db")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "private" / "h.db").stat().st_size > 0
+
+
 def test_wheel_from_the_sdist_is_the_same(wheel: Path, sdist: Path, tmp_path: Path) -> None:
     """Whoever builds from the sdist gets what we publish, byte for byte."""
     with tarfile.open(sdist) as archive:

@@ -1,14 +1,20 @@
 """Revisions: which one a database is at, whether this version works with it, and the scripts that bring it here.
 
 An up-to-date database is told by one SELECT, and Alembic is not even imported: that saves 80 ms at every start.
+
+`upgrade` sets none of the globals through which Alembic's commands reach `env.py` and the revisions, `alembic.context`
+and `alembic.op`: the application may be in the middle of a command of its own. So a command does not run `env.py` here,
+and each script gets an `op` of its own. Scripts are read as resources, which may lie in a zip file.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import CodeType, ModuleType
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
@@ -24,9 +30,13 @@ from homeagent.errors import (
     SchemaChangedError,
     SchemaTooNewError,
 )
+from homeagent.models import metadata
 
 if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
     from alembic.config import Config
+    from alembic.runtime.migration import MigrationContext, MigrationStep
     from sqlalchemy import Connection
 
 
@@ -63,18 +73,17 @@ SPEAK_FOR_THEMSELVES = (
 )
 """Errors that say by themselves why an upgrade failed; any other becomes a MigrationError."""
 
-# Alembic keeps the running migration in module globals.
-_alembic_lock = threading.Lock()
 
-
-def script_directory() -> Path:
+def script_directory() -> Traversable:
     """Return the directory of `env.py` and the revisions: the wheel's own, or the checkout's `alembic/`.
 
     Raises:
         MigrationError: neither is there.
     """
-    package = Path(__file__).parents[1]
-    for candidate in (package / "_migrations", package.parent / "alembic"):
+    from importlib.resources import files  # takes a while to import, and is rarely needed
+
+    candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
+    for candidate in candidates:
         # Beside an installed package, `alembic` is the library of that name: it has no env.py at its top.
         if (candidate / "env.py").is_file():
             return candidate
@@ -82,13 +91,35 @@ def script_directory() -> Path:
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
-    """Return Alembic's configuration for this package, on a live connection or on none."""
+    """Return Alembic's configuration for a command on this package's revisions, which must lie in a directory.
+
+    Args:
+        connection: the database; None for the one that `env.py` chooses.
+    """
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(script_directory()).replace("%", "%%"))
     config.attributes["connection"] = connection
     return config
+
+
+def _scripts() -> list[ModuleType]:
+    """Load the revisions anew, oldest first."""
+    found = sorted((script_directory() / "versions").iterdir(), key=lambda file: file.name)
+    return [_loaded(file) for file in found if file.name.endswith(".py")]
+
+
+def _loaded(file: Traversable) -> ModuleType:
+    script = ModuleType(file.name.removesuffix(".py"))
+    script.__file__ = str(file)
+    exec(_compiled(file.read_text(encoding="utf-8"), script.__file__), vars(script))  # noqa: S102  homeagent's own text
+    return script
+
+
+@cache
+def _compiled(source: str, name: str) -> CodeType:
+    return compile(source, name, "exec")
 
 
 def tables(connection: Connection) -> set[str]:
@@ -118,9 +149,7 @@ def revision_of(connection: Connection) -> str | None:
 
 def known_revisions() -> set[str]:
     """Return the revisions that this version has the scripts of."""
-    from alembic.script import ScriptDirectory
-
-    return {script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()}
+    return {script.revision for script in _scripts()}
 
 
 def suits(connection: Connection, revision: str | None) -> bool:
@@ -165,7 +194,24 @@ def upgrade(connection: Connection, to: str = "head") -> None:
         connection: on the database.
         to: the last revision to run; "head" for the newest.
     """
-    from alembic import command
+    from alembic.operations import Operations
+    from alembic.runtime.migration import MigrationContext, MigrationStep
+    from alembic.script import Script
+    from alembic.script.revision import RevisionMap
 
-    with _alembic_lock:
-        command.upgrade(alembic_config(connection), to)
+    scripts = {script.revision: Script(script, script.revision, str(script.__file__)) for script in _scripts()}
+    known = RevisionMap(scripts.values)
+
+    def missing(current: Any, context: MigrationContext) -> Iterator[MigrationStep]:
+        for revision in reversed(list(known.iterate_revisions(to, current, implicit_base=True))):
+            script = scripts[revision.revision]
+            vars(script.module)["op"] = Operations(context)
+            yield MigrationStep.upgrade_from_script(known, script)
+
+    options = {
+        "fn": missing,
+        "target_metadata": metadata,
+        "transactional_ddl": True,
+        "version_table": VERSION_TABLE,
+    }
+    MigrationContext.configure(connection, opts=options).run_migrations()

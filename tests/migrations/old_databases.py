@@ -14,11 +14,10 @@ from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.pool import NullPool
 
 import homeagent
-from alembic import command
 from homeagent.engine.files.database_file import create_file
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import SQLiteEngine
-from homeagent.migrations import alembic_config
+from homeagent.migrations import revisions
 
 CHECKOUT = Path(homeagent.__file__).parents[1]
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -62,7 +61,7 @@ def upgrade(path: Path, revision: str) -> None:
         raw: Any = connection.connection.driver_connection
         raw.execute("PRAGMA foreign_keys=OFF")
         with connection.begin():
-            command.upgrade(alembic_config(connection), revision)
+            revisions.upgrade(connection, revision)
     engine.close()
 
 

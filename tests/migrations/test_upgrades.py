@@ -20,8 +20,10 @@ from pathlib import Path
 
 import apsw
 import pytest
+from alembic.config import Config
 from sqlalchemy import inspect, text
 
+from alembic import command
 from homeagent import AgentCreate, Database
 from homeagent.engine.sqlite.backup import backup_name
 from homeagent.engine.sqlite.manifests import PARTIAL
@@ -155,6 +157,49 @@ def test_failed_upgrade_on_postgresql_is_undone(
     with engine.begin() as connection:
         assert postgresql_structure(connection) == before
     Database.open(empty_postgres_url).close()
+
+
+# Within a command of the application's own Alembic
+
+HOST_ENVIRONMENT = """
+from alembic import context
+from homeagent import Database
+option = context.config.get_main_option
+with Database.open(option("store")) as database, database.unit_of_work() as unit:
+    context.configure(connection=unit.session.connection(), version_table="host_version")
+    with context.begin_transaction():
+        context.run_migrations()
+"""
+
+HOST_REVISION = """
+import sqlalchemy as sa
+from alembic import context, op
+from homeagent import Database
+revision, down_revision = "h1", None
+def upgrade():
+    op.create_table("notes", sa.Column("id", sa.Integer, primary_key=True))
+    Database.open(context.config.get_main_option("other")).close()
+    op.add_column("notes", sa.Column("text", sa.Text))
+"""
+
+
+@pytest.mark.parametrize("revision", [None, "0001"])
+def test_upgrade_within_a_command_of_alembic(tmp_path: Path, revision: str | None) -> None:
+    """An application's env.py may make or upgrade the database, and so may its revision: both keep their globals."""
+    host, store = tmp_path / "host", tmp_path / "private" / "homeagent.db"
+    (host / "versions").mkdir(parents=True)
+    (host / "env.py").write_text(HOST_ENVIRONMENT)
+    (host / "versions" / "h1.py").write_text(HOST_REVISION)
+    if revision is not None:
+        store = old_database(tmp_path, revision)
+    config = Config()
+    for name, value in (("script_location", host), ("store", store), ("other", tmp_path / "other" / "homeagent.db")):
+        config.set_main_option(name, str(value))
+    command.upgrade(config, "head")
+    assert fetch(store, "SELECT version_num FROM host_version") == [("h1",)]
+    assert [row[1] for row in fetch(store, "PRAGMA table_info(notes)")] == ["id", "text"]
+    for path in (store, tmp_path / "other" / "homeagent.db"):
+        assert fetch(path, f"SELECT version_num FROM {VERSION_TABLE}") == [(REVISION,)]
 
 
 # kill -9
