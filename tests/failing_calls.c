@@ -53,6 +53,10 @@ static int fails(enum kind kind, int descriptor)
 int fsync(int descriptor) { return fails(SYNC, descriptor) ? -1 : syscall(SYS_fsync, descriptor); }
 int fdatasync(int descriptor) { return fails(SYNC, descriptor) ? -1 : syscall(SYS_fdatasync, descriptor); }
 
+ssize_t write(int descriptor, const void *bytes, size_t size)
+{
+    return fails(WRITE, descriptor) ? -1 : syscall(SYS_write, descriptor, bytes, size);
+}
 ssize_t pwrite64(int descriptor, const void *bytes, size_t size, off64_t offset)
 {
     return fails(WRITE, descriptor) ? -1 : syscall(SYS_pwrite64, descriptor, bytes, size, offset);

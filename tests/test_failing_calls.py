@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from homeagent import AgentCreate, Database
+from homeagent.errors import SchemaOutdatedError
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="needs Linux and gcc")
@@ -221,6 +222,23 @@ with Database.open(path) as database:
         tmp_path / "temporary",
     )
     assert found == [None, 0]
+
+
+def test_upgrade_that_can_not_be_noted_does_not_take_place(failing: Failing, sqlite_path: Path) -> None:
+    """If the disk is too full to note the database in the lock file, the error leaves the schema as it was."""
+    sqlite_path.parent.mkdir(mode=0o700, exist_ok=True)
+    shutil.copyfile(ROOT / "tests" / "fixtures" / "revisions" / "0001.db", sqlite_path)
+    sqlite_path.chmod(0o600)
+    found = failing(
+        """
+plan("write", path + ".lock", errno.ENOSPC)
+print(json.dumps([refused(lambda: Database.open(path)), failures()]))
+"""
+    )
+    assert found == ["DiskFullError", 1]
+    with pytest.raises(SchemaOutdatedError, match="'0001'"):
+        Database.open(sqlite_path, migrate=False)
+    Database.open(sqlite_path).close()
 
 
 # A lock that can't be released

@@ -223,9 +223,11 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
     with engine.translated(), engine.connect() as connection:
         raw: Any = connection.connection.driver_connection
         revision, suitable = _look_up(connection)
+        if revision is not None and not initialised and not temporary:
+            # Before the upgrade: if the disk is full, the error leaves the schema as it was.
+            lock.write_marker("initialised")
+            initialised = True
         if suitable:
-            if not initialised and not temporary:
-                lock.write_marker("initialised")
             return
         if revision is None and (initialised or _any_tables(connection)):
             raise CorruptDatabaseError(
