@@ -1,17 +1,28 @@
-"""The one clock that every store method reads, once."""
+"""The one clock that every store method reads, once; and the clock by which waits and timeouts are measured."""
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from time import time_ns
 
-__all__ = ["Clock", "system_clock"]
+__all__ = ["Clock", "monotonic", "system_clock"]
 
 Clock = Callable[[], datetime]
 """Returns the present instant as an aware datetime. An injected clock is believed, even when it steps back."""
+
+monotonic: Callable[[], float] = (
+    partial(time.clock_gettime, time.CLOCK_MONOTONIC) if hasattr(time, "clock_gettime") else time.monotonic
+)
+"""Returns seconds of a clock that only goes on. Waits and timeouts are measured by this clock.
+
+An application's tests may freeze time with freezegun, which freezes `time.monotonic` too: a timeout measured by that
+would never end. Neither freezegun nor time-machine freezes this clock.
+"""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)

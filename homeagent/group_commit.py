@@ -33,11 +33,11 @@ from enum import Enum
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import get_ident
-from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from homeagent.cancellation import call_in_thread, shielded_wait
+from homeagent.clock import monotonic
 from homeagent.errors import DatabaseClosedError, DatabaseError
 from homeagent.unit_of_work import UnitOfWork, UnitSettings, call_back, refuse_nesting
 

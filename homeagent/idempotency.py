@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from secrets import token_hex
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from homeagent.callables import check_function, refuse_coroutine
 from homeagent.canonical_json import fingerprint_of
+from homeagent.clock import monotonic
 from homeagent.errors import (
     EffectFailedError,
     EffectNotStartedError,
@@ -150,7 +150,7 @@ class _Lease:
     call: OnceCall
     attempt: Attempt
     due: float
-    """When to renew it, by `time.monotonic`."""
+    """When to renew it, by `homeagent.clock.monotonic`."""
 
 
 class LeaseTimer:

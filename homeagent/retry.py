@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from homeagent.callables import refuse_coroutine_function
+from homeagent.clock import monotonic
 from homeagent.engine.driver_errors import StandbyError, TransientError
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError
 from homeagent.group_commit import GroupCommit
@@ -51,7 +52,7 @@ class Runner:
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Do a unit of work, again whole where that is safe; see `Database.run`."""
-        begun, tries = time.monotonic(), None
+        begun, tries = monotonic(), None
         while True:
             try:
                 if self._group_commit is not None and not read_only:
@@ -68,7 +69,7 @@ class Runner:
         await checkpoint_if_cancelled()
         if self._group_commit is None or read_only or not _under_asyncio():
             return await _in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent))
-        begun, tries = time.monotonic(), None
+        begun, tries = monotonic(), None
         while True:
             try:
                 return _done(work, await self._group_commit.arun(work))
@@ -117,7 +118,7 @@ class _Tries:
                 raise fault
             self._unknown = fault
         pause = random.uniform(0, self._bound)  # noqa: S311  it parts the callers, it keeps no secret
-        if time.monotonic() + pause >= self._deadline:
+        if monotonic() + pause >= self._deadline:
             # What a later try met says nothing of an earlier one, whose commit may have taken place.
             raise self._unknown or fault
         self._bound = min(self._bound * 2, _LONGEST_PAUSE)

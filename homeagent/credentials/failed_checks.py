@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from homeagent.clock import Clock
+from homeagent.clock import Clock, monotonic
 from homeagent.errors import TooManyAttemptsError
 
 __all__ = ["FAILED_CHECKS_PER_MINUTE", "CheckAttempt", "FailedChecks"]
@@ -74,7 +73,7 @@ class FailedChecks:
         *,
         per_minute: int = FAILED_CHECKS_PER_MINUTE,
         most_ids: int = _MOST_IDS,
-        monotonic: Callable[[], float] = time.monotonic,
+        monotonic: Callable[[], float] = monotonic,
     ) -> None:
         self._clock = clock
         self._per_minute = per_minute

@@ -10,9 +10,9 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from threading import get_ident
-from time import monotonic
 from typing import Generic, Protocol, TypeVar
 
+from homeagent.clock import monotonic
 from homeagent.errors import DatabaseBusyError, DatabaseClosedError
 
 __all__ = ["ConnectionPool"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from homeagent.clock import monotonic
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.sqlite.integrity import check_table
 from homeagent.errors import CorruptDatabaseError
@@ -40,7 +40,7 @@ class ContentCheck:
         *,
         every: timedelta,
         time_budget: timedelta = timedelta(seconds=30),
-        monotonic: Callable[[], float] = time.monotonic,
+        monotonic: Callable[[], float] = monotonic,
     ) -> None:
         self._engine = engine
         self._every = every.total_seconds()

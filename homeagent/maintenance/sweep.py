@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +13,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
+from homeagent.clock import monotonic
 from homeagent.engine.target import refuse_address
 from homeagent.errors import DatabaseClosedError, HomeAgentError, UnitStateError
 from homeagent.maintenance.pace import Pace
@@ -76,7 +76,7 @@ def sweep(
     batch_size: int,
     time_budget: timedelta | None,
     stop: threading.Event | None = None,
-    monotonic: Callable[[], float] = time.monotonic,
+    monotonic: Callable[[], float] = monotonic,
 ) -> SweepReport:
     """Remove dead nonces and idempotency keys, a batch in each unit of work.
 

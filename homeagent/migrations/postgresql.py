@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
+from homeagent.clock import monotonic
 from homeagent.engine.driver_errors import TransientError
 from homeagent.engine.target import presentable_url
 from homeagent.errors import (
@@ -52,7 +53,7 @@ def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bo
     Raises:
         SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError.
     """
-    deadline = time.monotonic() + timeout.total_seconds()
+    deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
         with connection.begin():
             revision = revision_of(connection)
@@ -79,7 +80,7 @@ def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bo
                     f"upgrading the schema from {revision!r} was cancelled and undone: a statement took longer than "
                     f"{_STATEMENT_PATIENCE}, or somebody cancelled it; try it when the server has less to do"
                 )
-            if time.monotonic() >= deadline:
+            if monotonic() >= deadline:
                 raise DatabaseBusyError(
                     f"the schema could not be upgraded from {revision!r} within {timeout}: another host upgrades it, "
                     "or a unit holds a table. Open it again later, end long transactions first, or raise busy_timeout"
@@ -89,7 +90,7 @@ def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bo
 
 def _make_or_upgrade(connection: Connection, deadline: float) -> None:
     """Upgrade within the transaction that has begun, or find that another host did."""
-    left = max(1, int((deadline - time.monotonic()) * 1000))
+    left = max(1, int((deadline - monotonic()) * 1000))
     connection.execute(text(f"SET LOCAL lock_timeout = {left}"))
     # Another host may take longer than the role lets a statement take.
     connection.execute(text("SET LOCAL statement_timeout = 0"))

@@ -35,6 +35,43 @@ with Database.open(sys.argv[1], durability="normal") as database:
 """
 
 
+FROZEN = """
+import sys, threading, time
+from datetime import timedelta
+now = time.monotonic()
+time.monotonic = lambda: now  # as freezegun does
+from homeagent import Database, errors
+from homeagent.engine.sqlite.dialect import connect
+from homeagent.engine.sqlite.engine import sidecar_lock
+path = sys.argv[1]
+wait = timedelta(milliseconds=50)
+database = Database.open(path, busy_timeout=wait)
+
+def refused(act):
+    try:
+        act()
+    except errors.DatabaseBusyError:
+        return
+    sys.exit("not refused")
+
+database.run(lambda unit: None)  # opens the connection: homeagent refuses a file that is open by other means
+connection = connect(path)
+connection.execute("BEGIN IMMEDIATE")
+refused(lambda: database.run(lambda unit: unit.agents.delete("a") and None))
+connection.close()
+with sidecar_lock(database._engine.path, timeout=wait):
+    refused(sidecar_lock(database._engine.path, timeout=wait).acquire)
+begun, end = threading.Event(), threading.Event()
+holder = threading.Thread(target=lambda: database.run(lambda unit: begun.set() or end.wait() and None))
+holder.start()
+begun.wait()
+refused(lambda: database.run(lambda unit: None))
+end.set()
+holder.join()
+database.close()
+"""
+
+
 class Time:
     """A monotonic clock that goes on only while somebody sleeps."""
 
@@ -71,6 +108,19 @@ def test_the_wait_is_bounded_by_the_timeout(
             assert max(time.slept) <= 0.005
             assert 600 <= len(time.slept) <= 3_000
         add_agent(database)
+
+
+def test_the_wait_ends_under_a_frozen_clock(sqlite_path: Path) -> None:
+    """An application's tests may freeze `time.monotonic`: a unit, a lock of a file and a follower still give up."""
+    done = subprocess.run(
+        [sys.executable, "-c", FROZEN, str(sqlite_path)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_patience_means_one_try(sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,10 @@ looks before it writes a rollback journal, and not at all in write-ahead-log mod
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from homeagent.clock import monotonic
 from homeagent.engine.files.database_file import identity_of, sidecars
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import CorruptDatabaseError, DatabaseMovedError
@@ -48,7 +48,7 @@ class FileIdentityCheck:
         path: Path,
         *,
         strict: bool,
-        monotonic: Callable[[], float] = time.monotonic,
+        monotonic: Callable[[], float] = monotonic,
         on_moved: Callable[[], object] = lambda: None,
     ) -> None:
         self._on_moved = on_moved

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from homeagent.clock import monotonic
 from homeagent.engine.files.database_file import OPEN_FLAGS, create_descriptor, identity_of, judge_file, look_at
 from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
@@ -50,7 +51,7 @@ class FileLock:
         timeout: timedelta = timedelta(seconds=30),
         shared: bool = False,
         writable: bool = True,
-        monotonic: Callable[[], float] = time.monotonic,
+        monotonic: Callable[[], float] = monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         if timeout < timedelta(0):

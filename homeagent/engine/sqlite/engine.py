@@ -18,6 +18,7 @@ import sqlalchemy
 from sqlalchemy import URL, event
 from sqlalchemy.pool import NullPool
 
+from homeagent.clock import monotonic
 from homeagent.engine.driver_errors import translated
 from homeagent.engine.engine import Engine
 from homeagent.engine.files import database_file
@@ -293,14 +294,14 @@ class SQLiteEngine(Engine):
 
     def _switch_to_wal(self, raw: Any) -> str:
         """Return the journal mode that it came to."""
-        deadline = time.monotonic() + self._busy_ms / 1000
+        deadline = monotonic() + self._busy_ms / 1000
         while True:
             try:
                 return str(raw.execute("PRAGMA journal_mode=WAL").get)
             except apsw.BusyError:
                 # SQLite wants the file for itself here, and doesn't ask its busy handler: another process that only
                 # reads a file still in rollback mode, to look at its revision, would make this fail.
-                if time.monotonic() >= deadline:
+                if monotonic() >= deadline:
                     raise
             time.sleep(_WAL_PAUSE)
 

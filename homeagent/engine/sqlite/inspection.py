@@ -7,7 +7,6 @@ the log, which on a damaged file is the last thing to do.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Container, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -19,6 +18,7 @@ import apsw
 from sqlalchemy import create_engine, event
 from sqlalchemy.pool import NullPool
 
+from homeagent.clock import monotonic
 from homeagent.engine.driver_errors import sqlite_error, translated
 from homeagent.engine.engine import open_engines
 from homeagent.engine.files.database_file import OPEN_FLAGS, look_at, sidecars
@@ -47,18 +47,18 @@ class Stopwatch:
 
     def __init__(self, limit: timedelta | None) -> None:
         self._limit = None if limit is None else limit.total_seconds()
-        self._began = time.monotonic()
+        self._began = monotonic()
         self.ran_out = False
         """Whether the statement that failed last was ended for its time."""
 
     def start(self) -> None:
         """Begin to count anew."""
-        self._began = time.monotonic()
+        self._began = monotonic()
         self.ran_out = False
 
     def __call__(self) -> bool:
         """Return whether the time is over: what SQLite's progress handler asks."""
-        if self._limit is not None and time.monotonic() - self._began > self._limit:
+        if self._limit is not None and monotonic() - self._began > self._limit:
             self.ran_out = True
         return self.ran_out
 

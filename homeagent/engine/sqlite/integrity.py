@@ -7,7 +7,6 @@ that its column can't have. It doesn't find another letter in a name.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import apsw
 
+from homeagent.clock import monotonic
 from homeagent.engine.driver_errors import RESTORE
 from homeagent.engine.files.database_file import look_at, sidecars
 from homeagent.engine.files.system_errors import quoted
@@ -71,7 +71,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
     state = look_at(log)
     if state is None or not state.st_size:
         return False
-    began = time.monotonic()
+    began = monotonic()
     had_index = look_at(index) is not None
     try:
         with inspect_sqlite(path, watch=Stopwatch(None), is_closed=True) as connection, engine.translated():
@@ -82,7 +82,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
                 index.unlink()
         hint = newest_backup_hint(path)
         raise error if hint in str(error) else CorruptDatabaseError(f"{error}; {hint}") from None
-    seconds = time.monotonic() - began
+    seconds = monotonic() - began
     logger.info(
         "%s was not closed cleanly: its check took %.3f s and found nothing",
         path,

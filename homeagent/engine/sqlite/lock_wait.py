@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import uniform
-from time import monotonic, sleep
+from time import sleep
+
+from homeagent.clock import monotonic
 
 __all__ = ["LockWait"]
 
