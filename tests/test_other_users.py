@@ -25,7 +25,7 @@ from homeagent.maintenance import BackupSchedule, Diagnosis
 from homeagent.maintenance.backups import back_up_if_due
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import REVISION
-from tests.conftest import Children, FakeClock, add_agent
+from tests.conftest import ROOT, Children, FakeClock, add_agent
 
 STRANGER = 65534
 
@@ -345,6 +345,19 @@ def test_root_locks_no_user_out(home: Path, children: Children) -> None:
         # What the user made since is as good as root's.
         assert database.backup(f"{home}/backups/", keep=1).exists()
     assert not backup.exists()
+
+
+@needs_root
+def test_root_upgrades_and_copies_for_a_user(home: Path) -> None:
+    """The backup before an upgrade, a copy and the directories that are made for it are that user's too."""
+    path = home / "h.db"
+    shutil.copyfile(ROOT / "tests" / "fixtures" / "revisions" / "0001.db", path)
+    path.chmod(0o600)
+    give(path)
+    with Database.open(path) as database, Database.open(home / "a" / "b" / "copy.db") as copy:
+        database.copy_to(copy)
+    assert len(list(home.glob("*.backup"))) == 1
+    assert owners(home) == {STRANGER}
 
 
 @needs_root
