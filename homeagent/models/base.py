@@ -108,6 +108,20 @@ class Table(Model):
 
     __table__: ClassVar[Any]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a subclass of one of homeagent's tables.
+
+        SQLModel would take the subclass for a table too, and add its fields to the parent's. As a schema it would
+        accept and hold what only the store may see, such as hashes of secrets.
+        """
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__[1:]:
+            if "__table__" in vars(base) and base.__module__.startswith("homeagent."):
+                raise TypeError(
+                    f"{base.__name__} is a table of homeagent's and has no subclasses: for a request or a reply, "
+                    f"derive {cls.__name__} from a schema, such as DevicePublic"
+                )
+
     def __init__(self, **data: Any) -> None:
         if not is_table_model_class(type(self)) or not finish_init.get():
             super().__init__(**data)

@@ -294,3 +294,26 @@ def test_our_tables_are_in_metadata_of_their_own() -> None:
     assert not set(metadata.tables) & set(SQLModel.metadata.tables)
     assert set(metadata.tables) == {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
     assert all(constraint.name for table in metadata.tables.values() for constraint in table.constraints)
+
+
+@pytest.mark.parametrize("table", [Device, AgentSession, Nonce])
+@pytest.mark.parametrize("options", [{}, {"table": True}])
+def test_tables_have_no_subclasses(table: Any, options: dict[str, bool]) -> None:
+    """A subclass would add its fields to homeagent's table: the error names what a reply is derived from instead."""
+    columns = list(table.__table__.columns)
+    namespace = {"__annotations__": {"extra": int}, "__module__": __name__}
+    with pytest.raises(TypeError, match=rf"^{table.__name__} is a table .*derive View from .* such as DevicePublic"):
+        type(table)("View", (table,), namespace, **options)
+    assert list(table.__table__.columns) == columns
+
+
+def test_a_reply_is_derived_from_a_schema() -> None:
+    """An application adds its own fields to what it may show."""
+
+    class DeviceView(DevicePublic):
+        extra: int
+
+    device = Device(id="lamp", role=Role.NODE, shared_secret_hash="$x$", paired_at=datetime(2026, 1, 1, tzinfo=UTC))
+    view = DeviceView.model_validate(device, update={"extra": 1})
+    assert view.extra == 1
+    assert "shared_secret_hash" not in view.model_dump()
