@@ -63,7 +63,7 @@ NEXT = f"{int(REVISION) + 1:04}"
 
 FINE = {
     "table": 'op.create_table("rooms", sa.Column("id", sa.Text(), primary_key=True))',
-    "nullable column": 'op.add_column("devices", sa.Column("room", sa.Text()))',
+    "nullable column": 'op.add_column("devices", sa.Column("sample", sa.Text()))',
     "column with a default": (
         'op.add_column("devices", sa.Column("n", sa.Integer(), server_default="0", nullable=False))'
     ),
@@ -244,7 +244,7 @@ def test_a_contraction_declares_itself(
 def make_newer(target: str, *, oldest: str) -> None:
     """Make a database what a version to come leaves behind: another revision, and one more column."""
     with connected(target) as connection, connection.begin():
-        connection.execute(text("ALTER TABLE devices ADD COLUMN room TEXT DEFAULT 'hall'"))
+        connection.execute(text("ALTER TABLE devices ADD COLUMN later_room TEXT DEFAULT 'hall'"))
         connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
         connection.execute(text("UPDATE store SET oldest_revision = :oldest"), {"oldest": oldest})
 
@@ -255,7 +255,7 @@ def schema_of(target: str) -> list[Any]:
         return [
             connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one(),
             connection.execute(text("SELECT epoch, oldest_revision FROM store")).one(),
-            connection.execute(text("SELECT id, room FROM devices ORDER BY id")).all(),
+            connection.execute(text("SELECT id, later_room FROM devices ORDER BY id")).all(),
         ]
 
 

@@ -29,6 +29,7 @@ from homeagent.maintenance import Diagnosis
 from homeagent.maintenance.doctor import CHECKS, Finding, Severity, files
 from homeagent.migrations import REVISION
 from tests.conftest import START, Children, FakeClock, add_agent, add_device
+from tests.migrations.old_databases import REVISIONS
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "revisions"
 
@@ -554,7 +555,7 @@ def test_a_large_log(path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPat
 # The schema
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004"])
+@pytest.mark.parametrize("revision", REVISIONS[:-1])
 def test_an_older_schema(tmp_path: Path, clock: FakeClock, revision: str) -> None:
     """An old file is looked over as far as its columns go, and upgraded by the command, not by --fix."""
     directory = tmp_path / "old"

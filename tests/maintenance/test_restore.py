@@ -32,6 +32,7 @@ from homeagent.engine.sqlite.replacement import new_path, quarantine_path
 from homeagent.maintenance import previous_state, restore
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests.conftest import ROOT, START, Children, FakeClock, add_agent, add_device, write_past_checks
+from tests.migrations.old_databases import REVISIONS
 
 
 def listing(directory: Path) -> dict[str, tuple[int, int, str]]:
@@ -446,7 +447,7 @@ def test_backup_that_is_open_is_refused(sqlite_path: Path, tmp_path: Path, clock
     assert agents(tmp_path / "new.db") == ["live", "still-locked"]
 
 
-@pytest.mark.parametrize("revision", ["0001", "0004", "0005", REVISION])
+@pytest.mark.parametrize("revision", REVISIONS)
 def test_backup_of_an_older_version(tmp_path: Path, clock: FakeClock, revision: str) -> None:
     """A backup of an older schema is upgraded before it takes the place, so that it has an epoch as well."""
     path = tmp_path / "homeagent.db"

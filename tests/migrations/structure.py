@@ -37,7 +37,9 @@ def sqlite_structure(raw: Any) -> dict[str, Any]:
         structure[table] = {
             "options": options.strip(),
             # Name, declared type, NOT NULL, default, place in the primary key, hidden or generated.
-            "columns": [tuple(row[1:]) for row in raw.execute(f"PRAGMA table_xinfo({table})").fetchall()],
+            "columns": sorted(
+                (tuple(row[1:]) for row in raw.execute(f"PRAGMA table_xinfo({table})").fetchall()), key=repr
+            ),
             # What no pragma tells: collations, and CONSTRAINT … CHECK (…) word for word.
             "clauses": sorted(part.strip() for part in re.split(r", (?![^(]*\))", body)),
             "foreign keys": [tuple(row[2:]) for row in raw.execute(f"PRAGMA foreign_key_list({table})").fetchall()],

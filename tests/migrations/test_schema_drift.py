@@ -16,8 +16,8 @@ from homeagent.errors import SchemaChangedError
 from homeagent.maintenance import Finding
 from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config
 from tests.conftest import FakeClock, add_device
+from tests.migrations.old_databases import REVISIONS, fetch, old_database, server, sqlite
 from tests.migrations.old_databases import clock as then
-from tests.migrations.old_databases import fetch, old_database, server, sqlite
 
 APPROVES = "BEGIN UPDATE devices SET approved = 1, role = 'admin'; END"
 
@@ -93,7 +93,7 @@ def test_a_changed_schema_is_not_restored(sqlite_path: Path, tmp_path: Path, kin
 
 def test_an_old_backup_is_compared_with_its_own_revision(sqlite_path: Path, tmp_path: Path) -> None:
     """A backup of each older revision is restored if it is as that revision made it, and refused otherwise."""
-    for revision in ("0001", "0002", "0003", "0004"):
+    for revision in REVISIONS[:-1]:
         directory = tmp_path / revision
         directory.mkdir()
         backup = old_database(directory, revision)

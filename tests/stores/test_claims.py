@@ -23,6 +23,7 @@ from homeagent.errors import (
 )
 from homeagent.stores import IdempotencyKeyStore
 from tests.conftest import ROOT, START, FakeClock, dump, write_past_checks
+from tests.migrations.old_databases import REVISIONS
 
 SCOPE = IdempotencyScope("lamp", "orders.create", "k-1")
 MINUTE = timedelta(minutes=1)
@@ -294,7 +295,7 @@ def test_errors_tell_no_key(database: Database) -> None:
         assert (error.device_id, error.method) == ("lamp", "m")
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004", "0005", "0006"])
+@pytest.mark.parametrize("revision", REVISIONS)
 def test_earlier_schema(tmp_path: Path, revision: str) -> None:
     """A row of every released schema counts as completed after the upgrade, null included, until it ends.
 
