@@ -277,33 +277,58 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
     return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)
 
 
-async def arun_once(
-    arun: ARun, timer: LeaseTimer, call: OnceCall, effect: Callable[[Attempt], Awaitable[Any]]
-) -> Outcome:
-    """Run an effect that is a coroutine once; see `Database.arun_once`.
+class _AsyncUnits:
+    """The units of work of one `arun_once` call: claim the key, then record the outcome or give the key back.
 
-    A cancelled caller cancels the effect; what there is to record is recorded all the same.
+    Attributes:
+        find_out: the caller's `on_abandoned` function if it must run instead of the effect, because an earlier attempt
+            was abandoned; else None.
     """
-    import anyio
-    from anyio.lowlevel import checkpoint_if_cancelled
 
-    cancelled = anyio.get_cancelled_exc_class()
-    begun: list[Attempt] = []
+    def __init__(self, arun: ARun, call: OnceCall) -> None:
+        self.find_out: Callable[[Attempt], Any] | None = None
+        self._arun = arun
+        self._call = call
+        self._claimed: Attempt | None = None
 
-    def claim(unit: UnitOfWork, *, rerun: bool) -> Attempt | Outcome:
-        claimed = call.claim(unit, rerun=rerun)
-        begun[:] = [claimed] if isinstance(claimed, Attempt) else []
+    async def claim(self) -> Attempt | Outcome:
+        on_abandoned = self._call.on_abandoned
+        try:
+            return await self._claim(rerun=on_abandoned == "rerun")
+        except OutcomeUnknownError:
+            if not callable(on_abandoned):
+                raise
+        claimed = await self._claim(rerun=True)
+        if isinstance(claimed, Attempt) and claimed.number > 1:
+            self.find_out = on_abandoned
         return claimed
 
-    async def record(work: _Once) -> Any:
-        """Do the unit to its end, however often its caller is cancelled meanwhile."""
+    async def release_claim(self) -> None:
+        """Give the key back if it was claimed and this attempt began nothing: it must not count as abandoned."""
+        if self._claimed is not None:
+            # If this fails, or the commit of the claim had failed, the lease expires.
+            with suppress(HomeAgentError):
+                # Whether an earlier attempt began is as unknown as before: `find_out` did not run.
+                await self.release(self._claimed, none_began=False)
+
+    async def release(self, attempt: Attempt, *, none_began: bool) -> None:
+        await self.record(attempt, lambda keys: keys.release(attempt, none_began=none_began), leaves_record=False)
+
+    async def record(
+        self, attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
+    ) -> Any:
+        """Run a unit to its end, however often its caller is cancelled meanwhile."""
+        import anyio
+
+        cancelled = anyio.get_cancelled_exc_class()
+        work = _Once(attempt, write, leaves_record=leaves_record)
         cancellation: BaseException | None = None
-        # A scope of AnyIO shields from AnyIO's cancellation only. A Task.cancel() takes the unit out of the queue, or
-        # comes when it was done, and it may be done twice.
+        # A scope of AnyIO shields from AnyIO's cancellation only. `Task.cancel()` takes the unit out of the queue, or
+        # comes after the unit was committed; `_Once` may run twice.
         with anyio.CancelScope(shield=True):
             while True:
                 try:
-                    value = await arun(work)
+                    value = await self._arun(work)
                 except cancelled as error:
                     cancellation = error
                 except HomeAgentError as error:
@@ -316,41 +341,51 @@ async def arun_once(
             raise cancellation
         return value
 
-    finds_out = False
+    async def _claim(self, *, rerun: bool) -> Attempt | Outcome:
+        def claim(unit: UnitOfWork) -> Attempt | Outcome:
+            claimed = self._call.claim(unit, rerun=rerun)
+            # Set in the unit: a cancelled caller does not get the value that the unit returns.
+            self._claimed = claimed if isinstance(claimed, Attempt) else None
+            return claimed
+
+        claimed: Attempt | Outcome = await self._arun(claim)
+        return claimed
+
+
+async def arun_once(
+    arun: ARun, timer: LeaseTimer, call: OnceCall, effect: Callable[[Attempt], Awaitable[Any]]
+) -> Outcome:
+    """Run an effect that is a coroutine once; see `Database.arun_once`.
+
+    A cancelled caller cancels the effect; the outcome is recorded all the same.
+    """
+    import anyio
+    from anyio.lowlevel import checkpoint_if_cancelled
+
+    units = _AsyncUnits(arun, call)
     try:
-        try:
-            claimed = await arun(lambda unit: claim(unit, rerun=call.on_abandoned == "rerun"))
-        except OutcomeUnknownError:
-            if not callable(call.on_abandoned):
-                raise
-            claimed = await arun(lambda unit: claim(unit, rerun=True))
-            finds_out = isinstance(claimed, Attempt) and claimed.number > 1
-            effect = call.on_abandoned if finds_out else effect
+        claimed = await units.claim()
         await checkpoint_if_cancelled()
         if isinstance(claimed, Outcome):
             return claimed
         attempt: Attempt = claimed
         end = timer.renew(call, attempt)
-    except (cancelled, RuntimeError):
-        # Nothing began: the key must not count as abandoned.
-        if begun:
-            # Where that fails, or the claim itself had failed, the lease sees to it.
-            with suppress(HomeAgentError):
-                await record(_Once(begun[0], lambda keys: keys.release(begun[0]), leaves_record=False))
+    except (anyio.get_cancelled_exc_class(), RuntimeError):
+        await units.release_claim()
         raise
     try:
-        value: Any = effect(attempt)
+        value: Any = (units.find_out or effect)(attempt)
         if isinstance(value, Awaitable):
             value = await value
     except EffectFailedError as error:
         detail = error.detail
-        await record(_Once(attempt, lambda keys: keys.fail(attempt, detail)))
+        await units.record(attempt, lambda keys: keys.fail(attempt, detail))
         raise
     except EffectNotStartedError:
-        await record(_Once(attempt, lambda keys: keys.release(attempt, none_began=finds_out), leaves_record=False))
+        await units.release(attempt, none_began=units.find_out is not None)
         raise
     else:
-        stored = await record(_Once(attempt, lambda keys: keys.complete(attempt, value)))
+        stored = await units.record(attempt, lambda keys: keys.complete(attempt, value))
     finally:
         end()
     return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)

@@ -16,7 +16,7 @@ The schemas before and after are compared as the database has them, so it makes 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,13 +149,7 @@ def _breaks_of_table(name: str, old: _Table, new: _Table) -> Iterator[str]:
             yield f"{name}.{column} is NOT NULL without a server default: old code inserts no value"
     if new.primary_key != old.primary_key:
         yield f"the primary key of {name} changes: old code's upserts name the old one"
-    for check, condition in new.checks.items():
-        if check not in old.checks and _is_shown(check):
-            continue
-        if old.checks.get(check) != condition and not _mentions_only(condition, added, old.columns.keys()):
-            yield f"CHECK {check} of {name} is new or changed: old code may write what it refuses"
-    for check in old.checks.keys() - new.checks.keys():
-        yield f"CHECK {check} of {name} is dropped: old code may read what it doesn't know"
+    yield from _breaks_of_checks(name, old, new, added)
     for columns in new.uniques - old.uniques:
         # Where old code inserts a row, one of these is null, and nulls are distinct.
         free = any(
@@ -170,6 +164,16 @@ def _breaks_of_table(name: str, old: _Table, new: _Table) -> Iterator[str]:
             yield f"{name} gets a foreign key on {reference[0]}: old code may write what it refuses"
     for trigger in sorted(new.triggers - old.triggers):
         yield f"{name} gets trigger {trigger}: what it does to old code's writes can't be judged"
+
+
+def _breaks_of_checks(name: str, old: _Table, new: _Table, added: Set[str]) -> Iterator[str]:
+    for check, condition in new.checks.items():
+        if check not in old.checks and _is_shown(check):
+            continue
+        if old.checks.get(check) != condition and not _mentions_only(condition, added, old.columns.keys()):
+            yield f"CHECK {check} of {name} is new or changed: old code may write what it refuses"
+    for check in old.checks.keys() - new.checks.keys():
+        yield f"CHECK {check} of {name} is dropped: old code may read what it doesn't know"
 
 
 def _breaks_of_column(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

@@ -95,25 +95,13 @@ def restore(
     clock: Clock,
     busy_timeout: timedelta,
 ) -> RestoreReport:
-    """Put a backup in the place of a database that nobody has open, and keep what was there aside.
+    """Replace a database that no process has open by a backup, and keep the old database in quarantine.
 
-    Args:
-        backup: the file. Its manifest beside it is believed; without one, SQLite's own checks have to do.
-        target: which database, as `Database.open` takes it; it may be damaged, or absent.
-        clock: tells when the new epoch begins. Set it right first: messages are refused by that instant.
-        busy_timeout: how long to wait for who has the target open.
+    Arguments, report and all other errors: see `Database.restore`.
 
     Raises:
         InsecureFileError: the backup, its manifest or the target is a link, has a second name, or belongs to a user
             whose files are not safe (`homeagent.engine.files.owners`).
-        InvalidArgumentError: the backup is absent or is the target itself, or the target is no file's name.
-        DatabaseBusyError: somebody has the target open, or the backup.
-        CorruptDatabaseError, ForeignDatabaseError, SchemaTooNewError: the backup is damaged, another application's,
-            or of a newer version.
-        SchemaChangedError: the backup's schema was changed by hand.
-        ForeignDatabaseError: the target is another application's file.
-        DatabaseError: anything else. The target is as it was, unless the last step itself failed: then whoever opens
-            it next finishes that.
     """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     database = _target(target)

@@ -102,9 +102,6 @@ def sweep(
     removed = {"nonces": 0, "idempotency_keys": 0}
     in_log = 0
 
-    def report(*, more: bool) -> SweepReport:
-        return SweepReport(nonces=removed["nonces"], idempotency_keys=removed["idempotency_keys"], more=more)
-
     def rested(seconds: float) -> bool:
         """Rest, and tell whether there is time for more. A rest that would outlast the budget is not begun."""
         return (deadline is None or monotonic() + seconds < deadline) and not pause.wait(seconds)
@@ -122,15 +119,15 @@ def sweep(
                 break
             contended = engine.contention != contention
             if not rested(pace.after_batch(worked=worked, held=held, contended=contended)):
-                return report(more=True)
+                return SweepReport(**removed, more=True)
             in_log = in_log + count if contended else 0
             if in_log >= _ROWS_IN_LOG:
                 in_log = 0
                 begun = monotonic()
                 engine.empty_log(settings.timeout)
                 if not rested(pace.rest_after(monotonic() - begun)):
-                    return report(more=True)
-    return report(more=False)
+                    return SweepReport(**removed, more=True)
+    return SweepReport(**removed, more=False)
 
 
 class Sweeper:

@@ -230,12 +230,11 @@ class IdempotencyKeyStore(Store):
         Args:
             scope: what makes it the same call.
             fingerprint: of its parameters, see `homeagent.canonical_json.fingerprint_of`.
-            lease: how long the attempt may take before it counts as abandoned, unless it renews. Zero is a lease
-                that has lapsed at once.
+            lease: how long until the attempt counts as abandoned, unless it renews; zero for a lease that has expired.
             ttl: how long the outcome is replayed, above zero.
             rerun: whether an abandoned attempt is followed by another one.
-            owner: a random token of the caller's, 128 bits as hex digits for example, by which a claim that is made
-                again after a commit that nobody knows about finds its own attempt. None to have one made.
+            owner: a random token of the caller, such as 32 hex digits. A claim that is repeated after a commit with
+                an unknown result finds its own attempt by the token. None to have one made.
 
         Returns:
             An Attempt where the effect is to be run now, an Outcome where it was completed.
@@ -248,11 +247,9 @@ class IdempotencyKeyStore(Store):
         """
         scope = _check_scope(scope)
         check_label(fingerprint, "fingerprint")
-        check_duration(lease, "lease", zero=True)
-        check_duration(ttl, "ttl")
         now = self._unit.now()
-        expires_at = later(now, ttl, "ttl")
-        lease_expires_at = later(now, lease, "lease")
+        lease_expires_at = later(now, check_duration(lease, "lease", zero=True), "lease")
+        expires_at = later(now, check_duration(ttl, "ttl"), "ttl")
         owner = token_hex(16) if owner is None else check_label(owner, "owner")
         downstream_key = token_hex(16)
         while not self._unit.write(
@@ -266,15 +263,9 @@ class IdempotencyKeyStore(Store):
             downstream_key=downstream_key,
         ):
             row = self._unit.one(_ANY, **_parameters(scope))
-            if row is None:
-                continue  # it was deleted in between: the key is free
-            if row.fingerprint is not None and row.fingerprint != fingerprint:
-                raise FingerprintMismatchError(device_id=scope.device_id, method=scope.method)
-            if row.state is IdempotencyState.FAILED:
-                raise EffectFailedError(row.result, replayed=True)
-            if row.state is IdempotencyState.COMPLETED:
-                return Outcome(value=row.result, replayed=True, attempt=row.attempt, omitted=row.omitted)
-            return self._take_over(scope, row, now=now, lease_expires_at=lease_expires_at, owner=owner, rerun=rerun)
+            if row is not None:  # else it was deleted in between, and the key is free
+                outcome = _outcome(scope, row, fingerprint)
+                return outcome or self._take_over(scope, row, now, lease_expires_at, owner=owner, rerun=rerun)
         return Attempt(
             number=1,
             downstream_key=downstream_key,
@@ -289,9 +280,9 @@ class IdempotencyKeyStore(Store):
         self,
         scope: IdempotencyScope,
         row: IdempotencyKey,
-        *,
         now: datetime,
         lease_expires_at: datetime,
+        *,
         owner: str,
         rerun: bool,
     ) -> Attempt:
@@ -486,6 +477,17 @@ def _attempt_of(row: IdempotencyKey) -> Attempt:
         ttl=row.expires_at - row.created_at,
         owner=row.owner or "",
     )
+
+
+def _outcome(scope: IdempotencyScope, row: IdempotencyKey, fingerprint: str) -> Outcome | None:
+    """Return how the call of this row ended, None if it is in progress. A failed call raises its stored error."""
+    if row.fingerprint is not None and row.fingerprint != fingerprint:
+        raise FingerprintMismatchError(device_id=scope.device_id, method=scope.method)
+    if row.state is IdempotencyState.FAILED:
+        raise EffectFailedError(row.result, replayed=True)
+    if row.state is IdempotencyState.COMPLETED:
+        return Outcome(value=row.result, replayed=True, attempt=row.attempt, omitted=row.omitted)
+    return None
 
 
 def _parameters(scope: IdempotencyScope) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""Compare sizes and commit subjects with the limits in pyproject.toml, `[tool.homeagent.limits]`.
+
+Run as `python3 .ci/limits.py` in a checkout. The exit status is 1 if a function or a module of homeagent/ has more
+lines than the limit, or if a commit's subject has more characters. Commits up to the
+one that added this script are exempt.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def read_limits(root: Path = ROOT) -> dict[str, Any]:
+    """Return the table of limits."""
+    settings: dict[str, Any] = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    limits: dict[str, Any] = settings["tool"]["homeagent"]["limits"]
+    return limits
+
+
+def long_modules(package: Path, limit: int) -> Iterator[str]:
+    """Yield a complaint about each module with too many lines."""
+    for path in sorted(package.rglob("*.py")):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > limit:
+            yield f"{path}: the module has {lines} lines (limit {limit}): split it"
+
+
+def long_functions(package: Path, limit: int) -> Iterator[str]:
+    """Yield a complaint about each function with too many lines; its docstring counts, its decorators do not."""
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > limit:
+                    yield f"{path}:{node.lineno}: {node.name} has {lines} lines (limit {limit}): split it"
+
+
+def long_subjects(root: Path, limit: int) -> Iterator[str]:
+    """Yield a complaint about each commit after the gate's introduction whose subject is too long."""
+    if not (root / ".git").exists():
+        return  # an unpacked sdist
+
+    def git(*arguments: str) -> list[str]:
+        done = subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True)
+        return done.stdout.splitlines()
+
+    # In a shallow clone the oldest commit seems to add every file: then only the commits after it are read.
+    introduced = git("log", "--diff-filter=A", "--format=%H", "--", ".ci/limits.py")
+    span = f"{introduced[-1]}..HEAD" if introduced else "HEAD..HEAD"
+    for line in git("log", "--no-merges", "--format=%h %s", span):
+        commit, _, subject = line.partition(" ")
+        if len(subject) > limit:
+            yield f"{commit}: the subject has {len(subject)} characters (limit {limit}): {subject}"
+
+
+def main() -> int:
+    """Print each complaint, and return the exit status."""
+    limits = read_limits()
+    complaints = [
+        *long_modules(ROOT / "homeagent", limits["module_lines"]),
+        *long_functions(ROOT / "homeagent", limits["function_lines"]),
+        *long_subjects(ROOT, limits["commit_subject"]),
+    ]
+    print(*complaints, sep="\n", end="\n" if complaints else "")
+    return bool(complaints)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The limits of `[tool.homeagent.limits]`: the checkout keeps them, and each of them is noticed if it is exceeded."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+LIMITS = runpy.run_path(str(ROOT / ".ci" / "limits.py"))
+PROSE = runpy.run_path(str(ROOT / ".ci" / "prose.py"))
+
+
+@pytest.mark.parametrize("script", ["limits.py", "prose.py"])
+def test_the_checkout_keeps_the_limits(script: str) -> None:
+    """The scripts that `.ci/run lint` runs find nothing over a limit."""
+    done = subprocess.run([sys.executable, ROOT / ".ci" / script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_long_modules_and_functions_are_noticed(tmp_path: Path) -> None:
+    """A module and a function with as many lines as the limit pass, and one more line is too many."""
+    (tmp_path / "module.py").write_text('class A:\n    async def f(self) -> None:\n        """F."""\n        return\n')
+    assert list(LIMITS["long_modules"](tmp_path, 4)) == list(LIMITS["long_functions"](tmp_path, 3)) == []
+    (module,) = LIMITS["long_modules"](tmp_path, 3)
+    (function,) = LIMITS["long_functions"](tmp_path, 2)
+    assert "module.py: the module has 4 lines (limit 3)" in module
+    assert "module.py:2: f has 3 lines (limit 2)" in function
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_long_subjects_are_noticed_after_the_introduction(tmp_path: Path) -> None:
+    """A subject over the limit is found in commits after the one that added the script, and not in older ones."""
+
+    def commit(subject: str) -> None:
+        identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+        git = ["git", *identity, "commit", "--quiet", "--allow-empty", "--no-verify", "--message", subject]
+        subprocess.run(git, cwd=tmp_path, check=True)
+
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    commit("old " * 20)
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / ".ci" / "limits.py").touch()
+    subprocess.run(["git", "add", ".ci"], cwd=tmp_path, check=True)
+    commit("introduction " * 10)
+    commit("x" * 72)
+    assert list(LIMITS["long_subjects"](tmp_path, 72)) == []
+    commit("y" * 73)
+    (complaint,) = LIMITS["long_subjects"](tmp_path, 72)
+    assert "the subject has 73 characters (limit 72): yyy" in complaint
+
+
+def test_prose_is_measured() -> None:
+    """Each measure counts sentences of Markdown, docstrings and comments, and neither code nor fragments."""
+    page = """# What is here
+
+    What is damaged is refused. Nobody knows that it was.
+
+    - [Where](it.md) the file is, one looks.
+
+    | it | SQLite locks the file |
+
+    ```sh
+    What is code is no prose here.
+    ```
+    """
+    found = list(PROSE["of_markdown"](page.replace("\n    ", "\n")))
+    assert found == [
+        "What is damaged is refused.",
+        "Nobody knows that it was.",
+        "Where the file is, one looks.",
+        "SQLite locks the file",
+    ]
+    assert PROSE["measure"](found) == {"clauses": 50.0, "pronouns": 3000 / 20, "negatives": 1000 / 20}
+    source = '''def f():
+    """Return what it is.
+
+    Args:
+        path: the file of the database, as
+            `open` takes it.
+    """
+    # A comment of two
+    # lines is one paragraph.
+    return "It is no comment at all"  # noqa: RET
+'''
+    assert list(PROSE["of_python"](source)) == [
+        "Return what it is.",
+        "the file of the database, as open takes it.",
+        "A comment of two lines is one paragraph.",
+    ]
