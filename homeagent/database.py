@@ -1,36 +1,33 @@
-"""The door of the package: open a database, do units of work, pair devices and check their secrets, clean up."""
+"""Public entry point: open a database, run units of work and one-time effects. Base classes add the other methods."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import cached_property, partial
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self, TypeVar
 
-from pydantic import JsonValue, SecretStr
+from pydantic import JsonValue
 from sqlalchemy import URL, Connection
 
-from homeagent import maintenance, models
+from homeagent import maintenance
 from homeagent.callables import check_function
 from homeagent.clock import Clock, system_clock
+from homeagent.database_maintenance import DatabaseMaintenance
+from homeagent.device_secrets import DeviceSecrets
 from homeagent.engine.engine import Engine
-from homeagent.engine.files.directories import prepare_directory
-from homeagent.engine.files.filesystems import refuse_network_filesystem
-from homeagent.engine.postgresql.engine import POOL_SIZE, PostgreSQLEngine
-from homeagent.engine.sqlite.engine import Durability, SQLiteEngine
-from homeagent.engine.target import resolve_target
-from homeagent.errors import DatabaseClosedError, InvalidArgumentError
+from homeagent.engine.postgresql.engine import POOL_SIZE
+from homeagent.engine.sqlite.engine import Durability
+from homeagent.errors import InvalidArgumentError
 from homeagent.idempotency import ARUN_ONCE, LeaseTimer, OnAbandoned, OnceCall, arun_once, run_once
-from homeagent.migrations.sqlite import open_sqlite
-from homeagent.models.device import Device
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
-from homeagent.models.types import check_duration, check_limit, check_wait
+from homeagent.models.types import check_limit, check_wait
 from homeagent.one_call import one_call_store
+from homeagent.opening import open_engine
 from homeagent.retry import Runner
 from homeagent.stores.agents import AgentStore
 from homeagent.stores.devices import DeviceStore
@@ -41,7 +38,6 @@ from homeagent.stores.store import Store
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 if TYPE_CHECKING:
-    from homeagent.maintenance.content_check import ContentCheck
     from homeagent.pairing import Pairing
 
 __all__ = ["Database"]
@@ -50,7 +46,7 @@ S = TypeVar("S", bound=Store)
 T = TypeVar("T")
 
 
-class Database:
+class Database(DeviceSecrets, DatabaseMaintenance):
     """One open operational store. Share one among all threads of a process; open another one in a forked child.
 
     Use `Database.open`, and close it, or let a `with` block do that.
@@ -105,33 +101,14 @@ class Database:
         if check_limit(pool_size, "pool_size") > 1000:
             raise InvalidArgumentError("pool_size must be 1 to 1000")
         check_function(clock, "clock")
-        where = resolve_target(target)
-        engine: SQLiteEngine | PostgreSQLEngine
-        if where.url is not None:
-            engine = PostgreSQLEngine(where.url, busy_timeout=busy_timeout, pool_size=pool_size)
-        elif where.path is None:
-            engine = SQLiteEngine.temporary(busy_timeout=busy_timeout, durability=durability)
-        else:
-            if migrate:
-                prepare_directory(where.path.parent)
-                refuse_network_filesystem(where.path)
-            engine = SQLiteEngine(where.path, busy_timeout=busy_timeout, durability=durability)
-        try:
-            if isinstance(engine, SQLiteEngine):
-                open_sqlite(
-                    engine,
-                    clock=clock,
-                    timeout=busy_timeout,
-                    migrate=migrate or where.is_temporary,
-                    temporary=where.is_temporary,
-                )
-            else:
-                from homeagent.migrations.postgresql import open_postgresql
-
-                open_postgresql(engine, timeout=busy_timeout, migrate=migrate)
-        except BaseException:
-            engine.close()
-            raise
+        engine = open_engine(
+            target,
+            clock=clock,
+            busy_timeout=busy_timeout,
+            durability=durability,
+            migrate=migrate,
+            pool_size=pool_size,
+        )
         return cls(engine, clock=clock, busy_timeout=busy_timeout)
 
     @staticmethod
@@ -403,311 +380,3 @@ class Database:
         """
         call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned, effect=effect)
         return await arun_once(partial(self._runner.arun, idempotent=True), self._lease_timer, call, effect)
-
-    # Devices and their secrets
-
-    @property
-    def _pairing(self) -> Pairing:
-        if self._made_pairing is None:
-            # A process that checks no secret starts sooner without it.
-            from homeagent.pairing import Pairing
-
-            # Two threads must not make two: each would count failed checks by itself.
-            with self._mutex:
-                if self._made_pairing is None:
-                    self._made_pairing = Pairing(self._runner, self._clock)
-        return self._made_pairing
-
-    def pair(self, request: models.DevicePair) -> models.PairedDevice:
-        """Add a device that waits for its approval. Only a hash of its secret is stored.
-
-        What calls of an earlier device under this id recorded after it was deleted is removed.
-
-        Args:
-            request: with the secret that a human chose, or without one: then 256 random bits are made.
-
-        Returns:
-            The device and its secret, which can't be asked for again.
-
-        Raises:
-            DeviceExistsError: the id is taken. So `pair` tells its caller that the id exists.
-            InvalidArgumentError: the secret is too long or has a control character.
-            TooManyAttemptsError: a human chose the secret, and 16 slow hashes wait for their turn already.
-        """
-        return self._pairing.pair(request)
-
-    async def apair(self, request: models.DevicePair) -> models.PairedDevice:
-        """Do as `pair` does without blocking the event loop, under asyncio or trio."""
-        return await self._pairing.apair(request)
-
-    def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
-        """Return the device if it is approved and this is its secret, else None.
-
-        `check_secret` also tells a caller with the right secret that the device is pending or revoked.
-
-        Args:
-            device_id: who it claims to be.
-            shared_secret: what it presents. During the overlap of a rotation the old secret serves too.
-
-        Raises:
-            TooManyAttemptsError, DatabaseBusyError: as in `check_secret`.
-        """
-        return self._pairing.verify_secret(device_id, shared_secret)
-
-    def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
-        """Tell whether this is the device's secret, and whether the device is approved, pending or revoked.
-
-        What a check of a wrong secret costs, and whether it is refused, depends on the id and the secret that are
-        presented, and not on the device: not on whether it exists, is approved, or has a generated secret.
-
-        Args:
-            device_id: the id that is presented.
-            shared_secret: the secret that is presented. During the overlap of a rotation the old secret serves too.
-
-        Returns:
-            True only if the secret is right and the device is approved. If the secret is wrong or the device is
-            absent, `status` is `denied` and `device` is None.
-
-        Raises:
-            TooManyAttemptsError: 30 checks of this id failed within a minute in this process, or 16 slow hashes wait
-                for their turn already. No hash was computed, and the right secret is refused too. A secret in the
-                generated form is never refused.
-            DatabaseBusyError: no turn to hash the secret came within 30 seconds.
-        """
-        return self._pairing.check_secret(device_id, shared_secret)
-
-    async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
-        """Do as `check_secret` does without blocking the event loop, under asyncio or trio.
-
-        Slow hashes run in threads of their own, and take none from `arun` or from checks of generated secrets.
-        """
-        return await self._pairing.acheck_secret(device_id, shared_secret)
-
-    def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
-        """Return the device if it is approved and the proof is made with its secret, else None.
-
-        The proof is the client's of SCRAM (RFC 5802, section 3) over the device's id, the nonce and the timestamp:
-        `homeagent.scram.make_proof` makes it. What is stored can check a proof and can't make one. Consume the nonce
-        after this, before access is given. After a rotation only the new secret's proofs serve, at once.
-
-        Args:
-            device_id: who it claims to be.
-            nonce: the number used once that was signed.
-            timestamp: the instant that was signed.
-            proof: 32 bytes; of any other length it is wrong.
-
-        Raises:
-            InvalidArgumentError: one of them can't be what it is to be, whatever the device: the nonce is no text that
-                could be consumed, the timestamp has no time zone, or the proof is no `bytes`.
-        """
-        return self._pairing.verify_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
-
-    def rotate_secret(
-        self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
-    ) -> SecretStr:
-        """Give a device a new secret, and return it, once.
-
-        Args:
-            device_id: the device; it keeps its role and its approval.
-            shared_secret: the secret that a human chose; None to have one made.
-            overlap: how long the old secret serves as well; not at all by default. One that still served from an
-                earlier rotation ends at once.
-
-        Raises:
-            DeviceNotFoundError: it is absent.
-            DeviceNotApprovedError: an overlap was given and the device is pending or revoked.
-            InvalidArgumentError: the secret has fewer than 8 characters, is too long or has a control character.
-            TooManyAttemptsError: a human chose the secret, and 16 slow hashes wait for their turn already.
-        """
-        return self._pairing.rotate_secret(device_id, shared_secret, overlap=overlap)
-
-    async def arotate_secret(
-        self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
-    ) -> SecretStr:
-        """Do as `rotate_secret` does without blocking the event loop, under asyncio or trio."""
-        return await self._pairing.arotate_secret(device_id, shared_secret, overlap=overlap)
-
-    # Maintenance
-
-    def sweep(self, *, batch_size: int = 100, time_budget: timedelta | None = None) -> maintenance.SweepReport:
-        """Remove dead nonces and idempotency keys, in small batches that hold no writer up.
-
-        While others write it goes slower, with smaller batches where the disk is slow and longer rests between them.
-
-        Args:
-            batch_size: how many rows one unit removes at most.
-            time_budget: when to end early; None to go on until all is done.
-        """
-        return self._sweep(batch_size=batch_size, time_budget=time_budget)
-
-    def _sweep(
-        self, *, batch_size: int, time_budget: timedelta | None, stop: threading.Event | None = None
-    ) -> maintenance.SweepReport:
-        from homeagent.maintenance.sweep import sweep
-
-        report = sweep(self._settings, batch_size=batch_size, time_budget=time_budget, stop=stop)
-        self._engine.counters.cleaned(report.nonces + report.idempotency_keys)
-        return report
-
-    def sweeper(
-        self,
-        every: timedelta = timedelta(minutes=5),
-        *,
-        backups: maintenance.BackupSchedule | None = None,
-        check_every: timedelta | None = timedelta(hours=24),
-    ) -> maintenance.Sweeper:
-        """Return a thread that sweeps periodically: `start()` and `stop()` it, or use it as a context manager.
-
-        Closing the database stops it.
-
-        Args:
-            every: how long to wait between two sweeps, 24 days at most; the first is done at once.
-            backups: makes backups too, after a sweep, whenever the newest one is old enough by the database's clock.
-                One that fails is logged and tried again after the next sweep.
-            check_every: checks the content of a SQLite file too, after a sweep, whenever the last check is that old;
-                None for never. A file that is found damaged serves nobody any more: every unit of this database then
-                gets CorruptDatabaseError.
-
-        Raises:
-            DatabaseError: backups are asked for, and the database is on PostgreSQL.
-        """
-        from homeagent.maintenance.sweep import Sweeper
-
-        if backups is not None:
-            from homeagent.maintenance.backups import back_up_on_schedule, require_file
-
-            require_file(self._engine)
-
-        check: ContentCheck | None = None
-        if check_every is not None:
-            from homeagent.maintenance.content_check import ContentCheck
-
-            check = ContentCheck(self._engine, every=check_duration(check_every, "check_every"))
-
-        def run(stop: threading.Event) -> maintenance.SweepReport:
-            report = self._sweep(batch_size=100, time_budget=None, stop=stop)
-            if backups is not None:
-                back_up_on_schedule(self._engine, backups, clock=self._clock, stop=stop.is_set)
-            if check is not None:
-                check.run_if_due(stop.is_set)
-            return report
-
-        sweeper = Sweeper(run, every)
-        with self._mutex:
-            if self._closed:
-                raise DatabaseClosedError("the database was closed: open it again")
-            self._sweepers.append(sweeper)
-        return sweeper
-
-    def backup(self, destination: str | PathLike[str], *, keep: int | None = None, replace: bool = False) -> Path:
-        """Make a backup while others write: one snapshot, verified, private, and in its place whole or not at all.
-
-        It needs no other file, and can be read where nothing can be written. A manifest beside it, the same name and
-        `.json`, has its time, its schema's revision, its rows, its size and its SHA-256.
-
-        Args:
-            destination: a directory, in which it gets a name with the schema's revision and the time; or a file that
-                does not exist. What ends in a slash is a directory, made 0700 where it is missing.
-            keep: remove this database's oldest backups in that directory afterwards, until so many are left. Files
-                without a manifest, copies made by upgrades and other databases' backups stay.
-            replace: whether a file that exists is replaced.
-
-        Returns:
-            Where the backup is.
-
-        Raises:
-            InvalidArgumentError: the destination can't be one, or exists.
-            CorruptDatabaseError: the database is damaged; a copy of it would pass for a backup.
-            DiskFullError, ReadOnlyError, InsecureFileError, DatabaseError: it can't be written there. Nothing of it
-                is left behind, and no older backup was removed.
-            DatabaseError: the database is on PostgreSQL, which has its own tools; the message names them.
-        """
-        from homeagent.maintenance.backups import back_up
-
-        with self._mutex:
-            if self._closed:
-                raise DatabaseClosedError("the database was closed: open it again")
-        return back_up(
-            self._engine,
-            destination,
-            clock=self._clock,
-            keep=keep,
-            replace=replace,
-            timeout=timedelta(seconds=self._timeout),
-        )
-
-    def copy_to(
-        self,
-        target: Database,
-        *,
-        live: bool = False,
-        progress: Callable[[maintenance.CopyProgress], object] | None = None,
-    ) -> maintenance.CopyReport:
-        """Copy the whole store into another one, which is empty and may be of the other engine.
-
-        All of it is one transaction on the target. Before that commits, every row is compared; where anything fails,
-        the target stays empty, and the copy can be made again. Nothing of the source changes.
-
-        Args:
-            target: at the same revision, and without a device, agent, session, nonce or key.
-            live: whether the source may be written meanwhile. The target then gets what it held at the beginning,
-                which serves for a trial; moving house needs a source that nobody writes to any more.
-            progress: called after each page of rows.
-
-        Returns:
-            How many rows of each table were copied.
-
-        Raises:
-            TargetNotEmptyError: the target holds data.
-            SourceChangedError: the source was written meanwhile.
-            InvalidArgumentError: both are the same database.
-            SchemaOutdatedError, SchemaTooNewError: one of them has the schema of another version.
-            SchemaChangedError: if the schema of one was changed by hand; on PostgreSQL, by a trigger or rule.
-            CorruptDatabaseError: the source holds what no store writes.
-        """
-        from homeagent.maintenance.copy_store import copy_store
-
-        if not isinstance(target, Database):
-            raise InvalidArgumentError(
-                f"target must be an open Database, not {type(target).__name__}: see Database.open"
-            )
-        return copy_store(
-            (self._engine, target._engine),
-            lambda: self.unit_of_work(read_only=True),
-            target.unit_of_work,
-            live=live,
-            progress=progress,
-        )
-
-    def doctor(self, *, thorough: bool = False, fix: bool = False) -> maintenance.Diagnosis:
-        """Look the database over while it is open: `homeagent.diagnose`, by this database's clock.
-
-        Args:
-            thorough: make the long checks too.
-            fix: mend what can be mended without losing anything; nothing is changed otherwise.
-
-        Returns:
-            What was found, each with its remedy, and what was mended.
-        """
-        from homeagent.maintenance.doctor.diagnosis import diagnose_open
-
-        return diagnose_open(
-            self._engine,
-            lambda: self.unit_of_work(read_only=True),
-            clock=self._clock,
-            thorough=thorough,
-            fix=fix,
-        )
-
-    def counters(self) -> maintenance.DatabaseCounters:
-        """Return what this process did with the database since it opened it: cheap enough to be asked every second."""
-        from homeagent.maintenance.status import report_counters
-
-        return report_counters(self._engine)
-
-    def status(self) -> maintenance.DatabaseStatus:
-        """Describe the database: where it is, its engine and schema, its rows, and what waits for cleanup."""
-        from homeagent.maintenance.status import report_status
-
-        with self.unit_of_work(read_only=True) as unit:
-            return report_status(self._engine, unit)

@@ -233,7 +233,7 @@ def test_a_signal_s_handler_may_close_the_database_while_a_sweeper_starts(
 
     SQLite only: no lock of the engine is concerned.
     """
-    modules = {"homeagent.database", "homeagent.maintenance.sweep"}
+    modules = {"homeagent.database", "homeagent.database_maintenance", "homeagent.maintenance.sweep"}
     turn = 0
     came = [True]
     while came.pop():

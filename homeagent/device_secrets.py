@@ -1,0 +1,149 @@
+"""The methods of `Database` that pair devices, and check and rotate their secrets."""
+
+from __future__ import annotations
+
+import threading
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from pydantic import SecretStr
+
+from homeagent import models
+from homeagent.clock import Clock
+from homeagent.models.device import Device
+from homeagent.retry import Runner
+
+if TYPE_CHECKING:
+    from homeagent.pairing import Pairing
+
+__all__ = ["DeviceSecrets"]
+
+
+class DeviceSecrets:
+    """Base class of `Database`, which sets the attributes: pair devices, check and rotate their secrets."""
+
+    _runner: Runner
+    _clock: Clock
+    _mutex: threading.RLock
+    _made_pairing: Pairing | None
+
+    @property
+    def _pairing(self) -> Pairing:
+        if self._made_pairing is None:
+            # A process that checks no secret starts sooner without it.
+            from homeagent.pairing import Pairing
+
+            # Two threads must not make two: each would count failed checks by itself.
+            with self._mutex:
+                if self._made_pairing is None:
+                    self._made_pairing = Pairing(self._runner, self._clock)
+        return self._made_pairing
+
+    def pair(self, request: models.DevicePair) -> models.PairedDevice:
+        """Add a device that waits for its approval. Only a hash of its secret is stored.
+
+        What calls of an earlier device under this id recorded after it was deleted is removed.
+
+        Args:
+            request: with the secret that a human chose, or without one: then 256 random bits are made.
+
+        Returns:
+            The device and its secret, which can't be asked for again.
+
+        Raises:
+            DeviceExistsError: the id is taken. So `pair` tells its caller that the id exists.
+            InvalidArgumentError: the secret is too long or has a control character.
+            TooManyAttemptsError: a human chose the secret, and 16 slow hashes wait for their turn already.
+        """
+        return self._pairing.pair(request)
+
+    async def apair(self, request: models.DevicePair) -> models.PairedDevice:
+        """Do as `pair` does without blocking the event loop, under asyncio or trio."""
+        return await self._pairing.apair(request)
+
+    def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
+        """Return the device if it is approved and this is its secret, else None.
+
+        `check_secret` also tells a caller with the right secret that the device is pending or revoked.
+
+        Args:
+            device_id: who it claims to be.
+            shared_secret: what it presents. During the overlap of a rotation the old secret serves too.
+
+        Raises:
+            TooManyAttemptsError, DatabaseBusyError: as in `check_secret`.
+        """
+        return self._pairing.verify_secret(device_id, shared_secret)
+
+    def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
+        """Tell whether this is the device's secret, and whether the device is approved, pending or revoked.
+
+        What a check of a wrong secret costs, and whether it is refused, depends on the id and the secret that are
+        presented, and not on the device: not on whether it exists, is approved, or has a generated secret.
+
+        Args:
+            device_id: the id that is presented.
+            shared_secret: the secret that is presented. During the overlap of a rotation the old secret serves too.
+
+        Returns:
+            True only if the secret is right and the device is approved. If the secret is wrong or the device is
+            absent, `status` is `denied` and `device` is None.
+
+        Raises:
+            TooManyAttemptsError: 30 checks of this id failed within a minute in this process, or 16 slow hashes wait
+                for their turn already. No hash was computed, and the right secret is refused too. A secret in the
+                generated form is never refused.
+            DatabaseBusyError: no turn to hash the secret came within 30 seconds.
+        """
+        return self._pairing.check_secret(device_id, shared_secret)
+
+    async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
+        """Do as `check_secret` does without blocking the event loop, under asyncio or trio.
+
+        Slow hashes run in threads of their own, and take none from `arun` or from checks of generated secrets.
+        """
+        return await self._pairing.acheck_secret(device_id, shared_secret)
+
+    def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
+        """Return the device if it is approved and the proof is made with its secret, else None.
+
+        The proof is the client's of SCRAM (RFC 5802, section 3) over the device's id, the nonce and the timestamp:
+        `homeagent.scram.make_proof` makes it. What is stored can check a proof and can't make one. Consume the nonce
+        after this, before access is given. After a rotation only the new secret's proofs serve, at once.
+
+        Args:
+            device_id: who it claims to be.
+            nonce: the number used once that was signed.
+            timestamp: the instant that was signed.
+            proof: 32 bytes; of any other length it is wrong.
+
+        Raises:
+            InvalidArgumentError: one of them can't be what it is to be, whatever the device: the nonce is no text that
+                could be consumed, the timestamp has no time zone, or the proof is no `bytes`.
+        """
+        return self._pairing.verify_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
+
+    def rotate_secret(
+        self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
+    ) -> SecretStr:
+        """Give a device a new secret, and return it, once.
+
+        Args:
+            device_id: the device; it keeps its role and its approval.
+            shared_secret: the secret that a human chose; None to have one made.
+            overlap: how long the old secret serves as well; not at all by default. One that still served from an
+                earlier rotation ends at once.
+
+        Raises:
+            DeviceNotFoundError: it is absent.
+            DeviceNotApprovedError: an overlap was given and the device is pending or revoked.
+            InvalidArgumentError: the secret has fewer than 8 characters, is too long or has a control character.
+            TooManyAttemptsError: a human chose the secret, and 16 slow hashes wait for their turn already.
+        """
+        return self._pairing.rotate_secret(device_id, shared_secret, overlap=overlap)
+
+    async def arotate_secret(
+        self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
+    ) -> SecretStr:
+        """Do as `rotate_secret` does without blocking the event loop, under asyncio or trio."""
+        return await self._pairing.arotate_secret(device_id, shared_secret, overlap=overlap)

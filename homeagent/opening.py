@@ -1,0 +1,62 @@
+"""Open the engine of a target, and make or upgrade its schema."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from os import PathLike
+
+from sqlalchemy import URL
+
+from homeagent.clock import Clock
+from homeagent.engine.engine import Engine
+from homeagent.engine.files.directories import prepare_directory
+from homeagent.engine.files.filesystems import refuse_network_filesystem
+from homeagent.engine.postgresql.engine import PostgreSQLEngine
+from homeagent.engine.sqlite.engine import Durability, SQLiteEngine
+from homeagent.engine.target import resolve_target
+from homeagent.migrations.sqlite import open_sqlite
+
+__all__ = ["open_engine"]
+
+
+def open_engine(
+    target: str | PathLike[str] | URL | None,
+    *,
+    clock: Clock,
+    busy_timeout: timedelta,
+    durability: Durability,
+    migrate: bool,
+    pool_size: int,
+) -> Engine:
+    """Open the SQLite file or the PostgreSQL database that a target names; see `Database.open`.
+
+    If the schema cannot be used, the engine is closed before the error is raised.
+    """
+    where = resolve_target(target)
+    engine: SQLiteEngine | PostgreSQLEngine
+    if where.url is not None:
+        engine = PostgreSQLEngine(where.url, busy_timeout=busy_timeout, pool_size=pool_size)
+    elif where.path is None:
+        engine = SQLiteEngine.temporary(busy_timeout=busy_timeout, durability=durability)
+    else:
+        if migrate:
+            prepare_directory(where.path.parent)
+            refuse_network_filesystem(where.path)
+        engine = SQLiteEngine(where.path, busy_timeout=busy_timeout, durability=durability)
+    try:
+        if isinstance(engine, SQLiteEngine):
+            open_sqlite(
+                engine,
+                clock=clock,
+                timeout=busy_timeout,
+                migrate=migrate or where.is_temporary,
+                temporary=where.is_temporary,
+            )
+        else:
+            from homeagent.migrations.postgresql import open_postgresql
+
+            open_postgresql(engine, timeout=busy_timeout, migrate=migrate)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
