@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from homeagent.engine.driver_errors import commit_unknown
 from homeagent.engine.instrumented_cursor import InstrumentedCursor, has_listeners
@@ -255,6 +255,11 @@ class StoreConnection:
             except UNREADABLE:
                 fault = unreadable()
         raise fault
+
+    def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
+        """Run one statement that reads, outside of a unit: `act` says which method of this class runs it."""
+        self.check_file()
+        return getattr(self, act)(statement, parameters)
 
     def write(self, statement: Statement[Any], parameters: Parameters) -> int:
         """Run a statement that changes rows, and return how many."""

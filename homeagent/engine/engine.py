@@ -156,8 +156,7 @@ class Engine(ABC):
         while True:
             connection = pool.acquire(timeout)
             try:
-                connection.check_file()
-                found = connection.one(statement, parameters) if act == "one" else connection.all(statement, parameters)
+                found = connection.read_alone(act, statement, parameters)
             except ConnectionLostError:
                 pool.discard(connection)
                 self.discard_free()

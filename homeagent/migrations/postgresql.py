@@ -19,7 +19,15 @@ from homeagent.errors import (
     MigrationError,
     SchemaOutdatedError,
 )
-from homeagent.migrations.revisions import REVISION, SPEAK_FOR_THEMSELVES, revision_of, suits, tables, upgrade
+from homeagent.migrations.revisions import (
+    REVISION,
+    SPEAK_FOR_THEMSELVES,
+    VERSION_TABLE,
+    revision_of,
+    suits,
+    tables,
+    upgrade,
+)
 from homeagent.migrations.schema_drift import refuse_changed_schema
 
 if TYPE_CHECKING:
@@ -39,6 +47,13 @@ _TABLE_LOCK_PATIENCE = 2
 _STATEMENT_PATIENCE = timedelta(minutes=15)
 
 _STATEMENT_CANCELLED = "57014"
+
+# `reset_val` is what the URL, the role or the database asks for: the engine has replaced the setting itself.
+_OTHER_STORES = text(
+    "SELECT schemaname FROM pg_catalog.pg_tables WHERE tablename = :name AND schemaname = ANY (current_schemas(false))"
+    " AND schemaname <> current_schema() AND current_schema() = current_user"
+    """ AND EXISTS (SELECT FROM pg_catalog.pg_settings WHERE name = 'search_path' AND reset_val LIKE '%"$user"%')"""
+)
 _PAUSE = 0.2  # seconds; the longest between two tries
 
 
@@ -56,6 +71,7 @@ def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bo
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
         with connection.begin():
+            _refuse_second_store(connection)
             revision = revision_of(connection)
             if suits(connection, revision):
                 return
@@ -65,6 +81,9 @@ def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bo
         while True:
             try:
                 with connection.begin():
+                    if engine.search_schema is not None:
+                        # A revision must not find the tables of another store in a later schema of the path.
+                        connection.execute(text(f"SET LOCAL {engine.search_schema}"))
                     _make_or_upgrade(connection, deadline)
                     return
             except TransientError as error:
@@ -86,6 +105,22 @@ def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bo
                     "or a unit holds a table. Open it again later, end long transactions first, or raise busy_timeout"
                 )
             time.sleep(random.uniform(0, _PAUSE))  # noqa: S311  it parts the hosts, it keeps no secret
+
+
+def _refuse_second_store(connection: Connection) -> None:
+    """Refuse a store in the schema with the name of the role if a later schema of the `search_path` holds one as well.
+
+    By default PostgreSQL searches the schema with the name of the role before `public`. A role with the right CREATE on
+    the database can create this schema, with tables that let a device in, and the next start would use them.
+    """
+    others = connection.execute(_OTHER_STORES, {"name": VERSION_TABLE}).scalars().all()
+    if others:
+        raise InvalidArgumentError(
+            "the schema with the name of the role was found first, and the schema "
+            f"{', '.join(others)} holds homeagent's tables too: name the right schema, by "
+            "?options=-csearch_path%3DSCHEMA in the URL or by ALTER ROLE … SET "
+            "search_path = SCHEMA"
+        )
 
 
 def _make_or_upgrade(connection: Connection, deadline: float) -> None:

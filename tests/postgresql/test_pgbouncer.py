@@ -15,8 +15,9 @@ from sqlalchemy import make_url, text
 
 from homeagent import AgentCreate, Database, Freshness, IdempotencyScope, ReplayGuard, diagnose
 from homeagent.models.types import to_milliseconds
-from tests.conftest import START, FakeClock, postgres_execute
+from tests.conftest import START, FakeClock, add_device, postgres_execute
 from tests.postgresql.server import Installation, free_port
+from tests.postgresql.test_search_path import WAYS, shadow
 
 PROGRAM = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
 
@@ -123,6 +124,21 @@ def test_the_epoch_is_asked_with_each_message(pooled_url: str, empty_postgres_ur
         assert judge("one") is Freshness.FRESH
         postgres_execute(empty_postgres_url, f"UPDATE store SET epoch = 2, restored_at = {to_milliseconds(START)}")
         assert judge("two") is Freshness.STALE
+
+
+def test_each_transaction_keeps_to_the_schema(pooled_url: str, empty_postgres_url: str) -> None:
+    """A schema that is created later is not searched, although no session keeps a setting; nor is another client's."""
+    import psycopg
+
+    Database.open(empty_postgres_url).close()
+    with psycopg.connect(pooled_url, autocommit=True) as connection:
+        for _ in range(2 * SESSIONS):
+            connection.execute("SET search_path = pg_temp")
+    with Database.open(pooled_url, migrate=False) as database:
+        add_device(database, "lamp")
+        shadow(empty_postgres_url)
+        for name, ids in WAYS.items():
+            assert ids(database) == ["lamp"], name
 
 
 def test_statements_are_prepared_only_where_no_pooler_is_between(pooled_url: str, empty_postgres_url: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.driver_errors import StandbyError, commit_unknown
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from homeagent.engine.driver_errors import Translate
-    from homeagent.engine.statements import Row
+    from homeagent.engine.statements import Parameters, Row, Statement
 
 __all__ = ["POOLED", "PostgreSQLConnection"]
 
@@ -90,6 +90,15 @@ class PostgreSQLConnection(StoreConnection):
             self._begun = True
             return
         raise fault
+
+    def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
+        """Run one statement that reads, outside of a unit: behind a pooler in a transaction, which has the settings."""
+        if not self._pooled:
+            return super().read_alone(act, statement, parameters)
+        self.begin()
+        found = getattr(self, act)(statement, parameters)
+        self.commit()
+        return found
 
     def _command(self, sql: str) -> None:
         if self._announces:

@@ -50,9 +50,16 @@ _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "P
 _READS = "homeagent_reads"
 """In the `info` of a connection: whether its transactions are read-only."""
 
+# The schemas that the URL, the role or the database asks for. Another client of a pooler may have set another path in
+# the same session, so that the default of the session is read, in one message, in a transaction that is rolled back.
+_SEARCH_PATH = "BEGIN; SET LOCAL search_path TO DEFAULT; SELECT pg_catalog.current_schemas(false); ROLLBACK"
+
 
 class PostgreSQLEngine(Engine):
     """One PostgreSQL database, several writers, row locks where a unit decides on what it read.
+
+    The first connection finds the schemas of the `search_path`, and every transaction of the engine keeps to them: a
+    schema that another role creates later, such as one with the name of this role, is never searched.
 
     Args:
         url: `postgresql+psycopg://…`; its query is libpq's.
@@ -71,7 +78,9 @@ class PostgreSQLEngine(Engine):
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
         # The server warns of a commit that a standby may lack, and a role may have it keep that to itself.
-        self._settings = (f"lock_timeout = {busy_ms}", "client_min_messages = warning")
+        self._settings = [f"lock_timeout = {busy_ms}", "client_min_messages = warning"]
+        self.search_schema: str | None = None
+        """The setting under which only the schema of homeagent's tables is searched; None if no schema was found."""
         sa_engine = sqlalchemy.create_engine(
             url,
             poolclass=NullPool,
@@ -102,12 +111,25 @@ class PostgreSQLEngine(Engine):
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry) -> None:
         pooled = connection.execute("SELECT pg_backend_pid()").fetchone()[0] != connection.info.backend_pid
         record.info[POOLED] = pooled
+        if self.search_schema is None:
+            self._find_schema(connection)
         if pooled:
             # A pooler in between has told us a process of its own: the next transaction may be given another session.
             # What was prepared in this one may be missing there, and what was set in this one would reach others.
             connection.prepare_threshold = None
         else:
             connection.execute("; ".join(f"SET {setting}" for setting in self._settings))
+
+    def _find_schema(self, connection: Any) -> None:
+        """Have every transaction search the schemas that the `search_path` names now, and temporary tables last."""
+        cursor = connection.execute(_SEARCH_PATH)
+        while cursor.description is None:
+            cursor.nextset()
+        schemas = ['"{}"'.format(name.replace('"', '""')) for name in cursor.fetchone()[0]]
+        if schemas:
+            # A later schema may hold tables, types and functions of the application.
+            self._settings.append(f"search_path = {', '.join(schemas)}, pg_temp")
+            self.search_schema = f"search_path = {schemas[0]}, pg_temp"
 
     def _on_begin(self, connection: Connection) -> None:
         raw: Any = connection.connection.driver_connection

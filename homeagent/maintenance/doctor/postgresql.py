@@ -48,7 +48,8 @@ def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None)
                     # it: a pooler gives the same session to other clients afterwards.
                     raw.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                     patience = 0 if limit is None else int(limit.total_seconds() * 1000)
-                    for setting in (f"statement_timeout = {patience}", *_SHOWN_AS):
+                    found = [engine.search_schema] if engine.search_schema else []
+                    for setting in (f"statement_timeout = {patience}", *_SHOWN_AS, *found):
                         raw.execute(f"SET LOCAL {setting}")
                 name = connection.execute(text("SELECT current_database()")).scalar_one()
                 collector.ok("database", f"The server answers, database {name!r}.")

@@ -1,0 +1,118 @@
+"""The schema of the tables, and schemas that are searched before it. SQLite has no schemas of this kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from sqlalchemy import make_url, text
+
+from homeagent import Database, DevicePair, DeviceStatus, Role, UnitOfWork, diagnose
+from homeagent.errors import InvalidArgumentError
+from tests.conftest import add_device, postgres_execute
+
+pytestmark = pytest.mark.usefixtures("postgres_url")
+
+
+@pytest.fixture
+def engine_name() -> str:
+    """The engine with schemas."""
+    return "postgresql"
+
+
+def in_schema(url: str, path: str) -> str:
+    """Return the URL with a `search_path` of its own."""
+    changed = make_url(url).update_query_dict({"options": f"-csearch_path={path}"})
+    return changed.render_as_string(hide_password=False)
+
+
+def shadow(url: str) -> None:
+    """Create the schema with the name of the role, which is searched before `public`, with a device that may enter."""
+    postgres_execute(url, "CREATE SCHEMA postgres")
+    with Database.open(in_schema(url, "postgres")) as other:
+        add_device(other, "intruder", approved=True)
+
+
+def ids_of_session(database: Database) -> list[str]:
+    """Return the ids of the devices as an ORM session sees them."""
+    with database.unit_of_work() as unit:
+        return [row[0] for row in unit.session.connection().execute(text("SELECT id FROM devices"))]
+
+
+def ids_of_read_connection(database: Database) -> list[str]:
+    """Return the ids of the devices as a connection for reports sees them."""
+    with database.read_connection() as connection:
+        return [row[0] for row in connection.execute(text("SELECT id FROM devices"))]
+
+
+def listed(unit: UnitOfWork) -> list[str]:
+    """Return the ids of the devices."""
+    return [device.id for device in unit.devices.list()]
+
+
+WAYS: dict[str, Callable[[Database], list[str]]] = {
+    "run": lambda database: database.run(listed),
+    "read-only unit": lambda database: database.run(listed, read_only=True),
+    "one call": lambda database: [device.id for device in database.devices.list()],
+    "session": ids_of_session,
+    "read connection": ids_of_read_connection,
+}
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["open connections", "new connections"])
+def test_a_running_gateway_keeps_to_its_schema(target: str, database: Database, *, fresh: bool) -> None:
+    """A schema that is created later and would be searched first holds tables of the same names: they are not read."""
+    database.pair(DevicePair(id="lamp", role=Role.NODE))
+    for ids in WAYS.values():
+        assert ids(database) == ["lamp"]
+    shadow(target)
+    if fresh:
+        database._engine.discard_free()
+    for name, ids in WAYS.items():
+        assert ids(database) == ["lamp"], name
+    assert database.run(lambda unit: unit.devices.list(status=DeviceStatus.APPROVED)) == []
+
+
+def test_a_second_store_in_front_is_refused(target: str) -> None:
+    """The next start does not take the schema with the name of the role for its own, unless the path names it."""
+    shadow(target)
+    for act in (Database.open, Database.begin_epoch):
+        with pytest.raises(InvalidArgumentError, match=r"the schema public holds .*search_path"):
+            act(target)
+    with Database.open(in_schema(target, "public")) as database:
+        assert database.run(listed) == []
+
+
+@pytest.mark.parametrize("by", ["options", "role"])
+def test_an_own_schema_is_used(target: str, by: str) -> None:
+    """The first schema of the path is homeagent's, also if a later one holds a store; that one stays as it is."""
+    name = make_url(target).database
+    postgres_execute(target, 'CREATE SCHEMA "Own, %s"')
+    postgres_execute(target, "CREATE TABLE public.things (id integer)")
+    path = '"Own, %s", public'
+    if by == "role":
+        postgres_execute(target, f"ALTER ROLE postgres IN DATABASE {name} SET search_path = {path}")
+    url = target if by == "role" else in_schema(target, path.replace(" ", r"\ "))
+    for _ in range(2):
+        with Database.open(url) as database:
+            if not database.run(listed):
+                add_device(database, "lamp")
+            assert ids_of_session(database) == ["lamp"]
+            with database.unit_of_work() as unit:
+                assert unit.session.connection().execute(text("SELECT count(*) FROM things")).scalar() == 0
+    rows = diagnose(url).finding("rows")
+    assert rows is not None
+    assert rows.facts["rows"] == 2  # the device, and the row of the table `store`
+    with Database.open(in_schema(target, "public")) as public:
+        assert public.run(listed) == []
+
+
+def test_the_doctor_checks_the_schema_of_the_store(target: str) -> None:
+    """A table that is missing there is reported, though a later schema of the path holds one of the same name."""
+    postgres_execute(target, "CREATE SCHEMA own")
+    url = in_schema(target, "own,public")
+    Database.open(url).close()
+    postgres_execute(target, "DROP TABLE own.nonces")
+    schema = diagnose(url).finding("schema")
+    assert schema is not None
+    assert "nonces" in str(schema)
