@@ -30,10 +30,12 @@ from homeagent.errors import (
 )
 
 __all__ = [
+    "SESSION_ENDED",
     "StandbyError",
     "TransientError",
     "Translate",
     "commit_unknown",
+    "connection_lost",
     "postgresql_error",
     "sqlite_code",
     "sqlite_code_name",
@@ -43,6 +45,9 @@ __all__ = [
 
 RESTORE = "stop, keep it aside with its -wal and -shm, and restore the newest good backup"
 """What to do about a damaged file."""
+
+SESSION_ENDED = frozenset({"FATAL", "PANIC"})
+"""The severities of a PostgreSQL error after which the session is gone, whatever the SQLSTATE."""
 
 Translate = Callable[[BaseException], HomeAgentError]
 
@@ -64,6 +69,11 @@ class StandbyError(ReadOnlyError):
             "the PostgreSQL server is a standby and takes no writes: name all hosts in the URL, with "
             "target_session_attrs=read-write, so that the primary is found"
         )
+
+
+def connection_lost() -> ConnectionLostError:
+    """Return the error for a connection that ended without an SQLSTATE of the server."""
+    return ConnectionLostError("the PostgreSQL server can't be reached or went away: check it, then run again")
 
 
 def commit_unknown(cause: str = "the connection was lost in the middle of COMMIT") -> CommitUnknownError:
@@ -191,7 +201,7 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
     state = getattr(error, "sqlstate", None)
     if state is None:
         # Refused, reset or closed: psycopg has no SQLSTATE where no server answered.
-        return ConnectionLostError("the PostgreSQL server can't be reached or went away: check it, then run again")
+        return connection_lost()
     label = f" [SQLSTATE {state}]"
     if state in {"40001", "40P01"}:
         return TransientError("the unit met another one (serialization failure or deadlock): run it again" + label)
@@ -199,7 +209,8 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
         busy = TransientError("a lock was not given in time: run the unit again" + label)
         busy.sqlstate = state
         return busy
-    if state.startswith("08") or state in {"57P01", "57P02", "57P03"}:
+    if state.startswith(("08", "57P")) or state in {"25P03", "25P04"}:
+        # A restart, a failover, or one of the timeouts by which the server ends a session.
         return ConnectionLostError("the PostgreSQL server closed the connection or is starting: run again" + label)
     if state in {"25006", "42501"}:
         return ReadOnlyError("the database can't be written: a read-only unit, server or role" + label)
@@ -214,6 +225,8 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
         )
     if state in {"XX001", "XX002"}:
         return CorruptDatabaseError("the PostgreSQL server reports damaged data: restore it from a backup" + label)
+    if getattr(getattr(error, "diag", None), "severity_nonlocalized", None) in SESSION_ENDED:
+        return ConnectionLostError("the PostgreSQL server ended the session: run again" + label)
     return DatabaseError("PostgreSQL refused the statement" + label)
 
 

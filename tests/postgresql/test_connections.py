@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import make_url, text
@@ -44,6 +45,14 @@ def end_sessions(target: str) -> None:
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
         "WHERE datname = current_database() AND pid <> pg_backend_pid()",
     )
+
+
+def has_session(target: str, pid: int) -> bool:
+    """Tell whether a process of the server still serves a session."""
+    import psycopg
+
+    with psycopg.connect(target) as connection:
+        return connection.execute("SELECT FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone() is not None
 
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["write", "read"])
@@ -83,10 +92,40 @@ def test_a_session_ended_in_a_unit_undoes_it(target: str, database: Database) ->
         return unit.agents.create(ADA).name
 
     assert database.run(add) == "Ada"
-    # Since nothing was sent but COMMIT, the driver learns only by its failure that the session had ended before.
-    with pytest.raises(CommitUnknownError), database.unit_of_work() as unit:
+    # The server had ended the session before COMMIT was sent, so that nothing is unknown.
+    for opened in (False, True):
+        with pytest.raises(ConnectionLostError), database.unit_of_work() as unit:
+            if opened:
+                unit.session.connection()
+            unit.agents.delete("ada")
+            end_sessions(target)
+    assert len(dump(database)["agents"]) == 1
+
+
+@pytest.mark.parametrize("timeout", ["idle_in_transaction_session_timeout", "transaction_timeout"])
+@pytest.mark.parametrize("at", ["statement", "commit"])
+def test_a_unit_whose_session_timed_out_is_run_again(target: str, database: Database, timeout: str, at: str) -> None:
+    """A timeout of the server ends the session in the middle of a unit: `run` does the unit again, a block raises."""
+    ended: list[int] = []
+
+    def add(unit: UnitOfWork) -> None:
+        unit.agents.create(ADA)
+        if not ended:
+            raw: Any = unit.session.connection().connection.driver_connection
+            if timeout == "transaction_timeout" and raw.info.server_version < 170_000:
+                pytest.skip("PostgreSQL 17 brought this timeout")
+            ended.append(raw.info.backend_pid)
+            raw.execute(f"SET LOCAL {timeout} = 10")
+            wait_for("the end of the session", lambda: not has_session(target, ended[0]))
+        if at == "statement":
+            unit.agents.list()
+
+    database.run(add)
+    assert len(dump(database)["agents"]) == 1
+    ended.clear()
+    with pytest.raises(ConnectionLostError), database.unit_of_work() as unit:
         unit.agents.delete("ada")
-        end_sessions(target)
+        add(unit)
     assert len(dump(database)["agents"]) == 1
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from homeagent.engine.connection import StoreConnection
-from homeagent.engine.driver_errors import StandbyError, commit_unknown
+from homeagent.engine.driver_errors import SESSION_ENDED, StandbyError, commit_unknown, connection_lost
 from homeagent.engine.instrumented_cursor import InstrumentedCursor
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError
 
@@ -67,7 +67,10 @@ class PostgreSQLConnection(StoreConnection):
         self._announces = isinstance(self._cursor, InstrumentedCursor)
 
     def _notice(self, notice: Any) -> None:
-        if notice.severity_nonlocalized == "WARNING":
+        if notice.severity_nonlocalized in SESSION_ENDED:
+            # libpq reports an error as a notice if no statement is under way, for example after a timeout.
+            self._lost = True
+        elif notice.severity_nonlocalized == "WARNING":
             self._warnings.append(notice.sqlstate or "")
 
     def begin(self) -> None:
@@ -114,6 +117,7 @@ class PostgreSQLConnection(StoreConnection):
         """Commit; when this returns, it took place and was as durable as the server was asked to make it.
 
         Raises:
+            ConnectionLostError: if the server ended the session before COMMIT was sent; nothing was committed.
             CommitUnknownError: the connection was lost before the answer came, or the wait for a synchronous standby
                 was cancelled.
             DatabaseError: a statement of the unit had failed, so that there was nothing to commit.
@@ -124,20 +128,36 @@ class PostgreSQLConnection(StoreConnection):
                 "a statement of this unit failed and its error was caught, after which PostgreSQL commits nothing: "
                 "let the error leave the block, or put what may fail into a savepoint()"
             )
-        if self.read_only and self._root is None:
-            try:
+        reads_alone = self.read_only and self._root is None
+        fault: HomeAgentError | None = None
+        try:
+            if reads_alone:
                 self._command("COMMIT")
-            except self._driver_errors as error:
-                fault = self._translate(error)
             else:
-                return
+                self._refuse_lost_connection()
+        except self._driver_errors as error:
+            fault = self._translate(error)
+        if fault is not None:
             raise fault
+        if reads_alone:
+            return
         self._warnings.clear()
         super().commit()
         if self._warnings and not self.read_only:
             # The server says so where somebody cancelled its wait for a synchronous standby: the commit stands here,
             # and a failover may lose it. https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION
             raise commit_unknown()
+
+    def _refuse_lost_connection(self) -> None:
+        """Raise `ConnectionLostError` if the server has ended the session: COMMIT was not sent, so nothing is unknown.
+
+        It reads what has arrived and does not wait: 1 µs.
+        """
+        pgconn = self._raw.pgconn
+        pgconn.consume_input()
+        pgconn.is_busy()  # parses what has arrived, and so calls `_notice`
+        if self.is_lost:
+            raise connection_lost()
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
         # A third of executemany's time: https://www.postgresql.org/docs/current/sql-copy.html
