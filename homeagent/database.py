@@ -22,6 +22,7 @@ from homeagent.device_secrets import DeviceSecrets
 from homeagent.engine.engine import Engine
 from homeagent.engine.postgresql.engine import POOL_SIZE
 from homeagent.engine.sqlite.engine import Durability
+from homeagent.engine.target import conceal
 from homeagent.errors import InvalidArgumentError
 from homeagent.idempotency import ARUN_ONCE, LeaseTimer, OnAbandoned, OnceCall, arun_once, run_once
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
@@ -95,6 +96,8 @@ class Database(DeviceSecrets, DatabaseMaintenance):
             ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: the file, which was not touched.
             DatabaseError: anything else that keeps it from being opened.
         """
+        given = conceal(target)
+        del target
         busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
         if durability not in ("full", "normal"):
             raise InvalidArgumentError("durability must be 'full' or 'normal'")
@@ -102,7 +105,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
             raise InvalidArgumentError("pool_size must be 1 to 1000")
         check_function(clock, "clock")
         engine = open_engine(
-            target,
+            given,
             clock=clock,
             busy_timeout=busy_timeout,
             durability=durability,
@@ -146,7 +149,9 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         """
         from homeagent.maintenance.restore import restore
 
-        return restore(backup, target, clock=clock, busy_timeout=busy_timeout)
+        given = conceal(target)
+        del target
+        return restore(backup, given, clock=clock, busy_timeout=busy_timeout)
 
     @staticmethod
     def begin_epoch(
@@ -172,7 +177,9 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         """
         from homeagent.maintenance.epochs import begin_epoch
 
-        return begin_epoch(target, clock=clock, busy_timeout=busy_timeout)
+        given = conceal(target)
+        del target
+        return begin_epoch(given, clock=clock, busy_timeout=busy_timeout)
 
     def close(self) -> None:
         """Stop the sweepers and close every connection. Closing twice is fine; what is used after it is refused."""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from os import PathLike
-
-from sqlalchemy import URL
 
 from homeagent.clock import Clock
 from homeagent.engine.engine import Engine
@@ -13,14 +10,14 @@ from homeagent.engine.files.directories import prepare_directory
 from homeagent.engine.files.filesystems import refuse_network_filesystem
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import Durability, SQLiteEngine
-from homeagent.engine.target import resolve_target
+from homeagent.engine.target import Given, resolve_target
 from homeagent.migrations.sqlite import open_sqlite
 
 __all__ = ["open_engine"]
 
 
 def open_engine(
-    target: str | PathLike[str] | URL | None,
+    target: Given,
     *,
     clock: Clock,
     busy_timeout: timedelta,

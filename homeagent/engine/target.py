@@ -7,13 +7,23 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import SecretStr
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from homeagent.engine.files.database_file import CONTROL_CHARACTER, locate_file
 from homeagent.errors import InvalidArgumentError
 
-__all__ = ["DEFAULT_PATH", "ENVIRONMENT_VARIABLE", "Target", "presentable_url", "refuse_address", "resolve_target"]
+__all__ = [
+    "DEFAULT_PATH",
+    "ENVIRONMENT_VARIABLE",
+    "Given",
+    "Target",
+    "conceal",
+    "presentable_url",
+    "refuse_address",
+    "resolve_target",
+]
 
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
@@ -29,6 +39,15 @@ _ADDRESS = re.compile(
 )
 _PLAIN_PATH = re.compile(r"/(?!/)|\.\.?/|~/")
 _SQLITE_URI = re.compile(r"\s*file:", re.IGNORECASE)  # https://sqlite.org/uri.html
+
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
+_IS_ADDRESS = (
+    "the path looks like the address of a server: a database's URL has the form postgresql://USER@HOST/NAME; "
+    "if it is a path, begin it with ./ or pass a Path"
+)
+
+Given = str | os.PathLike[str] | URL | SecretStr | None
+"""A target as a caller gives it, or after `conceal`."""
 
 _SHOWN_OPTIONS = frozenset({"host", "hostaddr", "port", "sslmode", "target_session_attrs", "user"})
 
@@ -66,24 +85,43 @@ def presentable_url(url: URL) -> str:
     return url.set(query=kept).render_as_string(hide_password=True)
 
 
-def resolve_target(target: str | os.PathLike[str] | URL | None) -> Target:
+def conceal(target: str | os.PathLike[str] | URL | None) -> Given:
+    """Return a target in a form that shows no password if a traceback with local variables is recorded.
+
+    A public method calls this first, then deletes its own argument.
+    """
+    return SecretStr(target) if isinstance(target, str) else target
+
+
+def resolve_target(target: Given) -> Target:
     """Tell what a target names.
 
     Args:
         target: None for `$HOMEAGENT_DATABASE` or else `~/.homeagent/homeagent.db`; a path; `":memory:"`; a URL such
             as `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql+psycopg://…`. A PathLike is always a
             path. So is a str that begins with `/`, `./`, `../` or `~/`; another str that looks like a server's address,
-            for example because it has a colon before its first slash, is refused.
+            for example because it has a colon before its first slash, is refused. A SecretStr counts as a str.
 
     Raises:
-        InvalidArgumentError: it is empty, a directory, no URL, or of an engine that is not supported; or if it
-            holds a control character, or a str looks like a server's address or is a SQLite URI. The message never
-            shows the URL or the address, which may hold a password.
+        InvalidArgumentError: it is empty, a directory, no URL, or of an engine that is not supported; if it holds a
+            control character; if a str looks like a server's address or is a SQLite URI; or if a server's URL holds a
+            byte that is not UTF-8, or hosts or ports that no server can have. The message never shows the URL or the
+            address, which may hold a password.
     """
+    found = _read(target)
+    # Raised here and not where it was found, since a local variable there holds the password.
+    if isinstance(found, InvalidArgumentError):
+        raise found
+    return found
+
+
+def _read(target: Given) -> Target | InvalidArgumentError:
+    if isinstance(target, SecretStr):
+        target = target.get_secret_value()
     if target is None:
         target = os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_PATH
     if isinstance(target, str) and CONTROL_CHARACTER.search(target):
-        raise InvalidArgumentError(
+        return InvalidArgumentError(
             "the database's name holds a control character, such as a line break: remove the character"
         )
     if isinstance(target, str) and "://" in target:
@@ -91,13 +129,12 @@ def resolve_target(target: str | os.PathLike[str] | URL | None) -> Target:
         try:
             target = make_url(target)
         except (ArgumentError, ValueError):
-            raise InvalidArgumentError("the database URL can't be read: see docs/postgresql.md for its form") from None
+            return InvalidArgumentError("the database URL can't be read: see docs/postgresql.md for its form")
     if isinstance(target, URL):
-        return _resolve_url(target)
+        return _read_url(target)
     if target == ":memory:":
         return Target()
-    refuse_address(target)
-    return _named_file(target)
+    return InvalidArgumentError(_IS_ADDRESS) if _is_address(target) else _named_file(target)
 
 
 def refuse_address(path: object) -> None:
@@ -107,14 +144,15 @@ def refuse_address(path: object) -> None:
         InvalidArgumentError: if it looks like an address, or is a SQLite URI. The message does not show it: it may hold
             a password.
     """
+    if _is_address(path):
+        raise InvalidArgumentError(_IS_ADDRESS)
+
+
+def _is_address(path: object) -> bool:
     if not isinstance(path, str) or _PLAIN_PATH.match(path):
-        return
+        return False
     _refuse_sqlite_uri(path)
-    if _ADDRESS.search(os.path.splitdrive(path)[1]):
-        raise InvalidArgumentError(
-            "the path looks like the address of a server: a database's URL has the form postgresql://USER@HOST/NAME; "
-            "if it is a path, begin it with ./ or pass a Path"
-        )
+    return _ADDRESS.search(os.path.splitdrive(path)[1]) is not None
 
 
 def _refuse_sqlite_uri(path: str) -> None:
@@ -134,13 +172,13 @@ def _named_file(path: str | os.PathLike[str]) -> Target:
     return Target(path=where)
 
 
-def _resolve_url(url: URL) -> Target:
+def _read_url(url: URL) -> Target | InvalidArgumentError:
     backend = url.get_backend_name()
     if backend == "sqlite":
         if url.query:
-            raise InvalidArgumentError("a sqlite URL takes no query here: the store sets what it needs by itself")
+            return InvalidArgumentError("a sqlite URL takes no query here: the store sets what it needs by itself")
         if url.host or url.username or url.password or url.port:
-            raise InvalidArgumentError(
+            return InvalidArgumentError(
                 "a sqlite URL has no host: write sqlite:///relative.db or sqlite:////absolute.db"
             )
         if url.database in {None, "", ":memory:"}:
@@ -148,5 +186,30 @@ def _resolve_url(url: URL) -> Target:
         _refuse_sqlite_uri(str(url.database))
         return _named_file(str(url.database))
     if backend == "postgresql":
-        return Target(url=url.set(drivername="postgresql+psycopg"))
-    raise InvalidArgumentError(f"no engine for {backend!r}: use a path, sqlite:/// or postgresql://")
+        return _read_server_url(url.set(drivername="postgresql+psycopg"))
+    return InvalidArgumentError(f"no engine for {backend!r}: use a path, sqlite:/// or postgresql://")
+
+
+def _read_server_url(url: URL) -> Target | InvalidArgumentError:
+    values = [value for given in url.query.values() for value in ((given,) if isinstance(given, str) else given)]
+    parts = (url.username, str(url.password or ""), url.host, url.database, *url.query, *values)
+    if any(_NOT_TEXT.search(part) for part in parts if part):
+        return InvalidArgumentError(
+            "the database URL holds a NUL or a byte that is not UTF-8: write the URL in UTF-8, and percent-encode "
+            "the characters of the user's name and the password"
+        )
+    try:
+        hosts = url.get_dialect()().create_connect_args(url)[1].get("host", "")
+        for host in hosts.split(","):
+            # The name of a directory with the server's socket is not a host name.
+            if not host.startswith(("/", "@")):
+                host.encode("idna")
+    except (ArgumentError, ValueError):
+        return InvalidArgumentError(
+            "the database URL has a host name that can't exist, a port that is not a number, or not as many ports as "
+            "hosts: write ?host=a.example:5432&host=b.example:5432, see docs/postgresql.md"
+        )
+    if isinstance(password := url.query.get("password"), str):
+        # SQLAlchemy hides a password in this place only, wherever the URL is shown.
+        url = url.difference_update_query(["password"]).set(password=password)
+    return Target(url=url)

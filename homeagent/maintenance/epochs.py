@@ -13,7 +13,7 @@ from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.sqlite.in_use import alone, kept_from_sqlite
 from homeagent.engine.sqlite.replacement import epoch_of_marker, marker_of_epoch
-from homeagent.engine.target import resolve_target
+from homeagent.engine.target import Given, resolve_target
 from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, InvalidArgumentError, SchemaOutdatedError
 from homeagent.migrations import REVISION
 from homeagent.migrations.postgresql import open_postgresql
@@ -53,7 +53,7 @@ class EpochReport(BaseModel):
     restored_at: datetime
 
 
-def begin_epoch(target: str | os.PathLike[str] | URL | None, *, clock: Clock, busy_timeout: timedelta) -> EpochReport:
+def begin_epoch(target: Given, *, clock: Clock, busy_timeout: timedelta) -> EpochReport:
     """Begin a new epoch of a store that nobody has open, as a restore does.
 
     Args:

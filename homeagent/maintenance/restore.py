@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import URL
 
 from homeagent.engine.files.database_file import (
     judge_file,
@@ -34,7 +33,7 @@ from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path, sidecar_lock
 from homeagent.engine.sqlite.in_use import alone, in_use_path, kept_from_sqlite
 from homeagent.engine.sqlite.manifests import Manifest, read_manifest
 from homeagent.engine.sqlite.replacement import epoch_of_marker, quarantine_path, replace_database
-from homeagent.engine.target import refuse_address, resolve_target
+from homeagent.engine.target import Given, refuse_address, resolve_target
 from homeagent.errors import (
     CorruptDatabaseError,
     DatabaseBusyError,
@@ -90,7 +89,7 @@ class RestoreReport(BaseModel):
 
 def restore(
     backup: str | os.PathLike[str],
-    target: str | os.PathLike[str] | URL | None,
+    target: Given,
     *,
     clock: Clock,
     busy_timeout: timedelta,
@@ -164,7 +163,7 @@ def _with_old_secret(before: Devices | None, now: Devices) -> list[str] | None:
 # What is named
 
 
-def _target(target: str | os.PathLike[str] | URL | None) -> Path:
+def _target(target: Given) -> Path:
     where = resolve_target(target)
     if where.url is not None:
         raise InvalidArgumentError(

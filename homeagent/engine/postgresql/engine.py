@@ -19,7 +19,7 @@ from sqlalchemy.pool import NullPool
 from homeagent.engine.driver_errors import postgresql_error, translated
 from homeagent.engine.engine import Engine
 from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
-from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError
+from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -141,8 +141,18 @@ class PostgreSQLEngine(Engine):
 
     def connect(self) -> Connection:
         """Return a connection of its own; the caller closes it."""
-        with self.translated():
+        try:
             return self.sa_engine.connect()
+        except HomeAgentError as error:
+            fault = error  # from `_on_error`
+        except self.driver_errors as error:
+            fault = postgresql_error(error)
+        except ValueError:
+            # The URL was checked; psycopg takes a host and a port from the environment too.
+            fault = InvalidArgumentError("PGHOST or PGPORT has a value that psycopg can't read: correct the variable")
+        # Without a cause and the frames of SQLAlchemy and psycopg: all of these hold the password.
+        fault.__cause__ = fault.__context__ = None
+        raise fault.with_traceback(None)
 
     def open_read_connection(self) -> Connection:
         """Return a connection whose transactions are read-only and have one snapshot each."""
@@ -221,10 +231,11 @@ def _withheld() -> Iterator[None]:
 
 
 def _withhold(error: BaseException) -> None:
-    """Take from an error of psycopg what the server says: its DETAIL shows the row that was refused."""
+    """Take from an error of psycopg what the server says, whose DETAIL shows a row, and the connection's password."""
     if hasattr(error, "sqlstate"):
         error.args = ("the server's message is withheld",)
-        error._info = None  # type: ignore[attr-defined]  # psycopg keeps the server's message in it too
+        # psycopg keeps the server's message in the one, and the parameters of a failed attempt in the other.
+        error._info = error._pgconn = None  # type: ignore[attr-defined]
 
 
 def _on_error(context: ExceptionContext) -> BaseException | None:

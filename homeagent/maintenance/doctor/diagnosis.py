@@ -15,7 +15,7 @@ from homeagent.clock import Clock, system_clock
 from homeagent.engine.engine import Engine
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.sqlite.inspection import Stopwatch
-from homeagent.engine.target import Target, resolve_target
+from homeagent.engine.target import Target, conceal, resolve_target
 from homeagent.errors import DatabaseClosedError, DatabaseError, InvalidArgumentError
 from homeagent.maintenance.doctor.postgresql import check_postgresql
 from homeagent.maintenance.doctor.repair import repair
@@ -63,7 +63,9 @@ def diagnose(
     Raises:
         InvalidArgumentError: if the target is invalid, or temporary.
     """
-    where = resolve_target(target)
+    given = conceal(target)
+    del target
+    where = resolve_target(given)
     if where.is_temporary:
         raise InvalidArgumentError("a temporary database is only there while it is open: use Database.doctor()")
     return _diagnose(where, clock, thorough=thorough, fix=fix)

@@ -1,0 +1,106 @@
+"""URLs of a server, and the password in them. No server is needed: none is reached."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import URL
+from typer.testing import CliRunner
+
+from homeagent import Database, diagnose
+from homeagent.cli import app
+from homeagent.errors import ConnectionLostError, HomeAgentError, InvalidArgumentError
+from tests.postgresql.server import free_port
+
+SECRET = "S3CRET"
+LATIN_1 = "\udce4"  # as `os.environ` gives a byte that is not UTF-8
+
+UNREADABLE = {
+    "a password that is not UTF-8": f"postgresql://gateway:{SECRET}{LATIN_1}@localhost:1/home",
+    "a user that is not UTF-8": f"postgresql://g{LATIN_1}:{SECRET}@localhost:1/home",
+    "a host that is not UTF-8": f"postgresql://gateway:{SECRET}@l{LATIN_1}:1/home",
+    "an option that is not UTF-8": f"postgresql://gateway:{SECRET}@localhost:1/home?application_name={LATIN_1}",
+    "a NUL": f"postgresql://gateway:{SECRET}@localhost:1/home%00",
+    "a long label": f"postgresql://gateway:{SECRET}@{'a' * 64}.example:1/home",
+    "an empty label": f"postgresql://gateway:{SECRET}@a..example:1/home",
+    "ports": f"postgresql://gateway:{SECRET}@localhost:1,2/home",
+    "more ports than hosts": f"postgresql://gateway:{SECRET}@/home?host=localhost&port=1,2",
+    "a port that is a word": f"postgresql://gateway:{SECRET}@/home?host=localhost&port=x",
+    "the password as port": f"postgresql://gateway@localhost:{SECRET}/home",
+}
+
+
+def shown(error: BaseException | None) -> Iterator[str]:
+    """Yield all that can be read in an error, its causes and contexts, and the frames of homeagent."""
+    if error is None:
+        return
+    yield f"{error!r} {error.args} {vars(error)}"
+    yield repr(getattr(getattr(error, "pgconn", None), "info", None))
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals["__name__"].startswith("homeagent"):
+            yield f"{frame.f_code.co_name}: {frame.f_locals}"
+    yield from shown(error.__cause__)
+    yield from shown(error.__context__)
+
+
+ACTS: dict[str, Callable[[Any], object]] = {
+    "open": Database.open,
+    "begin_epoch": Database.begin_epoch,
+    "restore": lambda target: Database.restore("backup", target),
+    "diagnose": diagnose,
+}
+
+
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+@pytest.mark.parametrize("url", UNREADABLE.values(), ids=UNREADABLE)
+def test_an_unreadable_url_is_refused(act: Callable[[Any], object], url: str) -> None:
+    """Whatever takes a target raises `InvalidArgumentError`, and nothing of the error shows the password."""
+    with pytest.raises(InvalidArgumentError) as caught:
+        act(url)
+    assert not [text for text in shown(caught.value) if SECRET in text]
+
+
+def test_a_url_object_is_checked_too() -> None:
+    """A SQLAlchemy URL is checked as a text is."""
+    with pytest.raises(InvalidArgumentError):
+        Database.open(URL.create("postgresql", "gateway", SECRET + LATIN_1, "localhost", 1, "home"))
+
+
+@pytest.mark.parametrize("command", [("status",), ("init",), ("doctor",), ("copy", "x.db")])
+def test_a_command_refuses_an_unreadable_url_in_one_line(command: tuple[str, ...]) -> None:
+    """The command line ends without a traceback and without the password."""
+    url = UNREADABLE["a password that is not UTF-8"]
+    done = CliRunner().invoke(app, [*command, url] if command[0] == "copy" else ["--database", url, *command])
+    assert done.exit_code == (2 if command[0] == "doctor" else 1)
+    assert SECRET not in done.output
+    assert "UTF-8" in done.output
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://gateway:{secret}@127.0.0.1:{port}/home",
+        "postgresql://gateway@127.0.0.1:{port}/home?password={secret}",
+        "postgresql://gateway:{secret}@/home?host=127.0.0.1:{port}&host=localhost:{port}",
+    ],
+)
+def test_a_refused_connection_shows_no_password(url: str) -> None:
+    """Neither the error nor what can be reached from it holds the password, in any frame: not psycopg's either."""
+    with pytest.raises(ConnectionLostError) as caught:
+        Database.open(url.format(secret=SECRET, port=free_port()))
+    error = caught.value
+    assert (error.__cause__, error.__context__) == (None, None)
+    assert not [text for text in shown(error) if SECRET in text]
+    # The first frame is the test's own.
+    assert SECRET not in str([frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)][1:])
+
+
+def test_a_host_of_the_environment_is_an_error_of_homeagent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that can't exist may come from PGHOST, which no check of the URL sees."""
+    monkeypatch.setenv("PGHOST", "a..example")
+    with pytest.raises(HomeAgentError) as caught:
+        Database.open(f"postgresql://gateway:{SECRET}@/home")
+    assert not [text for text in shown(caught.value) if SECRET in text]
