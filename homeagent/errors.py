@@ -20,6 +20,7 @@ __all__ = [
     "AgentNotFoundError",
     "AlreadyExistsError",
     "ApprovalChangedError",
+    "BackupStoppedError",
     "CommitUnknownError",
     "ConflictError",
     "ConnectionLostError",
@@ -57,9 +58,11 @@ __all__ = [
     "SessionExistsError",
     "SessionNotFoundError",
     "SourceChangedError",
+    "StandbyError",
     "TargetNotEmptyError",
     "TooManyAttemptsError",
     "TooManyFilesError",
+    "TransientError",
     "UnitStateError",
 ]
 
@@ -354,6 +357,16 @@ class DatabaseBusyError(DatabaseError):
     """Another unit holds the database for longer than `busy_timeout`, or retrying reached its deadline."""
 
 
+class TransientError(DatabaseBusyError):
+    """The unit met another unit and was undone; it may succeed if it is run again whole. `Database.run` does that.
+
+    Attributes:
+        sqlstate: the code of a PostgreSQL server for the error; None if there is none.
+    """
+
+    sqlstate: str | None = None
+
+
 class ConnectionLostError(DatabaseError):
     """The server went away or can't be reached; nothing of the unit took place."""
 
@@ -470,6 +483,23 @@ class TooManyFilesError(DatabaseError):
 
 class ReadOnlyError(DatabaseError):
     """The database, its file system or this unit of work can only be read."""
+
+
+class StandbyError(ReadOnlyError):
+    """The server takes no writes: it is a standby, or a primary that was demoted.
+
+    `Database.run` looks for another server and does the unit again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the PostgreSQL server is a standby and takes no writes: name all hosts in the URL, with "
+            "target_session_attrs=read-write, so that the primary is found"
+        )
+
+
+class BackupStoppedError(DatabaseError):
+    """The backup was told to stop before it was whole; nothing of it was kept."""
 
 
 class DatabaseClosedError(DatabaseError):

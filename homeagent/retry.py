@@ -18,8 +18,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 
 from homeagent.callables import refuse_coroutine_function
 from homeagent.clock import monotonic
-from homeagent.engine.driver_errors import StandbyError, TransientError
-from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError
+from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError, StandbyError, TransientError
 from homeagent.group_commit import GroupCommit
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 

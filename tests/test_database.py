@@ -16,7 +16,6 @@ from pydantic import SecretStr
 
 from homeagent import Attempt, Database, DevicePair, DeviceStatus, IdempotencyScope, Role, UnitOfWork
 from homeagent.credentials import hashing
-from homeagent.engine.driver_errors import TransientError
 from homeagent.errors import (
     DatabaseBusyError,
     DatabaseClosedError,
@@ -24,6 +23,7 @@ from homeagent.errors import (
     DeviceNotApprovedError,
     DeviceNotFoundError,
     InvalidArgumentError,
+    TransientError,
     UnitStateError,
 )
 from homeagent.scram import make_proof, make_verifier, proof_message, verifier_parameters

@@ -12,17 +12,16 @@ import pytest
 
 from homeagent import AgentCreate, AgentSessionCreate, Database, UnitOfWork, errors
 from homeagent.engine.connection import StoreConnection
-from homeagent.engine.driver_errors import TransientError
 from homeagent.engine.engine import Engine
 from tests.conftest import START, add_agent, dump
 
 SECRET = "the-bound-parameter"
 
 SQLITE_FAULTS: dict[str, type[errors.HomeAgentError]] = {
-    "SQLITE_BUSY": TransientError,
-    "SQLITE_BUSY_SNAPSHOT": TransientError,
-    "SQLITE_LOCKED": TransientError,
-    "SQLITE_PROTOCOL": TransientError,
+    "SQLITE_BUSY": errors.TransientError,
+    "SQLITE_BUSY_SNAPSHOT": errors.TransientError,
+    "SQLITE_LOCKED": errors.TransientError,
+    "SQLITE_PROTOCOL": errors.TransientError,
     "SQLITE_FULL": errors.DiskFullError,
     "SQLITE_READONLY": errors.ReadOnlyError,
     "SQLITE_READONLY_DIRECTORY": errors.ReadOnlyError,
@@ -49,11 +48,11 @@ SQLITE_FAULTS: dict[str, type[errors.HomeAgentError]] = {
 }
 
 POSTGRESQL_FAULTS: dict[str, type[errors.HomeAgentError]] = {
-    "40001": TransientError,
-    "40P01": TransientError,
-    "55P03": TransientError,
+    "40001": errors.TransientError,
+    "40P01": errors.TransientError,
+    "55P03": errors.TransientError,
     "53100": errors.DiskFullError,
-    "53200": TransientError,
+    "53200": errors.TransientError,
     "42501": errors.ReadOnlyError,
     "23505": errors.ConflictError,
     "XX001": errors.CorruptDatabaseError,

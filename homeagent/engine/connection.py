@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from homeagent.engine.driver_errors import commit_unknown
+from homeagent.engine.driver_errors import commit_unknown, naming_statement
 from homeagent.engine.instrumented_cursor import InstrumentedCursor, has_listeners
 from homeagent.engine.statements import Compiled, Parameters, Row, Statement
 from homeagent.errors import ConnectionLostError, DatabaseClosedError, HomeAgentError, ReadOnlyError
@@ -213,8 +213,12 @@ class StoreConnection:
         try:
             return self._execute(sql, parameters) if parameters else self._execute(sql)
         except self._driver_errors as error:
-            fault = self._translate(error)
+            fault = self._refused(error, sql)
         raise fault
+
+    def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
+        """Return homeagent's error for an exception of the driver, and name the statement if the engine refused it."""
+        return naming_statement(self._translate(error), sql)
 
     def _compile(self, statement: Statement[R]) -> Compiled[R]:
         compiled = statement.compiled(self._dialect, read_only=self.read_only)
@@ -231,7 +235,7 @@ class StoreConnection:
             # fetchall and not fetchone: a statement with a row left keeps its locks and its snapshot.
             rows = self._execute(compiled.sql, compiled.bind(parameters)).fetchall()
         except self._driver_errors as error:
-            fault = self._translate(error)
+            fault = self._refused(error, compiled.sql)
         else:
             try:
                 return compiled.load(rows)[0] if rows else None
@@ -248,7 +252,7 @@ class StoreConnection:
         try:
             rows = self._execute(compiled.sql, compiled.bind(parameters)).fetchall()
         except self._driver_errors as error:
-            fault = self._translate(error)
+            fault = self._refused(error, compiled.sql)
         else:
             try:
                 return compiled.load(rows)
@@ -270,7 +274,7 @@ class StoreConnection:
         try:
             return int(self._execute(compiled.sql, compiled.bind(parameters)).rowcount)
         except self._driver_errors as error:
-            fault = self._translate(error)
+            fault = self._refused(error, compiled.sql)
         raise fault
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
@@ -283,7 +287,7 @@ class StoreConnection:
             self._cursor.executemany(compiled.sql, map(compiled.bind, parameters))
             return int(self._cursor.rowcount)
         except self._driver_errors as error:
-            fault = self._translate(error)
+            fault = self._refused(error, compiled.sql)
         raise fault
 
     def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
@@ -302,7 +306,7 @@ class StoreConnection:
         try:
             self._insert(into, len(columns), rows)
         except self._driver_errors as error:
-            fault = self._translate(error)
+            fault = self._refused(error, f"INSERT INTO {into}")
         else:
             return
         raise fault

@@ -1,11 +1,13 @@
 """The one place where a driver's exception becomes one of ours.
 
-A driver's message may carry values: psycopg puts the offending row into DETAIL. So what is raised here names the
-kind of fault and its remedy only, and the driver's own exception is neither its cause nor its context.
+A driver's message may carry values: psycopg puts the offending row into DETAIL. So an error raised here names the kind
+of fault, its remedy, a part of the schema and the SQL text of homeagent's own statement only, and the driver's own
+exception is neither its cause nor its context.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +19,6 @@ from homeagent.errors import (
     ConflictError,
     ConnectionLostError,
     CorruptDatabaseError,
-    DatabaseBusyError,
     DatabaseClosedError,
     DatabaseError,
     DatabaseIOError,
@@ -27,15 +28,16 @@ from homeagent.errors import (
     InsecureFileError,
     InvalidArgumentError,
     ReadOnlyError,
+    TransientError,
 )
 
 __all__ = [
     "SESSION_ENDED",
-    "StandbyError",
-    "TransientError",
     "Translate",
     "commit_unknown",
     "connection_lost",
+    "named",
+    "naming_statement",
     "postgresql_error",
     "sqlite_code",
     "sqlite_code_name",
@@ -52,23 +54,35 @@ SESSION_ENDED = frozenset({"FATAL", "PANIC"})
 Translate = Callable[[BaseException], HomeAgentError]
 
 
-class TransientError(DatabaseBusyError):
-    """The unit met another one and may succeed when it is run again whole: `Database.run` does that.
+# Messages of an engine that name a part of the schema and hold no value, whatever the statement was.
+_NAMING = re.compile(
+    r"""no\ such\ (table|column|index|view|function|module|savepoint):\ [\w.~]+
+    | table\ \w+\ has\ no\ column\ named\ \w+
+    | foreign\ key\ mismatch\ -\ "\w+"\ referencing\ "\w+"
+    | error\ in\ (table|view|trigger|index)\ \w+(\ after\ [\w ]+)?:\ no\ such\ (table|column):\ [\w.~]+
+    | (relation|table|view|sequence|index)\ "[\w.]+"\ does\ not\ exist
+    | column\ (\w+\.\w+|"\w+"\ of\ relation\ "\w+")\ does\ not\ exist
+    | permission\ denied\ for\ (table|view|sequence|schema|function)\ \w+""",
+    re.VERBOSE,
+)
 
-    `sqlstate` is what a PostgreSQL server called it.
+
+def named(error: BaseException) -> str:
+    """Return what a message of the engine names, after a colon; an empty text if the message may hold a value."""
+    first, *_ = str(error).splitlines() or [""]
+    return f": {first}" if _NAMING.fullmatch(first) else ""
+
+
+def naming_statement(fault: HomeAgentError, sql: str) -> HomeAgentError:
+    """Return the error of a statement of homeagent, with its SQL text if no class of error says what went wrong.
+
+    Args:
+        fault: the error.
+        sql: the text, whose parameters are bound: it holds no value.
     """
-
-    sqlstate: str | None = None
-
-
-class StandbyError(ReadOnlyError):
-    """The server takes no writes: it is a standby, or a primary that was demoted. Another one may take them soon."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the PostgreSQL server is a standby and takes no writes: name all hosts in the URL, with "
-            "target_session_attrs=read-write, so that the primary is found"
-        )
+    if type(fault) is not DatabaseError:
+        return fault
+    return DatabaseError(f"{fault}; the statement was: {' '.join(sql.split())}")
 
 
 def connection_lost() -> ConnectionLostError:
@@ -174,7 +188,7 @@ def sqlite_error(error: BaseException) -> HomeAgentError:
                 return fault[0](fault[1])
         return DatabaseError(f"the SQLite driver refused the statement ({type(error).__name__})")
     found = _SQLITE_ERRORS.get(code) or _SQLITE_ERRORS.get(code & 0xFF)
-    kind, message = found or (DatabaseError, "SQLite refused the statement")
+    kind, message = found or (DatabaseError, f"SQLite refused the statement{named(error)}")
     return kind(f"{message} [{sqlite_code_name(error)}]")
 
 
@@ -200,8 +214,7 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
     """
     state = getattr(error, "sqlstate", None)
     if state is None:
-        # Refused, reset or closed: psycopg has no SQLSTATE where no server answered.
-        return connection_lost()
+        return _psycopg_error(error)
     label = f" [SQLSTATE {state}]"
     if state in {"40001", "40P01"}:
         return TransientError("the unit met another one (serialization failure or deadlock): run it again" + label)
@@ -213,7 +226,7 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
         # A restart, a failover, or one of the timeouts by which the server ends a session.
         return ConnectionLostError("the PostgreSQL server closed the connection or is starting: run again" + label)
     if state in {"25006", "42501"}:
-        return ReadOnlyError("the database can't be written: a read-only unit, server or role" + label)
+        return ReadOnlyError(f"the database can't be written: a read-only unit, server or role{named(error)}{label}")
     if state in {"53100", "53400"}:
         return DiskFullError("the PostgreSQL server has no room to write: make some, then run the unit again" + label)
     if state.startswith("53"):
@@ -227,7 +240,18 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
         return CorruptDatabaseError("the PostgreSQL server reports damaged data: restore it from a backup" + label)
     if getattr(getattr(error, "diag", None), "severity_nonlocalized", None) in SESSION_ENDED:
         return ConnectionLostError("the PostgreSQL server ended the session: run again" + label)
-    return DatabaseError("PostgreSQL refused the statement" + label)
+    return DatabaseError(f"PostgreSQL refused the statement{named(error)}{label}")
+
+
+def _psycopg_error(error: BaseException) -> HomeAgentError:
+    """Return homeagent's error for an exception without an SQLSTATE: no server answered, or none was asked."""
+    # By their names in DB-API (PEP 249): only the engine of PostgreSQL imports psycopg.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"OverflowError", "DataError"}:
+        return InvalidArgumentError("a value can't be stored by PostgreSQL, such as a text with a NUL")
+    if kinds & {"ProgrammingError", "NotSupportedError"}:
+        return DatabaseError(f"psycopg refused the statement ({type(error).__name__})")
+    return connection_lost()
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from homeagent.clock import monotonic
-from homeagent.engine.driver_errors import TransientError
 from homeagent.engine.target import presentable_url
 from homeagent.errors import (
     DatabaseBusyError,
@@ -18,11 +17,13 @@ from homeagent.errors import (
     InvalidArgumentError,
     MigrationError,
     SchemaOutdatedError,
+    TransientError,
 )
 from homeagent.migrations.revisions import (
     REVISION,
     SPEAK_FOR_THEMSELVES,
     VERSION_TABLE,
+    reason_of,
     revision_of,
     suits,
     tables,
@@ -92,7 +93,7 @@ def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bo
                 raise
             except Exception as error:  # noqa: BLE001  whatever a revision raises, the upgrade failed and was undone
                 raise MigrationError(
-                    f"upgrading the schema from {revision!r} failed and was undone ({type(error).__name__})"
+                    f"upgrading the schema from {revision!r} failed and was undone ({reason_of(error)})"
                 ) from (None if isinstance(error, engine.driver_errors) else error)
             if busy.sqlstate == _STATEMENT_CANCELLED:
                 raise MigrationError(

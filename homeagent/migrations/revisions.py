@@ -24,6 +24,7 @@ from homeagent.errors import (
     DatabaseBusyError,
     DiskFullError,
     ForeignDatabaseError,
+    HomeAgentError,
     InvalidArgumentError,
     MigrationError,
     ReadOnlyError,
@@ -46,6 +47,7 @@ __all__ = [
     "VERSION_TABLE",
     "alembic_config",
     "known_revisions",
+    "reason_of",
     "revision_of",
     "suits",
     "tables",
@@ -185,6 +187,12 @@ def suits(connection: Connection, revision: str | None) -> bool:
         extra={"event": "newer_schema_opened", "revision": revision, "known": REVISION},
     )
     return True
+
+
+def reason_of(error: Exception) -> str:
+    """Return what a MigrationError says of its cause: an error of homeagent holds no value of a row."""
+    name = type(error).__name__
+    return f"{name}: {error}" if isinstance(error, HomeAgentError) else name
 
 
 def upgrade(connection: Connection, to: str = "head") -> None:

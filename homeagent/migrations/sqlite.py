@@ -30,6 +30,7 @@ from homeagent.migrations.revisions import (
     REVISION,
     SPEAK_FOR_THEMSELVES,
     VERSION_TABLE,
+    reason_of,
     revision_of,
     suits,
     tables,
@@ -251,7 +252,7 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
             raise
         except Exception as error:  # noqa: BLE001  whatever a revision raises, the upgrade failed and was undone
             raise MigrationError(
-                f"upgrading {path} from {revision!r} failed and was undone ({type(error).__name__}): "
+                f"upgrading {path} from {revision!r} failed and was undone ({reason_of(error)}): "
                 f"the file has the schema it had; its backup is {backup or 'not needed'}",
                 backup=backup,
             ) from (None if isinstance(error, engine.driver_errors) else error)

@@ -10,8 +10,7 @@ import pytest
 
 from homeagent import Database
 from homeagent.engine.counters import Counters
-from homeagent.engine.driver_errors import TransientError
-from homeagent.errors import ConflictError, DatabaseBusyError, DiskFullError
+from homeagent.errors import ConflictError, DatabaseBusyError, DiskFullError, TransientError
 from tests.conftest import START, FakeClock, add_agent
 
 

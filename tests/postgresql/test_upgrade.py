@@ -133,6 +133,15 @@ def test_a_statement_that_takes_too_long_is_undone(old_url: str, monkeypatch: py
     assert revision_at(old_url) == f"{int(REVISION) - 1:04}"
 
 
+def test_a_revision_that_fails_is_reported_with_the_table(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of the upgrade says what the server missed."""
+    monkeypatch.setattr(
+        postgresql, "upgrade", lambda connection: connection.execute(text("ALTER TABLE nowhere ADD COLUMN x text"))
+    )
+    with pytest.raises(MigrationError, match='relation "nowhere" does not exist'):
+        Database.open(old_url)
+
+
 def test_old_code_works_through_an_upgrade(old_url: str) -> None:
     """A host that has the database open goes on while another one upgrades it."""
     with other(old_url) as connection:

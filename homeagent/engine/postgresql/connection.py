@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from homeagent.engine.connection import StoreConnection
-from homeagent.engine.driver_errors import SESSION_ENDED, StandbyError, commit_unknown, connection_lost
+from homeagent.engine.driver_errors import SESSION_ENDED, commit_unknown, connection_lost
 from homeagent.engine.instrumented_cursor import InstrumentedCursor
-from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError
+from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, StandbyError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

@@ -16,7 +16,7 @@ import sqlalchemy
 from sqlalchemy import URL, event
 from sqlalchemy.pool import NullPool
 
-from homeagent.engine.driver_errors import postgresql_error, translated
+from homeagent.engine.driver_errors import named, postgresql_error, translated
 from homeagent.engine.engine import Engine
 from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, InvalidArgumentError
@@ -233,7 +233,7 @@ def _withheld() -> Iterator[None]:
 def _withhold(error: BaseException) -> None:
     """Take from an error of psycopg what the server says, whose DETAIL shows a row, and the connection's password."""
     if hasattr(error, "sqlstate"):
-        error.args = ("the server's message is withheld",)
+        error.args = (named(error)[2:] or "the server's message is withheld",)
         # psycopg keeps the server's message in the one, and the parameters of a failed attempt in the other.
         error._info = error._pgconn = None  # type: ignore[attr-defined]
 
@@ -245,8 +245,11 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     if isinstance(original, HomeAgentError):
         return None  # announced by a link, which translated it
     fault = postgresql_error(original)
-    if context.connection is None and isinstance(fault, ConnectionLostError):
-        fault = _not_connected(original)
+    if context.connection is None:
+        if isinstance(fault, ConnectionLostError):
+            fault = _not_connected(original)
+        elif type(original).__name__ == "ProgrammingError":
+            fault = InvalidArgumentError("the database URL has an option that libpq does not know: correct the query")
     # SQLAlchemy makes the driver's exception the cause of ours.
     _withhold(original)
     return fault

@@ -25,12 +25,19 @@ from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.manifests import Manifest, manifest_path, write_manifest
-from homeagent.errors import CorruptDatabaseError, DatabaseError, DiskFullError, HomeAgentError, InvalidArgumentError
+from homeagent.errors import (
+    BackupStoppedError,
+    CorruptDatabaseError,
+    DatabaseError,
+    DiskFullError,
+    HomeAgentError,
+    InvalidArgumentError,
+)
 
 if TYPE_CHECKING:
     from homeagent.engine.sqlite.engine import SQLiteEngine
 
-__all__ = ["BackupStoppedError", "Contents", "backup_name", "discard", "read_contents", "write_backup"]
+__all__ = ["Contents", "backup_name", "discard", "read_contents", "write_backup"]
 
 _STEP = 2000  # pages between two looks at whether to stop: some milliseconds
 _INSTRUCTIONS = 100_000  # of SQLite's virtual machine, likewise
@@ -39,10 +46,6 @@ _INSTRUCTIONS = 100_000  # of SQLite's virtual machine, likewise
 _PROBE, _PROBES = 4096, 16
 
 Stop = Callable[[], bool]
-
-
-class BackupStoppedError(DatabaseError):
-    """The backup was told to stop before it was whole. It left nothing behind."""
 
 
 @dataclass(frozen=True, slots=True)

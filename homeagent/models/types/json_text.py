@@ -40,7 +40,7 @@ def encode_json(value: JsonValue, what: str = "JSON") -> str:
         encoded = to_json(value)
         if len(encoded) > _READABLE_DIGITS:
             json.loads(encoded)
-    except (ValidationError, ValueError, TypeError, RecursionError):
+    except (ValidationError, ValueError, RecursionError):
         # Not chained: the cause would show the value, which may be a secret.
         raise InvalidArgumentError(
             f"{what} must be plain JSON: None, bool, int, finite float, text, lists and dicts with text keys"
@@ -56,6 +56,8 @@ def decode_json(text: str) -> Any:
     Raises:
         ValueError: it is no JSON text.
     """
+    if not isinstance(text, (str, bytes)):
+        raise ValueError("JSON is stored as text")
     try:
         return from_json(text, cache_strings="keys")
     except ValueError:

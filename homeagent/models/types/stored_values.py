@@ -11,8 +11,8 @@ __all__ = ["UNREADABLE", "loaded", "unreadable"]
 
 T = TypeVar("T")
 
-UNREADABLE = (KeyError, OverflowError, RecursionError, TypeError, ValueError)
-"""What a conversion raises for a stored value that nothing of ours has written."""
+UNREADABLE = (KeyError, OverflowError, RecursionError, ValueError)
+"""What a conversion raises for a stored value that homeagent has not written. A TypeError is a mistake in the code."""
 
 
 def unreadable() -> CorruptDatabaseError:

@@ -120,6 +120,13 @@ Timestamp = Annotated[datetime, BeforeValidator(_no_bare_number), AfterValidator
 """An aware datetime, held in UTC and floored to milliseconds. A naive one is refused."""
 
 
+def _timestamp_of(milliseconds: float) -> datetime:
+    """Return the timestamp of a stored value, which is a text or a BLOB if another program wrote it."""
+    if not isinstance(milliseconds, (int, float)):
+        raise ValueError("a timestamp is stored as a number")
+    return EPOCH + milliseconds * MILLISECOND
+
+
 class _Timestamps(dict[int, datetime]):
     """The instants that were loaded last, by their milliseconds, for the pages of rows that are read again and again.
 
@@ -129,7 +136,7 @@ class _Timestamps(dict[int, datetime]):
     def __missing__(self, milliseconds: int) -> datetime:
         if len(self) >= _INSTANTS_KEPT:
             self.clear()
-        instant = self[milliseconds] = EPOCH + milliseconds * MILLISECOND
+        instant = self[milliseconds] = _timestamp_of(milliseconds)
         return instant
 
 
@@ -162,6 +169,6 @@ class TimestampColumn(TypeDecorator[datetime]):
     @staticmethod
     def convert_loaded(value: int) -> datetime:
         """Return the instant of these milliseconds, in UTC."""
-        return EPOCH + value * MILLISECOND
+        return _timestamp_of(value)
 
     loaded_values = _Timestamps()

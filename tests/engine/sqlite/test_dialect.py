@@ -18,7 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
 from homeagent import Database, errors
-from homeagent.engine.driver_errors import TransientError, sqlite_code_name, sqlite_error
+from homeagent.engine.driver_errors import sqlite_code_name, sqlite_error
 from homeagent.engine.sqlite import dialect
 from homeagent.engine.sqlite.dialect import DRIVER_NAME, Connection, StatementCursor, connect
 from tests.conftest import Children, add_agent
@@ -179,9 +179,9 @@ PROVOKED: list[tuple[str, type[exc.DBAPIError], type[errors.HomeAgentError], Cal
     ("SQLITE_CONSTRAINT_ROWID", exc.IntegrityError, errors.ConflictError, send("INSERT INTO lamp(rowid) VALUES (1)")),
     ("SQLITE_CONSTRAINT_DATATYPE", exc.IntegrityError, errors.ConflictError, send("INSERT INTO exact VALUES ('x')")),
     ("SQLITE_CONSTRAINT_TRIGGER", exc.IntegrityError, errors.ConflictError, send("INSERT INTO exact VALUES (7)")),
-    ("SQLITE_BUSY", exc.OperationalError, TransientError, while_another_writes),
-    ("SQLITE_BUSY_SNAPSHOT", exc.OperationalError, TransientError, on_an_old_snapshot),
-    ("SQLITE_LOCKED", exc.OperationalError, TransientError, drop_what_is_read),
+    ("SQLITE_BUSY", exc.OperationalError, errors.TransientError, while_another_writes),
+    ("SQLITE_BUSY_SNAPSHOT", exc.OperationalError, errors.TransientError, on_an_old_snapshot),
+    ("SQLITE_LOCKED", exc.OperationalError, errors.TransientError, drop_what_is_read),
     (
         "SQLITE_READONLY",
         exc.OperationalError,

@@ -1,0 +1,102 @@
+"""Errors of the engine: public classes that name a statement or a table, and mistakes in the code, which pass."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Iterator
+from importlib import import_module
+
+import pytest
+from sqlalchemy import text
+
+import homeagent
+from homeagent import AgentCreate, Database, DevicePair, Role, UnitOfWork, errors
+from tests.conftest import write_past_checks
+
+SECRET = "a-value-that-must-not-be-shown"
+
+
+def add(unit: UnitOfWork) -> None:
+    """Create an agent whose name is a secret."""
+    unit.agents.create(AgentCreate(id="ada", name=SECRET, workspace_path="/srv"))
+
+
+def test_a_refused_statement_is_named(target: str, database: Database) -> None:
+    """The error has the SQL text of homeagent's statement, and what the engine misses; no value."""
+    write_past_checks(target, "ALTER TABLE agents RENAME COLUMN workspace_path TO folder")
+    with pytest.raises(errors.DatabaseError, match=r"workspace_path.*the statement was: SELECT agents.id") as caught:
+        database.run(lambda unit: unit.agents.list(), read_only=True)
+    assert type(caught.value) is errors.DatabaseError
+    with pytest.raises(errors.DatabaseError, match="the statement was: INSERT INTO agents") as caught:
+        database.run(add)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_statement_of_the_application_is_not_shown(database: Database) -> None:
+    """Its text may hold a value: the error names the table that is missing, and no more."""
+    with pytest.raises(errors.DatabaseError, match="nowhere") as caught, database.unit_of_work() as unit:
+        unit.session.connection().execute(text(f"SELECT '{SECRET}' FROM nowhere"))
+    assert SECRET not in str(caught.value)
+    with pytest.raises(errors.DatabaseError) as caught, database.unit_of_work() as unit:
+        unit.session.connection().execute(text(f"SELECT id FROM agents '{SECRET}' '"))
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("engine_name", ["postgresql"])
+def test_a_value_that_the_driver_refuses_is_no_lost_connection(database: Database) -> None:
+    """Psycopg sends no text with a NUL: the caller's argument is wrong, and another try would not help."""
+    tries: list[int] = []
+
+    def ask(unit: UnitOfWork) -> None:
+        tries.append(1)
+        unit.session.connection().execute(text("SELECT :value"), {"value": "a\0b"})
+
+    with pytest.raises(errors.InvalidArgumentError):
+        database.run(ask)
+    assert tries == [1]
+
+
+def test_a_mistake_in_the_code_passes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TypeError of homeagent's own code is no damaged database: it passes unwrapped, on both ways to a row."""
+
+    def broken(*_: object, **__: object) -> object:
+        raise TypeError("a mistake")
+
+    database.pair(DevicePair(id="lamp", role=Role.NODE, metadata={"room": "hall"}))
+    monkeypatch.setattr("homeagent.models.types.json_text.from_json", broken)
+    for read in (
+        lambda: database.devices.get("lamp"),
+        lambda: database.run(lambda unit: unit.devices.list()),
+        lambda: database.run(lambda unit: unit.session.get(homeagent.Device, "lamp")),
+    ):
+        with pytest.raises(TypeError, match="a mistake"):
+            read()
+
+
+@pytest.mark.parametrize("engine_name", ["sqlite"])
+@pytest.mark.parametrize(("column", "value"), [("metadata", "x'FF'"), ("paired_at", "'then'"), ("paired_at", "x'00'")])
+def test_a_value_of_another_type_is_damage(target: str, database: Database, column: str, value: str) -> None:
+    """SQLite stores a value of any type in a column: another program's is `CorruptDatabaseError`, not a TypeError."""
+    database.pair(DevicePair(id="lamp", role=Role.NODE))
+    write_past_checks(target, f"UPDATE devices SET {column} = CAST({value} AS BLOB)")
+    with pytest.raises(errors.CorruptDatabaseError):
+        database.devices.get("lamp")
+    with pytest.raises(errors.CorruptDatabaseError):
+        database.run(lambda unit: unit.session.get(homeagent.Device, "lamp"))
+
+
+def classes(kind: type[BaseException]) -> Iterator[type[BaseException]]:
+    """Yield the classes below an error, however deep."""
+    for each in kind.__subclasses__():
+        yield each
+        yield from classes(each)
+
+
+def test_every_error_class_is_public() -> None:
+    """`type(error).__name__` is found in `homeagent.errors`: a client that is sent the name can look it up."""
+    for module in pkgutil.walk_packages(homeagent.__path__, "homeagent."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+    own = [each for each in classes(errors.HomeAgentError) if each.__module__.startswith("homeagent")]
+    assert errors.TransientError in own
+    assert [each for each in own if each.__name__ not in errors.__all__] == []
