@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from homeagent.engine.postgresql.engine import PostgreSQLEngine
 
-__all__ = ["open_postgresql"]
+__all__ = ["open_postgresql", "refuse_second_store"]
 
 _ADVISORY_LOCK = 0x686F6D656167656E  # "homeagen": one lock for all who upgrade one database
 
@@ -72,7 +72,7 @@ def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bo
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
         with connection.begin():
-            _refuse_second_store(connection)
+            refuse_second_store(connection)
             revision = revision_of(connection)
             if suits(connection, revision):
                 return
@@ -108,19 +108,21 @@ def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bo
             time.sleep(random.uniform(0, _PAUSE))  # noqa: S311  it parts the hosts, it keeps no secret
 
 
-def _refuse_second_store(connection: Connection) -> None:
+def refuse_second_store(connection: Connection) -> None:
     """Refuse a store in the schema with the name of the role if a later schema of the `search_path` holds one as well.
 
     By default PostgreSQL searches the schema with the name of the role before `public`. A role with the right CREATE on
     the database can create this schema, with tables that let a device in, and the next start would use them.
+
+    Raises:
+        InvalidArgumentError: if the path names no schema and leads to two stores.
     """
     others = connection.execute(_OTHER_STORES, {"name": VERSION_TABLE}).scalars().all()
     if others:
         raise InvalidArgumentError(
             "the schema with the name of the role was found first, and the schema "
             f"{', '.join(others)} holds homeagent's tables too: name the right schema, by "
-            "?options=-csearch_path%3DSCHEMA in the URL or by ALTER ROLE … SET "
-            "search_path = SCHEMA"
+            "?options=-csearch_path%3DSCHEMA in the URL or by ALTER ROLE … SET search_path = SCHEMA"
         )
 
 

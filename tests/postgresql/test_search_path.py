@@ -79,6 +79,9 @@ def test_a_second_store_in_front_is_refused(target: str) -> None:
     for act in (Database.open, Database.begin_epoch):
         with pytest.raises(InvalidArgumentError, match=r"the schema public holds .*search_path"):
             act(target)
+    found = diagnose(target).finding("database")
+    assert found is not None
+    assert "two stores" in found.summary
     with Database.open(in_schema(target, "public")) as database:
         assert database.run(listed) == []
 

@@ -12,9 +12,10 @@ from sqlalchemy import URL, text
 
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.target import presentable_url
-from homeagent.errors import HomeAgentError
+from homeagent.errors import HomeAgentError, InvalidArgumentError
 from homeagent.maintenance.doctor.report import STORE_CHECKS, Collector, Severity
 from homeagent.maintenance.doctor.store import check_store
+from homeagent.migrations.postgresql import refuse_second_store
 from homeagent.models import metadata
 
 if TYPE_CHECKING:
@@ -48,11 +49,12 @@ def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None)
                     # it: a pooler gives the same session to other clients afterwards.
                     raw.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                     patience = 0 if limit is None else int(limit.total_seconds() * 1000)
-                    found = [engine.search_schema] if engine.search_schema else []
-                    for setting in (f"statement_timeout = {patience}", *_SHOWN_AS, *found):
+                    for setting in (f"statement_timeout = {patience}", *_SHOWN_AS):
                         raw.execute(f"SET LOCAL {setting}")
                 name = connection.execute(text("SELECT current_database()")).scalar_one()
-                collector.ok("database", f"The server answers, database {name!r}.")
+                _check_path(collector, connection, name)
+                if engine.search_schema is not None:
+                    connection.execute(text(f"SET LOCAL {engine.search_schema}"))
                 with collector.attempt("durability", on=connection):
                     _check_durability(collector, connection)
                 with collector.attempt("write_access", on=connection):
@@ -66,6 +68,16 @@ def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None)
         remedy = "start the server, or correct the URL, the password or pg_hba.conf; the server's own log says more"
         collector.critical("database", f"{presentable_url(url)} can't be reached.", str(error), remedy, "pg_isready")
     collector.skip("the database can't be reached", "durability", "write_access", *STORE_CHECKS)
+
+
+def _check_path(collector: Collector, connection: Connection, name: str) -> None:
+    try:
+        refuse_second_store(connection)
+    except InvalidArgumentError as error:
+        remedy = "name the schema in the URL or in the role; if another role created the first one, drop it"
+        collector.critical("database", "The search_path leads to two stores.", str(error), remedy)
+    else:
+        collector.ok("database", f"The server answers, database {name!r}.")
 
 
 def _check_durability(collector: Collector, connection: Connection) -> None:
