@@ -30,6 +30,7 @@ from homeagent.models.types import (
     check_optional_label,
     check_timestamp,
     earlier,
+    not_after,
 )
 from homeagent.stores.store import Store, check_kind, reading, writing
 
@@ -365,14 +366,11 @@ class DeviceStore(Store):
 
         Args:
             device_id: the device.
-            at: when; None for now.
+            at: when; None for now. A time later than now counts as now.
             granularity: how much later than the instant on record it must be to be written.
 
         Returns:
             False where nothing was written: the device is absent, or was seen so shortly before.
-
-        Raises:
-            InvalidArgumentError: `at` lies in the future.
         """
         check_identifier(device_id, "device_id")
         at, before = self._seen(at, granularity)
@@ -380,10 +378,7 @@ class DeviceStore(Store):
 
     def _seen(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
         check_duration(granularity, "granularity", zero=True)
-        now = self._unit.now()
-        at = now if at is None else check_timestamp(at, "at")
-        if at > now:
-            raise InvalidArgumentError("at lies in the future: a device can't have been seen yet")
+        at = not_after(self._unit.now(), at, "at")
         # Without any granularity an equal instant would still be written again and again.
         return at, earlier(at, max(granularity, MILLISECOND))
 

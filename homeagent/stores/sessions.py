@@ -15,7 +15,7 @@ from homeagent.engine.statements import Parameters, Statement
 from homeagent.errors import AgentNotFoundError, InvalidArgumentError, SessionExistsError, SessionNotFoundError
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession, new_session_id, route_key
-from homeagent.models.types import check_identifier, check_limit, check_optional_label, check_timestamp
+from homeagent.models.types import check_identifier, check_limit, check_optional_label, not_after
 from homeagent.stores.store import Store, check_kind, reading, writing
 
 __all__ = ["SessionStore"]
@@ -244,14 +244,13 @@ class SessionStore(Store):
 
         Args:
             session_id: the session.
-            at: when; None for now.
+            at: when; None for now. A time later than now counts as now.
 
         Returns:
             False where nothing was written: the session is absent, or was active as late already.
         """
         check_identifier(session_id, "session_id")
-        at = self._unit.now() if at is None else check_timestamp(at, "at")
-        return self._unit.write(_TOUCH, id=session_id, at=at) > 0
+        return self._unit.write(_TOUCH, id=session_id, at=not_after(self._unit.now(), at, "at")) > 0
 
     @writing()
     def delete(self, session_id: str) -> bool:
@@ -266,7 +265,8 @@ class SessionStore(Store):
         only. In the order given, each takes the route of its agent, sender and channel where that is free.
 
         Args:
-            sessions: transient instances; read one batch at a time, so that memory stays bounded.
+            sessions: transient instances; read one batch at a time, so that memory stays bounded. A `created_at` or
+                `last_active_at` later than now counts as now.
             progress: called after each batch with the number of sessions so far.
 
         Returns:
@@ -278,17 +278,18 @@ class SessionStore(Store):
             AgentNotFoundError: one names an absent agent.
         """
         known: set[str] = set()
+        now = self._unit.now()
         iterator = iter(sessions)
         total = 0
         while batch := list(islice(iterator, _INDEX_BATCH)):
             # Checked as a whole before it is written: a statement can't run in the middle of another one.
-            self._unit.write_many(_INDEX, tuple(self._rows(batch, total, known)))
+            self._unit.write_many(_INDEX, tuple(self._rows(batch, total, known, now)))
             total += len(batch)
             if progress is not None:
                 progress(total)
         return total
 
-    def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str]) -> Iterator[Parameters]:
+    def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):
                 raise InvalidArgumentError(f"number {number} is no AgentSession but {type(session).__name__}")
@@ -296,4 +297,9 @@ class SessionStore(Store):
                 self._require_agent(session.agent_id)
                 known.add(session.agent_id)
             route = route_key(session.agent_id, session.sender_id, session.channel_id)
-            yield {**session.__dict__, "route": route}
+            yield {
+                **session.__dict__,
+                "created_at": min(session.created_at, now),
+                "last_active_at": min(session.last_active_at, now),
+                "route": route,
+            }

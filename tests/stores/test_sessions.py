@@ -135,7 +135,6 @@ def test_touch_moves_forward_only(database: Database, clock: FakeClock) -> None:
         assert unit.sessions.touch("s1", now - SECOND) is False
         assert unit.sessions.get("s1").last_active_at == now
         assert unit.sessions.get("s1").created_at == START
-        assert unit.sessions.touch("s1", now + SECOND) is True
 
 
 def test_pages_are_stable(database: Database, clock: FakeClock) -> None:
@@ -143,6 +142,7 @@ def test_pages_are_stable(database: Database, clock: FakeClock) -> None:
     add_agent(database)
     chance = random.Random(7)
     with database.unit_of_work() as unit:
+        clock.advance(seconds=3)
         rows = [
             AgentSession(
                 session_id=f"s{number:03}",
@@ -214,12 +214,13 @@ def rows(count: int, *, agent_id: str = "ada") -> Iterator[AgentSession]:
         )
 
 
-def test_index_adds_and_moves_on(database: Database) -> None:
+def test_index_adds_and_moves_on(database: Database, clock: FakeClock) -> None:
     """Known sessions keep all but a later activity, new ones are added, and progress is told batch by batch."""
     add_agent(database)
     told: list[int] = []
     with database.unit_of_work() as unit:
         unit.sessions.create(AgentSessionCreate(session_id="i00001", agent_id="ada", channel_id="kept"))
+        clock.advance(seconds=2)
         unit.sessions.touch("i00001", START + SECOND)
         assert unit.sessions.index(rows(1500), progress=told.append) == 1500
         assert told == [1000, 1500]
@@ -230,6 +231,25 @@ def test_index_adds_and_moves_on(database: Database) -> None:
         assert unit.sessions.get("i00001").last_active_at == START + 2 * SECOND
         assert unit.sessions.index([]) == 0
     assert len(dump(database)["sessions"]) == 1500
+
+
+def test_a_time_later_than_now_counts_as_now(database: Database, clock: FakeClock) -> None:
+    """A sender's clock that is ahead gives no session a time that later activity can't reach."""
+    add_agent(database)
+    ahead = START + timedelta(days=18_000)
+    with database.unit_of_work() as unit:
+        known = unit.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada"))
+        clock.advance(SECOND)
+        assert unit.sessions.touch("s1", ahead) is True
+        assert unit.sessions.get("s1").last_active_at == clock.now
+        clock.advance(SECOND)
+        times = {"created_at": ahead, "last_active_at": ahead}
+        unit.sessions.index([AgentSession(session_id=name, agent_id="ada", **times) for name in ("s1", "s2")])
+        moved, added = unit.sessions.get("s1"), unit.sessions.get("s2")
+        assert (moved.created_at, moved.last_active_at) == (known.created_at, clock.now)
+        assert added.created_at == added.last_active_at == clock.now
+    findings = {finding.check: finding for finding in database.doctor().findings}
+    assert findings["clock"].severity == "ok"
 
 
 def test_indexed_sessions_answer_for_their_route(database: Database) -> None:

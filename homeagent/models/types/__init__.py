@@ -30,6 +30,7 @@ from homeagent.models.types.timestamps import (
     check_wait,
     earlier,
     later,
+    not_after,
     to_milliseconds,
 )
 
@@ -63,6 +64,7 @@ __all__ = [
     "encode_json",
     "later",
     "loaded",
+    "not_after",
     "text_column",
     "to_milliseconds",
     "unreadable",

@@ -23,6 +23,7 @@ __all__ = [
     "check_wait",
     "earlier",
     "later",
+    "not_after",
     "to_milliseconds",
 ]
 
@@ -56,6 +57,17 @@ def check_timestamp(value: datetime, what: str = "an instant") -> datetime:
             raise InvalidArgumentError(f"{what} lies outside the years 1 to 9999") from None
     excess = value.microsecond % 1000
     return value - _MICROSECONDS[excess] if excess else value
+
+
+def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
+    """Return `value` in UTC, floored to whole milliseconds, or `now` if `value` is None or later than `now`.
+
+    Something that has happened can't lie in the future: the clock of the caller is ahead.
+
+    Raises:
+        InvalidArgumentError: as in `check_timestamp`.
+    """
+    return now if value is None else min(check_timestamp(value, what), now)
 
 
 def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
