@@ -187,7 +187,15 @@ class IdempotencyKeyExistsError(AlreadyExistsError):
 
 
 class ConflictError(HomeAgentError):
-    """The present state of the store forbids the change; nothing was written."""
+    """The present state of the store forbids the change; nothing was written.
+
+    Attributes:
+        table: the table whose constraint refused the change; None for another conflict, or if it is not known.
+        constraint: the name of that constraint; None if it has no name, or if it is not known.
+    """
+
+    table: str | None = None
+    constraint: str | None = None
 
 
 class AgentInUseError(ConflictError):

@@ -48,5 +48,6 @@ def sweep(
         return
     typer.echo(
         f"Removed {count(report.nonces, 'nonce')} and {count(report.idempotency_keys, 'idempotency key')}."
+        + (f" Skipped {count(report.skipped, 'row')}: {', '.join(report.constraints)}." if report.skipped else "")
         + (" The time budget ended it early: sweep again." if report.more else "")
     )

@@ -1,24 +1,26 @@
-"""Cleanup: dead rows go in small batches, each a unit of its own, so that no writer waits long for one."""
+"""Cleanup: expired rows are deleted in small batches, each a unit of its own, so that no writer waits long for one."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from homeagent.clock import monotonic
 from homeagent.engine.target import refuse_address
 from homeagent.errors import DatabaseClosedError, HomeAgentError, UnitStateError
+from homeagent.maintenance.expired_rows import ExpiredRows
 from homeagent.maintenance.pace import Pace
 from homeagent.models.types import check_duration, check_limit, check_wait
-from homeagent.unit_of_work import UnitOfWork, UnitSettings
+from homeagent.unit_of_work import UnitSettings
 
 __all__ = ["BackupSchedule", "SweepReport", "Sweeper", "sweep"]
 
@@ -61,6 +63,9 @@ class SweepReport(BaseModel):
         nonces: rows of dead nonces that were removed.
         idempotency_keys: rows of dead idempotency keys that were removed.
         more: whether the time budget ended it before all was done.
+        skipped: rows of expired nonces and keys that a constraint of an own table keeps. They stay, and count as
+            absent; the next sweep tries them again.
+        constraints: the names of these constraints, with their tables.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -68,6 +73,8 @@ class SweepReport(BaseModel):
     nonces: int = 0
     idempotency_keys: int = 0
     more: bool = False
+    skipped: int = 0
+    constraints: tuple[str, ...] = ()
 
 
 def sweep(
@@ -100,34 +107,50 @@ def sweep(
     engine = settings.engine
     pace = Pace(batch_size)
     removed = {"nonces": 0, "idempotency_keys": 0}
-    in_log = 0
+    skipped: Counter[str] = Counter()
 
     def rested(seconds: float) -> bool:
         """Rest, and tell whether there is time for more. A rest that would outlast the budget is not begun."""
         return (deadline is None or monotonic() + seconds < deadline) and not pause.wait(seconds)
 
-    for kind in removed:
-        while True:
-            contention, asked = engine.contention, pace.rows
-            with UnitOfWork(settings, read_only=False) as unit:
-                begun = monotonic()
-                count = getattr(unit, kind).delete_expired(limit=asked)
-                worked = monotonic() - begun
-            held = monotonic() - begun
-            removed[kind] += count
-            if count < asked:
-                break
-            contended = engine.contention != contention
-            if not rested(pace.after_batch(worked=worked, held=held, contended=contended)):
-                return SweepReport(**removed, more=True)
-            in_log = in_log + count if contended else 0
-            if in_log >= _ROWS_IN_LOG:
-                in_log = 0
-                begun = monotonic()
-                engine.empty_log(settings.timeout)
-                if not rested(pace.rest_after(monotonic() - begun)):
-                    return SweepReport(**removed, more=True)
-    return SweepReport(**removed, more=False)
+    def delete(kind: Literal["nonces", "idempotency_keys"]) -> bool:
+        """Delete the expired rows of a table, and tell whether there was time for all of them."""
+        rows = ExpiredRows(settings, kind, monotonic)
+        in_log = 0
+        try:
+            while True:
+                contention, asked = engine.contention, pace.rows
+                batch = rows.delete(asked)
+                removed[kind] += batch.deleted
+                if batch.found < asked:
+                    return True
+                contended = engine.contention != contention
+                if not rested(pace.after_batch(worked=batch.worked, held=batch.held, contended=contended)):
+                    return False
+                in_log = in_log + batch.deleted if contended else 0
+                if in_log >= _ROWS_IN_LOG:
+                    in_log = 0
+                    begun = monotonic()
+                    engine.empty_log(settings.timeout)
+                    if not rested(pace.rest_after(monotonic() - begun)):
+                        return False
+        finally:
+            skipped.update(rows.skipped)
+
+    done = delete("nonces") and delete("idempotency_keys")
+    report = SweepReport(**removed, more=not done, skipped=skipped.total(), constraints=tuple(sorted(skipped)))
+    _log_skipped(report)
+    return report
+
+
+def _log_skipped(report: SweepReport) -> None:
+    if report.skipped:
+        logger.warning(
+            "%d expired row(s) were skipped, since a constraint of an own table keeps them: %s",
+            report.skipped,
+            ", ".join(report.constraints),
+            extra={"event": "sweep_skipped", "skipped": report.skipped, "constraints": list(report.constraints)},
+        )
 
 
 class Sweeper:

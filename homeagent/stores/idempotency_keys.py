@@ -45,7 +45,8 @@ _SAME_SCOPE = and_(
 # the three: if it were deleted, an effect that may have taken place would run again.
 _ENDED = or_(_columns.state == _COMPLETED, _columns.state == _FAILED)
 _LIVE = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
-_DEAD = and_(_columns.expires_at <= bindparam("now"), _ENDED)
+EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
+"""Whether a record counts as absent, and a sweep deletes it."""
 
 _INSERT = Statement[IdempotencyKey](
     lambda insert: (
@@ -76,7 +77,7 @@ _INSERT = Statement[IdempotencyKey](
             "lease_expires_at": null(),
             "downstream_key": null(),
         },
-        where=_DEAD,
+        where=EXPIRED,
     )
 )
 _FIND = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE, _LIVE), lock=True)
@@ -100,7 +101,7 @@ _CLAIM = Statement[IdempotencyKey](
     ).on_conflict_do_update(
         index_elements=["device_id", "method", "key"],
         set_={name: statement.excluded[name] for name in _CLAIMED},
-        where=_DEAD,
+        where=EXPIRED,
     )
 )
 _ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
@@ -138,7 +139,7 @@ _DELETE_EXPIRED = Statement[IdempotencyKey](
     delete(IdempotencyKey).where(
         tuple_(_columns.device_id, _columns.method, _columns.key).in_(
             select(_columns.device_id, _columns.method, _columns.key)
-            .where(_DEAD)
+            .where(EXPIRED)
             .order_by(_columns.expires_at)
             .limit(bindparam("limit"))
             .with_for_update(skip_locked=True)
@@ -148,7 +149,7 @@ _DELETE_EXPIRED = Statement[IdempotencyKey](
 _DELETE_ENDED = Statement[IdempotencyKey](
     delete(IdempotencyKey).where(_columns.device_id == bindparam("device_id"), _ENDED)
 )
-COUNT_EXPIRED = Statement[int](select(func.count()).select_from(IdempotencyKey).where(_DEAD))
+COUNT_EXPIRED = Statement[int](select(func.count()).select_from(IdempotencyKey).where(EXPIRED))
 
 
 class IdempotencyKeyStore(Store):

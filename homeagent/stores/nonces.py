@@ -64,21 +64,22 @@ _COUNT = Statement[int](
         .subquery()
     )
 )
+EXPIRED: Any = _columns.expires_at <= bindparam("before")
+"""Whether a sweep deletes a nonce; `before` is now less the grace period."""
+
 # Whoever sweeps on another host at the same moment takes other rows: SKIP LOCKED. SQLite has one writer anyway.
 _DELETE_EXPIRED = Statement[Nonce](
     delete(Nonce).where(
         tuple_(_columns.device_id, _columns.nonce).in_(
             select(_columns.device_id, _columns.nonce)
-            .where(_columns.expires_at <= bindparam("before"))
+            .where(EXPIRED)
             .order_by(_columns.expires_at)
             .limit(bindparam("limit"))
             .with_for_update(skip_locked=True)
         )
     )
 )
-COUNT_EXPIRED = Statement[int](
-    select(func.count()).select_from(Nonce).where(_columns.expires_at <= bindparam("before"))
-)
+COUNT_EXPIRED = Statement[int](select(func.count()).select_from(Nonce).where(EXPIRED))
 
 FIND_RECORD = Statement[tuple[int, datetime | None]](select(store_table.c.epoch, store_table.c.restored_at))
 """The epoch of the store, and when it began."""

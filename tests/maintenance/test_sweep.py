@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
-from homeagent import Database
+from homeagent import Database, IdempotencyScope
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.errors import DatabaseClosedError
 from homeagent.maintenance.sweep import Sweeper, sweep
 from homeagent.stores import NonceStore
-from tests.conftest import START, FakeClock, add_agent, copy_template
+from tests.conftest import START, FakeClock, add_agent, copy_template, dump
 from tests.interrupts import interrupt_at
 
 MINUTE = timedelta(minutes=1)
@@ -206,6 +207,36 @@ def test_a_sweep_on_postgresql_waits_for_nobody(
         assert Batches(database, rests, monkeypatch).sweep(batch_size=10).nonces == 30
         assert rests.noted == [0.001] * 3
         database._engine.empty_log(1)
+
+
+@pytest.mark.parametrize("deferrable", ["", "DEFERRABLE INITIALLY DEFERRED"])
+def test_a_sweep_skips_the_rows_that_an_own_table_refers_to(
+    database: Database, clock: FakeClock, caplog: pytest.LogCaptureFixture, deferrable: str
+) -> None:
+    """The other expired rows go, also if the foreign key is checked at COMMIT; the report counts what stays."""
+    fill(database, clock, 7)
+    with database.unit_of_work() as unit:
+        for number in range(7):
+            unit.idempotency_keys.insert(IdempotencyScope("lamp", "on", f"k{number}"), 1, ttl=MINUTE)
+    clock.advance(hours=2)
+    with database.unit_of_work() as unit:
+        for name, key in (("nonces", "device_id, nonce"), ("idempotency_keys", "device_id, method, key")):
+            columns = ", ".join(f"{column} TEXT" for column in key.split(", "))
+            for statement in (
+                f"CREATE TABLE own_{name} ({columns}, CONSTRAINT own_fk_{name} FOREIGN KEY ({key})"
+                f" REFERENCES {name} ({key}) {deferrable})",
+                f"INSERT INTO own_{name} SELECT {key} FROM {name} WHERE {key.split(', ')[-1]} IN ('n0', 'n3', 'k2')",
+            ):
+                unit.session.execute(text(statement))
+    for _ in range(2):
+        caplog.clear()
+        report = database.sweep(batch_size=3)
+        assert (report.skipped, report.more) == (3, False)
+        (record,) = [record for record in caplog.records if vars(record).get("event") == "sweep_skipped"]
+        assert vars(record)["skipped"] == 3
+    left = dump(database)
+    assert {row[0] for row in left["nonces"]} == {"n0", "n3"}
+    assert {row[0] for row in left["idempotency_keys"]} == {"k2"}
 
 
 def test_a_sweeper_that_got_no_thread_is_in_nobodys_way(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

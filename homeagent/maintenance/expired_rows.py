@@ -1,0 +1,159 @@
+"""Delete the expired rows of one table in batches, and skip those that a constraint of an own table keeps.
+
+An own table may refer to a nonce or an idempotency key by a foreign key. A batch is one statement until it meets such
+a row. From then on each row of a page is deleted in a savepoint of its own, and the next page begins after the last
+row of the page before, so that each skipped row is tried once in a sweep. A constraint that is checked at COMMIT
+refuses a whole page: the page is then deleted in halves, each a unit of its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import ColumnElement, and_, bindparam, delete, select, tuple_
+
+from homeagent.engine.statements import Statement
+from homeagent.errors import ConflictError
+from homeagent.models.idempotency_key import IdempotencyKey
+from homeagent.models.nonce import Nonce
+from homeagent.models.types import earlier
+from homeagent.stores.idempotency_keys import EXPIRED as EXPIRED_KEY
+from homeagent.stores.nonces import EXPIRED as EXPIRED_NONCE
+from homeagent.stores.nonces import NONCE_GRACE
+from homeagent.unit_of_work import UnitOfWork, UnitSettings, read_clock
+
+__all__ = ["ExpiredRows"]
+
+_FIRST = datetime.min.replace(tzinfo=UTC)
+
+
+class _Statements:
+    """The statements that find the expired rows of a table page by page, and delete one of them.
+
+    Args:
+        model: the table.
+        expired: the condition of a row to be deleted.
+    """
+
+    def __init__(self, model: Any, expired: ColumnElement[bool]) -> None:
+        table = model.__table__
+        key = list(table.primary_key.columns)
+        order = [table.c.expires_at, *key]
+        self.names = [column.name for column in order]
+        """The columns of a page, each of them a parameter of both statements."""
+        after = tuple_(*(bindparam(column.name, type_=column.type) for column in order))
+        self.page = Statement[tuple[Any, ...]](
+            select(*order).where(expired, tuple_(*order) > after).order_by(*order).limit(bindparam("limit"))
+        )
+        same = and_(*(column == bindparam(column.name, type_=column.type) for column in key))
+        self.delete = Statement[Any](delete(table).where(same, expired))
+        self.first = {column.name: _FIRST if column is table.c.expires_at else "" for column in order}
+
+
+_STATEMENTS = {
+    "nonces": _Statements(Nonce, EXPIRED_NONCE),
+    "idempotency_keys": _Statements(IdempotencyKey, EXPIRED_KEY),
+}
+
+
+class Batch(NamedTuple):
+    """What became of a batch.
+
+    Attributes:
+        deleted: how many rows were deleted.
+        found: how many rows were deleted or skipped. Fewer than asked for: there are no more.
+        worked: how long the statements took, in seconds.
+        held: how long the batch kept others from writing, its commit included, in seconds.
+    """
+
+    deleted: int
+    found: int
+    worked: float
+    held: float
+
+
+class ExpiredRows:
+    """The expired rows of one table, deleted batch by batch.
+
+    Args:
+        settings: what the units share.
+        kind: the table, which is also the name of its store.
+        monotonic: the clock for the duration of a batch, in seconds.
+
+    Attributes:
+        skipped: how many rows were skipped so far, by the constraint that keeps them.
+    """
+
+    def __init__(
+        self,
+        settings: UnitSettings,
+        kind: Literal["nonces", "idempotency_keys"],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._kind = kind
+        self._statements = _STATEMENTS[kind]
+        self._monotonic = monotonic
+        self._after: dict[str, Any] | None = None
+        self.skipped: Counter[str] = Counter()
+
+    def delete(self, limit: int) -> Batch:
+        """Delete the next batch.
+
+        Args:
+            limit: how many rows it has at most.
+        """
+        if self._after is None:
+            try:
+                with UnitOfWork(self._settings, read_only=False) as unit:
+                    begun = self._monotonic()
+                    count = int(getattr(unit, self._kind).delete_expired(limit=limit))
+                    worked = self._monotonic() - begun
+                return Batch(count, count, worked, self._monotonic() - begun)
+            except ConflictError:
+                self._after = self._statements.first
+        with UnitOfWork(self._settings, read_only=True) as unit:
+            rows = unit.all(self._statements.page, **self._after, **self._times(), limit=limit)
+        page = [dict(zip(self._statements.names, row, strict=True)) for row in rows]
+        begun = self._monotonic()
+        deleted = self._delete_each(page)
+        self._after = page[-1] if page else self._after
+        held = self._monotonic() - begun
+        return Batch(deleted, len(page), held, held)
+
+    def _delete_each(self, page: Sequence[dict[str, Any]]) -> int:
+        """Delete each of these rows that no constraint keeps, and return how many."""
+        if not page:
+            return 0
+        deleted, skipped = 0, Counter[str]()
+        try:
+            with UnitOfWork(self._settings, read_only=False) as unit:
+                for row in page:
+                    try:
+                        with unit.savepoint():
+                            deleted += unit.write(self._statements.delete, **row, **self._times())
+                    except ConflictError as error:
+                        skipped[_name(error)] += 1
+        except ConflictError as error:
+            if len(page) == 1:
+                self.skipped[_name(error)] += 1
+                return 0
+            half = len(page) // 2
+            return self._delete_each(page[:half]) + self._delete_each(page[half:])
+        self.skipped += skipped
+        return deleted
+
+    def _times(self) -> dict[str, datetime]:
+        """Return the parameters of the condition `expired`: for a key, and for a nonce, which has a grace period."""
+        now = read_clock(self._settings.clock)
+        return {"now": now, "before": earlier(now, NONCE_GRACE)}
+
+
+def _name(error: ConflictError) -> str:
+    """Return the name of the constraint that an error is about."""
+    if error.table is None:
+        return "a constraint"
+    return f"table {error.table}" if error.constraint is None else f"{error.constraint} of table {error.table}"
