@@ -9,7 +9,7 @@ from homeagent.engine.driver_errors import commit_unknown, naming_statement
 from homeagent.engine.instrumented_cursor import InstrumentedCursor, has_listeners
 from homeagent.engine.statements import Compiled, Parameters, Row, Statement
 from homeagent.errors import ConnectionLostError, DatabaseClosedError, HomeAgentError, ReadOnlyError
-from homeagent.models.types import UNREADABLE, unreadable
+from homeagent.models.types import UNREADABLE
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
@@ -235,12 +235,12 @@ class StoreConnection:
             # fetchall and not fetchone: a statement with a row left keeps its locks and its snapshot.
             rows = self._execute(compiled.sql, compiled.bind(parameters)).fetchall()
         except self._driver_errors as error:
-            fault = self._refused(error, compiled.sql)
+            fault = self._unread_rows(error, compiled, parameters) or self._refused(error, compiled.sql)
         else:
             try:
                 return compiled.load(rows)[0] if rows else None
             except UNREADABLE:
-                fault = unreadable()
+                fault = compiled.unreadable(rows, parameters)
         raise fault
 
     def all(self, statement: Statement[R], parameters: Parameters) -> list[R]:
@@ -252,18 +252,24 @@ class StoreConnection:
         try:
             rows = self._execute(compiled.sql, compiled.bind(parameters)).fetchall()
         except self._driver_errors as error:
-            fault = self._refused(error, compiled.sql)
+            fault = self._unread_rows(error, compiled, parameters) or self._refused(error, compiled.sql)
         else:
             try:
                 return compiled.load(rows)
             except UNREADABLE:
-                fault = unreadable()
+                fault = compiled.unreadable(rows, parameters)
         raise fault
 
     def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
         """Run one statement that reads, outside of a unit: `act` says which method of this class runs it."""
         self.check_file()
         return getattr(self, act)(statement, parameters)
+
+    def _unread_rows(
+        self, error: BaseException, compiled: Compiled[Any], parameters: Parameters
+    ) -> HomeAgentError | None:
+        """Return the error that names the row that the driver can't decode; None if the driver met another error."""
+        return None
 
     def write(self, statement: Statement[Any], parameters: Parameters) -> int:
         """Run a statement that changes rows, and return how many."""

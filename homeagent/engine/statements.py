@@ -12,12 +12,16 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+import sqlalchemy
 from pydantic import BaseModel
 from sqlalchemy import ColumnElement, Dialect, Select, inspect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import configure_mappers
+from sqlalchemy.sql.expression import ColumnClause
 
-from homeagent.models.base import Table
+from homeagent.errors import CorruptDatabaseError
+from homeagent.models.base import Table, metadata
+from homeagent.models.types import UNREADABLE, naming_column, unreadable, unreadable_in
 
 if TYPE_CHECKING:
     from sqlalchemy import Executable
@@ -54,9 +58,10 @@ class Compiled(Generic[R]):
         bind: from parameters by name to a tuple in the order of the text, converted for the driver.
         load: from rows as the driver returns them to what each stands for.
         writes: whether it changes the database.
+        columns: the columns of a row, in their order.
     """
 
-    __slots__ = ("bind", "load", "sql", "writes")
+    __slots__ = ("_dialect", "bind", "columns", "load", "sql", "writes")
 
     def __init__(self, expression: Executable, dialect: Dialect, returning: type[Table] | None = None) -> None:
         compiled: Any = expression.compile(dialect=dialect)  # type: ignore[attr-defined]  # every Executable here is a ClauseElement
@@ -68,6 +73,46 @@ class Compiled(Generic[R]):
         self.load: Callable[[Sequence[Row]], list[R]] = (
             _loader(expression, dialect) if returning is None else _model_loader(returning, dialect)
         )
+        self.columns = _columns(expression, returning)
+        self._dialect = dialect
+
+    def unreadable(self, rows: Sequence[Row], parameters: Parameters) -> CorruptDatabaseError:
+        """Return the error for rows of which `load` raised one of `UNREADABLE`: it names the first such row."""
+        for row in rows:
+            for place, (column, value) in enumerate(zip(self.columns, row, strict=True)):
+                convert = _processor(column, self._dialect)
+                try:
+                    if convert is None or (value is not None and convert(value) is not None):
+                        continue
+                    if value is not None or getattr(column, "nullable", True):
+                        continue
+                except UNREADABLE:
+                    pass
+                return self.unreadable_at(place, row, parameters)
+        return unreadable()
+
+    def unreadable_at(
+        self, place: int | None, row: Row, parameters: Parameters, what: str = "holds a value that can't be read"
+    ) -> CorruptDatabaseError:
+        """Return the error for a value that can't be read.
+
+        Args:
+            place: the place of its column in the row; None if it is not known.
+            row: the row; empty if it is not known.
+            parameters: of the statement, which may have the key of the one row that it reads.
+            what: what is wrong with the value.
+        """
+        column = None if place is None else self.columns[place]
+        tables: list[Any] = [getattr(each, "table", None) for each in (column, *self.columns)]
+        of = next((table for table in tables if table is not None), None)
+        table = of if isinstance(of, sqlalchemy.Table) else metadata.tables.get(getattr(of, "name", ""))
+        if table is None:
+            return unreadable()
+        name = naming_column(table)
+        by_name = {each.name: value for each, value in zip(self.columns, row, strict=False)}
+        keys = [by_name.get(name), *(parameters.get(each) for each in (name, "id", f"{table.name[:-1]}_id"))]
+        key = next((key for key in keys if key is not None), None)
+        return unreadable_in(table, column.name if isinstance(column, ColumnClause) else None, key, what)
 
 
 class Statement(Generic[R]):
@@ -192,7 +237,7 @@ def _loader(expression: Any, dialect: Dialect) -> Loader:
     described = getattr(expression, "column_descriptions", None) or []
     if len(described) == 1 and isinstance(described[0]["expr"], type):
         return _model_loader(described[0]["expr"], dialect)
-    columns = list(expression.exported_columns) if hasattr(expression, "exported_columns") else []
+    columns = _columns(expression, None)
     processors = [_processor(column, dialect) for column in columns]
     if len(columns) == 1:
         (convert,) = processors
@@ -205,6 +250,16 @@ def _loader(expression: Any, dialect: Dialect) -> Loader:
             for row in rows
         ]
     return lambda rows: [tuple(row) for row in rows]
+
+
+def _columns(expression: Any, returning: type[Table] | None) -> list[Any]:
+    """Return the columns of a statement's rows, in their order."""
+    described = getattr(expression, "column_descriptions", None) or []
+    if returning is None and len(described) == 1 and isinstance(described[0]["expr"], type):
+        returning = described[0]["expr"]
+    if returning is not None:
+        return list(returning.__table__.columns)
+    return list(expression.exported_columns) if hasattr(expression, "exported_columns") else []
 
 
 # An ordinary assignment goes by way of Pydantic's __setattr__.

@@ -33,7 +33,7 @@ from homeagent.errors import (
 from homeagent.migrations import REVISION, revision_of
 from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.models import DATA_TABLES, metadata
-from homeagent.models.types import FlagColumn, JsonColumn
+from homeagent.models.types import FlagColumn, JsonColumn, naming_column
 from homeagent.unit_of_work import UnitOfWork
 
 __all__ = ["CopyProgress", "CopyReport", "copy_store"]
@@ -92,6 +92,7 @@ class _Table:
             {_stored_kind(c.type), type(None)} if c.nullable else {_stored_kind(c.type)} for c in described.columns
         ]
         self._flags = [at for at, c in enumerate(described.columns) if isinstance(c.type, FlagColumn)]
+        self._named = self.columns.index(naming_column(described))
         self._sound: set[tuple[type, ...]] = set()
         raw = sql_table(name, *map(column, self.columns))
         key = [raw.c[c.name] for c in described.primary_key.columns]
@@ -133,26 +134,27 @@ class _Table:
         for row in rows:
             kinds = tuple(map(type, row))
             if kinds not in self._sound:
-                self._check_kinds(kinds)
+                self._check_kinds(kinds, row)
             for name, value in zip(self.columns, row, strict=True):
                 if value.__class__ is str and "\0" in value:
-                    raise self._unsound(name, "text with a NUL")
+                    raise self._unsound(row, name, "text with a NUL")
             for at in self._flags:
                 if row[at] not in (0, 1):
-                    raise self._unsound(self.columns[at], "a number that is neither 0 nor 1")
+                    raise self._unsound(row, self.columns[at], "a number that is neither 0 nor 1")
         unit.insert_rows(self.name, self.columns, rows)
 
-    def _check_kinds(self, kinds: tuple[type, ...]) -> None:
+    def _check_kinds(self, kinds: tuple[type, ...], row: Row) -> None:
         # A column of SQLite takes any kind of value, and PostgreSQL's driver would write some of them as text.
         for name, kind, allowed in zip(self.columns, kinds, self._kinds, strict=True):
             if kind not in allowed:
-                raise self._unsound(name, f"a value of type {kind.__name__}")
+                raise self._unsound(row, name, f"a value of type {kind.__name__}")
         self._sound.add(kinds)
 
-    def _unsound(self, name: str, what: str) -> CorruptDatabaseError:
+    def _unsound(self, row: Row, name: str, what: str) -> CorruptDatabaseError:
         return CorruptDatabaseError(
-            f"{self.name}.{name} of the source holds {what}, which this package never stores: "
-            "mend or remove that row, then copy again; the target is as it was"
+            f"{self.name}.{name} of the source holds {what}, which homeagent never stores, in the row with "
+            f"{self.columns[self._named]} {row[self._named]!r}: "
+            "correct or delete that row, then copy again; the target is as it was"
         )
 
 

@@ -244,6 +244,8 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
                 revision = revision_of(connection)
                 if suits(connection, revision):
                     return
+                if revision is not None:
+                    _refuse_unconvertible_rows(connection, revision)
                 if revision is not None and not temporary:
                     backup = _back_up(engine, revision, clock)
                 upgrade(connection)
@@ -267,6 +269,46 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
         revision,
         extra={"event": "schema_upgraded", "path": str(path), "revision": REVISION, "revision_before": revision},
     )
+
+
+# A revision, a table, and the columns whose text the revision reads into Python; the first is the key.
+_CONVERTED = (
+    ("0003", "sessions", ("session_id", "agent_id", "sender_id", "channel_id")),
+    ("0006", "devices", ("id",)),
+)
+
+
+def _refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
+    """Refuse rows that a later revision can't convert: a BLOB, or text that is not UTF-8, in the place of text.
+
+    PostgreSQL stores neither in a column of text.
+
+    Raises:
+        MigrationError: there is such a row. Nothing was changed.
+    """
+    for later, table, columns in _CONVERTED:
+        if later <= revision:
+            continue
+        parts = ", ".join(f"typeof({name}), CAST({name} AS BLOB)" for name in columns)
+        for row in connection.exec_driver_sql(f"SELECT {parts} FROM {table}"):  # noqa: S608  constants
+            texts = [_text(kind, value) for kind, value in zip(row[::2], row[1::2], strict=True)]
+            bad = [name for name, value in zip(columns, texts, strict=True) if isinstance(value, bytes)]
+            if bad:
+                raise MigrationError(
+                    f"upgrading from {revision!r} can't convert {table}.{bad[0]} in the row with {columns[0]} "
+                    f"{texts[0]!r}: it holds a BLOB, or text that is not UTF-8. Correct or delete that row with "
+                    "another program, then open the database again. Nothing was changed"
+                )
+
+
+def _text(kind: str, value: bytes | None) -> str | bytes | None:
+    """Return a stored text, as bytes if it is a BLOB or not UTF-8."""
+    if value is None or kind == "blob":
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 def _any_tables(connection: Connection) -> bool:

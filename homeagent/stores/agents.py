@@ -36,17 +36,18 @@ _CREATE = Statement[Agent](
     ),
     returning=Agent,
 )
-_UPDATE = Statement[Agent](
-    update(Agent)
-    .where(_columns.id == bindparam("agent_id"))
-    .values(name=bindparam("new_name"), workspace_path=bindparam("new_workspace_path"), config=bindparam("new_config")),
-    returning=Agent,
-)
+_LOCK = Statement[str](select(_columns.id).where(_columns.id == bindparam("id")), lock=True)
 _COUNT_SESSIONS = Statement[int](
     select(func.count()).select_from(AgentSession).where(_sessions.agent_id == bindparam("agent_id"))
 )
 _DELETE_SESSIONS = Statement[AgentSession](delete(AgentSession).where(_sessions.agent_id == bindparam("agent_id")))
 _DELETE = Statement[Agent](delete(Agent).where(_columns.id == bindparam("agent_id")))
+
+
+@cache
+def _update(given: frozenset[str]) -> Statement[Agent]:
+    values: dict[str, Any] = {name: bindparam(f"new_{name}") for name in sorted(given)}
+    return Statement(update(Agent).where(_columns.id == bindparam("agent_id")).values(values), returning=Agent)
 
 
 @cache
@@ -119,17 +120,13 @@ class AgentStore(Store):
             AgentNotFoundError: it is absent.
         """
         check_kind(changes, models.AgentUpdate, "changes")
-        agent = self.get(agent_id)
         given = changes.model_fields_set
         if not given:
-            return agent
-        changed = self._unit.write_one(
-            _UPDATE,
-            agent_id=agent_id,
-            new_name=changes.name if "name" in given else agent.name,
-            new_workspace_path=changes.workspace_path if "workspace_path" in given else agent.workspace_path,
-            new_config=changes.config if "config" in given else agent.config,
-        )
+            return self.get(agent_id)
+        # The other columns are not read before: a value that can't be read can be replaced.
+        values = {f"new_{name}": getattr(changes, name) for name in given}
+        check_identifier(agent_id, "agent_id")
+        changed = self._unit.write_one(_update(frozenset(given)), agent_id=agent_id, **values)
         if changed is None:
             raise AgentNotFoundError(agent_id)
         return changed
@@ -149,7 +146,7 @@ class AgentStore(Store):
             AgentInUseError: it has sessions, and `delete_sessions` is not set.
         """
         # Locked first: a session made at this moment either is seen here, or waits and finds no agent.
-        if self.find_by_id(agent_id) is None:
+        if self._unit.one(_LOCK, id=check_identifier(agent_id, "agent_id")) is None:
             return False
         if delete_sessions:
             self._unit.write(_DELETE_SESSIONS, agent_id=agent_id)

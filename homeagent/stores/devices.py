@@ -46,7 +46,6 @@ _APPROVED = _columns.approved == True  # noqa: E712  an expression
 _UNAPPROVED = _columns.approved.is_distinct_from(True)
 
 _FIND = Statement[Device](select(Device).where(_columns.id == bindparam("id")), lock=True)
-_PEEK = Statement[Device](select(Device).where(_columns.id == bindparam("id")))
 
 
 def _for_every_id(*columns: Any) -> Any:
@@ -109,10 +108,25 @@ _REVOKE = Statement[Device](
         previous_secret_expires_at=None,
     )
 )
+# A decision compares the columns in the database and reads no value, so that a value that can't be read prevents
+# neither an approval nor a revocation. What is compared with None is None.
+_STANDING = Statement[tuple[bool, bool, bool | None, bool | None, bool | None]](
+    select(
+        _columns.approved,
+        _columns.revoked_at.is_not(None),
+        _columns.role == bindparam("role"),
+        _columns.shared_secret_hash == bindparam("secret_hash"),
+        _columns.paired_at == bindparam("paired_at"),
+    ).where(_columns.id == bindparam("device_id")),
+    lock=True,
+)
+_IS_ADMIN = Statement[bool](
+    select(_columns.role == constant(Role.ADMIN, _columns.role.type)).where(_columns.id == bindparam("device_id"))
+)
 # All approved admins are locked, in one order, before one of them is given up: of two who revoke each other at once
 # the second waits, and then sees that it would be the last.
-_APPROVED_ADMINS = Statement[Device](
-    select(Device).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
+_APPROVED_ADMINS = Statement[bool](
+    select(_columns.id == bindparam("device_id")).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
     lock=True,
 )
 _not_seen = (
@@ -166,6 +180,16 @@ class SecretHashes(NamedTuple):
     shared_secret_hash: str
     previous_secret_hash: str | None
     previous_secret_expires_at: datetime | None
+
+
+class _Standing(NamedTuple):
+    """Whether a device is approved or revoked, and whether it has the values that are expected of it."""
+
+    approved: bool
+    revoked: bool
+    has_role: bool | None
+    has_secret_hash: bool | None
+    has_paired_at: bool | None
 
 
 class DeviceStore(Store):
@@ -223,12 +247,6 @@ class DeviceStore(Store):
         """Return what a proof of this device is checked against, None if it is absent or has no verifier."""
         return self._unit.one(_VERIFIER, id=check_identifier(device_id, "device_id"))
 
-    def _present(self, device_id: str) -> Device:
-        device = self._unit.one(_PEEK, id=device_id)
-        if device is None:
-            raise DeviceNotFoundError(device_id)
-        return device
-
     @reading
     def list(
         self,
@@ -270,7 +288,7 @@ class DeviceStore(Store):
         check_identifier(device_id, "device_id")
         check_kind(changes, models.DeviceUpdate, "changes")
         if "metadata_" not in changes.model_fields_set:
-            return self._present(device_id)
+            return self.get(device_id)
         device = self._unit.write_one(_UPDATE_METADATA, device_id=device_id, value=changes.metadata_)
         if device is None:
             raise DeviceNotFoundError(device_id)
@@ -312,16 +330,19 @@ class DeviceStore(Store):
             expected_paired_at = check_timestamp(expected_paired_at, "expected_paired_at")
         if expected_status is not None:
             expected_status = _member(DeviceStatus, expected_status, "expected_status")
-        device = self.get(device_id)
-        if expected_role is not None and device.role != expected_role:
+        device = self._standing(
+            device_id, role=expected_role, secret_hash=expected_secret_hash, paired_at=expected_paired_at
+        )
+        if expected_role is not None and not device.has_role:
             raise ApprovalChangedError(device_id, "role")
-        if expected_secret_hash is not None and device.shared_secret_hash != expected_secret_hash:
+        if expected_secret_hash is not None and not device.has_secret_hash:
             raise ApprovalChangedError(device_id, "secret")
-        if expected_paired_at is not None and device.paired_at != expected_paired_at:
+        if expected_paired_at is not None and not device.has_paired_at:
             raise ApprovalChangedError(device_id, "time of pairing")
         if device.approved:
             return False
-        if device.status is not (expected_status or DeviceStatus.PENDING):
+        status = DeviceStatus.REVOKED if device.revoked else DeviceStatus.PENDING
+        if status is not (expected_status or DeviceStatus.PENDING):
             raise ApprovalChangedError(device_id, "status")
         self._unit.write(_APPROVE, device_id=device_id, now=self._unit.now())
         return True
@@ -345,11 +366,30 @@ class DeviceStore(Store):
         if reason is not None:
             check_label(reason, "reason")
         self._spare_last_admin(device_id, force=force)
-        device = self.get(device_id)
-        if not device.approved and device.revoked_at is not None:
+        device = self._standing(device_id)
+        if not device.approved and device.revoked:
             return False
         self._unit.write(_REVOKE, device_id=device_id, now=self._unit.now(), reason=reason)
         return True
+
+    def _standing(
+        self,
+        device_id: str,
+        *,
+        role: Role | None = None,
+        secret_hash: str | None = None,
+        paired_at: datetime | None = None,
+    ) -> _Standing:
+        """Return whether a device is approved or revoked, and whether it has these values; None is not compared.
+
+        Raises:
+            DeviceNotFoundError: it is absent.
+        """
+        check_identifier(device_id, "device_id")
+        found = self._unit.one(_STANDING, device_id=device_id, role=role, secret_hash=secret_hash, paired_at=paired_at)
+        if found is None:
+            raise DeviceNotFoundError(device_id)
+        return _Standing(*found)
 
     def _seen_lately(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
@@ -434,8 +474,8 @@ class DeviceStore(Store):
             "until": None if previous_until is None else check_timestamp(previous_until, "previous_until"),
         }
         if previous_until is not None:
-            device = self.find_by_id(device_id)
-            if device is not None and not device.approved:
+            device = self._unit.one(_STANDING, device_id=device_id, role=None, secret_hash=None, paired_at=None)
+            if device is not None and not device[0]:
                 raise DeviceNotApprovedError(device_id)
         return self._unit.write(_SET_SECRET, **values) > 0
 
@@ -456,11 +496,9 @@ class DeviceStore(Store):
         check_identifier(device_id, "device_id")
         if force:
             return
-        device = self._unit.one(_PEEK, id=device_id)
-        if device is None or device.role is not Role.ADMIN:
+        if not self._unit.one(_IS_ADMIN, device_id=device_id):
             return
-        admins = [admin.id for admin in self._unit.all(_APPROVED_ADMINS)]
-        if admins == [device_id]:
+        if self._unit.all(_APPROVED_ADMINS, device_id=device_id) == [True]:
             raise LastAdminError(device_id)
 
 

@@ -837,14 +837,22 @@ def test_a_row_that_no_store_writes(path: Path, clock: FakeClock, kind: str) -> 
 
 
 def test_text_that_is_not_utf8(path: Path, clock: FakeClock) -> None:
-    """Damaged text is a finding that names the table, and the other tables are read all the same."""
+    """Damaged text is a finding that names its row, and all other rows are read all the same."""
     with Database.open(path, clock=clock) as database:
         add_device(database, "desk", role=Role.ADMIN, approved=True)
         add_agent(database)
-    change(path, "UPDATE devices SET metadata = 'x'", "UPDATE agents SET name = CAST(x'ff' AS TEXT)")
+        add_agent(database, "bob")
+    change(
+        path,
+        "UPDATE devices SET metadata = 'x'",
+        "UPDATE agents SET name = CAST(x'ff' AS TEXT) WHERE id = 'ada'",
+        "UPDATE agents SET created_at = 'x' WHERE id = 'bob'",
+    )
     finding = at(look(path, clock), "rows")
-    assert "table agents can't be read to its end (a stored text is not UTF-8" in finding.summary
+    assert "agents.name holds text that is not UTF-8, in the row with id 'ada'" in finding.summary
+    assert "agents.created_at holds a value of type str, in the row with id 'bob'" in finding.summary
     assert "devices.metadata" in finding.summary
+    assert finding.facts["unreadable"] == 3
 
 
 def test_an_odd_row_of_a_secret_key(path: Path, clock: FakeClock) -> None:

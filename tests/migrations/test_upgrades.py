@@ -98,6 +98,30 @@ def test_failed_upgrade_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert database.status().schema_revision == REVISION
 
 
+UNCONVERTIBLE = {
+    "a BLOB": ("UPDATE sessions SET sender_id = x'00ff' WHERE session_id = 's-2'", "sessions.sender_id", "'s-2'"),
+    "no UTF-8": ("UPDATE sessions SET agent_id = CAST(x'ff' AS TEXT) WHERE session_id = 's-1'", "agent_id", "'s-1'"),
+    "a key": ("UPDATE devices SET id = CAST(x'ff' AS TEXT) WHERE id = 'phone'", "devices.id", r"b'\xff'"),
+}
+
+
+@pytest.mark.parametrize("kind", UNCONVERTIBLE)
+def test_a_row_that_an_upgrade_cannot_convert_is_named(tmp_path: Path, kind: str) -> None:
+    """The error has the table, the column and the key, and neither the file was changed nor a backup made."""
+    path = old_database(tmp_path, "0001")
+    statement, column, key = UNCONVERTIBLE[kind]
+    with closing(sqlite(path)) as raw:
+        raw.execute(statement)
+    before = path.read_bytes()
+    with pytest.raises(MigrationError) as caught:
+        Database.open(path, clock=clock)
+    assert column in str(caught.value)
+    assert f"{key}: it holds" in str(caught.value)
+    assert caught.value.backup is None
+    assert not list(tmp_path.glob("*.backup*"))
+    assert path.read_bytes()[100:] == before[100:]  # the header counts a change of the journal mode
+
+
 def test_upgrade_without_a_backup_says_why(tmp_path: Path) -> None:
     """What keeps the copy from being made keeps the upgrade from being made, and is told with its remedy."""
     path = old_database(tmp_path, "0001")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.sqlite.dialect import StatementCursor
 
+if TYPE_CHECKING:
+    from homeagent.engine.statements import Compiled, Parameters
+    from homeagent.errors import HomeAgentError
+
 __all__ = ["SQLiteConnection"]
+
+_NOT_UTF8 = "holds text that is not UTF-8"
 
 
 class SQLiteConnection(StoreConnection):
@@ -21,3 +27,27 @@ class SQLiteConnection(StoreConnection):
 
     def _send_commit(self) -> None:
         self._raw.commit_by(self._execute)
+
+    def _unread_rows(
+        self, error: BaseException, compiled: Compiled[Any], parameters: Parameters
+    ) -> HomeAgentError | None:
+        if not isinstance(error, UnicodeDecodeError) or not compiled.columns:
+            return None
+        if compiled.writes:
+            return compiled.unreadable_at(None, (), parameters, _NOT_UTF8)
+        # The same rows once more, as bytes: the driver decodes each value that SQLite calls a text.
+        names = [f"c{place}" for place in range(len(compiled.columns))]
+        stored = ", ".join(f"typeof({name}), CAST({name} AS BLOB)" for name in names)
+        sql = f"WITH found({', '.join(names)}) AS ({compiled.sql}) SELECT {stored} FROM found"  # noqa: S608  own SQL
+        # On the same cursor, which this ends: an open statement would keep the connection from being closed.
+        for values in self._execute(sql, compiled.bind(parameters)).fetchall():
+            row: list[Any] = list(values[1::2])
+            found = None
+            for place, kind in enumerate(values[::2]):
+                try:
+                    row[place] = row[place].decode() if kind == "text" else row[place]
+                except UnicodeDecodeError:
+                    found = place
+            if found is not None:
+                return compiled.unreadable_at(found, row, parameters, _NOT_UTF8)
+        return None

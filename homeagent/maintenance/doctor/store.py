@@ -5,11 +5,11 @@ The checks count. Only `rows` names rows, and no check shows a secret, a hash, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, column, exists, func, not_, or_, select
+from sqlalchemy import and_, column, exists, func, literal_column, not_, or_, select
 from sqlalchemy import table as sql_table
 
 from homeagent.errors import CorruptDatabaseError
@@ -19,7 +19,7 @@ from homeagent.migrations.schema_drift import schema_differences
 from homeagent.models import Agent, AgentSession, Device, IdempotencyKey, Nonce, Role, metadata, store_table
 from homeagent.models.idempotency_key import IdempotencyState
 from homeagent.models.session import route_key
-from homeagent.models.types import FlagColumn, TimestampColumn
+from homeagent.models.types import FlagColumn, TimestampColumn, naming_column
 from homeagent.stores.nonces import NONCE_GRACE
 
 if TYPE_CHECKING:
@@ -126,13 +126,16 @@ def _check_rows(collector: Collector, connection: Connection) -> None:
     rows = 0
     for described in metadata.sorted_tables:
         try:
-            for count, fault in _faults(described, connection):
-                rows += count
-                faults += fault
-                if collector.watch():
-                    break
+            try:
+                count, found = _read(described, connection, collector.watch)
+            except CorruptDatabaseError:
+                if connection.dialect.name != "sqlite":
+                    raise
+                count, found = _read(described, connection, collector.watch, undecoded=True)
         except CorruptDatabaseError as error:
-            faults.append(f"table {described.name} can't be read to its end ({error})")
+            count, found = 0, [f"table {described.name} can't be read to its end ({error})"]
+        rows += count
+        faults += found
     if faults:
         shown = "; ".join(faults[:10])
         collector.critical(
@@ -150,29 +153,63 @@ def _check_rows(collector: Collector, connection: Connection) -> None:
         collector.ok("rows", f"All {rows:,} rows can be read.", rows=rows, unreadable=0)
 
 
-def _faults(described: Table, connection: Connection) -> Iterator[tuple[int, list[str]]]:
-    """Read every row of a table as it is stored; yield for each page its number of rows and its faults."""
+def _read(
+    described: Table, connection: Connection, watch: Callable[[], bool], *, undecoded: bool = False
+) -> tuple[int, list[str]]:
+    """Read every row of a table as it is stored, and return the number of rows and what is wrong with them.
+
+    Args:
+        described: the table.
+        connection: on the database.
+        watch: tells when to end early.
+        undecoded: whether the driver reads each text as bytes: it decodes no row of a page that has one bad text.
+    """
     columns = list(described.columns)
-    raw = sql_table(described.name, *(column(c.name) for c in columns))
+    names = [c.name for c in columns]
     # A nonce and an idempotency key are secret: such a row is named by its device.
-    named = next((at for at, c in enumerate(columns) if c.name == "device_id"), None)
-    if named is None:
-        named = next(at for at, c in enumerate(columns) if c.primary_key)
-    route = next((at for at, c in enumerate(columns) if c.name == "route_key"), None)
+    named = names.index(naming_column(described))
+    route = names.index("route_key") if "route_key" in names else None
     tests = [_test(c, connection.dialect) for c in columns]
-    found = connection.execute(select(*raw.c), execution_options={"yield_per": _PAGE})
-    for page in found.partitions():
-        faults = []
+    count, faults = 0, []
+    for page in _pages(described, connection, undecoded=undecoded):
         for row in page:
             odd = next(((at, what) for at, test in enumerate(tests) if (what := test(row[at])) is not None), None)
             if odd is None and route is not None and row[route] is not None:
-                values = row._mapping
-                if row[route] != route_key(values["agent_id"], values["sender_id"], values["channel_id"]):
-                    odd = route, "is not the key of the session's route"
+                parts = (row[names.index(name)] for name in ("agent_id", "sender_id", "channel_id"))
+                odd = None if row[route] == route_key(*parts) else (route, "is not the key of the session's route")
             if odd is not None:
-                where = f"{described.name}.{columns[odd[0]].name}"
-                faults.append(f"{where} {odd[1]}, in the row with {columns[named].name} {row[named]!r}")
-        yield len(page), faults
+                where = f"{described.name}.{names[odd[0]]}"
+                faults.append(f"{where} {odd[1]}, in the row with {names[named]} {row[named]!r}")
+        count += len(page)
+        if watch():
+            break
+    return count, faults
+
+
+def _pages(described: Table, connection: Connection, *, undecoded: bool) -> Iterator[Sequence[Sequence[Any]]]:
+    quote = connection.dialect.identifier_preparer.quote
+    parts: list[str] = []
+    for name in (quote(c.name) for c in described.columns):
+        parts += [f"typeof({name})", f"CASE typeof({name}) WHEN 'text' THEN CAST({name} AS BLOB) ELSE {name} END"]
+    wanted: list[Any] = (
+        [literal_column(part) for part in parts] if undecoded else [column(c.name) for c in described.columns]
+    )
+    rows = select(*wanted).select_from(sql_table(described.name))
+    for page in connection.execute(rows, execution_options={"yield_per": _PAGE}).partitions():
+        yield [list(map(_decoded, row[::2], row[1::2])) for row in page] if undecoded else page
+
+
+class _Undecodable(bytes):
+    """The bytes of a stored text that is not UTF-8."""
+
+
+def _decoded(kind: str, value: Any) -> Any:
+    if kind != "text":
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return _Undecodable(value)
 
 
 def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | None]:
@@ -185,6 +222,8 @@ def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | Non
     def test(value: Any) -> str | None:
         if value is None:
             return None if described.nullable else "is NULL"
+        if isinstance(value, _Undecodable):
+            return "holds text that is not UTF-8"
         if not isinstance(value, stored):
             return f"holds a value of type {type(value).__name__}"
         if (is_flag and value not in (0, 1)) or (isinstance(value, str) and "\0" in value):

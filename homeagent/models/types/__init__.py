@@ -7,7 +7,7 @@ argument comes in by itself, so that a bad id is refused alike at every door.
 from homeagent.models.types.enums import EnumColumn, FlagColumn
 from homeagent.models.types.json_text import MAX_JSON_BYTES, Json, JsonColumn, decode_json, encode_json
 from homeagent.models.types.limits import MAX_LIMIT, check_limit
-from homeagent.models.types.stored_values import UNREADABLE, loaded, unreadable
+from homeagent.models.types.stored_values import UNREADABLE, loaded, naming_column, unreadable, unreadable_in
 from homeagent.models.types.text import (
     Identifier,
     Label,
@@ -64,8 +64,10 @@ __all__ = [
     "encode_json",
     "later",
     "loaded",
+    "naming_column",
     "not_after",
     "text_column",
     "to_milliseconds",
     "unreadable",
+    "unreadable_in",
 ]

@@ -1,0 +1,83 @@
+"""A row with a value that its column can't hold: errors name it, and what does not need the value works."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+
+from homeagent import AgentUpdate, Database, DeviceUpdate, IdempotencyScope, Role
+from homeagent.errors import CorruptDatabaseError, LastAdminError
+from tests.conftest import add_agent, add_device, write_past_checks
+
+# What another program stored, and whether PostgreSQL takes it.
+VALUES = {
+    "no JSON": ("metadata", "'hello'", True),
+    "a time beyond the year 9999": ("last_seen_at", "1152921504606846976", True),
+    "a time as text": ("paired_at", "'yesterday'", False),
+    "a BLOB": ("last_seen_at", "x'00ff'", False),
+    "no UTF-8": ("revoked_reason", "CAST(x'ff' AS TEXT)", False),
+}
+
+
+@pytest.fixture(params=VALUES)
+def column(request: pytest.FixtureRequest, database: Database, target: str) -> str:
+    """The column of the device "odd", between two sound ones, that holds what no store writes."""
+    column, value, everywhere = VALUES[request.param]
+    if "://" in target and not everywhere:
+        pytest.skip("PostgreSQL stores no such value in a column of this type")
+    for device_id in ("lamp", "odd", "phone"):
+        add_device(database, device_id, role=Role.ADMIN)
+    write_past_checks(target, f"UPDATE devices SET {column} = {value} WHERE id = 'odd'")
+    return str(column)
+
+
+def test_the_error_names_the_row(database: Database, column: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whether one row is read or many: the error has the table, the column and the key, and not the value."""
+    acts: list[Callable[[], object]] = [lambda: database.devices.get("odd"), database.devices.list]
+    for act in acts:
+        with pytest.raises(
+            CorruptDatabaseError, match=rf"devices\.{column} holds .*in the row with id 'odd'"
+        ) as caught:
+            act()
+        assert "hello" not in str(caught.value)
+        assert "yesterday" not in str(caught.value)
+    assert database.devices.get("lamp").id == "lamp"
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_decision_needs_no_value_of_the_row(database: Database, column: str) -> None:
+    """The device is approved, revoked and deleted, and the last admin is spared, as any other device."""
+    assert database.devices.approve("odd", expected_role=Role.ADMIN) is True
+    with pytest.raises(LastAdminError):
+        database.devices.delete("odd")
+    assert database.devices.approve("phone") is True
+    assert database.devices.revoke("odd", reason="lost") is True
+    assert database.devices.revoke("phone", force=True) is True
+    assert database.devices.delete("odd") is True
+    assert len(database.devices.list()) == 2
+
+
+def test_an_update_replaces_the_value(database: Database, target: str) -> None:
+    """An update that gives a new value for the unreadable one works, and reads nothing before."""
+    add_device(database)
+    add_agent(database)
+    write_past_checks(target, "UPDATE devices SET metadata = 'hello'", "UPDATE agents SET config = 'hello'")
+    assert database.devices.update("lamp", DeviceUpdate(metadata={"a": 1})).metadata_ == {"a": 1}
+    with pytest.raises(CorruptDatabaseError, match=r"agents\.config .* id 'ada'"):
+        database.agents.update("ada", AgentUpdate(name="Ada"))
+    assert database.agents.update("ada", AgentUpdate(config={"a": 1})).config == {"a": 1}
+    write_past_checks(target, "UPDATE agents SET config = 'hello'")
+    assert database.agents.delete("ada") is True
+
+
+def test_a_secret_key_is_not_named(database: Database, target: str) -> None:
+    """The row of an idempotency key is named by its device."""
+    scope = IdempotencyScope("lamp", "on", "geheim")
+    database.idempotency_keys.insert(scope, 1, ttl=timedelta(minutes=1))
+    write_past_checks(target, "UPDATE idempotency_keys SET result = 'hello'")
+    with pytest.raises(CorruptDatabaseError, match=r"idempotency_keys\.result .* device_id 'lamp'") as caught:
+        database.idempotency_keys.find(scope)
+    assert "geheim" not in str(caught.value)
