@@ -118,6 +118,37 @@ def test_lost_log_is_told(opened: Database, sqlite_path: Path, suffix: str, act:
     refused(opened, suffix, "deleted or replaced")
 
 
+# Another process deletes both files, commits to new ones, and is killed: only the new log has its commits.
+COMMIT_TO_A_NEW_LOG = """
+import os, sys
+from homeagent.engine.sqlite.dialect import connect
+for suffix in ("-wal", "-shm"):
+    os.unlink(sys.argv[1] + suffix)
+raw = connect(sys.argv[1])
+raw.execute("INSERT INTO agents (id, name, workspace_path, created_at) VALUES ('theirs', 'T', '/t', 1)")
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("idle", ["all", "no writer", "no reader"])
+def test_the_commits_in_a_new_log_are_kept(
+    opened: Database, sqlite_path: Path, children: Children, caplog: pytest.LogCaptureFixture, idle: str
+) -> None:
+    """Whichever connection closes last: homeagent writes nothing to the file, and does not delete the new log."""
+    engine = opened._engine
+    if idle != "all":  # that another connection was closed before makes no difference
+        (engine.writers if idle == "no writer" else engine.readers).discard_free()
+    children.run(COMMIT_TO_A_NEW_LOG, sqlite_path)
+    for act in (lambda: engine.empty_log(1), lambda: names(opened), lambda: add_agent(opened)):
+        with pytest.raises(DatabaseMovedError):
+            act()
+    engine.before_fork()  # closes all connections
+    opened.close()
+    assert [vars(record)["event"] for record in caplog.records] == ["closed_without_checkpoint"]
+    with Database.open(sqlite_path) as database:
+        assert "theirs" in names(database)
+
+
 def test_moved_directory(opened: Database, sqlite_path: Path) -> None:
     """A directory that is moved takes the file with it, and brings it back."""
     kept = sqlite_path.parent.with_name("kept")

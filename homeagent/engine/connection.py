@@ -342,8 +342,6 @@ class StoreConnection:
         if self.is_lost:
             # SQLAlchemy would try to roll back on it, and log that it can't.
             self._connection.invalidate()
-        if self._identity_check is not None:
-            self._identity_check.disconnected()
         self._connection.close()
 
 

@@ -14,7 +14,8 @@ from sqlalchemy import text
 from homeagent.engine.files import database_file
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.system_errors import quoted
-from homeagent.engine.sqlite.engine import corrupt_after_all, lock_path, sidecar_lock
+from homeagent.engine.sqlite.diagnosis import corrupt_after_all
+from homeagent.engine.sqlite.engine import lock_path, sidecar_lock
 from homeagent.engine.sqlite.in_use import hold_in_use_lock, in_use_path
 from homeagent.engine.sqlite.integrity import check_content, refuse_unclean_damage
 from homeagent.errors import (

@@ -72,25 +72,30 @@ class FileIdentityCheck:
     def before_connect(self) -> None:
         """Look before a connection is opened.
 
+        While no connection is open, another process may delete the log and its index: they are compared with what is
+        known of them, and none is remembered here.
+
         Raises:
-            DatabaseMovedError: another file has the name now, or none.
+            DatabaseMovedError: another file has the name now, or none; or the log or its index was replaced.
         """
-        self._look(beside=False)
+        self._look(beside=bool(self._known), remember=False)
 
-    def connected(self) -> None:
-        """Say that a connection was opened; the first one decides which file it is.
+    def connected(self, *, beside: bool = True) -> None:
+        """Say that a connection was opened and has read; the first one decides which file it is.
+
+        Args:
+            beside: whether to remember the log and its index. `disconnected` must be called then.
 
         Raises:
-            DatabaseMovedError: another file has the name now.
+            DatabaseMovedError: another file has the name now; or the log or its index was replaced.
         """
         if self._identity is None:
             status = self._status(self._name)
             self._identity = None if status is None else identity_of(status)
-        else:
-            self._look(beside=False)
+        self._look(beside=beside)
 
     def disconnected(self) -> None:
-        """Say that a connection was closed. Where it was the last one, SQLite may make the files beside anew."""
+        """Say that the last connection is closed: SQLite may delete the files beside, and make them anew."""
         self._known = {}
 
     def after_begin(self) -> None:
@@ -101,6 +106,7 @@ class FileIdentityCheck:
             CorruptDatabaseError: it was condemned.
         """
         self._look()
+        self.due = self.monotonic() + _INTERVAL
 
     def before_commit(self) -> None:
         """Look, always where a commit must be durable: what is acknowledged was in the file that has the name.
@@ -109,7 +115,7 @@ class FileIdentityCheck:
             DatabaseMovedError: as in `after_begin`.
         """
         if self.monotonic() >= self.due:
-            self._look()
+            self.after_begin()
         elif self._strict:
             self._look(beside=False)
 
@@ -127,14 +133,14 @@ class FileIdentityCheck:
             pass  # condemned before: what is asked here is another question
         return None
 
-    def _look(self, *, beside: bool = True) -> None:
+    def _look(self, *, beside: bool = True, remember: bool = True) -> None:
         try:
-            self._compare(beside=beside)
+            self._compare(beside=beside, remember=remember)
         except DatabaseMovedError:
             self._on_moved()
             raise
 
-    def _compare(self, *, beside: bool) -> None:
+    def _compare(self, *, beside: bool, remember: bool) -> None:
         # Where this look finds fault, so does the next one.
         due, self.due = self.due, 0.0
         if self.marked_corrupt is not None:
@@ -154,22 +160,19 @@ class FileIdentityCheck:
             )
         if status.st_size == _NO_CONTENT:
             raise DatabaseMovedError(f"{quoted(self._path)} was emptied while it was open: stop, and restore a backup")
-        if not beside:
-            self.due = due
-            return
-        for name in self._beside:
+        for name in self._beside if beside else ():
             status = self._status(name)
             known = self._known.get(name)
             found = None if status is None else identity_of(status)
             if known is None:
-                if found is not None:
+                if found is not None and remember:
                     self._known[name] = found
             elif found != known:
                 raise DatabaseMovedError(
                     f"{quoted(Path(name))} was deleted or replaced while the database was open: stop, and restore a "
                     "backup. While this process runs, /proc/PID/fd still leads to the log that it had"
                 )
-        self.due = self.monotonic() + _INTERVAL
+        self.due = due
 
     @staticmethod
     def _status(name: str) -> os.stat_result | None:

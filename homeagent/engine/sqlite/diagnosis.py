@@ -28,7 +28,7 @@ from homeagent.errors import (
     TooManyFilesError,
 )
 
-__all__ = ["diagnosed_error", "newest_backup_hint"]
+__all__ = ["corrupt_after_all", "diagnosed_error", "newest_backup_hint"]
 
 # What SQLite may have wanted to write in one piece: the index of the log grows by 32 KiB at a time.
 _PIECE = 64 * 1024
@@ -86,6 +86,14 @@ def newest_backup_hint(path: Path) -> str:
     """Return what an error about a damaged database says of the backups that are known."""
     backup = newest_backup(path)
     return "no backup of it is known here" if backup is None else f"the newest backup is {quoted(backup)}"
+
+
+def corrupt_after_all(path: Path) -> CorruptDatabaseError:
+    """Return the error for a file that was a database of ours and has lost what is in it."""
+    return CorruptDatabaseError(
+        f"{path} held a database and is empty now: restore a backup, or remove {path.name}.lock to start anew "
+        f"(every device, revocation and nonce is forgotten then); {newest_backup_hint(path)}"
+    )
 
 
 def _no_descriptor_left() -> bool:

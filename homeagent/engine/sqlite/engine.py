@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -28,7 +29,7 @@ from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.system_errors import explained
 from homeagent.engine.fork import inherit, refuse_inherited
 from homeagent.engine.sqlite.connection import SQLiteConnection
-from homeagent.engine.sqlite.diagnosis import diagnosed_error, newest_backup_hint
+from homeagent.engine.sqlite.diagnosis import diagnosed_error
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME
 from homeagent.engine.sqlite.dialect import Connection as DriverConnection
 from homeagent.engine.sqlite.foreign_access import guard_of, open_guarded
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine.interfaces import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
+
+logger = logging.getLogger("homeagent")
 
 __all__ = ["APPLICATION_ID", "Durability", "SQLiteEngine", "lock_path", "sidecar_lock"]
 
@@ -144,10 +147,24 @@ class SQLiteEngine(Engine):
         end_with_transactions(connection)
 
     def _on_close(self, connection: Any, record: ConnectionPoolEntry) -> None:
+        """Keep a connection from checkpointing as it closes if the file, its log or the index was replaced.
+
+        SQLite checkpoints when the last connection closes. It would move an older log into the file, and delete the
+        log that another process has made since, with the commits in it.
+        """
+        moved: HomeAgentError | None
+        try:
+            moved = self.watch.find_moved(beside=True)
+        except HomeAgentError as error:  # what can't be looked at is left as it is
+            moved = error
+            self._keep_from_checkpoints()
         self._open.discard(connection)
+        if moved is None and not self._open:
+            self.watch.disconnected()
+        elif not self._open:  # it stays known, so that no connection is opened to another log
+            logger.error("%s", moved, extra={"event": "closed_without_checkpoint", "path": str(self.path)})
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry) -> None:
-        self._open.add(connection)
         with closing(connection.cursor()) as cursor:
             # busy_timeout first: the other pragmas may have to wait for a lock themselves.
             cursor.execute(f"PRAGMA busy_timeout={self._busy_ms}")
@@ -156,6 +173,7 @@ class SQLiteEngine(Engine):
             cursor.execute("PRAGMA trusted_schema=OFF")
             cursor.execute("PRAGMA cell_size_check=ON")
             cursor.execute(f"PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}")
+        self._open.add(connection)  # not before it has read: until then the close of another one may delete the log
 
     def _keep_from_checkpoints(self) -> None:
         """Have no connection move its log into the file when it is closed: the file is another one by now."""
@@ -199,11 +217,13 @@ class SQLiteEngine(Engine):
             f"{DRIVER_NAME}://", poolclass=NullPool, hide_parameters=True, creator=open_file
         )
         event.listen(sa_engine, "handle_error", self._on_error)
+        event.listen(sa_engine, "close", self._on_close)
         with self.translated():
             connection = sa_engine.connect()
         try:
             with self.translated():
                 connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE 0")  # takes the snapshot
+            self._open.add(connection.connection.driver_connection)
             self.watch.connected()
         except BaseException:
             connection.close()
@@ -254,6 +274,7 @@ class SQLiteEngine(Engine):
         # On the link that writes: no two connections of a process write and checkpoint.
         connection = pool.acquire(timeout)
         try:
+            connection.check_file()
             # https://sqlite.org/pragma.html#pragma_wal_checkpoint
             if truncate:
                 self._wait_for_locks(connection.driver_connection, timeout)
@@ -319,7 +340,7 @@ class SQLiteEngine(Engine):
         self.watch.before_connect()
         raw = self._bare()
         try:
-            self.watch.connected()
+            self.watch.connected(beside=False)
         except BaseException:
             raw.close()
             raise
@@ -386,12 +407,6 @@ class SQLiteEngine(Engine):
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
         return self.fault(original) if isinstance(original, kinds) else None
 
-    def close(self) -> None:
-        """Close every connection; closing twice is fine."""
-        if not self.is_forked_copy:
-            self.watch.find_moved(beside=True)
-        super().close()
-
     def before_fork(self) -> None:
         """Close what no unit uses, so that a child inherits none of SQLite's locks where nothing is under way."""
         # What can't be closed counts as in use.
@@ -437,11 +452,3 @@ class SQLiteEngine(Engine):
 
 def _deny_attach(operation: int, *names: str | None) -> int:
     return apsw.SQLITE_DENY if operation in (apsw.SQLITE_ATTACH, apsw.SQLITE_DETACH) else apsw.SQLITE_OK
-
-
-def corrupt_after_all(path: Path) -> CorruptDatabaseError:
-    """Return the error for a file that was a database of ours and has lost what is in it."""
-    return CorruptDatabaseError(
-        f"{path} held a database and is empty now: restore a backup, or remove {path.name}.lock to start anew "
-        f"(every device, revocation and nonce is forgotten then); {newest_backup_hint(path)}"
-    )
