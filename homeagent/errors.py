@@ -191,11 +191,15 @@ class ConflictError(HomeAgentError):
 
     Attributes:
         table: the table whose constraint refused the change; None for another conflict, or if it is not known.
-        constraint: the name of that constraint; None if it has no name, or if it is not known.
+        constraint: the name of that constraint, or its columns if it has no name; None if it is not known. SQLite does
+            not say which of several foreign keys refused a change.
+        kind: the kind of that constraint: `unique` (a primary key too), `foreign_key`, `check`, `not_null`,
+            `exclusion` (PostgreSQL) or `datatype` (SQLite, of a STRICT table); None for another conflict.
     """
 
     table: str | None = None
     constraint: str | None = None
+    kind: str | None = None
 
 
 class AgentInUseError(ConflictError):

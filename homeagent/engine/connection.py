@@ -142,12 +142,12 @@ class StoreConnection:
         fault: BaseException
         try:
             if self._root is not None:
-                root, self._root = self._root, None
-                root.commit()
+                self._root.commit()
+                self._root = None
             else:
                 self._send_commit()
         except self._driver_errors as error:
-            fault = self._translate(error)
+            fault = self._refused(error, "COMMIT")
         except ConnectionLostError as error:
             # SQLAlchemy's connection has translated it.
             fault = error
@@ -166,8 +166,8 @@ class StoreConnection:
             return  # there is nothing of this process's to undo
         if self._root is not None:
             root, self._root = self._root, None
-            # A flush that failed has rolled it back already.
-            if root.is_active:
+            # A flush that failed has rolled it back already; a COMMIT that failed leaves it on the connection.
+            if self._connection.get_transaction() is root:
                 root.rollback()
         if self.in_transaction:
             self.execute("ROLLBACK")

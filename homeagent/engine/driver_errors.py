@@ -36,9 +36,11 @@ __all__ = [
     "Translate",
     "commit_unknown",
     "connection_lost",
+    "constraint_conflict",
     "named",
     "naming_statement",
     "postgresql_error",
+    "refused_by",
     "sqlite_code",
     "sqlite_code_name",
     "sqlite_error",
@@ -100,6 +102,32 @@ def commit_unknown(cause: str = "the connection was lost in the middle of COMMIT
         f"{cause}, so that nobody knows whether the unit took place: look whether it did before it is done again, "
         "or use run(…, idempotent=True) for a unit that may be done twice"
     )
+
+
+_REASONS = {
+    "unique": "there is a row with the same value",
+    "not_null": "a value is missing",
+    "check": "a value is out of range",
+    "foreign_key": "a row that is referred to is missing, or other rows refer to the row",
+    "exclusion": "there is a row that excludes the value",
+    "datatype": "a value is of another type",
+}
+
+
+def constraint_conflict(kind: str, table: str | None, constraint: str | None, label: str) -> ConflictError:
+    """Return the error for a change that a constraint refused.
+
+    Args:
+        kind: of the constraint, as `ConflictError.kind` has it.
+        table: the table that has the constraint; None if it is not known.
+        constraint: its name, or its columns; None if it is not known.
+        label: what the database calls the error.
+    """
+    name = f"a {kind} constraint" if constraint is None else f"the {kind} constraint {constraint!r}"
+    where = "the database" if table is None else f"table {table!r}"
+    error = ConflictError(f"{name} of {where} refused the change: {_REASONS[kind]} [{label}]")
+    error.table, error.constraint, error.kind = table, constraint, kind
+    return error
 
 
 # https://sqlite.org/rescode.html: the low byte is the primary result code, which an extended one says more than.
@@ -204,6 +232,26 @@ def sqlite_code_name(error: BaseException) -> str:
     return str(names[0].get(code) or names[1].get(code & 0xFF, "SQLITE_ERROR"))
 
 
+_POSTGRESQL_CONSTRAINTS = {
+    "23001": "foreign_key",
+    "23502": "not_null",
+    "23503": "foreign_key",
+    "23505": "unique",
+    "23514": "check",
+    "23P01": "exclusion",
+}
+
+
+def refused_by(error: BaseException) -> tuple[str | None, str | None]:
+    """Return the table and the constraint, or column, that an exception of psycopg names; None for what it does not."""
+    kept: tuple[str | None, str | None] | None = getattr(error, "constraint", None)
+    if kept is not None:
+        return kept
+    diag: Any = getattr(error, "diag", None)
+    name = getattr(diag, "constraint_name", None) or getattr(diag, "column_name", None)
+    return getattr(diag, "table_name", None), name
+
+
 def postgresql_error(error: BaseException) -> HomeAgentError:
     """Return ours for an exception of psycopg, told apart by its SQLSTATE.
 
@@ -231,6 +279,9 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
         return DiskFullError("the PostgreSQL server has no room to write: make some, then run the unit again" + label)
     if state.startswith("53"):
         return TransientError("the PostgreSQL server has no connection or memory left: lower the pools" + label)
+    kind = _POSTGRESQL_CONSTRAINTS.get(state)
+    if kind is not None:
+        return constraint_conflict(kind, *refused_by(error), label.strip(" []"))
     if state.startswith("23"):
         return ConflictError(
             "a constraint of the database refused the change: a duplicate, a missing reference or a value out of range"

@@ -234,6 +234,8 @@ def test_a_sweep_skips_the_rows_that_an_own_table_refers_to(
         assert (report.skipped, report.more) == (3, False)
         (record,) = [record for record in caplog.records if vars(record).get("event") == "sweep_skipped"]
         assert vars(record)["skipped"] == 3
+        names = [f"own_fk_{name} of table own_{name}" for name in ("idempotency_keys", "nonces")]
+        assert list(report.constraints) == vars(record)["constraints"] == names
     left = dump(database)
     assert {row[0] for row in left["nonces"]} == {"n0", "n3"}
     assert {row[0] for row in left["idempotency_keys"]} == {"k2"}

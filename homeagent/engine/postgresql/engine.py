@@ -16,7 +16,7 @@ import sqlalchemy
 from sqlalchemy import URL, event
 from sqlalchemy.pool import NullPool
 
-from homeagent.engine.driver_errors import named, postgresql_error, translated
+from homeagent.engine.driver_errors import named, postgresql_error, refused_by, translated
 from homeagent.engine.engine import Engine
 from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, InvalidArgumentError
@@ -233,6 +233,7 @@ def _withheld() -> Iterator[None]:
 def _withhold(error: BaseException) -> None:
     """Take from an error of psycopg what the server says, whose DETAIL shows a row, and the connection's password."""
     if hasattr(error, "sqlstate"):
+        error.constraint = refused_by(error)  # type: ignore[attr-defined]
         error.args = (named(error)[2:] or "the server's message is withheld",)
         # psycopg keeps the server's message in the one, and the parameters of a failed attempt in the other.
         error._info = error._pgconn = None  # type: ignore[attr-defined]

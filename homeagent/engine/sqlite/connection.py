@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from homeagent.engine.connection import StoreConnection
+from homeagent.engine.sqlite.constraints import named_conflict
 from homeagent.engine.sqlite.dialect import StatementCursor
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class SQLiteConnection(StoreConnection):
 
     def _send_commit(self) -> None:
         self._raw.commit_by(self._execute)
+
+    def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
+        return named_conflict(self._raw, error, sql) or super()._refused(error, sql)
 
     def _unread_rows(
         self, error: BaseException, compiled: Compiled[Any], parameters: Parameters

@@ -32,6 +32,7 @@ __all__ = [
     "Dialect",
     "StatementCursor",
     "connect",
+    "deny_attach",
 ]
 
 DRIVER_NAME = "sqlite+homeagent"
@@ -247,6 +248,11 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
     # https://sqlite.org/tempfiles.html
     connection.execute("PRAGMA temp_store=MEMORY")
     return connection
+
+
+def deny_attach(operation: int, *names: str | None) -> int:
+    """Authorize all but ATTACH and DETACH (https://sqlite.org/c3ref/set_authorizer.html)."""
+    return apsw.SQLITE_DENY if operation in (apsw.SQLITE_ATTACH, apsw.SQLITE_DETACH) else apsw.SQLITE_OK
 
 
 def _regexp(*arguments: Any) -> bool | None:

@@ -29,8 +29,9 @@ from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.system_errors import explained
 from homeagent.engine.fork import inherit, refuse_inherited
 from homeagent.engine.sqlite.connection import SQLiteConnection
+from homeagent.engine.sqlite.constraints import named_conflict
 from homeagent.engine.sqlite.diagnosis import diagnosed_error
-from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME
+from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME, deny_attach
 from homeagent.engine.sqlite.dialect import Connection as DriverConnection
 from homeagent.engine.sqlite.foreign_access import guard_of, open_guarded
 from homeagent.engine.sqlite.lock_wait import LockWait
@@ -147,16 +148,12 @@ class SQLiteEngine(Engine):
         end_with_transactions(connection)
 
     def _on_close(self, connection: Any, record: ConnectionPoolEntry) -> None:
-        """Keep a connection from checkpointing as it closes if the file, its log or the index was replaced.
-
-        SQLite checkpoints when the last connection closes. It would move an older log into the file, and delete the
-        log that another process has made since, with the commits in it.
-        """
+        # The last one to close would move its log into the file, and delete another process's log with its commits.
         moved: HomeAgentError | None
         try:
             moved = self.watch.find_moved(beside=True)
-        except HomeAgentError as error:  # what can't be looked at is left as it is
-            moved = error
+        except HomeAgentError as error:
+            moved = error  # what can't be looked at is left as it is
             self._keep_from_checkpoints()
         self._open.discard(connection)
         if moved is None and not self._open:
@@ -209,7 +206,7 @@ class SQLiteEngine(Engine):
 
         def open_file() -> DriverConnection:
             raw = self._open_existing("mode=ro")
-            raw.authorizer = _deny_attach
+            raw.authorizer = deny_attach
             return raw
 
         self.watch.before_connect()
@@ -223,7 +220,7 @@ class SQLiteEngine(Engine):
         try:
             with self.translated():
                 connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE 0")  # takes the snapshot
-            self._open.add(connection.connection.driver_connection)
+            self._open.add(connection.connection.driver_connection)  # type: ignore[arg-type]
             self.watch.connected()
         except BaseException:
             connection.close()
@@ -405,7 +402,11 @@ class SQLiteEngine(Engine):
             raise context.original_exception  # from what a forked child has in the place of a connection
         # Before a statement runs, a column type of the application may raise exceptions that are Python's own.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
-        return self.fault(original) if isinstance(original, kinds) else None
+        if not isinstance(original, kinds):
+            return None
+        raw = None if context.connection is None else context.connection.connection.driver_connection
+        conflict = None if raw is None else named_conflict(raw, original, context.statement)
+        return conflict or self.fault(original)
 
     def before_fork(self) -> None:
         """Close what no unit uses, so that a child inherits none of SQLite's locks where nothing is under way."""
@@ -448,7 +449,3 @@ class SQLiteEngine(Engine):
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
-
-
-def _deny_attach(operation: int, *names: str | None) -> int:
-    return apsw.SQLITE_DENY if operation in (apsw.SQLITE_ATTACH, apsw.SQLITE_DETACH) else apsw.SQLITE_OK

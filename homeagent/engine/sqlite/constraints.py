@@ -1,0 +1,160 @@
+"""Which constraint refused a change: SQLite names a CHECK, the columns of a UNIQUE, and nothing of a foreign key.
+
+The rest comes from the schema. The names of constraints are in the text of CREATE TABLE alone; no pragma has them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import apsw
+
+from homeagent.engine.driver_errors import constraint_conflict, sqlite_code_name
+from homeagent.errors import ConflictError
+
+__all__ = ["named_conflict"]
+
+_KINDS = {
+    apsw.SQLITE_CONSTRAINT_UNIQUE: "unique",
+    apsw.SQLITE_CONSTRAINT_PRIMARYKEY: "unique",
+    apsw.SQLITE_CONSTRAINT_ROWID: "unique",
+    apsw.SQLITE_CONSTRAINT_NOTNULL: "not_null",
+    apsw.SQLITE_CONSTRAINT_CHECK: "check",
+    apsw.SQLITE_CONSTRAINT_FOREIGNKEY: "foreign_key",
+    apsw.SQLITE_CONSTRAINT_DATATYPE: "datatype",
+}
+
+_NAME = r"""(?:"(?:[^"]|"")+"|`[^`]+`|\[[^\]]+\]|\w+)"""
+_TARGET = re.compile(rf"\s*(?:WITH\b.*?\)\s*)?(INSERT|REPLACE|UPDATE|DELETE)\b.*?({_NAME})(?=\s|\()", re.I | re.S)
+_BESIDE = re.compile(r"/\*.*?\*/|\b(OR\s+\w+|INTO|FROM)\b\s*", re.I | re.S)
+
+
+class _ForeignKey(NamedTuple):
+    table: str
+    columns: tuple[str, ...]
+    parent: str
+
+
+def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
+    """Return the error for a change that a constraint refused; None for an error of another kind.
+
+    Args:
+        raw: the driver's connection, on which the change failed.
+        error: the driver's exception.
+        statement: the SQL text that failed; None or COMMIT if a deferred foreign key failed at the end.
+    """
+    kind = _KINDS.get(getattr(error, "extendedresult", 0))
+    if kind is None:
+        return None
+    table: str | None = None
+    constraint: str | None = None
+    told = str(error).partition(": ")[2]
+    try:
+        if kind == "foreign_key":
+            table, constraint = _foreign_key(raw, statement)
+        elif kind == "check":
+            table, constraint = _table_of_check(raw, told, statement), told
+        elif kind == "datatype":
+            table, _, constraint = str(error).rpartition(" ")[2].partition(".")
+        elif told.startswith("index '"):
+            constraint = told.removeprefix("index '").removesuffix("'")
+            table = _one(raw, "SELECT tbl_name FROM sqlite_master WHERE type = 'index' AND name = ?", constraint)
+        else:
+            table = told.partition(".")[0]
+            columns = tuple(part.removeprefix(f"{table}.") for part in told.split(", "))
+            constraint = (_unique_name(raw, table, columns) if kind == "unique" else None) or ", ".join(columns)
+    except (apsw.Error, UnicodeError):
+        pass  # a schema that can't be read: the error has the names that are known
+    return constraint_conflict(kind, table, constraint, sqlite_code_name(error))
+
+
+def _one(raw: Any, query: str, *parameters: object) -> str | None:
+    rows = raw.execute(query, parameters).fetchall()
+    return str(rows[0][0]) if len(rows) == 1 else None
+
+
+def _tables(raw: Any) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = raw.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'").fetchall()
+    return rows
+
+
+def _target(statement: str | None) -> tuple[str, str]:
+    """Return what a statement does, and the table that it changes; empty texts for another statement."""
+    found = _TARGET.match(_BESIDE.sub("", statement or ""))
+    return ("", "") if found is None else (found[1].upper(), _unquoted(found[2]))
+
+
+def _unquoted(name: str) -> str:
+    return name[1:-1].replace('""', '"') if name[0] in '"`[' else name
+
+
+def _table_of_check(raw: Any, check: str, statement: str | None) -> str | None:
+    holders = [name for name, sql in _tables(raw) if check in sql]
+    _, target = _target(statement)
+    of_target = [name for name in holders if name.lower() == target.lower()]
+    found = of_target or holders
+    return found[0] if len(found) == 1 else None
+
+
+def _unique_name(raw: Any, table: str, columns: tuple[str, ...]) -> str | None:
+    """Return the name of a unique index on these columns, or of a UNIQUE or PRIMARY KEY; None if it has none."""
+    indexes = raw.execute(
+        "SELECT name FROM pragma_index_list(?) WHERE \"unique\" AND origin = 'c'", (table,)
+    ).fetchall()
+    for (index,) in indexes:
+        if tuple(row[2] for row in raw.execute("SELECT * FROM pragma_index_info(?)", (index,)).fetchall()) == columns:
+            return str(index)
+    return _constraint_name(raw, table, r"(?:UNIQUE|PRIMARY\s+KEY)", columns)
+
+
+def _constraint_name(raw: Any, table: str, kind: str, columns: tuple[str, ...]) -> str | None:
+    sql = next((sql for name, sql in _tables(raw) if name.lower() == table.lower()), "")
+    for name, listed in re.findall(rf"CONSTRAINT\s+({_NAME})\s+{kind}\s*\(([^)]*)\)", sql, re.I):
+        if tuple(_unquoted(column.strip()) for column in listed.split(",")) == columns:
+            return _unquoted(name)
+    return None
+
+
+def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | None]:
+    """Return the table and the name of the foreign key that failed, as far as only one can have failed."""
+    act, target = _target(statement)
+    if target:
+        candidates = [
+            key
+            for key in _foreign_keys(raw)
+            if (act != "DELETE" and key.table.lower() == target.lower())
+            or (act in ("DELETE", "UPDATE", "REPLACE") and key.parent.lower() == target.lower())
+        ]
+    else:
+        candidates = list(_broken(raw))
+    tables = {key.table for key in candidates}
+    table = tables.pop() if len(tables) == 1 else None
+    if len(candidates) != 1:
+        return table, None
+    (key,) = candidates
+    return table, _constraint_name(raw, key.table, r"FOREIGN\s+KEY", key.columns) or ", ".join(key.columns)
+
+
+def _foreign_keys(raw: Any) -> Iterator[_ForeignKey]:
+    for table, _ in _tables(raw):
+        keys: dict[int, tuple[str, list[str]]] = {}
+        for number, _, parent, column, *_ in raw.execute(
+            "SELECT * FROM pragma_foreign_key_list(?)", (table,)
+        ).fetchall():
+            keys.setdefault(number, (parent, []))[1].append(column)
+        yield from (_ForeignKey(table, tuple(columns), parent) for parent, columns in keys.values())
+
+
+def _broken(raw: Any) -> Iterator[_ForeignKey]:
+    """Yield the deferred foreign keys that are broken now: the transaction whose COMMIT failed is still open."""
+    for table, sql in _tables(raw):
+        if "DEFERR" not in sql.upper():
+            continue
+        quoted = table.replace('"', '""')
+        broken = {row[3] for row in raw.execute(f'PRAGMA foreign_key_check("{quoted}")').fetchall()}
+        rows = raw.execute("SELECT * FROM pragma_foreign_key_list(?)", (table,)).fetchall()
+        for number in broken:
+            columns = tuple(row[3] for row in rows if row[0] == number)
+            yield _ForeignKey(table, columns, next(row[2] for row in rows if row[0] == number))

@@ -1,0 +1,98 @@
+"""A constraint of an own table that refuses a change: the error names it, and holds no value."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from homeagent import Database, UnitOfWork
+from homeagent.errors import ConflictError
+from tests.conftest import add_agent
+
+TABLES = (
+    "CREATE TABLE own_tags (id INTEGER NOT NULL, name TEXT NOT NULL, size INTEGER, plain TEXT UNIQUE,"
+    " CONSTRAINT pk_own_tags PRIMARY KEY (id), CONSTRAINT uq_own_tags_name UNIQUE (name),"
+    " CONSTRAINT ck_own_tags_size CHECK (size > 0))",
+    "CREATE UNIQUE INDEX idx_own_tags_size ON own_tags (size)",
+    "CREATE TABLE own_uses (tag INTEGER, CONSTRAINT fk_own_uses_tag FOREIGN KEY (tag) REFERENCES own_tags (id))",
+    "CREATE TABLE own_plans (agent TEXT, CONSTRAINT fk_own_plans_agent FOREIGN KEY (agent)"
+    " REFERENCES agents (id) DEFERRABLE INITIALLY DEFERRED)",
+    "INSERT INTO own_tags VALUES (1, 'geheim', 1, 'geheim')",
+    "INSERT INTO own_uses VALUES (1)",
+)
+
+# What is refused, and the table, constraint and kind that the error has.
+REFUSED = {
+    "primary key": ("INSERT INTO own_tags (id, name) VALUES (1, 'n')", "own_tags", "pk_own_tags", "unique"),
+    "unique": ("INSERT INTO own_tags (id, name) VALUES (2, 'geheim')", "own_tags", "uq_own_tags_name", "unique"),
+    "index": ("INSERT INTO own_tags (id, name, size) VALUES (2, 'n', 1)", "own_tags", "idx_own_tags_size", "unique"),
+    "check": ("UPDATE own_tags SET size = -7", "own_tags", "ck_own_tags_size", "check"),
+    "not null": ("INSERT INTO own_tags (id) VALUES (2)", "own_tags", "name", "not_null"),
+    "child": ("INSERT INTO own_uses VALUES (77)", "own_uses", "fk_own_uses_tag", "foreign_key"),
+    "parent": ("DELETE FROM own_tags WHERE id = 1", "own_uses", "fk_own_uses_tag", "foreign_key"),
+    "deferred": ("INSERT INTO own_plans VALUES ('geheim')", "own_plans", "fk_own_plans_agent", "foreign_key"),
+}
+
+
+@pytest.fixture
+def own(database: Database) -> Database:
+    """A database with own tables."""
+    with database.unit_of_work() as unit:
+        for statement in TABLES:
+            unit.session.execute(text(statement))
+    return database
+
+
+def execute(statement: str) -> Callable[[UnitOfWork], None]:
+    """Return a function that runs a statement in a unit."""
+
+    def work(unit: UnitOfWork) -> None:
+        unit.session.execute(text(statement))
+
+    return work
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_the_error_names_the_constraint(own: Database, what: str) -> None:
+    """From a block, from `run` and among units that wait for one another: table, constraint and kind are known."""
+    statement, *expected = REFUSED[what]
+
+    def block() -> None:
+        with own.unit_of_work() as unit:
+            execute(statement)(unit)
+
+    async def together() -> None:
+        works = [own.arun(execute(statement)), *(own.arun(lambda unit: len(unit.agents.list())) for _ in range(5))]
+        refused, *others = await asyncio.gather(*works, return_exceptions=True)
+        assert others == [0] * 5
+        assert isinstance(refused, ConflictError)
+        raise refused
+
+    for act in (block, lambda: own.run(execute(statement)), lambda: asyncio.run(together())):
+        with pytest.raises(ConflictError) as caught:
+            act()
+        error = caught.value
+        assert [error.table, error.constraint, error.kind] == expected
+        assert all(str(name) in str(error) for name in expected)
+        for value in ("geheim", "77", "-7"):
+            assert value not in str(error)
+        assert error.__cause__ is None or "geheim" not in str(error.__cause__)
+
+
+def test_a_store_s_statement_names_an_own_constraint(own: Database) -> None:
+    """An own row that refers to an agent keeps it; the error of `agents.delete` says so, also in a shared commit."""
+    add_agent(own)
+    own.run(execute("INSERT INTO own_plans VALUES ('ada')"))
+
+    async def together() -> list[Any]:
+        works = [own.arun(lambda unit: unit.agents.delete("ada")), *(own.arun(lambda unit: None) for _ in range(5))]
+        return list(await asyncio.gather(*works, return_exceptions=True))
+
+    refused, *others = asyncio.run(together())
+    assert others == [None] * 5
+    assert isinstance(refused, ConflictError)
+    assert (refused.table, refused.constraint, refused.kind) == ("own_plans", "fk_own_plans_agent", "foreign_key")
