@@ -69,6 +69,11 @@ class FileIdentityCheck:
         """Which file was opened; None before the first connection."""
         return self._identity
 
+    @property
+    def remembers_log(self) -> bool:
+        """Whether the log or its index is known, so that another file in its place is noticed."""
+        return bool(self._known)
+
     def before_connect(self) -> None:
         """Look before a connection is opened.
 
@@ -78,7 +83,7 @@ class FileIdentityCheck:
         Raises:
             DatabaseMovedError: another file has the name now, or none; or the log or its index was replaced.
         """
-        self._look(beside=bool(self._known), remember=False)
+        self._look(beside=self.remembers_log, remember=False)
 
     def connected(self, *, beside: bool = True) -> None:
         """Say that a connection was opened and has read; the first one decides which file it is.
@@ -92,7 +97,8 @@ class FileIdentityCheck:
         if self._identity is None:
             status = self._status(self._name)
             self._identity = None if status is None else identity_of(status)
-        self._look(beside=beside)
+        else:  # the first one may have emptied the file, of which a power cut left a part of the first transaction
+            self._look(beside=beside)
 
     def disconnected(self) -> None:
         """Say that the last connection is closed: SQLite may delete the files beside, and make them anew."""

@@ -158,7 +158,7 @@ class SQLiteEngine(Engine):
         self._open.discard(connection)
         if moved is None and not self._open:
             self.watch.disconnected()
-        elif not self._open:  # it stays known, so that no connection is opened to another log
+        elif self.watch.remembers_log and not self._open:  # and goes on to, so that another log is refused
             logger.error("%s", moved, extra={"event": "closed_without_checkpoint", "path": str(self.path)})
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry) -> None:
