@@ -301,7 +301,7 @@ BACKUPS: dict[str, tuple[Any, type[errors.DatabaseError], str, bool]] = {
     "cut, with manifest": (lambda path: os.truncate(path, 40960), errors.CorruptDatabaseError, "its manifest", True),
     "flipped": (flipped, errors.CorruptDatabaseError, "SHA-256", True),
     "another": (another, errors.CorruptDatabaseError, "SHA-256", True),
-    "manifest": (lambda path: manifest_path(path).write_text("{}"), errors.CorruptDatabaseError, "no manifest", True),
+    "manifest": (lambda path: manifest_path(path).write_text("{}"), errors.CorruptDatabaseError, "as a manifest", True),
 }  # fmt: skip
 
 

@@ -1,14 +1,12 @@
-"""A second SQLite library in the process does no harm to an open database.
+"""Protect an open database from a second SQLite library in the same process.
 
-POSIX locks belong to a process. When another library of the process, such as the interpreter's `sqlite3`, closes a
-descriptor of the database, the locks of homeagent's connections are gone, and other processes may delete the log under
-them (https://sqlite.org/howtocorrupt.html, section 2.2). Two measures:
+POSIX locks belong to a process. If another library of the process, such as the interpreter's `sqlite3`, closes a
+descriptor of the database, the process loses the locks of homeagent's connections, and other processes may delete the
+WAL (https://sqlite.org/howtocorrupt.html, section 2.2). There are two measures:
 
-- Read locks on open file descriptions (Linux: `F_OFD_SETLK`), one on the file and one on its WAL index. They survive
-  the close of any other descriptor, and keep another library from taking the database for closed.
-- An audit hook that refuses `sqlite3.connect` to a file that a `Database` has open.
-
-Neither sees a host that writes through `ATTACH` or a C library. See docs/operations.md.
+- Read locks on open file descriptions (Linux: `F_OFD_SETLK`), on the file and on its WAL index. They survive the close
+  of any other descriptor, and show another library that the database is still open.
+- An audit hook: `sqlite3.connect` raises for a file that a `Database` has open. It does not detect `ATTACH` and C code.
 """
 
 from __future__ import annotations
@@ -32,24 +30,19 @@ __all__ = ["FileGuard", "guard_of", "open_guarded"]
 
 Identity = tuple[int, int]
 
-# SQLite's SHARED range in the database file, and the byte of the WAL index that each process with a connection holds a
-# read lock on (os_unix.c: SHARED_FIRST, SHARED_SIZE, UNIX_SHM_DMS).
+# SQLite's SHARED range in the database file, and the byte of the WAL index on which each process with a connection
+# holds a read lock (os_unix.c: SHARED_FIRST, SHARED_SIZE, UNIX_SHM_DMS).
 _SHARED_RANGE = (0x40000002, 510)
 _WAL_INDEX_BYTE = (128, 1)
 
 _DESCRIPTORS = Path("/proc/self/fd")
 
-# Not by the name in `fcntl` alone: `_lock` knows the layout of Linux's structure only.
+# Check the platform too: `_lock` packs Linux's layout of struct flock.
 _HAS_OFD_LOCKS = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
 
 class FileGuard:
-    """Holds the locks of one database file for as long as this process has a connection to it.
-
-    Args:
-        path: the file.
-        identity: its device and inode.
-    """
+    """Holds the locks of one database file while this process has a connection to the file."""
 
     def __init__(self, path: Path, identity: Identity) -> None:
         self._path = path
@@ -58,23 +51,23 @@ class FileGuard:
         self._connections = 0
         self._descriptors: list[int] = []
         self._holds = False
-        self._is_over = False
+        self._is_closed = False
 
     def opened(self) -> bool:
-        """Count a connection that was opened; return False if the last one was closed meanwhile."""
+        """Count a new connection. Return False if the last connection was closed in the meantime."""
         with self._mutex:
-            self._connections += not self._is_over
-            return not self._is_over
+            self._connections += not self._is_closed
+            return not self._is_closed
 
     @contextmanager
     def closing(self) -> Iterator[None]:
         """Count a connection that is closed in the block.
 
-        The locks are released before the last one closes, since SQLite then locks the file to move the log into it.
-        The descriptors are closed after that: closing them earlier would drop SQLite's own locks.
+        Release the locks before the last connection closes: SQLite then locks the file to checkpoint the WAL. Do not
+        close the descriptors earlier: a close would drop SQLite's own locks.
 
         Raises:
-            DatabaseError: if the system could not unlock or close a file. The connection is closed.
+            DatabaseError: the system could not unlock or close a file. The connection is closed.
         """
         with self._mutex, explained("unlock", self._path):
             self._connections -= 1
@@ -84,7 +77,7 @@ class FileGuard:
                 yield
             finally:
                 if is_last:
-                    self._is_over = True
+                    self._is_closed = True
                     try:
                         self.forget()
                     finally:
@@ -95,7 +88,7 @@ class FileGuard:
                 raise failure
 
     def hold(self) -> None:
-        """Take the locks, if they are not held. A connection has read the database, so that its WAL index exists."""
+        """Take the locks, if a connection is open. It must have read the database, which creates the WAL index."""
         with self._mutex:
             if self._holds or not self._connections:
                 return
@@ -104,16 +97,16 @@ class FileGuard:
                 spans = ((self._path, _SHARED_RANGE), (sidecars(self._path)[1], _WAL_INDEX_BYTE))
                 for number, (path, span) in enumerate(spans):
                     if look_at(path) is None:
-                        return  # a file that can only be read, next to which SQLite makes no WAL index
+                        return  # a read-only file, for which SQLite creates no WAL index
                     with explained("lock", path):
-                        # A descriptor stays open if the next step fails: its close would drop SQLite's own locks.
+                        # Keep the descriptor open if the next step fails: a close would drop SQLite's own locks.
                         if number == len(self._descriptors):
                             self._descriptors.append(os.open(path, os.O_RDONLY | OPEN_FLAGS))
                         _lock(self._descriptors[number], fcntl.F_RDLCK, *span)
             self._holds = True
 
     def _release(self) -> OSError | None:
-        """Release the locks, and return the last error: the connection must be closed before it is raised."""
+        """Release the locks. Return the last error, for the caller to raise after the connection is closed."""
         failure = None
         for descriptor in self._descriptors:
             try:
@@ -124,26 +117,26 @@ class FileGuard:
         return failure
 
     def forget(self) -> None:
-        """Close the descriptors: no connection is open, or this is a forked child, whose copies keep the locks."""
+        """Close the descriptors. Call only without open connections, or in a forked child."""
         descriptors, self._descriptors = self._descriptors, []
-        with ExitStack() as closing:  # closes the others too if one close fails
+        with ExitStack() as closing:  # a failed close does not prevent the others
             for descriptor in descriptors:
                 closing.callback(os.close, descriptor)
 
 
 def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
-    # struct flock, its l_pid 0: https://man7.org/linux/man-pages/man2/F_OFD_SETLK.2const.html
+    # struct flock with l_pid 0: https://man7.org/linux/man-pages/man2/F_OFD_SETLK.2const.html
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# A connection is opened and counted in one step. Otherwise another thread would take its descriptor for a foreign one.
+# Held while a connection is opened and counted: otherwise another thread would report its descriptor as foreign.
 _opening = threading.RLock()
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}
 
 
 def guard_of(path: Path, identity: Identity) -> FileGuard:
-    """Return the guard of a file, the same for all databases of this process."""
+    """Return the guard of a file. All databases of this process share the guard."""
     with _registry:
         guard = _guards.get(identity)
         if guard is None:
@@ -152,17 +145,13 @@ def guard_of(path: Path, identity: Identity) -> FileGuard:
 
 
 def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) -> Connection:
-    """Open an existing database with a connection that its guard counts until it is closed.
+    """Open an existing database. The file's guard counts the connection until the connection is closed.
 
     Args:
         path: the file.
-        uri: the file as SQLite takes it.
-        timeout: how long a statement waits for a lock, in seconds.
-        refuse: whether to refuse a file of which this process has a descriptor that is not homeagent's.
-
-    Raises:
-        ForeignAccessError: there is such a descriptor.
-        apsw.Error: SQLite can't open the file.
+        uri: SQLite URI of the file.
+        timeout: longest wait of a statement for a lock, in seconds.
+        refuse: whether to raise ForeignAccessError if this process has a foreign descriptor of the file.
     """
     with _opening:
         if refuse:
@@ -178,13 +167,9 @@ def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) 
 
 
 def _refuse_foreign_descriptors(path: Path) -> None:
-    """Refuse a file of which this process has a descriptor that is not homeagent's.
+    """Raise ForeignAccessError if a descriptor of this process, not homeagent's, refers to the file.
 
-    Its close would drop the locks that are about to be taken. Nothing can be told of a file that homeagent has open
-    already, nor on a system without /proc.
-
-    Raises:
-        ForeignAccessError: there is such a descriptor.
+    Without /proc, or if homeagent has the file open already, such a descriptor can't be detected.
     """
     status = look_at(path)
     if status is None or identity_of(status) in _guards:
@@ -196,8 +181,9 @@ def _refuse_foreign_descriptors(path: Path) -> None:
             with suppress(OSError):  # closed since it was listed
                 if identity_of(link.stat()) == identity_of(status):
                     raise ForeignAccessError(
-                        f"this process has {quoted(path)} open already, as descriptor {link.name}, by other means than "
-                        "homeagent: close that before Database.open, since its close would drop SQLite's locks"
+                        f"this process has {quoted(path)} open already, as descriptor {link.name}, but not through "
+                        "homeagent: close the descriptor before Database.open, since a later close would drop "
+                        "SQLite's locks"
                     )
 
 
@@ -213,24 +199,24 @@ def _refuse_connect(event: str, arguments: tuple[object, ...]) -> None:
         with suppress(OSError, ValueError):
             if identity_of(Path(candidate).stat()) in _guards:
                 raise ForeignAccessError(
-                    f"{quoted(Path(candidate))} is open as a homeagent database in this process, and a second SQLite "
-                    "library would drop its locks: read it through Database.read_connection, or use a store"
+                    f"{quoted(Path(candidate))} is open as a homeagent database in this process, and closing it in a "
+                    "second SQLite library would drop its locks: use Database.read_connection or a store"
                 )
 
 
-_is_hooked = False
+_is_hook_installed = False
 
 
 def _install_hook() -> None:
-    # A hook can't be removed, and slows each audited call a little: so it is installed with the first open file.
-    global _is_hooked
-    if not _is_hooked:
-        _is_hooked = True
+    # Install the hook with the first open file: it can't be removed, and slows each audited call a little.
+    global _is_hook_installed
+    if not _is_hook_installed:
+        _is_hook_installed = True
         sys.addaudithook(_refuse_connect)
 
 
 def _after_fork_in_child() -> None:
-    # Threads that do not exist in the child may have held the locks.
+    # A thread that does not exist in the child may have held one of these locks.
     global _opening, _registry
     _opening, _registry = threading.RLock(), threading.RLock()
     for guard in _guards.values():

@@ -1,7 +1,7 @@
-"""Who has a database open: each of ours holds a shared lock beside it, so that a restore never swaps it under anybody.
+"""The in-use lock: each process of homeagent with an open database holds a shared lock on `homeagent.db.open`.
 
-The lock is on a file of its own, `homeagent.db.open`. It says nothing about the database's content, so it works
-where that is damaged, and it goes with its holder, however that ends.
+A restore takes the lock exclusively, so that it does not replace an open database. The lock does not depend on the
+database's content, so it also works for a damaged database. The system releases the lock when the process ends.
 """
 
 from __future__ import annotations
@@ -21,30 +21,25 @@ from homeagent.errors import DatabaseBusyError, DatabaseError, ReadOnlyError
 
 __all__ = ["alone", "hold_in_use_lock", "in_use_path", "kept_from_sqlite"]
 
-# Where SQLite takes its locks in a database file (https://sqlite.org/src/file/src/os.h): one byte each for PENDING
-# and RESERVED, then those of SHARED, one of which a connection in write-ahead-log mode holds until it is closed.
+# SQLite's locks in a database file (https://sqlite.org/src/file/src/os.h): one byte each for PENDING and RESERVED, then
+# the SHARED range. An open connection in WAL mode holds a lock in the SHARED range.
 _SQLITE_LOCKS = (0x40000000, 512)
 
 
 def in_use_path(database: Path) -> Path:
-    """Return the lock file that every open database holds."""
+    """Return the path of a database's in-use lock file."""
     return database.with_name(database.name + ".open")
 
 
 def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
-    """Hold the lock of those who have a database open, after the end of a restore that was cut off.
+    """Take the shared in-use lock, for the caller to hold until the last connection is closed.
 
-    Args:
-        database: the file.
-        timeout: how long to wait for a restore that is under way.
-
-    Returns:
-        The lock, to be released once the last connection is closed. None where its file can't be made, since the
-        directory can't be written: then nothing can be swapped there either, nor could SQLite write.
+    Finish an interrupted restore first. Return None if the directory is not writable, so that the lock file can't be
+    created: no restore can replace a file there, and SQLite can't write.
 
     Raises:
-        DatabaseBusyError: it is being restored.
-        DatabaseError: the lock file is not as it must be, or a restore can't be finished.
+        DatabaseBusyError: the timeout is over, and another process still restores the database.
+        DatabaseError: `inspect_file` would refuse the lock file, or an interrupted restore can't be finished.
     """
     path = in_use_path(database)
     while True:
@@ -59,29 +54,27 @@ def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
             raise
         if not lock.has_marker():
             return lock
-        # Only who holds it alone may do that, and nobody else can have the database open: they all pass by here.
+        # Finishing a restore needs the exclusive lock, which proves that no other process has the database open.
         lock.release()
-        with FileLock(path, timeout=timeout) as only:
-            finish_replacement(only, database, timeout=timeout)
+        with FileLock(path, timeout=timeout) as exclusive:
+            finish_replacement(exclusive, database, timeout=timeout)
 
 
 @contextmanager
 def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
-    """Keep everybody of ours from having a database open, after the end of a restore that was cut off.
+    """Hold the exclusive in-use lock: no process of homeagent has the database open. Finish an interrupted restore.
 
-    Args:
-        database: the file, which may be absent or damaged; its directory exists.
-        timeout: how long to wait for who has it open.
+    The directory must exist. The database may be absent or damaged.
 
     Raises:
-        DatabaseBusyError: it is open; the message says in which processes, where that can be known.
+        DatabaseBusyError: the timeout is over, and a process (named on Linux) still has the database open.
     """
     lock = FileLock(in_use_path(database), timeout=timeout)
     try:
         lock.acquire()
     except DatabaseBusyError:
         raise DatabaseBusyError(
-            f"{quoted(database)} is open in {_holders(lock.path)}: stop what uses it, then restore it"
+            f"{quoted(database)} is open in {_holders(lock.path)}: close the database there, then restore it"
         ) from None
     try:
         finish_replacement(lock, database, timeout=timeout)
@@ -92,13 +85,13 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
 
 @contextmanager
 def kept_from_sqlite(database: Path) -> Iterator[None]:
-    """Keep other programs that use SQLite from having a file open. One that is absent is let be.
+    """Keep programs that use SQLite from opening the file. Do nothing if the file does not exist.
 
-    Only for a file that this process does not have open through SQLite: closing any descriptor of it would drop
-    SQLite's locks, and a descriptor that SQLite closes meanwhile drops these.
+    This process must not have the file open through SQLite: closing any descriptor of the file drops SQLite's locks,
+    and SQLite's own close would drop this lock.
 
     Raises:
-        DatabaseBusyError: one has it open.
+        DatabaseBusyError: another program has the file open.
     """
     with explained("open", database):
         try:
@@ -114,7 +107,7 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
             except (BlockingIOError, PermissionError):
                 raise DatabaseBusyError(
                     f"another program has {quoted(database)} open through SQLite, such as its shell or a replicator: "
-                    "stop it first"
+                    "stop that program first"
                 ) from None
         yield
     finally:
@@ -123,7 +116,7 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
 
 
 def _holders(path: Path) -> str:
-    """Name the processes that hold a lock, as Linux lists them (proc_locks(5))."""
+    """Return the processes that hold a lock, from /proc/locks (proc_locks(5)), in words for an error message."""
     try:
         inode = path.stat().st_ino
         lines = Path("/proc/locks").read_text().splitlines()
@@ -138,5 +131,5 @@ def _holders(path: Path) -> str:
     if not numbers:
         return "another process or thread"
     if numbers == {os.getpid()}:
-        return "this very process"
+        return "this process"
     return "process " + ", ".join(map(str, sorted(numbers)))

@@ -1,7 +1,7 @@
-"""What is known of a backup without opening it: a manifest beside each, and which of them is the newest.
+"""Manifests: small files that describe backups, so that the newest backup is found without opening the database.
 
-An error about a damaged database names the newest good backup, and the database can't be asked for it any more. So a
-small file beside the database remembers where the last one was put.
+The error about a damaged database names its newest good backup. A note next to the database holds the path of the last
+backup, because a damaged database cannot supply the path.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ __all__ = [
 ]
 
 PARTIAL = ".partial"
-"""How the name of a file ends that is not whole yet."""
+"""Suffix of files that are not complete yet."""
 
-_LARGEST = 64 * 1024  # bytes; a manifest has some hundred
+_LARGEST = 64 * 1024  # bytes; a manifest has a few hundred
 
 
 class Manifest(BaseModel):
-    """A backup as it was when it had been verified.
+    """State of a backup at the time of its verification.
 
     Attributes:
-        format: of this file; another one is not read.
-        kind: `backup` for one that was asked for, `upgrade` for the copy that an upgrade of the schema makes first.
-        database: the file that it is a backup of, absolute.
-        taken_at: when, by the database's clock.
-        schema_revision: the revision of the schema in it; None for a file without our tables.
-        epoch: the epoch of the store in it; None where its schema knows none yet.
-        rows: how many rows each table holds.
-        size: of the backup, in bytes.
-        sha256: of its bytes, in hexadecimal.
-        package_version: the version of homeagent that made it.
+        format: version of the manifest's format.
+        kind: `upgrade` for the copy that a schema upgrade makes first; `backup` for other backups.
+        database: absolute path of the source database.
+        taken_at: time of the backup, by the database's clock.
+        schema_revision: schema revision; None for a file without homeagent's tables.
+        epoch: epoch of the store; None if the schema is older than epochs.
+        rows: number of rows of each table.
+        size: size of the backup, in bytes.
+        sha256: SHA-256 of the backup, in hexadecimal.
+        package_version: version of homeagent that made the backup.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -71,21 +71,22 @@ class Manifest(BaseModel):
 
 
 def manifest_path(backup: Path) -> Path:
-    """Return where the manifest of a backup is, or belongs."""
+    """Return the path of a backup's manifest. The manifest may be absent."""
     return backup.with_name(backup.name + ".json")
 
 
 def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None:
-    """Return what is written of a backup, None where there is no manifest beside it.
+    """Return the manifest of a backup; None if the manifest does not exist.
 
     Args:
-        backup: the file.
-        database: the one that it is, or is to become; None to judge it by the backup's own directory.
+        backup: the backup.
+        database: the source database, or the target of a restore; defaults to `backup`, whose directory then decides
+            which owners are trusted.
 
     Raises:
-        InsecureFileError: the manifest has a second name, or belongs to a user whose backups of `database` are not
+        InsecureFileError: the manifest has a second hard link, or belongs to a user whose backups of `database` are not
             safe.
-        CorruptDatabaseError: there is one that can't be read as such.
+        CorruptDatabaseError: the manifest can't be read, or is invalid.
     """
     path = manifest_path(backup)
     try:
@@ -94,29 +95,25 @@ def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None
         return None
     except (OSError, ValidationError, ForeignDatabaseError):
         raise CorruptDatabaseError(
-            f"{quoted(path)} is no manifest that can be read, so that nothing vouches for the backup beside it: "
-            "use another backup, or move the manifest away to rely on SQLite's own checks alone"
+            f"{quoted(path)} can't be read as a manifest, so the backup next to it can't be verified: use another "
+            "backup, or move the manifest away to rely on SQLite's checks alone"
         ) from None
 
 
 def write_manifest(backup: Path, manifest: Manifest) -> None:
-    """Put a manifest beside a backup, 0600, in the place of the one before.
+    """Write or replace the manifest of a backup, with mode 0600.
 
     Raises:
-        DatabaseError: it can't be written; `DiskFullError` and `ReadOnlyError` where that is why.
+        ReadOnlyError, DiskFullError, DatabaseError: the manifest can't be written.
     """
     _write(manifest_path(backup), manifest.model_dump_json(indent=2) + "\n", database=Path(manifest.database))
 
 
 def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
-    """Return the backups in a directory that have a manifest and still the size in it, oldest first.
+    """Return the backups in a directory whose size is that in their manifest, oldest first.
 
-    None of them is opened: what their bytes are worth, a restore finds out. A directory that can't be read has none. A
-    backup that `restore` would refuse to put in the place of the database, for its owner or a second name, is left out.
-
-    Args:
-        directory: where to look.
-        database: the file.
+    Do not open the backups: `restore` checks the content. Leave out a backup that `restore` would refuse because of its
+    owner or a second hard link. An unreadable directory counts as empty.
     """
     found: list[tuple[Path, Manifest]] = []
     with suppress(OSError, HomeAgentError):
@@ -130,45 +127,37 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
                 refuse_insecure(backup, status, owners)
                 if status.st_size == manifest.size:
                     found.append((backup, manifest))
-    return sorted(found, key=lambda one: (one[1].taken_at, one[0].name))
+    return sorted(found, key=lambda entry: (entry[1].taken_at, entry[0].name))
 
 
 def newest_backup(database: Path) -> Path | None:
-    """Return the newest backup of a database that is known here, None where there is none.
+    """Return the newest backup of a database (a path from `locate_file`); None if no backup is found.
 
-    It is looked for beside the database and in the directory that the last backup went to. The database itself is
-    not opened, and need not be there.
-
-    Args:
-        database: the file, as `locate_file` returns it.
+    Search the directory of the database and the directory of the last backup. The database may be absent.
     """
-    # Beside it, one of the same name will do: the directory may have been moved.
-    found = [one for one in backups_in(database.parent, database) if Path(one[1].database).name == database.name]
+    # In the database's own directory only the name must agree: the directory may have been moved.
+    found = [entry for entry in backups_in(database.parent, database) if Path(entry[1].database).name == database.name]
     last = remembered_backup(database)
     if last is not None and last.parent != database.parent:
-        found += [one for one in backups_in(last.parent, database) if one[1].database == str(database)]
+        found += [entry for entry in backups_in(last.parent, database) if entry[1].database == str(database)]
     now = system_clock()
-    # One from the future was made while the clock was ahead, and may be older than all others.
-    newest = max(found, key=lambda one: (one[1].taken_at <= now, one[1].taken_at, one[0]), default=None)
+    # A backup with a future time was made while the clock was ahead, and may be older than all others.
+    newest = max(found, key=lambda entry: (entry[1].taken_at <= now, entry[1].taken_at, entry[0]), default=None)
     return None if newest is None else newest[0]
 
 
 def remember_backup(database: Path, backup: Path) -> None:
-    """Note beside a database where its last backup is.
-
-    Raises:
-        DatabaseError: the note can't be written.
-    """
+    """Write the path of the last backup to a note next to the database, or raise DatabaseError."""
     _write(note_path(database), f"{backup}\n")
 
 
 def note_path(database: Path) -> Path:
-    """Return where it is noted beside a database where its last backup is."""
+    """Return the path of the note that holds the path of the last backup."""
     return database.with_name(database.name + ".last-backup")
 
 
 def remembered_backup(database: Path) -> Path | None:
-    """Return where the last backup of a database went, None if that is not noted next to it."""
+    """Return the path of the last backup of a database; None if there is no readable note."""
     try:
         return Path(os.fsdecode(_read(note_path(database), backup_owners(database)).rstrip(b"\n")))
     except (OSError, ValueError, HomeAgentError):
@@ -184,13 +173,13 @@ def _read(path: Path, owners: frozenset[int]) -> bytes:
 
 
 def _write(path: Path, text: str, *, database: Path | None = None) -> None:
-    """Replace a small file, so that after a power cut it is the old one or the whole new one."""
+    """Replace a small file atomically: after a power cut the old or the new content is complete."""
     partial = path.with_name(f".{path.name}.{token_hex(8)}{PARTIAL}")
     try:
         with explained("write", path):
             descriptor = create_descriptor(partial, database=database)
             if descriptor is None:
-                raise DatabaseError(f"{quoted(partial)} is in the way: remove it")
+                raise DatabaseError(f"{quoted(partial)} exists already: remove it")
             with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
                 file.write(text)
                 file.flush()

@@ -1,9 +1,9 @@
-"""A database gives way to another one: a crash at any instant leaves the old one in place or the new one, whole.
+"""Atomic replacement of a database: after a crash at any moment the old or the new database is in place, complete.
 
-Both a database and its log have to change, which no file system does in one step; and in between, SQLite would replay
-the old log over the new file, or read the old file without its last commits. So what is to be done is written down
-first, in the lock file that everybody passes who opens the database. Who finds it there finishes it before anything
-else. From then on it is the new one, and until then it was the old one.
+A replacement changes the database file and its WAL, and no file system changes two files in one step. Between the two
+steps SQLite would replay the old WAL over the new file, or read the old file without its last commits. So homeagent
+first writes its intent as a marker to the in-use lock file, which every `Database.open` locks. If the marker is there,
+the next opener finishes the replacement before it opens the database.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ __all__ = [
     "replace_database",
 ]
 
-# The last word tells a whole text from one that the power cut short: nothing was moved before it was on the disk.
+# The word "end" marks a complete text. A text without the word was cut short by a power cut, and no file was moved yet.
 _INTENT = r"swap (\w+) (\d+) end"
 _MARKER = r"initialised, epoch (\d+)"
 
 
 def new_path(database: Path, stamp: str) -> Path:
-    """Return where the new database is until it is swapped in."""
+    """Return the path of the new database before the replacement."""
     return database.with_name(f"{database.name}.{stamp}.restoring")
 
 
 def quarantine_path(database: Path, stamp: str) -> Path:
-    """Return where the old one is kept afterwards, its log and the like beside it under the same name."""
+    """Return the path of the old database after the replacement. Its sidecar files get the same prefix."""
     return database.with_name(f"{database.name}.{stamp}.quarantine")
 
 
 def marker_of_epoch(epoch: int) -> str:
-    """Return what the database's lock file says of one that was made here, or restored in this epoch."""
+    """Return the lock file's marker for a database that was created, or restored, with this epoch."""
     return "initialised" if epoch == 1 else f"initialised, epoch {epoch}"
 
 
 def epoch_of_marker(marker: str | None) -> int:
-    """Return the epoch that a lock file tells of, however damaged the database is; 0 where none was made here."""
+    """Return the epoch in a lock file's marker; 0 if no database was created here. The database may be damaged."""
     if marker is None:
         return 0
     found = re.fullmatch(_MARKER, marker)
@@ -59,34 +59,31 @@ def epoch_of_marker(marker: str | None) -> int:
 
 
 def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, timeout: timedelta) -> None:
-    """Put the file at `new_path` in the place of the database, and that, with what is beside it, at `quarantine_path`.
+    """Move the file at `new_path` to the database's path, and the old files to `quarantine_path`.
 
     Args:
-        lock: the presence lock, held alone.
-        database: the file; it may be absent.
-        stamp: letters and digits, which tell this swap from others.
-        epoch: the new one's, for the lock file's marker.
-        timeout: how long to wait for the lock that initialisation takes.
+        lock: the in-use lock, held exclusively.
+        database: the file; may be absent.
+        stamp: letters and digits that distinguish this replacement from others.
+        epoch: epoch of the new database.
+        timeout: longest wait for the initialisation lock.
 
     Raises:
-        DatabaseError: it failed on the way. Whoever opens the database next finishes it.
+        DatabaseError: a step failed. The next opener of the database finishes the replacement.
     """
     lock.write_marker(f"swap {stamp} {epoch} end")
     finish_replacement(lock, database, timeout=timeout)
 
 
 def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) -> None:
-    """Finish what a lock file says was begun; nothing where it says nothing.
+    """Finish the replacement that the lock file's marker describes. Do nothing if there is no marker.
 
-    Args:
-        lock: the presence lock, held alone.
-        database: the file; it may be absent.
-        timeout: how long to wait for the lock that initialisation takes.
+    The arguments are those of `replace_database`.
 
     Raises:
-        InsecureFileError, ForeignDatabaseError: another user put a file in the place of the new database.
-        CorruptDatabaseError: the lock file says what this version does not understand.
-        DatabaseError: it failed on the way; it can be tried again.
+        InsecureFileError, ForeignDatabaseError: another user put a file at the path of the new database.
+        CorruptDatabaseError: this version does not understand the marker.
+        DatabaseError: a step failed; a second call tries again.
     """
     intent = lock.read_marker()
     if intent is None:
@@ -97,34 +94,35 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
     found = re.fullmatch(_INTENT, intent)
     if found is None:
         raise CorruptDatabaseError(
-            f"{quoted(lock.path)} tells of a restore that this version does not understand: "
-            "finish it with the version that began it"
+            f"{quoted(lock.path)} describes a restore in a format that this version does not understand: "
+            "finish the restore with the version that began it"
         )
     stamp, epoch = found[1], int(found[2])
-    new, aside = new_path(database, stamp), quarantine_path(database, stamp)
-    # Judged: the swap may have been finished before, and another user may have put a file of that name here since.
+    new, kept = new_path(database, stamp), quarantine_path(database, stamp)
+    # Do not trust the file: the replacement may be finished already, and another user may have created the file since.
     if judge_file(new, is_database=False) is not None:
         with explained("put the restored database in place at", database):
-            # The old one keeps its name until the new one takes it, so that there is one at every moment.
-            if os.path.lexists(database) and not os.path.lexists(aside):
-                _give_second_name(database, aside)
-            for beside, kept in zip(sidecars(database), sidecars(aside), strict=True):
-                if os.path.lexists(beside):
-                    beside.replace(kept)
+            # The old file keeps its name until the new file takes the name, so that the path exists at every moment.
+            if os.path.lexists(database) and not os.path.lexists(kept):
+                _link_or_rename(database, kept)
+            for old_sidecar, kept_sidecar in zip(sidecars(database), sidecars(kept), strict=True):
+                if os.path.lexists(old_sidecar):
+                    old_sidecar.replace(kept_sidecar)
             fsync_directory(database.parent)
             new.replace(database)
         fsync_directory(database.parent)
-    with sidecar_lock(database, timeout=timeout) as making:
-        making.write_marker(marker_of_epoch(epoch))
+    with sidecar_lock(database, timeout=timeout) as initialisation:
+        initialisation.write_marker(marker_of_epoch(epoch))
     lock.clear_marker()
 
 
-def _give_second_name(path: Path, second: Path) -> None:
+def _link_or_rename(path: Path, second: Path) -> None:
+    """Give a file a second name. On a file system without hard links rename the file."""
     try:
         second.hardlink_to(path)
     except OSError as error:
-        # Not every file system has hard links. Then there is none in place for a moment, and who opens the database
-        # in that moment finishes the swap all the same.
+        # After a rename the database's path is absent for a moment. A process that opens the database in that moment
+        # finds the marker and finishes the replacement.
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
             raise
         path.replace(second)
