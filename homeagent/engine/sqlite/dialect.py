@@ -1,8 +1,8 @@
-"""apsw as a DB-API module, and SQLAlchemy's dialect on it.
+"""apsw as a DB-API module, and a SQLAlchemy dialect for apsw.
 
-apsw brings its own, current SQLite on every platform. It has no DB-API, so this module adds the part of it (PEP 249)
-that SQLAlchemy and homeagent use. Differences from the interpreter's `sqlite3`: homeagent and SQLAlchemy send BEGIN
-themselves, a statement's text may hold several statements, and undecodable text raises `UnicodeDecodeError`.
+apsw includes a current SQLite on every platform, but has no DB-API. This module adds the part of the DB-API (PEP 249)
+that SQLAlchemy and homeagent use. Differences from the interpreter's `sqlite3`: homeagent and SQLAlchemy send BEGIN, a
+text may contain several statements, and undecodable text raises `UnicodeDecodeError`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 DRIVER_NAME = "sqlite+homeagent"
-"""The dialect's name in SQLAlchemy's URLs."""
+"""Name of the dialect in SQLAlchemy's URLs."""
 
 APSW_VERSION = apsw.apsw_version()
 SQLITE_VERSION = apsw.sqlite_lib_version()
@@ -48,12 +48,12 @@ paramstyle = "qmark"
 sqlite_version_info = tuple(map(int, SQLITE_VERSION.split(".")))
 Binary = bytes
 Error = apsw.Error
-# apsw has one class for each of SQLite's result codes; `Dialect.dbapi_exception_translation_map` sorts them.
+# apsw has one class for each of SQLite's result codes; `Dialect.dbapi_exception_translation_map` maps the classes.
 InterfaceError = DatabaseError = DataError = OperationalError = IntegrityError = apsw.Error
 InternalError = ProgrammingError = NotSupportedError = apsw.Error
 
 DRIVER_ERRORS = (apsw.Error, OverflowError, UnicodeError)
-"""What a statement raises: SQLite's errors, a number beyond 64 bits, and text that is not UTF-8."""
+"""Exceptions of a statement: SQLite's errors, an integer over 64 bits, and text that is not UTF-8."""
 
 _FAILED_WRITES = (apsw.SQLITE_FULL, apsw.SQLITE_IOERR_WRITE)
 
@@ -61,7 +61,7 @@ Description = tuple[tuple[str, None, None, None, None, None, None], ...]
 
 
 def _note_description(cursor: Any, sql: str, bindings: object) -> bool:
-    """Keep the names of a statement's columns: apsw forgets them with the last row, and SQLAlchemy asks later."""
+    """Keep the column names of a statement: apsw drops the names with the last row, but SQLAlchemy needs them later."""
     cursor.description = tuple((name, None, None, None, None, None, None) for name, _ in cursor.get_description())
     cursor.is_write = not cursor.is_readonly
     cursor.changes_before = cursor.connection.total_changes()
@@ -71,11 +71,8 @@ def _note_description(cursor: Any, sql: str, bindings: object) -> bool:
 def _execute_each(
     execute: Callable[[str, Any], object], connection: _Connection, statement: str, sets: Iterable[Any]
 ) -> int:
-    """Run a statement once for each set of bindings, and return how many rows it changed.
-
-    `Connection.total_changes` would count the rows of triggers and foreign keys too, and SQLAlchemy's ORM would raise
-    StaleDataError.
-    """
+    """Run a statement once for each set of bindings, and return the number of changed rows."""
+    # Do not use total_changes: with the rows of triggers and foreign keys SQLAlchemy's ORM raises StaleDataError.
     changed = 0
     for bindings in sets:
         execute(statement, bindings)
@@ -84,7 +81,7 @@ def _execute_each(
 
 
 class Cursor(_Cursor):
-    """A DB-API cursor, for SQLAlchemy. A store's statements run on apsw's own cursor, which costs less."""
+    """DB-API cursor for SQLAlchemy. A store's statements use `StatementCursor`, which costs less."""
 
     arraysize = 1
     description: Description | None = None  # type: ignore[assignment]  # apsw's own raises after the last row
@@ -113,12 +110,12 @@ class Cursor(_Cursor):
 
     @property
     def rowcount(self) -> int:
-        """How many rows the last statement changed; -1 for a statement that only reads."""
+        """Number of rows that the last statement changed; -1 for a statement that only reads."""
         if self._changed is not None:
             return self._changed
         if not self.is_write:
             return -1
-        # A statement that changes the schema leaves the number of the statement before it in `changes`.
+        # After a change of the schema, `changes` still returns the number of the statement before.
         return self.connection.changes() if self.connection.total_changes() != self.changes_before else 0
 
     @property
@@ -149,7 +146,7 @@ class StatementCursor(_Cursor):
 
     @property
     def rowcount(self) -> int:
-        """How many rows the last statement changed; undefined after a statement that only reads."""
+        """Number of rows that the last statement changed; undefined after a statement that only reads."""
         if self._changed is None:
             return self.connection.changes()
         changed, self._changed = self._changed, None
@@ -157,18 +154,18 @@ class StatementCursor(_Cursor):
 
 
 class Connection(_Connection):
-    """A DB-API connection, in SQLite's autocommit mode until a BEGIN is sent."""
+    """DB-API connection; autocommits each statement until a BEGIN."""
 
     autocommit = False
     closing: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
-    """Returns the block in which the connection is closed."""
+    """Returns the context in which `close` runs."""
 
     def __init__(self, filename: str, flags: int) -> None:
         super().__init__(filename, flags)
         self.cursor_factory = Cursor
 
     def close(self, force: bool = False) -> None:
-        """Close the connection; closing twice is fine."""
+        """Close the connection. A second call does nothing."""
         closing, self.closing = self.closing, nullcontext
         with closing():
             super().close(force)
@@ -179,18 +176,11 @@ class Connection(_Connection):
             self.commit_by(self.execute)
 
     def commit_by(self, execute: Callable[[str], object]) -> None:
-        """Send COMMIT, and erase a failed commit from the WAL.
-
-        Args:
-            execute: sends a statement on this connection.
-
-        Raises:
-            CommitUnknownError: if COMMIT failed and the WAL could not be written again.
-        """
+        """Send COMMIT, by `execute`. Erase a failed commit from the WAL, or raise CommitUnknownError."""
         try:
             execute("COMMIT")
         except Exception as error:
-            # If COMMIT failed before it wrote, the transaction is open. If a write failed, the commit is not whole.
+            # If COMMIT failed before a write, the transaction is still open. After a failed write it is incomplete.
             is_whole = not self.in_transaction and getattr(error, "extendedresult", 0) not in _FAILED_WRITES
             if not is_whole or self._erase_failed_commit():
                 raise
@@ -199,19 +189,19 @@ class Connection(_Connection):
         raise commit_unknown("the system failed to write the database's log in the middle of COMMIT")
 
     def _erase_failed_commit(self) -> bool:
-        """Write a commit without changes over a failed commit in the WAL, and return whether that succeeded.
+        """Overwrite a failed commit in the WAL with an empty commit. Return whether the write succeeded.
 
-        If only the sync failed, all frames of the failed commit are in the WAL, and valid: only the WAL index leaves
-        them out. If all connections close and the last of them can't checkpoint either, the next connection rebuilds
-        the index and recovers the commit. The next commit overwrites the first of these frames, and the checksums of
-        the others include the first. This commit has no sync, since the sync could fail again; the next one has.
+        If only the sync failed, the WAL contains all frames of the failed commit, though the WAL index leaves them out.
+        If no checkpoint follows, a later connection could rebuild the index and recover the commit. The empty commit
+        overwrites the first frame, which makes the checksums of the others invalid. It has no sync, which could fail
+        again.
         """
         try:
             if self.pragma("query_only") or self.pragma("journal_mode") != "wal":
                 return True
             synchronous, autocheckpoint = self.pragma("synchronous"), self.pragma("wal_autocheckpoint")
             try:
-                # Do not leave out the second pragma: a checkpoint without syncs can damage the database at a power cut.
+                # Do not drop the second PRAGMA: a checkpoint without syncs can damage the database in a power cut.
                 self.execute("PRAGMA synchronous=OFF; PRAGMA wal_autocheckpoint=0")
                 self.pragma("user_version", self.pragma("user_version"))
             finally:
@@ -219,27 +209,24 @@ class Connection(_Connection):
         except apsw.Error:
             return False
         with suppress(apsw.Error):
-            # If this succeeds, the next commit begins the log again, and `find_lost_commits` does not meet the rest.
+            # After a successful checkpoint the next commit restarts the WAL, so `find_lost_commits` finds no old frame.
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
         return True
 
     def rollback(self) -> None:
-        """Undo the transaction, if there is one."""
+        """Roll back the transaction, if there is one."""
         if self.in_transaction:
             self.execute("ROLLBACK")
 
 
 def connect(database: str, *, uri: bool = False, create: bool = True, timeout: float = 5.0) -> Connection:
-    """Open a SQLite file.
+    """Open a SQLite file, or raise apsw.Error.
 
     Args:
-        database: a path, a URI (https://sqlite.org/uri.html) or `":memory:"`.
+        database: path, URI (https://sqlite.org/uri.html) or `":memory:"`.
         uri: whether `database` is a URI.
-        create: whether an absent file is created.
-        timeout: how long a statement waits for a lock, in seconds.
-
-    Raises:
-        apsw.Error: SQLite can't open it.
+        create: whether to create an absent file.
+        timeout: longest wait of a statement for a lock, in seconds.
     """
     flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if create else 0)
     connection = Connection(database, flags | (apsw.SQLITE_OPEN_URI if uri else 0))
@@ -270,7 +257,7 @@ class Dialect(SQLiteDialect):
     default_paramstyle = "qmark"
     supports_statement_cache = True
     returns_native_bytes = True
-    # SQLAlchemy wraps an error by the name of its class: https://docs.sqlalchemy.org/en/21/core/exceptions.html
+    # SQLAlchemy wraps an error by its class name: https://docs.sqlalchemy.org/en/21/core/exceptions.html
     dbapi_exception_translation_map = {  # noqa: RUF012  SQLAlchemy declares it for instances
         "ConstraintError": "IntegrityError",
         "MismatchError": "IntegrityError",
@@ -294,25 +281,25 @@ class Dialect(SQLiteDialect):
 
     @classmethod
     def import_dbapi(cls) -> Any:
-        """Return this module, which is the DB-API."""
+        """Return this module, which implements the DB-API."""
         import homeagent.engine.sqlite.dialect as module
 
         return module
 
     @classmethod
     def get_pool_class(cls, url: URL) -> type[Pool]:
-        """Return the pool of an engine that names none: an in-memory database belongs to one connection."""
+        """Return the default pool: one connection per thread for an in-memory database, else a queue."""
         return SingletonThreadPool if url.database in (None, "", ":memory:") else QueuePool
 
     def create_connect_args(self, url: URL) -> tuple[Sequence[str], dict[str, Any]]:
-        """Return the arguments of `connect` for a URL, whose options it takes from its query."""
+        """Return the arguments of `connect` for a URL. Options come from the URL's query."""
         options: dict[str, Any] = dict(url.query)
         for name, kind in (("uri", bool), ("create", bool), ("timeout", float)):
             util.coerce_kw_type(options, name, kind)
         return [url.database or ":memory:"], options
 
     def on_connect(self) -> Callable[[Any], None]:
-        """Return what prepares a new connection: the function behind SQLAlchemy's `regexp_match`."""
+        """Return a function that adds `regexp`, for SQLAlchemy's `regexp_match`, to a new connection."""
 
         def prepare(connection: Connection) -> None:
             connection.create_scalar_function("regexp", _regexp, 2, deterministic=True)
@@ -320,7 +307,7 @@ class Dialect(SQLiteDialect):
         return prepare
 
     def do_begin(self, dbapi_connection: Any) -> None:
-        """Send BEGIN, unless a listener to SQLAlchemy's `begin` event has sent a BEGIN of another kind."""
+        """Send BEGIN, unless a listener of SQLAlchemy's `begin` event has sent another BEGIN."""
         if not dbapi_connection.autocommit and not dbapi_connection.in_transaction:
             dbapi_connection.execute("BEGIN")
 
@@ -331,7 +318,7 @@ class Dialect(SQLiteDialect):
             super().set_isolation_level(dbapi_connection, level)
 
     def detect_autocommit_setting(self, dbapi_conn: Any) -> bool:
-        """Tell whether SQLAlchemy's transactions on this connection send no BEGIN."""
+        """Return whether SQLAlchemy sends no BEGIN on this connection."""
         return bool(dbapi_conn.autocommit)
 
     def _get_server_version_info(self, connection: Any) -> tuple[int, ...]:

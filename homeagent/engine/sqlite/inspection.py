@@ -1,7 +1,6 @@
-"""A look at a SQLite file that changes nothing: not the file, not its log, not their modes.
+"""Read a SQLite file without a change to the file, its WAL or their modes.
 
-An ordinary connection would: the last one that closes a write-ahead logged file moves the log into it and removes
-the log, which on a damaged file is the last thing to do.
+An ordinary connection could destroy data of a damaged file: the last close moves the WAL into the file and removes it.
 """
 
 from __future__ import annotations
@@ -34,30 +33,26 @@ if TYPE_CHECKING:
 
 __all__ = ["Stopwatch", "inspect_sqlite", "journal_mode", "reaches", "scratch_sqlite"]
 
-# How many instructions of SQLite's virtual machine go by between two looks at the watch: well under a millisecond.
+# Instructions of SQLite's virtual machine between two checks of the clock: well under a millisecond.
 _INSTRUCTIONS = 10_000
 
 
 class Stopwatch:
-    """Ends a statement that takes too long.
-
-    Args:
-        limit: how long one statement may take; None for as long as it needs.
-    """
+    """Statement timeout, as a progress handler for SQLite. A limit of None means no timeout."""
 
     def __init__(self, limit: timedelta | None) -> None:
         self._limit = None if limit is None else limit.total_seconds()
         self._began = monotonic()
         self.ran_out = False
-        """Whether the statement that failed last was ended for its time."""
+        """Whether the timeout ended the last statement."""
 
     def start(self) -> None:
-        """Begin to count anew."""
+        """Restart the clock."""
         self._began = monotonic()
         self.ran_out = False
 
     def __call__(self) -> bool:
-        """Return whether the time is over: what SQLite's progress handler asks."""
+        """Return True, which ends the statement, after the limit."""
         if self._limit is not None and monotonic() - self._began > self._limit:
             self.ran_out = True
         return self.ran_out
@@ -67,21 +62,20 @@ class Stopwatch:
 def inspect_sqlite(
     path: Path, *, watch: Stopwatch, assume_closed: bool = True, is_closed: bool = False
 ) -> Iterator[Connection]:
-    """Open an existing file to look at it, and see one state of it throughout.
+    """Open an existing file for reading. All statements see one snapshot.
 
-    If no frame is in the log, the file is all there is, and it is read without a lock. Where there is a log, that is
-    read too, through its index as it lies there. Where the log has lost its index, SQLite makes a new one (-shm):
-    that is the one file that may be there afterwards and was not before.
+    Without frames in the WAL the database file is complete, and is read without a lock. Otherwise the WAL is read
+    through its index. If the index is missing, SQLite creates the index (-shm): no other file is created.
 
     Args:
         path: the file.
-        watch: ends statements that take too long.
-        assume_closed: False to take the locks even where no log is there, since somebody may just be opening it.
-        is_closed: whether no process of homeagent's had the file open a moment ago. Otherwise a log with an index is
-            read through the index even if the log has no frame: an open database may get one at any time.
+        watch: statement timeout.
+        assume_closed: False to take locks even without a WAL, because a process may be opening the file.
+        is_closed: whether no process of homeagent had the file open a moment ago. If False, a WAL with an index is read
+            through the index even without frames, because an open database may add a frame at any time.
 
     Raises:
-        DatabaseError: it can't be opened; one of its kin says why.
+        DatabaseError: the file can't be opened; the subclass depends on the cause.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -95,15 +89,14 @@ def inspect_sqlite(
         connection = _open(path, options.pop(0), watch)
         try:
             with translated(DRIVER_ERRORS, sqlite_error):
-                # One snapshot for all that follows, taken by the first read. Not before: a listener of the host
-                # application may run a PRAGMA on each new connection that SQLite refuses in a transaction.
+                # The first read takes the snapshot. Do not begin earlier: a listener of the host application may run a
+                # PRAGMA on each new connection, and SQLite refuses some PRAGMAs in a transaction.
                 raw: Any = connection.connection.driver_connection
                 raw.execute("BEGIN")
                 raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
             break
         except ReadOnlyError:
-            # Another process writes at this moment, and an index that can only be read has no place for one more
-            # reader.
+            # Another process writes at this moment, and a read-only index has no room for another reader.
             connection.close()
             if not options:
                 raise
@@ -135,17 +128,12 @@ def _open(path: Path, option: str, watch: Stopwatch) -> Connection:
 
 
 def journal_mode(path: Path, connection: Connection) -> str | None:
-    """Return the journal mode of a file that is being inspected, None where it can't be told.
-
-    Args:
-        path: the file.
-        connection: on it.
-    """
+    """Return the journal mode of a file that `inspect_sqlite` opened; None if the mode can't be determined."""
     mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
     if mode == "wal":
         return mode
-    # A file that is read without a lock has no journal mode. It is in the header, but to read that would drop the
-    # locks that this process may have: https://sqlite.org/howtocorrupt.html, section 2.2
+    # Without locks SQLite does not report "wal", so read the header. Do not read it if this process has the file open:
+    # the close would drop this process's locks (https://sqlite.org/howtocorrupt.html, section 2.2).
     if any(str(engine.sa_engine.url.database) == str(path) for engine in open_engines()):
         return None
     with explained("read", path):
@@ -159,20 +147,18 @@ def journal_mode(path: Path, connection: Connection) -> str | None:
 
 
 def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) -> bool:
-    """Tell whether a trigger writes to one of these tables, or a view reads one, without running either.
+    """Return whether a trigger writes to one of the tables, or a view reads from one.
 
-    SQLite compiles statements that fire the trigger, or that read the view, and reports every table that they use and
-    the trigger that uses it: https://sqlite.org/c3ref/set_authorizer.html
+    Compile statements that fire the trigger or read the view, without running them: SQLite reports each used table, and
+    the trigger that uses it (https://sqlite.org/c3ref/set_authorizer.html). Also return True if SQLite can't compile
+    the statements, for example because an application's function is missing.
 
     Args:
         raw: the driver's connection.
-        tables: their names, in lower case.
+        tables: names of tables, in lower case.
         kind: `trigger` or `view`.
-        name: of the trigger or view.
-        on: the table or view that the trigger is on; of a view, its own name.
-
-    Returns:
-        True also if SQLite can't compile it, for example because a function or a table of the application is missing.
+        name: name of the trigger or view.
+        on: table or view of the trigger; for a view its own name.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []
@@ -204,7 +190,7 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
 def _using(raw: Any, kind: str, place: str) -> list[str]:
     if kind == "view":
         return [f"SELECT * FROM {place}"]  # noqa: S608  a name, escaped
-    # A generated column, hidden in the sense of table_xinfo, can't be set.
+    # Leave out generated columns, which table_xinfo reports as hidden: an UPDATE can't set them.
     names = [row[1].replace('"', '""') for row in raw.execute(f"PRAGMA table_xinfo({place})") if not row[6]]
     settings = ", ".join(f'"{name}" = "{name}"' for name in names)
     return [f"INSERT INTO {place} DEFAULT VALUES", f"UPDATE {place} SET {settings}", f"DELETE FROM {place}"]  # noqa: S608  likewise
@@ -212,7 +198,7 @@ def _using(raw: Any, kind: str, place: str) -> list[str]:
 
 @contextmanager
 def scratch_sqlite() -> Iterator[Connection]:
-    """Open an empty database in memory, gone at the end."""
+    """Open an empty in-memory database. The database is discarded at the end of the block."""
     engine = create_engine(f"{DRIVER_NAME}://")
     try:
         with engine.connect() as connection:

@@ -1,7 +1,7 @@
-"""Whether what is in a SQLite file can be a database, as far as SQLite can tell.
+"""Checks of a SQLite file's content.
 
-SQLite has no checksums of pages. It finds a page that is no page, a table that doesn't agree with its index, a value
-that its column can't have. It doesn't find another letter in a name.
+SQLite has no page checksums: it detects an invalid page, a mismatch of table and index, and an invalid value, but not a
+changed letter in a text.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ __all__ = ["check_content", "check_table", "refuse_unclean_damage"]
 
 logger = logging.getLogger("homeagent")
 
-# Checked at every opening: indexes against tables takes some 4 ms per MiB here, all else about 1 ms per MiB. Larger
-# files are checked after an unclean end, and on the sweeper's schedule.
+# Limits for the check at opening. The full check takes about 5 ms per MiB, the quick check, which does not compare
+# indexes with tables, about 1 ms. A larger file is checked after an unclean end, and on the sweeper's schedule.
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
 
-# How many instructions of SQLite's virtual machine go by between two looks at the clock: some milliseconds at most.
+# Instructions of SQLite's virtual machine between two calls of `give_up`: some milliseconds at most.
 _INSTRUCTIONS = 100_000
 
 
 def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
-    """Judge a file that was not closed cleanly, and that nobody has open, without changing a byte of it or beside it.
+    """Check a file that was not closed cleanly and that no process has open, without a change to any file.
 
-    An ordinary connection would change it: the last one to be closed moves the log into the database.
+    Do not use an ordinary connection: its close would move the WAL into the database.
 
     Returns:
-        True if `check_content` found nothing in it, False if there is no log that needs it.
+        True if `check_content` accepted the file, False if there is no WAL to check.
 
     Raises:
-        CorruptDatabaseError: it is damaged, or its log lost commits.
+        CorruptDatabaseError: the file is damaged, or the WAL lost commits.
     """
     path = engine.path
     log, index = sidecars(path)[:2]
@@ -93,18 +93,13 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
 
 
 def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
-    """Have SQLite check a file as thoroughly as its size allows.
-
-    Args:
-        path: the file.
-        raw: the driver's connection to it.
-        always: whether a large file is checked too.
+    """Check a file's content with SQLite, as thoroughly as its size allows. Skip a large file unless `always` is True.
 
     Raises:
-        CorruptDatabaseError: it is damaged.
-        Exception: the driver's own, where it can't even be read.
+        CorruptDatabaseError: the check found damage.
+        Exception: the driver's error, if SQLite can't read the file.
     """
-    # The file's own size leaves out what is in its log.
+    # Do not use the file's size, which leaves out the content of the WAL.
     size = raw.pragma("page_count") * raw.pragma("page_size")
     if size <= FULL_CHECK_BYTES:
         found = raw.execute("PRAGMA integrity_check(1)").fetchall()
@@ -116,19 +111,13 @@ def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
 
 
 def check_table(engine: SQLiteEngine, table: str, *, give_up: Callable[[], bool]) -> bool:
-    """Check a table and its indexes in a read-only unit; what is found condemns the database.
-
-    Args:
-        engine: the database.
-        table: its name, one of the schema's.
-        give_up: asked every few milliseconds.
+    """Check a table of the schema, and its indexes, in a read-only unit. Damage marks the database as corrupt.
 
     Returns:
-        False where it was given up.
+        False if `give_up`, which SQLite calls every few milliseconds, returned True and so ended the check.
 
     Raises:
-        CorruptDatabaseError: it is damaged. From now on every unit gets this error, until the database is opened
-            again.
+        CorruptDatabaseError: the table is damaged. Every later unit raises this error until the database is reopened.
         DatabaseBusyError, DatabaseClosedError: as for any unit.
     """
     connection = engine.begin(read_only=True, timeout=engine.busy_seconds)
@@ -159,7 +148,7 @@ def _check_table(engine: SQLiteEngine, raw: Any, table: str) -> bool:
 
 def _refuse(path: Path, found: list[tuple[str]]) -> None:
     if found and found[0][0] != "ok":
-        # SQLite writes of rows by their number and of columns by their name, never of a value.
+        # SQLite's text contains numbers of rows and names of columns, but no values.
         raise _damaged(path, found[0][0].splitlines()[-1])
 
 

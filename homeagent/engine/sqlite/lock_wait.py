@@ -1,11 +1,10 @@
-"""Waiting for the write lock of another process, so that a waiting process gets a turn next to one that never pauses.
+"""Wait for the write lock of another process, often enough to get the lock from a process that writes without pause.
 
-SQLite's own busy handler tries again after 1, 2, 5, 10 and at last every 100 ms. A process that commits and begins
-again at once holds the lock nearly all the time, so a process that waits in this way rarely meets the short moments
-between: of eight writing processes some got no turn for seconds. There is no queue between processes, but a process
-that tries every few milliseconds gets its turn. More tries hand the lock over more often, and the writes of all wait
-longer: on a busy machine, pauses of 0.5 to 2 ms made the 99th percentile of eight writing processes two to five times
-as long. On a quiet machine the two did not differ.
+SQLite's own busy handler tries again after 1, 2, 5, 10, ... and at last every 100 ms. A process that commits and begins
+again at once leaves the lock free only for short moments, which such a waiting process seldom meets: some of eight
+writing processes waited for seconds. A process that tries every few milliseconds gets the lock. More tries move the
+lock more often between processes and slow all writes: on a busy machine, pauses of 0.5 to 2 ms raised the 99th
+percentile of eight writing processes two to five times. On a quiet machine there was no difference.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from homeagent.clock import monotonic
 __all__ = ["LockWait"]
 
 _PAUSE = (0.001, 0.005)
-"""Between two tries, in seconds; drawn at random, so that two processes don't keep meeting."""
+"""Range of the pause between two tries, in seconds; the random choice keeps two processes from the same rhythm."""
 
 
 class LockWait:
-    """The busy handler of a connection (https://sqlite.org/c3ref/busy_handler.html).
+    """Busy handler of a connection (https://sqlite.org/c3ref/busy_handler.html).
 
     Args:
-        timeout: how long to wait for a lock, in seconds.
-        began: is called when a wait begins.
+        timeout: longest wait for a lock, in seconds.
+        began: called at the start of each wait.
     """
 
     def __init__(self, timeout: float, began: Callable[[], object]) -> None:
@@ -36,7 +35,7 @@ class LockWait:
         self._since = 0.0
 
     def __call__(self, attempts: int) -> bool:
-        """Wait before the next try; False if the time is over."""
+        """Pause before the next try; return False after the timeout."""
         now = monotonic()
         if attempts == 0:
             self._since = now

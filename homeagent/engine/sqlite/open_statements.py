@@ -1,7 +1,7 @@
-"""Statements whose rows were not all fetched: in SQLite they outlive COMMIT and ROLLBACK, and the snapshot with them.
+"""Close the unfinished statements of an ORM session at the end of its transaction.
 
-Who keeps a result that it read only in part, such as a generator that nobody goes on with, would keep the snapshot of
-a link that others use by then: they would read the past, and could write no more once another process had.
+In SQLite a statement with unfetched rows outlives COMMIT and ROLLBACK, and keeps the read snapshot: the next unit of
+work on the connection would read old rows, and could not write after another process has committed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _KEY = "homeagent_cursors"
 
 
 def end_with_transactions(connection: Connection) -> None:
-    """Have the statements of an ORM session ended with their transaction; what is left of a result is refused then."""
+    """Close the session's statements at each commit and rollback. A later fetch from such a result raises an error."""
     if _KEY in connection.info:
         return
     cursors: WeakSet[Any] = WeakSet()
     connection.info[_KEY] = cursors
 
     def note(connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        # Where somebody listens, a link tells of its own cursor as well, which it goes on using.
+        # Leave out a store's cursor, which an instrumented cursor also reports here: the connection uses it again.
         if isinstance(context, DefaultExecutionContext):
             cursors.add(cursor)
 

@@ -1,13 +1,12 @@
-"""Whether a write-ahead log that was left behind holds all that was committed to it.
+"""Find committed transactions that are lost from a write-ahead log (WAL).
 
-SQLite has checksums in its log, and takes the first frame whose checksum is wrong for the log's end: that is how a
-commit that a crash cut off is undone. It does the same where the log was damaged or cut later, and then whole commits
-are gone without a word (https://sqlite.org/fileformat2.html#walformat, section 4.2). Two things still tell of them:
-later frames that end a commit, and the log's index (-shm), which a killed process leaves behind with the number of
-frames that were committed (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
+SQLite treats the first WAL frame with a wrong checksum as the end of the WAL. This rule discards a commit that a crash
+interrupted. But if the WAL was damaged or truncated later, SQLite silently discards complete commits
+(https://sqlite.org/fileformat2.html#walformat, section 4.2). Two traces of lost commits remain: later frames that end a
+commit, and the WAL index (-shm), which a killed process leaves behind with the number of committed frames
+(https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
 
-Nobody may have the database open, this process included: the index is locked by those who do, and a process that
-closes it loses its locks.
+No process, including this process, may have the database open: closing the index would drop this process's locks.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ _INDEX_HEADER = 48
 _INDEX = 2 * _INDEX_HEADER + 40
 _INDEX_VERSION = 3007000
 
-# How often a log is begun anew at most before the kernel writes the index to the disk, which takes it half a minute.
-# The first salt of a new log is random: another database's passes for a later one of this with a chance of 1 in 65,536.
+# Upper limit of WAL restarts before the kernel writes the index to the disk, which takes the kernel half a minute. The
+# first salt is random: the WAL of another database passes for a restarted WAL with a chance of 1 in 65,536.
 _MOST_RESTARTS = 2**16
 
 
 class LostCommits(NamedTuple):
-    """What is wrong with a log.
+    """Damage of a WAL.
 
     Attributes:
-        problem: in words, without a remedy.
-        frames: how many frames SQLite would still read.
-        by_power_cut: whether a power cut may have done it to a database that was opened with durability `normal`.
+        problem: description without a remedy.
+        frames: number of frames that SQLite would still read.
+        by_power_cut: whether a power cut at durability `normal` can be the cause.
     """
 
     problem: str
@@ -65,17 +64,14 @@ class _Index(NamedTuple):
 
 
 def has_frames(path: Path) -> bool:
-    """Tell whether SQLite would read any frame of this database's write-ahead log.
+    """Return whether SQLite would read a frame of this database's WAL. Other connections may be open.
 
-    A process that is killed in its first commit leaves a header alone, and a full disk may leave a part of a header.
-    SQLite ignores such a log. But a connection with `readonly_shm=1` fails with SQLITE_PROTOCOL after 10 seconds if the
-    log is at least as long as a header, without a sound header followed by more bytes, and no other connection is open.
-
-    Args:
-        path: the database file. Other connections may be open.
+    A process that is killed in its first commit leaves only a header; a full disk may leave a part of a header. SQLite
+    ignores such a WAL, except in the only connection, with `readonly_shm=1`: if the WAL is at least as long as a header
+    and has no sound header followed by more bytes, the connection fails with SQLITE_PROTOCOL after 10 seconds.
 
     Raises:
-        DatabaseError: the log can't be read.
+        DatabaseError: the WAL can't be read.
     """
     log = sidecars(path)[0]
     with explained("read", log):
@@ -88,20 +84,14 @@ def has_frames(path: Path) -> bool:
 
 
 def find_lost_commits(path: Path) -> LostCommits | None:
-    """Look for commits that SQLite would drop without a word when it opens this database.
+    """Find commits that SQLite would silently discard on opening this database. Return None if none is found.
 
-    One commit at the end of the log whose last frames are damaged can't be told from one that a power cut interrupted
-    before it was acknowledged, unless the log's index is there to tell.
-
-    Args:
-        path: the database file, which nobody has open.
-
-    Returns:
-        None where all that was committed is there, as far as can be known.
+    Without the WAL index, damage in the last commit is not found: the commit looks as if a power cut had interrupted
+    COMMIT. No process may have the database open.
 
     Raises:
-        DatabaseError: a file can't be read, or the log can't be copied.
-        CorruptDatabaseError: the log is sound, and what it says is the database's first page is none.
+        DatabaseError: a file can't be read, or the WAL can't be copied.
+        CorruptDatabaseError: the WAL is sound, but contains an invalid first page of the database.
     """
     log, index = sidecars(path)[:2]
     known = _read_index(index)
@@ -143,10 +133,10 @@ class _Log(NamedTuple):
 
 
 def _recovered(log: Path, *, page_size: int) -> int:
-    """Return how many frames of a log SQLite recovers: have it recover a copy, beside an empty database.
+    """Return the number of frames that SQLite recovers from a copy of the WAL, next to an empty database.
 
-    The header of the real database may be damaged, and SQLite would undo what is in its rollback journal. The copy is
-    in the directory for temporary files. A container may have none that can be written: then it is next to the log.
+    Do not use a copy of the database: its header may be damaged, and SQLite would replay its rollback journal. If no
+    directory for temporary files is writable, as in a container, the copy is made next to the WAL.
     """
     parent = find_temporary_directory() or log.parent
     with (
@@ -165,7 +155,7 @@ def _recovered(log: Path, *, page_size: int) -> int:
 
 
 def _page_size(header: bytes) -> int | None:
-    """Return the page size that a log's header tells, or None if the header is not sound."""
+    """Return the page size in a WAL header, or None if the header is not sound."""
     if len(header) < _HEADER:
         return None
     magic, version, page_size, _, *_, first, second = struct.unpack(">8I", header)
@@ -178,7 +168,7 @@ def _page_size(header: bytes) -> int | None:
 
 def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
     if index is not None and index.committed > index.moved:
-        # What was committed and not yet moved into the database is in the log alone.
+        # Frames that were committed and not checkpointed exist only in the WAL.
         if log.salt is None:
             what = "is missing" if not log.exists else "can't be read as one"
             return LostCommits(
@@ -193,9 +183,9 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
                 by_power_cut=True,
             )
     if log.salt is None:
-        # A header is written before anything else, and never torn: it is smaller than any sector.
+        # SQLite writes the header first. A power cut does not split the header, which is smaller than any sector.
         return None if log.is_blank or not log.exists else LostCommits("the log has no sound header", 0, False)
-    # One commit may have been under way when the power failed, with its last frame on the disk before its first.
+    # A power cut can leave one unfinished commit whose last frame reached the disk before its first frame.
     if log.later_commits > 1:
         return LostCommits(
             f"the log is damaged after {log.committed} frames, and {log.later_commits} commits follow",
@@ -206,16 +196,16 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
 
 
 def _is_later(salt: bytes, *, than: bytes) -> bool:
-    """Tell whether a log was begun anew since its index was written to the disk.
+    """Return whether the WAL was restarted after its index was last written to the disk.
 
-    Only a power cut leaves the two so: nobody syncs the index. A log is begun anew once all of it was moved into the
-    database and synced there, and its first salt is then one more (https://sqlite.org/fileformat2.html#walformat).
+    Only a power cut leaves an older index, because SQLite does not sync the index. A restart follows a complete, synced
+    checkpoint and increments the first salt (https://sqlite.org/fileformat2.html#walformat).
     """
     return 0 < (int.from_bytes(salt[:4], "big") - int.from_bytes(than[:4], "big")) % 2**32 < _MOST_RESTARTS
 
 
 def _read_index(index: Path) -> _Index | None:
-    """Return what the log's index says, None where there is none that can be believed."""
+    """Return the content of the WAL index; None if the index is missing or invalid."""
     with explained("read", index):
         try:
             descriptor = os.open(index, os.O_RDONLY | OPEN_FLAGS)
@@ -236,7 +226,7 @@ def _read_index(index: Path) -> _Index | None:
 
 
 def _checksum(content: bytes, order: str) -> tuple[int, int]:
-    """Return the checksum that SQLite has in a log and in its index, of a multiple of eight bytes."""
+    """Return SQLite's checksum of a WAL or WAL index. The length must be a multiple of eight bytes."""
     first = second = 0
     words = iter(struct.unpack(f"{'<' if order == 'little' else '>'}{len(content) // 4}I", content))
     for one, other in zip(words, words, strict=True):
