@@ -1,4 +1,4 @@
-"""How statements and bytes get to the database: what both engines share, each of them, and the disk under one of them.
+"""Engines for SQLite and PostgreSQL, and their common parts: connections, statements, files and locks.
 
-It knows nothing of devices, agents, sessions, nonces and keys.
+This layer has no knowledge of devices, agents, sessions, nonces and keys.
 """

@@ -1,7 +1,7 @@
-"""Counters: what one open database did so far, cheap enough to count on every unit.
+"""Counters of one open database, cheap enough to update in every unit of work.
 
-They are plain integers. CPython switches threads at calls and at jumps back, and never inside `x += 1` on a slot, so
-that nothing is lost without a lock; waits and sizes go into bounded queues, the oldest of which drop out.
+The counters are plain integers without a lock: CPython switches threads at calls and backward jumps, not inside
+`x += 1` on a slot. Waits and group sizes go into bounded queues.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ N = TypeVar("N", int, float)
 
 
 class LastError(NamedTuple):
-    """The last fault of the engine.
+    """The engine's last error.
 
     Attributes:
-        kind: the name of its class, such as `DiskFullError`.
-        message: what it says; it holds no value of a row.
-        at: when, by the system's clock.
+        kind: class name, such as `DiskFullError`.
+        message: text, without values of rows.
+        at: time, by the system's clock.
     """
 
     kind: str
@@ -34,21 +34,21 @@ class LastError(NamedTuple):
 
 
 class CountersSnapshot(NamedTuple):
-    """The counters at one moment, since the database was opened. Percentiles are of the last 1,024, None where none.
+    """Counters since the database was opened. Percentiles cover the last 1,024 values; None without values.
 
     Attributes:
-        units: units that ended: `reads`, `commits` and `rollbacks` together.
+        units: ended units: the sum of `reads`, `commits` and `rollbacks`.
         reads: read-only units.
-        commits: write units that were committed, those that shared a commit each by itself.
-        rollbacks: write units that were undone.
-        retries: how often a unit was run again.
-        pool_waits: how often a caller had to wait for a connection of the pool (for a writer: for the write lock).
-        pool_wait_p50, pool_wait_p99: how long such a caller waited, in seconds.
-        groups: commits that were shared by two units or more.
-        group_size_p50, group_size_p99: how many units shared one.
-        sweeps: sweeps that ended.
-        swept: rows that they removed.
-        last_error: the last fault of the engine; None for none.
+        commits: committed write units, also if several units shared a commit.
+        rollbacks: write units that were rolled back.
+        retries: number of times that a unit was run again.
+        pool_waits: number of waits for a connection of the pool (for a writer: for the write lock).
+        pool_wait_p50, pool_wait_p99: length of these waits, in seconds.
+        groups: commits that two or more units shared.
+        group_size_p50, group_size_p99: number of units in such a commit.
+        sweeps: ended sweeps.
+        swept: rows that the sweeps deleted.
+        last_error: the engine's last error; None if there was no error.
     """
 
     units: int = 0
@@ -68,7 +68,7 @@ class CountersSnapshot(NamedTuple):
 
 
 class Counters:
-    """Counts what happens in one open database."""
+    """Counts events of one open database."""
 
     __slots__ = (
         "_group_sizes",
@@ -98,27 +98,27 @@ class Counters:
         self._last_error: LastError | None = None
 
     def waited(self, seconds: float) -> None:
-        """Count a caller that had to wait for a connection, whether or not the caller got one."""
+        """Count a wait for a connection, successful or not."""
         self.pool_waits += 1
         self._waits.append(seconds)
 
     def grouped(self, size: int) -> None:
-        """Count a commit that this many units shared, 2 or more."""
+        """Count a commit that `size` units shared, 2 or more."""
         self.groups += 1
         self._group_sizes.append(size)
 
     def cleaned(self, rows: int) -> None:
-        """Count a sweep that ended, and the rows that it removed."""
+        """Count an ended sweep and the rows that the sweep deleted."""
         self.sweeps += 1
         self.swept += rows
 
     def faulted(self, error: BaseException) -> None:
-        """Remember an error where it is a fault of the engine; what an application is refused is none."""
+        """Remember an error of the engine. Ignore other errors, such as a refused argument."""
         if isinstance(error, DatabaseError):
             self._last_error = LastError(type(error).__name__, str(error), datetime.now(UTC))
 
     def snapshot(self) -> CountersSnapshot:
-        """Return the counters as they are now."""
+        """Return the current counters."""
         waits, sizes = self._waits, self._group_sizes
         return CountersSnapshot(
             units=self.reads + self.commits + self.rollbacks,
@@ -139,7 +139,7 @@ class Counters:
 
 
 def _percentile(values: deque[N], percent: int) -> N | None:
-    """Return the nearest-rank percentile, None of nothing."""
-    # A copy by `list` is one call, which another thread can't append in the middle of.
+    """Return the nearest-rank percentile; None without values."""
+    # Do not sort the deque itself: `list` copies it in one call, in which no other thread can append.
     ordered = sorted(list(values))  # noqa: C414
     return ordered[(len(ordered) * percent - 1) // 100] if ordered else None

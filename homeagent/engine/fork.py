@@ -1,10 +1,9 @@
 """Prepare open databases for a fork of the process.
 
-A child inherits no lock on a file, but it inherits SQLite's record of the locks that its parent held. A connection that
-the child opens on the same file would rely on locks that the child does not hold, and the parent could delete the WAL
-under that connection (https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_).
-Before a fork each engine therefore closes its idle connections. A file with a connection that could not be closed,
-because a unit of work uses it, is refused in the child.
+A child does not inherit file locks, but inherits SQLite's record of the parent's locks. A new connection of the child
+would rely on locks that the child does not hold, and the parent could delete the WAL
+(https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_). So each engine closes its
+idle connections before a fork. If a unit of work uses a connection during the fork, the child refuses the file.
 """
 
 from __future__ import annotations
@@ -36,28 +35,24 @@ _inherited: set[tuple[int, int]] = set()
 
 
 def register(engine: _Forkable) -> None:
-    """Prepare this engine for every fork, until it is garbage-collected."""
+    """Call the engine's methods at every fork, until the engine is garbage-collected."""
     _known.add(engine)
 
 
 def inherit(identity: tuple[int, int]) -> None:
-    """Remember, in a forked child, the device and inode of a file that its parent had in use."""
+    """Remember, in a forked child, the device and inode of a file that the parent had in use."""
     _inherited.add(identity)
 
 
 def refuse_inherited(path: Path) -> None:
-    """Refuse a file that the parent had in use when this process was forked.
-
-    Raises:
-        DatabaseError: the parent had the file in use.
-    """
+    """Raise DatabaseError for a file that the parent had in use when this process was forked."""
     if not _inherited:
         return
     status = look_at(path)
     if status is not None and identity_of(status) in _inherited:
         raise DatabaseError(
-            f"a unit of work on {quoted(path)} was under way when this process was forked, after which SQLite takes "
-            "the parent's locks for its own: fork while no unit is under way, or start the process with spawn"
+            f"a unit of work on {quoted(path)} was open when this process was forked, so SQLite would rely on locks "
+            "that only the parent holds: fork while no unit of work is open, or start the process with spawn"
         )
 
 
@@ -68,7 +63,7 @@ def _before() -> None:
 
 def _after_in_child() -> None:
     engines = list(_known)
-    # First for all of them: an error in the second loop must not leave an engine that looks usable.
+    # Mark all engines first: an error in the second loop must not leave a usable engine.
     for engine in engines:
         engine.is_forked_copy = True
     for engine in engines:

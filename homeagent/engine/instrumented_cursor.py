@@ -1,10 +1,9 @@
-"""Statements that run past SQLAlchemy are announced to those who listen to its engine's events.
+"""Call the listeners of SQLAlchemy's engine events for statements that bypass SQLAlchemy.
 
-A link runs its statements on the driver's cursor, which SQLAlchemy doesn't see. Instrumentation such as
-OpenTelemetry's listens to `before_cursor_execute`, `after_cursor_execute` and `handle_error`, and would see the ORM
-session's statements alone. So where somebody listens when a link is made, its cursor is wrapped in one that calls them
-in the same order and with the same arguments (https://docs.sqlalchemy.org/en/21/core/events.html), except that no
-parameter is shown to anybody, and that an error is shown as ours. Where nobody listens, nothing is wrapped.
+A store's statements run on the driver's cursor, so listeners such as OpenTelemetry's would miss them. If there are
+listeners when a connection is created, its cursor is wrapped. The wrapper calls the listeners in SQLAlchemy's order and
+with SQLAlchemy's arguments (https://docs.sqlalchemy.org/en/21/core/events.html), but hides all parameters, and passes
+homeagent's error instead of the driver's.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ __all__ = ["InstrumentedCursor", "has_listeners"]
 
 
 def has_listeners(connection: Connection) -> bool:
-    """Tell whether anybody wants to know of this connection's statements."""
+    """Return whether listeners are registered for the connection's statements."""
     dispatch: Any = connection.dispatch
     return bool(dispatch.before_cursor_execute or dispatch.after_cursor_execute)
 
 
 class _Execution(ExecutionContext):
-    """What the listeners of one statement share; they may hang on it what they like, such as a span."""
+    """Context of one statement. Listeners may add attributes, such as a span."""
 
     def __init__(self, connection: Connection, cursor: Any, statement: str, *, many: bool) -> None:
         self.engine = connection.engine
@@ -47,16 +46,16 @@ class _Execution(ExecutionContext):
 
 
 class _Failure(ExceptionContext):
-    """What the listeners are told of a statement that failed: our error, which shows no value."""
+    """Context of a failed statement, with homeagent's error, which contains no values."""
 
-    def __init__(self, execution: _Execution, fault: BaseException) -> None:
+    def __init__(self, execution: _Execution, error: BaseException) -> None:
         self.connection = execution.root_connection
         self.engine = execution.engine
         self.dialect = execution.dialect
         self.cursor = execution.cursor
         self.statement = execution.statement
         self.parameters = None
-        self.original_exception = fault
+        self.original_exception = error
         self.sqlalchemy_exception = None
         self.chained_exception = None
         self.execution_context = execution
@@ -66,14 +65,7 @@ class _Failure(ExceptionContext):
 
 
 class InstrumentedCursor:
-    """A driver's cursor that tells the listeners of SQLAlchemy's events what it runs.
-
-    Args:
-        connection: SQLAlchemy's, whose listeners are called.
-        cursor: the driver's.
-        driver_errors: what that raises.
-        translate: from one of these to one of ours.
-    """
+    """A driver's cursor that calls the connection's listeners. `translate` converts `driver_errors` to homeagent's."""
 
     def __init__(
         self,
@@ -93,15 +85,15 @@ class InstrumentedCursor:
 
     def execute(self, statement: str, *parameters: Any) -> Any:
         """Run a statement, and return the driver's cursor."""
-        return self._announced(statement, lambda statement: self._cursor.execute(statement, *parameters))
+        return self._run(statement, lambda statement: self._cursor.execute(statement, *parameters))
 
     def executemany(self, statement: str, parameters: Any) -> Any:
         """Run a statement once for each set of parameters."""
-        return self._announced(statement, lambda statement: self._cursor.executemany(statement, parameters), many=True)
+        return self._run(statement, lambda statement: self._cursor.executemany(statement, parameters), many=True)
 
     @contextmanager
     def copy(self, statement: str) -> Iterator[Any]:
-        """Copy rows into a table of PostgreSQL's: one statement, from its beginning to its end."""
+        """Copy rows into a PostgreSQL table. For the listeners the block is one statement."""
         execution, statement = self._before(statement, many=True)
         try:
             with self._cursor.copy(statement) as copy:
@@ -111,7 +103,7 @@ class InstrumentedCursor:
             raise
         self._after(execution, statement)
 
-    def _announced(self, statement: str, run: Callable[[str], Any], *, many: bool = False) -> Any:
+    def _run(self, statement: str, run: Callable[[str], Any], *, many: bool = False) -> Any:
         execution, statement = self._before(statement, many=many)
         try:
             result = run(statement)
@@ -125,7 +117,7 @@ class InstrumentedCursor:
         execution = _Execution(self._connection, self._cursor, statement, many=many)
         dispatch: Any = self._connection.dispatch
         for listener in dispatch.before_cursor_execute:
-            # A listener may change the statement, as one that adds a comment does; not what it is run with.
+            # A listener may change the statement, for example to add a comment, but not the parameters.
             statement, _ = listener(self._connection, self._cursor, statement, (), execution, many)
         return execution, statement
 
@@ -136,10 +128,10 @@ class InstrumentedCursor:
 
     def _failed(self, execution: _Execution, error: BaseException) -> None:
         if isinstance(error, self._driver_errors):
-            fault: BaseException = self._translate(error)
+            reported: BaseException = self._translate(error)
         else:
-            fault = RuntimeError(f"the statement was cut off ({type(error).__name__})")
-        failure = _Failure(execution, fault)
+            reported = RuntimeError(f"the statement was interrupted ({type(error).__name__})")
+        failure = _Failure(execution, reported)
         dispatch: Any = self._connection.dialect.dispatch
         for listener in dispatch.handle_error:
             listener(failure)

@@ -1,1 +1,1 @@
-"""Files and directories as the operating system has them: judged, private, locked, durable. No SQL and no driver."""
+"""Files and directories of the operating system: checks, permissions, locks and syncs. No SQL, no driver."""

@@ -1,4 +1,4 @@
-"""The directory of a database: made private where it is missing, reported where others can do harm in it."""
+"""The directory of a database: create a private directory, and report an existing directory that is not safe."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ logger = logging.getLogger("homeagent")
 
 
 class DirectoryReport(NamedTuple):
-    """A directory as it was found or made.
+    """State of a directory.
 
     Attributes:
         path: the directory.
-        made: the directories that were made now, outermost first; empty where all existed.
-        mode: its permission bits, sticky bit included.
+        made: directories that this call created, outermost first; may be empty.
+        mode: permission bits, sticky bit included.
         uid: user id of the owner.
-        listable: whether others may see the names in it, though not the files' content.
-        problem: why its files are not safe from other users, with the remedy; None where they are.
+        listable: whether other users can list the directory.
+        problem: reason why the files are not safe from other users, with the remedy; None if the files are safe.
     """
 
     path: Path
@@ -46,17 +46,17 @@ _reported_lock = threading.Lock()
 
 
 def prepare_directory(directory: Path) -> DirectoryReport:
-    """Make a directory for the database where it is missing, and report what others could do to one that exists.
+    """Create a database's directory if it is missing, and report how other users could harm an existing directory.
 
-    What is made is 0700 under any umask, missing parents included, and belongs to the owner of its parent if root makes
-    it. What exists is left as it is, since somebody chose its mode and other programs may rely on it: the first time
-    that it is found unsafe, the logger `homeagent` is warned.
+    New directories, parents included, have mode 0700 under any umask. If root creates a directory, the owner of its
+    parent becomes the owner. An existing directory stays unchanged, because other programs may rely on its mode: the
+    first time that the directory is found unsafe, the logger `homeagent` emits a warning.
 
     Raises:
-        InvalidArgumentError: a component of the path is no directory.
+        InvalidArgumentError: a component of the path is not a directory.
         InsecureFileError: the file system does not keep modes; or the process runs as root, and other users can replace
             files in the directory.
-        DatabaseError: it can't be made or looked into; `ReadOnlyError` and `DiskFullError` where that is why.
+        ReadOnlyError, DiskFullError, DatabaseError: the directory can't be created or inspected.
     """
     made: list[Path] = []
     for step in _missing_directories(directory):
@@ -124,7 +124,7 @@ def make_temporary_directory() -> Path:
 
 
 def _missing_directories(directory: Path) -> list[Path]:
-    """Return what has to be made, outermost first."""
+    """Return the missing directories of a path, outermost first."""
     missing: list[Path] = []
     for candidate in (directory, *directory.parents):
         with explained("look into the directory", candidate):
@@ -143,12 +143,12 @@ def _missing_directories(directory: Path) -> list[Path]:
 
 
 def _give_to_parents_owner(made: Path) -> None:
-    """Give a directory that root created to the owner of its parent."""
+    """Give a directory that root created to the owner of its parent directory."""
     if os.geteuid() != 0:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    # Through the parent's descriptor: its owner could put a link to another directory in the place of either of them.
-    # A directory that is empty gives that user nothing, even if it is not the one that was made.
+    # Use the parent's descriptor: the parent's owner could replace each of the two directories by a link. If the empty
+    # directory is not the new one, giving it away does no harm.
     parent = os.open(made.parent, flags)
     try:
         descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)

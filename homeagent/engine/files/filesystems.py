@@ -1,4 +1,4 @@
-"""Kinds of file systems: which one a path lies on, and which of them SQLite's write-ahead log does not work on."""
+"""The kind of file system of a path, and the refusal of network file systems, on which SQLite's WAL does not work."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from homeagent.errors import DatabaseError
 
 __all__ = ["filesystem_kind", "is_network_filesystem", "refuse_network_filesystem"]
 
-# Of more than one kernel: a server's, a host's beside its virtual machine's. WAL keeps its index in memory that all
-# connections share, which such a file system does not give (https://sqlite.org/wal.html, section 1). 9p and virtiofs
-# are refused although only one machine may use the file: reports of WAL databases corrupted within one guest exist
-# for WSL 2's drives (9p), for gVisor's volumes (9p) and for Docker Desktop's and Podman's shared folders (virtiofs).
+# File systems that more than one kernel uses, such as a server's and a client's. The WAL index needs memory that all
+# connections share, which such a file system does not provide (https://sqlite.org/wal.html, section 1). 9p and virtiofs
+# are refused even if only one machine uses the file: there are reports of WAL databases corrupted within one guest for
+# WSL 2's drives (9p), gVisor's volumes (9p), and shared folders of Docker Desktop and Podman (virtiofs).
 _NETWORK_KINDS = frozenset(
     {
         "9p", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "cvfs", "davfs", "fakeowner", "glusterfs", "gpfs",
@@ -33,14 +33,10 @@ _NETWORK_KINDS = frozenset(
 
 
 def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """Return the kind of file system that a path lies on, such as "ext4" or "nfs4".
+    """Return the kind of file system of a path, such as "ext4" or "nfs4". The path may be missing.
 
-    Args:
-        path: an existing path, or one that is yet to be made.
-        mount_table: the kernel's list of mounts (proc_pid_mountinfo(5)).
-
-    Returns:
-        None where it can't be told: on macOS, and on a Linux without /proc.
+    Return None if the kind can't be determined: on macOS, and on Linux without /proc. `mount_table` is the kernel's
+    list of mounts (proc_pid_mountinfo(5)).
     """
     try:
         table = mount_table.read_bytes()
@@ -59,8 +55,8 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
             continue
         point = _unescaped(fields.split()[4])
         if place.is_relative_to(point):
-            # The device decides, for a mount may hide longer ones below it. Btrfs shows another device in the table
-            # than in stat(2): then the longest mount point does, and the later of two on the same one hides the other.
+            # Compare devices first, because a mount may hide mounts with longer paths. On Btrfs the table and stat(2)
+            # show different devices: then the longest path wins, and of two mounts on one path the later.
             rank = (fields.split()[2].decode() == device, len(point))
             if found is None or rank >= found[:2]:
                 found = (*rank, rest.split()[0].decode("ascii", "replace"))
@@ -68,21 +64,17 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
 
 
 def is_network_filesystem(kind: str) -> bool:
-    """Tell whether a kind of file system is shared between machines, or between a host and its virtual machine.
-
-    Args:
-        kind: as `filesystem_kind` returns it; one mounted through FUSE begins with "fuse.".
-    """
+    """Return whether several machines, or a host and its virtual machine, share a file system of this kind."""
     return kind.removeprefix("fuse.") in _NETWORK_KINDS
 
 
 def refuse_network_filesystem(path: Path, *, mount_table: Path = Path("/proc/self/mountinfo")) -> None:
-    """Refuse a database on a file system that WAL does not work on (https://sqlite.org/wal.html, section 1).
+    """Refuse a database on a network file system, where WAL does not work (https://sqlite.org/wal.html, section 1).
 
-    Where the kind can't be told nothing is refused, so on macOS the choice of the place stays with the operator.
+    Accept a file system of unknown kind, such as each file system on macOS.
 
     Raises:
-        DatabaseError: the path lies on a network file system or a shared folder.
+        DatabaseError: the path is on a network file system or a shared folder.
     """
     kind = filesystem_kind(path, mount_table=mount_table)
     if kind is not None and is_network_filesystem(kind):
@@ -94,5 +86,5 @@ def refuse_network_filesystem(path: Path, *, mount_table: Path = Path("/proc/sel
 
 
 def _unescaped(field: bytes) -> str:
-    """Return a path of the mount table, where blanks and backslashes are written in octal."""
+    """Decode a path of the mount table, which contains blanks and backslashes in octal."""
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 0xFF]), field))

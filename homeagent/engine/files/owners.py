@@ -1,13 +1,13 @@
-"""Which users' files are safe to use, and which user gets a file that root creates.
+"""Owners: the users whose files are trusted, and the owner of a file that root creates.
 
-| the process runs as | files of a database that are safe | its backups that are safe |
+| the process runs as | trusted owners of a database's files | trusted owners of its backups |
 |---|---|---|
-| an ordinary user | that user's | that user's and root's |
-| root | root's, and those of the owner of the database's directory | the same |
+| an ordinary user | the user | the user and root |
+| root | root and the owner of the database's directory | the same |
 
-The owner of a directory can replace every file in it, so root gains nothing by refusing that user's files. Each other
-user could add a file to a directory that several users can write: a rollback journal that SQLite replays, a lock file
-that tells of a restore, a backup. So root also refuses a directory in which other users can replace files.
+The owner of a directory can replace every file in the directory, so a refusal of the owner's files would not protect
+root. If other users can write the directory, they could add a rollback journal that SQLite replays, a lock file with a
+marker, or a backup. So root also refuses a directory in which other users can replace files.
 """
 
 from __future__ import annotations
@@ -23,62 +23,53 @@ __all__ = ["backup_owners", "give_to_owner", "is_replaceable", "refuse_replaceab
 
 
 def trusted_owners(directory: Path) -> frozenset[int]:
-    """Return the users whose files in a database's directory are safe.
+    """Return the users whose files in a database's directory are trusted.
 
-    Args:
-        directory: of the database. If it is missing, the nearest directory above counts, whose owner gets it.
-
-    Raises:
-        DatabaseError: the directory can't be looked into.
+    If the directory is missing, use the owner of the nearest existing parent directory, who will own the new directory.
     """
     caller = os.geteuid()
     return frozenset({0, _nearest(directory).st_uid} if caller == 0 else {caller})
 
 
 def backup_owners(database: Path) -> frozenset[int]:
-    """Return the users whose backups of a database, and notes about them, are safe, wherever they are.
-
-    Raises:
-        DatabaseError: the database's directory can't be looked into.
-    """
+    """Return the users whose backups of a database, and notes about backups, are trusted in any directory."""
     return trusted_owners(database.parent) | {0}
 
 
 def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | None = None) -> None:
-    """Give a file or directory that root created to the owner of its directory; for another user do nothing.
+    """If the process runs as root, give a new file or directory to the owner of its directory.
 
-    Otherwise `sudo homeagent init` would lock out the user whose directory it is. SQLite does the same with the
-    files that it keeps next to a database.
+    Otherwise `sudo homeagent init` would lock out the directory's owner. SQLite does the same with its sidecar files.
 
     Args:
-        descriptor: of the new file. Another file could have its name by now.
-        directory: where the file is, or a descriptor of that.
-        database: of which the file is a copy, if not one in the same directory. Where the owner of `directory` may not
-            provide backups of it, the file stays root's: that user could change it, and could read every device.
+        descriptor: descriptor of the new file. Do not use the name, which another file could have by now.
+        directory: directory of the file, or a descriptor of the directory.
+        database: source database, for a copy in another directory. If backups of the owner of `directory` are not
+            trusted, root keeps the copy: the owner could change the copy and read all devices.
 
     Raises:
         OSError: the owner can't be changed.
     """
     if os.geteuid() != 0:
         return
-    status = os.stat(directory)  # noqa: PTH116  by a descriptor too
+    status = os.stat(directory)  # noqa: PTH116  also accepts a descriptor
     if status.st_uid != 0 and (database is None or status.st_uid in backup_owners(database)):
         os.fchown(descriptor, status.st_uid, status.st_gid)
 
 
 def is_replaceable(status: os.stat_result) -> bool:
-    """Tell whether users other than its owner can rename and remove files in a directory."""
+    """Return whether users other than the owner can rename and remove files in a directory."""
     return bool(status.st_mode & 0o022) and not status.st_mode & stat.S_ISVTX
 
 
 def refuse_replaceable(directory: Path) -> None:
     """Refuse a directory in which other users can replace files, if the process runs as root.
 
-    An ordinary user is warned instead (`prepare_directory`).
+    An ordinary user gets a warning instead, from `prepare_directory`.
 
     Raises:
         InsecureFileError: the process runs as root, and group or others can write the directory, without a sticky bit.
-        DatabaseError: the directory can't be looked into.
+        DatabaseError: the directory can't be inspected.
     """
     if os.geteuid() != 0:
         return
