@@ -1,4 +1,4 @@
-"""Backups: where one goes and what it is called, how many are kept, and when the next one is due."""
+"""Backups: paths and names, retention, and the schedule."""
 
 from __future__ import annotations
 
@@ -35,15 +35,11 @@ _LOCK = ".homeagent-backups.lock"
 
 
 def require_file(engine: Engine) -> SQLiteEngine:
-    """Return the engine if its database is a file.
-
-    Raises:
-        DatabaseError: it is on a server, which has its own tools; the message names them.
-    """
+    """Return the engine if its database is a file. Otherwise raise DatabaseError, which names PostgreSQL's tools."""
     if not isinstance(engine, SQLiteEngine):
         raise DatabaseError(
             "a PostgreSQL database is backed up with its own tools: pg_dump for one database, pg_basebackup and an "
-            "archive of the write-ahead log for the server at any instant; see docs/operations.md"
+            "archive of the write-ahead log for the server at any time; see docs/operations.md"
         )
     return engine
 
@@ -58,22 +54,22 @@ def back_up(
     timeout: timedelta,
     stop: Stop = lambda: False,
 ) -> Path:
-    """Make a verified backup while others write, and return where it is.
+    """Make a verified backup while other units write, and return its path.
 
     Args:
-        engine: on the database.
-        destination: a directory, for a name with the schema's revision and the time; or a file that does not exist.
-            A path that ends in a slash is a directory, made where it is missing.
-        clock: tells when it was taken.
-        keep: remove this database's oldest backups in that directory afterwards, until so many are left. Only what
-            has its manifest is one; copies made by upgrades stay, and files that `restore` refuses for their owner.
-        replace: whether a file that exists is replaced.
-        timeout: how long to wait for another backup into the same directory.
-        stop: asked now and then; where it answers True, there will be no backup.
+        engine: engine of the source database.
+        destination: an existing directory, a path with a final slash for a directory to create, or the path of a new
+            file. In a directory the backup's name contains the schema revision and the time.
+        clock: clock for the time of the backup.
+        keep: number of this database's backups that stay in the directory; older ones are removed. Backups without a
+            manifest, from upgrades, or with an owner whom `restore` refuses neither count nor are removed.
+        replace: whether to replace an existing file.
+        timeout: longest wait for another backup into the same directory.
+        stop: called repeatedly; True cancels the backup.
 
     Raises:
-        InvalidArgumentError: the destination can't be one, or exists.
-        CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: as their names say. Nothing is left behind.
+        InvalidArgumentError: the destination exists, or can't be a backup.
+        CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: the backup failed. No file is left behind.
     """
     engine = require_file(engine)
     if keep is not None:
@@ -95,11 +91,7 @@ def back_up(
 
 
 def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, stop: Stop) -> Path | None:
-    """Make the backup of a schedule if none in its directory is young enough, and return where it is.
-
-    Returns:
-        None where none is due, or another process makes one at this moment.
-    """
+    """Make a scheduled backup, and return its path; None if no backup is due, or another process makes a backup."""
     engine = require_file(engine)
     directory = locate_file(schedule.directory)
     if not _is_due(engine.path, directory, schedule, clock()):
@@ -111,7 +103,7 @@ def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, st
     except DatabaseBusyError:
         return None
     try:
-        # Another process may have made it since, and be done.
+        # Check again: another process may have made the backup before this process got the lock.
         if not _is_due(engine.path, directory, schedule, clock()):
             return None
         return _make_in(directory, engine, clock=clock, keep=schedule.keep, stop=stop)
@@ -120,7 +112,7 @@ def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, st
 
 
 def back_up_on_schedule(engine: Engine, schedule: BackupSchedule, *, clock: Clock, stop: Stop) -> None:
-    """Make the backup of a schedule if it is due. One that fails is logged, for the work beside it goes on."""
+    """Make a scheduled backup if it is due. Log a failure, so that the caller's sweep continues."""
     try:
         back_up_if_due(engine, schedule, clock=clock, stop=stop)
     except HomeAgentError as error:
@@ -155,7 +147,7 @@ def _make(
     if keep is not None:
         _remove_oldest(target, manifest, keep)
     if not engine.is_temporary:
-        _remember(engine.path, target)
+        _write_note(engine.path, target)
     logger.info(
         "backed %s up to %s (%d bytes)",
         engine.path,
@@ -167,7 +159,7 @@ def _make(
 
 
 def _is_due(database: Path, directory: Path, schedule: BackupSchedule, now: datetime) -> bool:
-    # One from the future was made while the clock was ahead, and tells nothing.
+    # Ignore a backup with a future time, which was made while the clock was ahead.
     ages = [now - manifest.taken_at for _, manifest in _backups_of(database, directory) if manifest.taken_at <= now]
     return not ages or min(ages) >= schedule.every
 
@@ -188,7 +180,7 @@ def _partial(target: Path) -> Path:
 
 
 def _free_name(path: Path) -> Path:
-    """Return the path, or one with a number in it where the clock stood still since the last backup."""
+    """Return the path, with a number added if a file with this name exists."""
     free, number = path, 1
     while os.path.lexists(free):
         number += 1
@@ -200,17 +192,17 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
     own = {database, *sidecars(database), lock_path(database), in_use_path(database), note_path(database)}
     if target in own:
         raise InvalidArgumentError(f"{quoted(target)} belongs to the database itself: name another file")
-    for beside in sidecars(target):
-        # Whoever opened the backup by that name would have another database's log put into it.
-        if os.path.lexists(beside):
+    for sidecar in sidecars(target):
+        # If the backup had this name, SQLite would apply the sidecar, which belongs to another database, to the backup.
+        if os.path.lexists(sidecar):
             raise InvalidArgumentError(
-                f"{quoted(target)} is a database that somebody has open or that was not closed cleanly, for there is "
-                f"{quoted(beside)}: name another file; to replace a database, restore a backup to it"
+                f"{quoted(target)} is a database that is open or was not closed cleanly, since {quoted(sidecar)} "
+                "exists: name another file; to replace a database, restore a backup to it"
             )
 
 
 def _remove_stale(directory: Path, database: Path) -> None:
-    """Remove what a backup that was killed left behind: under the lock, no other one is under way."""
+    """Remove incomplete files of killed backups. The directory's lock must be held, so that no other backup runs."""
     with explained("look into the directory", directory):
         names = [entry.name for entry in os.scandir(directory)]
     for name in names:
@@ -219,29 +211,29 @@ def _remove_stale(directory: Path, database: Path) -> None:
 
 
 def _remove_oldest(made: Path, manifest: Manifest, keep: int) -> None:
-    # The one just made stays, even if the clock was set back and it looks like the oldest.
-    found = [one for one in _backups_of(Path(manifest.database), made.parent) if one[0] != made]
-    # One from the future is surely older than it looks, and would keep all others from staying.
-    others = [backup for backup, _ in sorted(found, key=lambda one: one[1].taken_at <= manifest.taken_at)]
+    # Keep the new backup, even if the clock was set back and the backup looks like the oldest.
+    found = [entry for entry in _backups_of(Path(manifest.database), made.parent) if entry[0] != made]
+    # Remove backups with a future time first: they are older than they look, and would displace newer backups.
+    others = [backup for backup, _ in sorted(found, key=lambda entry: entry[1].taken_at <= manifest.taken_at)]
     for backup in others[: max(len(others) - (keep - 1), 0)]:
         with explained("remove the old backup", backup):
             backup.unlink(missing_ok=True)
             manifest_path(backup).unlink(missing_ok=True)
         logger.info(
-            "removed %s, of which there are %d newer ones",
+            "removed the old backup %s: the %d newest backups stay",
             backup,
             keep,
             extra={"event": "backup_removed", "backup": str(backup), "keep": keep},
         )
 
 
-def _remember(database: Path, backup: Path) -> None:
+def _write_note(database: Path, backup: Path) -> None:
     try:
         remember_backup(database, backup)
     except HomeAgentError as error:
-        # The backup is good all the same. What is lost is that an error could name it.
+        # The backup is valid. Without the note an error about a damaged database can't name the backup.
         logger.warning(
-            "where the last backup is could not be noted beside the database: %s",
+            "could not write the path of the last backup to a note next to the database: %s",
             error,
             extra={"event": "backup_not_noted", "path": str(database), "error": type(error).__name__},
         )

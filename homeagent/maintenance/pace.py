@@ -1,48 +1,44 @@
-"""How much of cleaning is done at a time, and how long it rests in between: by what others notice of it."""
+"""Batch size and pause of the sweep, adapted to writers that wait for the write lock."""
 
 from __future__ import annotations
 
 __all__ = ["Pace"]
 
-# For how long a batch may look for its rows and remove them while others wait, in seconds. What its commit takes
-# depends on the disk and hardly on the rows, so that is no reason for fewer.
+# Longest time in which a batch finds and deletes its rows while writers wait, in seconds. The commit does not count,
+# because its time hardly depends on the number of rows.
 _LONGEST_WORK = 0.004
 _FEWEST_ROWS = 10
 
-# The rest after a batch, in seconds, where nobody was seen to wait: another process may, which shows only when it is
-# met. Where somebody waited, it is so many times what the batch took of their time, and bounded.
-_REST = 0.001
-_SHARE = 4
-_LONGEST_REST = 0.25
+# Pauses after a batch, in seconds. Without contention the pause is short but not zero, because another process may wait
+# unnoticed. After contention the pause is a multiple of the time for which the batch held the write lock.
+_SHORTEST_PAUSE = 0.001
+_PAUSE_FACTOR = 4
+_LONGEST_PAUSE = 0.25
 
 
 class Pace:
-    """Adapts the batches of a sweep to those who write beside it.
-
-    Args:
-        most: how many rows a batch has at most.
-    """
+    """Adapts the batches of a sweep to other writers. A batch has at most `most` rows."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._fewest = min(_FEWEST_ROWS, most)
         self.rows = most
-        """How many rows the next batch has."""
+        """Number of rows of the next batch."""
 
     def after_batch(self, *, worked: float, held: float, contended: bool) -> float:
-        """Choose the next batch, and return for how many seconds to rest before it.
+        """Choose the size of the next batch, and return the pause before it, in seconds.
 
         Args:
-            worked: how long its statement took, in seconds.
-            held: how long it kept others from writing, its commit included, in seconds.
-            contended: whether somebody waited for it, or it for somebody.
+            worked: duration of the batch's statement, in seconds.
+            held: time for which the batch held the write lock, commit included, in seconds.
+            contended: whether the batch waited for another writer, or another writer for the batch.
         """
         rows = self.rows * 2
         if contended and worked > 0:
             rows = min(rows, int(self.rows * _LONGEST_WORK / worked))
         self.rows = max(self._fewest, self.rows // 2, min(rows, self._most))
-        return self.rest_after(held) if contended else _REST
+        return self.rest_after(held) if contended else _SHORTEST_PAUSE
 
     def rest_after(self, held: float) -> float:
-        """Return for how many seconds to rest after others were kept waiting for so many."""
-        return min(max(held * _SHARE, _REST), _LONGEST_REST)
+        """Return the pause after other writers waited for `held` seconds, in seconds."""
+        return min(max(held * _PAUSE_FACTOR, _SHORTEST_PAUSE), _LONGEST_PAUSE)

@@ -1,4 +1,4 @@
-"""What a restore has to know of the database that was there, whatever is left of it."""
+"""Read the epoch and the devices of the old database before a restore, if the old database is readable."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ __all__ = ["PreviousState", "read_previous_state"]
 
 @dataclass(frozen=True, slots=True)
 class PreviousState:
-    """The epoch, 0 where there was none or it can't be told, and the devices, None where they can't be told."""
+    """Epoch (0 if unknown) and devices (None if unknown) of the old database."""
 
     epoch: int
     devices: Devices | None
 
 
 def read_previous_state(database: Path) -> PreviousState:
-    """Ask the old database, through a copy: SQLite would put its log into it and remove that, when it closes it."""
+    """Read a copy of the old database: closing the original would checkpoint and remove its WAL."""
     if not os.path.lexists(database):
         return PreviousState(0, None)
     copy = database.with_name(f"{database.name}.before.restoring")
     discard(copy)
     epoch = 0
     try:
-        for original, made in zip((database, *sidecars(database)), (copy, *sidecars(copy)), strict=True):
+        for original, target in zip((database, *sidecars(database)), (copy, *sidecars(copy)), strict=True):
             if os.path.lexists(original) and not original.name.endswith("-shm"):
-                copy_file(original, made, database=database)
+                copy_file(original, target, database=database)
         with closing(connect(str(copy))) as raw:
             raw.execute("PRAGMA trusted_schema=OFF")
-            with suppress(*DRIVER_ERRORS, TypeError, ValueError):  # damaged, or older than the epochs
+            with suppress(*DRIVER_ERRORS, TypeError, ValueError):  # damaged, or older than epochs
                 epoch = int(raw.execute("SELECT epoch FROM store").get)
             return PreviousState(epoch, devices_of(raw))
-    except (*DRIVER_ERRORS, DatabaseError, TypeError, ValueError):  # a disk that can't read it, or has no room
+    except (*DRIVER_ERRORS, DatabaseError, TypeError, ValueError):  # damaged, or an unreadable or full disk
         return PreviousState(epoch, None)
     finally:
         discard(copy)

@@ -1,4 +1,4 @@
-"""The new database of a restore, made beside the old one: checked, upgraded, in its new epoch, whole in one file."""
+"""Prepare the new database of a restore, next to the old database: copy, check, upgrade, new epoch, sync."""
 
 from __future__ import annotations
 
@@ -44,26 +44,25 @@ __all__ = [
 
 SQLITE_HEADER = b"SQLite format 3\0"
 _HEADER_SIZE = 100
-_WAL_FORMAT = b"\x02\x02"  # the read and write versions in a header: https://sqlite.org/fileformat2.html, section 1.3
+_WAL_FORMAT = b"\x02\x02"  # read and write version in a header: https://sqlite.org/fileformat2.html, section 1.3
 _APPLICATION_ID = slice(68, 72)
 
 Devices = dict[str, tuple[str | None, str]]
-"""By id: the role in which it may enter, None where it may not, and the hash of its secret."""
+"""By device id: the role (None for a device that is not approved), and the hash of the secret."""
 
 
 def header_of(path: Path, database: Path) -> bytes:
-    """Return the first 100 bytes of a database or of a backup that this process does not have open through SQLite.
+    """Return the first 100 bytes of a file that this process does not have open through SQLite.
 
     Raises:
-        InsecureFileError: `path` is a link, has a second name, or belongs to a user whose backups of `database` are not
-            safe.
+        InsecureFileError: `path` is a link, has a second hard link, or has an owner outside `backup_owners(database)`.
     """
     with explained("read", path), open_to_read(path, backup_owners(database)) as file:
         return file.read(_HEADER_SIZE)
 
 
 def is_homeagent_database(header: bytes) -> bool:
-    """Tell whether a header is that of a SQLite database of this application."""
+    """Return whether the header belongs to a SQLite database of this application."""
     return header.startswith(SQLITE_HEADER) and int.from_bytes(header[_APPLICATION_ID], "big") == APPLICATION_ID
 
 
@@ -76,7 +75,7 @@ def damaged(source: Path, how: str) -> CorruptDatabaseError:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """What the new database is: `devices` are those in it."""
+    """State of the new database."""
 
     epoch: int
     revision: str
@@ -88,16 +87,16 @@ class Staged:
 def stage(
     source: Path, manifest: Manifest | None, database: Path, stamp: str, *, restored_at: datetime, known_epoch: int
 ) -> Staged:
-    """Make the new database beside the old one: checked, upgraded, in its new epoch, whole in one file and synced."""
+    """Prepare the new database at `new_path`: one complete file. If a step fails, remove the file."""
     for stale in database.parent.glob(f"{glob.escape(database.name)}.*.restoring"):
-        discard(stale)  # of a restore that was killed before it had decided anything
+        discard(stale)  # left by a restore that was killed before it wrote its marker
     new = new_path(database, stamp)
     try:
         _copy(source, new, manifest, database=database)
-        secure_sidecars(new)  # before SQLite would replay a journal that another user put there
+        secure_sidecars(new)  # otherwise SQLite would replay a journal that another user put there
         engine = SQLiteEngine(new, busy_timeout=timedelta(0), durability="full")
         try:
-            with translated(engine.driver_errors, lambda error: _fault(error, source)):
+            with translated(engine.driver_errors, lambda error: _restore_error(error, source)):
                 found = _verify(engine, source, manifest)
                 with engine.looking() as connection:
                     refuse_changed_schema(connection, str(found.revision), quoted(source))
@@ -110,7 +109,7 @@ def stage(
                     devices = devices_of(connection.connection.driver_connection)
         finally:
             engine.close()
-        _require_whole(new)
+        _require_single_file(new)
     except BaseException:
         discard(new)
         raise
@@ -129,34 +128,34 @@ def _copy(source: Path, new: Path, manifest: Manifest | None, *, database: Path)
         free = shutil.disk_usage(new.parent).free
     if free < needed:
         raise DiskFullError(
-            f"there is no room to restore in {quoted(new.parent)}: it takes {needed:,} bytes beside the old database, "
-            f"and {free:,} are free; free some space"
+            f"there is no room to restore in {quoted(new.parent)}: the new database takes {needed:,} bytes next to the "
+            f"old one, and {free:,} are free; free some space"
         )
     digest = copy_file(source, new, database=database)
     if manifest is not None:
         if digest != manifest.sha256:
             raise damaged(source, "its SHA-256 is not the one in its manifest")
-        return  # one of ours is whole by itself: what lies beside it belongs to something else
+        return  # a backup with a manifest is complete without sidecar files
     log, _, journal = sidecars(source)
     new_log, _, new_journal = sidecars(new)
-    is_logged = header_of(source, database)[18:20] == _WAL_FORMAT
-    beside, kept = (log, new_log) if is_logged else (journal, new_journal)
-    if os.path.lexists(beside):
-        copy_file(beside, kept, database=database)
+    has_wal_format = header_of(source, database)[18:20] == _WAL_FORMAT
+    sidecar, new_sidecar = (log, new_log) if has_wal_format else (journal, new_journal)
+    if os.path.lexists(sidecar):
+        copy_file(sidecar, new_sidecar, database=database)
 
 
 def copy_file(source: Path, new: Path, *, database: Path) -> str:
-    """Copy a database or a backup to a new file that is private, and return the SHA-256 of its bytes.
+    """Copy a database or a backup to a new private file, and return the SHA-256 of the content.
 
     Raises:
-        InsecureFileError: `source` is a link, has a second name, or belongs to a user whose backups of `database` are
-            not safe.
+        InsecureFileError: `source` is a link, has a second hard link, or has an owner outside
+            `backup_owners(database)`.
     """
     digest = hashlib.sha256()
     with explained("copy the backup to", new):
         descriptor = create_descriptor(new)
         if descriptor is None:
-            raise DatabaseError(f"{quoted(new)} is in the way: remove it")
+            raise DatabaseError(f"{quoted(new)} exists already: remove it")
         with os.fdopen(descriptor, "wb") as copy, open_to_read(source, backup_owners(database)) as original:
             while block := original.read(1 << 20):
                 digest.update(block)
@@ -172,28 +171,30 @@ def _verify(engine: SQLiteEngine, source: Path, manifest: Manifest | None) -> Co
         if verdict != "ok":
             raise damaged(source, verdict.splitlines()[0])
         if raw.execute("PRAGMA foreign_key_check").fetchall():
-            raise damaged(source, "a row refers to one that is not there")
+            raise damaged(source, "a row refers to a row that does not exist")
         found = read_contents(raw, VERSION_TABLE)
     if found.revision is None:
-        raise damaged(source, "it holds no store")
+        raise damaged(source, "it contains no homeagent tables")
     if manifest is not None and (found.rows, found.revision) != (manifest.rows, manifest.schema_revision):
-        raise damaged(source, "it does not hold what its manifest says")
+        raise damaged(source, "its row counts or schema revision differ from its manifest")
     return found
 
 
-def _fault(error: BaseException, source: Path) -> HomeAgentError:
-    ours = sqlite_error(error)
-    return damaged(source, "SQLite can't read it") if isinstance(ours, CorruptDatabaseError) else ours
+def _restore_error(error: BaseException, source: Path) -> HomeAgentError:
+    translation = sqlite_error(error)
+    return damaged(source, "SQLite can't read it") if isinstance(translation, CorruptDatabaseError) else translation
 
 
-def _require_whole(new: Path) -> None:
-    """See to it that all of a closed database is in its one file, and that on the disk."""
-    for beside in sidecars(new):
-        with explained("remove", beside):
-            if os.path.lexists(beside):
-                if beside.stat().st_size:
-                    raise DatabaseError(f"{quoted(beside)} was left over: something else has the new database open")
-                beside.unlink()
+def _require_single_file(new: Path) -> None:
+    """Remove the empty sidecar files of a closed database, and sync its file. Raise if a sidecar has content."""
+    for sidecar in sidecars(new):
+        with explained("remove", sidecar):
+            if os.path.lexists(sidecar):
+                if sidecar.stat().st_size:
+                    raise DatabaseError(
+                        f"{quoted(sidecar)} remains, so another program has the new database open: stop that program"
+                    )
+                sidecar.unlink()
     with explained("sync", new):
         descriptor = os.open(new, os.O_RDWR | OPEN_FLAGS)
         try:
@@ -204,7 +205,7 @@ def _require_whole(new: Path) -> None:
 
 
 def devices_of(raw: Any) -> Devices:
-    """Return in which role each device may enter, and the hash of its secret."""
+    """Return the role of each approved device, and the hash of each device's secret."""
     rows = raw.execute("SELECT id, approved, role, shared_secret_hash FROM devices").fetchall()
     return {
         str(device_id): (str(role) if approved == 1 else None, str(hashed))

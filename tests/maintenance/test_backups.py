@@ -132,7 +132,7 @@ def test_open_database_is_not_replaced(sqlite_database: Database, tmp_path: Path
     with Database.open(other) as opened:
         add_agent(opened, "other")
         before = names(other.parent)
-        with pytest.raises(errors.InvalidArgumentError, match="somebody has open"):
+        with pytest.raises(errors.InvalidArgumentError, match="is open or was not closed"):
             sqlite_database.backup(other, replace=True)
         assert names(other.parent) == before
         add_agent(opened, "another")

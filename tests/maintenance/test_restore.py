@@ -292,9 +292,9 @@ def flipped(path: Path) -> None:
 BACKUPS: dict[str, tuple[Any, type[errors.DatabaseError], str, bool]] = {
     "newer": (newer, errors.SchemaTooNewError, "upgrade homeagent", False),
     "foreign": (foreign, errors.ForeignDatabaseError, "another application", False),
-    "reference": (broken_reference, errors.CorruptDatabaseError, "refers to one", False),
+    "reference": (broken_reference, errors.CorruptDatabaseError, "refers to a row", False),
     "index": (damaged_index, errors.CorruptDatabaseError, "is damaged", False),
-    "no store": (no_store, errors.CorruptDatabaseError, "no store", False),
+    "no store": (no_store, errors.CorruptDatabaseError, "no homeagent tables", False),
     "text": (lambda path: path.write_text("dear diary " * 100), errors.CorruptDatabaseError, "no SQLite", False),
     "empty": (lambda path: path.write_bytes(b""), errors.CorruptDatabaseError, "no SQLite", False),
     "cut": (lambda path: os.truncate(path, 40960), errors.CorruptDatabaseError, "is damaged", False),
