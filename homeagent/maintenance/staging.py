@@ -52,10 +52,9 @@ Devices = dict[str, tuple[str | None, str]]
 
 
 def header_of(path: Path, database: Path) -> bytes:
-    """Return the first 100 bytes of a file that this process does not have open through SQLite.
+    """Return the first 100 bytes of a file, which this process must not have open through SQLite.
 
-    Raises:
-        InsecureFileError: `path` is a link, has a second hard link, or has an owner outside `backup_owners(database)`.
+    Raise InsecureFileError for a link, a second hard link, or an owner outside `backup_owners(database)`.
     """
     with explained("read", path), open_to_read(path, backup_owners(database)) as file:
         return file.read(_HEADER_SIZE)
@@ -145,12 +144,7 @@ def _copy(source: Path, new: Path, manifest: Manifest | None, *, database: Path)
 
 
 def copy_file(source: Path, new: Path, *, database: Path) -> str:
-    """Copy a database or a backup to a new private file, and return the SHA-256 of the content.
-
-    Raises:
-        InsecureFileError: `source` is a link, has a second hard link, or has an owner outside
-            `backup_owners(database)`.
-    """
+    """Copy a database or a backup to a new private file, and return the SHA-256. Check `source` as `header_of` does."""
     digest = hashlib.sha256()
     with explained("copy the backup to", new):
         descriptor = create_descriptor(new)

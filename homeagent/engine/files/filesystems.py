@@ -69,12 +69,9 @@ def is_network_filesystem(kind: str) -> bool:
 
 
 def refuse_network_filesystem(path: Path, *, mount_table: Path = Path("/proc/self/mountinfo")) -> None:
-    """Refuse a database on a network file system, where WAL does not work (https://sqlite.org/wal.html, section 1).
+    """Raise DatabaseError for a path on a network file system or a shared folder, where WAL does not work.
 
     Accept a file system of unknown kind, such as each file system on macOS.
-
-    Raises:
-        DatabaseError: the path is on a network file system or a shared folder.
     """
     kind = filesystem_kind(path, mount_table=mount_table)
     if kind is not None and is_network_filesystem(kind):

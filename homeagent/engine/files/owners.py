@@ -46,9 +46,6 @@ def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | No
         directory: directory of the file, or a descriptor of the directory.
         database: source database, for a copy in another directory. If backups of the owner of `directory` are not
             trusted, root keeps the copy: the owner could change the copy and read all devices.
-
-    Raises:
-        OSError: the owner can't be changed.
     """
     if os.geteuid() != 0:
         return
@@ -63,13 +60,9 @@ def is_replaceable(status: os.stat_result) -> bool:
 
 
 def refuse_replaceable(directory: Path) -> None:
-    """Refuse a directory in which other users can replace files, if the process runs as root.
+    """If the process runs as root, raise InsecureFileError for a directory in which other users can replace files.
 
     An ordinary user gets a warning instead, from `prepare_directory`.
-
-    Raises:
-        InsecureFileError: the process runs as root, and group or others can write the directory, without a sticky bit.
-        DatabaseError: the directory can't be inspected.
     """
     if os.geteuid() != 0:
         return

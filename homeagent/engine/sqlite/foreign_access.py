@@ -61,13 +61,10 @@ class FileGuard:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Count a connection that is closed in the block.
+        """Count a connection that is closed in the block. Raise DatabaseError after a failed unlock or close of a file.
 
         Release the locks before the last connection closes: SQLite then locks the file to checkpoint the WAL. Do not
         close the descriptors earlier: a close would drop SQLite's own locks.
-
-        Raises:
-            DatabaseError: the system could not unlock or close a file. The connection is closed.
         """
         with self._mutex, explained("unlock", self._path):
             self._connections -= 1

@@ -85,13 +85,10 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
 
 @contextmanager
 def kept_from_sqlite(database: Path) -> Iterator[None]:
-    """Keep programs that use SQLite from opening the file. Do nothing if the file does not exist.
+    """Keep programs that use SQLite from opening the file, or raise DatabaseBusyError. Skip a missing file.
 
     This process must not have the file open through SQLite: closing any descriptor of the file drops SQLite's locks,
     and SQLite's own close would drop this lock.
-
-    Raises:
-        DatabaseBusyError: another program has the file open.
     """
     with explained("open", database):
         try:

@@ -73,9 +73,6 @@ def inspect_sqlite(
         assume_closed: False to take locks even without a WAL, because a process may be opening the file.
         is_closed: whether no process of homeagent had the file open a moment ago. If False, a WAL with an index is read
             through the index even without frames, because an open database may add a frame at any time.
-
-    Raises:
-        DatabaseError: the file can't be opened; the subclass depends on the cause.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -153,12 +150,7 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
     the trigger that uses it (https://sqlite.org/c3ref/set_authorizer.html). Also return True if SQLite can't compile
     the statements, for example because an application's function is missing.
 
-    Args:
-        raw: the driver's connection.
-        tables: names of tables, in lower case.
-        kind: `trigger` or `view`.
-        name: name of the trigger or view.
-        on: table or view of the trigger; for a view its own name.
+    `tables` are in lower case, `kind` is `trigger` or `view`, and `on` is the trigger's table, or the view's own name.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []

@@ -22,12 +22,7 @@ _PAUSE = (0.001, 0.005)
 
 
 class LockWait:
-    """Busy handler of a connection (https://sqlite.org/c3ref/busy_handler.html).
-
-    Args:
-        timeout: longest wait for a lock, in seconds.
-        began: called at the start of each wait.
-    """
+    """Busy handler of a connection (https://sqlite.org/c3ref/busy_handler.html). It calls `began` before each wait."""
 
     def __init__(self, timeout: float, began: Callable[[], object]) -> None:
         self._timeout = timeout
@@ -35,7 +30,7 @@ class LockWait:
         self._since = 0.0
 
     def __call__(self, attempts: int) -> bool:
-        """Pause before the next try; return False after the timeout."""
+        """Pause before the next try. Return False if the wait has reached `timeout`, in seconds."""
         now = monotonic()
         if attempts == 0:
             self._since = now

@@ -101,11 +101,7 @@ def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None
 
 
 def write_manifest(backup: Path, manifest: Manifest) -> None:
-    """Write or replace the manifest of a backup, with mode 0600.
-
-    Raises:
-        ReadOnlyError, DiskFullError, DatabaseError: the manifest can't be written.
-    """
+    """Write or replace the manifest of a backup, with mode 0600, or raise DatabaseError."""
     _write(manifest_path(backup), manifest.model_dump_json(indent=2) + "\n", database=Path(manifest.database))
 
 

@@ -66,7 +66,7 @@ def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, 
         database: the file; may be absent.
         stamp: letters and digits that distinguish this replacement from others.
         epoch: epoch of the new database.
-        timeout: longest wait for the initialisation lock.
+        timeout: longest wait for the lock that initialisation takes.
 
     Raises:
         DatabaseError: a step failed. The next opener of the database finishes the replacement.

@@ -69,9 +69,6 @@ def has_frames(path: Path) -> bool:
     A process that is killed in its first commit leaves only a header; a full disk may leave a part of a header. SQLite
     ignores such a WAL, except in the only connection, with `readonly_shm=1`: if the WAL is at least as long as a header
     and has no sound header followed by more bytes, the connection fails with SQLITE_PROTOCOL after 10 seconds.
-
-    Raises:
-        DatabaseError: the WAL can't be read.
     """
     log = sidecars(path)[0]
     with explained("read", log):
