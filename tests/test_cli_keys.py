@@ -80,13 +80,13 @@ def test_resolve(path: Path) -> None:
     assert json.loads(done.stdout) == {"changed": True}
     assert call(path, SCOPES[0]) == {"order": 7}
     again = invoke(path, "resolve", *parts(SCOPES[0]), "null")
-    assert (again.exit_code, again.stdout) == (0, "Nothing is abandoned under this key: nothing to do.\n")
+    assert (again.exit_code, again.stdout) == (0, "This key has no abandoned attempt: nothing to do.\n")
     assert call(path, SCOPES[0]) == {"order": 7}
 
 
 def test_forget(path: Path) -> None:
     """A forgotten key is free: the next call runs the effect."""
-    assert invoke(path, "forget", *parts(SCOPES[1])).stdout == "Forgotten: the next call runs it.\n"
+    assert invoke(path, "forget", *parts(SCOPES[1])).stdout == "Forgotten: the next call runs the effect.\n"
     assert call(path, SCOPES[1]) == "ran"
 
 

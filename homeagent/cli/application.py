@@ -1,4 +1,4 @@
-"""The frame of the command line: how a command ends, and what every group of commands begins with."""
+"""Common parts of all commands: exit status, output of errors and warnings, and the option --database."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from homeagent.errors import HomeAgentError
 
 __all__ = ["DatabaseOption", "app", "group", "main"]
 
-# Typer carries Click inside it in its newer versions and depends on it in the older ones; this is either's UsageError.
+# Click's UsageError: newer versions of Typer contain a copy of Click, older versions depend on Click.
 _UsageError: Any = typer.BadParameter.__base__
 
 _CREDENTIALS = re.compile(r"://\S*@|((?:password|passwd)=)[^&\s]*", re.IGNORECASE)
@@ -27,17 +27,17 @@ _CREDENTIALS = re.compile(r"://\S*@|((?:password|passwd)=)[^&\s]*", re.IGNORECAS
 
 
 class _Commands(TyperGroup):
-    """Ends a refused operation with one line and status 1, and keeps credentials out of messages on wrong usage."""
+    """Commands that print a refused operation in one line, exit with status 1, and hide passwords in usage errors."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        with _discreet():
+        with _hide_credentials():
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         if ctx.parent is not None:
             return super().invoke(ctx)
         try:
-            with _discreet(), _warnings_at_the_end():
+            with _hide_credentials(), _print_warnings_on_success():
                 return super().invoke(ctx)
         except HomeAgentError as error:
             typer.echo(f"homeagent: {_one_line(str(error))}", err=True)
@@ -45,8 +45,8 @@ class _Commands(TyperGroup):
 
 
 @contextmanager
-def _discreet() -> Iterator[None]:
-    # A message on wrong usage repeats the argument, which may be a database's URL in the wrong place.
+def _hide_credentials() -> Iterator[None]:
+    # A usage error repeats the argument. The argument may be a database URL in the wrong position.
     try:
         yield
     except _UsageError as error:
@@ -54,7 +54,7 @@ def _discreet() -> Iterator[None]:
         raise
 
 
-class _Kept(logging.Handler):
+class _WarningBuffer(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.records: list[logging.LogRecord] = []
@@ -64,16 +64,16 @@ class _Kept(logging.Handler):
 
 
 @contextmanager
-def _warnings_at_the_end() -> Iterator[None]:
-    # A refused operation leaves exactly one line, which a warning logged on the way would make two.
-    kept = _Kept()
+def _print_warnings_on_success() -> Iterator[None]:
+    # A refused operation prints exactly one line, so drop its warnings.
+    buffer = _WarningBuffer()
     logger = logging.getLogger("homeagent")
-    logger.addHandler(kept)
+    logger.addHandler(buffer)
     try:
         yield
     finally:
-        logger.removeHandler(kept)
-    for record in kept.records:
+        logger.removeHandler(buffer)
+    for record in buffer.records:
         typer.echo(f"homeagent: warning: {_one_line(record.getMessage())}", err=True)
 
 
@@ -82,10 +82,10 @@ def _one_line(text: str) -> str:
 
 
 def main() -> None:
-    """Run the command that `sys.argv` names, and exit with its status."""
+    """Run the command in `sys.argv`, and exit with the status of the command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # An id in a script that the terminal's encoding lacks is shown as its code points; it ends no command.
+            # Print characters outside the terminal's encoding as escapes instead of raising UnicodeEncodeError.
             stream.reconfigure(errors="backslashreplace")
     app(prog_name="homeagent")
 
@@ -95,7 +95,7 @@ DatabaseOption = Annotated[
     typer.Option(
         "--database",
         metavar="TARGET",
-        help="A SQLite file or a PostgreSQL URL. Left out: $HOMEAGENT_DATABASE, else ~/.homeagent/homeagent.db.",
+        help="SQLite file or PostgreSQL URL. Default: $HOMEAGENT_DATABASE, else ~/.homeagent/homeagent.db.",
         show_default=False,
     ),
 ]
@@ -104,7 +104,7 @@ app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
-    # Whatever is no refusal is a bug: the plain traceback, without the values of local variables.
+    # An error other than HomeAgentError is a bug: print the plain traceback. Typer's own would show local variables.
     pretty_exceptions_enable=False,
 )
 
@@ -125,7 +125,7 @@ def _before_command(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """The operational store of a home agent gateway.
+    """Operate the database of a home agent gateway.
 
     Exit status: 0; 1 for a refused operation, with the reason on standard error; 2 for wrong usage.
     """
@@ -133,7 +133,7 @@ def _before_command(
 
 
 def group(name: str, *, help: str) -> typer.Typer:
-    """Return a new group of commands, such as `devices`, that takes --database before its own commands too."""
+    """Add a group of commands, such as `devices`. The group accepts --database before its commands too."""
     commands = typer.Typer(cls=_Commands, no_args_is_help=True, help=help)
     app.add_typer(commands, name=name)
 

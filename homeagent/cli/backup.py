@@ -1,4 +1,4 @@
-"""`homeagent backup`: a verified copy, while others write."""
+"""`homeagent backup`: make a verified copy while other processes write."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def backup(
         str,
         typer.Argument(
             metavar="DESTINATION",
-            help="A directory, or a file that does not exist. What ends in a slash is a directory, made where missing.",
+            help="Directory, or file that does not exist. A path with a slash at the end is a directory, "
+            "and is created if it does not exist.",
             show_default=False,
         ),
     ],
@@ -29,17 +30,18 @@ def backup(
             min=1,
             max=MAX_LIMIT,
             metavar="N",
-            help="Remove this database's oldest backups there afterwards, until N are left.",
+            help="Afterwards, remove the oldest backups of this database in that directory until N are left.",
             show_default="all",
         ),
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace DESTINATION where it is a file.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace DESTINATION if it is a file.")] = False,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy the database while others use it, verify the copy, and put it in place whole or not at all.
+    """Copy the database while other processes use it.
 
-    A manifest beside it, with .json after its name, says when it was taken, what is in it, and its SHA-256.
+    The copy is verified first and only then gets its final name, so a partial backup never has that name.
+    A manifest next to the backup, with .json after its name, records time, revision, rows, size and SHA-256.
     """
     from homeagent.engine.sqlite.manifests import manifest_path, read_manifest
 
@@ -51,4 +53,4 @@ def backup(
         print_json({"backup": str(made), "manifest": str(manifest_path(made)), **facts})
         return
     size = "" if manifest is None else f", {count(manifest.size, 'byte')}"
-    typer.echo(f"Backed up to {made}{size}, and verified.")
+    typer.echo(f"Backed up to {made}{size}, verified.")

@@ -1,4 +1,4 @@
-"""`homeagent copy`: move house, from SQLite to PostgreSQL or back."""
+"""`homeagent copy`: copy a store from SQLite to PostgreSQL or back."""
 
 from __future__ import annotations
 
@@ -22,24 +22,28 @@ _Report = Callable[[CopyProgress], object]
 @app.command()
 def copy(
     context: typer.Context,
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A SQLite file or a PostgreSQL URL.", show_default=False)
-    ],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="SQLite file or PostgreSQL URL.", show_default=False)],
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="The same, empty; a file may be absent.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="Empty PostgreSQL database, or SQLite file that is empty or absent.",
+            show_default=False,
+        ),
     ],
     live: Annotated[
-        bool, typer.Option("--live", help="For a trial: the source may be in use, and is copied as of the beginning.")
+        bool,
+        typer.Option("--live", help="For a trial: SOURCE may be in use. Its state when the command starts is copied."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a whole store into an empty one, of the same engine or of the other.
+    """Copy a whole store into an empty database, of the same engine or of the other.
 
-    Stop every gateway and sweeper that uses SOURCE first. All is copied in one transaction and compared row by row;
-    whatever fails leaves the target empty and the source as it is.
+    First stop every gateway and sweeper that uses SOURCE. The command copies all rows in one transaction and compares
+    them row by row. If a step fails, TARGET stays empty. SOURCE is not changed.
     """
     if context.obj is not None:
-        raise typer.BadParameter("copy takes SOURCE and TARGET; --database would be a third.")
+        raise typer.BadParameter("copy takes SOURCE and TARGET: leave out --database.")
     origin, destination = _named(source), _named(target)
     with (
         Database.open(source, migrate=False) as opened,
@@ -59,7 +63,7 @@ def copy(
 def _named(target: str) -> Target:
     where = resolve_target(target)
     if where.is_temporary:
-        raise InvalidArgumentError("a temporary database ends with this command: name a file, or a server's URL")
+        raise InvalidArgumentError("a temporary database ends with this command: name a file or a server's URL")
     return where
 
 
@@ -67,7 +71,7 @@ def _open_target(target: str) -> Database:
     try:
         return Database.open(target, migrate=False)
     except SchemaOutdatedError as outdated:
-        # What is there is never upgraded on the way: it would be refused for its data, and be changed all the same.
+        # Do not upgrade an existing store: it holds data, so the copy would be refused after the upgrade changed it.
         if outdated.revision is not None:
             raise
     return Database.open(target)
@@ -75,7 +79,7 @@ def _open_target(target: str) -> Database:
 
 @contextmanager
 def _shown_progress(*, hidden: bool) -> Iterator[_Report | None]:
-    """Show a bar for each step on standard error, where that is a terminal."""
+    """Show a progress bar for each step on standard error if standard error is a terminal."""
     console = console_for(error=True)
     if hidden or not console.is_terminal:
         yield None

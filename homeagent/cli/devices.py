@@ -1,4 +1,4 @@
-"""`homeagent devices`: see which devices may enter, let them in and keep them out."""
+"""`homeagent devices`: list, approve and revoke devices."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import typer
 
 from homeagent.cli.application import DatabaseOption, group
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import JsonOption, console_for, facts_table, grid, identity, instant, print_json
+from homeagent.cli.output import JsonOption, console_for, facts_table, format_id, format_timestamp, grid, print_json
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.schemas import DevicePublic
 from homeagent.models.types import MAX_LIMIT
 
-devices = group("devices", help="See which devices may enter, let them in and keep them out.")
+devices = group("devices", help="List, approve and revoke devices.")
 
-DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="The id of the device.", show_default=False)]
+DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="Id of the device.", show_default=False)]
 
 
 def _public(device: Device) -> dict[str, Any]:
@@ -28,11 +28,13 @@ def _public(device: Device) -> dict[str, Any]:
 @devices.command("list")
 def list_devices(
     context: typer.Context,
-    status: Annotated[DeviceStatus | None, typer.Option(help="Only those that stand so.", show_default=False)] = None,
-    role: Annotated[Role | None, typer.Option(help="Only those with this role.", show_default=False)] = None,
-    limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="How many at most.")] = 100,
+    status: Annotated[
+        DeviceStatus | None, typer.Option(help="Only devices with this status.", show_default=False)
+    ] = None,
+    role: Annotated[Role | None, typer.Option(help="Only devices with this role.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="Maximum number of devices.")] = 100,
     after: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="The last id of the page before.", show_default=False)
+        str | None, typer.Option(metavar="DEVICE", help="Last id of the previous page.", show_default=False)
     ] = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
@@ -50,7 +52,11 @@ def list_devices(
         table.add_column(heading, overflow="fold")
     for device in page:
         table.add_row(
-            identity(device.id), device.role, device.status, instant(device.paired_at), instant(device.last_seen_at)
+            format_id(device.id),
+            device.role,
+            device.status,
+            format_timestamp(device.paired_at),
+            format_timestamp(device.last_seen_at),
         )
     console_for().print(table)
 
@@ -62,7 +68,7 @@ def _timestamp_argument(text: str | None) -> str | None:
         except ValueError:
             aware = False
         if not aware:
-            raise typer.BadParameter("it must be an instant with its offset, such as 2030-01-31T12:00:00.000Z.")
+            raise typer.BadParameter("must be a timestamp with an offset, such as 2030-01-31T12:00:00.000Z.")
     return text
 
 
@@ -71,31 +77,38 @@ def approve(
     context: typer.Context,
     device_id: DeviceArgument,
     role: Annotated[
-        Role | None, typer.Option(help="The role that you saw: with another one it is refused.", show_default=False)
+        Role | None, typer.Option(help="Refuse the approval if the device has another role.", show_default=False)
     ] = None,
     paired_at: Annotated[
         str | None,
         typer.Option(
             callback=_timestamp_argument,
-            metavar="INSTANT",
-            help="The instant of pairing that you saw: with another one it is refused.",
+            metavar="TIMESTAMP",
+            help="Refuse the approval if the device was paired at another time.",
             show_default=False,
         ),
     ] = None,
     status: Annotated[
         DeviceStatus | None,
-        typer.Option(help="The status that you saw: a revoked device is refused without it.", show_default=False),
+        typer.Option(
+            help="Refuse the approval if the device has another status. With --yes, a revoked device is approved only "
+            "if you name its status.",
+            show_default=False,
+        ),
     ] = None,
     yes: Annotated[
         bool,
-        typer.Option("--yes", help="Don't ask. It needs --role and --paired-at, and --status for a revoked device."),
+        typer.Option(
+            "--yes", help="Do not ask. Needs --role and --paired-at, and for a revoked device also --status revoked."
+        ),
     ] = False,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a device in.
+    """Approve a device.
 
-    It is shown first, and approved only if it still is what was shown, with the same role, secret and status.
+    The command shows the device and asks. If role, secret, time of pairing or status of the device change before the
+    answer, the approval is refused.
     """
     if yes and (role is None or paired_at is None):
         raise typer.BadParameter("--yes needs --role and --paired-at, as 'devices list --json' prints them.")
@@ -109,7 +122,7 @@ def approve(
                 expected_role=role or seen.role,
                 expected_secret_hash=seen.shared_secret_hash,
                 expected_paired_at=datetime.fromisoformat(paired_at) if paired_at else seen.paired_at,
-                # Another admin may revoke the device before the answer. With --yes `seen` was not shown to the admin.
+                # Another admin may revoke the device before the answer. With --yes, the caller has not seen `seen`.
                 expected_status=status if yes else status or seen.status,
             )
         )
@@ -118,18 +131,18 @@ def approve(
 
 
 def _ask(device: Device) -> None:
-    # On standard error: what is asked is no output.
+    # Standard output is for results only.
     console = console_for(error=True)
     facts = {
-        "Device": identity(device.id),
+        "Device": format_id(device.id),
         "Role": str(device.role),
         "Status": str(device.status),
-        "Paired at": instant(device.paired_at),
-        "Last seen at": instant(device.last_seen_at),
+        "Paired at": format_timestamp(device.paired_at),
+        "Last seen at": format_timestamp(device.last_seen_at),
         "Metadata": json.dumps(device.metadata_),
     }
     if device.revoked_at is not None:
-        facts["Revoked at"] = instant(device.revoked_at)
+        facts["Revoked at"] = format_timestamp(device.revoked_at)
         facts["Reason"] = device.revoked_reason or "none given"
     console.print(facts_table(facts))
     typer.confirm("Approve this device?", abort=True, err=True)
@@ -140,13 +153,13 @@ def revoke(
     context: typer.Context,
     device_id: DeviceArgument,
     reason: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What is shown for it later.", show_default=False)
+        str | None, typer.Option(metavar="TEXT", help="Reason, stored with the device.", show_default=False)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Even if it is the last approved admin.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Revoke even the last approved admin.")] = False,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Keep a device out until it is approved again."""
+    """Revoke the approval of a device, until the device is approved again."""
     with open_named(context, database) as opened:
         changed = opened.run(lambda unit: unit.devices.revoke(device_id, reason=reason, force=force))
         now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)

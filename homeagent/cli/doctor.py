@@ -1,4 +1,4 @@
-"""`homeagent doctor`: what is wrong with the database, and what to do about it."""
+"""`homeagent doctor`: check the database, and say how to repair each problem."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.CRITICAL: 
 def doctor(
     context: typer.Context,
     thorough: Annotated[
-        bool, typer.Option("--thorough", help="Make the full integrity check too, however long it takes.")
+        bool, typer.Option("--thorough", help="Run the full integrity check too, without a time limit.")
     ] = False,
     fix: Annotated[
-        bool, typer.Option("--fix", help="Repair what can be repaired without losing anything, and say what was done.")
+        bool, typer.Option("--fix", help="Make the repairs that lose no data, and list each repair.")
     ] = False,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Look the database over: what is wrong, what it means, and what to do about it.
+    """Check the database. For each problem, show what it means and what to do.
 
-    It changes nothing without --fix, and works on a database that is damaged, missing, too old or too new.
+    Without --fix the command changes nothing. The database may be damaged, missing, too old or too new.
 
-    Exit status: 0 where all is well, 1 for warnings, 2 for what must not go on.
+    Exit status: 0 without problems, 1 for warnings, 2 for critical problems.
     """
     try:
         diagnosis = diagnose(target_of(context, database), thorough=thorough, fix=fix)
     except InvalidArgumentError as error:
-        # Not the 1 of a refusal, which would say that there is a database and that it has but flaws.
+        # Exit with 2. Status 1, the status of other refusals, would mean warnings here.
         raise typer.BadParameter(str(error)) from None
     if as_json:
         print_json(diagnosis.model_dump(mode="json"))
@@ -55,7 +55,7 @@ def _print(diagnosis: Diagnosis) -> None:
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for finding in diagnosis.findings:
-        table.add_row(Text(finding.severity, style=_STYLES[finding.severity]), finding.check, _told(finding))
+        table.add_row(Text(finding.severity, style=_STYLES[finding.severity]), finding.check, _finding_text(finding))
     for reason in dict.fromkeys(diagnosis.not_checked.values()):
         checks = [check for check, why in diagnosis.not_checked.items() if why == reason]
         table.add_row(Text("not checked", style="dim"), "", f"{', '.join(checks)}: {reason}.")
@@ -65,7 +65,7 @@ def _print(diagnosis: Diagnosis) -> None:
     console.print(f"\n{diagnosis.location}: {verdict}.", style=_STYLES[diagnosis.severity])
 
 
-def _told(finding: Finding) -> str:
+def _finding_text(finding: Finding) -> str:
     lines = [finding.summary]
     if finding.meaning is not None:
         lines.append(f"It means: {finding.meaning}.")

@@ -1,4 +1,4 @@
-"""`homeagent begin-epoch`: say that a store was set back by other means than `restore`."""
+"""`homeagent begin-epoch`: begin a new epoch after a restore by other means than `homeagent restore`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import typer
 
 from homeagent.cli.application import DatabaseOption, app
 from homeagent.cli.opening import target_of
-from homeagent.cli.output import JsonOption, instant, print_json
+from homeagent.cli.output import JsonOption, format_timestamp, print_json
 from homeagent.database import Database
 
 
 @app.command()
 def begin_epoch(context: typer.Context, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
-    """Say that the database was set back by other means than 'restore'.
+    """Begin a new epoch after the database was restored by other means than 'homeagent restore'.
 
-    After a server's own tools, or the snapshot of a disk or of a virtual machine. Stop the gateways first. Messages
-    that were signed before now are refused from then on, as after a restore.
+    Examples are a server's own tools, or a snapshot of a disk or of a virtual machine. Stop the gateways first.
+    As after 'homeagent restore', gateways refuse messages that were signed before the new epoch.
     """
     report = Database.begin_epoch(target_of(context, database))
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
-        typer.echo(f"Epoch {report.epoch} of {report.location} begins at {instant(report.restored_at)}.")
+        typer.echo(f"Epoch {report.epoch} of {report.location} begins at {format_timestamp(report.restored_at)}.")

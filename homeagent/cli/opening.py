@@ -1,4 +1,4 @@
-"""Which database a command speaks of, and how it opens it."""
+"""Choice of the database for a command, and the call that opens the database."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["open_named", "target_of"]
 
 
 def target_of(context: typer.Context, database: str | None) -> str | None:
-    """Return the target that stands nearest to the command; None where none was named."""
+    """Return the --database option nearest to the command, or None if there is no such option."""
     named_before: str | None = context.obj
     return named_before if database is None else database
 
 
 def open_named(context: typer.Context, database: str | None) -> Database:
-    """Open the database that the command speaks of, as it is."""
-    # Only `init` and `migrate` make or change a schema: a misspelt path leaves no new file behind.
+    """Open the database of the command without creating or upgrading it."""
+    # Only `init` and `migrate` do so. A misspelt path must not create a file.
     return Database.open(target_of(context, database), migrate=False)

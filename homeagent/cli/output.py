@@ -1,4 +1,4 @@
-"""How the commands print: for people on a terminal, and as JSON for programs."""
+"""Output of the commands: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["JsonOption", "console_for", "count", "facts_table", "grid", "identity", "instant", "print_json"]
+__all__ = ["JsonOption", "console_for", "count", "facts_table", "format_id", "format_timestamp", "grid", "print_json"]
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def print_json(value: object) -> None:
     """Print a value as JSON."""
-    # ASCII: it is right in any encoding, and no character of an id or a reason steers the terminal.
+    # Escape characters outside ASCII: the output is valid in any encoding, and an id can't control the terminal.
     typer.echo(json.dumps(value, indent=2))
 
 
 def console_for(*, error: bool = False) -> Console:
-    """Return a console on standard output, or on standard error."""
-    # What is stored is never taken for markup.
+    """Return a console on standard output, or on standard error if `error` is true."""
+    # Stored values may contain Rich markup, so print them literally.
     return Console(stderr=error, markup=False, highlight=False, emoji=False)
 
 
@@ -34,29 +34,28 @@ def grid(*, header: bool = False) -> Table:
 
 
 def facts_table(facts: dict[str, str]) -> Table:
-    """Return a table of names and what they stand for."""
+    """Return a table of names and values."""
     table = grid()
     table.add_column(style="bold", no_wrap=True)
-    # An id is shown whole, whatever the width: it is what the reader decides on.
+    # Fold: the operator decides by the id, so print the whole id at any width.
     table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(name, value)
     return table
 
 
-def identity(text: str) -> str:
-    """Return an id as it is shown: in quotes and with escapes where it would otherwise read as another one."""
-    # What has no width, a space at an end or of another kind, and an accent that is a character of its own are not to
-    # be seen.
+def format_id(text: str) -> str:
+    """Return an id as text. Add quotes and escapes if the id could be mistaken for another id."""
+    # Characters without width, spaces at an end, unusual spaces and combining accents are invisible on a terminal.
     plain = text.isprintable() and text == text.strip() and is_normalized("NFC", text)
     return text if plain else repr(text)
 
 
-def instant(value: datetime | None) -> str:
-    """Return an instant as it is shown."""
+def format_timestamp(value: datetime | None) -> str:
+    """Return a timestamp as text, or `never` for None."""
     return "never" if value is None else value.isoformat(sep=" ", timespec="milliseconds")
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number with its noun, which gets an s where it needs one."""
+    """Return a number and a noun, with a plural s if the number is not 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""`homeagent restore`: a backup takes the place of the database."""
+"""`homeagent restore`: replace the database by a backup."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from homeagent.cli.application import DatabaseOption, app
 from homeagent.cli.opening import target_of
-from homeagent.cli.output import JsonOption, instant, print_json
+from homeagent.cli.output import JsonOption, format_timestamp, print_json
 from homeagent.database import Database
 
 
@@ -16,15 +16,16 @@ from homeagent.database import Database
 def restore(
     context: typer.Context,
     backup: Annotated[
-        str, typer.Argument(metavar="BACKUP", help="The backup to restore; it stays as it is.", show_default=False)
+        str,
+        typer.Argument(metavar="BACKUP", help="Backup to restore. The command does not change it.", show_default=False),
     ],
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Put a backup in the place of the database, and keep what was there aside.
+    """Replace the database by a backup, and keep the old database in quarantine.
 
-    Stop the gateway first, and see that the clock is right. The backup is verified, and a new epoch begins: messages
-    that were signed before are refused.
+    First stop the gateway, and check that the system's clock is right. The command verifies the backup and begins a
+    new epoch: gateways refuse messages that were signed before the restore.
     """
     report = Database.restore(backup, target_of(context, database))
     if as_json:
@@ -32,12 +33,16 @@ def restore(
         return
     typer.echo(f"Restored {report.database} from {report.backup}: epoch {report.epoch} begins.")
     if report.taken_at is not None:
-        typer.echo(f"It is as it was at {instant(report.taken_at)}.")
+        typer.echo(f"The backup holds the state of {format_timestamp(report.taken_at)}.")
     if report.kept_aside is not None:
-        typer.echo(f"What was there is kept in {report.kept_aside}.")
+        typer.echo(f"The old database is kept in {report.kept_aside}.")
     if report.readmitted_devices is None:
-        typer.echo("Who was revoked since the backup can't be told: look through 'devices list --status approved'.")
+        typer.echo(
+            "The devices revoked since the backup are unknown: check each device of 'devices list --status approved'."
+        )
     for device_id in report.readmitted_devices or ():
-        typer.echo(f"{device_id!r} may enter again, or in a role that it had lost: revoke it, or be sure.")
+        typer.echo(
+            f"{device_id!r} has an approval or a role again that it had lost since the backup: check or revoke it."
+        )
     for device_id in report.old_secret_devices or ():
-        typer.echo(f"{device_id!r} has an older secret again: rotate it.")
+        typer.echo(f"{device_id!r} has an older secret again: rotate the secret.")

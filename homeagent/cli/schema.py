@@ -1,4 +1,4 @@
-"""`homeagent init` and `homeagent migrate`: make the schema, or bring it up to date."""
+"""`homeagent init` and `homeagent migrate`: create or upgrade the schema."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Upgrade:
             case "made":
                 return f"Made {self.location} at schema revision {self.schema_revision}."
             case "upgraded":
-                kept = f" What it was is kept in {self.backup}." if self.backup else ""
+                kept = f" A copy from before the upgrade is in {self.backup}." if self.backup else ""
                 step = f"from schema revision {self.from_revision} to {self.schema_revision}"
                 return f"Upgraded {self.location} {step}.{kept}"
             case _:
@@ -39,14 +39,14 @@ class _Upgrade:
 def _bring_up_to_date(target: str | None) -> _Upgrade:
     where = resolve_target(target)
     if where.is_temporary:
-        raise InvalidArgumentError("a temporary database ends with this command: name a file, or a server's URL")
+        raise InvalidArgumentError("a temporary database ends with this command: name a file or a server's URL")
     found: str | None = REVISION
     try:
         Database.open(target, migrate=False).close()
     except SchemaOutdatedError as outdated:
         found = outdated.revision
     before = _backups(where.path)
-    # Opened in any case: that repairs the modes of directories and files too.
+    # Do not skip this for a current schema: opening with `migrate` also repairs the modes of directories and files.
     Database.open(target).close()
     made = sorted(_backups(where.path) - before)
     return _Upgrade(
@@ -62,26 +62,27 @@ def _backups(path: Path | None) -> set[Path]:
     if path is None or not path.parent.is_dir():
         return set()
     return {
-        beside
-        for beside in path.parent.iterdir()
-        if beside.name.startswith(f"{path.name}.") and beside.name.endswith(".backup")
+        file
+        for file in path.parent.iterdir()
+        if file.name.startswith(f"{path.name}.") and file.name.endswith(".backup")
     }
 
 
 @app.command()
 def init(context: typer.Context, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
-    """Make the database, or upgrade it where it exists.
+    """Create the database, or upgrade an existing database.
 
-    Doing it again is fine.
+    A second run changes no data.
     """
     _report_upgrade(context, database, as_json=as_json)
 
 
 @app.command()
 def migrate(context: typer.Context, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
-    """Upgrade the schema to the revision that this version needs.
+    """Upgrade the schema to the revision that this version of homeagent needs.
 
-    A file that holds data is copied beside itself first. An upgrade that fails changes nothing.
+    If a SQLite file holds data, the command first makes a copy next to it. A failed upgrade leaves the database as it
+    was.
     """
     _report_upgrade(context, database, as_json=as_json)
 

@@ -1,4 +1,4 @@
-"""`homeagent status`: a look at the database."""
+"""`homeagent status`: show the state of the database."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import typer
 
 from homeagent.cli.application import DatabaseOption, app
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import JsonOption, console_for, count, facts_table, grid, instant, print_json
+from homeagent.cli.output import JsonOption, console_for, count, facts_table, format_timestamp, grid, print_json
 from homeagent.maintenance.status import DatabaseStatus
 
 
 @app.command()
 def status(context: typer.Context, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
-    """Show where the database is, its engine, schema, settings and file modes, and how much it holds.
+    """Show location, engine, schema, settings, file modes and number of rows of the database.
 
-    It changes nothing and never makes a database.
+    The command does not create or upgrade a database.
     """
     with open_named(context, database) as opened:
         found = opened.status()
@@ -31,7 +31,7 @@ def status(context: typer.Context, database: DatabaseOption = None, as_json: Jso
         rows.add_row(name, f"{number:,}", f"{found.expired[name]:,}" if name in found.expired else "")
     console.print()
     console.print(rows)
-    # Those of this command: what the gateway does, its own Database.counters() tells.
+    # Counters of this process only. The gateway's counters are in the gateway's own Database.counters().
     counters = {name: value for name, value in found.counters.model_dump(mode="json").items() if value is not None}
     sections = (("Pragmas", found.pragmas), ("File modes", found.file_modes), ("Counters of this command", counters))
     for title, facts in sections:
@@ -49,7 +49,7 @@ def _summary(found: DatabaseStatus) -> dict[str, str]:
         "Schema revision": str(found.schema_revision),
     }
     if found.restored_at is not None:
-        facts["Epoch"] = f"{found.epoch}, restored at {instant(found.restored_at)}"
+        facts["Epoch"] = f"{found.epoch}, restored at {format_timestamp(found.restored_at)}"
     if found.durability is not None:
         facts["Durability"] = found.durability
     if found.wal_bytes is not None:
