@@ -1,4 +1,4 @@
-"""What runs beside the work, and what it reports."""
+"""Maintenance: sweep, backup schedule, copy, restore, epochs, doctor and status, with their reports."""
 
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,6 @@ _LAZY = {
     "Sweeper": "sweep",
 }
 
-# Hidden from type checkers, which would take any misspelt name for one of these.
+# Hide `__getattr__` from type checkers: with it they would accept any misspelt name.
 if not TYPE_CHECKING:
     __getattr__ = lazy_names(__name__, _LAZY)

@@ -1,4 +1,4 @@
-"""What a database says of itself: `Database.status` and `homeagent status`."""
+"""State and counters of a database: `Database.status`, `Database.counters` and `homeagent status`."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _PRAGMAS = (
 
 
 class LastFault(BaseModel):
-    """The last fault of the engine; what an application is refused is none.
+    """The last error of the engine. A refused call of the application does not count.
 
     Attributes:
-        kind: the name of its class, such as `DiskFullError`.
-        message: what it says; it holds no value of a row.
-        at: when, by the system's clock.
+        kind: name of the error's class, such as `DiskFullError`.
+        message: message of the error, without values of rows.
+        at: time of the error, by the system's clock.
     """
 
     model_config = ConfigDict(frozen=True, from_attributes=True)
@@ -57,23 +57,23 @@ class LastFault(BaseModel):
 
 
 class DatabaseCounters(BaseModel):
-    """What one open database did since it was opened, in this process alone.
+    """Counters of one open database in this process since it was opened.
 
     Attributes:
-        units: units that ended: `reads`, `commits` and `rollbacks` together.
+        units: ended units: the sum of `reads`, `commits` and `rollbacks`.
         reads: read-only units.
-        commits: write units that were committed; those that shared a commit count each.
-        rollbacks: write units that were undone.
-        retries: how often a unit was run again.
-        pool_waits: how often a caller had to wait for a connection of the pool (for a writer: for the write lock).
-        pool_wait_p50: how long such a caller waited, in seconds: the median of the last 1,024; None where none did.
-        pool_wait_p99: likewise, what 99 of 100 did not exceed.
-        groups: commits that two units or more shared.
-        group_size_p50: how many units shared one: the median of the last 1,024; None where none did.
-        group_size_p99: likewise, what 99 of 100 did not exceed.
-        sweeps: sweeps that ended.
-        swept: rows that they removed.
-        last_error: the last fault of the engine; None where there was none.
+        commits: committed write units. Each unit of a batch counts.
+        rollbacks: write units that were rolled back.
+        retries: number of repeated runs of units.
+        pool_waits: number of waits for a connection of the pool (for a writer: for the write lock).
+        pool_wait_p50: median of the last 1,024 waits, in seconds; None if no caller waited.
+        pool_wait_p99: 99th percentile of the last 1,024 waits, in seconds; None if no caller waited.
+        groups: batches: commits of two or more units together.
+        group_size_p50: median size of the last 1,024 batches, in units; None without a batch.
+        group_size_p99: 99th percentile of the last 1,024 batches, in units; None without a batch.
+        sweeps: ended sweeps.
+        swept: rows that sweeps deleted.
+        last_error: last error of the engine; None without an error.
     """
 
     model_config = ConfigDict(frozen=True, from_attributes=True)
@@ -95,39 +95,39 @@ class DatabaseCounters(BaseModel):
 
     @property
     def lane_waits(self) -> int:
-        """Return `pool_waits`, under its former name."""
+        """Return `pool_waits` (old name)."""
         return self.pool_waits
 
     @property
     def lane_wait_p50(self) -> float | None:
-        """Return `pool_wait_p50`, under its former name."""
+        """Return `pool_wait_p50` (old name)."""
         return self.pool_wait_p50
 
     @property
     def lane_wait_p99(self) -> float | None:
-        """Return `pool_wait_p99`, under its former name."""
+        """Return `pool_wait_p99` (old name)."""
         return self.pool_wait_p99
 
 
 class DatabaseStatus(BaseModel):
-    """A database as it is now.
+    """The current state of a database.
 
     Attributes:
         engine: `sqlite` or `postgresql`.
-        location: the file, or the server's URL without its password.
-        engine_version: the library's or the server's.
-        driver: the Python package that connects to it, `apsw` or `psycopg`.
-        driver_version: the version of that package.
-        schema_revision: the revision of the schema.
-        epoch: 1 at first, and one more with every restore; who remembers another one has to look again.
-        restored_at: when the epoch began; None in the first.
-        durability: `full` or `normal`; None for a server, which decides itself.
-        pragmas: SQLite's settings of a connection that writes.
-        file_modes: the permission bits of the directory, the file and what lies beside it, in octal.
-        rows: how many rows each table of the application's holds.
-        expired: rows that are dead and wait for cleanup.
-        wal_bytes: the size of the write-ahead log; None for a server.
-        counters: what this process did with it since it opened it.
+        location: path of the file, or URL of the server without the password.
+        engine_version: version of SQLite or of the server.
+        driver: Python package of the driver, `apsw` or `psycopg`.
+        driver_version: version of the driver.
+        schema_revision: revision of the schema.
+        epoch: 1 at first; a restore or `begin_epoch` increments it. After a change, read cached data again.
+        restored_at: start of the epoch; None in the first epoch.
+        durability: `full` or `normal`; None for a server, which has its own setting.
+        pragmas: SQLite's settings of the writing connection.
+        file_modes: permission bits of the directory and the database files, in octal.
+        rows: number of rows of each table.
+        expired: number of expired rows that a sweep has not deleted.
+        wal_bytes: size of the write-ahead log; None for a server.
+        counters: counters of this process since it opened the database.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -150,14 +150,14 @@ class DatabaseStatus(BaseModel):
 
 
 def report_counters(engine: Engine) -> DatabaseCounters:
-    """Return what was done with an open database so far."""
+    """Return the counters of an open database."""
     return DatabaseCounters.model_validate(engine.counters.snapshot())
 
 
 def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
-    """Describe an open database, as one read-only unit sees it."""
+    """Return the state of an open database in the snapshot of a read-only unit."""
     rows = {
-        # The names are those of our own tables.
+        # DATA_TABLES is a constant.
         name: int(unit.session.connection().execute(text(f"SELECT count(*) FROM {name}")).scalar_one())  # noqa: S608
         for name in DATA_TABLES
     }
@@ -192,8 +192,8 @@ def _sqlite_facts(engine: SQLiteEngine) -> dict[str, Any]:
     with engine.looking() as connection:
         pragmas = {name: connection.execute(text(f"PRAGMA {name}")).scalar_one() for name in _PRAGMAS}
     path = engine.path
-    beside = [path.parent, path, *sidecars(path), lock_path(path), in_use_path(path)]
-    log = sidecars(path)[0]
+    files = [path.parent, path, *sidecars(path), lock_path(path), in_use_path(path)]
+    wal = sidecars(path)[0]
     return {
         "location": str(path),
         "engine_version": SQLITE_VERSION,
@@ -201,8 +201,8 @@ def _sqlite_facts(engine: SQLiteEngine) -> dict[str, Any]:
         "driver_version": APSW_VERSION,
         "durability": engine.durability,
         "pragmas": pragmas,
-        "file_modes": {file.name: _mode(file) for file in beside if file.exists()},
-        "wal_bytes": log.stat().st_size if log.exists() else 0,
+        "file_modes": {file.name: _mode(file) for file in files if file.exists()},
+        "wal_bytes": wal.stat().st_size if wal.exists() else 0,
     }
 
 

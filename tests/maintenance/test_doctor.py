@@ -472,7 +472,7 @@ os.kill(os.getpid(), 9)
 """
     children.start(script, path).wait(timeout=60)
     clock.advance(days=10_000)
-    assert "whole" in at(look(path, clock), "wal").summary
+    assert "complete" in at(look(path, clock), "wal").summary
     log = path.with_name("homeagent.db-wal")
     content = bytearray(log.read_bytes())
     content[32 + 24 + 100] ^= 0xFF

@@ -1,4 +1,4 @@
-"""The doctor: checks a database without changing it, reports what is wrong and what to do, repairs what is safe."""
+"""The doctor: checks a database without changing it, reports problems and remedies, and makes safe repairs."""
 
 from homeagent.maintenance.doctor.diagnosis import diagnose
 from homeagent.maintenance.doctor.report import CHECKS, Diagnosis, Finding, Repair, Severity

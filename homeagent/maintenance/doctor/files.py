@@ -1,7 +1,7 @@
-"""Checks of a SQLite file from outside: names, owners, modes, leftovers, backups, file system, free space.
+"""Checks of a SQLite database from outside: names, owners, modes, leftovers, backups, file system, free space.
 
-All of them use `lstat`. Opening the file would be wrong if SQLite has it open in this process: see
-`homeagent.engine.files.database_file`.
+Do not open the database file here, use `lstat`: closing the file would release the locks that SQLite holds on it in
+this process (see `homeagent.engine.files.database_file`).
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ __all__ = ["check_files", "database_files", "megabytes", "public_files", "stale_
 OLD_BACKUP = timedelta(days=7)
 
 STALE = timedelta(days=1)
-"""After this long the writer of a half copy is no longer at work."""
+"""Age of a partial copy at which its writer is assumed to have ended."""
 
 KEPT = timedelta(days=30)
-"""How long the database before a restore is kept without a warning."""
+"""Age of a quarantine at which the doctor warns."""
 
-ROOM = 64 * 1024 * 1024
-"""What must be free in addition to a second copy of the database: its log may grow to this size."""
+WAL_RESERVE = 64 * 1024 * 1024
+"""Required free space in addition to a second copy of the database. The WAL may grow to this size."""
 
 SCARCE = 16 * 1024 * 1024
-"""With less free space than this, the next burst of writes may fail."""
+"""Free space below which the next burst of writes may fail."""
 
-_FLEETING = frozenset({"ramfs", "tmpfs"})
+_IN_MEMORY = frozenset({"ramfs", "tmpfs"})
 
 Files = dict[Path, os.stat_result]
 
 
 def database_files(path: Path) -> Files:
-    """Return the database, SQLite's files next to it, its lock files, its backups and their manifests."""
+    """Return the existing files of a database: SQLite's files, lock files, backups and manifests."""
     own = {path, *sidecars(path)}
     try:
         entries = sorted(path.parent.iterdir())
     except OSError:
-        return {}  # reported by the check of the directory
+        return {}  # the check `directory` reports this error
     found = {}
     for entry in entries:
         if entry in own or entry.name.removeprefix(".").startswith(f"{path.name}."):
             try:
                 found[entry] = entry.lstat()
             except OSError:
-                continue  # gone meanwhile; a file that can't be read is reported by the check of the database
+                continue  # removed since iterdir(); the check `database` reports an unreadable file
     return found
 
 
@@ -70,7 +70,7 @@ def public_files(path: Path) -> list[Path]:
 
 
 def stale_partials(path: Path, now: datetime) -> Files:
-    """Return the half copies whose writer died over a day ago."""
+    """Return the partial copies that have not changed for over a day."""
     oldest = (now - STALE).timestamp()
     return {
         file: status
@@ -80,7 +80,7 @@ def stale_partials(path: Path, now: datetime) -> Files:
 
 
 def check_files(collector: Collector, path: Path) -> bool:
-    """Make all checks that need no look into the file, and return whether it may be opened."""
+    """Run all checks from outside. Return whether the database may be opened."""
     with collector.attempt("backup"):
         _check_backup(collector, path)
     _check_directory(collector, path.parent)
@@ -106,7 +106,7 @@ def _check_directory(collector: Collector, directory: Path) -> None:
     try:
         status = directory.stat()
     except FileNotFoundError:
-        collector.skip("there is no such directory", "directory")
+        collector.skip("the directory does not exist", "directory")
         return
     except OSError as error:
         summary = f"The directory {str(directory)!r} can't be read."
@@ -124,8 +124,8 @@ def _check_directory(collector: Collector, directory: Path) -> None:
         "other users can replace the database"
         if critical
         else "other users can put files next to the database; homeagent refuses such files",
-        "keep the database in a directory of your own, in which no other user can write",
-        # A sticky directory, such as /tmp, is meant for all users.
+        "keep the database in your own directory, in which no other user can write",
+        # A sticky directory, such as /tmp, is meant for all users: do not suggest to change its mode.
         f"chmod go-w {named}" if is_replaceable(status) else f"ls -ld {named}",
         mode=f"{mode:04o}",
         uid=status.st_uid,
@@ -136,7 +136,7 @@ def _check_names(collector: Collector, files: Files) -> bool:
     for file, status in files.items():
         named = shlex.quote(str(file))
         if stat.S_ISLNK(status.st_mode):
-            what, remedy, command = "is a symbolic link", "replace the link by the file itself", f"readlink {named}"
+            what, remedy, command = "is a symbolic link", "replace the link by the file", f"readlink {named}"
         elif not stat.S_ISREG(status.st_mode):
             what, remedy, command = "is not a regular file", "name a regular file", f"ls -ld {named}"
         elif status.st_nlink > 1:
@@ -144,7 +144,7 @@ def _check_names(collector: Collector, files: Files) -> bool:
             command = f"find {shlex.quote(str(file.parent))} -xdev -inum {status.st_ino}"
         else:
             continue
-        meaning = "homeagent refuses it: under another name the file has another log, or another user may exchange it"
+        meaning = "homeagent refuses it: under another name the file has another WAL, or another user may replace it"
         collector.critical("files", f"{str(file)!r} {what}.", meaning, remedy, command, names=status.st_nlink)
         return False
     return True
@@ -165,8 +165,8 @@ def _check_owners(collector: Collector, path: Path, files: Files) -> None:
         summary = (
             f"Files of another user next to the database or its backups: {len(planted)}, such as {str(planted[0])!r}."
         )
-        meaning = "that user chose their content; homeagent refuses them, and does not count them as backups"
-        remedy = "find out where they are from; remove them, or chown those that you know to be sound"
+        meaning = "another user chose the content; homeagent refuses these files, and does not count them as backups"
+        remedy = "find out which program created them; chown the files that you know to be sound, and remove the others"
         command = f"ls -l {' '.join(shlex.quote(str(file)) for file in planted)}"
         collector.critical("files", summary, meaning, remedy, command, foreign=len(planted), uid=owner)
         return
@@ -174,8 +174,8 @@ def _check_owners(collector: Collector, path: Path, files: Files) -> None:
         Severity.CRITICAL if others else Severity.OK,
         "files",
         f"The database belongs to user {owner}, and {len(others)} of its {len(files)} files to another user.",
-        "the gateway can't open them: a command was probably run as another user, such as root",
-        "give them to the owner of the database",
+        "the gateway can't open these files: a command was probably run as another user, such as root",
+        "change the owner of these files to the owner of the database",
         f"chown {owner}:{group} {' '.join(shlex.quote(str(file)) for file in others)}",
         foreign=len(others),
         uid=owner,
@@ -183,7 +183,7 @@ def _check_owners(collector: Collector, path: Path, files: Files) -> None:
 
 
 def _planted(path: Path, files: Files) -> list[Path]:
-    """Return the files of a database, also those where the last backup went, whose owner is not to be trusted."""
+    """Return the files with an untrusted owner: next to the database, and in the directory of its last backup."""
     owners = backup_owners(path)
     last = remembered_backup(path)
     if last is not None and last.parent != path.parent:
@@ -194,17 +194,17 @@ def _planted(path: Path, files: Files) -> list[Path]:
 def _check_modes(collector: Collector, files: Files) -> None:
     public = {file: stat.S_IMODE(status.st_mode) for file, status in files.items() if _is_public(status)}
     if not public:
-        collector.ok("files", "Only its owner can read and write a file.", public=0)
+        collector.ok("files", "Only the owner can read and write the files.", public=0)
         return
     file, mode = max(public.items(), key=lambda item: (item[1] & 0o022 != 0, item[1]))
     collector.add(
         Severity.CRITICAL if mode & 0o022 else Severity.WARNING,
         "files",
         f"Files with more rights than 0600: {len(public)}, such as {file.name!r} with {mode:04o}.",
-        "other users can write to the database, and so let a device in"
+        "other users can write to the database, and so approve a device"
         if mode & 0o022
         else "other users can read every device, session and stored result",
-        "remove these rights ('homeagent doctor --fix' does it too), then check which devices are approved",
+        "remove these rights (or run 'homeagent doctor --fix'), then check which devices are approved",
         f"chmod 600 {' '.join(shlex.quote(str(file)) for file in public)}",
         public=len(public),
     )
@@ -212,7 +212,7 @@ def _check_modes(collector: Collector, files: Files) -> None:
 
 def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
     partial = stale_partials(path, collector.now)
-    marker = files.get(in_use_path(path))
+    in_use_lock = files.get(in_use_path(path))
     kept = {file: made for file in files if (made := _stamp(file, quarantine_path(path, "*"))) is not None}
     old = [file for file, made in kept.items() if made < collector.now - KEPT]
     halves = [
@@ -222,37 +222,37 @@ def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
     ]
     collector.ok(
         "leftovers",
-        "Nothing that was left behind waits to be removed.",
+        "No leftover file needs to be removed.",
         partial=len(partial),
         bytes=sum(status.st_size for status in partial.values()),
         kept=len(kept),
         old=len(old),
         halves=len(halves),
     )
-    if marker is not None and marker.st_size:
-        summary = "A restore was interrupted, and waits to be finished."
+    if in_use_lock is not None and in_use_lock.st_size:  # the lock file holds the plan of an unfinished restore
+        summary = "A restore was interrupted and is not finished."
         meaning = "the next program that opens the database finishes the restore first"
         remedy = "open the database once"
         collector.warn("leftovers", summary, meaning, remedy, f"homeagent status --database {shlex.quote(str(path))}")
     if partial:
-        summary = f"Half copies whose writer died: {len(partial)}, such as {next(iter(partial)).name!r}."
-        meaning = "a half copy is useless and takes up space"
-        collector.warn("leftovers", summary, meaning, "remove the half copies", "homeagent doctor --fix")
+        summary = f"Partial copies whose writer has ended: {len(partial)}, such as {next(iter(partial)).name!r}."
+        meaning = "a partial copy is useless and takes up space"
+        collector.warn("leftovers", summary, meaning, "remove the partial copies", "homeagent doctor --fix")
     if old or halves:
         collector.warn(
             "leftovers",
-            f"{len(old)} files of databases that restores put aside over {KEPT.days} days ago, and {len(halves)} half "
+            f"{len(old)} files that restores moved to quarantine over {KEPT.days} days ago, and {len(halves)} partial "
             "copies of interrupted restores.",
-            "they hold devices and hashes like the database itself, and take up space",
-            "check whether you still need them, then remove them",
+            "these files hold devices and hashes like the database, and take up space",
+            "check whether you still need these files, then remove them",
             f"rm {' '.join(shlex.quote(str(file)) for file in sorted([*old, *halves]))}",
         )
 
 
 def _stamp(file: Path, pattern: Path) -> datetime | None:
-    """Return the time in the name of a file that a restore made; None for any other file."""
+    """Return the time in the name of a file that a restore created, or None for any other file."""
     before, _, after = pattern.name.partition("*")
-    # SQLite's files next to it are kept under the same name.
+    # The -wal and -shm files of a quarantine have the same name with a suffix.
     found = re.fullmatch(rf"{re.escape(before)}(\d{{8}}T\d{{12}}Z)(_\d+)?{re.escape(after)}(-\w+)?", file.name)
     return None if found is None else datetime.strptime(found[1], "%Y%m%dT%H%M%S%fZ").replace(tzinfo=UTC)
 
@@ -261,8 +261,8 @@ def _check_backup(collector: Collector, path: Path) -> None:
     backup = newest_backup(path)
     manifest = None if backup is None else read_manifest(backup, path)
     if backup is None or manifest is None:
-        # Backups that another tool made elsewhere are unknown here, so this is not a warning.
-        collector.ok("backup", "No backup is known here: 'homeagent backup' makes one.", age_seconds=None)
+        # Not a warning: another tool may make backups in another place.
+        collector.ok("backup", "No backup is known: 'homeagent backup' makes a backup.", age_seconds=None)
         return
     database = shlex.quote(str(path))
     collector.restore_command = f"homeagent restore {shlex.quote(str(backup))} --database {database}"
@@ -271,8 +271,8 @@ def _check_backup(collector: Collector, path: Path) -> None:
         Severity.WARNING if age > OLD_BACKUP else Severity.OK,
         "backup",
         f"The newest backup is {str(backup)!r}, of {manifest.taken_at:%Y-%m-%d %H:%M} UTC, {age.days} days ago.",
-        "if the file is lost, so is everything since: revocations and used nonces too",
-        "make a backup, and have the gateway or a timer make them from now on",
+        "if the file is lost, all changes since the backup are lost, revocations and used nonces too",
+        "make a backup now, and let the gateway or a timer make regular backups",
         f"homeagent backup --database {database}",
         age_seconds=round(age.total_seconds(), 3),
     )
@@ -282,12 +282,12 @@ def _check_filesystem(collector: Collector, path: Path) -> None:
     kind = filesystem_kind(path)
     network = kind is not None and is_network_filesystem(kind)
     collector.add(
-        Severity.CRITICAL if network else Severity.WARNING if kind in _FLEETING else Severity.OK,
+        Severity.CRITICAL if network else Severity.WARNING if kind in _IN_MEMORY else Severity.OK,
         "filesystem",
         f"The file system is {kind or 'of an unknown kind'}.",
         "SQLite's write-ahead log can corrupt a database on a network file system (https://sqlite.org/wal.html)"
         if network
-        else "it is in memory: at the next restart every device, revocation and nonce is gone",
+        else "the file system is in memory: at the next restart every device, revocation and nonce is lost",
         "move the database to a local disk, in a container to a named volume, or use PostgreSQL",
         kind=kind,
     )
@@ -300,14 +300,14 @@ def _check_space(collector: Collector, path: Path, files: Files) -> None:
         collector.skip(os.strerror(error.errno or 0), "disk_space")
         return
     size = sum(files[file].st_size for file in (path, *sidecars(path)) if file in files)
-    lacking = size + ROOM - free
+    lacking = size + WAL_RESERVE - free
     collector.add(
         Severity.OK if lacking <= 0 else Severity.WARNING if free >= SCARCE else Severity.CRITICAL,
         "disk_space",
         f"{megabytes(free)} are free, and the database has {megabytes(size)}.",
-        "there is no room for a backup, and without a backup no schema is upgraded"
+        "the free space is too small for a backup, and without a backup homeagent does not upgrade the schema"
         if free >= SCARCE
-        else "writes are about to fail, and with them every request that needs one",
+        else "writes will soon fail, and every request that writes fails too",
         f"free {megabytes(lacking)} or more",
         f"df -h {shlex.quote(str(path.parent))}",
         free_bytes=free,
@@ -316,5 +316,5 @@ def _check_space(collector: Collector, path: Path, files: Files) -> None:
 
 
 def megabytes(size: int) -> str:
-    """Return a size as text."""
+    """Return a size in bytes as text in MiB."""
     return f"{size / 1024 / 1024:,.1f} MiB"

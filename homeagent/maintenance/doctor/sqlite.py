@@ -1,4 +1,4 @@
-"""The diagnosis of a SQLite file: first from outside, then from inside, and nothing of it is changed."""
+"""Diagnosis of a SQLite database: first from outside, then from inside. No check changes a file."""
 
 from __future__ import annotations
 
@@ -27,63 +27,62 @@ if TYPE_CHECKING:
 __all__ = ["check_sqlite"]
 
 WAL_LIMIT = 64 * 1024 * 1024
-"""The log is cut to this size after each checkpoint: `journal_size_limit`."""
+"""SQLite truncates the WAL to this size after a checkpoint (`journal_size_limit`)."""
 
 _INSIDE = (*STORE_CHECKS, "integrity")
 
 
 def check_sqlite(collector: Collector, path: Path) -> None:
-    """Make all checks on a file, in any state."""
+    """Run all checks on a database file in any state."""
     may_open = check_files(collector, path)
     is_closed = False
     with collector.attempt("wal"):
-        is_closed = _check_log(collector, path)
+        is_closed = _check_wal(collector, path)
     if not may_open:
-        summary = f"{str(path)!r} is not opened: a link is among its files, or a file that is not regular."
-        meaning = "homeagent refuses it, so the gateway can't start"
+        summary = f"homeagent does not open {str(path)!r}: one of its files is a link or not a regular file."
+        meaning = "the gateway can't start"
         collector.critical("database", summary, meaning, "see the check 'files'")
-    elif _is_worth_opening(collector, path):
+    elif _may_hold_database(collector, path):
         before, skipped = dict(collector.findings), dict(collector.not_checked)
         _check_inside(collector, path, assume_closed=True, is_closed=is_closed)
         inside = [finding.severity for check, finding in collector.findings.items() if finding != before.get(check)]
         if Severity.CRITICAL in inside and look_at(sidecars(path)[0]) is not None:
-            # Another process opened it meanwhile, and a file that is read without locks looks damaged while a
-            # process writes to it.
+            # Another process has opened the database since. A file read without locks looks damaged during a write.
             collector.findings, collector.not_checked = before, skipped
             _check_inside(collector, path, assume_closed=False, is_closed=is_closed)
     collector.skip("the database can't be opened", *_INSIDE)
 
 
-def _check_log(collector: Collector, path: Path) -> bool:
-    """Check the log, and return whether it is certain that no process of homeagent's has the database open."""
+def _check_wal(collector: Collector, path: Path) -> bool:
+    """Check the WAL. Return whether it is certain that no homeagent process has the database open."""
     log, index, _ = sidecars(path)
     state = look_at(log)
     size = 0 if state is None else state.st_size
     if size > WAL_LIMIT:
-        summary = f"The write-ahead log has {megabytes(size)}."
-        meaning = "a reader holds its snapshot open, or the log was never moved into the file: reads get slow"
-        remedy = "end long read-only units; then move the log into the file"
+        summary = f"The write-ahead log (WAL) has {megabytes(size)}."
+        meaning = "a reader holds its snapshot open, or no checkpoint moved the WAL into the file: reads get slow"
+        remedy = "end long read-only units; then move the WAL into the file"
         collector.warn("wal", summary, meaning, remedy, "homeagent doctor --fix", wal_bytes=size)
     if state is None and look_at(index) is None:
-        collector.ok("wal", "The database was closed cleanly: its log is empty.", wal_bytes=0)
+        collector.ok("wal", "The database was closed cleanly: its WAL is empty.", wal_bytes=0)
         return False
-    marker = look_at(in_use_path(path))
-    if marker is None or marker.st_mode & 0o777 != FILE_MODE:
+    in_use = look_at(in_use_path(path))
+    if in_use is None or in_use.st_mode & 0o777 != FILE_MODE:
         # Taking this lock would create the file or change its mode. The doctor must not modify anything.
-        collector.skip("the lock file that shows whether another process has it open is missing or not private", "wal")
-        return marker is None  # while the database is open, this file exists
+        collector.skip("the 'database in use' lock file is missing or not private", "wal")
+        return in_use is None  # while the database is open, this file exists
     try:
         with FileLock(in_use_path(path), timeout=timedelta(0)):
             lost = find_lost_commits(path)
     except DatabaseBusyError:
-        collector.ok("wal", "A process has the database open, and writes the log.", wal_bytes=size)
+        collector.ok("wal", "A process has the database open and uses the WAL.", wal_bytes=size)
         return False
     if lost is None:
-        collector.ok("wal", "The database was not closed cleanly, and its log is whole.", wal_bytes=size)
+        collector.ok("wal", "The database was not closed cleanly, and its WAL is complete.", wal_bytes=size)
         return True
-    accepted = "; after a power cut, durability='normal' opens it without what was lost" if lost.by_power_cut else ""
-    summary = "The log lost commits."
-    meaning = f"revocations and used nonces may be among them, and homeagent refuses to open it: {lost.problem}"
+    accepted = "; after a power cut, durability='normal' opens it without the lost commits" if lost.by_power_cut else ""
+    summary = "The WAL lost commits."
+    meaning = f"revocations and used nonces may be lost, and homeagent refuses to open the database: {lost.problem}"
     remedy = f"{RESTORE}{accepted}"
     command = collector.restore_command
     collector.critical(
@@ -92,7 +91,8 @@ def _check_log(collector: Collector, path: Path) -> bool:
     return True
 
 
-def _is_worth_opening(collector: Collector, path: Path) -> bool:
+def _may_hold_database(collector: Collector, path: Path) -> bool:
+    """Return whether owners and sizes of the files allow to open the database. If not, report a finding."""
     log, _, journal = sidecars(path)
     lock = lock_path(path)
     try:
@@ -104,24 +104,24 @@ def _is_worth_opening(collector: Collector, path: Path) -> bool:
         return False
     sizes = {file: 0 if status is None else status.st_size for file, status in states.items()}
     if any(status is not None and status.st_uid not in owners for file, status in states.items() if file != lock):
-        summary = f"{str(path)!r} is not opened: it, its log or its journal belongs to another user."
-        meaning = "homeagent refuses it, so the gateway can't start"
+        summary = f"homeagent does not open {str(path)!r}: the file, its WAL or its journal belongs to another user."
+        meaning = "the gateway can't start"
         collector.critical("database", summary, meaning, "see the check 'files'")
     elif sizes[path] == 0 and (sizes[log] or sizes[lock]):
-        meaning = "a new one would have no device, revocation and nonce of the old one; homeagent does not create it"
-        collector.critical("database", f"{str(path)!r} held a database and is gone or empty now.", meaning, RESTORE)
+        meaning = "a new database would have no devices, revocations and nonces; homeagent does not create it"
+        collector.critical("database", f"{str(path)!r} held a database, and is missing or empty now.", meaning, RESTORE)
     elif sizes[path] == 0:
         summary = f"There is no database at {str(path)!r}."
-        meaning = "nothing can be opened here"
+        meaning = "the gateway can't open it"
         remedy = "check the path, or create the database"
         collector.critical("database", summary, meaning, remedy, f"homeagent init --database {shlex.quote(str(path))}")
     elif sizes[path] < SMALLEST_DATABASE:
         summary = f"{str(path)!r} has {sizes[path]} bytes, too few for a database."
-        meaning = "it was cut off, or is another kind of file"
+        meaning = "the file was truncated, or is another kind of file"
         collector.critical("database", summary, meaning, RESTORE, bytes=sizes[path])
     elif sizes[journal]:
-        summary = "A transaction was interrupted and waits to be undone: there is a rollback journal with content."
-        meaning = "until then no check can judge the file; SQLite undoes it when the file is opened to write"
+        summary = "A transaction was interrupted and must be rolled back: there is a rollback journal with content."
+        meaning = "SQLite rolls it back when the file is opened for writing; until then the checks can't read the file"
         remedy = "open the database once, then check again"
         collector.warn("database", summary, meaning, remedy, f"homeagent status --database {shlex.quote(str(path))}")
     else:
@@ -145,7 +145,7 @@ def _check_inside(collector: Collector, path: Path, *, assume_closed: bool, is_c
     except CorruptDatabaseError as error:
         collector.critical("database", f"{str(path)!r} can't be read.", str(error), RESTORE)
     except HomeAgentError as error:
-        remedy = "correct its owner and mode, or wait until the process that holds it is done"
+        remedy = "correct its owner and mode, or wait until the process that has it locked ends"
         collector.critical("database", f"{str(path)!r} can't be opened.", str(error), remedy)
 
 
@@ -168,12 +168,12 @@ def _check_open(collector: Collector, path: Path, connection: Connection) -> Non
 
 def _check_journal_mode(collector: Collector, path: Path, connection: Connection) -> None:
     mode = journal_mode(path, connection)
-    # None: this process has the file open, and every process of homeagent's opens it in WAL mode.
+    # None: this process has the file open, so the file is in WAL mode.
     if mode in ("wal", None):
         return
-    summary = f"Its journal mode is {mode!r} and not 'wal'."
-    meaning = "readers and the writer wait for each other; a copy that was put in place by hand is like this"
-    remedy = "switch it to a write-ahead log, while no process has it open"
+    summary = f"The journal mode is {mode!r} and not 'wal'."
+    meaning = "readers and the writer wait for each other; a copy made by another tool may be in this mode"
+    remedy = "switch the database to WAL mode while no process has it open"
     collector.warn("wal", summary, meaning, remedy, "homeagent doctor --fix", mode=mode)
 
 
@@ -195,6 +195,6 @@ def _check_integrity(collector: Collector, connection: Connection) -> None:
 def _check_foreign_keys(collector: Collector, connection: Connection) -> None:
     broken = len(connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall())
     summary = f"Foreign keys that refer to a row that does not exist: {broken:,}."
-    meaning = "another program wrote to the database with foreign keys switched off; an upgrade will fail"
+    meaning = "another program wrote to the database without foreign keys; an upgrade will fail"
     remedy = "create the missing rows again, or remove the rows that refer to them"
     collector.add(Severity.CRITICAL if broken else Severity.OK, "references", summary, meaning, remedy, broken=broken)
