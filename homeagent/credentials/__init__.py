@@ -1,18 +1,16 @@
-"""Secrets that devices present: what they look like, how they are hashed and how they are checked. No database.
+"""Secrets of devices: their format, hashing and checks. This package does not use the database.
 
-There are two kinds, told apart by looking at the secret alone:
+The text of a secret alone decides between two kinds:
 
-- A *generated* one (`generate_secret`) carries 256 random bits, more than anybody can try: one SHA-256 guards it.
-- Any other is taken for a human's, which can be guessed: Argon2id guards it (RFC 9106), by default with the second
-  recommended option of its section 4, 64 MiB.
+- A *generated* secret (`generate_secret`) has 256 random bits, too many to guess. It is stored as a SHA-256.
+- Any other secret may be chosen by a person and guessed. It is stored as an Argon2id hash (RFC 9106), by default with
+  the second recommended option of section 4, 64 MiB.
 
-The form decides when a secret is stored and when it is presented. So the time of a check follows from what the
-caller presented, and tells nothing of the device: whether it exists, which kind of secret it has, whether an older one
-still serves beside it. A human's secret costs one Argon2 run against any of them (`SecretHasher.check` names the one
-exception), a generated one none.
+The duration of a check therefore depends on the presented secret only. It does not reveal whether the device exists,
+which kind of secret the device has, or whether an older secret is still valid. A secret of a person costs one Argon2
+run against any stored hash (`SecretHasher.check` names the exception). A generated secret costs no Argon2 run.
 
-A secret is taken as it is, neither stripped nor normalised. It has 1 to 512 characters, at most 1,024 bytes of UTF-8,
-and no control character. How a device shows that it holds one without sending it is in `homeagent.scram`.
+`homeagent.scram` lets a device prove a secret without sending the secret.
 """
 
 from homeagent.credentials.failed_checks import FAILED_CHECKS_PER_MINUTE, FailedChecks

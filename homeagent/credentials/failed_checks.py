@@ -1,10 +1,10 @@
-"""Failed checks of secrets that can be guessed, counted for each device id that callers present.
+"""A counter of failed checks of guessable secrets, for each presented device id.
 
-An id is counted whether or not a device has it, so that a refusal does not tell whether the device exists. Only secrets
-that need a slow hash are counted: a generated secret can't be guessed, and its checks are never refused.
+Unknown ids count too, so a refusal does not reveal whether a device exists. Checks of generated secrets do not count
+and are not refused: a generated secret can't be guessed.
 
-A success does not reset the count of its id. A device presents its right secret all the time, and each success would
-give guesses at the same id another `per_minute` attempts.
+A success does not reset the count. Otherwise each success of the device would give an attacker `per_minute` more
+guesses.
 """
 
 from __future__ import annotations
@@ -25,45 +25,44 @@ FAILED_CHECKS_PER_MINUTE = 30
 _MINUTE = timedelta(minutes=1)
 _MOST_IDS = 10_000
 
-# One lock for all instances, so that a forked child can renew it. It is held for microseconds. A signal handler may
-# check a secret while its own thread holds the lock.
+# One lock for all instances, so that a forked child can replace the lock. Each call holds it for microseconds.
+# Reentrant, because a signal handler may check a secret while its thread holds the lock.
 _lock = threading.RLock()
 
 
 _Moment = tuple[datetime, float]
-"""What the database's clock and the monotonic clock showed at the same time."""
+"""Readings of the database's clock and of the monotonic clock at the same time."""
 
 
 def _age(begun: _Moment, now: _Moment) -> timedelta:
-    # By whichever clock moved further: see `FailedChecks`.
+    # Use the clock that moved further: see `FailedChecks`.
     return max(now[0] - begun[0], timedelta(seconds=now[1] - begun[1]))
 
 
 @dataclass(slots=True)
 class CheckAttempt:
-    """One check of a secret. Set `failed` if the secret was wrong; otherwise the attempt is not counted."""
+    """One check of a secret. Set `failed` if the secret is wrong; otherwise the check does not count."""
 
     failed: bool = False
 
 
 class FailedChecks:
-    """Counts the failed checks of each id, and refuses further checks of an id that has too many within a minute.
+    """Counts the failed checks of each id, and refuses checks of an id with `per_minute` failures within a minute.
 
-    The count is kept in memory and holds for one process. A check counts from its beginning and is taken back if it
-    does not fail, so that checks at the same time can't exceed the bound together.
+    The counts are in the memory of one process. A check counts from its start, and is removed if it does not fail.
+    Concurrent checks therefore can't exceed the limit.
 
-    If `most_ids` ids failed within the last minute, a new id replaces the one with the fewest failures. To remove a
-    count of n, a caller needs n failed checks of each of the other ids within that minute. For a count of 30 that is
-    300,000 slow hashes, far more than one process computes. If the oldest count were removed instead, 10,000 would do.
+    If `most_ids` ids failed within the last minute, a new id replaces the id with the fewest failures. To remove a
+    count of 30, an attacker needs 30 failed checks of each other id within a minute: 300,000 slow hashes, far more than
+    one process computes. Replacing the oldest id instead would need only 10,000.
 
-    A minute is over when either the injected clock or the monotonic clock has moved by a minute. A wall clock that was
-    set back, or stands still, therefore can't keep a device out for longer. A wall clock that was set forward ends the
-    minute early, which gives `per_minute` more guesses.
+    A minute ends when either clock has moved by a minute. A wall clock that stands still or was set back therefore does
+    not refuse a device for longer. A wall clock that was set forward allows `per_minute` more guesses.
 
     Args:
         clock: the database's clock.
-        per_minute: how many checks of one id may fail within any minute, 1 or more.
-        most_ids: how many ids are remembered, 1 or more.
+        per_minute: maximum number of failed checks of one id within a minute, 1 or more.
+        most_ids: maximum number of remembered ids, 1 or more.
         monotonic: the monotonic clock, in seconds.
     """
 
@@ -86,7 +85,7 @@ class FailedChecks:
         """Count a check of this id while the block runs, and after the block if the check failed.
 
         Raises:
-            TooManyAttemptsError: `per_minute` checks of the id failed within the last minute, or are under way.
+            TooManyAttemptsError: if `per_minute` checks of the id failed within the last minute or are running.
         """
         begun = self._begin(device_id)
         attempt = CheckAttempt()
@@ -103,7 +102,7 @@ class FailedChecks:
             if len(failed) >= self._per_minute:
                 raise TooManyAttemptsError(
                     f"{len(failed)} checks of a secret of device {device_id!r} failed within a minute or are under way",
-                    # By the database's clock, and a minute at most if that clock was set back.
+                    # By the database's clock; at most a minute, even if the clock was set back.
                     retry_after=_MINUTE - max(timedelta(0), *(now[0] - begun for begun, _ in failed)),
                     device_id=device_id,
                 )
@@ -127,7 +126,7 @@ class FailedChecks:
 
 
 def _renew_lock() -> None:
-    # A thread that does not exist in a forked child may have held the lock.
+    # A thread of the parent may have held the lock. It does not exist in the forked child.
     global _lock
     _lock = threading.RLock()
 

@@ -1,4 +1,4 @@
-"""A fair semaphore: callers get places in order of arrival, and only a bounded number of callers may wait."""
+"""A fair (first in, first out) semaphore with a bounded number of waiting callers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from homeagent.errors import TooManyAttemptsError
 __all__ = ["FairSemaphore"]
 
 _RETRY_AFTER = timedelta(seconds=1)
-"""How long a caller that finds the queue full should wait: the time of a few hashes."""
+"""Suggested wait of a caller if the queue is full: the time of a few hashes."""
 
 
 class FairSemaphore:
-    """Lets so many callers through at once. A forked child begins with all of its places free.
+    """A semaphore with `places` places. In a forked child all places are free.
 
     Args:
-        places: how many, 1 or more.
+        places: number of callers that may hold a place at the same time, 1 or more.
     """
 
     def __init__(self, places: int) -> None:
@@ -31,70 +31,72 @@ class FairSemaphore:
         _all.add(self)
 
     def _reset(self) -> None:
-        # A signal's handler may come while its own thread holds it, and ask for a place.
+        # Reentrant, because a signal handler may take a place while its thread holds this lock.
         self._lock = threading.RLock()
         self._free = self._places
         self._queue: deque[threading.Event] = deque()
 
     @property
     def waiting(self) -> int:
-        """How many callers wait at this moment."""
+        """The number of waiting callers."""
         return len(self._queue)
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
+        """Free a place, or hand the place over to the first waiting caller."""
         with self._lock:
             if self._queue:
                 self._queue.popleft().set()
             else:
                 self._free += 1
 
-    def _withdraw(self, turn: threading.Event) -> bool:
-        """Leave the queue. Return False where the place was handed over in the meantime."""
+    def _leave_queue(self, handed_over: threading.Event) -> bool:
+        """Leave the queue. Return False if another caller has handed a place over already."""
         with self._lock:
-            if turn.is_set():
+            if handed_over.is_set():
                 return False
-            self._queue.remove(turn)
+            self._queue.remove(handed_over)
             return True
 
-    def _take(self, timeout: float, most_waiting: int) -> bool:
-        turn = threading.Event()
+    def _acquire(self, timeout: float, most_waiting: int) -> bool:
+        """Take a place. Return False if no place became free within `timeout` seconds."""
+        handed_over = threading.Event()
         with self._lock:
             if self._free:
                 self._free -= 1
                 return True
             if len(self._queue) >= most_waiting:
                 raise TooManyAttemptsError(
-                    f"{len(self._queue)} slow hashes of secrets wait for their turn already", retry_after=_RETRY_AFTER
+                    f"{len(self._queue)} slow hashes of secrets wait already", retry_after=_RETRY_AFTER
                 )
-            self._queue.append(turn)
+            self._queue.append(handed_over)
         try:
-            return turn.wait(timeout) or not self._withdraw(turn)
+            return handed_over.wait(timeout) or not self._leave_queue(handed_over)
         except BaseException:
-            # Ctrl-C while waiting: a place handed to a caller who has gone would be lost to all the others.
-            if not self._withdraw(turn):
-                self._give_back()
+            # Ctrl-C while waiting: release a place that was handed over, or no caller can take it again.
+            if not self._leave_queue(handed_over):
+                self._release()
             raise
 
     @contextmanager
     def turn(self, timeout: float, *, most_waiting: int) -> Iterator[bool]:
-        """Hold a place for as long as the block runs.
+        """Hold a place while the block runs.
 
         Args:
-            timeout: how long to wait for it, in seconds.
-            most_waiting: how many callers may wait, this caller included; 0 or more.
+            timeout: maximum wait for a place, in seconds.
+            most_waiting: maximum number of waiting callers, this caller included; 0 or more.
 
         Returns:
-            False where none came free in time.
+            False if no place became free in time.
 
         Raises:
-            TooManyAttemptsError: no place is free, and `most_waiting` callers wait already.
+            TooManyAttemptsError: if no place is free and `most_waiting` callers wait already.
         """
-        taken = self._take(timeout, most_waiting)
+        taken = self._acquire(timeout, most_waiting)
         try:
             yield taken
         finally:
             if taken:
-                self._give_back()
+                self._release()
 
 
 _all: WeakSet[FairSemaphore] = WeakSet()
@@ -105,5 +107,5 @@ def _free_all_places() -> None:
         semaphore._reset()
 
 
-# The threads that held or awaited a place did not come along into the child, and would never give it back there.
+# The threads of the parent do not exist in a forked child, so they can't release their places there.
 os.register_at_fork(after_in_child=_free_all_places)

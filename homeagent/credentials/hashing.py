@@ -1,4 +1,4 @@
-"""Secrets are hashed and checked: Argon2id for a human's, one SHA-256 for a generated one, so many at once."""
+"""Hashing and checking of secrets: SHA-256 for a generated secret, Argon2id for any other, with bounded concurrency."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 __all__ = ["WAITING_HASHES", "SecretHasher", "SecretMatch", "check_secret", "hash_secret"]
 
 WAITING_HASHES = 16
-"""How many slow hashes may wait for their turn; callers beyond that get `TooManyAttemptsError` at once."""
+"""Maximum number of waiting slow hashes. Further callers get `TooManyAttemptsError` at once."""
 
-# Hashes as they are stored
+# Format of stored hashes
 
 _ARGON2 = re.compile(
     r"\$argon2id\$v=19\$m=([1-9][0-9]{0,9}),t=([1-9][0-9]{0,9}),p=([1-9][0-9]{0,7})"
     r"\$([A-Za-z0-9+/]{11,86})\$([A-Za-z0-9+/]{22,86})"
 )
 
-# Ceilings on what a stored hash may ask for: one that asks for a terabyte is damaged, and must not be obeyed. The
-# memory is that of the first recommended option of RFC 9106 section 4, which is the largest that anybody has a use for.
+# Limits for the costs of a stored hash: a damaged hash could ask for a terabyte. The memory limit, 2 GiB, is the first
+# recommended option of RFC 9106 section 4.
 _MAX_MEMORY_COST = 2 * 1024 * 1024
 _MAX_TIME_COST = 64
 _MAX_PARALLELISM = 64
@@ -64,7 +64,7 @@ class _Costs:
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """All that decides an Argon2 digest except the secret: two hashes with one recipe are checked by one run."""
+    """The inputs of an Argon2 digest except the secret. One run checks all hashes with the same recipe."""
 
     costs: _Costs
     salt: bytes
@@ -79,7 +79,7 @@ class _Argon2Hash:
 
 def _format_argon2(recipe: _Recipe, digest: bytes) -> str:
     costs = recipe.costs
-    # Argon2's text form leaves the padding out.
+    # Argon2's text form has no padding.
     salt, tail = (base64.b64encode(part).decode().rstrip("=") for part in (recipe.salt, digest))
     return f"$argon2id$v=19$m={costs.memory_cost},t={costs.time_cost},p={costs.parallelism}${salt}${tail}"
 
@@ -97,7 +97,7 @@ def _parse_argon2(stored: str) -> _Argon2Hash | None:
     except binascii.Error:
         return None
     recipe = _Recipe(costs, salt, len(digest))
-    # One spelling for one value: base64 whose last character has bits left over is damaged (RFC 4648 section 3.5).
+    # Refuse a second spelling of the same value, such as base64 with unused bits set (RFC 4648 section 3.5).
     return _Argon2Hash(recipe, digest) if _format_argon2(recipe, digest) == stored else None
 
 
@@ -105,7 +105,7 @@ def _sha256(text: str) -> str:
     return "sha256$" + hashlib.sha256(text.encode()).hexdigest()
 
 
-# Takes the place of a hash that is not there, so that a generated secret is compared as often for nobody's device.
+# Stands for a missing hash, so that a generated secret is compared equally often for an unknown device.
 _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 _MAX_STORED = 2
 
@@ -115,37 +115,36 @@ _MAX_STORED = 2
 
 @dataclass(frozen=True, slots=True)
 class SecretMatch:
-    """Which stored hash a secret matched. It is true if there is one: `if check_secret(...):`."""
+    """The result of a check. True if a stored hash matched: `if check_secret(...):`."""
 
     matched: int | None = None
-    """Which of the stored hashes matched, counted from 0; None where none did."""
+    """Index of the matching stored hash; None if no hash matched."""
     replacement: str | None = field(default=None, repr=False)
-    """A hash of the same secret to store in place of the one that matched, because that one was made with other
-    costs than today's. None where the stored one is good."""
+    """A new hash of the same secret. Store it in place of the matching hash, which was made with other costs than
+    today's. None if the stored hash has today's costs."""
 
     def __bool__(self) -> bool:
-        # Index 0 is a match too: without this, `if check.matched` would be the natural thing to write, and wrong.
+        # Do not test `matched` for truth: index 0 is a match.
         return self.matched is not None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SecretHasher:
-    """Hashes and checks secrets with given Argon2 costs, so many at once.
+    """Hashes and checks secrets with given Argon2 costs and a limited number of concurrent runs.
 
-    The defaults are those of argon2-cffi, the second recommended option of RFC 9106 section 4. What is hashed with
-    other costs still verifies, and is replaced when its secret is presented next.
+    The default costs are those of argon2-cffi, the second recommended option of RFC 9106 section 4. A hash with other
+    costs still matches. A check with the right secret returns its replacement.
 
     Args:
         time_cost: passes over the memory, 1 to 64.
         memory_cost: memory of one run in kibibytes, from 8 for each lane to 2,097,152 (2 GiB).
-        parallelism: lanes, 1 to 64.
-        concurrency: how many Argon2 runs this hasher does at once, so that a flood of callers can't exhaust memory:
-            `concurrency * memory_cost` is the most that it takes for hashes with its own costs. The default is the
-            number of processors, at most 4.
-        timeout: how long a caller waits for its turn at most. Turns are taken in order of arrival.
+        parallelism: lanes (threads) of one run, 1 to 64.
+        concurrency: maximum number of concurrent Argon2 runs. It limits the memory of hashes with these costs to
+            `concurrency * memory_cost`. Default: the number of processors, at most 4.
+        timeout: maximum wait for a run, in order of arrival.
 
     Raises:
-        InvalidArgumentError: one of them is out of its bounds.
+        InvalidArgumentError: if an argument is out of its bounds.
     """
 
     time_cost: int = 3
@@ -163,7 +162,7 @@ class SecretHasher:
         if problem is not None:
             raise InvalidArgumentError(problem)
         if self.concurrency < 1:
-            raise InvalidArgumentError("concurrency must be 1 or more, or nobody would ever get a turn")
+            raise InvalidArgumentError(f"concurrency must be 1 or more, not {self.concurrency}")
         if self.timeout < timedelta(0):
             raise InvalidArgumentError("timeout must be zero or more")
         object.__setattr__(self, "_costs", costs)
@@ -172,30 +171,30 @@ class SecretHasher:
 
     @property
     def waiting(self) -> int:
-        """How many callers wait for their turn at this moment."""
+        """The number of waiting callers."""
         return self._turns.waiting
 
     def hash(self, secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
-        """Hash a secret for storing.
+        """Return a hash of a secret for storing.
 
         Args:
-            secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, no control character. It is taken as it is.
-            beside: the stored hash that stays valid for a while beside the new one. If both are Argon2 hashes, the new
-                one takes over its salt, and one run checks the two: a check then doesn't take longer, and nobody
-                can time that a device is changing its secret. RFC 9106 section 3.1 asks for a salt of its own for each
-                password, so that one guess doesn't serve against many accounts; here it serves against two secrets of
-                one device. Leave it out where the old secret is to stop at once.
-            waiting: how many callers of this hasher may wait for their turn, this one included.
+            secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, no control character. It is not normalised.
+            beside: stored hash that stays valid together with the new hash during a rotation. The new hash takes over
+                its salt if both are Argon2 hashes, so one run checks both. A check then takes no longer, and its
+                duration does not reveal the rotation. RFC 9106 section 3.1 asks for a salt for each password, so that
+                one guess can't be tried on many accounts; here both hashes belong to one device. Leave `beside` out
+                if the old secret becomes invalid at once.
+            waiting: maximum number of waiting callers of this hasher, this caller included.
 
         Returns:
-            `sha256$` and 64 hex digits for a generated secret, else Argon2's own text form, `$argon2id$v=19$…`. At most
+            `sha256$` and 64 hex digits for a generated secret, else Argon2's text form, `$argon2id$v=19$…`. At most
             256 characters.
 
         Raises:
-            InvalidArgumentError: it is no usable secret; the message doesn't show it.
-            TooManyAttemptsError: `waiting` callers wait already; not for a generated secret, which is never refused.
-            DatabaseBusyError: no turn came within `timeout`. As with a busy database, try again later.
-            MemoryError: the system would not give Argon2 the memory or the threads for a run.
+            InvalidArgumentError: if the secret is unusable. The message does not show the secret.
+            TooManyAttemptsError: if `waiting` callers wait already. Not raised for a generated secret.
+            DatabaseBusyError: if no run became possible within `timeout`: try again later.
+            MemoryError: if the system refused memory or threads to Argon2.
         """
         text = secret_text(secret)
         if is_generated(text):
@@ -205,28 +204,27 @@ class SecretHasher:
         return _format_argon2(recipe, self._run(text, recipe, waiting))
 
     def check(self, secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
-        """Check a presented secret against the hashes that are stored for one device.
+        """Check a presented secret against the stored hashes of one device.
 
-        What matters for the time is only what was presented. A generated secret is hashed once with SHA-256. Any other
-        costs one Argon2 run, whatever is stored: nothing, a hash of the other kind or of no known kind, one hash or
-        two. An unusable secret (empty, too long, a control character) is refused without hashing.
+        The duration depends on the presented secret only. A generated secret costs one SHA-256. Any other secret costs
+        one Argon2 run for any stored hashes, even for an unknown device. An unusable secret (empty, too long, with a
+        control character) does not match, and is not hashed.
 
-        The exception is a hash made with other costs than this hasher's: it takes what those costs take, and a run of
-        its own beside another. The same holds for two that were not made `beside` each other. So store the
-        `replacement`, which is made when the right secret was presented.
+        Exception: a stored hash with other costs needs a run with those costs, and so does a second hash with another
+        salt. Store the `replacement` to end the exception.
 
         Args:
-            secret: as it was presented, of any length.
-            stored: at most 2 hashes: none for an unknown device, the present one, and the one before it while that
-                still serves. One that is damaged or of an unknown kind never matches, nor does a generated secret
-                match an Argon2 hash.
-            waiting: how many callers of this hasher may wait for their turn, this one included.
+            secret: presented secret, of any length.
+            stored: at most 2 hashes: the present hash, and the previous hash while that is valid; empty for an unknown
+                device. A damaged hash or a hash of an unknown kind does not match. A generated secret does not match
+                an Argon2 hash.
+            waiting: maximum number of waiting callers of this hasher, this caller included.
 
         Raises:
-            InvalidArgumentError: more than 2 hashes, or one string in place of a sequence.
-            TooManyAttemptsError: `waiting` callers wait already; not for a generated secret, which is never refused.
-            DatabaseBusyError: no turn came within `timeout`. As with a busy database, try again later.
-            MemoryError: the system would not give Argon2 the memory or the threads for a run.
+            InvalidArgumentError: if `stored` has more than 2 hashes, or is a string.
+            TooManyAttemptsError: if `waiting` callers wait already. Not raised for a generated secret.
+            DatabaseBusyError: if no run became possible within `timeout`: try again later.
+            MemoryError: if the system refused memory or threads to Argon2.
         """
         if isinstance(stored, str) or len(stored) > _MAX_STORED:
             raise InvalidArgumentError(f"stored must be a sequence of at most {_MAX_STORED} hashes")
@@ -238,13 +236,13 @@ class SecretHasher:
     def _check_generated(self, text: str, stored: Sequence[str]) -> SecretMatch:
         presented = _sha256(text).encode()
         hashes = [*stored, _DECOY_HASH, _DECOY_HASH][:_MAX_STORED]
-        # compare_digest refuses text that is not ASCII: bytes it is, and a stored surrogate must not raise either.
+        # Compare bytes: compare_digest raises for text outside ASCII. "replace": a stored surrogate must not raise.
         same = [hmac.compare_digest(presented, one.encode(errors="replace")) for one in hashes]
         return SecretMatch(next((index for index, yes in enumerate(same[: len(stored)]) if yes), None))
 
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         hashes = [_parse_argon2(one) for one in stored]
-        # A dictionary for a set that keeps its order; the decoy is for a device that has no such hash.
+        # A dictionary as an ordered set. The decoy costs the same run if the device has no Argon2 hash.
         recipes = dict.fromkeys(one.recipe for one in hashes if one is not None) or {self._decoy: None}
         digests = {recipe: self._run(text, recipe, waiting) for recipe in recipes}
         same = [one is not None and hmac.compare_digest(digests[one.recipe], one.digest) for one in hashes]
@@ -256,8 +254,7 @@ class SecretHasher:
             return SecretMatch(matched)
         others = [one for index, one in enumerate(stored) if index != matched]
         replacement = None
-        # The secret was right: no turn for the new hash is no reason to turn the device away, and the next check tries
-        # again.
+        # The secret was right, so accept the device even if the new hash gets no run. The next check tries again.
         with suppress(DatabaseBusyError, TooManyAttemptsError):
             replacement = self.hash(text, beside=others[0] if others else None, waiting=waiting)
         return SecretMatch(matched, replacement)
@@ -277,8 +274,8 @@ class SecretHasher:
         with self._turns.turn(timeout, most_waiting=waiting) as taken:
             if not taken:
                 raise DatabaseBusyError(
-                    f"{self.concurrency} secret(s) are being hashed and others wait, for more than "
-                    f"{self.timeout.total_seconds():g} s: try again later, and slow down who presents so many"
+                    f"the slow hash of a secret could not start within {self.timeout.total_seconds():g} s, because "
+                    f"{self.concurrency} run at a time and others wait: try again later, and limit the rate of logins"
                 )
             try:
                 return hash_secret_raw(
@@ -291,33 +288,33 @@ class SecretHasher:
                     type=Type.ID,
                 )
             except HashingError as error:
-                # The costs were judged before, so only memory or threads can be lacking.
+                # The costs were checked before, so only memory or threads can be missing.
                 raise MemoryError(
                     f"Argon2id could not run with {costs.memory_cost:,} KiB and {costs.parallelism} lane(s) ({error}): "
                     "give the process more memory, or lower memory_cost"
                 ) from error
 
 
-# One for the whole process, so that `concurrency` bounds all of its callers.
+# One hasher for the whole process, so that `concurrency` limits all callers.
 _default = SecretHasher()
 
 
 def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
-    """Hash a secret for storing, with the default costs: see `SecretHasher.hash`.
+    """Return a hash of a secret for storing, with the default costs: see `SecretHasher.hash`.
 
     Args:
-        secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, no control character. It is taken as it is.
-        beside: the stored hash that stays valid for a while beside the new one; None where none does.
-        waiting: how many slow hashes may wait for their turn in this process, this one included.
+        secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, no control character. It is not normalised.
+        beside: stored hash that stays valid together with the new hash; default None.
+        waiting: maximum number of waiting slow hashes in this process, this hash included.
 
     Returns:
         `sha256$…` for a generated secret, `$argon2id$…` for any other.
 
     Raises:
-        InvalidArgumentError: it is no usable secret; the message doesn't show it.
-        TooManyAttemptsError: `waiting` slow hashes wait already; not for a generated secret, which is never refused.
-        DatabaseBusyError: too many are being hashed, and no turn came within 30 seconds.
-        MemoryError: the system would not give Argon2 the memory or the threads for a run.
+        InvalidArgumentError: if the secret is unusable. The message does not show the secret.
+        TooManyAttemptsError: if `waiting` slow hashes wait already. Not raised for a generated secret.
+        DatabaseBusyError: if the hash could not start within 30 seconds.
+        MemoryError: if the system refused memory or threads to Argon2.
     """
     return _default.hash(secret, beside=beside, waiting=waiting)
 
@@ -326,17 +323,17 @@ def check_secret(secret: SecretStr | str, stored: Sequence[str], *, waiting: int
     """Check a presented secret against at most 2 stored hashes, with the default costs: see `SecretHasher.check`.
 
     Args:
-        secret: as it was presented, of any length.
-        stored: none for an unknown device, the present hash, and the one before it while that still serves.
-        waiting: how many slow hashes may wait for their turn in this process, this one included.
+        secret: presented secret, of any length.
+        stored: the present hash, and the previous hash while that is valid; empty for an unknown device.
+        waiting: maximum number of waiting slow hashes in this process, this check included.
 
     Returns:
-        Which one matched, and what to store in its place if it is out of date.
+        The index of the matching hash, and a replacement if that hash has other costs.
 
     Raises:
-        InvalidArgumentError: more than 2 hashes, or one string in place of a sequence.
-        TooManyAttemptsError: `waiting` slow hashes wait already; not for a generated secret, which is never refused.
-        DatabaseBusyError: too many are being hashed, and no turn came within 30 seconds.
-        MemoryError: the system would not give Argon2 the memory or the threads for a run.
+        InvalidArgumentError: if `stored` has more than 2 hashes, or is a string.
+        TooManyAttemptsError: if `waiting` slow hashes wait already. Not raised for a generated secret.
+        DatabaseBusyError: if the hash could not start within 30 seconds.
+        MemoryError: if the system refused memory or threads to Argon2.
     """
     return _default.check(secret, stored, waiting=waiting)

@@ -1,7 +1,7 @@
-"""The text of a secret: what may be one, and how a generated one is known.
+"""Format of secrets, and generation of secrets.
 
-A secret is taken as it is, neither stripped nor normalised. It has 1 to 512 characters, at most 1,024 bytes of UTF-8,
-and no control character.
+A secret has 1 to 512 characters, at most 1,024 bytes of UTF-8, and no control character. homeagent neither strips nor
+normalises it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ __all__ = [
 MAX_SECRET_CHARACTERS = 512
 MAX_SECRET_BYTES = 1024
 
-# Control characters, and lone surrogates: these have no UTF-8, and str.encode() would put the secret into its error.
+# Control characters and lone surrogates. A surrogate has no UTF-8: str.encode() would show the secret in its error.
 _UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def reveal(secret: SecretStr | str) -> str:
-    """Return the text of a secret as it was presented, which may be none that can be stored.
+    """Return the text of a presented secret without checking the text.
 
     Raises:
-        InvalidArgumentError: it is neither a str nor a SecretStr.
+        InvalidArgumentError: if the secret is neither a str nor a SecretStr.
     """
     if isinstance(secret, str):
         return secret
@@ -51,7 +51,7 @@ def reveal(secret: SecretStr | str) -> str:
 
 
 def what_is_wrong(text: str) -> str | None:
-    """Return why this can't be a secret, without a word of it, or None where it can."""
+    """Return why the text is not a usable secret, without showing the text, or None if the text is usable."""
     if not 1 <= len(text) <= MAX_SECRET_CHARACTERS:
         return f"a secret must have 1 to {MAX_SECRET_CHARACTERS} characters, and this has {len(text)}"
     if _UNUSABLE.search(text):
@@ -62,11 +62,11 @@ def what_is_wrong(text: str) -> str | None:
 
 
 def secret_text(secret: SecretStr | str) -> str:
-    """Return the text of a secret that may be stored.
+    """Return the text of a usable secret.
 
     Raises:
-        InvalidArgumentError: it is empty, too long, has a control character or a lone surrogate, or is no text at
-            all; the message doesn't show it.
+        InvalidArgumentError: if the secret is empty, too long, not text, or has a control character or a lone
+            surrogate. The message does not show the secret.
     """
     text = reveal(secret)
     problem = what_is_wrong(text)
@@ -85,27 +85,27 @@ def _checksum(random: bytes) -> bytes:
 
 
 def generate_secret() -> SecretStr:
-    """Make a secret of 256 random bits, for a device that can store one.
+    """Return a new secret of 256 random bits, for a device that can store a secret.
 
     Returns:
         52 characters: `ha1_`, then 32 random bytes and a CRC-32 over prefix and bytes, in unpadded base64url (RFC 4648
-        section 5). The checksum is what `is_generated` knows it by; it also tells a mistyped secret from a wrong one.
+        section 5). `is_generated` recognises the secret by the checksum.
     """
     from pydantic import SecretStr
 
     random = secrets.token_bytes(_RANDOM_BYTES)
-    # 36 bytes make 48 characters and no bit is left over, so no other spelling stands for the same bytes.
+    # 36 bytes make exactly 48 characters, so the same bytes have no second spelling.
     return SecretStr(_GENERATED_PREFIX + base64.urlsafe_b64encode(random + _checksum(random)).decode())
 
 
 def is_generated(secret: SecretStr | str) -> bool:
-    """Tell whether a secret has the form that `generate_secret` gives.
+    """Return whether a secret has the format of `generate_secret`.
 
-    A human's secret has it by chance once in 2**32 times among those of the same prefix, length and alphabet. Don't
-    make the form by other means: it promises 256 random bits, and only SHA-256 guards what keeps that promise.
+    Of the other texts with this prefix, length and alphabet, 1 in 2**32 has a matching checksum. Do not produce the
+    format by other means: a secret in this format is stored as a SHA-256, which is safe only for 256 random bits.
 
     Raises:
-        InvalidArgumentError: it is neither a str nor a SecretStr.
+        InvalidArgumentError: if the secret is neither a str nor a SecretStr.
     """
     found = _GENERATED.fullmatch(reveal(secret))
     if found is None:
@@ -115,9 +115,9 @@ def is_generated(secret: SecretStr | str) -> bool:
 
 
 def needs_slow_hash(secret: SecretStr | str) -> bool:
-    """Tell whether a check of this secret runs Argon2: it is usable and does not have the generated form.
+    """Return whether a check of the secret runs Argon2: the secret is usable and not a generated secret.
 
     Raises:
-        InvalidArgumentError: it is neither a str nor a SecretStr.
+        InvalidArgumentError: if the secret is neither a str nor a SecretStr.
     """
     return what_is_wrong(reveal(secret)) is None and not is_generated(secret)
