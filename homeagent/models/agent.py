@@ -1,4 +1,4 @@
-"""An agent: who answers. It has a name, a workspace directory and a configuration."""
+"""An agent: name, workspace directory and configuration."""
 
 from sqlalchemy import Column
 from sqlmodel import Field
@@ -27,7 +27,7 @@ class Agent(Table, table=True):
     name: Label = Field(sa_column=Column("name", text_column(), nullable=False))
     workspace_path: WorkspacePath = Field(
         sa_column=Column("workspace_path", text_column(), nullable=False),
-        description="A directory on the owner's machine. This package stores the path and never touches what is there.",
+        description="Directory on the owner's machine. homeagent stores the path and does not open the directory.",
     )
     created_at: Timestamp = Field(sa_column=Column("created_at", TimestampColumn, nullable=False))
     config: Json = Field(default=None, sa_column=Column("config", JsonColumn))

@@ -1,4 +1,16 @@
-"""An idempotency key: the record that makes a retried call safe."""
+"""An idempotency key: the record that makes a retried call safe.
+
+| state | event | next state |
+|---|---|---|
+| no row | an attempt claims the key | in progress |
+| no row | `insert` stores a result | completed |
+| in progress | the effect returns, or an operator resolves the abandoned key | completed |
+| in progress | the effect fails for good | failed |
+| in progress, lease expired | an attempt with `rerun` takes over | in progress |
+| in progress | the first attempt releases the key, or an operator forgets the abandoned key | no row |
+| completed or failed, expired | an attempt claims the key | in progress |
+| completed or failed, expired | a sweep | no row |
+"""
 
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -31,20 +43,20 @@ __all__ = ["Attempt", "IdempotencyKey", "IdempotencyScope", "IdempotencyState", 
 
 
 class IdempotencyState(StrEnum):
-    """How far the effect of a key has come."""
+    """State of the effect of a key."""
 
     IN_PROGRESS = "in_progress"
-    """Claimed. While the lease is live somebody runs it; once that has lapsed nobody knows whether it took place."""
+    """Claimed: an attempt runs the effect. After the lease has expired, it is unknown whether the effect took place."""
     COMPLETED = "completed"
     FAILED = "failed"
-    """The effect failed for good, and its error is replayed like a result."""
+    """The effect failed for good. A replay raises its error."""
 
 
 class _PartialIndex(Index):
-    """An index of some rows, on both engines.
+    """An index of the rows that match a condition, on both engines.
 
-    `Index(…, postgresql_where=…)` would import SQLAlchemy's whole PostgreSQL package at once, in a process that opens
-    a file; here that is done when an engine's options are first asked for, to make or to compare the index.
+    `Index(…, postgresql_where=…)` would import SQLAlchemy's PostgreSQL package in every process. This class imports it
+    when SQLAlchemy first reads `dialect_options`, to create or compare the index.
     """
 
     def __init__(self, name: str, column: str, *, where: str) -> None:
@@ -53,7 +65,7 @@ class _PartialIndex(Index):
 
     @cached_property
     def dialect_options(self) -> Any:
-        """What each engine is told beyond the columns."""
+        """Options for each engine: the condition."""
         options = super().dialect_options
         for dialect in ("sqlite", "postgresql"):
             options[dialect]["where"] = self._where
@@ -68,7 +80,7 @@ class IdempotencyKey(Table, table=True):
         PrimaryKeyConstraint("device_id", "method", "key", name="pk_idempotency_keys"),
         CheckConstraint("state IN ('in_progress', 'completed', 'failed')", name="state"),
         Index("idx_idempotency_expires", "expires_at"),
-        # Only the few rows in progress have a lease: what an operator lists as abandoned is found here.
+        # For the list of abandoned keys. Few rows are in progress, so the index is small.
         _PartialIndex("idx_idempotency_lease", "lease_expires_at", where="state = 'in_progress'"),
     )
 
@@ -79,16 +91,14 @@ class IdempotencyKey(Table, table=True):
         repr=False,
         sa_column=Column("result", JsonColumn(none_as_null=False), nullable=False),
         description=(
-            "What the effect returned, or the detail of its failure. JSON null while it runs, and where `omitted`"
-            " says so."
+            "Return value of the effect, or detail of its failure. JSON null while the effect runs, and if `omitted`"
+            " is true."
         ),
     )
     created_at: Timestamp = Field(sa_column=Column("created_at", TimestampColumn, nullable=False))
     expires_at: Timestamp = Field(
         sa_column=Column("expires_at", TimestampColumn, nullable=False),
-        description=(
-            "From this very instant on the record is dead, unless it is in progress: such a row outlives its time."
-        ),
+        description=("The record has expired from this timestamp on. A record in progress does not expire."),
     )
     state: IdempotencyState = Field(
         default=IdempotencyState.COMPLETED,
@@ -98,56 +108,56 @@ class IdempotencyKey(Table, table=True):
         default=None,
         repr=False,
         sa_column=Column("fingerprint", text_column()),
-        description="SHA-256 of the canonical parameters. Null where the record was inserted without any.",
+        description="SHA-256 of the canonical parameters. Null if the record was inserted without parameters.",
     )
     owner: Label | None = Field(
         default=None,
         repr=False,
         exclude=True,
         sa_column=Column("owner", text_column()),
-        description="The random token of the attempt that may record the outcome, or did. Null where no attempt did.",
+        description="Random token of the attempt that may record or has recorded the outcome. Null without an attempt.",
     )
     attempt: int = Field(
         default=1,
         sa_column=Column("attempt", Integer, nullable=False, server_default=text("1")),
-        description="How often the effect was begun.",
+        description="Number of attempts.",
     )
     lease_expires_at: Timestamp | None = Field(
         default=None,
         sa_column=Column("lease_expires_at", TimestampColumn),
-        description="When the running attempt counts as abandoned unless it renews. Null once the outcome is recorded.",
+        description="From this timestamp on the attempt is abandoned unless renewed. Null after the outcome.",
     )
     downstream_key: Label | None = Field(
         default=None,
         repr=False,
         sa_column=Column("downstream_key", text_column()),
-        description="What every attempt passes on as its own idempotency key. Null where no effect was ever claimed.",
+        description="Idempotency key that each attempt passes to another service. Null if no effect was claimed.",
     )
     omitted: bool = Field(
         default=False,
         sa_column=Column("omitted", FlagColumn(otherwise=True), nullable=False, server_default=text("0")),
-        description="Whether the effect ended but what it returned could not be stored.",
+        description="Whether the effect ended but its return value could not be stored.",
     )
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class IdempotencyScope:
-    """What makes a call the same call: the device, the method, and the key that the device chose.
+    """The identity of a call: device, method, and the key that the device chose.
 
-    The three stay apart wherever they are stored, so that ids that hold a separator never collide.
+    Do not join the three into one text: values that contain the separator would collide.
 
     Raises:
-        InvalidArgumentError: one of them is no id, method or key.
+        InvalidArgumentError: if device, method or key is invalid.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    # Where it is a field of a model or a request body, Pydantic goes by these and calls no `__init__`.
+    # As a field of a model or as a request body, Pydantic validates these annotations and does not call `__init__`.
     device_id: Identifier
     method: Label
     key: Label = field(repr=False)
 
-    # By hand, for it is made in every unit that names a key: a frozen dataclass's own takes three times as long.
+    # Every unit with a key calls this. The `__init__` of a frozen dataclass takes three times as long.
     def __init__(self, device_id: str, method: str, key: str) -> None:
         _set_device_id(self, check_identifier(device_id, "device_id"))
         _set_method(self, check_label(method, "method"))
@@ -155,7 +165,7 @@ class IdempotencyScope:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Have Pydantic validate each part, and show none of them in what it refuses."""
+        """Return the default schema, with errors that do not show the input."""
         return no_info_wrap_validator_function(hide_input, handler(source))
 
 
@@ -167,15 +177,16 @@ _set_key = _SLOTS["key"].__set__
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The right to run the effect of a key once, until its lease lapses.
+    """The right to run the effect of a key once, until the lease expires.
 
     Attributes:
-        number: 1 for the first attempt of a key, one more for each that took over an abandoned one.
-        downstream_key: what to pass to another service as the idempotency key: the same on every attempt.
-        scope: whose attempt it is.
-        lease_expires_at: from this instant on it counts as abandoned.
-        expires_at: until when its outcome is replayed.
-        ttl: the same as a duration, which counts from the outcome where that came later than `expires_at`.
+        number: number of the attempt, from 1. An attempt that takes over an abandoned attempt has the next number.
+        downstream_key: idempotency key to pass to another service. All attempts of a key have the same.
+        scope: device, method and key of the call.
+        lease_expires_at: from this timestamp on the attempt is abandoned.
+        expires_at: end of the time for which the outcome is replayed.
+        ttl: duration of that time. It counts from the outcome if the outcome came after `expires_at`.
+        owner: random token of this attempt.
     """
 
     number: int
@@ -189,14 +200,14 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How the effect of a key ended.
+    """The outcome of the effect of a key.
 
     Attributes:
-        value: what the effect returned, as JSON gives it back.
-        replayed: whether this was read from the store, the effect having run before.
-        attempt: the number of the attempt that ended it.
-        omitted: whether the effect ended but its result could not be stored (over 256 KiB, or no JSON). The value
-            of a replay is None then; the first caller still gets it.
+        value: return value of the effect, after a round trip through JSON.
+        replayed: whether the outcome was read from the store and the effect did not run.
+        attempt: number of the attempt that recorded the outcome.
+        omitted: whether the return value could not be stored (over 256 KiB, or not JSON). A replay then has the value
+            None; the first caller gets the value.
     """
 
     value: JsonValue = field(repr=False)

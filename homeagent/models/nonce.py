@@ -1,4 +1,4 @@
-"""A nonce: a number used once. A signed message that carries a consumed one is a replay."""
+"""A nonce: a value that a device signs and uses once. A message with a consumed nonce is a replay."""
 
 from sqlalchemy import Column, Index, PrimaryKeyConstraint
 from sqlmodel import Field
@@ -10,14 +10,14 @@ __all__ = ["Nonce"]
 
 
 class Nonce(Table, table=True):
-    """A row of `nonces`. It names its device without a foreign key: it outlives the device."""
+    """A row of `nonces`. `device_id` is not a foreign key, so the row stays when the device is deleted."""
 
     __tablename__ = "nonces"
     __table_args__ = (
-        # Per device: were a nonce unique by itself, one device could burn another's.
+        # Unique for each device: otherwise one device could consume the nonces of another device.
         PrimaryKeyConstraint("device_id", "nonce", name="pk_nonces"),
         Index("idx_nonces_expires", "expires_at"),
-        # The key is most of the row: https://sqlite.org/withoutrowid.html. Inserts cost 0.8 of those with a rowid.
+        # The key is most of the row (https://sqlite.org/withoutrowid.html): inserts take 0.8 of the time with a rowid.
         {"sqlite_with_rowid": False},
     )
 
@@ -27,6 +27,6 @@ class Nonce(Table, table=True):
     expires_at: Timestamp = Field(
         sa_column=Column("expires_at", TimestampColumn, nullable=False),
         description=(
-            "From this very instant on the nonce is dead. Its row stays a while longer, in case the clock steps back."
+            "The nonce has expired from this timestamp on. Its row stays for one hour, in case the clock steps back."
         ),
     )

@@ -1,4 +1,4 @@
-"""The shapes: what creates or patches a row, and what a reply may show of it."""
+"""Schemas: Pydantic models of requests, which create or change a row, and of replies."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -28,17 +28,17 @@ __all__ = [
 
 
 class Schema(Model):
-    """What creates or patches a row, or what a reply may show of it: a plain Pydantic model, no table."""
+    """Base of the schemas: a Pydantic model without a table."""
 
 
 class MetadataSchema(Schema):
-    """A shape with a field of free metadata.
+    """A schema with a field for the application's metadata.
 
-    The field is named `metadata_`, since SQLAlchemy needs the name `metadata` on the class. `metadata` is its alias
-    where it is validated and dumped, and a property for who reads it.
+    The field has the name `metadata_`, because SQLAlchemy uses the attribute `metadata` of the class. `metadata` is the
+    alias for validation and serialization, and a property of the object.
     """
 
-    # SQLModel declares a class variable here; a shape is no table, so that nobody looks for a MetaData on it.
+    # SQLModel declares a class variable `metadata`. SQLAlchemy does not read it here, because a schema has no table.
     @property
     def metadata(self) -> Any:  # type: ignore[override]  # see above
         """The value of `metadata_`."""
@@ -46,7 +46,7 @@ class MetadataSchema(Schema):
 
 
 class AgentCreate(Schema):
-    """What creates an agent; also a request body."""
+    """Create an agent. May be a request body."""
 
     id: Identifier
     name: Label
@@ -55,16 +55,16 @@ class AgentCreate(Schema):
 
 
 class AgentUpdate(Schema):
-    """What may change of an agent; also a request body. What is left out stays; `config=None` empties it."""
+    """Change an agent. May be a request body. Fields that are left out stay; `config=None` clears the configuration."""
 
-    # The default stands for "left out" and is never validated; a null that is sent is refused.
+    # The default None means "left out", and Pydantic does not validate it. A null in the request is refused.
     name: Label = Field(default=None)
     workspace_path: WorkspacePath = Field(default=None)
     config: Json = None
 
 
 class AgentPublic(Schema):
-    """What a reply may show of an agent."""
+    """An agent in a reply."""
 
     id: Identifier
     name: Label
@@ -74,19 +74,19 @@ class AgentPublic(Schema):
 
 
 class DevicePair(MetadataSchema):
-    """A request body: a device asks to pair. Whoever sends it decides nothing about its approval."""
+    """The request of a device to pair, as a request body. It does not influence the approval."""
 
     id: Identifier
     role: Role
     shared_secret: Annotated[SecretStr, AfterValidator(check_new_secret)] | None = Field(
         default=None,
-        description="The secret that a human chose. Left out, one of 256 bits is made and given back once.",
+        description="Secret that a person chose. If left out, the reply returns a new secret of 256 bits once.",
     )
     metadata_: Json = Field(default=None, alias="metadata")
 
 
 class DeviceCreate(MetadataSchema):
-    """What creates a device, for code that holds a hash already. Never a request body: see `DevicePair`."""
+    """Create a device whose secret is hashed already. Do not use as a request body: see `DevicePair`."""
 
     id: Identifier
     role: Role
@@ -96,13 +96,13 @@ class DeviceCreate(MetadataSchema):
 
 
 class DeviceUpdate(MetadataSchema):
-    """What may change of a device. What is left out stays; the role is bound when it pairs."""
+    """Change a device. Fields that are left out stay. The role is fixed when the device pairs."""
 
     metadata_: Json = Field(default=None, alias="metadata")
 
 
 class DevicePublic(MetadataSchema):
-    """What a reply may show of a device: nothing that its secret could be checked against."""
+    """A device in a reply, without values derived from its secret."""
 
     id: Identifier
     role: Role
@@ -113,18 +113,18 @@ class DevicePublic(MetadataSchema):
     approved_at: Timestamp | None = None
     revoked_at: Timestamp | None = None
     revoked_reason: Label | None = None
-    # From a row, a plain alias would read SQLAlchemy's MetaData off the class.
+    # `metadata_` first: validation from a row would otherwise read SQLAlchemy's MetaData.
     metadata_: Json = PlainField(
         default=None, validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata"
     )
 
 
 class PairedDevice(BaseModel):
-    """A device that has just paired, and its secret, which nobody can ask for again.
+    """A device that has just paired, and its secret. The secret can't be read again later.
 
     Attributes:
-        device: the device as it was stored, unapproved.
-        shared_secret: what the device proves itself with: the one it sent, or the one that was made for it.
+        device: stored device, not approved.
+        shared_secret: secret from the request, or the generated secret.
     """
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
@@ -135,11 +135,11 @@ class PairedDevice(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class SecretCheck:
-    """Report what a check of a secret found. It is true only if the device is approved and the secret is right.
+    """The result of a check of a secret. True only if the device is approved and the secret is right.
 
     Attributes:
-        status: where the device stands if the secret is right; `denied` if the secret is wrong or the device is absent.
-        device: the device if the secret is right, else None.
+        status: status of the device if the secret is right; `denied` if the secret is wrong or the device is absent.
+        device: device if the secret is right, else None.
     """
 
     status: Literal["approved", "pending", "revoked", "denied"]
@@ -150,16 +150,16 @@ class SecretCheck:
 
 
 class AgentSessionCreate(Schema):
-    """What creates a session; also a request body."""
+    """Create a session. May be a request body."""
 
-    session_id: Identifier = Field(default_factory=new_session_id, description="A UUIDv7 is made where it is left out.")
+    session_id: Identifier = Field(default_factory=new_session_id, description="If left out, a new UUIDv7.")
     agent_id: Identifier
     sender_id: Label | None = None
     channel_id: Label | None = None
 
 
 class AgentSessionPublic(Schema):
-    """What a reply may show of a session."""
+    """A session in a reply."""
 
     session_id: Identifier
     agent_id: Identifier
