@@ -1,7 +1,9 @@
-"""The operational store of HomeAgent: who may enter and what happened, in one SQLite file or on PostgreSQL.
+"""The operational store of a home agent gateway, in one SQLite file or on PostgreSQL.
 
-`Database.open` is the door; everything else is reached from there. Names without a leading underscore that are
-listed here, in `homeagent.errors` and in `homeagent.stores` are public.
+It stores agents, sessions, devices with their approvals, used nonces, and idempotency keys with their results.
+
+`Database.open` is the entry point. The names in `__all__` of this package, `homeagent.errors` and `homeagent.stores`
+are public.
 """
 
 from typing import TYPE_CHECKING
@@ -78,7 +80,7 @@ __all__ = [
     "hash_secret",
 ]
 
-# Opening a database needs none of these, and a process starts sooner without them.
+# Names that opening a database does not need. A process starts sooner without importing them.
 _LAZY = {
     "__version__": "version",
     "diagnose": "maintenance.doctor",
@@ -86,7 +88,7 @@ _LAZY = {
 }
 
 
-# Hidden from type checkers, which would take any misspelt name for one of these.
+# Hide `__getattr__` from type checkers: with it they would accept any misspelt name.
 if not TYPE_CHECKING:
     __getattr__ = lazy_names(__name__, _LAZY)
 

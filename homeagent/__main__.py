@@ -1,4 +1,4 @@
-"""`python -m homeagent`: the same as the command `homeagent`."""
+"""`python -m homeagent` runs the command `homeagent`."""
 
 from homeagent.cli import main
 

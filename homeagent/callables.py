@@ -1,4 +1,4 @@
-"""Functions that a caller hands over to be called, and coroutine functions where nobody would await them."""
+"""Checks of functions that callers pass as arguments. They refuse coroutine functions whose result is not awaited."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
     """Return `function` if it can be called.
 
     Args:
-        function: what was handed over.
-        what: the name of the argument.
-        coroutine: what takes a coroutine function instead. None where one is welcome.
+        function: the argument.
+        what: name of the argument.
+        coroutine: remedy in the error for a coroutine function; None to accept coroutine functions.
 
     Raises:
-        InvalidArgumentError: it can't be called, or is a generator function, or a coroutine function where those are
-            not welcome.
+        InvalidArgumentError: if `function` can't be called, is a generator function, or is a coroutine function and
+            `coroutine` is not None.
     """
     if not callable(function):
         raise InvalidArgumentError(f"{what} must be a function, not {type(function).__name__}")
     if isgeneratorfunction(function):
-        raise InvalidArgumentError(f"{what} is a generator function, a call of which runs nothing: make it return")
+        raise InvalidArgumentError(f"{what} is a generator function, and a call does not run its body: return a value")
     if coroutine is not None and iscoroutinefunction(function):
-        raise InvalidArgumentError(f"{what} is a coroutine function, which nobody awaits here: {coroutine}")
+        raise InvalidArgumentError(f"{what} is a coroutine function, which is not awaited here: {coroutine}")
     return function
 
 
 def refuse_coroutine(value: T, what: str, remedy: str) -> T:
-    """Return what a function returned, unless that is a coroutine, of which nothing has been done yet.
+    """Return `value`, the return value of a function, if it is not a coroutine.
 
     Raises:
-        InvalidArgumentError: it is one.
+        InvalidArgumentError: if it is a coroutine. The coroutine has not run.
     """
     if iscoroutine(value):
-        value.close()  # or Python would warn that nobody awaited it
-        raise InvalidArgumentError(f"{what} returned a coroutine, which nobody awaits here: {remedy}")
+        value.close()  # prevents Python's warning "never awaited"
+        raise InvalidArgumentError(f"{what} returned a coroutine, which is not awaited here: {remedy}")
     return value
 
 
 def refuse_coroutine_function(function: object, value: T, what: str, remedy: str) -> T:
-    """Return what `function` returned, unless it is a coroutine function and so has done nothing.
+    """Return `value`, the return value of `function`, if `function` is not a coroutine function.
 
-    An ordinary function may return a coroutine for its caller to await.
+    An ordinary function may return a coroutine, which its caller awaits.
 
     Raises:
-        InvalidArgumentError: it is one.
+        InvalidArgumentError: if `function` is a coroutine function. Its coroutine has not run.
     """
-    # The type first, which is cheap: this is asked about every unit.
+    # Check the type of `value` first: this check is cheap, and every unit makes it.
     if isinstance(value, CoroutineType) and iscoroutinefunction(function):
         value.close()
-        raise InvalidArgumentError(f"{what} is a coroutine function, which nobody awaits here: {remedy}")
+        raise InvalidArgumentError(f"{what} is a coroutine function, which is not awaited here: {remedy}")
     return value

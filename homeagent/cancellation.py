@@ -1,4 +1,4 @@
-"""Waiting in a coroutine for what must not be left halfway, however often its caller is cancelled meanwhile."""
+"""Shield from cancellation: a coroutine waits for the end of a call even if the coroutine is cancelled meanwhile."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ async def call_in_thread(act: Callable[[], T], *, limiter: anyio.CapacityLimiter
     """Call `act` in a worker thread, wait for its end, and return its value or raise its error.
 
     Args:
-        act: a function that may block.
-        limiter: how many threads may run such functions at once; None for AnyIO's own.
+        act: function that may block.
+        limiter: limits the number of worker threads; None for AnyIO's default limiter.
 
     Raises:
-        asyncio.CancelledError: the caller was cancelled meanwhile. `act` has ended all the same, or never begins.
+        asyncio.CancelledError: if the caller was cancelled meanwhile. `act` has ended, or will not start.
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
@@ -44,23 +44,23 @@ async def call_in_thread(act: Callable[[], T], *, limiter: anyio.CapacityLimiter
     task = asyncio.ensure_future(anyio.to_thread.run_sync(whole, limiter=limiter))
     cancellation = await shielded_wait(task)
     if task.cancelled():
-        # asyncio.run() cancels all tasks that are left when it ends, this one too, and that stops no thread.
+        # At its end, asyncio.run() cancels all tasks, also this task. The thread does not stop.
         with mutex:
             given_up = not begun
         if begun:
             cancellation = await shielded_wait(ended) or cancellation
     if cancellation is not None:
         if not task.cancelled():
-            task.exception()  # looked at, or asyncio would report it as lost
+            task.exception()  # mark as retrieved, or asyncio logs "exception was never retrieved"
         raise cancellation
     return task.result()
 
 
 async def shielded_wait(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait until a task is done, and return the last cancellation that came meanwhile; None where none came."""
+    """Wait until a task is done. Return the last cancellation of the caller meanwhile, or None."""
     cancellation: asyncio.CancelledError | None = None
-    # A scope of AnyIO shields from AnyIO's cancellation only, and this loop from a Task.cancel() too, as
-    # asyncio.timeout() does it.
+    # AnyIO's scope shields from AnyIO's cancellation only. The loop also shields from Task.cancel(), which
+    # asyncio.timeout() calls.
     with anyio.CancelScope(shield=True):
         while not task.done():
             try:

@@ -1,8 +1,8 @@
-"""JSON in one canonical form, so that equal parameters have equal fingerprints.
+"""Canonical JSON: equal parameters have equal text, and so equal fingerprints.
 
 RFC 8785 (JSON Canonicalization Scheme): no white space, keys in the order of their UTF-16 code units, numbers as
-ECMAScript writes them. It differs in one point: an int keeps all its digits, where the RFC would round it to a double
-and take two large ids for the same.
+ECMAScript writes them. One difference: an int keeps all digits. The RFC rounds an int to a double, so two large ids
+could become equal.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def canonical_json(value: JsonValue) -> str:
     """Return the canonical text of a JSON value.
 
     Raises:
-        InvalidArgumentError: it is no JSON value, is nested too deeply, or holds NaN, an infinity, a lone surrogate
-            or an int of more digits than Python writes (`sys.get_int_max_str_digits`).
+        InvalidArgumentError: if `value` is not a JSON value, is nested too deeply, or contains NaN, an infinity, a lone
+            surrogate or an int with more digits than Python writes (`sys.get_int_max_str_digits`).
     """
     text = None
     try:
@@ -35,10 +35,10 @@ def canonical_json(value: JsonValue) -> str:
     except InvalidArgumentError:
         raise
     except (ValueError, RecursionError):
-        # Not chained: the cause would show the value.
+        # Do not raise here: the chained cause would show the value.
         text = None
     if text is None:
-        raise InvalidArgumentError("params hold a lone surrogate, an endless number or are nested too deeply")
+        raise InvalidArgumentError("params contain a lone surrogate or an int with too many digits, or nest too deeply")
     return text
 
 
@@ -46,7 +46,7 @@ def fingerprint_of(params: JsonValue) -> str:
     """Return the SHA-256 of the canonical text of a call's parameters, in hexadecimal.
 
     Raises:
-        InvalidArgumentError: as in `canonical_json`.
+        InvalidArgumentError: see `canonical_json`.
     """
     return hashlib.sha256(canonical_json(params).encode()).hexdigest()
 
@@ -73,7 +73,7 @@ def _write(value: object) -> str:
 def _number(value: float) -> str:
     """Return a double as ECMAScript's Number::toString does (ECMA-262, section 6.1.6.1.20)."""
     if not math.isfinite(value):
-        raise InvalidArgumentError("params hold NaN or an infinity, which JSON has no text for")
+        raise InvalidArgumentError("params contain NaN or an infinity, which JSON can't represent")
     if value == 0:
         return "0"
     if 1e-6 <= abs(value) < 1e21:

@@ -1,4 +1,4 @@
-"""Glue for FastAPI applications, the extra `homeagent[fastapi]`: errors become replies that give no secret away."""
+"""Support for FastAPI (extra `homeagent[fastapi]`): error handlers whose replies do not show secrets."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from homeagent.errors import (
 __all__ = ["ErrorReply", "error_replies", "install_error_handlers"]
 
 _RETRY_AFTER = 1
-"""What a busy database tells a caller to wait, in seconds."""
+"""The Retry-After of a busy database, in seconds."""
 
 
 class ErrorReply(BaseModel):
-    """What a refused request is answered with.
+    """The body of an error reply.
 
     Attributes:
-        error: the name of the error's class in `homeagent.errors`.
-        detail: its message, which names the remedy.
+        error: name of the error's class in `homeagent.errors`.
+        detail: message of the error, with the remedy.
     """
 
-    error: str = Field(description="The name of the error.")
-    detail: str = Field(description="What was refused, and what to do about it.")
+    error: str = Field(description="Name of the error.")
+    detail: str = Field(description="Reason and remedy.")
 
 
 def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the `responses=` of a route that may answer with these statuses, for the OpenAPI document."""
+    """Return the argument `responses=` of a route with these error statuses, for the OpenAPI document."""
     return {status: {"model": ErrorReply} for status in statuses}
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Have an application answer the errors of this package.
+    """Install handlers in an application that turn homeagent's errors into replies.
 
     | error | status |
     |---|---|
@@ -60,12 +60,12 @@ def install_error_handlers(app: FastAPI) -> None:
     | `TooManyAttemptsError` | 429 |
     | `DatabaseBusyError`, `ConnectionLostError`, `DatabaseClosedError`, `DiskFullError` | 503 |
 
-    `IdempotencyInProgressError`, `TooManyAttemptsError`, `DatabaseBusyError` and `ConnectionLostError` carry a
-    Retry-After (RFC 9110, section 10.2.3). A 422 of FastAPI echoes the input, which may be a secret: here it says where
-    and why, and no more. Every other error stays what it is, a 500: it speaks of the server and not of the request.
+    The replies to `IdempotencyInProgressError`, `TooManyAttemptsError`, `DatabaseBusyError` and `ConnectionLostError`
+    have a Retry-After (RFC 9110, section 10.2.3). FastAPI's own 422 repeats the input, which may be a secret; this 422
+    has only place and reason. Other errors concern the server, and stay a 500.
 
     Args:
-        app: the application; handlers that it has for these errors are replaced.
+        app: the application. Its existing handlers for these errors are replaced.
     """
     for kind, handler in {
         NotFoundError: _answer_404,
@@ -84,7 +84,7 @@ def install_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, handler)
 
 
-# Coroutines, since Starlette would run plain functions in the thread pool, which may be full just then.
+# Do not make the handlers plain functions: Starlette would run them in the thread pool, which may be full.
 
 
 def _reply(status: int, error: Exception, detail: str, retry_after: int | None = None) -> JSONResponse:
@@ -103,12 +103,12 @@ async def _answer_409(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _answer_429(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, TooManyAttemptsError)  # noqa: S101  what it is installed for
+    assert isinstance(error, TooManyAttemptsError)  # noqa: S101  the only type of this handler
     return _reply(429, error, str(error), _seconds(error))
 
 
 def _seconds(error: IdempotencyInProgressError | TooManyAttemptsError) -> int:
-    # Whole seconds, rounded up: a caller who comes too early is refused again.
+    # Round up to whole seconds: an early retry would be refused again.
     return max(0, math.ceil(error.retry_after.total_seconds()))
 
 
@@ -117,20 +117,20 @@ async def _answer_422(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _answer_argument(request: Request, error: Exception) -> JSONResponse:
-    # In FastAPI's own form, so that every refused argument reads the same.
+    # FastAPI's format, so that all replies for invalid arguments are alike.
     return JSONResponse({"detail": [{"type": "value_error", "loc": [], "msg": str(error)}]}, status_code=422)
 
 
 async def _answer_validation(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)  # noqa: S101  what it is installed for
+    assert isinstance(error, RequestValidationError)  # noqa: S101  the only type of this handler
     lines = [{name: line[name] for name in ("type", "loc", "msg")} for line in error.errors()]
     return JSONResponse({"detail": lines}, status_code=422)
 
 
 async def _answer_503(request: Request, error: Exception) -> JSONResponse:
-    # The message may name a file of the server, which is nothing to a caller.
-    assert isinstance(error, HomeAgentError)  # noqa: S101  what it is installed for
-    # Not so a commit that nobody knows about, which is a 500: whoever asks again has to know whether that may be.
+    # Do not send the message: it may contain the name of a file on the server.
+    assert isinstance(error, HomeAgentError)  # noqa: S101  the only type of this handler
+    # A commit with unknown outcome is not here but a 500: only the application knows whether a retry is safe.
     busy = isinstance(error, (DatabaseBusyError, ConnectionLostError))
-    detail = "the database is busy: try again" if busy else "the database can't be used now"
+    detail = "the database is busy: try again" if busy else "the database is not available now"
     return _reply(503, error, detail, _RETRY_AFTER if busy else None)

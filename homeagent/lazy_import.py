@@ -1,6 +1,6 @@
-"""Names of a package that are imported when one is first asked for: a process that needs none of them starts sooner.
+"""Lazy import of a package's names: a process that does not use the names starts sooner.
 
-An annotation that goes through the package, such as `models.AgentCreate`, can be evaluated all the same.
+Annotations such as `models.AgentCreate` can still be evaluated.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ __all__ = ["lazy_names"]
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a package (PEP 562) that imports these names.
+    """Return a `__getattr__` for a package (PEP 562). It imports a name at first use.
 
-    Hide it from type checkers, which would take any misspelt name for one of them.
+    Hide `__getattr__` from type checkers: with it they would accept any misspelt name.
 
     Args:
-        package: its name.
-        modules: the module of each name, relative to the package.
+        package: name of the package.
+        modules: module of each name, relative to the package.
     """
 
     def get(name: str) -> Any:

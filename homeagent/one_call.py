@@ -1,7 +1,7 @@
-"""Stores whose every method call is a unit of work of its own: `database.devices.get(id)`.
+"""Stores of a database, such as `database.devices`: each method call is a separate unit of work.
 
-A method that reads runs its statement in autocommit mode, without BEGIN and COMMIT. A method that writes goes through
-`Runner.run`, so it shares commits and is retried. Which is which is declared once, at the store's method.
+A reading method runs its statement in autocommit mode, without BEGIN and COMMIT. A writing method goes through
+`Runner.run`, with batches and retries. The decorators `reading` and `writing` of the store's methods decide.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
     """Return a store that is bound to a database instead of a unit.
 
     Args:
-        kind: the class of the store.
-        settings: those of the database's units.
-        runner: runs the units of methods that write.
+        kind: class of the store.
+        settings: settings of the database's units.
+        runner: runs the units of writing methods.
     """
     store: S = _one_call_type(kind)(AutocommitReads(settings, runner))  # type: ignore[arg-type]  # a class is hashable
     return store
 
 
 class AutocommitReads:
-    """What a one-call store has in the place of its unit: each read is one statement that takes no lock."""
+    """Stands for the unit in a one-call store. Each read is one statement in autocommit mode, without a lock."""
 
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
         self.settings = settings
         self.runner = runner
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Return what the first row stands for, or None if there is no row."""
+        """Return the object of the first row, or None without a row."""
         settings = self.settings
         return settings.engine.read_alone("one", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
 
     def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
-        """Return what the rows stand for."""
+        """Return the objects of all rows."""
         settings = self.settings
         return settings.engine.read_alone("all", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
 
@@ -58,7 +58,7 @@ class AutocommitReads:
 
 @cache
 def _one_call_type(kind: type[Store]) -> Any:
-    """Return a subclass of a store whose writing methods run in a unit of their own; reading methods are inherited."""
+    """Return a subclass of a store. Each writing method runs in a new unit; reading methods are inherited."""
     methods: dict[str, Any] = {"__slots__": ()}
     for name in dir(kind):
         method = getattr(kind, name)

@@ -1,4 +1,4 @@
-"""Which release of the package this is, as it was installed. To import this costs a millisecond or two."""
+"""Version of the installed package. The import takes 1 to 2 ms, so the package imports this module lazily."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -7,4 +7,4 @@ __all__ = ["__version__"]
 try:
     __version__ = version("homeagent")
 except PackageNotFoundError:
-    __version__ = "unknown"  # run from a folder that was never installed
+    __version__ = "unknown"  # the package runs from a folder and is not installed

@@ -55,7 +55,7 @@ def what_is_wrong(text: str) -> str | None:
     if not 1 <= len(text) <= MAX_SECRET_CHARACTERS:
         return f"a secret must have 1 to {MAX_SECRET_CHARACTERS} characters, and this has {len(text)}"
     if _UNUSABLE.search(text):
-        return "a secret must have no control character and no lone surrogate: take it out"
+        return "a secret must have no control character and no lone surrogate: remove it"
     if len(text.encode()) > MAX_SECRET_BYTES:
         return f"a secret must be at most {MAX_SECRET_BYTES:,} bytes of UTF-8: take a shorter one"
     return None

@@ -1,4 +1,4 @@
-"""The stores: what can be done with each table, one file each. A unit of work exposes one of each kind."""
+"""The stores: the operations on each table, one module for each table. A unit of work has one store of each kind."""
 
 from homeagent.stores.agents import AgentStore
 from homeagent.stores.devices import DeviceStore

@@ -1,4 +1,4 @@
-"""What every store stands on: a unit that runs its statements, and the clock that it reads once per method."""
+"""Base of the stores. A store runs statements in a unit of work. Decorators declare reading and writing methods."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def check_kind(value: T, kind: type[T], what: str) -> T:
-    """Return `value` if it is of the kind that a method takes: a dict, or another table's, was validated by nobody.
+    """Return `value` if it is an instance of `kind`, and so validated: a dict is not validated.
 
     Raises:
-        InvalidArgumentError: it is not.
+        InvalidArgumentError: if it is not.
     """
     if not isinstance(value, kind):
         raise InvalidArgumentError(f"{what} must be {kind.__name__}(…), not {type(value).__name__}")
@@ -30,61 +30,61 @@ def check_kind(value: T, kind: type[T], what: str) -> T:
 
 
 class Unit(Protocol):
-    """The unit of work as a store sees it. Each method raises UnitStateError once the unit has ended."""
+    """The part of a unit of work that stores use. Each method raises UnitStateError after the unit has ended."""
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Return what the first row stands for, None where there is none."""
+        """Return the object of the first row, or None without a row."""
 
     def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
-        """Return what the rows stand for."""
+        """Return the objects of all rows."""
 
     def write(self, statement: Statement[Any], **parameters: Any) -> int:
-        """Change rows, and return how many."""
+        """Change rows, and return the number of changed rows."""
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Change a row, and return what it stands for now, None where none was changed."""
+        """Change a row, and return its object, or None if no row was changed."""
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
-        """Change rows once for each set of parameters, and return how many."""
+        """Run the statement once for each set of parameters, and return the number of changed rows."""
 
     def now(self) -> datetime:
-        """Read the clock: an instant in UTC, floored to milliseconds."""
+        """Read the clock: a timestamp in UTC, floored to milliseconds."""
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What the stores of one `Database` remember between units; never anything that must survive it."""
+        """Memory of one `Database` that its stores share between units. Not persistent."""
 
     @property
     def connection_memory(self) -> dict[str, Any]:
-        """What the stores remember of this unit's connection: only what can't change while that is open."""
+        """Memory for the unit's connection. Keep only values that can't change while the connection is open."""
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What a store's method does to the database.
+    """Declaration of a store's method: whether it reads or writes.
 
     Attributes:
         kind: see `Kind`.
-        unless: for a method that writes only sometimes: takes the same arguments, reads, and returns whether the
-            answer is known without writing, and the answer.
+        unless: for a method that does not always write: a function with the same arguments. It reads, and returns
+            whether the answer is known without a write, and the answer.
     """
 
     class Kind(Enum):
-        """How a call that is a unit of its own runs."""
+        """How a call outside of a unit runs."""
 
         READ = auto()
         """One statement that reads."""
         WRITE = auto()
-        """A unit that is run again if the database is busy."""
+        """A unit that runs again if the database is busy."""
         STREAM = auto()
-        """A unit that is run once, since it reads an iterable."""
+        """A unit that runs once, because it reads an iterable."""
 
     kind: Kind
     unless: Callable[..., tuple[bool, Any]] | None = None
 
 
 def access_of(method: object) -> Access | None:
-    """Return what a store's method was declared as; None for what is no method of a store's."""
+    """Return the declaration of a store's method, or None for any other object."""
     return getattr(method, "homeagent_access", None)
 
 
@@ -95,10 +95,10 @@ def reading(method: F) -> F:
 
 
 def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bool = False) -> Callable[[F], F]:
-    """Declare a store's method as one that writes.
+    """Declare a store's method as writing.
 
     Args:
-        unless: finds out by reading whether there is something to write: see `Access`.
+        unless: reads whether a write is needed: see `Access`. Default: the method always writes.
         stream: whether the method reads an iterable, which a second run would find empty.
     """
 
@@ -110,7 +110,7 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
 
 
 class Store:
-    """The base of the stores: bound to one unit, and of no use after its end."""
+    """Base class of the stores. A store is bound to one unit, and its methods fail after the end of the unit."""
 
     __slots__ = ("_unit",)
 

@@ -1,7 +1,6 @@
-"""Field types of the models, each with its column type: a file for text, instants, JSON and what is closed.
+"""Field types and column types: text, timestamps, JSON, enums and flags.
 
-What a field accepts is decided here once, and used by the models when they validate and by the stores when an
-argument comes in by itself, so that a bad id is refused alike at every door.
+Models validate fields, and stores validate arguments, by the same functions of this package.
 """
 
 from homeagent.models.types.enums import EnumColumn, FlagColumn

@@ -1,4 +1,4 @@
-"""Small closed types: the members of an enumeration, and true and false."""
+"""Column types for enums and booleans."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["EnumColumn", "FlagColumn"]
 
 
 class EnumColumn(TypeDecorator[StrEnum]):
-    """A member of a StrEnum as the text of its value; a plain Enum column would hold the member's name.
+    """A member of a StrEnum, stored as the text of its value. SQLAlchemy's Enum would store the member's name.
 
     Args:
-        kind: the StrEnum. A stored text that is none of its values is refused, though the CHECK keeps it out.
+        kind: the StrEnum. Loading raises an error for any other stored text, which a CHECK constraint also forbids.
     """
 
     impl = Text
@@ -27,7 +27,7 @@ class EnumColumn(TypeDecorator[StrEnum]):
         super().__init__()
         self.kind = kind
         self.loaded_values = {member.value: member for member in kind}
-        # A member equals its text, and finds it here.
+        # Members work as keys too: a member equals its value.
         self.convert_bound = {member.value: member.value for member in kind}.__getitem__
 
     def process_bind_param(self, value: StrEnum | None, dialect: Dialect) -> str | None:
@@ -49,11 +49,11 @@ class _Flags(dict[Any, bool]):
 
 
 class FlagColumn(TypeDecorator[bool]):
-    """A bool as INTEGER 0 or 1; a plain bool column would be declared BOOLEAN.
+    """A bool, stored as INTEGER 0 or 1. SQLAlchemy's Boolean would declare the column BOOLEAN.
 
     Args:
-        otherwise: what any other stored value counts as, such as text, a BLOB or 2, which only another program
-            writes: the safe one of the two.
+        otherwise: result for any other stored value, such as text, a BLOB or 2 written by another program. Choose the
+            safe result.
     """
 
     impl = Integer

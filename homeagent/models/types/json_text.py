@@ -1,4 +1,4 @@
-"""JSON values, and the text that they are stored as."""
+"""JSON values and their stored text."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ __all__ = ["MAX_JSON_BYTES", "Json", "JsonColumn", "decode_json", "encode_json"]
 
 MAX_JSON_BYTES = 256 * 1024
 
-# Python may refuse to read an integer of more digits than that: sys.set_int_max_str_digits.
+# Python may refuse to read an integer with more digits (sys.set_int_max_str_digits).
 _READABLE_DIGITS = sys.int_info.str_digits_check_threshold
 
-# The core's own: what a TypeAdapter adds to each call takes longer than a small value.
+# The validator of pydantic_core. For a small value, calling it through TypeAdapter takes longer than the validation.
 _check_json = TypeAdapter(JsonValue, config=ConfigDict(allow_inf_nan=False)).validator.validate_python
 
 
 def encode_json(value: JsonValue, what: str = "JSON") -> str:
-    """Return `value` as JSON text: key order, numbers and Unicode as they are.
+    """Return `value` as JSON text. Key order, numbers and Unicode do not change.
 
     Raises:
-        InvalidArgumentError: it is no JSON value (a set, a key that is not text, NaN, a lone surrogate, itself
-            inside itself), or its text is over 256 KiB.
+        InvalidArgumentError: if `value` is not a JSON value (a set, a key that is not text, NaN, a lone surrogate, a
+            cycle), or its text is over 256 KiB.
     """
     if value is None or value is True or value is False:
         return "null" if value is None else "true" if value else "false"
     try:
-        # Without this, the key 1 would be written as "1" and a tuple as a list: what is read back would differ.
+        # Refuse values that would change in a round trip: to_json writes the key 1 as "1", and a tuple as a list.
         _check_json(value, strict=True)
         encoded = to_json(value)
         if len(encoded) > _READABLE_DIGITS:
             json.loads(encoded)
     except (ValidationError, ValueError, RecursionError):
-        # Not chained: the cause would show the value, which may be a secret.
+        # Do not chain the cause: it shows the value, which may be a secret.
         raise InvalidArgumentError(
             f"{what} must be plain JSON: None, bool, int, finite float, text, lists and dicts with text keys"
         ) from None
@@ -54,14 +54,14 @@ def decode_json(text: str) -> Any:
     """Return the value of JSON text.
 
     Raises:
-        ValueError: it is no JSON text.
+        ValueError: if `text` is not JSON.
     """
     if not isinstance(text, (str, bytes)):
         raise ValueError("JSON is stored as text")
     try:
         return from_json(text, cache_strings="keys")
     except ValueError:
-        # It reads no value of more than 200 levels, and `encode_json` takes 254.
+        # `from_json` reads at most 200 levels, and `encode_json` accepts 254.
         return json.loads(text)
 
 
@@ -72,14 +72,14 @@ def _as_json(value: JsonValue) -> JsonValue:
 
 
 Json = Annotated[JsonValue, AfterValidator(_as_json)]
-"""Any JSON value of at most 256 KiB of text."""
+"""A JSON value with at most 256 KiB of text."""
 
 
 class JsonColumn(TypeDecorator[Any]):
-    """JSON as text on every engine, so that key order, -0.0, large integers and NUL survive.
+    """JSON, stored as text on both engines: a JSON type would change key order, -0.0, large integers or NUL.
 
     Args:
-        none_as_null: whether None is SQL NULL, or the JSON text `null`.
+        none_as_null: whether to store None as SQL NULL (default) or as the JSON text `null`.
     """
 
     impl = Text
@@ -94,7 +94,7 @@ class JsonColumn(TypeDecorator[Any]):
         return None if value is None and self.none_as_null else encode_json(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
-        """Return the value that this text stands for."""
+        """Return the value of the stored text."""
         return None if value is None else loaded(self.convert_loaded, value)
 
     convert_loaded = staticmethod(decode_json)

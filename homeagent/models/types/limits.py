@@ -1,4 +1,4 @@
-"""How many rows may be asked for at once."""
+"""Limit of the number of rows that a caller may request."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MAX_LIMIT = 2**31 - 1
 
 
 def check_limit(value: int, what: str = "limit") -> int:
-    """Return `value` if it is a number of rows to ask for, 1 or more.
+    """Return `value` if it is an int from 1 to `MAX_LIMIT`.
 
     Raises:
-        InvalidArgumentError: it is not.
+        InvalidArgumentError: if it is not.
     """
     if type(value) is not int or not 1 <= value <= MAX_LIMIT:
         raise InvalidArgumentError(f"{what} must be a whole number from 1 to {MAX_LIMIT:,}")

@@ -1,4 +1,4 @@
-"""Bounded text: ids, labels and paths, and the column type of text."""
+"""Text of limited length: ids, labels and paths, and their column type."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
     "text_column",
 ]
 
-# Line and paragraph separators break a log line as a newline does; bidirectional controls make a name read as another.
+# Line and paragraph separators break a log line. Bidirectional controls make a name look like another name.
 _REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _REFUSED_CHARACTERS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -37,46 +37,46 @@ def _check_text(value: str, what: str, *, characters: int, octets: int) -> str:
         character in _REFUSED_CHARACTERS or unicodedata.category(character) in _REFUSED_CATEGORIES
         for character in value
     ):
-        raise InvalidArgumentError(f"{what} has a control character or a lone surrogate: take it out")
+        raise InvalidArgumentError(f"{what} has a control character or a lone surrogate: remove it")
     if not value.isascii() and len(value.encode()) > octets:
         raise InvalidArgumentError(f"{what} must be at most {octets} bytes of UTF-8")
     return value
 
 
-# A gateway names the same few ids again and again: remembering the good ones makes a check a look-up.
-_good: set[str] = set()
-_GOOD_KEPT = 8192
+# Valid ids of recent checks. A gateway uses the same few ids again and again.
+_valid: set[str] = set()
+_VALID_KEPT = 8192
 
 
 def check_identifier(value: str, what: str = "an id") -> str:
-    """Return `value` if it may be the id of a device, agent or session.
+    """Return `value` if it is a valid id of a device, agent or session.
 
-    Such an id may end up in a file name: 1 to 128 characters and at most 200 bytes of UTF-8, no control character,
-    neither slash nor backslash, and not `.` or `..`.
+    An id has 1 to 128 characters, at most 200 bytes of UTF-8 and no control character. An application may use an id as
+    a file name, so an id has neither slash nor backslash, and is not `.` or `..`.
 
     Raises:
-        InvalidArgumentError: it may not.
+        InvalidArgumentError: if it is not valid.
     """
-    # Only of a str itself: another kind may be unhashable, or equal to what it isn't.
-    if value.__class__ is str and value in _good:
+    # Only for str: an object of another type may be unhashable, or compare equal to a str.
+    if value.__class__ is str and value in _valid:
         return value
     _check_text(value, what, characters=128, octets=200)
     if "/" in value or "\\" in value or value in {".", ".."}:
-        raise InvalidArgumentError(f"{what} may end up in a file name: no '/', no '\\', and not '.' or '..'")
+        raise InvalidArgumentError(f"{what} may become a file name: it must not have '/' or '\\', or be '.' or '..'")
     if value.__class__ is str:
-        if len(_good) >= _GOOD_KEPT:
-            _good.clear()
-        _good.add(value)
+        if len(_valid) >= _VALID_KEPT:
+            _valid.clear()
+        _valid.add(value)
     return value
 
 
 def check_label(value: str, what: str = "a name") -> str:
-    """Return `value` if it may be a key, nonce, sender, channel, method or name.
+    """Return `value` if it is a valid key, nonce, sender, channel, method or name.
 
-    1 to 256 characters and at most 512 bytes of UTF-8, anything printable.
+    A label has 1 to 256 characters, at most 512 bytes of UTF-8 and no control character.
 
     Raises:
-        InvalidArgumentError: it may not.
+        InvalidArgumentError: if it is not valid.
     """
     if value.__class__ is str and 0 < len(value) <= 256 and value.isascii() and value.isprintable():
         return value
@@ -84,26 +84,26 @@ def check_label(value: str, what: str = "a name") -> str:
 
 
 def check_optional_label(value: str | None, what: str) -> str | None:
-    """Return `value` if it is None or may be a label (`check_label`)."""
+    """Return `value` if it is None or a valid label (`check_label`)."""
     return None if value is None else check_label(value, what)
 
 
 MIN_SECRET_CHARACTERS = 8
-"""The least that NIST SP 800-63B, revision 3, section 5.1.1.2 allows for a secret that a person chose."""
+"""Minimum of NIST SP 800-63B, revision 3, section 5.1.1.2 for a secret that a person chose."""
 
 
 def check_new_secret(secret: SecretStr) -> SecretStr:
-    """Return `secret` if it is long enough to be given to a device. One that a device has already is not checked.
+    """Return `secret` if it has the length for a new secret of a device. Existing secrets are not checked.
 
     Raises:
-        InvalidArgumentError: it is shorter, or not a `SecretStr`; the message doesn't show it.
+        InvalidArgumentError: if `secret` is too short or not a `SecretStr`. The message does not show the secret.
     """
     if not isinstance(secret, SecretStr):
         raise InvalidArgumentError(f"a secret must be a SecretStr, not {type(secret).__name__}")
     if len(secret) < MIN_SECRET_CHARACTERS:
         raise InvalidArgumentError(
             f"a secret that a person chose must have at least {MIN_SECRET_CHARACTERS} characters, and this has "
-            f"{len(secret)}: choose a longer one, or leave it out to have one made"
+            f"{len(secret)}: choose a longer one, or leave it out to get a generated secret"
         )
     return secret
 
@@ -129,13 +129,12 @@ Label = Annotated[str, AfterValidator(_as_label)]
 OptionalLabel = Label | None
 
 WorkspacePath = Annotated[str, AfterValidator(_check_path)]
-"""A directory on the owner's machine, 1 to 4,096 bytes. It is stored as it is given, and never opened."""
+"""A directory on the owner's machine, 1 to 4,096 bytes. homeagent stores the path and does not open the directory."""
 
 
 def text_column() -> TypeEngine[str]:
-    """Return the column type of text: TEXT, compared by bytes on every engine.
+    """Return the column type of text: TEXT, compared by bytes on both engines, so that lists have the same order.
 
-    SQLite's default collation BINARY compares UTF-8 by `memcmp`; PostgreSQL does the same only under "C". With one
-    order on both, a page of a list is the same page.
+    SQLite's default collation BINARY compares UTF-8 by `memcmp`. PostgreSQL does so only with the collation "C".
     """
     return Text().with_variant(Text(collation="C"), "postgresql")
