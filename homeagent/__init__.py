@@ -1,9 +1,7 @@
 """The operational store of a home agent gateway, in one SQLite file or on PostgreSQL.
 
-It stores agents, sessions, devices with their approvals, used nonces, and idempotency keys with their results.
-
-`Database.open` is the entry point. The names in `__all__` of this package, `homeagent.errors` and `homeagent.stores`
-are public.
+It holds agents, sessions, devices, used nonces and idempotency keys. `Database.open` is the entry point. The names in
+`__all__` of this package, of `homeagent.errors` and of `homeagent.stores` are public.
 """
 
 from typing import TYPE_CHECKING

@@ -35,11 +35,7 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
 
 
 def refuse_coroutine(value: T, what: str, remedy: str) -> T:
-    """Return `value`, the return value of a function, if it is not a coroutine.
-
-    Raises:
-        InvalidArgumentError: if it is a coroutine. The coroutine has not run.
-    """
+    """Return `value`, the return value of a function. Raise InvalidArgumentError if `value` is a coroutine."""
     if iscoroutine(value):
         value.close()  # prevents Python's warning "never awaited"
         raise InvalidArgumentError(f"{what} returned a coroutine, which is not awaited here: {remedy}")
@@ -47,12 +43,9 @@ def refuse_coroutine(value: T, what: str, remedy: str) -> T:
 
 
 def refuse_coroutine_function(function: object, value: T, what: str, remedy: str) -> T:
-    """Return `value`, the return value of `function`, if `function` is not a coroutine function.
+    """Return `value`, the return value of `function`. Raise InvalidArgumentError if `function` is a coroutine function.
 
     An ordinary function may return a coroutine, which its caller awaits.
-
-    Raises:
-        InvalidArgumentError: if `function` is a coroutine function. Its coroutine has not run.
     """
     # Check the type of `value` first: this check is cheap, and every unit makes it.
     if isinstance(value, CoroutineType) and iscoroutinefunction(function):

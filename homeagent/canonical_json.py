@@ -43,11 +43,7 @@ def canonical_json(value: JsonValue) -> str:
 
 
 def fingerprint_of(params: JsonValue) -> str:
-    """Return the SHA-256 of the canonical text of a call's parameters, in hexadecimal.
-
-    Raises:
-        InvalidArgumentError: see `canonical_json`.
-    """
+    """Return the SHA-256 of `canonical_json(params)`, in hexadecimal. The errors are those of `canonical_json`."""
     return hashlib.sha256(canonical_json(params).encode()).hexdigest()
 
 

@@ -33,15 +33,10 @@ _RETRY_AFTER = 1
 
 
 class ErrorReply(BaseModel):
-    """The body of an error reply.
+    """The body of an error reply."""
 
-    Attributes:
-        error: name of the error's class in `homeagent.errors`.
-        detail: message of the error, with the remedy.
-    """
-
-    error: str = Field(description="Name of the error.")
-    detail: str = Field(description="Reason and remedy.")
+    error: str = Field(description="Name of the error's class in homeagent.errors.")
+    detail: str = Field(description="Message of the error: reason and remedy.")
 
 
 def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -16,8 +16,6 @@ __all__ = ["lazy_names"]
 def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
     """Return a `__getattr__` for a package (PEP 562). It imports a name at first use.
 
-    Hide `__getattr__` from type checkers: with it they would accept any misspelt name.
-
     Args:
         package: name of the package.
         modules: module of each name, relative to the package.

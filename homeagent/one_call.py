@@ -23,13 +23,7 @@ S = TypeVar("S", bound=Store)
 
 
 def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
-    """Return a store that is bound to a database instead of a unit.
-
-    Args:
-        kind: class of the store.
-        settings: settings of the database's units.
-        runner: runs the units of writing methods.
-    """
+    """Return a store of class `kind` that is bound to a database instead of a unit."""
     store: S = _one_call_type(kind)(AutocommitReads(settings, runner))  # type: ignore[arg-type]  # a class is hashable
     return store
 

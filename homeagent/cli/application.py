@@ -23,9 +23,6 @@ _UsageError: Any = typer.BadParameter.__base__
 _CREDENTIALS = re.compile(r"://\S*@|((?:password|passwd)=)[^&\s]*", re.IGNORECASE)
 
 
-# How a command ends
-
-
 class _Commands(TyperGroup):
     """Commands that print a refused operation in one line, exit with status 1, and hide passwords in usage errors."""
 

@@ -70,10 +70,7 @@ def _backups(path: Path | None) -> set[Path]:
 
 @app.command()
 def init(context: typer.Context, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
-    """Create the database, or upgrade an existing database.
-
-    A second run changes no data.
-    """
+    """Create the database, or upgrade an existing database. A second run changes no data."""
     _report_upgrade(context, database, as_json=as_json)
 
 
@@ -81,8 +78,7 @@ def init(context: typer.Context, database: DatabaseOption = None, as_json: JsonO
 def migrate(context: typer.Context, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
     """Upgrade the schema to the revision that this version of homeagent needs.
 
-    If a SQLite file holds data, the command first makes a copy next to it. A failed upgrade leaves the database as it
-    was.
+    If a SQLite file holds data, the command first makes a copy next to it. A failed upgrade does not change the data.
     """
     _report_upgrade(context, database, as_json=as_json)
 

@@ -6,9 +6,8 @@ The text of a secret alone decides between two kinds:
 - Any other secret may be chosen by a person and guessed. It is stored as an Argon2id hash (RFC 9106), by default with
   the second recommended option of section 4, 64 MiB.
 
-The duration of a check therefore depends on the presented secret only. It does not reveal whether the device exists,
-which kind of secret the device has, or whether an older secret is still valid. A secret of a person costs one Argon2
-run against any stored hash (`SecretHasher.check` names the exception). A generated secret costs no Argon2 run.
+The duration of a check therefore depends on the presented secret only (`SecretHasher.check` names the exception). It
+does not reveal whether the device exists, which kind of secret the device has, or whether an older secret is valid.
 
 `homeagent.scram` lets a device prove a secret without sending the secret.
 """

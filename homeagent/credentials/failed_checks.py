@@ -3,8 +3,7 @@
 Unknown ids count too, so a refusal does not reveal whether a device exists. Checks of generated secrets do not count
 and are not refused: a generated secret can't be guessed.
 
-A success does not reset the count. Otherwise each success of the device would give an attacker `per_minute` more
-guesses.
+A success does not reset the count: each success would give an attacker `per_minute` more guesses.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ class CheckAttempt:
 class FailedChecks:
     """Counts the failed checks of each id, and refuses checks of an id with `per_minute` failures within a minute.
 
-    The counts are in the memory of one process. A check counts from its start, and is removed if it does not fail.
-    Concurrent checks therefore can't exceed the limit.
+    The counts are in the memory of one process. A check counts from its start, so concurrent checks can't exceed the
+    limit, and is removed if it does not fail.
 
     If `most_ids` ids failed within the last minute, a new id replaces the id with the fewest failures. To remove a
     count of 30, an attacker needs 30 failed checks of each other id within a minute: 300,000 slow hashes, far more than

@@ -19,11 +19,7 @@ _RETRY_AFTER = timedelta(seconds=1)
 
 
 class FairSemaphore:
-    """A semaphore with `places` places. In a forked child all places are free.
-
-    Args:
-        places: number of callers that may hold a place at the same time, 1 or more.
-    """
+    """A semaphore that `places` callers may hold at the same time, 1 or more. In a forked child all places are free."""
 
     def __init__(self, places: int) -> None:
         self._places = places

@@ -110,9 +110,6 @@ _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 _MAX_STORED = 2
 
 
-# Hashing and checking
-
-
 @dataclass(frozen=True, slots=True)
 class SecretMatch:
     """The result of a check. True if a stored hash matched: `if check_secret(...):`."""
@@ -206,9 +203,8 @@ class SecretHasher:
     def check(self, secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
         """Check a presented secret against the stored hashes of one device.
 
-        The duration depends on the presented secret only. A generated secret costs one SHA-256. Any other secret costs
-        one Argon2 run for any stored hashes, even for an unknown device. An unusable secret (empty, too long, with a
-        control character) does not match, and is not hashed.
+        The duration depends on the presented secret only: one SHA-256 for a generated secret, no hash for an unusable
+        secret, one Argon2 run for any other, even for an unknown device.
 
         Exception: a stored hash with other costs needs a run with those costs, and so does a second hash with another
         salt. Store the `replacement` to end the exception.
@@ -300,40 +296,18 @@ _default = SecretHasher()
 
 
 def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
-    """Return a hash of a secret for storing, with the default costs: see `SecretHasher.hash`.
+    """Return a hash of a secret for storing. Arguments, result and errors are those of `SecretHasher.hash`.
 
-    Args:
-        secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, no control character. It is not normalised.
-        beside: stored hash that stays valid together with the new hash; default None.
-        waiting: maximum number of waiting slow hashes in this process, this hash included.
-
-    Returns:
-        `sha256$…` for a generated secret, `$argon2id$…` for any other.
-
-    Raises:
-        InvalidArgumentError: if the secret is unusable. The message does not show the secret.
-        TooManyAttemptsError: if `waiting` slow hashes wait already. Not raised for a generated secret.
-        DatabaseBusyError: if the hash could not start within 30 seconds.
-        MemoryError: if the system refused memory or threads to Argon2.
+    The costs are the defaults of `SecretHasher`. The timeout is 30 seconds, and `waiting` counts all slow hashes of the
+    process.
     """
     return _default.hash(secret, beside=beside, waiting=waiting)
 
 
 def check_secret(secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
-    """Check a presented secret against at most 2 stored hashes, with the default costs: see `SecretHasher.check`.
+    """Check a presented secret. Arguments, result and errors are those of `SecretHasher.check`.
 
-    Args:
-        secret: presented secret, of any length.
-        stored: the present hash, and the previous hash while that is valid; empty for an unknown device.
-        waiting: maximum number of waiting slow hashes in this process, this check included.
-
-    Returns:
-        The index of the matching hash, and a replacement if that hash has other costs.
-
-    Raises:
-        InvalidArgumentError: if `stored` has more than 2 hashes, or is a string.
-        TooManyAttemptsError: if `waiting` slow hashes wait already. Not raised for a generated secret.
-        DatabaseBusyError: if the hash could not start within 30 seconds.
-        MemoryError: if the system refused memory or threads to Argon2.
+    The costs are the defaults of `SecretHasher`. The timeout is 30 seconds, and `waiting` counts all slow hashes of the
+    process.
     """
     return _default.check(secret, stored, waiting=waiting)

@@ -36,11 +36,7 @@ _UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def reveal(secret: SecretStr | str) -> str:
-    """Return the text of a presented secret without checking the text.
-
-    Raises:
-        InvalidArgumentError: if the secret is neither a str nor a SecretStr.
-    """
+    """Return the text of a secret without checking the text. Raise InvalidArgumentError for a value of another type."""
     if isinstance(secret, str):
         return secret
     from pydantic import SecretStr
@@ -62,12 +58,7 @@ def what_is_wrong(text: str) -> str | None:
 
 
 def secret_text(secret: SecretStr | str) -> str:
-    """Return the text of a usable secret.
-
-    Raises:
-        InvalidArgumentError: if the secret is empty, too long, not text, or has a control character or a lone
-            surrogate. The message does not show the secret.
-    """
+    """Return the text of a usable secret, else raise InvalidArgumentError. The message does not show the secret."""
     text = reveal(secret)
     problem = what_is_wrong(text)
     if problem is not None:
@@ -103,9 +94,6 @@ def is_generated(secret: SecretStr | str) -> bool:
 
     Of the other texts with this prefix, length and alphabet, 1 in 2**32 has a matching checksum. Do not produce the
     format by other means: a secret in this format is stored as a SHA-256, which is safe only for 256 random bits.
-
-    Raises:
-        InvalidArgumentError: if the secret is neither a str nor a SecretStr.
     """
     found = _GENERATED.fullmatch(reveal(secret))
     if found is None:
@@ -115,9 +103,5 @@ def is_generated(secret: SecretStr | str) -> bool:
 
 
 def needs_slow_hash(secret: SecretStr | str) -> bool:
-    """Return whether a check of the secret runs Argon2: the secret is usable and not a generated secret.
-
-    Raises:
-        InvalidArgumentError: if the secret is neither a str nor a SecretStr.
-    """
+    """Return whether a check of the secret runs Argon2: the secret is usable and not a generated secret."""
     return what_is_wrong(reveal(secret)) is None and not is_generated(secret)

@@ -55,8 +55,7 @@ class IdempotencyState(StrEnum):
 class _PartialIndex(Index):
     """An index of the rows that match a condition, on both engines.
 
-    `Index(…, postgresql_where=…)` would import SQLAlchemy's PostgreSQL package in every process. This class imports it
-    when SQLAlchemy first reads `dialect_options`, to create or compare the index.
+    Do not use `Index(…, postgresql_where=…)`: it imports SQLAlchemy's PostgreSQL package in every process.
     """
 
     def __init__(self, name: str, column: str, *, where: str) -> None:
@@ -144,10 +143,8 @@ class IdempotencyKey(Table, table=True):
 class IdempotencyScope:
     """The identity of a call: device, method, and the key that the device chose.
 
-    Do not join the three into one text: values that contain the separator would collide.
-
-    Raises:
-        InvalidArgumentError: if device, method or key is invalid.
+    An invalid value raises InvalidArgumentError. Do not join the three into one text: values that contain the separator
+    would collide.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")

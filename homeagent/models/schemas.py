@@ -34,11 +34,10 @@ class Schema(Model):
 class MetadataSchema(Schema):
     """A schema with a field for the application's metadata.
 
-    The field has the name `metadata_`, because SQLAlchemy uses the attribute `metadata` of the class. `metadata` is the
-    alias for validation and serialization, and a property of the object.
+    The field is `metadata_`, because SQLAlchemy uses the attribute `metadata` of a class. The alias is `metadata`.
     """
 
-    # SQLModel declares a class variable `metadata`. SQLAlchemy does not read it here, because a schema has no table.
+    # This hides a class variable of SQLModel, which SQLAlchemy does not read for a class without a table.
     @property
     def metadata(self) -> Any:  # type: ignore[override]  # see above
         """The value of `metadata_`."""

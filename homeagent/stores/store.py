@@ -19,11 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def check_kind(value: T, kind: type[T], what: str) -> T:
-    """Return `value` if it is an instance of `kind`, and so validated: a dict is not validated.
-
-    Raises:
-        InvalidArgumentError: if it is not.
-    """
+    """Return `value` if it is an instance of `kind`, and so validated. Raise InvalidArgumentError for a dict, say."""
     if not isinstance(value, kind):
         raise InvalidArgumentError(f"{what} must be {kind.__name__}(…), not {type(value).__name__}")
     return value

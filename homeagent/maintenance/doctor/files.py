@@ -49,7 +49,7 @@ def database_files(path: Path) -> Files:
     try:
         entries = sorted(path.parent.iterdir())
     except OSError:
-        return {}  # the check `directory` reports this error
+        return {}
     found = {}
     for entry in entries:
         if entry in own or entry.name.removeprefix(".").startswith(f"{path.name}."):

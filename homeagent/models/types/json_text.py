@@ -51,11 +51,7 @@ def encode_json(value: JsonValue, what: str = "JSON") -> str:
 
 
 def decode_json(text: str) -> Any:
-    """Return the value of JSON text.
-
-    Raises:
-        ValueError: if `text` is not JSON.
-    """
+    """Return the value of JSON text, or raise ValueError if `text` is not JSON."""
     if not isinstance(text, (str, bytes)):
         raise ValueError("JSON is stored as text")
     try:

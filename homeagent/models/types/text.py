@@ -49,13 +49,10 @@ _VALID_KEPT = 8192
 
 
 def check_identifier(value: str, what: str = "an id") -> str:
-    """Return `value` if it is a valid id of a device, agent or session.
+    """Return `value` if it is a valid id of a device, agent or session, else raise InvalidArgumentError.
 
     An id has 1 to 128 characters, at most 200 bytes of UTF-8 and no control character. An application may use an id as
     a file name, so an id has neither slash nor backslash, and is not `.` or `..`.
-
-    Raises:
-        InvalidArgumentError: if it is not valid.
     """
     # Only for str: an object of another type may be unhashable, or compare equal to a str.
     if value.__class__ is str and value in _valid:
@@ -71,12 +68,9 @@ def check_identifier(value: str, what: str = "an id") -> str:
 
 
 def check_label(value: str, what: str = "a name") -> str:
-    """Return `value` if it is a valid key, nonce, sender, channel, method or name.
+    """Return `value` if it is a valid key, nonce, sender, channel, method or name, else raise InvalidArgumentError.
 
     A label has 1 to 256 characters, at most 512 bytes of UTF-8 and no control character.
-
-    Raises:
-        InvalidArgumentError: if it is not valid.
     """
     if value.__class__ is str and 0 < len(value) <= 256 and value.isascii() and value.isprintable():
         return value
@@ -93,11 +87,7 @@ MIN_SECRET_CHARACTERS = 8
 
 
 def check_new_secret(secret: SecretStr) -> SecretStr:
-    """Return `secret` if it has the length for a new secret of a device. Existing secrets are not checked.
-
-    Raises:
-        InvalidArgumentError: if `secret` is too short or not a `SecretStr`. The message does not show the secret.
-    """
+    """Return a new secret of a device if it is a `SecretStr` and long enough, else raise InvalidArgumentError."""
     if not isinstance(secret, SecretStr):
         raise InvalidArgumentError(f"a secret must be a SecretStr, not {type(secret).__name__}")
     if len(secret) < MIN_SECRET_CHARACTERS:
