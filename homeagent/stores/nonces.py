@@ -116,10 +116,11 @@ class NonceStore(Store):
             limit: how many live ones the device may have, counted closely enough.
 
         Returns:
-            False for a replay, and for what is over already.
+            False for a replay, also at the bound, and for what is over already.
 
         Raises:
-            NonceLimitError: the device has too many live ones. They are never evicted, which would let one in again.
+            NonceLimitError: the nonce is new and the device has too many live ones. They are never evicted, which
+                would let one in again.
         """
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
@@ -129,7 +130,10 @@ class NonceStore(Store):
     def _consume(self, device_id: str, nonce: str, expires_at: datetime, now: datetime, limit: int) -> bool:
         if expires_at <= now:
             return False
-        self._make_room(device_id, now, limit)
+        if not self._has_room(device_id, now, limit):
+            if self._unit.one(_FIND, device_id=device_id, nonce=nonce, now=now) is not None:
+                return False
+            raise NonceLimitError(device_id, limit)
         return self._unit.write(_CONSUME, device_id=device_id, nonce=nonce, now=now, expires_at=expires_at) > 0
 
     @writing()
@@ -177,7 +181,8 @@ class NonceStore(Store):
         restored_at: datetime | None = memory["restored_at"]
         return restored_at
 
-    def _make_room(self, device_id: str, now: datetime, limit: int) -> None:
+    def _has_room(self, device_id: str, now: datetime, limit: int) -> bool:
+        """Tell whether the device may have one more nonce, and count that nonce if so."""
         # Counting at the bound costs as much as 40 inserts, so that is done again only after as many calls as half
         # the room that was left: other processes can overrun the bound by that much, and no more.
         rooms: dict[tuple[str, int], int] = self._unit.shared.setdefault("nonce_rooms", {})
@@ -186,11 +191,12 @@ class NonceStore(Store):
         if room < 1:
             live = self._unit.one(_COUNT, device_id=device_id, now=now, limit=limit) or 0
             if live >= limit:
-                raise NonceLimitError(device_id, limit)
+                return False
             if len(rooms) > 10_000:
                 rooms.clear()
             room = max(1, (limit - live) // 2)
         rooms[device_id, limit] = room - 1
+        return True
 
     @reading
     def find(self, device_id: str, nonce: str) -> Nonce | None:

@@ -85,7 +85,7 @@ def test_cleanup_is_bounded_and_oldest_first(database: Database, clock: FakeCloc
 
 
 def test_limit_refuses_new_ones_and_evicts_none(database: Database, clock: FakeClock) -> None:
-    """At the bound a device's new nonces are refused, others' are not, and room comes from expiry alone."""
+    """At the bound a new nonce of the device is refused, a replay is False, and room comes from expiry alone."""
     used = 0
     with pytest.raises(NonceLimitError) as caught:
         for number in range(20):
@@ -94,6 +94,7 @@ def test_limit_refuses_new_ones_and_evicts_none(database: Database, clock: FakeC
     assert (caught.value.device_id, caught.value.limit) == ("lamp", 8)
     assert used == 8
     assert len(dump(database)["nonces"]) == 8
+    assert consume(database, "n3", limit=8) is False
     assert consume(database, "n", "other", limit=8) is True
     clock.now = START + MINUTE
     with database.unit_of_work() as unit:
