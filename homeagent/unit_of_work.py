@@ -339,7 +339,9 @@ class UnitOfWork:
                     super().rollback()
                     unit._on_session_rollback(self, whole=True)
 
-            session = UnitSession(bind=connection.orm_connection(), join_transaction_mode="rollback_only")
+            session = UnitSession(
+                bind=connection.orm_connection(), join_transaction_mode="rollback_only", info={"now": self.now}
+            )
             event.listen(session, "after_rollback", self._on_session_rollback)
             self._session = session
         return self._session

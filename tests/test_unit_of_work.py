@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlmodel import select
 
 from homeagent import Agent, AgentCreate, AgentSession, AgentUpdate, Database, Device, UnitOfWork
@@ -298,6 +299,22 @@ def test_stores_and_session_see_one_truth(database: Database) -> None:
         assert unit.agents.get("ada").name == "By the session"
         unit.agents.delete("ada")
         assert unit.session.get(Agent, "ada") is None
+
+
+def test_a_listener_of_a_flush_assigns(database: Database) -> None:
+    """What a listener of `before_update` assigns to a loaded instance is written by the same flush."""
+    add_agent(database)
+
+    def rename(mapper: Any, connection: Any, agent: Agent) -> None:
+        agent.name = "Renamed"
+
+    event.listen(Agent, "before_update", rename)
+    try:
+        with database.unit_of_work() as unit:
+            unit.session.get_one(Agent, "ada").config = {"changed": True}
+    finally:
+        event.remove(Agent, "before_update", rename)
+    assert database.agents.get("ada").name == "Renamed"
 
 
 def test_stores_return_detached_instances(database: Database) -> None:

@@ -142,7 +142,9 @@ class Table(Model):
             return
         # Where it is made on demand, that is now: below, the value changes and with it what tells a loaded instance.
         getattr(self, "_sa_instance_state", None)
-        before = self.__dict__.copy()
+        # The dictionary itself and no copy of it: Pydantic puts another one in its place, and a flush that calls a
+        # listener of `before_update` writes what it finds in the first (test_a_listener_of_a_flush_assigns).
+        before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
             type(self).__pydantic_validator__.validate_assignment(self, name, value)

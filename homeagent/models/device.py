@@ -2,10 +2,13 @@
 
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
-from sqlalchemy import CheckConstraint, Column, text
+from sqlalchemy import CheckConstraint, Column, Connection, event, inspect, select, text
+from sqlalchemy.orm import Mapper, object_session
 from sqlmodel import Field
 
+from homeagent.clock import system_clock
 from homeagent.models.base import Table
 from homeagent.models.types import (
     EnumColumn,
@@ -31,17 +34,11 @@ class Role(StrEnum):
 
 
 class DeviceStatus(StrEnum):
-    """Where a device stands: never approved yet, approved, or approved once (or not) and then revoked."""
+    """Where a device stands: never approved yet, approved, or not approved after an approval or a revocation."""
 
     PENDING = "pending"
     APPROVED = "approved"
     REVOKED = "revoked"
-
-
-def _status(approved: bool, revoked_at: datetime | None) -> DeviceStatus:
-    if approved:
-        return DeviceStatus.APPROVED
-    return DeviceStatus.PENDING if revoked_at is None else DeviceStatus.REVOKED
 
 
 class Device(Table, table=True):
@@ -113,4 +110,31 @@ class Device(Table, table=True):
     @property
     def status(self) -> DeviceStatus:
         """Where the device stands: pending, approved or revoked."""
-        return _status(self.approved, self.revoked_at)
+        if self.approved:
+            return DeviceStatus.APPROVED
+        # An UPDATE in `uow.session` may withdraw an approval without a time of revocation.
+        was_approved = self.approved_at is not None
+        return DeviceStatus.REVOKED if was_approved or self.revoked_at is not None else DeviceStatus.PENDING
+
+
+@event.listens_for(Device, "before_insert")
+@event.listens_for(Device, "before_update")
+def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device) -> None:
+    """Record a change of `approved` through the ORM as `devices.approve` and `devices.revoke` do."""
+    attributes = inspect(device).attrs
+    if not attributes["approved"].history.has_changes():
+        return
+    columns: Any = mapper.local_table.c
+    # An expired attribute is not loaded before it is set, so the history need not hold the old value.
+    stored = connection.execute(select(columns.approved).where(columns.id == device.id)).scalar()
+    if device.approved == (stored is True):
+        return
+    session = object_session(device)
+    now: datetime = (session.info.get("now", system_clock) if session is not None else system_clock)()
+    if device.approved:
+        if not attributes["approved_at"].history.has_changes():
+            device.approved_at = now
+        device.revoked_at = device.revoked_reason = None
+    elif not attributes["revoked_at"].history.has_changes():
+        device.revoked_at = now
+    device.previous_secret_hash = device.previous_secret_expires_at = None

@@ -5,10 +5,14 @@ import os
 import time
 import uuid
 from json.encoder import encode_basestring
+from typing import Any
 
-from sqlalchemy import Column, ForeignKey, Index
+from sqlalchemy import Column, Connection, ForeignKey, Index, event, exists, inspect, update
+from sqlalchemy.orm import Mapper
+from sqlalchemy.orm.attributes import set_committed_value
 from sqlmodel import Field
 
+from homeagent.errors import ConflictError
 from homeagent.models.base import Table
 from homeagent.models.types import Identifier, Label, Timestamp, TimestampColumn, text_column
 
@@ -73,3 +77,40 @@ class AgentSession(Table, table=True):
             "Set on the one session that `resolve` answers with for its agent, sender and channel, null on all others."
         ),
     )
+
+
+# What `uow.session` writes. The stores write the route themselves, and no mapper event sees their statements.
+
+_ROUTE = ("agent_id", "sender_id", "channel_id", "route_key")
+
+
+def _changes_route(session: AgentSession) -> bool:
+    attributes = inspect(session).attrs
+    return any(attributes[name].history.has_changes() for name in _ROUTE)
+
+
+@event.listens_for(AgentSession, "before_insert")
+@event.listens_for(AgentSession, "before_update")
+def _leave_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
+    """Write a session that the ORM adds or moves without a route first: another row of the flush may still hold it."""
+    if _changes_route(session):
+        session.route_key = None
+
+
+@event.listens_for(AgentSession, "after_insert")
+@event.listens_for(AgentSession, "after_update")
+def _take_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
+    """Give the session its new route unless another session holds that route, as `sessions.create` does."""
+    if not _changes_route(session):
+        return
+    table: Any = mapper.local_table
+    route = route_key(session.agent_id, session.sender_id, session.channel_id)
+    is_taken = exists().where(table.c.route_key == route).correlate(None)
+    take = update(table).where(table.c.session_id == session.session_id, ~is_taken)
+    try:
+        with connection.begin_nested():
+            taken = connection.execute(take.values(route_key=route)).rowcount > 0
+    except ConflictError:
+        taken = False  # on PostgreSQL, another transaction took the route while this statement waited
+    if taken:
+        set_committed_value(session, "route_key", route)

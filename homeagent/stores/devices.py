@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import and_, bindparam, delete, func, literal_column, or_, select, update
+from sqlalchemy import and_, bindparam, delete, func, literal_column, not_, or_, select, update
 
 from homeagent import models
 from homeagent.engine.statements import Statement, constant
@@ -164,8 +164,8 @@ def _list(*, approved: bool | None, by_role: bool, status: DeviceStatus | None, 
     if status is DeviceStatus.APPROVED:
         conditions.append(_APPROVED)
     elif status is not None:
-        revoked = _columns.revoked_at.is_not(None)
-        conditions.append(and_(_UNAPPROVED, revoked if status is DeviceStatus.REVOKED else ~revoked))
+        pending = and_(_columns.approved_at.is_(None), _columns.revoked_at.is_(None))
+        conditions.append(and_(_UNAPPROVED, pending if status is DeviceStatus.PENDING else not_(pending)))
     if after:
         conditions.append(_columns.id > bindparam("after"))
     return Statement(select(Device).where(*conditions).order_by(_columns.id).limit(bindparam("limit")))

@@ -45,6 +45,11 @@ _VALUES: dict[str, Any] = {
 _CREATE = Statement[AgentSession](
     lambda insert: insert(_table).values(_VALUES).on_conflict_do_nothing(), returning=AgentSession
 )
+_RELEASE_ROUTE = Statement[AgentSession](
+    update(AgentSession)
+    .where(_columns.session_id == bindparam("id"), _columns.route_key == bindparam("route"))
+    .values(route_key=None)
+)
 _TOUCH = Statement[AgentSession](
     update(AgentSession)
     .where(_columns.session_id == bindparam("id"), _columns.last_active_at < bindparam("at"))
@@ -102,6 +107,10 @@ def _list(*, agent: bool, sender: bool, channel: bool, after: bool) -> Statement
     )
 
 
+def _is_on(session: AgentSession, agent_id: str, sender_id: str | None, channel_id: str | None) -> bool:
+    return session.agent_id == agent_id and session.sender_id == sender_id and session.channel_id == channel_id
+
+
 class SessionStore(Store):
     """The index of sessions. The transcripts are the truth; this can be rebuilt from them with `index`."""
 
@@ -118,9 +127,13 @@ class SessionStore(Store):
         check_kind(session, models.AgentSessionCreate, "session")
         now = self._unit.now()
         self._require_agent(session.agent_id)
-        created = self._insert(session, now, route_key(session.agent_id, session.sender_id, session.channel_id))
+        asked = (session.agent_id, session.sender_id, session.channel_id)
+        created = self._insert(session, now, route_key(*asked))
         if created is None and self._unit.one(_FIND, id=session.session_id) is None:
-            created = self._insert(session, now, None)
+            if self._release_stale(*asked):
+                created = self._insert(session, now, route_key(*asked))
+            if created is None:
+                created = self._insert(session, now, None)
         if created is None:
             raise SessionExistsError(session.session_id)
         return created
@@ -168,13 +181,25 @@ class SessionStore(Store):
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
         session = self._unit.one(_BY_ROUTE, route=self._route(agent_id, sender_id, channel_id))
-        return session is not None, session
+        return session is not None and _is_on(session, agent_id, sender_id, channel_id), session
+
+    def _release_stale(self, agent_id: str, sender_id: str | None, channel_id: str | None) -> bool:
+        """Take a route from a session that is no longer on it, and return whether there was such a session.
+
+        An UPDATE over many rows in `uow.session`, or another program, changes a session without its route key.
+        """
+        route = route_key(agent_id, sender_id, channel_id)
+        holder = self._unit.one(_BY_ROUTE, route=route)
+        if holder is None or _is_on(holder, agent_id, sender_id, channel_id):
+            return False
+        return self._unit.write(_RELEASE_ROUTE, id=holder.session_id, route=route) > 0
 
     @writing(unless=_resolved)
     def resolve(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
         """Return the one session of an agent, a sender and a channel, and make it if there is none.
 
-        No sender equals no sender, and no channel no channel. Whoever asks at once gets the same session.
+        No sender equals no sender, and no channel no channel. Whoever asks at once gets the same session. The session
+        always has the agent, sender and channel asked for, also after `uow.session` changed rows.
 
         Raises:
             AgentNotFoundError: the agent is absent.
@@ -182,9 +207,11 @@ class SessionStore(Store):
         route = self._route(agent_id, sender_id, channel_id)
         while True:
             session = self._unit.one(_BY_ROUTE, route=route)
-            if session is not None:
+            if session is not None and _is_on(session, agent_id, sender_id, channel_id):
                 return session
             self._require_agent(agent_id)
+            if session is not None:
+                self._release_stale(agent_id, sender_id, channel_id)
             now = self._unit.now()
             # One who was faster has it now; one who deletes it in between makes the loop go round.
             session = self._unit.write_one(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, text
 from typer.testing import CliRunner
 
 from homeagent import AgentCreate, AgentSessionCreate, Database, IdempotencyScope, Role, diagnose, errors
@@ -754,6 +754,24 @@ def test_a_previous_secret_that_serves_no_more(database: Database, clock: FakeCl
         assert unit.devices.get("desk").previous_secret_hash is None
 
 
+def test_sessions_with_the_key_of_another_route(database: Database) -> None:
+    """Sessions that an UPDATE moved are counted; --fix gives the last active one its route, and the others none."""
+    add_agent(database)
+    ids = [database.sessions.resolve(agent_id="ada", sender_id=sender).session_id for sender in ("a", "b", "c")]
+    with database.unit_of_work() as unit:
+        unit.session.connection().execute(text("UPDATE sessions SET sender_id = 'c' WHERE sender_id = 'b'"))
+        unit.session.connection().execute(text("UPDATE sessions SET sender_id = 'b' WHERE sender_id = 'a'"))
+    assert at(database.doctor(), "routes").facts == {"sessions": 2}
+    fixed = database.doctor(fix=True)
+    assert at(fixed, "routes").severity is Severity.OK
+    assert [repair.check for repair in fixed.repairs] == ["routes"]
+    assert [database.sessions.resolve(agent_id="ada", sender_id=sender).session_id for sender in "bc"] == [
+        ids[0],
+        ids[2],
+    ]
+    assert database.sessions.resolve(agent_id="ada", sender_id="a").session_id not in ids
+
+
 def test_keys_of_nobody(database: Database, clock: FakeClock) -> None:
     """Keys whose device is absent are told; they go when they expire."""
     with database.unit_of_work() as unit:
@@ -814,7 +832,10 @@ ODD_VALUES = {
     "another type": ("UPDATE devices SET paired_at = 'today'", "devices.paired_at holds a value of type str"),
     "a time beyond the year 9999": ("UPDATE devices SET last_seen_at = 1 << 60", "devices.last_seen_at holds a value"),
     "NUL": ("UPDATE devices SET revoked_reason = CAST(x'6100' AS TEXT)", "devices.revoked_reason holds a value"),
-    "another route": ("UPDATE sessions SET sender_id = 'eve'", "sessions.route_key is not the key"),
+    "a sender of another type": (
+        "UPDATE sessions SET sender_id = x'65'",
+        "sessions.sender_id holds a value of type bytes",
+    ),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from sqlalchemy import text
+from sqlalchemy import text, update
 
 from homeagent import (
     AgentUpdate,
@@ -397,7 +397,7 @@ def test_only_exactly_one_is_an_approval(
     proof = make_proof(secret, verifier_parameters(verifier), message)
     assert database.verify_secret("lamp", secret) is None
     assert database.verify_proof("lamp", nonce="n", timestamp=now, proof=proof) is None
-    status = DeviceStatus.REVOKED if revoked else DeviceStatus.PENDING
+    status = DeviceStatus.REVOKED  # it was approved before
     with database.unit_of_work(read_only=True) as unit:
         stored = unit.session.get(Device, "lamp")
         for device in (unit.devices.get("lamp"), *unit.devices.list(), stored):
@@ -410,7 +410,7 @@ def test_only_exactly_one_is_an_approval(
             is_there = listed in ({"approved": False}, {"status": status})
             assert len(unit.devices.list(**listed)) == is_there, listed  # type: ignore[arg-type]  # each is one of the two
     assert database.doctor().finding("admins").facts == {"admins": 0, "devices": 1}  # type: ignore[union-attr]  # it is there
-    assert database.doctor().finding("pending_devices").facts["pending"] == (not revoked)  # type: ignore[union-attr]
+    assert database.doctor().finding("pending_devices").facts["pending"] == 0  # type: ignore[union-attr]
     add_device(database, "desk", role=Role.ADMIN, approved=True)
     with pytest.raises(LastAdminError), database.unit_of_work() as unit:
         unit.devices.revoke("desk")
@@ -420,7 +420,7 @@ def test_only_exactly_one_is_an_approval(
 
 
 def test_null_is_no_approval(database: Database, target: str, engine_name: str) -> None:
-    """Where another program let the column be null, a null is no approval, and the device is listed as pending."""
+    """Where another program let the column be null, a null is no approval, and the device is listed as revoked."""
     add_device(database, approved=True)
     nullable = {
         "postgresql": ["ALTER TABLE devices ALTER COLUMN approved DROP NOT NULL"],
@@ -433,7 +433,7 @@ def test_null_is_no_approval(database: Database, target: str, engine_name: str) 
     }
     write_past_checks(target, *nullable[engine_name], "UPDATE devices SET approved = NULL")
     with database.unit_of_work(read_only=True) as unit:
-        (device,) = unit.devices.list(status=DeviceStatus.PENDING)
+        (device,) = unit.devices.list(status=DeviceStatus.REVOKED)
         assert device.approved is False
         assert unit.devices.list(approved=True) == []
 
@@ -446,3 +446,42 @@ def test_the_database_refuses_another_approval(database: Database, value: str) -
     with pytest.raises(ConflictError), database.unit_of_work() as unit:
         unit.session.connection().execute(text(f"UPDATE devices SET approved = {value}"))
     assert dump(database) == before
+
+
+def test_approval_through_the_orm(database: Database, clock: FakeClock) -> None:
+    """The ORM approves and revokes as the store does: with the time, and without an old secret."""
+    add_device(database, "lamp")
+    with database.unit_of_work() as unit:
+        unit.session.get_one(Device, "lamp").metadata_ = {"room": 1}
+    assert database.devices.get("lamp").status is DeviceStatus.PENDING
+    with database.unit_of_work() as unit:
+        device = unit.session.get_one(Device, "lamp")
+        device.previous_secret_hash = "sha256$old"
+        device.approved = True
+    approved = database.devices.get("lamp")
+    assert (approved.approved_at, approved.previous_secret_hash) == (START, None)
+    later = clock.advance(seconds=1)
+    with database.unit_of_work() as unit:
+        device = unit.session.get_one(Device, "lamp")
+        unit.devices.update_last_seen("lamp")  # after which the old value of the attribute is not loaded
+        device.approved = False
+    revoked = database.devices.get("lamp")
+    assert (revoked.status, revoked.revoked_at) == (DeviceStatus.REVOKED, later)
+    with database.unit_of_work() as unit:
+        unit.session.get_one(Device, "lamp").approved = True
+    assert database.devices.get("lamp").revoked_at is None
+
+
+def test_an_approval_withdrawn_past_the_models(database: Database) -> None:
+    """An UPDATE that sets `approved` to 0 revokes: the row and the lists show the device as revoked, not as pending."""
+    add_device(database, "lamp", approved=True)
+    add_device(database, "new")
+    with database.unit_of_work() as unit:
+        unit.session.execute(update(Device).values(approved=False))
+    assert database.devices.get("lamp").status is DeviceStatus.REVOKED
+    found = {status: [device.id for device in database.devices.list(status=status)] for status in DeviceStatus}
+    assert found == {DeviceStatus.PENDING: ["new"], DeviceStatus.APPROVED: [], DeviceStatus.REVOKED: ["lamp"]}
+    with pytest.raises(ApprovalChangedError):
+        database.devices.approve("lamp")
+    assert database.devices.revoke("lamp") is True
+    assert database.devices.revoke("lamp") is False

@@ -8,13 +8,22 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from homeagent import AgentSession, AgentSessionCreate, Database
-from homeagent.errors import AgentNotFoundError, InvalidArgumentError, SessionExistsError, SessionNotFoundError
+from homeagent.errors import (
+    AgentNotFoundError,
+    InvalidArgumentError,
+    ReadOnlyError,
+    SessionExistsError,
+    SessionNotFoundError,
+)
+from homeagent.models.session import route_key
 from homeagent.stores import sessions as module
 from tests.conftest import START, FakeClock, add_agent, dump
 
 SECOND = timedelta(seconds=1)
+_column: Any = AgentSession.__table__.c
 ROUTES: list[dict[str, Any]] = [
     {},
     {"sender_id": "s"},
@@ -122,6 +131,57 @@ def test_created_sessions_take_a_free_route(database: Database) -> None:
         assert unit.sessions.resolve(agent_id="ada", sender_id="s").session_id == "s1"
         assert unit.sessions.delete("s1") is True
         assert unit.sessions.resolve(agent_id="ada", sender_id="s").session_id not in {"s1", "s2"}
+
+
+def test_resolve_after_the_orm_moved_sessions(database: Database) -> None:
+    """A session that a flush moves takes its new route if it is free, also a route that another one leaves at once."""
+    add_agent(database)
+
+    def resolve(sender: str | None) -> AgentSession:
+        return database.sessions.resolve(agent_id="ada", sender_id=sender)
+
+    ann, bob, eve = (resolve(sender).session_id for sender in ("ann", "bob", "eve"))
+    with database.unit_of_work() as unit:
+        for session_id, sender in ((ann, "bob"), (bob, None), (eve, "bob")):
+            moved = unit.session.get(AgentSession, session_id)
+            assert moved is not None
+            moved.sender_id = sender
+        unit.session.flush()
+        assert unit.sessions.resolve(agent_id="ada").session_id == bob
+        row = AgentSession(
+            session_id="new", agent_id="ada", sender_id="eve", created_at=START, last_active_at=START, route_key="odd"
+        )
+        unit.session.add(row)
+    assert resolve(None).session_id == bob
+    assert resolve("bob").session_id in (ann, eve)
+    assert resolve("eve").session_id == "new"
+    assert (resolve("ann").sender_id, resolve("ann").session_id in (ann, bob, eve)) == ("ann", False)
+    assert only_sound(database)
+
+
+def only_sound(database: Database) -> bool:
+    """Tell whether each route key is that of its session."""
+    rows = database.sessions.list()
+    return all(row.route_key in (None, route_key(row.agent_id, row.sender_id, row.channel_id)) for row in rows)
+
+
+def test_resolve_after_an_update_past_the_models(database: Database) -> None:
+    """An UPDATE leaves the old key behind: resolve and create never take the moved session for one of its old route."""
+    add_agent(database)
+    moved = database.sessions.resolve(agent_id="ada", sender_id="ann").session_id
+    with database.unit_of_work() as unit:
+        unit.session.execute(update(AgentSession).values(sender_id="bob"))
+    with pytest.raises(ReadOnlyError), database.unit_of_work(read_only=True) as unit:
+        unit.sessions.resolve(agent_id="ada", sender_id="ann")
+    with database.unit_of_work() as unit:
+        created = unit.sessions.create(AgentSessionCreate(agent_id="ada", sender_id="ann"))
+        assert unit.sessions.resolve(agent_id="ada", sender_id="ann") == created
+    assert created.session_id != moved
+    with database.unit_of_work() as unit:
+        unit.session.execute(update(AgentSession).where(_column.sender_id == "ann").values(channel_id="sms"))
+    again = database.sessions.resolve(agent_id="ada", sender_id="ann")
+    assert (again.channel_id, again.session_id in (moved, created.session_id)) == (None, False)
+    assert only_sound(database)
 
 
 def test_touch_moves_forward_only(database: Database, clock: FakeClock) -> None:

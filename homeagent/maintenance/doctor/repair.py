@@ -1,4 +1,4 @@
-"""Repairs that lose nothing: modes of homeagent's own files, half copies, expired rows and hashes, the log."""
+"""Repairs that lose nothing: modes of homeagent's files, half copies, expired rows and hashes, route keys, the log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import bindparam, or_, update
+from sqlalchemy import bindparam, exists, or_, update
 
 from homeagent.clock import Clock
 from homeagent.engine.engine import Engine
@@ -22,11 +22,11 @@ from homeagent.engine.target import Target
 from homeagent.errors import HomeAgentError
 from homeagent.maintenance.doctor.files import megabytes, public_files, stale_partials
 from homeagent.maintenance.doctor.report import Diagnosis, Repair, Severity
-from homeagent.maintenance.doctor.store import SECRETS_GRACE
+from homeagent.maintenance.doctor.store import SECRETS_GRACE, stale_routes
 from homeagent.maintenance.sweep import sweep
 from homeagent.migrations.postgresql import open_postgresql
 from homeagent.migrations.sqlite import open_sqlite
-from homeagent.models import Device
+from homeagent.models import AgentSession, Device
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 __all__ = ["repair"]
@@ -34,6 +34,7 @@ __all__ = ["repair"]
 _WAIT = timedelta(seconds=30)
 
 _device: Any = Device.__table__.c
+_session: Any = AgentSession.__table__.c
 
 _FORGET_PREVIOUS = Statement[Device](
     update(Device)
@@ -42,6 +43,18 @@ _FORGET_PREVIOUS = Statement[Device](
         or_(_device.previous_secret_expires_at.is_(None), _device.previous_secret_expires_at <= bindparam("before")),
     )
     .values(previous_secret_hash=None, previous_secret_expires_at=None)
+)
+
+_RELEASE_ROUTE = Statement[AgentSession](
+    update(AgentSession).where(_session.session_id == bindparam("id")).values(route_key=None)
+)
+_TAKE_ROUTE = Statement[AgentSession](
+    update(AgentSession)
+    .where(
+        _session.session_id == bindparam("id"),
+        ~exists().where(_session.route_key == bindparam("route")).correlate(None),
+    )
+    .values(route_key=bindparam("route"))
 )
 
 # If one of these finds something critical, the rows are left alone: they may be damaged, or the clock may be wrong.
@@ -159,6 +172,16 @@ def _forget_previous_secrets(settings: UnitSettings) -> Iterator[str]:
     yield f"removed the hash of a previous secret from {count:,} devices"
 
 
+def _correct_routes(settings: UnitSettings) -> Iterator[str]:
+    with UnitOfWork(settings, read_only=False) as unit:
+        stale = list(stale_routes(unit.session.connection()))
+        # All first: a session may have the key of the route on which another one is now.
+        for session_id, _ in stale:
+            unit.write(_RELEASE_ROUTE, id=session_id)
+        taken = sum(unit.write(_TAKE_ROUTE, id=session_id, route=route) for session_id, route in stale)
+    yield f"gave {taken:,} sessions the key of their route, and left {len(stale) - taken:,} without a route"
+
+
 def _truncate_log(settings: UnitSettings) -> Iterator[str]:
     if settings.engine.empty_log(settings.timeout, truncate=True):
         yield "moved the write-ahead log into the file and gave its room back"
@@ -167,5 +190,6 @@ def _truncate_log(settings: UnitSettings) -> Iterator[str]:
 _REPAIRS: dict[str, Callable[[UnitSettings], Iterator[str]]] = {
     "expired_backlog": _sweep,
     "previous_secrets": _forget_previous_secrets,
+    "routes": _correct_routes,
     "wal": _truncate_log,
 }

@@ -27,6 +27,7 @@ STORE_CHECKS = (
     "schema",
     "rows",
     "references",
+    "routes",
     "store_record",
     "clock",
     "expired_backlog",
