@@ -107,6 +107,8 @@ class DeviceSecrets:
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
         """Return the device if it is approved and the proof is made with its secret, else None.
 
+        `check_proof` also tells a caller with a right proof that the device is pending or revoked.
+
         The proof is the client's of SCRAM (RFC 5802, section 3) over the device's id, the nonce and the timestamp:
         `homeagent.scram.make_proof` makes it. What is stored can check a proof and can't make one. Consume the nonce
         after this, before access is given. After a rotation only the new secret's proofs serve, at once.
@@ -122,6 +124,46 @@ class DeviceSecrets:
                 could be consumed, the timestamp has no time zone, or the proof is no `bytes`.
         """
         return self._pairing.verify_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
+
+    def check_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> models.SecretCheck:
+        """Tell whether a proof is made with the device's secret, and where the device stands.
+
+        Args:
+            device_id: the id that is presented.
+            nonce: the number used once that was signed.
+            timestamp: the time that was signed.
+            proof: 32 bytes; of any other length it is wrong.
+
+        Returns:
+            True only if the proof is right and the device is approved. If the proof is wrong or the device is absent
+            or has no verifier, `status` is `denied` and `device` is None.
+
+        Raises:
+            InvalidArgumentError: as in `verify_proof`.
+        """
+        return self._pairing.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
+
+    async def acheck_proof(
+        self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes
+    ) -> models.SecretCheck:
+        """Do as `check_proof` does without blocking the event loop, under asyncio or trio."""
+        return await self._pairing.acheck_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
+
+    def proof_parameters(self, device_id: str) -> models.ProofParameters:
+        """Return the salt and iterations with which this device makes a proof, to be told to any caller who asks.
+
+        An absent device, or a device without a verifier, gets a made-up answer of the same kind. The answer is derived
+        from a key of the store, so that it is the same every time, also in other processes, after a restart and after a
+        restore. It costs the same. Only a change tells a real device: the answer for an id changes when a device pairs
+        under it, rotates its secret or is deleted.
+
+        Args:
+            device_id: the id that is presented.
+
+        Raises:
+            InvalidArgumentError: no device can have this id.
+        """
+        return self._pairing.proof_parameters(device_id)
 
     def rotate_secret(
         self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)

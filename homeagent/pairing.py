@@ -41,7 +41,7 @@ from homeagent.models.types import (
     later,
 )
 from homeagent.retry import Runner
-from homeagent.scram import check_proof, make_verifier, proof_message
+from homeagent.scram import ProofParameters, check_proof, make_verifier, parameters_for, proof_message
 from homeagent.stores.devices import SecretHashes
 from homeagent.stores.store import check_kind
 from homeagent.unit_of_work import UnitOfWork
@@ -180,8 +180,23 @@ class Pairing:
                 extra={"event": "rehash_failed", "error": type(error).__name__},
             )
 
+    def proof_parameters(self, device_id: str) -> ProofParameters:
+        """Return what the device must know to make a proof, whether or not it exists; see `Database`."""
+        key, verifier = self._runner.run(lambda unit: unit.devices.find_proof_secrets(device_id), read_only=True)
+        return parameters_for(device_id, verifier, key=key.encode())
+
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
         """Return the device if it is approved and the proof is made with its secret; see `Database.verify_proof`."""
+        checked = self.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
+        return checked.device if checked else None
+
+    async def acheck_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> SecretCheck:
+        """Do as `check_proof` does without blocking the event loop; see `Database.acheck_proof`."""
+        check = partial(self.check_proof, device_id, nonce=nonce, timestamp=timestamp, proof=proof)
+        return await self._runner.in_thread(check, slow=False)
+
+    def check_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> SecretCheck:
+        """Tell whether the proof is made with the device's secret, and where the device stands; see `Database`."""
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
         check_timestamp(timestamp, "timestamp")
@@ -190,9 +205,12 @@ class Pairing:
         verifier = self._runner.run(lambda unit: unit.devices.find_proof_verifier(device_id), read_only=True)
         message = proof_message(device_id=device_id, nonce=nonce, timestamp=timestamp)
         if not check_proof(verifier, message, proof):
-            return None
+            return _DENIED
         device = self._find_device(device_id)
-        return device if device is not None and device.approved and device.proof_verifier == verifier else None
+        # The device may have been deleted or rotated since its verifier was read.
+        if device is None or device.proof_verifier != verifier:
+            return _DENIED
+        return SecretCheck(device.status.value, device)
 
     def rotate_secret(
         self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)

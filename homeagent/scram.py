@@ -3,7 +3,7 @@
 It is the computation of SCRAM (RFC 5802 section 3, with SHA-256 after RFC 7677), without its messages:
 
 1. At pairing the gateway stores `make_verifier(secret)`, from which the secret can't be read.
-2. The device asks for its salt and iterations: `verifier_parameters`, or `fake_parameters` where nobody has that id.
+2. The device asks for its salt and iterations: `Database.proof_parameters` answers for every id (`parameters_for`).
 3. It makes a proof of its id, a fresh nonce and the time (`proof_message`, `make_proof`), and sends all four.
 4. The gateway checks it (`check_proof`), consumes the nonce, and answers with `server_signature`, by which the device
    knows that the gateway holds its verifier (`check_server_signature`).
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from homeagent.credentials import is_generated, secret_text
 from homeagent.errors import InvalidArgumentError
+from homeagent.models.proof_parameters import MIN_ITERATIONS, ProofParameters
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -41,51 +42,23 @@ __all__ = [
     "fake_parameters",
     "make_proof",
     "make_verifier",
+    "parameters_for",
     "proof_message",
     "server_signature",
     "verifier_parameters",
 ]
 
-# RFC 7677 section 4 asks for 4,096 at least, which is plenty where nobody can guess. For what a human can remember it
-# is the 600,000 that OWASP's Password Storage Cheat Sheet names for PBKDF2 with HMAC-SHA-256.
-_MIN_ITERATIONS = 4_096
-_GENERATED_ITERATIONS = _MIN_ITERATIONS
+_GENERATED_ITERATIONS = MIN_ITERATIONS
+# What a human can remember can be guessed: OWASP's Password Storage Cheat Sheet names this number for PBKDF2 with
+# HMAC-SHA-256.
 _HUMAN_ITERATIONS = 600_000
-# A gateway that asks for more would only want to keep the device busy: this much is a few seconds.
-_MAX_ITERATIONS = 10_000_000
 _SALT_BYTES = 16
-_MIN_SALT_BYTES = 8
-_MAX_SALT_BYTES = 64
 
 _KEY_BYTES = hashlib.sha256().digest_size
 _MIN_FAKE_KEY_BYTES = 16
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
-
-
-@dataclass(frozen=True, slots=True)
-class ProofParameters:
-    """What a device must know beside its secret to make a proof. It is no secret: anybody may ask for it.
-
-    Args:
-        salt: 8 to 64 bytes.
-        iterations: rounds of PBKDF2 (RFC 8018), 4,096 to 10,000,000.
-
-    Raises:
-        InvalidArgumentError: one of them is out of its bounds, or of another type.
-    """
-
-    salt: bytes
-    iterations: int
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.salt, bytes) or type(self.iterations) is not int:
-            raise InvalidArgumentError("salt must be bytes and iterations a whole number: decode what the gateway sent")
-        if not _MIN_SALT_BYTES <= len(self.salt) <= _MAX_SALT_BYTES:
-            raise InvalidArgumentError(f"salt must be {_MIN_SALT_BYTES} to {_MAX_SALT_BYTES} bytes")
-        if not _MIN_ITERATIONS <= self.iterations <= _MAX_ITERATIONS:
-            raise InvalidArgumentError(f"iterations must be {_MIN_ITERATIONS:,} to {_MAX_ITERATIONS:,}")
 
 
 def _hmac_sha256(key: bytes, message: bytes) -> bytes:
@@ -121,7 +94,7 @@ class ProofKeys:
 
 
 def derive_proof_keys(
-    secret: SecretStr | str, parameters: ProofParameters, *, minimum_iterations: int = _MIN_ITERATIONS
+    secret: SecretStr | str, parameters: ProofParameters, *, minimum_iterations: int = MIN_ITERATIONS
 ) -> ProofKeys:
     """Derive a secret's keys: all that is slow about a proof, about 2 ms for 4,096 iterations and 0.2 s for 600,000.
 
@@ -179,7 +152,8 @@ def _parse_verifier(verifier: str) -> _Verifier | None:
 
 
 def _require_verifier(verifier: str) -> _Verifier:
-    parsed = _parse_verifier(verifier)
+    # A device whose secret a human chose has None.
+    parsed = _parse_verifier(verifier) if isinstance(verifier, str) else None
     if parsed is None:
         raise InvalidArgumentError(
             "this is no verifier (SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>): make it with "
@@ -215,7 +189,7 @@ def verifier_parameters(verifier: str) -> ProofParameters:
     """Return the salt and iterations of a verifier, to be told to the device that asks.
 
     Raises:
-        InvalidArgumentError: it is no verifier; the message doesn't show it.
+        InvalidArgumentError: it is no verifier, or None; the message doesn't show it.
     """
     return _require_verifier(verifier).parameters
 
@@ -223,19 +197,19 @@ def verifier_parameters(verifier: str) -> ProofParameters:
 _PROCESS_KEY = secrets.token_bytes(_KEY_BYTES)
 
 
-def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: float = 0.5) -> ProofParameters:
+def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: float = 0.0) -> ProofParameters:
     """Return salt and iterations for a device that doesn't exist, as if it did.
 
-    They are the same for one id and key: the iterations of a human's secret for a share of all ids, those of a
-    generated one for the others. So one answer doesn't prove that a device exists. Answers over time may: those of a
-    real device change when its secret does, and those of a made-up one when the key does.
+    They are the same for one id and key: by default the iterations of a generated secret, since `Database.pair` and
+    `rotate_secret` store no verifier of any other. So one answer doesn't prove that a device exists. Answers over time
+    may: those of a real device change when its secret does, and those of a made-up one when the key does.
 
     Args:
         device_id: what was asked for.
         key: at least 16 random bytes, kept private, and for good: else a restart changes all made-up answers and none
             of the real ones. None takes a key that this process made for itself.
-        human_share: the share of human's secrets among the real devices, 0 to 1. The nearer to the truth, the less an
-            answer tells.
+        human_share: the share of ids that get the iterations of a human's secret, 0 to 1. It is for a gateway that
+            makes verifiers of such secrets itself; the nearer to the truth, the less an answer tells.
 
     Raises:
         InvalidArgumentError: the key is too short, the share is out of its bounds, or the id has a lone surrogate.
@@ -284,7 +258,7 @@ def make_proof(
     parameters: ProofParameters,
     message: bytes,
     *,
-    minimum_iterations: int = _MIN_ITERATIONS,
+    minimum_iterations: int = MIN_ITERATIONS,
 ) -> bytes:
     """Prove that one holds a secret, without sending it. The device's side.
 
@@ -336,6 +310,21 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
     client_key = _xor(_hmac_sha256(stored_key, message), proof if well_formed else bytes(_KEY_BYTES))
     same = hmac.compare_digest(hashlib.sha256(client_key).digest(), stored_key)
     return same and well_formed and known
+
+
+def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> ProofParameters:
+    """Return the salt and iterations that a gateway tells to a caller who claims to be this device.
+
+    The same is computed for every device and for an absent one: one made-up answer, and the reading of one verifier.
+
+    Args:
+        device_id: the id that is presented.
+        verifier: the device's, or None if the device is absent or has no verifier. A damaged one counts as None.
+        key: as in `fake_parameters`; the answer for None is made from it.
+    """
+    made_up = fake_parameters(device_id, key)
+    parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
+    return made_up if verifier is None or parsed is None else parsed.parameters
 
 
 def server_signature(verifier: str, message: bytes) -> bytes:

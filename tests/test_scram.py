@@ -27,6 +27,7 @@ from homeagent.scram import (
     fake_parameters,
     make_proof,
     make_verifier,
+    parameters_for,
     proof_message,
     server_signature,
     verifier_parameters,
@@ -160,6 +161,8 @@ def test_damaged_verifier_accepts_nothing_and_signs_nothing() -> None:
             with pytest.raises(InvalidArgumentError, match="pair the device anew") as refused:
                 work()
             assert VERIFIER[-20:-1] not in str(refused.value)
+    with pytest.raises(InvalidArgumentError, match="this is no verifier"):
+        verifier_parameters(None)  # that of a device whose secret a human chose
 
 
 # Proofs
@@ -392,8 +395,9 @@ def test_made_up_parameters_look_like_real_ones(device_id: str) -> None:
     """Salt and iterations are such as make_verifier would give, and serve to make a proof that nobody accepts."""
     made_up = fake_parameters(device_id, KEY)
     assert len(made_up.salt) == len(PARAMETERS.salt)
-    assert made_up.iterations in {4096, 600_000}
-    assert fake_parameters(device_id, KEY, human_share=0).iterations == 4096
+    assert made_up.iterations == 4096
+    assert parameters_for(device_id, None, key=KEY) == parameters_for(device_id, "damaged", key=KEY) == made_up
+    assert parameters_for(device_id, VERIFIER, key=KEY) == PARAMETERS
     assert fake_parameters(device_id, KEY, human_share=1).iterations == 600_000
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import anyio
@@ -16,7 +17,8 @@ from sqlalchemy import event
 from homeagent import Database, DeviceCreate, DevicePair, Role, SecretCheck, hash_secret, retry
 from homeagent.credentials import FAILED_CHECKS_PER_MINUTE, WAITING_HASHES, generate_secret, hashing
 from homeagent.errors import InvalidArgumentError, TooManyAttemptsError
-from tests.conftest import START, FakeClock, dump
+from homeagent.scram import make_proof, proof_message
+from tests.conftest import START, FakeClock, MakeDatabase, dump
 from tests.credentials.conftest import Runs
 
 HUMAN = SecretStr("correct horse battery staple")
@@ -82,6 +84,47 @@ def test_pending_and_revoked_are_told_to_the_holder_of_the_secret_alone(
             denied = database.check_secret(device_id, wrong)
             assert denied == SecretCheck("denied", None)
             assert not denied
+
+
+def test_a_right_proof_tells_pending_and_revoked(database: Database) -> None:
+    """A proof made from the told parameters gets the status and the device; a wrong one is denied."""
+    secret = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
+    message = proof_message(device_id="lamp", nonce="n", timestamp=START)
+    proof = make_proof(secret, database.proof_parameters("lamp"), message)
+    for status, change in (("pending", None), ("approved", "approve"), ("revoked", "revoke")):
+        if change is not None:
+            getattr(database.devices, change)("lamp")
+        check = database.check_proof("lamp", nonce="n", timestamp=START, proof=proof)
+        assert (check.status, check.device and check.device.id, bool(check)) == (status, "lamp", status == "approved")
+        later = partial(database.acheck_proof, "lamp", nonce="n", timestamp=START, proof=proof)
+        assert anyio.run(later) == check
+        for device_id, wrong in ("lamp", bytes(32)), ("nobody", proof):
+            denied = database.check_proof(device_id, nonce="n", timestamp=START, proof=wrong)
+            assert denied == SecretCheck("denied", None)
+
+
+def test_proof_parameters_do_not_tell_which_devices_exist(
+    database: Database, reopen: MakeDatabase, statements: list[str]
+) -> None:
+    """An absent device gets parameters like those of a paired one: the same in each process, for one statement."""
+    pair(database, "human", HUMAN)
+    pair(database, "generated", metadata="x" * 10_000)
+    asked = "human", "generated", "absent", "b" * 128
+    found, costs = {}, []
+    for device_id in asked:
+        statements.clear()
+        found[device_id] = database.proof_parameters(device_id)
+        costs.append(tuple(statements))
+    assert "metadata" not in only_select(costs)
+    assert {(len(one.salt), one.iterations) for one in found.values()} == {(16, 4096)}
+    assert len({one.salt for one in found.values()}) == len(asked)
+    database.close()
+    again = reopen()
+    assert {device_id: again.proof_parameters(device_id) for device_id in asked} == found
+    with Database.open(":memory:") as other:
+        assert other.proof_parameters("absent") != found["absent"]
+    with pytest.raises(InvalidArgumentError):
+        again.proof_parameters("nul\0")
 
 
 # What it costs

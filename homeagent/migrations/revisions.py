@@ -54,7 +54,7 @@ __all__ = [
     "upgrade",
 ]
 
-REVISION = "0006"
+REVISION = "0007"
 """The revision that this version of the package works with: the newest in `alembic/versions`."""
 
 VERSION_TABLE = "homeagent_schema_version"

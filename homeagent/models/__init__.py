@@ -8,6 +8,7 @@ from homeagent.models.base import metadata
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.models.nonce import Nonce
+from homeagent.models.proof_parameters import ProofParameters
 from homeagent.models.schemas import (
     AgentCreate,
     AgentSessionCreate,
@@ -41,6 +42,7 @@ __all__ = [
     "Nonce",
     "Outcome",
     "PairedDevice",
+    "ProofParameters",
     "Role",
     "SecretCheck",
     "metadata",

@@ -18,6 +18,8 @@ store_table = Table(
     Column("restored_at", TimestampColumn),
     # The oldest schema revision whose code may work with this schema. A revision that only expands leaves it alone.
     Column("oldest_revision", text_column(), nullable=False),
+    # A random key of this store: `Database.proof_parameters` derives its answers for absent devices from it.
+    Column("proof_key", text_column()),
     CheckConstraint("id = 1", name="single"),
     CheckConstraint("epoch >= 1", name="epoch"),
 )

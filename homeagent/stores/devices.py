@@ -13,6 +13,7 @@ from homeagent import models
 from homeagent.engine.statements import Statement, constant
 from homeagent.errors import (
     ApprovalChangedError,
+    CorruptDatabaseError,
     DeviceExistsError,
     DeviceNotApprovedError,
     DeviceNotFoundError,
@@ -21,6 +22,7 @@ from homeagent.errors import (
 )
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import IdempotencyKey
+from homeagent.models.store_record import store_table
 from homeagent.models.types import (
     MILLISECOND,
     check_duration,
@@ -64,6 +66,11 @@ _SECRET_HASHES = Statement[tuple[str, str | None, datetime | None]](
     )
 )
 _VERIFIER = Statement[str | None](_for_every_id(_columns.proof_verifier))
+_PROOF_SECRETS = Statement[tuple[str | None, str | None]](
+    select(store_table.c.proof_key, _columns.proof_verifier).select_from(
+        store_table.outerjoin(Device.__table__, _columns.id == bindparam("id"))
+    )
+)
 _CREATE = Statement[Device](
     lambda insert_: (
         insert_(Device.__table__)
@@ -246,6 +253,18 @@ class DeviceStore(Store):
     def find_proof_verifier(self, device_id: str) -> str | None:
         """Return what a proof of this device is checked against, None if it is absent or has no verifier."""
         return self._unit.one(_VERIFIER, id=check_identifier(device_id, "device_id"))
+
+    @reading
+    def find_proof_secrets(self, device_id: str) -> tuple[str, str | None]:
+        """Return the store's proof key, and the device's verifier or None. An absent device costs the same.
+
+        Raises:
+            CorruptDatabaseError: the store has lost its proof key.
+        """
+        key, verifier = self._unit.one(_PROOF_SECRETS, id=check_identifier(device_id, "device_id")) or (None, None)
+        if key is None:
+            raise CorruptDatabaseError("the table `store` has lost its proof key: restore the newest good backup")
+        return key, verifier
 
     @reading
     def list(

@@ -355,7 +355,9 @@ def test_old_database_opens_and_carries_on(tmp_path: Path, revision: str) -> Non
             assert unit.agents.delete("new")
     after = rows_of(path)
     assert after[VERSION_TABLE] == [{"version_num": REVISION}]
-    assert after["store"] == [{"id": 1, "epoch": 1, "oldest_revision": "0004"}]
+    (record,) = after["store"]
+    assert len(record.pop("proof_key")) == 64
+    assert record == {"id": 1, "epoch": 1, "oldest_revision": "0004"}
     for table in DATA_TABLES:
         assert len(after[table]) == len(before[table])
         for old in before[table]:
