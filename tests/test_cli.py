@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from alembic import command
 from homeagent import Database, DevicePair, Role
 from homeagent.cli import app
+from homeagent.cli.visible_text import escape_words, identity
 from homeagent.engine.files import database_file as files
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.migrations import REVISION, alembic_config
@@ -407,6 +408,44 @@ def test_an_id_that_reads_as_another_is_told_apart(ready: Path, lookalike: str) 
     asked = _invoke("devices", "approve", lookalike, "--database", ready, input="n\n")
     assert repr(lookalike) in asked.stderr
     assert "'desk'" not in _invoke("devices", "approve", "desk", "--database", ready, input="n\n").stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    {
+        "lamp": "lamp",
+        "café ☎": "café ☎",
+        "Łódź-Đỗ": "Łódź-Đỗ",
+        "desk\u034f": r"'desk\u034f'",
+        "desk\ufe0f": r"'desk\ufe0f'",
+        "desk\u3164": r"'desk\u3164'",
+        "desk\u2800": r"'desk\u2800'",
+        "desk\U000e0101": r"'desk\U000e0101'",
+        "ph\u043ene": r"'ph\u043ene'",
+        "desk\u0399": r"'desk\u0399'",
+        "\uff4camp": r"'\uff4camp'",
+        "tab\u2010let": r"'tab\u2010let'",
+        "ta\u0261": r"'ta\u0261'",
+        "\u0301x": r"'\u0301x'",
+        "\u0441\u043e\u0441\u043e": "'\u0441\u043e\u0441\u043e' (CYRILLIC)",
+        "\u0441\u043e\u03bf": "'\u0441\u043e\\u03bf' (CYRILLIC)",
+        "台所ライト": "'台所ライト' (CJK)",
+        "'\u0441' (CYRILLIC)": r"'\'\u0441\' (CYRILLIC)'",
+        r"desk\u034f": r"'desk\\u034f'",
+    }.items(),
+    ids=ascii,
+)
+def test_what_could_be_mistaken_is_an_escape(text: str, shown: str) -> None:
+    """Each id is printed so that it can't be taken for another one; ordinary ids are printed as they are."""
+    assert identity(text) == shown
+
+
+def test_an_error_shows_what_could_be_mistaken(ready: Path) -> None:
+    """The line of a refused operation has the same escapes, and the ellipsis of a message is none of them."""
+    refused = _invoke("devices", "revoke", "d\u0435sk", "--database", ready)
+    assert refused.exit_code == 1
+    assert r"d\u0435sk" in refused.stderr
+    assert escape_words("use run(…)") == "use run(…)"
 
 
 def test_revoke_spares_the_last_admin(ready: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from homeagent.cli.visible_text import escape_words
 from homeagent.errors import HomeAgentError
 
 __all__ = ["DatabaseOption", "app", "group", "main"]
@@ -75,7 +76,7 @@ def _print_warnings_on_success() -> Iterator[None]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return escape_words(" ".join(text.split()))
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ import typer
 
 from homeagent.cli.application import DatabaseOption, group
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import JsonOption, console_for, facts_table, format_id, format_timestamp, grid, print_json
+from homeagent.cli.output import JsonOption, console_for, facts_table, format_timestamp, grid, print_json
+from homeagent.cli.visible_text import identity, quoted
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.schemas import DevicePublic
 from homeagent.models.types import MAX_LIMIT
@@ -52,7 +53,7 @@ def list_devices(
         table.add_column(heading, overflow="fold")
     for device in page:
         table.add_row(
-            format_id(device.id),
+            identity(device.id),
             device.role,
             device.status,
             format_timestamp(device.paired_at),
@@ -134,7 +135,7 @@ def _ask(device: Device) -> None:
     # Standard output is for results only.
     console = console_for(error=True)
     facts = {
-        "Device": format_id(device.id),
+        "Device": identity(device.id),
         "Role": str(device.role),
         "Status": str(device.status),
         "Paired at": format_timestamp(device.paired_at),
@@ -143,7 +144,7 @@ def _ask(device: Device) -> None:
     }
     if device.revoked_at is not None:
         facts["Revoked at"] = format_timestamp(device.revoked_at)
-        facts["Reason"] = device.revoked_reason or "none given"
+        facts["Reason"] = identity(device.revoked_reason) if device.revoked_reason else "none given"
     console.print(facts_table(facts))
     typer.confirm("Approve this device?", abort=True, err=True)
 
@@ -170,6 +171,6 @@ def _report_change(device: Device, *, changed: bool, word: str, as_json: bool) -
     if as_json:
         print_json({"changed": changed, "device": _public(device)})
     elif changed:
-        typer.echo(f"{word.capitalize()} {device.id!r}, {device.role}.")
+        typer.echo(f"{word.capitalize()} {quoted(device.id)}, {device.role}.")
     else:
-        typer.echo(f"{device.id!r} is {word} already: nothing to do.")
+        typer.echo(f"{quoted(device.id)} is {word} already: nothing to do.")

@@ -10,6 +10,7 @@ from rich.text import Text
 from homeagent.cli.application import DatabaseOption, app
 from homeagent.cli.opening import target_of
 from homeagent.cli.output import JsonOption, console_for, grid, print_json
+from homeagent.cli.visible_text import escape_words
 from homeagent.errors import InvalidArgumentError
 from homeagent.maintenance.doctor import Diagnosis, Finding, Severity, diagnose
 
@@ -66,7 +67,7 @@ def _print(diagnosis: Diagnosis) -> None:
 
 
 def _finding_text(finding: Finding) -> str:
-    lines = [finding.summary]
+    lines = [escape_words(finding.summary)]
     if finding.meaning is not None:
         lines.append(f"It means: {finding.meaning}.")
     if finding.remedy is not None:

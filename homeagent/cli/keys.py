@@ -10,6 +10,7 @@ import typer
 from homeagent.cli.application import DatabaseOption, group
 from homeagent.cli.opening import open_named
 from homeagent.cli.output import JsonOption, console_for, format_timestamp, grid, print_json
+from homeagent.cli.visible_text import identity
 from homeagent.models.idempotency_key import IdempotencyScope
 from homeagent.models.types import MAX_LIMIT
 
@@ -43,9 +44,9 @@ def abandoned(
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(
-            row.device_id,
-            row.method,
-            row.key,
+            identity(row.device_id),
+            identity(row.method),
+            identity(row.key),
             str(row.attempt),
             format_timestamp(row.created_at),
             format_timestamp(row.lease_expires_at),

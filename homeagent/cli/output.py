@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from typing import Annotated
-from unicodedata import is_normalized
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["JsonOption", "console_for", "count", "facts_table", "format_id", "format_timestamp", "grid", "print_json"]
+__all__ = ["JsonOption", "console_for", "count", "facts_table", "format_timestamp", "grid", "print_json"]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -42,13 +41,6 @@ def facts_table(facts: dict[str, str]) -> Table:
     for name, value in facts.items():
         table.add_row(name, value)
     return table
-
-
-def format_id(text: str) -> str:
-    """Return an id as text. Add quotes and escapes if the id could be mistaken for another id."""
-    # Characters without width, spaces at an end, unusual spaces and combining accents are invisible on a terminal.
-    plain = text.isprintable() and text == text.strip() and is_normalized("NFC", text)
-    return text if plain else repr(text)
 
 
 def format_timestamp(value: datetime | None) -> str:

@@ -9,6 +9,7 @@ import typer
 from homeagent.cli.application import DatabaseOption, app
 from homeagent.cli.opening import target_of
 from homeagent.cli.output import JsonOption, format_timestamp, print_json
+from homeagent.cli.visible_text import quoted
 from homeagent.database import Database
 
 
@@ -42,7 +43,8 @@ def restore(
         )
     for device_id in report.readmitted_devices or ():
         typer.echo(
-            f"{device_id!r} has an approval or a role again that it had lost since the backup: check or revoke it."
+            f"{quoted(device_id)} has an approval or a role again that it had lost since the backup: "
+            "check or revoke it."
         )
     for device_id in report.old_secret_devices or ():
-        typer.echo(f"{device_id!r} has an older secret again: rotate the secret.")
+        typer.echo(f"{quoted(device_id)} has an older secret again: rotate the secret.")
