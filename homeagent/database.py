@@ -24,6 +24,7 @@ from homeagent.engine.postgresql.engine import POOL_SIZE
 from homeagent.engine.sqlite.engine import Durability
 from homeagent.engine.target import conceal
 from homeagent.errors import InvalidArgumentError
+from homeagent.frame_locals import clears_locals
 from homeagent.idempotency import ARUN_ONCE, LeaseTimer, OnAbandoned, OnceCall, arun_once, run_once
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import check_limit, check_wait
@@ -326,6 +327,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
 
     # Effects that happen once
 
+    @clears_locals
     def run_once(
         self,
         scope: IdempotencyScope,
@@ -371,6 +373,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         )
         return run_once(partial(self._runner.run, idempotent=True), self._lease_timer, call, effect)
 
+    @clears_locals
     async def arun_once(
         self,
         scope: IdempotencyScope,

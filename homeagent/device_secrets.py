@@ -10,6 +10,7 @@ from pydantic import SecretStr
 
 from homeagent import models
 from homeagent.clock import Clock
+from homeagent.frame_locals import clears_locals
 from homeagent.models.device import Device
 from homeagent.retry import Runner
 
@@ -39,6 +40,7 @@ class DeviceSecrets:
                     self._made_pairing = Pairing(self._runner, self._clock)
         return self._made_pairing
 
+    @clears_locals
     def pair(self, request: models.DevicePair) -> models.PairedDevice:
         """Add a device that waits for its approval. Only a hash of its secret is stored.
 
@@ -57,10 +59,12 @@ class DeviceSecrets:
         """
         return self._pairing.pair(request)
 
+    @clears_locals
     async def apair(self, request: models.DevicePair) -> models.PairedDevice:
         """Do as `pair` does without blocking the event loop, under asyncio or trio."""
         return await self._pairing.apair(request)
 
+    @clears_locals
     def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
         """Return the device if it is approved and this is its secret, else None.
 
@@ -75,6 +79,7 @@ class DeviceSecrets:
         """
         return self._pairing.verify_secret(device_id, shared_secret)
 
+    @clears_locals
     def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
         """Tell whether this is the device's secret, and whether the device is approved, pending or revoked.
 
@@ -97,6 +102,7 @@ class DeviceSecrets:
         """
         return self._pairing.check_secret(device_id, shared_secret)
 
+    @clears_locals
     async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
         """Do as `check_secret` does without blocking the event loop, under asyncio or trio.
 
@@ -104,6 +110,7 @@ class DeviceSecrets:
         """
         return await self._pairing.acheck_secret(device_id, shared_secret)
 
+    @clears_locals
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
         """Return the device if it is approved and the proof is made with its secret, else None.
 
@@ -125,6 +132,7 @@ class DeviceSecrets:
         """
         return self._pairing.verify_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
+    @clears_locals
     def check_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> models.SecretCheck:
         """Tell whether a proof is made with the device's secret, and where the device stands.
 
@@ -143,6 +151,7 @@ class DeviceSecrets:
         """
         return self._pairing.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
+    @clears_locals
     async def acheck_proof(
         self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes
     ) -> models.SecretCheck:
@@ -165,6 +174,7 @@ class DeviceSecrets:
         """
         return self._pairing.proof_parameters(device_id)
 
+    @clears_locals
     def rotate_secret(
         self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
     ) -> SecretStr:
@@ -184,6 +194,7 @@ class DeviceSecrets:
         """
         return self._pairing.rotate_secret(device_id, shared_secret, overlap=overlap)
 
+    @clears_locals
     async def arotate_secret(
         self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
     ) -> SecretStr:

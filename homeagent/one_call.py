@@ -12,6 +12,8 @@ from functools import cache, wraps
 from typing import Any, TypeVar
 
 from homeagent.engine.statements import Statement
+from homeagent.errors import HomeAgentError
+from homeagent.frame_locals import clear_locals, clears_locals
 from homeagent.retry import Runner
 from homeagent.stores.store import Access, Store, access_of
 from homeagent.unit_of_work import UnitOfWork, UnitSettings, read_clock
@@ -38,12 +40,22 @@ class AutocommitReads:
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
         """Return the object of the first row, or None without a row."""
         settings = self.settings
-        return settings.engine.read_alone("one", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
+        try:
+            return settings.engine.read_alone("one", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
+        except HomeAgentError as error:
+            del parameters
+            clear_locals(error)
+            raise
 
     def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
         """Return the objects of all rows."""
         settings = self.settings
-        return settings.engine.read_alone("all", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
+        try:
+            return settings.engine.read_alone("all", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
+        except HomeAgentError as error:
+            del parameters
+            clear_locals(error)
+            raise
 
     def now(self) -> datetime:
         """Read the clock: a timestamp in UTC, floored to milliseconds."""
@@ -63,6 +75,7 @@ def _one_call_type(kind: type[Store]) -> Any:
 
 
 def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) -> Callable[..., Any]:
+    @clears_locals
     @wraps(method)
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         database: AutocommitReads = self._unit

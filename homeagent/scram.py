@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from homeagent.credentials import is_generated, secret_text
 from homeagent.errors import InvalidArgumentError
+from homeagent.frame_locals import clears_locals
 from homeagent.models.proof_parameters import MIN_ITERATIONS, ProofParameters
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class ProofKeys:
         return hmac.compare_digest(_hmac_sha256(self.server_key, message), signature)
 
 
+@clears_locals
 def derive_proof_keys(
     secret: SecretStr | str, parameters: ProofParameters, *, minimum_iterations: int = MIN_ITERATIONS
 ) -> ProofKeys:
@@ -162,6 +164,7 @@ def _require_verifier(verifier: str) -> _Verifier:
     return parsed
 
 
+@clears_locals
 def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, salt: bytes | None = None) -> str:
     """Make what a gateway stores to check proofs of a secret; the secret can't be read from it.
 
@@ -234,6 +237,7 @@ def _canonical(values: list[str | int]) -> bytes:
     return text.encode()
 
 
+@clears_locals
 def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
     """Return the bytes that a proof is made of, the same for device and gateway, and different for different values.
 
@@ -253,6 +257,7 @@ def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
     return _canonical(["homeagent-proof-1", device_id, nonce, (timestamp - _EPOCH) // _MILLISECOND])
 
 
+@clears_locals
 def make_proof(
     secret: SecretStr | str,
     parameters: ProofParameters,
@@ -327,6 +332,7 @@ def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> Proof
     return made_up if verifier is None or parsed is None else parsed.parameters
 
 
+@clears_locals
 def server_signature(verifier: str, message: bytes) -> bytes:
     """Sign the message of a proof, so that the device knows that it spoke with its gateway. The gateway's side.
 
@@ -341,6 +347,7 @@ def server_signature(verifier: str, message: bytes) -> bytes:
     return _hmac_sha256(_require_verifier(verifier).server_key, message)
 
 
+@clears_locals
 def check_server_signature(
     secret: SecretStr | str, parameters: ProofParameters, message: bytes, signature: bytes
 ) -> bool:

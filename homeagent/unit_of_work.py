@@ -17,6 +17,7 @@ from homeagent.canonical_json import fingerprint_of
 from homeagent.clock import Clock, system_clock
 from homeagent.engine.statements import Parameters, Row, Statement
 from homeagent.errors import EffectFailedError, HomeAgentError, UnitStateError
+from homeagent.frame_locals import clear_locals, clears_locals
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import check_timestamp
 from homeagent.stores.agents import AgentStore
@@ -358,6 +359,7 @@ class UnitOfWork:
         self._state = "rolled back"
         self._after_commit = None
 
+    @clears_locals
     def run_once(
         self,
         scope: IdempotencyScope,
@@ -435,27 +437,41 @@ class UnitOfWork:
             connection = self._require_connection()
         if self._session is not None:
             self._session.flush()
-        return connection.one(statement, parameters)
+        try:
+            return connection.one(statement, parameters)
+        except HomeAgentError as error:
+            del parameters
+            clear_locals(error)
+            raise
 
     def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
         """Return what the rows of a store's statement stand for."""
         connection = self._require_connection()
         if self._session is not None:
             self._session.flush()
-        return connection.all(statement, parameters)
+        try:
+            return connection.all(statement, parameters)
+        except HomeAgentError as error:
+            del parameters
+            clear_locals(error)
+            raise
 
     def write(self, statement: Statement[Any], **parameters: Any) -> int:
         """Run a store's statement that changes rows, and return how many."""
         connection = self._connection
         if connection is None or self._state != "open":
             connection = self._require_connection()
-        if self._session is None:
-            return connection.write(statement, parameters)
-        self._session.flush()
+        if self._session is not None:
+            self._session.flush()
         try:
             return connection.write(statement, parameters)
+        except HomeAgentError as error:
+            del parameters
+            clear_locals(error)
+            raise
         finally:
-            self._session.expire_all()
+            if self._session is not None:
+                self._session.expire_all()
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
         """Run a store's statement that changes a row and returns it, and return what that stands for."""
@@ -464,6 +480,10 @@ class UnitOfWork:
             self._session.flush()
         try:
             return connection.one(statement, parameters)
+        except HomeAgentError as error:
+            del parameters
+            clear_locals(error)
+            raise
         finally:
             if self._session is not None:
                 self._session.expire_all()
@@ -475,6 +495,10 @@ class UnitOfWork:
             self._session.flush()
         try:
             return connection.write_many(statement, parameters)
+        except HomeAgentError as error:
+            del parameters
+            clear_locals(error)
+            raise
         finally:
             if self._session is not None:
                 self._session.expire_all()

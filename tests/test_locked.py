@@ -54,6 +54,7 @@ ACTS: dict[str, Act] = {
     ),
     "devices.find_by_id": lambda u, a: u.devices.find_by_id("lamp"),
     "devices.find_secret_hashes": lambda u, a: u.devices.find_secret_hashes("lamp"),
+    "devices.find_proof_secrets": lambda u, a: u.devices.find_proof_secrets("lamp"),
     "devices.find_proof_verifier": lambda u, a: u.devices.find_proof_verifier("lamp"),
     "devices.get": lambda u, a: u.devices.get("lamp"),
     "devices.list": lambda u, a: u.devices.list(),

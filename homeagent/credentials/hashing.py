@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from homeagent.credentials.fair_semaphore import FairSemaphore
 from homeagent.credentials.secret_format import is_generated, reveal, secret_text, what_is_wrong
 from homeagent.errors import DatabaseBusyError, InvalidArgumentError, TooManyAttemptsError
+from homeagent.frame_locals import clears_locals
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -295,6 +296,7 @@ class SecretHasher:
 _default = SecretHasher()
 
 
+@clears_locals
 def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
     """Return a hash of a secret for storing. Arguments, result and errors are those of `SecretHasher.hash`.
 

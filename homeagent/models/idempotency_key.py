@@ -24,6 +24,8 @@ from pydantic_core.core_schema import no_info_wrap_validator_function
 from sqlalchemy import CheckConstraint, Column, Index, Integer, PrimaryKeyConstraint, text
 from sqlmodel import Field
 
+from homeagent.errors import InvalidArgumentError
+from homeagent.frame_locals import clear_locals
 from homeagent.models.base import Table, hide_input
 from homeagent.models.types import (
     EnumColumn,
@@ -156,9 +158,14 @@ class IdempotencyScope:
 
     # Every unit with a key calls this. The `__init__` of a frozen dataclass takes three times as long.
     def __init__(self, device_id: str, method: str, key: str) -> None:
-        _set_device_id(self, check_identifier(device_id, "device_id"))
-        _set_method(self, check_label(method, "method"))
-        _set_key(self, check_label(key, "key"))
+        try:
+            _set_device_id(self, check_identifier(device_id, "device_id"))
+            _set_method(self, check_label(method, "method"))
+            _set_key(self, check_label(key, "key"))
+        except InvalidArgumentError as error:
+            del key
+            clear_locals(error)
+            raise
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

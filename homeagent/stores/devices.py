@@ -20,6 +20,7 @@ from homeagent.errors import (
     InvalidArgumentError,
     LastAdminError,
 )
+from homeagent.frame_locals import clears_locals
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.store_record import store_table
@@ -205,6 +206,7 @@ class DeviceStore(Store):
     __slots__ = ()
 
     @writing()
+    @clears_locals
     def create(self, device: models.DeviceCreate) -> Device:
         """Add a device that holds a hash already, always unapproved; `Database.pair` makes the hash itself.
 
@@ -314,6 +316,7 @@ class DeviceStore(Store):
         return device
 
     @writing()
+    @clears_locals
     def approve(
         self,
         device_id: str,
@@ -459,6 +462,7 @@ class DeviceStore(Store):
         return True
 
     @writing()
+    @clears_locals
     def set_secret(
         self,
         device_id: str,
@@ -499,6 +503,7 @@ class DeviceStore(Store):
         return self._unit.write(_SET_SECRET, **values) > 0
 
     @writing()
+    @clears_locals
     def rehash_secret(self, device_id: str, *, expected_secret_hash: str, secret_hash: str) -> bool:
         """Replace the hash of the same secret by one made under newer parameters; False where it changed since."""
         return (

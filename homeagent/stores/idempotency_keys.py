@@ -21,6 +21,7 @@ from homeagent.errors import (
     LeaseLostError,
     OutcomeUnknownError,
 )
+from homeagent.frame_locals import clears_locals
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.models.types import check_duration, check_identifier, check_label, check_limit, encode_json, later
 from homeagent.stores.store import Store, check_kind, reading, writing
@@ -158,6 +159,7 @@ class IdempotencyKeyStore(Store):
     __slots__ = ()
 
     @writing()
+    @clears_locals
     def insert(self, scope: IdempotencyScope, result: JsonValue, *, ttl: timedelta) -> IdempotencyKey:
         """Store the result of a call, so that its retries are answered with it.
 
@@ -206,6 +208,7 @@ class IdempotencyKeyStore(Store):
         )
 
     @reading
+    @clears_locals
     def find(self, scope: IdempotencyScope) -> IdempotencyKey | None:
         """Return the live record of a call, None where there is none or its time is over."""
         scope = _check_scope(scope)
@@ -216,6 +219,7 @@ class IdempotencyKeyStore(Store):
     # What run_once is made of
 
     @writing()
+    @clears_locals
     def claim(
         self,
         scope: IdempotencyScope,
@@ -308,6 +312,7 @@ class IdempotencyKeyStore(Store):
         return replace(_attempt_of(row), number=number, lease_expires_at=lease_expires_at, owner=owner)
 
     @writing()
+    @clears_locals
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
         """Extend an attempt's lease to `lease` from now, and return the attempt with it.
 
@@ -320,6 +325,7 @@ class IdempotencyKeyStore(Store):
         return replace(attempt, lease_expires_at=until)
 
     @writing()
+    @clears_locals
     def complete(self, attempt: Attempt, result: JsonValue) -> bool:
         """Record what the effect returned, to be replayed.
 
@@ -336,12 +342,14 @@ class IdempotencyKeyStore(Store):
         return self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=attempt.owner)
 
     @writing()
+    @clears_locals
     def fail(self, attempt: Attempt, error: JsonValue) -> bool:
         """Record that the effect failed for good, with a detail to be replayed like a result; see `complete`."""
         check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.FAILED, error, recorded_by=attempt.owner)
 
     @reading
+    @clears_locals
     def find_recorded(self, attempt: Attempt) -> IdempotencyKey | None:
         """Return the record that this very attempt made, None where it made none, or that is gone.
 
@@ -372,6 +380,7 @@ class IdempotencyKeyStore(Store):
         return not omitted
 
     @writing()
+    @clears_locals
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
         """Give a key back whose effect did not begin.
 
@@ -399,6 +408,7 @@ class IdempotencyKeyStore(Store):
     # What the operator does about outcomes that nobody knows
 
     @reading
+    @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
         """Return the records whose lease lapsed before an outcome came, longest ago first.
 
@@ -408,6 +418,7 @@ class IdempotencyKeyStore(Store):
         return self._unit.all(_ABANDONED, now=self._unit.now(), limit=check_limit(limit))
 
     @writing()
+    @clears_locals
     def resolve(self, scope: IdempotencyScope, result: JsonValue) -> bool:
         """Record how an abandoned effect ended, to be replayed from now on.
 
@@ -427,6 +438,7 @@ class IdempotencyKeyStore(Store):
         return attempt is not None and self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=None)
 
     @writing()
+    @clears_locals
     def forget(self, scope: IdempotencyScope) -> bool:
         """Remove an abandoned record, so that the next call runs the effect as if it had never been tried.
 

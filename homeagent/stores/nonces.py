@@ -10,6 +10,7 @@ from sqlalchemy import bindparam, delete, func, select, tuple_
 
 from homeagent.engine.statements import Statement
 from homeagent.errors import CorruptDatabaseError, NonceLimitError
+from homeagent.frame_locals import clears_locals
 from homeagent.models.nonce import Nonce
 from homeagent.models.store_record import store_table
 from homeagent.models.types import (
@@ -103,6 +104,7 @@ class NonceStore(Store):
     __slots__ = ()
 
     @writing()
+    @clears_locals
     def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int = NONCE_LIMIT) -> bool:
         """Use a nonce up, atomically: of all who try, one gets True.
 
@@ -137,6 +139,7 @@ class NonceStore(Store):
         return self._unit.write(_CONSUME, device_id=device_id, nonce=nonce, now=now, expires_at=expires_at) > 0
 
     @writing()
+    @clears_locals
     def consume_signed(
         self, device_id: str, nonce: str, *, signed_at: datetime, skew: timedelta, limit: int = NONCE_LIMIT
     ) -> Freshness:
@@ -199,6 +202,7 @@ class NonceStore(Store):
         return True
 
     @reading
+    @clears_locals
     def find(self, device_id: str, nonce: str) -> Nonce | None:
         """Return a live nonce, None where it was never consumed or is over."""
         return self._unit.one(
@@ -236,6 +240,7 @@ class ReplayGuard:
         self.skew = check_duration(skew, "skew")
         self.limit = check_limit(limit)
 
+    @clears_locals
     def check(self, nonces: NonceStore, device_id: str, nonce: str, *, signed_at: datetime) -> Freshness:
         """Judge a message and use its nonce up; call it in a unit of its own, after the signature was verified.
 

@@ -20,6 +20,7 @@ from homeagent.engine.driver_errors import named, postgresql_error, refused_by, 
 from homeagent.engine.engine import Engine
 from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, InvalidArgumentError
+from homeagent.frame_locals import clear_locals
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -245,6 +246,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
         raise original  # from what a forked child has in the place of a connection
     if isinstance(original, HomeAgentError):
         return None  # announced by a link, which translated it
+    clear_locals(original)  # homeagent's frames hold the parameters of the statement
     fault = postgresql_error(original)
     if context.connection is None:
         if isinstance(fault, ConnectionLostError):

@@ -44,6 +44,7 @@ from homeagent.errors import (
     ForeignDatabaseError,
     HomeAgentError,
 )
+from homeagent.frame_locals import clear_locals
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -400,6 +401,7 @@ class SQLiteEngine(Engine):
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
             raise context.original_exception  # from what a forked child has in the place of a connection
+        clear_locals(original)  # homeagent's frames hold the parameters of the statement
         # Before a statement runs, a column type of the application may raise exceptions that are Python's own.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
         if not isinstance(original, kinds):

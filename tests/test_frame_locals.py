@@ -1,0 +1,137 @@
+"""What a reporter of errors that records local variables gets to see of secrets, nonces, keys and results."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from pydantic import SecretStr
+
+import homeagent
+from homeagent import Agent, Database, DevicePair, IdempotencyScope, ReplayGuard, Role, errors, hash_secret, scram
+from tests.conftest import START, add_device
+
+PACKAGE = str(Path(homeagent.__file__).parent)
+SECRET = "the-secret-0123456789"
+MINUTE = timedelta(minutes=1)
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, its causes and its contexts."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def shown(error: BaseException) -> list[str]:
+    """Return the local variables in frames of the package that show `SECRET`."""
+    return [
+        f"{frame.name}:{name}"
+        for one in chain(error)
+        for frame in traceback.TracebackException.from_exception(one, capture_locals=True).stack
+        if frame.filename.startswith(PACKAGE)
+        for name, value in (frame.locals or {}).items()
+        if SECRET in value
+    ]
+
+
+def scope(key: str = SECRET) -> IdempotencyScope:
+    """Return a scope with the secret as its key."""
+    return IdempotencyScope("lamp", "open", key)
+
+
+def refused_by_orm(database: Database) -> None:
+    """Insert a row that the database refuses, by the ORM."""
+    with database.unit_of_work() as unit:
+        for _ in range(2):
+            unit.session.add(Agent(id="ada", name=SECRET, workspace_path="/srv", created_at=START))
+            unit.session.flush()
+            unit.session.expunge_all()
+
+
+def at_the_limit(database: Database) -> None:
+    """Consume more nonces than the device may have, in a unit."""
+    with database.unit_of_work() as unit:
+        for nonce in ("n", SECRET):
+            unit.nonces.consume("lamp", nonce, expires_at=START + MINUTE, limit=1)
+
+
+def settled(database: Database) -> None:
+    """Record a result that no attempt owns any more."""
+    with database.unit_of_work() as unit:
+        attempt = unit.idempotency_keys.claim(scope(), fingerprint="f", lease=MINUTE, ttl=MINUTE)
+        unit.idempotency_keys.forget(scope())
+        assert isinstance(attempt, homeagent.Attempt)
+        unit.idempotency_keys.complete(attempt, {"result": SECRET})
+
+
+REFUSED: dict[str, Callable[[Database], Any]] = {
+    "nonce at the limit": at_the_limit,
+    "nonce twice in a unit": lambda database: database.nonces.consume("", SECRET, expires_at=START + MINUTE),
+    "guard": lambda database: ReplayGuard().check(database.nonces, "", SECRET, signed_at=START),
+    "result without an owner": settled,
+    "row that the ORM inserts": refused_by_orm,
+    "scope": lambda database: scope(SECRET + "\0"),
+    "secret that is too long": lambda database: hash_secret(SECRET * 100),
+    "key of a human": lambda database: scram.derive_proof_keys(SECRET + "\0", scram.ProofParameters(bytes(16), 4096)),
+    "message of a proof": lambda database: scram.proof_message(device_id="lamp", nonce=SECRET, timestamp=MINUTE),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_no_frame_shows_what_was_refused(database: Database, kind: str) -> None:
+    """An error of an open database keeps its traceback, and no frame of the package shows the value."""
+    add_device(database)
+    with pytest.raises(errors.HomeAgentError) as caught:
+        REFUSED[kind](database)
+    assert shown(caught.value) == []
+    assert [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)].pop().startswith(PACKAGE) or (
+        kind == "row that the ORM inserts"
+    )
+
+
+CLOSED: dict[str, Callable[[Database], Any]] = {
+    "verify_secret": lambda database: database.verify_secret("lamp", SECRET),
+    "acheck_secret": lambda database: anyio.run(database.acheck_secret, "lamp", SECRET),
+    "pair": lambda database: database.pair(DevicePair(id="x", role=Role.NODE, shared_secret=SecretStr(SECRET))),
+    "rotate_secret": lambda database: database.rotate_secret("lamp", SecretStr(SECRET)),
+    "verify_proof": lambda database: database.verify_proof("lamp", nonce=SECRET, timestamp=START, proof=bytes(32)),
+    "consume": lambda database: database.nonces.consume("lamp", SECRET, expires_at=START + MINUTE),
+    "find a nonce": lambda database: database.nonces.find("lamp", SECRET),
+    "find a key": lambda database: database.idempotency_keys.find(scope()),
+    "insert": lambda database: database.idempotency_keys.insert(scope(), SECRET, ttl=MINUTE),
+    "run_once": lambda database: database.run_once(scope(), lambda attempt: None, params=SECRET),
+}
+
+
+@pytest.mark.parametrize("method", CLOSED)
+def test_no_frame_of_a_closed_database_shows_an_argument(sqlite_database: Database, method: str) -> None:
+    """Each method that is given a secret, nonce, key or result refuses a closed database without showing that."""
+    sqlite_database.close()
+    with pytest.raises(errors.DatabaseClosedError) as caught:
+        CLOSED[method](sqlite_database)
+    assert shown(caught.value) == []
+
+
+def test_a_result_that_can_not_be_recorded_is_not_shown(sqlite_database: Database) -> None:
+    """The result of an effect is in no frame if the database is closed before it is recorded."""
+
+    def effect(attempt: homeagent.Attempt) -> str:
+        sqlite_database.close()
+        return SECRET
+
+    with pytest.raises(errors.DatabaseClosedError) as caught:
+        sqlite_database.run_once(scope("k"), effect)
+    assert shown(caught.value) == []
+
+
+def test_a_mistake_keeps_its_variables(sqlite_database: Database) -> None:
+    """An exception that is no error of the package keeps the variables of its frames, for whoever debugs it."""
+    with pytest.raises(TypeError) as caught:
+        sqlite_database.nonces.consume(None, SECRET, expires_at=START + MINUTE, nothing=1)
+    assert shown(caught.value) != []
