@@ -23,6 +23,7 @@ from homeagent.models import (
     Outcome,
     Role,
 )
+from homeagent.models.limits import Limits
 from homeagent.models.schemas import (
     AgentCreate,
     AgentPublic,
@@ -65,6 +66,7 @@ __all__ = [
     "IdempotencyKey",
     "IdempotencyScope",
     "IdempotencyState",
+    "Limits",
     "Nonce",
     "Outcome",
     "PairedDevice",

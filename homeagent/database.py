@@ -27,6 +27,7 @@ from homeagent.errors import InvalidArgumentError
 from homeagent.frame_locals import clears_locals
 from homeagent.idempotency import ARUN_ONCE, LeaseTimer, OnAbandoned, OnceCall, arun_once, run_once
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
+from homeagent.models.limits import Limits
 from homeagent.models.types import check_limit, check_wait
 from homeagent.one_call import one_call_store
 from homeagent.opening import open_engine
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Database"]
 
+_DEFAULT_LIMITS = Limits()
+
 S = TypeVar("S", bound=Store)
 T = TypeVar("T")
 
@@ -54,8 +57,9 @@ class Database(DeviceSecrets, DatabaseMaintenance):
     Use `Database.open`, and close it, or let a `with` block do that.
     """
 
-    def __init__(self, engine: Engine, *, clock: Clock, busy_timeout: timedelta) -> None:
+    def __init__(self, engine: Engine, *, clock: Clock, busy_timeout: timedelta, limits: Limits) -> None:
         self._engine = engine
+        self._limits = limits
         self._clock = clock
         self._timeout = busy_timeout.total_seconds()
         self._settings = UnitSettings(engine, clock, self._timeout)
@@ -77,6 +81,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         durability: Durability = "full",
         migrate: bool = True,
         pool_size: int = POOL_SIZE,
+        limits: Limits = _DEFAULT_LIMITS,
     ) -> Self:
         """Open a database, made or upgraded first where that is needed.
 
@@ -90,6 +95,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
             migrate: whether the schema may be made or upgraded. A file that holds data is backed up first.
             pool_size: on PostgreSQL, how many units may write at once and how many may read, 1 to 1,000 each; at most
                 twice as many connections are kept open. SQLite has one writer, whatever this is.
+            limits: how much callers can create or use up before an administrator lets them in.
 
         Raises:
             InvalidArgumentError: the target or an argument is of no use.
@@ -105,6 +111,8 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         if check_limit(pool_size, "pool_size") > 1000:
             raise InvalidArgumentError("pool_size must be 1 to 1000")
         check_function(clock, "clock")
+        if not isinstance(limits, Limits):
+            raise InvalidArgumentError(f"limits must be Limits(…), not {type(limits).__name__}")
         engine = open_engine(
             given,
             clock=clock,
@@ -113,7 +121,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
             migrate=migrate,
             pool_size=pool_size,
         )
-        return cls(engine, clock=clock, busy_timeout=busy_timeout)
+        return cls(engine, clock=clock, busy_timeout=busy_timeout, limits=limits)
 
     @staticmethod
     def restore(

@@ -13,6 +13,8 @@ from homeagent import maintenance
 from homeagent.clock import Clock
 from homeagent.engine.engine import Engine
 from homeagent.errors import DatabaseClosedError, InvalidArgumentError
+from homeagent.frame_locals import clears_locals
+from homeagent.models.limits import Limits
 from homeagent.models.types import check_duration
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
@@ -27,6 +29,7 @@ class DatabaseMaintenance:
 
     _engine: Engine
     _clock: Clock
+    _limits: Limits
     _timeout: float
     _settings: UnitSettings
     _mutex: threading.RLock
@@ -34,7 +37,9 @@ class DatabaseMaintenance:
     _closed: bool
 
     def sweep(self, *, batch_size: int = 100, time_budget: timedelta | None = None) -> maintenance.SweepReport:
-        """Remove dead nonces and idempotency keys, in small batches that hold no writer up.
+        """Remove expired nonces and idempotency keys, and devices that waited for longer than `Limits.pending_ttl`.
+
+        It works in small batches, so that no writer waits long.
 
         While others write it goes slower, with smaller batches where the disk is slow and longer rests between them.
 
@@ -49,8 +54,14 @@ class DatabaseMaintenance:
     ) -> maintenance.SweepReport:
         from homeagent.maintenance.sweep import sweep
 
-        report = sweep(self._settings, batch_size=batch_size, time_budget=time_budget, stop=stop)
-        self._engine.counters.cleaned(report.nonces + report.idempotency_keys)
+        report = sweep(
+            self._settings,
+            batch_size=batch_size,
+            time_budget=time_budget,
+            pending_ttl=self._limits.pending_ttl,
+            stop=stop,
+        )
+        self._engine.counters.cleaned(report.nonces + report.idempotency_keys + report.pending_devices)
         return report
 
     def sweeper(
@@ -140,6 +151,7 @@ class DatabaseMaintenance:
             timeout=timedelta(seconds=self._timeout),
         )
 
+    @clears_locals
     def copy_to(
         self,
         target: DatabaseMaintenance,

@@ -12,6 +12,7 @@ from homeagent import models
 from homeagent.clock import Clock
 from homeagent.frame_locals import clears_locals
 from homeagent.models.device import Device
+from homeagent.models.limits import Limits
 from homeagent.retry import Runner
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class DeviceSecrets:
 
     _runner: Runner
     _clock: Clock
+    _limits: Limits
     _mutex: threading.RLock
     _made_pairing: Pairing | None
 
@@ -37,7 +39,7 @@ class DeviceSecrets:
             # Two threads must not make two: each would count failed checks by itself.
             with self._mutex:
                 if self._made_pairing is None:
-                    self._made_pairing = Pairing(self._runner, self._clock)
+                    self._made_pairing = Pairing(self._runner, self._clock, self._limits)
         return self._made_pairing
 
     @clears_locals
@@ -54,6 +56,7 @@ class DeviceSecrets:
 
         Raises:
             DeviceExistsError: the id is taken. So `pair` tells its caller that the id exists.
+            PendingLimitError: as many devices wait for their approval as `Limits.pending_devices` allows.
             InvalidArgumentError: the secret is too long or has a control character.
             TooManyAttemptsError: a human chose the secret, and 16 slow hashes wait for their turn already.
         """

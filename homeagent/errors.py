@@ -47,10 +47,12 @@ __all__ = [
     "InvalidArgumentError",
     "LastAdminError",
     "LeaseLostError",
+    "LimitError",
     "MigrationError",
     "NonceLimitError",
     "NotFoundError",
     "OutcomeUnknownError",
+    "PendingLimitError",
     "ReadOnlyError",
     "SchemaChangedError",
     "SchemaOutdatedError",
@@ -245,14 +247,34 @@ class DeviceNotApprovedError(ConflictError):
         )
 
 
-class NonceLimitError(ConflictError):
+class LimitError(ConflictError):
+    """There are as many rows of a kind as `limit` allows."""
+
+    def __init__(self, message: str, *, limit: int) -> None:
+        self.limit = limit
+        super().__init__(message)
+
+
+class PendingLimitError(LimitError):
+    """As many devices wait for their approval as may, so no further device can pair."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"{limit:,} devices wait for their approval: approve or delete some, or raise Limits.pending_devices"
+            if limit
+            else "pairing is closed: Limits.pending_devices is 0",
+            limit=limit,
+        )
+
+
+class NonceLimitError(LimitError):
     """The device has as many live nonces as it may."""
 
     def __init__(self, device_id: str, limit: int) -> None:
         self.device_id = device_id
-        self.limit = limit
         super().__init__(
-            f"device {device_id!r} has {limit} live nonces: slow it down; live ones are never evicted, they expire"
+            f"device {device_id!r} has {limit} live nonces: slow it down; live ones are never evicted, they expire",
+            limit=limit,
         )
 
 

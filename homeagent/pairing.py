@@ -13,8 +13,6 @@ from pydantic import SecretStr
 
 from homeagent.clock import Clock
 from homeagent.credentials import (
-    FAILED_CHECKS_PER_MINUTE,
-    WAITING_HASHES,
     FailedChecks,
     check_secret,
     generate_secret,
@@ -28,9 +26,11 @@ from homeagent.errors import (
     DeviceNotApprovedError,
     DeviceNotFoundError,
     InvalidArgumentError,
+    PendingLimitError,
     UnitStateError,
 )
 from homeagent.models.device import Device
+from homeagent.models.limits import Limits
 from homeagent.models.schemas import DeviceCreate, DevicePair, PairedDevice, SecretCheck
 from homeagent.models.types import (
     check_duration,
@@ -59,22 +59,15 @@ class Pairing:
     Args:
         runner: does units of work.
         clock: tells whether the overlap of a rotation is over.
-        waiting_hashes: how many slow hashes may wait for their turn in this process.
-        failed_checks_per_minute: how many checks of one id may fail within a minute. Generated secrets don't count.
+        limits: how many devices may wait, how many slow hashes, and how many checks may fail.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        clock: Clock,
-        *,
-        waiting_hashes: int = WAITING_HASHES,
-        failed_checks_per_minute: int = FAILED_CHECKS_PER_MINUTE,
-    ) -> None:
+    def __init__(self, runner: Runner, clock: Clock, limits: Limits) -> None:
         self._runner = runner
         self._clock = clock
-        self._waiting_hashes = waiting_hashes
-        self._failed_checks = FailedChecks(clock, per_minute=failed_checks_per_minute)
+        self._most_pending = limits.pending_devices
+        self._waiting_hashes = limits.waiting_hashes
+        self._failed_checks = FailedChecks(clock, per_minute=limits.failed_checks_per_minute)
 
     def pair(self, request: DevicePair) -> PairedDevice:
         """Add a device that waits for its approval; see `Database.pair`."""
@@ -82,6 +75,9 @@ class Pairing:
         # Asked before the hash is made, which is slow on purpose; `create` decides.
         if self._find_device(request.id) is not None:
             raise DeviceExistsError(request.id)
+        most = self._most_pending
+        if self._runner.run(lambda unit: unit.devices.count_pending(limit=most + 1), read_only=True) >= most:
+            raise PendingLimitError(most)
         secret = generate_secret() if request.shared_secret is None else request.shared_secret
         create = DeviceCreate(
             id=request.id,
@@ -94,6 +90,8 @@ class Pairing:
         def add(unit: UnitOfWork) -> Device:
             try:
                 device = unit.devices.create(create)
+                # After the insert: a unit that is run again, since its commit is unknown, finds its own device.
+                unit.devices.require_pending_room(most)
                 # A call of a device that had this id may have ended after that was deleted. What is in progress may be
                 # the call that pairs.
                 unit.idempotency_keys.delete_ended(create.id)

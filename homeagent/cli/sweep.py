@@ -35,7 +35,7 @@ def sweep(
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove nonces and idempotency keys that have expired.
+    """Remove nonces and idempotency keys that have expired, and devices that waited for approval for over 30 days.
 
     It works in small transactions, so it can run beside the gateway.
     """
@@ -47,7 +47,8 @@ def sweep(
         print_json(report.model_dump(mode="json"))
         return
     typer.echo(
-        f"Removed {count(report.nonces, 'nonce')} and {count(report.idempotency_keys, 'idempotency key')}."
+        f"Removed {count(report.nonces, 'nonce')} and {count(report.idempotency_keys, 'idempotency key')}"
+        + (f", and {count(report.pending_devices, 'device')} without an approval." if report.pending_devices else ".")
         + (f" Skipped {count(report.skipped, 'row')}: {', '.join(report.constraints)}." if report.skipped else "")
         + (" The time budget ended it early: sweep again." if report.more else "")
     )

@@ -10,22 +10,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import ColumnElement, and_, bindparam, delete, select, tuple_
 
 from homeagent.engine.statements import Statement
 from homeagent.errors import ConflictError
+from homeagent.models.device import PENDING, Device
 from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.nonce import Nonce
 from homeagent.models.types import earlier
+from homeagent.stores.devices import OVERDUE
 from homeagent.stores.idempotency_keys import EXPIRED as EXPIRED_KEY
 from homeagent.stores.nonces import EXPIRED as EXPIRED_NONCE
-from homeagent.stores.nonces import NONCE_GRACE
 from homeagent.unit_of_work import UnitOfWork, UnitSettings, read_clock
 
-__all__ = ["ExpiredRows"]
+__all__ = ["ExpiredRows", "Kind"]
+
+Kind = Literal["nonces", "idempotency_keys", "pending_devices"]
 
 _FIRST = datetime.min.replace(tzinfo=UTC)
 
@@ -36,12 +39,13 @@ class _Statements:
     Args:
         model: the table.
         expired: the condition of a row to be deleted.
+        time: the column by whose time rows expire.
     """
 
-    def __init__(self, model: Any, expired: ColumnElement[bool]) -> None:
+    def __init__(self, model: Any, expired: ColumnElement[bool], time: str = "expires_at") -> None:
         table = model.__table__
         key = list(table.primary_key.columns)
-        order = [table.c.expires_at, *key]
+        order = [table.c[time], *key]
         self.names = [column.name for column in order]
         """The columns of a page, each of them a parameter of both statements."""
         after = tuple_(*(bindparam(column.name, type_=column.type) for column in order))
@@ -50,12 +54,13 @@ class _Statements:
         )
         same = and_(*(column == bindparam(column.name, type_=column.type) for column in key))
         self.delete = Statement[Any](delete(table).where(same, expired))
-        self.first = {column.name: _FIRST if column is table.c.expires_at else "" for column in order}
+        self.first = {column.name: _FIRST if column is table.c[time] else "" for column in order}
 
 
 _STATEMENTS = {
     "nonces": _Statements(Nonce, EXPIRED_NONCE),
     "idempotency_keys": _Statements(IdempotencyKey, EXPIRED_KEY),
+    "pending_devices": _Statements(Device, and_(PENDING, OVERDUE), "paired_at"),
 }
 
 
@@ -80,7 +85,8 @@ class ExpiredRows:
 
     Args:
         settings: what the units share.
-        kind: the table, which is also the name of its store.
+        kind: the table; of `devices` only those that wait for their approval.
+        grace: how long a row stays after its time.
         monotonic: the clock for the duration of a batch, in seconds.
 
     Attributes:
@@ -90,11 +96,13 @@ class ExpiredRows:
     def __init__(
         self,
         settings: UnitSettings,
-        kind: Literal["nonces", "idempotency_keys"],
+        kind: Kind,
+        grace: timedelta,
         monotonic: Callable[[], float],
     ) -> None:
         self._settings = settings
         self._kind = kind
+        self._grace = grace
         self._statements = _STATEMENTS[kind]
         self._monotonic = monotonic
         self._after: dict[str, Any] | None = None
@@ -110,7 +118,7 @@ class ExpiredRows:
             try:
                 with UnitOfWork(self._settings, read_only=False) as unit:
                     begun = self._monotonic()
-                    count = int(getattr(unit, self._kind).delete_expired(limit=limit))
+                    count = self._delete_batch(unit, limit)
                     worked = self._monotonic() - begun
                 return Batch(count, count, worked, self._monotonic() - begun)
             except ConflictError:
@@ -123,6 +131,13 @@ class ExpiredRows:
         self._after = page[-1] if page else self._after
         held = self._monotonic() - begun
         return Batch(deleted, len(page), held, held)
+
+    def _delete_batch(self, unit: UnitOfWork, limit: int) -> int:
+        if self._kind == "nonces":
+            return unit.nonces.delete_expired(limit=limit)
+        if self._kind == "idempotency_keys":
+            return unit.idempotency_keys.delete_expired(limit=limit)
+        return unit.devices.delete_pending(paired_before=self._times()["before"], limit=limit)
 
     def _delete_each(self, page: Sequence[dict[str, Any]]) -> int:
         """Delete each of these rows that no constraint keeps, and return how many."""
@@ -147,9 +162,9 @@ class ExpiredRows:
         return deleted
 
     def _times(self) -> dict[str, datetime]:
-        """Return the parameters of the condition `expired`: for a key, and for a nonce, which has a grace period."""
+        """Return the parameters of the condition `expired`."""
         now = read_clock(self._settings.clock)
-        return {"now": now, "before": earlier(now, NONCE_GRACE)}
+        return {"now": now, "before": earlier(now, self._grace)}
 
 
 def _name(error: ConflictError) -> str:

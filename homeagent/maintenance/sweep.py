@@ -10,16 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
 from homeagent.clock import monotonic
 from homeagent.engine.target import refuse_address
 from homeagent.errors import DatabaseClosedError, HomeAgentError, UnitStateError
-from homeagent.maintenance.expired_rows import ExpiredRows
+from homeagent.maintenance.expired_rows import ExpiredRows, Kind
 from homeagent.maintenance.pace import Pace
 from homeagent.models.types import check_duration, check_limit, check_wait
+from homeagent.stores.nonces import NONCE_GRACE
 from homeagent.unit_of_work import UnitSettings
 
 __all__ = ["BackupSchedule", "SweepReport", "Sweeper", "sweep"]
@@ -62,6 +63,7 @@ class SweepReport(BaseModel):
     Attributes:
         nonces: rows of dead nonces that were removed.
         idempotency_keys: rows of dead idempotency keys that were removed.
+        pending_devices: devices that were removed, since they had waited for their approval for too long.
         more: whether the time budget ended it before all was done.
         skipped: rows of expired nonces and keys that a constraint of an own table keeps. They stay, and count as
             absent; the next sweep tries them again.
@@ -72,6 +74,7 @@ class SweepReport(BaseModel):
 
     nonces: int = 0
     idempotency_keys: int = 0
+    pending_devices: int = 0
     more: bool = False
     skipped: int = 0
     constraints: tuple[str, ...] = ()
@@ -82,10 +85,11 @@ def sweep(
     *,
     batch_size: int,
     time_budget: timedelta | None,
+    pending_ttl: timedelta | None = None,
     stop: threading.Event | None = None,
     monotonic: Callable[[], float] = monotonic,
 ) -> SweepReport:
-    """Remove dead nonces and idempotency keys, a batch in each unit of work.
+    """Remove dead nonces, dead idempotency keys and overdue pending devices, a batch in each unit of work.
 
     While others write, it takes a fifth of the time at most, in turns of a few milliseconds.
 
@@ -93,6 +97,7 @@ def sweep(
         settings: what the units share.
         batch_size: how many rows a unit removes at most.
         time_budget: when to end early; None for not before all is done.
+        pending_ttl: how long a device may wait for its approval; None to remove no device.
         stop: ends it early as well.
         monotonic: what turns and budget are measured by, in seconds.
 
@@ -106,16 +111,21 @@ def sweep(
     pause = stop or threading.Event()
     engine = settings.engine
     pace = Pace(batch_size)
-    removed = {"nonces": 0, "idempotency_keys": 0}
+    tables: dict[Kind, timedelta | None] = {
+        "nonces": NONCE_GRACE,
+        "idempotency_keys": timedelta(0),
+        "pending_devices": pending_ttl,
+    }
+    removed = dict.fromkeys(tables, 0)
     skipped: Counter[str] = Counter()
 
     def rested(seconds: float) -> bool:
         """Rest, and tell whether there is time for more. A rest that would outlast the budget is not begun."""
         return (deadline is None or monotonic() + seconds < deadline) and not pause.wait(seconds)
 
-    def delete(kind: Literal["nonces", "idempotency_keys"]) -> bool:
+    def delete(kind: Kind, grace: timedelta) -> bool:
         """Delete the expired rows of a table, and tell whether there was time for all of them."""
-        rows = ExpiredRows(settings, kind, monotonic)
+        rows = ExpiredRows(settings, kind, grace, monotonic)
         in_log = 0
         try:
             while True:
@@ -137,8 +147,10 @@ def sweep(
         finally:
             skipped.update(rows.skipped)
 
-    done = delete("nonces") and delete("idempotency_keys")
-    report = SweepReport(**removed, more=not done, skipped=skipped.total(), constraints=tuple(sorted(skipped)))
+    done = all(delete(kind, grace) for kind, grace in tables.items() if grace is not None)
+    report = SweepReport.model_validate(
+        {**removed, "more": not done, "skipped": skipped.total(), "constraints": tuple(sorted(skipped))}
+    )
     _log_skipped(report)
     return report
 
@@ -229,15 +241,17 @@ class Sweeper:
                     extra={"event": "sweep_failed", "error": type(error).__name__, "retry_seconds": self._every},
                 )
             else:
-                if report.nonces or report.idempotency_keys:
+                if report.nonces or report.idempotency_keys or report.pending_devices:
                     logger.info(
-                        "swept %d nonce(s) and %d idempotency key(s)",
+                        "swept %d nonce(s), %d idempotency key(s) and %d pending device(s)",
                         report.nonces,
                         report.idempotency_keys,
+                        report.pending_devices,
                         extra={
                             "event": "swept",
                             "nonces": report.nonces,
                             "idempotency_keys": report.idempotency_keys,
+                            "pending_devices": report.pending_devices,
                             "more": report.more,
                         },
                     )

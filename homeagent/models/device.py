@@ -4,7 +4,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import CheckConstraint, Column, Connection, event, inspect, select, text
+from sqlalchemy import CheckConstraint, Column, Connection, Index, event, inspect, select, text
 from sqlalchemy.orm import Mapper, object_session
 from sqlmodel import Field
 
@@ -22,7 +22,7 @@ from homeagent.models.types import (
     text_column,
 )
 
-__all__ = ["Device", "DeviceStatus", "Role"]
+__all__ = ["PENDING", "Device", "DeviceStatus", "Role"]
 
 
 class Role(StrEnum):
@@ -41,6 +41,11 @@ class DeviceStatus(StrEnum):
     REVOKED = "revoked"
 
 
+# As the index says it, or SQLite does not use the index: https://sqlite.org/partialindex.html, section 3.
+PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
+"""Devices that wait for their first approval."""
+
+
 class Device(Table, table=True):
     """A row of `devices`. Never a request body (a client could set `approved`), never a reply: see the shapes."""
 
@@ -48,6 +53,16 @@ class Device(Table, table=True):
     __table_args__ = (
         CheckConstraint("role IN ('client', 'node', 'admin')", name="role"),
         CheckConstraint("approved IN (0, 1)", name="approved"),
+        # With the columns of its condition, or SQLite reads each row, metadata and all, to count it.
+        Index(
+            "idx_devices_pending",
+            "paired_at",
+            "approved",
+            "approved_at",
+            "revoked_at",
+            sqlite_where=PENDING,
+            postgresql_where=PENDING,
+        ),
     )
 
     id: Identifier = Field(sa_column=Column("id", text_column(), primary_key=True, nullable=False))

@@ -19,9 +19,10 @@ from homeagent.errors import (
     DeviceNotFoundError,
     InvalidArgumentError,
     LastAdminError,
+    PendingLimitError,
 )
 from homeagent.frame_locals import clears_locals
-from homeagent.models.device import Device, DeviceStatus, Role
+from homeagent.models.device import PENDING, Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.store_record import store_table
 from homeagent.models.types import (
@@ -70,6 +71,28 @@ _VERIFIER = Statement[str | None](_for_every_id(_columns.proof_verifier))
 _PROOF_SECRETS = Statement[tuple[str | None, str | None]](
     select(store_table.c.proof_key, _columns.proof_verifier).select_from(
         store_table.outerjoin(Device.__table__, _columns.id == bindparam("id"))
+    )
+)
+_COUNT_PENDING = Statement[int](
+    select(func.count()).select_from(
+        select(_columns.paired_at).where(PENDING).limit(bindparam("limit")).subquery()  # the column of the index
+    )
+)
+# On PostgreSQL, pairings wait for one another here until the end of their units, so that each counts the others.
+_LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
+OVERDUE: Any = _columns.paired_at <= bindparam("before")
+"""Whether a sweep deletes a pending device; `before` is now less `Limits.pending_ttl`."""
+
+_DELETE_PENDING = Statement[Device](
+    delete(Device).where(
+        PENDING,
+        _columns.id.in_(
+            select(_columns.id)
+            .where(PENDING, OVERDUE)
+            .order_by(_columns.paired_at)
+            .limit(bindparam("limit"))
+            .with_for_update(skip_locked=True)
+        ),
     )
 )
 _CREATE = Statement[Device](
@@ -267,6 +290,40 @@ class DeviceStore(Store):
         if key is None:
             raise CorruptDatabaseError("the table `store` has lost its proof key: restore the newest good backup")
         return key, verifier
+
+    @reading
+    def count_pending(self, *, limit: int) -> int:
+        """Count the devices that wait for their first approval, up to a limit.
+
+        Args:
+            limit: where to stop counting, 1 or more.
+        """
+        return self._unit.one(_COUNT_PENDING, limit=check_limit(limit)) or 0
+
+    @writing()
+    def require_pending_room(self, limit: int) -> None:
+        """Raise if more devices wait for their approval than may. Other pairings wait until this unit ends.
+
+        Args:
+            limit: how many may wait, a device that this unit has created included.
+
+        Raises:
+            PendingLimitError: more wait.
+        """
+        self._unit.one(_LOCK_STORE)
+        if self.count_pending(limit=limit + 1) > limit:
+            raise PendingLimitError(limit)
+
+    @writing()
+    def delete_pending(self, *, paired_before: datetime, limit: int = 100) -> int:
+        """Remove devices that have waited for their approval since before a time, longest first, and return how many.
+
+        Args:
+            paired_before: those that paired at this time or earlier.
+            limit: how many at most, 1 or more.
+        """
+        before = check_timestamp(paired_before, "paired_before")
+        return self._unit.write(_DELETE_PENDING, before=before, limit=check_limit(limit))
 
     @reading
     def list(

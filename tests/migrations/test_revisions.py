@@ -317,7 +317,7 @@ def test_old_results_count_as_completed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
-def test_old_database_opens_and_carries_on(tmp_path: Path, revision: str) -> None:
+def test_old_database_opens_and_carries_on(tmp_path: Path, revision: str) -> None:  # noqa: PLR0915  one story
     """A database of each release is backed up, upgraded without losing a value, and worked with."""
     path = old_database(tmp_path, revision)
     before = rows_of(path)

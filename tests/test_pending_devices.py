@@ -1,0 +1,100 @@
+"""Devices that strangers pair, and that no administrator approves, are bounded in number and in time."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from homeagent import Database, DevicePair, DeviceStatus, Limits, Role
+from homeagent.errors import DeviceExistsError, InvalidArgumentError, PendingLimitError
+from homeagent.stores import devices as module
+from tests.conftest import FakeClock, MakeDatabase, add_device
+
+
+def pair(database: Database, device_id: str) -> bool:
+    """Pair a device, and tell whether it was let wait."""
+    try:
+        database.pair(DevicePair(id=device_id, role=Role.NODE))
+    except PendingLimitError as error:
+        return error.limit != 3
+    return True
+
+
+def test_only_so_many_wait(reopen: MakeDatabase) -> None:
+    """At the bound no device pairs, and approving, revoking or deleting a waiting device makes room for one."""
+    database = reopen(limits=Limits(pending_devices=3))
+    add_device(database, "approved", approved=True)
+    assert [pair(database, f"d{number}") for number in range(4)] == [True, True, True, False]
+    assert database.devices.find_by_id("d3") is None
+    with pytest.raises(DeviceExistsError):
+        pair(database, "d0")
+    for settle in (database.devices.approve, database.devices.revoke, database.devices.delete):
+        settle(f"d{['approve', 'revoke', 'delete'].index(settle.__name__)}")
+        assert [pair(database, f"{settle.__name__}-{number}") for number in range(2)] == [True, False]
+    assert len(database.devices.list(status=DeviceStatus.PENDING)) == 3
+
+
+def test_the_bound_is_exact_for_callers_at_the_same_time(reopen: MakeDatabase) -> None:
+    """Of callers in several databases on one store, as many are let wait as may, and no more."""
+    databases = [reopen(limits=Limits(pending_devices=3)) for _ in range(3)]
+    with ThreadPoolExecutor(9) as threads:
+        calls = [threads.submit(pair, databases[number % 3], f"d{number}") for number in range(9)]
+        assert sum(call.result() for call in calls) == 3
+    assert len(databases[0].devices.list()) == 3
+
+
+def test_pairing_is_closed(reopen: MakeDatabase) -> None:
+    """With a bound of 0 no device pairs, and code that holds a hash still adds one."""
+    database = reopen(limits=Limits(pending_devices=0))
+    with pytest.raises(PendingLimitError, match="pairing is closed"):
+        database.pair(DevicePair(id="lamp", role=Role.NODE))
+    assert add_device(database, "lamp").status is DeviceStatus.PENDING
+
+
+def test_a_sweep_removes_who_waited_too_long(reopen: MakeDatabase, clock: FakeClock) -> None:
+    """After its time a device that waits is removed, and a device that was approved or revoked stays."""
+    database = reopen(limits=Limits(pending_ttl=timedelta(days=2)))
+    for device_id in ("waiting", "approved", "revoked"):
+        add_device(database, device_id, approved=device_id == "approved")
+    database.devices.revoke("revoked")
+    clock.advance(days=1)
+    add_device(database, "later")
+    clock.advance(timedelta(days=1) - timedelta(milliseconds=1))
+    assert database.sweep().pending_devices == 0
+    clock.advance(milliseconds=1)
+    assert database.sweep(batch_size=1).pending_devices == 1
+    assert [device.id for device in database.devices.list()] == ["approved", "later", "revoked"]
+
+
+def test_the_index_counts(sqlite_database: Database) -> None:
+    """SQLite counts and removes waiting devices by the partial index, and reads no row for it."""
+    for statement, index in ((module._COUNT_PENDING, "COVERING INDEX"), (module._DELETE_PENDING, "INDEX")):
+        with sqlite_database.unit_of_work() as unit:
+            connection = unit.session.connection()
+            raw: Any = connection.connection.driver_connection
+            compiled = statement.compiled(connection.dialect, read_only=False)
+            values = compiled.bind({"limit": 5, "before": sqlite_database._clock()})
+            plan = "\n".join(row[3] for row in raw.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", values).fetchall())
+        assert f"{index} idx_devices_pending" in plan
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"pending_devices": -1},
+        {"pending_devices": True},
+        {"pending_ttl": timedelta(0)},
+        {"waiting_hashes": 0},
+        {"failed_checks_per_minute": 0},
+    ],
+    ids=str,
+)
+def test_bad_limits_are_refused(bad: dict[str, Any]) -> None:
+    """A bound that is none is refused when it is made."""
+    with pytest.raises(InvalidArgumentError):
+        Limits(**bad)
+    with pytest.raises(InvalidArgumentError, match="Limits"):
+        Database.open(":memory:", limits=bad)
