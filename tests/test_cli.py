@@ -275,7 +275,14 @@ def test_sweep_removes_what_expired(ready: Path) -> None:
     waiting = json.loads(_invoke("status", "--json", "--database", ready).stdout)
     assert waiting["expired"]["nonces"] == 5
     swept = _invoke("sweep", "--json", "--batch-size", "2", "--time-budget", "60", "--database", ready)
-    assert json.loads(swept.stdout) == {"nonces": 5, "idempotency_keys": 0, "pending_devices": 0, "more": False}
+    assert json.loads(swept.stdout) == {
+        "nonces": 5,
+        "idempotency_keys": 0,
+        "pending_devices": 0,
+        "more": False,
+        "skipped": 0,
+        "constraints": [],
+    }
     assert _invoke("sweep", "--database", ready).stdout == "Removed 0 nonces and 0 idempotency keys.\n"
 
 

@@ -109,7 +109,6 @@ def sweep(
         check_duration(time_budget, "time_budget")
     deadline = None if time_budget is None else monotonic() + time_budget.total_seconds()
     pause = stop or threading.Event()
-    engine = settings.engine
     pace = Pace(batch_size)
     tables: dict[Kind, timedelta | None] = {
         "nonces": NONCE_GRACE,
@@ -123,36 +122,45 @@ def sweep(
         """Rest, and tell whether there is time for more. A rest that would outlast the budget is not begun."""
         return (deadline is None or monotonic() + seconds < deadline) and not pause.wait(seconds)
 
-    def delete(kind: Kind, grace: timedelta) -> bool:
-        """Delete the expired rows of a table, and tell whether there was time for all of them."""
-        rows = ExpiredRows(settings, kind, grace, monotonic)
-        in_log = 0
-        try:
-            while True:
-                contention, asked = engine.contention, pace.rows
-                batch = rows.delete(asked)
-                removed[kind] += batch.deleted
-                if batch.found < asked:
-                    return True
-                contended = engine.contention != contention
-                if not rested(pace.after_batch(worked=batch.worked, held=batch.held, contended=contended)):
-                    return False
-                in_log = in_log + batch.deleted if contended else 0
-                if in_log >= _ROWS_IN_LOG:
-                    in_log = 0
-                    begun = monotonic()
-                    engine.empty_log(settings.timeout)
-                    if not rested(pace.rest_after(monotonic() - begun)):
-                        return False
-        finally:
+    done = True
+    for kind, grace in tables.items():
+        if done and grace is not None:
+            rows = ExpiredRows(settings, kind, grace, monotonic)
+            removed[kind], done = _delete(rows, settings, pace, rested, monotonic)
             skipped.update(rows.skipped)
-
-    done = all(delete(kind, grace) for kind, grace in tables.items() if grace is not None)
     report = SweepReport.model_validate(
         {**removed, "more": not done, "skipped": skipped.total(), "constraints": tuple(sorted(skipped))}
     )
     _log_skipped(report)
     return report
+
+
+def _delete(
+    rows: ExpiredRows,
+    settings: UnitSettings,
+    pace: Pace,
+    rested: Callable[[float], bool],
+    monotonic: Callable[[], float],
+) -> tuple[int, bool]:
+    """Delete the expired rows of a table. Return the number of deleted rows, and whether there was time for all."""
+    engine = settings.engine
+    deleted = in_log = 0
+    while True:
+        contention, asked = engine.contention, pace.rows
+        batch = rows.delete(asked)
+        deleted += batch.deleted
+        if batch.found < asked:
+            return deleted, True
+        contended = engine.contention != contention
+        if not rested(pace.after_batch(worked=batch.worked, held=batch.held, contended=contended)):
+            return deleted, False
+        in_log = in_log + batch.deleted if contended else 0
+        if in_log >= _ROWS_IN_LOG:
+            in_log = 0
+            begun = monotonic()
+            engine.empty_log(settings.timeout)
+            if not rested(pace.rest_after(monotonic() - begun)):
+                return deleted, False
 
 
 def _log_skipped(report: SweepReport) -> None:

@@ -141,10 +141,11 @@ _REVOKE = Statement[Device](
 )
 # A decision compares the columns in the database and reads no value, so that a value that can't be read prevents
 # neither an approval nor a revocation. What is compared with None is None.
-_STANDING = Statement[tuple[bool, bool, bool | None, bool | None, bool | None]](
+_STANDING = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]](
     select(
         _columns.approved,
         _columns.revoked_at.is_not(None),
+        or_(_columns.revoked_at.is_not(None), _columns.approved_at.is_not(None)),
         _columns.role == bindparam("role"),
         _columns.shared_secret_hash == bindparam("secret_hash"),
         _columns.paired_at == bindparam("paired_at"),
@@ -214,10 +215,15 @@ class SecretHashes(NamedTuple):
 
 
 class _Standing(NamedTuple):
-    """Whether a device is approved or revoked, and whether it has the values that are expected of it."""
+    """The state of a device, and whether the device has the expected values.
+
+    `was_decided` is True if the device was approved or revoked before: a device that lost its approval without a
+    revocation counts as revoked.
+    """
 
     approved: bool
     revoked: bool
+    was_decided: bool
     has_role: bool | None
     has_secret_hash: bool | None
     has_paired_at: bool | None
@@ -420,7 +426,7 @@ class DeviceStore(Store):
             raise ApprovalChangedError(device_id, "time of pairing")
         if device.approved:
             return False
-        status = DeviceStatus.REVOKED if device.revoked else DeviceStatus.PENDING
+        status = DeviceStatus.REVOKED if device.was_decided else DeviceStatus.PENDING
         if status is not (expected_status or DeviceStatus.PENDING):
             raise ApprovalChangedError(device_id, "status")
         self._unit.write(_APPROVE, device_id=device_id, now=self._unit.now())
