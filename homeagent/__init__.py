@@ -42,6 +42,7 @@ from homeagent.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from homeagent.credentials import hash_secret
+    from homeagent.file_names import safe_filename
     from homeagent.maintenance.doctor import diagnose
     from homeagent.version import __version__
 
@@ -78,6 +79,7 @@ __all__ = [
     "diagnose",
     "errors",
     "hash_secret",
+    "safe_filename",
 ]
 
 # Names that opening a database does not need. A process starts sooner without importing them.
@@ -85,6 +87,7 @@ _LAZY = {
     "__version__": "version",
     "diagnose": "maintenance.doctor",
     "hash_secret": "credentials",
+    "safe_filename": "file_names",
 }
 
 

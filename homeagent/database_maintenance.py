@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from homeagent import maintenance
 from homeagent.clock import Clock
 from homeagent.engine.engine import Engine
-from homeagent.errors import DatabaseClosedError, InvalidArgumentError
+from homeagent.errors import CorruptDatabaseError, DatabaseClosedError, InvalidArgumentError
 from homeagent.frame_locals import clears_locals
 from homeagent.models.limits import Limits
 from homeagent.models.types import check_duration
+from homeagent.stores.nonces import FIND_RECORD
 from homeagent.unit_of_work import UnitOfWork, UnitSettings
 
 if TYPE_CHECKING:
@@ -35,6 +36,15 @@ class DatabaseMaintenance:
     _mutex: threading.RLock
     _sweepers: list[maintenance.Sweeper]
     _closed: bool
+
+    def ping(self) -> None:
+        """Check that the database answers: read the one row of the table `store`, without a lock.
+
+        Raises:
+            DatabaseError: the database cannot be read, was moved or is closed.
+        """
+        if self._engine.read_alone("one", FIND_RECORD, {}, self._settings.timeout) is None:
+            raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")
 
     def sweep(self, *, batch_size: int = 100, time_budget: timedelta | None = None) -> maintenance.SweepReport:
         """Remove expired nonces and idempotency keys, and devices that waited for longer than `Limits.pending_ttl`.

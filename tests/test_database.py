@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from homeagent import Attempt, Database, DevicePair, DeviceStatus, IdempotencyScope, Role, UnitOfWork
 from homeagent.credentials import hashing
 from homeagent.errors import (
+    CorruptDatabaseError,
     DatabaseBusyError,
     DatabaseClosedError,
     DeviceExistsError,
@@ -27,7 +28,7 @@ from homeagent.errors import (
     UnitStateError,
 )
 from homeagent.scram import make_proof, make_verifier, proof_message, verifier_parameters
-from tests.conftest import START, FakeClock, dump
+from tests.conftest import START, FakeClock, dump, write_past_checks
 
 HUMAN = SecretStr("correct horse battery staple")
 MINUTE = timedelta(minutes=1)
@@ -557,3 +558,14 @@ def test_a_secret_is_never_hashed_inside_a_unit(database: Database, monkeypatch:
     database.rotate_secret("lamp", SecretStr("another secret of a human"), overlap=MINUTE)
     assert len(during) >= 4
     assert not any(during)
+
+
+def test_ping(database: Database, target: str) -> None:
+    """`ping` returns nothing while the database answers, and raises a DatabaseError if it does not."""
+    database.ping()
+    write_past_checks(target, "DELETE FROM store")
+    with pytest.raises(CorruptDatabaseError, match="has lost its row"):
+        database.ping()
+    database.close()
+    with pytest.raises(DatabaseClosedError):
+        database.ping()
