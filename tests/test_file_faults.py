@@ -190,7 +190,7 @@ def test_look_is_not_older_than_ten_milliseconds(
         with Database.open(sqlite_path, clock=clock, durability=durability) as database:  # type: ignore[arg-type]
             now = 1000.0
             assert isinstance(database._engine, SQLiteEngine)
-            database._engine.watch.monotonic = lambda: now  # noqa: B023
+            database._engine.identity_check.monotonic = lambda: now  # noqa: B023
             names(database)
             add_agent(database, f"{durability}-first")
             looks = 0
@@ -423,7 +423,7 @@ def test_condemned_database_is_refused(opened: Database) -> None:
     """What was found damaged serves nobody any more, and the refusal changes nothing."""
     before = dump(opened)
     assert isinstance(opened._engine, SQLiteEngine)
-    opened._engine.watch.marked_corrupt = "it was found to be damaged"
+    opened._engine.identity_check.marked_corrupt = "it was found to be damaged"
     refused(opened, "damaged", kind=CorruptDatabaseError)
-    opened._engine.watch.marked_corrupt = None
+    opened._engine.identity_check.marked_corrupt = None
     assert dump(opened) == before

@@ -171,7 +171,7 @@ def _backups_of(database: Path, directory: Path) -> Iterator[tuple[Path, Manifes
 
 
 def _revision(engine: SQLiteEngine) -> str:
-    with engine.looking() as connection:
+    with engine.reading() as connection:
         return revision_of(connection) or "none"
 
 

@@ -97,7 +97,7 @@ def stage(
         try:
             with translated(engine.driver_errors, lambda error: _restore_error(error, source)):
                 found = _verify(engine, source, manifest)
-                with engine.looking() as connection:
+                with engine.reading() as connection:
                     refuse_changed_schema(connection, str(found.revision), quoted(source))
                 engine.prepare_header()
                 upgrade_copy(engine, clock=lambda: restored_at)

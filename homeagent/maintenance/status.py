@@ -189,7 +189,7 @@ def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
 
 
 def _sqlite_facts(engine: SQLiteEngine) -> dict[str, Any]:
-    with engine.looking() as connection:
+    with engine.reading() as connection:
         pragmas = {name: connection.execute(text(f"PRAGMA {name}")).scalar_one() for name in _PRAGMAS}
     path = engine.path
     files = [path.parent, path, *sidecars(path), lock_path(path), in_use_path(path)]

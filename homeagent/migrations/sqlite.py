@@ -66,8 +66,8 @@ def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migra
     try:
         _open_sqlite(engine, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
     except BaseException:
-        if engine.presence is not None and engine.presence.held:
-            engine.presence.withdraw()  # what is refused has nothing new beside it
+        if engine.in_use_lock is not None and engine.in_use_lock.held:
+            engine.in_use_lock.withdraw()  # what is refused has nothing new beside it
         raise
 
 
@@ -76,12 +76,12 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
     identified = identify_or_wait(engine)
     if not temporary and in_use_path(path).exists():
         # A restore that was cut off is finished first.
-        engine.announced(hold_in_use_lock(path, timeout=timeout))
+        engine.keep_in_use_lock(hold_in_use_lock(path, timeout=timeout))
     state = identify(engine) if not identified else database_file.judge_file(path, is_database=True, repair=False)
     if state is not None and not state.is_empty:
         database_file.inspect_file(path)
         is_checked = database_file.secure_sidecars(path) and not temporary and _check_unclean_end(engine)
-        _announce(engine, timeout=timeout, temporary=temporary)
+        _hold_in_use_lock(engine, timeout=timeout, temporary=temporary)
         with engine.translated(), engine.connect() as connection:
             revision, suitable = _look_up(connection)
             if not is_checked:
@@ -93,7 +93,7 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
         if revision is not None and not suitable and not temporary:
             from homeagent.migrations.schema_drift import refuse_changed_schema
 
-            with engine.looking() as connection:
+            with engine.reading() as connection:
                 # Read again, in one snapshot with the schema: another process may have upgraded the file meanwhile.
                 revision = revision_of(connection)
                 if revision is not None and not suits(connection, revision):
@@ -103,7 +103,7 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
             raise corrupt_after_all(path)  # to say that there is none yet would be an invitation to make one
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     else:
-        _announce(engine, timeout=timeout, temporary=temporary)
+        _hold_in_use_lock(engine, timeout=timeout, temporary=temporary)
     lock = sidecar_lock(path, timeout=timeout)
     with lock:
         _make_or_upgrade(engine, lock, clock=clock, temporary=temporary)
@@ -161,9 +161,9 @@ def _check_unclean_end(engine: SQLiteEngine) -> bool:
     Raises:
         CorruptDatabaseError: it is damaged, or its log lost commits.
     """
-    if engine.presence is not None:
-        engine.presence.release()
-        engine.presence = None
+    if engine.in_use_lock is not None:
+        engine.in_use_lock.release()
+        engine.in_use_lock = None
     if not os.access(engine.path.parent, os.W_OK):
         return False  # SQLite can't change anything either
     lock = FileLock(in_use_path(engine.path), timeout=timedelta(0))
@@ -181,9 +181,9 @@ def _check_unclean_end(engine: SQLiteEngine) -> bool:
     return is_checked
 
 
-def _announce(engine: SQLiteEngine, *, timeout: timedelta, temporary: bool) -> None:
-    if engine.presence is None and not temporary:
-        engine.announced(hold_in_use_lock(engine.path, timeout=timeout))
+def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bool) -> None:
+    if engine.in_use_lock is None and not temporary:
+        engine.keep_in_use_lock(hold_in_use_lock(engine.path, timeout=timeout))
 
 
 def _look_up(connection: Connection) -> tuple[str | None, bool]:

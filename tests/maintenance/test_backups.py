@@ -249,7 +249,7 @@ def test_lost_schema_is_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
     with Database.open(sqlite_path) as database:
         with database.unit_of_work() as unit:
             unit.session.connection().exec_driver_sql("DROP TABLE homeagent_schema_version")
-        with pytest.raises(errors.CorruptDatabaseError, match="lost its schema"):
+        with pytest.raises(errors.CorruptDatabaseError, match="the schema is missing"):
             database.backup(tmp_path / "copy.db")
     assert names(tmp_path) == {"database"}
 
@@ -260,7 +260,7 @@ def test_broken_reference_is_no_backup(sqlite_path: Path, tmp_path: Path) -> Non
         raw.execute(
             "INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'gone', 1, 1)"
         )
-    with Database.open(sqlite_path) as database, pytest.raises(errors.CorruptDatabaseError, match="refers to one"):
+    with Database.open(sqlite_path) as database, pytest.raises(errors.CorruptDatabaseError, match="refers to a row"):
         database.backup(tmp_path / "copy.db")
     assert names(tmp_path) == {"database"}
 
@@ -294,7 +294,7 @@ def test_writers_are_not_held(sqlite_database: Database, tmp_path: Path, monkeyp
         add_agent(sqlite_database, f"agent-{number}")
     monkeypatch.setattr(engine_backup, "_STEP", 1)
     written = 0
-    proceed = engine_backup._proceed
+    proceed = engine_backup._raise_if_stopped
 
     def write(stop: engine_backup.Stop) -> None:
         nonlocal written
@@ -302,7 +302,7 @@ def test_writers_are_not_held(sqlite_database: Database, tmp_path: Path, monkeyp
         add_device(sqlite_database, f"device-{written}")
         proceed(stop)
 
-    monkeypatch.setattr(engine_backup, "_proceed", write)
+    monkeypatch.setattr(engine_backup, "_raise_if_stopped", write)
     backup = sqlite_database.backup(tmp_path / "copy.db")
     assert written > 20
     assert rows(backup, "SELECT count(*) FROM agents") == [(50,)]
@@ -318,7 +318,7 @@ def test_interrupted_backup_leaves_nothing(
     def interrupt(stop: engine_backup.Stop) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine_backup, "_proceed", interrupt)
+    monkeypatch.setattr(engine_backup, "_raise_if_stopped", interrupt)
     with pytest.raises(KeyboardInterrupt):
         sqlite_database.backup(tmp_path / "copy.db")
     assert names(tmp_path) == {"database"}
@@ -338,7 +338,7 @@ def kill(stop):
     if steps == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
-backup._proceed = kill
+backup._raise_if_stopped = kill
 Database.open(sys.argv[1]).backup(sys.argv[2])
 """
 

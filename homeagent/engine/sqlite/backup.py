@@ -1,8 +1,8 @@
-"""One backup: copied in one snapshot while others write, verified, and put in its place whole or not at all.
+"""Write one backup: copy a snapshot while units write, verify the copy, and rename the complete copy to its target.
 
-SQLite's online backup starts over when another connection writes between two of its steps
-(https://sqlite.org/backup.html), so that under constant writes it may never end. In write-ahead-log mode a reader
-holds nobody up: the source stays in one read transaction for all of the steps, and each step copies from that.
+SQLite's online backup restarts if another connection writes between two steps (https://sqlite.org/backup.html), so
+under constant writes it may never end. Therefore the source stays in one read transaction, which in WAL mode blocks no
+writer, and all steps copy from this snapshot.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Contents", "backup_name", "discard", "read_contents", "write_backup"]
 
-_STEP = 2000  # pages between two looks at whether to stop: some milliseconds
-_INSTRUCTIONS = 100_000  # of SQLite's virtual machine, likewise
+_STEP = 2000  # pages between two calls of `stop`: a few milliseconds
+_INSTRUCTIONS = 100_000  # of SQLite's virtual machine between two calls of `stop`
 
-# What a copy that could not grow is made to grow by, to find out why: one more of SQLite's largest pages.
+# Size in bytes and number of the writes that test whether a copy can grow; together SQLite's largest page.
 _PROBE, _PROBES = 4096, 16
 
 Stop = Callable[[], bool]
@@ -50,12 +50,12 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a database holds, as far as a manifest tells.
+    """Content of a database, as a manifest describes it.
 
     Attributes:
-        rows: how many rows each table has, by name.
-        revision: what the version table says; None without one.
-        epoch: the store's; None where its schema has none yet.
+        rows: number of rows of each table.
+        revision: schema revision; None without a version table.
+        epoch: epoch of the store; None if the schema is older than epochs.
     """
 
     rows: dict[str, int]
@@ -64,7 +64,7 @@ class Contents:
 
 
 def backup_name(database: Path, revision: str, taken_at: datetime) -> str:
-    """Return what a backup in a directory is called: names of one revision sort by time."""
+    """Return the name of a backup in a directory. The names of one revision sort by time."""
     return f"{database.name}.{revision}-{taken_at.strftime('%Y%m%dT%H%M%S%fZ')}.backup"
 
 
@@ -79,32 +79,32 @@ def write_backup(
     replace: bool = False,
     stop: Stop = lambda: False,
 ) -> Manifest:
-    """Copy an open database to a file of its own, and its manifest beside it.
+    """Copy an open database to a new file, and write the manifest next to the copy.
 
-    The copy needs no log of its own: it is in rollback mode, so that it can be read where nothing can be written.
+    The copy is in rollback mode: it needs no WAL, so it can be opened on a read-only medium.
 
     Args:
-        engine: on the database.
-        target: the copy. Its directory exists.
-        partial: its name until it is whole and verified; in the same directory.
-        version_table: which table has the schema's revision.
-        taken_at: for the manifest.
-        kind: likewise.
-        replace: whether what is there already is replaced.
-        stop: asked now and then; where it answers True, there will be no backup.
+        engine: engine of the database.
+        target: path of the backup, in an existing directory.
+        partial: path of the copy until it is verified, in the same directory.
+        version_table: table with the schema revision.
+        taken_at: time of the backup, for the manifest.
+        kind: kind of the backup, for the manifest.
+        replace: whether to replace an existing file.
+        stop: called repeatedly; True cancels the backup.
 
     Raises:
-        InvalidArgumentError: `target` exists, and is not to be replaced.
-        CorruptDatabaseError: the database is damaged. There is no backup of it, since one would pass for good.
+        InvalidArgumentError: `target` exists, and `replace` is False.
+        CorruptDatabaseError: the database is damaged. A copy of it must not pass for a good backup.
         DiskFullError, ReadOnlyError, DatabaseError: the copy can't be written.
-        BackupStoppedError: `stop` answered True.
+        BackupStoppedError: `stop` returned True.
     """
     if not replace and os.path.lexists(target):
-        raise InvalidArgumentError(f"{quoted(target)} exists already: name another file, or ask for it to be replaced")
+        raise InvalidArgumentError(f"{quoted(target)} exists already: name another file, or replace the old one")
     if not create_file(partial, database=engine.path):
-        raise DatabaseError(f"{quoted(partial)} is in the way of a backup: remove it")
+        raise DatabaseError(f"{quoted(partial)} is in the way of a backup: remove the file")
     try:
-        secure_sidecars(partial)  # before SQLite would replay a journal that another user put there
+        secure_sidecars(partial)  # otherwise SQLite would replay a journal that another user put there
         contents = _copy(engine, partial, version_table, stop)
         manifest = _describe(partial, engine.path, contents, taken_at=taken_at, kind=kind, stop=stop)
         write_manifest(partial, manifest)
@@ -116,43 +116,43 @@ def write_backup(
 
 
 def _put_in_place(partial: Path, target: Path, *, replace: bool) -> None:
-    # A file that is called a backup must be one, and a manifest must never speak of another file: so each of these
-    # steps is on the disk before the next one is taken.
+    # After a power failure a file with a backup's name must be a complete backup, and a manifest must not describe
+    # another file. So sync each step to the disk before the next step.
     with explained("put a backup in place at", target):
         if replace:
             manifest_path(target).unlink(missing_ok=True)
             fsync_directory(target.parent)
         elif os.path.lexists(target):
-            raise InvalidArgumentError(f"{quoted(target)} was made by another program meanwhile: name another file")
+            raise InvalidArgumentError(f"{quoted(target)} was created during the backup: name another file")
         partial.replace(target)
         try:
             fsync_directory(target.parent)
             manifest_path(partial).replace(manifest_path(target))
             fsync_directory(target.parent)
         except BaseException:
-            # If it replaced a backup, that one is gone, and this copy is the only one.
+            # If the copy replaced a backup, keep the copy: the old backup no longer exists.
             if not replace:
                 discard(target)
             raise
 
 
 def discard(partial: Path) -> None:
-    """Remove what is left of a copy that came to nothing, and what SQLite keeps beside it."""
+    """Remove a failed copy, its manifest and its sidecar files."""
     for path in (partial, manifest_path(partial), *sidecars(partial)):
         try:
             path.unlink(missing_ok=True)
         except OSError:
-            # Its directory may not be written any more. Then at least nothing in it can be taken for a database.
+            # The directory may be read-only by now. An empty file at least can't be mistaken for a database.
             with suppress(OSError):
                 os.truncate(path, 0)
 
 
 def read_contents(raw: Any, version_table: str) -> Contents:
-    """Count the rows of a database, over a bare connection that is in a transaction, or that nobody else writes.
+    """Read the row counts, revision and epoch of a database.
 
     Args:
-        raw: the driver's connection.
-        version_table: which table has the schema's revision; it is not counted.
+        raw: driver's connection in a transaction, or to a file that no other connection writes.
+        version_table: table with the schema revision; its rows are not counted.
     """
     tables = [
         str(row[0])
@@ -183,7 +183,7 @@ def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop) -
         for raw in (source, copy):
             raw.set_progress_handler(stop, _INSTRUCTIONS)
         source.execute("PRAGMA query_only=ON")
-        # Whatever happens to the copy before it is whole, it is thrown away.
+        # An incomplete copy is always discarded, so it needs no journal and no sync.
         copy.execute("PRAGMA journal_mode=OFF")
         copy.execute("PRAGMA synchronous=OFF")
         source.execute("BEGIN")
@@ -192,21 +192,21 @@ def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop) -
         with copy.backup("main", source, "main") as steps:
             while not steps.done:
                 steps.step(_STEP)
-                _proceed(stop)
+                _raise_if_stopped(stop)
         source.execute("ROLLBACK")
-        # The copy of a file with a write-ahead log says that it has one too.
+        # The header of the copy still says WAL mode.
         copy.execute("PRAGMA journal_mode=DELETE")
         _verify(engine.path, copy, contents, version_table)
     return contents
 
 
-def _proceed(stop: Stop) -> None:
+def _raise_if_stopped(stop: Stop) -> None:
     if stop():
         raise _stopped()
 
 
 def _stopped() -> BackupStoppedError:
-    return BackupStoppedError("the backup was stopped before it was whole: nothing of it was kept")
+    return BackupStoppedError("the backup was stopped before it was complete: the partial copy was removed")
 
 
 def _verify(source: Path, copy: Any, expected: Contents, version_table: str) -> None:
@@ -214,16 +214,16 @@ def _verify(source: Path, copy: Any, expected: Contents, version_table: str) -> 
     if verdict != "ok":
         problem = verdict.splitlines()[0]
     elif copy.execute("PRAGMA foreign_key_check").fetchall():
-        problem = "a row refers to one that is not there"
+        problem = "a row refers to a row that does not exist"
     elif read_contents(copy, version_table) != expected:
-        problem = "a table has another number of rows than in the snapshot that was copied"
+        problem = "the row counts of the copy and of the snapshot differ"
     elif expected.revision is None:
-        problem = "it has lost its schema"
+        problem = "the schema is missing"
     else:
         return
     raise CorruptDatabaseError(
-        f"{quoted(source)} is damaged ({problem}), so that a copy of it is no backup and none was kept: "
-        "stop, keep it aside with its -wal and -shm, and restore the newest good backup"
+        f"{quoted(source)} is damaged ({problem}), so the copy was removed: stop, move the file and its -wal and -shm "
+        "to another directory, and restore the newest good backup"
     )
 
 
@@ -236,16 +236,16 @@ def _describe(
     kind: Literal["backup", "upgrade"],
     stop: Stop,
 ) -> Manifest:
-    """Sync the copy to the disk, and read back every byte of it."""
+    """Sync the copy to the disk, read back every byte, and return the manifest."""
     digest = hashlib.sha256()
-    # No connection has it open any more, or closing this descriptor would drop SQLite's locks.
+    # No connection may have the copy open: closing this descriptor would drop SQLite's locks.
     with explained("read back a backup at", partial), os.fdopen(os.open(partial, os.O_RDWR | OPEN_FLAGS), "rb") as file:
         sync(file.fileno())
         while block := file.read(1 << 20):
             digest.update(block)
-            _proceed(stop)
+            _raise_if_stopped(stop)
         size = file.tell()
-    # Not at the top: its import costs more than the rest of this module's.
+    # Lazy import: it takes longer than this module's other imports.
     from homeagent.version import __version__
 
     return Manifest(
@@ -262,13 +262,13 @@ def _describe(
 
 
 def _require_room(size: int, directory: Path) -> None:
-    # Asked before, since the directory may be on the database's own disk: a copy must not be what fills it.
-    with explained("look for room in", directory):
+    # Check first: the directory may be on the disk of the database, which the copy must not fill.
+    with explained("check the free space of", directory):
         free = shutil.disk_usage(directory).free
     if free < size:
         raise DiskFullError(
-            f"there is no room for a backup in {quoted(directory)}: it takes {size:,} bytes and {free:,} are "
-            "free; free some space, or name another directory"
+            f"there is no room for a backup in {quoted(directory)}: it takes {size:,} bytes and {free:,} are free. "
+            "Free some space, or name another directory"
         )
 
 
@@ -279,22 +279,22 @@ def _size(source: Any) -> int:
 
 @contextmanager
 def _explained_copy(engine: SQLiteEngine, partial: Path, stop: Stop) -> Iterator[None]:
-    def fault(error: BaseException) -> HomeAgentError:
+    def translate(error: BaseException) -> HomeAgentError:
         code = sqlite_code(error)
         if stop() and code == apsw.SQLITE_INTERRUPT:
             return _stopped()
         if code in (apsw.SQLITE_FULL, apsw.SQLITE_IOERR):
-            refused = _refused_growth(partial)
-            if refused is not None:
-                return refused
+            growth_error = _growth_error(partial)
+            if growth_error is not None:
+                return growth_error
         return sqlite_error(error)
 
-    with translated(engine.driver_errors, fault):
+    with translated(engine.driver_errors, translate):
         yield
 
 
-def _refused_growth(partial: Path) -> HomeAgentError | None:
-    """Find out whether the copy may not grow, by making it grow: SQLite tells of any failed write alike."""
+def _growth_error(partial: Path) -> HomeAgentError | None:
+    """Write to the end of the copy and return the error, if any: SQLite's code does not name the cause."""
     try:
         descriptor = os.open(partial, os.O_WRONLY | OPEN_FLAGS)
         try:
@@ -306,7 +306,7 @@ def _refused_growth(partial: Path) -> HomeAgentError | None:
             os.close(descriptor)
     except OSError as error:
         return DiskFullError(
-            f"there was no room for a backup in {quoted(partial.parent)}, or its file may not grow so large "
-            f"({os.strerror(error.errno or 0)}): free some space or raise the limit; nothing of it was kept"
+            f"there was no room for a backup in {quoted(partial.parent)}, or the file exceeds a size limit "
+            f"({os.strerror(error.errno or 0)}): free some space or raise the limit. The partial copy was removed"
         )
     return None

@@ -1,4 +1,4 @@
-"""A link to a SQLite file."""
+"""A long-lived connection to a SQLite file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NOT_UTF8 = "holds text that is not UTF-8"
 
 
 class SQLiteConnection(StoreConnection):
-    """A connection of apsw's. Its statements run on a cursor without the parts of DB-API that only SQLAlchemy needs."""
+    """An apsw connection. Statements run on a cursor without the parts of DB-API that only SQLAlchemy needs."""
 
     __slots__ = ()
 
@@ -39,11 +39,11 @@ class SQLiteConnection(StoreConnection):
             return None
         if compiled.writes:
             return compiled.unreadable_at(None, (), parameters, _NOT_UTF8)
-        # The same rows once more, as bytes: the driver decodes each value that SQLite calls a text.
+        # Read the rows again, as bytes: the driver decodes each value of the storage class TEXT.
         names = [f"c{place}" for place in range(len(compiled.columns))]
         stored = ", ".join(f"typeof({name}), CAST({name} AS BLOB)" for name in names)
         sql = f"WITH found({', '.join(names)}) AS ({compiled.sql}) SELECT {stored} FROM found"  # noqa: S608  own SQL
-        # On the same cursor, which this ends: an open statement would keep the connection from being closed.
+        # Use the same cursor, which ends its statement: an open statement would prevent closing the connection.
         for values in self._execute(sql, compiled.bind(parameters)).fetchall():
             row: list[Any] = list(values[1::2])
             found = None

@@ -1,6 +1,6 @@
-"""Which constraint refused a change: SQLite names a CHECK, the columns of a UNIQUE, and nothing of a foreign key.
+"""Find the constraint that refused a change. SQLite's message names a CHECK or the columns of a UNIQUE constraint.
 
-The rest comes from the schema. The names of constraints are in the text of CREATE TABLE alone; no pragma has them.
+For a foreign key the message has no name. Names of constraints are only in the text of CREATE TABLE, not in a pragma.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KINDS = {
 
 _NAME = r"""(?:"(?:[^"]|"")+"|`[^`]+`|\[[^\]]+\]|\w+)"""
 _TARGET = re.compile(rf"\s*(?:WITH\b.*?\)\s*)?(INSERT|REPLACE|UPDATE|DELETE)\b.*?({_NAME})(?=\s|\()", re.I | re.S)
-_BESIDE = re.compile(r"/\*.*?\*/|\b(OR\s+\w+|INTO|FROM)\b\s*", re.I | re.S)
+_IGNORED = re.compile(r"/\*.*?\*/|\b(OR\s+\w+|INTO|FROM)\b\s*", re.I | re.S)
 
 
 class _ForeignKey(NamedTuple):
@@ -38,39 +38,39 @@ class _ForeignKey(NamedTuple):
 
 
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
-    """Return the error for a change that a constraint refused; None for an error of another kind.
+    """Return the error for a change that a constraint refused; None for another kind of error.
 
     Args:
         raw: the driver's connection, on which the change failed.
         error: the driver's exception.
-        statement: the SQL text that failed; None or COMMIT if a deferred foreign key failed at the end.
+        statement: SQL text of the failed statement; None or COMMIT if a deferred foreign key failed.
     """
     kind = _KINDS.get(getattr(error, "extendedresult", 0))
     if kind is None:
         return None
     table: str | None = None
     constraint: str | None = None
-    told = str(error).partition(": ")[2]
+    message = str(error).partition(": ")[2]
     try:
         if kind == "foreign_key":
             table, constraint = _foreign_key(raw, statement)
         elif kind == "check":
-            table, constraint = _table_of_check(raw, told, statement), told
+            table, constraint = _table_of_check(raw, message, statement), message
         elif kind == "datatype":
             table, _, constraint = str(error).rpartition(" ")[2].partition(".")
-        elif told.startswith("index '"):
-            constraint = told.removeprefix("index '").removesuffix("'")
-            table = _one(raw, "SELECT tbl_name FROM sqlite_master WHERE type = 'index' AND name = ?", constraint)
+        elif message.startswith("index '"):
+            constraint = message.removeprefix("index '").removesuffix("'")
+            table = _value(raw, "SELECT tbl_name FROM sqlite_master WHERE type = 'index' AND name = ?", constraint)
         else:
-            table = told.partition(".")[0]
-            columns = tuple(part.removeprefix(f"{table}.") for part in told.split(", "))
+            table = message.partition(".")[0]
+            columns = tuple(part.removeprefix(f"{table}.") for part in message.split(", "))
             constraint = (_unique_name(raw, table, columns) if kind == "unique" else None) or ", ".join(columns)
     except (apsw.Error, UnicodeError):
-        pass  # a schema that can't be read: the error has the names that are known
+        pass  # the schema can't be read: the error holds the names found so far
     return constraint_conflict(kind, table, constraint, sqlite_code_name(error))
 
 
-def _one(raw: Any, query: str, *parameters: object) -> str | None:
+def _value(raw: Any, query: str, *parameters: object) -> str | None:
     rows = raw.execute(query, parameters).fetchall()
     return str(rows[0][0]) if len(rows) == 1 else None
 
@@ -81,8 +81,8 @@ def _tables(raw: Any) -> list[tuple[str, str]]:
 
 
 def _target(statement: str | None) -> tuple[str, str]:
-    """Return what a statement does, and the table that it changes; empty texts for another statement."""
-    found = _TARGET.match(_BESIDE.sub("", statement or ""))
+    """Return the verb and the table of a statement that writes; empty texts for another statement."""
+    found = _TARGET.match(_IGNORED.sub("", statement or ""))
     return ("", "") if found is None else (found[1].upper(), _unquoted(found[2]))
 
 
@@ -99,7 +99,7 @@ def _table_of_check(raw: Any, check: str, statement: str | None) -> str | None:
 
 
 def _unique_name(raw: Any, table: str, columns: tuple[str, ...]) -> str | None:
-    """Return the name of a unique index on these columns, or of a UNIQUE or PRIMARY KEY; None if it has none."""
+    """Return the name of the unique index, UNIQUE or PRIMARY KEY on these columns; None if the name is not known."""
     indexes = raw.execute(
         "SELECT name FROM pragma_index_list(?) WHERE \"unique\" AND origin = 'c'", (table,)
     ).fetchall()
@@ -118,17 +118,17 @@ def _constraint_name(raw: Any, table: str, kind: str, columns: tuple[str, ...]) 
 
 
 def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | None]:
-    """Return the table and the name of the foreign key that failed, as far as only one can have failed."""
-    act, target = _target(statement)
+    """Return the table and the name of the failed foreign key; None for each if several keys can have failed."""
+    verb, target = _target(statement)
     if target:
         candidates = [
             key
             for key in _foreign_keys(raw)
-            if (act != "DELETE" and key.table.lower() == target.lower())
-            or (act in ("DELETE", "UPDATE", "REPLACE") and key.parent.lower() == target.lower())
+            if (verb != "DELETE" and key.table.lower() == target.lower())
+            or (verb in ("DELETE", "UPDATE", "REPLACE") and key.parent.lower() == target.lower())
         ]
     else:
-        candidates = list(_broken(raw))
+        candidates = list(_violated_keys(raw))
     tables = {key.table for key in candidates}
     table = tables.pop() if len(tables) == 1 else None
     if len(candidates) != 1:
@@ -147,8 +147,8 @@ def _foreign_keys(raw: Any) -> Iterator[_ForeignKey]:
         yield from (_ForeignKey(table, tuple(columns), parent) for parent, columns in keys.values())
 
 
-def _broken(raw: Any) -> Iterator[_ForeignKey]:
-    """Yield the deferred foreign keys that are broken now: the transaction whose COMMIT failed is still open."""
+def _violated_keys(raw: Any) -> Iterator[_ForeignKey]:
+    """Yield the violated deferred foreign keys. The transaction must still be open after its failed COMMIT."""
     for table, sql in _tables(raw):
         if "DEFERR" not in sql.upper():
             continue

@@ -1,7 +1,7 @@
-"""Why SQLite could not read or write: it keeps the system's error number to itself, so the system is asked once more.
+"""Find out why SQLite could not read or write: repeat a system call, since SQLite does not return the error number.
 
-Only where something failed already, so what this costs is no matter. The cause may be gone by the time it is asked
-for: then SQLite's own code is all that is known.
+The probes run only after an error, so their cost does not matter. If the cause has disappeared by then, the error
+holds only SQLite's code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from homeagent.errors import (
 
 __all__ = ["corrupt_after_all", "diagnosed_error", "newest_backup_hint"]
 
-# What SQLite may have wanted to write in one piece: the index of the log grows by 32 KiB at a time.
+# Bytes to write in a probe, at least one write of SQLite: the WAL index grows by 32 KiB at a time.
 _PIECE = 64 * 1024
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -39,60 +39,60 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 def diagnosed_error(
     error: BaseException, path: Path, *, find_moved: Callable[[], DatabaseMovedError | None]
 ) -> HomeAgentError:
-    """Return ours for an exception of the SQLite driver, told apart by SQLite's code and by what the system says now.
+    """Return homeagent's error for an exception of the SQLite driver, chosen by SQLite's code and by system probes.
 
     Args:
         error: the driver's exception.
         path: the database file.
-        find_moved: tells whether the file is still the one that was opened.
+        find_moved: returns the error for a file that was replaced or deleted; None if the open file is unchanged.
     """
-    fault = sqlite_error(error)
-    if isinstance(fault, CorruptDatabaseError):
+    translation = sqlite_error(error)
+    if isinstance(translation, CorruptDatabaseError):
         moved = find_moved()
         if moved is not None:
             return moved
-        return type(fault)(f"{fault}; it is {quoted(path)}, and {newest_backup_hint(path)}")
+        return type(translation)(f"{translation}; the file is {quoted(path)}, and {newest_backup_hint(path)}")
     code = sqlite_code(error)
     if code not in (apsw.SQLITE_CANTOPEN, apsw.SQLITE_IOERR, apsw.SQLITE_READONLY):
-        return fault
+        return translation
     name = sqlite_code_name(error)
     if code != apsw.SQLITE_READONLY and _no_descriptor_left():
         return TooManyFilesError(
-            "this process, or the machine, may open no more files: close some, or raise the limit "
+            "this process or the system has reached its limit of open files: close some files, or raise the limit "
             f"('ulimit -n'), then run the unit again [{name}]"
         )
     moved = find_moved()
     if moved is not None:
         return moved
     if code == apsw.SQLITE_READONLY:
-        return fault
+        return translation
     if _at_size_limit(path):
         return DiskFullError(
-            f"the files of {quoted(path)} may not grow beyond the limit of this process ('ulimit -f'): "
-            f"raise it, then run the unit again [{name}]"
+            f"a file of {quoted(path)} has reached this process's limit of the file size ('ulimit -f'): "
+            f"raise the limit, then run the unit again [{name}]"
         )
     match _write_error(path.parent):
         case number if number in _NO_ROOM:
-            return DiskFullError(f"there is no room left beside {quoted(path)}: make some, then try again [{name}]")
+            return DiskFullError(f"the disk of {quoted(path)} is full: free some space, then try again [{name}]")
         case errno.EROFS:
             return ReadOnlyError(
-                f"the file system of {quoted(path)} can only be read, which is what a disk that fails is turned to: "
-                f"look into the system's log [{name}]"
+                f"the file system of {quoted(path)} is read-only. Linux remounts the file system of a failing disk "
+                f"read-only: read the system's log [{name}]"
             )
-    return fault
+    return translation
 
 
 def newest_backup_hint(path: Path) -> str:
-    """Return what an error about a damaged database says of the backups that are known."""
+    """Return the part of an error about a damaged database that names the newest known backup."""
     backup = newest_backup(path)
-    return "no backup of it is known here" if backup is None else f"the newest backup is {quoted(backup)}"
+    return "no backup of the database is known here" if backup is None else f"the newest backup is {quoted(backup)}"
 
 
 def corrupt_after_all(path: Path) -> CorruptDatabaseError:
-    """Return the error for a file that was a database of ours and has lost what is in it."""
+    """Return the error for a homeagent database whose file is empty or missing now."""
     return CorruptDatabaseError(
-        f"{path} held a database and is empty now: restore a backup, or remove {path.name}.lock to start anew "
-        f"(every device, revocation and nonce is forgotten then); {newest_backup_hint(path)}"
+        f"{path} held a database and is empty or missing now: restore a backup, or remove {path.name}.lock for a new "
+        f"database (every device, revocation and nonce is lost then); {newest_backup_hint(path)}"
     )
 
 
@@ -116,7 +116,7 @@ def _at_size_limit(path: Path) -> bool:
 
 
 def _write_error(directory: Path) -> int | None:
-    """Write a piece to a file without a name, and return the number of the error that this meets, None for none."""
+    """Write to an unnamed temporary file, and return the error number; None if the write succeeds."""
     flag = getattr(os, "O_TMPFILE", None)
     if flag is None:
         return _space_error(directory)
@@ -127,7 +127,7 @@ def _write_error(directory: Path) -> int | None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # Some file systems have no files without a name.
+        # Some file systems do not support unnamed files.
         return _space_error(directory) if error.errno in (errno.EOPNOTSUPP, errno.EISDIR) else error.errno
     return None if written == _PIECE else errno.ENOSPC
 

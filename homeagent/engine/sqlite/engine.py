@@ -1,4 +1,4 @@
-"""The SQLite engine: a file that is ours is opened privately, and every connection gets the same pragmas."""
+"""The SQLite engine: check that a file belongs to homeagent, and open each connection with the same pragmas."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ __all__ = ["APPLICATION_ID", "Durability", "SQLiteEngine", "lock_path", "sidecar
 Durability = Literal["full", "normal"]
 
 APPLICATION_ID = 0x48414731
-"""`HAG1`, in the header of every file of ours: https://sqlite.org/pragma.html#pragma_application_id"""
+"""`HAG1`, in the header of each homeagent database: https://sqlite.org/pragma.html#pragma_application_id"""
 
 READERS = 16
 _JOURNAL_SIZE_LIMIT = 64 * 1024 * 1024
@@ -67,26 +67,26 @@ _JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 
 
 def lock_path(database: Path) -> Path:
-    """Return where the lock file of a database is. Its content tells that the database was made, or is to give way."""
+    """Return the path of a database's lock file. The marker in the file proves that the database was created."""
     return database.with_name(database.name + ".lock")
 
 
 def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
-    """Return the lock under which one process at a time makes, upgrades or restores this database."""
+    """Return the lock that a process holds to create, upgrade or restore this database."""
     return FileLock(lock_path(path), timeout=timeout)
 
 
 class SQLiteEngine(Engine):
-    """One SQLite file, one writer, and readers that see a snapshot each.
+    """Engine of one SQLite file with one writer. Each reader sees a snapshot.
 
     Args:
-        path: the file; it exists, is private and ours (`prepare`).
-        busy_timeout: how long a statement waits for a lock of another process.
-        durability: `full` syncs at every commit; `normal` may lose the last commits at a power cut, never more.
-        temporary: whether the file's directory is removed when the engine is closed.
+        path: the database file.
+        busy_timeout: longest wait of a statement for a lock of another process.
+        durability: `full` syncs each commit; `normal` may lose the last commits in a power failure.
+        temporary: whether to remove the file's directory when the engine is closed.
     """
 
-    # There is one writer, and a sync costs many times what a small unit does.
+    # SQLite allows one writer, and a sync takes many times as long as a small unit.
     shares_commits = True
     write_connection_type = SQLiteConnection
     read_connection_type = SQLiteConnection
@@ -99,8 +99,8 @@ class SQLiteEngine(Engine):
         self._lock_waits = 0
         self._busy_ms = min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1)
         self.is_temporary = temporary
-        self.watch = FileIdentityCheck(path, strict=durability == "full", on_moved=self._keep_from_checkpoints)
-        self.presence: FileLock | None = None
+        self.identity_check = FileIdentityCheck(path, strict=durability == "full", on_moved=self._keep_from_checkpoints)
+        self.in_use_lock: FileLock | None = None
         sa_engine = sqlalchemy.create_engine(
             URL.create(DRIVER_NAME, database=str(path)),
             poolclass=NullPool,
@@ -110,31 +110,31 @@ class SQLiteEngine(Engine):
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "close", self._on_close)
         event.listen(sa_engine, "begin", self._on_begin)
-        # Returned and not raised, so that the listeners of others, such as instrumentation, are called too.
+        # The listener returns the error instead of raising, so that other listeners (instrumentation) run too.
         event.listen(sa_engine, "handle_error", self._on_error)
         super().__init__(
             sa_engine,
             driver_errors=DRIVER_ERRORS,
-            translate=self.fault,
+            translate=self.translate_error,
             writers=1,
             readers=READERS,
-            # A deferred BEGIN that turns into a write fails at once when another process wrote in between, and
-            # busy_timeout does not apply to it: https://sqlite.org/lang_transaction.html
+            # After a deferred BEGIN the first write fails at once if another process wrote meanwhile, in spite of
+            # busy_timeout: https://sqlite.org/lang_transaction.html
             begin_write=("BEGIN IMMEDIATE",),
-            # BEGIN takes no snapshot, the first read does: this one yields no row that has to be fetched.
+            # The first read takes the snapshot, not BEGIN. A read without rows leaves no open statement.
             begin_read=("BEGIN; SELECT 1 FROM sqlite_master WHERE 0",),
-            watch=self.watch,
+            watch=self.identity_check,
         )
 
-    def fault(self, error: BaseException) -> HomeAgentError:
-        """Return ours for an exception of the driver."""
-        fault = diagnosed_error(error, self.path, find_moved=self.watch.find_moved)
-        if isinstance(fault, DatabaseIOError):
+    def translate_error(self, error: BaseException) -> HomeAgentError:
+        """Return homeagent's error for an exception of the driver."""
+        translation = diagnosed_error(error, self.path, find_moved=self.identity_check.find_moved)
+        if isinstance(translation, DatabaseIOError):
             self.require_reconnect()
-        return fault
+        return translation
 
     def _open_existing(self, options: str = "mode=rw") -> DriverConnection:
-        """Open the file, and never create one: an empty file would take the place of one that has disappeared."""
+        """Open the file. Do not create a missing file: an empty file must not replace a deleted database."""
         return open_guarded(self.path, self._uri(options), timeout=self.busy_seconds, refuse=True)
 
     def _uri(self, options: str) -> str:
@@ -142,75 +142,76 @@ class SQLiteEngine(Engine):
 
     def _on_begin(self, connection: Connection) -> None:
         raw: Any = connection.connection.driver_connection
-        # A link has begun by itself before it lends its connection to an ORM session.
+        # A StoreConnection begins its transaction before an ORM session is bound to the same connection.
         if not raw.in_transaction:
             with self.translated():
                 raw.execute("BEGIN" if raw.readonly("main") else "BEGIN IMMEDIATE")
         end_with_transactions(connection)
 
     def _on_close(self, connection: Any, record: ConnectionPoolEntry) -> None:
-        # The last one to close would move its log into the file, and delete another process's log with its commits.
+        # At the last close SQLite copies the WAL into the file and deletes the WAL. If the files were replaced, the WAL
+        # may hold commits of another process.
         moved: HomeAgentError | None
         try:
-            moved = self.watch.find_moved(beside=True)
+            moved = self.identity_check.find_moved(beside=True)
         except HomeAgentError as error:
-            moved = error  # what can't be looked at is left as it is
+            moved = error  # the files can't be inspected: leave them unchanged
             self._keep_from_checkpoints()
         self._open.discard(connection)
         if moved is None and not self._open:
-            self.watch.disconnected()
-        elif self.watch.remembers_log and not self._open:  # and goes on to, so that another log is refused
+            self.identity_check.disconnected()
+        elif self.identity_check.remembers_log and not self._open:  # keep the WAL's identity, to refuse another WAL
             logger.error("%s", moved, extra={"event": "closed_without_checkpoint", "path": str(self.path)})
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry) -> None:
         with closing(connection.cursor()) as cursor:
-            # busy_timeout first: the other pragmas may have to wait for a lock themselves.
+            # busy_timeout first: the other pragmas may have to wait for a lock.
             cursor.execute(f"PRAGMA busy_timeout={self._busy_ms}")
             cursor.execute("PRAGMA foreign_keys=ON")
             cursor.execute(f"PRAGMA synchronous={self.durability.upper()}")
             cursor.execute("PRAGMA trusted_schema=OFF")
             cursor.execute("PRAGMA cell_size_check=ON")
             cursor.execute(f"PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}")
-        self._open.add(connection)  # not before it has read: until then the close of another one may delete the log
+        self._open.add(connection)  # after the first read: until then, closing another connection may delete the WAL
 
     def _keep_from_checkpoints(self) -> None:
-        """Have no connection move its log into the file when it is closed: the file is another one by now."""
+        """Configure all connections not to copy the WAL into the file at close: the file was replaced."""
         for connection in list(self._open):
             with suppress(apsw.ConnectionClosedError):
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
 
     @property
     def busy_seconds(self) -> float:
-        """How long a statement waits for a lock of another process."""
+        """Longest wait of a statement for a lock of another process."""
         return self._busy_ms / 1000
 
     def connect(self) -> Connection:
-        """Return a connection of its own; the caller closes it."""
-        # Before and after: to open another file that is in its place would replay our log over that one.
-        self.watch.before_connect()
+        """Return a new connection. The caller closes the connection."""
+        # Check before and after: opening a replaced file would apply the old database's WAL to the new file.
+        self.identity_check.before_connect()
         try:
             with self.translated():
                 connection = self.sa_engine.connect()
-        except HomeAgentError as fault:
-            # SQLAlchemy chains the driver's own.
-            fault.__cause__ = fault.__context__ = None
+        except HomeAgentError as error:
+            # SQLAlchemy chains the driver's exception.
+            error.__cause__ = error.__context__ = None
             raise
         try:
-            self.watch.connected()
+            self.identity_check.connected()
         except BaseException:
             connection.close()
             raise
         return connection
 
     def open_read_connection(self) -> Connection:
-        """Return a connection that was opened read-only, in one snapshot. It can attach no other file."""
+        """Return a new read-only connection with a snapshot. ATTACH is denied on the connection."""
 
         def open_file() -> DriverConnection:
             raw = self._open_existing("mode=ro")
             raw.authorizer = deny_attach
             return raw
 
-        self.watch.before_connect()
+        self.identity_check.before_connect()
         sa_engine = sqlalchemy.create_engine(
             f"{DRIVER_NAME}://", poolclass=NullPool, hide_parameters=True, creator=open_file
         )
@@ -222,18 +223,18 @@ class SQLiteEngine(Engine):
             with self.translated():
                 connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE 0")  # takes the snapshot
             self._open.add(connection.connection.driver_connection)  # type: ignore[arg-type]
-            self.watch.connected()
+            self.identity_check.connected()
         except BaseException:
             connection.close()
             raise
         return connection
 
     @contextmanager
-    def looking(self) -> Iterator[Connection]:
-        """Lend a connection of its own that only looks: it waits for no writer, and no writer waits for it."""
+    def reading(self) -> Iterator[Connection]:
+        """Yield a new connection in a read transaction, which neither waits for a writer nor blocks a writer."""
         with self.connect() as connection:
             raw: Any = connection.connection.driver_connection
-            # A reader's BEGIN: the engine's own is a writer's.
+            # Not SQLAlchemy's begin: `_on_begin` would take the write lock.
             with self.translated():
                 raw.execute("BEGIN")
             try:
@@ -244,12 +245,12 @@ class SQLiteEngine(Engine):
                     raw.execute("ROLLBACK")
 
     def prepare_connection(self, connection: Connection, *, read_only: bool) -> None:
-        """Keep a reader's connection from writing, and have a writer's connection wait as `LockWait` does."""
+        """Make a reader's connection read-only; install `LockWait` on a writer's connection."""
         raw: Any = connection.connection.driver_connection
         with self.translated():
             raw.execute("SELECT 1 FROM sqlite_master WHERE 0")  # opens the WAL index
-        if self.watch.identity is not None:
-            guard_of(self.path, self.watch.identity).hold()
+        if self.identity_check.identity is not None:
+            guard_of(self.path, self.identity_check.identity).hold()
         if read_only:
             raw.execute("PRAGMA query_only=ON")
         else:
@@ -263,13 +264,13 @@ class SQLiteEngine(Engine):
 
     @property
     def contention(self) -> int:
-        """How often a unit that writes had to wait so far, for another one of this process or for another process."""
+        """Number of waits of write units so far, for another write unit or for another process."""
         return self.writers.waits + self._lock_waits
 
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
-        """Move what the log holds into the file, in a turn of its own; see `Engine.empty_log`."""
+        """Copy the WAL into the file while no unit of this process writes; see `Engine.empty_log`."""
         pool = self.pool(read_only=False)
-        # On the link that writes: no two connections of a process write and checkpoint.
+        # Use the write connection, so that a process never writes and checkpoints on two connections.
         connection = pool.acquire(timeout)
         try:
             connection.check_file()
@@ -277,8 +278,8 @@ class SQLiteEngine(Engine):
             if truncate:
                 self._wait_for_locks(connection.driver_connection, timeout)
                 ((blocked, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                # A commit gives the log a header again. Otherwise a power cut could leave an empty log with an older
-                # index, and these two look like a log that lost its commits.
+                # Commit, so that the WAL gets a header again. Otherwise a power failure could leave an empty WAL and an
+                # older WAL index, which together look like a WAL that lost commits.
                 connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 self._wait_for_locks(connection.driver_connection, self.busy_seconds)
             else:
@@ -291,83 +292,78 @@ class SQLiteEngine(Engine):
 
     @contextmanager
     def translated(self) -> Iterator[None]:
-        """Raise ours instead of the driver's exceptions."""
-        with translated(self.driver_errors, self.fault):
+        """Translate the driver's exceptions to homeagent's errors."""
+        with translated(self.driver_errors, self.translate_error):
             yield
 
     def prepare_header(self) -> None:
-        """Mark a file without content as ours, and switch it to write-ahead logging. Only under `sidecar_lock`.
+        """Write the application id into an empty file, and switch the file to WAL mode. Hold `sidecar_lock`.
 
-        The mark is written in rollback mode, so that it is in the file itself and not in a log: a file with content
-        and without the mark is never ours.
+        The id is written in rollback mode, into the file itself. A non-empty file without the id is not homeagent's.
         """
-        with self.translated(), closing(self._bare()) as raw:
+        with self.translated(), closing(self._open_bare()) as raw:
             if not self.path.stat().st_size:
                 raw.execute(f"PRAGMA application_id={APPLICATION_ID}")
             mode = self._switch_to_wal(raw)
         if mode != "wal":
             raise DatabaseError(
-                f"{self.path} can't use a write-ahead log (its journal mode stays {mode!r}): "
-                "put it on a local file system"
+                f"{self.path} can't be switched to a write-ahead log (its journal mode stays {mode!r}): "
+                "move the database to a local file system"
             )
 
     def _switch_to_wal(self, raw: Any) -> str:
-        """Return the journal mode that it came to."""
+        """Return the journal mode after the attempt, which waits up to busy_timeout."""
         deadline = monotonic() + self._busy_ms / 1000
         while True:
             try:
                 return str(raw.execute("PRAGMA journal_mode=WAL").get)
             except apsw.BusyError:
-                # SQLite wants the file for itself here, and doesn't ask its busy handler: another process that only
-                # reads a file still in rollback mode, to look at its revision, would make this fail.
+                # SQLite needs an exclusive lock here and does not call the busy handler. Another process that reads
+                # the revision of the file, still in rollback mode, holds a lock for a moment.
                 if monotonic() >= deadline:
                     raise
             time.sleep(_WAL_PAUSE)
 
-    def _bare(self) -> Any:
+    def _open_bare(self) -> Any:
         raw = self._open_existing()
         raw.execute(f"PRAGMA synchronous={self.durability.upper()}")
         return raw
 
     def open_source(self) -> Any:
-        """Return a bare connection of the driver's to the very file that is open, for a backup of it.
-
-        Raises:
-            DatabaseMovedError: another file has the name now, or none.
-        """
-        self.watch.before_connect()
-        raw = self._bare()
+        """Return a driver's connection to the open file. Raise DatabaseMovedError if it was replaced or deleted."""
+        self.identity_check.before_connect()
+        raw = self._open_bare()
         try:
-            self.watch.connected(beside=False)
+            self.identity_check.connected(beside=False)
         except BaseException:
             raw.close()
             raise
         return raw
 
     def refuse_foreign(self) -> None:
-        """Refuse a file with content that is not ours, without changing a byte of it.
+        """Refuse a file with content that does not belong to homeagent, without changing the file.
 
         Raises:
-            ForeignDatabaseError: it is another application's database.
-            CorruptDatabaseError: it is no database, or a damaged one.
+            ForeignDatabaseError: the file is another application's database.
+            CorruptDatabaseError: the file is damaged, or is not a database.
         """
         try:
             found = self._application_id("immutable=1")
         except CorruptDatabaseError:
-            if self._waits_to_be_emptied():
+            if self._sqlite_will_empty():
                 return
-            # That took no lock: while another process writes the header a sound file may look damaged.
+            # The read took no lock. While another process writes the header, an intact file may look damaged.
             found = self._application_id_while_locked()
         if found != APPLICATION_ID:
             raise ForeignDatabaseError(
                 f"{self.path} is another application's SQLite database (application_id {found:#x}): "
-                "name another path; it was not changed"
+                "name another path; the file was not changed"
             )
 
-    def _waits_to_be_emptied(self) -> bool:
-        """Tell whether SQLite will empty the file: its first transaction was cut off, and no database was made yet.
+    def _sqlite_will_empty(self) -> bool:
+        """Return whether the next connection will empty the file, because its first transaction was interrupted.
 
-        After a power cut only a part of the first page may be there. The first connection undoes the transaction.
+        After a power failure the file may hold a part of the first page. SQLite rolls this transaction back.
         """
         lock = database_file.look_at(lock_path(self.path))
         journal = database_file.sidecars(self.path)[2]
@@ -379,17 +375,18 @@ class SQLiteEngine(Engine):
                 header = os.read(descriptor, 20)
             finally:
                 os.close(descriptor)
-        # It ends with the size of the file before, in pages: https://sqlite.org/fileformat2.html#the_rollback_journal
+        # Bytes 16 to 19 are the initial database size in pages: https://sqlite.org/fileformat2.html#the_rollback_journal
         return header[:8] == _JOURNAL_MAGIC and header[16:] == bytes(4)
 
     def _application_id_while_locked(self) -> int:
         if database_file.look_at(database_file.sidecars(self.path)[1]) is not None and has_frames(self.path):
-            # It takes SQLite's locks, and can write neither the file nor the index. Without a log SQLite makes one.
+            # This connection takes SQLite's locks, but can't write the file or the WAL index. Do not open it without
+            # frames: SQLite would create a WAL.
             return self._application_id("readonly_shm=1")
         lock = FileLock(lock_path(self.path), timeout=timedelta(milliseconds=self._busy_ms), writable=False)
         if database_file.look_at(lock.path) is None:
             return self._application_id("immutable=1")
-        with lock:  # who makes a database holds it
+        with lock:  # a process that creates the database holds this lock
             return self._application_id("immutable=1")
 
     def _application_id(self, option: str) -> int:
@@ -400,49 +397,46 @@ class SQLiteEngine(Engine):
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
-            raise context.original_exception  # from what a forked child has in the place of a connection
+            raise context.original_exception  # raised by the replacement of a connection in a forked child
         clear_locals(original)  # homeagent's frames hold the parameters of the statement
-        # Before a statement runs, a column type of the application may raise exceptions that are Python's own.
+        # Before a statement runs, a column type of the application may raise Python's exceptions.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
         if not isinstance(original, kinds):
             return None
         raw = None if context.connection is None else context.connection.connection.driver_connection
         conflict = None if raw is None else named_conflict(raw, original, context.statement)
-        return conflict or self.fault(original)
+        return conflict or self.translate_error(original)
 
     def before_fork(self) -> None:
-        """Close what no unit uses, so that a child inherits none of SQLite's locks where nothing is under way."""
-        # What can't be closed counts as in use.
+        """Close idle connections, so that a child does not inherit SQLite's locks unless a unit runs."""
+        # A connection with an error at close counts as in use.
         with suppress(HomeAgentError, *self.driver_errors):
             self.discard_free()
 
     def after_fork_in_child(self) -> None:
-        """Make the connections unusable. If the parent was using the file, refuse to open the file in this process."""
-        if len(self._open) and self.watch.identity is not None:
-            inherit(self.watch.identity)
+        """Invalidate the connections. If the parent was using the file, refuse to open the file in this process."""
+        if len(self._open) and self.identity_check.identity is not None:
+            inherit(self.identity_check.identity)
         super().after_fork_in_child()
 
-    def announced(self, presence: FileLock | None) -> None:
-        """Keep the lock that says that the database is open, until this engine is closed or forgotten."""
-        self.presence = presence
-        if presence is not None:
-            weakref.finalize(self, presence.release)
+    def keep_in_use_lock(self, lock: FileLock | None) -> None:
+        """Hold the in-use lock until this engine is closed or garbage-collected."""
+        self.in_use_lock = lock
+        if lock is not None:
+            weakref.finalize(self, lock.release)
 
     def after_close(self) -> None:
-        """Say that the database is not open here any more; remove the private directory of a temporary one."""
+        """Release the in-use lock, and remove the private directory of a temporary database."""
         try:
-            if self.presence is not None:
-                self.presence.release()
+            if self.in_use_lock is not None:
+                self.in_use_lock.release()
         finally:
             if self.is_temporary:
                 shutil.rmtree(self.path.parent, ignore_errors=True)
 
     @classmethod
     def temporary(cls, *, busy_timeout: timedelta, durability: Durability) -> SQLiteEngine:
-        """Return an engine on a private file that is removed when it is closed: what `:memory:` means here.
-
-        A real `:memory:` database is one per connection, and behaves unlike a file in locking and in WAL.
-        """
+        """Return an engine for `:memory:`: on a private file (with locks and WAL) that `after_close` removes."""
         directory = make_temporary_directory()
         try:
             path = directory / "homeagent.db"

@@ -128,7 +128,7 @@ def check_table(engine: SQLiteEngine, table: str, *, give_up: Callable[[], bool]
             with engine.translated():
                 return _check_table(engine, raw, table)
         except CorruptDatabaseError as error:
-            engine.watch.marked_corrupt = str(error)
+            engine.identity_check.marked_corrupt = str(error)
             raise
         finally:
             raw.set_progress_handler(None, 0)
