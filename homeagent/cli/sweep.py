@@ -1,4 +1,4 @@
-"""`homeagent sweep`: remove what has expired."""
+"""`homeagent sweep`: delete expired nonces and idempotency keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONGEST_BUDGET = 366 * 24 * 3600.0
 
 
 def _budget(seconds: float | None) -> float | None:
-    # Written so that a NaN is refused too.
+    # This comparison refuses NaN too.
     if seconds is not None and not 0.001 <= seconds <= _LONGEST_BUDGET:
         raise typer.BadParameter("it must be from 0.001 seconds to 366 days.")
     return seconds
@@ -26,18 +26,24 @@ def _budget(seconds: float | None) -> float | None:
 def sweep(
     context: typer.Context,
     batch_size: Annotated[
-        int, typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="How many rows one transaction removes at most.")
+        int,
+        typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="Maximum number of rows per transaction."),
     ] = 100,
     time_budget: Annotated[
         float | None,
-        typer.Option(callback=_budget, metavar="SECONDS", help="When to end early.", show_default="until all is done"),
+        typer.Option(
+            callback=_budget,
+            metavar="SECONDS",
+            help="Longest time for the command.",
+            show_default="until all is done",
+        ),
     ] = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove nonces and idempotency keys that have expired, and devices that waited for approval for over 30 days.
+    """Delete expired nonces and idempotency keys, and devices that waited for an approval for over 30 days.
 
-    It works in small transactions, so it can run beside the gateway.
+    The command works in small transactions, so it can run at the same time as the gateway.
     """
     with open_named(context, database) as opened:
         report = opened.sweep(
@@ -50,5 +56,5 @@ def sweep(
         f"Removed {count(report.nonces, 'nonce')} and {count(report.idempotency_keys, 'idempotency key')}"
         + (f", and {count(report.pending_devices, 'device')} without an approval." if report.pending_devices else ".")
         + (f" Skipped {count(report.skipped, 'row')}: {', '.join(report.constraints)}." if report.skipped else "")
-        + (" The time budget ended it early: sweep again." if report.more else "")
+        + (" The time budget ended the sweep early: sweep again." if report.more else "")
     )

@@ -1,4 +1,4 @@
-"""The content of a SQLite file, checked beside the work: a file that is too large to be checked at every opening."""
+"""Check the content of a SQLite file while the database is open. Large files are not checked when they are opened."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ logger = logging.getLogger("homeagent")
 
 
 class ContentCheck:
-    """Checks the content of an open database from time to time, a table and its indexes in each read-only unit.
+    """Checks the content of an open SQLite database periodically, one table with its indexes in a read-only unit.
 
-    A server checks its own files: there is nothing to do then.
+    On PostgreSQL `run_if_due` does nothing.
 
     Args:
-        engine: the database.
-        every: how long to wait between two checks; the first is due at once.
-        time_budget: how long one check takes at most; what is left then waits for the next, which begins there.
-        monotonic: the clock for both, in seconds.
+        engine: engine of the database.
+        every: pause between two checks. The first check is due at once.
+        time_budget: longest time for one check. The next check continues with the remaining tables.
+        monotonic: clock for both, in seconds.
     """
 
     def __init__(
@@ -50,13 +50,10 @@ class ContentCheck:
         self._left: list[str] = []
 
     def run_if_due(self, stop: Callable[[], bool]) -> None:
-        """Check what is due.
-
-        Args:
-            stop: ends it early.
+        """Check the remaining tables, if a check is due, until `stop` returns True.
 
         Raises:
-            CorruptDatabaseError: the database is damaged. From now on every unit gets this error.
+            CorruptDatabaseError: the database is damaged. Later units raise this error too.
         """
         engine = self._engine
         now = self._monotonic()
@@ -76,7 +73,7 @@ class ContentCheck:
             del self._left[0]
         if self._left and self._left[0] == first and not stop():
             logger.warning(
-                "%s: checking the table %s was given up after %g s",
+                "%s: the check of table %s was stopped after %g s: run homeagent doctor --thorough",
                 engine.path,
                 first,
                 self._budget,

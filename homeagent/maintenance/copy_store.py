@@ -1,8 +1,7 @@
-"""A whole store, copied into an empty one of any engine: rows as they are stored, in one transaction, compared.
+"""Copy a whole store into an empty store of any engine, in one transaction, and compare both.
 
-Values are never decoded: instants travel as milliseconds and JSON as its text, so that what arrives is what was stored.
-Pages go by primary key, which both engines order by bytes; that bounds the memory, and lets the two sides be compared
-row by row.
+Values are copied as stored, without decoding: timestamps as milliseconds, JSON as text. Rows are read in pages by
+primary key, which bounds the memory. Both engines order the keys by bytes, so the two stores are compared row by row.
 """
 
 from __future__ import annotations
@@ -39,17 +38,17 @@ from homeagent.unit_of_work import UnitOfWork
 __all__ = ["CopyProgress", "CopyReport", "copy_store"]
 
 PAGE = 1000
-"""How many rows are held at once of each side."""
+"""Number of rows of each store in memory at a time."""
 
 PAGE_WITH_JSON = 100
-"""The same where a row may hold JSON, of up to 256 KiB."""
+"""The same for a table with JSON, of up to 256 KiB in a row."""
 
 
 class CopyReport(BaseModel):
-    """What was copied and then found to be the same on both sides.
+    """Result of a copy that was compared with its source.
 
     Attributes:
-        rows: how many rows of each table.
+        rows: number of copied rows of each table.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,13 +58,13 @@ class CopyReport(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class CopyProgress:
-    """How far a copy has come.
+    """Progress of a copy.
 
     Attributes:
         step: `copying`, then `comparing`.
-        table: the table at hand.
-        rows: how many rows of all tables this step has done.
-        total: how many it will do.
+        table: the current table.
+        rows: number of rows of all tables that this step has processed.
+        total: number of rows of this step.
     """
 
     step: Literal["copying", "comparing"]
@@ -81,7 +80,7 @@ Report = Callable[[CopyProgress], object]
 
 
 class _Table:
-    """One of our tables, whose values are taken and given as they are stored."""
+    """A table of homeagent, read and written as stored values."""
 
     def __init__(self, name: str) -> None:
         described: Any = metadata.tables[name]
@@ -108,7 +107,7 @@ class _Table:
         self._clear = Statement[Any](delete(raw))
 
     def pages(self, unit: UnitOfWork) -> Iterator[list[Row]]:
-        """Yield all rows in the order of the primary key, a page at a time."""
+        """Yield all rows in pages, in the order of the primary key."""
         rows = unit.all(self._first, limit=self.page)
         while rows:
             yield rows
@@ -118,7 +117,7 @@ class _Table:
             rows = unit.all(self._next, limit=self.page, **{name: last[at] for name, at in self._key.items()})
 
     def holds_any(self, unit: UnitOfWork) -> bool:
-        """Tell whether there is a row."""
+        """Return whether the table has a row."""
         return unit.one(self._any) is not None
 
     def count(self, unit: UnitOfWork) -> int:
@@ -130,7 +129,7 @@ class _Table:
         unit.write(self._clear)
 
     def insert(self, unit: UnitOfWork, rows: Sequence[Row]) -> None:
-        """Insert a page."""
+        """Insert a page of rows. Raise CorruptDatabaseError for a value that no store writes."""
         for row in rows:
             kinds = tuple(map(type, row))
             if kinds not in self._sound:
@@ -144,7 +143,7 @@ class _Table:
         unit.insert_rows(self.name, self.columns, rows)
 
     def _check_kinds(self, kinds: tuple[type, ...], row: Row) -> None:
-        # A column of SQLite takes any kind of value, and PostgreSQL's driver would write some of them as text.
+        # A SQLite column accepts values of any type, and psycopg would write some of them as text.
         for name, kind, allowed in zip(self.columns, kinds, self._kinds, strict=True):
             if kind not in allowed:
                 raise self._unsound(row, name, f"a value of type {kind.__name__}")
@@ -154,19 +153,19 @@ class _Table:
         return CorruptDatabaseError(
             f"{self.name}.{name} of the source holds {what}, which homeagent never stores, in the row with "
             f"{self.columns[self._named]} {row[self._named]!r}: "
-            "correct or delete that row, then copy again; the target is as it was"
+            "correct or delete the row, then copy again. The target is unchanged"
         )
 
 
 def _stored_kind(of_column: Any) -> type:
-    # Ours are decorators around the type that is stored.
+    # homeagent's column types are SQLAlchemy decorators around the stored type.
     kind: type = getattr(of_column, "impl_instance", of_column).python_type
     return kind
 
 
 @cache
 def _tables() -> tuple[_Table, ...]:
-    # In an order in which no row refers to one that is still to come.
+    # Sorted so that each table follows the tables that its foreign keys refer to.
     return tuple(_Table(described.name) for described in metadata.sorted_tables)
 
 
@@ -181,23 +180,23 @@ def copy_store(
     live: bool,
     progress: Report | None,
 ) -> CopyReport:
-    """Copy every row of one store into another one, which is empty, and compare them before it commits.
+    """Copy all rows of a store into an empty store, and compare the two before the commit.
 
     Args:
-        engines: the source's and the target's.
-        open_source: opens a read-only unit.
-        open_target: opens a write unit.
-        live: whether the source may change meanwhile; then the target gets what it held at the beginning.
+        engines: engine of the source, engine of the target.
+        open_source: opens a read-only unit on the source.
+        open_target: opens a write unit on the target.
+        live: whether the source may change during the copy. The copy is a snapshot of the start.
         progress: called after each page of rows.
 
     Raises:
-        InvalidArgumentError: the two are one database.
-        SchemaOutdatedError, SchemaTooNewError: one is not at the revision of this package.
-        SchemaChangedError: the schema of one was changed by hand.
-        TargetNotEmptyError: the target holds data.
-        SourceChangedError: the source was written while it was copied.
-        CorruptDatabaseError: the source holds what no store writes, or another target gave back other rows.
-        DatabaseError: the target doesn't give back what it was given.
+        InvalidArgumentError: source and target are the same database.
+        SchemaOutdatedError, SchemaTooNewError: the source or the target is not at this version's revision.
+        SchemaChangedError: the schema of the source or the target was changed by hand.
+        TargetNotEmptyError: the target has rows.
+        SourceChangedError: the source was changed during the copy, and `live` is False.
+        CorruptDatabaseError: the source has a value that no store writes.
+        DatabaseError: the rows read back from the target differ from the copied rows.
     """
     with open_target() as target, open_source() as source:
         for unit, location in ((source, "the source"), (target, "the target")):
@@ -210,25 +209,25 @@ def copy_store(
                 raise TargetNotEmptyError(table.name)
         rows = {table.name: table.count(source) for table in _tables()}
         _copy(source, target, _Steps("copying", sum(rows.values()), progress))
-        _tell_planner(engines[1], target)
+        _analyze(engines[1], target)
         steps = _Steps("comparing", sum(rows.values()), progress)
         if live:
             differing = _first_difference(source, target, steps)
         else:
-            # Against what the source holds by now: what was written since it was read would be missing.
+            # Compare with a new snapshot: rows written to the source during the copy would be missing in the target.
             with open_source() as later:
                 differing = _first_difference(later, target, steps)
             if differing is not None and _first_difference(source, target) is None:
                 raise SourceChangedError(differing)
         if differing is not None:
             raise DatabaseError(
-                f"{differing} is not the same on both sides, so nothing was copied: check the target's server or disk"
+                f"{differing} is not the same on both sides, so the copy was undone: check the target's server or disk"
             )
     return CopyReport(rows={name: rows[name] for name in DATA_TABLES})
 
 
 class _Steps:
-    """Counts the rows of one step, and reports them."""
+    """Row counter of one step, which reports the progress."""
 
     def __init__(self, step: Literal["copying", "comparing"], total: int, report: Report | None) -> None:
         self._step: Literal["copying", "comparing"] = step
@@ -236,8 +235,8 @@ class _Steps:
         self._report = report
         self._rows = 0
 
-    def did(self, table: str, rows: int) -> None:
-        """Add rows of a table."""
+    def add(self, table: str, rows: int) -> None:
+        """Add processed rows of a table."""
         self._rows += rows
         if self._report is not None:
             self._report(CopyProgress(self._step, table, self._rows, self._total))
@@ -246,30 +245,30 @@ class _Steps:
 def _copy(source: UnitOfWork, target: UnitOfWork, steps: _Steps) -> None:
     for table in _tables():
         if table.name not in DATA_TABLES:
-            # What the schema itself put in is replaced: the epoch of the source is the one that goes on.
+            # Replace the rows that the revisions inserted: the target continues with the epoch of the source.
             table.clear(target)
         for page in table.pages(source):
             table.insert(target, page)
-            steps.did(table.name, len(page))
+            steps.add(table.name, len(page))
 
 
 def _first_difference(source: UnitOfWork, target: UnitOfWork, steps: _Steps | None = None) -> str | None:
-    """Return the name of the first table whose rows differ; None where all are the same."""
+    """Return the name of the first table whose rows differ; None if all rows are the same."""
     for table in _tables():
-        for ours, theirs in zip_longest(table.pages(source), table.pages(target)):
-            if ours != theirs:
+        for original, copied in zip_longest(table.pages(source), table.pages(target)):
+            if original != copied:
                 return table.name
             if steps is not None:
-                steps.did(table.name, len(ours))
+                steps.add(table.name, len(copied))
     return None
 
 
-# What must hold before
+# Checks before the copy
 
 
 def _require_present_schema(unit: UnitOfWork) -> None:
     revision = revision_of(unit.session.connection())
-    # A newer one that this version can work with may have columns that would be left behind.
+    # A newer schema may have columns that this version would not copy.
     if revision is not None and revision > REVISION:
         raise SchemaTooNewError(revision, known=REVISION)
     if revision != REVISION:
@@ -277,10 +276,10 @@ def _require_present_schema(unit: UnitOfWork) -> None:
 
 
 def _refuse_same_database(engines: tuple[Engine, Engine], source: UnitOfWork, target: UnitOfWork) -> None:
-    one, other = engines
-    if isinstance(one, SQLiteEngine) and isinstance(other, SQLiteEngine):
-        same = one.path.samefile(other.path)
-    elif isinstance(one, SQLiteEngine) or isinstance(other, SQLiteEngine):
+    first, second = engines
+    if isinstance(first, SQLiteEngine) and isinstance(second, SQLiteEngine):
+        same = first.path.samefile(second.path)
+    elif isinstance(first, SQLiteEngine) or isinstance(second, SQLiteEngine):
         same = False
     else:
         same = _same_schema(source, target)
@@ -289,24 +288,24 @@ def _refuse_same_database(engines: tuple[Engine, Engine], source: UnitOfWork, ta
 
 
 def _same_schema(source: UnitOfWork, target: UnitOfWork) -> bool:
-    # One server has many names, and an address may lead to many. An advisory lock is one in a database:
-    # https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS
+    # URLs can't be compared: a server has several names, and a name may lead to several servers. Each advisory lock is
+    # unique in a database: https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS
     key = secrets.randbits(63)
-    asked = text("SELECT pg_try_advisory_xact_lock(:key), current_schema()")
-    _, theirs = target.session.connection().execute(asked, {"key": key}).one()
-    free, ours = source.session.connection().execute(asked, {"key": key}).one()
-    return not free and ours == theirs
+    query = text("SELECT pg_try_advisory_xact_lock(:key), current_schema()")
+    _, target_schema = target.session.connection().execute(query, {"key": key}).one()
+    free, source_schema = source.session.connection().execute(query, {"key": key}).one()
+    return not free and source_schema == target_schema
 
 
 def _keep_writers_out(engine: Engine, target: UnitOfWork) -> None:
-    # A write unit of SQLite is the only writer by itself. Here others may read on, and find nothing.
+    # On SQLite a write unit excludes other writers. On PostgreSQL this lock does; other sessions can still read.
     if not isinstance(engine, SQLiteEngine):
         names = ", ".join(table.name for table in _tables())
         target.session.connection().execute(text(f"LOCK TABLE {names} IN EXCLUSIVE MODE"))
 
 
-def _tell_planner(engine: Engine, target: UnitOfWork) -> None:
-    # Until the server counts by itself, it plans for empty tables.
+def _analyze(engine: Engine, target: UnitOfWork) -> None:
+    # Without statistics the server would plan for empty tables until autovacuum runs.
     if not isinstance(engine, SQLiteEngine):
         for table in _tables():
             target.session.connection().execute(text(f"ANALYZE {table.name}"))

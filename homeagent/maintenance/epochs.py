@@ -1,4 +1,4 @@
-"""A new epoch for a store that was set back by other means than a restore: a server's tools, or a snapshot."""
+"""Begin a new epoch after an earlier state of a store returned without `restore`: by server tools or a snapshot."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EpochReport", "begin_epoch"]
 
-# A session that has the epoch of before in its memory. Poolers and other programs are let be.
+# Sessions of homeagent, which hold the old epoch in memory. Poolers and other programs do not count.
 _OTHERS = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     " AND application_name = 'homeagent'"
@@ -38,12 +38,12 @@ _OTHERS = (
 
 
 class EpochReport(BaseModel):
-    """The epoch that has begun.
+    """The new epoch.
 
     Attributes:
         location: the file, or the server's URL without its password.
-        epoch: its number.
-        restored_at: when it began; messages signed up to then, and for the skew after it, are refused.
+        epoch: number of the epoch.
+        restored_at: start of the epoch. Replay guards refuse messages signed before it, and until `skew` after it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -54,25 +54,25 @@ class EpochReport(BaseModel):
 
 
 def begin_epoch(target: Given, *, clock: Clock, busy_timeout: timedelta) -> EpochReport:
-    """Begin a new epoch of a store that nobody has open, as a restore does.
+    """Begin a new epoch of a store that no process has open.
 
     Args:
-        target: which database, as `Database.open` takes it.
-        clock: tells when the epoch begins.
-        busy_timeout: how long to wait for who has it open.
+        target: the database, as for `Database.open`.
+        clock: clock for the start of the epoch.
+        busy_timeout: longest wait for processes that have the database open.
 
     Raises:
-        DatabaseBusyError: somebody has it open, and would go on in the epoch before.
-        SchemaOutdatedError: it is absent, or of an older version.
-        DatabaseError: anything else that keeps it from being opened.
+        DatabaseBusyError: a process has the database open, and would continue in the old epoch.
+        SchemaOutdatedError: the database is absent, or has an older schema.
+        DatabaseError: the database can't be opened.
     """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     where = resolve_target(target)
-    now = check_timestamp(clock(), "the clock's instant")
+    now = check_timestamp(clock(), "the clock's time")
     if where.url is not None:
         epoch = _on_server(where.url, now, busy_timeout)
     elif where.path is None:
-        raise InvalidArgumentError("a temporary database has one epoch: name a file, or a server's URL")
+        raise InvalidArgumentError("a temporary database has only one epoch: name a file, or a server's URL")
     else:
         epoch = _in_file(where.path, now, busy_timeout)
     return EpochReport(location=where.location, epoch=epoch, restored_at=now)
@@ -86,8 +86,8 @@ def _in_file(path: Path, now: datetime, timeout: timedelta) -> int:
         identify_or_wait(engine)
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
-                pass  # nobody has it open; the locks themselves would not outlast what SQLite opens and closes here
-            # Its presence is announced by the lock that is held alone.
+                pass  # only a check: SQLite's close would drop these locks
+            # temporary=True: `alone` holds the in-use lock already.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:
                 with engine.translated(), engine.connect() as connection, connection.begin():
@@ -103,12 +103,12 @@ def _on_server(url: URL, now: datetime, timeout: timedelta) -> int:
     try:
         open_postgresql(engine, timeout=timeout, migrate=False)
         with engine.translated(), engine.connect() as connection, connection.begin():
-            # Who connects after the others were counted waits here with its first look at the epoch.
+            # A session that connects after the count waits for this lock before it reads the epoch.
             connection.execute(text(f"LOCK TABLE {store_table.name} IN ACCESS EXCLUSIVE MODE"))
             others = int(connection.execute(text(_OTHERS)).scalar_one())
             if others:
                 raise DatabaseBusyError(
-                    f"{others} session(s) of homeagent have the database open, and would go on in the epoch before: "
+                    f"{others} session(s) of homeagent have the database open and would continue in the old epoch: "
                     "stop the gateways first"
                 )
             return _advance(connection, now, at_least=0)
@@ -119,7 +119,7 @@ def _on_server(url: URL, now: datetime, timeout: timedelta) -> int:
 def _advance(connection: Connection, now: datetime, *, at_least: int) -> int:
     known = connection.execute(select(store_table.c.epoch)).scalar_one_or_none()
     if known is None:
-        raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")
+        raise CorruptDatabaseError("the table `store` has no row: restore the newest good backup")
     epoch = max(int(known), at_least) + 1
     connection.execute(update(store_table).values(epoch=epoch, restored_at=now))
     return epoch

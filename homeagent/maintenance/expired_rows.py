@@ -1,9 +1,9 @@
-"""Delete the expired rows of one table in batches, and skip those that a constraint of an own table keeps.
+"""Delete the expired rows of one table in batches, and skip rows that a constraint of an application's table keeps.
 
-An own table may refer to a nonce or an idempotency key by a foreign key. A batch is one statement until it meets such
-a row. From then on each row of a page is deleted in a savepoint of its own, and the next page begins after the last
-row of the page before, so that each skipped row is tried once in a sweep. A constraint that is checked at COMMIT
-refuses a whole page: the page is then deleted in halves, each a unit of its own.
+A foreign key of an application's table may refer to a nonce or an idempotency key. A batch is one statement, until the
+constraint refuses a batch. Later batches delete each row in a separate savepoint, and continue after the last row, so
+that a sweep tries each skipped row once. If a constraint refuses a page at COMMIT, the page is deleted in halves, each
+in a unit of work.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _FIRST = datetime.min.replace(tzinfo=UTC)
 
 
 class _Statements:
-    """The statements that find the expired rows of a table page by page, and delete one of them.
+    """The statements that read the expired rows of a table in pages, and delete one row.
 
     Args:
-        model: the table.
-        expired: the condition of a row to be deleted.
-        time: the column by whose time rows expire.
+        model: model of the table.
+        expired: condition for an expired row.
+        time: column with the time of expiry.
     """
 
     def __init__(self, model: Any, expired: ColumnElement[bool], time: str = "expires_at") -> None:
@@ -47,7 +47,7 @@ class _Statements:
         key = list(table.primary_key.columns)
         order = [table.c[time], *key]
         self.names = [column.name for column in order]
-        """The columns of a page, each of them a parameter of both statements."""
+        """Columns of a page; each column is also a parameter of both statements."""
         after = tuple_(*(bindparam(column.name, type_=column.type) for column in order))
         self.page = Statement[tuple[Any, ...]](
             select(*order).where(expired, tuple_(*order) > after).order_by(*order).limit(bindparam("limit"))
@@ -65,13 +65,13 @@ _STATEMENTS = {
 
 
 class Batch(NamedTuple):
-    """What became of a batch.
+    """Result of a batch.
 
     Attributes:
-        deleted: how many rows were deleted.
-        found: how many rows were deleted or skipped. Fewer than asked for: there are no more.
-        worked: how long the statements took, in seconds.
-        held: how long the batch kept others from writing, its commit included, in seconds.
+        deleted: number of deleted rows.
+        found: number of deleted or skipped rows. If `found` is below the limit, no more rows are expired.
+        worked: duration of the statements, in seconds.
+        held: time for which the batch held the write lock, commit included, in seconds.
     """
 
     deleted: int
@@ -81,16 +81,16 @@ class Batch(NamedTuple):
 
 
 class ExpiredRows:
-    """The expired rows of one table, deleted batch by batch.
+    """The expired rows of one table.
 
     Args:
-        settings: what the units share.
-        kind: the table; of `devices` only those that wait for their approval.
-        grace: how long a row stays after its time.
-        monotonic: the clock for the duration of a batch, in seconds.
+        settings: settings of the units.
+        kind: name of the table; of `devices` only those that wait for their approval.
+        grace: time for which a row stays after its expiry.
+        monotonic: clock for the duration of a batch, in seconds.
 
     Attributes:
-        skipped: how many rows were skipped so far, by the constraint that keeps them.
+        skipped: number of skipped rows so far, by constraint.
     """
 
     def __init__(
@@ -109,11 +109,7 @@ class ExpiredRows:
         self.skipped: Counter[str] = Counter()
 
     def delete(self, limit: int) -> Batch:
-        """Delete the next batch.
-
-        Args:
-            limit: how many rows it has at most.
-        """
+        """Delete the next batch, of at most `limit` rows."""
         if self._after is None:
             try:
                 with UnitOfWork(self._settings, read_only=False) as unit:
@@ -140,7 +136,7 @@ class ExpiredRows:
         return unit.devices.delete_pending(paired_before=self._times()["before"], limit=limit)
 
     def _delete_each(self, page: Sequence[dict[str, Any]]) -> int:
-        """Delete each of these rows that no constraint keeps, and return how many."""
+        """Delete the rows that no constraint keeps, and return their number."""
         if not page:
             return 0
         deleted, skipped = 0, Counter[str]()
@@ -162,13 +158,13 @@ class ExpiredRows:
         return deleted
 
     def _times(self) -> dict[str, datetime]:
-        """Return the parameters of the condition `expired`."""
+        """Return the parameters of `expired`: the time now, and the time before which rows are deleted."""
         now = read_clock(self._settings.clock)
         return {"now": now, "before": earlier(now, self._grace)}
 
 
 def _name(error: ConflictError) -> str:
-    """Return the name of the constraint that an error is about."""
+    """Return the name of the constraint in an error."""
     if error.table is None:
         return "a constraint"
     return f"table {error.table}" if error.constraint is None else f"{error.constraint} of table {error.table}"

@@ -1,7 +1,7 @@
-"""Restore: a backup is checked, brought up to date and put in the place of the database, which is kept aside.
+"""Restore a backup: check and upgrade a copy, replace the database, and keep the old database in quarantine.
 
-What was consumed, revoked or finished since the backup was taken is not in it. So a restore begins a new epoch, and
-writes down when: the replay guard refuses what may have been consumed before that.
+The backup lacks all later changes: consumed nonces, revocations, results. So a restore begins a new epoch and stores
+its time. The replay guard refuses messages signed before that time, because their nonces may have been consumed.
 """
 
 from __future__ import annotations
@@ -53,23 +53,22 @@ logger = logging.getLogger("homeagent")
 
 
 class RestoreReport(BaseModel):
-    """What a restore did.
+    """Result of a restore.
 
     Attributes:
-        database: the file that holds the backup's data now.
-        backup: where that came from; it is as it was.
-        kept_aside: the database that was there before, with its -wal and -shm beside it under the same name; None
-            where there was none.
-        taken_at: when the backup was taken; None without a manifest.
-        epoch: the store's epoch from now on.
-        restored_at: when it began.
-        upgraded_from: the schema revision of the backup, where it was an older one than this version's.
-        schema_revision: the revision now.
-        rows: how many rows each table holds.
-        readmitted_devices: the ids of those that may enter now and could not before, or not in this role: revoked,
-            deleted, or deleted and paired anew in another role since the backup. None where the database before could
-            not be asked.
-        old_secret_devices: the ids of those whose secret is an older one again; None likewise.
+        database: path of the restored database.
+        backup: path of the backup, which is unchanged.
+        kept_aside: the old database in quarantine, with -wal and -shm next to it; None if no database was there.
+        taken_at: time of the backup; None without a manifest.
+        epoch: new epoch of the store.
+        restored_at: start of the new epoch.
+        upgraded_from: schema revision of the backup; None if no upgrade was necessary.
+        schema_revision: schema revision after the restore.
+        rows: number of rows of each table.
+        readmitted_devices: ids of devices that are approved now, but were not before the restore, or had another role:
+            since the backup the device was revoked, deleted, or paired again. None if the old database was unreadable.
+        old_secret_devices: ids of approved devices whose secret is an older secret again; None if the old database was
+            unreadable.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -99,15 +98,15 @@ def restore(
     Arguments, report and all other errors: see `Database.restore`.
 
     Raises:
-        InsecureFileError: the backup, its manifest or the target is a link, has a second name, or belongs to a user
-            whose files are not safe (`homeagent.engine.files.owners`).
+        InsecureFileError: the backup, its manifest or the target is a link, has a second hard link, or has an owner
+            outside `homeagent.engine.files.owners`.
     """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     database = _target(target)
     source = _source(backup, database)
     manifest = read_manifest(source, database)
     with _not_in_use(source):
-        _look_at(source, database, manifest)
+        _check_header(source, database, manifest)
         _identify_target(database)
         prepare_directory(database.parent)
         refuse_network_filesystem(database)
@@ -117,7 +116,7 @@ def restore(
             before = read_previous_state(database)
             known_epoch = max(epoch_of_marker(marker), before.epoch)
             with kept_from_sqlite(database):
-                there_was_one = os.path.lexists(database)
+                has_old_database = os.path.lexists(database)
                 restored_at = _now(clock, manifest)
                 stamp = _free_stamp(database, restored_at)
                 staged = stage(source, manifest, database, stamp, restored_at=restored_at, known_epoch=known_epoch)
@@ -132,7 +131,7 @@ def restore(
     return RestoreReport(
         database=database,
         backup=source,
-        kept_aside=quarantine_path(database, stamp) if there_was_one else None,
+        kept_aside=quarantine_path(database, stamp) if has_old_database else None,
         taken_at=None if manifest is None else manifest.taken_at,
         epoch=staged.epoch,
         restored_at=restored_at,
@@ -144,34 +143,34 @@ def restore(
     )
 
 
-_NOBODY = (None, "")
+_UNKNOWN_DEVICE = (None, "")
 
 
 def _readmitted(before: Devices | None, now: Devices) -> list[str] | None:
     if before is None:
         return None
-    return sorted(name for name, (role, _) in now.items() if role not in (None, before.get(name, _NOBODY)[0]))
+    return sorted(name for name, (role, _) in now.items() if role not in (None, before.get(name, _UNKNOWN_DEVICE)[0]))
 
 
 def _with_old_secret(before: Devices | None, now: Devices) -> list[str] | None:
     if before is None:
         return None
-    both = [name for name, (role, _) in now.items() if role and before.get(name, _NOBODY)[0]]
+    both = [name for name, (role, _) in now.items() if role and before.get(name, _UNKNOWN_DEVICE)[0]]
     return sorted(name for name in both if now[name][1] != before[name][1])
 
 
-# What is named
+# The arguments
 
 
 def _target(target: Given) -> Path:
     where = resolve_target(target)
     if where.url is not None:
         raise InvalidArgumentError(
-            "a PostgreSQL database is restored with its own tools, pg_restore or a base backup and the archive of its "
-            "write-ahead log; see docs/operations.md for what must follow"
+            "homeagent can't restore a PostgreSQL database: use pg_restore, or a base backup and the archive of the "
+            "write-ahead log, then follow docs/operations.md"
         )
     if where.path is None:
-        raise InvalidArgumentError("a temporary database ends when it is closed: name the file to restore to")
+        raise InvalidArgumentError("a temporary database is removed when it is closed: name the file to restore to")
     return where.path
 
 
@@ -180,9 +179,9 @@ def _source(backup: str | os.PathLike[str], database: Path) -> Path:
     source = locate_file(backup)
     status = look_at(source)
     if status is None:
-        raise InvalidArgumentError(f"there is no {quoted(source)}: name the backup to restore")
+        raise InvalidArgumentError(f"{quoted(source)} does not exist: name the backup to restore")
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):
-        raise InvalidArgumentError(f"{quoted(source)} is no file: name the backup to restore")
+        raise InvalidArgumentError(f"{quoted(source)} is not a regular file: name the backup to restore")
     refuse_insecure(source, status, backup_owners(database))
     if os.path.lexists(database) and source.samefile(database):
         raise InvalidArgumentError(f"{quoted(source)} is the database itself: name one of its backups")
@@ -191,23 +190,23 @@ def _source(backup: str | os.PathLike[str], database: Path) -> Path:
 
 @contextmanager
 def _not_in_use(source: Path) -> Iterator[None]:
-    """Refuse a file that is open anywhere, and keep ours from opening it while its bytes are read.
+    """Refuse a file that a process has open, and keep homeagent from opening the file in the block.
 
-    Bytes are never read of a file that this process has open through SQLite: that would drop SQLite's locks.
+    In the block the caller may read the file's bytes. Closing a descriptor of an open file would drop SQLite's locks.
     """
     lock: FileLock | None = None
     if os.path.lexists(in_use_path(source)):
-        # Beside a database in a snapshot of a disk, which can only be read.
+        # Not writable: the source may be a database in a read-only snapshot of a disk.
         lock = FileLock(in_use_path(source), timeout=timedelta(0), writable=False)
     try:
         if lock is not None:
             lock.acquire()
     except DatabaseBusyError:
         raise DatabaseBusyError(
-            f"{quoted(source)} is open: close it first, or make a backup of it and restore that"
+            f"{quoted(source)} is open: close the database first, or back it up and restore the backup"
         ) from None
     try:
-        if os.access(source, os.W_OK):  # on a medium that can only be read nobody changes it
+        if os.access(source, os.W_OK):  # no process can change a file on a read-only medium
             with kept_from_sqlite(source):
                 pass
         yield
@@ -216,35 +215,35 @@ def _not_in_use(source: Path) -> Iterator[None]:
             lock.release()
 
 
-def _look_at(source: Path, database: Path, manifest: Manifest | None) -> None:
-    """Refuse what can't be a backup of ours, before anything is made."""
+def _check_header(source: Path, database: Path, manifest: Manifest | None) -> None:
+    """Refuse a file whose size or header is not that of a homeagent backup, before any file is created."""
     header = header_of(source, database)
     size = source.stat().st_size
     if manifest is not None and manifest.size != size:
-        raise damaged(source, f"it has {size:,} bytes and its manifest says {manifest.size:,}")
+        raise damaged(source, f"it has {size:,} bytes, but its manifest says {manifest.size:,}")
     if not header.startswith(SQLITE_HEADER):
-        raise damaged(source, "it is no SQLite database")
+        raise damaged(source, "it is not a SQLite database")
     if not is_homeagent_database(header):
         raise ForeignDatabaseError(
-            f"{quoted(source)} is another application's SQLite database: name a backup of this one; nothing was changed"
+            f"{quoted(source)} is another application's SQLite database: name a homeagent backup. No file was changed"
         )
 
 
-# What is there
+# The target
 
 
 def _marker(database: Path, timeout: timedelta) -> str | None:
-    # Held for this look alone: who makes or upgrades a database passes the presence lock first.
+    # Release the lock after the read: a process that creates or upgrades a database needs the in-use lock first.
     with sidecar_lock(database, timeout=timeout) as lock:
         return lock.read_marker()
 
 
 def _identify_target(database: Path) -> None:
-    """Refuse another application's file before a lock file is made next to it."""
+    """Refuse another application's file before a lock file is created next to it."""
     state = judge_file(database, is_database=False, repair=False)
     if state is None or state.is_empty or any(map(_has_content, (lock_path(database), in_use_path(database)))):
-        return  # a marker says that a database of ours was made, or a restore begun: `_refuse_target` reads it
-    # Another thread may have it open, so its bytes are read through SQLite.
+        return  # a lock file has a marker: `_refuse_target` decides
+    # Another thread may have the file open, so read the header through SQLite.
     engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
     try:
         engine.refuse_foreign()
@@ -260,8 +259,9 @@ def _has_content(path: Path) -> bool:
 
 
 def _refuse_target(database: Path, marker: str | None) -> None:
+    """Refuse an insecure file, and a file that is not homeagent's. Hold the in-use lock exclusively."""
     state = judge_file(database, is_database=False, repair=False)
-    # Where the marker says that a database of ours was made, what is there now is what is left of it.
+    # If the lock file has a marker, a homeagent database was created here: a file without a header is its damaged rest.
     if (
         state is not None
         and not state.is_empty
@@ -275,16 +275,16 @@ def _refuse_target(database: Path, marker: str | None) -> None:
 
 def _not_homeagent(database: Path) -> ForeignDatabaseError:
     return ForeignDatabaseError(
-        f"{quoted(database)} is no database of this application, or damaged beyond recognition: name another "
-        "path, or move it away first; nothing was changed"
+        f"{quoted(database)} is not a homeagent database, or its header is damaged: name another path, or move the "
+        "file away first. No file was changed"
     )
 
 
 def _now(clock: Clock, manifest: Manifest | None) -> datetime:
-    now = check_timestamp(clock(), "the clock's instant")
+    now = check_timestamp(clock(), "the clock's time")
     if manifest is not None and now < manifest.taken_at:
         logger.warning(
-            "the clock says %s, before the backup was taken (%s): where it is wrong, set it and restore once more",
+            "the clock says %s, before the time of the backup (%s). If the clock is wrong, set it and restore again",
             now.isoformat(timespec="seconds"),
             manifest.taken_at.isoformat(timespec="seconds"),
             extra={"event": "clock_before_backup", "seconds": (manifest.taken_at - now).total_seconds()},

@@ -1,4 +1,4 @@
-"""Cleanup: expired rows are deleted in small batches, each a unit of its own, so that no writer waits long for one."""
+"""Sweep: delete expired rows in small batches, each in a unit of work, so that other writers wait only briefly."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ __all__ = ["BackupSchedule", "SweepReport", "Sweeper", "sweep"]
 
 logger = logging.getLogger("homeagent")
 
-# A row lies in a page of its own, nearly always, and SQLite moves a thousand pages from the log into the file at once,
-# in the middle of a commit. Where somebody waits meanwhile it is done sooner, in a turn that does nothing else.
+# Deleted rows until the sweep empties the WAL, while other writers wait. Most rows are in separate pages, and at a
+# thousand pages SQLite would checkpoint in the middle of a commit.
 _ROWS_IN_LOG = 250
 
 
 @dataclass(frozen=True, slots=True)
 class BackupSchedule:
-    """Backups that a sweeper makes by itself.
+    """Schedule of a sweeper's backups.
 
     Args:
-        directory: where they go; made 0700 where it is missing.
-        every: how old the newest one there may get. What counts is its manifest, so that a restart makes none too
-            many, and processes that share a schedule make one between them.
-        keep: how many stay there; older ones of this database are removed once a new one is verified. None for all.
+        directory: directory for the backups; a missing directory is created with mode 0700.
+        every: maximum age of the newest backup, by its manifest. So restarts and several processes with the same
+            schedule make no additional backups.
+        keep: number of this database's backups to keep. Older backups are removed after a new backup is verified.
+            None keeps all.
 
     Raises:
-        InvalidArgumentError: `every` is not above zero, or `keep` not 1 or more, or `directory` is a server's address.
+        InvalidArgumentError: `every` is not above zero, or `keep` is below 1, or `directory` is a server's address.
     """
 
     directory: str | os.PathLike[str]
@@ -58,16 +59,16 @@ class BackupSchedule:
 
 
 class SweepReport(BaseModel):
-    """What a sweep did.
+    """Result of a sweep.
 
     Attributes:
-        nonces: rows of dead nonces that were removed.
-        idempotency_keys: rows of dead idempotency keys that were removed.
-        pending_devices: devices that were removed, since they had waited for their approval for too long.
-        more: whether the time budget ended it before all was done.
-        skipped: rows of expired nonces and keys that a constraint of an own table keeps. They stay, and count as
-            absent; the next sweep tries them again.
-        constraints: the names of these constraints, with their tables.
+        nonces: number of deleted nonces.
+        idempotency_keys: number of deleted idempotency keys.
+        pending_devices: number of deleted devices that had waited too long for their approval.
+        more: whether the sweep ended early, so that expired rows may remain.
+        skipped: number of expired rows that a constraint of an application's table keeps. These rows count as absent,
+            and the next sweep tries again.
+        constraints: names of these constraints, with their tables.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -89,26 +90,21 @@ def sweep(
     stop: threading.Event | None = None,
     monotonic: Callable[[], float] = monotonic,
 ) -> SweepReport:
-    """Remove dead nonces, dead idempotency keys and overdue pending devices, a batch in each unit of work.
+    """Delete expired nonces and idempotency keys, and overdue pending devices, in batches; a batch is a unit of work.
 
-    While others write, it takes a fifth of the time at most, in turns of a few milliseconds.
+    While other writers wait, a batch takes a few milliseconds, and all batches at most a fifth of the time.
 
     Args:
-        settings: what the units share.
-        batch_size: how many rows a unit removes at most.
-        time_budget: when to end early; None for not before all is done.
-        pending_ttl: how long a device may wait for its approval; None to remove no device.
-        stop: ends it early as well.
-        monotonic: what turns and budget are measured by, in seconds.
-
-    Raises:
-        InvalidArgumentError: the batch size or the budget is not above zero.
+        settings: settings of the units.
+        batch_size: maximum number of rows of a batch, above zero.
+        time_budget: time after which the sweep ends early, above zero; None for no limit.
+        pending_ttl: longest time for which a device may wait for its approval; None deletes no device.
+        stop: event that ends the sweep early.
+        monotonic: clock for pauses and for the budget, in seconds.
     """
     check_limit(batch_size, "batch_size")
-    if time_budget is not None:
-        check_duration(time_budget, "time_budget")
-    deadline = None if time_budget is None else monotonic() + time_budget.total_seconds()
-    pause = stop or threading.Event()
+    deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()
+    stopped = stop or threading.Event()
     pace = Pace(batch_size)
     tables: dict[Kind, timedelta | None] = {
         "nonces": NONCE_GRACE,
@@ -118,15 +114,15 @@ def sweep(
     removed = dict.fromkeys(tables, 0)
     skipped: Counter[str] = Counter()
 
-    def rested(seconds: float) -> bool:
-        """Rest, and tell whether there is time for more. A rest that would outlast the budget is not begun."""
-        return (deadline is None or monotonic() + seconds < deadline) and not pause.wait(seconds)
+    def paused(seconds: float) -> bool:
+        """Pause, and return True. Return False if the pause would exceed the budget, or if `stop` is set."""
+        return (deadline is None or monotonic() + seconds < deadline) and not stopped.wait(seconds)
 
     done = True
     for kind, grace in tables.items():
         if done and grace is not None:
             rows = ExpiredRows(settings, kind, grace, monotonic)
-            removed[kind], done = _delete(rows, settings, pace, rested, monotonic)
+            removed[kind], done = _delete(rows, settings, pace, paused, monotonic)
             skipped.update(rows.skipped)
     report = SweepReport.model_validate(
         {**removed, "more": not done, "skipped": skipped.total(), "constraints": tuple(sorted(skipped))}
@@ -139,7 +135,7 @@ def _delete(
     rows: ExpiredRows,
     settings: UnitSettings,
     pace: Pace,
-    rested: Callable[[float], bool],
+    paused: Callable[[float], bool],
     monotonic: Callable[[], float],
 ) -> tuple[int, bool]:
     """Delete the expired rows of a table. Return the number of deleted rows, and whether there was time for all."""
@@ -152,21 +148,21 @@ def _delete(
         if batch.found < asked:
             return deleted, True
         contended = engine.contention != contention
-        if not rested(pace.after_batch(worked=batch.worked, held=batch.held, contended=contended)):
+        if not paused(pace.after_batch(worked=batch.worked, held=batch.held, contended=contended)):
             return deleted, False
         in_log = in_log + batch.deleted if contended else 0
         if in_log >= _ROWS_IN_LOG:
             in_log = 0
             begun = monotonic()
             engine.empty_log(settings.timeout)
-            if not rested(pace.rest_after(monotonic() - begun)):
+            if not paused(pace.rest_after(monotonic() - begun)):
                 return deleted, False
 
 
 def _log_skipped(report: SweepReport) -> None:
     if report.skipped:
         logger.warning(
-            "%d expired row(s) were skipped, since a constraint of an own table keeps them: %s",
+            "%d expired row(s) were skipped, because a constraint of an application's table keeps them: %s",
             report.skipped,
             ", ".join(report.constraints),
             extra={"event": "sweep_skipped", "skipped": report.skipped, "constraints": list(report.constraints)},
@@ -174,11 +170,11 @@ def _log_skipped(report: SweepReport) -> None:
 
 
 class Sweeper:
-    """Sweeps periodically in a daemon thread, survives errors, and stops within a second.
+    """Sweeps periodically in a daemon thread. An error is logged, and the thread continues.
 
     Args:
-        run: sweeps once; it is given the event that tells it to end early.
-        every: how long to wait between two sweeps, 24 days at most; the first is done at once.
+        run: function that sweeps once, until its argument, the stop event, is set.
+        every: pause between two sweeps, at most 24 days. The first sweep starts at once.
     """
 
     def __init__(self, run: Callable[[threading.Event], SweepReport], every: timedelta) -> None:
@@ -186,32 +182,28 @@ class Sweeper:
         self._every = check_wait(every, "every").total_seconds()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        # A signal's handler may come while its own thread holds it, and close the database.
+        # Reentrant: a signal handler that closes the database may interrupt a thread that holds the mutex.
         self._mutex = threading.RLock()
 
     @property
     def running(self) -> bool:
-        """Whether its thread is alive."""
+        """Whether the thread runs."""
         thread = self._thread
         return thread is not None and thread.is_alive()
 
     def start(self) -> None:
-        """Start sweeping.
-
-        Raises:
-            UnitStateError: it runs already.
-        """
+        """Start the thread. Raise UnitStateError if the sweeper runs already."""
         with self._mutex:
             if self.running:
-                raise UnitStateError("this sweeper runs already: stop it first, or make another one")
+                raise UnitStateError("this sweeper runs already: stop it first, or create another sweeper")
             self._stop = threading.Event()
             thread = threading.Thread(target=self._loop, args=(self._stop,), name="homeagent-sweeper", daemon=True)
             thread.start()
-            # Only now: one that the system refused can't be waited for.
+            # Only after `start`: a thread that the system did not start can't be joined.
             self._thread = thread
 
     def stop(self) -> None:
-        """Stop sweeping, and wait for the batch that is under way; stopping what does not run is fine."""
+        """Stop the thread, and wait until the current batch ends. Do nothing if the sweeper does not run."""
         with self._mutex:
             thread, self._thread = self._thread, None
             self._stop.set()
@@ -232,7 +224,7 @@ class Sweeper:
             try:
                 report = self._run(stop)
             except DatabaseClosedError:
-                logger.info("the sweeper ends: the database was closed", extra={"event": "sweeper_ended"})
+                logger.info("the sweeper ends, because the database was closed", extra={"event": "sweeper_ended"})
                 return
             except HomeAgentError as error:
                 logger.warning(
@@ -242,7 +234,7 @@ class Sweeper:
                     extra={"event": "sweep_failed", "error": type(error).__name__, "retry_seconds": self._every},
                 )
             except Exception as error:
-                # Whatever an injected clock or a bug of ours raises must not end the cleaning for good.
+                # An error of an injected clock, or a bug, must not end all later sweeps.
                 logger.exception(
                     "a sweep failed and will be tried again in %g s",
                     self._every,

@@ -1,4 +1,4 @@
-"""The schema's versions: find the revisions, lock, back up, upgrade, verify. One module for each engine."""
+"""Schema migrations: find the revisions, lock, back up, upgrade and verify. Each engine has a module."""
 
 from homeagent.migrations.revisions import REVISION, VERSION_TABLE, alembic_config, revision_of
 

@@ -1,11 +1,11 @@
-"""Compare the schema of a database with what homeagent's revisions make, without writing to the database.
+"""Compare the schema of a database with the schema of homeagent's revisions, without writing to the database.
 
-On SQLite the revisions run on a scratch database in memory, and both schemas are read in the same way: a CHECK is
-compared word for word, which no pragma shows. On PostgreSQL nothing can be made without writing, so the models are
-compared with the server's catalogue.
+On SQLite the revisions run on a scratch database in memory, and the SQL texts of both schemas are compared, because
+no pragma shows a CHECK. On PostgreSQL a scratch schema would need write access, so the models are compared with the
+server's catalogue.
 
-Tables, indexes, triggers and views of the application are allowed, unless a trigger changes homeagent's tables or a
-view reads them: a trigger can approve a device, and a view keeps the table under it from being rebuilt.
+The application's tables, indexes, triggers and views are allowed, except a trigger that changes homeagent's tables
+(it can approve a device) and a view that reads homeagent's tables (it prevents rebuilding the table).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ __all__ = ["Difference", "refuse_changed_schema", "schema_differences"]
 
 @dataclass(frozen=True)
 class Difference:
-    """One change of the schema that no revision made.
+    """One difference between the schema and the schema of homeagent's revisions.
 
     Attributes:
-        text: what it is, by the names of the table and of the object.
-        grave: whether homeagent may fail, or accept what it must refuse.
-        command: the SQL statement that undoes the change; None if there is no single one.
+        text: description, with the names of the table and of the object.
+        grave: whether homeagent may fail, or accept values that it must refuse.
+        command: the SQL statement that undoes the change; None if one statement is not enough.
     """
 
     text: str
@@ -46,13 +46,13 @@ class Difference:
 
 
 class _Part(NamedTuple):
-    """A column, a constraint or an index of a table, or the way in which the table stores its rows.
+    """A column, constraint, index or storage option of a table.
 
     Attributes:
-        definition: its text, in one spelling.
-        strict: whether it can refuse a row that homeagent inserts: a unique index, or a column without a default.
-        index_name: of an index; None for another part.
-        sql: the statement that creates the index.
+        definition: normalised SQL text.
+        strict: whether the part can refuse a row that homeagent inserts: a unique index, or a column without default.
+        index_name: name of an index; None for another part.
+        sql: statement that creates the index; None for another part.
     """
 
     definition: str
@@ -61,24 +61,24 @@ class _Part(NamedTuple):
     sql: str | None = None
 
 
-# By the name of the table, its parts by their names.
+# Table name to part name to part.
 _Tables = dict[str, dict[str, _Part]]
 
 
 def refuse_changed_schema(connection: Connection, revision: str, location: str) -> None:
-    """Refuse a database whose schema was changed by anything but homeagent's revisions, so that rows can't be trusted.
+    """Refuse a schema with a grave difference: rows of such a database can't be trusted.
 
-    A change that can neither change nor refuse a row, such as a view or a plain index, is left to the doctor. On
-    PostgreSQL only triggers and rules on homeagent's tables are looked for.
+    The doctor reports the other differences, such as a view or a plain index. On PostgreSQL this function searches only
+    for triggers and rules on homeagent's tables.
 
     Args:
-        connection: on the database, in a transaction.
-        revision: of its schema.
-        location: what the error calls the database.
+        connection: connection to the database, in a transaction.
+        revision: revision of the schema.
+        location: name of the database in the error.
 
     Raises:
-        SchemaChangedError: it was changed.
-        SchemaTooNewError: if this version does not know the revision, and so not its schema either.
+        SchemaChangedError: the schema has a grave difference.
+        SchemaTooNewError: this version does not know the revision.
     """
     if revision not in known_revisions():
         raise SchemaTooNewError(revision, known=REVISION)
@@ -92,7 +92,7 @@ def refuse_changed_schema(connection: Connection, revision: str, location: str) 
 
 
 def schema_differences(connection: Connection) -> list[Difference]:
-    """Return how the schema of a database at this version's revision differs from what that revision makes."""
+    """Return the differences of a schema at this version's revision from the schema that the revision creates."""
     if connection.dialect.name == "sqlite":
         return [*_sqlite_differences(connection, REVISION), *_sqlite_leftovers(connection)]
     wanted = {name: _modelled(connection, table) for name, table in metadata.tables.items()}
@@ -123,7 +123,7 @@ def _compare(wanted: _Tables, found: _Tables) -> Iterator[Difference]:
 
 
 def _name(name: str) -> str:
-    """Return the name of a table, an index or a trigger as SQL takes it."""
+    """Return the name of a table, an index or a trigger, quoted for SQL if necessary."""
     return name if re.fullmatch(r"[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'
 
 
@@ -131,7 +131,7 @@ def _name(name: str) -> str:
 
 
 class _Expected(NamedTuple):
-    """What a revision makes: its tables by name, and its triggers and views by name, each in one spelling."""
+    """Schema of a revision: its tables, and the normalised SQL of its triggers and views, by name."""
 
     tables: _Tables
     others: dict[str, str]
@@ -158,7 +158,7 @@ def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Diffe
     for kind, name, on, sql in others:
         if expected.others.get(name) == _plain(sql):
             continue
-        # SQLite writes the table of a trigger as its author spelt it.
+        # SQLite stores the table name as the author of the trigger wrote it, so compare in lower case.
         if kind == "trigger" and on.lower() in expected.tables:
             what = f"trigger {name} of {on.lower()} is not homeagent's"
         elif mention.search(sql) and reaches(raw, expected.tables, kind=kind, name=name, on=on):
@@ -206,7 +206,7 @@ def _sqlite_parts(table: str, sql: str) -> Iterator[tuple[str, _Part]]:
 
 
 def _sqlite_leftovers(connection: Connection) -> list[Difference]:
-    # What Alembic's batch mode rebuilds a table into, before it is renamed.
+    # Alembic's batch mode rebuilds a table under such a name before the rename.
     found = connection.exec_driver_sql(
         "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE '~_alembic~_tmp~_%' ESCAPE '~'"
     )
@@ -221,7 +221,7 @@ def _sqlite_leftovers(connection: Connection) -> list[Difference]:
 
 
 _QUOTED_OR_BLANK = re.compile(
-    r"""('(?:[^']|'')*')"""  # a text, in which everything counts
+    r"""('(?:[^']|'')*')"""  # a text, kept unchanged
     r'''|"((?:[^"]|"")*)"'''  # a name
     r"|(?:\s|/\*.*?\*/|--[^\n]*)+",
     re.DOTALL,
@@ -229,12 +229,12 @@ _QUOTED_OR_BLANK = re.compile(
 
 
 def _plain(sql: str) -> str:
-    """Return a statement without comments, quotes of names and needless spaces: a tracing listener adds comments."""
+    """Return a statement without comments, quotes of names and extra spaces. A tracing listener may add comments."""
     return _QUOTED_OR_BLANK.sub(lambda match: match[1] or match[2] or " ", sql).strip()
 
 
 def _clauses(body: str) -> Iterator[str]:
-    """Split the definition of a table at the commas that are in no parenthesis and in no text."""
+    """Split the definition of a table at the commas outside of parentheses and texts."""
     depth, start, quoted = 0, 0, False
     for place, character in enumerate(body):
         if character == "'":
@@ -292,7 +292,7 @@ def _postgresql_tables(connection: Connection) -> _Tables:
             definition = _column(kind, collation if is_own else None, default, not_null)
             parts[f"column {table}.{name}"] = _Part(definition, not_null and default is None)
         for name, kind, definition in connection.execute(_CONSTRAINTS, {"name": table}):
-            parts[f"constraint {name} of {table}"] = _Part(_same_words(definition) if kind == "c" else definition)
+            parts[f"constraint {name} of {table}"] = _Part(_normalised(definition) if kind == "c" else definition)
         for name, unique, sql, valid in connection.execute(_INDEXES, {"name": table}):
             definition = _index(unique, sql.partition(" USING btree ")[2] if valid else "invalid")
             parts[f"index {name} of {table}"] = _Part(definition, unique, name, sql)
@@ -302,7 +302,7 @@ def _postgresql_tables(connection: Connection) -> _Tables:
 
 
 def _modelled(connection: Connection, table: Table) -> dict[str, _Part]:
-    """Describe a table of the models in the words of PostgreSQL's catalogue."""
+    """Return the parts of a model's table, with definitions as in PostgreSQL's catalogue."""
     dialect = connection.dialect
     parts = {}
     for column in table.columns:
@@ -315,7 +315,7 @@ def _modelled(connection: Connection, table: Table) -> dict[str, _Part]:
         name = str(dialect.identifier_preparer.format_constraint(constraint))
         columns = ", ".join(column.name for column in getattr(constraint, "columns", ()))
         if isinstance(constraint, CheckConstraint):
-            definition = _same_words(f"CHECK ({constraint.sqltext})")
+            definition = _normalised(f"CHECK ({constraint.sqltext})")
         elif isinstance(constraint, ForeignKeyConstraint):
             (element,) = constraint.elements
             definition = f"FOREIGN KEY ({columns}) REFERENCES {element.column.table.name}({element.column.name})"
@@ -332,7 +332,7 @@ def _modelled(connection: Connection, table: Table) -> dict[str, _Part]:
 
 
 def _index(unique: bool | None, written: str) -> str:
-    return f"{'UNIQUE ' if unique else ''}{_same_words(written)}"
+    return f"{'UNIQUE ' if unique else ''}{_normalised(written)}"
 
 
 def _column(kind: str, collation: str | None, default: str | None, not_null: bool) -> str:
@@ -341,8 +341,8 @@ def _column(kind: str, collation: str | None, default: str | None, not_null: boo
     return " ".join([*filter(None, parts), "NOT NULL" if not_null else "NULL"])
 
 
-def _same_words(written: str) -> str:
-    """Return an expression as both write it: the server writes IN as = ANY (ARRAY[…]), adds casts and parentheses."""
+def _normalised(written: str) -> str:
+    """Normalise an expression: the server writes IN as = ANY (ARRAY[…]), and adds casts and parentheses."""
     plain = re.sub(r"::[a-z]+(\[\])?", "", written)
     plain = re.sub(r"= ANY \(+ARRAY\[(.*?)\]\)+", r"IN \1", plain)
     return re.sub(r"[\s()]+", " ", plain).strip()

@@ -1,4 +1,4 @@
-"""A SQLite file is made ready: judged, made or upgraded by one process at a time, and backed up before an upgrade."""
+"""Prepare a SQLite file: check, create or upgrade the file, one process at a time, with a backup before an upgrade."""
 
 from __future__ import annotations
 
@@ -50,24 +50,24 @@ logger = logging.getLogger("homeagent")
 
 
 def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migrate: bool, temporary: bool) -> None:
-    """Make the file ready: ours, private, write-ahead logged and at this version's revision.
+    """Check the file, and bring it to WAL mode and to this version's revision.
 
     Args:
-        engine: on the file, which may be absent or empty.
-        clock: for the name of a backup.
-        timeout: how long to wait for another process that makes or upgrades the same file.
-        migrate: whether it may be made or upgraded.
-        temporary: whether nobody else can know of the file.
+        engine: engine of the file. The file may be absent or empty.
+        clock: clock for the name of the backup.
+        timeout: longest wait for another process that creates or upgrades the file.
+        migrate: whether to create or upgrade the schema.
+        temporary: whether the file is private to the caller: no locks, no backup.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError, ForeignDatabaseError,
-        CorruptDatabaseError, InsecureFileError, DatabaseBusyError: as their names say. The file is as it was.
+        CorruptDatabaseError, InsecureFileError, DatabaseBusyError: the file can't be used. Its content is unchanged.
     """
     try:
         _open_sqlite(engine, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
     except BaseException:
         if engine.in_use_lock is not None and engine.in_use_lock.held:
-            engine.in_use_lock.withdraw()  # what is refused has nothing new beside it
+            engine.in_use_lock.withdraw()  # leave no new lock file next to a refused file
         raise
 
 
@@ -75,7 +75,7 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
     path = engine.path
     identified = identify_or_wait(engine)
     if not temporary and in_use_path(path).exists():
-        # A restore that was cut off is finished first.
+        # Finish an interrupted restore first.
         engine.keep_in_use_lock(hold_in_use_lock(path, timeout=timeout))
     state = identify(engine) if not identified else database_file.judge_file(path, is_database=True, repair=False)
     if state is not None and not state.is_empty:
@@ -86,7 +86,7 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
             revision, suitable = _look_up(connection)
             if not is_checked:
                 check_content(path, connection.connection.driver_connection)
-        if suitable and (temporary or not migrate or _is_remembered(path)):
+        if suitable and (temporary or not migrate or _has_marker(path)):
             return
         if not migrate:
             raise SchemaOutdatedError(revision, needed=REVISION, location=str(path))
@@ -94,13 +94,13 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
             from homeagent.migrations.schema_drift import refuse_changed_schema
 
             with engine.reading() as connection:
-                # Read again, in one snapshot with the schema: another process may have upgraded the file meanwhile.
+                # Read the revision and the schema in one snapshot: another process may have upgraded the file.
                 revision = revision_of(connection)
                 if revision is not None and not suits(connection, revision):
                     refuse_changed_schema(connection, revision, quoted(path))
     elif not migrate:
-        if not temporary and _is_remembered(path):
-            raise corrupt_after_all(path)  # to say that there is none yet would be an invitation to make one
+        if not temporary and _has_marker(path):
+            raise corrupt_after_all(path)  # "no schema yet" would invite the administrator to create a new one
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     else:
         _hold_in_use_lock(engine, timeout=timeout, temporary=temporary)
@@ -110,10 +110,11 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
 
 
 def identify(engine: SQLiteEngine) -> database_file.FileState | None:
-    """Judge a file, which must be homeagent's, empty or absent, and change nothing of it or next to it.
+    """Return the state of a file, without changing any file.
 
     Raises:
-        ForeignDatabaseError, CorruptDatabaseError, InsecureFileError, DatabaseError: as `open_sqlite`.
+        ForeignDatabaseError, CorruptDatabaseError, InsecureFileError, DatabaseError: the file has content, but is
+            not an intact homeagent database.
     """
     state = database_file.judge_file(engine.path, is_database=True, repair=False)
     if state is not None and not state.is_empty:
@@ -122,15 +123,15 @@ def identify(engine: SQLiteEngine) -> database_file.FileState | None:
 
 
 def identify_or_wait(engine: SQLiteEngine) -> bool:
-    """Identify a file before its first lock is taken; see `identify`.
+    """Identify a file before taking the first lock; see `identify`.
 
     Returns:
-        False if a restore was cut off, or if the file is damaged and a restore that is under way may replace it:
-        identify it again under the lock that a restore takes.
+        False if a restore was interrupted, or if the file is damaged and a running restore may replace the file. Then
+        call `identify` again with the in-use lock held.
     """
     intent = database_file.look_at(in_use_path(engine.path))
     if intent is not None and intent.st_size:
-        return False  # the restore may have given the old file a second name, which is refused otherwise
+        return False  # the restore may have added a second hard link, which `identify` refuses
     try:
         identify(engine)
     except CorruptDatabaseError:
@@ -141,11 +142,7 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
 
 
 def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
-    """Bring a file that nobody else knows of to this version's revision, without a backup of it.
-
-    Raises:
-        SchemaTooNewError, MigrationError, ForeignDatabaseError, CorruptDatabaseError: as in `open_sqlite`.
-    """
+    """Bring a private file to this version's revision, without a backup. Raise the errors of `open_sqlite`."""
     try:
         open_sqlite(engine, clock=clock, timeout=timedelta(0), migrate=True, temporary=True)
     finally:
@@ -153,26 +150,26 @@ def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
 
 
 def _check_unclean_end(engine: SQLiteEngine) -> bool:
-    """Check a file beside which a log lies if no process has it open: its last end was no clean one then.
+    """Check a file that has a WAL although no process has it open: the last process did not close the database.
 
     Returns:
-        False if it was not checked.
+        False if the file was not checked.
 
     Raises:
-        CorruptDatabaseError: it is damaged, or its log lost commits.
+        CorruptDatabaseError: the file is damaged, or its WAL lost commits.
     """
     if engine.in_use_lock is not None:
         engine.in_use_lock.release()
         engine.in_use_lock = None
     if not os.access(engine.path.parent, os.W_OK):
-        return False  # SQLite can't change anything either
+        return False  # SQLite can't write the files either
     lock = FileLock(in_use_path(engine.path), timeout=timedelta(0))
     try:
         lock.acquire()
     except DatabaseBusyError:
-        return False  # somebody has it open, and the log is what it must be
+        return False  # another process has the database open, so the WAL is expected
     try:
-        # A marker is left by a restore that was cut off, which is finished first.
+        # A marker means an interrupted restore, which must be finished first.
         is_checked = not lock.has_marker() and refuse_unclean_damage(engine)
     except BaseException:
         lock.withdraw()
@@ -187,8 +184,8 @@ def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bo
 
 
 def _look_up(connection: Connection) -> tuple[str | None, bool]:
-    """Return the revision of the schema, and whether this version works with it as it is."""
-    # A reader's BEGIN: the engine's own would wait for whoever writes, only to look.
+    """Return the revision of the schema, and whether this version works with the schema without an upgrade."""
+    # A deferred BEGIN: the engine's `_on_begin` would wait for the write lock.
     raw: Any = connection.connection.driver_connection
     raw.execute("BEGIN")
     try:
@@ -200,48 +197,58 @@ def _look_up(connection: Connection) -> tuple[str | None, bool]:
             raw.execute("ROLLBACK")
 
 
-def _is_remembered(path: Path) -> bool:
-    """Tell whether the lock file has its marker. A restored file has none beside it, nor one whose maker was killed."""
+def _has_marker(path: Path) -> bool:
+    """Return whether the lock file has a marker. The marker is absent after a copy by hand or a killed creator."""
     try:
         return lock_path(path).lstat().st_size > 0
     except FileNotFoundError:
         return False
 
 
-def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temporary: bool) -> None:
+def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
+    """Create a missing file and prepare its header. Return whether the lock file has a marker. Hold `sidecar_lock`."""
     path = engine.path
     database_file.refuse_orphaned_log(path)
     state = identify(engine)
-    # The lock file remembers that a database was made here: one that lost its content is never read as a new one.
+    # The marker proves that a database was created here: do not treat an emptied database as a new file.
     initialised = lock.read_marker() is not None
     if initialised and (state is None or state.is_empty):
         raise corrupt_after_all(path)
     if state is None:
         database_file.create_file(path)
     database_file.inspect_file(path)
-    database_file.secure_sidecars(path)  # before SQLite would replay a journal that another user put there
+    database_file.secure_sidecars(path)  # otherwise SQLite would replay a journal that another user put there
     engine.prepare_header()
+    return initialised
+
+
+def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temporary: bool) -> None:
+    """Create or upgrade the schema, unless another process did. Hold `sidecar_lock`."""
+    path = engine.path
+    initialised = _prepare_file(engine, lock)
     backup: Path | None = None
     with engine.translated(), engine.connect() as connection:
         raw: Any = connection.connection.driver_connection
         revision, suitable = _look_up(connection)
         if revision is not None and not initialised and not temporary:
-            # Before the upgrade: if the disk is full, the error leaves the schema as it was.
+            # Write the marker before the upgrade: if the disk is full, the error leaves the schema unchanged.
             lock.write_marker("initialised")
             initialised = True
         if suitable:
             return
-        if revision is None and (initialised or _any_tables(connection)):
+        if revision is None and (initialised or _has_tables(connection)):
             raise CorruptDatabaseError(
-                f"{path} has lost its schema: keep it aside with its -wal and -shm, and restore the newest good backup"
+                f"{path} has lost its schema: move the file and its -wal and -shm to another directory, and restore "
+                "the newest good backup"
             )
-        # It is ignored inside a transaction; while it is on, rebuilding a parent table fails or deletes its children.
+        # While foreign keys are on, rebuilding a parent table fails or deletes its children. The pragma has no effect
+        # inside a transaction.
         raw.execute("PRAGMA foreign_keys=OFF")
-        # Zeros take the place of a table that a revision recreates: its rows hold hashes, and its text is no schema.
+        # Overwrite the pages of a table that a revision recreates: the old rows hold hashes.
         raw.execute("PRAGMA secure_delete=ON")
         try:
             with connection.begin():
-                # BEGIN IMMEDIATE: from here on the revision can't change.
+                # BEGIN IMMEDIATE has the write lock, so the revision can't change any more.
                 revision = revision_of(connection)
                 if suits(connection, revision):
                     return
@@ -253,10 +260,10 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
                 _verify(connection, backup)
         except SPEAK_FOR_THEMSELVES:
             raise
-        except Exception as error:  # noqa: BLE001  whatever a revision raises, the upgrade failed and was undone
+        except Exception as error:  # noqa: BLE001  any error of a revision: the transaction was rolled back
             raise MigrationError(
                 f"upgrading {path} from {revision!r} failed and was undone ({reason_of(error)}): "
-                f"the file has the schema it had; its backup is {backup or 'not needed'}",
+                f"the schema is unchanged; the backup is {backup or 'not needed'}",
                 backup=backup,
             ) from (None if isinstance(error, engine.driver_errors) else error)
         finally:
@@ -264,7 +271,7 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
     if not initialised and not temporary:
         lock.write_marker("initialised")
     logger.info(
-        "%s is at schema revision %s now (it was at %s)",
+        "upgraded the schema of %s to revision %s (from %s)",
         path,
         REVISION,
         revision,
@@ -272,7 +279,7 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
     )
 
 
-# A revision, a table, and the columns whose text the revision reads into Python; the first is the key.
+# A revision, a table, and the text columns that the revision reads into Python; the first column is the key.
 _CONVERTED = (
     ("0003", "sessions", ("session_id", "agent_id", "sender_id", "channel_id")),
     ("0006", "devices", ("id",)),
@@ -280,12 +287,9 @@ _CONVERTED = (
 
 
 def _refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
-    """Refuse rows that a later revision can't convert: a BLOB, or text that is not UTF-8, in the place of text.
+    """Raise MigrationError for a row that a later revision can't convert: a BLOB or text that is not UTF-8.
 
-    PostgreSQL stores neither in a column of text.
-
-    Raises:
-        MigrationError: there is such a row. Nothing was changed.
+    PostgreSQL can't store such values in a text column.
     """
     for later, table, columns in _CONVERTED:
         if later <= revision:
@@ -297,13 +301,13 @@ def _refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
             if bad:
                 raise MigrationError(
                     f"upgrading from {revision!r} can't convert {table}.{bad[0]} in the row with {columns[0]} "
-                    f"{texts[0]!r}: it holds a BLOB, or text that is not UTF-8. Correct or delete that row with "
-                    "another program, then open the database again. Nothing was changed"
+                    f"{texts[0]!r}: the value is a BLOB, or text that is not UTF-8. Correct or delete the row with "
+                    "another program, then open the database again. The database was not changed"
                 )
 
 
 def _text(kind: str, value: bytes | None) -> str | bytes | None:
-    """Return a stored text, as bytes if it is a BLOB or not UTF-8."""
+    """Return a stored text; bytes for a BLOB or for text that is not UTF-8."""
     if value is None or kind == "blob":
         return value
     try:
@@ -312,7 +316,7 @@ def _text(kind: str, value: bytes | None) -> str | bytes | None:
         return value
 
 
-def _any_tables(connection: Connection) -> bool:
+def _has_tables(connection: Connection) -> bool:
     found = bool(tables(connection))
     connection.rollback()
     return found
@@ -328,13 +332,13 @@ def _verify(connection: Connection, backup: Path | None) -> None:
     else:
         return
     raise MigrationError(
-        f"the upgrade {problem} and was undone: the file has the schema it had; its backup is {backup or 'not needed'}",
+        f"the upgrade {problem} and was undone: the schema is unchanged; the backup is {backup or 'not needed'}",
         backup=backup,
     )
 
 
 def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path:
-    """Copy the file as it was committed last, over another connection: the upgrade's own would wait for itself."""
+    """Back up the last commit over another connection, since the upgrade's connection is in a write transaction."""
     from homeagent.engine.sqlite.backup import backup_name, discard, write_backup
     from homeagent.engine.sqlite.manifests import PARTIAL
 
@@ -342,11 +346,11 @@ def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path:
     target = path.with_name(backup_name(path, revision, now))
     partial = target.with_name(target.name + PARTIAL)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.backup{PARTIAL}"):
-        discard(stale)  # of an upgrade that was killed: the lock is held, so none is under way
+        discard(stale)  # left by a killed upgrade: this process holds the lock, so no other upgrade runs
     try:
         write_backup(engine, target, partial=partial, version_table=VERSION_TABLE, taken_at=now, kind="upgrade")
     except (CorruptDatabaseError, DatabaseBusyError, DiskFullError, ReadOnlyError):
-        raise  # of the database, or they say by themselves what to do
+        raise  # these errors say what to do
     except HomeAgentError as error:
         raise MigrationError(f"the schema was not upgraded, since its backup can't be made: {error}") from None
     return target

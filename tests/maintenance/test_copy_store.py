@@ -487,7 +487,7 @@ def test_a_flag_that_is_neither_0_nor_1_is_refused(
         table = {"approved": "devices", "omitted": "idempotency_keys"}[name]
         write_past_checks(source, f"UPDATE {table} SET {name} = 2")
         empty = stored(theirs)
-        with pytest.raises(errors.CorruptDatabaseError, match=rf"{table}\.{name} .* neither 0 nor 1.*the target is as"):
+        with pytest.raises(errors.CorruptDatabaseError, match=rf"{table}\.{name} .* neither 0 nor 1.*is unchanged"):
             ours.copy_to(theirs)
         assert stored(theirs) == empty
 

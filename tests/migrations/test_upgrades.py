@@ -116,7 +116,7 @@ def test_a_row_that_an_upgrade_cannot_convert_is_named(tmp_path: Path, kind: str
     with pytest.raises(MigrationError) as caught:
         Database.open(path, clock=clock)
     assert column in str(caught.value)
-    assert f"{key}: it holds" in str(caught.value)
+    assert f"{key}: the value is" in str(caught.value)
     assert caught.value.backup is None
     assert not list(tmp_path.glob("*.backup*"))
     assert path.read_bytes()[100:] == before[100:]  # the header counts a change of the journal mode
