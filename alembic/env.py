@@ -1,8 +1,8 @@
-"""Runs the revisions on the live connection that the package hands over, or for a developer at the command line.
+"""Run the revisions on the connection that homeagent passes, or for a developer at the command line.
 
-At the command line the database is `-x database=TARGET`, else `$HOMEAGENT_DATABASE`. Where neither is given,
-`revision` and `check` compare the models with a scratch database that is upgraded first. The logging of the host
-application is never configured here.
+At the command line the database is `-x database=TARGET`, else `$HOMEAGENT_DATABASE`. If neither is given, `revision`
+and `check` compare the models with an upgraded scratch database. Do not configure logging here: it belongs to the host
+application.
 """
 
 import tempfile
@@ -26,7 +26,7 @@ from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, Timestamp
 
 
 def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
-    """Render our column types as plain ones: a revision must not change when the package does."""
+    """Render homeagent's column types as plain types: a revision must not change with the package."""
     if kind == "type":
         if isinstance(item, TimestampColumn):
             return 'sa.BigInteger().with_variant(sa.Integer(), "sqlite")'
@@ -38,7 +38,7 @@ def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[
 
 
 def options(connection: Connection) -> dict[str, Any]:
-    """Return how Alembic compares and writes on this connection."""
+    """Return Alembic's options for this connection."""
     return {
         "target_metadata": metadata,
         "version_table": VERSION_TABLE,
@@ -48,14 +48,14 @@ def options(connection: Connection) -> dict[str, Any]:
         "render_item": render_item,
         "compare_type": True,
         "compare_server_default": True,
-        # Tables of a host application in the same schema are none of ours.
+        # Ignore the tables of a host application in the same schema.
         "include_name": lambda name, kind, parents: kind != "table" or name in metadata.tables,
         "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
     }
 
 
 def upgrade_scratch(connection: Connection) -> None:
-    """Bring a scratch database to the newest revision, outside of the command that is running."""
+    """Bring a scratch database to the newest revision, with a migration context separate from the running command."""
     script = context.script
     scratch = MigrationContext.configure(
         connection, opts={**options(connection), "fn": lambda revision, _: script._upgrade_revs("head", revision)}
@@ -72,7 +72,7 @@ def run(connection: Connection) -> None:
 
 
 def run_at_command_line() -> None:
-    """Run the command of a developer."""
+    """Run a developer's Alembic command."""
     given = context.get_x_argument(as_dictionary=True).get("database")
     command = getattr(context.config.cmd_opts, "cmd", [None])[0]
     import os
@@ -89,7 +89,7 @@ def run_at_command_line() -> None:
             return
         if target.path is not None:
             with SQLiteEngine(target.path, busy_timeout=wait, durability="full").connect() as connection:
-                # While they are on, rebuilding a table that others refer to fails or deletes the others' rows.
+                # While foreign keys are on, rebuilding a parent table fails or deletes rows of its children.
                 connection.connection.driver_connection.execute("PRAGMA foreign_keys=OFF")
                 run(connection)
             return

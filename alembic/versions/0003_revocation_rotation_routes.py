@@ -1,7 +1,7 @@
-"""Devices remember approval, revocation and a rotated secret; sessions get their route and indexes for their pages.
+"""Add approval, revocation and secret rotation to devices, and the route and indexes for pages to sessions.
 
-Of version 1's sessions that share agent, sender and channel, the most recent takes the route; the others stay
-reachable by their ids.
+If several sessions have the same agent, sender and channel, the most recent session gets the route. The other sessions
+are found by their ids only.
 
 Revision ID: 0003
 Revises: 0002
@@ -26,14 +26,14 @@ BATCH = 1000
 
 
 def _route(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
-    # A copy of homeagent.models.session.route_key as it was at this revision: a revision never changes.
+    # A copy of homeagent.models.session.route_key at this revision. Do not change the copy.
     route = json.dumps([agent_id, sender_id, channel_id], ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(route.encode()).hexdigest()
 
 
 def _fill_routes() -> None:
     connection = op.get_bind()
-    # The first of each route in this order is the most recent; equal instants go by id, as in the lists.
+    # The first row of each route is the most recent session. Equal timestamps are ordered by id, as in the lists.
     rows = connection.execute(
         sa.text(
             "SELECT agent_id, sender_id, channel_id, session_id FROM ("

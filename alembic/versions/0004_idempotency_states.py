@@ -1,4 +1,4 @@
-"""Idempotency keys get a state, an owner, a lease and the fingerprint of their parameters; old rows are completed.
+"""Add state, owner, lease and fingerprint of the parameters to idempotency keys. Existing rows become completed.
 
 Revision ID: 0004
 Revises: 0003

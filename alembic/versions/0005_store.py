@@ -1,6 +1,6 @@
-"""One row says what the store as a whole is: its epoch, and the oldest code that may work with its schema.
+"""Add the table store, with one row: the epoch, and the oldest revision whose code may work with the schema.
 
-Every store that exists is in its first epoch.
+Existing stores are in epoch 1.
 
 Revision ID: 0005
 Revises: 0004
@@ -31,5 +31,5 @@ def upgrade() -> None:
         sa.CheckConstraint("epoch >= 1", name=op.f("ck_store_epoch")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_store")),
     )
-    # Code at 0004 knows nothing of this table, and loses nothing by that.
+    # Code at revision 0004 does not use this table, and works without it.
     op.execute("INSERT INTO store (id, oldest_revision) VALUES (1, '0004')")

@@ -1,7 +1,7 @@
-"""A device's approval is 0 or 1, and the database accepts no other value.
+"""Add a CHECK that a device's approval is 0 or 1.
 
-SQLite stores text and BLOBs in an INTEGER column too, and both engines accepted 2. Only 1 is an approval: every other
-value becomes 0, and a warning names those devices. The backup that is made before the upgrade keeps the old values.
+SQLite also stores text and BLOBs in an INTEGER column, and both engines accepted 2. Values other than 0 and 1 become 0
+(not approved), and a warning names these devices. The backup before the upgrade keeps the old values.
 
 Revision ID: 0006
 Revises: 0005
@@ -39,8 +39,8 @@ def _withdraw_odd_approvals(connection: sa.Connection) -> None:
 
 
 def _add_check_on_sqlite(connection: sa.Connection) -> None:
-    # Create the table again from its own SQL text. Alembic's batch mode would lose what the host application added to
-    # it: triggers, indexes on expressions, collations. Batch mode also renames a table, which fails if a view reads it.
+    # Create the table again from its SQL text. Alembic's batch mode would lose additions of the host application:
+    # triggers, indexes on expressions, collations. Batch mode also renames a table, which fails if a view reads it.
     (create,) = connection.exec_driver_sql(
         "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = 'devices'"
     ).one()
@@ -48,7 +48,7 @@ def _add_check_on_sqlite(connection: sa.Connection) -> None:
         "SELECT sql FROM sqlite_master WHERE type IN ('index', 'trigger') AND lower(tbl_name) = 'devices'"
         " AND sql IS NOT NULL ORDER BY rowid"
     ).all()
-    # Generated columns are not in this list: SQLite computes them again.
+    # The list omits generated columns, which SQLite computes again.
     columns = ", ".join(f'"{row[1]}"' for row in connection.exec_driver_sql("PRAGMA table_info(devices)"))
     body, _, options = create.rpartition(")")
     for statement in (
@@ -69,7 +69,7 @@ def upgrade() -> None:
         _withdraw_odd_approvals(connection)
         _add_check_on_sqlite(connection)
         return
-    # Lock the table before the rows: a unit that holds a row's lock and waits for another row would deadlock with this.
+    # Lock the table before the rows: otherwise this revision and a unit that locks two rows could deadlock.
     op.execute("LOCK TABLE devices IN ACCESS EXCLUSIVE MODE")
     _withdraw_odd_approvals(connection)
     op.create_check_constraint(op.f("ck_devices_approved"), "devices", CONDITION)

@@ -1,10 +1,10 @@
-"""Revisions: which one a database is at, whether this version works with it, and the scripts that bring it here.
+"""Revisions of the schema: read the revision of a database, decide whether it can be used, run the missing scripts.
 
-An up-to-date database is told by one SELECT, and Alembic is not even imported: that saves 80 ms at every start.
+For an up-to-date database one SELECT is enough, without importing Alembic, which takes 80 ms.
 
-`upgrade` sets none of the globals through which Alembic's commands reach `env.py` and the revisions, `alembic.context`
-and `alembic.op`: the application may be in the middle of a command of its own. So a command does not run `env.py` here,
-and each script gets an `op` of its own. Scripts are read as resources, which may lie in a zip file.
+The application may be running an Alembic command, so `upgrade` does not change Alembic's globals `alembic.context` and
+`alembic.op`: it does not run `env.py`, and each script gets a separate `op`. Scripts are read as resources, also from
+a zip file.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 REVISION = "0007"
-"""The revision that this version of the package works with: the newest in `alembic/versions`."""
+"""Revision of this version: the newest revision in `alembic/versions`."""
 
 VERSION_TABLE = "homeagent_schema_version"
 
@@ -73,30 +73,30 @@ SPEAK_FOR_THEMSELVES = (
     SchemaChangedError,
     SchemaTooNewError,
 )
-"""Errors that say by themselves why an upgrade failed; any other becomes a MigrationError."""
+"""Errors that explain why an upgrade failed. Other errors become a MigrationError."""
 
 
 def script_directory() -> Traversable:
-    """Return the directory of `env.py` and the revisions: the wheel's own, or the checkout's `alembic/`.
+    """Return the directory of `env.py` and the revisions: in the wheel, or `alembic/` in a checkout.
 
     Raises:
-        MigrationError: neither is there.
+        MigrationError: neither directory exists.
     """
-    from importlib.resources import files  # takes a while to import, and is rarely needed
+    from importlib.resources import files  # lazy import: slow and rarely needed
 
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
     for candidate in candidates:
-        # Beside an installed package, `alembic` is the library of that name: it has no env.py at its top.
+        # Next to an installed package, `alembic` is the Alembic library, which has no env.py in its top directory.
         if (candidate / "env.py").is_file():
             return candidate
     raise MigrationError("this installation has no migrations: install homeagent anew")
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
-    """Return Alembic's configuration for a command on this package's revisions, which must lie in a directory.
+    """Return Alembic's configuration for a command on homeagent's revisions. The scripts must not be in a zip file.
 
     Args:
-        connection: the database; None for the one that `env.py` chooses.
+        connection: connection to the database; None to let `env.py` choose a database.
     """
     from alembic.config import Config
 
@@ -107,7 +107,7 @@ def alembic_config(connection: Connection | None = None) -> Config:
 
 
 def _scripts() -> list[ModuleType]:
-    """Load the revisions anew, oldest first."""
+    """Load new modules of all revisions, oldest first."""
     found = sorted((script_directory() / "versions").iterdir(), key=lambda file: file.name)
     return [_loaded(file) for file in found if file.name.endswith(".py")]
 
@@ -125,7 +125,7 @@ def _compiled(source: str, name: str) -> CodeType:
 
 
 def tables(connection: Connection) -> set[str]:
-    """Return the names of all tables, the application's and any other."""
+    """Return the names of all tables, including the application's tables."""
     if connection.dialect.name == "sqlite":
         query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
     else:
@@ -134,10 +134,10 @@ def tables(connection: Connection) -> set[str]:
 
 
 def revision_of(connection: Connection) -> str | None:
-    """Return the revision of the schema, None where there is no schema of ours yet.
+    """Return the revision of the schema; None if the version table does not exist.
 
     Raises:
-        CorruptDatabaseError: the version table does not hold exactly one row.
+        CorruptDatabaseError: the version table does not have exactly one row.
     """
     if VERSION_TABLE not in tables(connection):
         return None
@@ -150,24 +150,24 @@ def revision_of(connection: Connection) -> str | None:
 
 
 def known_revisions() -> set[str]:
-    """Return the revisions that this version has the scripts of."""
+    """Return the revisions whose scripts this version has."""
     return {script.revision for script in _scripts()}
 
 
 def suits(connection: Connection, revision: str | None) -> bool:
-    """Tell whether this version works with the schema as it is: at its own revision, or at a newer one that allows it.
+    """Return whether this version works with the schema: at this version's revision, or at a compatible newer revision.
 
-    A newer version says in `store.oldest_revision` how old the code may be that works beside it.
+    A newer version stores the oldest compatible revision in `store.oldest_revision`.
 
     Args:
-        connection: on the database, for that row.
-        revision: of the schema, as `revision_of` returned it.
+        connection: connection to the database.
+        revision: revision of the schema, as `revision_of` returned it.
 
     Returns:
-        False where it is to be made or upgraded.
+        False if the schema must be created or upgraded.
 
     Raises:
-        SchemaTooNewError: it is newer, and this version is too old for it.
+        SchemaTooNewError: the schema is newer, and not compatible with this version.
     """
     if revision is None or revision == REVISION:
         return revision is not None
@@ -177,7 +177,7 @@ def suits(connection: Connection, revision: str | None) -> bool:
     if "store" not in tables(connection):
         raise SchemaTooNewError(revision, known=REVISION)
     oldest = connection.execute(text("SELECT oldest_revision FROM store")).scalar()
-    # This version's own revision is the newest that it knows.
+    # The newest known revision is this version's revision, so a known `oldest` is compatible.
     if oldest not in known:
         raise SchemaTooNewError(revision, known=REVISION)
     logger.info(
@@ -190,17 +190,17 @@ def suits(connection: Connection, revision: str | None) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Return what a MigrationError says of its cause: an error of homeagent holds no value of a row."""
+    """Return the cause for the text of a MigrationError. Only errors of homeagent are known to hold no row values."""
     name = type(error).__name__
     return f"{name}: {error}" if isinstance(error, HomeAgentError) else name
 
 
 def upgrade(connection: Connection, to: str = "head") -> None:
-    """Run the revisions that are missing, on a connection that holds the lock under which one process does that.
+    """Run the missing revisions. The caller holds the lock for upgrades.
 
     Args:
-        connection: on the database.
-        to: the last revision to run; "head" for the newest.
+        connection: connection to the database.
+        to: the last revision to run; "head" for the newest revision.
     """
     from alembic.operations import Operations
     from alembic.runtime.migration import MigrationContext, MigrationStep

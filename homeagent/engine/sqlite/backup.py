@@ -116,7 +116,7 @@ def write_backup(
 
 
 def _put_in_place(partial: Path, target: Path, *, replace: bool) -> None:
-    # After a power failure a file with a backup's name must be a complete backup, and a manifest must not describe
+    # After a power cut a file with a backup's name must be a complete backup, and a manifest must not describe
     # another file. So sync each step to the disk before the next step.
     with explained("put a backup in place at", target):
         if replace:

@@ -82,7 +82,7 @@ class SQLiteEngine(Engine):
     Args:
         path: the database file.
         busy_timeout: longest wait of a statement for a lock of another process.
-        durability: `full` syncs each commit; `normal` may lose the last commits in a power failure.
+        durability: `full` syncs each commit; `normal` may lose the last commits in a power cut.
         temporary: whether to remove the file's directory when the engine is closed.
     """
 
@@ -278,7 +278,7 @@ class SQLiteEngine(Engine):
             if truncate:
                 self._wait_for_locks(connection.driver_connection, timeout)
                 ((blocked, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                # Commit, so that the WAL gets a header again. Otherwise a power failure could leave an empty WAL and an
+                # Commit, so that the WAL gets a header again. Otherwise a power cut could leave an empty WAL and an
                 # older WAL index, which together look like a WAL that lost commits.
                 connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 self._wait_for_locks(connection.driver_connection, self.busy_seconds)
@@ -363,7 +363,7 @@ class SQLiteEngine(Engine):
     def _sqlite_will_empty(self) -> bool:
         """Return whether the next connection will empty the file, because its first transaction was interrupted.
 
-        After a power failure the file may hold a part of the first page. SQLite rolls this transaction back.
+        After a power cut the file may hold a part of the first page. SQLite rolls this transaction back.
         """
         lock = database_file.look_at(lock_path(self.path))
         journal = database_file.sidecars(self.path)[2]

@@ -1,4 +1,4 @@
-"""Diagnose a database, repair it if that is asked for, and diagnose it again."""
+"""Diagnose a database, repair the findings on request, and diagnose again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("homeagent")
 OpenUnit = Callable[[], AbstractContextManager[UnitOfWork]]
 
 QUICK = timedelta(seconds=10)
-"""How long one check may take unless all are to be thorough."""
+"""Longest time for one check, unless the diagnosis is thorough."""
 
 
 def diagnose(
@@ -44,30 +44,29 @@ def diagnose(
     thorough: bool = False,
     fix: bool = False,
 ) -> Diagnosis:
-    """Check a database in any state, and report what is wrong with it and what to do.
+    """Check a database in any state, and report problems with their remedies.
 
-    Nothing is changed unless `fix` is set. A database that is missing, damaged, too old or too new is a finding and
-    no error. No finding holds a secret, a hash, a nonce, an idempotency key or a result.
+    Without `fix` no file and no row changes. A missing, damaged, too old or too new database is a finding, not an
+    error. Findings do not contain secrets, hashes, nonces, idempotency keys or results.
 
     Args:
-        target: as in `Database.open`: None, a path or a URL. For a database that this process has open use
-            `Database.doctor`.
-        clock: the store's.
-        thorough: make SQLite's full integrity check, which also compares the indexes with their tables, and let each
-            check take as long as it needs. Otherwise none takes longer than 10 seconds, and one that would is
-            listed as not made.
-        fix: repair what can be repaired without losing anything: modes of homeagent's own files, half copies left
-            behind over a day ago, the backlog of expired rows, hashes of expired secrets, the journal mode and the
-            size of the log. The findings are those after that.
+        target: the database, as for `Database.open`: None, a path or a URL. For a database that this process has open
+            use `Database.doctor`.
+        clock: clock of the store.
+        thorough: whether to run SQLite's full integrity check, which also compares the indexes with their tables,
+            without a time limit. Otherwise a check ends after 10 seconds and is listed in `not_checked`.
+        fix: whether to repair problems that can be repaired without loss: modes of homeagent's files, partial copies
+            older than a day, the backlog of expired rows, hashes of expired secrets, the journal mode and the size of
+            the WAL. The returned findings are those after the repair.
 
     Raises:
-        InvalidArgumentError: if the target is invalid, or temporary.
+        InvalidArgumentError: `target` is invalid, or names a temporary database.
     """
     given = conceal(target)
     del target
     where = resolve_target(given)
     if where.is_temporary:
-        raise InvalidArgumentError("a temporary database is only there while it is open: use Database.doctor()")
+        raise InvalidArgumentError("a temporary database exists only while it is open: use Database.doctor()")
     return _diagnose(where, clock, thorough=thorough, fix=fix)
 
 
@@ -75,25 +74,25 @@ def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: boo
     """Check a database that this process has open; see `Database.doctor`.
 
     Args:
-        engine: the database.
-        read: opens a read-only unit of it.
-        clock: the store's.
-        thorough: as in `diagnose`.
-        fix: as in `diagnose`.
+        engine: engine of the database.
+        read: opens a read-only unit.
+        clock: clock of the store.
+        thorough: as for `diagnose`.
+        fix: as for `diagnose`.
 
     Raises:
-        DatabaseClosedError: if the database was closed meanwhile.
+        DatabaseClosedError: the database was closed during the diagnosis.
     """
     if not isinstance(engine, SQLiteEngine):
         return _diagnose(Target(url=engine.sa_engine.url), clock, thorough=thorough, fix=fix, engine=engine)
-    # As long as a reader is there, SQLite keeps the log and its index: the doctor reads through them without a trace.
+    # While a reader is open, SQLite keeps the WAL and the WAL index, so the doctor can read without creating files.
     reading = partial(_reading, read)
     return _diagnose(Target(path=engine.path), clock, thorough=thorough, fix=fix, engine=engine, meanwhile=reading)
 
 
 @contextmanager
 def _reading(read: OpenUnit) -> Iterator[None]:
-    """Read in the block if the database can be read; if not, the doctor reports why."""
+    """Hold a read-only unit open in the block. If the unit can't be opened, continue: the doctor reports the cause."""
     with ExitStack() as stack:
         try:
             stack.enter_context(read())
@@ -101,7 +100,7 @@ def _reading(read: OpenUnit) -> Iterator[None]:
             raise
         except DatabaseError as error:
             logger.debug(
-                "the doctor checks a database that can't be read: %s",
+                "the doctor checks a database without a reader, because a unit can't be opened: %s",
                 error,
                 extra={"event": "doctor_without_reader", "error": type(error).__name__},
             )
@@ -132,7 +131,7 @@ def _check(target: Target, clock: Clock, *, thorough: bool, repairs: Sequence[Re
     if target.url is not None:
         check_postgresql(collector, target.url, limit=limit)
         return collector.diagnosis(location=target.location, engine="postgresql", repairs=repairs)
-    assert target.path is not None  # noqa: S101  a temporary one was refused
+    assert target.path is not None  # noqa: S101  `diagnose` refuses a temporary database
     collector.database_option = f" --database {shlex.quote(str(target.path))}"
     check_sqlite(collector, target.path)
     return collector.diagnosis(location=target.location, engine="sqlite", repairs=repairs)

@@ -1,6 +1,6 @@
-"""The diagnosis of a PostgreSQL database: what homeagent's own promises need of the server, then the store.
+"""Diagnose a PostgreSQL database: the server settings that homeagent's guarantees need, then the store.
 
-Everything is read, in one read-only transaction. The health of the server belongs to the tools of its owner.
+All checks run in one read-only transaction. The health of the server is a task for the administrator's tools.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = ["check_postgresql"]
 
 _CONNECT_SECONDS = "5"
 
-# How the server writes timestamps and definitions: a role may have other settings.
+# Output format of timestamps and definitions. The role may have other settings.
 _SHOWN_AS = ("datestyle = ISO", "quote_all_identifiers = off")
 
 
 def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None) -> None:
-    """Make all checks on a server's database.
+    """Run all checks on a server's database.
 
     Args:
-        collector: of the findings.
-        url: the database.
-        limit: how long one statement may take; None for as long as it needs.
+        collector: findings collector.
+        url: URL of the database.
+        limit: longest time for one statement; None for no limit.
     """
     if "connect_timeout" not in url.query:
         url = url.update_query_dict({"connect_timeout": _CONNECT_SECONDS})
@@ -45,8 +45,8 @@ def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None)
             with engine.connect() as connection:
                 raw: Any = connection.connection.driver_connection
                 with engine.translated():
-                    # The first query takes the snapshot. The transaction writes nothing, and its settings end with
-                    # it: a pooler gives the same session to other clients afterwards.
+                    # The first query takes the snapshot. SET LOCAL ends with the transaction: later a pooler gives
+                    # the session to other clients.
                     raw.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                     patience = 0 if limit is None else int(limit.total_seconds() * 1000)
                     for setting in (f"statement_timeout = {patience}", *_SHOWN_AS):
@@ -65,7 +65,7 @@ def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None)
         finally:
             engine.close()
     except HomeAgentError as error:
-        remedy = "start the server, or correct the URL, the password or pg_hba.conf; the server's own log says more"
+        remedy = "start the server, or correct the URL, the password or pg_hba.conf; read the server's log"
         collector.critical("database", f"{presentable_url(url)} can't be reached.", str(error), remedy, "pg_isready")
     collector.skip("the database can't be reached", "durability", "write_access", *STORE_CHECKS)
 
@@ -91,10 +91,10 @@ def _check_durability(collector: Collector, connection: Connection) -> None:
         Severity.CRITICAL if unsafe else Severity.WARNING if early else Severity.OK,
         "durability",
         f"The server's settings: {shown}.",
-        "a power cut may lose everything, or leave a database that can't be started"
+        "a power cut may lose all data, or leave a database that can't be started"
         if unsafe
-        else "a crash may lose the last commits, and a nonce that is lost may be used again",
-        "switch all three on, and reload the server's settings",
+        else "a crash may lose the last commits; a lost nonce may be used again",
+        "switch on all three settings, and reload the server's configuration",
         f"ALTER SYSTEM SET {'fsync' if unsafe else 'synchronous_commit'} = on",
         **settings,
     )
@@ -112,13 +112,13 @@ def _check_write_access(collector: Collector, connection: Connection) -> None:
     lacking = sorted(row[0] for row in rows)
     if connection.execute(text("SELECT pg_is_in_recovery()")).scalar_one():
         remedy = "name all hosts in the URL, with target_session_attrs=read-write"
-        collector.critical("write_access", "The server is a standby.", "it takes no writes", remedy)
+        collector.critical("write_access", "The server is a standby.", "a standby accepts no writes", remedy)
     shown = ", ".join(lacking)
     collector.add(
         Severity.CRITICAL if lacking else Severity.OK,
         "write_access",
         f"Tables that this role may not read and write: {shown or 'none'}.",
-        "the gateway's units fail",
+        "units of the gateway that use these tables fail",
         "grant the role these rights, or use the role that owns the tables",
         f"GRANT SELECT, INSERT, UPDATE, DELETE ON {shown} TO CURRENT_USER",
         tables=len(lacking),

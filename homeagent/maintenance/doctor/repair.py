@@ -1,4 +1,4 @@
-"""Repairs that lose nothing: modes of homeagent's files, half copies, expired rows and hashes, route keys, the log."""
+"""Repairs without loss of data: file modes, partial copies, expired rows and hashes, route keys, the WAL."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _TAKE_ROUTE = Statement[AgentSession](
     .values(route_key=bindparam("route"))
 )
 
-# If one of these finds something critical, the rows are left alone: they may be damaged, or the clock may be wrong.
+# If one of these checks is critical, do not change rows: the rows may be damaged, or the clock may be wrong.
 _HANDS_OFF = (
     "database",
     "integrity",
@@ -72,18 +72,18 @@ _HANDS_OFF = (
 
 
 def repair(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine | None) -> list[Repair]:
-    """Repair what was found and can be repaired safely; return what was done, or why it was given up.
+    """Make the repairs that are safe with these findings. Return the repairs, also the failed repairs.
 
     Args:
         diagnosis: the findings.
         target: the database.
-        clock: the store's.
-        engine: the open database's; None to open one.
+        clock: clock of the store.
+        engine: engine of the open database; None to open the database for the repairs.
     """
     done: list[Repair] = []
     found = {finding.check: finding for finding in diagnosis.findings}
     bad = {check: finding.severity for check, finding in found.items() if finding.severity is not Severity.OK}
-    # A file that is not known to be homeagent's keeps its mode, and the files next to it.
+    # Do not change a file, or files next to it, if the file may belong to another application.
     if target.path is not None and bad.get("database") is not Severity.CRITICAL:
         with _noted(done, "files"):
             _make_private(target.path, done)

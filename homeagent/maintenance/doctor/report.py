@@ -1,6 +1,6 @@
-"""What a diagnosis consists of, and the collector of its findings.
+"""Models of a diagnosis, and the findings collector.
 
-The names of fields and checks are stable: monitoring is written against them.
+Do not rename fields or checks: monitoring depends on the names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STORE_CHECKS = (
     "pending_devices",
     "admins",
 )
-"""The checks of a store that can be opened, on either engine."""
+"""The checks of a readable store, on either engine."""
 
 CHECKS: tuple[str, ...] = (
     "database",
@@ -54,7 +54,7 @@ CHECKS: tuple[str, ...] = (
     "durability",
     "write_access",
 )
-"""The name of every check, in the order in which the findings are reported."""
+"""The names of all checks, in the order of the report."""
 
 RESTORE = "stop the gateway, keep the file aside with its -wal and -shm, and restore the newest good backup"
 TOO_LONG = "it takes longer than a quick look may: use --thorough"
@@ -63,31 +63,31 @@ Fact = int | float | bool | str | None
 
 
 class Severity(StrEnum):
-    """How bad a finding is."""
+    """Severity of a finding."""
 
     OK = "ok"
     WARNING = "warning"
-    """It works, and the administrator should look at it."""
+    """homeagent works, and the administrator should check the cause."""
     CRITICAL = "critical"
-    """It must not go on like this."""
+    """The administrator must act now."""
 
     @property
     def exit_status(self) -> int:
-        """The exit status of `homeagent doctor` if this is the worst finding: 0, 1 or 2."""
+        """Exit status of `homeagent doctor` for this severity: 0, 1 or 2."""
         return list(Severity).index(self)
 
 
 class Finding(BaseModel):
-    """What one check found.
+    """Result of one check.
 
     Attributes:
-        check: the check's name, one of `CHECKS`.
-        severity: how bad it is.
-        summary: what was found.
-        meaning: what follows from it; None if all is well.
-        remedy: what to do about it; None if there is nothing to do.
-        command: a command that does it, or its first step; None if there is none.
-        facts: the figures behind it, by name: counts, bytes and seconds, and never a value of a row.
+        check: name of the check, one of `CHECKS`.
+        severity: severity of the finding.
+        summary: description of the state.
+        meaning: consequence of a problem.
+        remedy: action for the administrator, if an action is necessary.
+        command: command for the remedy or its first step, if a command applies.
+        facts: figures by name: counts, bytes and seconds, but no value of a row.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -102,11 +102,11 @@ class Finding(BaseModel):
 
 
 class Repair(BaseModel):
-    """What was repaired.
+    """One repair.
 
     Attributes:
         check: the check whose finding was repaired.
-        action: what was done.
+        action: description of the repair, or of the error that prevented the repair.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -116,17 +116,17 @@ class Repair(BaseModel):
 
 
 class Diagnosis(BaseModel):
-    """The state of a database: what `homeagent doctor --json` prints.
+    """State of a database, as `homeagent doctor --json` prints it.
 
     Attributes:
         location: the file, or the server's URL without its password.
         engine: `sqlite` or `postgresql`.
-        checked_at: when, by the store's clock.
-        thorough: whether the long checks were made too.
-        severity: the worst of all findings.
-        findings: one of each check that was made, in the order of `CHECKS`.
-        not_checked: the checks that could not be made, and why.
-        repairs: what was repaired before these findings were made; empty unless `fix` was set.
+        checked_at: time of the diagnosis, by the store's clock.
+        thorough: whether the diagnosis was thorough.
+        severity: worst severity of all findings.
+        findings: one finding for each completed check, in the order of `CHECKS`.
+        not_checked: reason for each check that did not run or did not complete.
+        repairs: repairs before the final checks; empty unless `fix` was set.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -142,23 +142,23 @@ class Diagnosis(BaseModel):
 
     @property
     def exit_status(self) -> int:
-        """0 if all is well, 1 for warnings, 2 for a critical finding."""
+        """Exit status: 0 without problems, 1 for warnings, 2 for a critical finding."""
         return self.severity.exit_status
 
     def finding(self, check: str) -> Finding | None:
-        """Return what this check found; None if it was not made."""
+        """Return the finding of a check; None if the check was not made."""
         return next((finding for finding in self.findings if finding.check == check), None)
 
 
 class Collector:
-    """Collects the findings about one database.
+    """Findings collector for one database.
 
-    A check may report several findings: they become one, with the worst severity, the worst first.
+    Several findings of a check are combined into a finding with the worst severity, the worst summary first.
 
     Args:
-        now: when the database is checked.
-        thorough: whether the long checks are made too.
-        watch: ends a statement that takes too long.
+        now: time of the diagnosis.
+        thorough: whether the diagnosis is thorough.
+        watch: stopwatch that interrupts statements at the time limit.
     """
 
     def __init__(self, now: datetime, *, thorough: bool, watch: Stopwatch) -> None:
@@ -168,9 +168,9 @@ class Collector:
         self.findings: dict[str, Finding] = {}
         self.not_checked: dict[str, str] = {}
         self.database_option = ""
-        """The option that names the database in a command of homeagent; empty for a server."""
+        """Option for the database in commands of homeagent; empty for a server."""
         self.restore_command: str | None = None
-        """The command that restores the newest good backup; None if no backup is known."""
+        """Command that restores the newest good backup, if a backup is known."""
 
     def add(
         self,
@@ -182,7 +182,7 @@ class Collector:
         command: str | None = None,
         **facts: Fact,
     ) -> None:
-        """Add a finding; the parameters are its fields. If all is well, meaning, remedy and command are dropped."""
+        """Add a finding with these fields. For severity OK, drop meaning, remedy and command."""
         if severity is Severity.OK:
             meaning = remedy = command = None
         if remedy is RESTORE:
@@ -202,25 +202,25 @@ class Collector:
         earlier = self.findings.get(check)
         self.findings[check] = finding if earlier is None else _combined(earlier, finding)
 
-    # The same with the severity given.
+    # `add` with a fixed severity.
     ok = partialmethod(add, Severity.OK)
     warn = partialmethod(add, Severity.WARNING)
     critical = partialmethod(add, Severity.CRITICAL)
 
     def skip(self, reason: str, *checks: str) -> None:
-        """Note that these checks could not be made, unless they were, or another reason was noted."""
+        """Record the reason why checks did not run. Skip checks with a finding or an earlier reason."""
         for check in checks:
             if check not in self.findings:
                 self.not_checked.setdefault(check, reason)
 
     @contextmanager
     def attempt(self, check: str, *, on: Connection | None = None) -> Iterator[None]:
-        """Make a check; an error in it is reported, and the next checks follow all the same.
+        """Run a check in the block. Report an error as a finding, so that later checks still run.
 
         Args:
-            check: its name.
-            on: the connection that is used. On PostgreSQL a statement that fails ends the transaction, so that each
-                check gets a savepoint.
+            check: name of the check.
+            on: the check's connection. On PostgreSQL a failed statement ends the transaction, so each check gets a
+                savepoint.
         """
         self.watch.start()
         guarded = on is not None and on.dialect.name == "postgresql"
@@ -231,7 +231,7 @@ class Collector:
         except CorruptDatabaseError as error:
             self.critical(check, "The database is damaged where this check reads.", str(error), RESTORE)
         except HomeAgentError as error:
-            # A server ends by itself what takes too long.
+            # At the time limit, statement_timeout or the stopwatch ended the statement.
             if self.watch():
                 self.skip(TOO_LONG, check)
             elif check not in self.findings:
@@ -241,7 +241,7 @@ class Collector:
                 on.exec_driver_sql("ROLLBACK TO SAVEPOINT doctor")
 
     def diagnosis(self, *, location: str, engine: str, repairs: Sequence[Repair]) -> Diagnosis:
-        """Return all findings as a report."""
+        """Return the report."""
         severities = [finding.severity for finding in self.findings.values()]
         return Diagnosis(
             location=location,

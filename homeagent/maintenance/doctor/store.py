@@ -1,6 +1,7 @@
-"""Checks of a store that can be opened, on either engine: its revision, its schema, and what its rows show.
+"""Checks of a readable store, on either engine: revision, schema and rows.
 
-The checks count. Only `rows` names rows, and no check shows a secret, a hash, a nonce, a key or a result.
+The checks count rows. Only the check `rows` names rows. Findings do not contain secrets, hashes, nonces, keys or
+results.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ if TYPE_CHECKING:
 __all__ = ["BACKLOG", "SECRETS_GRACE", "check_store", "stale_routes"]
 
 BACKLOG = 10_000
-"""More expired rows than this show that no process sweeps."""
+"""Number of expired rows above which the doctor assumes that no process sweeps."""
 
 AHEAD = timedelta(minutes=1)
-"""How far a row may lie in the future: clocks of several hosts are never quite equal."""
+"""Allowed difference between the clocks of several hosts."""
 
 PENDING = timedelta(days=7)
-"""How long a device may wait for its approval."""
+"""Longest time for which a device may wait for approval without a warning."""
 
 SECRETS_GRACE = timedelta(days=1)
-"""How long after its overlap a previous secret's hash may stay, in case the clock is wrong."""
+"""Time for which the hash of an expired secret may stay without a warning, in case the clock is wrong."""
 
 _PAGE = 1000
 
@@ -53,15 +54,15 @@ _TIMES = [
     for c in described.columns
     if isinstance(c.type, TimestampColumn) and not c.name.endswith("expires_at")
 ]
-"""When something happened; no store writes a time after the present one there."""
+"""Columns with the time of an event. A store writes only the current time to these columns."""
 
 
 def check_store(collector: Collector, connection: Connection) -> None:
-    """Make all checks of a store; at a revision that this version does not work with, only that of the revision.
+    """Run all checks of a store; if this version can't use the schema's revision, only the check of the revision.
 
     Args:
-        collector: of the findings.
-        connection: sees one snapshot throughout.
+        collector: findings collector.
+        connection: connection with one snapshot for all checks.
     """
     with collector.attempt("schema_revision", on=connection):
         _check_revision(collector, connection)
@@ -118,7 +119,7 @@ def _check_schema(collector: Collector, connection: Connection) -> None:
     )
 
 
-# What the rows hold
+# Stored values
 
 
 def _check_rows(collector: Collector, connection: Connection) -> None:
@@ -156,17 +157,17 @@ def _check_rows(collector: Collector, connection: Connection) -> None:
 def _read(
     described: Table, connection: Connection, watch: Callable[[], bool], *, undecoded: bool = False
 ) -> tuple[int, list[str]]:
-    """Read every row of a table as it is stored, and return the number of rows and what is wrong with them.
+    """Read the stored values of all rows of a table. Return the number of rows, and a description of each bad row.
 
     Args:
         described: the table.
-        connection: on the database.
-        watch: tells when to end early.
-        undecoded: whether the driver reads each text as bytes: it decodes no row of a page that has one bad text.
+        connection: connection to the database.
+        watch: returns True when the time limit is over.
+        undecoded: whether to read texts as bytes. Otherwise the driver raises an error for a page with invalid UTF-8.
     """
     columns = list(described.columns)
     names = [c.name for c in columns]
-    # A nonce and an idempotency key are secret: such a row is named by its device.
+    # Nonces and idempotency keys are secret, so name these rows by the device.
     named = names.index(naming_column(described))
     tests = [_test(c, connection.dialect) for c in columns]
     count, faults = 0, []
@@ -209,7 +210,7 @@ def _decoded(kind: str, value: Any) -> Any:
 
 
 def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | None]:
-    """Return a function that tells what is wrong with a stored value of this column; None if it is sound."""
+    """Return a function that describes the problem of a stored value of this column; None for a valid value."""
     kind: Any = getattr(described.type, "impl_instance", described.type)
     stored: type = kind.python_type
     load = getattr(described.type, "process_result_value", None)
@@ -234,7 +235,7 @@ def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | Non
     return test
 
 
-# What the rows show
+# Rows that need the administrator's attention
 
 
 def _count(connection: Connection, model: Any, *conditions: ColumnElement[bool]) -> int:
