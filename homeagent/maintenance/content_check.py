@@ -25,13 +25,8 @@ logger = logging.getLogger("homeagent")
 class ContentCheck:
     """Checks the content of an open SQLite database periodically, one table with its indexes in a read-only unit.
 
-    On PostgreSQL `run_if_due` does nothing.
-
-    Args:
-        engine: engine of the database.
-        every: pause between two checks. The first check is due at once.
-        time_budget: longest time for one check. The next check continues with the remaining tables.
-        monotonic: clock for both, in seconds.
+    The first check is due at once, and later checks `every` after the last. The check after an exceeded time budget
+    continues with the remaining tables. On PostgreSQL `run_if_due` does nothing.
     """
 
     def __init__(
@@ -52,8 +47,7 @@ class ContentCheck:
     def run_if_due(self, stop: Callable[[], bool]) -> None:
         """Check the remaining tables, if a check is due, until `stop` returns True.
 
-        Raises:
-            CorruptDatabaseError: the database is damaged. Later units raise this error too.
+        If the database is damaged, raise CorruptDatabaseError. Later units raise this error too.
         """
         engine = self._engine
         now = self._monotonic()

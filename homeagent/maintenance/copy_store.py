@@ -182,12 +182,8 @@ def copy_store(
 ) -> CopyReport:
     """Copy all rows of a store into an empty store, and compare the two before the commit.
 
-    Args:
-        engines: engine of the source, engine of the target.
-        open_source: opens a read-only unit on the source.
-        open_target: opens a write unit on the target.
-        live: whether the source may change during the copy. The copy is a snapshot of the start.
-        progress: called after each page of rows.
+    `engines` are the engines of the source and the target. If `live` is True, the source may change during the copy,
+    which is a snapshot of the start. `progress` is called after each page of rows.
 
     Raises:
         InvalidArgumentError: source and target are the same database.

@@ -56,15 +56,9 @@ class EpochReport(BaseModel):
 def begin_epoch(target: Given, *, clock: Clock, busy_timeout: timedelta) -> EpochReport:
     """Begin a new epoch of a store that no process has open.
 
-    Args:
-        target: the database, as for `Database.open`.
-        clock: clock for the start of the epoch.
-        busy_timeout: longest wait for processes that have the database open.
-
     Raises:
-        DatabaseBusyError: a process has the database open, and would continue in the old epoch.
+        DatabaseBusyError: after `busy_timeout` a process has the database open, and would continue in the old epoch.
         SchemaOutdatedError: the database is absent, or has an older schema.
-        DatabaseError: the database can't be opened.
     """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     where = resolve_target(target)

@@ -34,13 +34,7 @@ _FIRST = datetime.min.replace(tzinfo=UTC)
 
 
 class _Statements:
-    """The statements that read the expired rows of a table in pages, and delete one row.
-
-    Args:
-        model: model of the table.
-        expired: condition for an expired row.
-        time: column with the time of expiry.
-    """
+    """The statements that read the expired rows of a table in pages, and delete one row."""
 
     def __init__(self, model: Any, expired: ColumnElement[bool], time: str = "expires_at") -> None:
         table = model.__table__
@@ -81,17 +75,7 @@ class Batch(NamedTuple):
 
 
 class ExpiredRows:
-    """The expired rows of one table.
-
-    Args:
-        settings: settings of the units.
-        kind: name of the table; of `devices` only those that wait for their approval.
-        grace: time for which a row stays after its expiry.
-        monotonic: clock for the duration of a batch, in seconds.
-
-    Attributes:
-        skipped: number of skipped rows so far, by constraint.
-    """
+    """The expired rows of one table. `skipped` counts the skipped rows by constraint."""
 
     def __init__(
         self,

@@ -94,13 +94,8 @@ def sweep(
 
     While other writers wait, a batch takes a few milliseconds, and all batches at most a fifth of the time.
 
-    Args:
-        settings: settings of the units.
-        batch_size: maximum number of rows of a batch, above zero.
-        time_budget: time after which the sweep ends early, above zero; None for no limit.
-        pending_ttl: longest time for which a device may wait for its approval; None deletes no device.
-        stop: event that ends the sweep early.
-        monotonic: clock for pauses and for the budget, in seconds.
+        `batch_size` is the maximum number of rows of a batch. The time budget, or the event `stop`, ends the sweep early.
+    `pending_ttl` is the longest time for which a device may wait for its approval; None deletes no device.
     """
     check_limit(batch_size, "batch_size")
     deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()

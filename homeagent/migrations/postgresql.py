@@ -59,12 +59,9 @@ _PAUSE = 0.2  # longest pause between two attempts, in seconds
 
 
 def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bool) -> None:
-    """Bring the schema to this version's revision, one host at a time.
+    """Bring the schema to this version's revision, one host at a time, if `migrate` is True.
 
-    Args:
-        engine: engine of the database.
-        timeout: longest wait for another host that upgrades the schema, and for units that hold its tables.
-        migrate: whether to create or upgrade the schema.
+    `timeout` is the longest wait for another host that upgrades the schema, and for units that hold its tables.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError.

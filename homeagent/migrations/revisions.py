@@ -77,11 +77,7 @@ SPEAK_FOR_THEMSELVES = (
 
 
 def script_directory() -> Traversable:
-    """Return the directory of `env.py` and the revisions: in the wheel, or `alembic/` in a checkout.
-
-    Raises:
-        MigrationError: neither directory exists.
-    """
+    """Return the directory of `env.py` and the revisions: in the wheel, or `alembic/` in a checkout."""
     from importlib.resources import files  # lazy import: slow and rarely needed
 
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
@@ -95,8 +91,7 @@ def script_directory() -> Traversable:
 def alembic_config(connection: Connection | None = None) -> Config:
     """Return Alembic's configuration for a command on homeagent's revisions. The scripts must not be in a zip file.
 
-    Args:
-        connection: connection to the database; None to let `env.py` choose a database.
+    Without a connection `env.py` chooses the database.
     """
     from alembic.config import Config
 
@@ -134,11 +129,7 @@ def tables(connection: Connection) -> set[str]:
 
 
 def revision_of(connection: Connection) -> str | None:
-    """Return the revision of the schema; None if the version table does not exist.
-
-    Raises:
-        CorruptDatabaseError: the version table does not have exactly one row.
-    """
+    """Return the revision of the schema; None if the version table does not exist."""
     if VERSION_TABLE not in tables(connection):
         return None
     rows = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).fetchall()  # noqa: S608  a constant
@@ -157,17 +148,8 @@ def known_revisions() -> set[str]:
 def suits(connection: Connection, revision: str | None) -> bool:
     """Return whether this version works with the schema: at this version's revision, or at a compatible newer revision.
 
-    A newer version stores the oldest compatible revision in `store.oldest_revision`.
-
-    Args:
-        connection: connection to the database.
-        revision: revision of the schema, as `revision_of` returned it.
-
-    Returns:
-        False if the schema must be created or upgraded.
-
-    Raises:
-        SchemaTooNewError: the schema is newer, and not compatible with this version.
+    A newer version stores the oldest compatible revision in `store.oldest_revision`. If the schema is newer and not
+    compatible, raise SchemaTooNewError. False means that the schema must be created or upgraded.
     """
     if revision is None or revision == REVISION:
         return revision is not None
@@ -196,12 +178,7 @@ def reason_of(error: Exception) -> str:
 
 
 def upgrade(connection: Connection, to: str = "head") -> None:
-    """Run the missing revisions. The caller holds the lock for upgrades.
-
-    Args:
-        connection: connection to the database.
-        to: the last revision to run; "head" for the newest revision.
-    """
+    """Run the missing revisions, up to the revision `to`. The caller holds the lock for upgrades."""
     from alembic.operations import Operations
     from alembic.runtime.migration import MigrationContext, MigrationStep
     from alembic.script import Script

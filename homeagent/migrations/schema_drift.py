@@ -34,10 +34,8 @@ __all__ = ["Difference", "refuse_changed_schema", "schema_differences"]
 class Difference:
     """One difference between the schema and the schema of homeagent's revisions.
 
-    Attributes:
-        text: description, with the names of the table and of the object.
-        grave: whether homeagent may fail, or accept values that it must refuse.
-        command: the SQL statement that undoes the change; None if one statement is not enough.
+    A difference is grave if homeagent may fail, or accept values that it must refuse. `command` is the SQL statement
+    that undoes the change, if one statement is enough.
     """
 
     text: str
@@ -46,13 +44,9 @@ class Difference:
 
 
 class _Part(NamedTuple):
-    """A column, constraint, index or storage option of a table.
+    """A column, constraint, index or storage option of a table, with its normalised SQL text.
 
-    Attributes:
-        definition: normalised SQL text.
-        strict: whether the part can refuse a row that homeagent inserts: a unique index, or a column without default.
-        index_name: name of an index; None for another part.
-        sql: statement that creates the index; None for another part.
+    A strict part can refuse a row that homeagent inserts: a unique index, or a column without default.
     """
 
     definition: str
@@ -69,12 +63,7 @@ def refuse_changed_schema(connection: Connection, revision: str, location: str) 
     """Refuse a schema with a grave difference: rows of such a database can't be trusted.
 
     The doctor reports the other differences, such as a view or a plain index. On PostgreSQL this function searches only
-    for triggers and rules on homeagent's tables.
-
-    Args:
-        connection: connection to the database, in a transaction.
-        revision: revision of the schema.
-        location: name of the database in the error.
+    for triggers and rules on homeagent's tables. The connection must be in a transaction.
 
     Raises:
         SchemaChangedError: the schema has a grave difference.

@@ -52,12 +52,8 @@ logger = logging.getLogger("homeagent")
 def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migrate: bool, temporary: bool) -> None:
     """Check the file, and bring it to WAL mode and to this version's revision.
 
-    Args:
-        engine: engine of the file. The file may be absent or empty.
-        clock: clock for the name of the backup.
-        timeout: longest wait for another process that creates or upgrades the file.
-        migrate: whether to create or upgrade the schema.
-        temporary: whether the file is private to the caller: no locks, no backup.
+    `timeout` is the longest wait for another process that creates or upgrades the file. Without `migrate` the schema
+    must be up to date. A temporary file is private to the caller, so it needs no in-use lock and no backup.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError, ForeignDatabaseError,
@@ -110,12 +106,7 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
 
 
 def identify(engine: SQLiteEngine) -> database_file.FileState | None:
-    """Return the state of a file, without changing any file.
-
-    Raises:
-        ForeignDatabaseError, CorruptDatabaseError, InsecureFileError, DatabaseError: the file has content, but is
-            not an intact homeagent database.
-    """
+    """Return the state of a file without changing it. Raise an error if a file with content is not homeagent's."""
     state = database_file.judge_file(engine.path, is_database=True, repair=False)
     if state is not None and not state.is_empty:
         engine.refuse_foreign()
@@ -123,11 +114,9 @@ def identify(engine: SQLiteEngine) -> database_file.FileState | None:
 
 
 def identify_or_wait(engine: SQLiteEngine) -> bool:
-    """Identify a file before taking the first lock; see `identify`.
+    """Identify a file before taking the first lock. Return whether that succeeded.
 
-    Returns:
-        False if a restore was interrupted, or if the file is damaged and a running restore may replace the file. Then
-        call `identify` again with the in-use lock held.
+    False: a restore was interrupted, or may replace the damaged file. Call `identify` again with the in-use lock held.
     """
     intent = database_file.look_at(in_use_path(engine.path))
     if intent is not None and intent.st_size:
@@ -150,13 +139,9 @@ def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
 
 
 def _check_unclean_end(engine: SQLiteEngine) -> bool:
-    """Check a file that has a WAL although no process has it open: the last process did not close the database.
+    """Check a file that has a WAL, if no process has it open: the last process did not close the database.
 
-    Returns:
-        False if the file was not checked.
-
-    Raises:
-        CorruptDatabaseError: the file is damaged, or its WAL lost commits.
+    Return whether the file was checked. Raise CorruptDatabaseError if the file is damaged, or its WAL lost commits.
     """
     if engine.in_use_lock is not None:
         engine.in_use_lock.release()

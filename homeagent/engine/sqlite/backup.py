@@ -50,13 +50,7 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Content of a database, as a manifest describes it.
-
-    Attributes:
-        rows: number of rows of each table.
-        revision: schema revision; None without a version table.
-        epoch: epoch of the store; None if the schema is older than epochs.
-    """
+    """Content of a database for its manifest: row counts by table, schema revision and epoch (None if absent)."""
 
     rows: dict[str, int]
     revision: str | None
@@ -83,15 +77,8 @@ def write_backup(
 
     The copy is in rollback mode: it needs no WAL, so it can be opened on a read-only medium.
 
-    Args:
-        engine: engine of the database.
-        target: path of the backup, in an existing directory.
-        partial: path of the copy until it is verified, in the same directory.
-        version_table: table with the schema revision.
-        taken_at: time of the backup, for the manifest.
-        kind: kind of the backup, for the manifest.
-        replace: whether to replace an existing file.
-        stop: called repeatedly; True cancels the backup.
+    `partial` is the path of the copy until it is verified; `target` and `partial` are in the same existing directory.
+    `stop` is called repeatedly, and cancels the backup by returning True.
 
     Raises:
         InvalidArgumentError: `target` exists, and `replace` is False.
@@ -148,11 +135,9 @@ def discard(partial: Path) -> None:
 
 
 def read_contents(raw: Any, version_table: str) -> Contents:
-    """Read the row counts, revision and epoch of a database.
+    """Read the row counts, revision and epoch of a database. Do not count the rows of `version_table`.
 
-    Args:
-        raw: driver's connection in a transaction, or to a file that no other connection writes.
-        version_table: table with the schema revision; its rows are not counted.
+    The driver's connection must be in a transaction, or have a file that no other connection writes.
     """
     tables = [
         str(row[0])

@@ -40,10 +40,7 @@ class _ForeignKey(NamedTuple):
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
     """Return the error for a change that a constraint refused; None for another kind of error.
 
-    Args:
-        raw: the driver's connection, on which the change failed.
-        error: the driver's exception.
-        statement: SQL text of the failed statement; None or COMMIT if a deferred foreign key failed.
+    `statement` is the failed SQL text; None or COMMIT if a deferred foreign key failed.
     """
     kind = _KINDS.get(getattr(error, "extendedresult", 0))
     if kind is None:

@@ -41,10 +41,7 @@ def diagnosed_error(
 ) -> HomeAgentError:
     """Return homeagent's error for an exception of the SQLite driver, chosen by SQLite's code and by system probes.
 
-    Args:
-        error: the driver's exception.
-        path: the database file.
-        find_moved: returns the error for a file that was replaced or deleted; None if the open file is unchanged.
+    `find_moved` returns the error for a replaced or deleted file; None for an unchanged file.
     """
     translation = sqlite_error(error)
     if isinstance(translation, CorruptDatabaseError):

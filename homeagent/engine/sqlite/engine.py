@@ -79,11 +79,8 @@ def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
 class SQLiteEngine(Engine):
     """Engine of one SQLite file with one writer. Each reader sees a snapshot.
 
-    Args:
-        path: the database file.
-        busy_timeout: longest wait of a statement for a lock of another process.
-        durability: `full` syncs each commit; `normal` may lose the last commits in a power cut.
-        temporary: whether to remove the file's directory when the engine is closed.
+    `durability`: `full` syncs each commit; `normal` may lose the last commits in a power cut. `temporary`: remove the
+    file's directory when the engine is closed.
     """
 
     # SQLite allows one writer, and a sync takes many times as long as a small unit.

@@ -71,18 +71,7 @@ def diagnose(
 
 
 def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: bool, fix: bool) -> Diagnosis:
-    """Check a database that this process has open; see `Database.doctor`.
-
-    Args:
-        engine: engine of the database.
-        read: opens a read-only unit.
-        clock: clock of the store.
-        thorough: as for `diagnose`.
-        fix: as for `diagnose`.
-
-    Raises:
-        DatabaseClosedError: the database was closed during the diagnosis.
-    """
+    """Check a database that this process has open; see `Database.doctor`. `read` opens a read-only unit."""
     if not isinstance(engine, SQLiteEngine):
         return _diagnose(Target(url=engine.sa_engine.url), clock, thorough=thorough, fix=fix, engine=engine)
     # While a reader is open, SQLite keeps the WAL and the WAL index, so the doctor can read without creating files.

@@ -74,11 +74,7 @@ _HANDS_OFF = (
 def repair(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine | None) -> list[Repair]:
     """Make the repairs that are safe with these findings. Return the repairs, also the failed repairs.
 
-    Args:
-        diagnosis: the findings.
-        target: the database.
-        clock: clock of the store.
-        engine: engine of the open database; None to open the database for the repairs.
+    Without an engine, open the database for the repairs.
     """
     done: list[Repair] = []
     found = {finding.check: finding for finding in diagnosis.findings}

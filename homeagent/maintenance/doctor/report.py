@@ -153,12 +153,8 @@ class Diagnosis(BaseModel):
 class Collector:
     """Findings collector for one database.
 
-    Several findings of a check are combined into a finding with the worst severity, the worst summary first.
-
-    Args:
-        now: time of the diagnosis.
-        thorough: whether the diagnosis is thorough.
-        watch: stopwatch that interrupts statements at the time limit.
+    Several findings of a check are combined into a finding with the worst severity, the worst summary first. `watch`
+    interrupts statements at the time limit.
     """
 
     def __init__(self, now: datetime, *, thorough: bool, watch: Stopwatch) -> None:
@@ -217,10 +213,7 @@ class Collector:
     def attempt(self, check: str, *, on: Connection | None = None) -> Iterator[None]:
         """Run a check in the block. Report an error as a finding, so that later checks still run.
 
-        Args:
-            check: name of the check.
-            on: the check's connection. On PostgreSQL a failed statement ends the transaction, so each check gets a
-                savepoint.
+        On PostgreSQL a failed statement ends the transaction, so each check gets a savepoint on its connection.
         """
         self.watch.start()
         guarded = on is not None and on.dialect.name == "postgresql"

@@ -60,9 +60,7 @@ _TIMES = [
 def check_store(collector: Collector, connection: Connection) -> None:
     """Run all checks of a store; if this version can't use the schema's revision, only the check of the revision.
 
-    Args:
-        collector: findings collector.
-        connection: connection with one snapshot for all checks.
+    The connection must have one snapshot for all checks.
     """
     with collector.attempt("schema_revision", on=connection):
         _check_revision(collector, connection)
@@ -159,11 +157,8 @@ def _read(
 ) -> tuple[int, list[str]]:
     """Read the stored values of all rows of a table. Return the number of rows, and a description of each bad row.
 
-    Args:
-        described: the table.
-        connection: connection to the database.
-        watch: returns True when the time limit is over.
-        undecoded: whether to read texts as bytes. Otherwise the driver raises an error for a page with invalid UTF-8.
+    `watch` returns True when the time limit is over. `undecoded` reads texts as bytes; otherwise the driver raises an
+    error for a page with invalid UTF-8.
     """
     columns = list(described.columns)
     names = [c.name for c in columns]
