@@ -284,7 +284,7 @@ def _now(clock: Clock, manifest: Manifest | None) -> datetime:
     now = check_timestamp(clock(), "the clock's time")
     if manifest is not None and now < manifest.taken_at:
         logger.warning(
-            "the clock says %s, before the time of the backup (%s). If the clock is wrong, set it and restore again",
+            "the clock says %s, before the backup was taken (%s). If the clock is wrong, set it and restore again",
             now.isoformat(timespec="seconds"),
             manifest.taken_at.isoformat(timespec="seconds"),
             extra={"event": "clock_before_backup", "seconds": (manifest.taken_at - now).total_seconds()},
