@@ -25,8 +25,8 @@ logger = logging.getLogger("homeagent")
 class ContentCheck:
     """Checks the content of an open SQLite database periodically, one table with its indexes in a read-only unit.
 
-    The first check is due at once, and later checks `every` after the last. The check after an exceeded time budget
-    continues with the remaining tables. On PostgreSQL `run_if_due` does nothing.
+    The first check is due at once; `every` is the pause between two checks. If a check exceeds the time budget, the
+    next check continues with the remaining tables. On PostgreSQL `run_if_due` does nothing.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ class _Part(NamedTuple):
     sql: str | None = None
 
 
-# Table name to part name to part.
+# The parts of all tables, by table name and part name.
 _Tables = dict[str, dict[str, _Part]]
 
 
