@@ -90,11 +90,11 @@ def sweep(
     stop: threading.Event | None = None,
     monotonic: Callable[[], float] = monotonic,
 ) -> SweepReport:
-    """Delete expired nonces and idempotency keys, and overdue pending devices, in batches; a batch is a unit of work.
+    """Delete expired nonces, idempotency keys and pending devices in batches; each batch is a unit of work.
 
     While other writers wait, a batch takes a few milliseconds, and all batches at most a fifth of the time.
 
-        `batch_size` is the maximum number of rows of a batch. The time budget, or the event `stop`, ends the sweep early.
+    `batch_size` is the maximum number of rows of a batch. The time budget, or the event `stop`, ends the sweep early.
     `pending_ttl` is the longest time for which a device may wait for its approval; None deletes no device.
     """
     check_limit(batch_size, "batch_size")
