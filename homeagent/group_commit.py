@@ -1,24 +1,8 @@
-"""Group commit: write units that wait for the one write lock share a transaction and its commit.
+"""Group commit: waiting write units of one database share a transaction, because a synced commit takes much longer.
 
-A commit that is synced to the disk takes many times as long as a small unit. The writer thread, one per database, takes
-the calls that wait, runs each in a savepoint of its own, and commits once for the whole batch. A caller that has no
-other caller before it runs its unit in its own thread, in a plain transaction. No caller's thread runs the function of
-another caller. Signals never reach the writer thread, so the state of a batch needs no defence against interrupts.
-
-A call is in one of these states. A caller moves its call to LEFT only; the writer thread makes the other moves.
-
-| from | to | when |
-|---|---|---|
-| QUEUED | STARTING | the call is the first of a batch: the writer thread waits for the write lock |
-| QUEUED, STARTING | RUNNING | the function runs |
-| RUNNING | ENDED | the function returned or raised; the common commit is still to come |
-| ENDED | COMMITTING | the batch is about to be committed: no caller can leave any more |
-| COMMITTING | DONE | the batch is committed: the outcome is in the call |
-| RUNNING, ENDED, COMMITTING | ALONE | the batch was rolled back or its commit failed: the caller runs its unit itself |
-| ENDED, QUEUED | ALONE | so too if the function asked for the ORM session, or if the system has no thread left |
-| QUEUED, STARTING | DONE | the write lock cannot be had, or the database was closed: the error is in the call |
-| QUEUED, STARTING | LEFT | the caller was cancelled or interrupted |
-| QUEUED, ENDED | LEFT | the caller waited for `busy_timeout`; a batch that an ENDED call leaves is rolled back |
+Each database has at most one writer thread, which runs the queued calls of a batch, each in a savepoint, and then
+commits once. If no other caller waits, the caller's own thread runs the unit in a plain transaction. Python runs signal
+handlers in the main thread only, so no interrupt can break the state of a batch.
 """
 
 from __future__ import annotations
@@ -27,18 +11,16 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from contextvars import Context, copy_context
-from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary
 
 from homeagent.cancellation import call_in_thread, shielded_wait
 from homeagent.clock import monotonic
 from homeagent.errors import DatabaseClosedError, DatabaseError
+from homeagent.queued_call import ALONE, COMMITTING, DONE, ENDED, LEFT, QUEUED, RUNNING, STARTING, CallState, QueuedCall
 from homeagent.unit_of_work import UnitOfWork, UnitSettings, call_back, refuse_nesting
 
 if TYPE_CHECKING:
@@ -50,63 +32,17 @@ __all__ = ["GroupCommit"]
 
 T = TypeVar("T")
 
-_MOST = 256
-_LONGEST = 0.01
-"""A batch ends after so many units or seconds, so that blocks that wait for the write lock get their turn."""
-_SHORTEST_CHECK = 0.005
-"""A caller checks no more often than this whether it has waited for too long, in seconds."""
+# A batch has limits, so that `with` blocks also get the write lock.
+_MAX_BATCH_UNITS = 256
+_MAX_BATCH_SECONDS = 0.01
+_MIN_CHECK_INTERVAL = 0.005
+"""Shortest time between two checks of a call's timeout, in seconds."""
 _IDLE = 5.0
-"""The writer thread ends after so many seconds without a call; the next call starts another one."""
+"""Time without a call after which the writer thread ends, in seconds. The next call starts a new thread."""
 _CLOSED = "the database was closed: open it again"
 _SAVEPOINT = "homeagent_group"
 
 logger = logging.getLogger("homeagent")
-
-_State = Enum("_State", ["QUEUED", "STARTING", "RUNNING", "ENDED", "COMMITTING", "DONE", "ALONE", "LEFT"])
-# `_State.QUEUED` takes ten times as long as a name of the module.
-QUEUED, STARTING, RUNNING, ENDED, COMMITTING, DONE, ALONE, LEFT = _State
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """A function that the writer thread runs as a unit of work for a caller, and its outcome."""
-
-    work: Callable[[UnitOfWork], Any]
-    future: asyncio.Future[None] | None = None
-    """Wakes the coroutine that waits; None if a thread waits."""
-    woken: threading.Lock = field(default_factory=threading.Lock)
-    """Wakes the thread that waits. An interrupt could leave a threading.Event locked, and block the writer thread."""
-    context: Context = field(default_factory=copy_context)
-    caller: int = field(default_factory=get_ident)
-    state: _State = QUEUED
-    since: float = field(default_factory=monotonic)
-    value: Any = None
-    error: BaseException | None = None
-    callbacks: list[Callable[[], object]] | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the caller is to wait no longer."""
-        return self.state is DONE or self.state is ALONE or self.state is LEFT
-
-    def outcome(self) -> Any:
-        """Return the value of the function, or raise its error."""
-        if self.error is not None:
-            try:
-                raise self.error
-            finally:
-                self.error = None  # its traceback refers to this call
-        return self.value
-
-    def __str__(self) -> str:
-        work: Any = self.work
-        while isinstance(work, partial):
-            work = work.func
-        name = getattr(work, "__qualname__", type(work).__qualname__)
-        if self.future is not None:
-            return f"{name} for a coroutine"
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        return f"{name} for thread {names.get(self.caller, self.caller)!r}"
 
 
 class _SharedUnit(UnitOfWork):
@@ -123,13 +59,13 @@ class _SharedUnit(UnitOfWork):
 
     @property
     def session(self) -> Session:
-        """End the function: the ORM session needs a transaction of its own, so the unit runs again alone."""
+        """End the function: the ORM session needs its own transaction, so the caller runs the unit again alone."""
         self._require_connection()
         self.wants_session = True
         raise _NotSharedError
 
     def rollback(self) -> None:
-        """Abandon the unit: see `UnitOfWork.rollback`."""
+        """Roll back to the savepoint; see `UnitOfWork.rollback`."""
         if self._state == "rolled back":
             return
         connection = self._require_connection()
@@ -138,34 +74,30 @@ class _SharedUnit(UnitOfWork):
         self._state = "rolled back"
 
     def end(self, *, keep: bool) -> list[Callable[[], object]] | None:
-        """End the unit and its savepoint; return what to call after the commit."""
+        """End the unit and its savepoint, and return the callbacks for after the commit."""
         connection, self._connection = self._connection, None
         is_open, self._state = self._state == "open", "ended"
-        # If SQLite rolled back the whole transaction, the savepoint is gone too.
+        # A rollback of the whole transaction by SQLite also removes the savepoint.
         if connection is not None and is_open and connection.in_transaction:
             (connection.release_savepoint if keep else connection.rollback_to_savepoint)(_SAVEPOINT)
         return self._after_commit if keep else None
 
 
 class _NotSharedError(BaseException):
-    """A unit cannot share its transaction: it asks for the ORM session, or the transaction was rolled back."""
+    """A unit needs the ORM session, or the shared transaction was rolled back."""
 
 
 class GroupCommit:
-    """Runs functions as write units of one database; the units of callers that wait share a commit.
-
-    Args:
-        settings: what the units of the database share.
-    """
+    """Runs functions as write units of one database; units of waiting callers share a commit."""
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
-        # Guards the states. Reentrant: a signal handler may use the database while its own thread holds it.
+        # Guards the states. Reentrant: a signal handler may use the database while its thread holds the mutex.
         self._mutex = threading.RLock()
-        self._queue: SimpleQueue[_Call] = SimpleQueue()
-        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, set[_Call]] = WeakKeyDictionary()
-        self._batch: list[_Call] = []
-        self._is_crowded = False
+        self._queue: SimpleQueue[QueuedCall] = SimpleQueue()
+        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, set[QueuedCall]] = WeakKeyDictionary()
+        self._batch: list[QueuedCall] = []
+        self._is_contended = False
         self._thread: threading.Thread | None = None
         self._is_closed = False
         settings.engine.writers.occupation = self._occupation
@@ -173,28 +105,28 @@ class GroupCommit:
     # Callers
 
     def run(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Run a function as a unit, in this thread or in the writer thread, and return its value.
+        """Run a function as a unit, in this thread or in the writer thread, and return the function's value.
 
         Raises:
-            DatabaseBusyError: the unit's turn or its commit did not come within `busy_timeout`. Nothing took place.
-            UnitStateError: this thread has a write unit open.
-            DatabaseClosedError: the database was closed, or opened before a fork.
+            DatabaseBusyError: if the unit's turn or its commit did not come within `busy_timeout`. No change was made.
+            UnitStateError: if this thread already has an open write unit.
+            DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
         settings = self._settings
         settings.engine.pool(read_only=False)  # raises in a forked child
         if get_ident() in settings.writing:
             refuse_nesting()
-        # After a batch of several units more callers are about to come, and all of them can share a commit.
-        if settings.writing or self._is_crowded or not self._queue.empty():
-            call = _Call(work)
+        # After a batch of several units, expect more callers and let them share a commit.
+        if settings.writing or self._is_contended or not self._queue.empty():
+            call = QueuedCall(work)
             call.woken.acquire()
             try:
                 self._submit(call)
-                patience = max(settings.timeout, _SHORTEST_CHECK)
-                while not call.is_over and not call.woken.acquire(timeout=patience):
-                    patience = self._check(call)
+                wait = max(settings.timeout, _MIN_CHECK_INTERVAL)
+                while not call.is_over and not call.woken.acquire(timeout=wait):
+                    wait = self._check(call)
             except BaseException:
-                # An interrupt, for example. If the function has begun, the outcome of the unit stands.
+                # For example an interrupt. If the function has begun, its unit still ends normally.
                 self._leave(call)
                 raise
             if call.state is not ALONE:
@@ -204,29 +136,30 @@ class GroupCommit:
         return self._run_alone(work)
 
     def _run_alone(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Run a function as a unit in this thread, in a transaction of its own."""
+        """Run a function as a unit in this thread, in its own transaction."""
         with UnitOfWork(self._settings, read_only=False) as unit:
-            # Do not return from here: test_an_interrupt_anywhere_in_a_call_holds_nobody_up
+            # Do not return inside the block: test_an_interrupt_anywhere_in_a_call_holds_nobody_up fails.
             value = work(unit)
         return value
 
     async def arun(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Run a function as a unit for a coroutine of asyncio, in the writer thread, and return its value.
+        """Run a function as a unit for an asyncio coroutine, in the writer thread, and return the function's value.
 
-        A caller that is cancelled before its unit's turn leaves the queue. After that it waits for the unit's end.
+        If the caller is cancelled before its unit begins, remove the call from the queue; otherwise wait for the
+        unit's end.
 
         Raises:
             DatabaseBusyError, DatabaseClosedError: as in `run`.
-            DatabaseError: no thread can be started. Nothing took place.
+            DatabaseError: if no thread can be started. No change was made.
         """
         self._settings.engine.pool(read_only=False)
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        call = _Call(work, future)
+        call = QueuedCall(work, future)
         calls = self._loops.get(loop)
         if calls is None:
             calls = self._loops[loop] = set()
-            loop.call_later(max(self._settings.timeout, _SHORTEST_CHECK), self._check_loop, loop, calls)
+            loop.call_later(max(self._settings.timeout, _MIN_CHECK_INTERVAL), self._check_loop, loop, calls)
         calls.add(call)
         cancellation: asyncio.CancelledError | None = None
         try:
@@ -238,7 +171,7 @@ class GroupCommit:
                 raise
             cancellation = error
             if not call.is_over:
-                # The cancellation ended the future. Only this thread resolves one, so no wake-up is missed.
+                # The cancellation ended the future. Only this thread resolves futures, so no wake-up is lost.
                 call.future = loop.create_future()
                 cancellation = await shielded_wait(call.future) or error
         finally:
@@ -246,49 +179,49 @@ class GroupCommit:
         if call.state is ALONE and cancellation is None:
             return await call_in_thread(partial(self._run_alone, work))
         if call.callbacks:
-            # They may use the database, and must not block the event loop.
+            # Callbacks may use the database and must not block the event loop.
             await call_in_thread(partial(call_back, call.callbacks))
         if cancellation is not None:
             raise cancellation
         value: T = call.outcome()
         return value
 
-    def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[_Call]) -> None:
-        """Check the calls of an event loop, and again for as long as there are any."""
-        patience = min(map(self._check, calls), default=0)
-        _resolve([call for call in calls if call.is_over])  # among them those that the loop was not notified of
+    def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
+        """Check the timeouts of an event loop's calls. Repeat until the loop has no call left."""
+        wait = min(map(self._check, calls), default=0)
+        _resolve([call for call in calls if call.is_over])  # also calls whose notification of the loop failed
         if calls:
-            loop.call_later(patience, self._check_loop, loop, calls)
+            loop.call_later(wait, self._check_loop, loop, calls)
         else:
             self._loops.pop(loop, None)
 
-    def _check(self, call: _Call) -> float:
-        """End the wait of a call that waited for too long, and return in how many seconds to check again.
+    def _check(self, call: QueuedCall) -> float:
+        """Move a call that has waited for the whole timeout to LEFT. Return the time until the next check, in seconds.
 
-        Only the time in the queue and the time until the commit counts: a function may run as long as it likes.
+        The run time of the function does not count.
         """
-        left = timeout = self._settings.timeout
+        remaining = timeout = self._settings.timeout
         with self._mutex:
-            # If there is no batch, the writer thread is about to take the call.
+            # Without a batch, the writer thread is about to take the call.
             if call.state is ENDED or (call.state is QUEUED and self._batch):
-                left = call.since + timeout - monotonic()
-                if left <= 0:
+                remaining = call.since + timeout - monotonic()
+                if remaining <= 0:
                     call.state, call.callbacks = LEFT, None
         if call.state is LEFT:
             call.error = error = self._settings.engine.writers.busy(timeout)
             self._settings.engine.counters.waited(monotonic() - call.since)
             self._settings.engine.counters.faulted(error)
-        return max(left, _SHORTEST_CHECK)
+        return max(remaining, _MIN_CHECK_INTERVAL)
 
-    def _leave(self, call: _Call) -> bool:
-        """Remove a call from the queue. Return False if its function has begun."""
+    def _leave(self, call: QueuedCall) -> bool:
+        """Move a call to LEFT and return True; return False if the call's function has begun."""
         with self._mutex:
             if call.state is QUEUED or call.state is STARTING:
                 call.state = LEFT
             return call.state is LEFT
 
-    def _submit(self, call: _Call) -> None:
-        """Queue a call for the writer thread, which is started if there is none."""
+    def _submit(self, call: QueuedCall) -> None:
+        """Queue a call for the writer thread, and start the thread if necessary."""
         with self._mutex:
             if self._is_closed:
                 raise DatabaseClosedError(_CLOSED)
@@ -297,32 +230,34 @@ class GroupCommit:
                 try:
                     self._thread.start()
                 except BaseException as error:
-                    self._thread = None  # a thread that begins in spite of an interrupt ends at once
+                    self._thread = None  # if the thread begins despite an interrupt, `_write` ends at once
                     if not isinstance(error, Exception):
                         raise
-                    call.error = DatabaseError(f"no thread can be started to write for coroutines: {error!r}")
+                    call.error = DatabaseError(
+                        f"could not start the writer thread: {error!r}. End other threads, or raise the system's limit."
+                    )
                     call.state = ALONE if call.future is None else DONE
                     return
             self._queue.put(call)
 
     def close(self) -> None:
-        """Refuse the calls that wait, and wait for the end of the writer thread, for `busy_timeout` at most.
+        """End the queued calls with DatabaseClosedError. Wait for the writer thread, for at most `busy_timeout`.
 
-        The connections are closed before. A function that runs meanwhile is committed when it ends, as a block is.
+        The caller has closed the connection pools. A unit whose function runs is still committed.
         """
         with self._mutex:
             self._is_closed = True
             while (call := self._next()) is not None:
                 call.error = DatabaseClosedError(_CLOSED)
                 self._deliver(self._move([call], DONE))
-            self._queue.put(_Call(lambda unit: None, state=LEFT))  # only wakes the writer thread
+            self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # only wakes the writer thread
             thread, timeout = self._thread, self._settings.timeout
         if thread is None or thread is threading.current_thread():
             return
         thread.join(timeout)
         if thread.is_alive():
             logger.warning(
-                "a unit of work did not end within %.3f s of closing the database: its function hangs",
+                "a unit of work did not end within %.3f s after the database was closed: check why its function hangs",
                 timeout,
                 extra={"event": "unit_hangs", "waited_seconds": timeout},
             )
@@ -330,7 +265,7 @@ class GroupCommit:
     # The writer thread
 
     def _write(self) -> None:
-        """Run batches until the database is closed, or no call has come for a while."""
+        """Run batches until the database is closed, or no call has come for `_IDLE` seconds."""
         while self._thread is threading.current_thread():
             try:
                 first = self._queue.get(timeout=0 if self._is_closed else _IDLE)
@@ -342,38 +277,38 @@ class GroupCommit:
             self._batch = [first]
             try:
                 self._run_batch(first)
-            except BaseException as error:  # noqa: BLE001  no caller starts another thread in the place of this one
+            except BaseException as error:  # noqa: BLE001  the callers rely on this thread
                 _log(error)
                 for call in self._batch:
                     if not call.is_over:
                         call.error = error
                 self._deliver(self._move(self._batch, DONE))
-            self._is_crowded = len(self._batch) > 1
+            self._is_contended = len(self._batch) > 1
             self._batch = []
 
-    def _run_batch(self, first: _Call) -> None:
+    def _run_batch(self, first: QueuedCall) -> None:
         """Run units in one transaction, and wake their callers."""
         timeout = max(first.since + self._settings.timeout - monotonic(), 0)
         if not self._move([first], STARTING):
             return
-        shared: list[_Call] = []
-        alone: list[_Call] = []
+        shared: list[QueuedCall] = []
+        alone: list[QueuedCall] = []
         transaction = UnitOfWork(self._settings, read_only=False, timeout=timeout)
         try:
             with transaction:
                 self._run_units(first, transaction, shared, alone)
-                # A caller that has left was told that nothing of its unit took place.
+                # A caller that has left got the error "no change was made", so do not commit its unit.
                 if len(self._move(shared, COMMITTING)) < len(shared):
                     raise _NotSharedError
                 if all(call.error is not None for call in shared):
                     transaction.rollback()
-        except BaseException as error:  # noqa: BLE001  a unit that runs alone has an error of its own
-            if transaction._state == "new":  # the write lock could not be had
+        except BaseException as error:  # noqa: BLE001  each unit that runs alone raises its own error
+            if transaction._state == "new":  # no write lock
                 first.error, shared = error, [first]
             else:
                 shared, alone = [], [*shared, *alone]
         try:
-            # The transaction has counted as one commit, or as one rollback.
+            # UnitOfWork has counted one commit or one rollback for the batch.
             counters, kept = self._settings.engine.counters, sum(call.error is None for call in shared)
             counters.commits += max(kept - 1, 0)
             counters.rollbacks += len(shared) - max(kept, 1)
@@ -382,12 +317,14 @@ class GroupCommit:
         finally:
             self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
-    def _run_units(self, first: _Call, transaction: UnitOfWork, shared: list[_Call], alone: list[_Call]) -> None:
-        """Run units in savepoints until no call is queued or the batch is full."""
+    def _run_units(
+        self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall], alone: list[QueuedCall]
+    ) -> None:
+        """Run units in savepoints until the queue is empty or the batch is full. Add each to `shared` or `alone`."""
         connection = transaction._require_connection()
-        # Well within the time that the first callers wait for the commit.
-        end = monotonic() + min(_LONGEST, self._settings.timeout / 4)
-        call: _Call | None = first
+        # A quarter of the timeout: the first callers also wait for the commit.
+        end = monotonic() + min(_MAX_BATCH_SECONDS, self._settings.timeout / 4)
+        call: QueuedCall | None = first
         while call is not None:
             now = monotonic()
             waited = now - call.since
@@ -403,27 +340,27 @@ class GroupCommit:
                 unit = _SharedUnit(self._settings, connection)
                 try:
                     call.value = call.context.run(call.work, unit)
-                except BaseException as error:  # noqa: BLE001  raised by the outcome
+                except BaseException as error:  # noqa: BLE001  `outcome` raises the error in the caller
                     call.error = error
                 call.callbacks = unit.end(keep=call.error is None and not unit.wants_session)
                 call.since, call.state = monotonic(), ENDED
                 if unit.wants_session:
                     alone.append(shared.pop())
                 if not connection.in_transaction:
-                    # A full disk, for example: https://sqlite.org/lang_transaction.html, section 3
+                    # SQLite rolled back, for example on a full disk (https://sqlite.org/lang_transaction.html, 3)
                     raise _NotSharedError
-            is_full = len(self._batch) >= _MOST or monotonic() >= end
+            is_full = len(self._batch) >= _MAX_BATCH_UNITS or monotonic() >= end
             call = None if is_full else self._next()
 
-    def _next(self) -> _Call | None:
-        """Return the next call of the queue, None if there is none."""
+    def _next(self) -> QueuedCall | None:
+        """Return the next queued call, or None."""
         try:
             return self._queue.get_nowait()
         except Empty:
             return None
 
-    def _move(self, calls: list[_Call], state: _State) -> list[_Call]:
-        """Move calls to a state, and return them. Calls that are over stay so, and are left out."""
+    def _move(self, calls: list[QueuedCall], state: CallState) -> list[QueuedCall]:
+        """Move the calls that are not over to a state, and return these calls."""
         now = monotonic()
         with self._mutex:
             moved = [call for call in calls if not call.is_over]
@@ -433,9 +370,9 @@ class GroupCommit:
                 call.since, call.state = now, state
         return moved
 
-    def _deliver(self, calls: list[_Call]) -> None:
-        """Wake callers: each thread, and each event loop once."""
-        loops: dict[asyncio.AbstractEventLoop, list[_Call]] = {}
+    def _deliver(self, calls: list[QueuedCall]) -> None:
+        """Wake each waiting thread, and each event loop once."""
+        loops: dict[asyncio.AbstractEventLoop, list[QueuedCall]] = {}
         for call in calls:
             if call.future is None:
                 call.woken.release()
@@ -445,18 +382,18 @@ class GroupCommit:
             try:
                 loop.call_soon_threadsafe(_resolve, waiting)
             except RuntimeError:
-                self._loops.pop(loop, None)  # the loop was closed: no caller waits
-            except Exception as error:  # noqa: BLE001  no memory, for example: the timers of the calls wake the callers
+                self._loops.pop(loop, None)  # the loop was closed, so no coroutine waits
+            except Exception as error:  # noqa: BLE001  for example MemoryError: then `_check_loop` wakes the callers
                 _log(error)
 
     def _occupation(self, holder: int) -> str | None:
-        """Say which function the writer thread runs. If there is one, that thread holds the write lock."""
+        """Name the function that the writer thread runs, for error messages about the write lock; None if idle."""
         running = next((call for call in reversed(self._batch) if call.state is RUNNING), None)
         return None if running is None else f"{running} since {monotonic() - running.since:.3f} s"
 
 
-def _resolve(calls: list[_Call]) -> None:
-    """Wake coroutines, in the thread of their event loop."""
+def _resolve(calls: list[QueuedCall]) -> None:
+    """Wake coroutines. Call this in the thread of their event loop."""
     for call in calls:
         if call.future is not None and not call.future.done():
             call.future.set_result(None)
@@ -464,7 +401,7 @@ def _resolve(calls: list[_Call]) -> None:
 
 def _log(error: BaseException) -> None:
     logger.error(
-        "the writer thread met an error outside of a unit, and goes on",
+        "the writer thread continues after an error outside of units; see the traceback",
         exc_info=error,
         extra={"event": "writer_failed", "error": type(error).__name__},
     )

@@ -27,7 +27,7 @@ BOTH = pytest.mark.parametrize("coroutines", [False, True], ids=["threads", "cor
 @pytest.fixture(autouse=True)
 def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch takes all calls that wait, however slow the machine is."""
-    monkeypatch.setattr("homeagent.group_commit._LONGEST", 60)
+    monkeypatch.setattr("homeagent.group_commit._MAX_BATCH_SECONDS", 60)
 
 
 class Odd(BaseException):
@@ -122,11 +122,11 @@ def test_postgresql_groups_by_itself(empty_postgres_url: str) -> None:
 
 def test_a_batch_is_bounded(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends after so many units, or after so long, and the next one begins."""
-    monkeypatch.setattr("homeagent.group_commit._MOST", 4)
+    monkeypatch.setattr("homeagent.group_commit._MAX_BATCH_UNITS", 4)
     with counted_commits(monkeypatch) as count:
         run_together(sqlite_database, [creating(f"a{number}") for number in range(11)])
     assert count == [3]
-    monkeypatch.setattr("homeagent.group_commit._LONGEST", 0)
+    monkeypatch.setattr("homeagent.group_commit._MAX_BATCH_SECONDS", 0)
     with counted_commits(monkeypatch) as count:
         run_together(sqlite_database, [creating(f"b{number}") for number in range(4)])
     assert count == [4]

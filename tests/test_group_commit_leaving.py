@@ -243,8 +243,8 @@ def test_an_interrupt_anywhere_in_a_call_holds_nobody_up(sqlite_path: Path, crow
     came = True
     with Database.open(sqlite_path, busy_timeout=timedelta(seconds=10), durability="normal") as database:
         while came:
-            group_commit_of(database)._is_crowded = crowded
-            came = interrupt_at(turn, {"homeagent.group_commit"}, lambda: database.run(count))
+            group_commit_of(database)._is_contended = crowded
+            came = interrupt_at(turn, {"homeagent.group_commit", "homeagent.queued_call"}, lambda: database.run(count))
             other = threading.Thread(target=database.run, args=(count,))
             other.start()
             assert database.run(count) == 0

@@ -97,7 +97,7 @@ def test_units_of_a_batch_are_as_good_as_units_alone(
             create(unit, "a")
     works = [functools.partial(work, number=number) for number in range(len(scripts))]
     with pytest.MonkeyPatch.context() as patch, counted_commits(patch, *failing):
-        patch.setattr("homeagent.group_commit._LONGEST", 60)
+        patch.setattr("homeagent.group_commit._MAX_BATCH_SECONDS", 60)
         outcomes = run_together(batched, works, coroutines=coroutines)
     left_open.clear()
     for number in order:

@@ -39,7 +39,7 @@ from tests.conftest import FakeClock, add_agent, dump
 @pytest.fixture
 def impatient(sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
     """A database whose units wait for 400 ms at most. A quarter of that is what a batch may last."""
-    monkeypatch.setattr("homeagent.group_commit._LONGEST", 60)
+    monkeypatch.setattr("homeagent.group_commit._MAX_BATCH_SECONDS", 60)
     with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(milliseconds=400)) as database:
         yield database
 
@@ -103,7 +103,7 @@ def test_without_a_timeout_a_free_write_lock_is_enough(sqlite_path: Path) -> Non
     """With a busy_timeout of 0, a unit that the writer thread takes up at once is no unit that waits."""
     with Database.open(sqlite_path, busy_timeout=timedelta(0)) as database:
         assert asyncio.run(database.arun(creating("ada"))) == "ada"
-        group_commit_of(database)._is_crowded = True
+        group_commit_of(database)._is_contended = True
         assert database.run(creating("bob")) == "bob"
 
 
@@ -137,7 +137,7 @@ def test_a_function_that_hangs_keeps_no_other_caller_waiting(impatient: Database
     hangs = caller("the hanging one", hang)
     second = caller("second", creating("second"))
     threads = [caller("first", begin), second, caller("third", creating("third"))]
-    group_commit_of(impatient)._is_crowded = True  # the first caller hands its unit over too
+    group_commit_of(impatient)._is_contended = True  # the first caller hands its unit over too
     threads[0].start()
     assert hanging.wait(30)
     threads[2].start()
@@ -213,7 +213,7 @@ def test_a_caller_that_stays_with_a_batch_that_another_left_is_done_again(
             wait_for_calls(impatient, 1)
         return create(unit, agent_id)
 
-    group_commit_of(impatient)._is_crowded = True
+    group_commit_of(impatient)._is_contended = True
     thread = threading.Thread(target=first)
     thread.start()
     while not runs:
@@ -234,7 +234,7 @@ def test_no_caller_leaves_a_batch_that_commits(impatient: Database, monkeypatch:
             threading.Event().wait(1)
         commit(link)
 
-    group_commit_of(impatient)._is_crowded = True
+    group_commit_of(impatient)._is_contended = True
     monkeypatch.setattr(StoreConnection, "commit", slow)
     assert impatient.run(creating("a")) == "a"
     assert asyncio.run(impatient.arun(creating("b"))) == "b"
@@ -278,7 +278,7 @@ def test_a_system_without_threads_left_still_runs_the_units_of_threads(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """Each caller runs its own. A coroutine's is refused with an error of ours, and later calls work."""
-    group_commit_of(sqlite_database)._is_crowded = True
+    group_commit_of(sqlite_database)._is_contended = True
 
     def refuse(thread: threading.Thread) -> None:
         raise error
@@ -394,7 +394,7 @@ def test_closing_refuses_callers_that_wait(sqlite_path: Path, hangs: bool) -> No
         calls = [database.arun(creating(f"late {number}")) for number in range(10, 13)]
         errors.extend(map(type, await asyncio.gather(*calls, return_exceptions=True)))
 
-    group_commit_of(database)._is_crowded = True  # the function is run by the writer thread
+    group_commit_of(database)._is_contended = True  # the function is run by the writer thread
     holder = threading.Thread(target=functools.partial(database.run, hang) if hangs else block)
     holder.start()
     assert entered.wait(30)

@@ -1,0 +1,83 @@
+"""A call in the queue of the group commit: function, state and outcome.
+
+A call has one of these states. The caller moves its call to LEFT; the writer thread makes most other moves.
+
+| from | to | when |
+|---|---|---|
+| QUEUED | STARTING | the call is the first of a batch; the writer thread waits for the write lock |
+| QUEUED, STARTING | RUNNING | the writer thread calls the function |
+| RUNNING | ENDED | the function returned or raised; the batch is not committed yet |
+| ENDED | COMMITTING | the commit is decided: the caller can no longer leave |
+| COMMITTING | DONE | the batch is committed; the call has the outcome |
+| RUNNING, ENDED, COMMITTING | ALONE | the batch was rolled back: the caller runs its unit itself |
+| ENDED | ALONE | the function asked for the ORM session: the caller runs its unit itself |
+| QUEUED | ALONE, DONE | no writer thread can be started: a thread runs its unit itself, a coroutine gets an error |
+| QUEUED, STARTING | DONE | `busy_timeout` is over, or the database was closed; the call has the error |
+| QUEUED, STARTING | LEFT | the caller was cancelled or interrupted |
+| QUEUED, ENDED | LEFT | `busy_timeout` is over; if the call was ENDED, the batch is rolled back |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
+
+from homeagent.clock import monotonic
+
+if TYPE_CHECKING:
+    from homeagent.unit_of_work import UnitOfWork
+
+__all__ = ["ALONE", "COMMITTING", "DONE", "ENDED", "LEFT", "QUEUED", "RUNNING", "STARTING", "CallState", "QueuedCall"]
+
+CallState = Enum("CallState", ["QUEUED", "STARTING", "RUNNING", "ENDED", "COMMITTING", "DONE", "ALONE", "LEFT"])
+# Reading `CallState.QUEUED` takes ten times as long as reading a module's global.
+QUEUED, STARTING, RUNNING, ENDED, COMMITTING, DONE, ALONE, LEFT = CallState
+
+
+@dataclass(slots=True, eq=False)
+class QueuedCall:
+    """A function to run as a unit in the writer thread, and its outcome."""
+
+    work: Callable[[UnitOfWork], Any]
+    future: asyncio.Future[None] | None = None
+    """Wakes the waiting coroutine; None if a thread waits."""
+    woken: threading.Lock = field(default_factory=threading.Lock)
+    """Wakes the waiting thread. An interrupt could leave a threading.Event locked and so block the writer thread."""
+    context: Context = field(default_factory=copy_context)
+    caller: int = field(default_factory=get_ident)
+    state: CallState = QUEUED
+    since: float = field(default_factory=monotonic)
+    value: Any = None
+    error: BaseException | None = None
+    callbacks: list[Callable[[], object]] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the caller must stop waiting."""
+        return self.state is DONE or self.state is ALONE or self.state is LEFT
+
+    def outcome(self) -> Any:
+        """Return the function's value, or raise its error."""
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                self.error = None  # the traceback refers to this call: avoid a reference cycle
+        return self.value
+
+    def __str__(self) -> str:
+        work: Any = self.work
+        while isinstance(work, partial):
+            work = work.func
+        name = getattr(work, "__qualname__", type(work).__qualname__)
+        if self.future is not None:
+            return f"{name} for a coroutine"
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        return f"{name} for thread {names.get(self.caller, self.caller)!r}"
