@@ -1,4 +1,4 @@
-"""The one clock that every store method reads, once; and the clock by which waits and timeouts are measured."""
+"""The wall clock, which each store method reads once, and the monotonic clock for waits and timeouts."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from time import time_ns
 __all__ = ["Clock", "monotonic", "system_clock"]
 
 Clock = Callable[[], datetime]
-"""Returns the present instant as an aware datetime. An injected clock is believed, even when it steps back."""
+"""Returns the current time as an aware datetime. An injected clock may step back; its time is used unchanged."""
 
 monotonic: Callable[[], float] = (
     partial(time.clock_gettime, time.CLOCK_MONOTONIC) if hasattr(time, "clock_gettime") else time.monotonic
 )
-"""Returns seconds of a clock that only goes on. Waits and timeouts are measured by this clock.
+"""Returns the seconds of a monotonic clock.
 
-An application's tests may freeze time with freezegun, which freezes `time.monotonic` too: a timeout measured by that
-would never end. Neither freezegun nor time-machine freezes this clock.
+An application's tests may use freezegun, which also freezes `time.monotonic`: a timeout would not end. Neither
+freezegun nor time-machine freezes `time.clock_gettime`.
 """
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 _MILLION = 1_000_000
 
-# A signal's handler may come while its own thread holds it, and read the clock.
+# Reentrant: a signal handler may read the clock while its thread holds the lock.
 _lock = threading.RLock()
 _latest = (0, _EPOCH)
 
 
 def system_clock() -> datetime:
-    """Return the present instant in whole milliseconds, never an earlier one than this process was told before.
+    """Return the current time in whole milliseconds, not earlier than the last returned timestamp of this process.
 
-    A wall clock that is set back would otherwise make dead nonces live again and order events wrongly. While the
-    wall clock is behind, the last instant is returned again.
+    While the wall clock is set back, return the last timestamp again. Otherwise expired nonces would count as not
+    expired, and events would have the wrong order.
     """
     global _latest
     milliseconds = time_ns() // _MILLION
-    latest, instant = _latest
+    latest, timestamp = _latest
     if milliseconds == latest:
-        return instant
+        return timestamp
     with _lock:
-        latest, instant = _latest
+        latest, timestamp = _latest
         if milliseconds > latest:
-            instant = _EPOCH + milliseconds * _MILLISECOND
-            _latest = (milliseconds, instant)
-        return instant
+            timestamp = _EPOCH + milliseconds * _MILLISECOND
+            _latest = (milliseconds, timestamp)
+        return timestamp
 
 
 def _renew_lock() -> None:
-    # A thread that is not there in a forked child may have held it.
+    # In the parent process, another thread may have held the lock at the fork.
     global _lock
     _lock = threading.RLock()
 

@@ -1,4 +1,4 @@
-"""Open the engine of a target, and make or upgrade its schema."""
+"""Open the engine of a target, and create or upgrade the schema."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_engine(
 ) -> Engine:
     """Open the SQLite file or the PostgreSQL database that a target names; see `Database.open`.
 
-    If the schema cannot be used, the engine is closed before the error is raised.
+    If the schema cannot be used, close the engine and raise the error.
     """
     where = resolve_target(target)
     engine: SQLiteEngine | PostgreSQLEngine

@@ -1,8 +1,8 @@
-"""Units of work as functions: run again whole where that is safe, in the caller's thread or in a worker's.
+"""Run functions as units of work, and run a unit again after an error if a second run is safe.
 
-A unit that met another one has been undone, so it may be run again. So may one whose connection was lost before its
-COMMIT was sent. Where the connection was lost after that, nobody can know whether the commit took place: the unit is
-run again only if its owner says that twice is the same as once.
+After a conflict with another unit, or if the connection was lost before COMMIT was sent, the unit was rolled back and
+can run again. If the connection was lost later, the outcome of the commit is unknown: the unit runs again only if the
+caller declares it idempotent.
 """
 
 from __future__ import annotations
@@ -30,66 +30,62 @@ __all__ = ["Runner"]
 T = TypeVar("T")
 
 RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)
-"""After these a unit may be run again whole; after the last one only where twice is the same as once."""
+"""Errors after which a unit may run again; after CommitUnknownError only an idempotent unit."""
 
-# The first pause of a retry and the longest, in seconds; each is drawn at random up to its bound.
+# Bounds of the first and of the longest pause before a retry, in seconds. A pause is random, at most its bound.
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
 
 class Runner:
-    """Runs functions as units of work of one database.
-
-    Args:
-        settings: what its units share; their timeout bounds the retrying too.
-    """
+    """Runs functions as units of work of one database. `settings.timeout` also limits the retries."""
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
-        # PostgreSQL groups commits by itself, and has many writers: each unit has a connection of its own there.
+        # PostgreSQL groups commits by itself and has many writers, so each unit uses its own connection.
         self._group_commit = GroupCommit(settings) if settings.engine.shares_commits else None
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Do a unit of work, again whole where that is safe; see `Database.run`."""
-        begun, tries = monotonic(), None
+        """Run a unit of work, and retry if that is safe; see `Database.run`."""
+        begun, retries = monotonic(), None
         while True:
             try:
                 if self._group_commit is not None and not read_only:
                     return _done(work, self._group_commit.run(work))
                 with UnitOfWork(self._settings, read_only=read_only) as unit:
                     return _done(work, work(unit))
-            except RETRIED as fault:
-                tries = tries or _Tries(self._settings, begun, idempotent=idempotent)
-                pause = tries.pause_after(fault)
+            except RETRIED as error:
+                retries = retries or _Retries(self._settings, begun, idempotent=idempotent)
+                pause = retries.pause_after(error)
             time.sleep(pause)
 
     async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Do as `run` does without blocking the event loop; see `Database.arun`."""
+        """Do the same as `run`, without blocking the event loop; see `Database.arun`."""
         await checkpoint_if_cancelled()
         if self._group_commit is None or read_only or not _under_asyncio():
             return await _in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent))
-        begun, tries = monotonic(), None
+        begun, retries = monotonic(), None
         while True:
             try:
                 return _done(work, await self._group_commit.arun(work))
-            except RETRIED as fault:
-                tries = tries or _Tries(self._settings, begun, idempotent=idempotent)
-                pause = tries.pause_after(fault)
+            except RETRIED as error:
+                retries = retries or _Retries(self._settings, begun, idempotent=idempotent)
+                pause = retries.pause_after(error)
             await asyncio.sleep(pause)
 
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
         """Call `work` in a worker thread, and wait for its end even if the caller is cancelled meanwhile.
 
         Args:
-            work: a function that may block.
-            slow: whether it computes a slow hash. Such functions have threads of their own, so that however many of
-                them wait, they take no thread from units of work and from checks that need no slow hash.
+            work: function that may block.
+            slow: whether `work` computes a slow hash. Slow hashes have their own worker threads, so that they cannot
+                use up the threads of units and of checks without a slow hash.
         """
         await checkpoint_if_cancelled()
         return await _in_thread(work, slow=slow)
 
     def close(self) -> None:
-        """End the thread that does the units of many callers. The lanes are closed before."""
+        """End the writer thread. The caller has closed the connection pools."""
         if self._group_commit is not None:
             self._group_commit.close()
 
@@ -98,8 +94,8 @@ def _done(work: Callable[[UnitOfWork], T], value: T) -> T:
     return refuse_coroutine_function(work, value, "work", "make it an ordinary function, and await outside of it")
 
 
-class _Tries:
-    """How often a unit was tried, and what came of it."""
+class _Retries:
+    """The retries of one unit: pauses, deadline and an unknown commit."""
 
     __slots__ = ("_bound", "_deadline", "_idempotent", "_settings", "_unknown")
 
@@ -110,53 +106,55 @@ class _Tries:
         self._bound = _FIRST_PAUSE
         self._unknown: CommitUnknownError | None = None
 
-    def pause_after(self, fault: HomeAgentError) -> float:
-        """Return how long to wait before the next try, in seconds. Where there is to be none, raise what to tell."""
-        if isinstance(fault, CommitUnknownError):
+    def pause_after(self, error: HomeAgentError) -> float:
+        """Return the pause before the next try, in seconds. Raise the unit's error if the unit must not run again."""
+        if isinstance(error, CommitUnknownError):
             if not self._idempotent:
-                raise fault
-            self._unknown = fault
-        pause = random.uniform(0, self._bound)  # noqa: S311  it parts the callers, it keeps no secret
+                raise error
+            self._unknown = error
+        pause = random.uniform(0, self._bound)  # noqa: S311  the random pause separates callers; no secret
         if monotonic() + pause >= self._deadline:
-            # What a later try met says nothing of an earlier one, whose commit may have taken place.
-            raise self._unknown or fault
+            # The error of a later try does not say whether an earlier commit took place.
+            raise self._unknown or error
         self._bound = min(self._bound * 2, _LONGEST_PAUSE)
         self._settings.engine.counters.retries += 1
         return pause
 
 
 def _under_asyncio() -> bool:
+    """Return whether the caller is an asyncio task; False under trio or without an event loop."""
     try:
         return asyncio.current_task() is not None
     except RuntimeError:
         return False
 
 
+# In each event loop, units have this number of worker threads, and slow hashes as many again. AnyIO's default limiter
+# stays free for the application.
 _WORKERS = 64
-"""How many threads the units of one event loop may wait in, and how many its slow hashes; none is the host's own."""
 
 
 async def _in_thread(work: Callable[[], T], *, slow: bool = False) -> T:
-    """Call `work` in a worker thread, and wait for its end even where the caller is cancelled meanwhile."""
+    """Call `work` in a worker thread; see `Runner.in_thread`."""
     import anyio.to_thread
 
     from homeagent.cancellation import call_in_thread
 
-    limiter = _worker_places("homeagent_slow_hash_places" if slow else "homeagent_worker_places")
+    limiter = _worker_limiter("homeagent_slow_hash_workers" if slow else "homeagent_workers")
     if not _under_asyncio():
         return await anyio.to_thread.run_sync(work, limiter=limiter)
-    # Until then the unit is under way, or not yet handed to a thread.
     return await call_in_thread(work, limiter=limiter)
 
 
-def _worker_places(name: str) -> CapacityLimiter:
+def _worker_limiter(name: str) -> CapacityLimiter:
+    """Return the event loop's limiter of this name; create the limiter at first use."""
     from anyio import CapacityLimiter
     from anyio.lowlevel import RunVar
 
-    places: RunVar[CapacityLimiter] = RunVar(name)
+    variable: RunVar[CapacityLimiter] = RunVar(name)
     try:
-        return places.get()
+        return variable.get()
     except LookupError:
         limiter = CapacityLimiter(_WORKERS)
-        places.set(limiter)
+        variable.set(limiter)
         return limiter
