@@ -1,8 +1,7 @@
-"""Side effects that happen once: claim, effect, record.
+"""Run a side effect once: commit a claim, run the effect outside of any transaction, and commit the outcome.
 
-The claim is committed before the effect begins, the effect runs outside of any transaction, and its record is
-committed after it. Where the process dies in between, nobody can know whether the effect took place: that is said
-(`OutcomeUnknownError`), and the effect is never silently run again.
+If the process ends between the two commits, the next call raises `OutcomeUnknownError` and does not run the effect
+again, unless its `on_abandoned` argument says so.
 """
 
 from __future__ import annotations
@@ -41,25 +40,24 @@ if TYPE_CHECKING:
 __all__ = ["ARUN_ONCE", "LeaseTimer", "OnAbandoned", "OnceCall", "arun_once", "run_once"]
 
 ARUN_ONCE = "call arun_once"
-"""What to do about an effect that is a coroutine."""
+"""Remedy in the error for an effect that is a coroutine."""
 
 T = TypeVar("T")
 
-# Both are called with idempotent=True: whatever is done here may be done twice.
+# `Database.run` and `arun` with idempotent=True: a unit may run twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
 
 logger = logging.getLogger("homeagent")
 
-# A lease is renewed at a third of its length, so that two renewals may be late before it lapses; never more often
-# than this, in seconds, however short it is.
+# Shortest time between two renewals, in seconds. The usual time is a third of the lease, so that two renewals may fail.
 _SHORTEST_PERIOD = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class OnceCall:
-    """One call of `run_once`: what it is about, fixed before the effect could change its parameters."""
+    """The arguments of one `run_once` call. The fingerprint is computed before the effect can change the parameters."""
 
     scope: IdempotencyScope
     fingerprint: str
@@ -80,20 +78,20 @@ class OnceCall:
         effect: Callable[[Attempt], Any],
         instead: str | None = None,
     ) -> OnceCall:
-        """Check the arguments, and take the fingerprint of the parameters as they are now.
+        """Check the arguments, and compute the fingerprint of the parameters.
 
-        `instead` says what takes a coroutine function; None where that is this call itself.
+        `instead` is the remedy in the error for a coroutine function; None if coroutine functions are allowed.
         """
         check_function(effect, "effect", coroutine=instead)
         if callable(on_abandoned):
             check_function(on_abandoned, "on_abandoned", coroutine=instead)
         elif on_abandoned not in ("refuse", "rerun"):
-            raise InvalidArgumentError("on_abandoned must be 'refuse', 'rerun' or a function that finds out")
+            raise InvalidArgumentError("on_abandoned must be 'refuse', 'rerun' or a function that returns the outcome")
         return cls(scope, fingerprint_of(params), lease, ttl, on_abandoned)
 
     @property
     def period(self) -> float:
-        """How long to wait between two renewals, in seconds."""
+        """Time between two renewals, in seconds."""
         return max(min(self.lease, LONGEST_WAIT).total_seconds() / 3, _SHORTEST_PERIOD)
 
     def claim(self, unit: UnitOfWork, *, rerun: bool) -> Attempt | Outcome:
@@ -113,13 +111,13 @@ class OnceCall:
 
 
 class _Once:
-    """A unit that ends an attempt, and may be done again where nobody knows whether it was committed before.
+    """A unit that ends an attempt, and that is safe to run again after a commit with an unknown outcome.
 
     Args:
-        attempt: whose outcome it is.
-        write: records it, or gives the key back.
-        leaves_record: whether a record tells of it. Where none does, the key is gone or somebody else's, which is as
-            well as if this attempt had given it back.
+        attempt: the attempt to end.
+        write: records the outcome or releases the key.
+        leaves_record: whether `write` leaves a record of this attempt. Without a record, a lost lease in the second
+            run counts as success: the first run released the key.
     """
 
     def __init__(
@@ -150,32 +148,32 @@ class _Lease:
     call: OnceCall
     attempt: Attempt
     due: float
-    """When to renew it, by `homeagent.clock.monotonic`."""
+    """Time of the next renewal, by `homeagent.clock.monotonic`."""
 
 
 class LeaseTimer:
-    """Renews the leases of the effects that run on one database, in one thread.
+    """Renews the leases of one database's running effects, in one thread.
 
-    The thread sleeps until the earliest renewal is due. An effect that ends before does not wake it, so a thread serves
-    all short effects of such a period. It ends when it wakes and finds no effect.
+    The thread sleeps until the earliest renewal is due, and ends if no effect runs then. The end of an effect does not
+    wake the thread, so that many short effects need only one thread.
 
     Args:
-        run: does a unit of work, as `Database.run` does.
+        run: runs a unit of work, as `Database.run` does.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        # Its lock is reentrant: a signal handler may run an effect while its own thread holds it.
+        # The condition's lock is reentrant: a signal handler may run an effect while its thread holds the lock.
         self._changed = threading.Condition()
         self._leases: set[_Lease] = set()
         self._thread: threading.Thread | None = None
         self._wakes = math.inf
 
     def renew(self, call: OnceCall, attempt: Attempt) -> Callable[[], None]:
-        """Renew a lease from now on, until the function that is returned is called.
+        """Renew a lease until the caller calls the returned function.
 
         Raises:
-            RuntimeError: no thread can be started.
+            RuntimeError: if no thread can be started.
         """
         lease = _Lease(call, attempt, monotonic() + call.period)
         with self._changed:
@@ -184,16 +182,16 @@ class LeaseTimer:
                 try:
                     self._thread.start()
                 except BaseException:
-                    self._thread = None  # a thread that begins in spite of an interrupt ends at once
+                    self._thread = None  # if the thread begins despite an interrupt, `_keep` ends at once
                     raise
             self._leases.add(lease)
             if lease.due < self._wakes:
                 self._changed.notify()
-        # Without the lock: in a child that the effect forks, a thread that is not there may hold it.
+        # Do not take the lock: in a child that the effect forks, a thread of the parent may hold it.
         return partial(self._leases.discard, lease)
 
     def close(self) -> None:
-        """Renew no lease any more, and end the thread."""
+        """Stop all renewals and end the thread."""
         with self._changed:
             self._leases.clear()
             self._changed.notify()
@@ -204,7 +202,7 @@ class LeaseTimer:
                 self._run(partial(self._renew, lease))
             except LeaseLostError:
                 self._leases.discard(lease)
-            except Exception as error:  # noqa: BLE001  a database that is busy or full now may not be at the next turn
+            except Exception as error:  # noqa: BLE001  for example a busy database or a full disk: try again
                 if lease in self._leases:
                     logger.warning(
                         "a lease could not be renewed and will be tried again: %s",
@@ -214,7 +212,7 @@ class LeaseTimer:
             lease.due = monotonic() + lease.call.period
 
     def _next(self) -> _Lease | None:
-        """Wait until a lease is due, and return it; None if the thread is to end."""
+        """Wait until a lease is due, and return the lease; None if the thread must end."""
         with self._changed:
             while True:
                 lease = min([*self._leases], key=lambda lease: lease.due, default=None)
@@ -229,7 +227,7 @@ class LeaseTimer:
                 self._changed.wait(wait)
 
     def _renew(self, lease: _Lease, unit: UnitOfWork) -> None:
-        if lease in self._leases:  # its effect may have ended while the unit waited for its turn
+        if lease in self._leases:  # the effect may have ended while this unit waited for the write lock
             lease.call.renew(unit, lease.attempt)
 
 
@@ -237,38 +235,38 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
     """Run an effect once; see `Database.run_once`.
 
     Args:
-        run: does a unit of work, as `Database.run` does.
-        timer: renews the lease meanwhile.
-        call: what it is about.
-        effect: is given the attempt.
+        run: runs a unit of work, as `Database.run` does.
+        timer: renews the lease while the effect runs.
+        call: the checked arguments.
+        effect: function of the attempt.
     """
-    finds_out = False
+    is_substituted = False
     try:
         claimed = run(lambda unit: call.claim(unit, rerun=call.on_abandoned == "rerun"))
     except OutcomeUnknownError:
         if not callable(call.on_abandoned):
             raise
         claimed = run(lambda unit: call.claim(unit, rerun=True))
-        finds_out = isinstance(claimed, Attempt) and claimed.number > 1
-        effect = call.on_abandoned if finds_out else effect
+        is_substituted = isinstance(claimed, Attempt) and claimed.number > 1
+        effect = call.on_abandoned if is_substituted else effect
     if isinstance(claimed, Outcome):
         return claimed
     attempt: Attempt = claimed
     try:
         end = timer.renew(call, attempt)
     except RuntimeError:
-        # No thread is to be had, and nothing began: the key must not count as abandoned.
+        # No thread can be started, and the effect did not begin, so the key must not count as abandoned.
         run(_Once(attempt, lambda keys: keys.release(attempt), leaves_record=False))
         raise
     try:
-        # Were it recorded as a result, an effect that never began would count as done.
+        # An ordinary function may return a coroutine. Its effect has not begun, so do not record it as a result.
         value = refuse_coroutine(effect(attempt), "the effect", ARUN_ONCE)
     except EffectFailedError as error:
         detail = error.detail
         run(_Once(attempt, lambda keys: keys.fail(attempt, detail)))
         raise
     except EffectNotStartedError:
-        run(_Once(attempt, lambda keys: keys.release(attempt, none_began=finds_out), leaves_record=False))
+        run(_Once(attempt, lambda keys: keys.release(attempt, none_began=is_substituted), leaves_record=False))
         raise
     else:
         stored = run(_Once(attempt, lambda keys: keys.complete(attempt, value)))
@@ -278,15 +276,15 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
 
 
 class _AsyncUnits:
-    """The units of work of one `arun_once` call: claim the key, then record the outcome or give the key back.
+    """The units of work of one `arun_once` call: claim the key, then record the outcome or release the key.
 
     Attributes:
-        find_out: the caller's `on_abandoned` function if it must run instead of the effect, because an earlier attempt
-            was abandoned; else None.
+        substitute: if an earlier attempt was abandoned, the `on_abandoned` function, which then runs instead of the
+            effect; else None.
     """
 
     def __init__(self, arun: ARun, call: OnceCall) -> None:
-        self.find_out: Callable[[Attempt], Any] | None = None
+        self.substitute: Callable[[Attempt], Any] | None = None
         self._arun = arun
         self._call = call
         self._claimed: Attempt | None = None
@@ -300,15 +298,15 @@ class _AsyncUnits:
                 raise
         claimed = await self._claim(rerun=True)
         if isinstance(claimed, Attempt) and claimed.number > 1:
-            self.find_out = on_abandoned
+            self.substitute = on_abandoned
         return claimed
 
     async def release_claim(self) -> None:
-        """Give the key back if it was claimed and this attempt began nothing: it must not count as abandoned."""
+        """Release a claimed key, so that the key does not count as abandoned. The effect must not have begun."""
         if self._claimed is not None:
-            # If this fails, or the commit of the claim had failed, the lease expires.
+            # If the release fails, the lease expires.
             with suppress(HomeAgentError):
-                # Whether an earlier attempt began is as unknown as before: `find_out` did not run.
+                # `substitute` did not run, so the outcome of an earlier attempt is still unknown.
                 await self.release(self._claimed, none_began=False)
 
     async def release(self, attempt: Attempt, *, none_began: bool) -> None:
@@ -317,14 +315,14 @@ class _AsyncUnits:
     async def record(
         self, attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
     ) -> Any:
-        """Run a unit to its end, however often its caller is cancelled meanwhile."""
+        """Run a unit to its end, even if the caller is cancelled meanwhile; then raise the cancellation."""
         import anyio
 
         cancelled = anyio.get_cancelled_exc_class()
         work = _Once(attempt, write, leaves_record=leaves_record)
         cancellation: BaseException | None = None
-        # A scope of AnyIO shields from AnyIO's cancellation only. `Task.cancel()` takes the unit out of the queue, or
-        # comes after the unit was committed; `_Once` may run twice.
+        # AnyIO's scope does not shield from `Task.cancel()`, which removes a queued unit or comes after the commit. In
+        # both cases run the unit again: a second run of `_Once` is safe.
         with anyio.CancelScope(shield=True):
             while True:
                 try:
@@ -344,7 +342,7 @@ class _AsyncUnits:
     async def _claim(self, *, rerun: bool) -> Attempt | Outcome:
         def claim(unit: UnitOfWork) -> Attempt | Outcome:
             claimed = self._call.claim(unit, rerun=rerun)
-            # Set in the unit: a cancelled caller does not get the value that the unit returns.
+            # Do not set this after `_arun`: a cancelled caller does not get the unit's value.
             self._claimed = claimed if isinstance(claimed, Attempt) else None
             return claimed
 
@@ -355,9 +353,9 @@ class _AsyncUnits:
 async def arun_once(
     arun: ARun, timer: LeaseTimer, call: OnceCall, effect: Callable[[Attempt], Awaitable[Any]]
 ) -> Outcome:
-    """Run an effect that is a coroutine once; see `Database.arun_once`.
+    """Run a coroutine as an effect once; see `Database.arun_once`.
 
-    A cancelled caller cancels the effect; the outcome is recorded all the same.
+    If the caller is cancelled, the effect is cancelled too. An outcome that is known is still recorded.
     """
     import anyio
     from anyio.lowlevel import checkpoint_if_cancelled
@@ -374,7 +372,7 @@ async def arun_once(
         await units.release_claim()
         raise
     try:
-        value: Any = (units.find_out or effect)(attempt)
+        value: Any = (units.substitute or effect)(attempt)
         if isinstance(value, Awaitable):
             value = await value
     except EffectFailedError as error:
@@ -382,7 +380,7 @@ async def arun_once(
         await units.record(attempt, lambda keys: keys.fail(attempt, detail))
         raise
     except EffectNotStartedError:
-        await units.release(attempt, none_began=units.find_out is not None)
+        await units.release(attempt, none_began=units.substitute is not None)
         raise
     else:
         stored = await units.record(attempt, lambda keys: keys.complete(attempt, value))
