@@ -26,7 +26,7 @@ __all__ = ["DatabaseMaintenance"]
 
 
 class DatabaseMaintenance:
-    """Base class of `Database`, which sets the attributes: sweep, back up, copy and inspect the open database."""
+    """Base class of `Database`, whose `__init__` sets the attributes. Sweeps, backs up, copies and inspects."""
 
     _engine: Engine
     _clock: Clock
@@ -47,15 +47,14 @@ class DatabaseMaintenance:
             raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")
 
     def sweep(self, *, batch_size: int = 100, time_budget: timedelta | None = None) -> maintenance.SweepReport:
-        """Remove expired nonces and idempotency keys, and devices that waited for longer than `Limits.pending_ttl`.
+        """Delete expired nonces and idempotency keys, and devices that waited for approval too long.
 
-        It works in small batches, so that no writer waits long.
-
-        While others write it goes slower, with smaller batches where the disk is slow and longer rests between them.
+        The limit for devices is `Limits.pending_ttl`. Batches are small, so that other writers wait only briefly.
+        While other writers wait, use smaller batches and longer pauses.
 
         Args:
-            batch_size: how many rows one unit removes at most.
-            time_budget: when to end early; None to go on until all is done.
+            batch_size: maximum number of rows that one unit deletes.
+            time_budget: maximum duration; None to continue until no such row is left.
         """
         return self._sweep(batch_size=batch_size, time_budget=time_budget)
 
@@ -81,20 +80,20 @@ class DatabaseMaintenance:
         backups: maintenance.BackupSchedule | None = None,
         check_every: timedelta | None = timedelta(hours=24),
     ) -> maintenance.Sweeper:
-        """Return a thread that sweeps periodically: `start()` and `stop()` it, or use it as a context manager.
+        """Return a thread that sweeps periodically: call `start()` and `stop()`, or use a `with` block.
 
-        Closing the database stops it.
+        `Database.close` stops the thread.
 
         Args:
-            every: how long to wait between two sweeps, 24 days at most; the first is done at once.
-            backups: makes backups too, after a sweep, whenever the newest one is old enough by the database's clock.
-                One that fails is logged and tried again after the next sweep.
-            check_every: checks the content of a SQLite file too, after a sweep, whenever the last check is that old;
-                None for never. A file that is found damaged serves nobody any more: every unit of this database then
-                gets CorruptDatabaseError.
+            every: time between two sweeps, at most 24 days. The first sweep begins at once.
+            backups: schedule of backups, which are made after a sweep; None for no backups. A failed backup is logged
+                and tried again after the next sweep.
+            check_every: time between two checks of a SQLite file's content, which are made after a sweep; None for no
+                checks. If a check finds damage, every later unit of this database raises CorruptDatabaseError.
 
         Raises:
-            DatabaseError: backups are asked for, and the database is on PostgreSQL.
+            DatabaseError: if `backups` is given and the database is on PostgreSQL.
+            DatabaseClosedError: if the database was closed.
         """
         from homeagent.maintenance.sweep import Sweeper
 
@@ -125,27 +124,27 @@ class DatabaseMaintenance:
         return sweeper
 
     def backup(self, destination: str | PathLike[str], *, keep: int | None = None, replace: bool = False) -> Path:
-        """Make a backup while others write: one snapshot, verified, private, and in its place whole or not at all.
+        """Make a verified backup of one snapshot while other units write. The file appears complete or not at all.
 
-        It needs no other file, and can be read where nothing can be written. A manifest beside it, the same name and
-        `.json`, has its time, its schema's revision, its rows, its size and its SHA-256.
+        The backup is a single file, which can be opened on a read-only medium. The manifest next to the backup
+        (`<backup>.json`) has the time, the schema's revision, the rows, the size and the SHA-256.
 
         Args:
-            destination: a directory, in which it gets a name with the schema's revision and the time; or a file that
-                does not exist. What ends in a slash is a directory, made 0700 where it is missing.
-            keep: remove this database's oldest backups in that directory afterwards, until so many are left. Files
-                without a manifest, copies made by upgrades and other databases' backups stay.
-            replace: whether a file that exists is replaced.
+            destination: directory, in which the backup's name contains the schema's revision and the time; or path of a
+                new file. A path with a final slash is a directory, which is created with mode 0700 if absent.
+            keep: number of this database's backups to keep in the directory; the oldest others are deleted. Files
+                without a manifest, copies made by upgrades and backups of other databases do not count and stay.
+            replace: whether to replace an existing file.
 
         Returns:
-            Where the backup is.
+            Path of the backup.
 
         Raises:
-            InvalidArgumentError: the destination can't be one, or exists.
-            CorruptDatabaseError: the database is damaged; a copy of it would pass for a backup.
-            DiskFullError, ReadOnlyError, InsecureFileError, DatabaseError: it can't be written there. Nothing of it
-                is left behind, and no older backup was removed.
-            DatabaseError: the database is on PostgreSQL, which has its own tools; the message names them.
+            InvalidArgumentError: if the destination exists or cannot be a backup.
+            CorruptDatabaseError: if the database is damaged.
+            DiskFullError, ReadOnlyError, InsecureFileError, DatabaseError: if the backup cannot be written. No part of
+                the backup is left behind, and no older backup was deleted.
+            DatabaseError: if the database is on PostgreSQL; the message names PostgreSQL's own tools.
         """
         from homeagent.maintenance.backups import back_up
 
@@ -169,27 +168,27 @@ class DatabaseMaintenance:
         live: bool = False,
         progress: Callable[[maintenance.CopyProgress], object] | None = None,
     ) -> maintenance.CopyReport:
-        """Copy the whole store into another one, which is empty and may be of the other engine.
+        """Copy the whole store into an empty store, also from SQLite to PostgreSQL or back. The source does not change.
 
-        All of it is one transaction on the target. Before that commits, every row is compared; where anything fails,
-        the target stays empty, and the copy can be made again. Nothing of the source changes.
+        The copy is one transaction on the target. Every row is compared before the commit. After an error the target
+        is still empty, and the copy can be repeated.
 
         Args:
-            target: at the same revision, and without a device, agent, session, nonce or key.
-            live: whether the source may be written meanwhile. The target then gets what it held at the beginning,
-                which serves for a trial; moving house needs a source that nobody writes to any more.
-            progress: called after each page of rows.
+            target: open database at the same revision, without devices, agents, sessions, nonces or keys.
+            live: whether other units may write to the source meanwhile. The target then gets the source's state at the
+                beginning of the copy, which is enough for a trial. For a migration, stop all writers first.
+            progress: function that is called after each page of rows.
 
         Returns:
-            How many rows of each table were copied.
+            Number of copied rows of each table.
 
         Raises:
-            TargetNotEmptyError: the target holds data.
-            SourceChangedError: the source was written meanwhile.
-            InvalidArgumentError: both are the same database.
-            SchemaOutdatedError, SchemaTooNewError: one of them has the schema of another version.
-            SchemaChangedError: if the schema of one was changed by hand; on PostgreSQL, by a trigger or rule.
-            CorruptDatabaseError: the source holds what no store writes.
+            TargetNotEmptyError: if the target holds data.
+            SourceChangedError: if the source changed meanwhile and `live` is False.
+            InvalidArgumentError: if source and target are the same database.
+            SchemaOutdatedError, SchemaTooNewError: if the schema of source or target is of another version.
+            SchemaChangedError: if a schema was changed by hand; on PostgreSQL, by a trigger or rule.
+            CorruptDatabaseError: if the source holds a value that no store writes.
         """
         from homeagent.maintenance.copy_store import copy_store
 
@@ -206,14 +205,14 @@ class DatabaseMaintenance:
         )
 
     def doctor(self, *, thorough: bool = False, fix: bool = False) -> maintenance.Diagnosis:
-        """Look the database over while it is open: `homeagent.diagnose`, by this database's clock.
+        """Inspect the open database; see `homeagent.diagnose`. The clock is this database's clock.
 
         Args:
-            thorough: make the long checks too.
-            fix: mend what can be mended without losing anything; nothing is changed otherwise.
+            thorough: whether to make the long checks too.
+            fix: whether to make the repairs that lose no data. Without `fix`, the doctor changes no file.
 
         Returns:
-            What was found, each with its remedy, and what was mended.
+            Findings with their remedies, and the repairs.
         """
         from homeagent.maintenance.doctor.diagnosis import diagnose_open
 
@@ -226,13 +225,13 @@ class DatabaseMaintenance:
         )
 
     def counters(self) -> maintenance.DatabaseCounters:
-        """Return what this process did with the database since it opened it: cheap enough to be asked every second."""
+        """Return this process's counters since the database was opened. The call is cheap enough for every second."""
         from homeagent.maintenance.status import report_counters
 
         return report_counters(self._engine)
 
     def status(self) -> maintenance.DatabaseStatus:
-        """Describe the database: where it is, its engine and schema, its rows, and what waits for cleanup."""
+        """Return the database's path or address, engine, schema, number of rows and number of expired rows."""
         from homeagent.maintenance.status import report_status
 
         with UnitOfWork(self._settings, read_only=True) as unit:
