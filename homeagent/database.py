@@ -38,7 +38,8 @@ from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 from homeagent.stores.nonces import NonceStore
 from homeagent.stores.sessions import SessionStore
 from homeagent.stores.store import Store
-from homeagent.unit_of_work import UnitOfWork, UnitSettings
+from homeagent.unit_of_work import UnitOfWork
+from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
     from homeagent.pairing import Pairing

@@ -17,7 +17,8 @@ from homeagent.frame_locals import clears_locals
 from homeagent.models.limits import Limits
 from homeagent.models.types import check_duration
 from homeagent.stores.nonces import FIND_RECORD
-from homeagent.unit_of_work import UnitOfWork, UnitSettings
+from homeagent.unit_of_work import UnitOfWork
+from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
     from homeagent.maintenance.content_check import ContentCheck

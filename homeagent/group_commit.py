@@ -21,7 +21,9 @@ from homeagent.cancellation import call_in_thread, shielded_wait
 from homeagent.clock import monotonic
 from homeagent.errors import DatabaseClosedError, DatabaseError
 from homeagent.queued_call import ALONE, COMMITTING, DONE, ENDED, LEFT, QUEUED, RUNNING, STARTING, CallState, QueuedCall
-from homeagent.unit_of_work import UnitOfWork, UnitSettings, call_back, refuse_nesting
+from homeagent.transaction import FINISHED, NEW, OPEN, ROLLED_BACK, call_back, refuse_nesting
+from homeagent.unit_of_work import UnitOfWork
+from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
     from sqlmodel import Session
@@ -55,7 +57,7 @@ class _SharedUnit(UnitOfWork):
         self.wants_session = False
         connection.savepoint(_SAVEPOINT)
         self._connection = connection
-        self._state = "open"
+        self._state = OPEN
 
     @property
     def session(self) -> Session:
@@ -66,17 +68,17 @@ class _SharedUnit(UnitOfWork):
 
     def rollback(self) -> None:
         """Roll back to the savepoint; see `UnitOfWork.rollback`."""
-        if self._state == "rolled back":
+        if self._state is ROLLED_BACK:
             return
         connection = self._require_connection()
         self._after_commit = None
         connection.rollback_to_savepoint(_SAVEPOINT)
-        self._state = "rolled back"
+        self._state = ROLLED_BACK
 
     def end(self, *, keep: bool) -> list[Callable[[], object]] | None:
         """End the unit and its savepoint, and return the callbacks for after the commit."""
         connection, self._connection = self._connection, None
-        is_open, self._state = self._state == "open", "ended"
+        is_open, self._state = self._state is OPEN, FINISHED
         # A rollback of the whole transaction by SQLite also removes the savepoint.
         if connection is not None and is_open and connection.in_transaction:
             (connection.release_savepoint if keep else connection.rollback_to_savepoint)(_SAVEPOINT)
@@ -303,7 +305,7 @@ class GroupCommit:
                 if all(call.error is not None for call in shared):
                     transaction.rollback()
         except BaseException as error:  # noqa: BLE001  each unit that runs alone raises its own error
-            if transaction._state == "new":  # no write lock
+            if transaction._state is NEW:  # no write lock
                 first.error, shared = error, [first]
             else:
                 shared, alone = [], [*shared, *alone]

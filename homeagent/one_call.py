@@ -16,7 +16,8 @@ from homeagent.errors import HomeAgentError
 from homeagent.frame_locals import clear_locals, clears_locals
 from homeagent.retry import Runner
 from homeagent.stores.store import Access, Store, access_of
-from homeagent.unit_of_work import UnitOfWork, UnitSettings, read_clock
+from homeagent.unit_of_work import UnitOfWork
+from homeagent.unit_settings import UnitSettings, read_clock
 
 __all__ = ["one_call_store"]
 

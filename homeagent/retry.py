@@ -20,7 +20,8 @@ from homeagent.callables import refuse_coroutine_function
 from homeagent.clock import monotonic
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError, StandbyError, TransientError
 from homeagent.group_commit import GroupCommit
-from homeagent.unit_of_work import UnitOfWork, UnitSettings
+from homeagent.unit_of_work import UnitOfWork
+from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
     from anyio import CapacityLimiter
@@ -91,7 +92,7 @@ class Runner:
 
 
 def _done(work: Callable[[UnitOfWork], T], value: T) -> T:
-    return refuse_coroutine_function(work, value, "work", "make it an ordinary function, and await outside of it")
+    return refuse_coroutine_function(work, value, "work", "make it an ordinary function, and await outside the unit")
 
 
 class _Retries:

@@ -630,7 +630,7 @@ def test_a_signal_s_handler_never_waits_for_the_lane_of_its_own_thread(sqlite_pa
 
     SQLite only: it has one lane to write on.
     """
-    modules = {"homeagent.unit_of_work", "homeagent.engine.pool"}
+    modules = {"homeagent.unit_of_work", "homeagent.transaction", "homeagent.engine.pool"}
 
     def use() -> None:
         with suppress(UnitStateError), database.unit_of_work():

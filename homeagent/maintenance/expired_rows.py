@@ -24,7 +24,8 @@ from homeagent.models.types import earlier
 from homeagent.stores.devices import OVERDUE
 from homeagent.stores.idempotency_keys import EXPIRED as EXPIRED_KEY
 from homeagent.stores.nonces import EXPIRED as EXPIRED_NONCE
-from homeagent.unit_of_work import UnitOfWork, UnitSettings, read_clock
+from homeagent.unit_of_work import UnitOfWork
+from homeagent.unit_settings import UnitSettings, read_clock
 
 __all__ = ["ExpiredRows", "Kind"]
 

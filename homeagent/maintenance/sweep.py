@@ -21,7 +21,7 @@ from homeagent.maintenance.expired_rows import ExpiredRows, Kind
 from homeagent.maintenance.pace import Pace
 from homeagent.models.types import check_duration, check_limit, check_wait
 from homeagent.stores.nonces import NONCE_GRACE
-from homeagent.unit_of_work import UnitSettings
+from homeagent.unit_settings import UnitSettings
 
 __all__ = ["BackupSchedule", "SweepReport", "Sweeper", "sweep"]
 

@@ -27,7 +27,8 @@ from homeagent.maintenance.sweep import sweep
 from homeagent.migrations.postgresql import open_postgresql
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models import AgentSession, Device
-from homeagent.unit_of_work import UnitOfWork, UnitSettings
+from homeagent.unit_of_work import UnitOfWork
+from homeagent.unit_settings import UnitSettings
 
 __all__ = ["repair"]
 

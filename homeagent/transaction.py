@@ -1,0 +1,230 @@
+"""The transaction of a unit of work: begin, commit or roll back, and release the connection.
+
+A unit has one of these states.
+
+| from | to | when |
+|---|---|---|
+| NEW | OPEN | the `with` block is entered: the unit has a connection, and its transaction has begun |
+| OPEN | ROLLED_BACK | `rollback` is called, or the ORM session rolls the whole transaction back |
+| OPEN | FINISHED | the `with` block ends: the transaction was committed, or rolled back after an exception |
+| ROLLED_BACK | FINISHED | the `with` block ends: the connection is released |
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from enum import Enum
+from threading import get_ident
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn, Self
+
+from homeagent.errors import HomeAgentError, UnitStateError
+from homeagent.unit_settings import UnitSettings
+
+if TYPE_CHECKING:
+    from sqlmodel import Session
+
+    from homeagent.engine.connection import StoreConnection
+
+__all__ = ["FINISHED", "NEW", "OPEN", "ROLLED_BACK", "Transaction", "UnitState", "call_back", "refuse_nesting"]
+
+logger = logging.getLogger("homeagent")
+
+UnitState = Enum("UnitState", ["NEW", "OPEN", "ROLLED_BACK", "FINISHED"])
+# Every statement compares the state. Reading a module's global is faster than reading `UnitState.OPEN`.
+NEW, OPEN, ROLLED_BACK, FINISHED = UnitState
+
+
+def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
+    """Call the callbacks of a committed unit. Log an error of a callback and go on: the commit stands."""
+    for callback in callbacks:
+        try:
+            callback()
+        except Exception:
+            logger.exception(
+                "an after_commit callback failed; the commit stands", extra={"event": "after_commit_failed"}
+            )
+
+
+def refuse_nesting() -> NoReturn:
+    """Raise UnitStateError: the thread has an open write unit, and a second one would wait for the first for ever."""
+    raise UnitStateError(
+        "this thread already has an open write unit: use that unit or end it first; "
+        "to be able to undo a part of a unit, use savepoint()"
+    )
+
+
+class Transaction:
+    """Base class of `UnitOfWork`: a transaction for one `with` block.
+
+    Args:
+        settings: settings of the database's units.
+        read_only: whether to read one snapshot and write nothing.
+        timeout: longest wait for a connection, in seconds; None for the timeout of the settings.
+    """
+
+    __slots__ = (
+        "_after_commit",
+        "_connection",
+        "_owner",
+        "_savepoints",
+        "_session",
+        "_settings",
+        "_state",
+        "_timeout",
+        "read_only",
+    )
+
+    def __init__(self, settings: UnitSettings, *, read_only: bool, timeout: float | None = None) -> None:
+        self._settings = settings
+        self._timeout = settings.timeout if timeout is None else timeout
+        self.read_only = read_only
+        self._state = NEW
+        self._connection: StoreConnection | None = None
+        self._session: Session | None = None
+        self._after_commit: list[Callable[[], object]] | None = None
+        self._savepoints = 0
+        self._owner = 0
+
+    def __enter__(self) -> Self:
+        if self._state is not NEW:
+            raise UnitStateError("this unit of work was used before: open another one with unit_of_work()")
+        settings = self._settings
+        if not self.read_only:
+            self._owner = get_ident()
+            if self._owner in settings.writing:
+                settings.engine.pool(read_only=False)  # in a forked child raise DatabaseClosedError instead
+                refuse_nesting()
+        try:
+            if not self.read_only:
+                settings.writing.add(self._owner)
+            self._connection = settings.engine.begin(read_only=self.read_only, timeout=self._timeout)
+        except BaseException as error:
+            settings.engine.counters.faulted(error)
+            settings.writing.discard(self._owner)
+            raise
+        self._state = OPEN
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._connection is None:
+            return
+        if kind is None and self._state is OPEN:
+            self._commit()
+            if self._after_commit is not None:
+                call_back(self._after_commit)
+        else:
+            self._roll_back(error)
+
+    def _commit(self) -> None:
+        connection = self._connection
+        if connection is None or self._state is not OPEN:
+            connection = self._require_connection()
+        counters = self._settings.engine.counters
+        sound = False
+        try:
+            if self._session is not None:
+                self._session.flush()
+            connection.commit()
+            sound = True
+        except BaseException as error:
+            counters.faulted(error)
+            counters.rollbacks += 1
+            sound = self._undo(connection)
+            raise
+        finally:
+            self._end(connection, sound=sound)
+        if self.read_only:
+            counters.reads += 1
+        else:
+            counters.commits += 1
+
+    def _roll_back(self, error: BaseException | None) -> None:
+        # After `rollback`, a second ROLLBACK does no harm, and the connection must be released in any case.
+        connection = self._connection
+        if connection is None:
+            return
+        counters = self._settings.engine.counters
+        if error is not None:
+            counters.faulted(error)
+        if self.read_only:
+            counters.reads += 1
+        else:
+            counters.rollbacks += 1
+        sound = False
+        try:
+            sound = self._undo(connection)
+        finally:
+            self._end(connection, sound=sound)
+
+    def _undo(self, connection: StoreConnection) -> bool:
+        """Roll back. Return whether the connection is still usable; if not, the database rolls the transaction back."""
+        if connection.is_lost:
+            return False
+        try:
+            connection.rollback()
+        except HomeAgentError as error:
+            logger.warning(
+                "rolling back failed, so the connection is closed: %s",
+                error,
+                extra={"event": "rollback_failed", "error": type(error).__name__},
+            )
+            return False
+        return True
+
+    def _end(self, connection: StoreConnection, *, sound: bool) -> None:
+        self._state = FINISHED
+        self._connection = None
+        settings = self._settings
+        engine = settings.engine
+        pool = engine.readers if self.read_only else engine.writers
+        try:
+            if self._session is not None:
+                self._session.close()
+        finally:
+            try:
+                # In a forked child, do not use the pool: a thread of the parent may hold the pool's mutex.
+                if engine.is_forked_copy:
+                    pass
+                elif sound and not connection.needs_reconnect:
+                    try:
+                        pool.release(connection)
+                    except BaseException:
+                        pool.release_own(connection)
+                        raise
+                else:
+                    pool.discard(connection)
+                    if connection.needs_reconnect:
+                        engine.discard_free()
+            finally:
+                # Do not discard the id before the write lock is released: a signal handler that opens a write unit in
+                # between would wait for its own thread instead of raising UnitStateError.
+                if not self.read_only:
+                    settings.writing.discard(self._owner)
+
+    def _require_connection(self) -> StoreConnection:
+        """Return the connection if the unit is OPEN; raise UnitStateError otherwise."""
+        connection = self._connection
+        if connection is None or self._state is not OPEN:
+            if self._state is ROLLED_BACK and connection is not None:
+                raise UnitStateError("this unit of work was rolled back: leave its block, and open another one")
+            raise UnitStateError("this unit of work has ended or was not entered: use it inside its with block")
+        return connection
+
+    def rollback(self) -> None:
+        """Roll back now. The end of the block then commits nothing. A second call has no effect.
+
+        Raises:
+            UnitStateError: if the unit has ended.
+        """
+        if self._state is ROLLED_BACK:
+            return
+        connection = self._require_connection()
+        self._after_commit = None
+        if self._session is not None:
+            self._session.close()
+        connection.rollback()
+        self._state = ROLLED_BACK

@@ -1,0 +1,43 @@
+"""Settings that all units of work of one database share."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from homeagent.clock import Clock, system_clock
+from homeagent.models.types import check_timestamp
+
+if TYPE_CHECKING:
+    from homeagent.engine.engine import Engine
+
+__all__ = ["UnitSettings", "read_clock"]
+
+
+class UnitSettings:
+    """Settings and state that all units of one database share.
+
+    Args:
+        engine: source of the connections.
+        clock: clock that each store method reads once.
+        timeout: longest wait for a connection, in seconds.
+
+    Attributes:
+        memory: values that the stores keep between units.
+        writing: ids of the threads with an open write unit.
+    """
+
+    __slots__ = ("clock", "engine", "memory", "timeout", "writing")
+
+    def __init__(self, engine: Engine, clock: Clock, timeout: float) -> None:
+        self.engine = engine
+        self.clock = clock
+        self.timeout = timeout
+        self.memory: dict[str, Any] = {}
+        self.writing: set[int] = set()
+
+
+def read_clock(clock: Clock) -> datetime:
+    """Read a clock: a timestamp in UTC, floored to milliseconds."""
+    # The default clock already returns such a timestamp.
+    return clock() if clock is system_clock else check_timestamp(clock(), "the clock's instant")
