@@ -1,4 +1,4 @@
-"""Public entry point: open a database, run units of work and one-time effects. Base classes add the other methods."""
+"""Public entry point: open a database, run units of work and effects. Base classes add the other methods."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ T = TypeVar("T")
 
 
 class Database(DeviceSecrets, DatabaseMaintenance):
-    """One open operational store. Share one among all threads of a process; open another one in a forked child.
+    """An open operational store. All threads of a process can share it; a forked child must open the database again.
 
-    Use `Database.open`, and close it, or let a `with` block do that.
+    Open a database with `Database.open`. Close it with `close`, or use a `with` block.
     """
 
     def __init__(self, engine: Engine, *, clock: Clock, busy_timeout: timedelta, limits: Limits) -> None:
@@ -66,7 +66,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         self._settings = UnitSettings(engine, clock, self._timeout)
         self._runner = Runner(self._settings)
         self._lease_timer = LeaseTimer(partial(self._runner.run, idempotent=True))
-        # A signal's handler may come while its own thread holds it, and close the database.
+        # Reentrant: a signal handler may close the database while its thread holds the mutex.
         self._mutex = threading.RLock()
         self._sweepers: list[maintenance.Sweeper] = []
         self._made_pairing: Pairing | None = None
@@ -84,25 +84,27 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         pool_size: int = POOL_SIZE,
         limits: Limits = _DEFAULT_LIMITS,
     ) -> Self:
-        """Open a database, made or upgraded first where that is needed.
+        """Open a database. Create or upgrade its schema first if necessary.
 
         Args:
-            target: None for `$HOMEAGENT_DATABASE`, else `~/.homeagent/homeagent.db`; a path; `":memory:"` for a
-                private temporary database; or a URL.
-            clock: returns the present instant; read once per store method.
-            busy_timeout: how long a unit waits for its turn; 24 days at most, whatever is asked for.
-            durability: `full` syncs every commit to the disk. `normal` may lose the last commits at a power cut,
-                which reopens the window for a replay.
-            migrate: whether the schema may be made or upgraded. A file that holds data is backed up first.
-            pool_size: on PostgreSQL, how many units may write at once and how many may read, 1 to 1,000 each; at most
-                twice as many connections are kept open. SQLite has one writer, whatever this is.
-            limits: how much callers can create or use up before an administrator lets them in.
+            target: path, URL, or `":memory:"` for a private temporary database. None for `$HOMEAGENT_DATABASE`, or
+                without that variable `~/.homeagent/homeagent.db`.
+            clock: function that returns the current time. Each store method calls `clock` once.
+            busy_timeout: longest wait of a unit for the write lock or a connection. Longer waits than 24 days are
+                shortened to 24 days.
+            durability: `full` syncs every commit to the disk. With `normal`, a power cut may lose the last commits, and
+                a message whose nonce is lost can be replayed.
+            migrate: whether to create or upgrade the schema. A file that holds data is backed up before an upgrade.
+            pool_size: on PostgreSQL, the maximum number of writing units and also of reading units at the same time, 1
+                to 1,000 each. SQLite ignores this number: it has one writer.
+            limits: limits for callers that an administrator has not approved yet.
 
         Raises:
-            InvalidArgumentError: the target or an argument is of no use.
-            SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: the schema, see there.
-            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: the file, which was not touched.
-            DatabaseError: anything else that keeps it from being opened.
+            InvalidArgumentError: if `target` or another argument is invalid.
+            SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
+            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file cannot be used. The file is
+                unchanged.
+            DatabaseError: if the database cannot be opened for another reason.
         """
         given = conceal(target)
         del target
@@ -132,30 +134,29 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         clock: Clock = system_clock,
         busy_timeout: timedelta = timedelta(seconds=5),
     ) -> maintenance.RestoreReport:
-        """Put a backup in the place of a database that nobody has open, and keep what was there aside.
+        """Replace a database that no process has open by a backup, and keep the old database in quarantine.
 
-        The backup is verified first, and brought to this version's schema. A new epoch begins, which `status` shows:
-        from then on the replay guard refuses what was signed before. A crash at any instant leaves the old database
-        in place or the new one.
+        The backup is verified and upgraded to this version's schema first. A new epoch begins: from then on the replay
+        guard refuses messages that were signed before. After a crash, either the old or the new database is in place.
 
         Args:
-            backup: a file that `backup` made, or any copy of a closed database. Its manifest, where there is one
-                beside it, is held against it.
-            target: which database, as `open` takes it; it may be damaged, or absent.
-            clock: tells when the new epoch begins. Set it right first: messages are refused by that instant.
-            busy_timeout: how long to wait for who has the target open.
+            backup: file that `backup` made, or a copy of a closed database. If the backup has a manifest file, its
+                size, SHA-256 and row counts are compared with the backup.
+            target: database to replace, as for `open`. The database may be damaged or absent.
+            clock: clock for the start of the new epoch. It must be right, because messages are refused by this time.
+            busy_timeout: longest wait for a process that has the target open.
 
         Returns:
-            What it came to, and where the old database is kept.
+            Report of the restore, with the path of the old database.
 
         Raises:
-            InvalidArgumentError: the backup is absent or is the target itself, or the target is no file.
-            DatabaseBusyError: somebody has the target open, or the backup; the message says who, where it can.
-            CorruptDatabaseError, SchemaTooNewError: the backup is damaged, or of a newer version.
+            InvalidArgumentError: if the backup is absent or is the target, or if the target is not a file.
+            DatabaseBusyError: if a process has the target or the backup open. On Linux the message names the process.
+            CorruptDatabaseError, SchemaTooNewError: if the backup is damaged, or of a newer version.
             SchemaChangedError: if the backup's schema was changed by hand, for example by a trigger on devices.
-            ForeignDatabaseError: the backup, or the target, is another application's.
-            DatabaseError: anything else. Unless the very last step failed, which the next opening finishes, the
-                target is as it was.
+            ForeignDatabaseError: if the backup or the target belongs to another application.
+            DatabaseError: if another step failed. The target is unchanged; only if the last step failed, the next
+                opening finishes the restore.
         """
         from homeagent.maintenance.restore import restore
 
@@ -170,20 +171,20 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         clock: Clock = system_clock,
         busy_timeout: timedelta = timedelta(seconds=5),
     ) -> maintenance.EpochReport:
-        """Begin a new epoch of a store that was set back by other means than `restore`, and that nobody has open.
+        """Begin a new epoch after the database was set back without `restore`. No process may have the database open.
 
-        After a PostgreSQL server's own tools, or a snapshot of a disk or a virtual machine: what was consumed since
-        is fresh again, and the replay guard has to know.
+        Call this after a restore with PostgreSQL's tools, or from a snapshot of a disk or a virtual machine. Nonces
+        that were consumed after the backup are absent again; in a new epoch the replay guard refuses their messages.
 
         Args:
-            target: which database, as `open` takes it.
-            clock: tells when the epoch begins.
-            busy_timeout: how long to wait for who has it open.
+            target: database, as for `open`.
+            clock: clock for the start of the epoch.
+            busy_timeout: longest wait for a process that has the database open.
 
         Raises:
-            DatabaseBusyError: somebody has it open, and would go on in the epoch before.
-            SchemaOutdatedError: it is absent, or of an older version.
-            DatabaseError: anything else that keeps it from being opened.
+            DatabaseBusyError: if a process has the database open, and would continue in the old epoch.
+            SchemaOutdatedError: if the database is absent, or of an older version.
+            DatabaseError: if the database cannot be opened for another reason.
         """
         from homeagent.maintenance.epochs import begin_epoch
 
@@ -192,9 +193,9 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         return begin_epoch(given, clock=clock, busy_timeout=busy_timeout)
 
     def close(self) -> None:
-        """Stop the sweepers and close every connection. Closing twice is fine; what is used after it is refused."""
+        """Stop the sweepers and close every connection. Later calls raise DatabaseClosedError, except `close`."""
         if self._engine.is_forked_copy:
-            return  # a forked child's copy; somebody who is not there may hold the mutex
+            return  # in a forked child, where a thread of the parent may hold the mutex
         with self._mutex:
             self._closed = True
             sweepers, self._sweepers = self._sweepers, []
@@ -207,7 +208,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
             self._runner.close()
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a Database can't be pickled: pass its target, and open it in the other process")
+        raise TypeError("a Database can't be pickled: pass the target, and open the database in the other process")
 
     def __enter__(self) -> Self:
         return self
@@ -221,111 +222,112 @@ class Database(DeviceSecrets, DatabaseMaintenance):
 
     @cached_property
     def devices(self) -> DeviceStore:
-        """The devices, each call a unit of its own: a read takes no lock, a write goes through `run`."""
+        """The devices. Each call is a separate unit; see `store`."""
         return self.store(DeviceStore)
 
     @cached_property
     def agents(self) -> AgentStore:
-        """The agents, each call a unit of its own."""
+        """The agents. Each call is a separate unit."""
         return self.store(AgentStore)
 
     @cached_property
     def sessions(self) -> SessionStore:
-        """The index of sessions, each call a unit of its own."""
+        """The index of sessions. Each call is a separate unit."""
         return self.store(SessionStore)
 
     @cached_property
     def nonces(self) -> NonceStore:
-        """The consumed nonces, each call a unit of its own: a nonce that was consumed here can't be rolled back."""
+        """The consumed nonces. Each call is a separate unit, so a consumed nonce cannot be rolled back."""
         return self.store(NonceStore)
 
     @cached_property
     def idempotency_keys(self) -> IdempotencyKeyStore:
-        """The idempotency keys, each call a unit of its own."""
+        """The idempotency keys. Each call is a separate unit."""
         return self.store(IdempotencyKeyStore)
 
     def store(self, kind: type[S]) -> S:
-        """Return a store whose every method call is a unit of work of its own.
+        """Return a store whose every method call is a separate unit of work.
 
-        A read is one statement in autocommit mode, which takes no lock: code that decides on what it has read needs a
-        unit of work. A write goes through `run`; inside a write unit of the same thread it raises UnitStateError.
+        A read is one statement in autocommit mode and takes no lock. If a write depends on a read, use a unit of work
+        for both. A write goes through `run`; inside a write unit of the same thread, it raises UnitStateError.
 
         Args:
-            kind: the class of the store, such as `DeviceStore`.
+            kind: class of the store, such as `DeviceStore`.
 
         Raises:
-            InvalidArgumentError: `kind` is not a store's class.
+            InvalidArgumentError: if `kind` is not the class of a store.
         """
         if not isinstance(kind, type) or not issubclass(kind, Store):
             raise InvalidArgumentError("kind must be the class of a store, such as homeagent.stores.DeviceStore")
         return one_call_store(kind, self._settings, self._runner)
 
     def read_connection(self) -> AbstractContextManager[Connection]:
-        """Return a connection for reports, pandas or ad-hoc SQL, to use as a context manager.
+        """Return a read-only connection for reports, pandas or ad-hoc SQL, to use in a `with` block.
 
-        It is opened read-only and sees one snapshot until it is committed or rolled back. On SQLite it can attach no
-        other file. At most two are lent at a time.
+        The connection sees one snapshot until a commit or rollback. On SQLite, ATTACH is not possible. At most two
+        such connections are in use at a time.
 
         Raises (when the block is entered):
-            DatabaseBusyError: none was given back within `busy_timeout`.
-            DatabaseClosedError: the database was closed, or opened before a fork.
+            DatabaseBusyError: if both connections are in use for the whole `busy_timeout`.
+            DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
         return self._engine.read_connection(self._timeout)
 
     # Units of work
 
     def unit_of_work(self, *, read_only: bool = False) -> UnitOfWork:
-        """Return a unit of work to use as a context manager: one transaction.
+        """Return a unit of work, which is one transaction, to use in a `with` block.
 
-        It commits when the block ends cleanly, and rolls everything back on any exception.
+        At the end of the block the unit commits. After an exception it rolls back.
 
         Args:
-            read_only: see one snapshot, and write nothing. Such units wait for no writer, and no writer for them.
+            read_only: whether to read one snapshot and write nothing. Read-only units and writers do not wait for each
+                other.
 
         Raises (when the block is entered):
-            DatabaseBusyError: no turn came within `busy_timeout`.
-            UnitStateError: this thread has a write unit open already.
-            DatabaseClosedError: the database was closed, or opened before a fork.
+            DatabaseBusyError: if the unit did not get the write lock or a connection within `busy_timeout`.
+            UnitStateError: if this thread already has an open write unit.
+            DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
         return UnitOfWork(self._settings, read_only=read_only)
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Do a unit of work as a function, run again whole where it took no effect.
+        """Call your function inside a unit of work, and call it again after an error that a new try can solve.
 
-        That is so while the database is busy, after a serialization failure or a deadlock, and where the connection
-        was lost before COMMIT was sent or while the server restarts or fails over. It is tried until `busy_timeout`
-        is over, with growing pauses.
+        Such errors are: the database is busy, a serialization failure, a deadlock, a connection that was lost before
+        COMMIT was sent, and a server that restarts or fails over. The pauses between tries grow; the last try begins
+        before `busy_timeout` is over.
 
-        On SQLite, write units that wait for one another share a commit, each in a savepoint: one that raises is
-        undone alone, and where the commit fails, each is run again by itself. The writer thread of the database runs
-        them, with their callers' context variables. A unit that asks for its ORM session is done alone.
+        On SQLite, waiting write units share a commit, each in a savepoint. The database's writer thread calls the
+        functions, with the context variables of their callers. An exception undoes only its own unit. If the commit
+        fails, or a function uses the ORM session, that unit runs alone.
 
         Args:
-            work: is given the unit and may be called several times: it has no effect but on the unit.
+            work: function of the unit, which may be called several times. It must have no side effect outside the unit.
             read_only: as in `unit_of_work`.
-            idempotent: whether doing it twice is the same as doing it once. It is run again then also where the
-                connection was lost in the middle of COMMIT, so that nobody knows whether that took place.
+            idempotent: whether two runs have the same result as one. Then `work` also runs again if the connection was
+                lost during COMMIT, so that the outcome of the first run is unknown.
 
         Returns:
-            What `work` returned, once that is committed.
+            Return value of `work`, after the commit.
 
         Raises:
-            InvalidArgumentError: `work` is a coroutine function; nothing took place.
-            DatabaseBusyError: the database was still busy after `busy_timeout`, or another caller's function kept the
-                common commit waiting for as long; nothing took place.
-            ConnectionLostError: the server still could not be reached after `busy_timeout`; nothing took place.
-            CommitUnknownError: the connection was lost in the middle of COMMIT: look whether it took place.
+            InvalidArgumentError: if `work` is a coroutine function. No change was made.
+            DatabaseBusyError: if the database was busy for the whole `busy_timeout`, or if another function of the
+                batch delayed the common commit for as long. No change was made.
+            ConnectionLostError: if the server was not reachable within `busy_timeout`. No change was made.
+            CommitUnknownError: if the connection was lost during COMMIT. Check whether the commit took place.
         """
         return self._runner.run(work, read_only=read_only, idempotent=idempotent)
 
     async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Do a unit of work from a coroutine, under asyncio or trio: `run`, in another thread.
+        """Do the same as `run` for a coroutine, under asyncio or trio. `work` runs in another thread.
 
-        A caller that is cancelled before its unit's turn under asyncio leaves the queue, and nothing took place.
-        Otherwise it waits for its unit to end, so that no transaction is left open.
+        If the caller is cancelled under asyncio before its unit begins, the unit does not run. Otherwise the caller
+        waits for the end of its unit, so that no transaction stays open.
 
         Args:
-            work: an ordinary function; it runs in another thread, with the caller's context variables.
+            work: ordinary function. It runs with the caller's context variables.
             read_only: as in `unit_of_work`.
             idempotent: as in `run`.
 
@@ -347,29 +349,29 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         ttl: timedelta = timedelta(hours=24),
         on_abandoned: OnAbandoned = "refuse",
     ) -> Outcome:
-        """Run a side effect once for all calls of one scope, and answer the others with what it returned.
+        """Run a side effect once for all calls of one scope. Later calls return the stored outcome.
 
-        The claim is committed before the effect begins, and its outcome after it ended. The lease is renewed in the
-        background meanwhile.
+        The claim is committed before the effect begins, and the outcome after the effect ended. Meanwhile a background
+        thread renews the lease.
 
         Args:
-            scope: what makes it the same call: device, method, and the key that the device chose.
-            effect: is given the attempt, whose `downstream_key` may be passed on; returns any JSON value. An
-                EffectFailedError is stored and replayed, an EffectNotStartedError frees the key, and anything else
-                leaves the outcome unknown.
-            params: the call's parameters: the same key with other ones is refused.
-            lease: how long after its last sign of life an attempt counts as abandoned.
-            ttl: how long the outcome is replayed.
-            on_abandoned: what to do about an abandoned attempt: `refuse`, `rerun`, or a function that finds out; it
-                is given the new attempt, and what it returns is the outcome.
+            scope: identity of the call: device, method, and the key that the device chose.
+            effect: function of the attempt, which returns any JSON value and may pass `attempt.downstream_key` to
+                another service. EffectFailedError is stored and replayed. EffectNotStartedError frees the key. Any
+                other exception leaves the outcome unknown.
+            params: parameters of the call. The same key with other parameters raises FingerprintMismatchError.
+            lease: time after the last renewal after which an attempt counts as abandoned.
+            ttl: time for which the outcome is replayed.
+            on_abandoned: action after an abandoned attempt: `refuse`, `rerun`, or a function of the new attempt that
+                returns the outcome.
 
         Raises:
-            InvalidArgumentError: a bad argument, a coroutine function among them, which `arun_once` takes.
-            FingerprintMismatchError: the key was used with other parameters.
-            IdempotencyInProgressError: another caller runs it now; `retry_after` says when to ask again.
-            OutcomeUnknownError: an attempt was abandoned, and `on_abandoned` is `refuse`.
-            LeaseLostError: the effect ran, but its key had been taken over or deleted meanwhile.
-            EffectFailedError, EffectNotStartedError: the effect's own.
+            InvalidArgumentError: if an argument is invalid. For a coroutine function, use `arun_once`.
+            FingerprintMismatchError: if the key was used with other parameters.
+            IdempotencyInProgressError: if another caller runs the effect now. Try again after `retry_after`.
+            OutcomeUnknownError: if an attempt was abandoned, and `on_abandoned` is `refuse`.
+            LeaseLostError: if the effect ran, but its key was taken over or deleted meanwhile.
+            EffectFailedError, EffectNotStartedError: if the effect raised this error.
         """
         call = OnceCall.of(
             scope,
@@ -393,9 +395,9 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         ttl: timedelta = timedelta(hours=24),
         on_abandoned: OnAbandoned = "refuse",
     ) -> Outcome:
-        """Do as `run_once` does, for an effect that is a coroutine function, under asyncio or trio.
+        """Do the same as `run_once` for an effect that is a coroutine function, under asyncio or trio.
 
-        A cancelled caller cancels the effect. What is known of its outcome is recorded all the same.
+        If the caller is cancelled, the effect is cancelled too. An outcome that is known is still recorded.
         """
         call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned, effect=effect)
         return await arun_once(partial(self._runner.arun, idempotent=True), self._lease_timer, call, effect)

@@ -1,4 +1,4 @@
-"""The methods of `Database` that pair devices, and check and rotate their secrets."""
+"""The methods of `Database` that pair devices, check secrets and proofs, and rotate secrets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["DeviceSecrets"]
 
 
 class DeviceSecrets:
-    """Base class of `Database`, which sets the attributes: pair devices, check and rotate their secrets."""
+    """Base class of `Database`, whose `__init__` sets the attributes. Pairs devices, checks and rotates secrets."""
 
     _runner: Runner
     _clock: Clock
@@ -33,10 +33,10 @@ class DeviceSecrets:
     @property
     def _pairing(self) -> Pairing:
         if self._made_pairing is None:
-            # A process that checks no secret starts sooner without it.
+            # Import lazily: a process that checks no secret starts sooner.
             from homeagent.pairing import Pairing
 
-            # Two threads must not make two: each would count failed checks by itself.
+            # Do not create a second Pairing in another thread: each would count failed checks separately.
             with self._mutex:
                 if self._made_pairing is None:
                     self._made_pairing = Pairing(self._runner, self._clock, self._limits)
@@ -44,38 +44,39 @@ class DeviceSecrets:
 
     @clears_locals
     def pair(self, request: models.DevicePair) -> models.PairedDevice:
-        """Add a device that waits for its approval. Only a hash of its secret is stored.
+        """Add a device, pending until its approval. Only a hash of the secret is stored.
 
-        What calls of an earlier device under this id recorded after it was deleted is removed.
+        Idempotency keys that are left from an earlier device with this id are deleted.
 
         Args:
-            request: with the secret that a human chose, or without one: then 256 random bits are made.
+            request: id, role and metadata of the device, with a chosen secret or without a secret. Without a secret,
+                256 random bits are generated.
 
         Returns:
-            The device and its secret, which can't be asked for again.
+            Device and secret. The secret cannot be read again later.
 
         Raises:
-            DeviceExistsError: the id is taken. So `pair` tells its caller that the id exists.
-            PendingLimitError: as many devices wait for their approval as `Limits.pending_devices` allows.
-            InvalidArgumentError: the secret is too long or has a control character.
-            TooManyAttemptsError: a human chose the secret, and 16 slow hashes wait for their turn already.
+            DeviceExistsError: if a device with this id exists. The caller so learns that the id exists.
+            PendingLimitError: if `Limits.pending_devices` devices already wait for their approval.
+            InvalidArgumentError: if the secret is too long or has a control character.
+            TooManyAttemptsError: if the secret was chosen, and `Limits.waiting_hashes` slow hashes already wait.
         """
         return self._pairing.pair(request)
 
     @clears_locals
     async def apair(self, request: models.DevicePair) -> models.PairedDevice:
-        """Do as `pair` does without blocking the event loop, under asyncio or trio."""
+        """Do the same as `pair`, without blocking the event loop, under asyncio or trio."""
         return await self._pairing.apair(request)
 
     @clears_locals
     def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
-        """Return the device if it is approved and this is its secret, else None.
+        """Return the device if it is approved and the secret is right, else None.
 
-        `check_secret` also tells a caller with the right secret that the device is pending or revoked.
+        `check_secret` also returns, for the right secret, that the device is pending or revoked.
 
         Args:
-            device_id: who it claims to be.
-            shared_secret: what it presents. During the overlap of a rotation the old secret serves too.
+            device_id: presented id.
+            shared_secret: presented secret. During the overlap of a rotation the old secret is right too.
 
         Raises:
             TooManyAttemptsError, DatabaseBusyError: as in `check_secret`.
@@ -84,66 +85,62 @@ class DeviceSecrets:
 
     @clears_locals
     def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
-        """Tell whether this is the device's secret, and whether the device is approved, pending or revoked.
+        """Return whether the secret is right, and whether the device is approved, pending or revoked.
 
-        What a check of a wrong secret costs, and whether it is refused, depends on the id and the secret that are
-        presented, and not on the device: not on whether it exists, is approved, or has a generated secret.
+        The time of a check of a wrong secret, and its refusal by a limit, depend only on the presented id and secret.
+        They do not show whether the device exists, is approved, or has a generated secret.
 
         Args:
-            device_id: the id that is presented.
-            shared_secret: the secret that is presented. During the overlap of a rotation the old secret serves too.
+            device_id: presented id.
+            shared_secret: presented secret. During the overlap of a rotation the old secret is right too.
 
         Returns:
             True only if the secret is right and the device is approved. If the secret is wrong or the device is
             absent, `status` is `denied` and `device` is None.
 
         Raises:
-            TooManyAttemptsError: 30 checks of this id failed within a minute in this process, or 16 slow hashes wait
-                for their turn already. No hash was computed, and the right secret is refused too. A secret in the
-                generated form is never refused.
-            DatabaseBusyError: no turn to hash the secret came within 30 seconds.
+            TooManyAttemptsError: if `Limits.failed_checks_per_minute` checks of this id failed within a minute in this
+                process, or `Limits.waiting_hashes` slow hashes already wait. No hash was computed, and the right secret
+                is refused too. A secret in the generated form is always checked.
+            DatabaseBusyError: if the slow hash could not begin within 30 seconds.
         """
         return self._pairing.check_secret(device_id, shared_secret)
 
     @clears_locals
     async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
-        """Do as `check_secret` does without blocking the event loop, under asyncio or trio.
+        """Do the same as `check_secret`, without blocking the event loop, under asyncio or trio.
 
-        Slow hashes run in threads of their own, and take none from `arun` or from checks of generated secrets.
+        Slow hashes have their own worker threads, and do not use up the threads of `arun` and of other checks.
         """
         return await self._pairing.acheck_secret(device_id, shared_secret)
 
     @clears_locals
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
-        """Return the device if it is approved and the proof is made with its secret, else None.
+        """Return the device if it is approved and the proof was made with its secret, else None.
 
-        `check_proof` also tells a caller with a right proof that the device is pending or revoked.
+        `check_proof` also returns, for a right proof, that the device is pending or revoked.
 
-        The proof is the client's of SCRAM (RFC 5802, section 3) over the device's id, the nonce and the timestamp:
-        `homeagent.scram.make_proof` makes it. What is stored can check a proof and can't make one. Consume the nonce
-        after this, before access is given. After a rotation only the new secret's proofs serve, at once.
+        `homeagent.scram.make_proof` makes the proof: SCRAM's client proof (RFC 5802, section 3) over the device's id,
+        the nonce and the timestamp. The stored verifier can check a proof, but cannot make one. Consume the nonce after
+        this check and before you grant access. A rotation makes proofs with the old secret wrong at once.
 
         Args:
-            device_id: who it claims to be.
-            nonce: the number used once that was signed.
-            timestamp: the instant that was signed.
-            proof: 32 bytes; of any other length it is wrong.
+            device_id: presented id.
+            nonce: signed nonce.
+            timestamp: signed time.
+            proof: 32 bytes. A proof of another length is wrong.
 
         Raises:
-            InvalidArgumentError: one of them can't be what it is to be, whatever the device: the nonce is no text that
-                could be consumed, the timestamp has no time zone, or the proof is no `bytes`.
+            InvalidArgumentError: if the nonce is not a text that could be consumed, the timestamp has no time zone, or
+                the proof is not `bytes`. The device makes no difference.
         """
         return self._pairing.verify_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
     @clears_locals
     def check_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> models.SecretCheck:
-        """Tell whether a proof is made with the device's secret, and where the device stands.
+        """Return whether the proof is right, and whether the device is approved, pending or revoked.
 
-        Args:
-            device_id: the id that is presented.
-            nonce: the number used once that was signed.
-            timestamp: the time that was signed.
-            proof: 32 bytes; of any other length it is wrong.
+        Arguments: as in `verify_proof`.
 
         Returns:
             True only if the proof is right and the device is approved. If the proof is wrong or the device is absent
@@ -158,22 +155,21 @@ class DeviceSecrets:
     async def acheck_proof(
         self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes
     ) -> models.SecretCheck:
-        """Do as `check_proof` does without blocking the event loop, under asyncio or trio."""
+        """Do the same as `check_proof`, without blocking the event loop, under asyncio or trio."""
         return await self._pairing.acheck_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
     def proof_parameters(self, device_id: str) -> models.ProofParameters:
-        """Return the salt and iterations with which this device makes a proof, to be told to any caller who asks.
+        """Return the salt and the number of iterations with which a device makes its proofs. Any caller may get them.
 
-        An absent device, or a device without a verifier, gets a made-up answer of the same kind. The answer is derived
-        from a key of the store, so that it is the same every time, also in other processes, after a restart and after a
-        restore. It costs the same. Only a change tells a real device: the answer for an id changes when a device pairs
-        under it, rotates its secret or is deleted.
+        If the device is absent or has no verifier, the answer is derived from the id and a key of the store. The
+        derived answer takes the same time, and stays the same, also in other processes and after a restore. Only a
+        change of the answer reveals a device: a device with this id was paired or deleted, or its secret was rotated.
 
         Args:
-            device_id: the id that is presented.
+            device_id: presented id.
 
         Raises:
-            InvalidArgumentError: no device can have this id.
+            InvalidArgumentError: if no device can have this id.
         """
         return self._pairing.proof_parameters(device_id)
 
@@ -181,19 +177,19 @@ class DeviceSecrets:
     def rotate_secret(
         self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
     ) -> SecretStr:
-        """Give a device a new secret, and return it, once.
+        """Replace a device's secret, and return the new secret, which cannot be read again later.
 
         Args:
-            device_id: the device; it keeps its role and its approval.
-            shared_secret: the secret that a human chose; None to have one made.
-            overlap: how long the old secret serves as well; not at all by default. One that still served from an
-                earlier rotation ends at once.
+            device_id: id of the device. Role and approval stay.
+            shared_secret: chosen secret; None to generate a secret.
+            overlap: time for which the old secret also stays right; 0 by default. The overlap of an earlier rotation
+                ends at once.
 
         Raises:
-            DeviceNotFoundError: it is absent.
-            DeviceNotApprovedError: an overlap was given and the device is pending or revoked.
-            InvalidArgumentError: the secret has fewer than 8 characters, is too long or has a control character.
-            TooManyAttemptsError: a human chose the secret, and 16 slow hashes wait for their turn already.
+            DeviceNotFoundError: if the device does not exist.
+            DeviceNotApprovedError: if `overlap` is above 0 and the device is pending or revoked.
+            InvalidArgumentError: if the secret has fewer than 8 characters, is too long or has a control character.
+            TooManyAttemptsError: if the secret was chosen, and `Limits.waiting_hashes` slow hashes already wait.
         """
         return self._pairing.rotate_secret(device_id, shared_secret, overlap=overlap)
 
@@ -201,5 +197,5 @@ class DeviceSecrets:
     async def arotate_secret(
         self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
     ) -> SecretStr:
-        """Do as `rotate_secret` does without blocking the event loop, under asyncio or trio."""
+        """Do the same as `rotate_secret`, without blocking the event loop, under asyncio or trio."""
         return await self._pairing.arotate_secret(device_id, shared_secret, overlap=overlap)
