@@ -127,7 +127,7 @@ class DatabaseMaintenance:
     def backup(self, destination: str | PathLike[str], *, keep: int | None = None, replace: bool = False) -> Path:
         """Make a verified backup of one snapshot while other units write. The file appears complete or not at all.
 
-        The backup is a single file, which can be opened on a read-only medium. The manifest next to the backup
+        The backup is a single file with mode 0600, and can be opened on a read-only medium. The manifest next to it
         (`<backup>.json`) has the time, the schema's revision, the rows, the size and the SHA-256.
 
         Args:
