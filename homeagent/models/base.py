@@ -6,12 +6,13 @@ again for each class that inherits it, a twelfth of what the models take to be i
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import ErrorType
-from sqlalchemy import MetaData, inspect
+from sqlalchemy import Index, MetaData, TextClause, inspect
 from sqlalchemy.orm import registry
 from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.state import InstanceState
@@ -21,7 +22,7 @@ from sqlmodel import SQLModel
 # itself is building an instance and will validate it by other means, and what `table=True` means.
 from sqlmodel._compat import SQLModelConfig, finish_init, is_table_model_class
 
-__all__ = ["Model", "Table", "hide_input", "metadata"]
+__all__ = ["Model", "PartialIndex", "Table", "hide_input", "metadata"]
 
 T = TypeVar("T")
 
@@ -96,6 +97,25 @@ class Model(SQLModel, registry=_registry):
         """Validate JSON text as Pydantic does; text that is no JSON is not shown either."""
         # It is read before the model's own validator is called.
         return hide_input(None, lambda _: super(Model, cls).model_validate_json(*args, **kwargs))
+
+
+class PartialIndex(Index):
+    """An index of the rows that match a condition, on both engines.
+
+    Do not use `Index(…, postgresql_where=…)`: SQLAlchemy would import its PostgreSQL package in every process.
+    """
+
+    def __init__(self, name: str, *columns: str, where: TextClause) -> None:
+        super().__init__(name, *columns)
+        self._where = where
+
+    @cached_property
+    def dialect_options(self) -> Any:
+        """Options for each engine: the condition."""
+        options = super().dialect_options
+        for dialect in ("sqlite", "postgresql"):
+            options[dialect]["where"] = self._where
+        return options
 
 
 class Table(Model):

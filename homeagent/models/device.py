@@ -4,12 +4,12 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import CheckConstraint, Column, Connection, Index, event, inspect, select, text
+from sqlalchemy import CheckConstraint, Column, Connection, event, inspect, select, text
 from sqlalchemy.orm import Mapper, object_session
 from sqlmodel import Field
 
 from homeagent.clock import system_clock
-from homeagent.models.base import Table
+from homeagent.models.base import PartialIndex, Table
 from homeagent.models.types import (
     EnumColumn,
     FlagColumn,
@@ -54,15 +54,7 @@ class Device(Table, table=True):
         CheckConstraint("role IN ('client', 'node', 'admin')", name="role"),
         CheckConstraint("approved IN (0, 1)", name="approved"),
         # With the columns of its condition, or SQLite reads each row, metadata and all, to count it.
-        Index(
-            "idx_devices_pending",
-            "paired_at",
-            "approved",
-            "approved_at",
-            "revoked_at",
-            sqlite_where=PENDING,
-            postgresql_where=PENDING,
-        ),
+        PartialIndex("idx_devices_pending", "paired_at", "approved", "approved_at", "revoked_at", where=PENDING),
     )
 
     id: Identifier = Field(sa_column=Column("id", text_column(), primary_key=True, nullable=False))

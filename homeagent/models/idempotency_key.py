@@ -15,7 +15,6 @@
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from functools import cached_property
 from typing import Any
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, JsonValue
@@ -26,7 +25,7 @@ from sqlmodel import Field
 
 from homeagent.errors import InvalidArgumentError
 from homeagent.frame_locals import clear_locals
-from homeagent.models.base import Table, hide_input
+from homeagent.models.base import PartialIndex, Table, hide_input
 from homeagent.models.types import (
     EnumColumn,
     FlagColumn,
@@ -54,25 +53,6 @@ class IdempotencyState(StrEnum):
     """The effect failed for good. A replay raises its error."""
 
 
-class _PartialIndex(Index):
-    """An index of the rows that match a condition, on both engines.
-
-    Do not use `Index(…, postgresql_where=…)`: it imports SQLAlchemy's PostgreSQL package in every process.
-    """
-
-    def __init__(self, name: str, column: str, *, where: str) -> None:
-        super().__init__(name, column)
-        self._where = text(where)
-
-    @cached_property
-    def dialect_options(self) -> Any:
-        """Options for each engine: the condition."""
-        options = super().dialect_options
-        for dialect in ("sqlite", "postgresql"):
-            options[dialect]["where"] = self._where
-        return options
-
-
 class IdempotencyKey(Table, table=True):
     """A row of `idempotency_keys`: unique per device, method and key."""
 
@@ -82,7 +62,7 @@ class IdempotencyKey(Table, table=True):
         CheckConstraint("state IN ('in_progress', 'completed', 'failed')", name="state"),
         Index("idx_idempotency_expires", "expires_at"),
         # For the list of abandoned keys. Few rows are in progress, so the index is small.
-        _PartialIndex("idx_idempotency_lease", "lease_expires_at", where="state = 'in_progress'"),
+        PartialIndex("idx_idempotency_lease", "lease_expires_at", where=text("state = 'in_progress'")),
     )
 
     key: Label = Field(repr=False, sa_column=Column("key", text_column(), nullable=False))
