@@ -178,6 +178,8 @@ class LeaseTimer:
         lease = _Lease(call, attempt, monotonic() + call.period)
         with self._changed:
             if self._thread is None:
+                # Do not let the thread end at once if the effect is faster than the start of the thread.
+                self._wakes = lease.due
                 self._thread = threading.Thread(target=self._keep, name="homeagent-lease", daemon=True)
                 try:
                     self._thread.start()
@@ -194,6 +196,7 @@ class LeaseTimer:
         """Stop all renewals and end the thread."""
         with self._changed:
             self._leases.clear()
+            self._wakes = -math.inf
             self._changed.notify()
 
     def _keep(self) -> None:
@@ -214,17 +217,18 @@ class LeaseTimer:
     def _next(self) -> _Lease | None:
         """Wait until a lease is due, and return the lease; None if the thread must end."""
         with self._changed:
-            while True:
+            while self._thread is threading.current_thread():
                 lease = min([*self._leases], key=lambda lease: lease.due, default=None)
+                if lease is not None:
+                    self._wakes = lease.due
+                wait = self._wakes - monotonic()
+                if wait > 0:
+                    self._changed.wait(wait)
+                    continue
                 if lease is None:
                     self._thread = None
-                if lease is None or self._thread is not threading.current_thread():
-                    return None
-                self._wakes = lease.due
-                wait = lease.due - monotonic()
-                if wait <= 0:
-                    return lease
-                self._changed.wait(wait)
+                return lease
+            return None
 
     def _renew(self, lease: _Lease, unit: UnitOfWork) -> None:
         if lease in self._leases:  # the effect may have ended while this unit waited for the write lock
