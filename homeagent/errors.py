@@ -1,8 +1,8 @@
-"""Every error that the package raises, each with the ids it speaks of and a message that names the remedy.
+"""All errors of this package. Each error has the ids of its subject as attributes, and its message names the remedy.
 
-Catch `HomeAgentError` for all of them, or one of its families: a bad argument, something absent, a duplicate,
-a conflict with the present state, the idempotency state machine, or the engine and its files. A message never
-holds a secret, a hash, a nonce, an idempotency key, a stored result or a bound parameter, so it may be logged.
+Catch `HomeAgentError` for all errors, or one family: invalid argument, absent row, duplicate, conflict with the present
+state, idempotency key, or database engine and files. A message may be logged: it contains no secret, hash, nonce,
+idempotency key, stored result or bound parameter.
 """
 
 from __future__ import annotations
@@ -69,24 +69,17 @@ __all__ = [
 ]
 
 
-def _rebuild(kind: type[HomeAgentError], args: tuple[object, ...], attributes: dict[str, object]) -> HomeAgentError:
-    error = kind.__new__(kind, *args)
-    error.args = args
-    error.__dict__.update(attributes)
-    return error
-
-
 class HomeAgentError(Exception):
-    """The root of every error of this package."""
+    """Base class of all errors of this package."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Pickle would call __init__ with the finished message, where most of these take ids: an error that
-        # crosses a process boundary keeps its message and its attributes this way.
-        return (_rebuild, (type(self), self.args, self.__dict__))
+        # Pickle's default would call __init__ with the message, but most classes take ids. __new__ and the attributes
+        # restore the error without __init__.
+        return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
 class InvalidArgumentError(HomeAgentError, ValueError):
-    """An argument is outside what the method accepts; nothing was read or written."""
+    """An argument is invalid. The method did not read or write the database."""
 
 
 class UnitStateError(HomeAgentError):
@@ -94,9 +87,9 @@ class UnitStateError(HomeAgentError):
 
 
 class TooManyAttemptsError(HomeAgentError):
-    """Too many checks of secrets failed for this id, or too many slow hashes wait; no hash was computed (HTTP: 429).
+    """Too many secret checks of this id failed, or too many slow hashes wait. No hash was computed (HTTP: 429).
 
-    `retry_after` says when to try again. `device_id` is None if the error is about waiting hashes and not about an id.
+    `retry_after` is the time to wait. `device_id` is None if the error is about waiting hashes.
     """
 
     def __init__(self, reason: str, *, retry_after: timedelta, device_id: str | None = None) -> None:
@@ -104,62 +97,52 @@ class TooManyAttemptsError(HomeAgentError):
         self.device_id = device_id
         super().__init__(
             f"{reason}: try again in {retry_after.total_seconds():.3f} s, or give the device a generated secret, whose "
-            "checks are never refused"
+            "checks have no limit"
         )
-
-
-# What is absent
 
 
 class NotFoundError(HomeAgentError):
-    """What was asked for by its id is not in the store."""
+    """The store has no row with the given id."""
 
 
 class DeviceNotFoundError(NotFoundError):
-    """No device has this id."""
+    """No device has the given id."""
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
-        super().__init__(
-            f"no device {device_id!r}: pair it first, or look for it with devices.list() or 'homeagent devices list'"
-        )
+        super().__init__(f"no device {device_id!r}: pair it first, or find its id with 'homeagent devices list'")
 
 
 class AgentNotFoundError(NotFoundError):
-    """No agent has this id."""
+    """No agent has the given id."""
 
     def __init__(self, agent_id: str) -> None:
         self.agent_id = agent_id
-        super().__init__(f"no agent {agent_id!r}: create it first, or look for it with agents.list()")
+        super().__init__(f"no agent {agent_id!r}: create it first, or find its id with agents.list()")
 
 
 class SessionNotFoundError(NotFoundError):
-    """No session has this id."""
+    """No session has the given id."""
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
-        super().__init__(f"no session {session_id!r}: create it, or let sessions.resolve() make it")
-
-
-# What is there already
+        super().__init__(f"no session {session_id!r}: create it, or call sessions.resolve()")
 
 
 class AlreadyExistsError(HomeAgentError):
-    """A `create` or `insert` met a row with the same identity; the row was left as it is."""
+    """A `create` or `insert` found a row with the same identity, and did not change the row."""
 
 
 class DeviceExistsError(AlreadyExistsError):
-    """A device with this id is paired already."""
+    """A device with the given id is already paired."""
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
-        super().__init__(
-            f"device {device_id!r} exists: to pair it anew, delete it first; to change its secret, rotate_secret()"
-        )
+        super().__init__(f"device {device_id!r} exists: delete it to pair it again, or call rotate_secret()")
 
 
 class AgentExistsError(AlreadyExistsError):
-    """An agent with this id exists already."""
+    """An agent with the given id already exists."""
 
     def __init__(self, agent_id: str) -> None:
         self.agent_id = agent_id
@@ -167,7 +150,7 @@ class AgentExistsError(AlreadyExistsError):
 
 
 class SessionExistsError(AlreadyExistsError):
-    """A session with this id exists already."""
+    """A session with the given id already exists."""
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
@@ -175,28 +158,22 @@ class SessionExistsError(AlreadyExistsError):
 
 
 class IdempotencyKeyExistsError(AlreadyExistsError):
-    """A live record of this scope exists already."""
+    """The scope already has a record that has not expired."""
 
     def __init__(self, device_id: str, method: str) -> None:
         self.device_id = device_id
         self.method = method
-        super().__init__(
-            f"device {device_id!r} has a live record for this key of method {method!r}: find() it and answer from it"
-        )
-
-
-# What the present state forbids
+        super().__init__(f"device {device_id!r} has a record for this key of {method!r}: find() it and answer from it")
 
 
 class ConflictError(HomeAgentError):
-    """The present state of the store forbids the change; nothing was written.
+    """The present state of the store does not permit the change. The change was not made.
 
     Attributes:
-        table: the table whose constraint refused the change; None for another conflict, or if it is not known.
-        constraint: the name of that constraint, or its columns if it has no name; None if it is not known. SQLite does
-            not say which of several foreign keys refused a change.
-        kind: the kind of that constraint: `unique` (a primary key too), `foreign_key`, `check`, `not_null`,
-            `exclusion` (PostgreSQL) or `datatype` (SQLite, of a STRICT table); None for another conflict.
+        table: name of the table with the violated constraint; None if unknown, or for another conflict.
+        constraint: name or, without a name, columns of the constraint; None if unknown (SQLite: a foreign key).
+        kind: `unique` (also a primary key), `foreign_key`, `check`, `not_null`, `exclusion` (PostgreSQL) or `datatype`
+            (SQLite, STRICT table); None for another conflict.
     """
 
     table: str | None = None
@@ -210,9 +187,7 @@ class AgentInUseError(ConflictError):
     def __init__(self, agent_id: str, session_count: int) -> None:
         self.agent_id = agent_id
         self.session_count = session_count
-        super().__init__(
-            f"agent {agent_id!r} has {session_count} session(s): delete them first, or delete_sessions=True"
-        )
+        super().__init__(f"agent {agent_id!r} has {session_count} session(s): delete them, or use delete_sessions=True")
 
 
 class LastAdminError(ConflictError):
@@ -220,35 +195,29 @@ class LastAdminError(ConflictError):
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
-        super().__init__(
-            f"device {device_id!r} is the last approved admin: approve another admin first, or pass force=True"
-        )
+        super().__init__(f"device {device_id!r} is the last approved admin: approve another, or pass force=True")
 
 
 class ApprovalChangedError(ConflictError):
-    """The device is no longer what the admin saw."""
+    """The device has changed since the administrator read it; `changed` names the field."""
 
     def __init__(self, device_id: str, changed: str) -> None:
         self.device_id = device_id
         self.changed = changed
         revoked = ", a revoked device with expected_status=REVOKED or --status revoked" if changed == "status" else ""
-        super().__init__(
-            f"device {device_id!r} has another {changed} than expected: show it again, then approve it{revoked}"
-        )
+        super().__init__(f"device {device_id!r} has another {changed} now: show it again, then approve it{revoked}")
 
 
 class DeviceNotApprovedError(ConflictError):
-    """An overlap was asked for the secret of a device that is not approved."""
+    """The device is not approved, so the old secret of a rotation can't get an overlap."""
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
-        super().__init__(
-            f"device {device_id!r} is not approved, so its old secret can't get an overlap: rotate it without one"
-        )
+        super().__init__(f"device {device_id!r} is not approved: rotate its secret without an overlap")
 
 
 class LimitError(ConflictError):
-    """There are as many rows of a kind as `limit` allows."""
+    """A limit on the number of rows of a kind is reached; `limit` is the number."""
 
     def __init__(self, message: str, *, limit: int) -> None:
         self.limit = limit
@@ -256,7 +225,7 @@ class LimitError(ConflictError):
 
 
 class PendingLimitError(LimitError):
-    """As many devices wait for their approval as may, so no further device can pair."""
+    """The maximum number of devices waits for approval, so no further device can pair."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(
@@ -268,18 +237,17 @@ class PendingLimitError(LimitError):
 
 
 class NonceLimitError(LimitError):
-    """The device has as many live nonces as it may."""
+    """The device has the maximum number of nonces that have not expired."""
 
     def __init__(self, device_id: str, limit: int) -> None:
         self.device_id = device_id
         super().__init__(
-            f"device {device_id!r} has {limit} live nonces: slow it down; live ones are never evicted, they expire",
-            limit=limit,
+            f"device {device_id!r} has {limit} nonces that have not expired: slow the device down", limit=limit
         )
 
 
 class TargetNotEmptyError(ConflictError):
-    """A store is copied into an empty one only; the target was left as it is."""
+    """The target of a copy is not empty. The target was not changed."""
 
     def __init__(self, table: str) -> None:
         self.table = table
@@ -287,17 +255,14 @@ class TargetNotEmptyError(ConflictError):
 
 
 class SourceChangedError(ConflictError):
-    """Somebody wrote to the store while it was copied; nothing was copied, since that would have been missing."""
+    """Another process or thread wrote to the store during a copy. The copy would lack these rows and was not made."""
 
     def __init__(self, table: str) -> None:
         self.table = table
         super().__init__(
             f"{table} of the source was written while it was copied: stop every gateway and sweeper that uses it, "
-            "then copy again; or pass live=True (--live) for a trial, to copy what it held at the beginning"
+            "then copy again; for a trial, pass live=True (--live) to copy the state at the beginning"
         )
-
-
-# The idempotency state machine
 
 
 class IdempotencyError(HomeAgentError):
@@ -310,64 +275,50 @@ class IdempotencyError(HomeAgentError):
 
 
 class IdempotencyInProgressError(IdempotencyError):
-    """Another caller runs the effect of this key right now (HTTP: 409 with Retry-After).
-
-    `retry_after` says how long its lease still has to run.
-    """
+    """Another caller runs the effect of this key, under a lease that ends in `retry_after` (HTTP: 409, Retry-After)."""
 
     def __init__(self, *, device_id: str, method: str, retry_after: timedelta) -> None:
         self.retry_after = retry_after
-        super().__init__(
-            f"{method!r} of device {device_id!r} is in progress under this key: "
-            f"try again in {max(retry_after.total_seconds(), 0):.3f} s",
-            device_id=device_id,
-            method=method,
-        )
+        message = f"{method!r} of device {device_id!r} is in progress under this key: try again in "
+        message += f"{max(retry_after.total_seconds(), 0):.3f} s"
+        super().__init__(message, device_id=device_id, method=method)
 
 
 class FingerprintMismatchError(IdempotencyError):
     """The key was used before with other parameters (HTTP: 422)."""
 
     def __init__(self, *, device_id: str, method: str) -> None:
-        super().__init__(
-            f"this key of {method!r} by device {device_id!r} was used with other parameters: "
-            "a new call needs a new key",
-            device_id=device_id,
-            method=method,
-        )
+        message = f"this key of {method!r} by device {device_id!r} was used with other parameters: "
+        message += "a new call needs a new key"
+        super().__init__(message, device_id=device_id, method=method)
 
 
 class OutcomeUnknownError(IdempotencyError):
-    """An earlier attempt was abandoned; nobody knows whether its effect took place."""
+    """The lease of an earlier attempt expired, and it is unknown whether its effect took place."""
 
     def __init__(self, *, device_id: str, method: str, attempt: int) -> None:
         self.attempt = attempt
-        super().__init__(
-            f"attempt {attempt} of {method!r} by device {device_id!r} was abandoned and its outcome is unknown: "
-            "find out, then resolve() or forget() the key, or pass on_abandoned",
-            device_id=device_id,
-            method=method,
-        )
+        message = f"attempt {attempt} of {method!r} by device {device_id!r} was abandoned and its outcome is unknown: "
+        message += "find out, then resolve() or forget() the key, or pass on_abandoned"
+        super().__init__(message, device_id=device_id, method=method)
 
 
 class LeaseLostError(IdempotencyError):
-    """The attempt is no longer the owner of its key; nothing was changed."""
+    """The attempt no longer owns its key. The store was not changed."""
 
     def __init__(self, *, device_id: str, method: str, attempt: int) -> None:
         self.attempt = attempt
-        super().__init__(
-            f"attempt {attempt} of {method!r} by device {device_id!r} no longer owns its key: "
-            "another attempt, an operator or a deletion took it; do not act on this attempt's outcome",
-            device_id=device_id,
-            method=method,
-        )
+        message = f"attempt {attempt} of {method!r} by device {device_id!r} no longer owns its key: "
+        message += "another attempt, an operator or a deletion took it; do not act on this attempt's outcome"
+        super().__init__(message, device_id=device_id, method=method)
 
 
 class EffectFailedError(HomeAgentError):
-    """Raised by an effect that failed for good: stored, and raised again for every retry of the key.
+    """An effect raises this error to fail permanently. Each retry of the key raises the stored error again.
 
     Args:
-        detail: what to store and replay, any JSON value.
+        detail: JSON value to store.
+        replayed: whether the error comes from the store, and the effect did not run now.
     """
 
     def __init__(self, detail: JsonValue = None, *, replayed: bool = False) -> None:
@@ -377,46 +328,39 @@ class EffectFailedError(HomeAgentError):
 
 
 class EffectNotStartedError(HomeAgentError):
-    """Raised by an effect that did nothing yet: the key is freed, and the next call may run it."""
-
-
-# The engine and its files
+    """An effect raises this error if it did not act. The store frees the key, and the next call may run the effect."""
 
 
 class DatabaseError(HomeAgentError):
-    """The engine refused, or its files are not as they must be."""
+    """The database engine refused an operation, or a database file is not in the required state."""
 
 
 class DatabaseBusyError(DatabaseError):
-    """Another unit holds the database for longer than `busy_timeout`, or retrying reached its deadline."""
+    """Another unit held the database for longer than `busy_timeout`, or retries reached their deadline."""
 
 
 class TransientError(DatabaseBusyError):
-    """The unit met another unit and was undone; it may succeed if it is run again whole. `Database.run` does that.
-
-    Attributes:
-        sqlstate: the code of a PostgreSQL server for the error; None if there is none.
-    """
+    """The unit conflicted with another unit and was rolled back. `Database.run` runs the whole unit again."""
 
     sqlstate: str | None = None
+    """PostgreSQL's code of a lock timeout or a cancelled statement; None for other errors."""
 
 
 class ConnectionLostError(DatabaseError):
-    """The server went away or can't be reached; nothing of the unit took place."""
+    """The server can't be reached, or the connection ended. The unit was not committed."""
 
 
 class CommitUnknownError(DatabaseError):
-    """The connection was lost in the middle of COMMIT: nobody knows whether the unit took place.
+    """It is unknown whether the unit was committed (SQLSTATE 08007, transaction resolution unknown).
 
-    On SQLite: COMMIT failed, and the WAL could not be written either to remove the failed commit from it.
-
-    SQLSTATE 08007 is the standard's name for it, transaction resolution unknown. Look whether what the unit wrote is
-    there before you do it again, or make it a unit that may be done twice and pass `idempotent=True` to `Database.run`.
+    PostgreSQL: the connection was lost between COMMIT and its answer, or the wait for a synchronous standby was
+    cancelled. SQLite: COMMIT failed, and removing the failed commit from the WAL failed too. Check whether the unit's
+    rows exist before you repeat it. `Database.run(..., idempotent=True)` repeats a unit that may be committed twice.
     """
 
 
 class SchemaTooNewError(DatabaseError):
-    """The database was made by a newer version of this package; it was not touched."""
+    """A newer version of this package created or upgraded the database. The database was not changed."""
 
     def __init__(self, revision: str, *, known: str) -> None:
         self.revision = revision
@@ -428,19 +372,19 @@ class SchemaTooNewError(DatabaseError):
 
 
 class SchemaOutdatedError(DatabaseError):
-    """The database needs an upgrade and `migrate=False` forbids it, or there is none yet.
+    """The database does not exist or needs an upgrade, and `migrate=False` forbids both steps.
 
-    `location` is where it was looked for, a server's without its password; None where there is one.
+    `location` is the file, or the URL without its password, if the database does not exist; otherwise None.
     """
 
     def __init__(self, revision: str | None, *, needed: str, location: str | None = None) -> None:
         self.revision = revision
         self.needed = needed
         self.location = location
-        where = "" if location is None else f" at {location!r}"
+        place = "" if location is None else f" at {location!r}"
         super().__init__(
-            f"there is no database yet{where} (this version needs schema revision {needed!r}): "
-            "check the name, or make it with 'homeagent init' or with migrate=True"
+            f"there is no database yet{place} (this version needs schema revision {needed!r}): "
+            "check the name, or create it with 'homeagent init' or with migrate=True"
             if revision is None
             else f"the database is at schema revision {revision!r} and this version needs {needed!r}: "
             "run 'homeagent migrate', or open it with migrate=True"
@@ -448,10 +392,10 @@ class SchemaOutdatedError(DatabaseError):
 
 
 class SchemaChangedError(DatabaseError):
-    """The schema was changed by other means than homeagent's revisions, so that the rows can't be trusted to it.
+    """The schema was changed by other statements than homeagent's revisions, so the rows may be inconsistent.
 
-    Raised by a restore, a copy and an upgrade; nothing was changed. `changes` has one sentence for each change, with
-    the names of the table and of the trigger, index, column or view.
+    A restore, a copy or an upgrade raises the error and leaves the database as it was. `changes` has one sentence for
+    each change, with the names of the table and of the trigger, index, column or view.
     """
 
     def __init__(self, changes: list[str], *, location: str, command: str | None) -> None:
@@ -460,16 +404,13 @@ class SchemaChangedError(DatabaseError):
         shown = "; ".join(changes[:10]) + ("; …" if len(changes) > 10 else "")
         first = "" if command is None else f" (the first step is: {command})"
         super().__init__(
-            f"the schema of {location} was changed by hand: {shown}. Undo the change{first}, then try again; of a "
-            "backup, undo it in a copy of the file and restore the copy. Nothing was changed"
+            f"the schema of {location} was changed by hand: {shown}. Undo the change{first}, then try again; for a "
+            "backup, undo the change in a copy of the file and restore the copy. Nothing was changed"
         )
 
 
 class MigrationError(DatabaseError):
-    """An upgrade failed and was rolled back; the database has the schema it had before.
-
-    `backup` is the copy made before the upgrade, or None where there was nothing to copy.
-    """
+    """An upgrade failed and was rolled back. `backup` is the copy made before; None if the database was new."""
 
     def __init__(self, message: str, *, backup: Path | None = None) -> None:
         self.backup = backup
@@ -477,63 +418,54 @@ class MigrationError(DatabaseError):
 
 
 class ForeignAccessError(DatabaseError):
-    """Another SQLite library in this process has, or wants, the file that is open as a database."""
+    """Another SQLite library in this process opened, or tried to open, the file of an open database."""
 
 
 class ForeignDatabaseError(DatabaseError):
-    """The file or schema belongs to another application; it was not touched."""
+    """The file or schema belongs to another application, and was not changed."""
 
 
 class CorruptDatabaseError(DatabaseError):
-    """The file is no sound database: it was not touched, and it is never read as empty."""
+    """The file is damaged, or is not a SQLite database. homeagent does not change it or treat it as empty."""
 
 
 class DatabaseMovedError(CorruptDatabaseError):
-    """The file, or its log, was deleted, moved or replaced while it was open; nothing of the unit took place.
+    """The file or its WAL was deleted, moved or replaced while the database was open. The unit was not committed.
 
-    Work goes on by itself once the file that was opened is back under its name. Another file is only taken by a
-    database that is opened anew.
+    Units succeed again after the same file is put back. To use another file, open the database again.
     """
 
 
 class InsecureFileError(DatabaseError):
-    """A file or directory is not private, or is a link: who else can write it could open the door."""
+    """A file or directory is not private, or is a link. Another user could replace it or read its content."""
 
 
 class DiskFullError(DatabaseError):
-    """There was no room to write; the unit was rolled back and work goes on once there is."""
+    """The disk is full. The unit was rolled back; the next unit succeeds when the disk has room."""
 
 
 class DatabaseIOError(DatabaseError):
-    """The operating system could not read or write a file of the database; the unit was rolled back.
-
-    Work goes on by itself once it can. A disk that is failing says so in the system's log.
-    """
+    """The operating system could not read or write a file of the database. The unit was rolled back."""
 
 
 class TooManyFilesError(DatabaseError):
-    """The process or the machine may open no more files; the unit was rolled back and work goes on once it may."""
+    """The process or the machine reached its limit of open files. The unit was rolled back."""
 
 
 class ReadOnlyError(DatabaseError):
-    """The database, its file system or this unit of work can only be read."""
+    """The database, its file system or this unit of work is read-only."""
 
 
 class StandbyError(ReadOnlyError):
-    """The server takes no writes: it is a standby, or a primary that was demoted.
-
-    `Database.run` looks for another server and does the unit again.
-    """
+    """The server is a standby and accepts no writes. `Database.run` runs the unit again on another server."""
 
     def __init__(self) -> None:
-        super().__init__(
-            "the PostgreSQL server is a standby and takes no writes: name all hosts in the URL, with "
-            "target_session_attrs=read-write, so that the primary is found"
-        )
+        message = "the PostgreSQL server is a standby and takes no writes: name all hosts in the URL, with "
+        super().__init__(message + "target_session_attrs=read-write, so that the primary is found")
 
 
 class BackupStoppedError(DatabaseError):
-    """The backup was told to stop before it was whole; nothing of it was kept."""
+    """The caller stopped the backup before its end. The incomplete copy was deleted."""
 
 
 class DatabaseClosedError(DatabaseError):
