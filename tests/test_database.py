@@ -518,7 +518,7 @@ def test_a_hash_that_can_not_be_made_anew_keeps_nobody_out(
     def busy(work: Any, **options: Any) -> Any:
         if options.get("read_only"):
             return run(work, **options)
-        raise DatabaseBusyError("the write lane was not given up")
+        raise DatabaseBusyError("could not get the write lock")
 
     monkeypatch.setattr(database._runner, "run", busy)
     assert database.verify_secret("lamp", HUMAN) is not None

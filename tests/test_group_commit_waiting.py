@@ -93,7 +93,7 @@ def test_no_caller_waits_longer_than_the_timeout(impatient: Database, coroutines
             for thread in threads:
                 thread.join(30)
     assert [type(error) for error in errors] == [DatabaseBusyError] * 4
-    assert all("'the slow one' holds it since" in str(error) for error in errors)
+    assert all("'the slow one' has held it for" in str(error) for error in errors)
     assert impatient._engine.counters.snapshot().pool_waits >= 4
     assert impatient.run(creating("ada")) == "ada"
     assert agents_of(impatient) == ["ada"]
@@ -148,7 +148,7 @@ def test_a_function_that_hangs_keeps_no_other_caller_waiting(impatient: Database
     assert sorted(outcomes) == ["block", "first", "second", "third"]
     for outcome in outcomes.values():
         assert isinstance(outcome, DatabaseBusyError)
-        assert "'homeagent-writer' holds it since" in str(outcome)
+        assert "'homeagent-writer' has held it for" in str(outcome)
         assert "hang for thread 'the hanging one' since" in str(outcome)
     go_on.set()
     hangs.join(30)

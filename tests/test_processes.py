@@ -494,7 +494,7 @@ def test_thread_that_died_in_an_entered_unit_is_named(sqlite_path: Path, clock: 
         thread = threading.Thread(target=lambda: left.append(database.unit_of_work().__enter__()), name="forgetful")
         thread.start()
         thread.join()
-        with pytest.raises(DatabaseBusyError, match="holds it since"), database.unit_of_work():
+        with pytest.raises(DatabaseBusyError, match="has held it for"), database.unit_of_work():
             pass
 
 

@@ -488,7 +488,7 @@ def test_busy_names_the_thread_that_holds_the_lane(target: str) -> None:
             holder.start()
         try:
             entered.wait(30)
-            with pytest.raises(DatabaseBusyError, match=r"'the slow one 0' holds it since \d+\.\d+ s"):
+            with pytest.raises(DatabaseBusyError, match=r"'the slow one 0' has held it for \d+\.\d+ s"):
                 add_agent(database)
         finally:
             done.set()

@@ -1,4 +1,4 @@
-"""A link: one pinned connection that runs compiled statements, and lends itself to an ORM session on demand."""
+"""A long-lived database connection. It runs precompiled statements; an ORM session can be bound to the connection."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ R = TypeVar("R")
 
 
 class StoreConnection:
-    """A connection kept out of SQLAlchemy's pool, on which one unit of work runs at a time.
+    """A connection outside SQLAlchemy's pool, on which one unit of work runs at a time.
 
     Args:
-        connection: SQLAlchemy's, which the ORM session binds to.
-        begin: the SQL that begins a transaction, one statement after the other.
-        read_only: whether units on it can only read.
-        compiled: the statements compiled so far, shared by the links of one kind.
-        driver_errors: what the driver raises.
-        translate: from one of these to one of ours.
-        watch: tells whether the database's file is still the one that was opened; None for a server.
+        connection: SQLAlchemy's connection, to which an ORM session can be bound.
+        begin: SQL statements that begin a transaction, in their order.
+        read_only: whether units on the connection can only read.
+        compiled: cache of compiled statements, shared by all connections of an engine with the same `read_only`.
+        driver_errors: classes of the driver's exceptions.
+        translate: function from a driver's exception to homeagent's error.
+        watch: file-identity check; None for a server.
     """
 
     __slots__ = (
@@ -74,7 +74,7 @@ class StoreConnection:
         self._translate = translate
         self._identity_check = watch
         self.needs_reconnect = False
-        """Whether it met, or may have met, a failure of the system: a new connection begins without its remains."""
+        """Whether a failure of the system may have left wrong state in this connection. Set by the engine."""
         raw: Any = connection.connection.driver_connection
         self._raw = raw
         self._cursor: Any = self._open_cursor(raw)
@@ -85,7 +85,7 @@ class StoreConnection:
         self._execute: Callable[..., Any] = self._cursor.execute
         self._root: RootTransaction | None = None
         self.memory: dict[str, Any] = {}
-        """What was read over this connection and stays true for as long as it is open."""
+        """Cache of values that do not change while the connection is open."""
 
     @staticmethod
     def _open_cursor(raw: Any) -> Any:
@@ -93,53 +93,53 @@ class StoreConnection:
 
     @property
     def driver_connection(self) -> Any:
-        """The driver's own connection."""
+        """The driver's connection object."""
         return self._raw
 
     # Transactions
 
     def begin(self) -> None:
-        """Begin a transaction: the write lock is taken, or the snapshot is."""
-        fault: BaseException
+        """Begin a transaction: take SQLite's write lock or, for a unit that only reads, a snapshot."""
+        failure: BaseException
         try:
             for statement in self._begin:
                 self._execute(statement)
         except self._driver_errors as error:
-            fault = self._translate(error)
+            failure = self._translate(error)
         else:
-            watch = self._identity_check
-            if watch is not None and watch.monotonic() >= watch.due:
-                self._look_after_begin(watch)
+            check = self._identity_check
+            if check is not None and check.monotonic() >= check.due:
+                self._check_after_begin(check)
             return
-        raise fault
+        raise failure
 
     def check_file(self) -> None:
-        """Check that the database's file is still the file that was opened, if the last check is too old.
+        """Check the identity of the database's file if the last check is too old.
 
         Raises:
-            DatabaseMovedError: it was moved or replaced.
+            DatabaseMovedError: if the file was deleted, moved or replaced since the database was opened.
         """
-        watch = self._identity_check
-        if watch is not None and watch.monotonic() >= watch.due:
-            watch.after_begin()
+        check = self._identity_check
+        if check is not None and check.monotonic() >= check.due:
+            check.after_begin()
 
-    def _look_after_begin(self, watch: FileIdentityCheck) -> None:
+    def _check_after_begin(self, check: FileIdentityCheck) -> None:
         try:
-            watch.after_begin()
+            check.after_begin()
         except HomeAgentError:
             self.rollback()
             raise
 
     def commit(self) -> None:
-        """Commit; when this returns, what the unit wrote is as durable as the engine was asked to make it.
+        """Commit the transaction, with the durability of the engine.
 
         Raises:
-            DatabaseMovedError: the file is no longer the one that was opened. Nothing was committed.
-            CommitUnknownError: the connection was lost before the answer came, or a failed commit may still reappear.
+            DatabaseMovedError: if the file was deleted, moved or replaced. The transaction was not committed.
+            CommitUnknownError: if the connection was lost before the server's answer, or a failed commit may reappear.
         """
         if self._identity_check is not None and not self.read_only:
             self._identity_check.before_commit()
-        fault: BaseException
+        failure: BaseException
         try:
             if self._root is not None:
                 self._root.commit()
@@ -147,26 +147,25 @@ class StoreConnection:
             else:
                 self._send_commit()
         except self._driver_errors as error:
-            fault = self._refused(error, "COMMIT")
+            failure = self._refused(error, "COMMIT")
         except ConnectionLostError as error:
-            # SQLAlchemy's connection has translated it.
-            fault = error
+            failure = error  # translated by an event listener of SQLAlchemy's engine
         else:
             return
-        if isinstance(fault, ConnectionLostError) and not self.read_only:
-            fault = commit_unknown()
-        raise fault
+        if isinstance(failure, ConnectionLostError) and not self.read_only:
+            failure = commit_unknown()
+        raise failure
 
     def _send_commit(self) -> None:
         self._execute("COMMIT")
 
     def rollback(self) -> None:
-        """Undo everything since `begin`. Nothing to undo is fine: the engine may have done it by itself."""
-        if isinstance(self._raw, _Gone):
-            return  # there is nothing of this process's to undo
+        """Roll back the transaction. Do nothing if the connection has no transaction or the process was forked."""
+        if isinstance(self._raw, _ClosedAfterFork):
+            return  # the transaction belongs to the parent process
         if self._root is not None:
             root, self._root = self._root, None
-            # A flush that failed has rolled it back already; a COMMIT that failed leaves it on the connection.
+            # A failed flush has already rolled back `root`. After a failed COMMIT the connection still has it.
             if self._connection.get_transaction() is root:
                 root.rollback()
         if self.in_transaction:
@@ -179,15 +178,15 @@ class StoreConnection:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the driver knows that the connection is gone: never so for a file."""
+        """Whether the driver has noticed the end of the connection to a server; False for a file."""
         return False
 
-    def is_stale(self, fault: BaseException) -> bool:
-        """Tell whether a BEGIN failed with this only because the link had been idle for long: never so for a file."""
+    def is_stale(self, failure: BaseException) -> bool:
+        """Return whether BEGIN failed because the server ended the idle connection; False for a file."""
         return False
 
     def orm_connection(self) -> Connection:
-        """Return SQLAlchemy's connection, told that the transaction of this link has begun."""
+        """Return SQLAlchemy's connection, with the open transaction as its root transaction."""
         if self._root is None:
             self._root = self._connection.begin()
         return self._connection
@@ -197,27 +196,27 @@ class StoreConnection:
         self.execute(f"SAVEPOINT {name}")
 
     def release_savepoint(self, name: str) -> None:
-        """Forget a savepoint and keep what was done since."""
+        """Release a savepoint and keep the changes since."""
         self.execute(f"RELEASE SAVEPOINT {name}")
 
     def rollback_to_savepoint(self, name: str) -> None:
-        """Undo what was done since a savepoint, and forget it."""
+        """Roll back the changes since a savepoint, and release the savepoint."""
         self.execute(f"ROLLBACK TO SAVEPOINT {name}")
         self.execute(f"RELEASE SAVEPOINT {name}")
 
     # Statements
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
-        """Run SQL that is no store's statement, such as a pragma, and return the driver's cursor."""
-        fault: BaseException
+        """Run SQL text, such as a pragma, and return the driver's cursor."""
+        failure: BaseException
         try:
             return self._execute(sql, parameters) if parameters else self._execute(sql)
         except self._driver_errors as error:
-            fault = self._refused(error, sql)
-        raise fault
+            failure = self._refused(error, sql)
+        raise failure
 
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
-        """Return homeagent's error for an exception of the driver, and name the statement if the engine refused it."""
+        """Return homeagent's error for an exception of the driver. The message may name the statement `sql`."""
         return naming_statement(self._translate(error), sql)
 
     def _compile(self, statement: Statement[R]) -> Compiled[R]:
@@ -226,134 +225,134 @@ class StoreConnection:
         return compiled
 
     def one(self, statement: Statement[R], parameters: Parameters) -> R | None:
-        """Return what the first row stands for, or None where there is none."""
+        """Return the first row as the statement loads it, or None if the statement returns no row."""
         compiled = self._compiled.get(statement) or self._compile(statement)
         if compiled.writes and self.read_only:
             raise _read_only()
-        fault: BaseException
+        failure: BaseException
         try:
-            # fetchall and not fetchone: a statement with a row left keeps its locks and its snapshot.
+            # Do not use fetchone: a statement with an unread row keeps its locks and its snapshot.
             rows = self._execute(compiled.sql, compiled.bind(parameters)).fetchall()
         except self._driver_errors as error:
-            fault = self._unread_rows(error, compiled, parameters) or self._refused(error, compiled.sql)
+            failure = self._unread_rows(error, compiled, parameters) or self._refused(error, compiled.sql)
         else:
             try:
                 return compiled.load(rows)[0] if rows else None
             except UNREADABLE:
-                fault = compiled.unreadable(rows, parameters)
-        raise fault
+                failure = compiled.unreadable(rows, parameters)
+        raise failure
 
     def all(self, statement: Statement[R], parameters: Parameters) -> list[R]:
-        """Return what the rows stand for, in their order."""
+        """Return all rows as the statement loads them, in the order of the statement."""
         compiled = self._compiled.get(statement) or self._compile(statement)
         if compiled.writes and self.read_only:
             raise _read_only()
-        fault: BaseException
+        failure: BaseException
         try:
             rows = self._execute(compiled.sql, compiled.bind(parameters)).fetchall()
         except self._driver_errors as error:
-            fault = self._unread_rows(error, compiled, parameters) or self._refused(error, compiled.sql)
+            failure = self._unread_rows(error, compiled, parameters) or self._refused(error, compiled.sql)
         else:
             try:
                 return compiled.load(rows)
             except UNREADABLE:
-                fault = compiled.unreadable(rows, parameters)
-        raise fault
+                failure = compiled.unreadable(rows, parameters)
+        raise failure
 
     def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
-        """Run one statement that reads, outside of a unit: `act` says which method of this class runs it."""
+        """Run one reading statement outside a unit, by the method of this class that `act` names."""
         self.check_file()
         return getattr(self, act)(statement, parameters)
 
     def _unread_rows(
         self, error: BaseException, compiled: Compiled[Any], parameters: Parameters
     ) -> HomeAgentError | None:
-        """Return the error that names the row that the driver can't decode; None if the driver met another error."""
+        """Return an error with the row that the driver can't decode; None if `error` has another cause."""
         return None
 
     def write(self, statement: Statement[Any], parameters: Parameters) -> int:
-        """Run a statement that changes rows, and return how many."""
+        """Run a statement that changes rows, and return the number of changed rows."""
         if self.read_only:
             raise _read_only()
         compiled = self._compiled.get(statement) or self._compile(statement)
-        fault: BaseException
+        failure: BaseException
         try:
             return int(self._execute(compiled.sql, compiled.bind(parameters)).rowcount)
         except self._driver_errors as error:
-            fault = self._refused(error, compiled.sql)
-        raise fault
+            failure = self._refused(error, compiled.sql)
+        raise failure
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
-        """Run a statement once for each set of parameters, and return how many rows changed in all."""
+        """Run a statement once for each set of parameters, and return the total number of changed rows."""
         if self.read_only:
             raise _read_only()
         compiled = self._compiled.get(statement) or self._compile(statement)
-        fault: BaseException
+        failure: BaseException
         try:
             self._cursor.executemany(compiled.sql, map(compiled.bind, parameters))
             return int(self._cursor.rowcount)
         except self._driver_errors as error:
-            fault = self._refused(error, compiled.sql)
-        raise fault
+            failure = self._refused(error, compiled.sql)
+        raise failure
 
     def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
-        """Insert rows of values as they are stored, by the fastest way that the driver has.
+        """Insert rows of stored values by the fastest method of the driver.
 
         Args:
-            table: the table's name.
-            columns: the names of its columns, in the order of the values.
+            table: name of the table.
+            columns: names of the columns, in the order of the values.
             rows: one sequence of values for each row.
         """
         if self.read_only:
             raise _read_only()
         quote = self._dialect.identifier_preparer.quote
         into = f"{quote(table)} ({', '.join(map(quote, columns))})"
-        fault: BaseException
+        failure: BaseException
         try:
             self._insert(into, len(columns), rows)
         except self._driver_errors as error:
-            fault = self._refused(error, f"INSERT INTO {into}")
+            failure = self._refused(error, f"INSERT INTO {into}")
         else:
             return
-        raise fault
+        raise failure
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
-        """Insert rows into what is given as `table (columns)`, quoted."""
+        """Insert rows into `into`, the quoted text `table (columns)` with `width` columns."""
         places = ", ".join("?" * width)
-        self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names of ours
+        self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names from the models
 
     def invalidate(self) -> None:
-        """Have everything that is done on it refused, a unit in the middle of which the process was forked included.
+        """Make every further statement raise `DatabaseClosedError`, in a forked child. A unit may be open.
 
-        The connection is never closed: SQLite would look for the parent's log by its name, and delete it.
+        Do not close the connection: SQLite would find the parent's WAL by its name, and delete it.
         """
         if self._connection.closed:
-            return  # before the fork, and only what remembers its last error holds it
-        gone: Any = _Gone()
-        _leak(self._raw)
+            return  # closed before the fork
+        gone: Any = _ClosedAfterFork()
+        _keep_forever(self._raw)
         self._identity_check = None
         self._raw, self._cursor, self._execute = gone, gone, gone
-        # For an ORM session, which works on SQLAlchemy's connection.
+        # An ORM session uses SQLAlchemy's connection.
         fairy: Any = self._connection.connection
         fairy.dbapi_connection = gone
 
     def close(self) -> None:
-        """Close the connection. Whatever it was in the middle of is rolled back by the engine."""
+        """Close the connection. The database rolls back an open transaction."""
         if self.is_lost:
-            # SQLAlchemy would try to roll back on it, and log that it can't.
+            # On a lost connection SQLAlchemy would try to roll back, and log its failure.
             self._connection.invalidate()
         self._connection.close()
 
 
-class _Gone:
-    """What a forked child has in the place of its parent's connection."""
+class _ClosedAfterFork:
+    """Replacement for the parent's connection and cursor in a forked child. Each call raises `DatabaseClosedError`."""
 
     in_transaction = False
     closed = False
 
     def __call__(self, *arguments: object, **named: object) -> Any:
         raise DatabaseClosedError(
-            "this unit of work was begun before the process was forked, and is the parent's: open the database again"
+            "this unit of work was begun before the process was forked: open the database again in the child"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -363,13 +362,13 @@ class _Gone:
 _kept: list[Any] = []
 
 
-def _leak(connection: object) -> None:
-    """Keep an object from being freed as long as the process lives, at its very end too."""
+def _keep_forever(connection: object) -> None:
+    """Keep an object until the process has ended, also while the interpreter shuts down."""
     _kept.append(connection)
     try:
         import ctypes
     except ImportError:
-        return  # some builds have none: then it is freed in the interpreter's last moments
+        return  # some builds of Python have no ctypes: the interpreter frees the object at shutdown
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 

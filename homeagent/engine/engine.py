@@ -1,4 +1,4 @@
-"""The engine as the floors above see it: lanes of links to write and to read on, and SQLAlchemy's engine behind."""
+"""Base class of the engines: connection pools for writing and reading, over SQLAlchemy's engine."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ __all__ = ["Engine", "open_engines"]
 
 
 READ_CONNECTIONS = 2
-"""How many connections a host may read on at once, past the stores."""
+"""Maximum number of connections that `Database.read_connection` lends at once."""
 
 
 class Engine(ABC):
-    """One open database: who may write next, who may read, and how a driver's fault is told.
+    """One open database.
 
     Args:
-        sa_engine: SQLAlchemy's engine; the links are connections of it that are kept.
-        driver_errors: the root of the driver's exceptions.
-        translate: from one of these to one of ours.
-        writers: how many units may write at once.
-        readers: how many units may read at once.
-        begin_write, begin_read: the SQL that begins a unit.
-        watch: tells whether the database's file is still the one that was opened; None for a server.
+        sa_engine: SQLAlchemy's engine, which opens all connections.
+        driver_errors: base classes of the driver's exceptions.
+        translate: function from a driver's exception to homeagent's error.
+        writers: maximum number of writing units at once.
+        readers: maximum number of reading units at once.
+        begin_write, begin_read: SQL statements at the beginning of a unit.
+        watch: file-identity check; None for a server.
 
     Attributes:
-        counters: what was done so far.
+        counters: counters of commits, rollbacks, waits and retries since the database was opened.
     """
 
     write_connection_type: type[StoreConnection] = StoreConnection
     read_connection_type: type[StoreConnection] = StoreConnection
     shares_commits = False
-    """Whether units that wait for one another are worth a common commit."""
+    """Whether concurrent units share a commit: see `homeagent.group_commit`."""
 
     def __init__(
         self,
@@ -71,17 +71,20 @@ class Engine(ABC):
         self.counters = Counters()
         waited = self.counters.waited
         self.writers: ConnectionPool[StoreConnection] = ConnectionPool(
-            writers, lambda: self._connection(read_only=False), name="write lane", waited=waited
+            writers,
+            lambda: self._connection(read_only=False),
+            name="the write lock" if writers == 1 else "a connection to write",
+            waited=waited,
         )
         self.readers: ConnectionPool[StoreConnection] = ConnectionPool(
-            readers, lambda: self._connection(read_only=True), name="set of read lanes", waited=waited
+            readers, lambda: self._connection(read_only=True), name="a connection to read", waited=waited
         )
         self.read_connections: ConnectionPool[sqlalchemy.Connection] = ConnectionPool(
-            READ_CONNECTIONS, self.open_read_connection, name="set of read connections"
+            READ_CONNECTIONS, self.open_read_connection, name=f"one of the {READ_CONNECTIONS} read connections"
         )
         self._closed = False
         self.is_forked_copy = False
-        """Whether this is a forked child's copy."""
+        """Whether a fork copied this object into a child process. A copy can't be used."""
         _engines.add(self)
         register(self)
 
@@ -91,27 +94,27 @@ class Engine(ABC):
         return self.sa_engine.dialect.name
 
     def pool(self, *, read_only: bool) -> ConnectionPool[StoreConnection]:
-        """Return the lanes that a unit takes its link from."""
+        """Return the connection pool for reading or for writing units."""
         if self.is_forked_copy:
             raise _invalidated()
         return self.readers if read_only else self.writers
 
     def begin(self, *, read_only: bool, timeout: float) -> StoreConnection:
-        """Return a link that nobody else uses, with its transaction begun.
+        """Take a connection from its pool, begin a transaction, and return the connection.
 
-        A connection that its server gave up while it was idle is put away with all the other idle ones, and a fresh
-        one is taken: nothing was sent over it but BEGIN.
+        If the server has ended an idle connection, close all idle connections and try again with the next connection:
+        only BEGIN was sent.
 
         Args:
-            read_only: which kind of unit it is for.
-            timeout: how long to wait for a lane, in seconds.
+            read_only: whether the unit only reads.
+            timeout: maximum wait for a connection, in seconds.
 
         Raises:
-            DatabaseBusyError: no lane was given up in time, or the database was busy.
-            DatabaseClosedError: the database was closed, or opened before a fork.
-            ConnectionLostError: no server lets a fresh connection in.
+            DatabaseBusyError: if no connection was released in time, or the database was busy.
+            DatabaseClosedError: if the database was closed, or opened before a fork.
+            ConnectionLostError: if the server can't be reached.
         """
-        # As `lanes` does: a call less in every unit.
+        # The same as `self.pool()`, without its call in every unit.
         if self.is_forked_copy:
             raise _invalidated()
         pool = self.readers if read_only else self.writers
@@ -120,7 +123,7 @@ class Engine(ABC):
             try:
                 connection.begin()
             except BaseException as error:
-                # A file that lost its name lives on as long as a connection is open: it may be put back.
+                # Keep the connection: while it is open, the system keeps a deleted file, which may be put back.
                 if isinstance(error, (DatabaseBusyError, DatabaseMovedError)) and not connection.in_transaction:
                     pool.release(connection)
                     raise
@@ -130,24 +133,24 @@ class Engine(ABC):
                     raise
             else:
                 return connection
-            # Each turn takes a connection away, and the first fresh one ends it.
+            # Each pass closes at least one connection. The loop ends with the first new connection.
             self.discard_free()
 
     def read_alone(
         self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters, timeout: float
     ) -> Any:
-        """Run one statement that reads, in autocommit mode; once more if its connection was lost.
+        """Run one statement in autocommit mode. If the connection was lost, run the statement once more.
 
         Args:
-            act: which method of `StoreConnection` runs the statement.
-            statement: a statement that reads.
-            parameters: its parameters, by name.
-            timeout: how long to wait for a connection, in seconds.
+            act: name of the method of `StoreConnection` that runs the statement.
+            statement: reading statement.
+            parameters: parameters of the statement, by name.
+            timeout: maximum wait for a connection, in seconds.
 
         Raises:
-            DatabaseBusyError: no connection was free in time.
-            DatabaseClosedError: the database was closed, or opened before a fork.
-            ConnectionLostError: no server lets a fresh connection in.
+            DatabaseBusyError: if no connection was released in time.
+            DatabaseClosedError: if the database was closed, or opened before a fork.
+            ConnectionLostError: if the server can't be reached.
         """
         if self.is_forked_copy:
             raise _invalidated()
@@ -174,19 +177,19 @@ class Engine(ABC):
 
     @property
     def contention(self) -> int:
-        """How often a unit that writes had to wait so far, for another one of this process or for another process."""
+        """Number of waits of a writing unit for another unit."""
         return self.writers.waits
 
     @abstractmethod
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
-        """Move what a log holds into the database, where that is a file, in a turn of its own.
+        """Copy the content of the WAL into the database file (checkpoint). A server needs no such call.
 
         Args:
-            timeout: how long to wait for that, in seconds.
-            truncate: whether to wait for readers too, and to give the log's room back.
+            timeout: maximum wait for the write lock and for readers, in seconds.
+            truncate: whether to wait for readers, and to truncate the WAL.
 
         Returns:
-            False where it was not truncated, since somebody needed it for as long.
+            False if another unit or process used the WAL until the timeout, and the WAL was not truncated.
         """
 
     def _connection(self, *, read_only: bool) -> StoreConnection:
@@ -210,30 +213,30 @@ class Engine(ABC):
         return connection
 
     def begin_of(self, connection: sqlalchemy.Connection, *, read_only: bool) -> Sequence[str]:
-        """Return the SQL that begins a unit on this connection."""
+        """Return the SQL statements at the beginning of a unit on the connection."""
         return self._begin[read_only]
 
     def require_reconnect(self) -> None:
-        """Have every connection closed when the unit on it ends, and not used for another one."""
+        """Mark every connection to be closed at the end of its unit."""
         for connection in list(self._connections):
             connection.needs_reconnect = True
 
     def discard_free(self) -> None:
-        """Close the connections that no unit uses; the next ones are opened anew."""
+        """Close the connections that no unit uses. Later units open new connections."""
         self.writers.discard_free()
         self.readers.discard_free()
 
     @abstractmethod
     def connect(self) -> sqlalchemy.Connection:
-        """Return a connection of SQLAlchemy's engine, outside of the lanes."""
+        """Return a new connection of SQLAlchemy's engine, outside the pools; the caller closes the connection."""
 
     @abstractmethod
     def open_read_connection(self) -> sqlalchemy.Connection:
-        """Return a connection of its own that can't write, in a transaction that has one snapshot."""
+        """Return a new connection that can't write, in a transaction with one snapshot."""
 
     @contextmanager
     def read_connection(self, timeout: float) -> Iterator[sqlalchemy.Connection]:
-        """Lend a connection that can't write, see `Database.read_connection`."""
+        """Lend a connection that can't write: see `Database.read_connection`."""
         if self.is_forked_copy:
             raise _invalidated()
         connection = self.read_connections.acquire(timeout)
@@ -244,10 +247,10 @@ class Engine(ABC):
 
     @abstractmethod
     def prepare_connection(self, connection: sqlalchemy.Connection, *, read_only: bool) -> None:
-        """Set what a link of this kind needs beyond what every connection has."""
+        """Change the settings of a new connection that depend on `read_only`."""
 
     def close(self) -> None:
-        """Close every connection; closing twice is fine."""
+        """Close every connection. A second call has no effect."""
         if self._closed:
             return
         self._closed = True
@@ -262,14 +265,14 @@ class Engine(ABC):
 
     @abstractmethod
     def after_close(self) -> None:
-        """Do what must wait until the last connection is closed."""
+        """Release the resources that connections need until they are closed."""
 
     @abstractmethod
     def before_fork(self) -> None:
-        """Close what a forked child must not inherit."""
+        """Close the connections that a forked child must not inherit."""
 
     def after_fork_in_child(self) -> None:
-        """Make the connections unusable: in this forked child they are copies, and belong to the parent."""
+        """Make the connections unusable in a forked child: they belong to the parent."""
         for connection in list(self._connections):
             connection.invalidate()
 

@@ -1,7 +1,8 @@
-"""ConnectionPool: who may use a pinned connection next, in the order in which they asked.
+"""A fair (first in, first out) connection pool. With size 1 the pool is the write lock.
 
-A plain lock lets a thread that gives it up take it again at once: a sweeping thread starved the writers for 400 ms
-in a trial, and SQLite's own busy handler is no fairer. Here a connection is handed to the one that waits longest.
+`threading.Lock` is not fair: a thread can release the lock and take it again before a waiting thread runs. In a trial,
+a sweep starved the writers for 400 ms. SQLite's busy handler is not fair either. The pool passes a released connection
+to the thread with the longest wait.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ T = TypeVar("T", bound=_Closable)
 
 
 class _Waiter(Generic[T]):
-    __slots__ = ("given", "ident", "resource", "room")
+    __slots__ = ("has_place", "ident", "notified", "resource")
 
     def __init__(self, ident: int) -> None:
         self.ident = ident
-        self.given = threading.Lock()
-        self.given.acquire()
+        self.notified = threading.Lock()
+        self.notified.acquire()
         self.resource: T | None = None
-        self.room = False
+        self.has_place = False
 
 
 class ConnectionPool(Generic[T]):
-    """A bounded set of resources, made on demand, kept, and handed out first in, first out.
+    """A bounded set of resources, created on demand and kept. Waiting threads get a resource first in, first out.
 
     Args:
-        size: how many there may be at once; 1 makes a lock.
-        make: makes one. What it raises reaches the caller, and the place is free again.
-        name: what the message of a timeout calls it, such as "write lane".
-        waited: is told how long somebody waited, in seconds, whether or not there was a resource at the end of it.
+        size: maximum number of resources; 1 makes the pool a lock.
+        make: function that creates a resource. `acquire` passes its errors on and does not count the resource.
+        name: name of a resource in the message of a timeout, such as "the write lock".
+        waited: function that gets the seconds of each wait, also of a wait that timed out.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ConnectionPool(Generic[T]):
         self._make = make
         self._name = name
         self._waited = waited
-        # A signal's handler may come while its own thread holds it, and use the database.
+        # Do not use a plain Lock: a signal handler may use the database while the interrupted thread holds the mutex.
         self._mutex = threading.RLock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()
@@ -61,22 +62,26 @@ class ConnectionPool(Generic[T]):
         self._closed = False
         self._held: dict[T, tuple[int, float]] = {}
         self.occupation: Callable[[int], str | None] | None = None
-        """Says what a thread that holds one is doing, where that is not its own affair."""
+        """Function from a holder's thread id to its current work; None if the thread works for itself."""
         self.waits = 0
-        """How often a caller had to wait."""
+        """Number of callers that had to wait."""
 
     def acquire(self, timeout: float) -> T:
-        """Return a resource that nobody else holds, after at most `timeout` seconds.
+        """Return a resource that no other caller holds.
+
+        Args:
+            timeout: maximum wait, in seconds.
 
         Raises:
-            DatabaseBusyError: none was given up in time; the message says who holds them and for how long.
-            DatabaseClosedError: the lanes are closed.
+            DatabaseBusyError: if no resource was released in time; the message names the holders and their times.
+            DatabaseClosedError: if the pool is closed.
         """
         holder = get_ident(), monotonic()
         resource: T | None = None
         waiter: _Waiter[T] | None = None
-        has_room = False
-        # An interrupt comes right after a call, never between two lines without one: what is taken is noted by then.
+        has_place = False
+        # CPython runs a signal handler only after a call or a jump back. Do not add a call between taking a resource or
+        # a place and recording it: the interrupt tests of tests/engine/test_pool.py fail.
         try:
             with self._mutex:
                 if self._closed:
@@ -87,14 +92,14 @@ class ConnectionPool(Generic[T]):
                     del self._free[-1]
                 elif self._count < self._size:
                     self._count += 1
-                    has_room = True
+                    has_place = True
                 else:
                     waiter = _Waiter(holder[0])
                     self._waiters.append(waiter)
             if waiter is not None:
-                has_room = self._wait(waiter, timeout)
+                has_place = self._wait(waiter, timeout)
                 resource = waiter.resource
-            if has_room:
+            if has_place:
                 holder = holder[0], monotonic()
                 made = self._make()
                 with self._mutex:
@@ -104,43 +109,46 @@ class ConnectionPool(Generic[T]):
             if resource is not None:
                 self.release(resource)
             elif waiter is not None:
-                self._withdraw(waiter)
-            elif has_room:
-                self._give_room()
+                self._leave_queue(waiter)
+            elif has_place:
+                self._free_place()
             raise
         if resource is None:
             raise _closed()
         return resource
 
     def _wait(self, waiter: _Waiter[T], timeout: float) -> bool:
-        """Wait for a resource, and tell whether there is room for one instead."""
+        """Wait until `waiter` is served. Return whether the waiter may create a resource; if False, it got a resource.
+
+        After `close`, the waiter has got neither.
+        """
         self.waits += 1
         since = monotonic()
         try:
-            given = waiter.given.acquire(timeout=max(timeout, 0))
+            given = waiter.notified.acquire(timeout=max(timeout, 0))
         finally:
             if self._waited is not None:
                 self._waited(monotonic() - since)
         if not given:
             with self._mutex:
-                # It may have been given between the timeout and here: then it is ours.
+                # A waiter that has left the queue was served between the timeout and here.
                 if waiter in self._waiters:
                     raise self._busy(timeout)
-        return waiter.room
+        return waiter.has_place
 
-    def _withdraw(self, waiter: _Waiter[T]) -> None:
-        """Leave the queue; what was given in the meantime goes to the next."""
+    def _leave_queue(self, waiter: _Waiter[T]) -> None:
+        """Remove a waiter from the queue. If the waiter was already served, serve the next waiter instead."""
         with self._mutex:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
                 return
         if waiter.resource is not None:
             self.release(waiter.resource)
-        elif waiter.room:
-            self._give_room()
+        elif waiter.has_place:
+            self._free_place()
 
     def release(self, resource: T) -> None:
-        """Give a resource back: to who waits longest, or to the free ones."""
+        """Pass a resource to the thread with the longest wait; without a waiter, keep the resource for later."""
         with self._mutex:
             closed = self._closed
             if closed:
@@ -152,7 +160,7 @@ class ConnectionPool(Generic[T]):
                 del self._waiters[0]
                 self._held[resource] = waiter.ident, since
                 waiter.resource = resource
-                waiter.given.release()
+                waiter.notified.release()
             else:
                 del self._held[resource]
                 self._free.append(resource)
@@ -160,59 +168,63 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def release_own(self, resource: T) -> None:
-        """Give back what this thread may hold still, since an interrupt came when it was about to."""
+        """Release a resource if this thread still holds it, since an interrupt may have prevented `release`."""
         holder = self._held.get(resource)
         if holder is not None and holder[0] == get_ident():
             self.release(resource)
 
     def discard(self, resource: T) -> None:
-        """Give a place back whose resource is of no more use, and close that."""
+        """Close a resource that must not be used again, and free its place."""
         try:
             resource.close()
         finally:
-            self._give_room(resource)
+            self._free_place(resource)
 
     def discard_free(self) -> None:
-        """Close what nobody holds, such as connections to a server that was restarted."""
+        """Close the resources without a holder, such as connections to a server that was restarted."""
         with self._mutex:
             free, self._free = self._free, []
             self._count -= len(free)
         for resource in free:
             resource.close()
 
-    def _give_room(self, resource: T | None = None) -> None:
+    def _free_place(self, resource: T | None = None) -> None:
+        """Let the next waiter create a resource in the place of `resource` or of a resource that was not created."""
         with self._mutex:
             if resource is not None:
                 del self._held[resource]
             if self._waiters and not self._closed:
                 waiter = self._waiters[0]
                 del self._waiters[0]
-                waiter.room = True
-                waiter.given.release()
+                waiter.has_place = True
+                waiter.notified.release()
             else:
                 self._count -= 1
 
     def close(self) -> None:
-        """Close what is free, refuse who waits and who comes; what is held is closed when it is released."""
+        """Close the resources without a holder. Waiting and later callers get `DatabaseClosedError`.
+
+        A held resource is closed when its holder releases it.
+        """
         with self._mutex:
             self._closed = True
             free, self._free = self._free, []
             self._count -= len(free)
             waiters, self._waiters = self._waiters, deque()
             for waiter in waiters:
-                waiter.given.release()
+                waiter.notified.release()
         for resource in free:
             resource.close()
 
     def busy(self, timeout: float) -> DatabaseBusyError:
-        """Return the error for who waited so many seconds in vain: it says who holds them and since when."""
+        """Return the error for a caller that has waited `timeout` seconds; the message names the holders."""
         with self._mutex:
             return self._busy(timeout)
 
     def _busy(self, timeout: float) -> DatabaseBusyError:
         return DatabaseBusyError(
-            f"the {self._name} was not given up within {timeout:.3f} s: {self._holders()}. "
-            "End that unit sooner, or raise busy_timeout"
+            f"could not get {self._name} within {timeout:.3f} s: {self._holders()}. "
+            "Make that unit of work shorter, or raise busy_timeout"
         )
 
     def _holders(self) -> str:
@@ -221,9 +233,9 @@ class ConnectionPool(Generic[T]):
         held = []
         for ident, since in self._held.values():
             doing = self.occupation(ident) if self.occupation is not None else None
-            holder = f"thread {names.get(ident, ident)!r} holds it since {now - since:.3f} s"
+            holder = f"thread {names.get(ident, ident)!r} has held it for {now - since:.3f} s"
             held.append(f"{holder}, doing {doing}" if doing else holder)
-        return "; ".join(held) or "it is being opened"
+        return "; ".join(held) or "a connection is being opened"
 
 
 def _closed() -> DatabaseClosedError:

@@ -28,7 +28,7 @@ class Resource:
 
 def lanes_of(size: int, make: Callable[[], Resource] = Resource) -> ConnectionPool[Resource]:
     """Return lanes of so many resources."""
-    return ConnectionPool(size, make, name="write lane")
+    return ConnectionPool(size, make, name="the write lock")
 
 
 def wait_for_waiters(lanes: ConnectionPool[Resource], count: int) -> None:
@@ -65,7 +65,7 @@ def test_a_timeout_says_who_holds_the_lane() -> None:
     """The one that waits in vain learns the holder's thread and since when."""
     lanes = lanes_of(1)
     held = lanes.acquire(1)
-    with pytest.raises(DatabaseBusyError, match=r"thread 'MainThread' holds it since \d"):
+    with pytest.raises(DatabaseBusyError, match=r"thread 'MainThread' has held it for \d"):
         lanes.acquire(0.01)
     lanes.release(held)
     assert lanes.acquire(0) is held
