@@ -64,7 +64,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("milk, bread\n" * 100)
     path.chmod(0o600)
-    with pytest.raises(CorruptDatabaseError, match=r"is no SQLite database: check the path") as caught:
+    with pytest.raises(CorruptDatabaseError, match=r"is not a SQLite database: check the path") as caught:
         Database.open(path)
     assert str(path) in str(caught.value)
     assert path.read_text() == "milk, bread\n" * 100

@@ -1,8 +1,8 @@
-"""The one place where a driver's exception becomes one of ours.
+"""Translate a driver's exceptions to homeagent's errors.
 
-A driver's message may carry values: psycopg puts the offending row into DETAIL. So an error raised here names the kind
-of fault, its remedy, a part of the schema and the SQL text of homeagent's own statement only, and the driver's own
-exception is neither its cause nor its context.
+A driver's message may contain stored values: psycopg puts the rejected row into DETAIL. The message of a translated
+error therefore contains only the kind of error, the remedy, names from the schema and the SQL text of homeagent's
+statement. The driver's exception is not the cause or the context of the translated error.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ __all__ = [
     "translated",
 ]
 
-RESTORE = "stop, keep it aside with its -wal and -shm, and restore the newest good backup"
-"""What to do about a damaged file."""
+RESTORE = "stop, keep the file with its -wal and -shm, and restore the newest good backup"
+"""Remedy for a damaged file."""
 
 SESSION_ENDED = frozenset({"FATAL", "PANIC"})
-"""The severities of a PostgreSQL error after which the session is gone, whatever the SQLSTATE."""
+"""Severities of a PostgreSQL error that ends the session, with any SQLSTATE."""
 
 Translate = Callable[[BaseException], HomeAgentError]
 
 
-# Messages of an engine that name a part of the schema and hold no value, whatever the statement was.
+# Messages of SQLite and PostgreSQL with a name from the schema and without a stored value.
 _NAMING = re.compile(
     r"""no\ such\ (table|column|index|view|function|module|savepoint):\ [\w.~]+
     | table\ \w+\ has\ no\ column\ named\ \w+
@@ -70,81 +70,83 @@ _NAMING = re.compile(
 
 
 def named(error: BaseException) -> str:
-    """Return what a message of the engine names, after a colon; an empty text if the message may hold a value."""
+    """Return a colon and the message of a database, or an empty text if the message may contain a stored value."""
     first, *_ = str(error).splitlines() or [""]
     return f": {first}" if _NAMING.fullmatch(first) else ""
 
 
-def naming_statement(fault: HomeAgentError, sql: str) -> HomeAgentError:
-    """Return the error of a statement of homeagent, with its SQL text if no class of error says what went wrong.
+def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
+    """Return `error`, or a `DatabaseError` with the SQL text if the class of `error` does not tell the reason.
 
     Args:
-        fault: the error.
-        sql: the text, whose parameters are bound: it holds no value.
+        error: error of a statement of homeagent.
+        sql: SQL text with placeholders, without stored values.
     """
-    if type(fault) is not DatabaseError:
-        return fault
-    return DatabaseError(f"{fault}; the statement was: {' '.join(sql.split())}")
+    if type(error) is not DatabaseError:
+        return error
+    return DatabaseError(f"{error}; the statement was: {' '.join(sql.split())}")
 
 
 def connection_lost() -> ConnectionLostError:
     """Return the error for a connection that ended without an SQLSTATE of the server."""
-    return ConnectionLostError("the PostgreSQL server can't be reached or went away: check it, then run again")
+    return ConnectionLostError(
+        "the PostgreSQL server can't be reached, or the connection ended: check the server, then run the unit again"
+    )
 
 
 def commit_unknown(cause: str = "the connection was lost in the middle of COMMIT") -> CommitUnknownError:
     """Return the error for a COMMIT whose result is unknown.
 
     Args:
-        cause: what happened; by default, the connection was lost between COMMIT and its answer.
+        cause: reason, as a clause of the message.
     """
     return CommitUnknownError(
-        f"{cause}, so that nobody knows whether the unit took place: look whether it did before it is done again, "
-        "or use run(…, idempotent=True) for a unit that may be done twice"
+        f"{cause}, so it is unknown whether the unit was committed: check whether its rows exist before you repeat it, "
+        "or use run(…, idempotent=True) for a unit that may be committed twice"
     )
 
 
 _REASONS = {
-    "unique": "there is a row with the same value",
+    "unique": "another row has the same value",
     "not_null": "a value is missing",
     "check": "a value is out of range",
-    "foreign_key": "a row that is referred to is missing, or other rows refer to the row",
-    "exclusion": "there is a row that excludes the value",
+    "foreign_key": "a referenced row is missing, or other rows refer to the row",
+    "exclusion": "another row excludes the value",
     "datatype": "a value is of another type",
 }
 
 
 def constraint_conflict(kind: str, table: str | None, constraint: str | None, label: str) -> ConflictError:
-    """Return the error for a change that a constraint refused.
+    """Return the error for a change that violates a constraint.
 
     Args:
-        kind: of the constraint, as `ConflictError.kind` has it.
-        table: the table that has the constraint; None if it is not known.
-        constraint: its name, or its columns; None if it is not known.
-        label: what the database calls the error.
+        kind: kind of the constraint, see `ConflictError.kind`.
+        table: name of the table with the constraint; None if unknown.
+        constraint: name or columns of the constraint; None if unknown.
+        label: the database's name of the error.
     """
     name = f"a {kind} constraint" if constraint is None else f"the {kind} constraint {constraint!r}"
-    where = "the database" if table is None else f"table {table!r}"
-    error = ConflictError(f"{name} of {where} refused the change: {_REASONS[kind]} [{label}]")
+    owner = "the database" if table is None else f"table {table!r}"
+    error = ConflictError(f"{name} of {owner} refused the change: {_REASONS[kind]} [{label}]")
     error.table, error.constraint, error.kind = table, constraint, kind
     return error
 
 
-# https://sqlite.org/rescode.html: the low byte is the primary result code, which an extended one says more than.
+# The low byte of an extended result code is the primary result code (https://sqlite.org/rescode.html).
 _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
     apsw.SQLITE_BUSY: (
         TransientError,
-        "the database is locked by another process for longer than busy_timeout: run the unit again",
+        "the database was locked by another process for longer than busy_timeout: run the unit again",
     ),
     apsw.SQLITE_LOCKED: (TransientError, "the database is locked within this process: run the unit again"),
     apsw.SQLITE_PROTOCOL: (TransientError, "other processes keep opening the database: run the unit again"),
     apsw.SQLITE_FULL: (
         DiskFullError,
-        "the disk is full, or the file may not grow: make room, then run the unit again",
+        "the disk is full, or the file can't grow further: make room, then run the unit again",
     ),
     apsw.SQLITE_READONLY: (
         ReadOnlyError,
-        "the database can't be written: it is a read-only unit, file or file system",
+        "the database can't be written: the unit, the file or the file system is read-only",
     ),
     apsw.SQLITE_READONLY_DBMOVED: (
         DatabaseMovedError,
@@ -152,18 +154,18 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
     ),
     apsw.SQLITE_READONLY_DIRECTORY: (
         ReadOnlyError,
-        "the directory of the database can't be written, where its log belongs: mend its owner and mode",
+        "the directory of the database can't be written, so SQLite can't create the WAL: correct its owner and mode",
     ),
-    apsw.SQLITE_PERM: (ReadOnlyError, "access to the database file was denied: mend its owner and mode"),
+    apsw.SQLITE_PERM: (ReadOnlyError, "access to the database file was denied: correct its owner and mode"),
     apsw.SQLITE_CORRUPT: (CorruptDatabaseError, f"the database file is damaged: {RESTORE}"),
-    apsw.SQLITE_NOTADB: (CorruptDatabaseError, f"the file is no SQLite database: check the path, or {RESTORE}"),
+    apsw.SQLITE_NOTADB: (CorruptDatabaseError, f"the file is not a SQLite database: check the path, or {RESTORE}"),
     apsw.SQLITE_CANTOPEN: (
         DatabaseError,
-        "a file of the database can't be opened: check that it is there, its permissions and those of its directory",
+        "a file of the database can't be opened: check that it exists, and the permissions of file and directory",
     ),
     apsw.SQLITE_CANTOPEN_SYMLINK: (
         InsecureFileError,
-        "a symbolic link is in the place of a file of the database: remove it",
+        "a symbolic link has the name of a file of the database: remove the link",
     ),
     apsw.SQLITE_IOERR: (
         DatabaseIOError,
@@ -176,7 +178,7 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
     ),
     apsw.SQLITE_IOERR_SHORT_READ: (
         CorruptDatabaseError,
-        f"the database file or its log ends too early: {RESTORE}",
+        f"the database file or its WAL ends too early: {RESTORE}",
     ),
     apsw.SQLITE_NOLFS: (DatabaseIOError, "the file is larger than this system can handle"),
     apsw.SQLITE_NOMEM: (DatabaseError, "SQLite ran out of memory"),
@@ -189,31 +191,27 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
 }
 
 
-# What apsw and Python raise before SQLite has seen a statement, or after SQLite has answered.
-_DRIVER_FAULTS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
+# Exceptions of apsw and Python without a result code of SQLite: raised before or after SQLite runs a statement.
+_DRIVER_ERRORS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
     apsw.ConnectionClosedError: (DatabaseClosedError, "the database was closed: open it again"),
     apsw.CursorClosedError: (DatabaseClosedError, "the database was closed: open it again"),
     UnicodeDecodeError: (CorruptDatabaseError, f"a stored text is not UTF-8: the database is damaged, {RESTORE}"),
     UnicodeEncodeError: (InvalidArgumentError, "a text holds half of a surrogate pair, which UTF-8 can't encode"),
-    OverflowError: (InvalidArgumentError, "a number is outside of 64 bits"),
+    OverflowError: (InvalidArgumentError, "an integer does not fit into 64 bits"),
 }
 
 
 def sqlite_error(error: BaseException) -> HomeAgentError:
-    """Return homeagent's error for an exception of apsw, chosen by SQLite's extended result code.
-
-    Args:
-        error: the driver's exception.
-    """
+    """Return homeagent's error for an exception of apsw, by SQLite's extended result code."""
     code = getattr(error, "extendedresult", None)
     if code is None:
         if isinstance(error, UnicodeError):
-            # Python's exception holds the text, and SQLAlchemy keeps the exception as the cause.
+            # SQLAlchemy keeps this exception as a cause. Remove the stored text from the exception.
             error.args = ()
             error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
-        for kind, fault in _DRIVER_FAULTS.items():
-            if isinstance(error, kind):
-                return fault[0](fault[1])
+        for driver_error, (kind, message) in _DRIVER_ERRORS.items():
+            if isinstance(error, driver_error):
+                return kind(message)
         return DatabaseError(f"the SQLite driver refused the statement ({type(error).__name__})")
     found = _SQLITE_ERRORS.get(code) or _SQLITE_ERRORS.get(code & 0xFF)
     kind, message = found or (DatabaseError, f"SQLite refused the statement{named(error)}")
@@ -243,7 +241,7 @@ _POSTGRESQL_CONSTRAINTS = {
 
 
 def refused_by(error: BaseException) -> tuple[str | None, str | None]:
-    """Return the table and the constraint, or column, that an exception of psycopg names; None for what it does not."""
+    """Return the table and the constraint or column in an exception of psycopg, if PostgreSQL named them."""
     kept: tuple[str | None, str | None] | None = getattr(error, "constraint", None)
     if kept is not None:
         return kept
@@ -253,10 +251,7 @@ def refused_by(error: BaseException) -> tuple[str | None, str | None]:
 
 
 def postgresql_error(error: BaseException) -> HomeAgentError:
-    """Return ours for an exception of psycopg, told apart by its SQLSTATE.
-
-    Args:
-        error: the driver's exception.
+    """Return homeagent's error for an exception of psycopg, by its SQLSTATE.
 
     Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
     """
@@ -265,20 +260,24 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
         return _psycopg_error(error)
     label = f" [SQLSTATE {state}]"
     if state in {"40001", "40P01"}:
-        return TransientError("the unit met another one (serialization failure or deadlock): run it again" + label)
+        return TransientError("serialization failure or deadlock with another unit: run the unit again" + label)
     if state in {"55P03", "57014"}:
-        busy = TransientError("a lock was not given in time: run the unit again" + label)
+        busy = TransientError("a lock was not available in time: run the unit again" + label)
         busy.sqlstate = state
         return busy
     if state.startswith(("08", "57P")) or state in {"25P03", "25P04"}:
-        # A restart, a failover, or one of the timeouts by which the server ends a session.
-        return ConnectionLostError("the PostgreSQL server closed the connection or is starting: run again" + label)
+        # A restart, a failover, or a timeout after which the server ends an idle session.
+        return ConnectionLostError(
+            "the PostgreSQL server closed the connection or is starting: run the unit again" + label
+        )
     if state in {"25006", "42501"}:
-        return ReadOnlyError(f"the database can't be written: a read-only unit, server or role{named(error)}{label}")
+        return ReadOnlyError(
+            f"the database can't be written: the unit, the server or the role is read-only{named(error)}{label}"
+        )
     if state in {"53100", "53400"}:
-        return DiskFullError("the PostgreSQL server has no room to write: make some, then run the unit again" + label)
+        return DiskFullError("the PostgreSQL server has no room to write: make room, then run the unit again" + label)
     if state.startswith("53"):
-        return TransientError("the PostgreSQL server has no connection or memory left: lower the pools" + label)
+        return TransientError("the PostgreSQL server is out of connections or memory: lower pool_size" + label)
     kind = _POSTGRESQL_CONSTRAINTS.get(state)
     if kind is not None:
         return constraint_conflict(kind, *refused_by(error), label.strip(" []"))
@@ -290,13 +289,13 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
     if state in {"XX001", "XX002"}:
         return CorruptDatabaseError("the PostgreSQL server reports damaged data: restore it from a backup" + label)
     if getattr(getattr(error, "diag", None), "severity_nonlocalized", None) in SESSION_ENDED:
-        return ConnectionLostError("the PostgreSQL server ended the session: run again" + label)
+        return ConnectionLostError("the PostgreSQL server ended the session: run the unit again" + label)
     return DatabaseError(f"PostgreSQL refused the statement{named(error)}{label}")
 
 
 def _psycopg_error(error: BaseException) -> HomeAgentError:
-    """Return homeagent's error for an exception without an SQLSTATE: no server answered, or none was asked."""
-    # By their names in DB-API (PEP 249): only the engine of PostgreSQL imports psycopg.
+    """Return homeagent's error for an exception of psycopg without an SQLSTATE: the server sent no answer."""
+    # Compare names of DB-API (PEP 249). Do not import psycopg: only the PostgreSQL engine does.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"OverflowError", "DataError"}:
         return InvalidArgumentError("a value can't be stored by PostgreSQL, such as a text with a NUL")
@@ -307,11 +306,11 @@ def _psycopg_error(error: BaseException) -> HomeAgentError:
 
 @contextmanager
 def translated(driver_errors: tuple[type[BaseException], ...], translate: Translate) -> Iterator[None]:
-    """Raise ours instead of the driver's exception, with nothing of the driver's in its chain."""
-    fault: Any = None
+    """Raise homeagent's error instead of the driver's exception. The error's chain has no exception of the driver."""
+    translation: HomeAgentError | None = None
     try:
         yield
     except driver_errors as error:
-        fault = translate(error)
-    if fault is not None:
-        raise fault
+        translation = translate(error)
+    if translation is not None:
+        raise translation

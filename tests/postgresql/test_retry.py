@@ -81,7 +81,7 @@ def test_a_line_cut_in_commit_is_told(line: CutLine, far: Database, answered: bo
     """Nobody can know whether it took place: it is not repeated, and the error says so, whichever it was."""
     runs: list[int] = []
     line.cut_at(COMMIT, answered=answered)
-    with pytest.raises(CommitUnknownError, match="nobody knows"):
+    with pytest.raises(CommitUnknownError, match="it is unknown"):
         far.run(adding(runs))
     assert (line.cuts, len(runs)) == (1, 1)
     assert count_agents(far) == (1 if answered else 0)
