@@ -1,4 +1,4 @@
-"""What `Database.open` is given, told apart: a SQLite file, a private temporary one, or another engine's URL."""
+"""Resolve the target of `Database.open`: a SQLite file, a private temporary database, or the URL of a server."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ __all__ = [
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
-# A server's address that is no URL. Taken for a path, it would be a new, empty store named by the server's password:
-# libpq's "host=… password=…"; a name with a colon up to its first slash, as of "postgresql:/…", "user:password@host/…",
-# "host:5432" or "sqlite:x.db", also after "//"; "user@host/…"; and "postgres//…".
+# A server's address without the form of a URL. As a path, the address would name a new, empty store, and show the
+# server's password: libpq's "host=… password=…"; a name with a colon before its first slash, such as "postgresql:/…",
+# "user:password@host/…", "host:5432" or "sqlite:x.db", also after "//"; "user@host/…"; and "postgres//…".
 _ADDRESS = re.compile(
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
     r"|^([\w+.-]*//)?[^/]*(:|@[^/]*/)"
@@ -53,63 +53,57 @@ _SHOWN_OPTIONS = frozenset({"host", "hostaddr", "port", "sslmode", "target_sessi
 
 
 class Target(NamedTuple):
-    """Where a database is.
-
-    Attributes:
-        path: the SQLite file; None for a private temporary one and for a server.
-        url: the server's URL; None for SQLite.
-    """
+    """The location of a database: the path of a SQLite file, the URL of a server, or neither for `:memory:`."""
 
     path: Path | None = None
     url: URL | None = None
 
     @property
     def is_temporary(self) -> bool:
-        """Whether this is `:memory:`, which lives in a private temporary file until it is closed."""
+        """Whether the target is `:memory:`: a private temporary file, deleted when the database is closed."""
         return self.path is None and self.url is None
 
     @property
     def location(self) -> str:
-        """What may be shown of it: the file, `:memory:`, or the server's URL without its passwords."""
+        """The path, `:memory:`, or the server's URL without passwords, to show in messages."""
         if self.url is not None:
             return presentable_url(self.url)
         return ":memory:" if self.path is None else str(self.path)
 
 
 def presentable_url(url: URL) -> str:
-    """Return a server's URL without its password, and of its options only those that say where the server is.
+    """Return a server's URL without its password and with the options in `_SHOWN_OPTIONS` only.
 
-    libpq takes passwords among the options too: https://www.postgresql.org/docs/current/libpq-connect.html
+    libpq also accepts passwords as options: https://www.postgresql.org/docs/current/libpq-connect.html
     """
     kept = {name: value for name, value in url.query.items() if name in _SHOWN_OPTIONS}
     return url.set(query=kept).render_as_string(hide_password=True)
 
 
 def conceal(target: str | os.PathLike[str] | URL | None) -> Given:
-    """Return a target in a form that shows no password if a traceback with local variables is recorded.
+    """Return a target in a form that hides a password in recorded tracebacks with local variables.
 
-    A public method calls this first, then deletes its own argument.
+    A public method calls this function first, then deletes its own argument.
     """
     return SecretStr(target) if isinstance(target, str) else target
 
 
 def resolve_target(target: Given) -> Target:
-    """Tell what a target names.
+    """Return the location that a target names.
 
     Args:
-        target: None for `$HOMEAGENT_DATABASE` or else `~/.homeagent/homeagent.db`; a path; `":memory:"`; a URL such
+        target: None for `$HOMEAGENT_DATABASE` or else `~/.homeagent/homeagent.db`; a path; `":memory:"`; or a URL such
             as `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql+psycopg://…`. A PathLike is always a
-            path. So is a str that begins with `/`, `./`, `../` or `~/`; another str that looks like a server's address,
-            for example because it has a colon before its first slash, is refused. A SecretStr counts as a str.
+            path, and so is a str that begins with `/`, `./`, `../` or `~/`. A SecretStr counts as a str.
 
     Raises:
-        InvalidArgumentError: it is empty, a directory, no URL, or of an engine that is not supported; if it holds a
-            control character; if a str looks like a server's address or is a SQLite URI; or if a server's URL holds a
-            byte that is not UTF-8, or hosts or ports that no server can have. The message never shows the URL or the
-            address, which may hold a password.
+        InvalidArgumentError: if the target is empty, a directory, an unreadable URL or a URL of an unsupported engine;
+            if it contains a control character; if a str looks like a server's address or is a SQLite URI; or if a
+            server's URL contains a byte that is not UTF-8, or impossible hosts or ports. The message does not show the
+            URL or the address, which may contain a password.
     """
     found = _read(target)
-    # Raised here and not where it was found, since a local variable there holds the password.
+    # Do not raise the error in `_read`: a local variable of its frame holds the password.
     if isinstance(found, InvalidArgumentError):
         raise found
     return found
@@ -138,11 +132,11 @@ def _read(target: Given) -> Target | InvalidArgumentError:
 
 
 def refuse_address(path: object) -> None:
-    """Refuse a str that was meant as the address of a server, where a path is expected.
+    """Check that a path is not the address of a server.
 
     Raises:
-        InvalidArgumentError: if it looks like an address, or is a SQLite URI. The message does not show it: it may hold
-            a password.
+        InvalidArgumentError: if `path` looks like an address or is a SQLite URI. The message does not show `path`,
+            which may contain a password.
     """
     if _is_address(path):
         raise InvalidArgumentError(_IS_ADDRESS)
@@ -158,8 +152,8 @@ def _is_address(path: object) -> bool:
 def _refuse_sqlite_uri(path: str) -> None:
     if _SQLITE_URI.match(path):
         raise InvalidArgumentError(
-            "the path is a SQLite URI, whose options are not taken here: name the path alone; to read without writing, "
-            "open a unit with read_only=True; if it is a path, begin it with ./ or pass a Path"
+            "the path is a SQLite URI, which is not supported: name the path alone; to read without writing, open a "
+            "unit with read_only=True; if it is a path, begin it with ./ or pass a Path"
         )
 
 
@@ -167,7 +161,7 @@ def _named_file(path: str | os.PathLike[str]) -> Target:
     where = locate_file(path)
     text = os.fspath(path)
     if text.endswith(("/", os.sep)):
-        # Without its last slash it would name a file.
+        # `locate_file` drops the last slash, and the path would name a file.
         raise InvalidArgumentError(f"{text!r} names a directory: name a file in it")
     return Target(path=where)
 
@@ -176,7 +170,7 @@ def _read_url(url: URL) -> Target | InvalidArgumentError:
     backend = url.get_backend_name()
     if backend == "sqlite":
         if url.query:
-            return InvalidArgumentError("a sqlite URL takes no query here: the store sets what it needs by itself")
+            return InvalidArgumentError("a sqlite URL can't have a query: the store sets the options; remove the query")
         if url.host or url.username or url.password or url.port:
             return InvalidArgumentError(
                 "a sqlite URL has no host: write sqlite:///relative.db or sqlite:////absolute.db"
@@ -201,7 +195,7 @@ def _read_server_url(url: URL) -> Target | InvalidArgumentError:
     try:
         hosts = url.get_dialect()().create_connect_args(url)[1].get("host", "")
         for host in hosts.split(","):
-            # The name of a directory with the server's socket is not a host name.
+            # A host may also be the directory or the abstract name of the server's socket.
             if not host.startswith(("/", "@")):
                 host.encode("idna")
     except (ArgumentError, ValueError):
@@ -210,6 +204,6 @@ def _read_server_url(url: URL) -> Target | InvalidArgumentError:
             "hosts: write ?host=a.example:5432&host=b.example:5432, see docs/postgresql.md"
         )
     if isinstance(password := url.query.get("password"), str):
-        # SQLAlchemy hides a password in this place only, wherever the URL is shown.
+        # SQLAlchemy hides the password of `URL.password`, but not an option of the query.
         url = url.difference_update_query(["password"]).set(password=password)
     return Target(url=url)

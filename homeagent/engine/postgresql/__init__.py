@@ -1,1 +1,1 @@
-"""A database on a PostgreSQL server: its connections, and what one of them does for a unit."""
+"""The PostgreSQL engine and its connections."""

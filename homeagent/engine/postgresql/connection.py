@@ -1,4 +1,4 @@
-"""A link to a PostgreSQL server: one message begins a unit, and a commit is believed only where it took place."""
+"""A long-lived connection to a PostgreSQL server."""
 
 from __future__ import annotations
 
@@ -19,39 +19,34 @@ if TYPE_CHECKING:
 __all__ = ["POOLED", "PostgreSQLConnection"]
 
 POOLED = "homeagent_pooled"
-"""In the `info` of a connection: whether a pooler is between, and each transaction may be given another session."""
+"""Key in the `info` of a connection: whether a pooler may give each transaction another session of the server."""
 
 # libpq's PGTransactionStatusType: https://www.postgresql.org/docs/current/libpq-status.html
 _IDLE = 0
 _FAILED = 3
 
-# What a standby answers to BEGIN … READ WRITE.
+# The SQLSTATEs of a standby's answer to BEGIN … READ WRITE.
 _STANDBY = frozenset({"0A000", "25006"})
 
-
-# libpq's ExecStatusType, of a result that is an error.
+# libpq's ExecStatusType of an error.
 _FATAL_ERROR = 7
 
 
 class PostgreSQLConnection(StoreConnection):
-    """A connection to a server, which may go away at any moment, or be demoted to a standby.
+    """A connection to a server. The server may end the connection at any time, or become a standby.
 
-    Args:
-        connection: SQLAlchemy's, of psycopg.
-        translate: from one of the driver's exceptions to one of ours.
-        begin: the SQL that begins a transaction; it goes in one message.
-        **options: as of every link.
+    The arguments are those of `StoreConnection`. One message sends all statements of `begin`.
     """
 
-    __slots__ = ("_announces", "_begin_message", "_begun", "_lost", "_pooled", "_send", "_warnings")
+    __slots__ = ("_begin_message", "_begun", "_has_listeners", "_lost", "_pooled", "_send", "_warnings")
 
     def __init__(self, connection: Connection, *, translate: Translate, begin: Sequence[str], **options: Any) -> None:
         def judge(error: BaseException) -> HomeAgentError:
-            fault = translate(error)
-            if isinstance(fault, ConnectionLostError):
-                # The server says so before it closes the connection, and the driver learns it only then.
+            failure = translate(error)
+            if isinstance(failure, ConnectionLostError):
+                # The server sends this error before it closes the connection. psycopg notices only the closing.
                 self._lost = True
-            return fault
+            return failure
 
         super().__init__(connection, translate=judge, begin=begin, **options)
         self._begun = False
@@ -60,15 +55,15 @@ class PostgreSQLConnection(StoreConnection):
         self._warnings: list[str] = []
         self._raw.add_notice_handler(self._notice)
         self._begin_message = "; ".join(begin)
-        # libpq's own call for a message without parameters. psycopg's cursor, which a signal may interrupt while it
-        # waits, costs 12 µs more each time: a third of what a read costs this side. Nothing here waits for long.
+        # libpq's function for a message without parameters. psycopg's cursor, which a signal can interrupt while it
+        # waits, takes 12 µs longer: a third of the client's time for a read. BEGIN and COMMIT wait only shortly.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
-        # What others listen to goes by way of the cursor that calls them.
-        self._announces = isinstance(self._cursor, InstrumentedCursor)
+        # If listeners are registered, commands use the instrumented cursor, which calls the listeners.
+        self._has_listeners = isinstance(self._cursor, InstrumentedCursor)
 
     def _notice(self, notice: Any) -> None:
         if notice.severity_nonlocalized in SESSION_ENDED:
-            # libpq reports an error as a notice if no statement is under way, for example after a timeout.
+            # libpq reports an error between two statements, for example after a timeout, as a notice.
             self._lost = True
         elif notice.severity_nonlocalized == "WARNING":
             self._warnings.append(notice.sqlstate or "")
@@ -77,25 +72,25 @@ class PostgreSQLConnection(StoreConnection):
         """Begin a transaction.
 
         Raises:
-            ConnectionLostError: the connection is gone; nothing of the unit was sent yet.
-            StandbyError: the server takes no writes.
+            ConnectionLostError: if the connection has ended. No statement of the unit was sent.
+            StandbyError: if the unit writes, and the server accepts no writes.
         """
-        fault: BaseException
+        failure: BaseException
         if self._pooled:
-            # The session of the transaction before may be gone, though the connection to the pooler is not.
+            # The pooler may give this transaction another session of the server.
             self.memory.clear()
         try:
             self._command(self._begin_message)
         except self._driver_errors as error:
             demoted = not self.read_only and getattr(error, "sqlstate", None) in _STANDBY
-            fault = StandbyError() if demoted else self._translate(error)
+            failure = StandbyError() if demoted else self._translate(error)
         else:
             self._begun = True
             return
-        raise fault
+        raise failure
 
     def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
-        """Run one statement that reads, outside of a unit: behind a pooler in a transaction, which has the settings."""
+        """Run one reading statement outside a unit; behind a pooler in a transaction, which sets the settings."""
         if not self._pooled:
             return super().read_alone(act, statement, parameters)
         self.begin()
@@ -104,7 +99,8 @@ class PostgreSQLConnection(StoreConnection):
         return found
 
     def _command(self, sql: str) -> None:
-        if self._announces:
+        """Run SQL without parameters and without a result. Raise psycopg's exception for an error."""
+        if self._has_listeners:
             self._execute(sql)
             return
         result = self._send(sql.encode())
@@ -114,67 +110,67 @@ class PostgreSQLConnection(StoreConnection):
             raise error_from_result(result)
 
     def commit(self) -> None:
-        """Commit; when this returns, it took place and was as durable as the server was asked to make it.
+        """Commit the transaction, with the durability of the server's settings.
 
         Raises:
-            ConnectionLostError: if the server ended the session before COMMIT was sent; nothing was committed.
-            CommitUnknownError: the connection was lost before the answer came, or the wait for a synchronous standby
-                was cancelled.
-            DatabaseError: a statement of the unit had failed, so that there was nothing to commit.
+            ConnectionLostError: if the server ended the session before COMMIT was sent. The unit was not committed.
+            CommitUnknownError: if the connection was lost before the server's answer, or the wait for a synchronous
+                standby was cancelled.
+            DatabaseError: if a statement of the unit had failed. The unit was not committed.
         """
         if self._raw.pgconn.transaction_status == _FAILED:
-            # The server would answer COMMIT with ROLLBACK, and that is no error to it.
+            # The server would answer COMMIT with ROLLBACK, without an error.
             raise DatabaseError(
                 "a statement of this unit failed and its error was caught, after which PostgreSQL commits nothing: "
-                "let the error leave the block, or put what may fail into a savepoint()"
+                "let the error leave the block, or run the statement in a savepoint()"
             )
         reads_alone = self.read_only and self._root is None
-        fault: HomeAgentError | None = None
+        failure: HomeAgentError | None = None
         try:
             if reads_alone:
                 self._command("COMMIT")
             else:
                 self._refuse_lost_connection()
         except self._driver_errors as error:
-            fault = self._translate(error)
-        if fault is not None:
-            raise fault
+            failure = self._translate(error)
+        if failure is not None:
+            raise failure
         if reads_alone:
             return
         self._warnings.clear()
         super().commit()
         if self._warnings and not self.read_only:
-            # The server says so where somebody cancelled its wait for a synchronous standby: the commit stands here,
-            # and a failover may lose it. https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION
+            # The server warns if an administrator cancelled its wait for a synchronous standby. The commit is stored on
+            # this server only: https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION
             raise commit_unknown()
 
     def _refuse_lost_connection(self) -> None:
-        """Raise `ConnectionLostError` if the server has ended the session: COMMIT was not sent, so nothing is unknown.
+        """Raise `ConnectionLostError` if the server has ended the session. Call this method before sending COMMIT.
 
-        It reads what has arrived and does not wait: 1 µs.
+        The method reads the received data without waiting, in 1 µs.
         """
         pgconn = self._raw.pgconn
         pgconn.consume_input()
-        pgconn.is_busy()  # parses what has arrived, and so calls `_notice`
+        pgconn.is_busy()  # parses the received data, and calls `_notice`
         if self.is_lost:
             raise connection_lost()
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
-        # A third of executemany's time: https://www.postgresql.org/docs/current/sql-copy.html
+        # COPY takes a third of executemany's time: https://www.postgresql.org/docs/current/sql-copy.html
         with self._cursor.copy(f"COPY {into} FROM STDIN") as copy:
             for row in rows:
                 copy.write_row(row)
 
     @property
     def in_transaction(self) -> bool:
-        """Whether the server's session is inside a transaction, or nobody can tell any more."""
+        """Whether the server's session is inside a transaction, or the state of the transaction is unknown."""
         return bool(self._raw.pgconn.transaction_status != _IDLE)
 
     @property
     def is_lost(self) -> bool:
-        """Whether the driver knows that the connection is gone."""
+        """Whether the end of the connection was noticed."""
         return bool(self._lost or self._raw.closed)
 
-    def is_stale(self, fault: BaseException) -> bool:
-        """Tell whether a BEGIN failed since the server went away while nobody used this connection."""
-        return self._begun and isinstance(fault, (ConnectionLostError, StandbyError))
+    def is_stale(self, failure: BaseException) -> bool:
+        """Return whether BEGIN failed because the server ended, or was demoted, while the connection was idle."""
+        return self._begun and isinstance(failure, (ConnectionLostError, StandbyError))
