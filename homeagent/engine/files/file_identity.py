@@ -1,8 +1,8 @@
-"""Whether a database's files are still the ones that were opened.
+"""Check that the name of a database still refers to the file that was opened.
 
-A file that is deleted or replaced under an open connection lives on without a name: SQLite would go on reading and
-writing it, and all of that would be gone with the process (https://sqlite.org/howtocorrupt.html, section 4). SQLite
-looks before it writes a rollback journal, and not at all in write-ahead-log mode.
+If another program deletes or replaces the file of an open database, SQLite continues to read and write the file without
+a name, and all changes are lost when the process ends (https://sqlite.org/howtocorrupt.html, section 4). In WAL mode
+SQLite does not check the name.
 """
 
 from __future__ import annotations
@@ -20,27 +20,26 @@ __all__ = ["FileIdentityCheck"]
 
 Identity = tuple[int, int]
 
-# A unit that only reads, or that may be lost at a power cut anyway, may act on what is this old, in seconds. A look
-# takes some microseconds, and a unit not many more.
+# Maximum age of a check, in seconds, for a unit that only reads or may be lost at a power cut. A check takes a few
+# microseconds, not much less than a unit.
 _INTERVAL = 0.01
 
-# Where a file of no more bytes was a database, it was emptied.
+# Size of an emptied file, in bytes.
 _NO_CONTENT = 0
 
 
 class FileIdentityCheck:
-    """Watches the file of one open database, its log and the log's index.
+    """Checks the identity (device and inode) of one open database's file, its WAL and its WAL index.
 
     Args:
-        path: the file, which need not exist yet.
-        strict: whether every commit looks, and not only the first one in ten milliseconds.
-        monotonic: the clock to measure that with, in seconds.
-        on_moved: is called before DatabaseMovedError is raised.
+        path: path of the file, which need not exist yet.
+        strict: whether every commit checks the file, and not only the first commit in 10 ms.
+        monotonic: clock, in seconds.
+        on_moved: function to call before `DatabaseMovedError` is raised.
 
     Attributes:
-        monotonic: that clock.
-        due: from when on by it the last look is too old. Who begins a unit compares for himself, which takes less
-            than a call, and calls `after_begin` then.
+        due: time of `monotonic` after which the last check is too old. The caller that begins a unit compares `due`
+            itself, since a call takes longer, and then calls `after_begin`.
     """
 
     def __init__(
@@ -55,67 +54,67 @@ class FileIdentityCheck:
         self._path = path
         self._strict = strict
         self.monotonic = monotonic
-        # As text: to turn a path into text costs as much as to look at it.
+        # Store text: converting a path to text takes as long as the check.
         self._name = str(path)
-        self._beside = [str(each) for each in sidecars(path)[:2]]
+        self._wal_files = [str(each) for each in sidecars(path)[:2]]
         self._identity: Identity | None = None
         self._known: dict[str, Identity] = {}
         self.due = 0.0
         self.marked_corrupt: str | None = None
-        """Why nothing of this database is to be used any more: its content was found to be damaged."""
+        """Message of the `CorruptDatabaseError` that every check raises; None if no damage was found."""
 
     @property
     def identity(self) -> tuple[int, int] | None:
-        """Which file was opened; None before the first connection."""
+        """Identity of the opened file; None before the first connection."""
         return self._identity
 
     @property
     def remembers_log(self) -> bool:
-        """Whether the log or its index is known, so that another file in its place is noticed."""
+        """Whether the check knows the identity of the WAL or the WAL index."""
         return bool(self._known)
 
     def before_connect(self) -> None:
-        """Look before a connection is opened.
+        """Check the files before a connection is opened.
 
-        While no connection is open, another process may delete the log and its index: they are compared with what is
-        known of them, and none is remembered here.
+        Compare the WAL and the WAL index with the known identities. Do not record new identities: while no connection
+        is open, another process may delete these files.
 
         Raises:
-            DatabaseMovedError: another file has the name now, or none; or the log or its index was replaced.
+            DatabaseMovedError: if the file, or a known WAL or WAL index, was deleted or replaced.
         """
-        self._look(beside=self.remembers_log, remember=False)
+        self._check(beside=self.remembers_log, remember=False)
 
     def connected(self, *, beside: bool = True) -> None:
-        """Say that a connection was opened and has read; the first one decides which file it is.
+        """Check the files after a connection was opened and has read. The first call records the file's identity.
 
         Args:
-            beside: whether to remember the log and its index. `disconnected` must be called then.
+            beside: whether to record the identities of the WAL and the WAL index. `disconnected` must be called later.
 
         Raises:
-            DatabaseMovedError: another file has the name now; or the log or its index was replaced.
+            DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
         """
         if self._identity is None:
             status = self._status(self._name)
             self._identity = None if status is None else identity_of(status)
-        else:  # the first one may have emptied the file, of which a power cut left a part of the first transaction
-            self._look(beside=beside)
+        else:  # not at the first connection: it may empty a file that holds part of an interrupted first transaction
+            self._check(beside=beside)
 
     def disconnected(self) -> None:
-        """Say that the last connection is closed: SQLite may delete the files beside, and make them anew."""
+        """Forget the WAL and the WAL index: while no connection is open, SQLite may delete and recreate both files."""
         self._known = {}
 
     def after_begin(self) -> None:
-        """Look, since the last look is too old. A connection that has begun holds the files beside the database.
+        """Check the files because the last check is too old. An open transaction keeps the WAL and the WAL index.
 
         Raises:
-            DatabaseMovedError: the file, its log or the log's index is gone, or is another one.
-            CorruptDatabaseError: it was condemned.
+            DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
+            CorruptDatabaseError: if the database was marked corrupt.
         """
-        self._look()
+        self._check()
         self.due = self.monotonic() + _INTERVAL
 
     def before_commit(self) -> None:
-        """Look, always where a commit must be durable: what is acknowledged was in the file that has the name.
+        """Check the files if the last check is too old. If `strict`, check the database's file in every case.
 
         Raises:
             DatabaseMovedError: as in `after_begin`.
@@ -123,23 +122,20 @@ class FileIdentityCheck:
         if self.monotonic() >= self.due:
             self.after_begin()
         elif self._strict:
-            self._look(beside=False)
+            self._check(beside=False)
 
     def find_moved(self, *, beside: bool = False) -> DatabaseMovedError | None:
-        """Return what is wrong with the files' names, None where all is well.
-
-        Args:
-            beside: whether to check the log and its index too.
-        """
+        """Return the error if a file was deleted or replaced. With `beside`, also check the WAL and the WAL index."""
         try:
-            self._look(beside=beside)
+            self._check(beside=beside)
         except DatabaseMovedError as moved:
             return moved
         except CorruptDatabaseError:
-            pass  # condemned before: what is asked here is another question
+            pass  # marked corrupt, which is not a moved file
         return None
 
-    def _look(self, *, beside: bool = True, remember: bool = True) -> None:
+    def _check(self, *, beside: bool = True, remember: bool = True) -> None:
+        """Compare the identities; if a file was moved, call `on_moved` before raising `DatabaseMovedError`."""
         try:
             self._compare(beside=beside, remember=remember)
         except DatabaseMovedError:
@@ -147,7 +143,7 @@ class FileIdentityCheck:
             raise
 
     def _compare(self, *, beside: bool, remember: bool) -> None:
-        # Where this look finds fault, so does the next one.
+        # If this check raises an error, the next unit must check again.
         due, self.due = self.due, 0.0
         if self.marked_corrupt is not None:
             raise CorruptDatabaseError(self.marked_corrupt)
@@ -157,16 +153,16 @@ class FileIdentityCheck:
         if status is None:
             raise DatabaseMovedError(
                 f"{quoted(self._path)} was deleted or moved away while it was open: put the same file back, or stop "
-                "and restore a backup. While this process runs, /proc/PID/fd still leads to what was in it"
+                "and restore a backup. While this process runs, its content is still readable in /proc/PID/fd"
             )
         if identity_of(status) != self._identity:
             raise DatabaseMovedError(
-                f"{quoted(self._path)} was replaced by another file while it was open: open the database again if "
-                "that is meant to be it, or put the one that was there back"
+                f"{quoted(self._path)} was replaced by another file while it was open: put the old file back, or open "
+                "the database again to use the new file"
             )
         if status.st_size == _NO_CONTENT:
             raise DatabaseMovedError(f"{quoted(self._path)} was emptied while it was open: stop, and restore a backup")
-        for name in self._beside if beside else ():
+        for name in self._wal_files if beside else ():
             status = self._status(name)
             known = self._known.get(name)
             found = None if status is None else identity_of(status)
@@ -176,7 +172,7 @@ class FileIdentityCheck:
             elif found != known:
                 raise DatabaseMovedError(
                     f"{quoted(Path(name))} was deleted or replaced while the database was open: stop, and restore a "
-                    "backup. While this process runs, /proc/PID/fd still leads to the log that it had"
+                    "backup. While this process runs, the old file's content is still readable in /proc/PID/fd"
                 )
         self.due = due
 
