@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 from homeagent import Agent, AgentCreate, AgentSession, Database, IdempotencyScope, errors
 from homeagent.engine.instrumented_cursor import InstrumentedCursor
@@ -241,3 +241,14 @@ def test_the_documented_lines_are_enough(
         SQLAlchemyInstrumentor().uninstrument()
         names["database"].close()
     assert f"INSERT {sqlite_path}" in [span.name for span in exporter.get_finished_spans()]
+
+
+def test_a_refused_statement_hides_the_drivers_exception(traced: Database, spans: Spans) -> None:
+    """If the engine refuses an instrumented statement, the error names it, and its chain has no driver's exception."""
+    with traced.unit_of_work() as uow:
+        uow.session.exec(text("ALTER TABLE agents RENAME COLUMN name TO title"))  # type: ignore[call-overload]
+    with pytest.raises(errors.DatabaseError, match="the statement was: SELECT") as caught:
+        traced.agents.get("ada")
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+    assert any(span.status.status_code is StatusCode.ERROR for span in spans())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from homeagent.engine.driver_errors import Translate
 
-__all__ = ["InstrumentedCursor", "has_listeners"]
+__all__ = ["FailureContext", "InstrumentedCursor", "has_listeners"]
 
 
 def has_listeners(connection: Connection) -> bool:
@@ -45,7 +45,7 @@ class _Execution(ExecutionContext):
         self.execution_options = connection.get_execution_options()
 
 
-class _Failure(ExceptionContext):
+class FailureContext(ExceptionContext):
     """Context of a failed statement, with homeagent's error, which contains no values."""
 
     def __init__(self, execution: _Execution, error: BaseException) -> None:
@@ -131,7 +131,7 @@ class InstrumentedCursor:
             reported: BaseException = self._translate(error)
         else:
             reported = RuntimeError(f"the statement was interrupted ({type(error).__name__})")
-        failure = _Failure(execution, reported)
+        failure = FailureContext(execution, reported)
         dispatch: Any = self._connection.dialect.dispatch
         for listener in dispatch.handle_error:
             listener(failure)

@@ -18,6 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from homeagent.engine.driver_errors import named, postgresql_error, refused_by, translated
 from homeagent.engine.engine import Engine
+from homeagent.engine.instrumented_cursor import FailureContext
 from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.frame_locals import clear_locals
@@ -243,6 +244,8 @@ def _remove_private(error: BaseException) -> None:
 
 
 def _on_error(context: ExceptionContext) -> BaseException | None:
+    if isinstance(context, FailureContext):
+        return None  # the instrumented cursor raises the driver's exception, which the connection translates
     original: Any = context.original_exception
     if isinstance(original, HomeAgentError):
         raise original  # already translated, or raised since the process was forked

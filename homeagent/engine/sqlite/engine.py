@@ -28,6 +28,7 @@ from homeagent.engine.files.file_identity import FileIdentityCheck
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.system_errors import explained
 from homeagent.engine.fork import inherit, refuse_inherited
+from homeagent.engine.instrumented_cursor import FailureContext
 from homeagent.engine.sqlite.connection import SQLiteConnection
 from homeagent.engine.sqlite.constraints import named_conflict
 from homeagent.engine.sqlite.diagnosis import diagnosed_error
@@ -392,6 +393,8 @@ class SQLiteEngine(Engine):
             return int(raw.execute("PRAGMA application_id").get)
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
+        if isinstance(context, FailureContext):
+            return None  # the instrumented cursor raises the driver's exception, which the connection translates
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
             raise context.original_exception  # raised by the replacement of a connection in a forked child
