@@ -43,7 +43,7 @@ def group_commit_of(database: Database) -> GroupCommit:
 
 
 def wait_for_calls(database: Database, number: int) -> None:
-    """Wait until so many calls are queued, the first of which waits for the write lock."""
+    """Wait until `count` calls are queued and the first of them waits for the write lock."""
     group_commit = group_commit_of(database)
     while group_commit._queue.qsize() + len(database._engine.writers._waiters) < number:
         time.sleep(0.0005)
@@ -58,7 +58,7 @@ def outcome_of(act: Callable[[], Any]) -> Any:
 
 
 def run_together(database: Database, works: Sequence[Work], *, coroutines: bool = False) -> list[Any]:
-    """Run functions as the units of one batch, in this order, and return the value or the error of each."""
+    """Run functions as the units of a single batch, in this order, and return the value or the error of each."""
     outcomes: dict[int, Any] = {}
 
     async def main() -> None:
@@ -76,7 +76,7 @@ def run_together(database: Database, works: Sequence[Work], *, coroutines: bool 
             threading.Thread(target=call, args=(number,), name=f"caller {number}") for number in range(len(works))
         ]
     with database.unit_of_work() as unit:
-        unit.rollback()  # so that this block is no commit
+        unit.rollback()  # so that the block rolls back instead of committing
         for number, thread in enumerate(threads):
             thread.start()
             wait_for_calls(database, len(works) if coroutines else number + 1)
@@ -87,7 +87,7 @@ def run_together(database: Database, works: Sequence[Work], *, coroutines: bool 
 
 @contextmanager
 def counted_commits(monkeypatch: pytest.MonkeyPatch, *faults: BaseException | None) -> Iterator[list[int]]:
-    """Count the commits of write units. The first ones fail with these errors; None is a commit that succeeds."""
+    """Count the commits of write units; the first commits fail with the given errors, and None stands for a success."""
     count = [0]
     coming = iter(faults)
     commit = StoreConnection.commit

@@ -1,4 +1,4 @@
-"""What the tests stand on: a clock that is set by hand, a fresh database of each engine, and real child processes."""
+"""Fixtures: a clock that the test sets, a fresh database of each engine, and real child processes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ROOT = Path(__file__).parent.parent
 
 START = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 
-# The workers of xdist share a server, so that their databases must have names of their own.
+# The xdist workers share a server, so the names of their databases must differ.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 _numbers = itertools.count(1)
 
 
 class FakeClock:
-    """A clock that stands still until it is moved."""
+    """A clock that shows the same time until a test moves it."""
 
     def __init__(self, now: datetime = START) -> None:
         self.now = now
@@ -39,7 +39,7 @@ class FakeClock:
         return self.now
 
     def advance(self, duration: timedelta | None = None, **units: float) -> datetime:
-        """Move on, or back where the duration is negative, and return the new instant."""
+        """Move the clock forward, or back if the duration is negative, and return the new time."""
         self.now += timedelta(**units) if duration is None else duration
         return self.now
 
@@ -55,7 +55,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated, closed and empty SQLite file, to be copied and never opened."""
+    """A migrated, closed and empty SQLite file. Tests copy the file and do not open it."""
     path = tmp_path_factory.mktemp("template") / "private" / "homeagent.db"
     Database.open(path).close()
     return path
@@ -72,7 +72,7 @@ def copy_template(template: Path, directory: Path) -> Path:
 
 @pytest.fixture
 def sqlite_path(sqlite_template: Path, tmp_path: Path) -> Path:
-    """The path of a fresh, migrated SQLite file that nobody has open."""
+    """The path of a fresh, migrated SQLite file that no connection has open."""
     return copy_template(sqlite_template, tmp_path / "database")
 
 
@@ -80,7 +80,7 @@ def sqlite_path(sqlite_template: Path, tmp_path: Path) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Take the server of another release than the wheel's."""
+    """Add the option for a server of another release than the wheel's."""
     parser.addoption(
         "--postgresql-bin",
         type=Path,
@@ -93,7 +93,7 @@ _server_directory = pytest.StashKey[Path]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Name the directory that the run's one server is kept in, if it comes to be needed."""
+    """Set the directory for the PostgreSQL server of the run, which starts only if a test needs a server."""
     programs: Path | None = config.getoption("--postgresql-bin")
     if programs is not None and not (programs / "pg_ctl").is_file():
         raise pytest.UsageError(f"--postgresql-bin: there is no pg_ctl in {programs}")
@@ -101,7 +101,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if workerinput is not None:
         config.stash[_server_directory] = Path(workerinput["server_directory"])
         return
-    # Not below pytest's directories: as root the server runs as another user, who must be able to reach its own.
+    # Not below pytest's directories: if pytest runs as root, the server runs as another user and must reach its own
     directory = Path(tempfile.mkdtemp(prefix="homeagent-postgresql-"))
     directory.chmod(0o755)
     config.stash[_server_directory] = directory
@@ -109,7 +109,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Tell a worker of xdist where the server is: all of a run share one."""
+    """Send the server's directory to an xdist worker: all workers of a run share a server."""
     node.workerinput["server_directory"] = str(node.config.stash[_server_directory])
 
 
@@ -119,7 +119,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if directory is None or hasattr(config, "workerinput"):
         return
     try:
-        # Asked for only now: most runs of a single file need no server.
+        # Import only here: most runs of a single file need no server.
         if (directory / "main").exists() and (server := _run_server(config)).is_running:
             server.stop("immediate")
     finally:
@@ -135,11 +135,11 @@ def _run_server(config: pytest.Config) -> Server:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs on PostgreSQL, so that `-m postgresql` chooses it."""
+    """Mark the tests that run on PostgreSQL, so that `-m postgresql` selects them."""
     for item in items:
         names: list[str] = getattr(item, "fixturenames", [])
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        # A module that is for one engine only makes `engine_name` a fixture of its own, without parameters.
+        # A module for a single engine overrides `engine_name` with a fixture without parameters.
         on_engine = "engine_name" in names and parameters.get("engine_name") != "sqlite"
         if on_engine or not {"postgres_url", "installation"}.isdisjoint(names):
             item.add_marker("postgresql")
@@ -147,20 +147,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def installation(pytestconfig: pytest.Config) -> Installation:
-    """The programs of a PostgreSQL server, for tests that need one of their own."""
+    """The programs of a PostgreSQL server, for tests that start a server themselves."""
     return _run_server(pytestconfig).installation
 
 
 @pytest.fixture(scope="session")
 def postgres_url(pytestconfig: pytest.Config) -> str:
-    """The URL of a PostgreSQL server that lives as long as this run, among all its processes."""
+    """The URL of the PostgreSQL server that all processes of this run share until the run ends."""
     import fcntl
 
     server = _run_server(pytestconfig)
     with (pytestconfig.stash[_server_directory] / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not server.is_running:
-            # Nothing of it outlives the run, and tests of eight processes open many connections.
+            # No data has to outlive the run, and tests of eight processes open many connections.
             passing = dict.fromkeys(("fsync", "synchronous_commit", "full_page_writes"), "off")
             server.create({**passing, "max_connections": "400"})
             server.start()
@@ -168,7 +168,7 @@ def postgres_url(pytestconfig: pytest.Config) -> str:
 
 
 def postgres_database(url: str, name: str) -> str:
-    """Return the server's URL with another database in it."""
+    """Return the server's URL with the name of another database."""
     return url.replace("/postgres?", f"/{name}?") if "/postgres?" in url else f"{url.rpartition('/')[0]}/{name}"
 
 
@@ -182,7 +182,7 @@ def postgres_execute(url: str, statement: str) -> None:
 
 @pytest.fixture(scope="session")
 def postgres_template(postgres_url: str) -> str:
-    """The name of a migrated and empty database on the server, to be copied and never opened."""
+    """The name of a migrated and empty database on the server. Tests copy the database and do not connect to it."""
     name = f"template_{_WORKER}"
     postgres_execute(postgres_url, f"CREATE DATABASE {name}")
     Database.open(postgres_database(postgres_url, name)).close()
@@ -198,18 +198,18 @@ def empty_postgres_url(postgres_url: str) -> Iterator[str]:
     postgres_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
-# Either
+# Either engine
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def engine_name(request: pytest.FixtureRequest) -> str:
-    """Which engine the test runs on."""
+    """Name of the engine on which the test runs."""
     return str(request.param)
 
 
 @pytest.fixture
 def target(engine_name: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    """What opens a fresh, migrated database that nobody has open: a path or a URL."""
+    """The path or the URL of a fresh, migrated database that no connection has open."""
     if engine_name == "sqlite":
         yield str(request.getfixturevalue("sqlite_path"))
         return
@@ -239,7 +239,7 @@ def sqlite_database(sqlite_path: Path, clock: FakeClock) -> Iterator[Database]:
 
 
 def add_agent(database: Database, agent_id: str = "ada") -> Agent:
-    """Create an agent in a unit of its own."""
+    """Create an agent in a separate unit."""
     with database.unit_of_work() as unit:
         return unit.agents.create(AgentCreate(id=agent_id, name=agent_id.title(), workspace_path=f"/srv/{agent_id}"))
 
@@ -247,7 +247,7 @@ def add_agent(database: Database, agent_id: str = "ada") -> Agent:
 def add_device(
     database: Database, device_id: str = "lamp", *, role: Role = Role.CLIENT, approved: bool = False
 ) -> Device:
-    """Create a device in a unit of its own, with a hash that no secret has."""
+    """Create a device in a separate unit, with a hash that matches no secret."""
     with database.unit_of_work() as unit:
         unit.devices.create(DeviceCreate(id=device_id, role=role, shared_secret_hash=f"sha256$of-{device_id}"))
         if approved:
@@ -256,7 +256,7 @@ def add_device(
 
 
 def write_past_checks(target: str | Path, *statements: str) -> None:
-    """Write as another program that heeds no CHECK: on SQLite by a pragma, on PostgreSQL after dropping two of them."""
+    """Write rows without the CHECK constraints: SQLite by a pragma, PostgreSQL after dropping two constraints."""
     target = str(target)
     if "://" in target:
         for table, check in (("devices", "approved"), ("idempotency_keys", "state")):
@@ -272,7 +272,7 @@ def write_past_checks(target: str | Path, *statements: str) -> None:
 
 
 def dump(database: Database) -> dict[str, list[tuple[Any, ...]]]:
-    """Return every row of every table as the database stores it: what was not written can be seen to be absent."""
+    """Return every row of every table as the database stores the row, to show which values are absent."""
     from sqlalchemy import text
 
     tables = ("devices", "agents", "sessions", "nonces", "idempotency_keys")
@@ -285,7 +285,7 @@ def dump(database: Database) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def floored(instant: datetime) -> datetime:
-    """Return the instant as it is stored."""
+    """Return the timestamp as the database stores it."""
     return check_timestamp(instant)
 
 
@@ -293,20 +293,20 @@ def floored(instant: datetime) -> datetime:
 
 
 class Children:
-    """Real Python processes that run a script given as text; those that are left are killed when the test ends."""
+    """Real Python processes that run a script given as text; the end of the test kills the remaining processes."""
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[str]] = []
 
     def start(self, script: str, *arguments: object, path: Path = ROOT) -> subprocess.Popen[str]:
-        """Start a process that imports the package from `path`; warnings are errors in it too."""
+        """Start a process that imports the package from `path` and treats warnings as errors."""
         process = subprocess.Popen(
             [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Python looks in the directory that it runs in before it looks in PYTHONPATH.
+            # Python searches the working directory before PYTHONPATH.
             cwd=path,
             env={**os.environ, "PYTHONPATH": str(path)},
         )
@@ -314,25 +314,25 @@ class Children:
         return process
 
     def finish(self, process: subprocess.Popen[str], *, timeout: float = 120) -> str:
-        """Wait for a process that is to succeed, and return what it printed."""
+        """Wait until a process ends with success, and return its output."""
         out, err = process.communicate(timeout=timeout)
         assert process.returncode == 0, err
         return out.strip()
 
     def finish_with(self, process: subprocess.Popen[str], line: str) -> str:
-        """Write a line to a process that waits for one, and return what else it printed until its end."""
+        """Write a line to a process that waits for input, and return the rest of its output."""
         out, err = process.communicate(line, timeout=120)
         assert process.returncode == 0, err
         return out.strip()
 
     def run(self, script: str, *arguments: object) -> str:
-        """Run a process that is to succeed, and return what it printed."""
+        """Run a process to its success, and return its output."""
         return self.finish(self.start(script, *arguments))
 
     def together(self, script: str, calls: Sequence[Sequence[object]]) -> list[str]:
-        """Run one process for each call, all at once.
+        """Run a process for each call, all at the same time.
 
-        The script prints a line when it is ready and then reads one: none goes on before all are ready.
+        The script prints a line when ready and then reads a line: no process continues before all are ready.
         """
         processes = [self.start(script, *arguments) for arguments in calls]
         for process in processes:
@@ -346,7 +346,7 @@ class Children:
         return [self.finish(process) for process in processes]
 
     def close(self) -> None:
-        """Kill what still runs."""
+        """Kill the processes that still run."""
         for process in self._processes:
             if process.poll() is None:
                 process.kill()
@@ -356,7 +356,7 @@ class Children:
 
 @pytest.fixture
 def children() -> Iterator[Children]:
-    """What starts child processes."""
+    """Factory for child processes."""
     children = Children()
     yield children
     children.close()
@@ -367,7 +367,7 @@ MakeDatabase = Callable[..., Database]
 
 @pytest.fixture
 def reopen(target: str, clock: FakeClock) -> Iterator[MakeDatabase]:
-    """Opens the test's database once more, as another process would; closed when the test ends."""
+    """Open the test's database again, as another process would, and close the database when the test ends."""
     opened: list[Database] = []
 
     def reopen(**options: Any) -> Database:

@@ -1,4 +1,4 @@
-"""An interrupt (Ctrl-C), or another signal, at each of the points where one can come."""
+"""Inject an interrupt (Ctrl-C) or another signal at each point of the code where a signal can arrive."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 
 
 def interrupt() -> None:
-    """Do what Python's handler of Ctrl-C does."""
+    """Do the same as Python's handler of Ctrl-C."""
     raise KeyboardInterrupt
 
 
 def interrupt_at(
     turn: int, modules: Collection[str], act: Callable[[], object], handler: Callable[[], object] = interrupt
 ) -> bool:
-    """Call a handler at one of the points of these modules where a signal may come, and tell whether it came.
+    """Call a handler at a chosen point of these modules where a signal can arrive; return whether `act` reached the
+    point.
 
-    CPython looks for signals when a function begins, and right after a call or a jump back.
+    CPython checks for signals at the beginning of a function, and right after a call or a backward jump.
     """
     last: dict[Any, str] = {}
     left = turn
@@ -51,7 +52,8 @@ def interrupt_at(
     finally:
         sys.settrace(before)
     if handled is None and sys.exception() is not None:
-        # A signal comes within the call, and this one before the instruction after it. Where that is the last of an
-        # `except` block, CPython goes on as if the block had not ended, in whatever this thread does next.
+        # A real signal is handled within the call; the injected signal is handled before the next instruction. If the
+        # call is the last instruction of an `except` block, CPython does not leave the block, so the thread keeps the
+        # handled exception.
         ctypes.pythonapi.PyErr_SetExcInfo(None, None, None)
     return left < 0

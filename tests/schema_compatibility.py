@@ -1,16 +1,18 @@
-"""Whether a revision may come while code of the version before is still at work on the same database.
+"""Check whether a revision may run while code of the previous version still uses the same database.
 
-Hosts are upgraded one after the other: the first new one changes the schema under the old ones. So a revision only
-expands. What old code reads stays, what it writes is still accepted, and what it names keeps its name. A new CHECK on
-old columns is listed in `SHOWN`, with the test that shows that the version before writes only what the CHECK accepts.
-What nobody uses any more goes in a later release, by a revision that declares itself a contraction:
+Administrators upgrade hosts one after the other: the first upgraded host changes the schema under the older hosts. So a
+revision only expands: all columns that old code reads stay, all rows that old code writes are still accepted, and all
+names that old code uses stay. `SHOWN` lists each new CHECK on old columns, with the test which shows that the previous
+version writes only accepted values. A later release drops unused columns, by a revision that declares itself a
+contraction:
 
     oldest_revision = "0007"
 
-in its module says that code made for 0007 and later works with what it leaves behind, and it writes the same to
-`store.oldest_revision`, by which older code refuses the database instead of failing on it.
+This line in the revision's module declares that code for revision 0007 and later works with the contracted schema. The
+revision writes the same value to `store.oldest_revision`: older code reads the value and refuses the database instead
+of failing later.
 
-The schemas before and after are compared as the database has them, so it makes no difference how a revision got there.
+The comparison uses the schemas of the database before and after the revision, not the operations of the revision.
 """
 
 from __future__ import annotations
@@ -54,11 +56,11 @@ class _Table:
 
 
 def problems_of(revision: str, connection: Connection, *, scripts: Path) -> list[str]:
-    """Return what a revision does that code of the version before it could not bear, in sentences.
+    """Return, as sentences, the changes of a revision that break code of the previous version.
 
     Args:
-        revision: which one; it and all before it are applied to the database.
-        connection: on an empty database of either engine.
+        revision: the revision to check; the function applies all revisions up to this revision to the database.
+        connection: to an empty database of either engine.
         scripts: the directory of `env.py` and the revisions.
     """
     config = alembic_config(connection)
@@ -151,7 +153,7 @@ def _breaks_of_table(name: str, old: _Table, new: _Table) -> Iterator[str]:
         yield f"the primary key of {name} changes: old code's upserts name the old one"
     yield from _breaks_of_checks(name, old, new, added)
     for columns in new.uniques - old.uniques:
-        # Where old code inserts a row, one of these is null, and nulls are distinct.
+        # If old code inserts a row, one of these columns is null, and nulls are distinct.
         free = any(
             new.columns[column]["nullable"] and not new.columns[column]["default"] for column in added & {*columns}
         )

@@ -1,4 +1,4 @@
-"""What tools see of the package: annotations that can be evaluated, and no name that is not there."""
+"""The package for type checkers and other tools: evaluable annotations, and errors for unknown names."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_annotations_of_a_public_method_can_be_evaluated(method: object) -> None:
-    """`typing.get_type_hints` works on every one, the models that are imported late included."""
+    """`typing.get_type_hints` succeeds for every public method, also if an annotation names a lazily imported model."""
     assert "return" in typing.get_type_hints(method)
 
 
-def test_opening_a_database_imports_nothing_late() -> None:
-    """The annotations cost no import: what they name is not loaded before somebody asks."""
+def test_opening_a_database_skips_lazy_imports() -> None:
+    """Opening a database imports none of the modules that the annotations name, as these imports are lazy."""
     program = (
         "import sys, homeagent; homeagent.Database.open(':memory:').close();"
         "print(*(m for m in sys.modules if m.startswith('homeagent.maintenance.')))"
@@ -43,21 +43,21 @@ def test_opening_a_database_imports_nothing_late() -> None:
 
 @pytest.mark.parametrize("package", ["__init__.py", "models/__init__.py", "maintenance/__init__.py"])
 def test_a_type_checker_knows_each_name(package: str) -> None:
-    """A module's `__getattr__` is hidden from it: it would take `from homeagent import Devise` for right."""
+    """A type checker reports `from homeagent import Devise`, as a module's `__getattr__` is hidden from the checker."""
     tree = ast.parse((PACKAGE / package).read_text(encoding="utf-8"))
     seen = {target.id for each in tree.body if isinstance(each, ast.Assign) for target in each.targets}
     assert "__getattr__" not in seen | {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
 
 
-def test_a_name_that_is_not_there_is_told() -> None:
-    """At run time it is an AttributeError that names the package, as with any module."""
+def test_an_unknown_name_raises_attribute_error() -> None:
+    """If a name does not exist, reading it raises AttributeError with the name of the package, as for any module."""
     for module in (homeagent, homeagent.models, homeagent.maintenance):
         with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'Devise'"):
             getattr(module, "Devise")  # noqa: B009  a type checker refuses the other way
 
 
-def test_the_package_tells_its_version() -> None:
-    """`homeagent.__version__` and `homeagent --version` are what was installed."""
+def test_the_version_is_the_installed_version() -> None:
+    """`homeagent.__version__` and `homeagent --version` are the installed version."""
     assert homeagent.__version__ == version("homeagent")
     done = subprocess.run([sys.executable, "-m", "homeagent", "--version"], check=True, capture_output=True, text=True)
     assert done.stdout == f"homeagent {version('homeagent')}\n"

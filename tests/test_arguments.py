@@ -1,4 +1,4 @@
-"""Arguments as who is new here passes them: an error of ours that says what to pass."""
+"""Invalid arguments that a new user passes: homeagent's error names the argument and the remedy."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SCOPE = IdempotencyScope(device_id="lamp", method="door.open", key="k-1")
 
 
 def effect_that_yields(attempt: object) -> Iterator[int]:
-    """Never runs, as nobody asks for its values."""
+    """Yield values that no caller reads, so the body does not run."""
     yield 1
 
 
-def test_an_effect_that_yields_claims_no_key(database: Database) -> None:
-    """A call of it runs nothing, so it is refused and not recorded as done; the same key then serves."""
+def test_a_generator_function_as_effect_claims_no_key(database: Database) -> None:
+    """If the effect is a generator function, `run_once` refuses the effect, and the key stays free."""
     with pytest.raises(InvalidArgumentError, match="effect is a generator function"):
         database.run_once(SCOPE, effect_that_yields)
     with pytest.raises(InvalidArgumentError, match="effect is a generator function"):
@@ -34,14 +34,14 @@ def test_an_effect_that_yields_claims_no_key(database: Database) -> None:
 
 @pytest.mark.parametrize("form", ["{}/", "sqlite:///{}/"])
 def test_a_target_that_ends_in_a_slash_is_a_directory(tmp_path: Path, form: str) -> None:
-    """It is refused, and no file of the directory's name is made."""
+    """If a target ends in a slash, opening refuses the target and creates no file of the directory's name."""
     with pytest.raises(InvalidArgumentError, match=r"names a directory: name a file in it"):
         Database.open(form.format(tmp_path / "data"))
     assert not (tmp_path / "data").exists()
 
 
-def test_where_no_database_is_the_error_says_where_it_looked(tmp_path: Path) -> None:
-    """The place may come from the environment, so the message names it."""
+def test_a_missing_database_is_named_with_its_path(tmp_path: Path) -> None:
+    """If no database exists, the error names the path, as the path may come from the environment."""
     path = tmp_path / "nowhere.db"
     with pytest.raises(SchemaOutdatedError, match=r"there is no database yet at .*check the name") as caught:
         Database.open(path, migrate=False)
@@ -52,15 +52,15 @@ def test_where_no_database_is_the_error_says_where_it_looked(tmp_path: Path) -> 
     assert caught.value.location == str(path)
 
 
-def test_an_unknown_engine_is_told_the_form_that_the_docs_use() -> None:
-    """`postgres://` is refused with `postgresql://` as the remedy, and no password is shown."""
+def test_an_unknown_engine_error_names_the_documented_form() -> None:
+    """If the URL begins with `postgres://`, the error names `postgresql://` as the remedy and shows no password."""
     with pytest.raises(InvalidArgumentError, match="use a path, sqlite:/// or postgresql://") as caught:
         Database.open("postgres://u:hidden@127.0.0.1/x")
     assert "hidden" not in str(caught.value)
 
 
-def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
-    """The path may come from the environment, so the message that says to check it names it; the file is left alone."""
+def test_a_file_that_is_not_a_database_is_named(tmp_path: Path) -> None:
+    """If the file is not a database, the error names the path, and the file stays unchanged."""
     path = tmp_path / "notes.txt"
     path.write_text("milk, bread\n" * 100)
     path.chmod(0o600)
@@ -71,8 +71,8 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [[], {}, {"id": "lamp"}, None, 7, b"lamp"], ids=repr)
-def test_what_is_no_text_is_no_id(database: Database, wrong: Any) -> None:
-    """What a client's JSON may hold in the place of an id is refused as an argument, a list and an object too."""
+def test_ids_that_are_not_text_are_refused(database: Database, wrong: Any) -> None:
+    """If a client's JSON has a list, an object or another non-text as an id, the store refuses the argument."""
     with database.unit_of_work() as unit:
         calls: list[Callable[[], object]] = [
             lambda: unit.devices.find_by_id(wrong),
@@ -86,8 +86,8 @@ def test_what_is_no_text_is_no_id(database: Database, wrong: Any) -> None:
                 call()
 
 
-def test_an_id_that_was_taken_once_is_no_reason_to_take_another(database: Database) -> None:
-    """A text of another class may say that it equals an id, and is looked at for itself."""
+def test_a_text_subclass_that_equals_an_id_is_checked(database: Database) -> None:
+    """If an object of a text class equals every id, the store checks the object instead of a cached id."""
 
     class Alike(str):
         __slots__ = ()
@@ -104,8 +104,8 @@ def test_an_id_that_was_taken_once_is_no_reason_to_take_another(database: Databa
             unit.devices.find_by_id(Alike("../lamp"))
 
 
-def test_what_is_no_role_and_no_status_is_told_by_the_name_of_the_argument(database: Database) -> None:
-    """The message names the argument and what it may be."""
+def test_an_invalid_role_or_status_names_the_argument(database: Database) -> None:
+    """If a role or a status is invalid, the error names the argument and the valid values."""
     wrong: Any = "boss"
     with database.unit_of_work() as unit:
         with pytest.raises(InvalidArgumentError, match=r"^role must be one of client, node, admin$"):

@@ -1,4 +1,4 @@
-"""Parameters have one canonical text, whoever wrote them in whatever order."""
+"""Equal parameters have the same canonical text, in whichever order a client writes the keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from homeagent.canonical_json import canonical_json, fingerprint_of
 from homeagent.errors import InvalidArgumentError
 
-# RFC 8785, appendix B: the bits of a double and the text that ECMAScript gives it. Minus zero among them.
+# RFC 8785, appendix B: the bits of a double and the text that ECMAScript gives for it, with minus zero.
 NUMBERS = [
     ("0000000000000000", "0"),
     ("8000000000000000", "0"),
@@ -51,20 +51,20 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 
 @pytest.mark.parametrize(("bits", "text"), NUMBERS)
 def test_number(bits: str, text: str) -> None:
-    """A double is written as in appendix B of RFC 8785."""
+    """The text of a double is the text in appendix B of RFC 8785."""
     (number,) = struct.unpack(">d", bytes.fromhex(bits))
     assert canonical_json(number) == text
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
-def test_number_that_json_lacks(number: float) -> None:
-    """NaN and the infinities are refused (RFC 8785, section 3.2.2.3)."""
+def test_numbers_without_json_form_are_refused(number: float) -> None:
+    """If a number is NaN or infinite, `canonical_json` refuses the number (RFC 8785, section 3.2.2.3)."""
     with pytest.raises(InvalidArgumentError):
         canonical_json([number])
 
 
 def test_keys_are_sorted_by_utf16_code_units() -> None:
-    """An emoji, two surrogates in UTF-16, comes before U+FB33, though its code point is higher (section 3.2.3)."""
+    """The key of an emoji (two UTF-16 surrogates) sorts before U+FB33 despite its higher code point (section 3.2.3)."""
     value: Any = {
         "\u20ac": "Euro Sign",
         "\r": "Carriage Return",
@@ -86,7 +86,7 @@ def test_keys_are_sorted_by_utf16_code_units() -> None:
 
 
 def test_document() -> None:
-    """The document of section 3.2.2 comes out as section 3.2.3 shows it."""
+    """The canonical text of the document in section 3.2.2 is the text in section 3.2.3."""
     source = r"""{
       "numbers": [333333333.33333329, 1E30, 4.50, 2e-3, 0.000000000000000000000000001],
       "string": "\u20ac$\u000F\u000aA'\u0042\u0022\u005c\\\"\/",
@@ -99,15 +99,15 @@ def test_document() -> None:
 
 
 def test_keys_are_sorted_at_every_depth() -> None:
-    """The order of keys makes no difference inside lists and dicts either; the order of a list does."""
+    """Inside lists and dicts, the order of keys does not change the text; the order of a list does."""
     one: Any = {"b": [{"y": 1, "x": 2}], "a": {"d": 1, "c": 2}}
     other: Any = {"a": {"c": 2, "d": 1}, "b": [{"x": 2, "y": 1}]}
     assert fingerprint_of(one) == fingerprint_of(other)
     assert fingerprint_of([1, 2]) != fingerprint_of([2, 1])
 
 
-def test_large_ids_stay_apart() -> None:
-    """Two ints that are the same double have two fingerprints: a difference from the RFC, on purpose."""
+def test_large_ids_have_different_fingerprints() -> None:
+    """If two ints are the same double, their fingerprints differ: an intended difference from the RFC."""
     assert fingerprint_of(2**53) != fingerprint_of(2**53 + 1)
     assert fingerprint_of(1) == fingerprint_of(1.0)
     values: Any = (1, True, "1", [1], None, 0, False, "")
@@ -115,7 +115,7 @@ def test_large_ids_stay_apart() -> None:
 
 
 def nested(depth: int) -> Any:
-    """Return a list that many levels deep."""
+    """Return a list with `depth` levels."""
     value: Any = []
     for _ in range(depth):
         value = [value]
@@ -127,8 +127,8 @@ def nested(depth: int) -> Any:
     [{1: 2}, (1, 2), {1, 2}, b"x", object(), "\ud800", {"\udfff": 1}, 10**5000, nested(100_000)],
     ids=["int key", "tuple", "set", "bytes", "object", "surrogate", "surrogate key", "endless int", "deep"],
 )
-def test_what_is_no_json(value: Any) -> None:
-    """What JSON has no one text for is refused as a bad argument, and the message does not show it."""
+def test_values_without_json_form_are_refused(value: Any) -> None:
+    """If a value has no single JSON text, the error is a bad argument, and its message does not show the value."""
     with pytest.raises(InvalidArgumentError) as refusal:
         canonical_json(value)
     assert refusal.value.__cause__ is None
@@ -136,8 +136,8 @@ def test_what_is_no_json(value: Any) -> None:
 
 
 @given(JSON, st.randoms(use_true_random=False))
-def test_permuted(value: Any, order: random.Random) -> None:
-    """Any value has the text of itself with every dict's keys in another order, and that text is the value's JSON."""
+def test_permuted_keys_give_the_same_text(value: Any, order: random.Random) -> None:
+    """If every dict's keys are permuted, the value keeps its canonical text, and the text parses to the value."""
 
     def permute(inner: Any) -> Any:
         if isinstance(inner, list):
@@ -150,5 +150,5 @@ def test_permuted(value: Any, order: random.Random) -> None:
 
     text = canonical_json(value)
     assert canonical_json(permute(value)) == text
-    # As doubles: the canonical text of one that is whole has no point, and reads as an int.
+    # Compare as doubles: the canonical text of a whole double has no point, and JSON reads an int.
     assert json.loads(text, parse_int=float) == json.loads(json.dumps(value), parse_int=float)

@@ -1,6 +1,6 @@
-"""The command line: what it prints, what it refuses and how, and that it shows no secret.
+"""The command line: its output, its refusals, and the absence of secrets in both.
 
-SQLite only, but for the tests that name a server: a command does the same on both, by way of `Database`.
+SQLite only, except for the tests that name a server: by way of `Database`, a command does the same on both engines.
 """
 
 from __future__ import annotations
@@ -57,23 +57,23 @@ def _assert_refused(done: Any, *words: str) -> None:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Name a database in a private directory that isn't made yet."""
+    """Path of a database in a private directory that does not exist yet."""
     return tmp_path / "store" / "h.db"
 
 
 @pytest.fixture
 def ready(path: Path) -> Path:
-    """Make a database with one admin who waits for approval."""
+    """Create a database with an admin device that waits for approval."""
     with Database.open(path) as database:
         database.pair(DevicePair.model_validate({"id": "desk", "role": "admin", "metadata": {"os": "[bold]x"}}))
     return path
 
 
-# Making and upgrading
+# Create and upgrade
 
 
 def test_init_status_and_sweep_as_processes(path: Path) -> None:
-    """One process makes the file, others see it, whether named by the option or by the environment."""
+    """If a process creates the file, other processes find it through the option and through the environment."""
     made = _run("--database", str(path), "init", "--json")
     assert (made.returncode, made.stderr) == (0, "")
     assert json.loads(made.stdout) == {
@@ -94,7 +94,7 @@ def test_init_status_and_sweep_as_processes(path: Path) -> None:
 
 
 def test_init_is_idempotent(ready: Path) -> None:
-    """A second `init` says that there was nothing to do, and keeps what is stored."""
+    """If the database exists, `init` reports that the schema is up to date and keeps the stored rows."""
     again = _invoke("init", "--database", ready)
     assert again.exit_code == 0
     assert again.stdout == f"{ready} is at schema revision {REVISION} already: nothing to do.\n"
@@ -102,7 +102,7 @@ def test_init_is_idempotent(ready: Path) -> None:
 
 
 def test_migrate_says_from_and_to_and_names_the_copy(path: Path) -> None:
-    """A file at an older revision is refused by `status`, and `migrate` upgrades it and says where its copy is."""
+    """If a file is at an older revision, `status` refuses, and `migrate` upgrades and prints the backup's path."""
     _at_revision(path, "0001")
     refused = _invoke("status", "--database", path)
     assert refused.exit_code == 1
@@ -126,12 +126,12 @@ def _at_revision(path: Path, revision: str) -> None:
 
 
 def test_a_temporary_database_is_not_made() -> None:
-    """`init` refuses what would be gone when it ends."""
+    """If the database is in memory, `init` refuses it, as the database would disappear at the end of the command."""
     assert "name a file" in _invoke("--database", ":memory:", "init").stderr
 
 
 def test_a_server_is_made_and_shown_without_its_password(empty_postgres_url: str) -> None:
-    """On PostgreSQL too `init` makes the tables once, and what it and `status` print holds no password of any kind."""
+    """On PostgreSQL, `init` creates the tables once, and neither `init` nor `status` prints a password of any kind."""
     url = make_url(empty_postgres_url).set(password="geheim").update_query_dict({"sslpassword": "geheim"})
     target = url.render_as_string(hide_password=False)
     actions = []
@@ -154,8 +154,8 @@ def test_a_server_is_made_and_shown_without_its_password(empty_postgres_url: str
 # Refusals
 
 
-def test_what_is_absent_is_not_made(path: Path) -> None:
-    """Only `init` and `migrate` make a file: the others refuse in one line with the remedy, and leave nothing."""
+def test_commands_create_no_absent_database(path: Path) -> None:
+    """Only `init` and `migrate` create a file; other commands print a one-line error with the remedy."""
     _assert_refused(_run("status", "--database", str(path)), "homeagent init")
     for arguments in (["sweep"], ["devices", "list"], ["devices", "approve", "desk"]):
         assert _invoke(*arguments, "--database", path).exit_code == 1
@@ -163,7 +163,7 @@ def test_what_is_absent_is_not_made(path: Path) -> None:
 
 
 def test_a_foreign_file_a_directory_and_a_link_are_refused(tmp_path: Path) -> None:
-    """What isn't ours is refused in one line and left as it is."""
+    """If the path is a foreign file, a directory or a link, the command prints a one-line error and changes no file."""
     foreign = tmp_path / "notes.txt"
     foreign.write_text("not a database\n" * 100)
     foreign.chmod(0o600)
@@ -180,11 +180,11 @@ def test_a_foreign_file_a_directory_and_a_link_are_refused(tmp_path: Path) -> No
 
 
 def test_a_missing_permission_is_refused(tmp_path: Path) -> None:
-    """In a directory where nothing may be made, `init` says so in one line."""
+    """If the user may not create files in the directory, `init` prints a one-line error."""
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     if os.geteuid() == 0:
-        # Root may write everywhere: a file that somebody else owns and others can read is what it must not trust.
+        # Root may write everywhere; but root must not trust a file that another user owns and others can read.
         target = locked / "h.db"
         target.touch(mode=0o644)
         target.chmod(0o644)
@@ -195,7 +195,7 @@ def test_a_missing_permission_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_refusal_after_a_warning_is_one_line(ready: Path) -> None:
-    """A repaired mode is told when the command succeeds, and makes no second line when it is refused."""
+    """A repaired file mode causes a warning if the command succeeds, and no second line if the command is refused."""
     ready.chmod(0o644)
     _assert_refused(_run("devices", "approve", "nobody", "--database", str(ready)), "no device 'nobody'")
     ready.chmod(0o644)
@@ -226,13 +226,13 @@ def test_a_refusal_after_a_warning_is_one_line(ready: Path) -> None:
     ],
 )
 def test_wrong_usage_ends_with_2(arguments: list[str], path: Path) -> None:
-    """Wrong usage is told apart from a refusal, and nothing is made."""
+    """Wrong usage ends with status 2, unlike a refusal, and creates no file."""
     assert _invoke("--database", path, *arguments).exit_code == 2
     assert not path.parent.exists()
 
 
 def test_wrong_usage_of_a_process_ends_with_2() -> None:
-    """The status reaches the shell."""
+    """If a process has wrong usage, the shell sees status 2."""
     done = _run("frobnicate")
     assert (done.returncode, done.stdout) == (2, "")
 
@@ -249,25 +249,25 @@ def test_wrong_usage_of_a_process_ends_with_2() -> None:
     ],
 )
 def test_no_message_shows_a_password(arguments: list[str]) -> None:
-    """A URL's password stays hidden wherever the URL is typed."""
+    """If a URL contains a password, no message shows the password, in whichever argument the URL is."""
     done = _invoke(*arguments)
     assert done.exit_code in (1, 2)
     assert done.stderr
     assert "heim" not in done.output
 
 
-# Looking and cleaning
+# Status and sweep
 
 
 def test_status_reads_well(ready: Path) -> None:
-    """The text names the file, the engine, the schema, each table, the settings and the modes."""
+    """`status` prints the file, the engine, the schema, each table, the settings and the file modes."""
     shown = _run("status", "--database", str(ready), environment={"COLUMNS": "200"}).stdout
     for words in (str(ready), "SQLite 3.", REVISION, "devices", "idempotency_keys", "journal_mode", "0600", "0700"):
         assert words in shown
 
 
 def test_sweep_removes_what_expired(ready: Path) -> None:
-    """Dead nonces are counted by `status`, removed by `sweep` and then gone, however small the batches are."""
+    """`status` counts expired nonces, and `sweep` removes all of them, however small the batches are."""
     long_ago = datetime(2020, 1, 1, tzinfo=UTC)
     with Database.open(ready, clock=lambda: long_ago) as database, database.unit_of_work() as unit:
         for number in range(5):
@@ -293,8 +293,8 @@ def _devices(path: Path) -> Any:
     return json.loads(_invoke("devices", "list", "--json", "--database", path).stdout)
 
 
-def test_approve_asks_with_what_it_shows(ready: Path) -> None:
-    """The device is shown as it is stored, markup and all; a no changes nothing, a yes lets it in."""
+def test_approve_shows_the_device_and_asks(ready: Path) -> None:
+    """`approve` prints the stored device with markup unchanged; a no changes no row, and a yes approves the device."""
     declined = _invoke("devices", "approve", "desk", "--database", ready, input="n\n")
     assert declined.exit_code == 1
     assert "admin" in declined.stderr
@@ -306,8 +306,8 @@ def test_approve_asks_with_what_it_shows(ready: Path) -> None:
 
 
 @pytest.mark.parametrize("status", ["pending", "approved"])
-def test_approve_spares_what_was_revoked_meanwhile(ready: Path, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that another admin revokes between the look and the approval stays out."""
+def test_approve_keeps_a_device_revoked_meanwhile(ready: Path, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If another admin revokes the device before `approve` commits, the device stays revoked."""
     from homeagent.cli.opening import Database as Opened
 
     with Database.open(ready) as other:
@@ -330,8 +330,8 @@ def test_approve_spares_what_was_revoked_meanwhile(ready: Path, status: str, mon
 
 
 @pytest.mark.parametrize("act", ["revoke", "delete and pair again"])
-def test_an_answer_to_what_was_shown_before_approves_nothing(ready: Path, act: str) -> None:
-    """A process that asks is overtaken by another one that revokes or replaces the device: a yes is refused."""
+def test_a_yes_to_a_changed_device_is_refused(ready: Path, act: str) -> None:
+    """If another process revokes or replaces the device while `approve` asks, a yes is refused."""
     command = [sys.executable, "-m", "homeagent", "devices", "approve", "desk", "--database", str(ready)]
     asking = subprocess.Popen(
         command,
@@ -364,7 +364,7 @@ def test_an_answer_to_what_was_shown_before_approves_nothing(ready: Path, act: s
 
 
 def test_a_revoked_device_is_approved_by_its_status_alone(ready: Path) -> None:
-    """`--yes` refuses a revoked device with one line that names the remedy, and `--status revoked` lets it in."""
+    """If a device is revoked, `approve --yes` refuses in a line with the remedy, and `--status revoked` approves it."""
     seen = _devices(ready)[0]
     assert _run("devices", "revoke", "desk", "--reason", "stolen", "--database", str(ready)).returncode == 0
     approve = ["devices", "approve", "desk", "--yes", "--role", seen["role"], "--paired-at", seen["paired_at"]]
@@ -376,8 +376,8 @@ def test_a_revoked_device_is_approved_by_its_status_alone(ready: Path) -> None:
     assert _devices(ready)[0]["status"] == "approved"
 
 
-def test_the_status_that_was_seen_binds_with_a_question_too(ready: Path) -> None:
-    """A yes to a revoked device lets it in as it was shown, and not if the command named another status."""
+def test_the_named_status_also_binds_the_question(ready: Path) -> None:
+    """If the admin answers yes, a revoked device is approved as shown, but not if the command named another status."""
     with Database.open(ready) as database:
         database.run(lambda unit: unit.devices.revoke("desk"))
     approve = ["devices", "approve", "desk", "--database", str(ready)]
@@ -387,8 +387,8 @@ def test_the_status_that_was_seen_binds_with_a_question_too(ready: Path) -> None
     assert _devices(ready)[0]["status"] == "approved"
 
 
-def test_approve_refuses_another_than_was_seen(ready: Path) -> None:
-    """A script that saw another role or another pairing is refused; with what the list prints it is let in."""
+def test_approve_refuses_a_device_other_than_the_listed(ready: Path) -> None:
+    """If the script passes another role or pairing time than the list prints, `approve` refuses."""
     seen = _devices(ready)[0]
     approve = ["devices", "approve", "desk", "--yes", "--json", "--database", str(ready)]
     wrong_role = _invoke(*approve, "--role", "client", "--paired-at", seen["paired_at"])
@@ -407,8 +407,8 @@ def test_approve_refuses_another_than_was_seen(ready: Path) -> None:
 @pytest.mark.parametrize(
     "lookalike", ["desk\u200b", "desk ", " desk", "desk\u00a0", "de\u00adsk", "de\u0301sk"], ids=ascii
 )
-def test_an_id_that_reads_as_another_is_told_apart(ready: Path, lookalike: str) -> None:
-    """What can't be seen of an id is shown as an escape or in quotes, in the list and before the question."""
+def test_an_id_that_resembles_another_is_escaped(ready: Path, lookalike: str) -> None:
+    """If an id has invisible characters, the list and the question show escapes or quotes."""
     with Database.open(ready) as database:
         database.pair(DevicePair(id=lookalike, role=Role.ADMIN))
     assert repr(lookalike) in _invoke("devices", "list", "--database", ready).stdout
@@ -442,13 +442,13 @@ def test_an_id_that_reads_as_another_is_told_apart(ready: Path, lookalike: str) 
     }.items(),
     ids=ascii,
 )
-def test_what_could_be_mistaken_is_an_escape(text: str, shown: str) -> None:
-    """Each id is printed so that it can't be taken for another one; ordinary ids are printed as they are."""
+def test_ambiguous_ids_are_escaped(text: str, shown: str) -> None:
+    """Each id that resembles another id is printed with escapes; ordinary ids are printed unchanged."""
     assert identity(text) == shown
 
 
-def test_an_error_shows_what_could_be_mistaken(ready: Path) -> None:
-    """The line of a refused operation has the same escapes, and the ellipsis of a message is none of them."""
+def test_ambiguous_ids_are_escaped_in_errors(ready: Path) -> None:
+    """The error line of a refused operation has the same escapes, but the ellipsis of a message is not escaped."""
     refused = _invoke("devices", "revoke", "d\u0435sk", "--database", ready)
     assert refused.exit_code == 1
     assert r"d\u0435sk" in refused.stderr
@@ -456,7 +456,7 @@ def test_an_error_shows_what_could_be_mistaken(ready: Path) -> None:
 
 
 def test_revoke_spares_the_last_admin(ready: Path) -> None:
-    """The last approved admin goes only by force, and the reason is kept."""
+    """If the device is the last approved admin, `revoke` needs `--force`, and keeps the reason."""
     with Database.open(ready) as database, database.unit_of_work() as unit:
         unit.devices.approve("desk", expected_role=Role.ADMIN)
     assert _invoke("devices", "revoke", "desk", "--database", ready).exit_code == 1
@@ -466,7 +466,7 @@ def test_revoke_spares_the_last_admin(ready: Path) -> None:
 
 
 def test_a_device_is_listed_without_its_secret(ready: Path) -> None:
-    """Neither form of the list holds a hash, and both hold the id."""
+    """The table and the JSON of the device list contain the id and no hash."""
     with Database.open(ready) as database, database.unit_of_work(read_only=True) as unit:
         secret_hash = unit.devices.get("desk").shared_secret_hash
     for form in ([], ["--json"]):
@@ -483,17 +483,17 @@ def test_a_device_is_listed_without_its_secret(ready: Path) -> None:
     "arguments", [[], ["init"], ["migrate"], ["status"], ["sweep"], ["devices"], ["devices", "approve"]]
 )
 def test_help_names_the_database_option(arguments: list[str]) -> None:
-    """Every command explains itself, and says where the database is looked for."""
+    """Each command has a help text, and the help names the places of the database."""
     shown = _invoke(*arguments, "--help")
     assert shown.exit_code == 0
-    # Where colours are forced, as CI does, they part the dashes from the name.
+    # If colours are forced, as in CI, colour codes separate the dashes from the option's name.
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.stdout)
     assert "--database" in plain
     assert "HOMEAGENT_DATABASE" in plain
 
 
 def test_the_package_imports_no_terminal_library() -> None:
-    """An application that imports the package pays nothing for the command line."""
+    """Importing the package imports no terminal library."""
     script = "import sys, homeagent; print(sorted({'typer', 'rich', 'click'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", script],
