@@ -1,4 +1,4 @@
-"""`homeagent copy`: what it prints, what it refuses and how."""
+"""`homeagent copy`: its output and its refusals."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def _rows(target: str | Path) -> dict[str, int]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A store with one device in a file that nobody has open."""
+    """A store with a device, in a file that no connection has open."""
     path = tmp_path / "source" / "h.db"
     with Database.open(path) as database:
         database.pair(DevicePair.model_validate({"id": "desk", "role": "admin"}))
     return path
 
 
-def test_over_and_back(source: Path, empty_postgres_url: str, tmp_path: Path) -> None:
-    """A store goes to a server that has no table yet, and from there into a file that isn't there yet."""
+def test_copy_to_a_server_and_back(source: Path, empty_postgres_url: str, tmp_path: Path) -> None:
+    """`copy` copies a store to a server without tables, and from the server to a file that does not exist yet."""
     url = make_url(empty_postgres_url).set(password="geheim").update_query_dict({"sslpassword": "geheim"})
     server = url.render_as_string(hide_password=False)
     over = _invoke("copy", source, server, "--json")
@@ -68,7 +68,7 @@ def test_over_and_back(source: Path, empty_postgres_url: str, tmp_path: Path) ->
 
 
 def test_a_process_prints_one_line(source: Path, tmp_path: Path) -> None:
-    """Where standard error is no terminal nothing is drawn on it."""
+    """If standard error is not a terminal, `copy` draws no progress bar on it."""
     target = tmp_path / "target" / "h.db"
     done = subprocess.run(_arguments(source, target), capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -76,7 +76,7 @@ def test_a_process_prints_one_line(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_trial_says_that_it_is_one(source: Path, tmp_path: Path) -> None:
-    """With --live the source may have changed, and nobody is told that both sides are the same."""
+    """With `--live` the source may have changed, so the output does not say that both sides are the same."""
     done = _invoke("copy", "--live", source, tmp_path / "one" / "h.db")
     assert done.stdout.endswith(": 1 row, as it was at the beginning.\n")
     assert json.loads(_invoke("copy", "--live", "--json", source, tmp_path / "two" / "h.db").stdout)["live"] is True
@@ -85,7 +85,7 @@ def test_a_trial_says_that_it_is_one(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_progress_is_shown_on_a_terminal(source: Path, tmp_path: Path, as_json: bool) -> None:
-    """A bar for each step on a standard error that is a terminal; never with --json, and never on standard output."""
+    """If standard error is a terminal, each step shows a bar there, but not with `--json`."""
     import pty
 
     with Database.open(source) as database:
@@ -121,7 +121,7 @@ def test_progress_is_shown_on_a_terminal(source: Path, tmp_path: Path, as_json: 
     else:
         assert b"copying" in shown
         assert b"comparing" in shown
-        assert b"22/22" in shown  # with the row that says what the store is
+        assert b"22/22" in shown  # with the row that identifies the store
     assert "copying" not in out
 
 
@@ -130,14 +130,14 @@ def test_progress_is_shown_on_a_terminal(source: Path, tmp_path: Path, as_json: 
     [[], ["one"], ["one", "two", "three"], ["one", "two", "--batch", "3"], ["--database", "x", "one", "two"]],
 )
 def test_wrong_usage_ends_with_2(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both must be named, and nothing else; nothing is made."""
+    """If a database is missing or an argument is extra, the status is 2, and no file is created."""
     monkeypatch.chdir(tmp_path)
     assert _invoke("copy", *arguments).exit_code == 2
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_third_database_is_wrong_usage(source: Path, tmp_path: Path) -> None:
-    """`--database` before the command would name a third one."""
+    """If `--database` precedes the command, the status is 2, as the option would name a third database."""
     done = _invoke("--database", source, "copy", source, tmp_path / "two.db")
     assert done.exit_code == 2
     assert "SOURCE and TARGET" in done.stderr
@@ -159,7 +159,7 @@ def test_a_third_database_is_wrong_usage(source: Path, tmp_path: Path) -> None:
 def test_refusals_are_one_line(
     one: str, two: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What can't be copied is refused in one line with status 1, without a password, and leaves no new file."""
+    """If a database can't be copied, `copy` ends with status 1 and a one-line error without password or new file."""
     for path in source.parent.glob("h.db*"):
         path.rename(path.with_name(path.name.replace("h.db", "there.db", 1)))
     monkeypatch.chdir(source.parent)
@@ -172,7 +172,7 @@ def test_refusals_are_one_line(
 
 
 def test_an_old_schema_is_upgraded_by_its_owner_alone(source: Path, tmp_path: Path) -> None:
-    """A source or a target at an older revision is refused, with the remedy, and keeps its revision."""
+    """If the source or the target is at an older revision, `copy` names the remedy and keeps the revision."""
     old = tmp_path / "old" / "h.db"
     old.parent.mkdir(mode=0o700)
     fixture = Path(__file__).parent / "fixtures" / "revisions" / "0002.db"

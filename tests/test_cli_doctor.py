@@ -1,4 +1,4 @@
-"""`homeagent doctor`: what it prints, how it ends, and that monitoring can rely on it."""
+"""`homeagent doctor`: its output and its exit status, on which monitoring can rely."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ runner = CliRunner()
 
 @pytest.fixture
 def path(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh, migrated file, on what is taken for a disk."""
+    """A fresh, migrated file on a file system that the doctor treats as a disk."""
     monkeypatch.setattr(files, "filesystem_kind", lambda path: "ext4")
     return sqlite_path
 
 
 def test_a_process_ends_with_what_it_found(path: Path) -> None:
-    """0 where all is well, 1 for warnings, 2 for what must not go on; the JSON on standard output is the model."""
+    """The status is 0 without findings, 1 for warnings and 2 for critical findings; the JSON is the model."""
     statuses = []
     for mode in (0o600, 0o640, 0o666):
         path.chmod(mode)
@@ -42,7 +42,7 @@ def test_a_process_ends_with_what_it_found(path: Path) -> None:
         )
         found = Diagnosis.model_validate_json(done.stdout)
         assert (done.returncode, done.stderr) == (found.exit_status, "")
-        # Where the temporary directory is in memory, that is one more warning.
+        # If the temporary directory is in memory, the doctor gives a further warning.
         modes = found.finding("files")
         assert modes is not None
         statuses.append(modes.severity.exit_status)
@@ -50,7 +50,7 @@ def test_a_process_ends_with_what_it_found(path: Path) -> None:
 
 
 def test_the_text_says_what_to_do(path: Path) -> None:
-    """Each bad finding is told with its meaning, its remedy and its command, and the end counts them."""
+    """The text shows each bad finding with its meaning, remedy and command, and ends with their number."""
     with Database.open(path) as database:
         database.pair(DevicePair(id="lamp", role=Role.NODE))
     done = runner.invoke(app, ["doctor", "--database", str(path)], env={"COLUMNS": "200"})
@@ -64,7 +64,7 @@ def test_the_text_says_what_to_do(path: Path) -> None:
 
 
 def test_fix_says_what_it_did(path: Path) -> None:
-    """--fix mends, says so, and ends with what is left."""
+    """`--fix` repairs, reports each repair, and ends with the remaining findings."""
     path.chmod(0o644)
     done = runner.invoke(app, ["doctor", "--fix", "--database", str(path)], env={"COLUMNS": "200"})
     assert done.exit_code == 0
@@ -73,7 +73,7 @@ def test_fix_says_what_it_did(path: Path) -> None:
 
 
 def test_a_missing_database_is_a_finding(tmp_path: Path) -> None:
-    """Nothing is made, and the JSON says what is wrong."""
+    """If the database is missing, the JSON has a finding for it, and the doctor creates no file."""
     done = runner.invoke(app, ["--database", str(tmp_path / "store" / "h.db"), "doctor", "--json", "--fix"])
     assert done.exit_code == 2
     findings = {finding["check"]: finding for finding in json.loads(done.stdout)["findings"]}
@@ -83,8 +83,8 @@ def test_a_missing_database_is_a_finding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", [":memory:", "mysql://me:geheim@127.0.0.1/db", ""])
-def test_a_target_of_no_use_ends_with_2(target: str) -> None:
-    """What can't be looked at is wrong usage, and no flaw of a database; no password is shown."""
+def test_an_invalid_target_ends_with_2(target: str) -> None:
+    """If the doctor can't inspect a target, the status is 2 for wrong usage, and no password is shown."""
     done = runner.invoke(app, ["--database", target, "doctor"], env={"HOMEAGENT_DATABASE": ":memory:"})
     assert done.exit_code == 2
     assert done.stdout == ""
@@ -92,7 +92,7 @@ def test_a_target_of_no_use_ends_with_2(target: str) -> None:
 
 
 def test_every_check_is_documented() -> None:
-    """The tables of the documentation name every check, in the order in which the doctor tells them."""
+    """The tables of the documentation list every check, in the order of the doctor's report."""
     page = (Path(__file__).parents[1] / "docs" / "operations.md").read_text(encoding="utf-8")
     section = page.partition("## Doctor")[2].partition("\n## ")[0]
     assert tuple(re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)) == CHECKS

@@ -1,4 +1,4 @@
-"""The commands that settle what nobody knows the outcome of."""
+"""The commands that settle keys whose outcome is unknown."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def invoke(path: Path, *arguments: str) -> Result:
 
 
 def parts(scope: IdempotencyScope) -> Sequence[str]:
-    """Return a scope as the commands take it."""
+    """Return a scope as arguments of the commands."""
     return scope.device_id, scope.method, scope.key
 
 
 @pytest.fixture
 def path(sqlite_path: Path) -> Path:
-    """A database with two abandoned keys, an hour and less ago, and one whose lease is live."""
+    """A database with two keys of expired leases (an hour ago and later) and a key whose lease has not expired."""
     # The commands read the real clock.
     clock = FakeClock(datetime.now(UTC) - timedelta(hours=1))
     with Database.open(sqlite_path, clock=clock) as database:
@@ -48,14 +48,14 @@ def path(sqlite_path: Path) -> Path:
 
 
 def call(path: Path, scope: IdempotencyScope) -> Any:
-    """Return the replayed value of a key, or "ran" where the effect ran."""
+    """Return the replayed value of a key, or "ran" if the effect ran."""
     with Database.open(path) as database, database.unit_of_work() as unit:
         found = unit.idempotency_keys.claim(scope, fingerprint="f", lease=timedelta(minutes=1), ttl=timedelta(days=1))
         return "ran" if isinstance(found, Attempt) else found.value
 
 
 def test_abandoned(path: Path) -> None:
-    """The abandoned keys are listed, longest ago first, as a table and as JSON; a live lease is not among them."""
+    """The table and the JSON list the keys with expired leases, oldest first, without keys whose lease still runs."""
     shown = invoke(path, "abandoned")
     assert shown.exit_code == 0, shown.output
     assert "live" not in shown.stdout
@@ -75,7 +75,7 @@ def test_abandoned(path: Path) -> None:
 
 
 def test_resolve(path: Path) -> None:
-    """What the operator says is what a retry gets; a second time there is nothing to do."""
+    """If the operator resolves a key, a retry gets the operator's result, and a second resolve has no key to settle."""
     done = invoke(path, "resolve", *parts(SCOPES[0]), '{"order": 7}', "--json")
     assert json.loads(done.stdout) == {"changed": True}
     assert call(path, SCOPES[0]) == {"order": 7}
@@ -85,14 +85,14 @@ def test_resolve(path: Path) -> None:
 
 
 def test_forget(path: Path) -> None:
-    """A forgotten key is free: the next call runs the effect."""
+    """If the operator forgets a key, the next call runs the effect."""
     assert invoke(path, "forget", *parts(SCOPES[1])).stdout == "Forgotten: the next call runs the effect.\n"
     assert call(path, SCOPES[1]) == "ran"
 
 
 @pytest.mark.parametrize("arguments", [["resolve", *parts(LIVE), "1"], ["forget", *parts(LIVE)]], ids=str)
-def test_live_lease(path: Path, arguments: list[str]) -> None:
-    """Whose lease is live may still end by itself: refused with one line, which does not show the key."""
+def test_unexpired_lease(path: Path, arguments: list[str]) -> None:
+    """If the lease has not expired, the commands refuse in a line that does not show the key."""
     refused = invoke(path, *arguments)
     assert refused.exit_code == 1
     assert refused.stdout == ""
@@ -101,7 +101,7 @@ def test_live_lease(path: Path, arguments: list[str]) -> None:
 
 
 def test_wrong_usage(path: Path) -> None:
-    """A result that is no JSON is wrong usage and changes nothing; an id that can't be one is refused."""
+    """If a result is not JSON, the status is 2 and no row changes; if an id is invalid, the command refuses the id."""
     wrong = invoke(path, "resolve", *parts(SCOPES[0]), "{order")
     assert wrong.exit_code == 2
     assert "must be JSON" in wrong.stderr

@@ -1,9 +1,10 @@
-"""Files damaged at random: each opens right or is refused clearly, and what is refused keeps every byte.
+"""Randomly damaged files: a database opens with correct rows or is refused clearly, and a refused file keeps every
+byte.
 
-Right means that all that can be read is what was there, or that an error of ours comes where the damage is met. SQLite
-has no checksums of pages, so a byte that is flipped inside of a stored value is another value: those are counted.
+Correct means: all rows that can be read are the original rows, or reading raises an error of homeagent. SQLite has no
+checksums of pages, so a flipped byte inside a stored value is a different value: the test counts such values.
 
-One engine only: a server checks its own files.
+SQLite only: a server checks its own files.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SIDECARS = ("-wal", "-shm")
 Rows = dict[str, dict[str, str]]
 Files = dict[str, bytes]
 
-# Fills a database in many units, moves some of it into the file, goes on, and is killed.
+# Fills a database in many units, moves a part from the WAL into the file, continues, and is killed.
 FILL = """
 import os, random, signal, sys
 from datetime import UTC, datetime, timedelta
@@ -71,11 +72,11 @@ database.close()
 
 @dataclass(frozen=True)
 class Sample:
-    """A database as it was left.
+    """A database as its process left it.
 
     Attributes:
-        files: its files by what follows the name of the database.
-        rows: all that is in it.
+        files: its files by the suffix after the name of the database.
+        rows: all rows of all tables.
     """
 
     files: Files
@@ -83,7 +84,7 @@ class Sample:
 
 
 def content(path: Path) -> Files:
-    """Return all files by what follows the database's name; whose presence the lock file `.open` tells is no matter."""
+    """Return all files by their suffix, except the "database in use" lock file `.open`."""
     return {
         each.name.removeprefix(path.name): each.read_bytes() for each in path.parent.iterdir() if each.suffix != ".open"
     }
@@ -98,7 +99,7 @@ def put(files: Files, path: Path) -> None:
 
 
 def read(path: Path, opened: Callable[[], None] = lambda: None) -> Rows:
-    """Open a database and return every row of it as the application sees it."""
+    """Open a database and return every row of it as the application reads the row."""
     with Database.open(path, clock=FakeClock(), busy_timeout=timedelta(seconds=2)) as database:
         opened()
         rows: Rows = {}
@@ -109,7 +110,7 @@ def read(path: Path, opened: Callable[[], None] = lambda: None) -> Rows:
                     repr(list(model.__mapper__.primary_key_from_instance(row))): repr(row.model_dump())  # type: ignore[attr-defined]  # it is a table
                     for row in found
                 }
-            # The same through the stores, whose statements go by the indexes.
+            # Read the same rows through the stores, whose statements use the indexes.
             devices = {device.id for device in unit.devices.list(limit=1000)}
             agents = {agent.id for agent in unit.agents.list(limit=1000)}
             sessions = {session.session_id for session in unit.sessions.list(limit=1000)}
@@ -120,7 +121,7 @@ def read(path: Path, opened: Callable[[], None] = lambda: None) -> Rows:
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sample]:
-    """A database that was closed, one whose process was killed, and another one that was killed."""
+    """A database that was closed, a database whose process was killed, and another database of a killed process."""
     children = Children()
     made: dict[str, Sample] = {}
     try:
@@ -138,11 +139,11 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sample]:
     return made
 
 
-# What can happen to a file
+# Kinds of damage
 
 
 def flip(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
-    """Change some bits, anywhere."""
+    """Change some bits at random places."""
     which = chance.choice([name for name in files if name != ".lock" and files[name]])
     changed = bytearray(files[which])
     for _number in range(chance.choice([1, 1, 2, 8])):
@@ -152,7 +153,7 @@ def flip(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
 
 
 def zero(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
-    """Fill some pages with zeros, as a disk or a file system does that lost them."""
+    """Fill some pages with zeros, as a disk or a file system does after losing the pages."""
     which = chance.choice(["", *(name for name in files if name == "-wal")])
     changed = bytearray(files[which])
     for _number in range(chance.choice([1, 1, 3])):
@@ -164,7 +165,7 @@ def zero(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
 
 
 def cut(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
-    """Make a file shorter, by whole pages or not."""
+    """Truncate a file, at a page boundary or elsewhere."""
     which = chance.choice([name for name in files if name != ".lock"])
     length = chance.randrange(len(files[which]))
     if chance.random() < 0.5:
@@ -174,7 +175,7 @@ def cut(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
 
 
 def behead(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
-    """Write something else over the first bytes."""
+    """Overwrite the first bytes with other bytes."""
     which = chance.choice([name for name in files if name in ("", "-wal")])
     size = chance.choice([1, 16, 32, 100])
     files[which] = chance.randbytes(size) + files[which][size:]
@@ -182,7 +183,7 @@ def behead(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
 
 
 def foreign(files: Files, chance: random.Random, samples: dict[str, Sample]) -> str:
-    """Put a file in place that never was a database of ours; what lies beside stays."""
+    """Replace the database with a file that is not a homeagent database, and keep the files next to the database."""
     kind = chance.choice(["sqlite", "text", "noise", "zeros", "gzip", "our own backup, packed"])
     match kind:
         case "sqlite":
@@ -203,7 +204,7 @@ def foreign(files: Files, chance: random.Random, samples: dict[str, Sample]) -> 
 
 
 def stale_log(files: Files, chance: random.Random, samples: dict[str, Sample]) -> str:
-    """Put another database's log beside it, with its index or without."""
+    """Put another database's WAL next to the database, with or without the WAL index."""
     other = samples["other"].files
     taken = chance.choice([("-wal",), ("-wal", "-shm")])
     for name in SIDECARS:
@@ -213,7 +214,7 @@ def stale_log(files: Files, chance: random.Random, samples: dict[str, Sample]) -
 
 
 def stale_index(files: Files, chance: random.Random, samples: dict[str, Sample]) -> str:
-    """Put another database's index of a log beside it."""
+    """Put another database's WAL index next to the database."""
     files["-shm"] = samples["other"].files["-shm"]
     return "stale -shm"
 
@@ -231,7 +232,7 @@ DAMAGES: tuple[Callable[[Files, random.Random, dict[str, Sample]], str], ...] = 
 
 
 def judge(path: Path, sample: Sample, damaged: Files) -> str:
-    """Open a damaged database and return how that went; a wrong answer or a changed byte fails."""
+    """Open a damaged database and return the outcome; fail if a row is wrong or a byte of a refused file changed."""
     put(damaged, path)
     before = content(path)
     opened: list[bool] = []
@@ -259,7 +260,7 @@ def judge(path: Path, sample: Sample, damaged: Files) -> str:
 
 
 def attempt(number: int, tmp_path: Path, samples: dict[str, Sample]) -> tuple[str, str]:
-    """Damage a database in the way of this number, and return what was done and how it ended."""
+    """Damage a database in the way of this number, and return the kind of damage and the outcome."""
     chance = random.Random(number)
     sample = samples[chance.choice(["closed", "killed", "killed"])]
     damaged = dict(sample.files)
@@ -275,31 +276,31 @@ def attempt(number: int, tmp_path: Path, samples: dict[str, Sample]) -> tuple[st
 
 
 def attempts(numbers: range, tmp_path: Path, samples: dict[str, Sample]) -> Counter[str]:
-    """Return how often each way of damage came to each end."""
+    """Return the number of outcomes by kind of damage."""
     return Counter(": ".join(attempt(number, tmp_path, samples)) for number in numbers)
 
 
 def told(found: Counter[str]) -> str:
-    """Return the counts for the log of a test run."""
+    """Return the counts as text for the log of a test run."""
     return "\n".join(f"{count:4} {end}" for end, count in sorted(found.items()))
 
 
 def test_damaged_files(tmp_path: Path, samples: dict[str, Sample]) -> None:
-    """Of sixty damaged files none is read wrong beyond a flipped value, and none that is refused is changed."""
+    """Of sixty damaged files, opening reads no wrong row beyond a flipped value and changes no refused file."""
     found = attempts(range(60), tmp_path, samples)
     assert {end.partition(": ")[2].partition(" ")[0] for end in found} >= {"right", "refused:"}, told(found)
 
 
 @pytest.mark.slow
 def test_500_damaged_files(tmp_path: Path, samples: dict[str, Sample]) -> None:
-    """The same for five hundred, counted; other values come from bytes flipped in the file, and only there."""
+    """Of five hundred damaged files, only bytes that were flipped in the database file give wrong values."""
     found = attempts(range(60, 560), tmp_path, samples)
-    print(told(found))  # noqa: T201  it is what the test is for, shown with -s
+    print(told(found))  # noqa: T201  printing is the purpose of the test, shown with -s
     assert sum(found.values()) == 500
     assert {end.partition(":")[0] for end in found if "another value" in end} <= {"flip db"}
 
 
-# Keeps the index as it was at one moment, has the log begun anew after that, and is killed.
+# Keeps a copy of the WAL index, restarts the WAL after the copy, and is killed.
 RESTART = """
 import os, shutil, signal, sys
 from homeagent import AgentCreate, Database
@@ -320,35 +321,35 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.fixture(params=[1, 3])
 def restarted(request: pytest.FixtureRequest, tmp_path: Path, children: Children) -> Path:
-    """A killed database whose log was begun anew, once or more often; `.index` and `.log` are of before that."""
+    """A killed database whose WAL restarted once or more often; `.index` and `.log` are from before the restart."""
     path = tmp_path / "private" / "homeagent.db"
     assert children.start(RESTART, path, request.param).wait(timeout=60) == -9
     return path
 
 
 def test_power_cut_leaves_an_older_index(restarted: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The kernel writes the log's index when it likes: one of before the log's last beginning tells of no loss."""
+    """After a power cut, an index from before the WAL's last restart is no sign of loss, and the database opens."""
     Path(f"{restarted}-shm").write_bytes(Path(f"{restarted}.index").read_bytes())
     agents = read(restarted)["Agent"]
     assert {"['first']", "['later-0']"} <= set(agents)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_older_log_is_refused(restarted: Path) -> None:
-    """A log of before its last beginning, beside the index of now, lacks what was committed since."""
+def test_older_wal_is_refused(restarted: Path) -> None:
+    """If the WAL is from before its last restart and the index is current, later commits are lost: opening refuses."""
     Path(f"{restarted}-wal").write_bytes(Path(f"{restarted}.log").read_bytes())
     with pytest.raises(CorruptDatabaseError, match="not of one database and time"):
         read(restarted)
 
 
-def test_an_emptied_log_is_refused(restarted: Path) -> None:
-    """An empty log with an index that tells of commits that are nowhere else has lost them."""
+def test_an_emptied_wal_is_refused(restarted: Path) -> None:
+    """If the WAL is empty and the index counts commits that only the WAL held, opening refuses the database."""
     Path(f"{restarted}-wal").write_bytes(b"")
     with pytest.raises(CorruptDatabaseError, match="can't be read as one"):
         read(restarted)
 
 
-# Leaves 3 MiB in the log alone, and is killed.
+# Leaves 3 MiB in the WAL alone, and is killed.
 LARGE = """
 import os, signal, sys
 from homeagent import AgentCreate, Database
@@ -362,8 +363,8 @@ with database.unit_of_work(read_only=True) as reader:
 """
 
 
-def test_a_large_log_is_checked_once(tmp_path: Path, children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a kill the content is checked once, as thoroughly as its size with the log allows."""
+def test_a_large_wal_is_checked_once(tmp_path: Path, children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill, opening checks the content once, with the check that suits the size of file and WAL."""
     path = tmp_path / "private" / "homeagent.db"
     assert children.start(LARGE, path).wait(timeout=60) == -9
     assert path.stat().st_size < 2 * 1024 * 1024 < Path(f"{path}-wal").stat().st_size
@@ -380,8 +381,10 @@ def test_a_large_log_is_checked_once(tmp_path: Path, children: Children, monkeyp
     assert checks == ["quick_check"]
 
 
-def test_no_room_to_judge_a_log(tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A log is judged from a copy: the error names the directory that can't hold it, and no byte changes."""
+def test_no_room_for_the_copy_of_the_wal(
+    tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the directory for the copy of the WAL can't hold it, the error names the directory, and no byte changes."""
     path = tmp_path / "private" / "homeagent.db"
     path.parent.mkdir(mode=0o700)
     put(samples["killed"].files, path)
@@ -391,10 +394,10 @@ def test_no_room_to_judge_a_log(tmp_path: Path, samples: dict[str, Sample], monk
     assert content(path) == samples["killed"].files
 
 
-def test_log_is_judged_without_a_directory_for_temporary_files(
+def test_wal_copy_without_a_directory_for_temporary_files(
     tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If no usual directory can be written, the copy is made next to the database, and removed."""
+    """If no usual directory can be written, the copy of the WAL is made next to the database, and removed."""
     path = tmp_path / "private" / "homeagent.db"
     path.parent.mkdir(mode=0o700)
     put(samples["killed"].files, path)
@@ -405,7 +408,7 @@ def test_log_is_judged_without_a_directory_for_temporary_files(
     assert sorted(file.name for file in path.parent.iterdir()) == [path.name, f"{path.name}.lock", f"{path.name}.open"]
 
 
-# What SQLite itself leaves behind after a kill or a power cut, and ignores: by name, the part of a log that is kept.
+# WALs that SQLite itself leaves behind after a kill or a power cut, and ignores: by name, the length of the kept part.
 SCRAPS: dict[str, Callable[[bytes], bytes]] = {
     "nothing": lambda log: b"",
     "one byte": lambda log: log[:1],
@@ -421,7 +424,7 @@ INDEXES: dict[str, bytes | None] = {"none": None, "zeros": bytes(32768)}
 
 
 def judged(path: Path, files: Files) -> dict[str, Severity]:
-    """Write a database's files and return how bad each check of the doctor finds them."""
+    """Write a database's files and return the severity that each check of the doctor reports."""
     put(files, path)
     diagnosis = diagnose(path, clock=FakeClock())
     assert not diagnosis.not_checked
@@ -430,10 +433,10 @@ def judged(path: Path, files: Files) -> dict[str, Severity]:
 
 @pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("scrap", SCRAPS)
-def test_what_sqlite_ignores_keeps_no_store_shut(
+def test_a_wal_without_frames_counts_as_absent(
     tmp_path: Path, samples: dict[str, Sample], scrap: str, index: str
 ) -> None:
-    """A log without a frame counts as absent: for the doctor, for an opening, and for a restore of that very file."""
+    """If a WAL has no frame, the doctor, an opening and a restore of the file treat the WAL as absent."""
     sample = samples["closed"]
     closed = {**sample.files, ".open": b""}
     files = {**closed, "-wal": SCRAPS[scrap](samples["killed"].files["-wal"])}
@@ -451,7 +454,7 @@ def test_what_sqlite_ignores_keeps_no_store_shut(
 @pytest.mark.parametrize("index", ["live", *INDEXES])
 @pytest.mark.parametrize("rest", [b"", b"\1" * 2000, bytes(9000)], ids=["half", "noise", "zeros"])
 def test_a_commit_that_was_cut_off(tmp_path: Path, samples: dict[str, Sample], index: str, rest: bytes) -> None:
-    """What follows the last commit in a log is ignored, and every commit before it is there."""
+    """If a commit was cut off, opening ignores the frames after the last commit and keeps every commit before."""
     files = {**samples["killed"].files, ".open": b""}
     log = files["-wal"]
     files["-wal"] = log + (rest or log[32:2000])
@@ -465,8 +468,8 @@ def test_a_commit_that_was_cut_off(tmp_path: Path, samples: dict[str, Sample], i
     assert read(path) == samples["killed"].rows
 
 
-def test_a_damaged_file_beside_a_header(tmp_path: Path, samples: dict[str, Sample]) -> None:
-    """A file that is damaged is called that, whatever is left of its log and its index."""
+def test_a_damaged_file_next_to_a_wal_header(tmp_path: Path, samples: dict[str, Sample]) -> None:
+    """If the database file is damaged, the error reports the damage, whatever remains of WAL and WAL index."""
     killed = samples["killed"].files
     database = samples["closed"].files[""]
     damaged = {"page": database[:4096] + bytes(8192) + database[12288:], "header": b"\1" * 100 + database[100:]}
@@ -479,7 +482,7 @@ def test_a_damaged_file_beside_a_header(tmp_path: Path, samples: dict[str, Sampl
             read(path)
 
 
-# Texts that are in a file, and none in UTF-8 any more when their third byte is 0xAC.
+# Texts in the file that are no longer UTF-8 if their third byte is 0xAC.
 TEXTS = (
     b"CREATE TABLE devices",
     b"tabledevices",
@@ -491,7 +494,7 @@ TEXTS = (
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_undecodable_schema(tmp_path: Path, samples: dict[str, Sample], text: bytes) -> None:
-    """A byte that is no text in the schema is damage, for an opening, the doctor, a copy and a restore."""
+    """If a text of the schema has an undecodable byte, opening, doctor, copy and restore report damage."""
     files = dict(samples["closed"].files)
     at = files[""].index(text) + 2
     files[""] = files[""][:at] + b"\xac" + files[""][at + 1 :]
@@ -513,7 +516,7 @@ SECRET = "sha256$do-not-tell"
 
 @pytest.fixture
 def undecodable(tmp_path: Path) -> Path:
-    """A database in which another program wrote a device and an agent whose texts are no UTF-8."""
+    """A database in which another program wrote a device and an agent whose texts are not UTF-8."""
     path = tmp_path / "private" / "homeagent.db"
     Database.open(path).close()
     with closing(connect(str(path))) as raw, raw:
@@ -525,12 +528,12 @@ def undecodable(tmp_path: Path) -> Path:
 
 
 def told_by(error: BaseException | None) -> str:
-    """Return all that a traceback of this error would show, with what its exceptions keep."""
+    """Return all that a traceback of this error would show, with the attributes of its exceptions."""
     return "" if error is None else f"{error!r} {error} {vars(error)} {told_by(error.__context__)}"
 
 
 def test_undecodable_rows(undecodable: Path, tmp_path: Path) -> None:
-    """A text of a row that can't be decoded is damage where it is read, and no error quotes it."""
+    """If a text of a row can't be decoded, reading the row raises CorruptDatabaseError without the text."""
     with Database.open(undecodable) as database, Database.open(tmp_path / "copy.db") as copy:
 
         def through_the_orm() -> None:
@@ -553,7 +556,7 @@ def test_undecodable_rows(undecodable: Path, tmp_path: Path) -> None:
 
 
 def test_undecodable_revision(undecodable: Path, tmp_path: Path) -> None:
-    """A revision that can't be decoded is damage: for a backup, `status`, the doctor and the next opening."""
+    """If the revision can't be decoded, backup, `status`, the doctor and the next opening report damage."""
     with Database.open(undecodable) as database:
         with closing(connect(str(undecodable))) as raw, raw:
             raw.execute(f"UPDATE {VERSION_TABLE} SET version_num = CAST(x'30ac' AS TEXT)")

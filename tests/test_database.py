@@ -1,4 +1,4 @@
-"""The door: pairing, secrets and proofs, repeated units, and cleanup."""
+"""`Database`: pairing, secrets and proofs, repeated units, and cleanup."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ MINUTE = timedelta(minutes=1)
 
 @pytest.fixture(autouse=True)
 def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Argon2 with the least costs that it takes, as its slowness is not what is tested here."""
+    """Argon2 with the lowest possible costs, as these tests do not need its slowness."""
     monkeypatch.setattr(hashing, "_default", hashing.SecretHasher(time_cost=1, memory_cost=8, parallelism=1))
 
 
 @pytest.fixture(params=[HUMAN, None], ids=["human", "generated"])
 def secret(request: pytest.FixtureRequest) -> Any:
-    """The secret that a device pairs with, None to have one made."""
+    """The secret for pairing a device; None to have `pair` generate a secret."""
     return request.param
 
 
 def approve(database: Database, device_id: str = "lamp") -> None:
-    """Approve a device in a unit of its own."""
+    """Approve a device in a separate unit."""
     with database.unit_of_work() as unit:
         unit.devices.approve(device_id)
 
@@ -55,7 +55,7 @@ def approve(database: Database, device_id: str = "lamp") -> None:
 def test_pair_gives_the_secret_back_once(
     database: Database, secret: SecretStr | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A paired device is unapproved; its secret is in no row, dump, repr or log, and its hash in no dump or log."""
+    """A paired device is pending; no row, dump, repr or log has its secret, and no dump or log has its hash."""
     with caplog.at_level(logging.DEBUG):
         paired = database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=secret, metadata={"a": 1}))
         approve(database)
@@ -73,7 +73,7 @@ def test_pair_gives_the_secret_back_once(
 
 
 def test_pair_refuses_a_taken_id(database: Database) -> None:
-    """A device that exists keeps its secret."""
+    """If the id is taken, `pair` raises, and the existing device keeps its secret."""
     database.pair(DevicePair(id="lamp", role=Role.NODE))
     before = dump(database)
     with pytest.raises(DeviceExistsError):
@@ -81,8 +81,8 @@ def test_pair_refuses_a_taken_id(database: Database) -> None:
     assert dump(database) == before
 
 
-def test_what_ends_after_its_device_was_deleted_is_not_the_next_ones(database: Database) -> None:
-    """A result recorded for a device that is gone never answers the one that pairs under its id; other ones' stay."""
+def test_results_of_a_deleted_device_are_not_replayed_to_its_successor(database: Database) -> None:
+    """If a device is deleted, its recorded results are not replayed to a new device of the same id; others stay."""
     old, other, pairing = (
         IdempotencyScope(name, "on", key) for name, key in (("lamp", "k"), ("desk", "k"), ("lamp", "p"))
     )
@@ -92,15 +92,15 @@ def test_what_ends_after_its_device_was_deleted_is_not_the_next_ones(database: D
     def pair(attempt: Attempt) -> str:
         return database.pair(DevicePair(id="lamp", role=Role.NODE)).device.id
 
-    # The call that pairs has a key under the same id, and ends as any other.
+    # The call that pairs has a key under the same id, and is recorded like any other call.
     assert database.run_once(pairing, pair).value == "lamp"
     assert database.run_once(old, lambda attempt: "new").value == "new"
     assert database.run_once(other, lambda attempt: "new").value == "old"
     assert database.run_once(pairing, pair).replayed is True
 
 
-def test_verify_secret_lets_in_approved_devices_alone(database: Database, secret: SecretStr | None) -> None:
-    """Unknown, pending and revoked devices and wrong secrets all get None."""
+def test_verify_secret_accepts_approved_devices_only(database: Database, secret: SecretStr | None) -> None:
+    """Unknown, pending and revoked devices and wrong secrets all get None from `verify_secret`."""
     right = database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=secret)).shared_secret
     assert database.verify_secret("lamp", right) is None
     approve(database)
@@ -116,7 +116,7 @@ def test_verify_secret_lets_in_approved_devices_alone(database: Database, secret
 
 
 def test_rotated_secret_and_its_overlap(database: Database, secret: SecretStr | None, clock: FakeClock) -> None:
-    """The old secret serves until the overlap's last millisecond, and without one not at all."""
+    """The old secret is valid until the last millisecond of the overlap, and without an overlap not at all."""
     first = database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=secret)).shared_secret
     approve(database)
     second = database.rotate_secret("lamp", overlap=MINUTE)
@@ -134,7 +134,7 @@ def test_rotated_secret_and_its_overlap(database: Database, secret: SecretStr | 
 
 
 def test_revocation_ends_the_overlap(database: Database) -> None:
-    """A revoked device that is approved again is let in with its present secret alone."""
+    """If a device is revoked during an overlap and approved again, only its present secret is valid."""
     first = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
     approve(database)
     second = database.rotate_secret("lamp", overlap=MINUTE)
@@ -147,7 +147,7 @@ def test_revocation_ends_the_overlap(database: Database) -> None:
 
 @pytest.mark.parametrize("status", [DeviceStatus.PENDING, DeviceStatus.REVOKED])
 def test_a_secret_gets_no_overlap_while_its_device_is_not_approved(database: Database, status: DeviceStatus) -> None:
-    """A pending or revoked device keeps its secret when an overlap is refused; rotated without one, it loses it."""
+    """If a device is not approved, rotation refuses an overlap and keeps the secret; without overlap it rotates."""
     stolen = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
     if status is DeviceStatus.REVOKED:
         approve(database)
@@ -166,7 +166,7 @@ def test_a_secret_gets_no_overlap_while_its_device_is_not_approved(database: Dat
 def test_a_device_revoked_during_its_rotation_gets_no_overlap(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A revocation that comes while the new secret is hashed is seen, and the device keeps its secret."""
+    """If a device is revoked while the new secret is hashed, the rotation gives no overlap and keeps the secret."""
     secret = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
     approve(database)
 
@@ -183,7 +183,7 @@ def test_a_device_revoked_during_its_rotation_gets_no_overlap(
 
 
 def test_a_device_that_pairs_again_has_no_overlap_of_the_one_before(database: Database) -> None:
-    """Neither secret of a deleted device serves for the device that pairs under its id."""
+    """If a device is deleted and pairs again, neither secret of the deleted device is valid."""
     first = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
     approve(database)
     second = database.rotate_secret("lamp", overlap=MINUTE)
@@ -199,8 +199,8 @@ def test_a_device_that_pairs_again_has_no_overlap_of_the_one_before(database: Da
 
 @pytest.mark.parametrize("made", [True, False], ids=["generated", "human"])
 @pytest.mark.parametrize("overlap", [timedelta(0), MINUTE], ids=["at once", "overlapping"])
-def test_the_present_secret_once_more_ends_the_overlap(database: Database, made: bool, overlap: timedelta) -> None:
-    """Rotating to the secret that serves already ends the one that served beside it, whoever chose it."""
+def test_rotating_to_the_present_secret_ends_the_overlap(database: Database, made: bool, overlap: timedelta) -> None:
+    """If `rotate_secret` gets the present secret again, the overlap of the previous secret ends."""
     first = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
     approve(database)
     second = database.rotate_secret("lamp", None if made else SecretStr("a long passphrase"), overlap=60 * MINUTE)
@@ -210,13 +210,15 @@ def test_the_present_secret_once_more_ends_the_overlap(database: Database, made:
     assert database.verify_secret("lamp", second) is not None
 
 
-def test_of_two_who_pair_with_one_secret_one_is_refused(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who comes second is told so, and not that it paired in a role that it never asked for."""
+def test_of_two_pairings_with_the_same_secret_the_second_is_refused(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If two callers pair an id with the same secret, the second gets DeviceExistsError, in any role."""
     secret = database.pair(DevicePair(id="other", role=Role.NODE)).shared_secret
 
     def make_verifier_late(secret: SecretStr) -> str:
         monkeypatch.undo()
-        # After the first look at the id, and before the device is added.
+        # After the first check of the id, and before the device is added.
         database.pair(DevicePair(id="lamp", role=Role.CLIENT, shared_secret=secret))
         return make_verifier(secret)
 
@@ -239,8 +241,8 @@ def test_of_two_who_pair_with_one_secret_one_is_refused(database: Database, monk
     ],
     ids=lambda bad: str(bad)[:30],
 )
-def test_what_can_be_no_proof_is_refused_for_every_device(database: Database, bad: dict[str, Any]) -> None:
-    """What no device can have signed is a bad argument, the same for a device that exists and one that doesn't."""
+def test_a_malformed_proof_is_refused_for_every_device(database: Database, bad: dict[str, Any]) -> None:
+    """If a proof is malformed, the error is a bad argument, equal for an existing and an absent device."""
     database.pair(DevicePair(id="lamp", role=Role.NODE))
     said = []
     for device_id in ("lamp", "nobody"):
@@ -251,7 +253,7 @@ def test_what_can_be_no_proof_is_refused_for_every_device(database: Database, ba
 
 
 def test_verify_proof(database: Database) -> None:
-    """A proof over the device, nonce and time lets an approved device in; any other, or another's, does not."""
+    """If a proof covers device, nonce and time, the approved device is verified; any other proof gets None."""
     paired = database.pair(DevicePair(id="lamp", role=Role.NODE))
     verifier = paired.device.proof_verifier
     assert verifier is not None
@@ -270,8 +272,8 @@ def test_verify_proof(database: Database) -> None:
 # run
 
 
-def test_run_repeats_a_unit_that_met_another(database: Database) -> None:
-    """A transient fault rolls the unit back and runs it again whole; the result is that of the last run."""
+def test_run_repeats_a_unit_after_a_transient_error(database: Database) -> None:
+    """If an error is transient, `run` rolls back and runs the whole unit again, and returns the last result."""
     runs: list[int] = []
 
     def work(unit: UnitOfWork) -> str:
@@ -288,7 +290,7 @@ def test_run_repeats_a_unit_that_met_another(database: Database) -> None:
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["write", "read only"])
 def test_work_that_is_a_coroutine_function(database: Database, read_only: bool) -> None:
-    """A coroutine function does nothing until it is awaited, so it is refused as work, and nothing is awaited."""
+    """If the work is a coroutine function, `run` refuses it, and no coroutine stays unawaited."""
 
     async def coroutine(unit: UnitOfWork) -> None:
         raise AssertionError("it was awaited")
@@ -302,7 +304,7 @@ def test_work_that_is_a_coroutine_function(database: Database, read_only: bool) 
 
 
 def test_work_may_return_a_coroutine(database: Database) -> None:
-    """What an ordinary function returns for its caller to await is handed over."""
+    """If an ordinary function returns a coroutine, `run` returns the coroutine to the caller."""
 
     async def tell() -> str:
         return "told"
@@ -314,7 +316,7 @@ def test_work_may_return_a_coroutine(database: Database) -> None:
 
 
 def test_run_gives_up_at_its_deadline_and_repeats_nothing_else(target: str, clock: FakeClock) -> None:
-    """After busy_timeout the fault reaches the caller; any other exception does so at once."""
+    """After `busy_timeout`, `run` raises the transient error; any other exception reaches the caller at once."""
     runs: list[str] = []
 
     def fail(unit: UnitOfWork) -> None:
@@ -337,15 +339,17 @@ def test_run_gives_up_at_its_deadline_and_repeats_nothing_else(target: str, cloc
 
 
 def fill(database: Database, count: int) -> None:
-    """Add nonces and keys that live for a minute."""
+    """Add nonces and keys that expire after a minute."""
     with database.unit_of_work() as unit:
         for number in range(count):
             unit.nonces.consume("lamp", f"n{number}", expires_at=START + MINUTE)
             unit.idempotency_keys.insert(IdempotencyScope("lamp", "on", f"k{number}"), 1, ttl=MINUTE)
 
 
-def test_sweep_goes_in_bounded_batches(database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything dead is removed, no more than a batch in one unit."""
+def test_sweep_deletes_in_bounded_batches(
+    database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`sweep` deletes all expired rows, and no more than a batch in a unit."""
     from homeagent.stores import NonceStore
 
     fill(database, 25)
@@ -365,7 +369,7 @@ def test_sweep_goes_in_bounded_batches(database: Database, clock: FakeClock, mon
 
 
 def test_sweep_ends_at_its_budget(database: Database, clock: FakeClock) -> None:
-    """A spent budget ends the sweep after a batch and says that there is more; the next one goes on."""
+    """If the budget is spent, the sweep ends after a batch and reports more rows; the next sweep continues."""
     fill(database, 5)
     clock.advance(hours=2)
     report = database.sweep(batch_size=2, time_budget=timedelta(milliseconds=1))
@@ -380,7 +384,7 @@ def test_sweep_ends_at_its_budget(database: Database, clock: FakeClock) -> None:
 
 
 def test_waits_without_a_bound(target: str, clock: FakeClock) -> None:
-    """The longest of all durations serves as a timeout and as a period, though no lock can wait for so long."""
+    """The longest `timedelta` is valid as a timeout and as a period, though no lock can wait for so long."""
     with Database.open(target, clock=clock, busy_timeout=timedelta.max) as database:
         entered, held = threading.Event(), threading.Event()
 
@@ -410,7 +414,7 @@ def test_waits_without_a_bound(target: str, clock: FakeClock) -> None:
 
 
 def _stays(name: str) -> bool:
-    """Tell whether the thread of this name is there, and still is after it had time to begin to wait."""
+    """Return whether the thread of this name exists, and still exists after it had time to begin to wait."""
     (thread,) = (thread for thread in threading.enumerate() if thread.name == name)
     thread.join(0.5)
     return thread.is_alive()
@@ -421,7 +425,7 @@ def _consume(number: int) -> Callable[[UnitOfWork], bool]:
 
 
 def test_clock_at_the_beginning_of_time(target: str) -> None:
-    """A clock that stands in the year 1 leaves nothing to be swept, and is no reason to fail."""
+    """If the clock stands in the year 1, a sweep finds no expired row and does not fail."""
     with Database.open(target, clock=lambda: datetime.min.replace(tzinfo=UTC)) as database:
         assert database.sweep().nonces == 0
 
@@ -429,7 +433,7 @@ def test_clock_at_the_beginning_of_time(target: str) -> None:
 def test_sweeper_survives_errors_and_stops_at_once(
     database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error of one sweep is logged and the next one works; stopping takes less than a second."""
+    """If a sweep fails, the sweeper logs the error and the next sweep works; stopping takes less than a second."""
     fill(database, 3)
     clock.advance(hours=2)
     faults: Iterator[Exception] = iter([RuntimeError("clock broke"), TransientError("locked")])
@@ -461,7 +465,7 @@ def test_sweeper_survives_errors_and_stops_at_once(
 
 
 def test_closing_stops_the_sweepers(database: Database) -> None:
-    """A sweeper that waits for its next turn ends with the database, and a closed one makes none."""
+    """If the database closes, a waiting sweeper ends, and a closed database starts no sweeper."""
     sweeper = database.sweeper(timedelta(hours=1))
     sweeper.start()
     database.close()
@@ -470,8 +474,8 @@ def test_closing_stops_the_sweepers(database: Database) -> None:
         database.sweeper()
 
 
-def test_status_counts_rows_and_the_dead(database: Database, clock: FakeClock) -> None:
-    """The status tells rows and dead rows apart, and never shows a password of the target."""
+def test_status_counts_rows_and_expired_rows(database: Database, clock: FakeClock) -> None:
+    """`status` counts rows and expired rows separately, and never shows a password of the target."""
     fill(database, 2)
     clock.advance(MINUTE)
     status = database.status()
@@ -481,10 +485,10 @@ def test_status_counts_rows_and_the_dead(database: Database, clock: FakeClock) -
     assert status.driver_version
 
 
-def test_a_hash_under_old_costs_is_made_anew_when_it_verifies(
+def test_a_hash_under_old_costs_is_replaced_when_it_verifies(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the costs are raised, the right secret replaces its hash once, and a wrong one doesn't."""
+    """If the costs were raised, verifying the right secret replaces its hash once; a wrong secret does not."""
     database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
     approve(database)
     with database.unit_of_work(read_only=True) as unit:
@@ -505,10 +509,10 @@ def test_a_hash_under_old_costs_is_made_anew_when_it_verifies(
     assert stored() == new
 
 
-def test_a_hash_that_can_not_be_made_anew_keeps_nobody_out(
+def test_a_hash_that_cannot_be_replaced_still_verifies(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The right secret is right, though the database can't be written just now."""
+    """If the new hash can't be stored because the database is busy, `verify_secret` still accepts the right secret."""
     database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
     approve(database)
     monkeypatch.setattr(hashing, "_default", hashing.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
@@ -525,10 +529,10 @@ def test_a_hash_that_can_not_be_made_anew_keeps_nobody_out(
     assert "could not be made anew" in caplog.text
 
 
-def test_a_hash_is_not_made_anew_beside_a_unit_of_the_same_thread(
+def test_a_hash_is_not_replaced_during_a_unit_of_the_same_thread(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who asks in the middle of a write unit is told that the secret is right, and the hash is made anew later."""
+    """If the calling thread is in a write unit, the right secret is accepted, and a later call replaces the hash."""
     database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
     approve(database)
     monkeypatch.setattr(hashing, "_default", hashing.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
@@ -541,7 +545,7 @@ def test_a_hash_is_not_made_anew_beside_a_unit_of_the_same_thread(
 
 
 def test_a_secret_is_never_hashed_inside_a_unit(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a slow hash is computed, nobody waits for a lane: neither for pairing, verifying nor rotating."""
+    """While a slow hash is computed for pairing, verifying or rotating, the write lock is free."""
     during: list[bool] = []
     run = hashing.SecretHasher._run
 

@@ -1,6 +1,6 @@
 """A sync, an unlock or a close fails in the operating system: a child process runs with `failing_calls.c` preloaded.
 
-One engine only: a server's files are the server's.
+SQLite only: the server handles its own files.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def failing(library: Path, sqlite_path: Path) -> Failing:
-    """Runs a script whose system calls fail, and returns the JSON that it printed last."""
+    """Run a script whose system calls fail, and return the JSON that the script printed last."""
 
     def run(script: str, *arguments: object, status: int = 0) -> Any:
         ended = subprocess.run(
@@ -80,7 +80,7 @@ def failing(library: Path, sqlite_path: Path) -> Failing:
 
 
 def names(path: Path) -> list[str]:
-    """Return the agents that the next process finds."""
+    """Return the agents that the next process reads."""
     with Database.open(path) as database:
         return database.run(lambda unit: [agent.id for agent in unit.agents.list()], read_only=True)
 
@@ -93,7 +93,7 @@ def names(path: Path) -> list[str]:
     [("run", "go on"), ("run", "close"), ("run", "kill"), ("session", "close"), ("fresh log", "kill")],
 )
 def test_failed_commit_does_not_reappear(failing: Failing, sqlite_path: Path, way: str, end: str) -> None:
-    """A unit that got DatabaseIOError is not in the database later, even if no sync succeeds until the last close."""
+    """If a unit raises DatabaseIOError, its rows never appear later, even if no sync succeeds until the last close."""
     found = failing(
         """
 database = Database.open(path)
@@ -132,8 +132,8 @@ os._exit(0)
     assert names(sqlite_path) == expected
 
 
-def test_failed_commits_are_not_damage(failing: Failing, sqlite_path: Path) -> None:
-    """What several failed commits left in the log of a killed process is not taken for lost commits."""
+def test_failed_commits_do_not_count_as_lost(failing: Failing, sqlite_path: Path) -> None:
+    """Frames of several failed commits in the WAL of a killed process do not count as lost commits."""
     found = failing(
         """
 database, other = Database.open(path), Database.open(path)
@@ -155,7 +155,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_commit_that_stays_in_the_log_is_unknown(failing: Failing, sqlite_path: Path) -> None:
-    """If the log can't be written either after the failed sync, the caller learns that the commit may reappear."""
+    """If the sync fails and the WAL can't be written after it, the error says that the commit may reappear."""
     found = failing(
         """
 from homeagent.engine.sqlite import dialect
@@ -179,8 +179,8 @@ database.close()
     assert names(sqlite_path) == ["after", "before"]
 
 
-def test_new_epoch_that_was_refused_has_not_begun(failing: Failing, sqlite_path: Path) -> None:
-    """The same holds outside of units of work: a new epoch whose commit fails is not there later."""
+def test_a_new_epoch_whose_commit_fails_has_not_begun(failing: Failing, sqlite_path: Path) -> None:
+    """If the commit of a new epoch fails outside of units of work, the epoch does not appear later."""
     failing(
         """
 add(Database.open(path), "before")
@@ -202,7 +202,7 @@ print(json.dumps([error, failures() > 0]))
 
 
 def test_large_unit_needs_no_temporary_file(failing: Failing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A unit that changes many pages needs no directory for temporary files: SQLite keeps the savepoint in memory."""
+    """A unit that changes many pages needs no temporary directory, as SQLite keeps the savepoint in memory."""
     monkeypatch.setenv("SQLITE_TMPDIR", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     found = failing(
@@ -224,8 +224,8 @@ with Database.open(path) as database:
     assert found == [None, 0]
 
 
-def test_upgrade_that_can_not_be_noted_does_not_take_place(failing: Failing, sqlite_path: Path) -> None:
-    """If the disk is too full to note the database in the lock file, the error leaves the schema as it was."""
+def test_an_upgrade_that_cannot_be_noted_leaves_the_schema(failing: Failing, sqlite_path: Path) -> None:
+    """If the disk is too full to note the upgrade in the lock file, the error leaves the schema unchanged."""
     sqlite_path.parent.mkdir(mode=0o700, exist_ok=True)
     shutil.copyfile(ROOT / "tests" / "fixtures" / "revisions" / "0001.db", sqlite_path)
     sqlite_path.chmod(0o600)
@@ -249,7 +249,7 @@ print(json.dumps([refused(lambda: Database.open(path)), failures()]))
     [("unlock", ".lock"), ("unlock", ".open"), ("unlock", "-shm"), ("close", ".lock"), ("close", ".open")],
 )
 def test_failing_unlock_is_an_error_of_homeagent(failing: Failing, sqlite_path: Path, kind: str, part: str) -> None:
-    """The caller never gets a raw OSError, and all that could be released is released."""
+    """If an unlock fails, the caller gets no raw OSError, and all other locks are released."""
     failing(
         """
 kind, part, backup = sys.argv[2:]
@@ -290,7 +290,7 @@ print("null")
 
 @pytest.mark.parametrize("replace", [False, True])
 def test_failed_backup_leaves_no_part(failing: Failing, tmp_path: Path, replace: bool) -> None:
-    """Whichever sync fails, no `.partial` is left; a name that was free is free again."""
+    """If any of its syncs fails, the backup leaves no `.partial` file, and a name that was free is free again."""
     target = tmp_path / "backups"
     target.mkdir(mode=0o700)
     count = failing(
@@ -319,7 +319,7 @@ print(number)
 
 
 def test_failed_creation_leaves_no_file(failing: Failing, tmp_path: Path) -> None:
-    """A database file whose directory can't be synced is not left behind, and the next opening makes it."""
+    """If the directory of a new database can't be synced, the file is removed, and the next opening creates it."""
     path = tmp_path / "new" / "homeagent.db"
     found = failing(
         """

@@ -1,4 +1,4 @@
-"""What an application answers to each error of the package."""
+"""The response of an application to each error of the package."""
 
 from datetime import timedelta
 
@@ -32,12 +32,12 @@ ANSWERS: list[tuple[errors.HomeAgentError, int, str | None]] = [
     (errors.DatabaseClosedError("/srv/private.db is closed"), 503, None),
     (errors.DiskFullError("/srv/private.db has no room"), 503, None),
 ]
-# One of them comes twice.
+# An error class appears twice.
 NAMES = [f"{type(error).__name__}-{number}" for number, (error, _, _) in enumerate(ANSWERS)]
 
 
 def answer_to(error: Exception) -> httpx.Response:
-    """Return what an application answers whose one route raises this error."""
+    """Return the response of an application whose only route raises this error."""
     app = FastAPI()
     install_error_handlers(app)
 
@@ -55,7 +55,7 @@ def answer_to(error: Exception) -> httpx.Response:
 
 @pytest.mark.parametrize(("error", "status", "retry_after"), ANSWERS, ids=NAMES)
 def test_answers(error: errors.HomeAgentError, status: int, retry_after: str | None) -> None:
-    """An error has its status and its name; its message speaks of the request, or is replaced by one that does."""
+    """Each error gives its status and its name; the message describes the request or is replaced."""
     response = answer_to(error)
     assert response.status_code == status
     assert response.json()["error"] == type(error).__name__
@@ -65,14 +65,14 @@ def test_answers(error: errors.HomeAgentError, status: int, retry_after: str | N
 
 
 def test_bad_argument() -> None:
-    """A bad argument has the form of FastAPI's own 422, without the input."""
+    """A bad argument gives the form of FastAPI's own 422, without the input."""
     response = answer_to(errors.InvalidArgumentError("limit must be 1 or more"))
     assert response.status_code == 422
     assert response.json() == {"detail": [{"type": "value_error", "loc": [], "msg": "limit must be 1 or more"}]}
 
 
-def test_what_is_the_servers_fault() -> None:
-    """An error that speaks of the server stays a 500 and tells the caller nothing."""
+def test_server_errors_stay_500() -> None:
+    """If an error concerns the server, the response is a 500 without details."""
     for error in (errors.CorruptDatabaseError("/srv/private.db"), errors.CommitUnknownError("private")):
         response = answer_to(error)
         assert response.status_code == 500

@@ -1,6 +1,7 @@
-"""The file goes away under an open database, the disk is full, the process is out of files: refused, and then goes on.
+"""The open database loses its file, its disk space or its descriptors: units are refused, and work continues
+afterwards.
 
-One engine only: on a server these are the server's own files.
+SQLite only: on a server, these files belong to the server.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def every_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look at the file in each unit, and not only once in ten milliseconds."""
+    """Check the file in each unit instead of once in ten milliseconds."""
     monkeypatch.setattr(file_identity, "_INTERVAL", 0.0)
 
 
 @pytest.fixture
 def opened(sqlite_path: Path, clock: FakeClock) -> Iterator[Database]:
-    """An open database with one row, a writer's connection and a reader's."""
+    """An open database with a row, a writer's connection and a reader's connection."""
     with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(seconds=5)) as database:
         add_agent(database, "before")
         assert names(database) == ["before"]
@@ -43,13 +44,13 @@ def opened(sqlite_path: Path, clock: FakeClock) -> Iterator[Database]:
 
 
 def names(database: Database) -> list[str]:
-    """Return the agents that a read-only unit sees."""
+    """Return the agents that a read-only unit reads."""
     with database.unit_of_work(read_only=True) as unit:
         return [agent.id for agent in unit.agents.list()]
 
 
 def refused(database: Database, *words: str, kind: type[CorruptDatabaseError] = DatabaseMovedError) -> None:
-    """Assert that neither a writer nor a reader gets through, and that each is told why."""
+    """Assert that a writer and a reader are both refused with the reason."""
     for act in (lambda: add_agent(database, "lost"), lambda: names(database)):
         with pytest.raises(kind) as refusal:
             act()
@@ -57,15 +58,15 @@ def refused(database: Database, *words: str, kind: type[CorruptDatabaseError] = 
             assert word in str(refusal.value)
 
 
-# The file that is open is no longer the one with the name
+# The file under the name is no longer the open file
 
 
-def test_deleted_file_is_not_written_on_and_not_made_anew(opened: Database, sqlite_path: Path) -> None:
-    """Nothing goes into a file without a name, and none is made in its place; put back, it serves again."""
+def test_deleted_file_is_neither_written_nor_recreated(opened: Database, sqlite_path: Path) -> None:
+    """If the file is deleted, units neither write nor create it again; if it is put back, units work again."""
     kept = sqlite_path.with_name("kept")
     sqlite_path.rename(kept)
     refused(opened, "deleted or moved away", str(sqlite_path))
-    # A reader beside the first one needs a new connection, which would make an empty file.
+    # A second reader needs a new connection, which would create an empty file.
     with pytest.raises(DatabaseMovedError):
         opened.run(lambda unit: names(opened), read_only=True)
     assert not sqlite_path.exists()
@@ -79,7 +80,7 @@ def test_deleted_file_is_not_written_on_and_not_made_anew(opened: Database, sqli
 def test_replaced_file_is_left_alone(
     sqlite_path: Path, clock: FakeClock, with_links: bool, sqlite_template: Path
 ) -> None:
-    """Another file under the name is neither written nor read, not even when the database is closed."""
+    """If another file replaces the database, units neither write nor read the file, and closing does not either."""
     with Database.open(sqlite_path, clock=clock) as database:
         if with_links:
             add_agent(database, "before")
@@ -91,15 +92,15 @@ def test_replaced_file_is_left_alone(
     assert sqlite_path.read_bytes() == before
 
 
-def test_link_in_the_file_s_place_is_not_followed(opened: Database, sqlite_path: Path) -> None:
-    """A symbolic link to the very same file is another thing than the file."""
+def test_symbolic_link_in_place_of_the_file_is_refused(opened: Database, sqlite_path: Path) -> None:
+    """If a symbolic link to the same file takes its place, units refuse the link."""
     kept = sqlite_path.rename(sqlite_path.with_name("kept"))
     sqlite_path.symlink_to(kept)
     refused(opened, "replaced by another file")
 
 
 def test_emptied_file_is_refused(opened: Database, sqlite_path: Path) -> None:
-    """A file that was cut to nothing in place is not written to as if it were new."""
+    """If the file was truncated to zero bytes in place, units do not write to it as to a new file."""
     os.truncate(sqlite_path, 0)
     refused(opened, "was emptied")
     assert sqlite_path.stat().st_size == 0
@@ -107,8 +108,8 @@ def test_emptied_file_is_refused(opened: Database, sqlite_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["-wal", "-shm"])
 @pytest.mark.parametrize("act", ["deleted", "replaced"])
-def test_lost_log_is_told(opened: Database, sqlite_path: Path, suffix: str, act: str) -> None:
-    """Where the log or its index is gone, other processes see another state: nothing more is acknowledged."""
+def test_lost_wal_is_reported(opened: Database, sqlite_path: Path, suffix: str, act: str) -> None:
+    """If the WAL or its index is gone, other processes see another state, so no further unit is acknowledged."""
     beside = sqlite_path.with_name(sqlite_path.name + suffix)
     content = beside.read_bytes()
     beside.unlink()
@@ -118,7 +119,7 @@ def test_lost_log_is_told(opened: Database, sqlite_path: Path, suffix: str, act:
     refused(opened, suffix, "deleted or replaced")
 
 
-# Another process deletes both files, commits to new ones, and is killed: only the new log has its commits.
+# Another process deletes both files, commits to new files, and is killed: only the new WAL has these commits.
 COMMIT_TO_A_NEW_LOG = """
 import os, sys
 from homeagent.engine.sqlite.dialect import connect
@@ -131,12 +132,12 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("idle", ["all", "no writer", "no reader"])
-def test_the_commits_in_a_new_log_are_kept(
+def test_the_commits_in_a_new_wal_are_kept(
     opened: Database, sqlite_path: Path, children: Children, caplog: pytest.LogCaptureFixture, idle: str
 ) -> None:
-    """Whichever connection closes last: homeagent writes nothing to the file, and does not delete the new log."""
+    """In any order of closing connections, homeagent does not write to the file and does not delete the new WAL."""
     engine = opened._engine
-    if idle != "all":  # that another connection was closed before makes no difference
+    if idle != "all":  # whether another connection was closed before makes no difference
         (engine.writers if idle == "no writer" else engine.readers).discard_free()
     children.run(COMMIT_TO_A_NEW_LOG, sqlite_path)
     for act in (lambda: engine.empty_log(1), lambda: names(opened), lambda: add_agent(opened)):
@@ -150,7 +151,7 @@ def test_the_commits_in_a_new_log_are_kept(
 
 
 def test_moved_directory(opened: Database, sqlite_path: Path) -> None:
-    """A directory that is moved takes the file with it, and brings it back."""
+    """If the directory moves away, units are refused; if the directory moves back, units work again."""
     kept = sqlite_path.parent.with_name("kept")
     sqlite_path.parent.rename(kept)
     refused(opened, "deleted or moved away")
@@ -159,10 +160,10 @@ def test_moved_directory(opened: Database, sqlite_path: Path) -> None:
 
 
 @pytest.mark.parametrize("durability", ["full", "normal"])
-def test_unit_in_the_middle_of_which_the_file_goes_is_undone(
+def test_unit_during_which_the_file_disappears_is_rolled_back(
     sqlite_path: Path, clock: FakeClock, durability: Any
 ) -> None:
-    """What is acknowledged was in the file of that name when it was committed."""
+    """If the file disappears during a unit, the unit is rolled back and not acknowledged."""
     kept = sqlite_path.with_name("kept")
     with Database.open(sqlite_path, clock=clock, durability=durability) as database:
         with pytest.raises(DatabaseMovedError), database.unit_of_work() as unit:
@@ -172,10 +173,10 @@ def test_unit_in_the_middle_of_which_the_file_goes_is_undone(
         assert names(database) == []
 
 
-def test_look_is_not_older_than_ten_milliseconds(
+def test_file_check_is_not_older_than_ten_milliseconds(
     sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At `normal`, and for readers, one look serves the units of ten milliseconds; at `full` each commit looks."""
+    """At `normal`, and for readers, a check covers the units of ten milliseconds; at `full` each commit checks."""
     monkeypatch.setattr(file_identity, "_INTERVAL", 0.01)
     looks = 0
     look = file_identity.FileIdentityCheck._status
@@ -202,11 +203,11 @@ def test_look_is_not_older_than_ten_milliseconds(
             assert looks == each + 1
 
 
-# No room
+# No space left
 
 
 def room(database: Database) -> Callable[[int], None]:
-    """Return what limits the file to so many pages, by connection."""
+    """Return a function that limits the number of pages of the file on each new connection."""
     assert isinstance(database._engine, SQLiteEngine)
 
     def limit(pages: int) -> None:
@@ -219,7 +220,7 @@ def room(database: Database) -> Callable[[int], None]:
 
 
 def fill(database: Database, prefix: str, count: int = 10_000) -> int:
-    """Add agents of some size until there is no more room, and return how many got in."""
+    """Add agents of a given size until the space is used up, and return their number."""
     for number in range(count):
         try:
             with database.unit_of_work() as unit:
@@ -233,7 +234,7 @@ def fill(database: Database, prefix: str, count: int = 10_000) -> int:
 
 
 def verified(database: Database, prefix: str, count: int) -> None:
-    """Assert that all that was acknowledged is there, nothing else, and that the file is sound."""
+    """Assert that the file is sound and holds exactly the acknowledged rows."""
     with database.unit_of_work(read_only=True) as unit:
         found = {agent.id for agent in unit.agents.list(limit=1000) if agent.id.startswith(prefix)}
         wanted = {f"{prefix}{number}{suffix}" for number in range(count) for suffix in ("", "-too")}
@@ -242,7 +243,7 @@ def verified(database: Database, prefix: str, count: int) -> None:
 
 
 def test_file_that_may_not_grow(sqlite_path: Path, clock: FakeClock) -> None:
-    """At `max_page_count` the unit is undone with DiskFullError, reading goes on, and after a deletion writing does."""
+    """At `max_page_count` DiskFullError rolls the unit back, reads work, and after a deletion writes do too."""
     with Database.open(sqlite_path, clock=clock) as database:
         room(database)(60)
         count = fill(database, "a")
@@ -267,7 +268,7 @@ path = Path(sys.argv[1])
 
 
 def test_limit_of_file_size(sqlite_path: Path, children: Children) -> None:
-    """Over RLIMIT_FSIZE a unit is undone with DiskFullError; nothing is half there, and work goes on without it."""
+    """If a unit exceeds RLIMIT_FSIZE, DiskFullError rolls the whole unit back, and units within the limit work."""
     output = children.run(
         FULL
         + """
@@ -294,7 +295,7 @@ with Database.open(path) as database:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte; skipped where this user may not mount one."""
+    """A file system of a megabyte; the test is skipped if this user may not mount a file system."""
     place = tmp_path / "disk"
     place.mkdir()
     if not sys.platform.startswith("linux") or shutil.which("mount") is None or os.geteuid() != 0:
@@ -309,7 +310,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk(small_disk: Path, sqlite_template: Path, clock: FakeClock) -> None:
-    """On a full disk a unit is undone with DiskFullError; once there is room again, the same database goes on."""
+    """If the disk is full, DiskFullError rolls a unit back; with space again, the same database works."""
     path = small_disk / "homeagent.db"
     shutil.copy(sqlite_template, path)
     path.chmod(0o600)
@@ -329,7 +330,7 @@ def test_full_disk(small_disk: Path, sqlite_template: Path, clock: FakeClock) ->
 
 
 def take_all(directory: Path) -> Path:
-    """Leave no room at all, and return the file that has it."""
+    """Use up all space, and return the file that occupies the space."""
     ballast = directory / "ballast"
     with pytest.raises(OSError, match="space"), ballast.open("wb", buffering=0) as file:
         while True:
@@ -337,8 +338,8 @@ def take_all(directory: Path) -> Path:
     return ballast
 
 
-def test_no_room_for_the_index_of_the_log(small_disk: Path, sqlite_template: Path, clock: FakeClock) -> None:
-    """Even to read, SQLite needs 32 KiB beside the database: DiskFullError says so, and with room it opens."""
+def test_no_space_for_the_wal_index(small_disk: Path, sqlite_template: Path, clock: FakeClock) -> None:
+    """If a reader lacks the 32 KiB for the WAL index, opening raises DiskFullError; with space the database opens."""
     path = small_disk / "homeagent.db"
     shutil.copy(sqlite_template, path)
     path.chmod(0o600)
@@ -355,7 +356,7 @@ def test_no_room_for_the_index_of_the_log(small_disk: Path, sqlite_template: Pat
 
 
 def test_new_database_on_a_full_disk(small_disk: Path) -> None:
-    """Where there is no room for the schema, DiskFullError says so, and with room the next start makes it."""
+    """If a new database has no space for the schema, DiskFullError says so, and the next start creates the database."""
     ballast = take_all(small_disk)
     with pytest.raises(DiskFullError):
         Database.open(small_disk / "homeagent.db")
@@ -365,7 +366,7 @@ def test_new_database_on_a_full_disk(small_disk: Path) -> None:
 
 
 def test_read_only_disk(small_disk: Path, sqlite_template: Path, clock: FakeClock) -> None:
-    """A file system that turns to read-only, as a failing disk's does, gives ReadOnlyError until it is turned back."""
+    """While the file system is read-only, as after a disk failure, a unit raises ReadOnlyError."""
     path = small_disk / "homeagent.db"
     shutil.copy(sqlite_template, path)
     path.chmod(0o600)
@@ -382,11 +383,11 @@ def test_read_only_disk(small_disk: Path, sqlite_template: Path, clock: FakeCloc
         assert names(database) == ["after", "before"]
 
 
-# Out of files
+# Out of descriptors
 
 
 def test_too_many_open_files(sqlite_path: Path, children: Children) -> None:
-    """Without a descriptor for a new connection the unit gets TooManyFilesError, and works once there is one."""
+    """Without a descriptor for a new connection a unit raises TooManyFilesError; with a descriptor it works."""
     children.run(
         FULL
         + """
@@ -419,8 +420,8 @@ with Database.open(path) as database:
     )
 
 
-def test_condemned_database_is_refused(opened: Database) -> None:
-    """What was found damaged serves nobody any more, and the refusal changes nothing."""
+def test_database_marked_corrupt_is_refused(opened: Database) -> None:
+    """If a database is marked corrupt, every unit is refused, and the refusal changes no byte."""
     before = dump(opened)
     assert isinstance(opened._engine, SQLiteEngine)
     opened._engine.identity_check.marked_corrupt = "it was found to be damaged"
