@@ -1,6 +1,6 @@
-"""Another application's file, named by a slip: it is refused, and nothing of it or next to it changes.
+"""If the path names another application's file by mistake, homeagent refuses the file and changes no file there.
 
-SQLite only: a server has no files of its own here.
+SQLite only: on PostgreSQL the server owns the files.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def state_of(directory: Path) -> State:
 
 
 def sqlite(path: Path, *statements: str) -> None:
-    """Make another application's SQLite file."""
+    """Create another application's SQLite file."""
     with closing(connect(str(path))) as raw:
         for statement in ("CREATE TABLE t (i)", *statements):
             raw.execute(statement)
 
 
 def logged(path: Path) -> None:
-    """Make one with a write-ahead log, whose files lie next to it."""
+    """Create another application's database in WAL mode, with its WAL and index next to it."""
     sqlite(path, "PRAGMA journal_mode=WAL")
     path.with_name("other.db-wal").write_bytes(b"")
     path.with_name("other.db-shm").write_bytes(bytes(32768))
@@ -64,7 +64,7 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture(params=FOREIGN)
 def other(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A file of another application, with files next to it whose names resemble those of homeagent's."""
+    """A file of another application, next to files whose names resemble the names of homeagent's files."""
     directory = tmp_path / "theirs"
     directory.mkdir(0o755)
     path = directory / "other.db"
@@ -87,7 +87,7 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_foreign_file_stays_as_it_was(other: Path, sqlite_path: Path, call: str) -> None:
-    """A refusal changes no mode, no byte and no name, of the file and of what lies next to it."""
+    """If a foreign file is refused, no mode, byte or name changes in its directory."""
     before, ours = state_of(other.parent), state_of(sqlite_path.parent)
     with pytest.raises((ForeignDatabaseError, CorruptDatabaseError)):
         CALLS[call](other, sqlite_path)
@@ -95,8 +95,8 @@ def test_a_foreign_file_stays_as_it_was(other: Path, sqlite_path: Path, call: st
     assert state_of(sqlite_path.parent) == ours
 
 
-def test_the_doctor_mends_nothing_of_others(other: Path, clock: FakeClock) -> None:
-    """`--fix` leaves the modes of a file that is not homeagent's, and its neighbours, alone."""
+def test_the_doctor_repairs_no_foreign_file(other: Path, clock: FakeClock) -> None:
+    """If a file is not homeagent's, `--fix` changes neither its mode nor the modes of the files next to it."""
     stale = other.with_name("other.db.copy.partial")
     stale.write_text("")
     before = state_of(other.parent)
@@ -106,7 +106,7 @@ def test_the_doctor_mends_nothing_of_others(other: Path, clock: FakeClock) -> No
 
 
 def test_an_empty_file_stays_as_it_was(tmp_path: Path) -> None:
-    """An empty file may be anyone's until a database is made in it."""
+    """If a file is empty, the file stays unchanged until homeagent creates a database there."""
     path = tmp_path / "empty.db"
     path.touch()
     path.chmod(0o664)
@@ -118,8 +118,8 @@ def test_an_empty_file_stays_as_it_was(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_failed_backup_leaves_what_it_was_to_replace(other: Path, sqlite_database: Database) -> None:
-    """A backup that was to replace a file, and can't be made, leaves that file as it was; only the lock is new."""
+def test_a_failed_backup_leaves_the_file_that_it_would_replace(other: Path, sqlite_database: Database) -> None:
+    """If a backup that would replace a file fails, the file stays unchanged, and only the lock file is new."""
     other.with_name(f".other.db{PARTIAL}").mkdir()
     before = state_of(other.parent)
     with pytest.raises(HomeAgentError):
@@ -129,8 +129,8 @@ def test_a_failed_backup_leaves_what_it_was_to_replace(other: Path, sqlite_datab
     assert after == before
 
 
-def test_a_damaged_file_makes_way_for_a_restore_that_was_cut_off(sqlite_path: Path) -> None:
-    """A damaged file is refused, and nothing is made next to it, unless a restore was cut off: that is finished."""
+def test_a_damaged_file_is_replaced_by_an_unfinished_restore(sqlite_path: Path) -> None:
+    """A damaged file is refused without new files next to it, unless opening completes an unfinished restore."""
     whole, content = new_path(sqlite_path, "1"), sqlite_path.read_bytes()
     sqlite_path.write_bytes(b"\xff" * 8192)
     for open_or_begin in (Database.open, Database.begin_epoch):

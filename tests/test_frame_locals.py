@@ -1,4 +1,4 @@
-"""What a reporter of errors that records local variables gets to see of secrets, nonces, keys and results."""
+"""An error reporter that records local variables sees no secret, nonce, key or result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def scope(key: str = SECRET) -> IdempotencyScope:
 
 
 def refused_by_orm(database: Database) -> None:
-    """Insert a row that the database refuses, by the ORM."""
+    """Insert, by the ORM, a row that the database refuses."""
     with database.unit_of_work() as unit:
         for _ in range(2):
             unit.session.add(Agent(id="ada", name=SECRET, workspace_path="/srv", created_at=START))
@@ -55,14 +55,14 @@ def refused_by_orm(database: Database) -> None:
 
 
 def at_the_limit(database: Database) -> None:
-    """Consume more nonces than the device may have, in a unit."""
+    """Consume more nonces in a unit than the device may have."""
     with database.unit_of_work() as unit:
         for nonce in ("n", SECRET):
             unit.nonces.consume("lamp", nonce, expires_at=START + MINUTE, limit=1)
 
 
 def settled(database: Database) -> None:
-    """Record a result that no attempt owns any more."""
+    """Record a result for a key without an attempt that owns the key."""
     with database.unit_of_work() as unit:
         attempt = unit.idempotency_keys.claim(scope(), fingerprint="f", lease=MINUTE, ttl=MINUTE)
         unit.idempotency_keys.forget(scope())
@@ -84,8 +84,8 @@ REFUSED: dict[str, Callable[[Database], Any]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_no_frame_shows_what_was_refused(database: Database, kind: str) -> None:
-    """An error of an open database keeps its traceback, and no frame of the package shows the value."""
+def test_no_frame_shows_a_refused_value(database: Database, kind: str) -> None:
+    """If an open database raises, the error keeps its traceback, and no frame of the package holds the value."""
     add_device(database)
     with pytest.raises(errors.HomeAgentError) as caught:
         REFUSED[kind](database)
@@ -111,7 +111,7 @@ CLOSED: dict[str, Callable[[Database], Any]] = {
 
 @pytest.mark.parametrize("method", CLOSED)
 def test_no_frame_of_a_closed_database_shows_an_argument(sqlite_database: Database, method: str) -> None:
-    """Each method that is given a secret, nonce, key or result refuses a closed database without showing that."""
+    """If the database is closed, each method raises without a secret, nonce, key or result in its frames."""
     sqlite_database.close()
     with pytest.raises(errors.DatabaseClosedError) as caught:
         CLOSED[method](sqlite_database)
@@ -119,7 +119,7 @@ def test_no_frame_of_a_closed_database_shows_an_argument(sqlite_database: Databa
 
 
 def test_a_result_that_can_not_be_recorded_is_not_shown(sqlite_database: Database) -> None:
-    """The result of an effect is in no frame if the database is closed before it is recorded."""
+    """If the database is closed before a result is recorded, no frame holds the result of the effect."""
 
     def effect(attempt: homeagent.Attempt) -> str:
         sqlite_database.close()
@@ -130,8 +130,8 @@ def test_a_result_that_can_not_be_recorded_is_not_shown(sqlite_database: Databas
     assert shown(caught.value) == []
 
 
-def test_a_mistake_keeps_its_variables(sqlite_database: Database) -> None:
-    """An exception that is no error of the package keeps the variables of its frames, for whoever debugs it."""
+def test_a_programming_error_keeps_its_variables(sqlite_database: Database) -> None:
+    """If an exception is not an error of the package, the frames keep their variables for debugging."""
     with pytest.raises(TypeError) as caught:
         sqlite_database.nonces.consume(None, SECRET, expires_at=START + MINUTE, nothing=1)
     assert shown(caught.value) != []

@@ -1,6 +1,6 @@
-"""Group commit: units that share a commit are as good as units of their own, whatever the others do.
+"""Group commit: units that share a commit behave like units with separate commits, whatever the other units do.
 
-SQLite only, but for the test that says so: PostgreSQL groups commits by itself.
+SQLite only, except for the test on PostgreSQL, which groups commits without homeagent.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ BOTH = pytest.mark.parametrize("coroutines", [False, True], ids=["threads", "cor
 
 @pytest.fixture(autouse=True)
 def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch takes all calls that wait, however slow the machine is."""
+    """Let a batch take all waiting calls, however slow the machine is."""
     monkeypatch.setattr("homeagent.group_commit._MAX_BATCH_SECONDS", 60)
 
 
 class Odd(BaseException):
-    """Neither an Exception nor one that Python itself raises."""
+    """An exception that is neither an Exception nor raised by Python itself."""
 
 
-# What a batch is
+# Batches
 
 
 @BOTH
 def test_units_that_wait_share_one_commit(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, coroutines: bool
 ) -> None:
-    """Ten units that wait for the write lock are committed together in one thread, each with its own result."""
+    """If ten units wait for the write lock, a single thread commits the units together, each with a separate result."""
     threads: set[str] = set()
 
     def work(unit: UnitOfWork, agent_id: str) -> str:
@@ -57,12 +57,12 @@ def test_units_that_wait_share_one_commit(
     assert agents_of(sqlite_database) == sorted(results)
     snapshot = sqlite_database._engine.counters.snapshot()
     assert (snapshot.groups, snapshot.group_size_p50, snapshot.commits, snapshot.rollbacks) == (1, 10, 10, 1)
-    # The first unit of a batch may find the write lock just released.
+    # The first unit of a batch may find that the write lock was just released.
     assert snapshot.pool_waits in (9, 10)
 
 
 def test_a_lone_caller_runs_its_unit_in_its_own_thread(sqlite_database: Database) -> None:
-    """No other thread is started for it, and it has a plain transaction, where it may open its ORM session."""
+    """If no other caller waits, the unit runs in the caller's thread in a plain transaction, with an ORM session."""
 
     def work(unit: UnitOfWork) -> threading.Thread:
         unit.session.add(Agent(id="ada", name="Ada", workspace_path="/ada", created_at=START))
@@ -74,7 +74,7 @@ def test_a_lone_caller_runs_its_unit_in_its_own_thread(sqlite_database: Database
 
 
 def test_many_coroutines_share_few_commits(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two hundred coroutines have their units in a few commits, each with its own result or error."""
+    """Two hundred coroutines have their units in a few commits, each with a separate result or error."""
 
     def work(unit: UnitOfWork, number: int) -> str:
         agent_id = create(unit, f"a{number:03}")
@@ -99,7 +99,7 @@ def test_many_coroutines_share_few_commits(sqlite_database: Database, monkeypatc
 
 
 def test_an_event_loop_is_notified_once_for_a_batch(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many of its coroutines shared the commit."""
+    """If a batch has many coroutines of an event loop, the loop is notified once."""
     notified: list[int] = []
     notify = asyncio.BaseEventLoop.call_soon_threadsafe
 
@@ -114,14 +114,14 @@ def test_an_event_loop_is_notified_once_for_a_batch(sqlite_database: Database, m
 
 
 def test_postgresql_groups_by_itself(empty_postgres_url: str) -> None:
-    """A server has many writers and groups their commits: there, each unit has a connection of its own."""
+    """On PostgreSQL, which has many writers and groups commits, each unit has a separate connection."""
     with Database.open(empty_postgres_url) as database:
         assert database._runner._group_commit is None
         assert database.run(creating("ada")) == "ada"
 
 
 def test_a_batch_is_bounded(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends after so many units, or after so long, and the next one begins."""
+    """A batch ends after its maximum of units or its maximum duration, and the next batch begins."""
     monkeypatch.setattr("homeagent.group_commit._MAX_BATCH_UNITS", 4)
     with counted_commits(monkeypatch) as count:
         run_together(sqlite_database, [creating(f"a{number}") for number in range(11)])
@@ -132,17 +132,17 @@ def test_a_batch_is_bounded(sqlite_database: Database, monkeypatch: pytest.Monke
     assert count == [4]
 
 
-# Each for itself
+# Independence of units
 
 
 def raising(unit: UnitOfWork, error: BaseException) -> None:
-    """Write something, and raise."""
+    """Write a row, and raise."""
     create(unit, "raised")
     raise error
 
 
 def rolling_back(unit: UnitOfWork) -> str:
-    """Write something, give the unit up, and try to go on."""
+    """Write a row, roll the unit back, and try to use the unit again."""
     create(unit, "given up")
     unit.after_commit(lambda: pytest.fail("never committed"))
     unit.rollback()
@@ -157,13 +157,13 @@ left_open: list[Any] = []
 
 
 def leave_open(unit: UnitOfWork) -> None:
-    """Open a savepoint that nobody ends. It would be ended if nothing referred to it."""
+    """Open a savepoint and keep a reference to it, since garbage collection would end the savepoint."""
     left_open.append(unit.savepoint())
     left_open[-1].__enter__()
 
 
 def leaving_savepoints(unit: UnitOfWork) -> str:
-    """Open savepoints, and end none of them."""
+    """Open savepoints without ending the savepoints."""
     for number in range(2):
         leave_open(unit)
         create(unit, f"in savepoint {number}")
@@ -171,20 +171,20 @@ def leaving_savepoints(unit: UnitOfWork) -> str:
 
 
 def leaving_and_raising(unit: UnitOfWork) -> None:
-    """Raise within savepoints that nobody ends."""
+    """Raise within open savepoints."""
     leaving_savepoints(unit)
     create(unit, "raised")
     raise LookupError
 
 
 def refused(unit: UnitOfWork) -> None:
-    """Meet an error of the store, and let it out."""
+    """Let an error of the store leave the unit."""
     create(unit, "raised")
     create(unit, "raised")
 
 
 def recursing(unit: UnitOfWork) -> None:
-    """Write something, and recurse without an end."""
+    """Write a row, and recurse without end."""
     create(unit, "raised")
 
     def again() -> None:
@@ -208,10 +208,8 @@ def recursing(unit: UnitOfWork) -> None:
         (rolling_back, "gave up"),
     ],
 )
-def test_what_undoes_a_unit_spares_its_neighbours(
-    sqlite_path: Path, bad: Work, expected: Any, coroutines: bool
-) -> None:
-    """A unit that raises or gives up is undone alone, wherever it stands; its caller alone learns of it."""
+def test_an_undone_unit_undoes_no_other_unit(sqlite_path: Path, bad: Work, expected: Any, coroutines: bool) -> None:
+    """If a unit raises or rolls back at any place in a batch, the other units are kept."""
     if expected in (SystemExit, GeneratorExit):
         coroutines = False  # such an error ends the event loop
     for position in range(3):
@@ -226,13 +224,13 @@ def test_what_undoes_a_unit_spares_its_neighbours(
 
 
 @pytest.mark.parametrize("position", [0, 1, 2], ids=["first", "middle", "last"])
-def test_savepoints_that_nobody_ended_end_with_their_unit(sqlite_database: Database, position: int) -> None:
-    """What was done in them is kept with the unit, and no other unit is inside of them."""
+def test_open_savepoints_end_with_their_unit(sqlite_database: Database, position: int) -> None:
+    """If a unit leaves savepoints open, their rows are kept, and no other unit is inside the savepoints."""
     works = [creating("ada"), functools.partial(raising, error=LookupError())]
     works.insert(position, leaving_savepoints)
     results = run_together(sqlite_database, works)
     assert results[position] == "left"
-    left_open.clear()  # where the generators behind them end, and may touch nothing
+    left_open.clear()  # the generators behind the savepoints end here and must not change the database
     assert agents_of(sqlite_database) == ["ada", "in savepoint 0", "in savepoint 1"]
 
 
@@ -240,7 +238,7 @@ def test_savepoints_that_nobody_ended_end_with_their_unit(sqlite_database: Datab
 def test_a_unit_with_its_orm_session_runs_alone(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, coroutines: bool
 ) -> None:
-    """It runs again in a transaction of its own, where it may flush, fail and roll back; the others do not."""
+    """A unit with an ORM session runs again alone, where it may flush, fail and roll back; other units run once."""
     runs: list[str] = []
 
     def orm(unit: UnitOfWork, *, swallow: bool) -> str:
@@ -280,7 +278,7 @@ def test_a_unit_with_its_orm_session_runs_alone(
 
 
 def test_units_see_what_those_before_them_did(sqlite_database: Database) -> None:
-    """In a batch, one unit sees the writes of the units before it, and none of those that were undone."""
+    """In a batch, a unit reads the writes of the units before it, but not the writes of units that were undone."""
 
     def look(unit: UnitOfWork) -> list[str]:
         return [agent.id for agent in unit.agents.list()]
@@ -291,8 +289,8 @@ def test_units_see_what_those_before_them_did(sqlite_database: Database) -> None
     assert isinstance(results[3], AgentExistsError)
 
 
-def test_a_unit_is_of_no_use_after_its_end(sqlite_database: Database) -> None:
-    """A unit that was kept beyond its turn can't write into its neighbour's."""
+def test_a_unit_cannot_be_used_after_its_end(sqlite_database: Database) -> None:
+    """If a unit is used after its end, UnitStateError prevents a write into the next unit of the batch."""
     kept: list[UnitOfWork] = []
 
     def meddle(unit: UnitOfWork) -> None:
@@ -309,7 +307,7 @@ def test_a_unit_is_of_no_use_after_its_end(sqlite_database: Database) -> None:
 
 
 def test_a_unit_in_a_unit_is_refused(sqlite_database: Database) -> None:
-    """It would wait for its own thread: in a block, in a unit of a batch, and while others wait."""
+    """If a unit opens a unit in the same thread, UnitStateError prevents a wait of the thread for itself."""
 
     def nested(unit: UnitOfWork) -> None:
         sqlite_database.run(lambda unit: None)
@@ -333,14 +331,14 @@ def test_a_unit_in_a_unit_is_refused(sqlite_database: Database) -> None:
     assert agents_of(sqlite_database) == ["ada", "waits"]
 
 
-# When the commit fails
+# Commits that fail
 
 
 @BOTH
-def test_a_commit_that_fails_is_made_for_each_alone(
+def test_units_of_a_failed_commit_run_again_alone(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, coroutines: bool
 ) -> None:
-    """Nothing of the batch took place: each unit runs again in a transaction of its own, and succeeds."""
+    """If the commit of a batch fails, each unit runs again and succeeds in a separate transaction."""
     runs: list[str] = []
 
     def work(unit: UnitOfWork, agent_id: str) -> str:
@@ -381,8 +379,8 @@ with Database.open(sys.argv[1]) as database:
 """
 
 
-def test_a_disk_that_is_full_at_the_common_commit_costs_no_unit(sqlite_path: Path, children: Children) -> None:
-    """SQLite itself fails to write its log: each unit runs again alone, when there is room, and is there once."""
+def test_a_full_disk_at_the_common_commit_loses_no_unit(sqlite_path: Path, children: Children) -> None:
+    """If SQLite fails to write the WAL of a batch, each unit runs again alone and is stored once."""
     output = children.run(FULL_DISK, sqlite_path)
     assert output.splitlines() == ["a b c", "a b c 6", "a b before c"]
 
@@ -390,7 +388,7 @@ def test_a_disk_that_is_full_at_the_common_commit_costs_no_unit(sqlite_path: Pat
 def test_a_commit_that_fails_for_one_alone_is_its_own_error(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of units that run again alone, the one whose commit fails gets the error, and is not there."""
+    """If a unit that runs again alone fails to commit, its caller gets the error, and its rows are absent."""
     error = DiskFullError("no room")
     with counted_commits(monkeypatch, DiskFullError("no room"), None, error):
         results = run_together(sqlite_database, [creating(name) for name in ("a", "b", "c")])
@@ -398,8 +396,8 @@ def test_a_commit_that_fails_for_one_alone_is_its_own_error(
     assert agents_of(sqlite_database) == [result for result in results if result is not error]
 
 
-def test_a_transaction_that_the_engine_undid_is_done_again(sqlite_database: Database) -> None:
-    """SQLite may undo all by itself on a full disk: the others' units run again, and none is lost."""
+def test_a_transaction_that_sqlite_rolled_back_runs_again(sqlite_database: Database) -> None:
+    """If SQLite itself rolls back the transaction on a full disk, the other units run again, and all are stored."""
     broken: list[int] = []
 
     def breaking(unit: UnitOfWork) -> str:
@@ -414,10 +412,10 @@ def test_a_transaction_that_the_engine_undid_is_done_again(sqlite_database: Data
     assert agents_of(sqlite_database) == ["a", "b", "broke before"]
 
 
-def test_a_savepoint_that_can_not_be_undone_takes_nobody_along(
+def test_a_savepoint_that_cannot_be_undone_undoes_no_other_unit(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the unit did would be committed with the others: the batch is rolled back, and each runs alone."""
+    """If a savepoint can't be rolled back, the batch is rolled back and each unit runs alone."""
 
     def failing(link: StoreConnection, name: str) -> None:
         raise DiskFullError("no room")
@@ -430,10 +428,10 @@ def test_a_savepoint_that_can_not_be_undone_takes_nobody_along(
     assert agents_of(sqlite_database) == ["a", "b"]
 
 
-def test_an_error_after_the_commit_has_no_unit_done_twice(
+def test_an_error_after_the_commit_repeats_no_unit(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where counting fails, the units of the batch took place, once, and their callers are told so."""
+    """If counting fails after the commit, the units of the batch are stored once, and the callers get their results."""
     runs: list[str] = []
 
     def work(unit: UnitOfWork, agent_id: str) -> str:
@@ -457,7 +455,7 @@ def test_an_error_after_the_commit_has_no_unit_done_twice(
 def test_no_callback_after_a_commit_that_failed(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, coroutines: bool
 ) -> None:
-    """A lone unit whose commit fails calls nothing, and neither does one of a batch that then fails alone."""
+    """If a commit fails, no callback runs, neither for a lone unit nor for a unit of a batch that then fails alone."""
     called: list[str] = []
 
     def work(unit: UnitOfWork, name: str) -> None:
@@ -474,8 +472,8 @@ def test_no_callback_after_a_commit_that_failed(
     assert agents_of(sqlite_database) == []
 
 
-def test_callbacks_run_in_their_callers_thread_once_all_is_durable(sqlite_database: Database) -> None:
-    """Each caller's callbacks run in its own thread, see the commit, and may open units themselves."""
+def test_callbacks_run_in_their_callers_thread_after_the_commit(sqlite_database: Database) -> None:
+    """Callbacks run in the thread of their caller after the commit is durable, and may open units."""
     seen: list[tuple[str, bool, str]] = []
 
     def work(unit: UnitOfWork, name: str) -> None:
@@ -490,8 +488,8 @@ def test_callbacks_run_in_their_callers_thread_once_all_is_durable(sqlite_databa
     assert len(agents_of(sqlite_database)) == 6
 
 
-def test_callbacks_of_coroutines_run_before_they_go_on_and_block_no_loop(sqlite_database: Database) -> None:
-    """They run in a worker thread with the caller's context, and a broken one hides nothing."""
+def test_callbacks_of_coroutines_do_not_block_the_loop(sqlite_database: Database) -> None:
+    """Callbacks of coroutines run in a worker thread with the caller's context; a failing callback hides no result."""
     name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
     seen: list[tuple[str, bool]] = []
 
@@ -513,8 +511,8 @@ def test_callbacks_of_coroutines_run_before_they_go_on_and_block_no_loop(sqlite_
     assert len(seen) == 5
 
 
-def test_the_callers_context_is_the_works(sqlite_database: Database) -> None:
-    """Whichever thread runs a unit, the function finds the context variables of its own caller."""
+def test_the_work_sees_the_callers_context(sqlite_database: Database) -> None:
+    """In any thread that runs a unit, the function sees the context variables of its caller."""
     name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
     results: list[bool] = []
 

@@ -1,6 +1,6 @@
-"""Group commit: callers that are cancelled or interrupted leave the queue, or wait for their unit's end.
+"""Group commit: cancelled or interrupted callers leave the queue, or wait until their unit ends.
 
-SQLite only: PostgreSQL groups commits by itself.
+SQLite only: PostgreSQL groups commits without homeagent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.interrupts import interrupt_at
 def test_a_caller_that_is_cancelled_in_the_queue_leaves_the_others_alone(
     sqlite_database: Database, scoped: bool, position: int
 ) -> None:
-    """It leaves at once, its unit is never run, and its neighbours' are."""
+    """If a caller is cancelled in the queue, its unit does not run, and the other callers' units do."""
     ran: list[str] = []
 
     def work(unit: UnitOfWork, agent_id: str) -> str:
@@ -73,8 +73,8 @@ def test_a_caller_that_is_cancelled_in_the_queue_leaves_the_others_alone(
 
 
 @pytest.mark.parametrize("scoped", [False, True], ids=["Task.cancel", "scope"])
-def test_a_caller_that_is_cancelled_at_its_turn_waits_for_its_end(sqlite_database: Database, scoped: bool) -> None:
-    """Its unit and its callbacks end before the caller does, and the caller is cancelled all the same."""
+def test_a_caller_that_is_cancelled_while_its_unit_runs_waits(sqlite_database: Database, scoped: bool) -> None:
+    """If a caller is cancelled while its unit runs, unit and callbacks end first, and then the caller is cancelled."""
     began, go_on = threading.Event(), threading.Event()
     seen: list[str] = []
 
@@ -109,8 +109,8 @@ def test_a_caller_that_is_cancelled_at_its_turn_waits_for_its_end(sqlite_databas
     assert agents_of(sqlite_database) == ["ada"]
 
 
-def test_a_loop_that_ended_holds_nobody_up(sqlite_database: Database) -> None:
-    """A caller whose event loop was closed meanwhile is not told, and the others go on."""
+def test_a_closed_loop_delays_no_other_caller(sqlite_database: Database) -> None:
+    """If a caller's event loop was closed while the caller waited, the other callers still get their results."""
     began, go_on = threading.Event(), threading.Event()
 
     def work(unit: UnitOfWork) -> None:
@@ -122,14 +122,14 @@ def test_a_loop_that_ended_holds_nobody_up(sqlite_database: Database) -> None:
     task = loop.create_task(sqlite_database.arun(work))
     while not began.is_set():
         loop.run_until_complete(asyncio.sleep(0.001))
-    # It is abandoned on purpose, which asyncio would complain about.
+    # The test abandons the coroutine on purpose, and asyncio would complain.
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's switch for that
     loop.close()
     go_on.set()
     assert sqlite_database.run(creating("ada")) == "ada"
     assert agents_of(sqlite_database) == ["ada", "left behind"]
     with suppress(RuntimeError):
-        task.get_coro().close()  # type: ignore[union-attr]  # it is there
+        task.get_coro().close()  # type: ignore[union-attr]  # the attribute exists
 
 
 INTERRUPTED = """
@@ -192,15 +192,15 @@ print(interrupts)
 """
 
 
-def test_interrupts_of_a_caller_that_waits_hold_nobody_up(sqlite_path: Path, children: Children) -> None:
-    """With a real Ctrl-C every 3 ms in the main thread, the other callers' units are committed, each once."""
+def test_interrupts_of_a_waiting_caller_block_no_other_caller(sqlite_path: Path, children: Children) -> None:
+    """If a real Ctrl-C interrupts the main thread every 3 ms, the other callers' units are committed, each once."""
     process = children.start(INTERRUPTED, sqlite_path)
     output = children.finish(process)
     assert int(output) > 0
 
 
 def test_an_interrupted_caller_leaves_the_queue(sqlite_path: Path) -> None:
-    """Its unit is never run; the thread that is interrupted while it waits goes on at once."""
+    """If a caller is interrupted while waiting, its thread continues at once, and its unit does not run."""
     code = """
 import os, signal, sys, threading, time
 from homeagent import Database
@@ -234,7 +234,7 @@ database.close()
 
 @pytest.mark.parametrize("crowded", [False, True], ids=["in its own thread", "in the writer's"])
 def test_an_interrupt_anywhere_in_a_call_holds_nobody_up(sqlite_path: Path, crowded: bool) -> None:
-    """Wherever it comes in a call of `run`, the calls of this thread, of others and of coroutines go on."""
+    """If an interrupt comes at any point of `run`, later calls of threads and coroutines still complete."""
 
     def count(unit: UnitOfWork) -> int:
         return len(unit.agents.list())

@@ -1,4 +1,4 @@
-"""Group commit: whatever units do and whichever commits fail, each ends as it would alone, one after the other."""
+"""Group commit: each unit of a batch ends as the unit would alone, with any steps and any failing commits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from homeagent.errors import AgentExistsError, AgentNotFoundError, DiskFullError
 from tests.batches import counted_commits, create, run_together
 from tests.conftest import FakeClock, dump
 
-# Savepoints that no unit ends. They would be ended if nothing referred to them.
+# Savepoints that no unit ends; garbage collection would end a savepoint without a reference.
 left_open: list[Any] = []
 
 names = st.sampled_from(["a", "b", "c"])
@@ -26,7 +26,7 @@ ends = st.sampled_from(["return", "return", "return", "raise", "rollback"])
 
 
 def play(unit: UnitOfWork, script: Sequence[tuple[str, str]], end: str, called: list[str]) -> Any:
-    """Do the steps of a unit, and return what they showed."""
+    """Run the steps of a unit, and return their results."""
     shown: list[Any] = []
     for act, name in script:
         if act == "create":
@@ -62,7 +62,7 @@ def play(unit: UnitOfWork, script: Sequence[tuple[str, str]], end: str, called: 
 
 
 def comparable(outcome: Any) -> Any:
-    """Return what two outcomes are alike by."""
+    """Return the part of an outcome that two equal outcomes share."""
     return (type(outcome), str(outcome)) if isinstance(outcome, BaseException) else outcome
 
 
@@ -72,13 +72,13 @@ def comparable(outcome: Any) -> Any:
     faults=st.lists(st.booleans(), max_size=3),
     coroutines=st.booleans(),
 )
-def test_units_of_a_batch_are_as_good_as_units_alone(
+def test_units_of_a_batch_equal_units_alone(
     pair: tuple[Database, Database],
     scripts: list[tuple[list[tuple[str, str]], str]],
     faults: list[bool],
     coroutines: bool,
 ) -> None:
-    """The units of a batch, of threads or of coroutines, are compared with the same units in blocks."""
+    """The units of a batch, of threads or of coroutines, give the same results and rows as the units in blocks."""
     batched, alone = pair
     order: list[int] = []
     called: dict[int, list[str]] = {number: [] for number in range(len(scripts))}
@@ -103,7 +103,7 @@ def test_units_of_a_batch_are_as_good_as_units_alone(
     for number in order:
         expected: list[str] = []
         if isinstance(outcomes[number], DiskFullError):
-            # Its own commit failed: nothing of it took place.
+            # The commit of this unit failed alone: no row of it exists.
             assert called[number] == []
             continue
         try:
@@ -119,7 +119,7 @@ def test_units_of_a_batch_are_as_good_as_units_alone(
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[Database, Database]]:
-    """Two databases, kept open for all examples, which takes most of the time."""
+    """Two databases that stay open for all examples, as opening takes most of the time."""
     clock = FakeClock()
     with (
         Database.open(":memory:", clock=clock, durability="normal") as batched,

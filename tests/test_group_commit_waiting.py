@@ -1,6 +1,6 @@
-"""Group commit: how long callers wait, and what takes them out of the queue. No caller waits for ever.
+"""Group commit: the longest wait of a caller, and the events that remove a caller from the queue.
 
-SQLite only: PostgreSQL groups commits by itself.
+SQLite only: PostgreSQL groups commits without homeagent.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from tests.conftest import FakeClock, add_agent, dump
 
 @pytest.fixture
 def impatient(sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
-    """A database whose units wait for 400 ms at most. A quarter of that is what a batch may last."""
+    """A database whose units wait for 400 ms at most; a batch lasts for a quarter of that time at most."""
     monkeypatch.setattr("homeagent.group_commit._MAX_BATCH_SECONDS", 60)
     with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(milliseconds=400)) as database:
         yield database
 
 
-# Whose turn it is
+# Order of turns
 
 
-def test_a_block_that_waits_is_not_passed_by_batch_after_batch(sqlite_database: Database) -> None:
-    """While 8 threads run units without a pause, one that uses blocks gets its turns between their batches."""
+def test_a_waiting_block_gets_its_turn_between_batches(sqlite_database: Database) -> None:
+    """While 8 threads run units without a pause, a thread that uses blocks gets its turns between their batches."""
     stop = threading.Event()
 
     def busy(number: int) -> None:
@@ -68,12 +68,12 @@ def test_a_block_that_waits_is_not_passed_by_batch_after_batch(sqlite_database: 
     assert len(agents_of(sqlite_database)) == 20
 
 
-# For how long
+# Timeouts
 
 
 @pytest.mark.parametrize("coroutines", [False, True], ids=["threads", "coroutines"])
 def test_no_caller_waits_longer_than_the_timeout(impatient: Database, coroutines: bool) -> None:
-    """Each caller is told which thread holds the write lock; then all goes on as before."""
+    """After the timeout, each caller's error names the thread that holds the write lock; then units run as before."""
     errors: list[Any] = []
     works = [creating(f"late {number}") for number in range(4)]
 
@@ -100,17 +100,18 @@ def test_no_caller_waits_longer_than_the_timeout(impatient: Database, coroutines
 
 
 def test_without_a_timeout_a_free_write_lock_is_enough(sqlite_path: Path) -> None:
-    """With a busy_timeout of 0, a unit that the writer thread takes up at once is no unit that waits."""
+    """With a busy_timeout of 0, a unit that the writer thread starts at once does not count as waiting."""
     with Database.open(sqlite_path, busy_timeout=timedelta(0)) as database:
         assert asyncio.run(database.arun(creating("ada"))) == "ada"
         group_commit_of(database)._is_contended = True
         assert database.run(creating("bob")) == "bob"
 
 
-def test_a_function_that_hangs_keeps_no_other_caller_waiting(impatient: Database) -> None:
-    """Those before it in its batch and those behind are told which function hangs, and none of them took place.
+def test_a_hanging_function_delays_no_other_caller(impatient: Database) -> None:
+    """If a function hangs, the callers before and behind it get an error with its name, and their units are not stored.
 
-    They learn it while it hangs. When it ends after all, it alone is done, in a transaction of its own.
+    The callers get the error while the function hangs. When the function ends, its unit runs alone in a separate
+    transaction.
     """
     go_on, hanging = threading.Event(), threading.Event()
     outcomes: dict[str, Any] = {}
@@ -137,7 +138,7 @@ def test_a_function_that_hangs_keeps_no_other_caller_waiting(impatient: Database
     hangs = caller("the hanging one", hang)
     second = caller("second", creating("second"))
     threads = [caller("first", begin), second, caller("third", creating("third"))]
-    group_commit_of(impatient)._is_contended = True  # the first caller hands its unit over too
+    group_commit_of(impatient)._is_contended = True  # the first caller also puts its unit in the queue
     threads[0].start()
     assert hanging.wait(30)
     threads[2].start()
@@ -159,8 +160,8 @@ def test_a_function_that_hangs_keeps_no_other_caller_waiting(impatient: Database
 
 
 @pytest.mark.parametrize("cancelled", [False, True], ids=["waiting", "cancelled"])
-def test_a_function_that_hangs_keeps_no_coroutine_waiting(impatient: Database, cancelled: bool) -> None:
-    """A coroutine whose unit was done leaves its batch in time, also one that was cancelled meanwhile."""
+def test_a_hanging_function_delays_no_coroutine(impatient: Database, cancelled: bool) -> None:
+    """If a function hangs, a coroutine whose unit ran in the batch leaves in time, also after a cancellation."""
     go_on, hanging = threading.Event(), threading.Event()
 
     def hang(unit: UnitOfWork) -> str:
@@ -193,10 +194,10 @@ def test_a_function_that_hangs_keeps_no_coroutine_waiting(impatient: Database, c
     assert agents_of(impatient) == ["hung"]
 
 
-def test_a_caller_that_stays_with_a_batch_that_another_left_is_done_again(
+def test_a_unit_runs_again_if_another_caller_leaves_its_batch(
     impatient: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is done without what the other one did, whose unit took no place."""
+    """If another caller leaves a batch, the unit of the remaining caller runs again without the other unit's rows."""
     left = threading.Event()
     outcomes: list[Any] = []
     runs: list[tuple[str, int]] = []
@@ -226,7 +227,7 @@ def test_a_caller_that_stays_with_a_batch_that_another_left_is_done_again(
 
 
 def test_no_caller_leaves_a_batch_that_commits(impatient: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the decision to commit on, no wait is too long: a caller told `busy` would find the unit in the file."""
+    """After the decision to commit, no caller times out, as `busy` would be false for a unit that is stored."""
     commit = StoreConnection.commit
 
     def slow(link: StoreConnection) -> None:
@@ -240,8 +241,8 @@ def test_no_caller_leaves_a_batch_that_commits(impatient: Database, monkeypatch:
     assert asyncio.run(impatient.arun(creating("b"))) == "b"
 
 
-def test_a_caller_that_was_told_busy_is_not_in_the_file(sqlite_path: Path) -> None:
-    """Functions that hang for about as long as callers wait: units that returned are there, the others are not."""
+def test_a_unit_whose_caller_got_busy_is_not_stored(sqlite_path: Path) -> None:
+    """If functions run for about as long as callers wait, exactly the units whose calls returned are stored."""
     gave_up: list[str] = []
     returned: list[str] = []
 
@@ -274,10 +275,10 @@ def test_a_caller_that_was_told_busy_is_not_in_the_file(sqlite_path: Path) -> No
 
 
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=["thread", "memory"])
-def test_a_system_without_threads_left_still_runs_the_units_of_threads(
+def test_units_of_threads_run_without_a_writer_thread(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """Each caller runs its own. A coroutine's is refused with an error of ours, and later calls work."""
+    """If the system has no thread left, each thread runs its unit itself, and a coroutine gets DatabaseError."""
     group_commit_of(sqlite_database)._is_contended = True
 
     def refuse(thread: threading.Thread) -> None:
@@ -298,7 +299,7 @@ def test_a_system_without_threads_left_still_runs_the_units_of_threads(
 
 
 def test_the_writer_thread_ends_when_it_is_idle(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next call starts another one, and a database that is dropped without a close goes away."""
+    """If the writer thread is idle, the thread ends; the next call starts a thread, and a dropped database is freed."""
     monkeypatch.setattr("homeagent.group_commit._IDLE", 0.05)
     database = Database.open(sqlite_path)
     for name in ("ada", "bob"):
@@ -314,10 +315,10 @@ def test_the_writer_thread_ends_when_it_is_idle(sqlite_path: Path, monkeypatch: 
     assert gone() is None
 
 
-def test_a_loop_that_can_t_be_notified_is_told_later_and_keeps_no_other_waiting(
+def test_a_loop_that_cannot_be_notified_delays_no_other_caller(
     sqlite_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its coroutines have their outcome within the timeout; the thread goes on, and the failure is logged."""
+    """If a loop can't be notified, its coroutines get their outcome within the timeout, and other callers at once."""
 
     async def main() -> str:
         loop = asyncio.get_running_loop()
@@ -344,10 +345,10 @@ def test_a_loop_that_can_t_be_notified_is_told_later_and_keeps_no_other_waiting(
 # Closing
 
 
-def test_closing_waits_for_a_function_that_hangs_no_longer_than_the_timeout(
+def test_closing_waits_for_a_hanging_function_until_the_timeout(
     impatient: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is said that one hangs. Like a block that is open meanwhile, it commits when it ends."""
+    """If a function hangs, closing waits no longer than the timeout and logs a warning; the unit commits at its end."""
     go_on, hanging = threading.Event(), threading.Event()
     results: list[str] = []
 
@@ -374,7 +375,7 @@ def test_closing_waits_for_a_function_that_hangs_no_longer_than_the_timeout(
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["a block", "a function"])
 def test_closing_refuses_callers_that_wait(sqlite_path: Path, hangs: bool) -> None:
-    """Threads and coroutines that wait for their turn learn at once that the database was closed."""
+    """If the database closes, waiting threads and coroutines raise DatabaseClosedError at once."""
     errors: list[type[BaseException]] = []
     go_on, entered = threading.Event(), threading.Event()
     database = Database.open(sqlite_path)
@@ -394,7 +395,7 @@ def test_closing_refuses_callers_that_wait(sqlite_path: Path, hangs: bool) -> No
         calls = [database.arun(creating(f"late {number}")) for number in range(10, 13)]
         errors.extend(map(type, await asyncio.gather(*calls, return_exceptions=True)))
 
-    group_commit_of(database)._is_contended = True  # the function is run by the writer thread
+    group_commit_of(database)._is_contended = True  # the writer thread runs the function
     holder = threading.Thread(target=functools.partial(database.run, hang) if hangs else block)
     holder.start()
     assert entered.wait(30)
