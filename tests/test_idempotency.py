@@ -1,4 +1,4 @@
-"""Effects happen once: whoever calls, however often, and however a call ends."""
+"""Effects run once: for every caller, any number of calls, and any end of a call."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ BACKENDS = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
 
 class Odd(BaseException):
-    """Neither an Exception nor one that Python itself raises."""
+    """An exception that is neither an Exception nor raised by Python itself."""
 
 
 def row_of(database: Database, scope: IdempotencyScope = SCOPE) -> IdempotencyKey | None:
-    """Return the live record of a scope."""
+    """Return the unexpired record of a scope."""
     with database.unit_of_work(read_only=True) as unit:
         return unit.idempotency_keys.find(scope)
 
 
 def never(attempt: Attempt) -> Any:
-    """Fail: the effect of a key that has its outcome."""
+    """Fail if the effect of a finished key runs."""
     raise AssertionError("the effect ran again")
 
 
 async def anever(attempt: Attempt) -> Any:
-    """Do as `never`, as a coroutine."""
+    """Fail like `never`, as a coroutine."""
     raise AssertionError("the effect ran again")
 
 
 def abandon(database: Database, scope: IdempotencyScope = SCOPE, *, params: Any = None) -> None:
-    """Leave an attempt behind as a process that died in its effect does."""
+    """Leave an attempt in progress, as a process that died in the effect does."""
 
     def dies(attempt: Attempt) -> None:
         raise Odd
@@ -67,11 +67,11 @@ def abandon(database: Database, scope: IdempotencyScope = SCOPE, *, params: Any 
         database.run_once(scope, dies, params=params, lease=MINUTE)
 
 
-# One winner
+# Concurrent callers
 
 
 def test_threads(database: Database) -> None:
-    """Of 8 threads that call the same 200 keys, one runs each effect, and all get its answer in the end."""
+    """If 8 threads call the same 200 keys, each effect runs once, and all threads get its result in the end."""
     ran: Counter[str] = Counter()
     mutex = threading.Lock()
     start = threading.Barrier(8)
@@ -128,14 +128,14 @@ with Database.open(sys.argv[1], durability="normal") as database:
 
 @pytest.mark.parametrize(("processes", "keys"), [(4, 50), pytest.param(8, 200, marks=pytest.mark.slow)])
 def test_processes(target: str, children: Children, processes: int, keys: int) -> None:
-    """Of several processes that call the same keys, one runs each effect."""
+    """If several processes call the same keys, each effect runs once."""
     out = children.together(PROCESS, [[target, keys]] * processes)
     assert sorted(int(line) for lines in out for line in lines.split()) == list(range(keys))
 
 
 @BACKENDS
 def test_tasks(database: Database, backend: str) -> None:
-    """Of 256 tasks of one event loop that call the same key, one runs the effect; the others are told or answered."""
+    """If 256 tasks of an event loop call a key, the effect runs once; other tasks get a result or an error."""
     ran = 0
     told = 0
 
@@ -168,7 +168,7 @@ def test_tasks(database: Database, backend: str) -> None:
 
 
 def test_duplicate_in_flight(database: Database, clock: FakeClock) -> None:
-    """A duplicate is told how long the lease still runs; other parameters are refused first, then and afterwards."""
+    """A duplicate call gets the remaining time of the lease; a call with other parameters is refused."""
 
     def effect(attempt: Attempt) -> str:
         clock.advance(seconds=20)
@@ -186,13 +186,13 @@ def test_duplicate_in_flight(database: Database, clock: FakeClock) -> None:
 
 
 def test_order_of_keys(database: Database) -> None:
-    """A client that serialises its parameters in another order is the same client."""
+    """If a client serialises its parameters in another order, the call replays the same result."""
     database.run_once(SCOPE, lambda attempt: 1, params={"a": {"x": 1, "y": 2}, "b": [3]})
     assert database.run_once(SCOPE, never, params={"b": [3], "a": {"y": 2, "x": 1}}).replayed
 
 
 def test_effect_changes_its_parameters(database: Database) -> None:
-    """The fingerprint is of the parameters as they came: an effect that changes them deep down changes nothing."""
+    """If an effect changes its nested parameters, the fingerprint is still the fingerprint of the call's parameters."""
     params: Any = {"order": {"lines": [1]}}
 
     def effect(attempt: Attempt) -> None:
@@ -205,7 +205,7 @@ def test_effect_changes_its_parameters(database: Database) -> None:
 
 
 def test_separators(database: Database) -> None:
-    """Scopes whose parts would read alike when joined are different scopes."""
+    """If the joined parts of two scopes read alike, the scopes are still different."""
     scopes = [
         IdempotencyScope("a:b", "c", "d"),
         IdempotencyScope("a", "b:c", "d"),
@@ -219,7 +219,7 @@ def test_separators(database: Database) -> None:
 
 
 def test_bad_arguments(database: Database) -> None:
-    """A bad argument is refused before anything is claimed."""
+    """If an argument is invalid, `run_once` raises before it claims a key."""
     for arguments in (
         {"on_abandoned": "retry"},
         {"params": {1: 2}},
@@ -232,17 +232,17 @@ def test_bad_arguments(database: Database) -> None:
 
 
 class Awaited:
-    """What is called like a coroutine function, and doesn't look like one."""
+    """A callable whose call gives an awaitable, without being a coroutine function."""
 
     async def __call__(self, attempt: Attempt) -> Any:
-        """Do nothing."""
+        """Return without an effect."""
 
 
 @pytest.mark.parametrize(
     "effect", [anever, functools.partial(anever), 5, None], ids=["coroutine", "partial", "int", "none"]
 )
-def test_effect_that_is_no_function(database: Database, effect: Any) -> None:
-    """What can't be called, or would have to be awaited, is refused before its key is claimed."""
+def test_effect_that_is_not_a_function(database: Database, effect: Any) -> None:
+    """If an effect is not callable or needs awaiting, `run_once` refuses it before it claims the key."""
     with pytest.raises(InvalidArgumentError, match="effect"):
         database.run_once(SCOPE, effect)
     with pytest.raises(InvalidArgumentError, match="effect"), database.unit_of_work() as unit:
@@ -250,8 +250,8 @@ def test_effect_that_is_no_function(database: Database, effect: Any) -> None:
     assert row_of(database) is None
 
 
-def test_effects_are_not_swapped_for_coroutines(database: Database) -> None:
-    """A coroutine function can't find out for `run_once`, and what can't be called is no effect of `arun_once`."""
+def test_functions_and_coroutine_functions_are_not_mixed(database: Database) -> None:
+    """`run_once` refuses a coroutine function as `on_abandoned`, and `arun_once` an effect that is not callable."""
     with pytest.raises(InvalidArgumentError, match="arun_once"):
         database.run_once(SCOPE, never, on_abandoned=anever)
     with pytest.raises(InvalidArgumentError, match="effect"):
@@ -261,7 +261,7 @@ def test_effects_are_not_swapped_for_coroutines(database: Database) -> None:
 
 @pytest.mark.parametrize("effect", [Awaited(), lambda attempt: anever(attempt)], ids=["object", "lambda"])
 def test_effect_that_returns_a_coroutine(database: Database, clock: FakeClock, effect: Any) -> None:
-    """A coroutine that nobody awaits is never recorded as the result of an effect that took place."""
+    """If an effect returns an unawaited coroutine, the coroutine is never recorded as the result."""
     with pytest.raises(InvalidArgumentError, match="coroutine"), database.unit_of_work() as unit:
         unit.run_once(SCOPE, effect)
     assert row_of(database) is None
@@ -272,12 +272,12 @@ def test_effect_that_returns_a_coroutine(database: Database, clock: FakeClock, e
         database.run_once(SCOPE, never)
 
 
-# How an effect ends
+# Ends of an effect
 
 
 @pytest.mark.parametrize("value", [0, "", [], {}, False, None, -0.0, 2**70, "\x00\U0001f600"], ids=repr)
 def test_replay(database: Database, value: Any) -> None:
-    """What is false or odd is replayed as what it is, type and sign included."""
+    """False and unusual results are replayed with the same value, type and sign."""
     first = database.run_once(SCOPE, lambda attempt: value)
     second = database.run_once(SCOPE, never)
     assert (first.replayed, second.replayed, second.omitted) == (False, True, False)
@@ -291,7 +291,7 @@ def test_replay(database: Database, value: Any) -> None:
     "value", ["x" * 300_000, {1, 2}, object(), float("nan")], ids=["large", "set", "object", "nan"]
 )
 def test_result_that_cannot_be_stored(database: Database, value: Any) -> None:
-    """A result that is too large or no JSON is left out: the first caller has it, and nothing runs again."""
+    """If a result is too large or not JSON, the record omits the result, and the effect does not run again."""
     first = database.run_once(SCOPE, lambda attempt: value)
     assert first.value is value
     assert (first.omitted, first.replayed) == (True, False)
@@ -299,7 +299,7 @@ def test_result_that_cannot_be_stored(database: Database, value: Any) -> None:
 
 
 def test_failure_for_good(database: Database) -> None:
-    """An EffectFailedError reaches its caller, and is replayed to every other one."""
+    """If the effect raises EffectFailedError, its caller and every later caller get the error."""
 
     def effect(attempt: Attempt) -> None:
         raise EffectFailedError({"reason": "no stock"})
@@ -313,7 +313,7 @@ def test_failure_for_good(database: Database) -> None:
 
 
 def test_effect_that_did_not_start(database: Database) -> None:
-    """An EffectNotStartedError frees the key for the next call."""
+    """If the effect raises EffectNotStartedError, the key is free for the next call."""
 
     def effect(attempt: Attempt) -> None:
         raise EffectNotStartedError("the printer is off")
@@ -326,7 +326,7 @@ def test_effect_that_did_not_start(database: Database) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), SystemExit(3), Odd()], ids=repr)
 def test_any_other_exception(database: Database, clock: FakeClock, error: BaseException) -> None:
-    """Whatever else an effect raises reaches the caller as it is; the key stays in progress, then unknown."""
+    """If the effect raises another exception, the caller gets it unchanged; the key is in progress, then unknown."""
 
     def effect(attempt: Attempt) -> None:
         raise error
@@ -346,7 +346,7 @@ def test_any_other_exception(database: Database, clock: FakeClock, error: BaseEx
     "error", [RuntimeError("x"), EffectFailedError(1), EffectNotStartedError(), SystemExit(3), Odd()], ids=repr
 )
 def test_exceptions_of_coroutines(database: Database, backend: str, error: BaseException) -> None:
-    """An exception leaves `arun_once` as it is, never wrapped in a group, and does what it does for `run_once`."""
+    """`arun_once` raises an exception without a group around it, with the same effect on the key as `run_once`."""
 
     async def effect(attempt: Attempt) -> None:
         raise error
@@ -368,7 +368,7 @@ def test_exceptions_of_coroutines(database: Database, backend: str, error: BaseE
 @BACKENDS
 @pytest.mark.parametrize("error", [None, EffectFailedError(1), EffectNotStartedError()], ids=repr)
 def test_coroutine_that_lost_its_key(database: Database, backend: str, error: Exception | None) -> None:
-    """An attempt whose key was taken learns so by a LeaseLostError that is not wrapped, however it ended."""
+    """If another attempt took the key over, the coroutine raises an unwrapped LeaseLostError, however it ended."""
 
     async def effect(attempt: Attempt) -> int:
         database.run(lambda unit: unit.idempotency_keys.release(attempt))
@@ -384,7 +384,7 @@ def test_coroutine_that_lost_its_key(database: Database, backend: str, error: Ex
 
 
 def test_stale_owner(database: Database, clock: FakeClock) -> None:
-    """An effect that outlived its lease and was taken over learns so; the other one's record stands."""
+    """If an effect outlives its lease and is taken over, its caller gets LeaseLostError, and the new record stays."""
 
     def slow(attempt: Attempt) -> str:
         clock.advance(MINUTE)
@@ -397,11 +397,11 @@ def test_stale_owner(database: Database, clock: FakeClock) -> None:
     assert database.run_once(SCOPE, never) == Outcome(2, True, 2)
 
 
-# What was abandoned
+# Attempts whose lease expired
 
 
 def test_refuse(database: Database, clock: FakeClock) -> None:
-    """By default an abandoned effect is never run again, however long one waits."""
+    """By default an effect whose lease expired never runs again, however long the caller waits."""
     abandon(database)
     clock.advance(days=400)
     database.sweep()
@@ -411,7 +411,7 @@ def test_refuse(database: Database, clock: FakeClock) -> None:
 
 
 def test_rerun(database: Database, clock: FakeClock) -> None:
-    """`rerun` begins another attempt, which passes the same key on downstream."""
+    """With `rerun` a second attempt begins, and passes the same key to downstream services."""
     keys: list[str] = []
 
     def dies(attempt: Attempt) -> None:
@@ -428,8 +428,8 @@ def test_rerun(database: Database, clock: FakeClock) -> None:
     assert other.value != outcome.value
 
 
-def test_function_that_finds_out(database: Database, clock: FakeClock) -> None:
-    """A function is asked about an abandoned attempt instead of the effect, and its answer is the outcome."""
+def test_on_abandoned_function_decides_the_outcome(database: Database, clock: FakeClock) -> None:
+    """If `on_abandoned` is a function, it decides about the attempt, and its return value is the outcome."""
 
     def find_out(attempt: Attempt) -> Any:
         return {"found": attempt.number}
@@ -443,8 +443,8 @@ def test_function_that_finds_out(database: Database, clock: FakeClock) -> None:
     assert database.run_once(SCOPE, never) == Outcome({"found": 2}, True, 2)
 
 
-def test_function_that_finds_nothing(database: Database, clock: FakeClock) -> None:
-    """The function frees the key where nothing took place, and leaves it unknown where it can't tell."""
+def test_on_abandoned_function_without_an_outcome(database: Database, clock: FakeClock) -> None:
+    """The function frees the key if the effect did not happen, and leaves the outcome unknown if it can't decide."""
 
     def none_began(attempt: Attempt) -> None:
         raise EffectNotStartedError
@@ -465,7 +465,7 @@ def test_function_that_finds_nothing(database: Database, clock: FakeClock) -> No
 
 
 def test_rerun_that_did_not_start(database: Database, clock: FakeClock) -> None:
-    """A second attempt that did not start says nothing about the first: the outcome stays unknown."""
+    """If a second attempt did not start, the outcome of the first attempt stays unknown."""
 
     def effect(attempt: Attempt) -> None:
         raise EffectNotStartedError
@@ -479,8 +479,8 @@ def test_rerun_that_did_not_start(database: Database, clock: FakeClock) -> None:
 
 
 @BACKENDS
-def test_coroutine_that_finds_out(database: Database, clock: FakeClock, backend: str) -> None:
-    """A coroutine function may find out as well."""
+def test_on_abandoned_coroutine_decides_the_outcome(database: Database, clock: FakeClock, backend: str) -> None:
+    """`on_abandoned` may be a coroutine function."""
 
     async def find_out(attempt: Attempt) -> Any:
         await anyio.lowlevel.checkpoint()
@@ -495,8 +495,8 @@ def test_coroutine_that_finds_out(database: Database, clock: FakeClock, backend:
     anyio.run(main, backend=backend)
 
 
-def test_device_made_anew(database: Database, clock: FakeClock) -> None:
-    """A device under an old id gets none of the old one's results, and the old one's attempt records nothing."""
+def test_recreated_device(database: Database, clock: FakeClock) -> None:
+    """If a device is recreated, it gets no result of the old device, and the old attempt records no result."""
     add_device(database)
     database.run_once(SCOPE, lambda attempt: "secret of the old device")
 
@@ -519,13 +519,13 @@ def test_device_made_anew(database: Database, clock: FakeClock) -> None:
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases are renewed every 2 ms, whatever their length."""
+    """Renew leases every 2 ms, whatever their length."""
     monkeypatch.setattr(OnceCall, "period", 0.002)
 
 
 @pytest.fixture
 def renewed(monkeypatch: pytest.MonkeyPatch, often: None) -> Callable[[int], bool]:
-    """Waits until a lease was renewed that many times more."""
+    """Return a function that waits until a lease was renewed so many more times."""
     renewals = threading.Semaphore(0)
     renew = OnceCall.renew
 
@@ -538,7 +538,7 @@ def renewed(monkeypatch: pytest.MonkeyPatch, often: None) -> Callable[[int], boo
 
 
 def test_long_effect_keeps_its_lease(database: Database, clock: FakeClock, renewed: Callable[[int], bool]) -> None:
-    """An effect of three leases' length is still in progress for others, since its lease is renewed meanwhile."""
+    """If an effect lasts three leases' length, its lease is renewed, and other callers see the key in progress."""
 
     def effect(attempt: Attempt) -> str:
         for _ in range(6):
@@ -556,7 +556,7 @@ def test_long_effect_keeps_its_lease(database: Database, clock: FakeClock, renew
 def test_long_coroutine_keeps_its_lease(
     database: Database, clock: FakeClock, renewed: Callable[[int], bool], backend: str
 ) -> None:
-    """The same for a coroutine: its loop renews while it waits."""
+    """If a coroutine lasts three leases' length, its event loop renews the lease while the coroutine waits."""
 
     async def effect(attempt: Attempt) -> str:
         for _ in range(4):
@@ -570,13 +570,13 @@ def test_long_coroutine_keeps_its_lease(
     anyio.run(main, backend=backend)
 
 
-def test_renewal_meets_trouble(
+def test_failed_renewal_is_tried_again(
     database: Database,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     often: None,
 ) -> None:
-    """A renewal that the database refuses once is told in the log, and tried again."""
+    """If the database refuses a renewal once, the failure is logged, and the renewal is tried again."""
     renew = OnceCall.renew
     calls: list[int] = []
     again = threading.Event()
@@ -594,7 +594,7 @@ def test_renewal_meets_trouble(
 
 
 def test_an_interrupt_while_the_renewing_thread_starts(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody renews the lease then: the key counts as abandoned when it lapses, and is not in progress for good."""
+    """If an interrupt arrives while the renewing thread starts, the thread ends, so the lease can expire."""
     start = threading.Thread.start
     started: list[threading.Thread] = []
 
@@ -613,7 +613,7 @@ def test_an_interrupt_while_the_renewing_thread_starts(database: Database, monke
 
 
 def test_no_thread_to_renew_with(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the system gives no thread to renew in, the effect does not begin and the key is free."""
+    """If the system can't start the renewing thread, the effect does not begin, and the key is free."""
 
     def refused(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -625,17 +625,17 @@ def test_no_thread_to_renew_with(database: Database, monkeypatch: pytest.MonkeyP
     assert row_of(database) is None
 
 
-# From coroutines
+# Coroutines
 
 
 async def turns() -> None:
-    """Let every other task have its turn, several times: a cancellation is delivered then."""
+    """Let every other task run several times, so that a cancellation is delivered."""
     for _ in range(10):
         await anyio.lowlevel.checkpoint()
 
 
 class Native:
-    """Cancels as asyncio itself does: `Task.cancel`."""
+    """Cancel by `Task.cancel`, as asyncio itself does."""
 
     backend = "asyncio"
 
@@ -643,7 +643,7 @@ class Native:
     async def cancel(
         work: Callable[[], Awaitable[Any]], when: Callable[[], Awaitable[Any]], then: Callable[[], object] = int
     ) -> bool:
-        """Start `work`, cancel it once `when` returned, call `then`, and tell whether it ended by that."""
+        """Start `work`, cancel it after `when` returned, call `then`, and return whether `work` was cancelled."""
         task = asyncio.ensure_future(work())
         await when()
         task.cancel()
@@ -656,7 +656,7 @@ class Native:
 
 
 class Scoped:
-    """Cancels by a scope, as AnyIO and Trio do."""
+    """Cancel by a scope, as AnyIO and Trio do."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -665,7 +665,7 @@ class Scoped:
     async def cancel(
         work: Callable[[], Awaitable[Any]], when: Callable[[], Awaitable[Any]], then: Callable[[], object] = int
     ) -> bool:
-        """Start `work`, cancel it once `when` returned, call `then`, and tell whether it ended by that."""
+        """Start `work`, cancel it after `when` returned, call `then`, and return whether `work` was cancelled."""
         ended = False
 
         async def child() -> None:
@@ -676,7 +676,7 @@ class Scoped:
                 ended = True
                 raise
             except HomeAgentError:
-                pass  # the effect's own, which the test looks for in the store
+                pass  # the effect's error, which the test finds in the store
 
         async with anyio.create_task_group() as group:
             group.start_soon(child)
@@ -695,7 +695,7 @@ CANCELLERS = pytest.mark.parametrize(
 
 @CANCELLERS
 def test_cancelled_effect(database: Database, canceller: Native | Scoped) -> None:
-    """A cancelled caller cancels the effect; what it knows of its outcome is recorded all the same."""
+    """If the caller is cancelled, the effect is cancelled too, and the known outcome is recorded."""
     ends: list[str] = []
 
     async def main() -> None:
@@ -727,7 +727,7 @@ def test_cancelled_effect(database: Database, canceller: Native | Scoped) -> Non
 
 @CANCELLERS
 def test_cancelled_record(database: Database, canceller: Native | Scoped, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller that is cancelled while the outcome is being recorded leaves with the record made."""
+    """If the caller is cancelled while the outcome is being recorded, the record is stored before the caller ends."""
     recording = threading.Event()
     go_on = threading.Event()
     complete = IdempotencyKeyStore.complete
@@ -756,7 +756,7 @@ def test_cancelled_record(database: Database, canceller: Native | Scoped, monkey
 
 @CANCELLERS
 def test_cancelled_before_the_records_turn(database: Database, canceller: Native | Scoped) -> None:
-    """A caller that is cancelled while the outcome waits to be recorded leaves with the record made."""
+    """If the caller is cancelled while the outcome waits for the write lock, the record is still stored first."""
     writers = database._engine.writers
     group_commit = database._runner._group_commit
     leading = threading.Thread(target=database.run, args=(lambda unit: None,))
@@ -767,7 +767,7 @@ def test_cancelled_before_the_records_turn(database: Database, canceller: Native
 
     async def effect(attempt: Attempt) -> str:
         held.extend(writers.acquire(30) for _ in range(writers._size))
-        # Others have come before: the record is behind them in the queue.
+        # Other callers came before: the record is behind them in the queue.
         leading.start()
         while not waiting():
             await anyio.lowlevel.checkpoint()
@@ -793,7 +793,7 @@ def test_cancelled_before_the_records_turn(database: Database, canceller: Native
 
 @CANCELLERS
 def test_cancelled_claim(database: Database, canceller: Native | Scoped) -> None:
-    """A caller that is cancelled before its effect began leaves the key free."""
+    """If the caller is cancelled before the effect began, the key is free."""
     writers = database._engine.writers
 
     async def main() -> None:
@@ -815,7 +815,7 @@ def test_cancelled_claim(database: Database, canceller: Native | Scoped) -> None
 
 @CANCELLERS
 def test_cancelled_unit(database: Database, canceller: Native | Scoped) -> None:
-    """A cancelled `arun` ends its unit before it returns: the next writer gets the lane at once."""
+    """If `arun` is cancelled, it ends its unit before it returns: the next writer gets the write lock at once."""
     began = threading.Event()
     go_on = threading.Event()
     ended: list[bool] = []
@@ -842,7 +842,7 @@ def test_cancelled_unit(database: Database, canceller: Native | Scoped) -> None:
 
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_unit_ends_before_its_event_loop(database: Database, read_only: bool) -> None:
-    """asyncio.run() cancels the tasks that are left at its end: a unit under way ends before its caller does."""
+    """If asyncio.run() cancels the remaining tasks at its end, a running unit ends before its caller does."""
     began, go_on = threading.Event(), threading.Event()
     ends: list[str] = []
 
@@ -864,7 +864,7 @@ def test_a_unit_ends_before_its_event_loop(database: Database, read_only: bool) 
         loop = asyncio.get_running_loop()
 
         def go_on_after(turns: int) -> None:
-            # By then all tasks were cancelled, and have had their turns.
+            # By then all tasks were cancelled, and each task has run.
             if turns:
                 loop.call_soon(go_on_after, turns - 1)
             else:
@@ -879,7 +879,7 @@ def test_a_unit_ends_before_its_event_loop(database: Database, read_only: bool) 
 
 @BACKENDS
 def test_arun_never_blocks_the_loop(database: Database, backend: str) -> None:
-    """While a unit waits in a thread, the event loop runs other tasks, and even lets that unit go on."""
+    """While a unit waits in a thread, the event loop runs other tasks, and a task can release the unit."""
     go_on = threading.Event()
 
     async def main() -> list[str]:
@@ -900,7 +900,7 @@ def test_arun_never_blocks_the_loop(database: Database, backend: str) -> None:
 
 @BACKENDS
 def test_arun_raises_what_the_work_raises(database: Database, backend: str) -> None:
-    """An exception of the work reaches the coroutine as it is, and the unit was rolled back."""
+    """If the work raises, the coroutine gets the exception unchanged, and the unit was rolled back."""
     error = LookupError("x")
 
     def work(unit: Any) -> None:
@@ -916,11 +916,11 @@ def test_arun_raises_what_the_work_raises(database: Database, backend: str) -> N
     anyio.run(main, backend=backend)
 
 
-# In one unit of work
+# In a unit of work
 
 
 def test_one_commit(database: Database) -> None:
-    """Key, effect and result are one commit: after it all are there, and the effect does not run again."""
+    """Key, effect and result are a single commit: all three are stored, and the effect does not run again."""
 
     def effect(attempt: Attempt) -> Any:
         unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
@@ -939,7 +939,7 @@ def test_one_commit(database: Database) -> None:
 
 
 def test_all_undone(database: Database) -> None:
-    """Where the unit is rolled back, neither key nor effect is left; nor a callback of the effect."""
+    """If the unit is rolled back, key, effect and callbacks of the effect are all discarded."""
 
     def effect(attempt: Attempt) -> None:
         unit.after_commit(lambda: pytest.fail("it was rolled back"))
@@ -955,7 +955,7 @@ def test_all_undone(database: Database) -> None:
 
 @pytest.mark.parametrize("error", [EffectFailedError("no"), EffectNotStartedError(), RuntimeError()], ids=repr)
 def test_effect_undone_alone(database: Database, error: Exception) -> None:
-    """What an effect that raises wrote is undone, while the unit goes on; only a failure for good leaves its record."""
+    """If an effect raises, its writes are undone and the unit continues; only EffectFailedError leaves a record."""
 
     def effect(attempt: Attempt) -> None:
         unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
@@ -977,7 +977,7 @@ def test_effect_undone_alone(database: Database, error: Exception) -> None:
 
 
 def test_unknown_outcome_in_a_unit(database: Database, clock: FakeClock) -> None:
-    """A key whose outcome is unknown is refused inside a unit too, and so is one in progress."""
+    """If a key's outcome is unknown or in progress, `run_once` inside a unit refuses the key too."""
     abandon(database)
     with database.unit_of_work() as unit:
         with pytest.raises(IdempotencyInProgressError):
@@ -988,7 +988,7 @@ def test_unknown_outcome_in_a_unit(database: Database, clock: FakeClock) -> None
 
 
 def test_callback_runs_once_for_all_calls(database: Database) -> None:
-    """A callback that the effect asks for comes after the commit of the one call that ran it."""
+    """If the effect requests a callback, it runs after the commit of the only call that ran the effect."""
     told: list[int] = []
 
     def call() -> Outcome:

@@ -1,4 +1,4 @@
-"""The connection fails at each statement of a unit, with each kind of error: nothing is half there, work goes on."""
+"""If a statement of a unit fails with any kind of driver error, the unit is rolled back whole, and work continues."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ FAULTS = [("sqlite", name, kind) for name, kind in SQLITE_FAULTS.items()] + [
 
 
 def driver_error(engine: Engine, name: str) -> Exception:
-    """Return an exception as the driver raises it, with a value in its message that must not get out."""
+    """Return an exception as the driver raises it, with a value in its message that no error of homeagent may show."""
     error: Any
     if engine.dialect_name == "sqlite":
         error = apsw.SQLError(f"it failed with {SECRET}")
@@ -80,7 +80,7 @@ def driver_error(engine: Engine, name: str) -> Exception:
 
 
 class FailingCursor:
-    """A driver's cursor that raises instead of running its n-th statement, and all that follow where it is to stay."""
+    """A driver's cursor that raises at its n-th statement, and at all later statements if the failure is permanent."""
 
     def __init__(self, cursor: Any, plan: Plan) -> None:
         self._cursor = cursor
@@ -99,7 +99,7 @@ class FailingCursor:
 
 
 class Plan:
-    """Which statement fails, and how."""
+    """The number of the failing statement, and the error to raise."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
@@ -108,7 +108,7 @@ class Plan:
         self.seen: list[str] = []
 
     def meet(self, sql: str) -> None:
-        """Count a statement, or fail it. A failure sticks to the connection: only ROLLBACK may still work."""
+        """Count a statement, or fail it; a failed connection stays failed, except that ROLLBACK may still work."""
         if self.error is None:
             return
         self.seen.append(sql)
@@ -121,7 +121,7 @@ class Plan:
 
 @contextmanager
 def failing(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plan]:
-    """Put failing cursors into the connections of a database from now on."""
+    """Put failing cursors into all connections that the database opens from now on."""
     plan = Plan()
     make = Engine._connection
 
@@ -166,7 +166,7 @@ def test_each_statement_fails_once(
     also_rollback: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wherever a unit fails, BEGIN and COMMIT included, nothing of it is there, and the next unit works."""
+    """If any statement of a unit fails, BEGIN and COMMIT included, no row is stored, and the next unit works."""
     add_agent(database, "before")
     before = dump(database)
     name, kind = "XX000", errors.DatabaseError
@@ -198,10 +198,10 @@ def test_each_statement_fails_once(
 
 
 @pytest.mark.parametrize(("engine_name", "fault", "kind"), FAULTS)
-def test_each_fault_has_its_error(
+def test_each_driver_error_has_its_error(
     database: Database, fault: str, kind: type[errors.HomeAgentError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a read, a write and the COMMIT, each of the driver's errors is the one of ours that the contract names."""
+    """At a read, a write and the COMMIT, each error of the driver becomes the error that the contract names."""
     before = dump(database)
     with failing(database, monkeypatch) as plan:
         plan.error, plan.at = None, 1000
@@ -225,7 +225,7 @@ def test_each_fault_has_its_error(
 def test_connection_is_replaced_after_a_failure_of_the_system(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After an I/O error no connection is used on: a new one has nothing of what the failure left (a file only)."""
+    """After an I/O error the connection is replaced, and the new connection sees no row of the failed unit."""
     with failing(sqlite_database, monkeypatch) as plan:
         add_agent(sqlite_database, "before")
         with sqlite_database.unit_of_work(read_only=True) as unit:

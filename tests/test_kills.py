@@ -1,6 +1,6 @@
-"""`kill -9` at random instants: each acknowledged unit is there, and none by half.
+"""`kill -9` at random times: every acknowledged unit is stored, and no unit is stored in part.
 
-One engine only: on a server it is the server that would be killed, which has tests of its own.
+SQLite only: on PostgreSQL the server would be killed, and the server has tests of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from homeagent import Database
 if TYPE_CHECKING:
     from tests.conftest import Children
 
-# Units in four shapes, each of which writes a row and its twin, and tells its name when it was committed.
+# Four kinds of units; each writes a row and its twin, and prints its name after the commit.
 LOAD = """
 import os, random, sys
 from datetime import timedelta
@@ -57,9 +57,9 @@ while True:
 
 
 def kill_rounds(path: Path, children: Children, durability: str, rounds: int, seed: int) -> int:
-    """Load a database with four processes, kill them at a random instant each, look, and begin again."""
+    """Load a database with four processes, kill each at a random time, check the rows, and repeat."""
     chance = random.Random(seed)
-    # A file, since what a pipe's reader has buffered is lost to communicate().
+    # Print to a file, since communicate() loses the data that a pipe's reader has buffered.
     told = path.parent.parent / "told"
     for number in range(rounds):
         processes = [children.start(LOAD, path, durability, f"{seed}.{number}.{each}", told) for each in range(4)]
@@ -87,12 +87,12 @@ def kill_rounds(path: Path, children: Children, durability: str, rounds: int, se
 
 @pytest.mark.parametrize("durability", ["full", "normal"])
 def test_killed_load(sqlite_path: Path, children: Children, durability: str) -> None:
-    """Four killed processes."""
+    """If four processes are killed, all acknowledged units are stored whole."""
     assert kill_rounds(sqlite_path, children, durability, 1, seed=1) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("durability", ["full", "normal"])
 def test_300_kills(sqlite_path: Path, children: Children, durability: str) -> None:
-    """A hundred and fifty-two killed processes at each durability."""
+    """If 152 processes are killed at each durability, all acknowledged units are stored whole."""
     assert kill_rounds(sqlite_path, children, durability, 38, seed=2) > 38

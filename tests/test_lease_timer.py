@@ -1,4 +1,4 @@
-"""The leases of running effects are renewed by one thread per database."""
+"""A single thread per database renews the leases of running effects."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def lease_threads() -> list[threading.Thread]:
 
 @pytest.fixture
 def renewals(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], threading.Semaphore]:
-    """Returns the semaphore that each committed renewal of a key releases."""
+    """Return, for a key, the semaphore that each committed renewal of the key releases."""
     made: dict[str, threading.Semaphore] = {}
     renew = OnceCall.renew
 
@@ -52,7 +52,7 @@ def renewals(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], threading.Semap
 def test_one_thread_for_all_effects(
     database: Database, monkeypatch: pytest.MonkeyPatch, renewals: Callable[[str], threading.Semaphore]
 ) -> None:
-    """One thread renews the leases of 16 effects at once, each of them several times, and ends after the last one."""
+    """A single thread renews the leases of 16 concurrent effects several times, and ends after the last effect."""
     monkeypatch.setattr(OnceCall, "period", 0.002)
     all_run = threading.Barrier(16)
 
@@ -73,7 +73,7 @@ def test_one_thread_for_all_effects(
 def test_short_effects_share_a_thread_that_sleeps(
     database: Database, monkeypatch: pytest.MonkeyPatch, renewals: Callable[[str], threading.Semaphore]
 ) -> None:
-    """Effects shorter than a third of their lease start one thread among them, and none of them wakes it."""
+    """If effects are shorter than a third of their lease, a single thread serves all and is never woken."""
     started: list[threading.Thread] = []
     woken: list[float | None] = []
     start, wait = threading.Thread.start, threading.Condition.wait
@@ -108,7 +108,7 @@ def test_short_effects_share_a_thread_that_sleeps(
 
 
 def test_a_shorter_lease_wakes_the_thread(database: Database, renewals: Callable[[str], threading.Semaphore]) -> None:
-    """While the thread sleeps until the renewal of a long lease, a short lease is renewed in time."""
+    """While the thread sleeps until the renewal of a long lease, a short lease is still renewed in time."""
 
     def short(attempt: Attempt) -> bool:
         return renewals("short").acquire(timeout=30)
@@ -121,7 +121,7 @@ def test_a_shorter_lease_wakes_the_thread(database: Database, renewals: Callable
 
 
 def test_close_ends_the_thread(target: str, clock: FakeClock) -> None:
-    """A database that is closed while an effect runs ends the thread, which sleeps until a third of the lease."""
+    """If the database closes while an effect runs, the sleeping thread ends."""
     database = Database.open(target, clock=clock)
 
     def effect(attempt: Attempt) -> None:
@@ -141,7 +141,7 @@ def test_a_clock_that_fails(
     caplog: pytest.LogCaptureFixture,
     renewals: Callable[[str], threading.Semaphore],
 ) -> None:
-    """A renewal that fails with an error of the application's own is logged and tried again, in the same thread."""
+    """If the application's clock raises during a renewal, the error is logged, and the same thread tries again."""
     monkeypatch.setattr(OnceCall, "period", 0.002)
     failures = iter([ValueError("no signal")])
 
@@ -158,7 +158,7 @@ def test_a_clock_that_fails(
 
 
 def test_an_effect_that_ends_before_its_renewal(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the effect ends while its renewal waits for a turn, the lease is not extended: it may be abandoned."""
+    """If the effect ends while its renewal waits for the write lock, the lease is not extended."""
     monkeypatch.setattr(OnceCall, "period", 0.002)
     scope, hour, begun, end = scope_of("k"), timedelta(hours=1), threading.Event(), threading.Event()
     call = OnceCall.of(scope, params=None, lease=hour, ttl=hour, on_abandoned="refuse", effect=repr)
@@ -190,9 +190,10 @@ def test_a_row_that_stays_locked(
     caplog: pytest.LogCaptureFixture,
     renewals: Callable[[str], threading.Semaphore],
 ) -> None:
-    """A lease whose row another unit holds delays the others by one `busy_timeout` at most, and is renewed later.
+    """If another unit locks the row of a lease, it delays other leases by at most a `busy_timeout`, and is renewed
+    later.
 
-    On SQLite a unit holds the whole database, so that no lease can be renewed meanwhile.
+    On SQLite a unit locks the whole database, so no lease can be renewed during the unit.
     """
     monkeypatch.setattr(OnceCall, "period", 0.002)
     busy_timeout = timedelta(milliseconds=300)
@@ -205,7 +206,7 @@ def test_a_row_that_stays_locked(
             same = IdempotencyKey.key == "held"
             unit.session.exec(update(IdempotencyKey).where(same).values(method=IdempotencyKey.method))
             while not any("could not be renewed" in record.message for record in caplog.records):
-                renewals("held").acquire(timeout=0.01)  # a renewal may have come before the row was locked
+                renewals("held").acquire(timeout=0.01)  # a renewal may precede the lock of the row
             if engine_name == "postgresql":
                 for _ in range(3):
                     assert renewals("free").acquire(timeout=30)
@@ -231,7 +232,7 @@ def test_a_row_that_stays_locked(
 
 @needs_fork
 def test_a_forked_child_has_no_thread(target: str, children: Children) -> None:
-    """An effect that forks leaves the child without the thread, even if another thread held the timer at the fork."""
+    """If an effect forks, the child has no renewal thread, even if another thread held the timer at the fork."""
     assert children.run(FORK, target) == "0"
 
 

@@ -1,4 +1,4 @@
-"""The limits of `[tool.homeagent.limits]`: the checkout keeps them, and each of them is noticed if it is exceeded."""
+"""The limits of `[tool.homeagent.limits]`: the checkout keeps each limit, and each script reports an excess."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PROSE = runpy.run_path(str(ROOT / ".ci" / "prose.py"))
 
 @pytest.mark.parametrize("script", ["limits.py", "prose.py"])
 def test_the_checkout_keeps_the_limits(script: str) -> None:
-    """The scripts that `.ci/run lint` runs find nothing over a limit."""
+    """The scripts that `.ci/run lint` runs find no excess in the checkout."""
     done = subprocess.run([sys.executable, ROOT / ".ci" / script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_long_modules_and_functions_are_noticed(tmp_path: Path) -> None:
-    """A module and a function with as many lines as the limit pass, and one more line is too many."""
+    """A module or a function with as many lines as the limit passes, and with a line more is reported."""
     (tmp_path / "module.py").write_text('class A:\n    async def f(self) -> None:\n        """F."""\n        return\n')
     assert list(LIMITS["long_modules"](tmp_path, 4)) == list(LIMITS["long_functions"](tmp_path, 3)) == []
     (module,) = LIMITS["long_modules"](tmp_path, 3)
@@ -35,7 +35,7 @@ def test_long_modules_and_functions_are_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_long_subjects_are_noticed_after_the_introduction(tmp_path: Path) -> None:
-    """A subject over the limit is found in commits after the one that added the script, and not in older ones."""
+    """If a commit follows the introduction of the script, a subject over the limit is reported; older commits pass."""
 
     def commit(subject: str) -> None:
         identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
@@ -56,7 +56,7 @@ def test_long_subjects_are_noticed_after_the_introduction(tmp_path: Path) -> Non
 
 
 def test_prose_is_measured() -> None:
-    """Each measure counts sentences of Markdown, docstrings and comments, and neither code nor fragments."""
+    """Each measure counts sentences of Markdown, docstrings and comments, but neither code nor fragments."""
     page = """# What is here
 
     What is damaged is refused. Nobody knows that it was.

@@ -1,4 +1,4 @@
-"""Every method of every store meets a database that somebody else holds: DatabaseBusyError, and nothing changed."""
+"""If another process holds the database, each method of each store raises DatabaseBusyError and changes no row."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ STORES = {
 
 
 def test_no_method_is_missing() -> None:
-    """A method that is added to a store has to be added here."""
+    """If a store gets a new method, this test fails until the method is added to the calls of this module."""
     there = {
         f"{store}.{name}"
         for store, kind in STORES.items()
@@ -129,7 +129,7 @@ def test_no_method_is_missing() -> None:
 
 READS = frozenset(name for name in ACTS if name.partition(".")[2].startswith(("find", "get", "list")))
 
-# In exclusive locking mode even a reader is kept off: https://sqlite.org/pragma.html#pragma_locking_mode
+# In exclusive locking mode SQLite also blocks readers: https://sqlite.org/pragma.html#pragma_locking_mode
 HOLD = """
 import sys
 from homeagent.engine.sqlite.dialect import connect
@@ -144,11 +144,11 @@ raw.execute("ROLLBACK")
 
 @dataclass(frozen=True)
 class Locked:
-    """A database with some rows, all of which somebody else holds.
+    """A database with some rows, all of which another connection holds.
 
     Attributes:
-        database: open, with a short patience.
-        attempt: of a key that is in progress in it.
+        database: open, with a short busy_timeout.
+        attempt: of a key that is in progress in the database.
     """
 
     database: Database
@@ -156,7 +156,7 @@ class Locked:
 
 
 def prepare(target: str | Path) -> tuple[Database, Attempt]:
-    """Open a database and put in what the methods speak of."""
+    """Open a database and create the rows that the calls name."""
     database = Database.open(target, clock=FakeClock(), busy_timeout=AT_ONCE)
     add_agent(database)
     add_device(database)
@@ -171,7 +171,7 @@ def prepare(target: str | Path) -> tuple[Database, Attempt]:
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def locked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
-    """A locked database of each engine; nothing that is refused changes it, so one serves all tests."""
+    """A locked database of each engine; refused calls change no row, so all tests share the database."""
     if request.param == "sqlite":
         path = copy_template(request.getfixturevalue("sqlite_template"), tmp_path_factory.mktemp("locked") / "database")
         database, attempt = prepare(path)
@@ -204,7 +204,7 @@ def locked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("name", sorted(ACTS))
 def test_locked_database(locked: Locked, name: str) -> None:
-    """A method that can't get at its rows raises DatabaseBusyError, in a unit that writes and in one that reads."""
+    """If a method can't reach its rows, it raises DatabaseBusyError, in a write unit and in a read-only unit."""
     for read_only in (False, True) if name in READS else (False,):
         with pytest.raises(DatabaseBusyError), locked.database.unit_of_work(read_only=read_only) as unit:
             ACTS[name](unit, locked.attempt)
@@ -212,6 +212,6 @@ def test_locked_database(locked: Locked, name: str) -> None:
 
 @pytest.mark.parametrize("read_only", [False, True])
 def test_run_gives_up_on_a_locked_database(locked: Locked, read_only: bool) -> None:
-    """A unit as a function is tried until `busy_timeout` is over, and then raises the same."""
+    """If the database stays locked, `run` tries until `busy_timeout`, and then raises DatabaseBusyError."""
     with pytest.raises(DatabaseBusyError):
         locked.database.run(lambda unit: unit.devices.list(), read_only=read_only)

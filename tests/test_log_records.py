@@ -1,4 +1,4 @@
-"""Log records: each has the name of its event, the table in the documentation has each, and none a value of a row."""
+"""Log records: each record has its event's name, is listed in the documentation, and holds no value of a row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REVISIONS = PACKAGE.parent / "alembic" / "versions"
 PAGE = PACKAGE.parent / "docs" / "operations.md"
 LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 
-# What holds a value of a row, or leads to one.
+# Names of variables and attributes that hold a value of a row, or lead to a value.
 VALUES = {
     "agent_id", "channel_id", "detail", "device_id", "key", "method", "nonce", "params", "parameters", "proof",
     "result", "row", "rows", "scope", "secret", "secret_hash", "sender_id", "session_id", "shared_secret",
@@ -31,7 +31,7 @@ VALUES = {
 
 
 def calls() -> Iterator[tuple[str, ast.Call]]:
-    """Return each place in the package or a revision that makes a log record, and the call that makes it."""
+    """Return each call in the package or a revision that logs a record, with its place."""
     for path in sorted([*PACKAGE.rglob("*.py"), *REVISIONS.glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if (
@@ -45,7 +45,7 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
 
 
 def fields_of(place: str, call: ast.Call) -> dict[str, ast.expr]:
-    """Return the structured fields of a record, its event among them."""
+    """Return the structured fields of a record, with the event."""
     extra = next((keyword.value for keyword in call.keywords if keyword.arg == "extra"), None)
     assert isinstance(extra, ast.Dict), f"{place} has no extra={{...}} with its event"
     names = [key.value for key in extra.keys if isinstance(key, ast.Constant)]
@@ -54,14 +54,14 @@ def fields_of(place: str, call: ast.Call) -> dict[str, ast.expr]:
 
 
 def documented() -> dict[str, tuple[set[str], set[str]]]:
-    """Return the table of records: by event, the levels and the fields."""
+    """Return the documented table of records: by event, the levels and the fields."""
     section = PAGE.read_text(encoding="utf-8").partition("## Counters and logs")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \| (.*?) \| .* \|$", section, flags=re.MULTILINE)
     return {event: (set(levels.split(", ")), set(re.findall(r"`(\w+)`", fields))) for event, levels, fields in rows}
 
 
 def test_every_record_has_its_event_and_is_documented() -> None:
-    """What the code can log and what the table says are the same events, levels and fields."""
+    """The code and the documented table name the same events, levels and fields."""
     found: dict[str, tuple[set[str], set[str]]] = {}
     for place, call in calls():
         fields = fields_of(place, call)
@@ -76,7 +76,7 @@ def test_every_record_has_its_event_and_is_documented() -> None:
 
 
 def test_no_record_is_given_a_value_of_a_row() -> None:
-    """Neither the text nor the fields of any record are made of what a row holds."""
+    """Neither the text nor the fields of a record come from the values of a row."""
     for place, call in calls():
         given = [*call.args[1:], *(keyword.value for keyword in call.keywords)]
         names = {node.id for value in given for node in ast.walk(value) if isinstance(node, ast.Name)}
@@ -90,15 +90,15 @@ def test_no_record_is_given_a_value_of_a_row() -> None:
         assert not names & VALUES, f"{place} is given {names & VALUES}"
 
 
-def test_no_field_hides_one_of_loggings_own() -> None:
-    """A field that a record has already, such as `name`, would make logging itself fail."""
+def test_no_field_hides_a_built_in_attribute() -> None:
+    """No field has the name of a built-in attribute of records such as `name`, at which logging itself would fail."""
     own = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
     for place, call in calls():
         assert not set(fields_of(place, call)) & own, place
 
 
 def test_the_package_configures_no_logging_and_never_prints() -> None:
-    """There is one logger, and no handler, level, basicConfig or print outside of the command line."""
+    """The package has a single logger, and outside the command line no handler, level, basicConfig or print."""
     for path in PACKAGE.rglob("*.py"):
         if path.is_relative_to(PACKAGE / "cli"):
             continue
@@ -108,7 +108,7 @@ def test_the_package_configures_no_logging_and_never_prints() -> None:
 
 
 class Awaited(logging.Handler):
-    """Tells when a record of one event comes."""
+    """A handler that sets an event when a record of the expected name arrives."""
 
     def __init__(self, event: str) -> None:
         super().__init__()
@@ -116,17 +116,17 @@ class Awaited(logging.Handler):
         self.came = threading.Event()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Look at a record."""
+        """Set the event if the record has the expected name."""
         if _event(record) == self.event:
             self.came.set()
 
 
 class Upset(Exception):
-    """What a host's callback or clock raises."""
+    """An exception of a host's callback or clock."""
 
 
 def test_records_as_a_host_gets_them(sqlite_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
-    """Real records carry their event and figures as attributes, and none of what the rows hold."""
+    """Real records carry their event and figures as attributes, and no value of a row."""
     caplog.set_level(logging.DEBUG, logger="homeagent")
     sqlite_path.chmod(0o644)
 

@@ -1,4 +1,4 @@
-"""A web service that places orders, through kills and restarts, before clients that retry whatever happens."""
+"""A web service that places orders, with kills and restarts, and clients that retry after every failure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import START, Children
 
-# Each life of the service has a clock an hour ahead of the last one's: what a killed one left is abandoned by then.
+# Each start sets the service's clock an hour ahead of the previous start, so that old leases have expired.
 SERVICE = """
 import json, os, socket, sys
 from datetime import datetime, timedelta
@@ -69,7 +69,7 @@ uvicorn.Server(config).run(sockets=[listener])
 
 
 class Service:
-    """The service, that can be killed and started anew on another port."""
+    """The service, which a test can kill and restart on another port."""
 
     def __init__(self, children: Children, path: str, ledger: Path) -> None:
         self._children = children
@@ -80,7 +80,7 @@ class Service:
         self.up = threading.Event()
 
     def restart(self) -> None:
-        """Kill the one that runs, and start the next."""
+        """Kill the running process, and start the next process."""
         self.up.clear()
         if self._process is not None:
             self._process.kill()
@@ -95,7 +95,7 @@ class Service:
         self.up.set()
 
     def place(self, order: int) -> Counter[int]:
-        """Place an order, and try again until it is answered; return how often which status came, 0 for none."""
+        """Place an order, retry until an answer arrives, and return the number of each status, with 0 for no answer."""
         statuses: Counter[int] = Counter()
         while True:
             assert self.up.wait(60)
@@ -120,7 +120,7 @@ class Service:
     ("clients", "kills"), [(16, 1), pytest.param(64, 20, marks=pytest.mark.slow)], ids=["16 clients", "64 clients"]
 )
 def test_orders(clients: int, kills: int, target: str, tmp_path: Path, children: Children) -> None:
-    """Each order is placed once and answered, though two clients send it and the service is killed under them."""
+    """If two clients send each order and the service is killed meanwhile, the service places each order once."""
     ledger = tmp_path / "ledger"
     service = Service(children, target, ledger)
     service.restart()
@@ -146,5 +146,5 @@ def test_orders(clients: int, kills: int, target: str, tmp_path: Path, children:
     orders = [int(line.split()[1]) for line in ledger.read_text().splitlines()]
     assert sorted(orders) == list(range(clients // 2 * each))
     assert statuses[200] == clients * each
-    # The kills met requests under way, or they showed nothing.
+    # Some kills must interrupt requests, or the test would prove too little.
     assert statuses[0] > 0

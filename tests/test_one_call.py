@@ -1,4 +1,4 @@
-"""Stores of a `Database`: each call is a unit of its own."""
+"""Stores of a `Database`: each call is a separate unit."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ HASH = "sha256$" + "ab" * 32
 
 
 def statements(database: Database) -> list[str]:
-    """Return a list to which the SQL of each later statement is added."""
+    """Return a list that receives the SQL of each later statement."""
     told: list[str] = []
     event.listen(
         database._engine.sa_engine,
         "before_cursor_execute",
         lambda connection, cursor, statement, *rest: told.append(statement.split()[0]),
     )
-    database._engine.discard_free()  # the next connections are opened where a listener is
+    database._engine.discard_free()  # the next connections are opened with the listener
     return told
 
 
 @pytest.mark.parametrize("kind", STORES)
 def test_each_method_is_declared(kind: type) -> None:
-    """Each public method of a store is declared as one that reads or writes."""
+    """Each public method of a store is declared as reading or writing."""
     methods = {name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")}
     assert methods
     assert {name for name in methods if access_of(getattr(kind, name)) is None} == set()
 
 
 def test_calls_do_what_units_do(database: Database, clock: FakeClock) -> None:
-    """A call through the database reads and writes what the same call in a unit does."""
+    """A call through the database reads and writes the same rows as the call in a unit."""
     database.devices.create(DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash=HASH))
     assert database.devices.approve("lamp")
     assert database.devices.get("lamp").approved
@@ -61,7 +61,7 @@ def test_calls_do_what_units_do(database: Database, clock: FakeClock) -> None:
 
 
 def test_a_read_is_one_statement(sqlite_database: Database) -> None:
-    """A call that reads sends its SELECT, without BEGIN and COMMIT, and keeps no snapshot."""
+    """A call that reads sends its SELECT without BEGIN and COMMIT, and keeps no snapshot."""
     add_agent(sqlite_database)
     told = statements(sqlite_database)
     assert sqlite_database.agents.get("ada").id == "ada"
@@ -73,7 +73,7 @@ def test_a_read_is_one_statement(sqlite_database: Database) -> None:
 
 
 def test_nothing_to_write_takes_no_write_lock(database: Database, clock: FakeClock) -> None:
-    """`resolve` of a route that exists and `update_last_seen` shortly after the last one end while a writer is busy."""
+    """While a writer is busy, `resolve` of an existing route and a repeated `update_last_seen` return at once."""
     add_agent(database)
     session = database.sessions.resolve(agent_id="ada", sender_id="anna")
     database.devices.create(DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash=HASH))
@@ -97,7 +97,7 @@ def test_nothing_to_write_takes_no_write_lock(database: Database, clock: FakeClo
 
 
 def test_a_write_inside_a_write_unit_is_refused(database: Database, clock: FakeClock) -> None:
-    """A call that writes inside a write unit of the same thread raises; a call that reads sees what is committed."""
+    """If the thread is in a write unit, a call that writes raises, and a call that reads sees committed rows."""
     with database.unit_of_work() as unit:
         unit.devices.create(DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash=HASH))
         assert database.devices.find_by_id("lamp") is None
@@ -107,7 +107,7 @@ def test_a_write_inside_a_write_unit_is_refused(database: Database, clock: FakeC
 
 
 def test_an_iterable_is_read_once(database: Database, clock: FakeClock) -> None:
-    """`sessions.index` takes a generator, as in a unit."""
+    """`sessions.index` accepts a generator, as in a unit."""
     add_agent(database)
 
     def sessions() -> Iterator[AgentSession]:
@@ -118,8 +118,8 @@ def test_an_iterable_is_read_once(database: Database, clock: FakeClock) -> None:
     assert len(database.sessions.list(limit=1000)) == 300
 
 
-def test_a_closed_database_is_told(database: Database) -> None:
-    """After close both kinds of calls raise DatabaseClosedError."""
+def test_a_closed_database_is_refused(database: Database) -> None:
+    """If the database is closed, reading and writing calls raise DatabaseClosedError."""
     devices = database.devices
     database.close()
     with pytest.raises(errors.DatabaseClosedError):
@@ -129,18 +129,18 @@ def test_a_closed_database_is_told(database: Database) -> None:
 
 
 def test_only_a_stores_class_is_taken(database: Database) -> None:
-    """`store` takes the class of a store, and nothing else."""
+    """`store` accepts only the class of a store."""
     assert isinstance(database.store(stores.NonceStore), stores.NonceStore)
     for wrong in (object, database.devices, "DeviceStore"):
         with pytest.raises(errors.InvalidArgumentError, match="store"):
             database.store(wrong)  # type: ignore[type-var]
 
 
-# A connection to read on
+# Read connections
 
 
 def test_a_read_connection_has_one_snapshot_and_cannot_write(database: Database) -> None:
-    """`read_connection` reads with any SQL, in one snapshot; a write is refused, also after a rollback."""
+    """`read_connection` runs any SQL that reads, in a single snapshot; a write is refused, also after a rollback."""
     add_agent(database)
     count = text("SELECT count(*) FROM agents")
     with database.read_connection() as connection:
@@ -157,7 +157,7 @@ def test_a_read_connection_has_one_snapshot_and_cannot_write(database: Database)
 
 
 def test_a_read_connection_holds_no_writer_up(database: Database) -> None:
-    """A transaction that is begun anew on a read connection takes no write lock."""
+    """If a read connection begins a new transaction, it takes no write lock."""
     with database.read_connection() as connection:
         connection.rollback()
         connection.execute(text("SELECT count(*) FROM agents"))
@@ -165,13 +165,13 @@ def test_a_read_connection_holds_no_writer_up(database: Database) -> None:
 
 
 def test_a_read_connection_attaches_nothing(sqlite_database: Database) -> None:
-    """ATTACH is refused on a read connection: it would be a way to write, and to a second file."""
+    """A read connection refuses ATTACH, which would allow writes and a second file."""
     with sqlite_database.read_connection() as connection, pytest.raises(errors.DatabaseError):
         connection.execute(text("ATTACH ':memory:' AS other"))
 
 
 def test_two_read_connections_are_lent_at_a_time(sqlite_path: object, clock: FakeClock) -> None:
-    """A third one is waited for, for `busy_timeout`."""
+    """If two read connections are in use, a third caller waits for `busy_timeout`."""
     with Database.open(str(sqlite_path), clock=clock, busy_timeout=timedelta(milliseconds=50)) as database:
         with (
             database.read_connection(),

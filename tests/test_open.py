@@ -1,4 +1,4 @@
-"""Opening a database: which file that is, what is refused and left alone, and how private its files are."""
+"""Opening a database: the choice of the file, the refusals that change no file, and the privacy of the files."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ Listing = dict[str, tuple[str, int, int, str]]
 
 
 def sqlite(path: Path) -> Any:
-    """Return a bare connection, through the library that the package itself uses in this process."""
+    """Return a bare connection, through the library that the package uses in this process."""
     return connect(str(path))
 
 
 def listing(directory: Path) -> Listing:
-    """Return the names, kinds, modes, times and content of all that is in a directory."""
+    """Return the names, kinds, modes, times and content of all files in a directory."""
     found: Listing = {}
     for path in sorted(directory.rglob("*")):
         status = path.lstat()
@@ -72,7 +72,7 @@ def listing(directory: Path) -> Listing:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """Return a private directory that holds nothing else."""
+    """Return an empty private directory."""
     made = tmp_path / "data"
     made.mkdir(0o700)
     return made
@@ -80,20 +80,20 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def path(directory: Path) -> Path:
-    """Return where a database may be made."""
+    """Return a path at which a database can be created."""
     return directory / "homeagent.db"
 
 
-# Which file
+# The choice of the file
 
 
 def location(database: Database) -> Path:
-    """Return the file that a database is in."""
+    """Return the file of a database."""
     return Path(database.status().location)
 
 
 def test_default_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With nothing said, the database is ~/.homeagent/homeagent.db, and its directory is made."""
+    """Without a target, the database is ~/.homeagent/homeagent.db, and opening creates the directory."""
     monkeypatch.delenv("HOMEAGENT_DATABASE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -103,7 +103,7 @@ def test_default_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """$HOMEAGENT_DATABASE names the database, `~` expanded; an argument goes before it, and an empty one is none."""
+    """$HOMEAGENT_DATABASE names the database, with `~` expanded; an argument precedes, an empty value is ignored."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.setenv("HOMEAGENT_DATABASE", "~/named/by variable.db")
@@ -132,7 +132,7 @@ def test_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_every_spelling_is_one_file(
     directory: Path, monkeypatch: pytest.MonkeyPatch, spell: Callable[[Path], Any]
 ) -> None:
-    """A path, absolute or not, with `~` or in a URL, leads to one and the same file."""
+    """All spellings of a path lead to the same file: absolute, relative, with `~`, and in a URL."""
     monkeypatch.setenv("HOME", str(directory))
     monkeypatch.setenv("USERPROFILE", str(directory))
     monkeypatch.chdir(directory)
@@ -145,7 +145,7 @@ def test_every_spelling_is_one_file(
 
 @pytest.mark.parametrize("target", [":memory:", "sqlite://", "sqlite:///:memory:"])
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
-    """`:memory:` is one database for all threads, private to who opened it, and gone when it is closed."""
+    """`:memory:` is a single database for all threads, private to its opener, and deleted at the close."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with Database.open(target, migrate=False) as one, Database.open(target) as other:
         with one.unit_of_work() as unit:
@@ -159,7 +159,7 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) ->
 
 
 def test_memory_without_a_directory_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a container in which no usual directory can be written, the error names the remedy."""
+    """If no usual directory for temporary files can be written, as in some containers, the error names the remedy."""
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "tempdir", None)
         patch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "absent")])
@@ -175,8 +175,8 @@ def test_memory_without_a_directory_for_temporary_files(tmp_path: Path, monkeypa
     ["", "a\0b", "mysql://localhost/x", "sqlite:///x.db?mode=ro", "nonsense://", 5, b"x.db", ["x.db"]],
     ids=repr,
 )
-def test_targets_that_are_none(target: Any) -> None:
-    """A target that names no database is refused as an argument, at every door."""
+def test_invalid_targets(target: Any) -> None:
+    """If a target names no database, each entry point refuses the target as an argument."""
     for open_or_look in (Database.open, Database.begin_epoch, diagnose):
         with pytest.raises(InvalidArgumentError):
             open_or_look(target)
@@ -188,7 +188,7 @@ def test_targets_that_are_none(target: Any) -> None:
     ids=repr,
 )
 def test_control_character_makes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Any) -> None:
-    """A path that was read with its line break is no new database, whatever type it has."""
+    """If a path has a control character, opening refuses the path in every type and creates no file."""
     monkeypatch.chdir(tmp_path)
     for open_or_look in (Database.open, Database.begin_epoch, diagnose):
         with pytest.raises(InvalidArgumentError, match="a control character, such as a line break: remove"):
@@ -200,7 +200,7 @@ def test_control_character_makes_no_file(tmp_path: Path, monkeypatch: pytest.Mon
     "target", ["file:home.db?mode=ro", "FILE:home.db", "sqlite:///file:home.db", "file:///home.db"]
 )
 def test_uri_of_sqlite_names_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
-    """SQLite's own URI is refused with what to write instead; a path that begins so can be spelt."""
+    """If the target is SQLite's own URI, the error names the remedy; `./file:` opens a path of this form."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidArgumentError, match=r"SQLite URI.*read_only=True"):
         Database.open(target)
@@ -242,7 +242,7 @@ ADDRESSES = [
 def test_mistyped_address_makes_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A server's address that is no URL is refused at every entry point: it makes no file, and no message shows it."""
+    """If a server's address is not a URL, each entry point refuses it without a file and without showing it."""
     monkeypatch.chdir(tmp_path)
     messages = []
     for open_or_look in (Database.open, Database.begin_epoch, diagnose):
@@ -268,7 +268,7 @@ def test_mistyped_address_makes_no_file(
 def test_address_is_no_backup(
     sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    """A server's address where a backup's path belongs makes no directory, and is not shown."""
+    """If a backup's path is a server's address, the backup creates no directory and does not show the address."""
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     for call in (
@@ -299,7 +299,7 @@ def test_address_is_no_backup(
     ids=repr,
 )
 def test_path_that_resembles_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str | Path) -> None:
-    """A path that begins as one, a PathLike, and a colon or `@` beyond the first name are taken for what they are."""
+    """If a path only resembles an address (a PathLike, a late colon or `@`), opening treats it as a path."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -311,34 +311,34 @@ def test_path_that_resembles_an_address(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("path", [None, 5, b"x.db"], ids=repr)
-def test_paths_that_are_none(sqlite_database: Database, tmp_path: Path, path: Any) -> None:
-    """What is no path is refused as an argument where a backup is made or restored."""
+def test_invalid_paths(sqlite_database: Database, tmp_path: Path, path: Any) -> None:
+    """If the argument is not a path, making and restoring a backup refuse the argument."""
     with pytest.raises(InvalidArgumentError, match="path"):
         sqlite_database.backup(path)
     with pytest.raises(InvalidArgumentError, match="path"):
         Database.restore(path, tmp_path / "restored.db")
 
 
-def test_clock_that_is_none(path: Path) -> None:
-    """What can't be called is no clock, and makes no database."""
+def test_invalid_clock(path: Path) -> None:
+    """If the clock is not callable, opening refuses the clock and creates no database."""
     with pytest.raises(InvalidArgumentError, match="clock"):
         Database.open(path, clock=START)  # type: ignore[arg-type]  # on purpose
     assert not path.exists()
 
 
 def test_linked_directory_is_followed(tmp_path: Path, directory: Path) -> None:
-    """A link among the directories is legitimate: the file is where it leads."""
+    """If a directory of the path is a symbolic link, opening follows the link."""
     link = tmp_path / "link"
     link.symlink_to(directory, target_is_directory=True)
     with Database.open(link / "homeagent.db") as database:
         assert location(database) == directory / "homeagent.db"
 
 
-# What is refused, and left as it was
+# Refused files stay unchanged
 
 
 def foreign(path: Path, *, wal: bool) -> None:
-    """Make another application's database, with a log beside it where it is write-ahead logged."""
+    """Create another application's database, with its WAL if the database is in WAL mode."""
     with closing(sqlite3.connect(path, isolation_level=None)) as raw:
         raw.execute("CREATE TABLE devices (id TEXT PRIMARY KEY)")
         raw.execute(f"CREATE TABLE {VERSION_TABLE} (version_num TEXT)")
@@ -346,7 +346,7 @@ def foreign(path: Path, *, wal: bool) -> None:
         if wal:
             raw.execute("PRAGMA journal_mode=WAL")
             raw.execute("INSERT INTO devices VALUES ('in the log')")
-            # A closing connection would empty the log: keep what a crash leaves.
+            # A closing connection would empty the WAL: keep the files as a crash leaves them.
             for name in ("", "-wal"):
                 shutil.copyfile(f"{path}{name}", f"{path}{name}.kept")
     if wal:
@@ -355,13 +355,13 @@ def foreign(path: Path, *, wal: bool) -> None:
 
 
 def ours(path: Path, revision: str = REVISION) -> None:
-    """Put the database of a revision in place."""
+    """Create the database of a revision."""
     shutil.copyfile(FIXTURES / f"{revision}.db", path)
     path.chmod(0o600)
 
 
 def from_the_future(path: Path) -> None:
-    """Make a database of a version to come."""
+    """Create a database of a future version."""
     ours(path)
     with closing(sqlite(path)) as raw:
         raw.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
@@ -369,20 +369,20 @@ def from_the_future(path: Path) -> None:
 
 
 def two_versions(path: Path) -> None:
-    """Make a database that says of itself that it is at two revisions."""
+    """Create a database that claims two revisions."""
     ours(path)
     with closing(sqlite(path)) as raw:
         raw.execute(f"INSERT INTO {VERSION_TABLE} VALUES ('0003')")
 
 
 def cut(path: Path, size: int) -> None:
-    """Make a database of which only so many bytes are left."""
+    """Create a database, and truncate it to a number of bytes."""
     ours(path)
     os.truncate(path, size)
 
 
 def linked(path: Path) -> None:
-    """Put a symbolic link to a database in place."""
+    """Create a symbolic link to a database."""
     ours(path.with_name("real.db"))
     path.symlink_to("real.db")
 
@@ -417,8 +417,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[DatabaseError], str]] = 
 
 @pytest.mark.parametrize("migrate", [True, False])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refused_and_left_alone(directory: Path, path: Path, kind: str, migrate: bool) -> None:
-    """What is no database of ours is refused with its own error; no byte, mode, time or name changes beside it."""
+def test_refused_files_stay_unchanged(directory: Path, path: Path, kind: str, migrate: bool) -> None:
+    """If opening refuses a file, the error has a specific class, and no byte, mode, time or name changes."""
     make, error, says = REFUSED[kind]
     make(path)
     if path.is_file() and not path.is_symlink():
@@ -431,7 +431,7 @@ def test_refused_and_left_alone(directory: Path, path: Path, kind: str, migrate:
 
 
 def test_newer_schema_is_named(path: Path) -> None:
-    """The error of a newer schema says which revision it is, and up to which this version knows."""
+    """If the schema is newer, the error names its revision and the newest revision that this version supports."""
     from_the_future(path)
     with pytest.raises(SchemaTooNewError) as caught:
         Database.open(path)
@@ -439,8 +439,8 @@ def test_newer_schema_is_named(path: Path) -> None:
 
 
 @pytest.mark.parametrize("revision", ["0001", "0003"])
-def test_outdated_schema_stays_where_migrate_is_false(directory: Path, path: Path, revision: str) -> None:
-    """With migrate=False an older schema is refused, named and left as it is."""
+def test_migrate_false_keeps_an_outdated_schema(directory: Path, path: Path, revision: str) -> None:
+    """With migrate=False an older schema is refused by name and stays unchanged."""
     ours(path, revision)
     before = listing(directory)
     with pytest.raises(SchemaOutdatedError) as caught:
@@ -449,8 +449,8 @@ def test_outdated_schema_stays_where_migrate_is_false(directory: Path, path: Pat
     assert listing(directory) == before
 
 
-def test_nothing_is_made_where_migrate_is_false(tmp_path: Path) -> None:
-    """With migrate=False neither a database nor a directory is made."""
+def test_migrate_false_creates_nothing(tmp_path: Path) -> None:
+    """With migrate=False opening creates neither a database nor a directory."""
     with pytest.raises(SchemaOutdatedError) as caught:
         Database.open(tmp_path / "absent" / "homeagent.db", migrate=False)
     assert caught.value.revision is None
@@ -476,13 +476,13 @@ except errors.HomeAgentError as error:
 @pytest.mark.parametrize(
     ("owner", "mode", "error", "says"),
     [
-        (0, 0o700, "DatabaseError", "no permission"),  # the directory can't be entered
-        (0, 0o755, "InsecureFileError", "belongs to user 0"),  # the file is another user's
+        (0, 0o700, "DatabaseError", "no permission"),  # the user can't enter the directory
+        (0, 0o755, "InsecureFileError", "belongs to user 0"),  # another user owns the file
     ],
 )
 def test_missing_permission(children: Children, owner: int, mode: int, error: str, says: str) -> None:
-    """Without the permission to use the directory or the file, the error says whose they are, and nothing changes."""
-    # pytest's own directories can't be entered by another user.
+    """If the user lacks permission for the directory or the file, the error names the owner, and no file changes."""
+    # Another user can't enter pytest's own directories.
     with tempfile.TemporaryDirectory() as name:
         outer = Path(name)
         outer.chmod(0o755)
@@ -499,7 +499,7 @@ def test_missing_permission(children: Children, owner: int, mode: int, error: st
 
 @needs_root
 def test_file_that_may_not_be_written(children: Children) -> None:
-    """A directory that may be read but not written is a clear error for a new database, and nothing is made."""
+    """If a directory is readable but not writable, opening a new database raises a clear error and creates no file."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         answer = children.run(DENIED, Path(name) / "homeagent.db")
@@ -507,17 +507,17 @@ def test_file_that_may_not_be_written(children: Children) -> None:
         assert list(Path(name).iterdir()) == []
 
 
-# A database that was there is never made anew
+# A lost database is not recreated
 
 
 def initialised(path: Path) -> None:
-    """Make a database, and put something into it."""
+    """Create a database with a row."""
     with Database.open(path) as database, database.unit_of_work() as unit:
         unit.agents.create(AgentCreate(id="a", name="A", workspace_path="/a"))
 
 
 def lose_schema(path: Path) -> None:
-    """Drop all tables, as a program run amok may."""
+    """Drop all tables, as a faulty program may."""
     with closing(sqlite(path)) as raw:
         raw.execute("PRAGMA foreign_keys=OFF")
         for (table,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
@@ -525,7 +525,7 @@ def lose_schema(path: Path) -> None:
 
 
 def replace_by_empty(path: Path) -> None:
-    """Put an empty file in the place of a database."""
+    """Replace a database with an empty file."""
     path.unlink()
     path.touch(0o600)
 
@@ -539,8 +539,8 @@ LOST: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", LOST)
-def test_lost_database_is_not_made_anew(directory: Path, path: Path, kind: str) -> None:
-    """A database that lost its file or its content is an error: made anew, it would forget every revocation."""
+def test_lost_database_is_not_recreated(directory: Path, path: Path, kind: str) -> None:
+    """If a database lost its file or content, opening raises, as a new file would forget every revocation."""
     initialised(path)
     LOST[kind](path)
     before = {name: entry[3] for name, entry in listing(directory).items()}
@@ -552,7 +552,7 @@ def test_lost_database_is_not_made_anew(directory: Path, path: Path, kind: str) 
 
 @pytest.mark.parametrize("revision", ["0001", REVISION])
 def test_restored_file_is_remembered(path: Path, revision: str) -> None:
-    """A file that came from elsewhere, without a lock file, is remembered from its first opening on."""
+    """If a file came without a lock file, its first opening records it, so a later loss is an error."""
     ours(path, revision)
     Database.open(path).close()
     path.unlink()
@@ -560,8 +560,8 @@ def test_restored_file_is_remembered(path: Path, revision: str) -> None:
         Database.open(path)
 
 
-def test_orphaned_log_is_not_swept_away(directory: Path, path: Path) -> None:
-    """A log beside a missing database shows that there was one: SQLite itself would delete it and start empty."""
+def test_orphaned_wal_is_kept(directory: Path, path: Path) -> None:
+    """If the WAL of a missing database remains, opening raises; SQLite itself would delete the WAL and start empty."""
     path.with_name("homeagent.db-wal").write_bytes(b"x" * 4096)
     path.with_name("homeagent.db-wal").chmod(0o600)
     with pytest.raises(CorruptDatabaseError, match="its log"):
@@ -575,7 +575,7 @@ JOURNAL = bytes.fromhex("d9d505f920a163d7 00000000 74c490bb 00000000 00000200 00
 
 
 def half_made(path: Path, first_page: bytes) -> None:
-    """Make what a power cut leaves of a database's first transaction."""
+    """Create the files that a power cut leaves of a database's first transaction."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     for name, content in (("homeagent.db", first_page), ("homeagent.db-journal", JOURNAL), ("homeagent.db.lock", b"")):
         path.with_name(name).write_bytes(content)
@@ -584,7 +584,7 @@ def half_made(path: Path, first_page: bytes) -> None:
 
 @pytest.mark.parametrize("part", ["whole", "begun", "not written"])
 def test_a_first_transaction_that_was_cut_off(tmp_path: Path, path: Path, part: str) -> None:
-    """A file that was empty before the transaction that was cut off is made anew, whatever is in its first page."""
+    """If the first transaction was cut off, opening creates the database again, whatever its first page holds."""
     made = tmp_path / "made.db"
     with closing(sqlite(made)) as raw:
         raw.execute(f"PRAGMA application_id={APPLICATION_ID}")
@@ -597,7 +597,7 @@ def test_a_first_transaction_that_was_cut_off(tmp_path: Path, path: Path, part: 
 
 
 def test_a_damaged_database_is_not_taken_for_a_half_made_one(directory: Path, path: Path) -> None:
-    """Where a database was made before, such a journal is no reason to let SQLite empty the file."""
+    """If a database existed before, such a journal does not let SQLite empty the damaged file."""
     initialised(path)
     content = bytes(512) + path.read_bytes()[512:]
     marker = path.with_name("homeagent.db.lock").read_bytes()
@@ -608,8 +608,8 @@ def test_a_damaged_database_is_not_taken_for_a_half_made_one(directory: Path, pa
     assert path.read_bytes() == content
 
 
-def test_starting_anew_on_purpose(directory: Path, path: Path) -> None:
-    """The remedy that the error names works: without the lock file, an empty database is made."""
+def test_deleting_the_lock_file_allows_a_new_database(directory: Path, path: Path) -> None:
+    """If the lock file is deleted, as the error advises, opening creates an empty database."""
     initialised(path)
     path.unlink()
     with pytest.raises(CorruptDatabaseError, match=r"remove homeagent\.db\.lock"):
@@ -646,7 +646,7 @@ print(json.dumps(modes))
 def test_files_are_private_under_any_umask(
     tmp_path: Path, directory: Path, children: Children, umask: str, revision: str | None
 ) -> None:
-    """Directory 0700; database, log, index, lock and backup 0600: under any umask, which itself is left alone."""
+    """Under any umask, directories have mode 0700 and all files 0600, and the umask stays unchanged."""
     path = (directory if revision else tmp_path / "new") / "homeagent.db"
     if revision:
         ours(path, revision)
@@ -659,7 +659,7 @@ def test_files_are_private_under_any_umask(
 
 
 def test_looser_mode_is_repaired(directory: Path, path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Files of ours with a looser mode, the log beside included, are made private, and a warning says so."""
+    """If the database or a file next to it has a looser mode, opening repairs the mode and logs a warning."""
     initialised(path)
     with Database.open(path) as holder, holder.unit_of_work() as unit:
         unit.agents.create(AgentCreate(id="b", name="B", workspace_path="/b"))
@@ -673,7 +673,7 @@ def test_looser_mode_is_repaired(directory: Path, path: Path, caplog: pytest.Log
     assert sum("had mode 0644" in record.getMessage() for record in caplog.records) == 3
 
 
-# A quiet start
+# Opening without needless imports
 
 QUIET = """
 import logging, sys
@@ -696,7 +696,7 @@ print(" ".join(loaded))
 
 
 def test_up_to_date_database_opens_without_alembic(path: Path, children: Children) -> None:
-    """An up-to-date database is opened without importing Alembic; making one imports it. Logging is left alone."""
+    """An up-to-date database opens without importing Alembic, a new database imports it, and logging is unchanged."""
     assert "alembic" in children.run(QUIET, path).split()
     assert children.run(QUIET, path) == ""
 
@@ -717,8 +717,8 @@ print([str(index.dialect_options[engine]["where"]) for engine in ("sqlite", "pos
 """
 
 
-def test_up_to_date_file_opens_without_what_it_does_not_need(path: Path, children: Children) -> None:
-    """What is for a server, an index, secrets or an operator is imported when it is used, and then is whole."""
+def test_up_to_date_file_opens_without_needless_imports(path: Path, children: Children) -> None:
+    """Modules for a server, an index, secrets or an operator are imported on first use, and then complete."""
     Database.open(path).close()
     assert children.run(LATE, path).splitlines() == ["[]", str(["state = 'in_progress'"] * 2)]
 
@@ -758,14 +758,14 @@ print(*seen)
 def test_database_file_is_never_opened_by_python(
     path: Path, children: Children, revision: str | None, expected: str
 ) -> None:
-    """Nothing but SQLite opens the database's files, since closing another descriptor drops its locks; O_EXCL apart."""
+    """Only SQLite opens the database's files (except with O_EXCL), as closing another descriptor drops its locks."""
     if revision is not None:
         ours(path, revision)
     assert children.run(AUDITED, path) == expected
 
 
 def test_opening_waits_for_no_writer(path: Path) -> None:
-    """An up-to-date database opens while another unit writes: to look at the revision takes no write lock."""
+    """If another unit writes, an up-to-date database still opens, as reading the revision takes no write lock."""
     initialised(path)
     with Database.open(path) as holder, holder.unit_of_work() as unit:
         unit.agents.create(AgentCreate(id="b", name="B", workspace_path="/b"))
@@ -773,11 +773,11 @@ def test_opening_waits_for_no_writer(path: Path) -> None:
             assert [agent.id for agent in reader.agents.list()] == ["a"]
 
 
-# What a new database is like
+# A new database
 
 
 def test_new_database(path: Path) -> None:
-    """A new file carries our application_id, is write-ahead logged, and enforces references."""
+    """A new file has homeagent's application_id, is in WAL mode, and enforces foreign keys."""
     with Database.open(path) as database:
         with database.unit_of_work() as unit:
             connection = unit.session.connection()
@@ -790,7 +790,7 @@ def test_new_database(path: Path) -> None:
 
 
 def test_opening_again_changes_nothing(directory: Path, path: Path) -> None:
-    """Opening an up-to-date database and closing it again leaves every file as it was."""
+    """If an up-to-date database is opened and closed, all files stay unchanged."""
     initialised(path)
     before = listing(directory)
     for migrate in (True, False):
@@ -798,8 +798,8 @@ def test_opening_again_changes_nothing(directory: Path, path: Path) -> None:
         assert listing(directory) == before
 
 
-def test_backup_that_is_in_the_way(path: Path, clock: Any) -> None:
-    """A file that has the name of the backup to make is never overwritten: the upgrade doesn't begin."""
+def test_existing_file_with_the_name_of_the_backup(path: Path, clock: Any) -> None:
+    """If a file has the name of the backup before an upgrade, the file stays, and the upgrade does not begin."""
     ours(path, "0001")
     taken = path.with_name("homeagent.db.0001-20260102T030405678000Z.backup")
     taken.write_text("mine")
