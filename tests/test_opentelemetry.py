@@ -1,4 +1,4 @@
-"""OpenTelemetry's own instrumentation of SQLAlchemy sees every statement of a unit, and never a value."""
+"""OpenTelemetry's instrumentation of SQLAlchemy traces every statement of a unit, and never a value."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Spans = Callable[[], list[ReadableSpan]]
 
 @pytest.fixture
 def provider() -> TracerProvider:
-    """Keeps what is traced in memory."""
+    """A tracer provider that keeps the spans in memory."""
     return TracerProvider()
 
 
 @pytest.fixture
 def spans(provider: TracerProvider) -> Iterator[Spans]:
-    """Returns the spans since it was called last, while SQLAlchemy is instrumented as an application does it."""
+    """Return the spans since the previous call, while SQLAlchemy is instrumented as in an application."""
     exporter = InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     SQLAlchemyInstrumentor().instrument(tracer_provider=provider, skip_dep_check=True)
@@ -49,7 +49,7 @@ def spans(provider: TracerProvider) -> Iterator[Spans]:
 
 @pytest.fixture
 def traced(spans: Spans, target: str, clock: FakeClock) -> Iterator[Database]:
-    """A database that was opened after SQLAlchemy was instrumented."""
+    """A database that was opened after the instrumentation of SQLAlchemy."""
     with Database.open(target, clock=clock, busy_timeout=timedelta(seconds=20)) as database:
         spans()
         yield database
@@ -65,7 +65,7 @@ def _attribute(span: ReadableSpan, name: str) -> Any:
 
 
 def test_every_statement_of_a_unit_has_its_span(traced: Database, spans: Spans) -> None:
-    """The stores' statements are there between BEGIN and COMMIT, named and described as the instrumentation does it."""
+    """The spans of a unit contain BEGIN, the stores' statements and COMMIT, with the instrumentation's attributes."""
     with traced.unit_of_work() as unit:
         unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada"))
         unit.sessions.index([AgentSession(session_id="s", agent_id="ada", created_at=_T, last_active_at=_T)])
@@ -87,15 +87,15 @@ _T = FakeClock()()
 
 
 def test_the_session_and_the_stores_are_traced_alike(traced: Database, spans: Spans) -> None:
-    """What the ORM session runs comes by SQLAlchemy's events, what the stores run by ours, each once."""
+    """Each statement of the ORM session and of the stores gives a single span."""
     with traced.unit_of_work() as unit:
         unit.session.add(Agent(id="bob", name="Bob", workspace_path="/srv", created_at=_T))
         assert unit.agents.get("bob").name == "Bob"
     assert statements(spans())[:3] == ["BEGIN", "INSERT", "SELECT"]
 
 
-def test_spans_belong_to_who_called(traced: Database, spans: Spans, provider: TracerProvider) -> None:
-    """A statement's span is a child of the caller's, also where the unit runs in a worker thread."""
+def test_spans_belong_to_the_caller(traced: Database, spans: Spans, provider: TracerProvider) -> None:
+    """A statement's span is a child of the caller's span, also if the unit runs in a worker thread."""
 
     async def ask() -> None:
         with provider.get_tracer("test").start_as_current_span("request"):
@@ -111,8 +111,8 @@ def test_spans_belong_to_who_called(traced: Database, spans: Spans, provider: Tr
 
 
 @pytest.mark.parametrize("through", ["store", "session"])
-def test_a_failure_is_told_without_a_value(traced: Database, spans: Spans, through: str) -> None:
-    """A span that failed says so, in our words: neither PostgreSQL's DETAIL nor a parameter is in any span."""
+def test_a_failed_span_shows_no_value(traced: Database, spans: Spans, through: str) -> None:
+    """If a statement fails, its span has homeagent's message, without PostgreSQL's DETAIL and without a parameter."""
     add_agent(traced, "geheim")
     spans()
     with pytest.raises(errors.HomeAgentError), traced.unit_of_work() as unit:
@@ -145,7 +145,7 @@ _INDEX = _insert_session()
 
 
 def test_no_span_holds_a_value(traced: Database, spans: Spans, clock: FakeClock) -> None:
-    """Ids, hashes, nonces, keys and results go by the spans."""
+    """No span of statements with ids, hashes, nonces, keys and results contains any of these values."""
     with traced.unit_of_work() as unit:
         unit.nonces.consume("geheim", "geheim", expires_at=clock.now + timedelta(minutes=1))
         unit.idempotency_keys.insert(IdempotencyScope("geheim", "geheim", "geheim"), "geheim", ttl=timedelta(1))
@@ -155,7 +155,7 @@ def test_no_span_holds_a_value(traced: Database, spans: Spans, clock: FakeClock)
 
 
 def test_a_comment_of_the_instrumentation_reaches_the_server(target: str, provider: TracerProvider) -> None:
-    """A listener may add its comment to a statement (sqlcommenter); the parameters stay what they are."""
+    """If a listener adds a comment to a statement (sqlcommenter), the parameters stay unchanged."""
     exporter = InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     SQLAlchemyInstrumentor().instrument(
@@ -172,8 +172,8 @@ def test_a_comment_of_the_instrumentation_reaches_the_server(target: str, provid
     assert any("INSERT INTO agents" in text and "/*" in text for text in texts)
 
 
-def test_rows_that_go_in_in_bulk_are_one_statement(traced: Database, spans: Spans) -> None:
-    """Many rows by the driver's fastest way, which is COPY on PostgreSQL, are one span, and a failure ends it too."""
+def test_a_bulk_insert_is_one_statement(traced: Database, spans: Spans) -> None:
+    """If many rows are inserted at once (COPY on PostgreSQL), the insert is a single span, also if the insert fails."""
     columns = ("id", "name", "workspace_path", "created_at")
     engine = traced._engine
     for rows, fails in (([("geheim", "A", "/", 1), ("b", "B", "/", 1)], False), ([("c", None, "/", 1)], True)):
@@ -194,14 +194,14 @@ def test_rows_that_go_in_in_bulk_are_one_statement(traced: Database, spans: Span
         assert "geheim" not in "".join(span.to_json() for span in found)
 
 
-def test_nothing_is_wrapped_where_nobody_listens(database: Database) -> None:
-    """Without a listener a link has the driver's own cursor."""
+def test_no_cursor_is_wrapped_without_a_listener(database: Database) -> None:
+    """Without a listener a connection uses the driver's own cursor."""
     with database.unit_of_work() as unit:
         assert not isinstance(unit._require_connection()._cursor, InstrumentedCursor)
 
 
-def test_any_listener_of_sqlalchemy_is_told(target: str) -> None:
-    """It is SQLAlchemy's own interface: whoever listens gets the usual arguments, but no parameters."""
+def test_any_listener_of_sqlalchemy_is_called(target: str) -> None:
+    """Any listener of SQLAlchemy's events gets the usual arguments, but no parameters."""
     told: list[tuple[str, Any, bool]] = []
 
     def before(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
@@ -226,7 +226,7 @@ def test_any_listener_of_sqlalchemy_is_told(target: str) -> None:
 def test_the_documented_lines_are_enough(
     monkeypatch: pytest.MonkeyPatch, sqlite_path: Path, provider: TracerProvider
 ) -> None:
-    """What the documentation shows is run as it stands, with the default target in the environment."""
+    """The documented lines run unchanged, with the default target in the environment."""
     page = (Path(__file__).parents[1] / "docs" / "operations.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"^```py\n(.*?SQLAlchemyInstrumentor.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     monkeypatch.setenv("HOMEAGENT_DATABASE", str(sqlite_path))

@@ -1,4 +1,4 @@
-"""Files of other users: what root refuses to believe, and to which user the files belong that root creates.
+"""Files of other users: root refuses unsafe files, and files that root creates belong to the directory's owner.
 
 SQLite only: on PostgreSQL the server owns the files.
 """
@@ -33,12 +33,12 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser ca
 
 
 def give(path: Path, uid: int = STRANGER) -> None:
-    """Make a file another user's."""
+    """Change the owner of a file to another user."""
     os.chown(path, uid, uid)
 
 
 def plant(path: Path, content: bytes = b"") -> Path:
-    """Put a private file of the stranger's there."""
+    """Create a private file of the other user at the path."""
     path.write_bytes(content)
     path.chmod(0o600)
     give(path)
@@ -46,12 +46,12 @@ def plant(path: Path, content: bytes = b"") -> Path:
 
 
 def owners(directory: Path) -> set[int]:
-    """Return the users whose files are in a directory, and the directory's owner."""
+    """Return the owners of the files in a directory, and the directory's owner."""
     return {path.lstat().st_uid for path in (directory, *directory.rglob("*"))}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Return the bytes of each file in a directory, lock files left out."""
+    """Return the bytes of each file in a directory, without the lock files."""
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.suffix not in (".lock", ".open")}
 
 
@@ -62,7 +62,7 @@ def devices(path: Path) -> list[str]:
 
 
 def severity_of(diagnosis: Diagnosis, check: str) -> Severity | None:
-    """Return how bad a finding is, None if the check was not made."""
+    """Return the severity of a finding, or None if the check did not run."""
     finding = diagnosis.finding(check)
     return None if finding is None else finding.severity
 
@@ -86,7 +86,7 @@ def path(shared: Path) -> Path:
 
 @pytest.fixture
 def intruders(tmp_path: Path) -> bytes:
-    """The content of a database in which the stranger is an approved admin."""
+    """The content of a database in which the other user's device is an approved admin."""
     made = tmp_path / "elsewhere" / "h.db"
     with Database.open(made) as database:
         database.pair(DevicePair(id="intruder", role=Role.ADMIN, shared_secret=SecretStr("letmein-letmein")))
@@ -95,7 +95,7 @@ def intruders(tmp_path: Path) -> bytes:
 
 
 def hot_journal(content: bytes) -> bytes:
-    """Return a rollback journal that makes a database of this content, as SQLite replays it when it opens the file.
+    """Return a rollback journal from which SQLite writes this database content when it opens the file.
 
     The format: https://sqlite.org/fileformat2.html#the_rollback_journal
     """
@@ -114,7 +114,7 @@ def hot_journal(content: bytes) -> bytes:
 
 @needs_root
 def test_a_rollback_journal_that_another_user_put_there(path: Path, shared: Path, intruders: bytes) -> None:
-    """It is refused before SQLite replays it: the database keeps its devices, and opens once the journal is gone."""
+    """If a rollback journal belongs to another user, opening refuses the journal before SQLite replays it."""
     planted = plant(Path(f"{path}-journal"), hot_journal(intruders))
     before = contents(shared)
     with pytest.raises(InsecureFileError, match=r"h\.db-journal' belongs to user 65534.*move the file away"):
@@ -131,14 +131,14 @@ def test_a_rollback_journal_that_another_user_put_there(path: Path, shared: Path
 @pytest.mark.parametrize("migrate", [True, False])
 @pytest.mark.parametrize("end", ["", "-wal", "-shm", "-journal", ".open", ".lock"])
 def test_a_file_of_another_user(path: Path, shared: Path, end: str, migrate: bool) -> None:
-    """Each file of a database that the store would believe is refused with its name, changes nothing, and is found."""
+    """If another user owns a file of the database, opening names the file, and the doctor reports the file."""
     with Database.open(path) as database:
         backup = database.backup(f"{shared.parent}/safe/")
     planted = Path(f"{path}{end}")
     plant(planted, planted.read_bytes() if planted.exists() else b"x")
     before = contents(shared)
     with pytest.raises(InsecureFileError, match="belongs to user 65534"):
-        # A database that is up to date is opened without the lock under which the schema is made.
+        # An up-to-date database is opened without the lock that guards the creation of the schema.
         Database.restore(backup, path) if end == ".lock" else Database.open(path, migrate=migrate)
     assert contents(shared) == before
     finding = diagnose(path).finding("files")
@@ -148,7 +148,7 @@ def test_a_file_of_another_user(path: Path, shared: Path, end: str, migrate: boo
 
 @needs_root
 def test_an_absent_database_next_to_files_of_another_user(shared: Path, intruders: bytes) -> None:
-    """A new database is not made over the journal or the log of another user."""
+    """If a journal or WAL of another user exists, opening creates no database next to it."""
     path = shared / "h.db"
     for end in ("-journal", "-wal"):
         planted = plant(Path(f"{path}{end}"), hot_journal(intruders))
@@ -162,7 +162,7 @@ def test_an_absent_database_next_to_files_of_another_user(shared: Path, intruder
 
 @needs_root
 def test_the_end_of_a_restore_that_another_user_pretends(path: Path, shared: Path, intruders: bytes) -> None:
-    """After a crash at the last step the lock file still tells of a restore: what is put there then is refused."""
+    """If the lock file records an unfinished restore, a restored file of another user is refused."""
     in_use_path(path).write_text("swap 20260102T030405678000Z 2 end\n")
     planted = plant(new_path(path, "20260102T030405678000Z"), intruders)
     before = contents(shared)
@@ -176,7 +176,7 @@ def test_the_end_of_a_restore_that_another_user_pretends(path: Path, shared: Pat
 @needs_root
 @pytest.mark.parametrize("mode", [0o770, 0o777])
 def test_a_directory_in_which_others_can_replace_files(path: Path, shared: Path, mode: int) -> None:
-    """Root neither opens, backs up to nor restores to such a directory; the error names the command."""
+    """If others can replace files in a directory, root refuses to open, back up and restore there."""
     safe = shared.parent / "safe"
     with Database.open(path) as database:
         backup = database.backup(f"{safe}/")
@@ -210,18 +210,18 @@ def backups(shared: Path) -> Path:
 
 
 def by_owner(backup: Path) -> None:
-    """Make a backup and its manifest the stranger's."""
+    """Change the owner of a backup and its manifest to the other user."""
     for file in (backup, manifest_path(backup)):
         give(file)
 
 
 def by_manifests_owner(backup: Path) -> None:
-    """Make only the manifest the stranger's."""
+    """Change the owner of the manifest only."""
     give(manifest_path(backup))
 
 
 def by_link(backup: Path) -> None:
-    """Put a link in the backup's place."""
+    """Replace the backup with a symbolic link."""
     backup.rename(backup.with_name("real"))
     backup.symlink_to(backup.with_name("real"))
 
@@ -240,8 +240,8 @@ def by_second_name(backup: Path) -> None:
         (by_second_name, r"2 names .*copy it"),
     ],
 )
-def test_a_backup_that_is_not_safe(sqlite_path: Path, tmp_path: Path, clock: FakeClock, spoil, says: str) -> None:  # type: ignore[no-untyped-def]
-    """It is not the newest, takes the place of none that `keep` keeps, puts off no schedule, and is not restored."""
+def test_an_unsafe_backup_does_not_count(sqlite_path: Path, tmp_path: Path, clock: FakeClock, spoil, says: str) -> None:  # type: ignore[no-untyped-def]
+    """An unsafe backup is never the newest, does not count for `keep` or a schedule, and is not restored."""
     backups = tmp_path / "backups"
     with Database.open(sqlite_path, clock=clock) as database:
         good = database.backup(f"{backups}/")
@@ -273,7 +273,7 @@ def test_a_backup_that_is_not_safe(sqlite_path: Path, tmp_path: Path, clock: Fak
 
 @needs_root
 def test_the_note_of_the_last_backup(path: Path, backups: Path) -> None:
-    """Another user's note does not lead to that user's backups."""
+    """If the note of the last backup belongs to another user, homeagent ignores the note."""
     with Database.open(path) as database:
         backup = database.backup(f"{backups}/")
     assert newest_backup(path) == backup
@@ -285,7 +285,7 @@ def test_the_note_of_the_last_backup(path: Path, backups: Path) -> None:
 def test_a_journal_put_next_to_a_file_that_is_being_made(
     path: Path, backups: Path, clock: FakeClock, intruders: bytes
 ) -> None:
-    """A backup and a restore are made in files of their own: a journal that waits there for them is refused."""
+    """If another user's journal waits at the temporary file of a backup or a restore, the operation is refused."""
     with Database.open(path, clock=clock) as database:
         backup = database.backup(f"{backups}/")
         clock.advance(hours=1)
@@ -299,7 +299,7 @@ def test_a_journal_put_next_to_a_file_that_is_being_made(
     assert devices(path) == ["lamp"]
 
 
-# What root creates
+# Files that root creates
 
 
 AS_STRANGER = """
@@ -319,7 +319,7 @@ with Database.open(sys.argv[1]) as database:
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    """The stranger's home, where that user can reach it: pytest's directories are root's alone."""
+    """The other user's home outside of pytest's directories, which only root can enter."""
     place = Path(tempfile.mkdtemp(prefix="homeagent-other-"))
     place.chmod(0o711)
     (place / "home").mkdir(mode=0o700)
@@ -330,11 +330,11 @@ def home() -> Iterator[Path]:
 
 @needs_root
 def test_root_locks_no_user_out(home: Path, children: Children) -> None:
-    """What root makes in a user's directory is that user's: the database, all beside it, backups and directories."""
+    """If root works in a user's directory, the database, its files, backups and directories belong to the user."""
     path = home / ".homeagent" / "h.db"
     with Database.open(path) as database:
         add_agent(database, "roots")
-        assert owners(home) == {STRANGER}  # with SQLite's own files, while it is open
+        assert owners(home) == {STRANGER}  # with SQLite's own files, while the database is open
         backup = database.backup(f"{home}/backups/", keep=1)
         database.backup(path.with_name("copy.db"))
     children.run(AS_STRANGER, path, STRANGER)
@@ -342,14 +342,14 @@ def test_root_locks_no_user_out(home: Path, children: Children) -> None:
     assert owners(home) == {STRANGER}
     children.run(AS_STRANGER, path.with_name("other.db"), STRANGER)
     with Database.open(path) as database:
-        # What the user made since is as good as root's.
+        # Files that the user created later are as good as root's files.
         assert database.backup(f"{home}/backups/", keep=1).exists()
     assert not backup.exists()
 
 
 @needs_root
 def test_root_upgrades_and_copies_for_a_user(home: Path) -> None:
-    """The backup before an upgrade, a copy and the directories that are made for it are that user's too."""
+    """If root upgrades or copies, the backup before the upgrade, the copy and its directories belong to the user."""
     path = home / "h.db"
     shutil.copyfile(ROOT / "tests" / "fixtures" / "revisions" / "0001.db", path)
     path.chmod(0o600)
@@ -362,7 +362,7 @@ def test_root_upgrades_and_copies_for_a_user(home: Path) -> None:
 
 @needs_root
 def test_a_backup_of_roots_in_another_users_directory(path: Path, tmp_path: Path, home: Path, clock: FakeClock) -> None:
-    """It stays root's: its directory's owner may neither read every device nor change what root would restore."""
+    """Root's backup in another user's directory stays root's, as the user must neither read nor change all devices."""
     with Database.open(path, clock=clock) as database:
         first = database.backup(f"{home}/", keep=1)
         assert {first.stat().st_uid, manifest_path(first).stat().st_uid} == {0}
@@ -375,7 +375,7 @@ def test_a_backup_of_roots_in_another_users_directory(path: Path, tmp_path: Path
 
 @needs_root
 def test_an_ordinary_user_restores_what_root_made(home: Path, shared: Path, children: Children) -> None:
-    """A backup that root made and lets the user read is as safe as the user's own."""
+    """If the user may read a backup of root, restoring the backup is as safe as restoring the user's own."""
     path = home / "h.db"
     with Database.open(path) as database:
         backup = database.backup(home.parent / "made-by-root.db")

@@ -1,4 +1,4 @@
-"""A constraint of an own table that refuses a change: the error names it, and holds no value."""
+"""If a constraint of an application's own table refuses a change, the error names the constraint and no value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TABLES = (
     "INSERT INTO own_uses VALUES (1)",
 )
 
-# What is refused, and the table, constraint and kind that the error has.
+# Refused statements, and the table, constraint and kind in the error.
 REFUSED = {
     "primary key": ("INSERT INTO own_tags (id, name) VALUES (1, 'n')", "own_tags", "pk_own_tags", "unique"),
     "unique": ("INSERT INTO own_tags (id, name) VALUES (2, 'geheim')", "own_tags", "uq_own_tags_name", "unique"),
@@ -40,7 +40,7 @@ REFUSED = {
 
 @pytest.fixture
 def own(database: Database) -> Database:
-    """A database with own tables."""
+    """A database with an application's own tables."""
     with database.unit_of_work() as unit:
         for statement in TABLES:
             unit.session.execute(text(statement))
@@ -58,7 +58,7 @@ def execute(statement: str) -> Callable[[UnitOfWork], None]:
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_the_error_names_the_constraint(own: Database, what: str) -> None:
-    """From a block, from `run` and among units that wait for one another: table, constraint and kind are known."""
+    """In a block, in `run` and in a batch, the error has the table, the constraint and the kind."""
     statement, *expected = REFUSED[what]
 
     def block() -> None:
@@ -84,7 +84,7 @@ def test_the_error_names_the_constraint(own: Database, what: str) -> None:
 
 
 def test_a_store_s_statement_names_an_own_constraint(own: Database) -> None:
-    """An own row that refers to an agent keeps it; the error of `agents.delete` says so, also in a shared commit."""
+    """If an own row refers to an agent, the error of `agents.delete` names the constraint, also in a batch."""
     add_agent(own)
     own.run(execute("INSERT INTO own_plans VALUES ('ada')"))
 

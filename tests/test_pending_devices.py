@@ -1,4 +1,4 @@
-"""Devices that strangers pair, and that no administrator approves, are bounded in number and in time."""
+"""Pending devices are bounded in number and in time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import FakeClock, MakeDatabase, add_device
 
 
 def pair(database: Database, device_id: str) -> bool:
-    """Pair a device, and tell whether it was let wait."""
+    """Pair a device, and return whether the device is stored as pending."""
     try:
         database.pair(DevicePair(id=device_id, role=Role.NODE))
     except PendingLimitError as error:
@@ -23,8 +23,8 @@ def pair(database: Database, device_id: str) -> bool:
     return True
 
 
-def test_only_so_many_wait(reopen: MakeDatabase) -> None:
-    """At the bound no device pairs, and approving, revoking or deleting a waiting device makes room for one."""
+def test_the_number_of_pending_devices_is_limited(reopen: MakeDatabase) -> None:
+    """At the limit no device pairs, and approving, revoking or deleting a pending device allows another pairing."""
     database = reopen(limits=Limits(pending_devices=3))
     add_device(database, "approved", approved=True)
     assert [pair(database, f"d{number}") for number in range(4)] == [True, True, True, False]
@@ -38,7 +38,7 @@ def test_only_so_many_wait(reopen: MakeDatabase) -> None:
 
 
 def test_the_bound_is_exact_for_callers_at_the_same_time(reopen: MakeDatabase) -> None:
-    """Of callers in several databases on one store, as many are let wait as may, and no more."""
+    """If callers pair at the same time in several databases on the same store, the number is exactly the limit."""
     databases = [reopen(limits=Limits(pending_devices=3)) for _ in range(3)]
     with ThreadPoolExecutor(9) as threads:
         calls = [threads.submit(pair, databases[number % 3], f"d{number}") for number in range(9)]
@@ -47,15 +47,15 @@ def test_the_bound_is_exact_for_callers_at_the_same_time(reopen: MakeDatabase) -
 
 
 def test_pairing_is_closed(reopen: MakeDatabase) -> None:
-    """With a bound of 0 no device pairs, and code that holds a hash still adds one."""
+    """With a limit of 0 no device pairs, but code that holds a hash still adds a device."""
     database = reopen(limits=Limits(pending_devices=0))
     with pytest.raises(PendingLimitError, match="pairing is closed"):
         database.pair(DevicePair(id="lamp", role=Role.NODE))
     assert add_device(database, "lamp").status is DeviceStatus.PENDING
 
 
-def test_a_sweep_removes_who_waited_too_long(reopen: MakeDatabase, clock: FakeClock) -> None:
-    """After its time a device that waits is removed, and a device that was approved or revoked stays."""
+def test_a_sweep_removes_old_pending_devices(reopen: MakeDatabase, clock: FakeClock) -> None:
+    """If a device is pending for too long, a sweep removes the device; approved and revoked devices stay."""
     database = reopen(limits=Limits(pending_ttl=timedelta(days=2)))
     for device_id in ("waiting", "approved", "revoked"):
         add_device(database, device_id, approved=device_id == "approved")
@@ -70,7 +70,7 @@ def test_a_sweep_removes_who_waited_too_long(reopen: MakeDatabase, clock: FakeCl
 
 
 def test_the_index_counts(sqlite_database: Database) -> None:
-    """SQLite counts and removes waiting devices by the partial index, and reads no row for it."""
+    """SQLite counts and removes pending devices by the partial index, without reading rows for the count."""
     for statement, index in ((module._COUNT_PENDING, "COVERING INDEX"), (module._DELETE_PENDING, "INDEX")):
         with sqlite_database.unit_of_work() as unit:
             connection = unit.session.connection()
@@ -93,7 +93,7 @@ def test_the_index_counts(sqlite_database: Database) -> None:
     ids=str,
 )
 def test_bad_limits_are_refused(bad: dict[str, Any]) -> None:
-    """A bound that is none is refused when it is made."""
+    """If a limit is invalid, creating the limits raises."""
     with pytest.raises(InvalidArgumentError):
         Limits(**bad)
     with pytest.raises(InvalidArgumentError, match="Limits"):

@@ -1,6 +1,6 @@
-"""Forks, signals, interrupts and the interpreter's end, in real processes: a clear error or correct work, never a hang.
+"""Forks, signals, interrupts and the end of the interpreter, in real processes: a clear error or correct work, no hang.
 
-One engine only where nothing else is said: the file and its locks are what a second process can harm.
+SQLite only, except for tests of either engine: a second process can harm only the file and its locks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-# What every script begins with; add() is a unit, and names() what is there.
+# Start of every script; add() runs a unit, and names() returns the agents.
 BEGIN = """
 import atexit, os, signal, sys, threading, time, warnings
 from datetime import timedelta
@@ -49,7 +49,7 @@ def refused(*acts):
 
 
 def names(path: Path | str) -> list[str]:
-    """Return the agents in a database, opened for this, and assert that it is sound."""
+    """Return the agents in a database, opened for this call, and assert that the database is sound."""
     with Database.open(path) as database, database.unit_of_work(read_only=True) as unit:
         if database._engine.dialect_name == "sqlite":
             assert unit._require_connection().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -62,7 +62,7 @@ def names(path: Path | str) -> list[str]:
 @needs_fork
 @pytest.mark.parametrize("orm", [False, True], ids=["stores", "ORM session"])
 def test_fork_in_the_middle_of_a_unit(target: str, children: Children, orm: bool) -> None:
-    """The unit is the parent's: in the child whatever is done with it is refused, its end included (either engine)."""
+    """If a process forks in a unit, the child is refused every use of the unit and its end (either engine)."""
     script = (
         BEGIN
         + f"orm = {orm}"
@@ -101,7 +101,7 @@ database.close()
 
 @needs_fork
 def test_fork_while_other_threads_are_busy(target: str, children: Children) -> None:
-    """Whatever another thread holds at the fork, the child is refused at once and waits for nobody."""
+    """If another thread holds a lock at the fork, the child is refused at once, without waiting."""
     script = (
         BEGIN
         + """
@@ -145,9 +145,9 @@ database.close()
 @needs_fork
 @pytest.mark.parametrize("failing", ["discard_free", "after_fork_in_child"])
 def test_an_error_in_a_fork_hook(sqlite_path: Path, tmp_path: Path, children: Children, failing: str) -> None:
-    """If preparing one database for a fork fails, the child refuses every database, and the parent uses all of them.
+    """If the fork hook of a database fails, the child refuses every database, and the parent uses all of them.
 
-    SQLite only: what is tried is the same for both.
+    SQLite only: the hooks are the same for both engines.
     """
     script = (
         BEGIN
@@ -183,7 +183,7 @@ for database in databases:
 
 @needs_fork
 def test_child_that_outlives_the_parent_s_database(sqlite_path: Path, children: Children) -> None:
-    """A child's end closes nothing of the parent's: SQLite would delete, by its name, the log of who came later."""
+    """If a child outlives the parent's database, its end does not delete the WAL of a later process."""
     script = (
         BEGIN
         + """
@@ -215,9 +215,9 @@ print(log > 0, os.stat(target + "-wal").st_size == log)
 
 @needs_fork
 def test_child_that_works_on_when_the_parent_ends(sqlite_path: Path, children: Children) -> None:
-    """A child that opens the file itself holds locks of its own: its parent's end takes no log away from it.
+    """If a child opens the file itself, it holds separate locks, and the parent's end does not delete the WAL.
 
-    SQLite only: a server's locks are its own affair.
+    SQLite only: a server manages its locks.
     """
     script = (
         BEGIN
@@ -247,10 +247,12 @@ os.waitpid(child, 0)
 
 @needs_fork
 @pytest.mark.parametrize("read_only", [False, True])
-def test_child_opens_what_its_parent_was_using(sqlite_path: Path, children: Children, read_only: bool) -> None:
-    """A file with a unit under way at the fork is refused in the child, at once and with the remedy.
+def test_child_opens_the_file_of_a_parent_with_an_open_unit(
+    sqlite_path: Path, children: Children, read_only: bool
+) -> None:
+    """If a unit is open at the fork, opening the file in the child raises at once and names the remedy.
 
-    SQLite only: a server's locks are its own affair.
+    SQLite only: a server manages its locks.
     """
     script = (
         BEGIN
@@ -276,10 +278,10 @@ database.close()
 
 
 @needs_fork
-def test_a_closed_connection_is_nobodys_at_a_fork(sqlite_path: Path, children: Children) -> None:
-    """One that was closed, and that an error of it still remembers, keeps nothing from being refused or opened anew.
+def test_a_closed_connection_does_not_count_at_a_fork(sqlite_path: Path, children: Children) -> None:
+    """If a reference to a closed connection remains, the child is refused or opens the file as without the reference.
 
-    SQLite only: a server's locks are its own affair.
+    SQLite only: a server manages its locks.
     """
     script = (
         BEGIN
@@ -314,9 +316,10 @@ database.close()
 
 @needs_fork
 def test_forks_under_load(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """Whenever it is forked, a child works on the file or is refused; what it was told is there, is there.
+    """If a process forks at any time under load, the child works on the file or is refused, and no acknowledged row is
+    lost.
 
-    SQLite only: a server's locks are its own affair.
+    SQLite only: a server manages its locks.
     """
     ledger = tmp_path / "ledger"
     script = (
@@ -359,7 +362,7 @@ print(*codes)
     )
     codes = children.run(script, sqlite_path, ledger).split()
     assert set(codes) <= {"0", "1"}
-    # The last one was forked while nothing was under way.
+    # The last child was forked while no unit was open.
     assert codes[-1] == "0"
     told = ledger.read_text().split()
     assert len(told) == 5 * codes.count("0")
@@ -369,7 +372,7 @@ print(*codes)
 @needs_fork
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing(tmp_path: Path, sqlite_path: Path, children: Children, method: str) -> None:
-    """A pool's processes, however they are started, each open the database by its path."""
+    """With each start method, the processes of a pool open the database by its path."""
     script = tmp_path / "pooled.py"
     script.write_text(
         BEGIN
@@ -391,18 +394,18 @@ if __name__ == "__main__":
     )
     run = f"import runpy, sys; sys.argv[0] = {str(script)!r}; runpy.run_path({str(script)!r}, run_name='__main__')"
     if method != "fork":
-        # These import the script by its name.
+        # These start methods import the script by its name.
         run = f"import os, sys; os.execv(sys.executable, [sys.executable, {str(script)!r}, *sys.argv[1:]])"
     assert children.run(run, sqlite_path, method).split() == ["15", "31"]
 
 
 def test_database_can_not_be_pickled(sqlite_database: Database) -> None:
-    """What is handed to another process is the target, and the error says so."""
+    """If a database is pickled, the error advises to pass the target to the other process."""
     with pytest.raises(TypeError, match="open it in the other process"):
         pickle.dumps(sqlite_database)
 
 
-# The interpreter's end
+# The end of the interpreter
 
 ENDS = {
     "a daemon thread in the middle of units": """
@@ -456,7 +459,7 @@ with database.unit_of_work() as unit:
 
 @pytest.mark.parametrize("end", list(ENDS))
 def test_interpreter_ends(target: str, children: Children, end: str) -> None:
-    """A process that ends without closing its database ends soon and quietly, with whole units (either engine)."""
+    """If a process ends without closing its database, it ends soon and quietly, with whole units (either engine)."""
     process = children.start(BEGIN + 'database = Database.open(target)\nadd(database, "first")\n' + ENDS[end], target)
     output, complaints = process.communicate(timeout=30)
     assert (process.returncode, complaints) == (0, "")
@@ -469,8 +472,8 @@ def test_interpreter_ends(target: str, children: Children, end: str) -> None:
     assert "unfinished" not in found
 
 
-def test_generator_that_is_dropped_gives_its_lane_back(database: Database) -> None:
-    """A unit inside of a generator ends with it, and the next writer waits for nobody."""
+def test_dropped_generator_releases_the_write_lock(database: Database) -> None:
+    """If a generator with an open unit is dropped, the unit ends, and the next writer gets the write lock."""
 
     def rows() -> object:
         with database.unit_of_work() as unit:
@@ -478,14 +481,14 @@ def test_generator_that_is_dropped_gives_its_lane_back(database: Database) -> No
             yield unit
 
     generator = rows()
-    next(generator)  # type: ignore[call-overload]  # it is a generator
+    next(generator)  # type: ignore[call-overload]  # a generator
     del generator
     with database.unit_of_work() as unit:
         assert unit.agents.find_by_id("unfinished") is None
 
 
 def test_thread_that_died_in_an_entered_unit_is_named(sqlite_path: Path, clock: FakeClock) -> None:
-    """A unit that was entered by hand and never left holds the only lane of a file: others are told, and don't hang."""
+    """If a thread dies in an entered unit, the unit holds the write lock; other writers get an error with its name."""
     import threading
     from datetime import timedelta
 
@@ -500,7 +503,7 @@ def test_thread_that_died_in_an_entered_unit_is_named(sqlite_path: Path, clock: 
 
 # Signals
 def test_signal_handler_that_uses_the_database(target: str, children: Children) -> None:
-    """In the middle of a unit a handler may read, a second write unit is refused, and neither waits (either engine)."""
+    """A signal handler in a unit may read; its write unit is refused, and no call hangs (either engine)."""
     script = (
         BEGIN
         + """
@@ -543,7 +546,7 @@ database.close()
 
 @pytest.mark.parametrize("way", ["block", "function"])
 def test_interrupt_in_the_middle_of_a_unit(target: str, children: Children, way: str) -> None:
-    """Ctrl-C inside of a unit undoes it, and the lane is of use afterwards (either engine)."""
+    """If Ctrl-C arrives in a unit, the unit is rolled back, and the write lock is free (either engine)."""
     script = (
         BEGIN
         + f"way = {way!r}"

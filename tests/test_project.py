@@ -1,4 +1,4 @@
-"""The project's habits: what is shipped, what the floors are, and that every place tells the same story."""
+"""Rules of the project: the shipped files, the layers, and consistent statements in all places."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 
-# Put together here, so that this file passes its own test.
+# Joined here, so that this file passes its own test.
 FORBIDDEN_TEXTS = {
     "registry host": re.compile(r"(?:pypi|pythonhosted|test\.pypi|npmjs|jsdelivr)\." + r"(?:org|com|net)\b"),
     "machine path": re.compile(r"(?<![\w.~:/-])/" + r"(?:home|Users|root|work)/\w"),
@@ -31,7 +31,7 @@ FORBIDDEN_TEXTS = {
 
 
 def shipped_files() -> list[Path]:
-    """Return the files of the project: what git tracks or could, or all of an unpacked sdist."""
+    """Return the files of the project: the files that git tracks or could track, or all files of an unpacked sdist."""
     if (ROOT / ".git").exists():
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -46,7 +46,7 @@ def shipped_files() -> list[Path]:
 
 
 def build(hook: str, source: Path, destination: Path) -> Path:
-    """Run one of hatchling's hooks on a tree, as pip would but without a network, and return what it made."""
+    """Run a hook of hatchling on a tree, as pip would but without a network, and return the built file."""
     destination.mkdir(exist_ok=True)
     program = f"import sys; from hatchling.build import {hook}; print({hook}(sys.argv[1]))"
     name = subprocess.run(
@@ -61,7 +61,7 @@ def build(hook: str, source: Path, destination: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project as a build finds it, with the droppings of work that must not be shipped."""
+    """A copy of the project as a build finds it, with temporary files that must not be shipped."""
     copy = tmp_path_factory.mktemp("tree") / "homeagent"
     for path in shipped_files():
         target = copy / path.relative_to(ROOT)
@@ -99,7 +99,7 @@ def shell_blocks(markdown: Path) -> list[str]:
 def check_contracts(tree: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Run import-linter on a tree.
 
-    In a process of its own: this one has imported the real package, and import-linter configures logging anew.
+    Use a separate process: this process has imported the real package, and import-linter configures logging again.
     """
     program = "from importlinter.cli import lint_imports_command as lint; lint()"
     return subprocess.run(
@@ -112,7 +112,7 @@ def check_contracts(tree: Path, *options: str) -> subprocess.CompletedProcess[st
 
 
 def test_readme_first_runs_the_example_then_the_tests() -> None:
-    """A newcomer who copies the README's first two commands sees it work, and then sees it tested."""
+    """The README's first two commands run the example and then the tests."""
     example, tests = shell_blocks(ROOT / "README.md")[:2]
     program = re.fullmatch(
         r"python3 -m venv \.venv && \.venv/bin/pip install --quiet --editable \. && \.venv/bin/python (\S+)\n", example
@@ -123,14 +123,14 @@ def test_readme_first_runs_the_example_then_the_tests() -> None:
 
 
 def test_ci_runs_the_readme_command() -> None:
-    """The script runs the tests by the very line that the README gives."""
+    """The CI script runs the tests by the same line as the README."""
     command = re.search(r"^test_command='(.*)'$", (ROOT / ".ci/run").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert command is not None
     assert command[1] + "\n" == shell_blocks(ROOT / "README.md")[1]
 
 
 def test_ci_script_is_a_program() -> None:
-    """The script can be started as it stands, and refuses a step that it doesn't know."""
+    """The script is executable, and refuses an unknown step."""
     assert os.access(ROOT / ".ci/run", os.X_OK)
     refused = subprocess.run([ROOT / ".ci/run", "deploy"], capture_output=True, text=True)
     assert refused.returncode == 2
@@ -138,7 +138,7 @@ def test_ci_script_is_a_program() -> None:
 
 
 def test_workflow_runs_only_known_steps() -> None:
-    """What the hosted workflow runs can be run by hand, step by step."""
+    """Each step of the hosted workflow can also be run by hand."""
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
     workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
     matrix = re.search(r"^ +step: \[(.+)\]$", workflow, flags=re.MULTILINE)
@@ -150,7 +150,7 @@ def test_workflow_runs_only_known_steps() -> None:
 
 
 def test_every_promised_python_is_tested() -> None:
-    """The classifiers, the lower bound and the workflow's matrix name the same Pythons."""
+    """The classifiers, the lower bound and the workflow's matrix name the same Python versions."""
     promised = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", text)]
     workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
     matrix = re.search(r"^ +python: \[(.+)\]$", workflow, flags=re.MULTILINE)
@@ -161,7 +161,7 @@ def test_every_promised_python_is_tested() -> None:
 
 
 def test_every_dependency_has_a_lower_bound() -> None:
-    """A dependency without one would be tested in its newest release alone."""
+    """Each dependency has a lower bound, as otherwise only its newest release would be tested."""
     extras = PROJECT["optional-dependencies"]
     requirements = [*PROJECT["dependencies"], *(text for name in extras if name != "lint" for text in extras[name])]
     foreign = [text.partition(";")[0] for text in requirements if not text.startswith("homeagent[")]
@@ -169,15 +169,15 @@ def test_every_dependency_has_a_lower_bound() -> None:
 
 
 def test_changelog_knows_the_version() -> None:
-    """The changelog has a section for what is unreleased, or for the version that the project says it is."""
+    """The changelog has a section for unreleased changes or for the project's version."""
     sections = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert sections[0] in {"Unreleased", PROJECT["version"]}
     assert len(sections) == len(set(sections))
 
 
 @pytest.mark.parametrize("kind", FORBIDDEN_TEXTS)
-def test_no_file_names_a_place_of_somebody_elses(kind: str) -> None:
-    """No file points at a package registry, or at a folder that is only on one person's machine."""
+def test_no_file_names_a_registry_or_a_personal_folder(kind: str) -> None:
+    """No file names a package registry or a folder of a single person's machine."""
     found = []
     for path in shipped_files():
         if path.suffix in {".db", ".gz", ".png", ".svg"}:
@@ -188,8 +188,8 @@ def test_no_file_names_a_place_of_somebody_elses(kind: str) -> None:
     assert found == []
 
 
-def test_every_test_says_what_must_hold() -> None:
-    """Each test has a docstring, which is what a reader of a failed run gets."""
+def test_every_test_has_a_docstring() -> None:
+    """Each test has a docstring, which explains a failed run to its reader."""
     silent = []
     for path in (ROOT / "tests").rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -199,13 +199,13 @@ def test_every_test_says_what_must_hold() -> None:
     assert silent == []
 
 
-def test_the_folder_of_revisions_is_no_package() -> None:
-    """An `__init__.py` there would hide the Alembic library from whoever starts Python in the checkout."""
+def test_the_folder_of_revisions_is_not_a_package() -> None:
+    """The folder of revisions has no `__init__.py`, which would hide the Alembic library in the checkout."""
     assert list((ROOT / "alembic").rglob("__init__.py")) == []
 
 
 def test_alembic_finds_the_revisions() -> None:
-    """The `alembic` command needs no file but pyproject.toml, and the revisions are one numbered chain."""
+    """The `alembic` command needs no file except pyproject.toml, and the revisions are a single numbered chain."""
     script = ScriptDirectory.from_config(Config(toml_file=ROOT / "pyproject.toml"))
     revisions = [revision.revision for revision in script.walk_revisions()]
     assert revisions[::-1] == [f"{number:04}" for number in range(1, len(revisions) + 1)]
@@ -213,7 +213,7 @@ def test_alembic_finds_the_revisions() -> None:
 
 
 def test_wheel_holds_the_package_and_its_revisions(wheel: Path) -> None:
-    """All that is needed at run time is in the wheel, and nothing else: no test, no cache, no second folder."""
+    """The wheel holds the package and its revisions, and no test, cache or second folder."""
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "homeagent").rglob("*.py")}
     expected.add("homeagent/py.typed")
     for path in (ROOT / "alembic").rglob("*"):
@@ -224,7 +224,7 @@ def test_wheel_holds_the_package_and_its_revisions(wheel: Path) -> None:
     assert held == expected
 
 
-def test_wheel_says_what_it_is(wheel: Path) -> None:
+def test_wheel_metadata(wheel: Path) -> None:
     """The metadata names the version, the licence with its text, the types and the command."""
     files = contents(wheel)
     information = f"homeagent-{PROJECT['version']}.dist-info"
@@ -250,7 +250,7 @@ main()
 
 
 def test_package_runs_from_a_zip_file(wheel: Path, tmp_path: Path) -> None:
-    """The revisions are found in a zip file too, such as a zipapp; a wheel is one."""
+    """If the package runs from a zip file such as the wheel, homeagent finds the revisions."""
     done = subprocess.run(
         [sys.executable, "-c", FROM_A_ZIP, str(wheel), str(tmp_path / "private" / "h.db")],
         capture_output=True,
@@ -264,7 +264,7 @@ def test_package_runs_from_a_zip_file(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_wheel_from_the_sdist_is_the_same(wheel: Path, sdist: Path, tmp_path: Path) -> None:
-    """Whoever builds from the sdist gets what we publish, byte for byte."""
+    """A wheel built from the sdist equals the wheel built from the tree, byte for byte."""
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (unpacked,) = tmp_path.iterdir()
@@ -272,7 +272,7 @@ def test_wheel_from_the_sdist_is_the_same(wheel: Path, sdist: Path, tmp_path: Pa
 
 
 def test_sdist_holds_what_the_tests_need(tree: Path, sdist: Path) -> None:
-    """Every file of the project is in the sdist, so that its tests run where there is no checkout."""
+    """The sdist holds every file of the project, so that the tests run without a checkout."""
     with tarfile.open(sdist) as archive:
         held = {str(PurePosixPath(*PurePosixPath(name).parts[1:])) for name in archive.getnames()}
     assert {path.relative_to(ROOT).as_posix() for path in shipped_files()} <= held
@@ -280,13 +280,13 @@ def test_sdist_holds_what_the_tests_need(tree: Path, sdist: Path) -> None:
 
 
 def test_editable_install_copies_nothing(tree: Path, tmp_path: Path) -> None:
-    """An editable install is a path to the checkout: a copy of the revisions in it would grow stale."""
+    """An editable install is a path to the checkout, as copied revisions would become outdated."""
     names = contents(build("build_editable", tree, tmp_path))
     assert [name for name in names if ".dist-info/" not in name] == ["_homeagent.pth"]
 
 
-def test_floors_hold() -> None:
-    """Every contract of pyproject.toml is kept: among them, that every module is on a floor and imports lower ones."""
+def test_layers_hold() -> None:
+    """The tree keeps every contract of pyproject.toml, such as: each module is in a layer and imports lower layers."""
     result = check_contracts(ROOT)
     assert result.returncode == 0, result.stdout
 
@@ -308,8 +308,8 @@ def test_floors_hold() -> None:
         ("unit_of_work.py", "from fastapi import Depends", "extras"),
     ],
 )
-def test_contracts_notice(tmp_path: Path, module: str, line: str, contract: str) -> None:
-    """Each contract is broken by the import that it is there to prevent."""
+def test_contracts_report_forbidden_imports(tmp_path: Path, module: str, line: str, contract: str) -> None:
+    """Each contract fails if the forbidden import is added."""
     shutil.copytree(ROOT / "homeagent", tmp_path / "homeagent", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
 

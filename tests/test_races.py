@@ -1,4 +1,4 @@
-"""Races among real threads and real processes: nothing is lost, and there is one winner."""
+"""Races among real threads and real processes: no row is lost, and exactly a single caller wins."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ database.close()
 """
 )
 
-# A process takes a second to start, so that one does for all races.
+# Starting a process takes a second, so the same processes run all races.
 ONE_WINNER = (
     READY
     + """
@@ -81,7 +81,7 @@ while True:
 
 
 def start_count(target: str) -> None:
-    """Make the row that is counted up."""
+    """Create the row that the processes count up."""
     from homeagent import AgentUpdate
 
     with Database.open(target) as database:
@@ -95,7 +95,7 @@ PROCESSES = pytest.mark.parametrize("processes", [4, pytest.param(8, marks=pytes
 
 @PROCESSES
 def test_read_then_write_from_processes_loses_nothing(target: str, children: Children, processes: int) -> None:
-    """Processes that each increment one row 100 times reach exactly 100 times their number."""
+    """If processes each increment a row 100 times, the total is exactly 100 times their number."""
     start_count(target)
     children.together(COUNT, [(target, 100)] * processes)
     with Database.open(target) as database, database.unit_of_work(read_only=True) as unit:
@@ -104,7 +104,7 @@ def test_read_then_write_from_processes_loses_nothing(target: str, children: Chi
 
 @PROCESSES
 def test_processes_have_one_winner(target: str, children: Children, processes: int) -> None:
-    """Of several processes at once one consumes a nonce, one makes a session, one runs an effect, one admin stays."""
+    """If several processes race, each nonce, session and effect has a single winner, and an admin stays."""
     with Database.open(target) as database:
         add_agent(database)
         for number in range(processes):
@@ -123,7 +123,7 @@ def test_processes_have_one_winner(target: str, children: Children, processes: i
 
 
 def at_once(count: int, work: Callable[[int], object]) -> list[object]:
-    """Run `work` in so many threads that start together, and return what it returned or raised."""
+    """Run `work` in so many threads that start together, and return the results and errors."""
     barrier = threading.Barrier(count)
 
     def run(number: int) -> object:
@@ -138,7 +138,7 @@ def at_once(count: int, work: Callable[[int], object]) -> list[object]:
 
 
 def test_one_thread_consumes_a_nonce(database: Database, clock: FakeClock) -> None:
-    """Of eight threads that present one nonce at once exactly one is let in, time after time."""
+    """If eight threads present the same nonce at once, exactly one thread succeeds, in every round."""
     for attempt in range(10):
 
         def consume(number: int, attempt: int = attempt) -> bool:
@@ -150,7 +150,7 @@ def test_one_thread_consumes_a_nonce(database: Database, clock: FakeClock) -> No
 
 @pytest.mark.parametrize("act", ["revoke", "delete"])
 def test_two_admins_who_remove_each_other(database: Database, act: str) -> None:
-    """Of two admins that go at the same moment one stays, time after time."""
+    """If two admins are removed at the same moment, one admin stays, in every round."""
     for attempt in range(10):
         pair = [f"{attempt}-x", f"{attempt}-y"]
         for device_id in pair:
@@ -168,8 +168,8 @@ def test_two_admins_who_remove_each_other(database: Database, act: str) -> None:
 
 
 @pytest.mark.parametrize("approved", [False, True], ids=["pending", "approved"])
-def test_a_revocation_outlasts_what_comes_at_the_same_moment(database: Database, approved: bool) -> None:
-    """After a revocation among approvals and rotations with an overlap the device is out and has one secret."""
+def test_a_revocation_outlasts_concurrent_approvals_and_rotations(database: Database, approved: bool) -> None:
+    """After a revocation among concurrent approvals and rotations, the device is revoked and has a single secret."""
     for attempt in range(10):
         device_id = f"lamp-{attempt}"
         add_device(database, device_id, approved=approved)
@@ -186,8 +186,8 @@ def test_a_revocation_outlasts_what_comes_at_the_same_moment(database: Database,
         assert (device.status, device.previous_secret_hash) == (DeviceStatus.REVOKED, None)
 
 
-def test_killed_process_leaves_all_or_nothing(target: str, children: Children) -> None:
-    """A process that is killed between or in its units leaves whole units only, and a sound database."""
+def test_killed_process_leaves_whole_units(target: str, children: Children) -> None:
+    """If a process is killed between or in its units, the database is sound and holds only whole units."""
     from sqlalchemy import text
 
     told = 0
@@ -216,7 +216,7 @@ def test_killed_process_leaves_all_or_nothing(target: str, children: Children) -
 
 
 def test_a_session_of_an_agent_that_is_being_deleted(database: Database) -> None:
-    """A session made at the moment of its agent's deletion is deleted too, or refused; none is left without one."""
+    """If a session is made while its agent is deleted, the session is deleted or refused."""
     for number in range(10):
         agent_id = f"agent-{number}"
         add_agent(database, agent_id)
@@ -229,7 +229,7 @@ def test_a_session_of_an_agent_that_is_being_deleted(database: Database) -> None
                 try:
                     database.run(lambda unit: unit.sessions.create(AgentSessionCreate(agent_id=agent_id)))
                 except AgentNotFoundError:
-                    refused.append(agent_id)  # noqa: B023  each round looks at its own list
+                    refused.append(agent_id)  # noqa: B023  each round uses its own list
 
         def delete(agent_id: str = agent_id, ready: threading.Barrier = ready) -> None:
             ready.wait()

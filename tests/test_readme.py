@@ -1,4 +1,4 @@
-"""What the README and the pages of `docs` show is run, and what they link to exists."""
+"""The sessions and commands in the README and the pages of `docs` run, and the links lead to existing targets."""
 
 import doctest
 import os
@@ -18,14 +18,14 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Return the fenced blocks of one language, in order."""
+    """Return the fenced blocks of a language, in order."""
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the README shows the modes of files")
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_sessions_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Python session of a page gives what the page says, from its first block to its last."""
+    """Every Python session of a page prints the documented output, from its first block to its last."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("HOMEAGENT_DATABASE", raising=False)
@@ -38,12 +38,12 @@ def test_sessions_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_there_is_a_session() -> None:
-    """The README shows a session, so that the test above has something to run."""
+    """The README shows a session, so that the test above has a session to run."""
     assert "Database.open" in "".join(blocks(ROOT / "README.md", "python"))
 
 
 def test_commands_run(tmp_path: Path) -> None:
-    """Every command line of the README does what it says on a database with the device that it names."""
+    """Every command line of the README succeeds on a database with the named device."""
     lines = [line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("homeagent ")]
     assert ["init"] in commands
@@ -67,14 +67,14 @@ def test_commands_run(tmp_path: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Return what a link may name after `#`: the headings in small letters, without punctuation, hyphens for blanks."""
+    """Return the valid names after `#`: headings in small letters, no punctuation, hyphens for blanks."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_lead_somewhere(page: Path) -> None:
-    """A link to a file of this tree leads to one, and one to a section of a page to a heading of it."""
+    """Each link to a file of this tree leads to an existing file, and each section link leads to a heading."""
     found = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8"))
     assert [target for target, _ in found if not (page.parent / target).exists()] == []
     sections = [(page.parent / target if target else page, anchor) for target, anchor in found if anchor]

@@ -1,4 +1,4 @@
-"""A process that is killed anywhere in `run_once` leaves a key that is free, answered or known to be unknown."""
+"""If a process is killed anywhere in `run_once`, the key is free, answered, or known to have an unknown outcome."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from homeagent import Attempt, Database, IdempotencyScope
 from homeagent.errors import IdempotencyInProgressError, OutcomeUnknownError
 from tests.conftest import START, Children, FakeClock
 
-# Each key is called by a process of its own, which kills itself at the named step.
+# A separate process calls each key, and kills itself at the named step.
 SCRIPT = """
 import os, signal, sys
 from datetime import datetime
@@ -55,7 +55,7 @@ for key in range(int(keys)):
     assert os.WTERMSIG(status) == signal.SIGKILL, (step, status)
 """
 
-# What is found after the lease: whether the effect is in the ledger, and what the next call is told.
+# The state after the lease: whether the effect is in the ledger, and the outcome of the next call.
 STEPS = {
     "before claim": (0, "absent"),
     "uncommitted claim": (0, "absent"),
@@ -70,7 +70,7 @@ STEPS = {
 @pytest.mark.parametrize("keys", [3, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", STEPS)
 def test_killed(step: str, keys: int, target: str, tmp_path: Path, children: Children) -> None:
-    """No effect shows twice, and after its lease no key is stuck: it is free, answered, or said to be unknown."""
+    """If a process is killed at any step, the effect does not happen twice, and after the lease no key is stuck."""
     placed, state = STEPS[step]
     ledger = tmp_path / "ledger"
     children.run(SCRIPT, target, ledger, step, keys, START.isoformat())

@@ -1,7 +1,7 @@
-"""What must hold when there is much of it: one million sessions, pages, routes and plans.
+"""Behaviour with many rows: a million sessions, pages, routes and query plans.
 
-SQLite only: PostgreSQL chooses its plans by statistics that grow more favourable to an index with the rows, and
-stores/test_sessions.py holds that there is an index for each.
+SQLite only: PostgreSQL chooses its plans by statistics, which favour an index more as the rows grow, and
+stores/test_sessions.py shows that an index exists for each query.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def many_sessions() -> Iterator[AgentSession]:
             sender_id=f"sender-{number // 10}",
             channel_id=None if number % 3 else "main",
             created_at=BEGINNING,
-            # Ten at each instant, so that pages must part equal ones by id.
+            # Ten sessions have the same timestamp, so pages must order equal timestamps by id.
             last_active_at=BEGINNING + timedelta(seconds=number // 10),
         )
 
@@ -54,7 +54,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
 
 
 def plan_of(unit: UnitOfWork, statement: Statement[Any], **parameters: Any) -> str:
-    """Return how SQLite goes about a statement."""
+    """Return SQLite's query plan for a statement."""
     connection: Any = unit.session.connection().connection.driver_connection
     compiled = statement.compiled(unit.session.connection().dialect, read_only=True)
     rows = connection.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", compiled.bind(parameters)).fetchall()
@@ -64,7 +64,7 @@ def plan_of(unit: UnitOfWork, statement: Statement[Any], **parameters: Any) -> s
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("field", [None, "agent", "sender", "channel"])
 def test_a_page_of_sessions_is_read_off_an_index(filled: Database, field: str | None, after: bool) -> None:
-    """No page of any list sorts, and none reads the table from end to end."""
+    """No page of a list sorts rows or reads the whole table."""
     chosen = {name: name == field for name in ("agent", "sender", "channel")}
     statement = sessions_store._list(**chosen, after=after)
     values = {"agent_id": "agent-1", "sender_id": "sender-5", "channel_id": "main"}
@@ -72,12 +72,12 @@ def test_a_page_of_sessions_is_read_off_an_index(filled: Database, field: str | 
         plan = plan_of(unit, statement, **values, limit=50, after_active=BEGINNING, after_id="s")
     assert "TEMP B-TREE" not in plan
     assert "USING INDEX" in plan
-    # Without a filter and a place to go on from, the index is read from its end, and only as far as the limit.
+    # Without a filter and a start, SQLite reads the index from its end, and stops at the limit.
     assert "SCAN" not in plan or (field is None and not after)
 
 
 def test_pages_are_whole_and_in_order(filled: Database) -> None:
-    """Twenty pages of an agent's sessions hold each of its latest once, last active first."""
+    """Twenty pages of an agent's sessions hold each of the latest sessions once, last active first."""
     seen: list[AgentSession] = []
     with filled.unit_of_work(read_only=True) as unit:
         for _ in range(20):
@@ -88,7 +88,7 @@ def test_pages_are_whole_and_in_order(filled: Database) -> None:
 
 
 def test_resolve_finds_and_makes_one_among_a_million(filled: Database) -> None:
-    """An indexed session is found by its route, and a new route gets one session of its own."""
+    """Among a million sessions, `resolve` finds a session by its route, and creates a session for a new route."""
     with filled.unit_of_work() as unit:
         found = unit.sessions.resolve(agent_id="agent-3", sender_id="sender-50000")
         assert found.session_id == "s0500003"

@@ -1,4 +1,4 @@
-"""Old and new versions work side by side: no revision breaks the version before, and that is noticed if one would."""
+"""Old and new versions work at the same time: no revision breaks the previous version, and the check reports breaks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHECKED = sorted(path.name[:4] for path in (SCRIPTS / "versions").glob("[0-9]*.p
 
 @contextmanager
 def connected(target: str) -> Iterator[Connection]:
-    """Connect to a database as a developer would, on either engine."""
+    """Connect to a database of either engine as a developer would."""
     if "://" in target:
         url = make_url(target).set(drivername="postgresql+psycopg")
         with create_engine(url, poolclass=NullPool).connect() as connection:
@@ -37,7 +37,7 @@ def connected(target: str) -> Iterator[Connection]:
         return
     engine = SQLiteEngine(Path(target), busy_timeout=timedelta(seconds=1), durability="normal")
     with engine.connect() as connection:
-        # While they are on, rebuilding a table that others refer to fails or deletes the others' rows.
+        # With foreign keys on, rebuilding a referenced table fails or deletes the rows that refer to it.
         raw: Any = connection.connection.driver_connection
         raw.execute("PRAGMA foreign_keys=OFF")
         yield connection
@@ -45,10 +45,10 @@ def connected(target: str) -> Iterator[Connection]:
 
 
 @pytest.mark.parametrize("revision", CHECKED)
-def test_no_revision_breaks_the_version_before(
+def test_no_revision_breaks_the_previous_version(
     engine_name: str, request: pytest.FixtureRequest, tmp_path: Path, revision: str
 ) -> None:
-    """Every revision since the first release only expands, or declares what it drops and who can bear that."""
+    """Every revision since the first release only expands, or declares a contraction."""
     if engine_name == "postgresql":
         empty = str(request.getfixturevalue("empty_postgres_url"))
     else:
@@ -144,7 +144,7 @@ BREAKING = {
 
 
 def sample(directory: Path, body: str, *, declares: str | None = None) -> Path:
-    """Return the revisions with one more, which does this."""
+    """Return the revisions with a further revision that runs these operations."""
     scripts = directory / "alembic"
     shutil.copytree(SCRIPTS, scripts, ignore=shutil.ignore_patterns("__pycache__"))
     lines = "\n".join(f"    {line}" for line in body.splitlines())
@@ -163,15 +163,15 @@ EITHER = pytest.mark.parametrize("engine_name", ["sqlite", pytest.param("postgre
 @EITHER
 @pytest.mark.parametrize("kind", FINE)
 def test_an_expansion_passes(target: str, tmp_path: Path, kind: str) -> None:
-    """What old code never notices is no problem, on either engine."""
+    """If old code never notices a change, the check reports no problem, on either engine."""
     with connected(target) as connection:
         assert problems_of(NEXT, connection, scripts=sample(tmp_path, FINE[kind])) == []
 
 
 @EITHER
 @pytest.mark.parametrize("kind", BREAKING)
-def test_what_breaks_the_version_before_is_refused(target: str, tmp_path: Path, kind: str) -> None:
-    """Each kind of change that old code could not bear is found, on either engine."""
+def test_breaking_changes_are_reported(target: str, tmp_path: Path, kind: str) -> None:
+    """If a change breaks old code, the check reports the change, on either engine."""
     body, problem = BREAKING[kind]
     with connected(target) as connection:
         problems = problems_of(NEXT, connection, scripts=sample(tmp_path, body))
@@ -200,7 +200,7 @@ NEW_CHECK, CHANGED_CHECK = (
 def test_a_check_that_a_test_shows_passes(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str, body: str, test: str, passes: bool
 ) -> None:
-    """A new CHECK on an old column passes if the test that is named for it exists; a changed CHECK never does."""
+    """A new CHECK on an old column passes if its named test exists; a changed CHECK never passes."""
     monkeypatch.setitem(SHOWN, check, f"tests/test_schema_compatibility.py::{test}")
     with connected(target) as connection:
         problems = problems_of(NEXT, connection, scripts=sample(tmp_path, body))
@@ -208,7 +208,7 @@ def test_a_check_that_a_test_shows_passes(
 
 
 def test_a_trigger_is_refused(sqlite_path: Path, tmp_path: Path) -> None:
-    """A trigger on an old table is found; on SQLite only, since PostgreSQL's need a function first."""
+    """A trigger on an old table is reported; SQLite only, since PostgreSQL's triggers need a function first."""
     body = 'op.execute("CREATE TRIGGER t AFTER INSERT ON nonces BEGIN DELETE FROM nonces; END")'
     with connected(str(sqlite_path)) as connection:
         problems = problems_of(NEXT, connection, scripts=sample(tmp_path, body))
@@ -226,9 +226,9 @@ def test_a_trigger_is_refused(sqlite_path: Path, tmp_path: Path) -> None:
 def test_a_contraction_declares_itself(
     sqlite_path: Path, tmp_path: Path, declares: str, stores: str | None, problem: str | None
 ) -> None:
-    """It may drop what the version before does not use, and has to write who can bear that.
+    """A contraction may drop unused columns, and must declare the oldest code that still works.
 
-    On SQLite only: what is declared has nothing to do with the engine.
+    SQLite only: the declaration does not depend on the engine.
     """
     body = 'with op.batch_alter_table("devices") as batch:\n    batch.drop_column("last_seen_at")'
     if stores:
@@ -238,11 +238,11 @@ def test_a_contraction_declares_itself(
     assert problems == [] if problem is None else any(problem in line for line in problems), problems
 
 
-# An older version meets a newer schema
+# An older version opens a newer schema
 
 
 def make_newer(target: str, *, oldest: str) -> None:
-    """Make a database what a version to come leaves behind: another revision, and one more column."""
+    """Give a database the state after a future version: another revision, and a further column."""
     with connected(target) as connection, connection.begin():
         connection.execute(text("ALTER TABLE devices ADD COLUMN later_room TEXT DEFAULT 'hall'"))
         connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
@@ -250,7 +250,7 @@ def make_newer(target: str, *, oldest: str) -> None:
 
 
 def schema_of(target: str) -> list[Any]:
-    """Return what the database says of its version and of that column."""
+    """Return the schema's revision and the definition of the further column."""
     with connected(target) as connection, connection.begin():
         return [
             connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one(),
@@ -260,8 +260,8 @@ def schema_of(target: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("oldest", sorted({BASELINE, REVISION}))
-def test_an_older_version_works_where_the_newer_schema_lets_it(target: str, oldest: str) -> None:
-    """It opens the database, does its work and changes nothing of the schema, whether or not it may migrate."""
+def test_an_older_version_works_on_a_compatible_newer_schema(target: str, oldest: str) -> None:
+    """If the newer schema permits older code, the older version works and leaves the schema unchanged."""
     Database.open(target).close()
     make_newer(target, oldest=oldest)
     for migrate in (True, False):
@@ -274,8 +274,8 @@ def test_an_older_version_works_where_the_newer_schema_lets_it(target: str, olde
 
 
 @pytest.mark.parametrize("migrate", [True, False])
-def test_an_older_version_is_refused_where_it_would_break_something(target: str, migrate: bool) -> None:
-    """A newer schema whose oldest code is newer than this refuses it, and is left as it is."""
+def test_an_older_version_refuses_an_incompatible_newer_schema(target: str, migrate: bool) -> None:
+    """If the newer schema requires newer code, opening refuses the database and leaves the schema unchanged."""
     Database.open(target).close()
     make_newer(target, oldest="9998")
     before = schema_of(target)
@@ -285,18 +285,18 @@ def test_an_older_version_is_refused_where_it_would_break_something(target: str,
     assert schema_of(target) == before
 
 
-# The version before writes what a new CHECK accepts
+# The previous version writes values that a new CHECK accepts
 
 
 def code_of(revision: str, directory: Path) -> Path:
-    """Unpack the newest code that was made for a revision, from the history of this checkout."""
+    """Unpack the newest code for a revision from the history of this checkout."""
     module, line = "homeagent/migrations/revisions.py", f'REVISION = "{revision}"'
 
     def git(*arguments: str) -> bytes:
         return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True).stdout
 
     try:
-        # The newest commit that brought or took this line.
+        # The newest commit that added or removed this line.
         commit = git("log", "-1", "--format=%H", f"-S{line}", "--", module).decode().strip()
         is_there = line.encode() in git("show", f"{commit}:{module}")
         archive = git("archive", "--format=zip", "HEAD" if is_there else f"{commit}^", "homeagent", "alembic")
@@ -342,7 +342,7 @@ with Database.open(target) as database:
 
 
 def test_code_of_0005_writes_what_0006_accepts(target: str, tmp_path: Path, children: Children) -> None:
-    """The code of revision 0005 does all that it can do with devices on the present schema, and no CHECK refuses it."""
+    """If the code of revision 0005 runs all its device operations on the present schema, no CHECK refuses a row."""
     code = code_of("0005", tmp_path / "code")
     Database.open(target).close()
     children.finish(children.start(WRITES_DEVICES, code, "0005", target, path=code))

@@ -1,4 +1,4 @@
-"""Proofs: the vectors of the RFC, what a verifier and a proof are good for, and that nothing of them shows."""
+"""Proofs: the vectors of the RFC, the limits of a verifier and a proof, and the absence of secrets in errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_client_proof_of_the_rfc() -> None:
 
 
 def test_gateway_accepts_the_proof_of_the_rfc() -> None:
-    """The gateway's side, which holds the verifier alone, accepts that proof and gives the RFC's ServerSignature."""
+    """The gateway, which holds only the verifier, accepts the RFC's proof and gives the RFC's ServerSignature."""
     verifier = make_verifier("pencil", iterations=4096, salt=RFC_SALT)
     assert check_proof(verifier, RFC_MESSAGE, RFC_PROOF)
     assert server_signature(verifier, RFC_MESSAGE) == RFC_SIGNATURE
@@ -73,7 +73,7 @@ def test_gateway_accepts_the_proof_of_the_rfc() -> None:
 
 
 def test_verifier_has_the_form_that_postgresql_documents() -> None:
-    """Iterations, salt, StoredKey and ServerKey, computed here once more from the formulas of RFC 5802 section 3."""
+    """A verifier holds iterations, salt, StoredKey and ServerKey, as computed here from RFC 5802 section 3."""
     verifier = make_verifier("pencil", iterations=5000, salt=b"sixteen bytes ok")
     salted = hashlib.pbkdf2_hmac("sha256", b"pencil", b"sixteen bytes ok", 5000)
     stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
@@ -84,27 +84,27 @@ def test_verifier_has_the_form_that_postgresql_documents() -> None:
     )
 
 
-def test_generated_secret_needs_few_iterations_and_a_humans_many() -> None:
-    """What nobody can guess needs no slow derivation; what somebody can, does."""
+def test_iterations_of_generated_and_human_secrets() -> None:
+    """A generated secret gets few iterations, as guessing is impossible, and a human's secret gets many."""
     assert PARAMETERS.iterations == 4096
     assert verifier_parameters(make_verifier(SecretStr("swordfish"))).iterations == 600_000
 
 
 def test_every_verifier_has_its_own_salt() -> None:
-    """The same secret of two devices has two verifiers, each with 16 random bytes of salt."""
+    """If two devices have the same secret, their verifiers differ, each with 16 random bytes of salt."""
     assert make_verifier(SECRET) != VERIFIER
     assert len(PARAMETERS.salt) == 16
 
 
 def test_longest_verifier_fits_the_column() -> None:
-    """A verifier with the longest salt is no longer than the column allows."""
+    """A verifier with the longest salt fits the column."""
     longest = make_verifier(SECRET, salt=bytes(64))
     assert len(longest) <= 256
     assert check_proof(longest, MESSAGE, make_proof(SECRET, verifier_parameters(longest), MESSAGE))
 
 
 def test_verifier_holds_neither_secret_nor_client_key() -> None:
-    """What the gateway stores is not what a proof is made with."""
+    """A verifier holds neither the secret nor the client key."""
     assert SECRET.get_secret_value() not in VERIFIER
     assert base64.b64encode(KEYS.client_key).decode() not in VERIFIER
     assert base64.b64encode(KEYS.stored_key).decode() in VERIFIER
@@ -114,7 +114,7 @@ def test_verifier_holds_neither_secret_nor_client_key() -> None:
     "wrong", [{"iterations": 4095}, {"iterations": 10_000_001}, {"salt": bytes(7)}, {"salt": bytes(65)}], ids=str
 )
 def test_verifier_out_of_bounds_is_refused(wrong: dict[str, Any]) -> None:
-    """Too few iterations, too many, too short a salt or too long a one."""
+    """If the iterations or the length of the salt are out of bounds, making the verifier raises."""
     with pytest.raises(InvalidArgumentError, match=next(iter(wrong))) as refused:
         make_verifier("swordfish", **wrong)
     assert "swordfish" not in str(refused.value)
@@ -122,7 +122,7 @@ def test_verifier_out_of_bounds_is_refused(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("secret", ["", "swordfish\0", "swordfish\ud800", "swordfish" * 100, b"swordfish"], ids=repr)
 def test_unusable_secret_makes_neither_verifier_nor_proof(secret: Any) -> None:
-    """What can't be hashed as a secret can't be proved either, and the refusal doesn't show it."""
+    """If a text can't be hashed as a secret, verifier and proof refuse the text without showing it."""
     for work in (
         lambda: make_verifier(secret),
         lambda: make_proof(secret, PARAMETERS, MESSAGE),
@@ -153,7 +153,7 @@ def _damage(verifier: str) -> Iterator[str]:
 
 
 def test_damaged_verifier_accepts_nothing_and_signs_nothing() -> None:
-    """A damaged verifier accepts no right proof; where more is asked of it, it is named, and not shown."""
+    """If a verifier is damaged, no proof is accepted; parameters and signature raise an error without the verifier."""
     for damaged in _damage(VERIFIER):
         assert damaged != VERIFIER
         assert not check_proof(damaged, MESSAGE, PROOF), damaged
@@ -162,14 +162,14 @@ def test_damaged_verifier_accepts_nothing_and_signs_nothing() -> None:
                 work()
             assert VERIFIER[-20:-1] not in str(refused.value)
     with pytest.raises(InvalidArgumentError, match="this is no verifier"):
-        verifier_parameters(None)  # that of a device whose secret a human chose
+        verifier_parameters(None)  # of a device whose secret a human chose
 
 
 # Proofs
 
 
 def test_device_and_gateway_recognise_each_other() -> None:
-    """The proof convinces the gateway, its signature convinces the device, and derived keys do both."""
+    """A right proof convinces the gateway, the signature convinces the device, and derived keys do both."""
     assert make_proof(SECRET, PARAMETERS, MESSAGE) == PROOF
     assert len(PROOF) == 32
     assert check_proof(VERIFIER, MESSAGE, PROOF)
@@ -179,8 +179,8 @@ def test_device_and_gateway_recognise_each_other() -> None:
 
 
 @given(st.binary(max_size=200), st.binary(max_size=200))
-def test_a_proof_is_good_for_its_own_message_alone(message: bytes, other: bytes) -> None:
-    """Another message refuses it, and so it is with the gateway's signature."""
+def test_a_proof_is_valid_for_its_own_message_only(message: bytes, other: bytes) -> None:
+    """If the message differs, the proof and the gateway's signature are false."""
     assert check_proof(VERIFIER, message, KEYS.prove(message))
     assert KEYS.recognises(message, server_signature(VERIFIER, message))
     assume(message != other)
@@ -190,7 +190,7 @@ def test_a_proof_is_good_for_its_own_message_alone(message: bytes, other: bytes)
 
 @given(st.integers(min_value=0, max_value=255))
 def test_a_changed_bit_spoils_a_proof(bit: int) -> None:
-    """Each bit of a proof counts, and each bit of a signature."""
+    """If a bit of a proof or of a signature changes, the check is false."""
     mask = (1 << bit).to_bytes(32, "big")
     assert not check_proof(VERIFIER, MESSAGE, bytes(a ^ b for a, b in zip(PROOF, mask, strict=True)))
     signature = server_signature(VERIFIER, MESSAGE)
@@ -198,33 +198,33 @@ def test_a_changed_bit_spoils_a_proof(bit: int) -> None:
 
 
 @given(st.binary(max_size=100))
-def test_other_lengths_are_no_proof(proof: bytes) -> None:
-    """A proof of another length is false, and doesn't raise; nor does a signature of another length."""
+def test_other_lengths_are_false(proof: bytes) -> None:
+    """If a proof or a signature has another length, the check is false and does not raise."""
     assume(len(proof) != 32)
     assert not check_proof(VERIFIER, MESSAGE, proof)
     assert not check_proof(VERIFIER, MESSAGE, PROOF + proof + b"\0")
     assert not KEYS.recognises(MESSAGE, proof)
 
 
-def test_what_the_gateway_stores_makes_no_proof() -> None:
-    """Who stole the verifier can make nothing of its two keys that the gateway would accept."""
+def test_the_stored_keys_make_no_proof() -> None:
+    """A thief of the verifier can't make a proof of its two keys that the gateway accepts."""
     stored, server = (base64.b64decode(part) for part in VERIFIER.split("$")[2].split(":"))
     for key in (stored, server, bytes(32)):
         for other in (stored, server, bytes(32)):
             assert not check_proof(VERIFIER, MESSAGE, ProofKeys(key, other).prove(MESSAGE))
-    # Nor is the gateway's own signature one, sent back to it.
+    # The gateway's own signature, sent back to the gateway, is not a proof either.
     assert not check_proof(VERIFIER, MESSAGE, server_signature(VERIFIER, MESSAGE))
 
 
 def test_stolen_verifier_and_overheard_proof_reveal_the_client_key() -> None:
-    """The weakness that the module's text names: both together are enough, which is why TLS is asked for."""
+    """A stolen verifier and an overheard proof together reveal the client key: this known weakness requires TLS."""
     stored = base64.b64decode(VERIFIER.split("$")[2].split(":")[0])
     signature = hmac.digest(stored, MESSAGE, "sha256")
     assert bytes(a ^ b for a, b in zip(PROOF, signature, strict=True)) == KEYS.client_key
 
 
 def test_another_secret_or_other_parameters_prove_nothing() -> None:
-    """A proof needs the secret, the salt and the iterations of the verifier."""
+    """If the secret, the salt or the iterations differ from the verifier's, the proof is false."""
     for secret, parameters in (
         (generate_secret(), PARAMETERS),
         (SECRET, ProofParameters(bytes(16), 4096)),
@@ -234,15 +234,15 @@ def test_another_secret_or_other_parameters_prove_nothing() -> None:
         assert not check_server_signature(secret, parameters, MESSAGE, server_signature(VERIFIER, MESSAGE))
 
 
-def test_nobody_proves_to_a_device_that_does_not_exist() -> None:
-    """Without a verifier every proof is false."""
+def test_a_proof_without_a_verifier_is_false() -> None:
+    """If the verifier is missing, every proof is false."""
     for proof in (PROOF, bytes(32), b""):
         assert not check_proof(None, MESSAGE, proof)
 
 
 @pytest.mark.parametrize("verifier", [None, "damaged"])
 def test_proof_for_the_stand_in_is_false(verifier: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even who could make a proof for what stands in for a missing verifier would not get in."""
+    """If the verifier is missing, even a proof for its stand-in is false."""
     keys = ProofKeys(bytes(32), bytes(32))
     stand_in = (
         make_verifier(SECRET).rpartition("$")[0]
@@ -256,8 +256,8 @@ def test_proof_for_the_stand_in_is_false(verifier: str | None, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("proof", [PROOF, bytes(32), b"", bytes(1000)], ids=["right", "wrong", "empty", "long"])
-def test_a_check_computes_the_same_for_everybody(proof: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read, hashed and compared is the same for every sound verifier and for none; a damaged one saves the reading."""
+def test_a_check_computes_the_same_for_every_verifier(proof: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check does the same work for every sound verifier and for none; a damaged verifier skips the read."""
     seen: list[tuple[str, int]] = []
     digest, sha256, compare, decode = hmac.digest, hashlib.sha256, hmac.compare_digest, base64.b64decode
 
@@ -289,7 +289,7 @@ def test_a_check_computes_the_same_for_everybody(proof: bytes, monkeypatch: pyte
 
 
 def test_device_may_insist_on_iterations() -> None:
-    """Who plays the gateway gets no cheap proof from a device that knows how its verifier was made."""
+    """If the device requires its verifier's iterations, a false gateway can't get a cheap proof."""
     for work in (make_proof, lambda *args, **kwargs: derive_proof_keys(*args[:2], **kwargs)):
         with pytest.raises(InvalidArgumentError, match="fewer than 600,000") as refused:
             work("swordfish", PARAMETERS, MESSAGE, minimum_iterations=600_000)
@@ -299,7 +299,7 @@ def test_device_may_insist_on_iterations() -> None:
 
 @pytest.mark.parametrize(("salt", "iterations"), [(bytes(7), 4096), (bytes(16), 1), (bytes(16), 10**9)])
 def test_device_answers_no_gateway_that_asks_for_too_little_or_too_much(salt: bytes, iterations: int) -> None:
-    """Parameters that would make guessing cheap, or keep the device busy, are refused when they are received."""
+    """If received parameters make guessing cheap or keep the device busy, the device refuses them."""
     with pytest.raises(InvalidArgumentError):
         ProofParameters(salt, iterations)
 
@@ -310,14 +310,14 @@ def test_device_answers_no_gateway_that_asks_for_too_little_or_too_much(salt: by
 def test_message_has_the_documented_form() -> None:
     """A client in another language can build the same bytes from the docstring."""
     assert MESSAGE == b'["homeagent-proof-1","hall-light","n-1",1748779200123]'
-    # The characters in which writers of JSON differ: RFC 8785 section 3.2.2.2.
+    # The characters that JSON writers encode differently: RFC 8785 section 3.2.2.2.
     message = proof_message(device_id="\N{EURO SIGN}/\x7f\u2028<", nonce='"\\\b\t\x1f', timestamp=NOON)
     assert message == '["homeagent-proof-1","€/\x7f\u2028<","\\"\\\\\\b\\t\\u001f",1748779200123]'.encode()
 
 
 @given(st.tuples(text, text, st.datetimes()), st.tuples(text, text, st.datetimes()))
 def test_message_is_injective(one: tuple[str, str, datetime], other: tuple[str, str, datetime]) -> None:
-    """Two messages are the same only where id, nonce and millisecond are."""
+    """Two messages are equal only if id, nonce and millisecond are equal."""
     messages = []
     for device_id, nonce, at in (one, other):
         message = proof_message(device_id=device_id, nonce=nonce, timestamp=at.replace(tzinfo=UTC))
@@ -332,13 +332,13 @@ def test_message_is_injective(one: tuple[str, str, datetime], other: tuple[str, 
 
 @pytest.mark.parametrize(("one", "other"), [(("a", "b,c"), ("a,b", "c")), (('a","b', "c"), ("a", 'b","c'))])
 def test_separators_in_a_message_never_collide(one: tuple[str, str], other: tuple[str, str]) -> None:
-    """An id or nonce that holds what separates them is not mistaken for two."""
+    """If an id or nonce contains a separator, the message still differs from every other pair."""
     messages = {proof_message(device_id=id_, nonce=nonce, timestamp=NOON) for id_, nonce in (one, other)}
     assert len(messages) == 2
 
 
 def test_message_does_not_depend_on_the_time_zone() -> None:
-    """The same instant makes the same message wherever the clock hangs, at the ends of the calendar too."""
+    """Equal timestamps in different time zones give the same message, also at the ends of the calendar."""
     there = NOON.astimezone(timezone(timedelta(hours=-9, minutes=-30)))
     assert proof_message(device_id="hall-light", nonce="n-1", timestamp=there) == MESSAGE
     last = datetime.max.replace(tzinfo=timezone(timedelta(hours=-12)))
@@ -349,34 +349,34 @@ def test_message_does_not_depend_on_the_time_zone() -> None:
 
 @pytest.mark.parametrize("timestamp", [NOON.replace(tzinfo=None), NOON.isoformat(), None], ids=str)
 def test_naive_timestamp_is_refused(timestamp: Any) -> None:
-    """Without a time zone device and gateway could mean two instants."""
+    """If a timestamp has no time zone, the message is refused, as device and gateway could read different times."""
     with pytest.raises(InvalidArgumentError, match="aware"):
         proof_message(device_id="d", nonce="n", timestamp=timestamp)
 
 
 @pytest.mark.parametrize("wrong", [{"salt": "x" * 16}, {"iterations": 4096.5}, {"iterations": "4096"}], ids=str)
 def test_parameters_that_were_not_decoded_are_refused(wrong: dict[str, Any]) -> None:
-    """What a gateway sent is refused where it comes in, and not in the middle of a derivation."""
+    """If received parameters were not decoded, the device refuses them on receipt, not during the derivation."""
     with pytest.raises(InvalidArgumentError, match="decode"):
         ProofParameters(**{"salt": bytes(16), "iterations": 4096, **wrong})
 
 
 @pytest.mark.parametrize(("device_id", "nonce"), [("d", "n-17\ud800"), ("d\udfff", "n-17")])
 def test_lone_surrogate_is_refused_without_showing_the_nonce(device_id: str, nonce: str) -> None:
-    """What has no UTF-8 makes no message, and the refusal holds no nonce, nor does anything in its chain."""
+    """If a nonce has no UTF-8 form, the message is refused, and no error of the chain holds the nonce."""
     with pytest.raises(InvalidArgumentError, match="lone surrogate") as refused:
         proof_message(device_id=device_id, nonce=nonce, timestamp=NOON)
     assert "n-17" not in str(refused.value)
     assert refused.value.__context__ is None
 
 
-# Devices that don't exist
+# Absent devices
 
 KEY = bytes(range(32))
 
 
 def test_made_up_parameters_are_stable() -> None:
-    """Asked again, the gateway answers the same for the same id and key, and for no other."""
+    """The same id and key always give the same made-up parameters; another id or key gives others."""
     assert fake_parameters("ghost") == fake_parameters("ghost")
     assert fake_parameters("ghost", KEY) == fake_parameters("ghost", KEY)
     salts = {
@@ -386,13 +386,13 @@ def test_made_up_parameters_are_stable() -> None:
 
 
 def test_made_up_parameters_stay_the_same_over_releases() -> None:
-    """An answer that changed with an upgrade would tell the made-up ones from the real ones."""
+    """Made-up parameters stay the same over releases, since a change would reveal the absent devices."""
     assert fake_parameters("ghost", KEY) == ProofParameters(bytes.fromhex("6a920d60a919dc6e8b09aaf4a37b4fb2"), 4_096)
 
 
 @given(text)
 def test_made_up_parameters_look_like_real_ones(device_id: str) -> None:
-    """Salt and iterations are such as make_verifier would give, and serve to make a proof that nobody accepts."""
+    """Made-up salt and iterations match make_verifier's, and serve to make a proof, which is not accepted."""
     made_up = fake_parameters(device_id, KEY)
     assert len(made_up.salt) == len(PARAMETERS.salt)
     assert made_up.iterations == 4096
@@ -403,10 +403,10 @@ def test_made_up_parameters_look_like_real_ones(device_id: str) -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_made_up_parameters_keep_the_share_of_human_secrets(share: float) -> None:
-    """Of many made-up devices about that share seems to hold a human's secret."""
+    """Of many made-up devices, the given share appears to hold a human's secret."""
     ids = [f"ghost-{number}" for number in range(2000)]
     human = sum(fake_parameters(ghost, KEY, human_share=share).iterations == 600_000 for ghost in ids)
-    # Four standard deviations; the key is fixed, so this is the same on every run.
+    # Four standard deviations; the key is fixed, so this figure is the same on every run.
     assert abs(human - share * 2000) < 4 * (2000 * share * (1 - share)) ** 0.5
 
 
@@ -421,16 +421,16 @@ def test_made_up_parameters_keep_the_share_of_human_secrets(share: float) -> Non
     ],
 )
 def test_made_up_parameters_need_a_key_and_a_share(device_id: str, key: bytes, share: float, message: str) -> None:
-    """A key that could be guessed, or a share that is none, is refused."""
+    """If the key is guessable or the share is invalid, making up parameters raises."""
     with pytest.raises(InvalidArgumentError, match=message):
         fake_parameters(device_id, key, human_share=share)
 
 
-# Nothing shows
+# Secrets stay hidden
 
 
 def test_keys_are_in_no_repr() -> None:
-    """Keys that make proofs can't be read from a log."""
+    """The repr of an object with keys shows no key."""
     shown = repr(KEYS) + str(KEYS)
     for key in (KEYS.client_key, KEYS.server_key, KEYS.stored_key):
         assert repr(key) not in shown

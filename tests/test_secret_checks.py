@@ -1,4 +1,4 @@
-"""What a check of a secret tells, what it costs, and that a flood of guesses keeps no other device waiting."""
+"""Secret checks: their result, their cost, and that a flood of guesses delays no other device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MINUTE = timedelta(minutes=1)
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    """Every Argon2 run of this test."""
+    """A list of every Argon2 run of the test."""
     counted = Runs()
     monkeypatch.setattr("argon2.low_level.hash_secret_raw", counted)
     return counted
@@ -35,7 +35,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
 
 @pytest.fixture(autouse=True)
 def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Argon2 with the least costs that it takes. Call it to set how many hashes are computed at once."""
+    """Argon2 with the lowest possible costs; a call sets the number of concurrent hashes."""
 
     def set_concurrency(concurrency: int) -> None:
         hasher = hashing.SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=concurrency)
@@ -58,14 +58,12 @@ def fail(database: Database, device_id: str, times: int) -> None:
         assert database.verify_secret(device_id, f"guess {number}") is None
 
 
-# What it tells
+# Results
 
 
 @pytest.mark.parametrize("secret", [HUMAN, None], ids=["human", "generated"])
-def test_pending_and_revoked_are_told_to_the_holder_of_the_secret_alone(
-    database: Database, secret: SecretStr | None
-) -> None:
-    """The status and the device are only for the right secret, and a check is true for an approved device only."""
+def test_only_the_right_secret_gets_status_and_device(database: Database, secret: SecretStr | None) -> None:
+    """Only the right secret gets the status and the device, and a check is true only for an approved device."""
     right = database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=secret)).shared_secret
     changes: list[tuple[str, Callable[[Any], object]]] = [
         ("pending", lambda unit: None),
@@ -87,7 +85,7 @@ def test_pending_and_revoked_are_told_to_the_holder_of_the_secret_alone(
 
 
 def test_a_right_proof_tells_pending_and_revoked(database: Database) -> None:
-    """A proof made from the told parameters gets the status and the device; a wrong one is denied."""
+    """If the proof is right, the result has status and device; if the proof is wrong, it is denied."""
     secret = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
     message = proof_message(device_id="lamp", nonce="n", timestamp=START)
     proof = make_proof(secret, database.proof_parameters("lamp"), message)
@@ -106,7 +104,7 @@ def test_a_right_proof_tells_pending_and_revoked(database: Database) -> None:
 def test_proof_parameters_do_not_tell_which_devices_exist(
     database: Database, reopen: MakeDatabase, statements: list[str]
 ) -> None:
-    """An absent device gets parameters like those of a paired one: the same in each process, for one statement."""
+    """If a device is absent, its parameters look like real ones, are equal in each process and cost one statement."""
     pair(database, "human", HUMAN)
     pair(database, "generated", metadata="x" * 10_000)
     asked = "human", "generated", "absent", "b" * 128
@@ -127,7 +125,7 @@ def test_proof_parameters_do_not_tell_which_devices_exist(
         again.proof_parameters("nul\0")
 
 
-# What it costs
+# Cost
 
 
 @pytest.fixture
@@ -138,13 +136,13 @@ def statements(database: Database) -> list[str]:
     def before(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
         seen.append(statement)
 
-    # Connections that are opened from here on call it.
+    # Connections that are opened from now on call the listener.
     event.listen(database._engine.sa_engine, "before_cursor_execute", before)
     return seen
 
 
 def only_select(costs: list[tuple[str, ...]]) -> str:
-    """Return the one statement that each of some checks ran, which is the same for all."""
+    """Return the only statement of each of several checks, which must be the same for all."""
     (cost,) = set(costs)
     (select,) = [statement for statement in cost if "devices" in statement]
     return select
@@ -153,7 +151,7 @@ def only_select(costs: list[tuple[str, ...]]) -> str:
 def test_a_wrong_secret_costs_the_same_for_every_device_and_for_none(
     database: Database, statements: list[str], runs: Runs
 ) -> None:
-    """One statement without metadata, and one slow hash or none: the presented secret alone decides which."""
+    """If the secret is wrong, each check costs a single statement, and only the secret decides on a slow hash."""
     pair(database, "human", HUMAN)
     pair(database, "generated", metadata="x" * 10_000)
     pair(database, "rotated", HUMAN)
@@ -173,7 +171,7 @@ def test_a_wrong_secret_costs_the_same_for_every_device_and_for_none(
 
 
 def test_a_wrong_proof_costs_the_same_for_every_device_and_for_none(database: Database, statements: list[str]) -> None:
-    """One statement, which reads the verifier alone."""
+    """If the proof is wrong, the check costs a single statement, which reads only the verifier."""
     pair(database, "human", HUMAN)
     pair(database, "generated", metadata="x" * 10_000)
     costs = []
@@ -187,8 +185,10 @@ def test_a_wrong_proof_costs_the_same_for_every_device_and_for_none(database: Da
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["known", "unknown"])
-def test_so_many_wrong_secrets_of_an_id_a_minute(database: Database, clock: FakeClock, runs: Runs, there: bool) -> None:
-    """After 30 the id is refused without a hash, the right secret too, whether or not there is such a device."""
+def test_wrong_secrets_of_an_id_are_limited_per_minute(
+    database: Database, clock: FakeClock, runs: Runs, there: bool
+) -> None:
+    """After 30 wrong secrets in a minute an id is refused without a hash, also with the right secret."""
     if there:
         pair(database, "lamp", HUMAN)
     fail(database, "lamp", FAILED_CHECKS_PER_MINUTE)
@@ -206,7 +206,7 @@ def test_so_many_wrong_secrets_of_an_id_a_minute(database: Database, clock: Fake
 
 
 def test_a_generated_secret_is_never_refused(database: Database, runs: Runs) -> None:
-    """Neither its own wrong checks nor the guesses of others count against it."""
+    """A generated secret is never refused, whatever wrong secrets were tried for the device."""
     secret = pair(database, "lamp")
     for _ in range(3 * FAILED_CHECKS_PER_MINUTE):
         assert not database.check_secret("lamp", generate_secret())
@@ -219,7 +219,7 @@ def test_a_generated_secret_is_never_refused(database: Database, runs: Runs) -> 
 def test_threads_do_not_exceed_the_bound_together(
     database: Database, runs: Runs, cheap_hashes: Callable[[int], None]
 ) -> None:
-    """Of 60 guesses at once at one id, 30 are tried."""
+    """If threads make 60 guesses at an id at once, exactly 30 are checked."""
     cheap_hashes(60)
     together = threading.Barrier(60)
 
@@ -235,11 +235,11 @@ def test_threads_do_not_exceed_the_bound_together(
     assert (refused, runs.count) == (60 - FAILED_CHECKS_PER_MINUTE, FAILED_CHECKS_PER_MINUTE)
 
 
-# A flood
+# A flood of guesses
 
 
-def test_a_flood_of_guesses_holds_no_generated_secret_up(database: Database, runs: Runs) -> None:
-    """With each slow hash held for ever: 2 run, 16 wait, the others are refused, and a generated secret is answered."""
+def test_a_flood_of_guesses_delays_no_generated_secret(database: Database, runs: Runs) -> None:
+    """If every slow hash hangs, 2 run, 16 wait, all others are refused, and a generated secret is still checked."""
     secret, human = pair(database, "lamp"), pair(database, "door", HUMAN)
     before = runs.count
     runs.go_on.clear()
@@ -288,7 +288,7 @@ def test_coroutines_that_hash_take_no_thread_from_the_others(
     monkeypatch: pytest.MonkeyPatch,
     cheap_hashes: Callable[[int], None],
 ) -> None:
-    """While more slow checks wait than there are threads, units and checks of generated secrets go on."""
+    """While more slow checks wait than threads exist, units and checks of generated secrets continue."""
     cheap_hashes(1)
     monkeypatch.setattr(retry, "_WORKERS", 2)
     found: list[SecretCheck] = []
@@ -320,11 +320,11 @@ def test_coroutines_that_hash_take_no_thread_from_the_others(
     anyio.run(work, backend=backend)
 
 
-# What people choose
+# Chosen secrets
 
 
 def test_a_new_secret_has_eight_characters(database: Database) -> None:
-    """Pairing and rotation refuse a shorter one, which the error does not show, and nothing is changed."""
+    """If a new secret is shorter than 8 characters, pairing and rotation refuse it without showing or storing it."""
     short, long_enough = SecretStr("sev3n7!"), SecretStr("e1ght!88")
     pair(database, "lamp", long_enough)
     before = dump(database)
@@ -340,7 +340,7 @@ def test_a_new_secret_has_eight_characters(database: Database) -> None:
 
 
 def test_a_shorter_secret_that_is_stored_already_serves(database: Database) -> None:
-    """A device that was given three characters before that was refused is let in."""
+    """If a stored secret has three characters from an older version, the device still passes the check."""
     device = DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash=hash_secret("abc"))
     database.run(lambda unit: unit.devices.create(device) and unit.devices.approve("lamp"))
     assert database.verify_secret("lamp", "abc") is not None

@@ -1,4 +1,4 @@
-"""The acceptance list of the store, one test for each line of it."""
+"""The acceptance list of the store, with a test for each line of the list."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_sqlite_database_created_in_the_home_directory(home: Path) -> None:
 
 
 def test_wal_mode_enabled_for_concurrent_reads(sqlite_database: Database) -> None:
-    """WAL mode enabled for concurrent reads: one reads while another writes. SQLite only: it is a mode of its files."""
+    """WAL mode enabled for concurrent reads: a unit reads while another writes. SQLite only: the files have a WAL."""
     assert sqlite_database.status().pragmas["journal_mode"] == "wal"
     with sqlite_database.unit_of_work() as writer:
         writer.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
@@ -52,7 +52,7 @@ def test_wal_mode_enabled_for_concurrent_reads(sqlite_database: Database) -> Non
 
 
 def test_file_permissions_set_to_0600(home: Path) -> None:
-    """File permissions set to 0600, those of the log and of the shared memory too. SQLite only, as the files are."""
+    """File permissions set to 0600, also for the WAL and the shared memory. SQLite only: a server owns its files."""
     with Database.open() as database:
         add_agent(database)
         files = [path for path in (home / ".homeagent").iterdir() if path.is_file()]
@@ -68,7 +68,7 @@ def test_all_v1_tables_created_via_migration_system(database: Database) -> None:
 
 
 def test_migration_system_tracks_applied_versions_and_runs_pending_ones(tmp_path: Path) -> None:
-    """Migration system tracks applied versions and runs pending ones, and an up-to-date file is left as it is."""
+    """Migration system tracks applied versions and runs pending ones, and leaves an up-to-date file unchanged."""
     from alembic import command
     from homeagent.engine.files import database_file as files
     from homeagent.engine.files.directories import prepare_directory
@@ -153,7 +153,7 @@ def test_idempotency_store_supports_insert_and_lookup_and_expiry(database: Datab
 
 
 def test_periodic_cleanup_removes_expired_records(database: Database, clock: FakeClock) -> None:
-    """Periodic cleanup removes expired records, and leaves live ones."""
+    """Periodic cleanup removes expired records, and leaves unexpired records."""
     with database.unit_of_work() as unit:
         for name, ttl in {"dead": MINUTE, "live": 3 * DAY}.items():
             unit.nonces.consume("lamp", name, expires_at=START + ttl)
@@ -167,7 +167,7 @@ def test_periodic_cleanup_removes_expired_records(database: Database, clock: Fak
 
 
 def test_transactions_roll_back_cleanly_on_failure(database: Database) -> None:
-    """Transactions roll back cleanly on failure: of several stores nothing stays, and work goes on."""
+    """Transactions roll back cleanly on failure: no row of any store remains, and work continues."""
     before = dump(database)
     with pytest.raises(RuntimeError), database.unit_of_work() as unit:
         unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))

@@ -1,4 +1,4 @@
-"""Units of work: one transaction, whatever happens inside it."""
+"""Units of work: a single transaction, whatever happens in the unit."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def create(unit: UnitOfWork, agent_id: str) -> Agent:
 
 
 def agents_of(database: Database) -> list[str]:
-    """Return the ids of the agents that others can see."""
+    """Return the ids of the agents that other connections see."""
     with database.unit_of_work(read_only=True) as unit:
         return [agent.id for agent in unit.agents.list()]
 
 
 class Odd(BaseException):
-    """Neither an Exception nor one that Python itself raises."""
+    """An exception that is neither an Exception nor raised by Python itself."""
 
 
 # Commit and rollback
 
 
 def test_unit_leaves_no_reference_cycle(database: Database) -> None:
-    """Python frees a unit and its stores when the block ends: the garbage collector finds nothing of them."""
+    """When the block ends, Python frees the unit and its stores without the garbage collector."""
     add_agent(database)
     gc.collect()
     gc.disable()
@@ -64,7 +64,7 @@ def test_unit_leaves_no_reference_cycle(database: Database) -> None:
 
 
 def test_clean_exit_commits(database: Database, reopen: MakeDatabase) -> None:
-    """What a unit wrote is seen by another connection once its block has ended."""
+    """After the block ends, another connection sees the rows of the unit."""
     with database.unit_of_work() as unit:
         create(unit, "ada")
         assert agents_of(database) == []
@@ -73,7 +73,7 @@ def test_clean_exit_commits(database: Database, reopen: MakeDatabase) -> None:
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, Odd])
 def test_any_exception_rolls_back(database: Database, kind: type[BaseException]) -> None:
-    """Whatever leaves the block undoes all of it, passes through, and the next unit of the thread works."""
+    """If an exception leaves the block, the unit is rolled back, the exception passes, and the next unit works."""
     with pytest.raises(kind), database.unit_of_work() as unit:
         create(unit, "ada")
         unit.session.add(Agent(id="orm", name="Orm", workspace_path="/orm", created_at=START))
@@ -85,7 +85,7 @@ def test_any_exception_rolls_back(database: Database, kind: type[BaseException])
 
 
 def test_rollback_abandons_the_unit(database: Database) -> None:
-    """After rollback() nothing can be done but rollback(), the block commits nothing, and the write lock is free."""
+    """After rollback() the unit refuses all calls but rollback(), commits no row, and frees the write lock."""
     called: list[str] = []
     with database.unit_of_work() as unit:
         create(unit, "ada")
@@ -108,7 +108,7 @@ def open_session_before(unit: UnitOfWork) -> None:
 
 
 def open_nothing(unit: UnitOfWork) -> None:
-    """Use a store alone."""
+    """Use only a store."""
     create(unit, "before")
 
 
@@ -117,7 +117,7 @@ def open_nothing(unit: UnitOfWork) -> None:
 def test_savepoint_undoes_only_its_block(
     database: Database, prepare: Callable[[UnitOfWork], None], inside: Callable[[UnitOfWork], None]
 ) -> None:
-    """An exception undoes what the block did, by store and by ORM, whenever the session was opened."""
+    """If a savepoint's block raises, its writes by store and ORM are undone, whenever the session was opened."""
     with database.unit_of_work() as unit:
         prepare(unit)
         with pytest.raises(ValueError, match="inner"), unit.savepoint():
@@ -138,7 +138,7 @@ def test_savepoint_undoes_only_its_block(
 
 @pytest.mark.parametrize("orm", [False, True])
 def test_savepoints_nest(database: Database, orm: bool) -> None:
-    """An outer savepoint that is undone takes inner ones that were kept with it; an inner one spares the outer."""
+    """If an outer savepoint is undone, its kept inner savepoints are too; an undone inner savepoint keeps the outer."""
     with database.unit_of_work() as unit:
         if orm:
             assert unit.session.exec(select(Agent)).all() == []
@@ -156,7 +156,7 @@ def test_savepoints_nest(database: Database, orm: bool) -> None:
 
 
 def test_savepoint_survives_a_constraint(database: Database) -> None:
-    """A refused statement in a savepoint leaves the unit usable on both engines."""
+    """If a statement in a savepoint is refused, the unit stays usable on both engines."""
     add_agent(database)
     with database.unit_of_work() as unit:
         with pytest.raises(ConflictError), unit.savepoint():
@@ -171,7 +171,7 @@ def test_savepoint_survives_a_constraint(database: Database) -> None:
 
 
 def test_after_commit_runs_once_in_order(database: Database) -> None:
-    """Callbacks run in their order, when others can see the commit, and may open units themselves."""
+    """Callbacks run in order after other connections see the commit, and may open units."""
     seen: list[object] = []
 
     def first() -> None:
@@ -189,7 +189,7 @@ def test_after_commit_runs_once_in_order(database: Database) -> None:
 
 
 def test_after_commit_never_runs_after_a_rollback(database: Database) -> None:
-    """Neither an undone unit nor an undone savepoint calls back."""
+    """If a unit or a savepoint is undone, its callbacks never run."""
     seen: list[str] = []
     with suppress(ValueError), database.unit_of_work() as unit:
         unit.after_commit(lambda: seen.append("unit"))
@@ -203,10 +203,10 @@ def test_after_commit_never_runs_after_a_rollback(database: Database) -> None:
 
 
 def test_callback_that_is_no_function(database: Database) -> None:
-    """What could not be called after the commit, or would have to be awaited, is refused while all can be undone."""
+    """If a callback is not callable or needs awaiting, `after_commit` refuses it before the commit."""
 
     async def callback() -> None:
-        """Do nothing."""
+        """Return without an effect."""
 
     with database.unit_of_work() as unit:
         for bad in (callback, None):
@@ -215,7 +215,7 @@ def test_callback_that_is_no_function(database: Database) -> None:
 
 
 def test_failing_callback_is_logged_and_hides_nothing(database: Database, caplog: pytest.LogCaptureFixture) -> None:
-    """A callback that raises is told in the log; the commit stands and the next callback runs."""
+    """If a callback raises, the error is logged, the commit stays, and the next callback runs."""
     seen: list[str] = []
 
     def fail() -> None:
@@ -230,11 +230,11 @@ def test_failing_callback_is_logged_and_hides_nothing(database: Database, caplog
     assert "callback broke" in caplog.text
 
 
-# Reading
+# Read-only units
 
 
 def test_read_only_unit_is_one_snapshot(database: Database, reopen: MakeDatabase) -> None:
-    """What others commit while a read-only unit is open is seen neither by its stores nor by its ORM session."""
+    """Commits of other connections during a read-only unit are visible neither to its stores nor to its ORM session."""
     add_agent(database)
     other = reopen()
     with database.unit_of_work(read_only=True) as unit:
@@ -247,8 +247,8 @@ def test_read_only_unit_is_one_snapshot(database: Database, reopen: MakeDatabase
 
 
 @pytest.mark.parametrize("undone", [False, True], ids=["committed", "rolled back"])
-def test_a_result_that_is_kept_keeps_no_snapshot(database: Database, reopen: MakeDatabase, undone: bool) -> None:
-    """What an ORM session read only in part ends with its unit: the next units see the present, and can write."""
+def test_a_partly_read_result_keeps_no_snapshot(database: Database, reopen: MakeDatabase, undone: bool) -> None:
+    """If the ORM session reads a result in part, the snapshot ends with the unit, and the next units can write."""
     for agent_id in ("ada", "bob"):
         add_agent(database, agent_id)
     kept = []
@@ -266,7 +266,7 @@ def test_a_result_that_is_kept_keeps_no_snapshot(database: Database, reopen: Mak
 
 
 def test_read_only_unit_cannot_write(database: Database) -> None:
-    """Stores, the ORM and plain SQL are all refused in a read-only unit, and nothing is written."""
+    """In a read-only unit, writes by stores, the ORM and plain SQL are refused, and no row is written."""
     add_agent(database)
     before = dump(database)
     with database.unit_of_work(read_only=True) as unit:
@@ -286,8 +286,8 @@ def test_read_only_unit_cannot_write(database: Database) -> None:
 # The ORM session
 
 
-def test_stores_and_session_see_one_truth(database: Database) -> None:
-    """A store sees what the session has pending, and the session sees what a store changed under it."""
+def test_stores_and_session_see_the_same_rows(database: Database) -> None:
+    """A store reads pending changes of the session, and the session reads changes of a store."""
     with database.unit_of_work() as unit:
         unit.session.add(Agent(id="ada", name="Ada", workspace_path="/srv", created_at=START))
         assert unit.agents.get("ada").name == "Ada"
@@ -302,7 +302,7 @@ def test_stores_and_session_see_one_truth(database: Database) -> None:
 
 
 def test_a_listener_of_a_flush_assigns(database: Database) -> None:
-    """What a listener of `before_update` assigns to a loaded instance is written by the same flush."""
+    """If a listener of `before_update` assigns to a loaded instance, the same flush writes the value."""
     add_agent(database)
 
     def rename(mapper: Any, connection: Any, agent: Agent) -> None:
@@ -318,7 +318,7 @@ def test_a_listener_of_a_flush_assigns(database: Database) -> None:
 
 
 def test_stores_return_detached_instances(database: Database) -> None:
-    """Changing what a store returned changes nothing stored, until a session is asked to merge it."""
+    """If an instance from a store changes, the database does not, until a session merges the instance."""
     add_agent(database)
     with database.unit_of_work() as unit:
         agent = unit.agents.get("ada")
@@ -331,7 +331,7 @@ def test_stores_return_detached_instances(database: Database) -> None:
 
 
 def test_session_rollback_ends_the_unit(database: Database) -> None:
-    """The session's own rollback() undoes the stores' work too, and the unit says so from then on."""
+    """If the session rolls back, the stores' writes are undone too, and the unit refuses later calls."""
     with database.unit_of_work() as unit:
         create(unit, "ada")
         session = unit.session
@@ -343,7 +343,7 @@ def test_session_rollback_ends_the_unit(database: Database) -> None:
 
 
 def test_session_commit_only_flushes(database: Database) -> None:
-    """The session's commit() makes nothing durable: an exception after it still undoes the unit."""
+    """The session's commit() only flushes: a later exception still undoes the unit."""
     with suppress(ValueError), database.unit_of_work() as unit:
         unit.session.add(Agent(id="ada", name="Ada", workspace_path="/srv", created_at=START))
         unit.session.commit()
@@ -352,11 +352,11 @@ def test_session_commit_only_flushes(database: Database) -> None:
     assert agents_of(database) == []
 
 
-# Its state
+# States of a unit
 
 
-def test_new_unit_is_of_no_use_before_its_block(database: Database) -> None:
-    """A unit that was never entered refuses everything."""
+def test_new_unit_is_unusable_before_its_block(database: Database) -> None:
+    """If a unit was not entered, it refuses every call."""
     unit = database.unit_of_work()
     for act in (unit.rollback, lambda: unit.session, unit.agents.list, lambda: unit.after_commit(print)):
         with pytest.raises(UnitStateError):
@@ -365,8 +365,8 @@ def test_new_unit_is_of_no_use_before_its_block(database: Database) -> None:
         pass
 
 
-def test_unit_and_its_stores_are_stale_after_the_end(database: Database) -> None:
-    """After its block neither the unit nor a store that was kept can be used, or the unit entered again."""
+def test_unit_and_its_stores_are_unusable_after_the_end(database: Database) -> None:
+    """After the block the unit and its stores refuse every call, and the unit can't be entered again."""
     with database.unit_of_work() as unit:
         agents = unit.agents
         create(unit, "ada")
@@ -378,8 +378,8 @@ def test_unit_and_its_stores_are_stale_after_the_end(database: Database) -> None
 
 @pytest.mark.parametrize("rolled_back", [False, True], ids=["ended", "rolled back"])
 @pytest.mark.parametrize("read_only", [False, True], ids=["write", "read only"])
-def test_session_is_stale_after_the_end(database: Database, read_only: bool, rolled_back: bool) -> None:
-    """A session that was kept reaches the connection no more, which the next unit has to itself."""
+def test_session_is_unusable_after_the_end(database: Database, read_only: bool, rolled_back: bool) -> None:
+    """If a session is used after its unit, it can't reach the connection, which the next unit has alone."""
     with database.unit_of_work() as unit:
         create(unit, "ada")
     with database.unit_of_work(read_only=read_only) as unit:
@@ -407,7 +407,7 @@ def test_session_is_stale_after_the_end(database: Database, read_only: bool, rol
 
 @pytest.mark.parametrize("read_only", [False, True])
 def test_unit_cannot_be_entered_twice(database: Database, read_only: bool) -> None:
-    """Entering an open unit again is refused, and the first entry goes on."""
+    """If an open unit is entered again, the second entry is refused, and the first continues."""
     with database.unit_of_work(read_only=read_only) as unit:
         with pytest.raises(UnitStateError):
             unit.__enter__()
@@ -415,7 +415,7 @@ def test_unit_cannot_be_entered_twice(database: Database, read_only: bool) -> No
 
 
 def test_write_units_do_not_nest_in_a_thread(database: Database) -> None:
-    """A second write unit in the same thread would wait for itself: it is refused, and the first is unharmed."""
+    """If a thread in a write unit opens another write unit, the second is refused, and the first is unharmed."""
     with database.unit_of_work() as unit:
         create(unit, "ada")
         with pytest.raises(UnitStateError), database.unit_of_work():
@@ -424,7 +424,7 @@ def test_write_units_do_not_nest_in_a_thread(database: Database) -> None:
 
 
 def test_write_unit_inside_a_read_unit(database: Database) -> None:
-    """A thread that reads may write beside that; the snapshot stays as it was."""
+    """A thread in a read-only unit may open a write unit, and its snapshot stays unchanged."""
     with database.unit_of_work(read_only=True) as reader:
         add_agent(database)
         assert reader.agents.list() == []
@@ -432,7 +432,7 @@ def test_write_unit_inside_a_read_unit(database: Database) -> None:
 
 
 def test_closed_database_refuses(database: Database) -> None:
-    """A closed database opens no unit; closing twice is fine."""
+    """A closed database opens no unit, and may be closed twice."""
     database.close()
     database.close()
     for read_only in (False, True):
@@ -442,7 +442,7 @@ def test_closed_database_refuses(database: Database) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_child_is_refused(target: str, children: Children) -> None:
-    """A database that was opened before a fork refuses the child, and goes on in the parent."""
+    """If a process forks, the child is refused, and the parent continues."""
     script = """
 import os, sys, warnings
 from homeagent import Database, AgentCreate
@@ -467,14 +467,14 @@ database.close()
     assert children.run(script, target).split() == ["2", "ada"]
 
 
-# Busy
+# Busy databases
 
 
-def test_busy_names_the_thread_that_holds_the_lane(target: str) -> None:
-    """A writer that waits too long in one process is told which threads hold the lanes, and since when."""
+def test_busy_names_the_thread_that_holds_the_write_lock(target: str) -> None:
+    """If a writer waits too long, the error names the threads that hold the connections, and their start times."""
     done = threading.Event()
     with Database.open(target, busy_timeout=timedelta(milliseconds=50)) as database:
-        # One lane on SQLite, several on PostgreSQL.
+        # SQLite has a single write connection, PostgreSQL has several.
         lanes = database._engine.writers._size
         entered = threading.Barrier(lanes + 1)
 
@@ -498,9 +498,9 @@ def test_busy_names_the_thread_that_holds_the_lane(target: str) -> None:
 
 
 def test_busy_because_of_another_process(sqlite_path: Path, children: Children) -> None:
-    """While another process holds the write lock a writer gets DatabaseBusyError, and readers read on.
+    """If another process holds the write lock, a writer gets DatabaseBusyError, and readers continue.
 
-    SQLite only: on PostgreSQL another process holds rows and not the lane, see below.
+    SQLite only: on PostgreSQL another process locks rows instead, see below.
     """
     script = """
 import sys
@@ -521,7 +521,7 @@ with Database.open(sys.argv[1]) as database, database.unit_of_work():
 
 
 def test_busy_row_on_postgresql(empty_postgres_url: str) -> None:
-    """A row that another unit has locked is waited for no longer than busy_timeout.
+    """If another unit holds a row, a writer waits for the row no longer than busy_timeout.
 
     PostgreSQL only: SQLite locks no rows.
     """
@@ -540,7 +540,7 @@ def test_busy_row_on_postgresql(empty_postgres_url: str) -> None:
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Every exception that a traceback of this one would show, and those that it only suppresses."""
+    """Return every exception that a traceback of this error would show, with the suppressed exceptions."""
     if error is not None:
         yield error
         yield from chain(error.__cause__)
@@ -571,7 +571,7 @@ def bad_role(unit: UnitOfWork) -> None:
 
 
 def no_hash(unit: UnitOfWork) -> None:
-    """Insert a null where none may be."""
+    """Insert a null into a NOT NULL column."""
     unit.session.connection().execute(
         text("INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES (:id, 'node', NULL, 0)"),
         {"id": SECRET},
@@ -579,15 +579,15 @@ def no_hash(unit: UnitOfWork) -> None:
 
 
 def unflushed(unit: UnitOfWork) -> None:
-    """Leave a device whose id is taken to the commit."""
+    """Add a device whose id is taken, and let the commit flush it."""
     unit.session.add(Device(id="lamp", role="admin", shared_secret_hash=SECRET, paired_at=START))
 
 
 @pytest.mark.parametrize("provoke", [duplicate_device, missing_agent, bad_role, no_hash, unflushed])
-def test_driver_errors_come_as_ours_without_values(
+def test_driver_errors_are_translated_without_values(
     database: Database, provoke: Callable[[UnitOfWork], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A refused row through the ORM is a ConflictError, and no value of it is in the error, its chain or the log."""
+    """If the ORM inserts a refused row, ConflictError is raised without its values in error, chain or log."""
     add_device(database)
     before = dump(database)
     with caplog.at_level(logging.DEBUG), pytest.raises(ConflictError) as caught, database.unit_of_work() as unit:
@@ -603,8 +603,8 @@ def test_driver_errors_come_as_ours_without_values(
     add_agent(database)
 
 
-def test_sql_that_is_wrong_is_ours_too(database: Database) -> None:
-    """A statement that the engine can't read never surfaces as the driver's or SQLAlchemy's error."""
+def test_errors_of_invalid_sql_are_translated(database: Database) -> None:
+    """If the engine can't parse a statement, the caller gets an error of homeagent, not of the driver or SQLAlchemy."""
     with pytest.raises(HomeAgentError), database.unit_of_work() as unit:
         unit.session.connection().execute(text("SELECT nothing FROM nowhere"))
     add_agent(database)
@@ -613,7 +613,7 @@ def test_sql_that_is_wrong_is_ours_too(database: Database) -> None:
 def test_stopping_clock_error_passes_through(
     database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An exception of the injected clock is the caller's own: it passes unwrapped and undoes the unit."""
+    """If the injected clock raises, the exception passes unwrapped and the unit is rolled back."""
 
     def broken() -> None:
         raise LookupError("no time")
@@ -625,10 +625,10 @@ def test_stopping_clock_error_passes_through(
     assert agents_of(database) == []
 
 
-def test_a_signal_s_handler_never_waits_for_the_lane_of_its_own_thread(sqlite_path: Path) -> None:
-    """Wherever it comes in a unit, another unit in it is refused or done, and the lane is of use afterwards.
+def test_a_signal_handler_never_waits_for_its_own_thread(sqlite_path: Path) -> None:
+    """If a signal's handler opens a unit in a unit, the handler's unit is refused or done, and the write lock is free.
 
-    SQLite only: it has one lane to write on.
+    SQLite only: the file has a single write lock.
     """
     modules = {"homeagent.unit_of_work", "homeagent.transaction", "homeagent.engine.pool"}
 
