@@ -1,4 +1,4 @@
-"""Batches on purpose: units that wait for the write lock until all of them are queued."""
+"""Batches on purpose: units that wait for the write lock until all units are queued."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ def group_commit_of(database: Database) -> GroupCommit:
 
 
 def wait_for_calls(database: Database, number: int) -> None:
-    """Wait until `count` calls are queued and the first of them waits for the write lock."""
+    """Wait until `count` calls are queued and the first call waits for the write lock."""
     group_commit = group_commit_of(database)
     while group_commit._queue.qsize() + len(database._engine.writers._waiters) < number:
         time.sleep(0.0005)
 
 
 def outcome_of(act: Callable[[], Any]) -> Any:
-    """Return the value of a function, or its error."""
+    """Return the value of a function, or the error."""
     try:
         return act()
-    except BaseException as error:  # noqa: BLE001  it is compared
+    except BaseException as error:  # noqa: BLE001  for the comparison of outcomes
         return error
 
 
 def run_together(database: Database, works: Sequence[Work], *, coroutines: bool = False) -> list[Any]:
-    """Run functions as the units of a single batch, in this order, and return the value or the error of each."""
+    """Run functions as the units of a single batch, in order, and return the value or the error of each."""
     outcomes: dict[int, Any] = {}
 
     async def main() -> None:
@@ -87,7 +87,7 @@ def run_together(database: Database, works: Sequence[Work], *, coroutines: bool 
 
 @contextmanager
 def counted_commits(monkeypatch: pytest.MonkeyPatch, *faults: BaseException | None) -> Iterator[list[int]]:
-    """Count the commits of write units; the first commits fail with the given errors, and None stands for a success."""
+    """Count the commits of write units; the first commits fail with the given errors, if any."""
     count = [0]
     coming = iter(faults)
     commit = StoreConnection.commit

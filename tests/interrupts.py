@@ -17,8 +17,7 @@ def interrupt() -> None:
 def interrupt_at(
     turn: int, modules: Collection[str], act: Callable[[], object], handler: Callable[[], object] = interrupt
 ) -> bool:
-    """Call a handler at a chosen point of these modules where a signal can arrive; return whether `act` reached the
-    point.
+    """Call a handler at a chosen point of these modules where a signal can arrive; return whether it was called.
 
     CPython checks for signals at the beginning of a function, and right after a call or a backward jump.
     """

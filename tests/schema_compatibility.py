@@ -1,14 +1,13 @@
 """Check whether a revision may run while code of the previous version still uses the same database.
 
 Administrators upgrade hosts one after the other: the first upgraded host changes the schema under the older hosts. So a
-revision only expands: all columns that old code reads stay, all rows that old code writes are still accepted, and all
-names that old code uses stay. `SHOWN` lists each new CHECK on old columns, with the test which shows that the previous
-version writes only accepted values. A later release drops unused columns, by a revision that declares itself a
-contraction:
+revision only expands: columns that old code reads stay, rows that old code writes are still accepted, and names that
+old code uses stay. `SHOWN` lists each new CHECK on old columns, with the test of the previous version's values. A later
+release drops unused columns, by a revision with a declared contraction:
 
     oldest_revision = "0007"
 
-This line in the revision's module declares that code for revision 0007 and later works with the contracted schema. The
+The line in the revision's module declares: code for revision 0007 and later works with the contracted schema. The
 revision writes the same value to `store.oldest_revision`: older code reads the value and refuses the database instead
 of failing later.
 
@@ -56,10 +55,10 @@ class _Table:
 
 
 def problems_of(revision: str, connection: Connection, *, scripts: Path) -> list[str]:
-    """Return, as sentences, the changes of a revision that break code of the previous version.
+    """Return, as sentences, the changes of a revision that break the previous version.
 
     Args:
-        revision: the revision to check; the function applies all revisions up to this revision to the database.
+        revision: the revision to check; applied to the database after all earlier revisions.
         connection: to an empty database of either engine.
         scripts: the directory of `env.py` and the revisions.
     """

@@ -32,7 +32,7 @@ def test_the_annotations_of_a_public_method_can_be_evaluated(method: object) -> 
 
 
 def test_opening_a_database_skips_lazy_imports() -> None:
-    """Opening a database imports none of the modules that the annotations name, as these imports are lazy."""
+    """Opening a database does not import the modules that the annotations name, as these imports are lazy."""
     program = (
         "import sys, homeagent; homeagent.Database.open(':memory:').close();"
         "print(*(m for m in sys.modules if m.startswith('homeagent.maintenance.')))"

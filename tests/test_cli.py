@@ -266,7 +266,7 @@ def test_status_reads_well(ready: Path) -> None:
         assert words in shown
 
 
-def test_sweep_removes_what_expired(ready: Path) -> None:
+def test_sweep_removes_expired_rows(ready: Path) -> None:
     """`status` counts expired nonces, and `sweep` removes all of them, however small the batches are."""
     long_ago = datetime(2020, 1, 1, tzinfo=UTC)
     with Database.open(ready, clock=lambda: long_ago) as database, database.unit_of_work() as unit:
@@ -455,7 +455,7 @@ def test_ambiguous_ids_are_escaped_in_errors(ready: Path) -> None:
     assert escape_words("use run(…)") == "use run(…)"
 
 
-def test_revoke_spares_the_last_admin(ready: Path) -> None:
+def test_revoke_keeps_the_last_admin(ready: Path) -> None:
     """If the device is the last approved admin, `revoke` needs `--force`, and keeps the reason."""
     with Database.open(ready) as database, database.unit_of_work() as unit:
         unit.devices.approve("desk", expected_role=Role.ADMIN)

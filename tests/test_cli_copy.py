@@ -75,7 +75,7 @@ def test_a_process_prints_one_line(source: Path, tmp_path: Path) -> None:
     assert done.stdout == f"Copied {source} to {target}: 1 row, the same on both sides.\n"
 
 
-def test_a_trial_says_that_it_is_one(source: Path, tmp_path: Path) -> None:
+def test_a_live_copy_is_marked(source: Path, tmp_path: Path) -> None:
     """With `--live` the source may have changed, so the output does not say that both sides are the same."""
     done = _invoke("copy", "--live", source, tmp_path / "one" / "h.db")
     assert done.stdout.endswith(": 1 row, as it was at the beginning.\n")

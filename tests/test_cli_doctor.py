@@ -27,7 +27,7 @@ def path(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return sqlite_path
 
 
-def test_a_process_ends_with_what_it_found(path: Path) -> None:
+def test_the_status_shows_the_worst_finding(path: Path) -> None:
     """The status is 0 without findings, 1 for warnings and 2 for critical findings; the JSON is the model."""
     statuses = []
     for mode in (0o600, 0o640, 0o666):
@@ -49,7 +49,7 @@ def test_a_process_ends_with_what_it_found(path: Path) -> None:
     assert statuses == [0, 1, 2]
 
 
-def test_the_text_says_what_to_do(path: Path) -> None:
+def test_the_text_names_remedies(path: Path) -> None:
     """The text shows each bad finding with its meaning, remedy and command, and ends with their number."""
     with Database.open(path) as database:
         database.pair(DevicePair(id="lamp", role=Role.NODE))
@@ -63,7 +63,7 @@ def test_the_text_says_what_to_do(path: Path) -> None:
     assert "lamp" not in done.stdout
 
 
-def test_fix_says_what_it_did(path: Path) -> None:
+def test_fix_reports_repairs(path: Path) -> None:
     """`--fix` repairs, reports each repair, and ends with the remaining findings."""
     path.chmod(0o644)
     done = runner.invoke(app, ["doctor", "--fix", "--database", str(path)], env={"COLUMNS": "200"})

@@ -31,7 +31,7 @@ def parts(scope: IdempotencyScope) -> Sequence[str]:
 
 @pytest.fixture
 def path(sqlite_path: Path) -> Path:
-    """A database with two keys of expired leases (an hour ago and later) and a key whose lease has not expired."""
+    """A database with two keys whose leases expired and a key whose lease has not expired."""
     # The commands read the real clock.
     clock = FakeClock(datetime.now(UTC) - timedelta(hours=1))
     with Database.open(sqlite_path, clock=clock) as database:

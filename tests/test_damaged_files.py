@@ -1,5 +1,4 @@
-"""Randomly damaged files: a database opens with correct rows or is refused clearly, and a refused file keeps every
-byte.
+"""Randomly damaged files: a database opens with correct rows or is refused, and a refused file keeps every byte.
 
 Correct means: all rows that can be read are the original rows, or reading raises an error of homeagent. SQLite has no
 checksums of pages, so a flipped byte inside a stored value is a different value: the test counts such values.
@@ -408,7 +407,7 @@ def test_wal_copy_without_a_directory_for_temporary_files(
     assert sorted(file.name for file in path.parent.iterdir()) == [path.name, f"{path.name}.lock", f"{path.name}.open"]
 
 
-# WALs that SQLite itself leaves behind after a kill or a power cut, and ignores: by name, the length of the kept part.
+# WALs that SQLite itself leaves behind after a kill or a power cut, and ignores: by name, the remaining bytes.
 SCRAPS: dict[str, Callable[[bytes], bytes]] = {
     "nothing": lambda log: b"",
     "one byte": lambda log: log[:1],
@@ -436,7 +435,7 @@ def judged(path: Path, files: Files) -> dict[str, Severity]:
 def test_a_wal_without_frames_counts_as_absent(
     tmp_path: Path, samples: dict[str, Sample], scrap: str, index: str
 ) -> None:
-    """If a WAL has no frame, the doctor, an opening and a restore of the file treat the WAL as absent."""
+    """If a WAL has no valid frame, the doctor, an opening and a restore of the file treat the WAL as absent."""
     sample = samples["closed"]
     closed = {**sample.files, ".open": b""}
     files = {**closed, "-wal": SCRAPS[scrap](samples["killed"].files["-wal"])}

@@ -166,7 +166,7 @@ def test_a_secret_gets_no_overlap_while_its_device_is_not_approved(database: Dat
 def test_a_device_revoked_during_its_rotation_gets_no_overlap(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a device is revoked while the new secret is hashed, the rotation gives no overlap and keeps the secret."""
+    """If a device is revoked while the new secret is hashed, rotation raises, and the device keeps its secret."""
     secret = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
     approve(database)
 
@@ -182,7 +182,7 @@ def test_a_device_revoked_during_its_rotation_gets_no_overlap(
     assert database.verify_secret("lamp", secret) is not None
 
 
-def test_a_device_that_pairs_again_has_no_overlap_of_the_one_before(database: Database) -> None:
+def test_a_device_that_pairs_again_has_no_overlap(database: Database) -> None:
     """If a device is deleted and pairs again, neither secret of the deleted device is valid."""
     first = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
     approve(database)
@@ -315,7 +315,7 @@ def test_work_may_return_a_coroutine(database: Database) -> None:
     assert anyio.run(caller) == ("told", "told")
 
 
-def test_run_gives_up_at_its_deadline_and_repeats_nothing_else(target: str, clock: FakeClock) -> None:
+def test_run_repeats_only_transient_errors_until_its_deadline(target: str, clock: FakeClock) -> None:
     """After `busy_timeout`, `run` raises the transient error; any other exception reaches the caller at once."""
     runs: list[str] = []
 

@@ -93,7 +93,7 @@ def names(path: Path) -> list[str]:
     [("run", "go on"), ("run", "close"), ("run", "kill"), ("session", "close"), ("fresh log", "kill")],
 )
 def test_failed_commit_does_not_reappear(failing: Failing, sqlite_path: Path, way: str, end: str) -> None:
-    """If a unit raises DatabaseIOError, its rows never appear later, even if no sync succeeds until the last close."""
+    """If a unit raises DatabaseIOError, its rows do not appear later, even if no sync succeeds until the last close."""
     found = failing(
         """
 database = Database.open(path)
@@ -154,7 +154,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert names(sqlite_path) == ["after", "before"]
 
 
-def test_commit_that_stays_in_the_log_is_unknown(failing: Failing, sqlite_path: Path) -> None:
+def test_commit_that_stays_in_the_wal_is_unknown(failing: Failing, sqlite_path: Path) -> None:
     """If the sync fails and the WAL can't be written after it, the error says that the commit may reappear."""
     found = failing(
         """
@@ -319,7 +319,7 @@ print(number)
 
 
 def test_failed_creation_leaves_no_file(failing: Failing, tmp_path: Path) -> None:
-    """If the directory of a new database can't be synced, the file is removed, and the next opening creates it."""
+    """If the directory of a new database can't be synced, the file is removed, and the next opening succeeds."""
     path = tmp_path / "new" / "homeagent.db"
     found = failing(
         """

@@ -1,5 +1,4 @@
-"""The open database loses its file, its disk space or its descriptors: units are refused, and work continues
-afterwards.
+"""The open database loses its file, its disk space or its descriptors: units are refused, and later work continues.
 
 SQLite only: on a server, these files belong to the server.
 """

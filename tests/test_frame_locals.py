@@ -46,7 +46,7 @@ def scope(key: str = SECRET) -> IdempotencyScope:
 
 
 def refused_by_orm(database: Database) -> None:
-    """Insert, by the ORM, a row that the database refuses."""
+    """Insert a refused row by the ORM."""
     with database.unit_of_work() as unit:
         for _ in range(2):
             unit.session.add(Agent(id="ada", name=SECRET, workspace_path="/srv", created_at=START))
@@ -55,14 +55,14 @@ def refused_by_orm(database: Database) -> None:
 
 
 def at_the_limit(database: Database) -> None:
-    """Consume more nonces in a unit than the device may have."""
+    """Consume more nonces in a unit than the limit of the device."""
     with database.unit_of_work() as unit:
         for nonce in ("n", SECRET):
             unit.nonces.consume("lamp", nonce, expires_at=START + MINUTE, limit=1)
 
 
 def settled(database: Database) -> None:
-    """Record a result for a key without an attempt that owns the key."""
+    """Record a result for a key without an owning attempt."""
     with database.unit_of_work() as unit:
         attempt = unit.idempotency_keys.claim(scope(), fingerprint="f", lease=MINUTE, ttl=MINUTE)
         unit.idempotency_keys.forget(scope())
@@ -131,7 +131,7 @@ def test_a_result_that_can_not_be_recorded_is_not_shown(sqlite_database: Databas
 
 
 def test_a_programming_error_keeps_its_variables(sqlite_database: Database) -> None:
-    """If an exception is not an error of the package, the frames keep their variables for debugging."""
+    """If an exception is not an error of the package, the frames keep all variables for debugging."""
     with pytest.raises(TypeError) as caught:
         sqlite_database.nonces.consume(None, SECRET, expires_at=START + MINUTE, nothing=1)
     assert shown(caught.value) != []

@@ -277,7 +277,7 @@ def test_a_unit_with_its_orm_session_runs_alone(
     assert count == [3]
 
 
-def test_units_see_what_those_before_them_did(sqlite_database: Database) -> None:
+def test_units_read_the_writes_of_earlier_units(sqlite_database: Database) -> None:
     """In a batch, a unit reads the writes of the units before it, but not the writes of units that were undone."""
 
     def look(unit: UnitOfWork) -> list[str]:
@@ -385,9 +385,7 @@ def test_a_full_disk_at_the_common_commit_loses_no_unit(sqlite_path: Path, child
     assert output.splitlines() == ["a b c", "a b c 6", "a b before c"]
 
 
-def test_a_commit_that_fails_for_one_alone_is_its_own_error(
-    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_commit_error_reaches_only_its_caller(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a unit that runs again alone fails to commit, its caller gets the error, and its rows are absent."""
     error = DiskFullError("no room")
     with counted_commits(monkeypatch, DiskFullError("no room"), None, error):

@@ -62,7 +62,7 @@ def play(unit: UnitOfWork, script: Sequence[tuple[str, str]], end: str, called: 
 
 
 def comparable(outcome: Any) -> Any:
-    """Return the part of an outcome that two equal outcomes share."""
+    """Return the part of an outcome to compare."""
     return (type(outcome), str(outcome)) if isinstance(outcome, BaseException) else outcome
 
 
@@ -103,7 +103,7 @@ def test_units_of_a_batch_equal_units_alone(
     for number in order:
         expected: list[str] = []
         if isinstance(outcomes[number], DiskFullError):
-            # The commit of this unit failed alone: no row of it exists.
+            # The commit of the unit failed alone: no row of the unit exists.
             assert called[number] == []
             continue
         try:

@@ -38,7 +38,7 @@ from tests.conftest import FakeClock, add_agent, dump
 
 @pytest.fixture
 def impatient(sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
-    """A database whose units wait for 400 ms at most; a batch lasts for a quarter of that time at most."""
+    """A database whose units wait for 400 ms at most; a batch lasts for a quarter of the timeout at most."""
     monkeypatch.setattr("homeagent.group_commit._MAX_BATCH_SECONDS", 60)
     with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(milliseconds=400)) as database:
         yield database
@@ -108,7 +108,7 @@ def test_without_a_timeout_a_free_write_lock_is_enough(sqlite_path: Path) -> Non
 
 
 def test_a_hanging_function_delays_no_other_caller(impatient: Database) -> None:
-    """If a function hangs, the callers before and behind it get an error with its name, and their units are not stored.
+    """If a function hangs, the callers before and behind get an error with its name, and their units are not stored.
 
     The callers get the error while the function hangs. When the function ends, its unit runs alone in a separate
     transaction.

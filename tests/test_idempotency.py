@@ -192,7 +192,7 @@ def test_order_of_keys(database: Database) -> None:
 
 
 def test_effect_changes_its_parameters(database: Database) -> None:
-    """If an effect changes its nested parameters, the fingerprint is still the fingerprint of the call's parameters."""
+    """If an effect changes its nested parameters, the fingerprint still covers the original parameters."""
     params: Any = {"order": {"lines": [1]}}
 
     def effect(attempt: Attempt) -> None:
@@ -298,7 +298,7 @@ def test_result_that_cannot_be_stored(database: Database, value: Any) -> None:
     assert database.run_once(SCOPE, never) == Outcome(None, True, 1, omitted=True)
 
 
-def test_failure_for_good(database: Database) -> None:
+def test_permanent_failure(database: Database) -> None:
     """If the effect raises EffectFailedError, its caller and every later caller get the error."""
 
     def effect(attempt: Attempt) -> None:
@@ -899,7 +899,7 @@ def test_arun_never_blocks_the_loop(database: Database, backend: str) -> None:
 
 
 @BACKENDS
-def test_arun_raises_what_the_work_raises(database: Database, backend: str) -> None:
+def test_arun_raises_exceptions_of_the_work(database: Database, backend: str) -> None:
     """If the work raises, the coroutine gets the exception unchanged, and the unit was rolled back."""
     error = LookupError("x")
 

@@ -99,7 +99,7 @@ class FailingCursor:
 
 
 class Plan:
-    """The number of the failing statement, and the error to raise."""
+    """The number of the failing statement, and the error."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
@@ -201,7 +201,7 @@ def test_each_statement_fails_once(
 def test_each_driver_error_has_its_error(
     database: Database, fault: str, kind: type[errors.HomeAgentError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a read, a write and the COMMIT, each error of the driver becomes the error that the contract names."""
+    """At a read, a write and the COMMIT, each error of the driver becomes the error in the contract."""
     before = dump(database)
     with failing(database, monkeypatch) as plan:
         plan.error, plan.at = None, 1000

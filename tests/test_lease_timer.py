@@ -190,8 +190,7 @@ def test_a_row_that_stays_locked(
     caplog: pytest.LogCaptureFixture,
     renewals: Callable[[str], threading.Semaphore],
 ) -> None:
-    """If another unit locks the row of a lease, it delays other leases by at most a `busy_timeout`, and is renewed
-    later.
+    """If another unit locks the row of a lease, other leases wait for at most a `busy_timeout`, and are renewed.
 
     On SQLite a unit locks the whole database, so no lease can be renewed during the unit.
     """

@@ -38,7 +38,7 @@ def test_each_method_is_declared(kind: type) -> None:
     assert {name for name in methods if access_of(getattr(kind, name)) is None} == set()
 
 
-def test_calls_do_what_units_do(database: Database, clock: FakeClock) -> None:
+def test_calls_behave_like_units(database: Database, clock: FakeClock) -> None:
     """A call through the database reads and writes the same rows as the call in a unit."""
     database.devices.create(DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash=HASH))
     assert database.devices.approve("lamp")

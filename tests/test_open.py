@@ -265,7 +265,7 @@ def test_mistyped_address_makes_no_file(
 
 
 @pytest.mark.parametrize("path", ADDRESSES[:12], ids=repr)
-def test_address_is_no_backup(
+def test_address_is_not_a_backup_path(
     sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     """If a backup's path is a server's address, the backup creates no directory and does not show the address."""

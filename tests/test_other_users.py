@@ -161,7 +161,7 @@ def test_an_absent_database_next_to_files_of_another_user(shared: Path, intruder
 
 
 @needs_root
-def test_the_end_of_a_restore_that_another_user_pretends(path: Path, shared: Path, intruders: bytes) -> None:
+def test_an_unfinished_restore_faked_by_another_user(path: Path, shared: Path, intruders: bytes) -> None:
     """If the lock file records an unfinished restore, a restored file of another user is refused."""
     in_use_path(path).write_text("swap 20260102T030405678000Z 2 end\n")
     planted = plant(new_path(path, "20260102T030405678000Z"), intruders)
@@ -374,7 +374,7 @@ def test_a_backup_of_roots_in_another_users_directory(path: Path, tmp_path: Path
 
 
 @needs_root
-def test_an_ordinary_user_restores_what_root_made(home: Path, shared: Path, children: Children) -> None:
+def test_an_ordinary_user_restores_a_backup_of_root(home: Path, shared: Path, children: Children) -> None:
     """If the user may read a backup of root, restoring the backup is as safe as restoring the user's own."""
     path = home / "h.db"
     with Database.open(path) as database:

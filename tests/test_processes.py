@@ -316,8 +316,7 @@ database.close()
 
 @needs_fork
 def test_forks_under_load(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """If a process forks at any time under load, the child works on the file or is refused, and no acknowledged row is
-    lost.
+    """If a process forks under load, the child works on the file or is refused, and keeps every acknowledged row.
 
     SQLite only: a server manages its locks.
     """

@@ -271,7 +271,7 @@ def test_wheel_from_the_sdist_is_the_same(wheel: Path, sdist: Path, tmp_path: Pa
     assert contents(build("build_wheel", unpacked, tmp_path / "out")) == contents(wheel)
 
 
-def test_sdist_holds_what_the_tests_need(tree: Path, sdist: Path) -> None:
+def test_sdist_holds_every_file(tree: Path, sdist: Path) -> None:
     """The sdist holds every file of the project, so that the tests run without a checkout."""
     with tarfile.open(sdist) as archive:
         held = {str(PurePosixPath(*PurePosixPath(name).parts[1:])) for name in archive.getnames()}

@@ -73,7 +73,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_link_targets_exist(page: Path) -> None:
     """Each link to a file of this tree leads to an existing file, and each section link leads to a heading."""
     found = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8"))
     assert [target for target, _ in found if not (page.parent / target).exists()] == []

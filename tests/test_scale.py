@@ -87,7 +87,7 @@ def test_pages_are_whole_and_in_order(filled: Database) -> None:
     assert [session.session_id for session in seen] == expected
 
 
-def test_resolve_finds_and_makes_one_among_a_million(filled: Database) -> None:
+def test_resolve_among_a_million_sessions(filled: Database) -> None:
     """Among a million sessions, `resolve` finds a session by its route, and creates a session for a new route."""
     with filled.unit_of_work() as unit:
         found = unit.sessions.resolve(agent_id="agent-3", sender_id="sender-50000")

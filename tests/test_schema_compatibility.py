@@ -163,7 +163,7 @@ EITHER = pytest.mark.parametrize("engine_name", ["sqlite", pytest.param("postgre
 @EITHER
 @pytest.mark.parametrize("kind", FINE)
 def test_an_expansion_passes(target: str, tmp_path: Path, kind: str) -> None:
-    """If old code never notices a change, the check reports no problem, on either engine."""
+    """If old code can't notice a change, the check reports no problem, on either engine."""
     with connected(target) as connection:
         assert problems_of(NEXT, connection, scripts=sample(tmp_path, FINE[kind])) == []
 
@@ -200,7 +200,7 @@ NEW_CHECK, CHANGED_CHECK = (
 def test_a_check_that_a_test_shows_passes(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str, body: str, test: str, passes: bool
 ) -> None:
-    """A new CHECK on an old column passes if its named test exists; a changed CHECK never passes."""
+    """A new CHECK on an old column passes if its named test exists; a changed CHECK is reported."""
     monkeypatch.setitem(SHOWN, check, f"tests/test_schema_compatibility.py::{test}")
     with connected(target) as connection:
         problems = problems_of(NEXT, connection, scripts=sample(tmp_path, body))

@@ -152,8 +152,8 @@ def _damage(verifier: str) -> Iterator[str]:
     yield verifier + "\ud800"
 
 
-def test_damaged_verifier_accepts_nothing_and_signs_nothing() -> None:
-    """If a verifier is damaged, no proof is accepted; parameters and signature raise an error without the verifier."""
+def test_damaged_verifier_accepts_no_proof_and_signs_no_message() -> None:
+    """If a verifier is damaged, each proof is false, and the error of other uses does not show the verifier."""
     for damaged in _damage(VERIFIER):
         assert damaged != VERIFIER
         assert not check_proof(damaged, MESSAGE, PROOF), damaged
@@ -223,7 +223,7 @@ def test_stolen_verifier_and_overheard_proof_reveal_the_client_key() -> None:
     assert bytes(a ^ b for a, b in zip(PROOF, signature, strict=True)) == KEYS.client_key
 
 
-def test_another_secret_or_other_parameters_prove_nothing() -> None:
+def test_other_secrets_or_parameters_give_false_proofs() -> None:
     """If the secret, the salt or the iterations differ from the verifier's, the proof is false."""
     for secret, parameters in (
         (generate_secret(), PARAMETERS),
@@ -298,7 +298,7 @@ def test_device_may_insist_on_iterations() -> None:
 
 
 @pytest.mark.parametrize(("salt", "iterations"), [(bytes(7), 4096), (bytes(16), 1), (bytes(16), 10**9)])
-def test_device_answers_no_gateway_that_asks_for_too_little_or_too_much(salt: bytes, iterations: int) -> None:
+def test_device_refuses_extreme_parameters(salt: bytes, iterations: int) -> None:
     """If received parameters make guessing cheap or keep the device busy, the device refuses them."""
     with pytest.raises(InvalidArgumentError):
         ProofParameters(salt, iterations)

@@ -202,7 +202,7 @@ def test_after_commit_never_runs_after_a_rollback(database: Database) -> None:
     assert seen == ["kept"]
 
 
-def test_callback_that_is_no_function(database: Database) -> None:
+def test_callback_that_is_not_a_function(database: Database) -> None:
     """If a callback is not callable or needs awaiting, `after_commit` refuses it before the commit."""
 
     async def callback() -> None:
