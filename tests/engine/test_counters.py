@@ -1,4 +1,4 @@
-"""Counters: what a database did is counted, waits and groups within bounds, and no value is remembered."""
+"""Counters of a database: units by outcome, bounded lists of waits and batches, and no stored values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import START, FakeClock, add_agent
 
 
 def test_units_are_counted_by_how_they_ended(database: Database, clock: FakeClock) -> None:
-    """Reads, commits, rollbacks, retries and sweeps each have their number."""
+    """Commits, read units, rollbacks, retries and sweeps each have a counter."""
     counters = database._engine.counters
     before = counters.snapshot()
     add_agent(database)
@@ -44,8 +44,8 @@ def test_units_are_counted_by_how_they_ended(database: Database, clock: FakeCloc
     assert (after.retries, after.sweeps, after.swept) == (1, 1, 1)
 
 
-def test_a_wait_for_the_lane_is_measured(sqlite_database: Database) -> None:
-    """Who had to wait is counted, and how long it was."""
+def test_lock_wait_is_measured(sqlite_database: Database) -> None:
+    """If a unit waits for the write lock, the counters record the wait and its duration."""
     lanes = sqlite_database._engine.writers
     before = sqlite_database._engine.counters.snapshot().pool_waits
     with sqlite_database.unit_of_work():
@@ -60,8 +60,8 @@ def test_a_wait_for_the_lane_is_measured(sqlite_database: Database) -> None:
     assert snapshot.pool_wait_p99 > 0
 
 
-def test_the_last_error_is_a_fault_of_the_engine(sqlite_database: Database) -> None:
-    """A busy database is remembered with its time; what an application is refused is not."""
+def test_last_error_is_an_engine_error(sqlite_database: Database) -> None:
+    """An engine error is recorded with its time; a refusal for the application, such as a conflict, is not recorded."""
     counters = sqlite_database._engine.counters
     with suppress(ConflictError), sqlite_database.unit_of_work():
         raise ConflictError("a duplicate")
@@ -74,8 +74,8 @@ def test_the_last_error_is_a_fault_of_the_engine(sqlite_database: Database) -> N
     assert last.at.tzinfo is not None
 
 
-def test_a_lane_that_was_not_given_up_is_an_error_that_is_remembered(sqlite_path: object, clock: FakeClock) -> None:
-    """A caller that gave up waiting is told of in the counters too."""
+def test_lock_timeout_is_recorded(sqlite_path: object, clock: FakeClock) -> None:
+    """If a caller times out while it waits for the write lock, the counters record the error."""
     entered, done = threading.Event(), threading.Event()
     with Database.open(str(sqlite_path), clock=clock, busy_timeout=timedelta(milliseconds=20)) as database:
 
@@ -96,8 +96,8 @@ def test_a_lane_that_was_not_given_up_is_an_error_that_is_remembered(sqlite_path
         assert last.kind == "DatabaseBusyError"
 
 
-def test_percentiles_are_of_the_last_ones() -> None:
-    """Memory is bounded: what is long past no longer counts, and nothing is no percentile."""
+def test_percentiles_use_recent_values() -> None:
+    """Percentiles cover a bounded number of recent values; without a value a percentile is None."""
     counters = Counters()
     assert counters.snapshot().pool_wait_p50 is None
     for size in [1000] * 2000 + list(range(1, 1025)):

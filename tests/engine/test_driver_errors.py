@@ -1,4 +1,4 @@
-"""Errors of the engine: public classes that name a statement or a table, and mistakes in the code, which pass."""
+"""Engine errors: public classes that name a statement or a table. Programming errors pass through unchanged."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def add(unit: UnitOfWork) -> None:
     unit.agents.create(AgentCreate(id="ada", name=SECRET, workspace_path="/srv"))
 
 
-def test_a_refused_statement_is_named(target: str, database: Database) -> None:
-    """The error has the SQL text of homeagent's statement, and what the engine misses; no value."""
+def test_failed_statement_is_named(target: str, database: Database) -> None:
+    """If the engine refuses homeagent's statement, the error has its SQL text and the missing object, but no value."""
     write_past_checks(target, "ALTER TABLE agents RENAME COLUMN workspace_path TO folder")
     with pytest.raises(errors.DatabaseError, match=r"workspace_path.*the statement was: SELECT agents.id") as caught:
         database.run(lambda unit: unit.agents.list(), read_only=True)
@@ -32,8 +32,8 @@ def test_a_refused_statement_is_named(target: str, database: Database) -> None:
     assert SECRET not in str(caught.value)
 
 
-def test_a_statement_of_the_application_is_not_shown(database: Database) -> None:
-    """Its text may hold a value: the error names the table that is missing, and no more."""
+def test_application_statement_is_not_shown(database: Database) -> None:
+    """If an application's statement fails, the error names the missing table and omits the SQL text with its values."""
     with pytest.raises(errors.DatabaseError, match="nowhere") as caught, database.unit_of_work() as unit:
         unit.session.connection().execute(text(f"SELECT '{SECRET}' FROM nowhere"))
     assert SECRET not in str(caught.value)
@@ -43,8 +43,8 @@ def test_a_statement_of_the_application_is_not_shown(database: Database) -> None
 
 
 @pytest.mark.parametrize("engine_name", ["postgresql"])
-def test_a_value_that_the_driver_refuses_is_no_lost_connection(database: Database) -> None:
-    """Psycopg sends no text with a NUL: the caller's argument is wrong, and another try would not help."""
+def test_value_refused_by_driver_is_argument_error(database: Database) -> None:
+    """If Psycopg refuses a text with a NUL, the error reports a wrong argument and is not retried."""
     tries: list[int] = []
 
     def ask(unit: UnitOfWork) -> None:
@@ -56,8 +56,8 @@ def test_a_value_that_the_driver_refuses_is_no_lost_connection(database: Databas
     assert tries == [1]
 
 
-def test_a_mistake_in_the_code_passes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A TypeError of homeagent's own code is no damaged database: it passes unwrapped, on both ways to a row."""
+def test_programming_error_passes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TypeError in homeagent's own code passes unwrapped, for one row and for many."""
 
     def broken(*_: object, **__: object) -> object:
         raise TypeError("a mistake")
@@ -75,8 +75,8 @@ def test_a_mistake_in_the_code_passes(database: Database, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
 @pytest.mark.parametrize(("column", "value"), [("metadata", "x'FF'"), ("paired_at", "'then'"), ("paired_at", "x'00'")])
-def test_a_value_of_another_type_is_damage(target: str, database: Database, column: str, value: str) -> None:
-    """SQLite stores a value of any type in a column: another program's is `CorruptDatabaseError`, not a TypeError."""
+def test_wrong_type_is_corruption(target: str, database: Database, column: str, value: str) -> None:
+    """If another program stored a value of a wrong type in SQLite, reading raises `CorruptDatabaseError`."""
     database.pair(DevicePair(id="lamp", role=Role.NODE))
     write_past_checks(target, f"UPDATE devices SET {column} = CAST({value} AS BLOB)")
     with pytest.raises(errors.CorruptDatabaseError):
@@ -86,14 +86,14 @@ def test_a_value_of_another_type_is_damage(target: str, database: Database, colu
 
 
 def classes(kind: type[BaseException]) -> Iterator[type[BaseException]]:
-    """Yield the classes below an error, however deep."""
+    """Yield all direct and indirect subclasses of an error."""
     for each in kind.__subclasses__():
         yield each
         yield from classes(each)
 
 
 def test_every_error_class_is_public() -> None:
-    """`type(error).__name__` is found in `homeagent.errors`: a client that is sent the name can look it up."""
+    """Each error class can be imported from `homeagent.errors`, so that a client can look up `type(error).__name__`."""
     for module in pkgutil.walk_packages(homeagent.__path__, "homeagent."):
         if not module.name.endswith("__main__"):
             import_module(module.name)

@@ -1,6 +1,6 @@
-"""Waiting for another process's write lock: everybody gets a turn, for a bounded time, and nothing else is waited for.
+"""Wait for another process's write lock: each process gets a turn, and the wait has a bound.
 
-SQLite only: a PostgreSQL server has many writers, and queues of its own.
+SQLite only: a PostgreSQL server has many writers and its own queues.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ database.close()
 
 
 class Time:
-    """A monotonic clock that goes on only while somebody sleeps."""
+    """A monotonic clock that advances only during a sleep."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -82,23 +82,21 @@ class Time:
         monkeypatch.setattr(lock_wait, "sleep", self.sleep)
 
     def sleep(self, seconds: float) -> None:
-        """Pass the time."""
+        """Advance the clock."""
         self.slept.append(seconds)
         self.now += seconds
 
 
 @contextmanager
 def locked(database: Database) -> Iterator[Any]:
-    """Hold the write lock as another process would, on a connection of its own."""
+    """Hold the write lock on a separate connection, as another process would."""
     with closing(connect(database.status().location)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield connection
 
 
-def test_the_wait_is_bounded_by_the_timeout(
-    sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tries go on for `busy_timeout` and end in a DatabaseBusyError, and the next unit has its turn as ever."""
+def test_wait_is_bounded_by_busy_timeout(sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the lock stays taken for `busy_timeout`, the unit raises DatabaseBusyError, and the next unit works."""
     with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(seconds=3)) as database:
         with locked(database):
             time = Time(monkeypatch)
@@ -110,8 +108,8 @@ def test_the_wait_is_bounded_by_the_timeout(
         add_agent(database)
 
 
-def test_the_wait_ends_under_a_frozen_clock(sqlite_path: Path) -> None:
-    """An application's tests may freeze `time.monotonic`: a unit, a lock of a file and a follower still give up."""
+def test_wait_ends_under_a_frozen_clock(sqlite_path: Path) -> None:
+    """If a test freezes `time.monotonic`, a unit, a file lock and a follower still time out."""
     done = subprocess.run(
         [sys.executable, "-c", FROZEN, str(sqlite_path)],
         cwd=Path(__file__).parents[2],
@@ -123,8 +121,8 @@ def test_the_wait_ends_under_a_frozen_clock(sqlite_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_no_patience_means_one_try(sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a timeout of nothing a unit that meets a lock is told so at once."""
+def test_zero_timeout_tries_once(sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If `busy_timeout` is zero and the lock is taken, the unit raises DatabaseBusyError without a wait."""
     with (
         Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(0)) as database,
         locked(database),
@@ -135,8 +133,8 @@ def test_no_patience_means_one_try(sqlite_path: Path, clock: FakeClock, monkeypa
         assert time.slept == []
 
 
-def test_who_waits_gets_the_lock_once_it_is_free(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The unit begins at the first try after the other one's end, and is a unit like any other."""
+def test_waiter_begins_when_the_lock_is_free(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A waiting unit begins at the first attempt after the other process commits, and works like any other unit."""
     with locked(sqlite_database) as other:
         time = Time(monkeypatch)
         sleep = time.sleep
@@ -152,8 +150,8 @@ def test_who_waits_gets_the_lock_once_it_is_free(sqlite_database: Database, monk
     assert sqlite_database.counters().commits == 1
 
 
-def test_a_writer_gets_its_turns_beside_a_process_that_never_pauses(sqlite_database: Database) -> None:
-    """Beside one that commits and begins again at once, it does not wait for thousands of the other's units."""
+def test_writer_gets_turns_next_to_a_busy_process(sqlite_database: Database) -> None:
+    """If another process commits and begins again without a pause, the writer still gets its turns."""
     with sqlite_database.unit_of_work() as unit:
         unit.agents.create(AgentCreate(id="n", name="n", workspace_path="/n", config={"n": 0}))
 
@@ -180,5 +178,5 @@ def test_a_writer_gets_its_turns_beside_a_process_that_never_pauses(sqlite_datab
         finally:
             hog.kill()
     assert max(missed) > 0
-    # With SQLite's own waiting 1,300 here, and at last every 100 ms a try.
+    # With SQLite's own busy handler the writer needs 1,300 attempts here, in the end one every 100 ms.
     assert sum(missed) / len(missed) < 1_000

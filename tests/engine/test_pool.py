@@ -1,4 +1,4 @@
-"""ConnectionPool: first in, first out, nobody waits forever, and nothing is lost on the way."""
+"""ConnectionPool: first in, first out; each wait has a bound, and no place is lost."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ LANES = ("homeagent.engine.pool",)
 
 
 class Resource:
-    """Something that can be closed."""
+    """A resource that can be closed."""
 
     def __init__(self) -> None:
         self.closed = False
 
     def close(self) -> None:
-        """Remember it."""
+        """Record the call."""
         self.closed = True
 
 
 def lanes_of(size: int, make: Callable[[], Resource] = Resource) -> ConnectionPool[Resource]:
-    """Return lanes of so many resources."""
-    return ConnectionPool(size, make, name="the write lock")
+    """Return a pool of this size."""
+    return ConnectionPool(size, make, name="write lane")
 
 
 def wait_for_waiters(lanes: ConnectionPool[Resource], count: int) -> None:
-    """Return once so many threads have queued up."""
-    # Only the queue itself says who waits; a thread that is about to wait can't say so.
+    """Return when this many threads are in the queue."""
+    # Read the queue itself: a thread cannot report that it is about to wait.
     while len(lanes._waiters) < count:
         threading.Event().wait(0.001)
 
 
-def test_who_waits_longest_is_next() -> None:
-    """Ten threads that queue up one after the other get the lane in that order."""
+def test_longest_waiter_is_next() -> None:
+    """If ten threads queue up one after the other, the threads get the connection in the same order."""
     lanes = lanes_of(1)
     first = lanes.acquire(1)
     order: list[int] = []
@@ -61,8 +61,8 @@ def test_who_waits_longest_is_next() -> None:
     assert lanes.waits == 10
 
 
-def test_a_timeout_says_who_holds_the_lane() -> None:
-    """The one that waits in vain learns the holder's thread and since when."""
+def test_timeout_names_the_holder() -> None:
+    """If a wait times out, the error names the holder's thread and how long the thread has held the connection."""
     lanes = lanes_of(1)
     held = lanes.acquire(1)
     with pytest.raises(DatabaseBusyError, match=r"thread 'MainThread' has held it for \d"):
@@ -71,8 +71,8 @@ def test_a_timeout_says_who_holds_the_lane() -> None:
     assert lanes.acquire(0) is held
 
 
-def test_what_can_not_be_made_leaves_its_place_free() -> None:
-    """A failure to open reaches its caller, and the next one may try again."""
+def test_failed_open_frees_the_place() -> None:
+    """If opening a resource fails, the caller gets the error and the next caller can open one."""
     tries = iter([OSError("no"), None])
 
     def make() -> Resource:
@@ -86,8 +86,8 @@ def test_what_can_not_be_made_leaves_its_place_free() -> None:
     assert lanes.acquire(0)
 
 
-def test_a_discarded_resource_is_replaced_for_the_next() -> None:
-    """A broken connection is closed, and the waiter makes a new one."""
+def test_discarded_resource_is_replaced() -> None:
+    """If a holder discards a broken connection, the pool closes it, and the waiter opens a new connection."""
     lanes = lanes_of(1)
     broken = lanes.acquire(1)
     got: list[Resource] = []
@@ -101,8 +101,8 @@ def test_a_discarded_resource_is_replaced_for_the_next() -> None:
     assert not got[0].closed
 
 
-def test_closing_refuses_who_waits_and_closes_what_is_given_back() -> None:
-    """Nobody hangs on closed lanes, and a held resource is closed on its release."""
+def test_close_refuses_waiters_and_closes_returned_resources() -> None:
+    """If the pool is closed, waiting callers raise an error, and a held resource is closed when it is released."""
     lanes = lanes_of(1)
     held = lanes.acquire(1)
     refused: list[BaseException] = []
@@ -126,8 +126,8 @@ def test_closing_refuses_who_waits_and_closes_what_is_given_back() -> None:
         lanes.acquire(0)
 
 
-def test_no_more_than_its_size_are_out_at_once() -> None:
-    """Sixteen threads on three lanes never hold more than three."""
+def test_no_more_than_size_are_held() -> None:
+    """Sixteen threads never hold more than the three resources of a pool."""
     lanes = lanes_of(3)
     mutex = threading.Lock()
     out = most = 0
@@ -153,8 +153,8 @@ def test_no_more_than_its_size_are_out_at_once() -> None:
 
 @pytest.mark.parametrize("waits", [False, True], ids=["free", "handed over"])
 @pytest.mark.parametrize("is_made", [False, True], ids=["new", "made"])
-def test_an_interrupt_loses_no_place(is_made: bool, waits: bool) -> None:
-    """Wherever it comes while a lane is taken, the lane is taken for good or can be taken by the next one."""
+def test_interrupt_while_taking_loses_no_place(is_made: bool, waits: bool) -> None:
+    """If an interrupt comes while a caller takes a resource, the caller holds it or the next caller can take it."""
     turn = 0
     came = True
     while came:
@@ -162,7 +162,7 @@ def test_an_interrupt_loses_no_place(is_made: bool, waits: bool) -> None:
         if is_made or waits:
             first = lanes.acquire(0)
             if waits:
-                # Given at once: what is left of the wait is all that comes after it.
+                # The resource is free at once, so the rest of the waiting code is all that follows here.
                 threading.Timer(0, lanes.release if is_made else lanes.discard, [first]).start()
             else:
                 lanes.release(first)
@@ -174,8 +174,8 @@ def test_an_interrupt_loses_no_place(is_made: bool, waits: bool) -> None:
     assert turn > 3
 
 
-def test_an_interrupt_leaves_what_is_given_back_whole() -> None:
-    """Wherever it comes while a lane is given back, it was given back, or its holder can do that still."""
+def test_interrupt_while_giving_back_loses_no_place() -> None:
+    """If an interrupt comes at any point of a release, the resource is released or its holder can release it again."""
     turn = 0
     came = True
     while came:

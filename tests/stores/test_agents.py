@@ -12,7 +12,7 @@ BAD_IDS = ["", "x" * 129, "é" * 101, "nul\0", "a/b", "a\\b", ".", "..", "line\n
 
 
 def test_create_returns_what_is_stored(database: Database) -> None:
-    """A created agent is found again with every field, its creation stamped by the clock."""
+    """`create` stores every field, and the creation time comes from the clock."""
     config = {"z": [1, -0.0, 2**70, "é\0"], "a": None}
     with database.unit_of_work() as unit:
         made = unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada", config=config))
@@ -25,7 +25,7 @@ def test_create_returns_what_is_stored(database: Database) -> None:
 
 
 def test_duplicate_create_leaves_the_first(database: Database) -> None:
-    """A second agent under a taken id is refused, and the first stays as it was."""
+    """If the id is taken, `create` raises an error and the first agent keeps its values."""
     add_agent(database)
     before = dump(database)
     with pytest.raises(AgentExistsError) as caught, database.unit_of_work() as unit:
@@ -34,8 +34,8 @@ def test_duplicate_create_leaves_the_first(database: Database) -> None:
     assert dump(database) == before
 
 
-def test_what_is_absent(database: Database) -> None:
-    """Looking for an absent agent gives None, getting or changing one raises, deleting one says False."""
+def test_absent_agent(database: Database) -> None:
+    """If an agent does not exist, `find` returns None, `delete` returns False, and other methods raise an error."""
     with database.unit_of_work() as unit:
         assert unit.agents.find_by_id("nobody") is None
         assert unit.agents.delete("nobody") is False
@@ -47,8 +47,8 @@ def test_what_is_absent(database: Database) -> None:
     assert dump(database)["agents"] == []
 
 
-def test_what_is_no_agent_writes_nothing(database: Database) -> None:
-    """A dict, a row and what patches another table are refused as what they are not, and nothing is written."""
+def test_wrong_argument_types_write_nothing(database: Database) -> None:
+    """If the argument is a dict, a row or another table's patch, the method raises an error and writes no row."""
     add_agent(database)
     before = dump(database)
     row = Agent(id="row", name="Row", workspace_path="/row", created_at=START)
@@ -63,7 +63,7 @@ def test_what_is_no_agent_writes_nothing(database: Database) -> None:
 
 @pytest.mark.parametrize("bad", BAD_IDS, ids=repr)
 def test_bad_ids_are_refused(database: Database, bad: str) -> None:
-    """An id that may not be in a file name is refused by every method, and the unit stays usable."""
+    """If an id could not be a file name, every method raises an error, and the unit stays usable."""
     with database.unit_of_work() as unit:
         for call in (unit.agents.find_by_id, unit.agents.get, unit.agents.delete):
             with pytest.raises(InvalidArgumentError):
@@ -78,13 +78,13 @@ def test_bad_ids_are_refused(database: Database, bad: str) -> None:
 
 @pytest.mark.parametrize("limit", [0, -1, True, 1.0, "1", None, 2**31])
 def test_bad_limits_are_refused(database: Database, limit: int) -> None:
-    """A page has a whole number of rows, 1 or more."""
+    """A page's limit must be a whole number of 1 or more."""
     with database.unit_of_work(read_only=True) as unit, pytest.raises(InvalidArgumentError):
         unit.agents.list(limit=limit)
 
 
 def test_update_changes_only_what_was_given(database: Database) -> None:
-    """What is left out of a change stays, and a config that is given as None is emptied."""
+    """`update` keeps fields that are not given; a config of None becomes empty."""
     with database.unit_of_work() as unit:
         unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada", config=[1]))
         renamed = unit.agents.update("ada", AgentUpdate(name="Ada II"))
@@ -97,7 +97,7 @@ def test_update_changes_only_what_was_given(database: Database) -> None:
 
 
 def test_list_is_ordered_by_bytes_and_paged(database: Database) -> None:
-    """Pages follow the order of UTF-8 bytes on both engines, and a row added before the cursor does not shift them."""
+    """Pages are sorted by UTF-8 bytes on both engines, and a row added before the cursor does not shift a page."""
     ids = ["a", "B", "é", "Z", "aa", "a-b", "a_b", "ß", "日本", "😀", "\uffee", "0"]
     for agent_id in ids:
         add_agent(database, agent_id)
@@ -116,8 +116,8 @@ def test_list_is_ordered_by_bytes_and_paged(database: Database) -> None:
     assert found == expected
 
 
-def test_delete_spares_sessions_unless_told(database: Database, clock: FakeClock) -> None:
-    """An agent with sessions is in use; with delete_sessions they go together, and no other agent's."""
+def test_delete_refuses_or_deletes_sessions(database: Database, clock: FakeClock) -> None:
+    """If an agent has sessions, `delete` raises an error; with `delete_sessions` it also deletes only its sessions."""
     add_agent(database)
     add_agent(database, "bob")
     with database.unit_of_work() as unit:

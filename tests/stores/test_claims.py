@@ -1,4 +1,4 @@
-"""What `run_once` is made of: claims, their leases, fenced records, and what an operator does about lost ones."""
+"""The parts of `run_once`: claims, leases, fenced records, and the operator's methods for abandoned attempts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TICK = timedelta(milliseconds=1)
 
 
 def claim(database: Database, scope: IdempotencyScope = SCOPE, **options: Any) -> Attempt | Outcome:
-    """Claim a key in a unit of its own."""
+    """Claim a key in a separate unit."""
     arguments: Any = {"fingerprint": "f", "lease": MINUTE, "ttl": DAY, **options}
     return database.run(lambda unit: unit.idempotency_keys.claim(scope, **arguments))
 
@@ -45,17 +45,17 @@ def begin(database: Database, scope: IdempotencyScope = SCOPE, **options: Any) -
 
 
 def complete(database: Database, attempt: Attempt, result: Any = "done") -> bool:
-    """Record an outcome in a unit of its own."""
+    """Record an outcome in a separate unit."""
     return database.run(lambda unit: unit.idempotency_keys.complete(attempt, result))
 
 
 def find(database: Database, scope: IdempotencyScope = SCOPE) -> IdempotencyKey | None:
-    """Return the live record."""
+    """Return the record that has not expired."""
     return database.run(lambda unit: unit.idempotency_keys.find(scope), read_only=True)
 
 
-def test_what_is_no_attempt_changes_nothing(database: Database) -> None:
-    """A scope, a record and an outcome are no attempts: whatever takes one refuses them, and nothing is written."""
+def test_wrong_attempt_changes_nothing(database: Database) -> None:
+    """If the argument is a scope, a record or an outcome instead of an attempt, the method raises and writes no row."""
     begin(database)
     before = dump(database)
     for wrong in (SCOPE, find(database), Outcome(value=1, replayed=False, attempt=1), None):
@@ -73,7 +73,7 @@ def test_what_is_no_attempt_changes_nothing(database: Database) -> None:
 
 
 def test_lease_is_exact(database: Database, clock: FakeClock) -> None:
-    """A lease is live a millisecond before its end, and lapsed at that very instant."""
+    """A lease is valid one millisecond before its end and has expired exactly at its end."""
     first = begin(database)
     clock.now = first.lease_expires_at - TICK
     with pytest.raises(IdempotencyInProgressError) as refusal:
@@ -87,7 +87,7 @@ def test_lease_is_exact(database: Database, clock: FakeClock) -> None:
 
 
 def test_lease_of_zero(database: Database) -> None:
-    """A lease of zero is one that has lapsed, not one that never does; and it may still record its outcome."""
+    """A lease of zero has expired at once, and its attempt can still record an outcome."""
     attempt = begin(database, lease=timedelta(0))
     assert attempt.lease_expires_at == START
     with pytest.raises(OutcomeUnknownError):
@@ -109,7 +109,7 @@ WRITES: dict[str, Callable[[IdempotencyKeyStore, Attempt], object]] = {
 def test_stale_owner(
     database: Database, clock: FakeClock, write: Callable[[IdempotencyKeyStore, Attempt], object], lost_to: str
 ) -> None:
-    """Who lost a key, to whomever, changes nothing any more and is told."""
+    """If an attempt lost its key to another attempt or an operator, its writes raise an error and change no row."""
     stale = begin(database)
     clock.advance(MINUTE)
     if lost_to == "rerun":
@@ -127,8 +127,8 @@ def test_stale_owner(
     assert dump(database) == before
 
 
-def test_late_but_not_taken(database: Database, clock: FakeClock) -> None:
-    """An attempt whose lease lapsed records its outcome all the same where nobody took the key."""
+def test_late_completion(database: Database, clock: FakeClock) -> None:
+    """If a lease expired and no other attempt claimed the key, the attempt can still record its outcome."""
     attempt = begin(database)
     clock.advance(MINUTE * 2)
     complete(database, attempt)
@@ -136,7 +136,7 @@ def test_late_but_not_taken(database: Database, clock: FakeClock) -> None:
 
 
 def test_renew(database: Database, clock: FakeClock) -> None:
-    """A renewed lease counts from the renewal."""
+    """A renewed lease lasts from the time of the renewal."""
     attempt = begin(database)
     clock.advance(MINUTE - TICK)
     renewed = database.run(lambda unit: unit.idempotency_keys.renew(attempt, lease=MINUTE))
@@ -149,7 +149,7 @@ def test_renew(database: Database, clock: FakeClock) -> None:
 
 @pytest.mark.parametrize("swept", [False, True], ids=["before cleanup", "after cleanup"])
 def test_expiry(database: Database, clock: FakeClock, swept: bool) -> None:
-    """A record is replayed until its end and gone at that very instant, whether or not cleanup has run."""
+    """A record is replayed until its end and is absent exactly at its end, before and after a cleanup."""
     complete(database, begin(database))
     with pytest.raises(FingerprintMismatchError):
         claim(database, fingerprint="g")
@@ -168,13 +168,13 @@ def test_expiry(database: Database, clock: FakeClock, swept: bool) -> None:
     assert (row.result, row.created_at, row.attempt, row.fingerprint) == (None, clock.now, 1, "g")
 
 
-def test_time_passes_between_claim_and_read(target: str) -> None:
-    """A claim reads the clock once: a record that expires while it looks is replayed whole, never half gone."""
+def test_claim_reads_the_clock_once(target: str) -> None:
+    """If a record expires during a claim, the claim returns the whole record, for it reads the clock only once."""
     readings: list[datetime] = []
 
     def clock() -> datetime:
         readings.append(now)
-        # Any second reading would come from after the record's end.
+        # A second reading would be later than the record's end.
         return now if len(readings) == 1 else now + DAY
 
     now = START
@@ -190,8 +190,8 @@ def test_time_passes_between_claim_and_read(target: str) -> None:
         assert len(readings) == 1
 
 
-def test_cleanup_spares_what_is_not_known(database: Database, clock: FakeClock) -> None:
-    """Live leases and unknown outcomes outlive their time to live; what is known is removed."""
+def test_cleanup_keeps_unknown_outcomes(database: Database, clock: FakeClock) -> None:
+    """Cleanup keeps valid leases and unknown outcomes after their time to live, and removes known outcomes."""
     scopes = {name: IdempotencyScope("lamp", "m", name) for name in ("running", "unknown", "completed", "failed")}
     attempts = {name: begin(database, scope, ttl=MINUTE) for name, scope in scopes.items()}
     complete(database, attempts["completed"])
@@ -206,7 +206,7 @@ def test_cleanup_spares_what_is_not_known(database: Database, clock: FakeClock) 
         claim(database, scopes["unknown"])
     with pytest.raises(FingerprintMismatchError):
         claim(database, scopes["unknown"], fingerprint="g")
-    # Its time to live is over, but it has just ended: it is replayed for as long again.
+    # The time to live is over, but the attempt has just ended: the record is replayed for the same time again.
     complete(database, attempts["running"])
     clock.advance(MINUTE - TICK)
     assert claim(database, scopes["running"]) == Outcome("done", True, 1)
@@ -214,8 +214,8 @@ def test_cleanup_spares_what_is_not_known(database: Database, clock: FakeClock) 
     begin(database, scopes["running"])
 
 
-def test_failure(database: Database) -> None:
-    """A stored failure is raised again, and says that it is a replay."""
+def test_replayed_failure(database: Database) -> None:
+    """A stored failure is raised again, and the error is marked as a replay."""
     attempt = begin(database)
     assert database.run(lambda unit: unit.idempotency_keys.fail(attempt, {"code": 0}))
     with pytest.raises(EffectFailedError) as replay:
@@ -223,8 +223,8 @@ def test_failure(database: Database) -> None:
     assert (replay.value.detail, replay.value.replayed) == ({"code": 0}, True)
 
 
-def test_operator(database: Database, clock: FakeClock) -> None:
-    """An operator lists what was abandoned, longest ago first, says how one ended, and lets another run again."""
+def test_operator_settles_abandoned_keys(database: Database, clock: FakeClock) -> None:
+    """An operator lists abandoned keys, oldest first, records the outcome of one and allows another to run again."""
     scopes = [IdempotencyScope("lamp", "m", str(number)) for number in range(3)]
     for scope in scopes:
         begin(database, scope)
@@ -248,8 +248,8 @@ def test_operator(database: Database, clock: FakeClock) -> None:
     assert [row.key for row in store(lambda keys: keys.list_abandoned())] == ["2"]
 
 
-def test_operator_meets_nothing(database: Database) -> None:
-    """Where nothing was abandoned, an operator changes nothing: neither an absent record nor a completed one."""
+def test_operator_without_abandoned_keys(database: Database) -> None:
+    """If no key is abandoned, the operator's methods change neither an absent nor a completed record."""
     complete(database, begin(database))
     before = dump(database)
     with database.unit_of_work() as unit:
@@ -259,8 +259,8 @@ def test_operator_meets_nothing(database: Database) -> None:
     assert dump(database) == before
 
 
-def test_resolve_with_what_cannot_be_stored(database: Database, clock: FakeClock) -> None:
-    """An operator's result must be one that can be stored; the key stays abandoned where it is not."""
+def test_resolve_with_unstorable_result(database: Database, clock: FakeClock) -> None:
+    """If `resolve` gets a result that cannot be stored, it raises an error and the key stays abandoned."""
     begin(database)
     clock.advance(MINUTE)
     with pytest.raises(InvalidArgumentError):
@@ -270,15 +270,15 @@ def test_resolve_with_what_cannot_be_stored(database: Database, clock: FakeClock
 
 
 def test_record_without_fingerprint(database: Database, clock: FakeClock) -> None:
-    """A record inserted without parameters counts as completed, for calls with any parameters."""
+    """A record that was inserted without parameters counts as completed for calls with any parameters."""
     database.run(lambda unit: unit.idempotency_keys.insert(SCOPE, {"id": 1}, ttl=DAY))
     assert claim(database, fingerprint="anything") == Outcome({"id": 1}, True, 1)
     clock.advance(DAY)
     assert begin(database).number == 1
 
 
-def test_errors_tell_no_key(database: Database) -> None:
-    """No message of the state machine shows the key or a stored result; each says what it is about."""
+def test_errors_omit_the_key(database: Database) -> None:
+    """Each error of the claims names its scope, but omits the key and the stored result."""
     scope = IdempotencyScope("lamp", "m", "sesame")
     attempt = begin(database, scope, lease=timedelta(0))
     told: list[IdempotencyError] = []
@@ -297,9 +297,9 @@ def test_errors_tell_no_key(database: Database) -> None:
 
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_earlier_schema(tmp_path: Path, revision: str) -> None:
-    """A row of every released schema counts as completed after the upgrade, null included, until it ends.
+    """After an upgrade from any released schema, a row counts as completed until it expires, also with a null result.
 
-    SQLite only: the databases that were kept of each release are files.
+    SQLite only: the kept databases of each release are files.
     """
     directory = tmp_path / "private"
     directory.mkdir(mode=0o700)
@@ -313,11 +313,13 @@ def test_earlier_schema(tmp_path: Path, revision: str) -> None:
         begin(database, IdempotencyScope("phone", "door.open", "key-old"))
 
 
-# What another program stored as a state
+# A state that another program stored.
 
 
-def test_an_unknown_state_never_frees_a_key(database: Database, target: str, clock: FakeClock) -> None:
-    """A row whose state is none of the three may stand for an effect that took place: it stays, and is refused."""
+def test_unknown_state_keeps_the_key(database: Database, target: str, clock: FakeClock) -> None:
+    """If a row has an unknown state, claims raise an error and cleanup keeps the row: the effect may have taken
+    place.
+    """
     begin(database, lease=timedelta(0))
     write_past_checks(target, "UPDATE idempotency_keys SET state = 'running'")
     clock.advance(days=30)
@@ -334,8 +336,8 @@ def test_an_unknown_state_never_frees_a_key(database: Database, target: str, clo
     assert dump(database) == before
 
 
-def test_an_odd_flag_says_that_the_result_was_left_out(database: Database, target: str) -> None:
-    """Where `omitted` is neither 0 nor 1, the stored result is not passed off as the whole one."""
+def test_unreadable_omitted_flag(database: Database, target: str) -> None:
+    """If `omitted` is neither 0 nor 1, the stored result is not returned as a complete result."""
     complete(database, begin(database), "done")
     write_past_checks(target, "UPDATE idempotency_keys SET omitted = 2")
     again = claim(database)

@@ -37,7 +37,7 @@ MINUTE = timedelta(minutes=1)
 
 
 def test_create_is_always_unapproved(database: Database) -> None:
-    """A created device holds what it was given, is pending, and was paired when the clock says."""
+    """A created device has the given fields, is pending, and has the clock's time as its pairing time."""
     metadata = {"b": "é\0😀", "a": [1.5, None]}
     with database.unit_of_work() as unit:
         made = unit.devices.create(
@@ -50,8 +50,8 @@ def test_create_is_always_unapproved(database: Database) -> None:
     assert (found.approved, found.status, found.last_seen_at) == (False, DeviceStatus.PENDING, None)
 
 
-def test_approved_cannot_be_smuggled_in() -> None:
-    """What creates a device has no field for its approval, and a role outside of the three is refused."""
+def test_create_has_no_approval_field() -> None:
+    """The create model has no field for the approval, and a role other than the three raises an error."""
     with pytest.raises(ValidationError):
         DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash="sha256$x", approved=True)
     with pytest.raises(ValidationError):
@@ -59,7 +59,7 @@ def test_approved_cannot_be_smuggled_in() -> None:
 
 
 def test_duplicate_create_leaves_the_first(database: Database) -> None:
-    """A second device under a taken id is refused; the first keeps its secret, role and approval."""
+    """If the id is taken, `create` raises an error; the first device keeps its secret, role and approval."""
     add_device(database, approved=True)
     before = dump(database)
     with pytest.raises(DeviceExistsError) as caught:
@@ -68,8 +68,8 @@ def test_duplicate_create_leaves_the_first(database: Database) -> None:
     assert dump(database) == before
 
 
-def test_what_is_absent(database: Database) -> None:
-    """An absent device is None to find, DeviceNotFoundError to change, and nothing to see or delete."""
+def test_absent_device(database: Database) -> None:
+    """If a device does not exist, a search returns None, and changes raise DeviceNotFoundError."""
     with database.unit_of_work() as unit:
         assert unit.devices.find_by_id("nobody") is None
         assert unit.devices.update_last_seen("nobody") is False
@@ -84,7 +84,7 @@ def test_what_is_absent(database: Database) -> None:
 
 @pytest.mark.parametrize("bad", ["", "x" * 129, "nul\0", "a/b", "..", 7], ids=repr)
 def test_bad_ids_are_refused(database: Database, bad: str) -> None:
-    """An id that may not be in a file name is refused by every method."""
+    """If an id could not be a file name, every method raises an error."""
     with database.unit_of_work() as unit:
         devices = unit.devices
         for call in (
@@ -97,7 +97,7 @@ def test_bad_ids_are_refused(database: Database, bad: str) -> None:
 
 
 def test_bad_arguments_write_nothing(database: Database) -> None:
-    """Roles, statuses, limits, reasons and instants outside of the contract are refused before anything is written."""
+    """If a role, status, limit, reason or timestamp is invalid, the method raises an error before it writes a row."""
     add_device(database)
     before = dump(database)
     with database.unit_of_work() as unit:
@@ -132,8 +132,8 @@ def test_bad_arguments_write_nothing(database: Database) -> None:
     assert dump(database) == before
 
 
-def test_what_is_no_device_writes_nothing(database: Database) -> None:
-    """A dict, a request and what patches another table are refused as what they are not, and nothing is written."""
+def test_wrong_argument_types_write_nothing(database: Database) -> None:
+    """If the argument is a dict, a request or another table's patch, the method raises an error and writes no row."""
     add_device(database)
     before = dump(database)
     row = Device(id="row", role=Role.NODE, shared_secret_hash="h", paired_at=START, approved=True)
@@ -150,7 +150,7 @@ def test_what_is_no_device_writes_nothing(database: Database) -> None:
 
 
 def test_update_changes_metadata_alone(database: Database) -> None:
-    """Metadata is replaced where it was given, emptied by None, and left where it was left out."""
+    """`update` replaces the given metadata, empties the metadata for None and keeps metadata that is not given."""
     add_device(database)
     with database.unit_of_work() as unit:
         assert unit.devices.update("lamp", DeviceUpdate(metadata={"a": 1})).metadata_ == {"a": 1}
@@ -160,7 +160,7 @@ def test_update_changes_metadata_alone(database: Database) -> None:
 
 
 def test_approve_and_revoke(database: Database, clock: FakeClock) -> None:
-    """Approval and revocation say whether they changed anything, and record when and why."""
+    """`approve` and `revoke` return whether the device changed, and record the time and the reason."""
     add_device(database)
     with database.unit_of_work() as unit:
         approved_at = clock.advance(SECOND)
@@ -178,8 +178,8 @@ def test_approve_and_revoke(database: Database, clock: FakeClock) -> None:
         assert (device.status, device.revoked_at, device.revoked_reason) == (DeviceStatus.APPROVED, None, None)
 
 
-def test_approve_compares_with_what_was_seen(database: Database, clock: FakeClock) -> None:
-    """A device that paired anew with another role or secret in between is not approved."""
+def test_approve_refuses_a_newly_paired_device(database: Database, clock: FakeClock) -> None:
+    """If a device paired again with another role or secret after it was shown, `approve` raises an error."""
     seen = add_device(database)
     with database.unit_of_work() as unit:
         unit.devices.delete("lamp")
@@ -201,8 +201,10 @@ def test_approve_compares_with_what_was_seen(database: Database, clock: FakeCloc
 
 
 @pytest.mark.parametrize("shown", [None, DeviceStatus.PENDING, DeviceStatus.APPROVED])
-def test_approve_spares_what_another_admin_revoked(database: Database, shown: DeviceStatus | None) -> None:
-    """Who was shown a device before it was revoked doesn't let it in again; who saw it revoked does."""
+def test_approve_refuses_a_device_revoked_meanwhile(database: Database, shown: DeviceStatus | None) -> None:
+    """If a device was revoked after it was shown, `approve` raises an error; if it was shown as revoked, it is
+    approved.
+    """
     add_device(database, approved=shown is DeviceStatus.APPROVED)
     with database.unit_of_work() as unit:
         unit.devices.revoke("lamp", reason="stolen")
@@ -220,8 +222,8 @@ def test_approve_spares_what_another_admin_revoked(database: Database, shown: De
 
 
 @pytest.mark.parametrize("shown", [DeviceStatus.REVOKED, DeviceStatus.APPROVED])
-def test_a_pending_device_is_not_what_was_seen_revoked_or_approved(database: Database, shown: DeviceStatus) -> None:
-    """A device that paired anew after it was shown in another status is refused for that status alone."""
+def test_approve_refuses_a_pending_device_seen_in_another_status(database: Database, shown: DeviceStatus) -> None:
+    """If only the status differs because the device paired again, `approve` raises an error."""
     add_device(database)
     before = dump(database)
     with database.unit_of_work() as unit, pytest.raises(ApprovalChangedError, match="another status"):
@@ -230,8 +232,8 @@ def test_a_pending_device_is_not_what_was_seen_revoked_or_approved(database: Dat
 
 
 @pytest.mark.parametrize("revoked", [False, True], ids=["pending", "revoked"])
-def test_an_overlap_is_for_approved_devices_alone(database: Database, revoked: bool) -> None:
-    """`set_secret` refuses an overlap for a pending or revoked device and changes nothing; without one it does."""
+def test_overlap_needs_an_approved_device(database: Database, revoked: bool) -> None:
+    """For a pending or revoked device, `set_secret` with an overlap raises an error; without an overlap it works."""
     stored = add_device(database, approved=revoked).shared_secret_hash
     if revoked:
         database.run(lambda unit: unit.devices.revoke("lamp"))
@@ -246,8 +248,8 @@ def test_an_overlap_is_for_approved_devices_alone(database: Database, revoked: b
 
 
 @pytest.mark.parametrize("status", [DeviceStatus.PENDING, DeviceStatus.REVOKED])
-def test_approval_ends_an_overlap_that_was_given_before(database: Database, status: DeviceStatus) -> None:
-    """A previous secret on record for a device that was not approved, as earlier versions wrote it, never serves."""
+def test_approval_ends_an_earlier_overlap(database: Database, status: DeviceStatus) -> None:
+    """If an earlier version stored a previous secret for an unapproved device, that secret is never accepted."""
     add_device(database)
     if status is DeviceStatus.REVOKED:
         database.run(lambda unit: unit.devices.revoke("lamp"))
@@ -261,8 +263,8 @@ def test_approval_ends_an_overlap_that_was_given_before(database: Database, stat
 
 
 @pytest.mark.parametrize("act", ["revoke", "delete"])
-def test_last_admin_stays(database: Database, act: str) -> None:
-    """The last approved admin neither goes by revocation nor by deletion, unless that is forced."""
+def test_last_admin_is_kept(database: Database, act: str) -> None:
+    """The last approved admin can be neither revoked nor deleted, unless the caller forces the change."""
     add_device(database, "root", role=Role.ADMIN, approved=True)
     add_device(database, "pending", role=Role.ADMIN)
     add_device(database, "node", role=Role.NODE, approved=True)
@@ -284,7 +286,7 @@ def test_last_admin_stays(database: Database, act: str) -> None:
 
 
 def test_last_seen_once_a_minute(database: Database, clock: FakeClock) -> None:
-    """It is written when a whole minute has passed and never moves back; a later time than now counts as now."""
+    """The last-seen time is written once a minute and never moves back; a time in the future counts as now."""
     add_device(database)
 
     def see(at: datetime | None = None) -> bool:
@@ -307,7 +309,7 @@ def test_last_seen_once_a_minute(database: Database, clock: FakeClock) -> None:
 
 
 def test_last_seen_at_the_ends_of_time(database: Database, clock: FakeClock) -> None:
-    """Neither an instant in the year 1 nor the longest of all granularities is too much."""
+    """A timestamp in the year 1 and the longest granularity both work."""
     add_device(database)
     with database.unit_of_work() as unit:
         assert unit.devices.update_last_seen("lamp", granularity=timedelta.max)
@@ -315,8 +317,8 @@ def test_last_seen_at_the_ends_of_time(database: Database, clock: FakeClock) -> 
         assert not unit.devices.update_last_seen("lamp", datetime.min.replace(tzinfo=UTC))
 
 
-def test_last_seen_never_lets_a_device_in(database: Database, clock: FakeClock) -> None:
-    """A revoked device that is seen stays revoked, and a deleted one is not made anew."""
+def test_last_seen_never_approves(database: Database, clock: FakeClock) -> None:
+    """If a revoked device is seen, it stays revoked; a deleted device is not created again."""
     add_device(database, approved=True)
     with database.unit_of_work() as unit:
         unit.devices.revoke("lamp")
@@ -328,8 +330,8 @@ def test_last_seen_never_lets_a_device_in(database: Database, clock: FakeClock) 
         assert unit.devices.find_by_id("lamp") is None
 
 
-def test_delete_takes_keys_and_spares_nonces(database: Database) -> None:
-    """With a device go its results, so that its successor under that id never gets them; its nonces stay burnt."""
+def test_delete_removes_results_and_keeps_nonces(database: Database) -> None:
+    """`delete` removes a device's stored results, so that a new device with the id never gets them, but no nonces."""
     for device_id in ("lamp", "other"):
         add_device(database, device_id)
     scopes = [IdempotencyScope(device_id, "on", "k") for device_id in ("lamp", "other")]
@@ -344,7 +346,7 @@ def test_delete_takes_keys_and_spares_nonces(database: Database) -> None:
 
 
 def test_list_filters_and_pages(database: Database) -> None:
-    """Filters by approval, role and status combine, and pages go by id."""
+    """Filters by approval, role and status can be combined, and pages are sorted by id."""
     add_device(database, "a", role=Role.ADMIN, approved=True)
     add_device(database, "b", role=Role.NODE, approved=True)
     add_device(database, "c", role=Role.NODE)
@@ -366,21 +368,19 @@ def test_list_filters_and_pages(database: Database) -> None:
         assert ids(role=Role.NODE, approved=False, after="c") == "d"
 
 
-def test_hashes_are_in_no_dump_and_no_repr(database: Database) -> None:
-    """What is stored of a secret appears in neither the repr nor the dump of a device."""
+def test_hashes_are_not_in_dump_or_repr(database: Database) -> None:
+    """A device's hashes are neither in its repr nor in its dump."""
     device = add_device(database)
     assert "sha256$" not in repr(device) + str(device) + device.model_dump_json() + str(device.model_dump())
 
 
-# What another program stored as an approval
+# An approval that another program stored.
 
 
 @pytest.mark.parametrize("value", ["'false'", "'true'", "''", "x'01'", "2", "-1", "1.5"])
 @pytest.mark.parametrize("revoked", [False, True])
-def test_only_exactly_one_is_an_approval(
-    database: Database, target: str, engine_name: str, value: str, revoked: bool
-) -> None:
-    """A stored approval that is neither 0 nor 1 lets no device in, and the device is in the lists of the others."""
+def test_only_1_is_an_approval(database: Database, target: str, engine_name: str, value: str, revoked: bool) -> None:
+    """If the stored approval is neither 0 nor 1, the device is not approved, and lists show it as unapproved."""
     if engine_name == "postgresql" and value not in {"2", "-1"}:
         pytest.skip("PostgreSQL stores nothing but integers in this column")
     secret = database.pair(DevicePair(id="lamp", role=Role.ADMIN)).shared_secret
@@ -419,8 +419,8 @@ def test_only_exactly_one_is_an_approval(
     assert database.verify_secret("lamp", secret) is not None
 
 
-def test_null_is_no_approval(database: Database, target: str, engine_name: str) -> None:
-    """Where another program let the column be null, a null is no approval, and the device is listed as revoked."""
+def test_null_is_not_an_approval(database: Database, target: str, engine_name: str) -> None:
+    """If another program made the column nullable, a null is not an approval, and the device is listed as revoked."""
     add_device(database, approved=True)
     nullable = {
         "postgresql": ["ALTER TABLE devices ALTER COLUMN approved DROP NOT NULL"],
@@ -439,8 +439,8 @@ def test_null_is_no_approval(database: Database, target: str, engine_name: str) 
 
 
 @pytest.mark.parametrize("value", ["2", "-1"])
-def test_the_database_refuses_another_approval(database: Database, value: str) -> None:
-    """The CHECK refuses whatever is neither 0 nor 1, on both engines, and nothing is written."""
+def test_database_refuses_another_approval(database: Database, value: str) -> None:
+    """The CHECK constraint refuses any approval other than 0 and 1 on both engines, and no row is written."""
     add_device(database, approved=True)
     before = dump(database)
     with pytest.raises(ConflictError), database.unit_of_work() as unit:
@@ -449,7 +449,7 @@ def test_the_database_refuses_another_approval(database: Database, value: str) -
 
 
 def test_approval_through_the_orm(database: Database, clock: FakeClock) -> None:
-    """The ORM approves and revokes as the store does: with the time, and without an old secret."""
+    """An approval or revocation through the ORM sets the time and removes the old secret, as the store does."""
     add_device(database, "lamp")
     with database.unit_of_work() as unit:
         unit.session.get_one(Device, "lamp").metadata_ = {"room": 1}
@@ -463,7 +463,7 @@ def test_approval_through_the_orm(database: Database, clock: FakeClock) -> None:
     later = clock.advance(seconds=1)
     with database.unit_of_work() as unit:
         device = unit.session.get_one(Device, "lamp")
-        unit.devices.update_last_seen("lamp")  # after which the old value of the attribute is not loaded
+        unit.devices.update_last_seen("lamp")  # afterwards the old value of the attribute is not loaded
         device.approved = False
     revoked = database.devices.get("lamp")
     assert (revoked.status, revoked.revoked_at) == (DeviceStatus.REVOKED, later)
@@ -472,8 +472,8 @@ def test_approval_through_the_orm(database: Database, clock: FakeClock) -> None:
     assert database.devices.get("lamp").revoked_at is None
 
 
-def test_an_approval_withdrawn_past_the_models(database: Database) -> None:
-    """An UPDATE that sets `approved` to 0 revokes: the row and the lists show the device as revoked, not as pending."""
+def test_update_statement_withdraws_an_approval(database: Database) -> None:
+    """If an UPDATE statement sets `approved` to 0, the row and the lists show the device as revoked, not as pending."""
     add_device(database, "lamp", approved=True)
     add_device(database, "new")
     with database.unit_of_work() as unit:

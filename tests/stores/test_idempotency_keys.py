@@ -1,4 +1,4 @@
-"""The store of idempotency keys: results that are stored, found and forgotten."""
+"""The store of idempotency keys: insert, find and remove results."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ values = st.recursive(
 
 
 def insert(database: Database, scope: IdempotencyScope = SCOPE, result: Any = 1, ttl: timedelta = MINUTE) -> None:
-    """Store a result in a unit of its own."""
+    """Store a result in a separate unit."""
     with database.unit_of_work() as unit:
         unit.idempotency_keys.insert(scope, result, ttl=ttl)
 
 
 def test_insert_and_find(database: Database) -> None:
-    """A stored result is found with its times, also from the value that insert returns."""
+    """A stored result is found with its times, and equals the value that `insert` returns."""
     with database.unit_of_work() as unit:
         made = unit.idempotency_keys.insert(SCOPE, {"ok": True}, ttl=MINUTE)
     with database.unit_of_work(read_only=True) as unit:
@@ -44,8 +44,8 @@ def test_insert_and_find(database: Database) -> None:
     assert (made.result, made.created_at, made.expires_at) == (found.result, found.created_at, found.expires_at)
 
 
-def test_live_record_is_never_overwritten(database: Database) -> None:
-    """A second insert under a live scope is refused, and its error does not show the key."""
+def test_unexpired_record_is_never_overwritten(database: Database) -> None:
+    """If the scope has an unexpired record, `insert` raises an error without the key in its text."""
     insert(database)
     before = dump(database)
     with pytest.raises(IdempotencyKeyExistsError) as caught:
@@ -56,7 +56,7 @@ def test_live_record_is_never_overwritten(database: Database) -> None:
 
 
 def test_scopes_do_not_collide(database: Database) -> None:
-    """Device, method and key stay apart, whatever separators they hold."""
+    """Device, method and key stay separate, even if they contain separators."""
     scopes = [
         IdempotencyScope(*parts)
         for parts in [("a", "b", "c"), ("a", "b:c", "c"), ("a:b", "c", "c"), ("a", "b", "c:c"), ("a", "c", "b")]
@@ -69,7 +69,7 @@ def test_scopes_do_not_collide(database: Database) -> None:
 
 
 def test_expiry_is_exact(database: Database, clock: FakeClock) -> None:
-    """A record is live a millisecond before its end, dead at that instant, and then replaced whole."""
+    """A record is found one millisecond before its end, is absent exactly at its end, and is then replaced whole."""
     insert(database)
     clock.now = START + MINUTE - MS
     with pytest.raises(IdempotencyKeyExistsError):
@@ -84,8 +84,8 @@ def test_expiry_is_exact(database: Database, clock: FakeClock) -> None:
     assert (found.result, found.created_at, found.expires_at) == ("new", clock.now, clock.now + MINUTE)
 
 
-def test_cleanup_is_bounded_and_spares_the_living(database: Database, clock: FakeClock) -> None:
-    """One call removes no more than its limit, and only what is dead."""
+def test_cleanup_is_bounded_and_keeps_unexpired_rows(database: Database, clock: FakeClock) -> None:
+    """One cleanup call removes at most `limit` rows, and only expired rows."""
     for number in range(5):
         insert(database, IdempotencyScope("lamp", "on", f"k{number}"), ttl=MINUTE * (number + 1))
     clock.now = START + 4 * MINUTE
@@ -97,8 +97,8 @@ def test_cleanup_is_bounded_and_spares_the_living(database: Database, clock: Fak
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=values)
-def test_any_json_comes_back_as_it_was(database: Database, value: Any) -> None:
-    """What was stored is read back with its types, key order, NUL characters and minus zero."""
+def test_json_values_are_read_back_unchanged(database: Database, value: Any) -> None:
+    """A stored JSON value is read back with its types, key order, NUL characters and minus zero."""
     with database.unit_of_work() as unit:
         unit.idempotency_keys.insert(SCOPE, value, ttl=MINUTE)
         found = unit.idempotency_keys.find(SCOPE)
@@ -112,15 +112,15 @@ def test_any_json_comes_back_as_it_was(database: Database, value: Any) -> None:
     [math.nan, math.inf, {1: 2}, {"a": {1, 2}}, b"bytes", START, "\ud800", (1, 2), object(), "x" * (256 * 1024 - 1)],
     ids=["nan", "infinity", "int key", "set", "bytes", "instant", "surrogate", "tuple", "object", "too large"],
 )
-def test_what_is_no_json_or_too_large_is_refused(database: Database, result: Any) -> None:
-    """NaN, keys that are not text, sets, bytes, instants, lone surrogates and over 256 KiB are refused unwritten."""
+def test_unstorable_results_are_refused(database: Database, result: Any) -> None:
+    """NaN, keys that are not text, sets, bytes, timestamps, lone surrogates and more than 256 KiB raise an error."""
     with pytest.raises(InvalidArgumentError):
         insert(database, result=result)
     assert dump(database)["idempotency_keys"] == []
 
 
 def test_the_largest_result_is_stored(database: Database) -> None:
-    """Exactly 256 KiB of JSON text still fits."""
+    """A result of exactly 256 KiB of JSON text is stored."""
     insert(database, result="x" * (256 * 1024 - 2))
     with database.unit_of_work() as unit:
         found = unit.idempotency_keys.find(SCOPE)
@@ -129,7 +129,7 @@ def test_the_largest_result_is_stored(database: Database) -> None:
 
 
 def test_bad_arguments_are_refused(database: Database) -> None:
-    """Scopes, times to live and limits outside of the contract are refused."""
+    """Invalid scopes, times to live and limits raise an error."""
     for parts in [
         ("", "m", "k"),
         ("a/b", "m", "k"),
@@ -152,8 +152,8 @@ def test_bad_arguments_are_refused(database: Database) -> None:
     assert dump(database)["idempotency_keys"] == []
 
 
-def test_what_insert_returns_is_what_find_returns(database: Database) -> None:
-    """The instance that was not read back is the same as the row, field by field, and as much a stored one."""
+def test_insert_returns_the_stored_record(database: Database) -> None:
+    """`insert` returns an instance that equals the stored row in every field and counts as loaded."""
     from sqlalchemy import inspect
 
     scope = IdempotencyScope("lamp", "on", "k")

@@ -17,13 +17,13 @@ MS = timedelta(milliseconds=1)
 
 
 def consume(database: Database, nonce: str = "n", device_id: str = "lamp", **options: int) -> bool:
-    """Consume a nonce in a unit of its own."""
+    """Consume a nonce in a separate unit."""
     with database.unit_of_work() as unit:
         return unit.nonces.consume(device_id, nonce, expires_at=START + MINUTE, **options)
 
 
 def test_consume_is_true_once(database: Database) -> None:
-    """A nonce is used up by the first call, per device, whatever printable characters it has."""
+    """The first call for a device and nonce returns True and later calls False, for all printable characters."""
     for nonce in ("n", "a+/=", "x" * 256, "é☎"):
         assert consume(database, nonce) is True
         assert consume(database, nonce) is False
@@ -36,7 +36,7 @@ def test_consume_is_true_once(database: Database) -> None:
 
 
 def test_expiry_is_exact(database: Database, clock: FakeClock) -> None:
-    """A nonce is live a millisecond before its end and dead at that very instant, before any cleanup."""
+    """A nonce is known one millisecond before its end and has expired exactly at its end, before any cleanup."""
     assert consume(database) is True
     clock.now = START + MINUTE - MS
     with database.unit_of_work() as unit:
@@ -54,7 +54,7 @@ def test_expiry_is_exact(database: Database, clock: FakeClock) -> None:
 
 
 def test_cleanup_keeps_a_grace(database: Database, clock: FakeClock) -> None:
-    """A dead nonce keeps its row for the grace, so that a clock that is set back does not readmit it."""
+    """Cleanup keeps an expired nonce for the grace, so that a clock that is set back accepts no replay."""
     assert consume(database) is True
     clock.now = START + MINUTE + NONCE_GRACE - MS
     with database.unit_of_work() as unit:
@@ -68,7 +68,7 @@ def test_cleanup_keeps_a_grace(database: Database, clock: FakeClock) -> None:
 
 
 def test_cleanup_is_bounded_and_oldest_first(database: Database, clock: FakeClock) -> None:
-    """One call removes no more than its limit, those that died first, and never a live one."""
+    """One cleanup call removes at most `limit` rows, the earliest expired first, and never an unexpired row."""
     with database.unit_of_work() as unit:
         for number in range(7):
             unit.nonces.consume("lamp", f"n{number}", expires_at=START + MINUTE * (7 - number))
@@ -84,8 +84,8 @@ def test_cleanup_is_bounded_and_oldest_first(database: Database, clock: FakeCloc
         assert unit.nonces.find("lamp", "live") is not None
 
 
-def test_limit_refuses_new_ones_and_evicts_none(database: Database, clock: FakeClock) -> None:
-    """At the bound a new nonce of the device is refused, a replay is False, and room comes from expiry alone."""
+def test_limit_refuses_new_nonces(database: Database, clock: FakeClock) -> None:
+    """If a device has reached its limit, a new nonce raises an error, a replay is False, and only expiry makes room."""
     used = 0
     with pytest.raises(NonceLimitError) as caught:
         for number in range(20):
@@ -102,7 +102,7 @@ def test_limit_refuses_new_ones_and_evicts_none(database: Database, clock: FakeC
 
 
 def test_bad_arguments_write_nothing(database: Database) -> None:
-    """Ids, nonces, instants and limits outside of the contract are refused."""
+    """Invalid ids, nonces, timestamps and limits raise an error."""
     with database.unit_of_work() as unit:
         for device_id, nonce in [("", "n"), ("a/b", "n"), ("x" * 129, "n"), ("d", ""), ("d", "x" * 257), ("d", "\0")]:
             with pytest.raises(InvalidArgumentError):
@@ -119,8 +119,8 @@ def test_bad_arguments_write_nothing(database: Database) -> None:
     assert dump(database)["nonces"] == []
 
 
-def test_a_device_has_ten_thousand_live_nonces_at_most(database: Database, clock: FakeClock) -> None:
-    """The default bound: ten thousand live ones are let in, the next one is refused until they are over."""
+def test_a_device_has_at_most_ten_thousand_nonces(database: Database, clock: FakeClock) -> None:
+    """With the default limit, a device's nonce number 10,001 is refused until the others have expired."""
     expires_at = clock.now + timedelta(hours=1)
     with database.unit_of_work() as unit:
         for number in range(10_000):
@@ -135,8 +135,8 @@ def test_a_device_has_ten_thousand_live_nonces_at_most(database: Database, clock
         assert unit.nonces.consume("lamp", "room again", expires_at=clock.now + timedelta(hours=1))
 
 
-def test_a_store_that_was_restarted_remembers(database: Database, reopen: Any, clock: FakeClock) -> None:
-    """A consumed nonce is a replay for the next process as well."""
+def test_nonces_survive_a_restart(database: Database, reopen: Any, clock: FakeClock) -> None:
+    """A nonce that was consumed before a restart is a replay for the next process."""
     expires_at = clock.now + timedelta(hours=1)
     with database.unit_of_work() as unit:
         assert unit.nonces.consume("lamp", "one", expires_at=expires_at)

@@ -1,4 +1,4 @@
-"""After a restore: no message that was let in before is let in again, and fresh ones are, soon."""
+"""After a restore, no earlier message is accepted again, and new messages are soon accepted."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ guard = ReplayGuard(skew=SKEW)
 
 
 def judge(database: Database, nonce: str, signed_at: datetime) -> Freshness:
-    """Judge a message in a unit of its own."""
+    """Judge a message in a separate unit."""
     return database.run(lambda unit: guard.check(unit.nonces, "lamp", nonce, signed_at=signed_at))
 
 
 def begin_epoch(database: Database, restored_at: datetime | None) -> None:
-    """Have the store say that it was restored at this instant, its nonces forgotten."""
+    """Begin an epoch at this time, as a restore does, and delete the nonces."""
     with database.unit_of_work() as unit:
         connection = unit.session.connection()
         connection.execute(text("DELETE FROM nonces"))
@@ -60,7 +60,7 @@ def nothing_enters_twice(
     until_restore: timedelta,
     later: list[timedelta],
 ) -> None:
-    """Let messages in before and after a backup, their signers' clocks off either way, restore, and try each again."""
+    """Accept messages before and after a backup, with early and late clocks, then restore and send each again."""
     clock = FakeClock()
     with tempfile.TemporaryDirectory() as directory:
         path, backup = Path(directory) / "homeagent.db", Path(directory) / "the.backup"
@@ -81,7 +81,7 @@ def nothing_enters_twice(
                 clock.advance(pause)
                 for nonce, signed_at in let_in.items():
                     assert judge(database, nonce, signed_at) is not Freshness.FRESH, (nonce, signed_at, clock.now)
-            # It isn't that nobody enters: what is signed after the last that may have been let in is judged as ever.
+            # Not every message is refused: a message signed after the last possible earlier message is judged as usual.
             clock.now = max(clock.now, restored_at + MOMENT)
             signed_at = restored_at + SKEW + MOMENT
             expected = Freshness.FRESH if clock.now < signed_at + SKEW else Freshness.STALE
@@ -90,16 +90,16 @@ def nothing_enters_twice(
 
 @settings(max_examples=6, deadline=None)
 @histories
-def test_nothing_enters_twice(**history: Any) -> None:
-    """None that was let in is let in again after a restore. On SQLite, since the restore is that engine's own."""
+def test_no_message_is_accepted_twice(**history: Any) -> None:
+    """After a restore, no earlier message is accepted again. SQLite only: `restore` exists for this engine only."""
     nothing_enters_twice(**history)
 
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @histories
-def test_nothing_enters_twice_in_many_histories(**history: Any) -> None:
-    """The same in 60 histories. On SQLite, since the restore is that engine's own."""
+def test_no_message_is_accepted_twice_in_many_histories(**history: Any) -> None:
+    """In 60 histories, no message is accepted again after a restore. SQLite only, like `restore`."""
     nothing_enters_twice(**history)
 
 
@@ -109,7 +109,7 @@ def test_nothing_enters_twice_in_many_histories(**history: Any) -> None:
         (-SKEW, Freshness.STALE),
         (timedelta(0), Freshness.STALE),
         (MOMENT, Freshness.STALE),
-        # Let in at the very instant of the restore, from a clock that is ahead by all of the skew.
+        # Accepted exactly at the time of the restore, from a clock that is ahead by the whole skew.
         (SKEW, Freshness.STALE),
         (SKEW + MOMENT, Freshness.FRESH),
     ],
@@ -117,14 +117,14 @@ def test_nothing_enters_twice_in_many_histories(**history: Any) -> None:
 def test_the_bound_is_exact(
     database: Database, reopen: MakeDatabase, clock: FakeClock, offset: timedelta, verdict: Freshness
 ) -> None:
-    """What could have been let in up to the restore is stale, to the millisecond, and what could not is fresh."""
+    """A message that could have been accepted before the restore is stale, to the millisecond; a later one is fresh."""
     begin_epoch(database, START)
     clock.advance(2 * MOMENT)
     assert judge(reopen(), "one", START + offset) is verdict
 
 
-def test_a_stale_one_uses_no_nonce_up(database: Database, reopen: MakeDatabase) -> None:
-    """What is refused for the restore leaves nothing behind."""
+def test_stale_message_uses_no_nonce(database: Database, reopen: MakeDatabase) -> None:
+    """If a message is refused because of the restore, its nonce is not stored."""
     begin_epoch(database, START)
     again = reopen()
     judge(again, "one", START)
@@ -132,8 +132,8 @@ def test_a_stale_one_uses_no_nonce_up(database: Database, reopen: MakeDatabase) 
         assert unit.nonces.find("lamp", "one") is None
 
 
-def test_the_epoch_is_asked_once(database: Database, reopen: MakeDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One look at the epoch serves every message: no further statement is run for it."""
+def test_epoch_is_read_once(database: Database, reopen: MakeDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epoch is read once, and no later message runs that statement again."""
     from homeagent.engine.connection import StoreConnection
     from homeagent.stores.nonces import FIND_RECORD
 
@@ -150,8 +150,8 @@ def test_the_epoch_is_asked_once(database: Database, reopen: MakeDatabase, monke
     assert asked.count(FIND_RECORD) == 1
 
 
-def test_without_its_row_nobody_enters(database: Database, reopen: MakeDatabase) -> None:
-    """A store that can't say whether it was restored lets nobody in."""
+def test_missing_epoch_row_refuses_all(database: Database, reopen: MakeDatabase) -> None:
+    """If the row with the epoch is missing, every message raises `CorruptDatabaseError`."""
     with database.unit_of_work() as unit:
         unit.session.connection().execute(text("DELETE FROM store"))
     with pytest.raises(CorruptDatabaseError, match="newest good backup"):

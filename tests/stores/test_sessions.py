@@ -47,8 +47,8 @@ def test_create_and_find(database: Database) -> None:
     assert named.session_id[14] == "7"
 
 
-def test_what_is_no_session_writes_nothing(database: Database) -> None:
-    """A dict and a row are refused as what they are not, and nothing is written."""
+def test_wrong_argument_types_write_nothing(database: Database) -> None:
+    """If the argument is a dict or a row, the method raises an error and writes no row."""
     add_agent(database)
     before = dump(database)
     row = AgentSession(session_id="row", agent_id="ada", created_at=START, last_active_at=START)
@@ -59,7 +59,7 @@ def test_what_is_no_session_writes_nothing(database: Database) -> None:
 
 
 def test_refused_creates_write_nothing(database: Database) -> None:
-    """A taken id and an absent agent are refused."""
+    """If the id is taken or the agent does not exist, `create` raises an error."""
     add_agent(database)
     with database.unit_of_work() as unit:
         unit.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada"))
@@ -83,7 +83,7 @@ def test_refused_creates_write_nothing(database: Database) -> None:
 
 
 def test_bad_arguments_are_refused(database: Database) -> None:
-    """Ids, labels, limits, cursors and instants outside of the contract are refused, and nothing is written."""
+    """Invalid ids, labels, limits, cursors and timestamps raise an error, and no row is written."""
     add_agent(database)
     with database.unit_of_work() as unit:
         sessions = unit.sessions
@@ -107,7 +107,7 @@ def test_bad_arguments_are_refused(database: Database) -> None:
 
 
 def test_resolve_is_one_session_per_route(database: Database) -> None:
-    """Agent, sender and channel name one session each, absent ones equal to absent ones, whatever they contain."""
+    """Each combination of agent, sender and channel has one session, and two absent values count as equal."""
     for agent_id in ("ada", "bob"):
         add_agent(database, agent_id)
     with database.unit_of_work() as unit:
@@ -123,7 +123,7 @@ def test_resolve_is_one_session_per_route(database: Database) -> None:
 
 
 def test_created_sessions_take_a_free_route(database: Database) -> None:
-    """The first session of a route answers for it; when that is gone, resolve makes a new one."""
+    """`resolve` returns the first session of a route; if that session is deleted, `resolve` creates a new one."""
     add_agent(database)
     with database.unit_of_work() as unit:
         for session_id in ("s1", "s2"):
@@ -134,7 +134,7 @@ def test_created_sessions_take_a_free_route(database: Database) -> None:
 
 
 def test_resolve_after_the_orm_moved_sessions(database: Database) -> None:
-    """A session that a flush moves takes its new route if it is free, also a route that another one leaves at once."""
+    """If a flush moves a session, it takes its new route when the route is free, or when another session leaves it."""
     add_agent(database)
 
     def resolve(sender: str | None) -> AgentSession:
@@ -160,13 +160,13 @@ def test_resolve_after_the_orm_moved_sessions(database: Database) -> None:
 
 
 def only_sound(database: Database) -> bool:
-    """Tell whether each route key is that of its session."""
+    """Return whether each route key belongs to its session."""
     rows = database.sessions.list()
     return all(row.route_key in (None, route_key(row.agent_id, row.sender_id, row.channel_id)) for row in rows)
 
 
-def test_resolve_after_an_update_past_the_models(database: Database) -> None:
-    """An UPDATE leaves the old key behind: resolve and create never take the moved session for one of its old route."""
+def test_resolve_after_an_update_statement(database: Database) -> None:
+    """If an UPDATE statement leaves an old route key, `resolve` and `create` never return the moved session for it."""
     add_agent(database)
     moved = database.sessions.resolve(agent_id="ada", sender_id="ann").session_id
     with database.unit_of_work() as unit:
@@ -185,7 +185,7 @@ def test_resolve_after_an_update_past_the_models(database: Database) -> None:
 
 
 def test_touch_moves_forward_only(database: Database, clock: FakeClock) -> None:
-    """Activity is recorded when it is later than what is on record, by a millisecond or more."""
+    """`touch` records an activity if it is later than the stored one by a millisecond or more."""
     add_agent(database)
     with database.unit_of_work() as unit:
         unit.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada"))
@@ -198,7 +198,7 @@ def test_touch_moves_forward_only(database: Database, clock: FakeClock) -> None:
 
 
 def test_pages_are_stable(database: Database, clock: FakeClock) -> None:
-    """With equal instants, and rows added in between, pages repeat and skip none of the rows that were there."""
+    """With equal timestamps and rows added meanwhile, pages neither repeat nor skip an earlier row."""
     add_agent(database)
     chance = random.Random(7)
     with database.unit_of_work() as unit:
@@ -237,7 +237,7 @@ def test_pages_are_stable(database: Database, clock: FakeClock) -> None:
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("filters", [{}, {"agent": True}, {"sender": True}, {"channel": True}], ids=str)
 def test_pages_come_from_an_index(database: Database, filters: dict[str, bool], after: bool) -> None:
-    """Each page is planned as a walk along an index: no sorting, and no reading of the whole table."""
+    """Each page is read along an index, without a sort and without a full table scan."""
     wanted = {"agent": False, "sender": False, "channel": False, **filters}
     statement = module._list(**wanted, after=after)
     values = {"agent_id": "a", "sender_id": "s", "channel_id": "c", "limit": 50, "after_active": START, "after_id": "s"}
@@ -249,7 +249,8 @@ def test_pages_come_from_an_index(database: Database, filters: dict[str, bool], 
             rows = raw.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", compiled.bind(values)).fetchall()
             plan = "\n".join(row[3] for row in rows)
         else:
-            # An empty table is read and sorted, unless that is made dear: then it shows whether there is another way.
+            # PostgreSQL would scan and sort an empty table. Make both expensive, so that the plan shows whether an
+            # index serves.
             for way in ("seqscan", "bitmapscan", "sort", "incremental_sort"):
                 raw.execute(f"SET LOCAL enable_{way} = off")
             rows = raw.execute(f"EXPLAIN {compiled.sql}", compiled.bind(values)).fetchall()
@@ -267,15 +268,15 @@ def test_pages_come_from_an_index(database: Database, filters: dict[str, bool], 
 
 
 def rows(count: int, *, agent_id: str = "ada") -> Iterator[AgentSession]:
-    """Yield sessions to be indexed, all of one route."""
+    """Yield sessions of one route for the index."""
     for number in range(count):
         yield AgentSession(
             session_id=f"i{number:05}", agent_id=agent_id, sender_id="s", created_at=START, last_active_at=START
         )
 
 
-def test_index_adds_and_moves_on(database: Database, clock: FakeClock) -> None:
-    """Known sessions keep all but a later activity, new ones are added, and progress is told batch by batch."""
+def test_index_adds_and_updates(database: Database, clock: FakeClock) -> None:
+    """`index` adds new sessions, updates only the activity of known sessions, and reports progress for each batch."""
     add_agent(database)
     told: list[int] = []
     with database.unit_of_work() as unit:
@@ -293,8 +294,8 @@ def test_index_adds_and_moves_on(database: Database, clock: FakeClock) -> None:
     assert len(dump(database)["sessions"]) == 1500
 
 
-def test_a_time_later_than_now_counts_as_now(database: Database, clock: FakeClock) -> None:
-    """A sender's clock that is ahead gives no session a time that later activity can't reach."""
+def test_future_time_counts_as_now(database: Database, clock: FakeClock) -> None:
+    """If a sender's clock is ahead, the session's time is now, so that later activity is still later."""
     add_agent(database)
     ahead = START + timedelta(days=18_000)
     with database.unit_of_work() as unit:
@@ -312,8 +313,8 @@ def test_a_time_later_than_now_counts_as_now(database: Database, clock: FakeCloc
     assert findings["clock"].severity == "ok"
 
 
-def test_indexed_sessions_answer_for_their_route(database: Database) -> None:
-    """After an index is rebuilt, resolve answers with the first indexed session of a route, and makes none."""
+def test_resolve_finds_indexed_sessions(database: Database) -> None:
+    """After a rebuild of the index, `resolve` returns the first indexed session of a route and creates none."""
     add_agent(database)
     with database.unit_of_work() as unit:
         unit.sessions.index(rows(3))
@@ -322,7 +323,7 @@ def test_indexed_sessions_answer_for_their_route(database: Database) -> None:
 
 
 def test_index_names_the_wrong_item(database: Database) -> None:
-    """What is no session is named by its number, an absent agent by its id, and neither unit wrote anything."""
+    """An item that is not a session is named by its number, an absent agent by its id, and no row is written."""
     add_agent(database)
     before = dump(database)
     with pytest.raises(InvalidArgumentError, match="number 1003 "), database.unit_of_work() as unit:

@@ -1,4 +1,4 @@
-"""The stores against plain dictionaries: whatever is done in whatever order, and however the clock moves."""
+"""Compare the stores with plain dictionaries, for random sequences of calls and movements of the clock."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ optional = st.sampled_from([None, "x", "y"])
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Every step is done to one database and to one model, and both must answer alike."""
+    """Run each step on a database and on a model, and compare the answers."""
 
     target: str
     database: Database
@@ -53,7 +53,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.clock = FakeClock()
         self.database = Database.open(self.target, clock=self.clock, durability="normal")
         with self.database.unit_of_work() as unit:
-            # What the sequence before left behind.
+            # Remove the rows of the sequence before.
             for table in ("idempotency_keys", "nonces", "sessions", "agents", "devices"):
                 unit.session.connection().execute(text(f"DELETE FROM {table}"))
         self.nonces: dict[tuple[str, str], datetime] = {}
@@ -69,7 +69,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.database.close()
 
     def attempt(self, store: str, method: str, *arguments: Any, **options: Any) -> Any:
-        """Return what a method returned in a unit of its own, or the class of the error that it raised."""
+        """Return the result of a method in a separate unit, or the class of the error that it raised."""
         try:
             with self.database.unit_of_work() as unit:
                 return getattr(getattr(unit, store), method)(*arguments, **options)
@@ -260,7 +260,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def run_sequences(target: str, sequences: int, steps: int) -> None:
-    """Try so many sequences of so many steps at most on a database."""
+    """Run at most this many sequences, with at most this many steps, on a database."""
     machine = type("StoreMachine", (StoreMachine,), {"target": target})
     run_state_machine_as_test(
         machine, settings=settings(max_examples=sequences, stateful_step_count=steps, deadline=None)
@@ -268,11 +268,11 @@ def run_sequences(target: str, sequences: int, steps: int) -> None:
 
 
 def test_stores(target: str) -> None:
-    """Any sequence of steps leaves the stores and the model alike."""
+    """After any sequence of steps, the stores and the model give the same answers."""
     run_sequences(target, 30, 40)
 
 
 @pytest.mark.slow
 def test_many_sequences(target: str, engine_name: str) -> None:
-    """The same, two thousand times over on SQLite, and five hundred times on PostgreSQL, which takes longer."""
+    """After 2,000 sequences on SQLite and 500 on PostgreSQL (which is slower), the stores and the model agree."""
     run_sequences(target, 2000 if engine_name == "sqlite" else 500, 20)

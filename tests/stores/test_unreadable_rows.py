@@ -1,4 +1,4 @@
-"""A row with a value that its column can't hold: errors name it, and what does not need the value works."""
+"""A row with a value that its column cannot hold: errors name the row, and methods that do not need the value work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from homeagent import AgentUpdate, Database, DeviceUpdate, IdempotencyScope, Rol
 from homeagent.errors import CorruptDatabaseError, LastAdminError
 from tests.conftest import add_agent, add_device, write_past_checks
 
-# What another program stored, and whether PostgreSQL takes it.
+# Values that another program stored, and whether PostgreSQL accepts them.
 VALUES = {
     "no JSON": ("metadata", "'hello'", True),
     "a time beyond the year 9999": ("last_seen_at", "1152921504606846976", True),
@@ -24,7 +24,7 @@ VALUES = {
 
 @pytest.fixture(params=VALUES)
 def column(request: pytest.FixtureRequest, database: Database, target: str) -> str:
-    """The column of the device "odd", between two sound ones, that holds what no store writes."""
+    """Return a column of the device "odd", between two valid devices, with a value that no store writes."""
     column, value, everywhere = VALUES[request.param]
     if "://" in target and not everywhere:
         pytest.skip("PostgreSQL stores no such value in a column of this type")
@@ -35,7 +35,7 @@ def column(request: pytest.FixtureRequest, database: Database, target: str) -> s
 
 
 def test_the_error_names_the_row(database: Database, column: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Whether one row is read or many: the error has the table, the column and the key, and not the value."""
+    """If one row or a list is read, the error has the table, the column and the key, but not the value."""
     acts: list[Callable[[], object]] = [lambda: database.devices.get("odd"), database.devices.list]
     for act in acts:
         with pytest.raises(
@@ -48,8 +48,8 @@ def test_the_error_names_the_row(database: Database, column: str, caplog: pytest
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_a_decision_needs_no_value_of_the_row(database: Database, column: str) -> None:
-    """The device is approved, revoked and deleted, and the last admin is spared, as any other device."""
+def test_unreadable_device_can_be_approved_and_deleted(database: Database, column: str) -> None:
+    """The device can be approved, revoked and deleted like any other device, and the last admin is kept."""
     assert database.devices.approve("odd", expected_role=Role.ADMIN) is True
     with pytest.raises(LastAdminError):
         database.devices.delete("odd")
@@ -60,8 +60,8 @@ def test_a_decision_needs_no_value_of_the_row(database: Database, column: str) -
     assert len(database.devices.list()) == 2
 
 
-def test_an_update_replaces_the_value(database: Database, target: str) -> None:
-    """An update that gives a new value for the unreadable one works, and reads nothing before."""
+def test_update_replaces_the_value(database: Database, target: str) -> None:
+    """If an update gives a new value for the unreadable one, it works without reading the old value."""
     add_device(database)
     add_agent(database)
     write_past_checks(target, "UPDATE devices SET metadata = 'hello'", "UPDATE agents SET config = 'hello'")
@@ -73,8 +73,8 @@ def test_an_update_replaces_the_value(database: Database, target: str) -> None:
     assert database.agents.delete("ada") is True
 
 
-def test_a_secret_key_is_not_named(database: Database, target: str) -> None:
-    """The row of an idempotency key is named by its device."""
+def test_secret_key_is_not_named(database: Database, target: str) -> None:
+    """If a row of an idempotency key is unreadable, the error names its device, not its key."""
     scope = IdempotencyScope("lamp", "on", "geheim")
     database.idempotency_keys.insert(scope, 1, ttl=timedelta(minutes=1))
     write_past_checks(target, "UPDATE idempotency_keys SET result = 'hello'")
