@@ -1,4 +1,4 @@
-"""What the tests of the files stand on: files put in the way, what a refusal must leave alone, other users."""
+"""Fixtures of the file tests: obstacles in a file's place, snapshots of a directory, and other users."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from homeagent.errors import (
 AT_ONCE = timedelta(0)
 NOBODY = 65534
 CHECKOUT = Path(homeagent.__file__).parents[1]
-DATABASE = b"\0" * 512  # a judge that only looks from outside takes this for a database
+DATABASE = b"\0" * 512  # a check from outside takes this file for a database
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can give a file away")
 
-# A program's start: nothing is imported after the privileges are gone, for the checkout may be closed to others.
+# Start of a child program. Import everything before the privileges are dropped, because the checkout may be closed to
+# other users.
 UNPRIVILEGED = f"""
     import os
     if os.geteuid() == 0:
@@ -43,17 +44,17 @@ Snapshot = dict[str, tuple[int, int, int, int, int, bytes | str | None]]
 
 
 def program(*parts: str) -> list[str]:
-    """Return the command that runs these parts, each indented as it may be, as one Python program."""
+    """Return the command that runs these parts, each with any indentation, as one Python program."""
     return [sys.executable, "-c", "".join(textwrap.dedent(part) for part in parts)]
 
 
 def environment() -> dict[str, str]:
-    """Return an environment in which a child finds the package in this checkout."""
+    """Return an environment in which a child process finds the package in this checkout."""
     return {**os.environ, "PYTHONPATH": str(CHECKOUT)}
 
 
 def run(*parts: str, arguments: list[str] | None = None) -> str:
-    """Run a program to its end and return what it printed; a failing one fails the test."""
+    """Run a program to its end and return its output; if the program fails, the test fails."""
     done = subprocess.run(
         [*program(*parts), *(arguments or [])],
         check=False,
@@ -67,7 +68,7 @@ def run(*parts: str, arguments: list[str] | None = None) -> str:
 
 
 def snapshot(root: Path) -> Snapshot:
-    """Return all that a refusal must leave as it was: names, modes, owners, links, times and content."""
+    """Return everything that a refusal must not change: names, modes, owners, links, times and content."""
     found: Snapshot = {}
     for path in sorted(root.rglob("*")):
         status = path.lstat()
@@ -93,7 +94,7 @@ def mode_of(path: Path) -> int:
 
 
 def make(path: Path, content: bytes = DATABASE, mode: int = 0o600) -> Path:
-    """Make a file with exactly this mode."""
+    """Create a file with exactly this mode."""
     path.write_bytes(content)
     path.chmod(mode)
     return path
@@ -101,7 +102,7 @@ def make(path: Path, content: bytes = DATABASE, mode: int = 0o600) -> Path:
 
 @pytest.fixture
 def database_file(tmp_path: Path) -> Path:
-    """Return where a database file may be made, in a directory that holds nothing else."""
+    """Return a path for a database file, in an empty directory."""
     directory = tmp_path / "data"
     directory.mkdir(0o700)
     return directory / "homeagent.db"
@@ -109,7 +110,7 @@ def database_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def open_directory() -> Iterator[Path]:
-    """Return a directory that an unprivileged child reaches and owns, which pytest's own are not."""
+    """Return a directory that an unprivileged child owns and can reach; pytest's own directories are private."""
     directory = Path(tempfile.mkdtemp(prefix="homeagent-test-"))
     if os.geteuid() == 0:
         os.chown(directory, NOBODY, NOBODY)
@@ -121,17 +122,17 @@ def open_directory() -> Iterator[Path]:
 
 
 def symlink(path: Path) -> None:
-    """Put a link to a sound database in the path's place."""
+    """Put a symbolic link to a valid database in the path's place."""
     path.symlink_to(make(path.with_name("target.db")))
 
 
 def dangling_symlink(path: Path) -> None:
-    """Put a link to nothing in the path's place."""
+    """Put a symbolic link to an absent file in the path's place."""
     path.symlink_to(path.with_name("nowhere.db"))
 
 
 def hard_link(path: Path) -> None:
-    """Give a sound database a second name."""
+    """Give a valid database a second name."""
     make(path)
     path.with_name("other.db").hardlink_to(path)
 
@@ -142,13 +143,13 @@ def directory(path: Path) -> None:
 
 
 def fifo(path: Path) -> None:
-    """Put a pipe in the path's place, on which an open() would hang."""
+    """Put a named pipe in the path's place, on which an open() would block."""
     os.mkfifo(path)
 
 
 def unix_socket(path: Path) -> None:
     """Put a socket in the path's place."""
-    # A socket's address is short, so it is bound from inside the directory that a long name leads to.
+    # A socket's address is short, so bind the socket from inside the directory with the long name.
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         with closing(socket.socket(socket.AF_UNIX)) as server:

@@ -1,4 +1,4 @@
-"""The database's files: how they are found, judged, repaired, refused, made and swapped."""
+"""The database's files: how they are found, checked, repaired, refused, created and replaced."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ from tests.engine.files.conftest import (
 
 class TestPaths:
     def test_home_is_expanded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """`~` is the caller's home."""
+        """`~` means the caller's home directory."""
         monkeypatch.setenv("HOME", str(tmp_path))
         assert locate_file("~/.homeagent/homeagent.db") == tmp_path.resolve() / ".homeagent" / "homeagent.db"
 
     def test_relative_path_becomes_absolute(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A later change of the working directory does not lead to another file."""
+        """If the working directory changes later, a relative path still names the same file."""
         monkeypatch.chdir(tmp_path)
         assert locate_file(Path("data/../homeagent.db")) == tmp_path.resolve() / "homeagent.db"
 
     def test_linked_directory_is_followed_and_a_linked_file_is_not(self, tmp_path: Path) -> None:
-        """Two ways to one file give one path, while a link in the file's own place stays visible."""
+        """If a directory is a link, the path is resolved; a link in the place of the file itself is kept visible."""
         (tmp_path / "real").mkdir()
         (tmp_path / "linked").symlink_to(tmp_path / "real")
         (tmp_path / "real" / "a.db").symlink_to(tmp_path / "elsewhere.db")
@@ -78,19 +78,23 @@ class TestPaths:
         ids=["empty", "nul", "user", "surrogate", "not UTF-8", "directory not UTF-8"],
     )
     def test_path_that_names_no_file_is_refused(self, path: str) -> None:
-        """What can't be a file name is a bad argument, not an error from somewhere below."""
+        """If a path cannot be a file name, the error reports a wrong argument."""
         with pytest.raises(InvalidArgumentError):
             locate_file(path)
 
     def test_link_to_a_directory_whose_name_is_not_utf8_is_refused(self, tmp_path: Path) -> None:
-        """Neither a manifest nor a report could name the file: that is told at once, not at the first backup."""
+        """If a linked directory's name is not UTF-8, opening raises an error at once, since no manifest could name the
+        file.
+        """
         (tmp_path / "\udcff").mkdir()
         (tmp_path / "linked").symlink_to(tmp_path / "\udcff")
         with pytest.raises(InvalidArgumentError, match="its directory is not UTF-8"):
             locate_file(tmp_path / "linked" / "a.db")
 
     def test_circle_of_links_is_refused_when_it_is_used(self, tmp_path: Path) -> None:
-        """Directories that link to each other end in an error that names them, on every Python."""
+        """If directories link to each other in a circle, using the path raises an error that names it, on every
+        Python.
+        """
         (tmp_path / "a").symlink_to(tmp_path / "b")
         (tmp_path / "b").symlink_to(tmp_path / "a")
         path = locate_file(tmp_path / "a" / "homeagent.db")
@@ -99,8 +103,8 @@ class TestPaths:
         with pytest.raises(InsecureFileError, match="circle"):
             prepare_directory(path.parent)
 
-    def test_sidecars_lie_beside_the_database(self) -> None:
-        """SQLite puts its suffixes after the whole name, dots included."""
+    def test_sidecars_are_next_to_the_database(self) -> None:
+        """SQLite appends its suffixes to the whole file name, dots included."""
         assert sidecars(Path("/data/a.b.db")) == [
             Path("/data/a.b.db-wal"),
             Path("/data/a.b.db-shm"),
@@ -110,19 +114,19 @@ class TestPaths:
 
 class TestInspecting:
     def test_absent_file(self, database_file: Path) -> None:
-        """No file is None, and looking for it makes none."""
+        """If the file does not exist, the result is None, and no file is created."""
         assert inspect_file(database_file) is None
         assert list(database_file.parent.iterdir()) == []
 
     def test_empty_file(self, database_file: Path) -> None:
-        """A file without a byte is a database that was created and never initialised."""
+        """A file of zero bytes counts as a database that was created and never initialised."""
         state = inspect_file(make(database_file, b""))
         assert state is not None
         assert state.is_empty
         assert state.size == 0
 
     def test_present_file(self, database_file: Path) -> None:
-        """A private file of at least one page is told by its size, owner and identity, and not touched."""
+        """A private file of at least one page is described by its size, owner and identity, and does not change."""
         status = make(database_file).lstat()
         before = snapshot(database_file.parent)
         state = inspect_file(database_file)
@@ -133,10 +137,10 @@ class TestInspecting:
         assert snapshot(database_file.parent) == before
 
     @pytest.mark.parametrize(("put", "error", "words"), NOT_A_FILE_OF_OURS)
-    def test_what_is_no_file_of_ours_is_refused(
+    def test_untrusted_file_is_refused(
         self, database_file: Path, put: Callable[[Path], None], error: type[DatabaseError], words: str
     ) -> None:
-        """Links, second names and what is no regular file are refused by name, and nothing changes."""
+        """If the path is a link, a second name or not a regular file, the error names it and no file changes."""
         put(database_file)
         before = snapshot(database_file.parent)
         with pytest.raises(error, match=words) as refusal:
@@ -146,7 +150,7 @@ class TestInspecting:
 
     @pytest.mark.parametrize("size", [1, 100, 511])
     def test_too_short_file_is_corrupt(self, database_file: Path, size: int, caplog: pytest.LogCaptureFixture) -> None:
-        """What SQLite would take for an empty file is refused, its loose mode left for whoever looks into it."""
+        """If a file is so short that SQLite would treat it as empty, inspection raises an error and keeps its mode."""
         make(database_file, b"x" * size, mode=0o644)
         before = snapshot(database_file.parent)
         with pytest.raises(CorruptDatabaseError, match=f"{size} bytes.*restore a backup"):
@@ -164,13 +168,15 @@ class TestInspecting:
             (DATABASE, 0o4600, 0o600),
             (DATABASE, 0o444, 0o400),
             (b"", 0o644, 0o600),
-            (b"", 0o000, 0o600),  # its maker was killed under a umask of 0777
+            (b"", 0o000, 0o600),  # the process that created it was killed under a umask of 0777
         ],
     )
     def test_loose_mode_is_repaired_with_a_warning(
         self, database_file: Path, content: bytes, mode: int, repaired: int, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Others lose what they could do with our file; the log names the file and both modes."""
+        """If other users can access the file, their permissions are removed, and the log names the file and
+        both modes.
+        """
         make(database_file, content, mode)
         before = database_file.lstat()
         state = inspect_file(database_file)
@@ -189,7 +195,7 @@ class TestInspecting:
 
     @pytest.mark.parametrize("mode", [0o600, 0o400])
     def test_tight_mode_is_kept(self, database_file: Path, mode: int, caplog: pytest.LogCaptureFixture) -> None:
-        """A database that may only be read stays so."""
+        """A read-only mode of a database is kept."""
         make(database_file, mode=mode)
         state = inspect_file(database_file)
         assert state is not None
@@ -198,7 +204,7 @@ class TestInspecting:
         assert caplog.records == []
 
     def test_file_of_another_user_is_refused(self) -> None:
-        """An unprivileged program refuses a file that it does not own, though it could read it."""
+        """An unprivileged program refuses a file of another user, even if the program could read it."""
         output = run(
             """
             from pathlib import Path
@@ -219,7 +225,7 @@ class TestInspecting:
     @needs_root
     @pytest.mark.parametrize("mode", [0o600, 0o400])
     def test_superuser_may_open_a_private_file_of_another(self, database_file: Path, mode: int) -> None:
-        """An administrator can look at a database in a user's own directory, which stays that user's."""
+        """The superuser can inspect a private database in a user's own directory, and the file keeps its owner."""
         os.chown(make(database_file, mode=mode), NOBODY, NOBODY)
         os.chown(database_file.parent, NOBODY, NOBODY)
         before = snapshot(database_file.parent)
@@ -229,8 +235,8 @@ class TestInspecting:
         assert snapshot(database_file.parent) == before
 
     @needs_root
-    def test_superuser_refuses_a_file_that_another_user_put_there(self, database_file: Path) -> None:
-        """A private file of a user who does not own the directory is refused, and the error says what to do."""
+    def test_superuser_refuses_a_file_of_another_user_than_the_directory(self, database_file: Path) -> None:
+        """If a private file's owner does not own the directory, the superuser gets an error with the remedy."""
         os.chown(make(database_file), NOBODY, NOBODY)
         before = snapshot(database_file.parent)
         with pytest.raises(InsecureFileError, match=f"belongs to user {NOBODY}, .* chown it to 0"):
@@ -239,7 +245,7 @@ class TestInspecting:
 
     @needs_root
     def test_superuser_does_not_repair_files_of_others(self, database_file: Path) -> None:
-        """A loose file of another user is refused and keeps its mode, also for the superuser."""
+        """If another user's file has a loose mode, the superuser gets an error too, and the mode stays."""
         os.chown(make(database_file, mode=0o644), NOBODY, NOBODY)
         os.chown(database_file.parent, NOBODY, NOBODY)
         before = snapshot(database_file.parent)
@@ -251,7 +257,9 @@ class TestInspecting:
     def test_mode_that_can_not_be_changed_is_refused(
         self, database_file: Path, monkeypatch: pytest.MonkeyPatch, refusal: OSError | None
     ) -> None:
-        """A file system that ignores or forbids modes leaves the database open, so it is no place for it."""
+        """If a file system ignores or forbids modes, the database would stay readable for others: opening raises an
+        error.
+        """
 
         def chmod(path: Path, mode: int, *, follow_symlinks: bool = True) -> None:
             if refusal is not None:
@@ -267,7 +275,7 @@ class TestInspecting:
     def test_link_put_in_place_during_the_repair_is_not_followed(
         self, database_file: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Who swaps the file for a link between the look and the repair can't change the mode of what it names."""
+        """If the file is replaced by a link between check and repair, the mode of the link's target does not change."""
         victim = make(database_file.parent.parent / "victim", mode=0o644)
         make(database_file, mode=0o644)
         change_mode = files.change_mode
@@ -282,10 +290,8 @@ class TestInspecting:
             inspect_file(database_file)
         assert mode_of(victim) == 0o644
 
-    def test_plain_chmod_serves_where_links_can_not_be_spared(
-        self, database_file: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Without fchmodat's flag, as on an old C library, a loose file is repaired all the same."""
+    def test_plain_chmod_without_the_nofollow_flag(self, database_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If fchmodat has no flag for links, as in an old C library, a loose mode is still repaired."""
         chmod = Path.chmod
 
         def plain(path: Path, mode: int, *, follow_symlinks: bool = True) -> None:
@@ -299,12 +305,12 @@ class TestInspecting:
         assert mode_of(database_file) == 0o600
 
     def test_file_that_keeps_changing_is_given_up(self, database_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A program that replaces the file again and again ends in an error, not in an endless loop."""
+        """If a program replaces the file again and again, inspection raises an error and does not loop forever."""
         make(database_file, mode=0o644)
         kept: list[Path] = []
 
         def replace(path: Path, mode: int) -> None:
-            # The old one is kept, or its inode would be used again for the new one.
+            # Keep the old file, or the new one would get its inode.
             kept.append(path.rename(path.with_name(f"old-{len(kept)}")))
             make(path, mode=0o644)
 
@@ -315,13 +321,13 @@ class TestInspecting:
 
 
 class TestSidecars:
-    def test_none(self, database_file: Path) -> None:
-        """A database that is closed has nothing beside it."""
+    def test_no_sidecars(self, database_file: Path) -> None:
+        """A database that is closed has no sidecar files."""
         make(database_file)
         assert secure_sidecars(database_file) == []
 
-    def test_loose_ones_are_repaired(self, database_file: Path) -> None:
-        """Each file beside the database gets its privacy, however short it is."""
+    def test_loose_modes_are_repaired(self, database_file: Path) -> None:
+        """Each sidecar file becomes private, whatever its size."""
         made = [make(path, b"x", mode=0o644) for path in sidecars(database_file)]
         states = secure_sidecars(database_file)
         assert [state.path for state in states] == made
@@ -329,10 +335,10 @@ class TestSidecars:
 
     @pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
     @pytest.mark.parametrize(("put", "error", "words"), NOT_A_FILE_OF_OURS)
-    def test_what_is_no_file_of_ours_is_refused(
+    def test_untrusted_file_is_refused(
         self, database_file: Path, suffix: str, put: Callable[[Path], None], error: type[DatabaseError], words: str
     ) -> None:
-        """SQLite would follow a link there, so what holds for the database holds for each of its files."""
+        """SQLite would follow a link, so each sidecar file must pass the same checks as the database."""
         make(database_file)
         put(database_file.with_name(database_file.name + suffix))
         before = snapshot(database_file.parent)
@@ -340,10 +346,10 @@ class TestSidecars:
             secure_sidecars(database_file)
         assert snapshot(database_file.parent) == before
 
-    def test_one_that_is_removed_meanwhile_is_absent(
+    def test_sidecar_removed_during_the_repair_is_absent(
         self, database_file: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Another process's last connection may remove the log while it is being repaired."""
+        """If another process's last connection removes the WAL during the repair, the WAL counts as absent."""
         make(database_file)
         make(sidecars(database_file)[0], mode=0o644)
         change_mode = files.change_mode
@@ -356,8 +362,8 @@ class TestSidecars:
         assert secure_sidecars(database_file) == []
 
     @pytest.mark.parametrize("journal_mode", ["delete", "wal"])
-    def test_locks_of_a_live_connection_survive_every_look(self, database_file: Path, journal_mode: str) -> None:
-        """No function opens and closes a file of SQLite's: the write lock of this process still keeps others off."""
+    def test_checks_keep_the_locks_of_an_open_connection(self, database_file: Path, journal_mode: str) -> None:
+        """No check opens and closes SQLite's files, so this process keeps its write lock."""
         with closing(sqlite3.connect(database_file, isolation_level=None)) as connection:
             connection.execute(f"PRAGMA journal_mode={journal_mode}")
             connection.execute("CREATE TABLE t (a)")
@@ -390,7 +396,7 @@ class TestSidecars:
 
 class TestOrphanedLog:
     def make_log(self, database_file: Path) -> None:
-        """Leave a log with committed content and no database."""
+        """Leave a WAL with committed content and no database."""
         with closing(sqlite3.connect(database_file, isolation_level=None)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("CREATE TABLE t (a)")
@@ -400,7 +406,7 @@ class TestOrphanedLog:
 
     @pytest.mark.parametrize("leave", ["nothing", "an empty file"])
     def test_log_without_database_is_refused(self, database_file: Path, leave: str) -> None:
-        """SQLite would delete the log and begin empty; here it is kept, and the remedy is named."""
+        """If the WAL has no database, SQLite would delete it; opening raises an error with the remedy and keeps it."""
         self.make_log(database_file)
         if leave == "an empty file":
             make(database_file, b"")
@@ -409,8 +415,8 @@ class TestOrphanedLog:
             refuse_orphaned_log(database_file)
         assert snapshot(database_file.parent) == before
 
-    def test_new_and_live_databases_pass(self, database_file: Path) -> None:
-        """Neither a first start, nor one that was cut short, nor a database in use is refused."""
+    def test_new_and_open_databases_pass(self, database_file: Path) -> None:
+        """A first start, an interrupted first start and a database in use raise no error."""
         refuse_orphaned_log(database_file)
         create_file(database_file)
         refuse_orphaned_log(database_file)
@@ -426,7 +432,7 @@ class TestOrphanedLog:
 
 class TestCreating:
     def test_file_is_created_once(self, database_file: Path) -> None:
-        """The first call makes an empty private file, the second changes nothing and says so."""
+        """The first call creates an empty private file; the second call changes no file and returns False."""
         assert create_file(database_file) is True
         assert (mode_of(database_file), database_file.stat().st_size) == (0o600, 0)
         database_file.write_bytes(DATABASE)
@@ -434,8 +440,8 @@ class TestCreating:
         assert create_file(database_file) is False
         assert snapshot(database_file.parent) == before
 
-    def test_one_of_many_creates_it(self, database_file: Path) -> None:
-        """Of threads that create it at the same moment, exactly one did."""
+    def test_one_of_many_threads_creates_the_file(self, database_file: Path) -> None:
+        """If threads create the file at the same time, exactly one of the calls returns True."""
         barrier = threading.Barrier(8)
         answers: list[bool] = []
 
@@ -452,24 +458,24 @@ class TestCreating:
 
     @pytest.mark.parametrize("put", [symlink, dangling_symlink, directory, fifo])
     def test_name_that_is_taken_is_left_alone(self, database_file: Path, put: Callable[[Path], None]) -> None:
-        """Whatever has the name keeps it, and nothing is made at the far end of a link."""
+        """If the name is taken, the existing entry stays, and no file is created at the target of a link."""
         put(database_file)
         before = snapshot(database_file.parent)
         assert create_file(database_file) is False
         assert snapshot(database_file.parent) == before
 
     def test_missing_directory_is_named(self, database_file: Path) -> None:
-        """Without its directory the file can't be made, and the message says what to make."""
+        """If the directory does not exist, the error names it and the remedy."""
         with pytest.raises(DatabaseError, match="its directory is missing"):
             create_file(database_file.parent / "absent" / "homeagent.db")
 
     def test_too_long_name_is_refused(self, database_file: Path) -> None:
-        """A name that the file system can't hold is a bad argument."""
+        """If the file system cannot hold the name, the error reports a wrong argument."""
         with pytest.raises(InvalidArgumentError, match="too long"):
             create_file(database_file.with_name("x" * 300))
 
     def test_path_through_a_file_is_refused(self, database_file: Path) -> None:
-        """A component that is a file is a bad argument here too."""
+        """If a component of the path is a file, the error reports a wrong argument here too."""
         make(database_file)
         with pytest.raises(InvalidArgumentError, match="leads through a file"):
             create_file(database_file / "homeagent.db")
@@ -484,7 +490,7 @@ class TestCreating:
             (errno.EMFILE, TooManyFilesError, "open no more files"),
         ],
     )
-    def test_errors_of_the_system_become_ours(
+    def test_system_errors_become_homeagent_errors(
         self,
         database_file: Path,
         monkeypatch: pytest.MonkeyPatch,
@@ -492,7 +498,7 @@ class TestCreating:
         kind: type[DatabaseError],
         words: str,
     ) -> None:
-        """A full disk, a read-only one and a missing permission have errors of their own, which name the path."""
+        """A full disk, a read-only disk and a missing permission raise separate errors that name the path."""
 
         def fail(*arguments: object, **named: object) -> int:
             raise OSError(number, os.strerror(number))
@@ -507,7 +513,7 @@ class TestCreating:
     def test_file_system_without_modes_is_refused(
         self, database_file: Path, monkeypatch: pytest.MonkeyPatch, refusal: OSError | None
     ) -> None:
-        """A new file that others could read is no database of ours."""
+        """If other users could read a new file, creating it raises an error."""
 
         def fchmod(descriptor: int, mode: int) -> None:
             if refusal is not None:
@@ -519,8 +525,8 @@ class TestCreating:
         with pytest.raises(InsecureFileError, match="can't be made private"):
             create_file(database_file)
 
-    def test_missing_permission_is_told(self, open_directory: Path) -> None:
-        """Where this user may not write or look, every function names the path and what to do."""
+    def test_missing_permission_names_the_path(self, open_directory: Path) -> None:
+        """If this user may not write or read, every function names the path and the remedy."""
         output = run(
             """
             import sys
@@ -566,8 +572,8 @@ class TestCreating:
 
 
 class TestReplacing:
-    def test_target_gets_the_new_content(self, database_file: Path) -> None:
-        """The source takes the target's name, private, and nothing else is left over."""
+    def test_replacement_moves_the_source(self, database_file: Path) -> None:
+        """The source gets the target's name, is private, and no other file is left."""
         make(database_file, b"old")
         source = make(database_file.with_name("restored.db"), b"new", mode=0o644)
         inode = source.stat().st_ino
@@ -577,21 +583,19 @@ class TestReplacing:
         assert list(database_file.parent.iterdir()) == [database_file]
 
     def test_target_need_not_exist(self, database_file: Path) -> None:
-        """A restore after a loss has nothing to replace."""
+        """A restore works without a target file, as after a loss."""
         atomic_replace(make(database_file.with_name("restored.db"), b"new"), database_file)
         assert database_file.read_bytes() == b"new"
 
-    def test_link_in_the_target_s_place_is_replaced_itself(self, database_file: Path) -> None:
-        """The content goes to the name, not through the link to another file."""
+    def test_link_in_the_targets_place_is_replaced(self, database_file: Path) -> None:
+        """If the target is a link, the link itself is replaced, and the linked file does not change."""
         symlink(database_file)
         atomic_replace(make(database_file.with_name("restored.db"), b"new"), database_file)
         assert not database_file.is_symlink()
         assert database_file.with_name("target.db").read_bytes() == DATABASE
 
-    def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(
-        self, database_file: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """A power cut at any moment leaves the old file or the whole new one: file, rename, both directories."""
+    def test_replacement_syncs_content_before_name(self, database_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Sync the file, then rename, then sync both directories: a power cut leaves the old or the new file."""
         other = database_file.parent.parent / "other"
         other.mkdir()
         source = make(other / "restored.db", b"new")
@@ -614,10 +618,8 @@ class TestReplacing:
         assert order == [inode, "rename", database_file.parent.stat().st_ino, other.stat().st_ino]
 
     @pytest.mark.parametrize("put", [None, symlink, hard_link, directory, fifo])
-    def test_source_that_is_no_file_of_ours_is_refused(
-        self, database_file: Path, put: Callable[[Path], None] | None
-    ) -> None:
-        """A missing or untrusted source leaves the target as it is."""
+    def test_untrusted_source_is_refused(self, database_file: Path, put: Callable[[Path], None] | None) -> None:
+        """If the source is missing or untrusted, the replacement raises an error and the target stays."""
         make(database_file)
         source = database_file.with_name("restored.db")
         if put is not None:
@@ -628,7 +630,7 @@ class TestReplacing:
         assert snapshot(database_file.parent) == before
 
     def test_other_file_system_is_refused(self, database_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A move between file systems can't be atomic: the message says where to put the new file."""
+        """If the source is on another file system, a move is not atomic: the error says where to put the source."""
 
         def fail(path: Path, target: Path) -> Path:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))

@@ -1,4 +1,4 @@
-"""The directory of a database: how it is made, and what is said of one that exists."""
+"""The directory of a database: creation, and warnings about an existing directory."""
 
 from __future__ import annotations
 
@@ -27,10 +27,8 @@ from tests.engine.files.conftest import (
 
 
 class TestDirectories:
-    def test_existing_directory_is_left_alone_and_reported(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """A directory that others can read keeps its mode and its time, and that is no reason to warn."""
+    def test_readable_directory_is_left_alone(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """If other users can read the directory, its mode and its time stay, without a warning."""
         directory = tmp_path / "shared"
         directory.mkdir()
         directory.chmod(0o755)
@@ -44,7 +42,9 @@ class TestDirectories:
 
     @pytest.mark.parametrize("mode", [0o775, 0o777, 0o702, 0o1777])
     def test_directory_that_others_can_write_is_reported_once(self, open_directory: Path, mode: int) -> None:
-        """An ordinary user is told, once, that others can replace the database, or put files next to it (sticky)."""
+        """An ordinary user gets one warning if other users can replace the database or, with a sticky bit, add
+        files.
+        """
         open_directory.chmod(mode)
         output = run(
             """
@@ -70,7 +70,9 @@ class TestDirectories:
     @pytest.mark.parametrize("beneath", ["", "sub/deeper"])
     @pytest.mark.parametrize("mode", [0o775, 0o777, 0o702])
     def test_root_refuses_a_directory_that_others_can_write(self, tmp_path: Path, mode: int, beneath: str) -> None:
-        """Users who can replace root's files could have root believe theirs: nothing is made, and chmod is named."""
+        """If other users can write to the directory, root gets an error that names chmod, and no directory is
+        created.
+        """
         directory = tmp_path / "open"
         directory.mkdir()
         directory.chmod(mode)
@@ -80,8 +82,8 @@ class TestDirectories:
         assert snapshot(tmp_path) == before
 
     @needs_root
-    def test_root_may_use_a_sticky_directory_and_is_told(self, tmp_path: Path) -> None:
-        """In a directory such as /tmp others can't rename or remove root's files, but can put files next to them."""
+    def test_root_gets_a_warning_for_a_sticky_directory(self, tmp_path: Path) -> None:
+        """In a sticky directory such as /tmp, root gets a warning: others can add files, but not rename root's."""
         directory = tmp_path / "sticky"
         directory.mkdir()
         directory.chmod(0o1777)
@@ -90,8 +92,8 @@ class TestDirectories:
         assert "put files next to the database" in problem
 
     @needs_root
-    def test_what_root_makes_belongs_to_the_parents_owner(self, tmp_path: Path) -> None:
-        """`sudo homeagent init` in a user's home must not lock that user out; in root's directories all is root's."""
+    def test_directory_made_by_root_gets_the_parents_owner(self, tmp_path: Path) -> None:
+        """A directory that root creates gets the parent's owner, so that `sudo homeagent init` locks out no user."""
         home = tmp_path / "home"
         home.mkdir(0o700)
         os.chown(home, NOBODY, NOBODY)
@@ -103,7 +105,9 @@ class TestDirectories:
 
     @needs_root
     def test_directory_of_another_user_is_reported(self, tmp_path: Path) -> None:
-        """The owner of a directory can replace what is in it, whatever its mode."""
+        """If another user owns the directory, the caller gets a warning, whatever the mode: the owner can replace
+        files.
+        """
         directory = tmp_path / "theirs"
         directory.mkdir(0o700)
         os.chown(directory, NOBODY, NOBODY)
@@ -111,8 +115,8 @@ class TestDirectories:
         assert problem is not None
         assert str(NOBODY) in problem
 
-    def test_only_what_is_missing_is_made(self, tmp_path: Path) -> None:
-        """Under an existing parent the new directories are ours and 0700, and the parent keeps its mode."""
+    def test_only_missing_directories_are_made(self, tmp_path: Path) -> None:
+        """New directories below an existing parent are private (0700), and the parent keeps its mode."""
         tmp_path.chmod(0o755)
         report = prepare_directory(tmp_path / "a" / "b")
         assert report.made == (tmp_path / "a", tmp_path / "a" / "b")
@@ -121,7 +125,7 @@ class TestDirectories:
         assert prepare_directory(tmp_path / "a" / "b").made == ()
 
     def test_linked_directory_is_legitimate(self, tmp_path: Path) -> None:
-        """A home on another volume is often behind a link: the directory itself is what counts."""
+        """If the directory is a link to another volume, the linked directory is checked and accepted."""
         (tmp_path / "real").mkdir(0o700)
         (tmp_path / "link").symlink_to(tmp_path / "real")
         assert prepare_directory(tmp_path / "link").mode == 0o700
@@ -130,7 +134,7 @@ class TestDirectories:
 
     @pytest.mark.parametrize("beneath", ["", "sub", "sub/deeper"])
     def test_file_in_the_way_is_named(self, tmp_path: Path, beneath: str) -> None:
-        """A path that leads through a file is a bad argument, and the message names that file."""
+        """If a component of the path is a file, the error reports a wrong argument and names the file."""
         blocker = make(tmp_path / "blocker")
         before = snapshot(tmp_path)
         with pytest.raises(InvalidArgumentError, match="blocker' is a file"):
@@ -138,16 +142,16 @@ class TestDirectories:
         assert snapshot(tmp_path) == before
 
     @pytest.mark.parametrize("beneath", ["", "sub"])
-    def test_link_that_leads_nowhere_is_refused(self, tmp_path: Path, beneath: str) -> None:
-        """Nothing is made at the far end of a dangling link."""
+    def test_dangling_link_is_refused(self, tmp_path: Path, beneath: str) -> None:
+        """If the path is a dangling link, an error is raised and no directory is created at its target."""
         (tmp_path / "link").symlink_to(tmp_path / "nowhere")
         before = snapshot(tmp_path)
         with pytest.raises((InvalidArgumentError, DatabaseError), match="leads nowhere"):
             prepare_directory(tmp_path / "link" / beneath)
         assert snapshot(tmp_path) == before
 
-    def test_directory_made_by_another_at_the_same_moment_is_kept(self, tmp_path: Path) -> None:
-        """Threads that prepare one directory together all succeed, and only one reports that it made it."""
+    def test_directory_made_by_another_thread_is_kept(self, tmp_path: Path) -> None:
+        """If threads prepare one directory at the same time, all succeed, and one call reports the creation."""
         directory = tmp_path / "a" / "b" / "c"
         barrier = threading.Barrier(6)
         made: list[Path] = []
@@ -164,7 +168,7 @@ class TestDirectories:
         assert sorted(made) == [tmp_path / "a", tmp_path / "a" / "b", directory]
 
     def test_file_system_without_modes_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where a new directory can't be closed to others, the error says so."""
+        """If a new directory cannot be closed to other users, an error is raised."""
         monkeypatch.setattr(directories, "_is_private_directory", lambda directory: False)
         with pytest.raises(InsecureFileError, match="does not keep modes"):
             prepare_directory(tmp_path / "new")

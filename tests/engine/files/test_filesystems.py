@@ -1,4 +1,4 @@
-"""Which kinds of file systems are refused, told by the kernel's table of mounts."""
+"""Refused kinds of file systems, found in the kernel's mount table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from homeagent.errors import (
 
 
 def mount(point: Path | str, kind: str, device: str = "0:99", optional: str = "shared:1") -> str:
-    """Return a line of the kernel's mount table, with blanks written as the kernel writes them."""
+    """Return a line of the kernel's mount table, with blanks escaped as in the kernel's output."""
     escaped = str(point).replace("\\", "\\134").replace(" ", "\\040")
     return f"30 1 {device} / {escaped} rw,relatime {optional} - {kind} source rw\n".replace("  ", " ")
 
@@ -28,7 +28,7 @@ class TestFileSystems:
         return path
 
     def test_longest_mount_point_decides(self, tmp_path: Path) -> None:
-        """A mount within a mount is the one that counts, for paths that are yet to be made too."""
+        """The innermost mount of a path decides, also for a path that does not exist yet."""
         share = tmp_path / "my share"
         share.mkdir()
         (tmp_path / "my share 2").mkdir()
@@ -38,7 +38,7 @@ class TestFileSystems:
         assert filesystem_kind(tmp_path / "my share 2", mount_table=table) == "ext4"
 
     def test_link_is_followed_to_its_file_system(self, tmp_path: Path) -> None:
-        """What counts is where the file really is."""
+        """A link is resolved, and the file system of its target decides."""
         share = tmp_path / "share"
         share.mkdir()
         (tmp_path / "link").symlink_to(share)
@@ -46,12 +46,12 @@ class TestFileSystems:
         assert filesystem_kind(tmp_path / "link" / "homeagent.db", mount_table=table) == "cifs"
 
     def test_later_mount_hides_the_earlier(self, tmp_path: Path) -> None:
-        """An automounter's placeholder has the same mount point as the share that comes over it."""
+        """If a network share covers an automounter's placeholder at the same mount point, the share decides."""
         table = self.table(tmp_path, mount("/", "ext4"), mount(tmp_path, "autofs"), mount(tmp_path, "nfs"))
         assert filesystem_kind(tmp_path, mount_table=table) == "nfs"
 
     def test_device_tells_which_of_the_mounts_is_on_top(self, tmp_path: Path) -> None:
-        """A mount that was hidden by one above it is still in the table, and is not where the path lies."""
+        """If a mount is hidden by another one, the device number of the path shows which of the two decides."""
         device = tmp_path.stat().st_dev
         hidden = tmp_path / "hidden"
         hidden.mkdir()
@@ -61,14 +61,14 @@ class TestFileSystems:
         assert filesystem_kind(hidden, mount_table=table) == "xfs"
 
     def test_unknown_is_none_and_not_refused(self, tmp_path: Path) -> None:
-        """Without a mount table, or without a line for the path, nothing is claimed."""
+        """Without a mount table, or without a line for the path, the kind is None and the path is accepted."""
         assert filesystem_kind(tmp_path, mount_table=tmp_path / "absent") is None
         refuse_network_filesystem(tmp_path, mount_table=tmp_path / "absent")
         table = self.table(tmp_path, "not a line of a mount table\n", mount("/elsewhere", "nfs"))
         assert filesystem_kind(tmp_path, mount_table=table) is None
 
     def test_this_machine_s_own_table_is_understood(self, tmp_path: Path) -> None:
-        """On Linux the kernel names the file system of any directory; elsewhere there is no such table."""
+        """On Linux the kind of any directory is found; other systems have no mount table."""
         kind = filesystem_kind(tmp_path)
         assert (kind is not None and kind.isprintable() and kind != "") is sys.platform.startswith("linux")
 
@@ -81,7 +81,9 @@ class TestFileSystems:
         ],
     )
     def test_network_file_system_is_refused(self, tmp_path: Path, kind: str) -> None:
-        """Where connections can't share memory WAL corrupts, so the error names the path, the kind and the way out."""
+        """On a network file system, WAL could corrupt the database: the error names the path, the kind and the
+        remedy.
+        """
         assert is_network_filesystem(kind)
         table = self.table(tmp_path, mount("/", "ext4"), mount(tmp_path, kind))
         with pytest.raises(DatabaseError, match=r"sqlite\.org/wal\.html.*local disk") as refusal:
@@ -97,6 +99,6 @@ class TestFileSystems:
         ],
     )
     def test_local_file_system_is_accepted(self, tmp_path: Path, kind: str) -> None:
-        """A file system of this kernel is no reason to refuse."""
+        """A local file system is accepted."""
         assert not is_network_filesystem(kind)
         refuse_network_filesystem(tmp_path, mount_table=self.table(tmp_path, mount("/", kind)))

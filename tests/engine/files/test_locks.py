@@ -1,4 +1,4 @@
-"""Locks between threads and processes, and the text that one leaves for the next."""
+"""Locks between threads and processes, and the marker text in a lock file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HOLDER = """
 
 
 class Waiting:
-    """A clock that only moves when somebody waits on it, and what it was asked to wait."""
+    """A clock that advances only while a caller waits, and a record of the pauses."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -61,13 +61,13 @@ class Waiting:
 
 @pytest.fixture
 def lock_file(database_file: Path) -> Path:
-    """Return where a lock file may be made."""
+    """Return a path for a lock file."""
     return database_file.with_name("homeagent.lock")
 
 
 class TestLocking:
     def test_lock_excludes_and_its_file_stays(self, lock_file: Path) -> None:
-        """One holder at a time; the file is private, empty and never removed."""
+        """A lock has one holder at a time; its file is private, empty and never removed."""
         with FileLock(lock_file, timeout=AT_ONCE) as lock:
             held_inside = lock.held
             with pytest.raises(DatabaseBusyError, match=r"homeagent\.lock"):
@@ -78,8 +78,8 @@ class TestLocking:
         with FileLock(lock_file, timeout=AT_ONCE):
             assert lock_file.stat().st_ino == inode
 
-    def test_killed_process_gives_the_lock_back(self, lock_file: Path) -> None:
-        """Another process keeps it as long as it lives, and a SIGKILL frees it."""
+    def test_killed_process_releases_the_lock(self, lock_file: Path) -> None:
+        """Another process holds the lock while it runs, and a SIGKILL releases the lock."""
         holder = subprocess.Popen(
             [*program(HOLDER, "print('held', flush=True)\nsys.stdin.read()\n"), str(lock_file)],
             stdin=subprocess.PIPE,
@@ -98,7 +98,7 @@ class TestLocking:
             assert lock.held
 
     def test_forked_child_does_not_inherit_the_lock(self, lock_file: Path) -> None:
-        """When the holder is killed its forked child lives on, and the lock is free all the same."""
+        """If a holder is killed while its forked child runs, the lock is released."""
         holder = subprocess.Popen(
             [
                 *program(
@@ -126,15 +126,15 @@ class TestLocking:
             held, child = holder.stdout.readline().split()
             assert held == "False"
             with pytest.raises(DatabaseBusyError):
-                FileLock(lock_file, timeout=AT_ONCE).acquire()  # nor did the child release it
+                FileLock(lock_file, timeout=AT_ONCE).acquire()  # the child did not release it either
             holder.kill()
             holder.wait()
-            os.kill(int(child), 0)  # it is there yet, and has all that it inherited
+            os.kill(int(child), 0)  # the child still runs, with everything that it inherited
             with FileLock(lock_file, timeout=AT_ONCE) as lock:
                 assert lock.held
 
     def test_threads_exclude_each_other(self, lock_file: Path) -> None:
-        """In one process too, nobody is inside together with somebody else."""
+        """Threads of one process exclude each other."""
         inside = 0
         seen: list[int] = []
         barrier = threading.Barrier(6)
@@ -155,8 +155,8 @@ class TestLocking:
             thread.join()
         assert seen == [1] * 60
 
-    def test_shared_holders_keep_off_exclusive_ones_only(self, lock_file: Path) -> None:
-        """Any number share it; none gets it alone meanwhile, and nobody shares it with one that has it alone."""
+    def test_shared_holders_exclude_only_exclusive_holders(self, lock_file: Path) -> None:
+        """Shared holders can hold a lock at the same time; an exclusive holder excludes all others."""
         with (
             FileLock(lock_file, shared=True, timeout=AT_ONCE),
             FileLock(lock_file, shared=True, timeout=AT_ONCE),
@@ -167,7 +167,7 @@ class TestLocking:
             FileLock(lock_file, shared=True, timeout=AT_ONCE).acquire()
 
     def test_waiting_ends_at_the_timeout(self, lock_file: Path) -> None:
-        """The pauses grow to a bound, and their sum is the timeout and not more."""
+        """The pauses between attempts grow to a maximum, and the sum of the pauses is the timeout."""
         waiting = Waiting()
         patient = FileLock(lock_file, timeout=timedelta(seconds=2), monotonic=waiting.monotonic, pause=waiting.pause)
         with FileLock(lock_file, timeout=AT_ONCE), pytest.raises(DatabaseBusyError, match="waited 2 s"):
@@ -178,7 +178,7 @@ class TestLocking:
         assert not patient.held
 
     def test_zero_timeout_tries_once(self, lock_file: Path) -> None:
-        """Nobody waits for a lock that may not be waited for."""
+        """With a timeout of zero, the lock is tried once, without a pause."""
         waiting = Waiting()
         hasty = FileLock(lock_file, timeout=AT_ONCE, monotonic=waiting.monotonic, pause=waiting.pause)
         with FileLock(lock_file, timeout=AT_ONCE), pytest.raises(DatabaseBusyError):
@@ -186,7 +186,7 @@ class TestLocking:
         assert waiting.pauses == []
 
     def test_waiter_gets_the_lock_once_it_is_free(self, lock_file: Path) -> None:
-        """A holder that ends during the wait ends the wait."""
+        """If the holder releases the lock during a wait, the waiter gets the lock."""
         waiting = Waiting()
         holder = FileLock(lock_file, timeout=AT_ONCE)
         holder.acquire()
@@ -196,7 +196,7 @@ class TestLocking:
         assert len(waiting.pauses) == 1
 
     def test_interrupted_wait_holds_nothing(self, lock_file: Path) -> None:
-        """Ctrl-C while waiting leaves neither a lock nor an open file behind."""
+        """Ctrl-C during a wait leaves no lock and no open file."""
 
         def interrupt(seconds: float) -> None:
             raise KeyboardInterrupt
@@ -210,28 +210,30 @@ class TestLocking:
             waiter.acquire()
         again = os.dup(0)
         os.close(again)
-        assert again == descriptor  # the lowest free number is what it was
+        assert again == descriptor  # the lowest free descriptor number is the same as before
         assert not waiter.held
         holder.release()
         with FileLock(lock_file, timeout=AT_ONCE):
             pass
 
     def test_negative_timeout_is_refused(self, lock_file: Path) -> None:
-        """A timeout before now is a mistake in the program."""
+        """A negative timeout raises an error."""
         with pytest.raises(InvalidArgumentError):
             FileLock(lock_file, timeout=timedelta(seconds=-1))
 
-    def test_lock_that_is_held_is_not_taken_again(self, lock_file: Path) -> None:
-        """Taking it twice would wait for itself, so it is told at once."""
+    def test_lock_cannot_be_taken_twice(self, lock_file: Path) -> None:
+        """If a holder takes its lock again, an error is raised at once instead of a wait for itself."""
         lock = FileLock(lock_file)
         with lock, pytest.raises(DatabaseError, match=r"holds the lock .* already"):
             lock.acquire()
-        lock.release()  # a second time, which is fine
+        lock.release()  # a second release is allowed
         with lock:
             assert lock.held
 
     def test_release_does_not_wait_for_copies_of_the_descriptor(self, lock_file: Path) -> None:
-        """A child between fork and exec has a copy of every descriptor; the lock is given back all the same."""
+        """A child between fork and exec has a copy of every descriptor; a release frees the lock at once all
+        the same.
+        """
         lock = FileLock(lock_file)
         lock.acquire()
         assert lock._descriptor is not None
@@ -243,15 +245,15 @@ class TestLocking:
         finally:
             os.close(copy)
 
-    def test_exception_gives_the_lock_back(self, lock_file: Path) -> None:
-        """Leaving the block by an exception frees the lock."""
+    def test_exception_releases_the_lock(self, lock_file: Path) -> None:
+        """If an exception leaves the block, the lock is released."""
         with pytest.raises(ZeroDivisionError), FileLock(lock_file, timeout=AT_ONCE):
             raise ZeroDivisionError
         with FileLock(lock_file, timeout=AT_ONCE):
             pass
 
-    def test_replaced_file_is_locked_anew(self, lock_file: Path) -> None:
-        """A waiter whose lock file was removed ends up with the file that others will find, not with the old one."""
+    def test_waiter_locks_the_replacement_file(self, lock_file: Path) -> None:
+        """If the lock file is removed during a wait, the waiter locks the new file, which other processes will open."""
         waiting = Waiting()
         holder = FileLock(lock_file, timeout=AT_ONCE)
         holder.acquire()
@@ -262,8 +264,8 @@ class TestLocking:
                 FileLock(lock_file, timeout=AT_ONCE).acquire()
         holder.release()
 
-    def test_lock_on_a_removed_file_is_no_lock(self, lock_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A file that is removed between its opening and its locking is given up for the one in its place."""
+    def test_removed_file_is_not_locked(self, lock_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If the lock file is removed between open and lock, the lock is taken on a new file."""
         locked: list[int] = []
         take = FileLock._lock
 
@@ -281,10 +283,10 @@ class TestLocking:
             assert os.fstat(locked[1]).st_ino == lock_file.stat().st_ino
 
     @pytest.mark.parametrize("moment", ["before it is judged", "before it is opened"])
-    def test_file_removed_while_it_is_opened_is_made_anew(
+    def test_file_removed_while_it_is_opened_is_created_again(
         self, lock_file: Path, monkeypatch: pytest.MonkeyPatch, moment: str
     ) -> None:
-        """Somebody tidies up the lock file at the worst moment: the next try makes another."""
+        """If another program removes the lock file during the open, the next attempt creates the file again."""
         make(lock_file, b"")
         create, judge = locks.create_descriptor, locks.judge_file
 
@@ -307,8 +309,8 @@ class TestLocking:
             assert lock_file.exists()
         assert len(waiting.pauses) == 1
 
-    def test_file_system_without_locks_is_told(self, lock_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where the file can't be locked at all, waiting would be in vain."""
+    def test_file_system_without_locks_is_refused(self, lock_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If the file system has no locks, the error says so, without a wait."""
 
         def fail(descriptor: int, operation: int) -> None:
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -321,10 +323,12 @@ class TestLocking:
         assert not lock.held
 
     @pytest.mark.parametrize(("put", "error", "words"), NOT_A_FILE_OF_OURS)
-    def test_lock_file_is_judged_like_the_database(
+    def test_lock_file_passes_the_checks_of_the_database(
         self, lock_file: Path, put: Callable[[Path], None], error: type[DatabaseError], words: str
     ) -> None:
-        """A link, a second name or a pipe is refused, and nothing changes or hangs."""
+        """If the lock file is a link, a second name or a pipe, an error is raised, no file changes and no call
+        hangs.
+        """
         put(lock_file)
         before = snapshot(lock_file.parent)
         with pytest.raises(error, match=words):
@@ -333,13 +337,15 @@ class TestLocking:
 
     @pytest.mark.parametrize("mode", [0o666, 0o000])
     def test_mode_of_the_lock_file_is_repaired(self, lock_file: Path, mode: int) -> None:
-        """Nobody else can hold us off with our lock file, and one that a umask closed to us is opened again."""
+        """The lock file becomes private and writable: other users cannot hold the lock, and a strict umask is
+        repaired.
+        """
         make(lock_file, b"", mode)
         with FileLock(lock_file, timeout=AT_ONCE):
             assert mode_of(lock_file) == 0o600
 
     def test_missing_directory_is_named(self, tmp_path: Path) -> None:
-        """The lock file's directory is not made on the way."""
+        """If the directory does not exist, the error names it, and no directory is created."""
         with pytest.raises(DatabaseError, match="its directory is missing"):
             FileLock(tmp_path / "absent" / "homeagent.lock").acquire()
         assert list(tmp_path.iterdir()) == []
@@ -347,7 +353,7 @@ class TestLocking:
 
 class TestMarker:
     def test_marker_is_found_by_the_next_holder(self, lock_file: Path) -> None:
-        """None was left at first; what was left is there for every later holder, a shared one too."""
+        """A new lock file has no marker; a stored marker is read by each later holder, also a shared one."""
         with FileLock(lock_file) as lock:
             assert lock.read_marker() is None
             lock.write_marker("initialised é")
@@ -358,7 +364,7 @@ class TestMarker:
 
     @pytest.mark.parametrize("text", ["x", "a longer text than before"])
     def test_marker_is_replaced(self, lock_file: Path, text: str) -> None:
-        """A new text takes the place of the old one, shorter or longer."""
+        """A new marker replaces an old one, shorter or longer."""
         with FileLock(lock_file) as lock:
             lock.write_marker("first text")
             lock.write_marker(text)
@@ -366,20 +372,20 @@ class TestMarker:
         assert lock_file.read_text() == f"{text}\n"
 
     def test_rest_of_an_older_marker_is_ignored(self, lock_file: Path) -> None:
-        """A power cut between the write and the cut to length leaves the new text readable."""
+        """If a power cut comes between the write and the truncation of the file, the new marker can still be read."""
         make(lock_file, b"new\nd of an older text\n")
         with FileLock(lock_file) as lock:
             assert lock.read_marker() == "new"
 
-    def test_unreadable_marker_is_not_taken_for_none(self, lock_file: Path) -> None:
-        """Whatever is in the file, the database was initialised: broken bytes are a text too."""
+    def test_unreadable_marker_is_returned_as_text(self, lock_file: Path) -> None:
+        """If a marker's bytes are damaged, the result is a text, since the database was initialised."""
         make(lock_file, b"\xff\xfe")
         with FileLock(lock_file) as lock:
             assert lock.read_marker() is not None
 
     @pytest.mark.parametrize("text", ["", "two\nlines", "nul\0", "x" * 201, "é" * 101, "\ud800"])
-    def test_text_that_is_no_marker_is_refused(self, lock_file: Path, text: str) -> None:
-        """A marker is one short printable line; a refused one leaves the old one."""
+    def test_invalid_marker_is_refused(self, lock_file: Path, text: str) -> None:
+        """A marker must be one short printable line; an invalid marker raises an error, and the old marker stays."""
         with FileLock(lock_file) as lock:
             lock.write_marker("old")
             with pytest.raises(InvalidArgumentError):
@@ -387,13 +393,13 @@ class TestMarker:
             assert lock.read_marker() == "old"
 
     def test_longest_marker(self, lock_file: Path) -> None:
-        """The bound itself is allowed."""
+        """A marker of the maximum length is stored."""
         with FileLock(lock_file) as lock:
             lock.write_marker("x" * 200)
             assert lock.read_marker() == "x" * 200
 
     def test_marker_needs_the_lock(self, lock_file: Path) -> None:
-        """It is read and written only while held, and written only while held alone."""
+        """A marker is read only by a holder, and written only by an exclusive holder."""
         lock = FileLock(lock_file)
         with pytest.raises(DatabaseError, match="not held"):
             lock.read_marker()
@@ -403,8 +409,8 @@ class TestMarker:
             shared.write_marker("text")
         assert lock_file.stat().st_size == 0
 
-    def test_marker_that_does_not_fit_is_told(self, lock_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A disk that takes only half of it is full, and says so."""
+    def test_marker_on_a_full_disk(self, lock_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If the disk stores only half of a marker, DiskFullError is raised."""
         write = os.write
         with FileLock(lock_file) as lock:
             monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, content[:2]))

@@ -1,4 +1,4 @@
-"""Everything that is made is its owner's alone."""
+"""Every new file and directory is private to its owner."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.engine.files.conftest import (
 
 class TestAnyUmask:
     def test_everything_is_private_under_any_umask(self, open_directory: Path) -> None:
-        """Directories get 0700 and files 0600, SQLite's own included, and the umask is never touched."""
+        """New directories get 0700 and files 0600, SQLite's own files included, and the umask does not change."""
         output = run(
             """
             import json, os, sqlite3, stat, sys

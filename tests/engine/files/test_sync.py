@@ -1,4 +1,4 @@
-"""What survives a power cut."""
+"""Durability after a power cut."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from homeagent.errors import (
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
-def test_directory_that_can_not_be_synced_is_accepted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """Some file systems have no sync of a directory, and SQLite works there too; a real failure is told."""
+def test_directory_without_sync_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """If a file system cannot sync a directory, the sync is skipped; any other failure raises an error."""
 
     def fail(descriptor: int) -> None:
         raise OSError(code, os.strerror(code))

@@ -1,4 +1,4 @@
-"""The DB-API part over apsw and SQLAlchemy's dialect on it: result codes, cursors, transactions, bad values."""
+"""The DB-API module over apsw and SQLAlchemy's dialect for it: result codes, cursors, transactions, bad values."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def engine(path: Path) -> Iterator[sa.Engine]:
-    """SQLAlchemy's engine on that database; statements wait for no lock."""
+    """SQLAlchemy's engine on that database; statements do not wait for a lock."""
     engine = sa.create_engine(f"{DRIVER_NAME}:///{path}?timeout=0", poolclass=NullPool)
     yield engine
     engine.dispose()
@@ -59,23 +59,23 @@ def engine(path: Path) -> Iterator[sa.Engine]:
 
 @pytest.fixture
 def raw(path: Path) -> Iterator[Connection]:
-    """A connection of the driver's to that database."""
+    """A driver connection to that database."""
     raw = connect(str(path), timeout=0)
     yield raw
     raw.close()
 
 
 def driver_connection(connection: sa.Connection) -> Connection:
-    """Return the driver's connection of one of SQLAlchemy's."""
+    """Return the driver's connection of a SQLAlchemy connection."""
     found: Any = connection.connection.driver_connection
     return found  # type: ignore[no-any-return]
 
 
-# Result codes that SQLite can be brought to return
+# Result codes that SQLite can be made to return
 
 
 def send(*statements: str) -> Callable[[sa.Connection, Path], None]:
-    """Return what sends these statements; the last one is to fail."""
+    """Return a function that runs these statements; the last statement is expected to fail."""
 
     def act(connection: sa.Connection, path: Path) -> None:
         for statement in statements:
@@ -125,7 +125,7 @@ def after_a_move(connection: sa.Connection, path: Path) -> None:
 
 
 def with_damaged_pages(connection: sa.Connection, path: Path) -> None:
-    """Read tables whose pages hold other bytes; the first page, with the schema, is whole."""
+    """Read tables whose pages hold other bytes; the first page, with the schema, is intact."""
     content = bytearray(path.read_bytes())
     content[4096:] = b"\xee" * (len(content) - 4096)
     path.write_bytes(content)
@@ -151,7 +151,7 @@ def denied(connection: sa.Connection, path: Path) -> None:
 
 
 def rolled_back_meanwhile(connection: sa.Connection, path: Path) -> None:
-    """Go on with a statement after a rollback that undid a change of the schema."""
+    """Continue a statement after a rollback that undid a schema change."""
     connection.exec_driver_sql("CREATE TABLE other (id)")
     result = connection.exec_driver_sql("SELECT * FROM room")
     driver_connection(connection).rollback()
@@ -207,7 +207,7 @@ PROVOKED: list[tuple[str, type[exc.DBAPIError], type[errors.HomeAgentError], Cal
 
 
 @pytest.mark.parametrize(("name", "theirs", "ours", "provoke"), PROVOKED, ids=[case[0] for case in PROVOKED])
-def test_a_result_code_becomes_two_errors(
+def test_result_code_decides_both_errors(
     engine: sa.Engine,
     path: Path,
     name: str,
@@ -215,7 +215,7 @@ def test_a_result_code_becomes_two_errors(
     ours: type[errors.HomeAgentError],
     provoke: Callable[[sa.Connection, Path], None],
 ) -> None:
-    """SQLite's result code decides which class SQLAlchemy raises, and which error of homeagent's it becomes."""
+    """SQLite's result code decides the class that SQLAlchemy raises and the class that homeagent raises."""
     with engine.connect() as connection, pytest.raises(exc.DBAPIError) as raised:
         provoke(connection, path)
     assert type(raised.value) is theirs
@@ -226,8 +226,8 @@ def test_a_result_code_becomes_two_errors(
     assert name in str(sqlite_error(original))
 
 
-def test_a_file_that_may_not_grow_is_an_io_error(children: Children, path: Path) -> None:
-    """Over RLIMIT_FSIZE SQLite returns SQLITE_IOERR_WRITE."""
+def test_file_size_limit_is_an_io_error(children: Children, path: Path) -> None:
+    """If a file would exceed RLIMIT_FSIZE, SQLite returns SQLITE_IOERR_WRITE."""
     printed = children.run(
         """
 import resource, sys
@@ -247,20 +247,20 @@ with sa.create_engine(f"sqlite+homeagent:///{sys.argv[1]}").connect() as connect
 
 
 def codes() -> list[int]:
-    """Return all result codes that are errors, extended ones included."""
+    """Return all result codes that are errors, extended codes included."""
     found = {**apsw.mapping_result_codes, **apsw.mapping_extended_result_codes}
-    # The others tell of a row, of the end, or are for the error log alone.
+    # The other codes report a row or the end, or are for the error log only.
     states = (apsw.SQLITE_OK, apsw.SQLITE_ROW, apsw.SQLITE_DONE, apsw.SQLITE_NOTICE, apsw.SQLITE_WARNING)
     return sorted(code for code in found if isinstance(code, int) and code & 0xFF not in states)
 
 
 def as_sqlalchemy_raises(error: Exception) -> BaseException:
-    """Return the exception of SQLAlchemy's for one of the driver's."""
+    """Return SQLAlchemy's exception for an exception of the driver."""
     return exc.DBAPIError.instance("SELECT 1", None, error, apsw.Error, dialect=dialect.Dialect())
 
 
-def test_no_result_code_falls_through() -> None:
-    """Each of SQLite's error codes becomes an error of SQLAlchemy's and of homeagent's, which names the code."""
+def test_every_result_code_is_translated() -> None:
+    """Each SQLite error code becomes an error of SQLAlchemy and of homeagent that names the code."""
     assert len(codes()) > 90
     for code in codes():
         error = apsw.exception_for(code)
@@ -271,8 +271,8 @@ def test_no_result_code_falls_through() -> None:
         assert sqlite_code_name(error) != "SQLITE_ERROR" or code == apsw.SQLITE_ERROR
 
 
-def test_no_class_of_apsw_falls_through() -> None:
-    """Each exception that apsw defines is the driver's `Error`, and becomes an error of homeagent's."""
+def test_every_apsw_class_is_translated() -> None:
+    """Each exception class of apsw is a subclass of the driver's `Error`, and becomes an error of homeagent."""
     kinds = [kind for kind in vars(apsw).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert len(kinds) > 30
     for kind in kinds:
@@ -281,14 +281,14 @@ def test_no_class_of_apsw_falls_through() -> None:
         assert isinstance(sqlite_error(kind("x")), errors.HomeAgentError)
 
 
-def test_the_translation_names_classes_that_exist() -> None:
-    """Each name in the dialect's table is a class of apsw's, and leads to a class of SQLAlchemy's."""
+def test_translation_table_names_existing_classes() -> None:
+    """Each name in the dialect's table is an apsw class, and leads to a class of SQLAlchemy."""
     for name, wrapper in dialect.Dialect.dbapi_exception_translation_map.items():
         assert issubclass(getattr(apsw, name), apsw.Error)
         assert issubclass(getattr(exc, wrapper), exc.DBAPIError)
 
 
-# Values and objects that can't be used
+# Invalid values and objects
 
 
 @pytest.mark.parametrize(
@@ -305,10 +305,10 @@ def test_the_translation_names_classes_that_exist() -> None:
     ],
     ids=["undecodable", "surrogate", "surrogate in SQL", "too great", "too small", "type", "too few", "too many"],
 )
-def test_a_bad_value(
+def test_bad_value(
     raw: Connection, sqlite_database: Database, statement: str, values: Any, kind: type[Exception], ours: type
 ) -> None:
-    """A value that SQLite can't take, or Python can't read, is the driver's error, and in a unit homeagent's."""
+    """If SQLite cannot store a value or Python cannot read one, the driver and a unit raise their own errors."""
     with pytest.raises(dialect.DRIVER_ERRORS) as raised:
         raw.cursor().execute(statement, values).fetchall()
     assert type(raised.value) is kind
@@ -317,18 +317,18 @@ def test_a_bad_value(
         unit.session.connection().exec_driver_sql(statement, values).all()
     assert type(told.value) is ours
     assert "key" not in str(told.value)
-    # Nothing of the error is left behind.
+    # The error left no state behind.
     assert raw.cursor().execute("SELECT count(*) FROM room").fetchall() == [(2,)]
 
 
 @pytest.mark.parametrize("value", [None, 2**63 - 1, -(2**63), 1.5, "a\0b", "ä\U0001f4a1", b"\0\xff", True])
-def test_a_value_comes_back(raw: Connection, value: object) -> None:
-    """The least and greatest integer, NUL in a text, and bytes come back as they were."""
+def test_value_round_trip(raw: Connection, value: object) -> None:
+    """The least and greatest integer, NUL in a text, and bytes are read back unchanged."""
     assert raw.cursor().execute("SELECT ?", (value,)).fetchone() == (value,)
 
 
-def test_a_closed_connection_or_cursor(path: Path) -> None:
-    """A closed connection or cursor is a ProgrammingError to SQLAlchemy, and DatabaseClosedError to homeagent."""
+def test_closed_connection_or_cursor(path: Path) -> None:
+    """A closed connection or cursor raises ProgrammingError in SQLAlchemy and DatabaseClosedError in homeagent."""
     raw = connect(str(path))
     cursor, unused = raw.cursor(), raw.cursor()
     cursor.close()
@@ -349,7 +349,7 @@ def test_a_closed_connection_or_cursor(path: Path) -> None:
 
 
 def test_description_outlives_the_rows(raw: Connection) -> None:
-    """`description` names the columns, also for a result without rows and after the last row; else it is None."""
+    """`description` names the columns, also for a result without rows and after the last row; otherwise it is None."""
     cursor = raw.cursor()
     assert cursor.description is None
     for statement in ("SELECT id, name AS other FROM room", "SELECT id, name AS other FROM room WHERE 0"):
@@ -363,7 +363,7 @@ def test_description_outlives_the_rows(raw: Connection) -> None:
 
 
 def test_rows_are_fetched_in_parts(raw: Connection) -> None:
-    """`fetchone`, `fetchmany` and `fetchall` go on where the one before ended; `fetchmany` goes by `arraysize`."""
+    """`fetchone`, `fetchmany` and `fetchall` continue after the previous row; `fetchmany` obeys `arraysize`."""
     cursor = raw.cursor()
     cursor.execute("SELECT value FROM json_each('[1,2,3,4,5,6]')")
     assert cursor.fetchone() == (1,)
@@ -377,7 +377,7 @@ def test_rows_are_fetched_in_parts(raw: Connection) -> None:
 
 
 def test_changed_rows_are_counted(raw: Connection) -> None:
-    """`rowcount` is the rows that the statement changed, not those of triggers or of the statement before it."""
+    """`rowcount` counts the rows that the statement changed, not rows of triggers or of the previous statement."""
     cursor = raw.cursor()
     cursor.execute("UPDATE room SET name = name || '!'")
     assert cursor.rowcount == 2
@@ -408,8 +408,8 @@ def test_many_statements_count_together(raw: Connection, kind: type[Any]) -> Non
     assert cursor.rowcount == 1
 
 
-def test_the_orm_updates_many_rows_beside_a_trigger(engine: sa.Engine, raw: Connection) -> None:
-    """The ORM compares `rowcount` with what it sent: the rows of a trigger don't make it raise StaleDataError."""
+def test_orm_updates_many_rows_with_a_trigger(engine: sa.Engine, raw: Connection) -> None:
+    """If a trigger changes rows too, the ORM's comparison with `rowcount` raises no StaleDataError."""
 
     class Base(DeclarativeBase):
         pass
@@ -427,7 +427,7 @@ def test_the_orm_updates_many_rows_beside_a_trigger(engine: sa.Engine, raw: Conn
     assert raw.execute("SELECT name FROM room ORDER BY id").fetchall() == [("hall!",), ("attic!",)]
 
 
-def test_the_last_row_id(raw: Connection) -> None:
+def test_last_row_id(raw: Connection) -> None:
     """`lastrowid` is the id that SQLite gave to the last inserted row."""
     cursor = raw.cursor()
     cursor.execute("INSERT INTO room(name) VALUES (?)", ("cellar",))
@@ -440,7 +440,7 @@ def test_the_last_row_id(raw: Connection) -> None:
 
 
 def test_regexp_match(engine: sa.Engine) -> None:
-    """SQLAlchemy's `regexp_match` searches, NULL stays NULL, and a bad pattern is an OperationalError."""
+    """SQLAlchemy's `regexp_match` searches, NULL stays NULL, and a bad pattern raises OperationalError."""
     name: sa.ColumnClause[str] = sa.column("name", sa.String)
     with engine.connect() as connection:
         matching = sa.select(name).select_from(sa.table("room", name)).where(name.regexp_match("^ha.l$"))
@@ -453,8 +453,8 @@ def test_regexp_match(engine: sa.Engine) -> None:
             connection.exec_driver_sql("SELECT 5 REGEXP '5'").all()
 
 
-def test_a_transaction_is_undone_whole(engine: sa.Engine, raw: Connection) -> None:
-    """SQLAlchemy's first statement begins a transaction; a rollback undoes changes of the schema too."""
+def test_rollback_undoes_the_whole_transaction(engine: sa.Engine, raw: Connection) -> None:
+    """SQLAlchemy's first statement begins a transaction, and a rollback undoes schema changes too."""
     with engine.connect() as connection:
         connection.exec_driver_sql("CREATE TABLE other (id)")
         connection.exec_driver_sql("INSERT INTO other VALUES (1)")
@@ -471,7 +471,7 @@ def test_a_transaction_is_undone_whole(engine: sa.Engine, raw: Connection) -> No
 
 
 def test_autocommit(engine: sa.Engine, raw: Connection) -> None:
-    """At isolation level AUTOCOMMIT each statement is committed by itself, and the level can be set back."""
+    """At isolation level AUTOCOMMIT each statement is committed separately, and the level can be set back."""
     with engine.connect() as connection:
         connection.execution_options(isolation_level="AUTOCOMMIT")
         connection.exec_driver_sql("DELETE FROM lamp")
@@ -484,7 +484,7 @@ def test_autocommit(engine: sa.Engine, raw: Connection) -> None:
 
 
 def test_no_snapshot_is_held_after_the_last_row(raw: Connection, path: Path) -> None:
-    """After `fetchall` a connection without a transaction sees what another one commits, and keeps no lock."""
+    """After `fetchall`, a connection without a transaction sees another connection's commits and holds no lock."""
     other = connect(str(path), timeout=0)
     other.execute("PRAGMA journal_mode=WAL").fetchall()
     cursor = raw.cursor()
@@ -497,8 +497,8 @@ def test_no_snapshot_is_held_after_the_last_row(raw: Connection, path: Path) -> 
     other.close()
 
 
-def test_an_unfinished_statement_does_not_block_close(sqlite_database: Database, tmp_path: Path) -> None:
-    """A result that was read in part and kept keeps neither a backup nor `close` from ending."""
+def test_unfinished_statement_does_not_block_close(sqlite_database: Database, tmp_path: Path) -> None:
+    """An unfinished statement that is still referenced blocks neither a backup nor `close`."""
     add_agent(sqlite_database)
     kept = []
     for _ in range(3):
@@ -519,8 +519,8 @@ def test_an_unfinished_statement_does_not_block_close(sqlite_database: Database,
         assert {agent.id for agent in copy.agents.list()} == {"ada", "later"}
 
 
-def test_a_connection_with_an_unfinished_statement_closes(path: Path) -> None:
-    """The driver's connection closes under a cursor with rows left, and the file is free afterwards."""
+def test_connection_with_an_unfinished_statement_closes(path: Path) -> None:
+    """If a cursor has rows left, the driver's connection can be closed, and the file is unlocked afterwards."""
     raw = connect(str(path))
     cursor = raw.cursor()
     cursor.execute("SELECT * FROM room")
@@ -549,8 +549,8 @@ def test_alembic_rebuilds_a_table(engine: sa.Engine, raw: Connection) -> None:
             connection.exec_driver_sql("UPDATE room SET floor = 9")
 
 
-def test_the_engine_without_a_pool_of_its_own(path: Path) -> None:
-    """An in-memory database stays the same for a thread; a file gets a pool; options come from the URL's query."""
+def test_default_pool(path: Path) -> None:
+    """An in-memory database stays the same for a thread, a file gets a pool, and options come from the URL."""
     memory = sa.create_engine(f"{DRIVER_NAME}://")
     with memory.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE here (id)")

@@ -1,6 +1,6 @@
-"""What a second SQLite library in the process can do to an open database: nothing, or it is refused.
+"""A second SQLite library in the process cannot harm an open database: its access is harmless or refused.
 
-Linux only, where open file description locks exist. All in child processes: an audit hook stays for good.
+Linux only, because open file description locks are needed. All in child processes: an audit hook cannot be removed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tests.conftest import Children, add_agent
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="F_OFD_SETLK and /proc are Linux's")
 
-# Opens the database, does what `act` does before each commit, tells the name of each committed agent, and waits to be
-# killed: nothing is left to a clean end.
+# Opens the database, runs `act` before each commit, prints the name of each committed agent, and waits for a SIGKILL,
+# so that no clean end follows.
 HOST = """
 import contextlib, os, sqlite3, sys
 from homeagent import AgentCreate, Database
@@ -56,7 +56,7 @@ def act():
         assert other.execute("SELECT count(*) FROM store.agents").fetchone()[0] > 0
 """
 
-# Another process: it opens the database and closes it, which deletes the WAL if no lock says that it is in use.
+# Another process: opens the database and closes it, which deletes the WAL if no lock marks the database as in use.
 VISITOR = """
 import sys
 from homeagent import Database
@@ -81,14 +81,16 @@ def agents(path: Path) -> set[str]:
 @pytest.mark.parametrize("visitor", [VISITOR, PLAIN_VISITOR], ids=["homeagent", "sqlite3"])
 @pytest.mark.parametrize("act", [READ_THE_FILES, OPEN_THE_INDEX, ATTACH], ids=["files", "index", "attach"])
 def test_no_commit_is_lost_after_foreign_access(sqlite_path: Path, children: Children, act: str, visitor: str) -> None:
-    """A host opens the files past homeagent, another process comes and goes, the host is killed: no commit is lost."""
+    """If a host opens the files without homeagent, another process opens and closes, and the host is killed, no commit
+    is lost.
+    """
     host = children.start(HOST.format(act=act), sqlite_path)
     assert host.stdout is not None
     told = {"first"}
     while (line := host.stdout.readline().strip()) != "told":
         assert line, host.communicate()[1]
         told.add(line)
-        # Each visitor is the only one that SQLite's own locks would show, had the host's been dropped.
+        # SQLite's own locks would show no other process than each visitor, had the host's locks been dropped.
         if line in ("a0", "a3"):
             assert told <= set(children.run(visitor, sqlite_path).split())
     assert children.run(visitor, sqlite_path).split() == sorted(told)
@@ -98,8 +100,8 @@ def test_no_commit_is_lost_after_foreign_access(sqlite_path: Path, children: Chi
     assert agents(sqlite_path) == told
 
 
-def test_a_host_writes_on_after_a_visitor(sqlite_path: Path, children: Children) -> None:
-    """What the host commits after foreign access and a visitor's end is in the file that others open."""
+def test_commits_after_foreign_access_reach_the_file(sqlite_path: Path, children: Children) -> None:
+    """After foreign access and a visitor's end, the host's later commits are in the file that others open."""
     script = HOST.format(act=ATTACH) + 'write("last")\nprint("end", flush=True)\nsys.stdin.readline()\n'
     host = children.start(script, sqlite_path)
     assert host.stdout is not None
@@ -117,7 +119,9 @@ def test_a_host_writes_on_after_a_visitor(sqlite_path: Path, children: Children)
 
 
 def test_sqlite3_is_refused_in_the_process(sqlite_path: Path, children: Children) -> None:
-    """`sqlite3.connect` to the open file raises ForeignAccessError in each spelling; any other file is let be."""
+    """`sqlite3.connect` to the open file raises ForeignAccessError in each spelling of the path; other files can be
+    opened.
+    """
     printed = children.run(
         """
 import os, sqlite3, sys
@@ -165,7 +169,7 @@ with Database.open(path) as database:
 
 
 def test_a_refused_connect_leaves_no_descriptor(sqlite_path: Path, children: Children) -> None:
-    """The refusal comes before sqlite3 opens the file, so that no lock is dropped."""
+    """The error comes before sqlite3 opens the file, so that no lock is dropped."""
     printed = children.run(
         """
 import os, sqlite3, sys
@@ -186,8 +190,8 @@ with Database.open(sys.argv[1]) as database:
 
 
 @pytest.mark.parametrize("how", ["os.open(path, os.O_RDONLY)", "sqlite3.connect(path)"])
-def test_a_descriptor_from_before_is_refused(sqlite_path: Path, children: Children, how: str) -> None:
-    """`Database.open` raises ForeignAccessError while the process has the file open, and opens it after the close."""
+def test_open_descriptor_refuses_open(sqlite_path: Path, children: Children, how: str) -> None:
+    """If the process already has the file open, `Database.open` raises ForeignAccessError until that is closed."""
     printed = children.run(
         f"""
 import os, sqlite3, sys
@@ -208,8 +212,8 @@ with Database.open(path) as database:
     assert printed.split() == ["refused", "0"]
 
 
-def test_a_forked_child_is_free(sqlite_path: Path, children: Children) -> None:
-    """A forked child may use sqlite3 on the file, and its end drops none of the locks of its parent."""
+def test_forked_child_may_use_sqlite3(sqlite_path: Path, children: Children) -> None:
+    """A forked child can use sqlite3 on the file, and its end drops no lock of the parent."""
     host = children.start(
         """
 import os, sqlite3, sys
@@ -245,8 +249,8 @@ sys.stdin.readline()
     assert agents(sqlite_path) == {"after", "before"}
 
 
-def test_no_descriptor_is_left(sqlite_path: Path, children: Children) -> None:
-    """After 50 times of opening and closing, and of several databases on one file, each descriptor is closed."""
+def test_every_descriptor_is_closed(sqlite_path: Path, children: Children) -> None:
+    """After 50 openings, and after several databases on one file, every descriptor is closed."""
     printed = children.run(
         """
 import os, sys, threading
@@ -281,7 +285,7 @@ print(open_descriptors() - before, len(foreign_access._guards))
 
 
 def test_the_last_database_on_a_file_keeps_the_locks(sqlite_path: Path, children: Children) -> None:
-    """Of several databases on one file, closing one leaves the locks and the refusal to the others."""
+    """If one of several databases on a file is closed, the others keep the locks and the refusal."""
     host = children.start(
         """
 import os, sqlite3, sys
@@ -319,8 +323,8 @@ sys.stdin.readline()
     assert agents(sqlite_path) == {"a0", "a1", "a2"}
 
 
-def test_closing_still_empties_the_log(sqlite_path: Path, children: Children) -> None:
-    """The locks do not keep the last close from moving the WAL into the file and deleting it."""
+def test_last_close_removes_the_wal(sqlite_path: Path, children: Children) -> None:
+    """The last close still copies the WAL into the file and deletes the WAL, in spite of the locks."""
     with Database.open(sqlite_path) as database:
         add_agent(database)
         children.run(VISITOR, sqlite_path)
@@ -333,7 +337,7 @@ def test_closing_still_empties_the_log(sqlite_path: Path, children: Children) ->
 def test_another_file_is_not_written_at_close(
     sqlite_path: Path, sqlite_template: Path, children: Children, how: str, noticed: bool
 ) -> None:
-    """A database whose file was moved, replaced or overwritten changes neither the new file nor the WAL of others."""
+    """If a database's file was moved, replaced or overwritten, a close changes neither the new file nor another WAL."""
     database = Database.open(sqlite_path)
     add_agent(database)
     for path in (sqlite_path, *(sqlite_path.with_name(sqlite_path.name + suffix) for suffix in ("-wal", "-shm"))):
@@ -341,7 +345,7 @@ def test_another_file_is_not_written_at_close(
             path.rename(path.with_name("kept-" + path.name))
         elif how == "replaced" or path != sqlite_path:
             path.unlink()
-    # In a process of its own: in this one it would drop the locks.
+    # Run in a separate process: in this process the test would drop the locks.
     children.run("import shutil, sys; shutil.copyfile(*sys.argv[1:])", sqlite_template, sqlite_path)
     sqlite_path.chmod(0o600)
     other = children.start(
@@ -358,7 +362,7 @@ sys.stdin.readline()
     )
     assert other.stdout is not None
     assert other.stdout.readline() == "written\n", other.communicate()[1]
-    other.kill()  # so that its lock keeps nothing from a checkpoint; its commits are in its WAL
+    other.kill()  # the lock must not block a checkpoint; the process's commits are in its WAL
     other.wait()
     log = sqlite_path.with_name(sqlite_path.name + "-wal")
     before = sqlite_path.read_bytes(), log.read_bytes()
@@ -370,8 +374,8 @@ sys.stdin.readline()
     assert agents(sqlite_path) == {f"n{number:02}" for number in range(20)}
 
 
-def test_a_guard_whose_last_connection_is_closed_is_not_used_again() -> None:
-    """A connection that is opened while the last one of the file is closed is counted by a new guard."""
+def test_new_connection_after_the_last_close_gets_a_new_guard() -> None:
+    """If the last connection of a file is being closed, a connection opened meanwhile gets a new guard."""
     guard = guard_of(Path("absent.db"), (0, 0))
     assert guard.opened()
     with guard.closing():
@@ -385,7 +389,7 @@ def test_a_guard_whose_last_connection_is_closed_is_not_used_again() -> None:
 
 
 def test_sqlite3_is_refused_without_open_file_description_locks(sqlite_path: Path, children: Children) -> None:
-    """On a platform without these locks `sqlite3.connect` raises ForeignAccessError all the same."""
+    """On a platform without open file description locks, `sqlite3.connect` still raises ForeignAccessError."""
     printed = children.run(
         """
 import sqlite3, sys

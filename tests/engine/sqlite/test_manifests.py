@@ -1,4 +1,4 @@
-"""Manifests: what is known of a backup without opening it, and which one an error may name."""
+"""Manifests: the description of a backup without opening it, and the backup that an error names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
 
 def put(backup: Path, database: Path, *, hours: int = 0) -> Path:
-    """Make what looks like a backup, with its manifest."""
+    """Create a file that looks like a backup, with its manifest."""
     backup.parent.mkdir(exist_ok=True)
     backup.write_bytes(b"content")
     manifest = Manifest(
@@ -43,7 +43,7 @@ def put(backup: Path, database: Path, *, hours: int = 0) -> Path:
 
 
 def test_backup_from_the_future_is_the_last_choice(tmp_path: Path) -> None:
-    """One that was made while the clock was ahead is named where there is no other: nobody knows how old it is."""
+    """A backup with a time in the future has an unknown age, so it is named only if there is no other backup."""
     database = tmp_path / "a" / "homeagent.db"
     future = put(tmp_path / "a" / "z.backup", database, hours=24 * 365 * 900)
     assert newest_backup(database) == future
@@ -52,7 +52,9 @@ def test_backup_from_the_future_is_the_last_choice(tmp_path: Path) -> None:
 
 
 def test_newest_backup(tmp_path: Path) -> None:
-    """The newest of this database is found, beside it and where the last one went, whatever order the names are in."""
+    """The newest backup of this database is found, next to it or in the last backup's directory, in any order
+    of names.
+    """
     database, elsewhere = tmp_path / "a" / "homeagent.db", tmp_path / "elsewhere"
     assert newest_backup(database) is None
     first = put(tmp_path / "a" / "z.backup", database)
@@ -70,8 +72,8 @@ def test_newest_backup(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["gone", "shorter", "no manifest", "cut", "deep", "no text", "another format", "pipe"])
-def test_spoilt_is_passed_over(tmp_path: Path, how: str) -> None:
-    """A backup that is gone or cut short, or whose manifest can't be read, is never named as a good one."""
+def test_damaged_backup_is_skipped(tmp_path: Path, how: str) -> None:
+    """If a backup is missing or cut short, or its manifest cannot be read, an error does not name it."""
     database = tmp_path / "a" / "homeagent.db"
     good = put(tmp_path / "a" / "1.backup", database)
     spoilt = put(tmp_path / "a" / "2.backup", database, hours=1)
@@ -100,7 +102,7 @@ def test_spoilt_is_passed_over(tmp_path: Path, how: str) -> None:
 
 
 def test_unreadable_manifest(tmp_path: Path) -> None:
-    """A manifest that can't be read is told from one that is not there: somebody wrote it to be believed."""
+    """If a manifest cannot be read, CorruptDatabaseError is raised; if it does not exist, the result is None."""
     backup = put(tmp_path / "a" / "1.backup", tmp_path / "homeagent.db")
     manifest_path(backup).write_text("{}")
     with pytest.raises(CorruptDatabaseError, match="be read as a manifest"):
@@ -109,8 +111,8 @@ def test_unreadable_manifest(tmp_path: Path) -> None:
     assert read_manifest(backup) is None
 
 
-def test_note_that_is_of_no_use(tmp_path: Path) -> None:
-    """A note that leads nowhere, or is no path at all, does not hide what lies beside the database."""
+def test_unusable_note_is_ignored(tmp_path: Path) -> None:
+    """If the note of the last backup's path is unusable, a backup next to the database is still found."""
     database = tmp_path / "a" / "homeagent.db"
     backup = put(tmp_path / "a" / "1.backup", database)
     note = tmp_path / "a" / "homeagent.db.last-backup"

@@ -1,4 +1,4 @@
-"""The snapshot of a unit that reads: taken when the unit begins, the same for all in it, given up at its end."""
+"""The snapshot of a read unit: taken at the beginning, the same for all reads, released at the end."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ WAYS: dict[str, Callable[[UnitOfWork], object]] = {
 
 
 def names(unit: UnitOfWork) -> set[str]:
-    """Return the ids of the agents that a unit sees, through its store."""
+    """Return the ids of the agents that a unit's store finds."""
     return {agent.id for agent in unit.agents.list()}
 
 
 def log_can_be_emptied(path: Path) -> bool:
-    """Tell whether a checkpoint meets no reader, which it can't do while a snapshot is held."""
+    """Return whether a checkpoint can empty the WAL, which a held snapshot prevents."""
     connection = connect(str(path), timeout=0)
     try:
         ((busy, *_),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -36,8 +36,8 @@ def log_can_be_emptied(path: Path) -> bool:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shows", [False, True], ids=["held", "shown"])
-def test_it_is_of_the_beginning(sqlite_path: Path, way: str, shows: bool) -> None:
-    """What is committed after a unit began is not in it, through whatever it looks, and whoever listens."""
+def test_snapshot_excludes_later_commits(sqlite_path: Path, way: str, shows: bool) -> None:
+    """A commit after the beginning of a read unit is not in its snapshot, for every way to read."""
     with Database.open(sqlite_path) as writer, Database.open(sqlite_path) as reader:
         if shows:
             event.listen(reader._engine.sa_engine, "before_cursor_execute", lambda *_: None)
@@ -56,8 +56,8 @@ def test_it_is_of_the_beginning(sqlite_path: Path, way: str, shows: bool) -> Non
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("end", ["commit", "rollback", "error"])
-def test_it_is_given_up_at_the_end(sqlite_path: Path, way: str, end: str) -> None:
-    """A snapshot that outlived its unit would let the log grow without end."""
+def test_snapshot_is_released_at_the_end(sqlite_path: Path, way: str, end: str) -> None:
+    """If a read unit ends, its snapshot is released, so that the WAL can be emptied."""
     with Database.open(sqlite_path) as database:
         add_agent(database)
         try:

@@ -1,4 +1,4 @@
-"""SQLAlchemy's own tests for dialects, on homeagent's dialect and on the one for the interpreter's `sqlite3`."""
+"""SQLAlchemy's own tests for dialects, on homeagent's dialect and on the `sqlite3` module's dialect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUITE = Path(__file__).parent / "sqlalchemy_suite"
 
 
 def start(driver: str, directory: Path) -> subprocess.Popen[str]:
-    """Start the suite on an in-memory database, as SQLAlchemy's documentation says; it writes `report.xml`."""
+    """Start the suite on an in-memory database, as SQLAlchemy's documentation describes; it writes `report.xml`."""
     directory.mkdir()
     return subprocess.Popen(
         [
@@ -34,21 +34,21 @@ def start(driver: str, directory: Path) -> subprocess.Popen[str]:
 
 
 def passed(process: subprocess.Popen[str], directory: Path) -> set[str]:
-    """Wait for the suite to end, and return the names of the tests that passed."""
+    """Wait for the end of the suite, and return the names of the tests that passed."""
     output = process.communicate(timeout=900)[0]
     assert process.returncode in (0, 1), output[-4000:]  # 1: some tests failed
     names = set()
     for case in ElementTree.parse(directory / "report.xml").iter("testcase"):  # noqa: S314  written by pytest
         if not any(child.tag in ("failure", "error", "skipped") for child in case):
-            # SQLAlchemy adds the name of the driver and its version to that of the class.
+            # SQLAlchemy adds the driver's name and version to the name of the class.
             of_class = re.sub(r"_sqlite\+\w+$", "", case.attrib["classname"].rpartition(".")[2])
             names.add(f"{of_class}::{case.attrib['name']}")
     return names
 
 
 @pytest.mark.slow
-def test_the_dialect_passes_what_pysqlite_passes(tmp_path: Path) -> None:
-    """Tests that pass on SQLAlchemy's own SQLite dialect pass on homeagent's, except those in differences.txt."""
+def test_homeagents_dialect_passes_the_tests_of_pysqlite(tmp_path: Path) -> None:
+    """Tests that pass on SQLAlchemy's own dialect pass on homeagent's, except the tests in differences.txt."""
     lines = (SUITE / "differences.txt").read_text(encoding="utf-8").splitlines()
     listed = {line.rpartition("  ")[0]: line.rpartition("  ")[2] for line in lines if not line.startswith("#")}
     assert all(listed.values())
