@@ -1,4 +1,4 @@
-"""Two secrets, hashers that cost next to nothing, and who counts the runs of Argon2."""
+"""Two secrets, hashers with low costs, and a counter of Argon2 runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def generated() -> str:
 
 
 class Runs:
-    """Stands before Argon2: counts its runs, and can hold them until it is told to let them go."""
+    """Replaces Argon2: counts its runs, and can hold them until a test lets them continue."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""Failed checks are counted for each id within a minute, in a bounded memory that guesses can't empty."""
+"""Failed checks are counted for each id within a minute, in a bounded memory that guesses cannot empty."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MINUTE = timedelta(minutes=1)
 
 
 class Ticks:
-    """A monotonic clock that is moved by hand."""
+    """A monotonic clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -24,14 +24,14 @@ class Ticks:
 
 
 def fail(checks: FailedChecks, device_id: str, times: int = 1) -> None:
-    """Let so many checks of an id fail."""
+    """Let this many checks of an id fail."""
     for _ in range(times):
         with checks.attempt(device_id) as attempt:
             attempt.failed = True
 
 
 def is_refused(checks: FailedChecks, device_id: str) -> bool:
-    """Tell whether a check of this id is refused; one that is not leaves no count."""
+    """Return whether a check of this id is refused; an accepted check leaves no count."""
     try:
         with checks.attempt(device_id):
             return False
@@ -40,7 +40,7 @@ def is_refused(checks: FailedChecks, device_id: str) -> bool:
 
 
 def test_refused_until_the_oldest_failure_is_a_minute_old(clock: FakeClock) -> None:
-    """At most `per_minute` checks fail within any minute, and `retry_after` says when the next one may begin."""
+    """At most `per_minute` checks fail within any minute; `retry_after` is the time until the next check may begin."""
     checks = FailedChecks(clock, per_minute=2, monotonic=Ticks())
     fail(checks, "lamp")
     clock.advance(seconds=40)
@@ -56,8 +56,8 @@ def test_refused_until_the_oldest_failure_is_a_minute_old(clock: FakeClock) -> N
     assert is_refused(checks, "lamp")
 
 
-def test_a_success_is_not_counted_and_resets_nothing(clock: FakeClock) -> None:
-    """A device that presents its right secret gives no further guesses to others."""
+def test_success_is_not_counted_and_resets_no_count(clock: FakeClock) -> None:
+    """A successful check neither counts nor gives an attacker further guesses."""
     checks = FailedChecks(clock, per_minute=2, monotonic=Ticks())
     fail(checks, "lamp")
     for _ in range(5):
@@ -66,8 +66,8 @@ def test_a_success_is_not_counted_and_resets_nothing(clock: FakeClock) -> None:
     assert is_refused(checks, "lamp")
 
 
-def test_a_check_that_ended_in_an_error_is_not_counted(clock: FakeClock) -> None:
-    """No guess was tried if the hash was not computed."""
+def test_check_with_an_error_is_not_counted(clock: FakeClock) -> None:
+    """If a check raises an error before the hash was computed, no guess was tried, and the check is not counted."""
     checks = FailedChecks(clock, per_minute=1, monotonic=Ticks())
     for _ in range(3):
         with pytest.raises(MemoryError), checks.attempt("lamp"):
@@ -75,8 +75,8 @@ def test_a_check_that_ended_in_an_error_is_not_counted(clock: FakeClock) -> None
     assert not is_refused(checks, "lamp")
 
 
-def test_checks_at_the_same_time_do_not_exceed_the_bound(clock: FakeClock) -> None:
-    """A check that is under way counts until it ends."""
+def test_concurrent_checks_do_not_exceed_the_limit(clock: FakeClock) -> None:
+    """A running check counts as failed until it ends."""
     checks = FailedChecks(clock, per_minute=2, monotonic=Ticks())
     with checks.attempt("lamp"), checks.attempt("lamp"):
         assert is_refused(checks, "lamp")
@@ -84,8 +84,8 @@ def test_checks_at_the_same_time_do_not_exceed_the_bound(clock: FakeClock) -> No
 
 
 @pytest.mark.parametrize("step", [timedelta(0), timedelta(hours=-1)], ids=["stands still", "set back"])
-def test_a_wall_clock_can_not_prolong_the_minute(clock: FakeClock, step: timedelta) -> None:
-    """While the wall clock does not go on, the monotonic clock ends the minute."""
+def test_stopped_wall_clock_does_not_prolong_the_minute(clock: FakeClock, step: timedelta) -> None:
+    """If the wall clock stands still, the monotonic clock ends the minute."""
     ticks = Ticks()
     checks = FailedChecks(clock, per_minute=1, monotonic=ticks)
     fail(checks, "lamp")
@@ -98,8 +98,8 @@ def test_a_wall_clock_can_not_prolong_the_minute(clock: FakeClock, step: timedel
     assert not is_refused(checks, "lamp")
 
 
-def test_other_ids_do_not_push_a_count_out(clock: FakeClock) -> None:
-    """Of more ids than are remembered, the id with the fewest failures is forgotten, and expired ids before that."""
+def test_other_ids_do_not_remove_a_count(clock: FakeClock) -> None:
+    """If too many ids are remembered, expired ids are removed first, then the id with the fewest failures."""
     checks = FailedChecks(clock, per_minute=3, most_ids=10, monotonic=Ticks())
     fail(checks, "expired", 3)
     clock.advance(MINUTE)

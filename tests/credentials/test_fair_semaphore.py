@@ -1,4 +1,4 @@
-"""How many secrets are hashed at once, and in which order callers get their turn."""
+"""The number of secrets that are hashed at the same time, and the order of the callers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.interrupts import interrupt_at
 
 @contextmanager
 def _held(runs: Runs, *work: Callable[[], object]) -> Iterator[ThreadPoolExecutor]:
-    """Hold one Argon2 run for each piece of work until the block ends, then see them through."""
+    """Hold one Argon2 run for each function until the block ends, then wait for all of them."""
     runs.go_on.clear()
     with ThreadPoolExecutor(max_workers=16) as pool:
         futures = [pool.submit(one) for one in work]
@@ -40,7 +40,7 @@ def _held(runs: Runs, *work: Callable[[], object]) -> Iterator[ThreadPoolExecuto
 
 
 def _until(condition: Callable[[], bool]) -> None:
-    """Give way to the other threads until the condition holds."""
+    """Let the other threads run until the condition is true."""
     pause = threading.Event()
     for _ in range(60_000):
         if condition():
@@ -50,7 +50,7 @@ def _until(condition: Callable[[], bool]) -> None:
 
 
 def test_no_more_than_concurrency_run_at_once(runs: Runs) -> None:
-    """With every place taken nobody gets in, and a caller who may not wait is told to try again later."""
+    """If every place is taken, a caller without patience raises an error and can try again later."""
     hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=2, timeout=timedelta(0))
     with _held(runs, lambda: hasher.hash(HUMAN), lambda: hasher.check(HUMAN, [])):
         for refused in (lambda: hasher.hash(OTHER), lambda: hasher.check(OTHER, [])):
@@ -58,14 +58,14 @@ def test_no_more_than_concurrency_run_at_once(runs: Runs) -> None:
                 refused()
             assert OTHER not in str(busy.value)
         assert runs.count == 2
-        # Neither costs Argon2 anything, so neither has to wait.
+        # Neither needs Argon2, so neither waits.
         secret = generate_secret()
         assert hasher.check(secret, [hasher.hash(secret)])
     assert hasher.hash(OTHER)
 
 
-def test_no_more_than_so_many_wait(runs: Runs) -> None:
-    """A caller that finds the queue full is refused at once, and one that leaves the queue makes room."""
+def test_queue_length_is_bounded(runs: Runs) -> None:
+    """If the queue is full, a caller raises an error at once; a caller that leaves the queue makes room."""
     hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(minutes=1))
     with _held(runs, lambda: hasher.hash(HUMAN)) as pool:
         waiting = [pool.submit(hasher.check, HUMAN, [], waiting=2) for _ in range(2)]
@@ -82,14 +82,14 @@ def test_no_more_than_so_many_wait(runs: Runs) -> None:
 
 
 def test_all_places_are_used(runs: Runs) -> None:
-    """As many run at once as there are places: the bound is not one big lock."""
+    """As many runs as there are places take place at the same time."""
     hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=3, timeout=timedelta(0))
     with _held(runs, *[lambda: hasher.hash(HUMAN)] * 3):
         assert runs.count == 3
 
 
 def test_callers_wait_in_order_of_arrival(monkeypatch: pytest.MonkeyPatch, runs: Runs) -> None:
-    """Who came first is served first, and everybody is served."""
+    """Callers get their places in order of arrival, and each caller gets a place."""
     hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(minutes=1))
     order: list[bytes] = []
 
@@ -110,8 +110,8 @@ def test_callers_wait_in_order_of_arrival(monkeypatch: pytest.MonkeyPatch, runs:
     assert hasher.waiting == 0
 
 
-def test_a_caller_who_gave_up_leaves_the_queue(runs: Runs) -> None:
-    """After the timeout a caller holds no place and awaits none: the next one gets it."""
+def test_timed_out_caller_leaves_the_queue(runs: Runs) -> None:
+    """After the timeout a caller holds no place and is not in the queue, so the next caller gets the place."""
     patient = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(milliseconds=1))
     with _held(runs, lambda: patient.hash(HUMAN)):
         with pytest.raises(DatabaseBusyError):
@@ -121,7 +121,7 @@ def test_a_caller_who_gave_up_leaves_the_queue(runs: Runs) -> None:
 
 
 def test_interrupted_wait_loses_no_place(monkeypatch: pytest.MonkeyPatch, runs: Runs) -> None:
-    """Ctrl-C while waiting passes on a place that was handed over at that very moment."""
+    """If Ctrl-C interrupts a wait at the moment when a place is handed over, the place goes to the next caller."""
     hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(minutes=1))
     wait = threading.Event.wait
     waiting_thread = threading.get_ident()
@@ -145,8 +145,8 @@ def test_interrupted_wait_loses_no_place(monkeypatch: pytest.MonkeyPatch, runs: 
         assert hasher.hash(OTHER)
 
 
-def test_a_failing_run_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error inside Argon2 takes no place away from the others."""
+def test_failing_run_releases_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If Argon2 raises an error, the run's place is released."""
     hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(0))
 
     def fail(*args: Any, **kwargs: Any) -> bytes:
@@ -160,17 +160,19 @@ def test_a_failing_run_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("waiting", [0, 1], ids=["queue full", "timed out"])
-def test_no_turn_for_a_replacement_still_lets_the_device_in(
+def test_check_succeeds_without_a_place_for_the_replacement(
     monkeypatch: pytest.MonkeyPatch, runs: Runs, waiting: int
 ) -> None:
-    """The right secret is right, even when there is no time to hash it anew; the next check offers it again."""
+    """If no place is free to hash a right secret again, the check succeeds, and the next check offers the
+    replacement.
+    """
     hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(0))
     old = dearer.hash(HUMAN)
     intruding: list[Any] = []
     with ThreadPoolExecutor(max_workers=1) as pool:
 
         def steal_the_place(left: bytes, right: bytes) -> bool:
-            # Between the run of the check and that of the replacement, somebody else takes the only place.
+            # Between the run of the check and the run of the replacement, another caller takes the only place.
             runs.go_on.clear()
             while runs.inside.acquire(blocking=False):
                 pass
@@ -188,7 +190,7 @@ def test_no_turn_for_a_replacement_still_lets_the_device_in(
 
 
 def asked_at(turn: int, *, gives_back: bool) -> bool:
-    """Ask for a place in a signal's handler, at one point of taking one in vain or of giving one to who waits."""
+    """Ask for a place in a signal handler, at one point of a failing request or of a release to a waiter."""
     semaphore = FairSemaphore(1)
     taken, go_on = threading.Event(), threading.Event()
     came: list[bool] = []
@@ -230,8 +232,10 @@ def asked_at(turn: int, *, gives_back: bool) -> bool:
 
 
 @pytest.mark.parametrize("gives_back", [False, True], ids=["taking", "giving back"])
-def test_a_signal_s_handler_may_ask_for_a_place(gives_back: bool) -> None:
-    """Wherever it comes while its thread takes or gives back a place, it waits for no lock, and no place is lost."""
+def test_signal_handler_may_ask_for_a_place(gives_back: bool) -> None:
+    """If a signal handler asks for a place at any point of a request or release, no call blocks and no place is
+    lost.
+    """
     turn = 0
     while asked_at(turn, gives_back=gives_back):
         turn += 1
@@ -240,7 +244,7 @@ def test_a_signal_s_handler_may_ask_for_a_place(gives_back: bool) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_forked_child_has_all_places() -> None:
-    """A run that was under way in the parent doesn't take its place away from the child for ever."""
+    """If a run was active in the parent during a fork, the child still has all places."""
     program = """
         import os, threading, warnings
         from datetime import timedelta

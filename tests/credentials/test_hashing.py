@@ -1,4 +1,4 @@
-"""The hashes of secrets, what a check costs, and that nothing of either shows."""
+"""The hashes of secrets, the cost of a check, and what a check does not show."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.credentials.conftest import HUMAN, OTHER, Runs, cheap, dearer, genera
 
 
 def test_generated_secret_is_hashed_with_sha256(runs: Runs) -> None:
-    """256 random bits need no slow hash."""
+    """A generated secret is hashed with SHA-256: 256 random bits need no slow hash."""
     secret = generate_secret()
     stored = cheap.hash(secret)
     assert stored == "sha256$" + hashlib.sha256(secret.get_secret_value().encode()).hexdigest()
@@ -44,7 +44,7 @@ def test_generated_secret_is_hashed_with_sha256(runs: Runs) -> None:
 
 
 def test_human_secret_is_hashed_with_argon2id_that_others_can_verify() -> None:
-    """The stored text is Argon2's own form: argon2-cffi verifies ours, and finds its parameters."""
+    """The stored text has Argon2's standard form, so that argon2-cffi can verify it and read its parameters."""
     stored = cheap.hash(HUMAN)
     assert argon2.PasswordHasher().verify(stored, HUMAN)
     found = argon2.extract_parameters(stored)
@@ -61,13 +61,13 @@ def test_human_secret_is_hashed_with_argon2id_that_others_can_verify() -> None:
 @pytest.mark.parametrize(
     "stored",
     [
-        # From the test programme of the reference implementation.
+        # From the test program of the reference implementation.
         "$argon2id$v=19$m=256,t=2,p=1$c29tZXNhbHQ$nf65EOgLrQMR/uIPnA4rEsF5h7TKyQwu9U1bMCHGi/4",
         "$argon2id$v=19$m=256,t=2,p=2$c29tZXNhbHQ$bQk8UB/VmZZF4Oo79iDXuL5/0ttZwg2f/5U52iv1cDc",
     ],
 )
 def test_hashes_of_the_reference_implementation_verify(stored: str) -> None:
-    """Hashes that were made elsewhere serve, and are replaced by ours at the first right secret."""
+    """Hashes of the reference implementation are accepted, and replaced at the first right secret."""
     assert not cheap.check("Password", [stored])
     check = cheap.check("password", [stored])
     assert check.matched == 0
@@ -76,27 +76,27 @@ def test_hashes_of_the_reference_implementation_verify(stored: str) -> None:
 
 
 def test_every_hash_has_its_own_salt() -> None:
-    """The same secret of two devices has two hashes."""
+    """The same secret of two devices has two different hashes."""
     assert cheap.hash(HUMAN) != cheap.hash(HUMAN)
 
 
 @given(usable, usable)
 def test_only_the_same_secret_matches(secret: str, other: str) -> None:
-    """A hash matches its own secret, and another one only where that is the same."""
+    """A hash matches its own secret, and another secret only if the two are equal."""
     stored = [cheap.hash(SecretStr(secret))]
     assert cheap.check(secret, stored) == SecretMatch(0)
     assert bool(cheap.check(SecretStr(other), stored)) == (secret == other)
 
 
 def test_default_costs_are_those_of_rfc_9106() -> None:
-    """The public functions use the second recommended option of RFC 9106, whatever an installed library says."""
+    """The public functions use the second recommended option of RFC 9106, independent of a library's defaults."""
     default = SecretHasher()
     assert (default.time_cost, default.memory_cost, default.parallelism) == (3, 64 * 1024, 4)
     assert argon2.extract_parameters(hash_secret(HUMAN)) == RFC_9106_LOW_MEMORY
 
 
 def test_public_functions_hash_and_check() -> None:
-    """hash_secret and check_secret are one pair, for both kinds of secret and both types of argument."""
+    """`hash_secret` and `check_secret` work together, for both kinds of secret and both types of argument."""
     for secret in (HUMAN, generated()):
         stored = hash_secret(SecretStr(secret))
         assert len(stored) <= 256
@@ -104,8 +104,8 @@ def test_public_functions_hash_and_check() -> None:
         assert not check_secret(SecretStr(OTHER), [stored])
 
 
-def test_fits_the_column_whatever_the_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The longest hash that a hasher can make is no longer than the column allows."""
+def test_longest_hash_fits_the_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest hash that any hasher can make fits into the column."""
     widest = SecretHasher(time_cost=64, memory_cost=2 * 1024 * 1024, parallelism=64)
     monkeypatch.setattr("argon2.low_level.hash_secret_raw", lambda *args, hash_len, **costs: bytes(hash_len))
     stored = widest.hash("x" * MAX_SECRET_CHARACTERS)
@@ -113,7 +113,7 @@ def test_fits_the_column_whatever_the_costs(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(stored) <= 256
 
 
-# What a check costs
+# Costs of a check
 
 
 def _stored(kind: str) -> list[str]:
@@ -149,8 +149,8 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_humans_secret_costs_one_run_whatever_is_stored(kind: str, runs: Runs) -> None:
-    """A wrong secret takes the same time for every device, and for none."""
+def test_human_secret_costs_one_run(kind: str, runs: Runs) -> None:
+    """A wrong human secret takes the same time for every device, and without a device."""
     stored = _stored(kind)
     runs.count = 0
     assert not cheap.check(HUMAN, stored)
@@ -158,8 +158,8 @@ def test_a_humans_secret_costs_one_run_whatever_is_stored(kind: str, runs: Runs)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "human's" in kind])
-def test_the_right_secret_costs_one_run_too(kind: str, runs: Runs) -> None:
-    """A right secret takes the time of a wrong one."""
+def test_right_secret_costs_one_run(kind: str, runs: Runs) -> None:
+    """A right secret takes the same time as a wrong secret."""
     stored = _stored(kind)
     runs.count = 0
     assert cheap.check(OTHER, stored)
@@ -167,16 +167,16 @@ def test_the_right_secret_costs_one_run_too(kind: str, runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_generated_secret_costs_no_run_whatever_is_stored(kind: str, runs: Runs) -> None:
-    """The form of the presented secret decides, not what is stored."""
+def test_generated_secret_costs_no_run(kind: str, runs: Runs) -> None:
+    """The form of the presented secret decides the cost, not the stored hash."""
     stored = _stored(kind)
     runs.count = 0
     assert not cheap.check(generate_secret(), stored)
     assert runs.count == 0
 
 
-def test_run_for_nobody_has_the_costs_of_a_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unknown device is hashed for with the same costs, lengths of salt and digest, and type."""
+def test_run_without_a_device_has_the_same_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For an unknown device, Argon2 runs with the same costs, type, and lengths of salt and digest."""
     seen: list[dict[str, Any]] = []
 
     def record(secret: bytes, salt: bytes, **costs: Any) -> bytes:
@@ -191,7 +191,7 @@ def test_run_for_nobody_has_the_costs_of_a_real_one(monkeypatch: pytest.MonkeyPa
 
 
 def test_both_kinds_compare_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Digests are compared by hmac.compare_digest, a generated one twice whatever is stored."""
+    """Digests are compared by hmac.compare_digest, and a generated secret is always compared twice."""
     compared: list[int] = []
 
     def record(left: bytes, right: bytes) -> bool:
@@ -209,7 +209,7 @@ def test_both_kinds_compare_in_constant_time(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_hash_of_the_other_kind_never_matches() -> None:
-    """A generated secret is not looked for behind Argon2, nor a human's behind SHA-256."""
+    """A generated secret never matches an Argon2 hash, and a human secret never matches a SHA-256 hash."""
     secret = generated()
     assert not cheap.check(secret, [argon2.PasswordHasher(1, 8, 1).hash(secret)])
     assert not cheap.check(HUMAN, ["sha256$" + hashlib.sha256(HUMAN.encode()).hexdigest()])
@@ -222,7 +222,7 @@ def _damage(stored: str) -> Iterator[str]:
     yield "$".join(["", kind, version, costs, salt, digest, ""])
     yield "$".join(["", kind, version, costs, salt, digest]) + "\n"
     yield "$".join(["", kind, version, costs, salt, digest + "="])
-    # 43 characters are 258 bits: one that differs in the last two alone stands for the same 256.
+    # 43 characters are 258 bits: a digest that differs only in the last two bits stands for the same 256 bits.
     yield "$".join(["", kind, version, costs, salt, digest[:-1] + chr(ord(digest[-1]) + 1)])
     yield "$".join(["", kind, version, costs, "c2FsdA", digest])
     yield "$".join(["", kind, version, costs, salt + "AAA", digest])
@@ -233,13 +233,13 @@ def _damage(stored: str) -> Iterator[str]:
     yield "$".join(["", kind, costs, salt, digest])
     for wrong in ("m=8,t=1,p=0", "m=8,t=0,p=1", "m=7,t=1,p=1", "m=8,t=1,p=2", "m=08,t=1,p=1", "t=1,m=8,p=1", "m=8,t=1"):
         yield "$".join(["", kind, version, wrong, salt, digest])
-    # Well-formed, and asking for more than anybody would have stored.
+    # Well-formed, but with higher costs than any hasher allows.
     for dear in ("m=2097153,t=1,p=1", "m=8,t=65,p=1", "m=4096,t=1,p=65", "m=9999999999,t=9999999999,p=1"):
         yield "$".join(["", kind, version, dear, salt, digest])
 
 
-def test_damaged_hash_never_matches_and_is_never_obeyed(runs: Runs) -> None:
-    """No damage raises, matches, or makes Argon2 run with what the damaged text asks for."""
+def test_damaged_hash_never_matches(runs: Runs) -> None:
+    """If a hash is damaged, the check returns no match, raises no error and ignores the costs in the damaged text."""
     stored = cheap.hash(HUMAN)
     for damaged in _damage(stored):
         assert damaged != stored
@@ -250,14 +250,14 @@ def test_damaged_hash_never_matches_and_is_never_obeyed(runs: Runs) -> None:
 
 @given(st.lists(st.text(max_size=120) | st.just("$argon2id$v=19$m=8,t=1,p=1$") | st.just("sha256$"), max_size=2))
 def test_no_stored_text_raises(stored: list[str]) -> None:
-    """Whatever a column holds, surrogates included, is only ever no match."""
+    """For any two stored texts, surrogates included, a check returns no match and raises no error."""
     assert not cheap.check(HUMAN, stored)
     assert not cheap.check(generate_secret(), [*stored[:1], "sha256$\ud800"])
 
 
 @pytest.mark.parametrize("stored", [["a", "b", "c"], "sha256$" + "0" * 64, ""])
 def test_more_than_two_hashes_are_refused(stored: Any) -> None:
-    """A third hash, or one text where a sequence is wanted, is a mistake of the caller's."""
+    """A third hash, or a single text instead of a sequence, raises InvalidArgumentError."""
     with pytest.raises(InvalidArgumentError, match="at most 2") as refused:
         cheap.check(HUMAN, stored)
     assert "0000" not in str(refused.value)
@@ -268,8 +268,8 @@ def test_more_than_two_hashes_are_refused(stored: Any) -> None:
 
 @pytest.mark.parametrize("old", [HUMAN, generated()], ids=["human's", "generated"])
 @pytest.mark.parametrize("new", [OTHER, generated()], ids=["human's", "generated"])
-def test_either_secret_serves_during_an_overlap(old: str, new: str) -> None:
-    """Of two stored hashes the one that matched is named by its index, for every pair of kinds."""
+def test_either_secret_matches_during_an_overlap(old: str, new: str) -> None:
+    """The result has the index of the matching hash, for every pair of kinds."""
     previous = cheap.hash(old)
     stored = [cheap.hash(new, beside=previous), previous]
     assert cheap.check(new, stored) == SecretMatch(0)
@@ -278,29 +278,29 @@ def test_either_secret_serves_during_an_overlap(old: str, new: str) -> None:
     assert not cheap.check(generate_secret(), stored)
 
 
-def test_the_present_hash_is_named_where_both_match() -> None:
-    """A rotation to the same secret is reported as the present one."""
+def test_first_hash_is_named_if_both_match() -> None:
+    """If both hashes match, as after a rotation to the same secret, the result has the index 0."""
     previous = cheap.hash(HUMAN)
     assert cheap.check(HUMAN, [cheap.hash(HUMAN, beside=previous), previous]).matched == 0
 
 
-def test_hash_beside_another_shares_its_salt() -> None:
-    """Two hashes that serve together are checked by one run, because they have one salt."""
+def test_second_hash_shares_the_salt() -> None:
+    """Two hashes of one device share a salt, so that one run checks both."""
     previous = cheap.hash(HUMAN)
     assert cheap.hash(OTHER, beside=previous).split("$")[:5] == previous.split("$")[:5]
     assert cheap.hash(OTHER).split("$")[4] != previous.split("$")[4]
 
 
 @pytest.mark.parametrize("beside", ["", "sha256$" + "0" * 64, "$argon2id$v=19$m=8,t=1,p=1$", "nonsense"])
-def test_only_a_sound_argon2_hash_gives_its_salt(beside: str) -> None:
-    """Beside anything else the new hash gets a salt of its own."""
+def test_only_a_valid_argon2_hash_shares_its_salt(beside: str) -> None:
+    """If the other hash is not a valid Argon2 hash, the new hash gets a new salt."""
     first, second = cheap.hash(HUMAN, beside=beside), cheap.hash(HUMAN, beside=beside)
     assert first != second
     assert cheap.check(HUMAN, [first, beside]) == SecretMatch(0)
 
 
-def test_older_costs_are_never_taken_over() -> None:
-    """Beside a hash with other costs, a new secret is hashed with today's, and both serve."""
+def test_older_costs_are_not_reused() -> None:
+    """If the other hash has other costs, the new secret is hashed with the hasher's costs, and both secrets match."""
     previous = cheap.hash(HUMAN)
     present = dearer.hash(OTHER, beside=previous)
     assert "m=16,t=2,p=1" in present
@@ -309,19 +309,21 @@ def test_older_costs_are_never_taken_over() -> None:
     assert dearer.check(HUMAN, [present, previous]).matched == 1
 
 
-def test_hashes_made_apart_cost_a_run_each(runs: Runs) -> None:
-    """The exception that the docstring names: two salts can't be checked by one run, and both still serve."""
+def test_hashes_with_two_salts_cost_two_runs(runs: Runs) -> None:
+    """If two hashes have different salts, the check takes two runs, as documented, and both secrets match."""
     stored = [cheap.hash(OTHER), cheap.hash(HUMAN)]
     runs.count = 0
     assert cheap.check(HUMAN, stored) == SecretMatch(1)
     assert runs.count == 2
 
 
-# Other costs than today's
+# Costs other than the hasher's
 
 
 def test_hash_with_older_costs_is_replaced_once() -> None:
-    """After the costs were raised, the right secret brings its new hash with it, and that needs no other."""
+    """After the costs were raised, a check with the right secret returns a new hash, and the new hash needs no
+    other.
+    """
     old = cheap.hash(HUMAN)
     check = dearer.check(HUMAN, [old])
     assert check.matched == 0
@@ -331,7 +333,7 @@ def test_hash_with_older_costs_is_replaced_once() -> None:
 
 
 def test_wrong_secret_replaces_nothing(runs: Runs) -> None:
-    """Only who knows the secret can have it hashed anew."""
+    """A check with a wrong secret returns no replacement."""
     old = cheap.hash(HUMAN)
     runs.count = 0
     assert dearer.check(OTHER, [old]) == SecretMatch()
@@ -342,7 +344,7 @@ def test_wrong_secret_replaces_nothing(runs: Runs) -> None:
     ("salt_bytes", "digest_bytes"), [(8, 32), (16, 16), (32, 32), (16, 64)], ids=lambda count: f"{count}"
 )
 def test_other_lengths_are_replaced_too(salt_bytes: int, digest_bytes: int) -> None:
-    """A hash from elsewhere with a shorter or longer salt or digest serves, and is replaced."""
+    """A hash with a shorter or longer salt or digest is accepted and replaced."""
     foreign = argon2.PasswordHasher(1, 8, 1, hash_len=digest_bytes, salt_len=salt_bytes).hash(HUMAN)
     check = cheap.check(HUMAN, [foreign])
     assert check.matched == 0
@@ -351,7 +353,7 @@ def test_other_lengths_are_replaced_too(salt_bytes: int, digest_bytes: int) -> N
 
 
 def test_replacement_during_an_overlap_pairs_with_the_other_hash(runs: Runs) -> None:
-    """The replacement takes the salt of the hash that stays beside it, so that one run serves again."""
+    """During an overlap, the replacement has the other hash's salt, so that one run checks both again."""
     present, previous = dearer.hash(OTHER), cheap.hash(HUMAN)
     check = dearer.check(HUMAN, [present, previous])
     assert check.matched == 1
@@ -362,8 +364,10 @@ def test_replacement_during_an_overlap_pairs_with_the_other_hash(runs: Runs) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on address space is Linux's")
-def test_lack_of_memory_is_told_as_that() -> None:
-    """A system that gives no memory makes an error that names the remedy, not a secret that is wrong."""
+def test_lack_of_memory_raises_memory_error() -> None:
+    """If the system has too little memory, MemoryError names the remedy, and the check does not report a wrong
+    secret.
+    """
     program = """
         import resource
         from homeagent.credentials import SecretHasher
@@ -381,7 +385,7 @@ def test_lack_of_memory_is_told_as_that() -> None:
     assert "lower memory_cost" in done.stdout.decode()
 
 
-# What a hasher is made with
+# Arguments of a hasher
 
 
 @pytest.mark.parametrize(
@@ -399,35 +403,35 @@ def test_lack_of_memory_is_told_as_that() -> None:
     ids=str,
 )
 def test_hasher_out_of_bounds_is_refused(wrong: dict[str, Any]) -> None:
-    """What Argon2 can't do, or would never come to an end with, is refused when the hasher is made."""
+    """If an argument is out of bounds, the hasher's constructor raises an error."""
     with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
         SecretHasher(**wrong)
 
 
-def test_longest_timeout_serves() -> None:
-    """A wait without end is asked for with the longest duration there is."""
+def test_longest_timeout_is_accepted() -> None:
+    """The longest duration is accepted as a timeout, for a wait without end."""
     assert SecretHasher(time_cost=1, memory_cost=8, parallelism=1, timeout=timedelta.max).hash(HUMAN)
 
 
 def test_default_concurrency_follows_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many at once as there are processors, never more than 4, and 1 where nobody knows."""
+    """The default concurrency is the number of processors, at most 4, and 1 if the number is unknown."""
     for processors, expected in ((1, 1), (3, 3), (64, 4), (None, 1)):
         monkeypatch.setattr("os.cpu_count", lambda count=processors: count)
         assert SecretHasher().concurrency == expected
 
 
-# Nothing shows
+# Secrets in texts
 
 
-def test_a_check_is_true_where_the_secret_matched() -> None:
-    """Index 0 is a match: the check itself is asked, not its index."""
+def test_check_is_true_if_the_secret_matched() -> None:
+    """A match with index 0 is true: the truth value of a result does not depend on the index."""
     assert SecretMatch(0)
     assert SecretMatch(1)
     assert not SecretMatch()
 
 
 def test_a_check_is_frozen_and_hides_its_replacement() -> None:
-    """A new hash is in no repr and no text, and nobody changes what came of a check."""
+    """The result of a check cannot be changed, and its repr and text omit the new hash."""
     check = dearer.check(HUMAN, [cheap.hash(HUMAN)])
     assert check.replacement is not None
     for shown in (repr(check), str(check), f"{check}", repr([check])):
@@ -438,8 +442,8 @@ def test_a_check_is_frozen_and_hides_its_replacement() -> None:
     assert copy.copy(check) == check
 
 
-def test_a_hasher_shows_its_costs_alone() -> None:
-    """The repr of a hasher says what it was made with, and no salt."""
+def test_repr_of_a_hasher_shows_only_costs() -> None:
+    """The repr of a hasher shows its arguments, and no salt."""
     assert repr(SecretHasher(concurrency=2)) == (
         "SecretHasher(time_cost=3, memory_cost=65536, parallelism=4, concurrency=2, "
         "timeout=datetime.timedelta(seconds=30))"

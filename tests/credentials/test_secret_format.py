@@ -1,4 +1,4 @@
-"""What may be a secret, and how a generated one is known."""
+"""Valid secrets, and the form of a generated secret."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ unusable = pytest.mark.parametrize("secret", UNUSABLE.values(), ids=UNUSABLE.key
 
 
 def test_generated_secret_is_random_and_known_by_its_form() -> None:
-    """Two generated secrets differ, hold 256 random bits, and are told by looking at them."""
+    """Two generated secrets differ, hold 256 random bits, and are recognised by their form."""
     first, second = generate_secret(), generate_secret()
     assert first != second
     assert re.fullmatch(r"ha1_[A-Za-z0-9_-]{48}", first.get_secret_value())
@@ -55,7 +55,7 @@ def test_generated_secret_is_random_and_known_by_its_form() -> None:
 
 
 def test_the_form_never_changes() -> None:
-    """A secret made by the first release is known for ever: else its stored hash would never match again."""
+    """A secret from the first release keeps its form, or its stored hash would no longer match."""
     secret = "ha1_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh-iue7P"
     assert is_generated(secret)
     assert cheap.hash(secret) == "sha256$00da12dfc45a641638d124b8c6dbbd5370a91a7475120e6fba11eb069cfd470c"
@@ -63,14 +63,14 @@ def test_the_form_never_changes() -> None:
 
 @given(usable)
 def test_human_secret_is_never_taken_for_a_generated_one(secret: str) -> None:
-    """What a human may choose, even behind our prefix, has not the form of a generated secret."""
+    """A secret that a human chose, even with homeagent's prefix, does not have the form of a generated secret."""
     assert not is_generated(secret)
     assert not is_generated("ha1_" + secret)
 
 
 @given(st.binary(min_size=32, max_size=32), st.integers(min_value=1, max_value=2**32 - 1))
 def test_wrong_checksum_is_no_generated_secret(random: bytes, error: int) -> None:
-    """The right prefix, length and alphabet are not enough: the checksum decides."""
+    """If the checksum is wrong, a text with the right prefix, length and alphabet is not a generated secret."""
     right = _with_checksum(random)
     checksum = int.from_bytes(right[-4:], "big") ^ error
     assert is_generated(_spell(right))
@@ -79,7 +79,9 @@ def test_wrong_checksum_is_no_generated_secret(random: bytes, error: int) -> Non
 
 @given(st.integers(min_value=0, max_value=51), st.sampled_from("ABCXYZabcxyz0189-_+/=. \n"))
 def test_one_mistyped_character_is_noticed(position: int, character: str) -> None:
-    """Any single wrong character takes the form away: a CRC-32 finds every error within 32 bits."""
+    """If any single character is wrong, the text is not a generated secret: a CRC-32 finds each error within 32
+    bits.
+    """
     secret = generated()
     mistyped = secret[:position] + character + secret[position + 1 :]
     assert is_generated(mistyped) == (mistyped == secret)
@@ -90,13 +92,13 @@ def test_one_mistyped_character_is_noticed(position: int, character: str) -> Non
     [str.upper, str.lower, "{}\n".format, " {}".format, lambda secret: secret[:-1]],
     ids=["upper case", "lower case", "newline behind", "blank before", "end missing"],
 )
-def test_generated_secret_is_taken_as_it_is(change: Callable[[str], str]) -> None:
-    """Another case, white space around it or a missing end make it another secret."""
+def test_generated_secret_is_compared_exactly(change: Callable[[str], str]) -> None:
+    """Another case, surrounding white space or a missing end makes another secret."""
     assert not is_generated(change(generated()))
 
 
 def _with_checksum(random: bytes) -> bytes:
-    # Written out once more, so that a change of the form fails here.
+    # Written out again, so that a change of the form fails here.
     register = 0xFFFFFFFF
     for byte in b"ha1_" + random:
         register ^= byte
@@ -114,7 +116,7 @@ def _spell(payload: bytes) -> str:
 
 @unusable
 def test_unusable_secret_is_not_hashed(secret: str, runs: Runs) -> None:
-    """What can't be a secret is refused before anything is computed, and the refusal doesn't show it."""
+    """If a secret is invalid, an error is raised before a hash is computed, and the error omits the secret."""
     with pytest.raises(InvalidArgumentError) as refused:
         cheap.hash(SecretStr(secret))
     assert "swordfish" not in str(refused.value)
@@ -124,22 +126,22 @@ def test_unusable_secret_is_not_hashed(secret: str, runs: Runs) -> None:
 
 
 @unusable
-def test_unusable_presented_secret_matches_nothing(secret: str, runs: Runs) -> None:
-    """A check answers no to what can't be a secret, without hashing it and without raising."""
+def test_invalid_presented_secret_matches_no_hash(secret: str, runs: Runs) -> None:
+    """If a presented secret is invalid, the check returns no match, without a hash and without an error."""
     stored = [cheap.hash(HUMAN)]
     assert runs.of(lambda: cheap.check(secret, stored)) == 0
     assert not cheap.check(secret, stored)
 
 
 @pytest.mark.parametrize("secret", ["x", "x" * MAX_SECRET_CHARACTERS, "\N{GRINNING FACE}" * (MAX_SECRET_BYTES // 4)])
-def test_longest_and_shortest_secrets_serve(secret: str) -> None:
-    """The bounds belong to what is allowed."""
+def test_longest_and_shortest_secrets_are_accepted(secret: str) -> None:
+    """The shortest and the longest secret are accepted."""
     assert cheap.check(secret, [cheap.hash(secret)])
 
 
 @pytest.mark.parametrize("secret", [b"swordfish", None, 17, bytearray(b"swordfish")])
 def test_secret_must_be_text(secret: Any) -> None:
-    """What is no text is refused, and the refusal names its type alone."""
+    """If a secret is not a text, the error names only its type."""
     for work in (cheap.hash, is_generated, secret_text, lambda secret: cheap.check(secret, [])):
         with pytest.raises(InvalidArgumentError, match=f"not {type(secret).__name__}$") as refused:
             work(secret)
@@ -147,17 +149,17 @@ def test_secret_must_be_text(secret: Any) -> None:
 
 
 def test_secret_is_not_normalised() -> None:
-    """Two spellings that look alike are two secrets, and so is one with a blank behind it."""
+    """Two spellings that look alike are two secrets, and a trailing blank makes another secret."""
     stored = [cheap.hash("caf\N{LATIN SMALL LETTER E WITH ACUTE}")]
     assert not cheap.check("cafe\N{COMBINING ACUTE ACCENT}", stored)
     assert not cheap.check("caf\N{LATIN SMALL LETTER E WITH ACUTE} ", stored)
 
 
-# What an import brings
+# Costs of an import
 
 
 def test_package_costs_little_to_import() -> None:
-    """By itself the package brings neither Argon2 nor Pydantic nor SQLAlchemy: the first secret does."""
+    """The package imports neither Argon2 nor Pydantic nor SQLAlchemy before the first secret."""
     program = """
         import sys, types
         import homeagent.clock
@@ -174,8 +176,8 @@ def test_package_costs_little_to_import() -> None:
     assert done.stdout.decode().strip() == "[]"
 
 
-def test_opening_brings_nothing_that_hashes(tmp_path: Path) -> None:
-    """A process that opens an up-to-date file and meets no secret doesn't import what hashes or proves secrets."""
+def test_open_imports_no_hashing_module(tmp_path: Path) -> None:
+    """If a process opens an up-to-date file and meets no secret, it imports no module for hashes or proofs."""
     path = tmp_path / "homeagent.db"
     Database.open(path).close()
     program = """

@@ -1,4 +1,4 @@
-"""JSON as it is stored: whatever is taken comes back equal, and what could not come back is refused."""
+"""Stored JSON: an accepted value is read back equal, and a value that could not be read back is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VALUES = st.recursive(
 
 
 def nested(levels: int) -> Any:
-    """Return a list in so many lists."""
+    """Return a list inside this many lists."""
     value: Any = []
     for _ in range(levels):
         value = [value]
@@ -27,8 +27,8 @@ def nested(levels: int) -> Any:
 
 
 @given(VALUES.filter(lambda value: "\\ud" not in ascii(value)))
-def test_a_value_comes_back_as_it_was(value: Any) -> None:
-    """Types, signs, digits and the order of keys survive, and any other program's reader agrees."""
+def test_value_is_read_back_unchanged(value: Any) -> None:
+    """Types, signs, digits and the order of keys are kept, and other JSON readers return the same value."""
     text = encode_json(value)
     assert repr(decode_json(text)) == repr(json.loads(text)) == repr(value)
 
@@ -57,20 +57,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("value", FAR_ENDS.values(), ids=FAR_ENDS)
-def test_the_far_ends_come_back(value: Any) -> None:
-    """The largest, the smallest and the deepest are no exception."""
+def test_extreme_values_are_read_back(value: Any) -> None:
+    """The largest, the smallest and the deepest value are read back too."""
     assert repr(decode_json(encode_json(value))) == repr(value)
 
 
 @pytest.mark.parametrize("value", REFUSED.values(), ids=REFUSED)
-def test_what_could_not_be_read_back_is_refused(value: Any) -> None:
-    """An integer that Python would not read again, a depth, a key that is no text: each with the same words."""
+def test_unreadable_values_are_refused(value: Any) -> None:
+    """An integer too long for Python, too deep nesting and a key that is not text raise errors with the same words."""
     with pytest.raises(InvalidArgumentError, match="plain JSON"):
         encode_json(value)
 
 
-def test_the_bound_is_of_bytes() -> None:
-    """Text is measured as it is stored: in UTF-8."""
+def test_limit_counts_utf8_bytes() -> None:
+    """The size limit counts the bytes of the stored UTF-8 text."""
     fits = "é" * (MAX_JSON_BYTES // 2 - 1)
     assert decode_json(encode_json(fits)) == fits
     with pytest.raises(InvalidArgumentError, match="at most 262,144 bytes"):
@@ -78,7 +78,7 @@ def test_the_bound_is_of_bytes() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1] 2", "nul", "{'a': 1}"])
-def test_what_is_no_json_is_told_from_null(text: str) -> None:
-    """A stored text that nothing of ours has written is an error, and never a value."""
+def test_invalid_stored_json_raises(text: str) -> None:
+    """If another program stored a text that is not JSON, reading raises an error and does not return null."""
     with pytest.raises(ValueError, match=r"."):
         decode_json(text)

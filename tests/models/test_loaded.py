@@ -1,4 +1,4 @@
-"""Instances that a store loaded: what the ORM asks of them is made when it asks."""
+"""Instances that a store loaded: the ORM's state is created when the ORM asks for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def agent(database: Database) -> Agent:
 
 
 def test_a_loaded_instance_is_detached_and_unchanged(agent: Agent) -> None:
-    """SQLAlchemy sees an identity and no change, the same each time it looks."""
+    """SQLAlchemy sees a loaded instance as detached and unchanged, with the same state each time."""
     assert "_sa_instance_state" not in agent.__dict__
     state = inspect(agent)
     assert state.detached
@@ -32,8 +32,8 @@ def test_a_loaded_instance_is_detached_and_unchanged(agent: Agent) -> None:
     assert agent.model_fields_set == set(Agent.model_fields)
 
 
-def test_it_can_be_added_changed_and_saved(database: Database, agent: Agent) -> None:
-    """An instance that was loaded in one unit is attached to the session of another, and its change is saved."""
+def test_loaded_instance_can_be_added_changed_and_saved(database: Database, agent: Agent) -> None:
+    """If an instance from one unit is added to another unit's session, a change of the instance is saved."""
     with database.unit_of_work() as unit:
         unit.session.add(agent)
         agent.name = "Another"
@@ -41,15 +41,15 @@ def test_it_can_be_added_changed_and_saved(database: Database, agent: Agent) -> 
         assert unit.agents.get("ada").name == "Another"
 
 
-def test_its_identity_is_what_was_loaded(agent: Agent) -> None:
-    """A changed key is a pending change of the row that was loaded, and no other row."""
+def test_identity_is_the_loaded_key(agent: Agent) -> None:
+    """If the key of a loaded instance changes, SQLAlchemy sees a pending change of the loaded row."""
     agent.id = "bob"
     assert inspect(agent).identity == ("ada",)
     assert inspect(agent).modified
 
 
-def test_a_change_of_one_leaves_the_others(database: Database, agent: Agent) -> None:
-    """What is done to one instance is done to no other."""
+def test_change_of_one_instance_leaves_the_others(database: Database, agent: Agent) -> None:
+    """A change of one instance does not change any other instance."""
     agent.name = "Another"
     with pytest.raises(ValueError, match="name"):
         agent.name = ""
@@ -59,8 +59,8 @@ def test_a_change_of_one_leaves_the_others(database: Database, agent: Agent) -> 
         assert unit.agents.get("ada").model_fields_set == set(Agent.model_fields)
 
 
-def test_what_pydantic_asks_of_it_changes_nothing(agent: Agent) -> None:
-    """It is compared, shown, dumped and asked for its fields like an instance that was constructed."""
+def test_pydantic_methods_work_on_a_loaded_instance(agent: Agent) -> None:
+    """Comparison, repr, dump and fields of a loaded instance equal those of a constructed instance."""
     constructed = Agent(**{name: getattr(agent, name) for name in Agent.model_fields})
     assert agent == constructed
     assert repr(agent) == repr(constructed)
@@ -71,8 +71,8 @@ def test_what_pydantic_asks_of_it_changes_nothing(agent: Agent) -> None:
     assert not hasattr(agent, "__pydantic_nothing__")
 
 
-def test_it_survives_pickling_and_copying(database: Database, agent: Agent) -> None:
-    """An unpickled instance can be merged as the original could; a copy is a new one."""
+def test_loaded_instance_can_be_pickled_and_copied(database: Database, agent: Agent) -> None:
+    """An unpickled instance can be merged like the original; a copy is a new instance."""
     twin = pickle.loads(pickle.dumps(agent))  # noqa: S301  our own bytes
     assert twin == agent
     assert inspect(twin).identity == ("ada",)
@@ -84,8 +84,8 @@ def test_it_survives_pickling_and_copying(database: Database, agent: Agent) -> N
     assert inspect(copy.copy(agent)).transient
 
 
-def test_what_was_not_loaded_is_not_taken_for_it() -> None:
-    """A constructed instance is new, and one that skipped all validation has no state at all, as ever."""
+def test_constructed_instances_are_not_loaded() -> None:
+    """A constructed instance is transient, and an instance of `model_construct` has no state, as in SQLModel."""
     constructed = Agent(id="eve", name="Eve", workspace_path="/srv", created_at=START)
     assert inspect(constructed).transient
     with pytest.raises(NoInspectionAvailable):

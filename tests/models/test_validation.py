@@ -1,4 +1,4 @@
-"""Tables that are Pydantic models: validated at every door, never on load, and silent about what they refuse."""
+"""Tables that are Pydantic models: validated at construction and assignment, never on load; errors show no secret."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ ROWS: dict[type[SQLModel], dict[str, Any]] = {
 
 @pytest.mark.parametrize("model", ROWS, ids=lambda model: model.__name__)
 def test_a_table_refuses_a_missing_and_an_unknown_field(model: type[SQLModel]) -> None:
-    """What SQLModel's own tables let pass is refused at construction."""
+    """If a field is missing or unknown, construction raises an error, unlike in SQLModel's own tables."""
     values = ROWS[model]
     assert model(**values)
     for name in values:
@@ -93,8 +93,8 @@ def test_a_table_refuses_a_missing_and_an_unknown_field(model: type[SQLModel]) -
         ("metadata_", ["\ud800"]),
     ],
 )
-def test_a_bad_value_is_refused_alike_at_both_doors(field: str, value: object) -> None:
-    """Construction and assignment refuse the same, and a refused assignment changes nothing."""
+def test_bad_value_is_refused_at_construction_and_assignment(field: str, value: object) -> None:
+    """Construction and assignment refuse the same values, and a refused assignment changes no field."""
     with pytest.raises(ValidationError):
         Device(**{**ROWS[Device], field: value})
     device = Device(**ROWS[Device], last_seen_at=NOW, metadata_={"kept": True})
@@ -106,8 +106,8 @@ def test_a_bad_value_is_refused_alike_at_both_doors(field: str, value: object) -
     assert getattr(device, field) != value
 
 
-def test_an_unknown_name_can_not_be_assigned() -> None:
-    """A typing error in a name is an error, and not a new attribute."""
+def test_unknown_name_cannot_be_assigned() -> None:
+    """If a name is mistyped, the assignment raises an error and adds no attribute."""
     device = Device(**ROWS[Device])
     with pytest.raises(ValidationError):
         device.aproved = True
@@ -122,8 +122,8 @@ def test_an_assignment_reaches_the_orm() -> None:
     assert inspect(device).attrs.role.history.added == [Role.NODE]
 
 
-def test_an_instant_is_utc_in_whole_milliseconds() -> None:
-    """Another zone is converted and the rest of a millisecond is dropped, also before 1970."""
+def test_timestamp_is_utc_in_whole_milliseconds() -> None:
+    """Another time zone is converted to UTC and microseconds are cut to milliseconds, also before 1970."""
     device = Device(**{**ROWS[Device], "paired_at": NOW.astimezone(timezone(timedelta(hours=5, minutes=30)))})
     assert device.paired_at == NOW.replace(microsecond=123000)
     assert device.paired_at.tzinfo is UTC
@@ -133,7 +133,7 @@ def test_an_instant_is_utc_in_whole_milliseconds() -> None:
 
 @pytest.mark.parametrize("model", ROWS, ids=lambda model: model.__name__)
 def test_no_error_and_no_repr_shows_a_secret(model: type[SQLModel]) -> None:
-    """Neither the message nor errors() nor json() of a refusal has the input; a repr has no hash, nonce or result."""
+    """The message, errors() and json() of a refusal omit the input; a repr omits hash, nonce and result."""
     assert SECRET not in repr(model(**ROWS[model]))
     for values in ({**ROWS[model], "unheard_of": SECRET}, {**ROWS[model], next(iter(ROWS[model])): {"deep": SECRET}}):
         with pytest.raises(ValidationError) as refused:
@@ -143,7 +143,7 @@ def test_no_error_and_no_repr_shows_a_secret(model: type[SQLModel]) -> None:
 
 
 def test_a_request_body_that_is_refused_shows_no_secret() -> None:
-    """The same holds for shapes, nested in another model as FastAPI nests them."""
+    """If a nested request model is refused, as in FastAPI, the error shows no secret either."""
 
     class Body(BaseModel):
         pair: DevicePair
@@ -155,7 +155,7 @@ def test_a_request_body_that_is_refused_shows_no_secret() -> None:
 
 
 def test_the_hash_is_in_no_dump_and_in_no_public_schema() -> None:
-    """A device's hashes leave it by attribute only."""
+    """A device's hashes are readable as attributes only, and are in no dump and no public schema."""
     device = Device(**ROWS[Device], previous_secret_hash=SECRET, proof_verifier=SECRET)
     public = DevicePublic.model_validate(device, from_attributes=True)
     create = DeviceCreate(id="d", role=Role.CLIENT, shared_secret_hash=SECRET, proof_verifier=SECRET)
@@ -170,7 +170,7 @@ def test_the_hash_is_in_no_dump_and_in_no_public_schema() -> None:
 
 
 def test_metadata_is_a_field_a_column_and_an_alias() -> None:
-    """The attribute is metadata_, everything outside says metadata, and a public model reads it off a row."""
+    """The attribute is metadata_, its public name is metadata, and a public model reads it from a row."""
     device = Device(**ROWS[Device], metadata={"room": "kitchen"})
     assert device.metadata_ == {"room": "kitchen"}
     assert device.model_dump()["metadata"] == {"room": "kitchen"}
@@ -183,16 +183,16 @@ def test_metadata_is_a_field_a_column_and_an_alias() -> None:
     assert DeviceUpdate().model_fields_set == set()
 
 
-def test_what_an_update_leaves_out_is_not_null() -> None:
-    """Nothing given is nothing changed; a null is refused where a row needs a value."""
+def test_update_tells_omitted_from_null() -> None:
+    """An omitted field of an update is not changed; a null is refused if the row needs a value."""
     assert AgentUpdate().model_fields_set == set()
     assert AgentUpdate(config=None).model_fields_set == {"config"}
     with pytest.raises(ValidationError):
         AgentUpdate(name=None)  # type: ignore[arg-type]  # a JSON body may say so
 
 
-def test_public_shapes_are_made_from_rows() -> None:
-    """Each table has a shape that FastAPI can name as a reply."""
+def test_public_schemas_are_made_from_rows() -> None:
+    """Each table has a response model for FastAPI that can be made from a row."""
     agent = AgentPublic.model_validate(Agent(**ROWS[Agent]), from_attributes=True)
     session = AgentSessionPublic.model_validate(AgentSession(**ROWS[AgentSession]), from_attributes=True)
     assert (agent.id, session.session_id) == ("a", "s")
@@ -200,14 +200,14 @@ def test_public_shapes_are_made_from_rows() -> None:
 
 
 def test_a_device_has_one_of_three_states() -> None:
-    """Pending, approved and revoked are told apart by what is stored."""
+    """The stored columns decide whether a device is pending, approved or revoked."""
     assert Device(**ROWS[Device]).status is DeviceStatus.PENDING
     assert Device(**ROWS[Device], approved=True, approved_at=NOW).status is DeviceStatus.APPROVED
     assert Device(**ROWS[Device], revoked_at=NOW).status is DeviceStatus.REVOKED
 
 
 def test_a_copy_is_an_instance_of_its_own() -> None:
-    """A copied or pickled table instance has equal values, and shares no state with an ORM session's."""
+    """A copied or pickled table instance has equal values, and shares no ORM state with the original."""
     device = Device(**ROWS[Device], metadata={"a": [1]})
     for twin in (device.model_copy(), copy.copy(device), copy.deepcopy(device)):
         assert twin == device
@@ -223,7 +223,7 @@ def test_a_copy_is_an_instance_of_its_own() -> None:
 
 
 def test_a_session_id_is_a_uuid_of_version_7() -> None:
-    """An id that is made here sorts by the time of its making and has the version of RFC 9562."""
+    """A generated session id is a UUID of version 7 (RFC 9562), so that ids sort by creation time."""
     made = [AgentSessionCreate(agent_id="a").session_id for _ in range(100)] + [new_session_id()]
     assert len(set(made)) == 101
     assert {session_id[14] for session_id in made} == {"7"}
@@ -232,7 +232,7 @@ def test_a_session_id_is_a_uuid_of_version_7() -> None:
 
 
 def test_routes_differ_where_their_parts_do() -> None:
-    """No sender is not an empty name, and a separator inside a name parts nothing."""
+    """An absent sender differs from an empty name, and a separator inside a name does not split the name."""
     routes = [
         route_key("a", None, None),
         route_key("a", "null", None),
@@ -249,7 +249,7 @@ def test_routes_differ_where_their_parts_do() -> None:
     "scope", [("", "m", "k"), ("d/e", "m", "k"), ("d", "", "k"), ("d", "m", "k" * 257), ("d", "m", "\n")]
 )
 def test_a_scope_is_validated_and_frozen(scope: tuple[str, str, str]) -> None:
-    """A scope with a bad part is refused, a good one can't be changed, and its repr has no key."""
+    """A scope with an invalid part raises an error, a valid scope cannot be changed, and its repr omits the key."""
     with pytest.raises(InvalidArgumentError):
         IdempotencyScope(*scope)
     good = IdempotencyScope(device_id="d", method="m", key=SECRET)
@@ -264,8 +264,8 @@ def test_a_scope_is_validated_and_frozen(scope: tuple[str, str, str]) -> None:
     [{"device_id": f"../{SECRET}"}, {"key": f"{SECRET}\n"}, {"method": ""}, {"key": 5}, {"approved": SECRET}],
     ids=["path", "control character", "empty", "int", "unknown"],
 )
-def test_a_scope_is_validated_by_pydantic_too(wrong: dict[str, Any]) -> None:
-    """As a field of a model, such as a request body, a scope takes what it takes by itself, and shows no key."""
+def test_scope_is_validated_as_a_field(wrong: dict[str, Any]) -> None:
+    """If a scope is a field of a request body, it accepts the same values and shows no key."""
 
     class Request(BaseModel):
         scope: IdempotencyScope
@@ -281,16 +281,16 @@ def test_a_scope_is_validated_by_pydantic_too(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("model", [Device, DevicePair, DeviceCreate])
-def test_text_that_is_no_json_is_not_shown(model: type[SQLModel]) -> None:
-    """What can't even be read is refused without a word of it, for a secret may be in it."""
+def test_invalid_json_is_not_shown(model: type[SQLModel]) -> None:
+    """If a text is not JSON, the error omits the text, because it may contain a secret."""
     with pytest.raises(ValidationError, match="JSON") as refused:
         model.model_validate_json(f'{{"id": "lamp", "shared_secret": "{SECRET}')
     error = refused.value
     assert SECRET not in f"{error} {error.errors()} {error.json()} {error.__cause__} {error.__context__}"
 
 
-def test_our_tables_are_in_metadata_of_their_own() -> None:
-    """A host application's metadata has none of our tables, and every constraint of ours has a name."""
+def test_tables_have_separate_metadata() -> None:
+    """A host application's metadata has no table of homeagent, and each constraint of homeagent has a name."""
     assert not set(metadata.tables) & set(SQLModel.metadata.tables)
     assert set(metadata.tables) == {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
     assert all(constraint.name for table in metadata.tables.values() for constraint in table.constraints)
@@ -299,7 +299,7 @@ def test_our_tables_are_in_metadata_of_their_own() -> None:
 @pytest.mark.parametrize("table", [Device, AgentSession, Nonce])
 @pytest.mark.parametrize("options", [{}, {"table": True}])
 def test_tables_have_no_subclasses(table: Any, options: dict[str, bool]) -> None:
-    """A subclass would add its fields to homeagent's table: the error names what a reply is derived from instead."""
+    """If a table is subclassed, the error names the schema to derive from instead; a subclass would add columns."""
     columns = list(table.__table__.columns)
     namespace = {"__annotations__": {"extra": int}, "__module__": __name__}
     with pytest.raises(TypeError, match=rf"^{table.__name__} is a table .*derive View from .* such as DevicePublic"):
@@ -307,8 +307,8 @@ def test_tables_have_no_subclasses(table: Any, options: dict[str, bool]) -> None
     assert list(table.__table__.columns) == columns
 
 
-def test_a_reply_is_derived_from_a_schema() -> None:
-    """An application adds its own fields to what it may show."""
+def test_response_model_is_derived_from_a_schema() -> None:
+    """An application can derive its response model from a schema and add fields."""
 
     class DeviceView(DevicePublic):
         extra: int
