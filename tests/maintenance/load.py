@@ -1,4 +1,4 @@
-"""A load whose sums are whole in every state that was ever committed, and only in these."""
+"""A load whose sums are correct in every committed state, and in no other state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from homeagent.engine.sqlite.dialect import connect
 ACCOUNTS = 20
 WRITERS = 4
 
-# Each unit moves something from one account to another, and counts itself in its writer's row and in the ledger.
+# Each unit moves an amount between two accounts, and increments its writer's row and the ledger.
 SCRIPT = """
 import random, sys, threading
 from homeagent import AgentUpdate, Database
@@ -38,7 +38,7 @@ with Database.open(path) as database:
 
 
 def begin(database: Database) -> None:
-    """Make the rows that the writers work on."""
+    """Create the rows that the writers change."""
     names = [f"account-{number}" for number in range(ACCOUNTS)] + [f"writer-{number}" for number in range(WRITERS)]
     with database.unit_of_work() as unit:
         for name in (*names, "ledger"):
@@ -47,7 +47,7 @@ def begin(database: Database) -> None:
 
 
 def look(path: Path) -> tuple[int, dict[int, int]]:
-    """Return the ledger and each writer's count as they are in a file, which must hold a state that existed."""
+    """Return the ledger and each writer's count from a file, and check that the file holds a committed state."""
     with closing(connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as raw:
         assert raw.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert raw.execute("PRAGMA foreign_key_check").fetchall() == []

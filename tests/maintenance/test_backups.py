@@ -1,6 +1,6 @@
-"""Backups: whole, verified and private, whatever happens while they are made; and which of them stay.
+"""Backups: complete, verified and private, in spite of errors while they are made; and which backups are kept.
 
-SQLite only: PostgreSQL has tools of its own, and `Database.backup` names them.
+SQLite only: PostgreSQL has its own tools, and the error of `Database.backup` names them.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ DAY = timedelta(days=1)
 
 
 def rows(path: Path, query: str) -> list[Any]:
-    """Return the rows of a query on a file, which is opened so that it can't be written and no file be made beside."""
+    """Return the rows of a query on a file, opened read-only so that SQLite creates no file next to it."""
     with closing(connect(f"file:{path}?mode=ro", uri=True)) as raw:
         return list(raw.execute(query).fetchall())
 
 
 def names(directory: Path) -> set[str]:
-    """Return what is in a directory, the lock of the backups left out."""
+    """Return the names in a directory, without the lock file of the backups."""
     return {path.name for path in directory.iterdir()} - {".homeagent-backups.lock"}
 
 
 def test_backup_into_a_directory(sqlite_database: Database, sqlite_path: Path, tmp_path: Path) -> None:
-    """A backup is one private file with what was committed, and a manifest that tells the truth about it."""
+    """A backup is one private file with the committed rows, and its manifest describes the file correctly."""
     add_agent(sqlite_database)
     backup = sqlite_database.backup(tmp_path / "backups/")
     assert backup == tmp_path / "backups"
@@ -70,7 +70,7 @@ def test_backup_into_a_directory(sqlite_database: Database, sqlite_path: Path, t
 
 
 def test_backup_needs_no_other_file(sqlite_database: Database, tmp_path: Path) -> None:
-    """A backup is read where nothing can be written: it has no log, and asks for none."""
+    """A backup can be read in a read-only directory: it has no WAL and needs none."""
     add_agent(sqlite_database)
     backup = sqlite_database.backup(tmp_path / "copy.db")
     alone = tmp_path / "read-only"
@@ -84,7 +84,7 @@ def test_backup_needs_no_other_file(sqlite_database: Database, tmp_path: Path) -
 
 
 def test_under_any_umask(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """Under a umask that would show a file to all, and one that would hide it from its owner, all of it is 0600."""
+    """Under a umask that is too loose or too strict, all files of a backup still get the mode 0600."""
     script = (
         "import os, sys\nfrom homeagent import Database\nos.umask(int(sys.argv[3], 8))\n"
         "with Database.open(sys.argv[1]) as database:\n    database.backup(sys.argv[2])\n"
@@ -97,7 +97,7 @@ def test_under_any_umask(sqlite_path: Path, tmp_path: Path, children: Children) 
 
 
 def test_existing_file_is_refused(sqlite_database: Database, sqlite_path: Path, tmp_path: Path) -> None:
-    """What is there is never overwritten unasked, a link that leads nowhere included, nor the database ever."""
+    """If the path exists, a dangling link included, the backup raises an error; it never overwrites the database."""
     other = tmp_path / "other"
     other.write_text("precious")
     link = tmp_path / "link"
@@ -115,7 +115,7 @@ def test_existing_file_is_refused(sqlite_database: Database, sqlite_path: Path, 
 
 
 def test_replace(sqlite_database: Database, tmp_path: Path) -> None:
-    """Asked to, a backup takes the place of the one before, and the manifest is the new one's."""
+    """With `replace`, a backup replaces an earlier backup and its manifest."""
     backup = sqlite_database.backup(tmp_path / "latest.db")
     add_agent(sqlite_database)
     assert sqlite_database.backup(tmp_path / "latest.db", replace=True) == backup
@@ -127,7 +127,7 @@ def test_replace(sqlite_database: Database, tmp_path: Path) -> None:
 
 
 def test_open_database_is_not_replaced(sqlite_database: Database, tmp_path: Path) -> None:
-    """A backup never takes the place of a database that somebody works with: its commits would be gone, or mixed up."""
+    """If a database at the path is open, `replace` raises an error, or the database's commits would be lost."""
     other = tmp_path / "other" / "homeagent.db"
     with Database.open(other) as opened:
         add_agent(opened, "other")
@@ -140,8 +140,8 @@ def test_open_database_is_not_replaced(sqlite_database: Database, tmp_path: Path
     assert rows(other, "SELECT id FROM agents") == []
 
 
-def test_log_that_was_left_behind_is_in_the_way(sqlite_database: Database, tmp_path: Path) -> None:
-    """A log beside the name of a backup would be put into it by whoever opens it."""
+def test_leftover_wal_is_refused(sqlite_database: Database, tmp_path: Path) -> None:
+    """If a WAL lies next to a backup's path, an error is raised: SQLite would apply the WAL to the backup."""
     (tmp_path / "copy.db-wal").write_bytes(b"of another one")
     with pytest.raises(errors.InvalidArgumentError, match=r"copy\.db-wal"):
         sqlite_database.backup(tmp_path / "copy.db")
@@ -149,14 +149,17 @@ def test_log_that_was_left_behind_is_in_the_way(sqlite_database: Database, tmp_p
 
 
 def test_keep(sqlite_database: Database, sqlite_path: Path, clock: FakeClock, tmp_path: Path) -> None:
-    """The oldest go once the new one is verified: this database's alone, with a manifest, and no upgrade's copy."""
+    """`keep` deletes the oldest backups of this database after verification, but no upgrade's copy and none without
+    manifest.
+    """
     directory = tmp_path / "backups"
     directory.mkdir()
     for _ in range(4):
         clock.advance(hours=1)
         sqlite_database.backup(directory)
     kept = sorted(directory.glob("*.backup"))
-    # The first is nobody's, the second an upgrade's, and a third one is of another database with the same name.
+    # The first has no manifest, the second is an upgrade's copy, and the third is of another database with the same
+    # name.
     manifest_path(kept[0]).unlink()
     changed = json.loads(manifest_path(kept[1]).read_text())
     manifest_path(kept[1]).write_text(json.dumps({**changed, "kind": "upgrade"}))
@@ -169,11 +172,11 @@ def test_keep(sqlite_database: Database, sqlite_path: Path, clock: FakeClock, tm
         *(p.name for p in (*kept[:3], latest)),
         *(f"{p.name}.json" for p in (*kept[1:3], latest)),
     }
-    # The clock is set back: the new one looks oldest, and is the one that was asked for.
+    # The clock is set back: the new backup looks oldest, and stays because the caller asked for it.
     clock.now = START - DAY
     back = sqlite_database.backup(directory, keep=1)
     assert set(directory.glob("*.backup")) == {*kept[:3], back}
-    # It stands still: each has a name of its own.
+    # The clock stands still: each backup gets another name.
     assert sqlite_database.backup(directory).name == back.name.replace(".backup", "-2.backup")
     assert newest_backup(sqlite_path) is not None
     for keep in (0, -1, True):
@@ -181,8 +184,10 @@ def test_keep(sqlite_database: Database, sqlite_path: Path, clock: FakeClock, tm
             sqlite_database.backup(directory, keep=keep)
 
 
-def test_keep_outlives_a_clock_that_was_ahead(sqlite_database: Database, clock: FakeClock, tmp_path: Path) -> None:
-    """Backups that were made while the clock was ahead go first: else they would leave room for one new one alone."""
+def test_keep_removes_backups_from_the_future_first(
+    sqlite_database: Database, clock: FakeClock, tmp_path: Path
+) -> None:
+    """`keep` deletes backups with a time in the future first, or they would fill the places of new backups."""
     ahead, now = clock.now + 1000 * DAY, clock.now
     for start in (ahead, now):
         clock.now = start
@@ -193,10 +198,10 @@ def test_keep_outlives_a_clock_that_was_ahead(sqlite_database: Database, clock: 
     assert kept == [now + timedelta(hours=hour) for hour in (1, 2, 3)]
 
 
-def test_keep_removes_nothing_where_the_new_one_fails(
+def test_failed_backup_removes_no_older_backup(
     sqlite_database: Database, clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A backup that fails costs no older one."""
+    """If a backup fails, no older backup is deleted."""
     directory = tmp_path / "backups"
     directory.mkdir()
     first = sqlite_database.backup(directory)
@@ -210,16 +215,16 @@ def test_keep_removes_nothing_where_the_new_one_fails(
 
 
 def test_damaged_database_has_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
-    """A copy of a damaged file would pass for a backup: there is none, and the error says what to do."""
+    """If the database is damaged, the backup raises an error with the remedy, and no file is left."""
     with Database.open(sqlite_path) as database:
         for number in range(200):
             add_agent(database, f"agent-{number}")
     with closing(connect(str(sqlite_path))) as raw:
         root: Any = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_agent'").get
-    # Opened first: it would be found at the opening of so small a file.
+    # Open the database before the damage: opening would find damage in so small a file.
     with Database.open(sqlite_path) as database:
         with sqlite_path.open("r+b") as file:
-            # An index that says that it has three entries, which it has not.
+            # An index page with a count of three entries, but without the entries.
             file.seek((root - 1) * 4096 + 3)
             file.write(b"\x00\x03")
         with pytest.raises(errors.CorruptDatabaseError, match="newest good backup"):
@@ -228,10 +233,8 @@ def test_damaged_database_has_no_backup(sqlite_path: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("how", ["moved away", "replaced"])
-def test_file_that_is_not_the_open_one_is_not_backed_up(
-    sqlite_database: Database, sqlite_path: Path, tmp_path: Path, how: str
-) -> None:
-    """A backup is of the file that is open: an empty one in its place would pass for good, and none is made there."""
+def test_replaced_file_is_not_backed_up(sqlite_database: Database, sqlite_path: Path, tmp_path: Path, how: str) -> None:
+    """If another file took the open file's name, the backup raises an error and makes no file."""
     add_agent(sqlite_database)
     away = tmp_path / "away.db"
     sqlite_path.rename(away)
@@ -244,8 +247,8 @@ def test_file_that_is_not_the_open_one_is_not_backed_up(
     away.rename(sqlite_path)
 
 
-def test_lost_schema_is_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
-    """No restore would take a database without the version of its schema: it is not kept as a backup either."""
+def test_backup_without_schema_version_is_refused(sqlite_path: Path, tmp_path: Path) -> None:
+    """If the schema's version is missing, a restore would refuse the file, so the backup raises an error."""
     with Database.open(sqlite_path) as database:
         with database.unit_of_work() as unit:
             unit.session.connection().exec_driver_sql("DROP TABLE homeagent_schema_version")
@@ -254,8 +257,8 @@ def test_lost_schema_is_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == {"database"}
 
 
-def test_broken_reference_is_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
-    """A row that refers to one that is not there is damage too."""
+def test_broken_reference_is_refused(sqlite_path: Path, tmp_path: Path) -> None:
+    """If a row refers to an absent row, the backup raises an error."""
     with closing(connect(str(sqlite_path))) as raw:
         raw.execute(
             "INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'gone', 1, 1)"
@@ -265,8 +268,8 @@ def test_broken_reference_is_no_backup(sqlite_path: Path, tmp_path: Path) -> Non
     assert names(tmp_path) == {"database"}
 
 
-def test_unit_that_goes_on_holds_nothing_up(sqlite_database: Database, tmp_path: Path) -> None:
-    """A backup and a status wait for no write unit, whose writes they don't see, and are no reason for it to wait."""
+def test_backup_does_not_wait_for_an_open_unit(sqlite_database: Database, tmp_path: Path) -> None:
+    """If a write unit is open, a backup and a status neither wait for it, see its writes, nor delay it."""
     add_agent(sqlite_database, "committed")
     with sqlite_database.unit_of_work() as unit:
         unit.agents.create(AgentCreate(id="open", name="Open", workspace_path="/open"))
@@ -277,8 +280,8 @@ def test_unit_that_goes_on_holds_nothing_up(sqlite_database: Database, tmp_path:
     assert (status.rows["agents"], status.pragmas["journal_mode"]) == (1, "wal")
 
 
-def test_own_connection_that_writes_gets_our_errors(sqlite_path: Path) -> None:
-    """A write on a connection of its own that comes too late is told by our error, not by the driver's."""
+def test_separate_connection_raises_homeagents_errors(sqlite_path: Path) -> None:
+    """If a write on a separate connection comes too late, DatabaseBusyError is raised, not the driver's error."""
     with (
         Database.open(sqlite_path, busy_timeout=timedelta(0)) as database,
         database.unit_of_work(),
@@ -288,8 +291,12 @@ def test_own_connection_that_writes_gets_our_errors(sqlite_path: Path) -> None:
         connection.execute(text("DELETE FROM agents"))
 
 
-def test_writers_are_not_held(sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write between each two steps neither waits for the backup nor makes it begin anew; it sees one instant."""
+def test_writers_do_not_wait_for_a_backup(
+    sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If writers commit between the steps of a backup, they do not wait, and the backup has the state of its
+    beginning.
+    """
     for number in range(50):
         add_agent(sqlite_database, f"agent-{number}")
     monkeypatch.setattr(engine_backup, "_STEP", 1)
@@ -312,7 +319,7 @@ def test_writers_are_not_held(sqlite_database: Database, tmp_path: Path, monkeyp
 def test_interrupted_backup_leaves_nothing(
     sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever stops it in the middle, an interrupt from the keyboard too, there is no file of it."""
+    """If an exception, KeyboardInterrupt included, stops a backup, no file is left."""
     monkeypatch.setattr(engine_backup, "_STEP", 1)
 
     def interrupt(stop: engine_backup.Stop) -> None:
@@ -344,7 +351,7 @@ Database.open(sys.argv[1]).backup(sys.argv[2])
 
 
 def test_killed_backup(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """A killed backup left nothing that is called one, and the next one into the place removes what it left."""
+    """If a backup is killed, no complete-looking file is left, and the next backup removes the rest."""
     directory = tmp_path / "backups"
     directory.mkdir()
     for destination in (directory, directory / "named.db"):
@@ -383,7 +390,9 @@ with Database.open(sys.argv[1]) as database:
 
 
 def test_limited_file_size(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """Where the file may not grow, that is said and nothing is left; the database goes on, and so does the next one."""
+    """If the file size limit is reached, an error says so and no file is left; the database and the next backup
+    work.
+    """
     said = children.run(LIMITED, sqlite_path, tmp_path / "copy.db")
     assert "no room for a backup" in said
     assert names(tmp_path) == {"database", "copy.db", "copy.db.json"}
@@ -392,7 +401,7 @@ def test_limited_file_size(sqlite_path: Path, tmp_path: Path, children: Children
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
-    """A file system of its own with 300 KB."""
+    """A file system of 300 KB for these tests."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(
@@ -408,7 +417,7 @@ def small_disk(tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_full_disk(sqlite_database: Database, small_disk: Path, monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
-    """A full disk is noticed before it is filled, or while it is: either way nothing is left on it."""
+    """If the disk is full before or during a backup, an error is raised and no file is left."""
     if not asked:
         monkeypatch.setattr(engine_backup, "_require_room", lambda *_: None)
     with sqlite_database.unit_of_work() as unit:
@@ -446,8 +455,8 @@ with Database.open(sys.argv[1]) as database:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
 def test_lost_permission(sqlite_path: Path, children: Children) -> None:
-    """Where the permission to write is lost on the way, that is said, and what is left can't pass for a backup."""
-    # Not below pytest's directories, which another user can't enter.
+    """If the write permission is lost during a backup, an error says so, and the rest cannot be taken for a backup."""
+    # Not below pytest's directories, which another user cannot enter.
     place = Path("/tmp") / f"homeagent-permission-{os.getpid()}"  # noqa: S108  removed below
     place.mkdir()
     try:
@@ -467,7 +476,7 @@ def test_lost_permission(sqlite_path: Path, children: Children) -> None:
 
 
 def test_postgresql_names_its_own_tools(postgres_url: str, postgres_template: str) -> None:
-    """On PostgreSQL the error names what does it there: this is about that engine alone."""
+    """On PostgreSQL the error names the server's own tools. PostgreSQL only."""
     from tests.conftest import postgres_database
 
     with Database.open(postgres_database(postgres_url, postgres_template)) as database:
@@ -480,7 +489,7 @@ def test_postgresql_names_its_own_tools(postgres_url: str, postgres_template: st
 
 
 def test_closed(sqlite_path: Path, tmp_path: Path) -> None:
-    """A database that was closed makes no backup."""
+    """If the database is closed, the backup raises an error."""
     database = Database.open(sqlite_path)
     database.close()
     with pytest.raises(errors.DatabaseClosedError):
@@ -488,7 +497,7 @@ def test_closed(sqlite_path: Path, tmp_path: Path) -> None:
 
 
 def test_temporary_database(tmp_path: Path) -> None:
-    """What is only in memory, as it were, can be kept like that."""
+    """A temporary database can be backed up."""
     with Database.open(":memory:") as database:
         add_agent(database)
         backup = database.backup(tmp_path / "kept.db")
@@ -499,7 +508,7 @@ def test_temporary_database(tmp_path: Path) -> None:
 @pytest.mark.parametrize("migrate", [True, False])
 @pytest.mark.parametrize("how", ["gone", "empty"])
 def test_lost_database_names_its_backup(sqlite_path: Path, tmp_path: Path, migrate: bool, how: str) -> None:
-    """Where a database was and is none any more, the error names the newest backup and asks for no new one."""
+    """If a database was there before and its file is missing, the error names the newest backup and its restore."""
     with Database.open(sqlite_path) as database:
         backup = database.backup(f"{tmp_path}/backups/")
     if how == "gone":
@@ -516,7 +525,7 @@ def test_lost_database_names_its_backup(sqlite_path: Path, tmp_path: Path, migra
 
 
 def test_schedule(sqlite_path: Path, clock: FakeClock, tmp_path: Path) -> None:
-    """One is due when the newest is old enough by the database's clock, after a restart as well, and N are kept."""
+    """A backup is due when the newest is old enough by the database's clock, also after a restart; N are kept."""
     schedule = BackupSchedule(tmp_path / "backups", every=DAY, keep=2)
 
     def due(database: Database) -> bool:
@@ -531,7 +540,7 @@ def test_schedule(sqlite_path: Path, clock: FakeClock, tmp_path: Path) -> None:
         assert not due(database)
         clock.advance(milliseconds=1)
         assert due(database)
-        # Set back, it makes one more and not one after each sweep.
+        # If the clock is set back, one more backup is made, not one after each sweep.
         clock.advance(-10 * DAY)
         assert [due(database) for _ in range(3)] == [True, False, False]
         clock.advance(DAY)
@@ -540,7 +549,7 @@ def test_schedule(sqlite_path: Path, clock: FakeClock, tmp_path: Path) -> None:
 
 
 def test_sweeper_makes_the_backups(sqlite_database: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A sweeper with a schedule makes them in the background; one that fails is told, and the sweeping goes on."""
+    """A sweeper with a schedule makes backups in the background; if one fails, it is logged and sweeps continue."""
     directory = tmp_path / "backups"
     done = threading.Event()
     schedule = BackupSchedule(directory)
@@ -563,7 +572,7 @@ def test_sweeper_makes_the_backups(sqlite_database: Database, tmp_path: Path, ca
 def test_stopped_sweeper_ends_its_backup(
     sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopping a sweeper ends a backup that is under way, and that leaves nothing behind."""
+    """If a sweeper is stopped, a running backup ends and no file is left."""
     directory = tmp_path / "backups"
     begun, go_on = threading.Event(), threading.Event()
     require_room = engine_backup._require_room
@@ -584,7 +593,7 @@ def test_stopped_sweeper_ends_its_backup(
 
 
 def test_two_schedules_make_one(sqlite_database: Database, clock: FakeClock, tmp_path: Path) -> None:
-    """While one process makes a backup there, another one that finds it due leaves it at that."""
+    """If one process makes a due backup, another process with the same schedule makes none."""
     from homeagent.engine.files.locks import FileLock
 
     directory = tmp_path / "backups"
@@ -611,15 +620,15 @@ with Database.open(sys.argv[1]) as database:
 
 
 def test_processes_share_a_schedule(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """Four processes that find a backup due at the same moment make one between them."""
+    """If four processes find a backup due at the same time, one backup is made."""
     children.together(SCHEDULED, [(sqlite_path, tmp_path / "backups")] * 4)
     assert len(list((tmp_path / "backups").glob("*.backup"))) == 1
 
 
-def test_one_that_was_made_meanwhile_is_enough(
+def test_backup_made_meanwhile_is_enough(
     sqlite_database: Database, clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who finds one due, and then waits for nobody but finds it made, makes no second one."""
+    """If another process made the due backup before the lock was free, no second backup is made."""
     from homeagent.maintenance import backups
 
     schedule = BackupSchedule(tmp_path / "backups")

@@ -1,4 +1,4 @@
-"""Backups while four processes write: each is a state that existed, and comes to its end.
+"""Backups while four processes write: each backup is a committed state, and each backup ends.
 
 SQLite only, as backups are.
 """
@@ -20,7 +20,7 @@ ROUNDS = 50
 
 
 def last_line(stream: IO[str], told: dict[int, int], writer: int) -> None:
-    """Remember the last count that a writer told."""
+    """Remember the last count that a writer printed."""
     for line in stream:
         if line.strip().isdigit():
             told[writer] = int(line)
@@ -28,7 +28,7 @@ def last_line(stream: IO[str], told: dict[int, int], writer: int) -> None:
 
 @pytest.mark.slow
 def test_backups_under_load(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """Fifty backups while four processes write all the time: sound, whole, each newer than the one before."""
+    """Fifty backups while four processes write: each is valid, complete and newer than the previous one."""
     with Database.open(sqlite_path, busy_timeout=timedelta(seconds=60)) as database:
         load.begin(database)
         told: dict[int, int] = {}
@@ -44,7 +44,7 @@ def test_backups_under_load(sqlite_path: Path, tmp_path: Path, children: Childre
             durable = dict(told)
             backup = database.backup(tmp_path / f"{number}.db")
             ledger, counts = load.look(backup)
-            # What a writer was told before the backup began is in it.
+            # A backup contains each commit that a writer reported before the backup began.
             assert all(counts[writer] >= count for writer, count in durable.items())
             ledgers.append(ledger)
         for writer in writers:
@@ -57,7 +57,7 @@ def test_backups_under_load(sqlite_path: Path, tmp_path: Path, children: Childre
         for thread in threads:
             thread.join(60)
         assert ledgers == sorted(ledgers)
-        # They wrote all the time: between most backups the state has changed.
+        # The writers never stopped: between most backups the state has changed.
         assert len(set(ledgers)) > ROUNDS // 2
         database.backup(tmp_path / "last.db")
     assert load.look(tmp_path / "last.db")[1] == told

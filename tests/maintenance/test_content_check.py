@@ -1,4 +1,4 @@
-"""The content of a file, checked beside the work; a server checks its own."""
+"""The content check of an open file; a PostgreSQL server checks its own files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from homeagent.maintenance.content_check import ContentCheck
 from tests.conftest import FakeClock, add_agent
 
 
-def test_sound_database_is_checked_once_in_a_while(database: Database) -> None:
-    """A check that finds nothing says nothing, and the next one is due when its time has come (either engine)."""
+def test_valid_database_is_checked_periodically(database: Database) -> None:
+    """If a check finds no damage, it reports no error, and the next check is due after its interval (either engine)."""
     now = 0.0
     asked = 0
 
@@ -38,10 +38,10 @@ def test_sound_database_is_checked_once_in_a_while(database: Database) -> None:
     add_agent(database, "after")
 
 
-def test_damage_that_is_found_condemns_the_database(
+def test_damage_marks_the_database_corrupt(
     sqlite_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An index that came to disagree with its table ends the work: every unit gets the error until it is reopened."""
+    """If an index does not match its table, every later unit raises the error until the database is reopened."""
     with closing(connect(str(sqlite_path))) as raw:
         root: Any = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_agent'").get
     with Database.open(sqlite_path, clock=clock) as database:

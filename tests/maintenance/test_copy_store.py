@@ -1,4 +1,4 @@
-"""A whole store moves house: from each engine to each, whole or not at all."""
+"""Copy a whole store, between any two engines, completely or not at all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.conftest import (
     write_past_checks,
 )
 
-# All but a few copy to PostgreSQL or from it.
+# Most tests copy to PostgreSQL or from PostgreSQL.
 pytestmark = pytest.mark.postgresql
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ MakeStore = Callable[[str], str]
 
 @pytest.fixture
 def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeStore]:
-    """Makes fresh, empty stores of either engine, and returns what opens them."""
+    """Creates empty stores of either engine, and returns the locations to open."""
     made: list[str] = []
     numbers = itertools.count(1)
 
@@ -68,7 +68,7 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeS
 
 
 def stored(database: Database) -> Rows:
-    """Return every row of every table as the database stores it, with the types that the driver gives."""
+    """Return every row of every table as the driver returns it, with the driver's types."""
     with database.unit_of_work(read_only=True) as unit:
         connection = unit.session.connection()
         return {
@@ -86,13 +86,13 @@ def stored(database: Database) -> Rows:
 
 
 def stored_in(target: str) -> Rows:
-    """Return the same of a database that is opened for it."""
+    """Return the stored rows of a database that is opened for the call."""
     with Database.open(target, migrate=False) as database:
         return stored(database)
 
 
 def put(database: Database, table: str, **values: Any) -> None:
-    """Insert a row by SQL, past every model."""
+    """Insert a row by SQL, without any model."""
     with database.unit_of_work() as unit:
         unit.session.connection().execute(
             text(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join(f':{name}' for name in values)})"),
@@ -114,7 +114,7 @@ ODD = [
     "{}",
     "NULL",
     " ",
-]  # as text, as a COPY
+]  # text, as in a COPY
 ODD_JSON = [
     "-0.0",
     '{"b": 1, "a": -0.0, "b": 2}',
@@ -126,7 +126,7 @@ ODD_JSON = [
 
 
 def fill(database: Database) -> None:
-    """Put in what each table can hold, odd values among it, and more than a page of it where that matters."""
+    """Insert rows for each table, unusual values included, and more than one page if the test needs pages."""
     for number, odd in enumerate(ODD):
         put(database, "agents", id=f"agent-{number}", name=odd, workspace_path=odd, created_at=-number, config=None)
         put(
@@ -170,12 +170,12 @@ def fill(database: Database) -> None:
         unit.session.connection().execute(text("UPDATE store SET epoch = 7, restored_at = 1234567890123"))
 
 
-# What arrives
+# The copied rows
 
 
 @pytest.mark.parametrize(("source", "target"), DIRECTIONS)
-def test_every_row_arrives_as_it_was(source: str, target: str, make_store: MakeStore, clock: FakeClock) -> None:
-    """Every value of every row is the same on the other side, its type included, and the source is as it was."""
+def test_rows_are_copied_unchanged(source: str, target: str, make_store: MakeStore, clock: FakeClock) -> None:
+    """Every value of every row has the same value and type in the target, and the source does not change."""
     with Database.open(make_store(source), clock=clock) as ours, Database.open(make_store(target)) as theirs:
         fill(ours)
         before = stored(ours)
@@ -183,13 +183,13 @@ def test_every_row_arrives_as_it_was(source: str, target: str, make_store: MakeS
         assert stored(theirs) == stored(ours) == before
         assert report.rows == {name: len(before[name]) for name in DATA_TABLES}
         assert report.rows["nonces"] > 2 * PAGE
-        # Both are open, sound and at rest.
+        # Both are open, valid and idle.
         add_agent(ours, "after")
         add_agent(theirs, "after")
 
 
-def test_an_empty_store_is_copied(make_store: MakeStore) -> None:
-    """A store without a row is a store: it is copied, its epoch with it."""
+def test_empty_store_is_copied(make_store: MakeStore) -> None:
+    """A store without rows is copied together with its epoch."""
     with Database.open(make_store("sqlite")) as ours, Database.open(make_store("sqlite")) as theirs:
         with ours.unit_of_work() as unit:
             unit.session.connection().execute(text("UPDATE store SET epoch = 2"))
@@ -199,11 +199,11 @@ def test_an_empty_store_is_copied(make_store: MakeStore) -> None:
 
 printable = st.text(
     st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=20
-)  # wider than what a store takes
+)  # wider than a store accepts
 
 
-def test_any_text_and_number_goes_there_and_back(make_store: MakeStore) -> None:
-    """Whatever text and number two engines can hold is the same after a way over and back."""
+def test_text_and_numbers_survive_a_round_trip(make_store: MakeStore) -> None:
+    """Any text and number that both engines can hold is the same after a copy there and back."""
     columns = ("device_id", "method", "key", "result", "created_at", "expires_at", "lease_expires_at")
     stores = [make_store(engine) for engine in ("sqlite", "postgresql", "sqlite")]
     with (
@@ -234,8 +234,8 @@ def test_any_text_and_number_goes_there_and_back(make_store: MakeStore) -> None:
 
 
 @pytest.mark.parametrize("last", [600, pytest.param(None, marks=pytest.mark.slow)])
-def test_the_trace_moves_house(last: int | None, make_store: MakeStore, clock: FakeClock) -> None:
-    """A gateway's store on PostgreSQL refuses every nonce and answers every retry that the one on SQLite knew."""
+def test_copied_gateway_refuses_replays(last: int | None, make_store: MakeStore, clock: FakeClock) -> None:
+    """A gateway's PostgreSQL copy refuses every nonce and answers every retry that the SQLite store knew."""
     spec = importlib.util.spec_from_file_location("gateway_example", ROOT / "docs" / "examples" / "gateway.py")
     assert spec is not None
     assert spec.loader is not None
@@ -266,8 +266,10 @@ def test_the_trace_moves_house(last: int | None, make_store: MakeStore, clock: F
 
 
 @pytest.mark.parametrize(("source", "target"), [BOTH, BOTH[::-1]])
-def test_an_attempt_ends_on_the_other_side(source: str, target: str, make_store: MakeStore, clock: FakeClock) -> None:
-    """A lease moves with its owner: the attempt is recorded in the copy, and one that lapsed is still unknown there."""
+def test_attempt_ends_in_the_copy(source: str, target: str, make_store: MakeStore, clock: FakeClock) -> None:
+    """A lease keeps its owner in the copy: the attempt records its outcome there, and an expired lease stays
+    unknown.
+    """
     running, lapsed = IdempotencyScope("lamp", "m", "running"), IdempotencyScope("lamp", "m", "lapsed")
     with (
         Database.open(make_store(source), clock=clock) as ours,
@@ -289,8 +291,8 @@ def test_an_attempt_ends_on_the_other_side(source: str, target: str, make_store:
                 unit.idempotency_keys.claim(lapsed, lease=timedelta(minutes=5), **options)
 
 
-def test_rows_are_reported_as_they_go(make_store: MakeStore, clock: FakeClock) -> None:
-    """Both steps are told page by page, and each ends at its total."""
+def test_progress_is_reported(make_store: MakeStore, clock: FakeClock) -> None:
+    """Both steps report progress for each page, and each ends at its total."""
     with Database.open(make_store("sqlite"), clock=clock) as ours, Database.open(make_store("sqlite")) as theirs:
         fill(ours)
         seen: list[CopyProgress] = []
@@ -303,7 +305,7 @@ def test_rows_are_reported_as_they_go(make_store: MakeStore, clock: FakeClock) -
         assert len([at for at in done if at.table == "nonces"]) == 3
 
 
-# What is refused
+# Refused copies
 
 
 def put_agent(database: Database) -> None:
@@ -324,10 +326,10 @@ def put_key(database: Database) -> None:
 
 @pytest.mark.parametrize("there", [put_agent, put_device, put_nonce, put_key])
 @pytest.mark.parametrize("target", BOTH)
-def test_a_target_with_data_is_refused(
+def test_target_with_data_is_refused(
     target: str, there: Callable[[Database], None], make_store: MakeStore, clock: FakeClock
 ) -> None:
-    """One row of any kind, a dead one too, and the target is left as it is."""
+    """If the target has a single row, an expired row included, the copy raises an error and the target stays."""
     with Database.open(make_store("sqlite"), clock=clock) as ours, Database.open(make_store(target)) as theirs:
         fill(ours)
         there(theirs)
@@ -337,16 +339,16 @@ def test_a_target_with_data_is_refused(
         assert stored(theirs) == before
 
 
-def test_a_target_that_is_not_open_is_refused(make_store: MakeStore) -> None:
-    """A copy goes into a Database, not to a path."""
+def test_target_must_be_open(make_store: MakeStore) -> None:
+    """If the target is a path instead of an open Database, the copy raises an error."""
     target = make_store("sqlite")
     with Database.open(make_store("sqlite")) as ours, pytest.raises(errors.InvalidArgumentError, match="open Database"):
         ours.copy_to(target)  # type: ignore[arg-type]  # on purpose
 
 
 @pytest.mark.parametrize("engine", BOTH)
-def test_a_database_is_not_copied_onto_itself(engine: str, make_store: MakeStore) -> None:
-    """The same database is recognised under another name."""
+def test_database_is_not_copied_onto_itself(engine: str, make_store: MakeStore) -> None:
+    """If source and target are the same database under two names, the copy raises an error."""
     target = make_store(engine)
     other = str(Path(target).parent / ".." / Path(target).parent.name / Path(target).name)
     if engine == "postgresql":
@@ -358,8 +360,8 @@ def test_a_database_is_not_copied_onto_itself(engine: str, make_store: MakeStore
             ours.copy_to(ours)
 
 
-def test_two_schemas_of_one_database_are_two_stores(make_store: MakeStore, clock: FakeClock) -> None:
-    """PostgreSQL alone has schemas: what lies in another one is another store."""
+def test_two_schemas_are_two_stores(make_store: MakeStore, clock: FakeClock) -> None:
+    """Two schemas of one database are two stores. PostgreSQL only: SQLite has no schemas."""
     target = make_store("postgresql")
     postgres_execute(target, "CREATE SCHEMA other")
     url = make_url(target).update_query_dict({"options": "-csearch_path=other"})
@@ -370,10 +372,12 @@ def test_two_schemas_of_one_database_are_two_stores(make_store: MakeStore, clock
 
 
 @pytest.mark.parametrize(("source", "target"), DIRECTIONS)
-def test_a_source_that_is_written_meanwhile_is_refused(
+def test_source_that_changes_during_the_copy_is_refused(
     source: str, target: str, make_store: MakeStore, clock: FakeClock
 ) -> None:
-    """What was written would be missing: the target stays empty. A trial, `live`, gets the state of the beginning."""
+    """If the source changes, the copy raises an error and the target stays empty; a trial copy (`live`) keeps the first
+    state.
+    """
     with Database.open(make_store(source), clock=clock) as ours, Database.open(make_store(target)) as theirs:
         fill(ours)
         before, empty = stored(ours), stored(theirs)
@@ -396,8 +400,8 @@ def test_a_source_that_is_written_meanwhile_is_refused(
 
 
 @pytest.mark.parametrize("target", BOTH)
-def test_nobody_else_writes_to_the_target(target: str, make_store: MakeStore, clock: FakeClock) -> None:
-    """Who writes to the target meanwhile waits, and who reads it sees it empty."""
+def test_target_is_locked_during_the_copy(target: str, make_store: MakeStore, clock: FakeClock) -> None:
+    """During a copy, another writer of the target waits, and a reader sees the target empty."""
     name = make_store(target)
     with (
         Database.open(make_store("sqlite"), clock=clock) as ours,
@@ -420,7 +424,7 @@ def test_nobody_else_writes_to_the_target(target: str, make_store: MakeStore, cl
 
 
 def test_another_revision_is_refused(make_store: MakeStore) -> None:
-    """A database that another version upgraded while it is open here may have columns that this one doesn't know."""
+    """If another version upgraded an open database, the copy raises an error, since new columns may exist."""
     with Database.open(make_store("sqlite")) as ours, Database.open(make_store("sqlite")) as theirs:
         for database, kind in ((ours, errors.SchemaTooNewError), (theirs, errors.SchemaOutdatedError)):
             revision = "9999" if database is ours else "0001"
@@ -435,7 +439,7 @@ def test_another_revision_is_refused(make_store: MakeStore) -> None:
         ours.copy_to(theirs)
 
 
-# What goes wrong
+# Errors during a copy
 
 
 BAD_ROWS = {
@@ -458,8 +462,8 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("bad", BAD_ROWS)
-def test_a_value_that_no_store_writes_is_refused(bad: str, make_store: MakeStore, clock: FakeClock) -> None:
-    """SQLite holds anything in any column: what PostgreSQL can't hold ends the copy, and no message shows it."""
+def test_unstorable_value_is_refused(bad: str, make_store: MakeStore, clock: FakeClock) -> None:
+    """If SQLite holds a value that PostgreSQL cannot hold, the copy raises an error that omits the value."""
     table, values = BAD_ROWS[bad]
     with Database.open(make_store("sqlite"), clock=clock) as ours, Database.open(make_store("postgresql")) as theirs:
         fill(ours)
@@ -467,7 +471,7 @@ def test_a_value_that_no_store_writes_is_refused(bad: str, make_store: MakeStore
         empty = stored(theirs)
         with pytest.raises(errors.DatabaseError) as raised:
             ours.copy_to(theirs)
-        # What only the server can tell is the server's refusal.
+        # Some values only the server can refuse.
         expected = errors.DatabaseError if "32 bits" in bad else errors.CorruptDatabaseError
         assert type(raised.value) is expected
         assert "s3cret" not in repr(raised.value)
@@ -477,10 +481,8 @@ def test_a_value_that_no_store_writes_is_refused(bad: str, make_store: MakeStore
 
 @pytest.mark.parametrize("target", BOTH)
 @pytest.mark.parametrize("name", ["approved", "omitted"])
-def test_a_flag_that_is_neither_0_nor_1_is_refused(
-    name: str, target: str, make_store: MakeStore, clock: FakeClock
-) -> None:
-    """The refusal names the column of the source, and the target is as it was."""
+def test_flag_other_than_0_and_1_is_refused(name: str, target: str, make_store: MakeStore, clock: FakeClock) -> None:
+    """If a flag is neither 0 nor 1, the error names the column of the source, and the target stays as before."""
     source = make_store("sqlite")
     with Database.open(source, clock=clock) as ours, Database.open(make_store(target)) as theirs:
         fill(ours)
@@ -493,8 +495,8 @@ def test_a_flag_that_is_neither_0_nor_1_is_refused(
 
 
 @pytest.mark.parametrize("target", BOTH)
-def test_a_session_without_its_agent_is_refused(target: str, make_store: MakeStore) -> None:
-    """A reference that leads nowhere, as another program may leave it, is not carried over."""
+def test_session_without_its_agent_is_refused(target: str, make_store: MakeStore) -> None:
+    """If another program left a session without its agent, the copy raises an error."""
     source = make_store("sqlite")
     with closing(connect(source)) as raw:
         raw.execute(
@@ -521,8 +523,8 @@ TRIGGERS = {
 
 
 @pytest.mark.parametrize("target", BOTH)
-def test_rows_that_differ_are_noticed(target: str, make_store: MakeStore, clock: FakeClock) -> None:
-    """One number in one row of two thousand is other than it was given: nothing is copied."""
+def test_differing_rows_are_detected(target: str, make_store: MakeStore, clock: FakeClock) -> None:
+    """If one number in one of two thousand rows differs in the target, the copy raises an error and is undone."""
     with Database.open(make_store("sqlite"), clock=clock) as ours, Database.open(make_store(target)) as theirs:
         fill(ours)
         empty = stored(theirs)
@@ -533,7 +535,7 @@ def test_rows_that_differ_are_noticed(target: str, make_store: MakeStore, clock:
             return writing[0]
 
         def meddle(progress: CopyProgress) -> None:
-            # In the copy's own transaction: a trigger that was there before is refused.
+            # Create the trigger in the copy's own transaction: an existing trigger would be refused before.
             if progress.step == "copying" and progress.table == "agents":
                 for statement in TRIGGERS[target]:
                     writing[0].session.connection().exec_driver_sql(statement)
@@ -554,10 +556,10 @@ RULE = "CREATE RULE z AS ON INSERT TO devices DO ALSO UPDATE devices SET approve
 
 @pytest.mark.parametrize("changed", ["source", "target"])
 @pytest.mark.parametrize(("engine", "kind"), [("sqlite", "trigger"), ("postgresql", "trigger"), ("postgresql", "rule")])
-def test_a_changed_schema_is_not_copied(
+def test_changed_schema_is_not_copied(
     engine: str, kind: str, changed: str, make_store: MakeStore, clock: FakeClock
 ) -> None:
-    """A trigger or rule on homeagent's tables, of either side, is refused by name, and nothing is copied."""
+    """If either side has a trigger or rule on homeagent's tables, the error names it, and no row is copied."""
     other = "postgresql" if engine == "sqlite" else "sqlite"
     pair = (engine, other) if changed == "source" else (other, engine)
     with Database.open(make_store(pair[0]), clock=clock) as ours, Database.open(make_store(pair[1])) as theirs:
@@ -574,8 +576,8 @@ def test_a_changed_schema_is_not_copied(
 
 @pytest.mark.parametrize("step", ["copying", "comparing"])
 @pytest.mark.parametrize("target", BOTH)
-def test_an_interrupted_copy_leaves_nothing(target: str, step: str, make_store: MakeStore, clock: FakeClock) -> None:
-    """An exception in the middle of either step leaves the target empty, and the next try succeeds."""
+def test_interrupted_copy_leaves_no_rows(target: str, step: str, make_store: MakeStore, clock: FakeClock) -> None:
+    """If an exception interrupts either step, the target stays empty, and the next copy succeeds."""
     with Database.open(make_store("sqlite"), clock=clock) as ours, Database.open(make_store(target)) as theirs:
         fill(ours)
         empty = stored(theirs)
@@ -611,10 +613,10 @@ with Database.open(source) as ours, Database.open(target) as theirs:
 
 @pytest.mark.parametrize("step", ["copying", "comparing"])
 @pytest.mark.parametrize("target", BOTH)
-def test_a_killed_copy_leaves_nothing(
+def test_killed_copy_leaves_no_rows(
     target: str, step: str, make_store: MakeStore, clock: FakeClock, children: Children
 ) -> None:
-    """`kill -9` in the middle leaves the target empty and the source as it was, and the copy can be made again."""
+    """After `kill -9` during a copy, the target is empty, the source unchanged, and the copy can be repeated."""
     source, destination = make_store("sqlite"), make_store(target)
     with Database.open(source, clock=clock) as ours:
         fill(ours)
@@ -631,8 +633,8 @@ def test_a_killed_copy_leaves_nothing(
     assert stored_in(destination) == before
 
 
-def test_only_a_write_unit_takes_rows(make_store: MakeStore) -> None:
-    """Rows as they are stored go in through a unit that may write."""
+def test_only_a_write_unit_accepts_rows(make_store: MakeStore) -> None:
+    """If a read unit gets stored rows, it raises an error."""
     with (
         Database.open(make_store("sqlite")) as database,
         database.unit_of_work(read_only=True) as unit,
@@ -642,8 +644,8 @@ def test_only_a_write_unit_takes_rows(make_store: MakeStore) -> None:
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
-def test_a_server_that_goes_away_is_told(side: str, make_store: MakeStore, clock: FakeClock) -> None:
-    """A connection that is lost in the middle ends the copy with an error of ours, and the target is empty."""
+def test_lost_server_raises_an_error(side: str, make_store: MakeStore, clock: FakeClock) -> None:
+    """If the connection to a server is lost during a copy, homeagent's error is raised, and the target is empty."""
     origin, destination = make_store("postgresql"), make_store("postgresql")
     lost = make_url(origin if side == "source" else destination).database
     with Database.open(origin, clock=clock) as ours, Database.open(destination) as theirs:
@@ -664,8 +666,8 @@ def test_a_server_that_goes_away_is_told(side: str, make_store: MakeStore, clock
         assert stored(theirs) == stored(ours)
 
 
-def test_a_role_without_the_schema_is_enough(make_store: MakeStore, clock: FakeClock) -> None:
-    """Who may read and write rows may copy from a server and to one: neither needs to own a table."""
+def test_role_with_row_privileges_is_enough(make_store: MakeStore, clock: FakeClock) -> None:
+    """A role that can read and write rows can copy to and from a server; it does not need to own the tables."""
     names = [make_store("postgresql"), make_store("postgresql")]
     role = f"mover_{os.getpid()}"
     postgres_execute(names[0], f"CREATE ROLE {role} LOGIN")
@@ -685,8 +687,8 @@ def test_a_role_without_the_schema_is_enough(make_store: MakeStore, clock: FakeC
 
 
 @pytest.mark.parametrize("target", BOTH)
-def test_of_two_copies_at_once_one_is_made(target: str, make_store: MakeStore, clock: FakeClock) -> None:
-    """The second waits for the first, and then finds data."""
+def test_one_of_two_concurrent_copies_is_made(target: str, make_store: MakeStore, clock: FakeClock) -> None:
+    """The second of two concurrent copies waits for the first, then finds data and raises an error."""
     name = make_store(target)
     origins = [make_store("sqlite"), make_store("sqlite")]
     for origin in origins:
@@ -708,7 +710,7 @@ def test_of_two_copies_at_once_one_is_made(target: str, make_store: MakeStore, c
     assert stored_in(name) == stored_in(next(origin for origin in outcomes if origin != "refused"))
 
 
-# Much of it
+# Large copies
 
 
 MEASURED = """
@@ -727,10 +729,10 @@ print(rows, Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("source", "target"), [("sqlite", "postgresql"), ("postgresql", "sqlite")])
-def test_memory_does_not_grow_with_the_rows(
+def test_memory_is_independent_of_the_number_of_rows(
     source: str, target: str, make_store: MakeStore, children: Children
 ) -> None:
-    """A million rows are copied in the memory that a hundred thousand take, and 16 MiB more at most."""
+    """A copy of 1,000,000 rows needs at most 16 MiB more memory than a copy of 100,000 rows."""
     peaks = []
     for rows in (100_000, 1_000_000):
         origin = make_store(source)
@@ -749,8 +751,8 @@ def test_memory_does_not_grow_with_the_rows(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow_with_large_rows(make_store: MakeStore, children: Children) -> None:
-    """A thousand results of 250 kB are copied in the memory that two hundred take, and 16 MiB more at most."""
+def test_memory_is_independent_of_the_number_of_large_rows(make_store: MakeStore, children: Children) -> None:
+    """A copy of 1,000 results of 250 kB needs at most 16 MiB more memory than a copy of 200 results."""
     peaks = []
     for rows in (200, 1000):
         origin = make_store("sqlite")

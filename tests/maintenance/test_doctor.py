@@ -1,4 +1,4 @@
-"""The doctor on SQLite files: for each check a file in which exactly that is wrong, and what mends it."""
+"""The doctor on SQLite files: for each check, a file with exactly one problem, and the remedy."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser ca
 
 
 def sqlite(path: Path) -> Any:
-    """Return a bare connection, through the library that the package itself uses in this process."""
+    """Return a bare connection, through the SQLite library that the package uses in this process."""
     return connect(str(path))
 
 
 def change(path: Path, *statements: str) -> None:
-    """Change a file behind the package's back, as somebody with a shell would."""
+    """Change a file without the package, as an administrator in a shell would."""
     with closing(sqlite(path)) as raw:
         for statement in statements:
             raw.execute(statement)
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int, int, str]]:
-    """Return what a look must leave alone: each file's mode, owner, time of change and bytes."""
+    """Return each file's mode, owner, time of change and hash, which a diagnosis must not change."""
     found = {}
     for path in sorted(directory.rglob("*")):
         status = path.lstat()
@@ -59,7 +59,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int, int, str]]:
 
 
 def look(path: Path, clock: FakeClock, **options: Any) -> Diagnosis:
-    """Diagnose a file twice, and see that nothing changed and that both looks say the same."""
+    """Diagnose a file, and check that no file changed and that the diagnosis survives a round trip through JSON."""
     before = snapshot(path.parent) if path.parent.is_dir() else {}
     found = diagnose(path, clock=clock, **options)
     assert (snapshot(path.parent) if path.parent.is_dir() else {}) == before
@@ -69,14 +69,14 @@ def look(path: Path, clock: FakeClock, **options: Any) -> Diagnosis:
 
 
 def at(diagnosis: Diagnosis, check: str) -> Any:
-    """Return what a check found, which must have been made."""
+    """Return the finding of a check, which must have been made."""
     finding = diagnosis.finding(check)
     assert finding is not None, diagnosis.not_checked
     return finding
 
 
 def only(diagnosis: Diagnosis, check: str, severity: Severity) -> Any:
-    """Return the one finding that is not ok, which must be of this check and this bad."""
+    """Return the only finding that is not ok, and check its name and severity."""
     bad = {finding.check: finding.severity for finding in diagnosis.findings if finding.severity is not Severity.OK}
     assert bad == {check: severity}, bad
     assert diagnosis.severity is severity
@@ -88,7 +88,7 @@ def only(diagnosis: Diagnosis, check: str, severity: Severity) -> Any:
 
 
 def run(finding: Finding) -> None:
-    """Run the command that a finding names, as its reader would; the package's own without a process, to save time."""
+    """Run the command of a finding; run homeagent's own commands in this process, to save time."""
     assert finding.command is not None
     program, *arguments = shlex.split(finding.command)
     if program == "homeagent":
@@ -100,21 +100,21 @@ def run(finding: Finding) -> None:
 
 @pytest.fixture(autouse=True)
 def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the tests run where the temporary directory is in memory: that has its own test."""
+    """Report a file system on a disk, even if the temporary directory is in memory, which another test covers."""
     monkeypatch.setattr(files, "filesystem_kind", lambda path: "ext4")
 
 
 @pytest.fixture
 def path(sqlite_path: Path) -> Path:
-    """A fresh, migrated file."""
+    """A new, migrated file."""
     return sqlite_path
 
 
-# All is well
+# No problems
 
 
-def test_a_sound_file_is_found_sound(path: Path, clock: FakeClock) -> None:
-    """With an admin, a session and a live nonce, every check of SQLite's is made, and each is content."""
+def test_valid_file_has_no_problem(path: Path, clock: FakeClock) -> None:
+    """With an admin, a session and an unexpired nonce, every SQLite check is made, and each is ok."""
     with Database.open(path, clock=clock) as database:
         add_device(database, "desk", role=Role.ADMIN, approved=True)
         add_agent(database)
@@ -130,8 +130,8 @@ def test_a_sound_file_is_found_sound(path: Path, clock: FakeClock) -> None:
     assert at(look(path, clock, thorough=True), "integrity").facts["pragma"] == "integrity_check"
 
 
-def test_an_open_database_is_looked_over(sqlite_database: Database) -> None:
-    """`Database.doctor` sees what was committed a moment ago, by the database's own clock, and closes nothing."""
+def test_open_database_is_diagnosed(sqlite_database: Database) -> None:
+    """`Database.doctor` sees recent commits, uses the database's clock, and leaves the database open."""
     add_device(sqlite_database, "desk", role=Role.ADMIN, approved=True)
     found = sqlite_database.doctor()
     assert found.severity is Severity.OK
@@ -141,16 +141,16 @@ def test_an_open_database_is_looked_over(sqlite_database: Database) -> None:
     assert at(sqlite_database.doctor(fix=True), "admins").facts["devices"] == 2
 
 
-def test_a_temporary_database_is_looked_over_while_it_is_open(clock: FakeClock) -> None:
-    """`:memory:` has a file too; from outside it can't be named."""
+def test_temporary_database_is_diagnosed_while_it_is_open(clock: FakeClock) -> None:
+    """`:memory:` has a file too, but only the process that opened it can diagnose it."""
     with Database.open(":memory:", clock=clock) as database:
         assert at(database.doctor(), "integrity").severity is Severity.OK
     with pytest.raises(errors.InvalidArgumentError, match=r"Database\.doctor"):
         diagnose(":memory:")
 
 
-def test_a_database_that_others_write_is_looked_over(path: Path, clock: FakeClock, children: Children) -> None:
-    """While another process has the file open and its log is full of commits, all of them are seen."""
+def test_database_with_another_writer_is_diagnosed(path: Path, clock: FakeClock, children: Children) -> None:
+    """If another process has the file open with commits in the WAL, the diagnosis sees all commits."""
     script = """
 import sys
 from homeagent import AgentCreate, Database
@@ -171,8 +171,8 @@ sys.stdin.readline()
     assert at(found, "wal").facts["wal_bytes"] > 0
 
 
-def test_an_open_database_whose_file_is_gone(path: Path, clock: FakeClock) -> None:
-    """What a program deleted under an open database is a finding, and no error."""
+def test_open_database_whose_file_is_missing(path: Path, clock: FakeClock) -> None:
+    """If a program deleted the file of an open database, the diagnosis has a finding and raises no error."""
     with Database.open(path, clock=clock) as database:
         add_agent(database)
         for file in (path, path.with_name("homeagent.db-wal"), path.with_name("homeagent.db-shm")):
@@ -187,8 +187,8 @@ def test_an_open_database_whose_file_is_gone(path: Path, clock: FakeClock) -> No
 # The file
 
 
-def test_a_missing_file(tmp_path: Path, clock: FakeClock) -> None:
-    """Where nothing is, nothing is made, and the remedy makes it."""
+def test_missing_file(tmp_path: Path, clock: FakeClock) -> None:
+    """If the file does not exist, the diagnosis creates no file, and the remedy creates it."""
     path = tmp_path / "store" / "h.db"
     finding = only(look(path, clock), "database", Severity.CRITICAL)
     assert not path.parent.exists()
@@ -196,8 +196,8 @@ def test_a_missing_file(tmp_path: Path, clock: FakeClock) -> None:
     assert at(look(path, clock), "database").severity is Severity.OK
 
 
-def test_a_vanished_file(path: Path, clock: FakeClock) -> None:
-    """A file that was there, as its lock file remembers, is never offered to be made anew."""
+def test_lost_file(path: Path, clock: FakeClock) -> None:
+    """If the lock file shows that the file existed, the remedy never is to create it again."""
     path.with_name("homeagent.db.lock").write_text("initialised\n")
     path.with_name("homeagent.db.lock").chmod(0o600)
     path.unlink()
@@ -207,8 +207,8 @@ def test_a_vanished_file(path: Path, clock: FakeClock) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 100, 512])
-def test_a_file_that_was_cut_off(path: Path, clock: FakeClock, size: int) -> None:
-    """An empty, a short and a beheaded file are damage, each with a way out, and none is touched."""
+def test_truncated_file(path: Path, clock: FakeClock, size: int) -> None:
+    """An empty, a short and a header-less file are reported as damaged, with a remedy, and none is changed."""
     os.truncate(path, size)
     found = look(path, clock)
     assert found.exit_status == 2
@@ -218,8 +218,8 @@ def test_a_file_that_was_cut_off(path: Path, clock: FakeClock, size: int) -> Non
 
 
 @pytest.mark.parametrize("place", ["header", "middle"])
-def test_a_damaged_file(path: Path, clock: FakeClock, place: str) -> None:
-    """Zeroed pages are damage, whether the file can still be opened or not; with --fix too nothing is changed."""
+def test_damaged_file(path: Path, clock: FakeClock, place: str) -> None:
+    """Zeroed pages are damage, whether the file can be opened or not, and even --fix changes no byte."""
     content = bytearray(path.read_bytes())
     if place == "header":
         content[0:100] = bytes(100)
@@ -238,15 +238,15 @@ def test_a_damaged_file(path: Path, clock: FakeClock, place: str) -> None:
 
 
 def test_damage_names_the_newest_backup(path: Path, clock: FakeClock) -> None:
-    """Where a backup is known, the command that restores it is given."""
+    """If a backup is known, the remedy of damage is the command that restores the newest backup."""
     backup = _backup(path, clock)
     os.truncate(path, 100)
     command = at(look(path, clock), "database").command
     assert command == f"homeagent restore {backup} --database {path}"
 
 
-def test_an_index_that_misses_rows(path: Path, clock: FakeClock) -> None:
-    """Only the thorough look compares indexes with their tables."""
+def test_index_without_rows(path: Path, clock: FakeClock) -> None:
+    """If an index lacks rows, only a thorough diagnosis finds the difference."""
     change(
         path,
         "INSERT INTO agents (id, name, workspace_path, created_at) VALUES ('a', 'A', '/', 1)",
@@ -265,8 +265,8 @@ def test_an_index_that_misses_rows(path: Path, clock: FakeClock) -> None:
     assert look(path, clock, thorough=True).severity is Severity.OK
 
 
-def test_a_foreign_file(tmp_path: Path, clock: FakeClock) -> None:
-    """Another application's database, a text file and a directory are what they are, and stay so."""
+def test_foreign_file(tmp_path: Path, clock: FakeClock) -> None:
+    """Another application's database, a text file and a directory are reported and not changed."""
     other = tmp_path / "other.db"
     change(other, "CREATE TABLE t (a)")
     notes = tmp_path / "notes.db"
@@ -280,8 +280,8 @@ def test_a_foreign_file(tmp_path: Path, clock: FakeClock) -> None:
     assert found.exit_status == 2
 
 
-def test_a_log_left_behind_by_a_killed_process_is_read(path: Path, clock: FakeClock, children: Children) -> None:
-    """What was committed before a `kill -9` is seen, and neither the file nor its log nor its index is changed."""
+def test_wal_of_a_killed_process_is_read(path: Path, clock: FakeClock, children: Children) -> None:
+    """Commits before a `kill -9` are seen, and neither the file nor the WAL nor the WAL index is changed."""
     script = """
 import os, sys
 from homeagent import Database, DeviceCreate, Role
@@ -297,7 +297,7 @@ os.kill(os.getpid(), 9)
     clock.advance(days=10_000)
     found = look(path, clock)
     assert at(found, "admins").facts["devices"] == 1
-    # Without its index the log is read all the same; SQLite makes a new one, and that is all it makes.
+    # Without its index the WAL is still read; SQLite creates a new index and no other file.
     index.unlink()
     before = snapshot(path.parent)
     assert at(diagnose(path, clock=clock), "admins").facts["devices"] == 1
@@ -307,8 +307,10 @@ os.kill(os.getpid(), 9)
     assert stat.S_IMODE(index.stat().st_mode) == 0o600
 
 
-def test_a_rollback_journal_that_waits(path: Path, clock: FakeClock) -> None:
-    """Nothing is said of rows while a transaction waits to be undone, which only opening the file does."""
+def test_pending_rollback_journal(path: Path, clock: FakeClock) -> None:
+    """If a rollback journal is pending, the rows are not checked, because only an open can roll the transaction
+    back.
+    """
     journal = path.with_name("homeagent.db-journal")
     journal.write_bytes(bytes(512))
     journal.chmod(0o600)
@@ -321,7 +323,7 @@ def test_a_rollback_journal_that_waits(path: Path, clock: FakeClock) -> None:
 @pytest.mark.parametrize(("mode", "severity"), [(0o644, Severity.WARNING), (0o666, Severity.CRITICAL)])
 @pytest.mark.parametrize("by", ["command", "fix"])
 def test_loose_modes(path: Path, clock: FakeClock, mode: int, severity: Severity, by: str) -> None:
-    """A file that others can read or write is told, and made private by the command or by --fix, which says so."""
+    """If other users can access the file, the finding's command or --fix makes it private."""
     path.chmod(mode)
     finding = only(look(path, clock), "files", severity)
     if by == "command":
@@ -335,8 +337,8 @@ def test_loose_modes(path: Path, clock: FakeClock, mode: int, severity: Severity
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_backup_that_others_can_read(path: Path, clock: FakeClock) -> None:
-    """What lies beside the database holds the same rows, and is judged with it."""
+def test_backup_readable_by_others(path: Path, clock: FakeClock) -> None:
+    """If other users can read a backup next to the database, the finding reports it, as it holds the same rows."""
     copy = path.with_name("homeagent.db.0004-x.backup")
     shutil.copy(path, copy)
     copy.chmod(0o640)
@@ -345,8 +347,8 @@ def test_a_backup_that_others_can_read(path: Path, clock: FakeClock) -> None:
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
 
 
-def test_a_directory_that_others_can_write_to(path: Path, clock: FakeClock) -> None:
-    """Others could replace the database; --fix leaves a directory alone, since somebody chose its mode."""
+def test_directory_writable_by_others(path: Path, clock: FakeClock) -> None:
+    """If other users could replace the database, a finding reports it; --fix keeps the directory's mode."""
     path.parent.chmod(0o770)
     finding = only(look(path, clock), "directory", Severity.CRITICAL)
     assert diagnose(path, clock=clock, fix=True).repairs == []
@@ -356,8 +358,10 @@ def test_a_directory_that_others_can_write_to(path: Path, clock: FakeClock) -> N
 
 
 @needs_root
-def test_a_file_of_another_user(path: Path, clock: FakeClock) -> None:
-    """What root made beside somebody's database keeps that one's gateway out; the command gives it back."""
+def test_file_of_another_user(path: Path, clock: FakeClock) -> None:
+    """If a file belongs to root, the owner's gateway cannot open it, and the finding's command returns it to
+    the owner.
+    """
     beside = path.with_name("homeagent.db.lock")
     beside.touch(mode=0o600)
     for file in (path.parent, path):
@@ -368,8 +372,8 @@ def test_a_file_of_another_user(path: Path, clock: FakeClock) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link"])
-def test_a_second_name(path: Path, clock: FakeClock, kind: str) -> None:
-    """A link and a second hard link are refused by the store, and found; nothing is opened through them."""
+def test_link_or_second_name(path: Path, clock: FakeClock, kind: str) -> None:
+    """If the path is a link or has a second hard link, a finding reports it, and no database is opened."""
     real = path.with_name("real.db")
     if kind == "link":
         path.rename(real)
@@ -387,8 +391,8 @@ def test_a_second_name(path: Path, clock: FakeClock, kind: str) -> None:
     assert look(path, clock).severity is Severity.OK
 
 
-def test_half_a_copy_left_behind(path: Path, clock: FakeClock) -> None:
-    """A .partial file of yesterday is of no use to anybody, and --fix removes it; one of this hour is let be."""
+def test_partial_copy_left_behind(path: Path, clock: FakeClock) -> None:
+    """--fix removes a .partial file of yesterday, and keeps a .partial file of the last hour."""
     old, new = (path.with_name(f"homeagent.db.0004-{age}.backup.partial") for age in ("old", "new"))
     for partial, age in ((old, timedelta(days=2)), (new, timedelta(minutes=5))):
         partial.write_bytes(b"half")
@@ -420,8 +424,8 @@ def _backup(path: Path, clock: FakeClock) -> Path:
     return backup
 
 
-def test_an_old_backup(path: Path, clock: FakeClock) -> None:
-    """A backup of last month is too old, one of yesterday is not, and none at all is only told."""
+def test_old_backup(path: Path, clock: FakeClock) -> None:
+    """A backup of last month is a warning, a backup of yesterday is ok, and a missing backup is only mentioned."""
     assert "No backup" in at(look(path, clock), "backup").summary
     _backup(path, clock)
     clock.advance(days=1)
@@ -430,8 +434,8 @@ def test_an_old_backup(path: Path, clock: FakeClock) -> None:
     only(look(path, clock), "backup", Severity.WARNING)
 
 
-def test_what_restores_leave_behind(path: Path, clock: FakeClock) -> None:
-    """A database that was kept aside is told after a month, half a copy after a day, one cut off at once."""
+def test_leftovers_of_restores(path: Path, clock: FakeClock) -> None:
+    """A quarantined database is reported after a month, a partial copy after a day, an unfinished restore at once."""
     with Database.open(path, clock=clock) as database:
         backup = database.backup(path.with_name("copy.backup"))
     report = Database.restore(backup, path, clock=clock)
@@ -453,14 +457,14 @@ def test_what_restores_leave_behind(path: Path, clock: FakeClock) -> None:
 
 
 def write_manifest_anew(backup: Path, clock: FakeClock, *, days: int) -> None:
-    """Have a backup be so young that its age is not what is found."""
+    """Write a recent time into a backup's manifest, so that its age is not a finding."""
     manifest = read_manifest(backup)
     assert manifest is not None
     write_manifest(backup, manifest.model_copy(update={"taken_at": clock.now + timedelta(days=days)}))
 
 
-def test_a_log_that_lost_commits(path: Path, clock: FakeClock, children: Children) -> None:
-    """Commits that SQLite would drop without a word are told, before anybody opens the file and they are gone."""
+def test_lost_commits_in_a_wal(path: Path, clock: FakeClock, children: Children) -> None:
+    """If SQLite would drop commits of a WAL silently, a finding reports them before the file is opened."""
     script = """
 import os, sys
 from homeagent import AgentCreate, Database
@@ -482,22 +486,22 @@ os.kill(os.getpid(), 9)
     assert "restore" in finding.remedy
 
 
-# Where it lies, and what reads it
+# The file system and the libraries
 
 
 @pytest.mark.parametrize(("kind", "severity"), [("nfs4", Severity.CRITICAL), ("tmpfs", Severity.WARNING)])
-def test_the_wrong_file_system(
+def test_unsafe_file_system(
     path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, kind: str, severity: Severity
 ) -> None:
-    """A network file system corrupts a write-ahead log, and one in memory forgets it."""
+    """A network file system could corrupt a WAL, and a file system in memory loses it: both are findings."""
     monkeypatch.setattr(files, "filesystem_kind", lambda path: kind)
     assert only(look(path, clock), "filesystem", severity).facts == {"kind": kind}
 
 
 @needs_root
 @pytest.mark.skipif(sys.platform != "linux", reason="tmpfs is Linux's")
-def test_a_full_disk(tmp_path: Path, sqlite_template: Path, clock: FakeClock) -> None:
-    """On a small file system there is no room for a copy, and when it is full nothing can be written."""
+def test_full_disk(tmp_path: Path, sqlite_template: Path, clock: FakeClock) -> None:
+    """A small file system without room for a copy, and a full file system, are findings."""
     place = tmp_path / "small"
     place.mkdir(mode=0o700)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m,mode=700", "tmpfs", place], check=False)
@@ -516,14 +520,14 @@ def test_a_full_disk(tmp_path: Path, sqlite_template: Path, clock: FakeClock) ->
         subprocess.run(["umount", place], check=True)
 
 
-def test_the_versions_of_the_libraries(path: Path, clock: FakeClock) -> None:
+def test_versions_of_the_libraries(path: Path, clock: FakeClock) -> None:
     """The doctor reports the versions of SQLite and of apsw."""
     facts = at(look(path, clock), "database").facts
     assert (facts["sqlite_version"], facts["apsw_version"]) == (SQLITE_VERSION, APSW_VERSION)
 
 
-def test_a_file_without_a_write_ahead_log(path: Path, clock: FakeClock) -> None:
-    """A copy that was put in place by hand is in rollback mode; --fix switches it."""
+def test_rollback_mode(path: Path, clock: FakeClock) -> None:
+    """If a file was put in place by hand and is in rollback mode, --fix switches it to WAL mode."""
     change(path, "PRAGMA journal_mode=DELETE")
     only(look(path, clock), "wal", Severity.WARNING)
     fixed = diagnose(path, clock=clock, fix=True)
@@ -532,8 +536,8 @@ def test_a_file_without_a_write_ahead_log(path: Path, clock: FakeClock) -> None:
         assert raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def test_a_large_log(path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A log that was never moved into the file is told; --fix moves it and gives its room back."""
+def test_large_wal(path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a WAL is large, a finding reports it, and --fix copies it into the file and truncates it."""
     monkeypatch.setattr("homeagent.maintenance.doctor.sqlite.WAL_LIMIT", 5000)
     log, index = (path.with_name(f"homeagent.db{suffix}") for suffix in ("-wal", "-shm"))
     with Database.open(path, clock=clock) as database:
@@ -544,7 +548,7 @@ def test_a_large_log(path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPat
         assert (fixed.severity, [repair.check for repair in fixed.repairs]) == (Severity.OK, ["wal"])
         assert log.stat().st_size < 5000
         files = {path: path.read_bytes(), log: log.read_bytes(), index: older_index}
-    # A power cut may leave the index as the kernel wrote it last, and the log as it was synced.
+    # A power cut may leave the index as the kernel wrote it last, and the WAL as it was synced.
     for file, content in files.items():
         file.write_bytes(content)
         file.chmod(0o600)
@@ -556,8 +560,8 @@ def test_a_large_log(path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("revision", REVISIONS[:-1])
-def test_an_older_schema(tmp_path: Path, clock: FakeClock, revision: str) -> None:
-    """An old file is looked over as far as its columns go, and upgraded by the command, not by --fix."""
+def test_older_schema(tmp_path: Path, clock: FakeClock, revision: str) -> None:
+    """An old file is checked as far as its columns allow; the finding's command upgrades it, --fix does not."""
     directory = tmp_path / "old"
     directory.mkdir(mode=0o700)
     path = directory / "homeagent.db"
@@ -578,8 +582,8 @@ def test_an_older_schema(tmp_path: Path, clock: FakeClock, revision: str) -> Non
 
 
 @pytest.mark.parametrize(("oldest", "severity"), [("9999", Severity.CRITICAL), (REVISION, Severity.OK)])
-def test_a_newer_schema(path: Path, clock: FakeClock, oldest: str, severity: Severity) -> None:
-    """A schema of the future must not be used, unless it says that this version may work with it."""
+def test_newer_schema(path: Path, clock: FakeClock, oldest: str, severity: Severity) -> None:
+    """A newer schema is critical, unless the schema declares that this version may use it."""
     change(
         path,
         "UPDATE homeagent_schema_version SET version_num = '9999'",
@@ -590,13 +594,13 @@ def test_a_newer_schema(path: Path, clock: FakeClock, oldest: str, severity: Sev
     assert found.severity is severity
 
 
-def test_a_lost_schema(path: Path, clock: FakeClock) -> None:
-    """A file of ours without the version table has lost its schema."""
+def test_lost_schema(path: Path, clock: FakeClock) -> None:
+    """If the version table is missing from homeagent's file, a finding reports the lost schema."""
     change(path, "DROP TABLE homeagent_schema_version")
     only(look(path, clock), "schema_revision", Severity.CRITICAL)
 
 
-# What was done by hand, how bad that is, and what of it is named.
+# The manual change, its severity, and the names in the finding.
 DRIFTS: list[tuple[str, Severity, str]] = [
     ("DROP INDEX idx_sessions_sender", Severity.WARNING, "idx_sessions_sender"),
     ("DROP INDEX idx_sessions_route", Severity.CRITICAL, "idx_sessions_route"),
@@ -629,7 +633,7 @@ DRIFTS: list[tuple[str, Severity, str]] = [
 def test_a_schema_changed_by_hand(
     path: Path, clock: FakeClock, statements: str, severity: Severity, named: str
 ) -> None:
-    """Each change of a table, a column, an index or a trigger is named, and as bad as what it may lead to."""
+    """Each change of a table, a column, an index or a trigger is named, with a severity that fits its effects."""
     if "route_key" in statements and "COLUMN" in statements:
         change(path, "DROP INDEX idx_sessions_route")
     with closing(sqlite(path)) as raw:
@@ -652,7 +656,7 @@ def test_a_schema_changed_by_hand(
     ],
 )
 def test_a_definition_rewritten_by_hand(path: Path, clock: FakeClock, there: str, instead: str, named: str) -> None:
-    """Types, nullability, defaults, collations, keys and the words of a CHECK are compared with the models."""
+    """Types, nullability, defaults, collations, keys and the text of a CHECK are compared with the models."""
     with closing(sqlite(path)) as raw:
         raw.execute("PRAGMA writable_schema=ON")
         before = raw.execute("SELECT sql FROM sqlite_master WHERE name = 'devices'").fetchone()[0]
@@ -665,7 +669,7 @@ def test_a_definition_rewritten_by_hand(path: Path, clock: FakeClock, there: str
 
 
 def test_a_missing_index_is_made_by_its_remedy(path: Path, clock: FakeClock) -> None:
-    """The remedy of a missing index is the statement that makes it, WHERE and all."""
+    """The remedy of a missing index is the complete statement that creates it, WHERE included."""
     for name in ("idx_sessions_route", "idx_idempotency_lease", "idx_sessions_agent_active"):
         change(path, f"DROP INDEX {name}")
         remedy = at(look(path, clock), "schema").remedy
@@ -673,8 +677,8 @@ def test_a_missing_index_is_made_by_its_remedy(path: Path, clock: FakeClock) -> 
         assert look(path, clock).severity is Severity.OK
 
 
-def test_tables_of_others_are_none_of_ours(path: Path, clock: FakeClock) -> None:
-    """A host application's table in the same file is no drift."""
+def test_tables_of_the_application_are_ignored(path: Path, clock: FakeClock) -> None:
+    """A host application's table in the same file is not drift."""
     change(path, "CREATE TABLE theirs (id TEXT)")
     assert look(path, clock).severity is Severity.OK
 
@@ -692,10 +696,8 @@ def database(path: Path, clock: FakeClock) -> Iterator[Database]:
 @pytest.mark.parametrize(
     ("back", "severity"), [(timedelta(minutes=30), Severity.WARNING), (timedelta(hours=2), Severity.CRITICAL)]
 )
-def test_a_clock_set_back(
-    path: Path, database: Database, clock: FakeClock, back: timedelta, severity: Severity
-) -> None:
-    """Rows from the future tell that the clock went back; past the nonces' grace a replay may get in."""
+def test_clock_set_back(path: Path, database: Database, clock: FakeClock, back: timedelta, severity: Severity) -> None:
+    """Rows from the future mean that the clock was set back; past the nonces' grace a replay could be accepted."""
     add_agent(database)
     clock.advance(-back)
     finding = only(database.doctor(), "clock", severity)
@@ -704,8 +706,8 @@ def test_a_clock_set_back(
     assert database.doctor().severity is Severity.OK
 
 
-def test_a_backlog(path: Path, database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that nobody sweeps are counted, and swept by --fix, which says how many."""
+def test_backlog(path: Path, database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If many expired rows were not swept, a finding counts them, and --fix sweeps them and reports the count."""
     monkeypatch.setattr("homeagent.maintenance.doctor.store.BACKLOG", 3)
     with database.unit_of_work() as unit:
         for number in range(3):
@@ -723,7 +725,7 @@ def test_a_backlog(path: Path, database: Database, clock: FakeClock, monkeypatch
 
 
 def test_effects_without_an_outcome(database: Database, clock: FakeClock) -> None:
-    """A lease that lapsed is told and never settled by --fix; once an operator settles it, all is well."""
+    """An expired lease is a finding that --fix never settles; after an operator settles it, the finding is ok."""
     scope = IdempotencyScope("desk", "door.open", "k")
     add_device(database, "desk", role=Role.ADMIN, approved=True)
     with database.unit_of_work() as unit:
@@ -739,8 +741,8 @@ def test_effects_without_an_outcome(database: Database, clock: FakeClock) -> Non
     assert database.doctor().severity is Severity.OK
 
 
-def test_a_previous_secret_that_serves_no_more(database: Database, clock: FakeClock) -> None:
-    """A day after its overlap the hash is told, and --fix removes it and leaves the present one alone."""
+def test_expired_previous_secret(database: Database, clock: FakeClock) -> None:
+    """A day after its overlap a previous hash is a finding; --fix removes it and keeps the present hash."""
     add_device(database, "desk", role=Role.ADMIN, approved=True)
     secret = database.rotate_secret("desk", overlap=timedelta(hours=1))
     clock.advance(hours=20)
@@ -755,7 +757,7 @@ def test_a_previous_secret_that_serves_no_more(database: Database, clock: FakeCl
 
 
 def test_sessions_with_the_key_of_another_route(database: Database) -> None:
-    """Sessions that an UPDATE moved are counted; --fix gives the last active one its route, and the others none."""
+    """Sessions that an UPDATE moved are counted; --fix gives the last active session its route and the others none."""
     add_agent(database)
     ids = [database.sessions.resolve(agent_id="ada", sender_id=sender).session_id for sender in ("a", "b", "c")]
     with database.unit_of_work() as unit:
@@ -772,8 +774,8 @@ def test_sessions_with_the_key_of_another_route(database: Database) -> None:
     assert database.sessions.resolve(agent_id="ada", sender_id="a").session_id not in ids
 
 
-def test_keys_of_nobody(database: Database, clock: FakeClock) -> None:
-    """Keys whose device is absent are told; they go when they expire."""
+def test_keys_of_absent_devices(database: Database, clock: FakeClock) -> None:
+    """If the device of a key is absent, a finding reports the key, which is removed when it expires."""
     with database.unit_of_work() as unit:
         unit.idempotency_keys.insert(IdempotencyScope("ghost", "m", "k"), 1, ttl=timedelta(hours=1))
     assert only(database.doctor(), "references", Severity.WARNING).facts == {"broken": 0, "sessions": 0, "keys": 1}
@@ -782,8 +784,8 @@ def test_keys_of_nobody(database: Database, clock: FakeClock) -> None:
     assert database.doctor().severity is Severity.OK
 
 
-def test_sessions_of_nobody(path: Path, clock: FakeClock) -> None:
-    """A session without its agent is a broken reference, which only something else can have written."""
+def test_sessions_of_absent_agents(path: Path, clock: FakeClock) -> None:
+    """A session without its agent is a broken reference, which only another program can cause."""
     change(
         path,
         "PRAGMA foreign_keys=OFF",
@@ -797,8 +799,8 @@ def test_sessions_of_nobody(path: Path, clock: FakeClock) -> None:
     assert look(path, clock).severity is Severity.OK
 
 
-def test_devices_that_wait(database: Database, clock: FakeClock) -> None:
-    """A device that waits for over a week is told; approving it settles that."""
+def test_long_pending_devices(database: Database, clock: FakeClock) -> None:
+    """If a device is pending for over a week, a finding reports it until the device is approved."""
     add_device(database, "desk", role=Role.ADMIN, approved=True)
     add_device(database, "lamp")
     clock.advance(days=6)
@@ -810,8 +812,8 @@ def test_devices_that_wait(database: Database, clock: FakeClock) -> None:
     assert database.doctor().severity is Severity.OK
 
 
-def test_nobody_who_can_approve(database: Database) -> None:
-    """Devices without an approved admin are told; before the first device there is nothing to tell."""
+def test_devices_without_an_admin(database: Database) -> None:
+    """If devices exist without an approved admin, a finding reports it; without any device the check is ok."""
     assert database.doctor().severity is Severity.OK
     add_device(database, "desk", role=Role.ADMIN)
     assert only(database.doctor(), "admins", Severity.WARNING).facts == {"admins": 0, "devices": 1}
@@ -820,13 +822,13 @@ def test_nobody_who_can_approve(database: Database) -> None:
     assert database.doctor().severity is Severity.OK
 
 
-def test_two_rows_where_one_belongs(path: Path, clock: FakeClock) -> None:
-    """The table of the store itself holds one row, or nobody knows which epoch it is."""
+def test_second_row_in_the_store_table(path: Path, clock: FakeClock) -> None:
+    """If the table `store` has two rows, the epoch is unknown, and a finding reports it."""
     change(path, "DELETE FROM store")
     assert only(look(path, clock), "store_record", Severity.CRITICAL).facts == {"rows": 0, "epoch": None}
 
 
-# What was stored in place of a value, and how the finding names the row.
+# The value that replaces a stored value, and the name of the row in the finding.
 ODD_VALUES = {
     "no JSON": ("UPDATE devices SET metadata = 'hello'", "devices.metadata holds a value that can't be read"),
     "another type": ("UPDATE devices SET paired_at = 'today'", "devices.paired_at holds a value of type str"),
@@ -840,8 +842,8 @@ ODD_VALUES = {
 
 
 @pytest.mark.parametrize("kind", ODD_VALUES)
-def test_a_row_that_no_store_writes(path: Path, clock: FakeClock, kind: str) -> None:
-    """The doctor reads every row, and names the table, the column and the key of one that can't be used."""
+def test_unreadable_row(path: Path, clock: FakeClock, kind: str) -> None:
+    """The doctor reads every row, and names the table, the column and the key of an unreadable row."""
     with Database.open(path, clock=clock) as database:
         add_device(database, "desk", role=Role.ADMIN, approved=True)
         add_agent(database)
@@ -858,7 +860,7 @@ def test_a_row_that_no_store_writes(path: Path, clock: FakeClock, kind: str) -> 
 
 
 def test_text_that_is_not_utf8(path: Path, clock: FakeClock) -> None:
-    """Damaged text is a finding that names its row, and all other rows are read all the same."""
+    """If a text is not UTF-8, the finding names its row, and all other rows are still read."""
     with Database.open(path, clock=clock) as database:
         add_device(database, "desk", role=Role.ADMIN, approved=True)
         add_agent(database)
@@ -876,8 +878,8 @@ def test_text_that_is_not_utf8(path: Path, clock: FakeClock) -> None:
     assert finding.facts["unreadable"] == 3
 
 
-def test_an_odd_row_of_a_secret_key(path: Path, clock: FakeClock) -> None:
-    """A row of a nonce or an idempotency key is named by its device, never by the nonce or the key."""
+def test_unreadable_row_of_a_secret_key(path: Path, clock: FakeClock) -> None:
+    """If a row of a nonce or idempotency key is unreadable, the finding names its device, but not the key."""
     with Database.open(path, clock=clock) as database, database.unit_of_work() as unit:
         unit.nonces.consume("desk", "geheim", expires_at=clock.now + timedelta(minutes=1))
     change(path, "UPDATE nonces SET created_at = 'geheim'")
@@ -886,11 +888,11 @@ def test_an_odd_row_of_a_secret_key(path: Path, clock: FakeClock) -> None:
     assert "geheim" not in found.model_dump_json()
 
 
-# What it never does
+# Limits of a diagnosis
 
 
-def test_a_listener_of_the_host(path: Path, clock: FakeClock) -> None:
-    """A PRAGMA that the host application runs on every connection of its process does not keep the doctor out."""
+def test_listener_of_the_host_application(path: Path, clock: FakeClock) -> None:
+    """If the host application runs a PRAGMA on every connection, the doctor still works."""
 
     def set_synchronous(connection: Any, record: object) -> None:
         connection.execute("PRAGMA synchronous = NORMAL")
@@ -902,8 +904,8 @@ def test_a_listener_of_the_host(path: Path, clock: FakeClock) -> None:
         event.remove(Engine, "connect", set_synchronous)
 
 
-def test_no_finding_shows_what_is_secret(database: Database, clock: FakeClock) -> None:
-    """With every check of rows upset, no id, hash, nonce, key or result is in what is printed."""
+def test_no_finding_shows_a_secret(database: Database, clock: FakeClock) -> None:
+    """If every check of rows has a finding, the output contains no id, hash, nonce, key or result."""
     secrets = ("geheim-id", "geheim-nonce", "geheim-key", "geheim-result", "geheim-session", "sha256$of-geheim-id")
     add_device(database, secrets[0], approved=True)
     add_device(database, secrets[0] + "-waiting")
@@ -920,8 +922,8 @@ def test_no_finding_shows_what_is_secret(database: Database, clock: FakeClock) -
     assert "geheim" not in found.model_dump_json()
 
 
-def test_a_look_that_takes_too_long_is_cut_off(path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quick look is bounded: what takes longer is listed as not made, and a thorough one makes it."""
+def test_slow_check_is_cut_off(path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a check exceeds its time limit, it is listed as not made, and a thorough diagnosis makes it."""
     change(
         path,
         "INSERT INTO agents (id, name, workspace_path, created_at)"
@@ -935,7 +937,7 @@ def test_a_look_that_takes_too_long_is_cut_off(path: Path, clock: FakeClock, mon
         asked, watch.ran_out = 0, False
 
     def ask(watch: Stopwatch) -> bool:
-        # Every 10,000 instructions: what stands for a second here.
+        # Every 10,000 instructions, the clock here advances by a second.
         nonlocal asked
         asked += 1
         watch.ran_out = watch._limit is not None and asked > 1
@@ -950,7 +952,7 @@ def test_a_look_that_takes_too_long_is_cut_off(path: Path, clock: FakeClock, mon
     assert look(path, clock, thorough=True).not_checked == {}
 
 
-def test_every_check_and_severity_has_its_exit_status() -> None:
-    """0, 1 and 2, as scripts expect them."""
+def test_exit_status_of_each_severity() -> None:
+    """Each check and severity leads to the exit status 0, 1 or 2, as scripts expect."""
     assert [severity.exit_status for severity in Severity] == [0, 1, 2]
     assert len(set(CHECKS)) == len(CHECKS)

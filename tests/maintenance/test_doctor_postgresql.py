@@ -1,4 +1,4 @@
-"""The doctor on a PostgreSQL server: for each check a database, a role or a session in which exactly that is wrong."""
+"""The doctor on PostgreSQL: for each check, a database, a role or a session with exactly one problem."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from homeagent.maintenance.doctor.store import check_store
 from homeagent.migrations import REVISION
 from tests.conftest import add_agent, add_device, postgres_database, postgres_execute
 
-# The server of the tests doesn't wait for the disk, so that this is always found; it has a test of its own.
+# The test server has fsync off, which is always a finding; another test covers the finding.
 DURABILITY = "durability"
 
 
 @pytest.fixture(scope="module")
 def url(postgres_url: str, postgres_template: str) -> Iterator[str]:
-    """A migrated database on the server, which each test leaves as it was, to save the time of making one."""
+    """A migrated database on the server; each test restores its state, because a new database takes time."""
     name = f"{postgres_template}_doctor"
     postgres_execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {postgres_template} STRATEGY FILE_COPY")
     yield postgres_database(postgres_url, name)
@@ -36,12 +36,12 @@ def url(postgres_url: str, postgres_template: str) -> Iterator[str]:
 
 @pytest.fixture
 def engine_name() -> str:
-    """Only a server has what is tested here: connections, standbys, roles."""
+    """PostgreSQL only: the tests cover connections, standbys and roles."""
     return "postgresql"
 
 
 def bad(found: Diagnosis) -> dict[str, Severity]:
-    """Return what is not ok, but for the tests' server itself; the look must hold against its model."""
+    """Return the findings that are not ok, except the test server's own, and check the diagnosis against its model."""
     assert Diagnosis.model_validate_json(found.model_dump_json()) == found
     assert set(found.not_checked) | {finding.check for finding in found.findings} <= set(CHECKS)
     return {
@@ -52,20 +52,20 @@ def bad(found: Diagnosis) -> dict[str, Severity]:
 
 
 def at(found: Diagnosis, check: str) -> Any:
-    """Return what a check found, which must have been made."""
+    """Return the finding of a check, which must have been made."""
     finding = found.finding(check)
     assert finding is not None, found.not_checked
     return finding
 
 
 def execute(url: str, *statements: str) -> None:
-    """Change the database behind the package's back."""
+    """Change the database without the package."""
     for statement in statements:
         postgres_execute(url, statement)
 
 
-def test_a_sound_database_is_found_sound(target: str) -> None:
-    """With rows in it every check of a server's is made, from outside and while it is open, and each is content."""
+def test_valid_database_has_no_problem(target: str) -> None:
+    """With rows, every PostgreSQL check is made on a closed and on an open database, and each is ok."""
     with Database.open(target) as database:
         add_device(database, "desk", role=Role.ADMIN, approved=True)
         add_agent(database)
@@ -84,7 +84,7 @@ def test_a_sound_database_is_found_sound(target: str) -> None:
         assert (bad(inside), inside.not_checked, inside.thorough) == ({}, {}, True)
 
 
-def test_no_password_is_shown(url: str) -> None:
+def test_passwords_are_not_shown(url: str) -> None:
     """The URL is shown without its passwords, whether the server answers or not."""
     secret = make_url(url).set(password="geheim").update_query_dict({"sslpassword": "geheim"})
     assert "geheim" not in diagnose(secret).model_dump_json()
@@ -95,8 +95,8 @@ def test_no_password_is_shown(url: str) -> None:
     assert "geheim" not in found.model_dump_json()
 
 
-def test_an_empty_database(empty_postgres_url: str) -> None:
-    """A database without our tables has no schema; after the command it has one, and nothing was made before."""
+def test_empty_database(empty_postgres_url: str) -> None:
+    """A database without homeagent's tables has no schema; the finding's command creates it."""
     found = diagnose(empty_postgres_url)
     assert bad(found) == {"schema_revision": Severity.CRITICAL}
     assert at(found, "schema_revision").command == "homeagent init"
@@ -107,7 +107,7 @@ def test_an_empty_database(empty_postgres_url: str) -> None:
 
 @pytest.mark.parametrize(("revision", "severity"), [("0001", Severity.WARNING), ("9999", Severity.CRITICAL)])
 def test_another_revision(url: str, revision: str, severity: Severity) -> None:
-    """An older schema is to be upgraded, a newer one refused, and --fix touches neither."""
+    """An older schema has an upgrade as its remedy, a newer schema is critical, and --fix changes neither."""
     statements = ("UPDATE homeagent_schema_version SET version_num = '{}'", "UPDATE store SET oldest_revision = '{}'")
     execute(url, *(statement.format(revision) for statement in statements))
     found = diagnose(url, fix=True)
@@ -117,7 +117,7 @@ def test_another_revision(url: str, revision: str, severity: Severity) -> None:
     assert at(found, "schema_revision").facts == {"revision": revision, "needed": REVISION}
 
 
-# What was done by hand, how bad that is, and what of it is named.
+# The manual change, its severity, and the names in the finding.
 DRIFTS: list[tuple[str, Severity, str]] = [
     ("DROP INDEX idx_sessions_sender", Severity.WARNING, "idx_sessions_sender"),
     ("DROP INDEX idx_sessions_route", Severity.CRITICAL, "idx_sessions_route"),
@@ -152,7 +152,7 @@ DRIFTS: list[tuple[str, Severity, str]] = [
 
 
 def test_a_schema_changed_by_hand(url: str) -> None:
-    """Each change of a table, a column, a constraint, an index or a trigger is named, and as bad as it is."""
+    """Each change of a table, a column, a constraint, an index or a trigger is named, with a severity that fits."""
     engine = PostgreSQLEngine(make_url(url).set(drivername="postgresql+psycopg"), busy_timeout=timedelta(seconds=5))
     with closing(engine), engine.connect() as connection:
         for statement, severity, named in DRIFTS:
@@ -167,15 +167,15 @@ def test_a_schema_changed_by_hand(url: str) -> None:
 
 
 def test_a_missing_index_is_made_by_its_remedy(url: str) -> None:
-    """The remedy of a missing index is the statement that makes it."""
+    """The remedy of a missing index is the statement that creates it."""
     execute(url, "DROP INDEX idx_idempotency_lease")
     remedy = at(diagnose(url), "schema").remedy
     execute(url, remedy[remedy.index("CREATE ") :])
     assert bad(diagnose(url)) == {}
 
 
-def test_a_column_that_sorts_as_people_do(url: str) -> None:
-    """A column that lost its collation is a change of the schema, which is named."""
+def test_column_without_its_collation(url: str) -> None:
+    """If a column lost its collation, a finding names the change of the schema."""
     execute(url, 'ALTER TABLE agents ALTER COLUMN id TYPE text COLLATE "POSIX"')
     found = diagnose(url)
     assert bad(found) == {"schema": Severity.CRITICAL}
@@ -184,14 +184,14 @@ def test_a_column_that_sorts_as_people_do(url: str) -> None:
     assert bad(diagnose(url)) == {}
 
 
-def test_a_server_that_does_not_wait_for_the_disk(url: str) -> None:
-    """The server of the tests has fsync off; a commit that is answered too soon is told as well."""
+def test_server_without_fsync(url: str) -> None:
+    """The test server's fsync setting is a finding, and so is a commit that returns before it is durable."""
     finding = at(diagnose(url), DURABILITY)
     assert (finding.severity, finding.facts["fsync"]) == (Severity.CRITICAL, "off")
 
 
-def test_a_role_that_may_not_write(url: str) -> None:
-    """A role that may only read some table is told which, and the command grants it the rest."""
+def test_role_without_privileges(url: str) -> None:
+    """If a role lacks write privileges on tables, a finding names the tables, and its command grants them."""
     name = f"reader_{make_url(url).database}"
     execute(
         url,
@@ -212,7 +212,7 @@ def test_a_role_that_may_not_write(url: str) -> None:
 
 @pytest.fixture
 def session(url: str) -> Iterator[Any]:
-    """A session of somebody else's."""
+    """A session of another client."""
     import psycopg
 
     with closing(psycopg.connect(url)) as connection:
@@ -220,14 +220,14 @@ def session(url: str) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("setting", ["datestyle = 'German'", "quote_all_identifiers = on"])
-def test_how_a_role_has_things_shown_is_no_fault(target: str, setting: str) -> None:
-    """The server writes instants and definitions as a role likes them: the doctor asks for what it can read."""
+def test_display_settings_of_a_role_are_ignored(target: str, setting: str) -> None:
+    """If a role has display settings for times or definitions, the doctor overrides them and finds no problem."""
     execute(target, f"ALTER DATABASE {make_url(target).database} SET {setting}")
     assert bad(diagnose(target)) == {}
 
 
-def test_the_rows_are_looked_at_and_mended(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the rows tell is told on a server too, and --fix sweeps and forgets old hashes there."""
+def test_rows_are_checked_and_repaired(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are checked on a server too, and --fix sweeps expired rows and removes old hashes there."""
     monkeypatch.setattr("homeagent.maintenance.doctor.store.BACKLOG", 1)
     past = system_clock() - timedelta(days=30)
     with Database.open(target, clock=lambda: past) as database:
@@ -251,8 +251,8 @@ def test_the_rows_are_looked_at_and_mended(target: str, monkeypatch: pytest.Monk
     assert bad(ahead)["clock"] is Severity.CRITICAL
 
 
-def test_a_row_that_no_store_writes(target: str) -> None:
-    """A value that the server accepts and homeagent can't read is named by table, column and key."""
+def test_unreadable_row(target: str) -> None:
+    """If the server holds a value that homeagent cannot read, the finding names table, column and key."""
     with Database.open(target) as database:
         add_device(database, "desk", role=Role.ADMIN, approved=True)
     execute(target, "UPDATE devices SET metadata = 'hello'")
@@ -261,8 +261,8 @@ def test_a_row_that_no_store_writes(target: str) -> None:
     assert "devices.metadata holds a value that can't be read, in the row with id 'desk'" in at(found, "rows").summary
 
 
-def test_a_look_that_takes_too_long_is_cut_off(url: str, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check that has to wait is ended in time and told, and those after it are made all the same."""
+def test_slow_check_is_cut_off(url: str, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a check has to wait, it is ended in time and reported, and the later checks are still made."""
     monkeypatch.setattr("homeagent.maintenance.doctor.diagnosis.QUICK", timedelta(milliseconds=300))
     session.execute("LOCK TABLE agents IN ACCESS EXCLUSIVE MODE")
     found = diagnose(url)

@@ -18,7 +18,7 @@ from tests.postgresql.test_failover import Pair
 
 @pytest.fixture
 def pair(installation: Installation) -> Iterator[Pair]:
-    """Two fresh servers, which wait for the disk and for each other."""
+    """Two new servers with fsync and synchronous replication."""
     directory = Path(tempfile.mkdtemp(prefix="homeagent-doctor-"))
     directory.chmod(0o755)
     pair = None
@@ -32,13 +32,13 @@ def pair(installation: Installation) -> Iterator[Pair]:
 
 
 def bad(found: Diagnosis) -> dict[str, Severity]:
-    """Return what is not ok."""
+    """Return the findings that are not ok."""
     return {finding.check: finding.severity for finding in found.findings if finding.severity is not Severity.OK}
 
 
 @pytest.mark.slow
 def test_a_standby_and_its_primary(pair: Pair) -> None:
-    """A pair is sound; its standby takes no writes."""
+    """A primary with its standby has no problem, and the standby is reported as read-only."""
     Database.open(pair.url).close()
     found = diagnose(pair.url)
     assert bad(found) == {}

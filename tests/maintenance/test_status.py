@@ -1,4 +1,4 @@
-"""What a database says of itself: its counters among it, and what no status shows."""
+"""The status of a database: its counters, and the secrets that it omits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from tests.conftest import FakeClock, add_agent
 
 
 def test_status_has_the_counters(database: Database, clock: FakeClock) -> None:
-    """Commits, rollbacks, reads and sweeps of this process are in the status, which is JSON and back the same."""
+    """The status has the commits, rollbacks, reads and sweeps of this process, and survives a round trip
+    through JSON.
+    """
     add_agent(database)
     with pytest.raises(errors.AgentExistsError):
         add_agent(database)
@@ -32,8 +34,8 @@ def test_status_has_the_counters(database: Database, clock: FakeClock) -> None:
     assert DatabaseStatus.model_validate_json(status.model_dump_json()) == status
 
 
-def test_the_last_fault_is_told(database: Database) -> None:
-    """A fault of the engine is in the counters, with its kind and what it says."""
+def test_last_error_is_in_the_status(database: Database) -> None:
+    """The last engine error is in the counters, with its class and its message."""
     with pytest.raises(errors.ReadOnlyError), database.unit_of_work(read_only=True) as unit:
         unit.nonces.delete_expired()
     fault = database.counters().last_error
@@ -42,8 +44,8 @@ def test_the_last_fault_is_told(database: Database) -> None:
     assert "read" in fault.message
 
 
-def test_a_status_of_before_is_read(database: Database) -> None:
-    """A status that was stored before there were counters is still one."""
+def test_earlier_status_is_read(database: Database) -> None:
+    """A status that an earlier version stored without counters can still be read."""
     old = database.status().model_dump(mode="json")
     del old["counters"]
     assert DatabaseStatus.model_validate(old).counters == DatabaseCounters()

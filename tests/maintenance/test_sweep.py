@@ -1,6 +1,6 @@
-"""A sweep beside others: it sees who waits, and gives way.
+"""A sweep at the same time as other units: it notices waiting units and rests for them.
 
-SQLite only where it says so: on PostgreSQL nobody waits for a sweep's rows.
+Some tests are for SQLite only: on PostgreSQL no unit waits for a sweep's rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MINUTE = timedelta(minutes=1)
 
 
 class Rests(threading.Event):
-    """Notes how long a sweep would rest, and lets the time pass at once."""
+    """Records the length of each rest, and advances the clock instead of waiting."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Rests(threading.Event):
         return self.now
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Rest, until those who waited have had their turn."""
+        """Rest until the waiting units are done."""
         assert timeout is not None
         while self.writers:
             self.writers.pop().join(30)
@@ -53,7 +53,7 @@ class Rests(threading.Event):
 
 
 def fill(database: Database, clock: FakeClock, count: int) -> None:
-    """Add nonces, and let them die."""
+    """Add nonces and let them expire."""
     with database.unit_of_work() as unit:
         for number in range(count):
             unit.nonces.consume("lamp", f"n{number}", expires_at=START + MINUTE)
@@ -61,7 +61,7 @@ def fill(database: Database, clock: FakeClock, count: int) -> None:
 
 
 class Batches:
-    """Makes every batch take three milliseconds, and lets another unit wait for some of them."""
+    """Makes every batch take three milliseconds, and lets another unit wait for some batches."""
 
     def __init__(self, database: Database, rests: Rests, monkeypatch: pytest.MonkeyPatch) -> None:
         self.database = database
@@ -72,7 +72,7 @@ class Batches:
         monkeypatch.setattr(NonceStore, "delete_expired", lambda store, *, limit: self.delete(store, limit))
 
     def delete(self, store: NonceStore, limit: int) -> int:
-        """Do a batch."""
+        """Delete a batch."""
         if len(self.counts) in self.awaited:
             writer = threading.Thread(target=add_agent, args=(self.database, f"a{len(self.counts)}"))
             writer.start()
@@ -84,7 +84,7 @@ class Batches:
         return self.counts[-1]
 
     def sweep(self, **options: Any) -> Any:
-        """Sweep, with these options."""
+        """Sweep with these options."""
         given = {"time_budget": None, "stop": self.rests, "monotonic": self.rests.monotonic, **options}
         try:
             return sweep(self.database._settings, **given)
@@ -93,10 +93,10 @@ class Batches:
             self.rests.noted.pop()
 
 
-def test_a_sweep_that_somebody_waited_for_rests_longer(
+def test_sweep_rests_longer_after_a_wait(
     sqlite_database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a batch that held a writer up, writers have four times as long; after others a millisecond."""
+    """If a writer waited for a batch, the sweep rests four times as long as the batch; otherwise one millisecond."""
     fill(sqlite_database, clock, 50)
     rests = Rests()
     batches = Batches(sqlite_database, rests, monkeypatch)
@@ -106,10 +106,10 @@ def test_a_sweep_that_somebody_waited_for_rests_longer(
     assert rests.noted == [0.001, 0.012, 0.001, 0.012, 0.001]
 
 
-def test_a_rest_that_would_outlast_the_budget_ends_the_sweep(
+def test_rest_longer_than_the_budget_ends_the_sweep(
     sqlite_database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither is a budget overslept, nor is there another batch after it."""
+    """If a rest would exceed the time budget, the sweep ends without the rest and without another batch."""
     fill(sqlite_database, clock, 50)
     rests = Rests()
     batches = Batches(sqlite_database, rests, monkeypatch)
@@ -119,10 +119,10 @@ def test_a_rest_that_would_outlast_the_budget_ends_the_sweep(
     assert rests.noted == [0.001]
 
 
-def test_a_stopped_sweep_ends_in_its_rest(
+def test_stopped_sweep_ends_in_its_rest(
     sqlite_database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever stops a sweeper waits for no more than a batch."""
+    """If a sweeper is stopped, it ends after at most one more batch."""
     fill(sqlite_database, clock, 50)
     rests = Rests()
     rests.set()
@@ -131,10 +131,10 @@ def test_a_stopped_sweep_ends_in_its_rest(
     assert (report.nonces, report.more) == (10, True)
 
 
-def test_the_log_is_emptied_in_turns_of_its_own_where_somebody_waits(
+def test_wal_is_emptied_in_separate_turns_if_others_wait(
     sqlite_database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every few hundred rows, and with a rest after it like after a batch; where nobody waits, by commits alone."""
+    """If units wait, the WAL is emptied every few hundred rows with a rest after it; otherwise commits empty it."""
     fill(sqlite_database, clock, 900)
     rests = Rests()
     batches = Batches(sqlite_database, rests, monkeypatch)
@@ -154,12 +154,12 @@ def test_the_log_is_emptied_in_turns_of_its_own_where_somebody_waits(
     assert rests.noted == [0.012] * 3 + [0.02] + [0.012, 0.001, 0.012] + [0.001] * 3
 
 
-def test_emptying_the_log_moves_its_content_into_the_file(sqlite_database: Database) -> None:
-    """What was committed is in the file itself then, and a forked or closed database is refused as ever."""
+def test_emptying_the_wal_moves_its_content_into_the_file(sqlite_database: Database) -> None:
+    """After the WAL is emptied, the commits are in the file; a forked or closed database raises an error."""
     look = "import sys; print(open(sys.argv[1], 'rb').read().count(b'/srv/in-the-log'))"
 
     def found() -> int:
-        # In a process of its own: closing the file here would drop SQLite's locks on it.
+        # In a separate process: closing the file here would drop SQLite's locks on it.
         location = sqlite_database.status().location
         ran = subprocess.run([sys.executable, "-c", look, location], stdout=subprocess.PIPE, text=True, check=True)
         return int(ran.stdout)
@@ -174,8 +174,8 @@ def test_emptying_the_log_moves_its_content_into_the_file(sqlite_database: Datab
         sqlite_database._engine.empty_log(1)
 
 
-def test_waits_for_this_process_and_for_another_one_are_contention(sqlite_database: Database) -> None:
-    """A writer's wait for its lane counts, and one for another process's lock; a unit that meets nobody does not."""
+def test_waits_count_as_contention(sqlite_database: Database) -> None:
+    """A wait for the write lock or another process's lock counts as contention; a unit without a wait does not."""
     engine = sqlite_database._engine
     add_agent(sqlite_database, "ada")
     assert engine.contention == 0
@@ -197,10 +197,10 @@ def test_waits_for_this_process_and_for_another_one_are_contention(sqlite_databa
     assert engine.contention == 2
 
 
-def test_a_sweep_on_postgresql_waits_for_nobody(
+def test_sweep_on_postgresql_delays_no_unit(
     empty_postgres_url: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There a batch locks its own rows only, and there is no log to empty."""
+    """On PostgreSQL a batch locks only its own rows, and emptying the WAL has no effect."""
     with Database.open(empty_postgres_url, clock=clock) as database:
         fill(database, clock, 30)
         rests = Rests()
@@ -210,10 +210,10 @@ def test_a_sweep_on_postgresql_waits_for_nobody(
 
 
 @pytest.mark.parametrize("deferrable", ["", "DEFERRABLE INITIALLY DEFERRED"])
-def test_a_sweep_skips_the_rows_that_an_own_table_refers_to(
+def test_sweep_skips_rows_with_references(
     database: Database, clock: FakeClock, caplog: pytest.LogCaptureFixture, deferrable: str
 ) -> None:
-    """The other expired rows go, also if the foreign key is checked at COMMIT; the report counts what stays."""
+    """If an application's table refers to an expired row, the sweep keeps and counts it, and deletes the others."""
     fill(database, clock, 7)
     with database.unit_of_work() as unit:
         for number in range(7):
@@ -241,8 +241,8 @@ def test_a_sweep_skips_the_rows_that_an_own_table_refers_to(
     assert {row[0] for row in left["idempotency_keys"]} == {"k2"}
 
 
-def test_a_sweeper_that_got_no_thread_is_in_nobodys_way(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the system has no thread left, the sweeper does not run, and stopping it and closing are fine."""
+def test_sweeper_without_a_thread(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the system has no thread left, the sweeper does not run, and `stop` and `close` work."""
     sweeper = database.sweeper()
     with monkeypatch.context() as patch:
 
@@ -259,10 +259,8 @@ def test_a_sweeper_that_got_no_thread_is_in_nobodys_way(database: Database, monk
         database.sweep()
 
 
-def test_a_signal_s_handler_may_close_the_database_while_a_sweeper_starts(
-    sqlite_template: Path, tmp_path: Path
-) -> None:
-    """Wherever it comes, it waits for no lock that its own thread holds, and no sweeper is left.
+def test_signal_handler_may_close_while_a_sweeper_starts(sqlite_template: Path, tmp_path: Path) -> None:
+    """If a signal handler closes the database while a sweeper starts, no call blocks and no sweeper is left.
 
     SQLite only: no lock of the engine is concerned.
     """
