@@ -42,7 +42,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 @pytest.fixture
 def bodies() -> list[str]:
-    """The text of every reply that `api` got."""
+    """The text of every response that `api` got."""
     return []
 
 
@@ -76,7 +76,7 @@ def api(database: Database, bodies: list[str]) -> Iterator[httpx.Client]:
 
 
 def test_devices(api: httpx.Client) -> None:
-    """A device pairs, is approved as it was seen, and is revoked."""
+    """A device pairs, is approved with the values that were shown, and is revoked."""
     paired = api.post("/devices", json={"id": "lamp", "role": "node", "metadata": {"room": "hall"}})
     assert paired.status_code == 201
     device = paired.json()["device"]
@@ -102,7 +102,7 @@ def test_devices(api: httpx.Client) -> None:
 
 
 def test_agents_and_sessions(api: httpx.Client) -> None:
-    """An agent is made, changed and removed with its sessions; a route has one session; pages follow each other."""
+    """An agent is created, changed and removed with its sessions; a route has one session; pages follow each other."""
     body = {"id": "a1", "name": "Anna", "workspace_path": "/srv/a1", "config": {"b": 1, "a": [None, -0.5]}}
     assert api.post("/agents", json=body).status_code == 201
     assert api.patch("/agents/a1", json={"name": "Berta"}).json()["config"] == body["config"]
@@ -141,7 +141,7 @@ def test_agents_and_sessions(api: httpx.Client) -> None:
     ],
 )
 def test_refusals(api: httpx.Client, method: str, path: str, status: int, error: str | None) -> None:
-    """What is absent is a 404 and a bad argument a 422, each in a form of its own."""
+    """An absent row is a 404 and a bad argument a 422, each in its documented form."""
     response = api.request(method, path, json={} if method == "PATCH" else None)
     assert response.status_code == status
     if error is None:
@@ -153,7 +153,7 @@ def test_refusals(api: httpx.Client, method: str, path: str, status: int, error:
 
 
 def test_a_refused_request_is_not_echoed(api: httpx.Client, bodies: list[str]) -> None:
-    """A 422 says where and why, and holds nothing of the input, which may be a secret."""
+    """A 422 names the place and the reason, and contains no input, which may be a secret."""
     for body in (
         {"id": "lamp", "role": SECRET},
         {"id": "a/b", "role": "node", "shared_secret": SECRET},
@@ -172,7 +172,7 @@ def test_a_refused_request_is_not_echoed(api: httpx.Client, bodies: list[str]) -
 
 
 def test_busy(api: httpx.Client, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A database that stays busy is a 503 that says when to try again, and names no file."""
+    """If the database stays busy, the response is a 503 with the time for a retry, and names no file."""
 
     def busy(*, read_only: bool = False) -> None:
         raise errors.DatabaseBusyError("/srv/private.db is locked")
@@ -183,8 +183,8 @@ def test_busy(api: httpx.Client, database: Database, monkeypatch: pytest.MonkeyP
     assert "private" not in response.text
 
 
-def test_a_hundred_at_once(api: httpx.Client) -> None:
-    """A hundred requests that read and write at once are all served, and one wins where only one can."""
+def test_a_hundred_concurrent_requests(api: httpx.Client) -> None:
+    """A hundred concurrent reads and writes are all answered, and one succeeds if only one can."""
     api.post("/agents", json={"id": "a1", "name": "Anna", "workspace_path": "/srv/a1"})
 
     def ask(number: int) -> tuple[str, int, Any]:
@@ -211,8 +211,8 @@ def test_a_hundred_at_once(api: httpx.Client) -> None:
     assert len(api.get("/devices").json()) == 25
 
 
-def test_no_hash_and_no_secret_anywhere(api: httpx.Client, database: Database, bodies: list[str]) -> None:
-    """No reply and no schema has a hash or a verifier; a secret is in one reply, and one that was sent in none."""
+def test_no_hash_and_no_secret_is_returned(api: httpx.Client, database: Database, bodies: list[str]) -> None:
+    """No response or schema has a hash or a verifier; a generated secret is in one response, a sent one in none."""
     made = api.post("/devices", json={"id": "made", "role": "admin"}).json()
     api.post("/devices", json={"id": "sent", "role": "node", "shared_secret": SECRET})
     seen = {"expected_role": "admin", "expected_paired_at": made["device"]["paired_at"]}

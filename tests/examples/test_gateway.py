@@ -26,15 +26,15 @@ def run(*arguments: str | Path) -> dict[str, int]:
 
 
 def write_trace(path: Path, *events: dict[str, object]) -> Path:
-    """Write a trace whose events differ from one another in what is given alone."""
+    """Write a trace whose events differ only in the given fields."""
     common = {"device": "d1", "sender": "s1", "channel": "main", "agent": "a1", "session": "s1.main"}
     path.write_text("".join(json.dumps({**common, **event}) + "\n" for event in events), encoding="utf-8")
     return path
 
 
 @pytest.mark.parametrize("last", [1500, pytest.param(None, marks=pytest.mark.slow)])
-def test_the_trace_twice(last: int | None, tmp_path: Path) -> None:
-    """A first run lets every message in; a second over the same file refuses each nonce that is on record."""
+def test_second_run_refuses_known_nonces(last: int | None, tmp_path: Path) -> None:
+    """A first run accepts every message; a second run over the same file refuses each stored nonce."""
     with gzip.open(TRACE, "rt", encoding="utf-8") as lines:
         events = [json.loads(line) for line in lines]
     arguments: list[str | Path] = []
@@ -50,7 +50,7 @@ def test_the_trace_twice(last: int | None, tmp_path: Path) -> None:
     assert first["events"] == len(events)
     assert first["devices paired"] == first["devices"]
     assert first["replays refused"] == 0
-    # What the trace itself says: a key that comes again within 24 hours of the message that was answered first.
+    # Expected from the trace: keys that are repeated within 24 hours of the first answered message.
     answered: dict[tuple[str, str], int] = {}
     retries = 0
     for event in events:
@@ -71,8 +71,8 @@ def test_the_trace_twice(last: int | None, tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_message_comes_again(tmp_path: Path) -> None:
-    """The same nonce is refused within a day and not after it; a retry has a new nonce and the old key."""
+def test_repeated_message(tmp_path: Path) -> None:
+    """A repeated nonce is refused within a day and accepted afterwards; a retry has a new nonce and the old key."""
     hour = 3600 * 1000
     trace = write_trace(
         tmp_path / "trace.jsonl",
@@ -80,8 +80,8 @@ def test_a_message_comes_again(tmp_path: Path) -> None:
         {"at": 1, "nonce": "n1", "key": "k1"},  # a replay
         {"at": 2, "nonce": "n2", "key": "k1"},  # a retry
         {"at": 3, "nonce": "n1", "key": "k1", "device": "d2"},  # another device's nonce and key
-        {"at": 24 * hour - 1, "nonce": "n1", "key": "k2"},  # the last instant of n1
-        {"at": 24 * hour, "nonce": "n1", "key": "k1"},  # over: n1 and k1 count as absent
+        {"at": 24 * hour - 1, "nonce": "n1", "key": "k2"},  # the last moment of n1
+        {"at": 24 * hour, "nonce": "n1", "key": "k1"},  # expired: n1 and k1 count as absent
     )
 
     summary = run("--trace", trace, "--database", tmp_path / "gateway.db")
@@ -91,8 +91,8 @@ def test_a_message_comes_again(tmp_path: Path) -> None:
     assert summary["devices paired"] == 2
 
 
-def test_a_revoked_device_stays_out(tmp_path: Path) -> None:
-    """The gateway approves new devices by itself, and no device that was revoked: its messages are refused."""
+def test_revoked_device_stays_refused(tmp_path: Path) -> None:
+    """The gateway approves new devices automatically, but refuses the messages of a revoked device."""
     file = tmp_path / "gateway.db"
     with Database.open(file) as database:
         database.pair(DevicePair(id="d1", role=Role.CLIENT))
@@ -112,8 +112,8 @@ def test_a_revoked_device_stays_out(tmp_path: Path) -> None:
         assert device.status is DeviceStatus.REVOKED
 
 
-def test_no_arguments_and_again(tmp_path: Path) -> None:
-    """Without a database to keep, a second run knows nothing of the first."""
+def test_runs_without_a_file_are_independent(tmp_path: Path) -> None:
+    """If no file is given, a second run has no rows of the first."""
     trace = write_trace(tmp_path / "trace.jsonl", {"at": 0, "nonce": "n1", "key": "k1"})
 
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Databases of every release, and what is asked of one."""
+"""Databases of every release, and functions that read them."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 def clock() -> datetime:
-    """Return the instant at which the fixtures' rows are read."""
+    """Return the time at which the fixtures' rows are read."""
     return NOW
 
 
 def sqlite(path: Path) -> Any:
-    """Return a bare connection, through the library that the package itself uses in this process."""
+    """Return a bare connection, through the SQLite library that the package uses in this process."""
     return connect(str(path))
 
 
 def fetch(path: Path, query: str) -> list[Any]:
-    """Return the rows of a query on a file that nobody has open."""
+    """Return the rows of a query on a file that is not open."""
     with closing(sqlite(path)) as raw:
         return list(raw.execute(query).fetchall())
 
@@ -53,7 +53,7 @@ def old_database(directory: Path, revision: str) -> Path:
 
 
 def upgrade(path: Path, revision: str) -> None:
-    """Make a file, or take one, and bring it to a revision by the real upgrade."""
+    """Create a file, or take an existing one, and run the real upgrade to a revision."""
     create_file(path)
     engine = SQLiteEngine(path, busy_timeout=timedelta(0), durability="normal")
     engine.prepare_header()
@@ -66,7 +66,7 @@ def upgrade(path: Path, revision: str) -> None:
 
 
 def rows_of(path: Path) -> Rows:
-    """Return every row of every table, in a fixed order, NULL columns left out."""
+    """Return every row of every table, in a fixed order, without NULL columns."""
     with closing(sqlite(path)) as raw:
         tables = [row[0] for row in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
         found: Rows = {}
@@ -81,12 +81,12 @@ def rows_of(path: Path) -> Rows:
 
 
 def is_sound(path: Path) -> bool:
-    """Tell whether SQLite finds neither damage nor a broken reference."""
+    """Return whether SQLite finds neither damage nor a broken reference."""
     with closing(sqlite(path)) as raw:
         damage = raw.execute("PRAGMA integrity_check").fetchall()
         return damage == [("ok",)] and not raw.execute("PRAGMA foreign_key_check").fetchall()
 
 
 def server(url: str) -> Engine:
-    """Return SQLAlchemy's own engine on a PostgreSQL database."""
+    """Return a plain SQLAlchemy engine for a PostgreSQL database."""
     return create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)

@@ -1,4 +1,4 @@
-"""What a schema is, in full."""
+"""Complete descriptions of a schema."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def normal(sql: str) -> str:
 
 
 def sqlite_structure(raw: Any) -> dict[str, Any]:
-    """Describe a SQLite schema: whatever two files must share to behave alike, the texts of CHECKs included."""
+    """Describe a SQLite schema completely enough to compare two files, the texts of CHECK constraints included."""
     structure: dict[str, Any] = {}
     names = [
         row[0]
@@ -40,7 +40,7 @@ def sqlite_structure(raw: Any) -> dict[str, Any]:
             "columns": sorted(
                 (tuple(row[1:]) for row in raw.execute(f"PRAGMA table_xinfo({table})").fetchall()), key=repr
             ),
-            # What no pragma tells: collations, and CONSTRAINT … CHECK (…) word for word.
+            # Parts that no pragma reports: collations, and the exact text of CONSTRAINT … CHECK (…).
             "clauses": sorted(part.strip() for part in re.split(r", (?![^(]*\))", body)),
             "foreign keys": [tuple(row[2:]) for row in raw.execute(f"PRAGMA foreign_key_list({table})").fetchall()],
             "indexes": indexes,
@@ -49,7 +49,7 @@ def sqlite_structure(raw: Any) -> dict[str, Any]:
 
 
 def postgresql_structure(connection: Connection) -> dict[str, Any]:
-    """Describe a PostgreSQL schema, as its own catalogue writes it down."""
+    """Describe a PostgreSQL schema in the words of its catalogue."""
     columns = connection.execute(
         text(
             "SELECT table_name, column_name, data_type, is_nullable, column_default, collation_name"

@@ -1,7 +1,7 @@
-"""The schema's history: what each revision makes, and what becomes of old rows.
+"""The schema's history: the result of each revision, and old rows after an upgrade.
 
-What is on SQLite only is about files: those kept of each release, the rebuilding of tables. The revisions themselves
-run on both.
+Tests for SQLite only are about files: kept databases of each release, and rebuilt tables. The revisions themselves run
+on both engines.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from tests.migrations.old_databases import (
 )
 from tests.migrations.structure import normal, postgresql_structure, sqlite_structure
 
-# The models and the revisions are one schema
+# The models and the revisions give the same schema
 
 
 def alembic_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Alembic's own command line in the checkout, as a contributor does."""
+    """Run Alembic's command line in the checkout, as a contributor does."""
     known = {name: value for name, value in os.environ.items() if name != "HOMEAGENT_DATABASE"}
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "alembic.config", *arguments],
@@ -65,7 +65,7 @@ def alembic_cli(*arguments: str, **environment: str) -> subprocess.CompletedProc
 
 
 def test_alembic_check_on_sqlite() -> None:
-    """`alembic check` in a checkout compares the models with a scratch database, and finds nothing to do."""
+    """`alembic check` in a checkout compares the models with a scratch database, and finds no difference."""
     done = alembic_cli("check")
     assert (done.returncode, "No new upgrade operations detected" in done.stdout) == (0, True), (
         done.stdout + done.stderr
@@ -73,7 +73,7 @@ def test_alembic_check_on_sqlite() -> None:
 
 
 def test_alembic_check_on_an_old_file(tmp_path: Path) -> None:
-    """`alembic check` says so where the database that is named has not been upgraded: the check above can fail."""
+    """If the named database is not upgraded, `alembic check` says so: the previous test can fail."""
     path = old_database(tmp_path, "0003")
     before = path.read_bytes()
     done = alembic_cli("check", HOMEAGENT_DATABASE=str(path))
@@ -83,7 +83,7 @@ def test_alembic_check_on_an_old_file(tmp_path: Path) -> None:
 
 
 def test_alembic_check_on_postgresql(empty_postgres_url: str) -> None:
-    """`alembic check` finds nothing to do on an upgraded PostgreSQL database, a host application's tables in it too."""
+    """`alembic check` finds no difference on an upgraded PostgreSQL database, even with a host application's tables."""
     Database.open(empty_postgres_url).close()
     with server(empty_postgres_url).begin() as connection:
         connection.execute(text("CREATE TABLE a_host_application (id integer PRIMARY KEY)"))
@@ -95,7 +95,7 @@ def test_alembic_check_on_postgresql(empty_postgres_url: str) -> None:
 
 
 def test_autogenerate_drafts_plain_types(tmp_path: Path) -> None:
-    """A drafted revision holds plain `sa.` types alone, whatever columns of ours are in it."""
+    """A drafted revision has only plain `sa.` types, for each column type of homeagent."""
     copy = tmp_path / "alembic"
     shutil.copytree(CHECKOUT / "alembic", copy, ignore=shutil.ignore_patterns("__pycache__"))
     for revision in REVISIONS[REVISIONS.index("0003") :]:
@@ -110,10 +110,10 @@ def test_autogenerate_drafts_plain_types(tmp_path: Path) -> None:
     assert "homeagent" not in draft
 
 
-def test_sqlite_schema_is_the_models(tmp_path: Path) -> None:
-    """The upgraded schema is what the models would create: types, defaults, CHECKs, indexes, options.
+def test_sqlite_schema_equals_the_models(tmp_path: Path) -> None:
+    """The upgraded schema is the one that the models create: types, defaults, CHECKs, indexes, options.
 
-    Only the order of columns may differ: ADD COLUMN appends, and a model names its fields in any order.
+    Only the order of columns may differ: ADD COLUMN appends, and a model lists its fields in any order.
     """
     migrated, created = tmp_path / "migrated.db", tmp_path / "created.db"
     Database.open(migrated).close()
@@ -145,8 +145,8 @@ def test_sqlite_schema_is_the_models(tmp_path: Path) -> None:
         ("config TEXT", "config TEXT NOT NULL"),
     ],
 )
-def test_structure_notices(tmp_path: Path, there: str, instead: str) -> None:
-    """The comparison of two schemas notices each kind of change, so that equality means something."""
+def test_structure_shows_each_kind_of_change(tmp_path: Path, there: str, instead: str) -> None:
+    """The description of a schema shows each kind of change, so that an equal description means an equal schema."""
     Database.open(tmp_path / "homeagent.db").close()
     with closing(sqlite(tmp_path / "homeagent.db")) as raw:
         sound = sqlite_structure(raw)
@@ -158,8 +158,8 @@ def test_structure_notices(tmp_path: Path, there: str, instead: str) -> None:
         assert sqlite_structure(changed) != sound
 
 
-def test_postgresql_schema_is_the_models(empty_postgres_url: str) -> None:
-    """On PostgreSQL, too, the upgraded schema is what the models would create, collations included."""
+def test_postgresql_schema_equals_the_models(empty_postgres_url: str) -> None:
+    """On PostgreSQL the upgraded schema is also the one that the models create, collations included."""
     Database.open(empty_postgres_url).close()
     engine = server(empty_postgres_url)
     with engine.begin() as connection:
@@ -172,7 +172,7 @@ def test_postgresql_schema_is_the_models(empty_postgres_url: str) -> None:
     assert any("'C'" in str(row) or row[5] == "C" for row in migrated["columns"])
 
 
-# What a revision is can't change any more
+# Released revisions do not change
 
 
 SPECIFICATION = """
@@ -221,14 +221,14 @@ SPECIFICATION = """
 """
 
 
-def test_first_revision_is_the_specification(tmp_path: Path) -> None:
-    """Revision 0001 makes the tables of the specification: names, types, defaults, keys, reference, four indexes."""
+def test_first_revision_follows_the_specification(tmp_path: Path) -> None:
+    """Revision 0001 creates the specified tables: names, types, defaults, keys, reference, four indexes."""
 
     def promised(raw: Any) -> dict[str, Any]:
         structure = sqlite_structure(raw)
         del structure["triggers and views"]
         for table in structure.values():
-            # The specification names no constraint, and its keys are NOT NULL only by being keys.
+            # The specification names no constraint, and its keys are NOT NULL only because they are keys.
             del table["clauses"], table["options"]
             table["columns"] = [(*row[:2], row[2] or row[4], *row[3:]) for row in table["columns"]]
         return structure
@@ -248,7 +248,7 @@ def test_first_revision_is_the_specification(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_released_revision_is_unchanged(tmp_path: Path, revision: str) -> None:
-    """A revision still makes what it made when it was released: the schema of the database that was kept."""
+    """A released revision still creates the schema of the database that was kept at its release."""
     upgrade(tmp_path / "now.db", revision)
     kept = old_database(tmp_path, revision)
     assert fetch(kept, "PRAGMA application_id") == [(APPLICATION_ID,)]
@@ -259,7 +259,7 @@ def test_released_revision_is_unchanged(tmp_path: Path, revision: str) -> None:
 
 
 def test_every_revision_has_a_fixture() -> None:
-    """`REVISION` is the newest revision, and each revision has its file, which make_revisions.py makes."""
+    """`REVISION` is the newest revision, and each revision has a database file from make_revisions.py."""
     assert REVISIONS[-1] == REVISION
     assert list(REVISIONS) == sorted(path.stem for path in (FIXTURES / "revisions").glob("*.db"))
 
@@ -268,7 +268,9 @@ def test_every_revision_has_a_fixture() -> None:
 
 
 def test_keys_per_device_keep_rows(tmp_path: Path) -> None:
-    """0002 keeps every row and then takes one nonce of two devices, and one key of two methods, but no twin."""
+    """0002 keeps every row; afterwards two devices can have the same nonce and two methods the same key, but
+    not twice.
+    """
     path = old_database(tmp_path, "0001")
     before = rows_of(path)
     upgrade(path, "0002")
@@ -288,7 +290,7 @@ def test_keys_per_device_keep_rows(tmp_path: Path) -> None:
 
 
 def test_most_recent_session_takes_the_route(tmp_path: Path) -> None:
-    """0003 gives each route to its most recent session, equal instants to the higher id; the others stay without."""
+    """0003 gives each route to its most recent session, or to the higher id if times are equal; others get none."""
     path = old_database(tmp_path, "0002")
     upgrade(path, "0003")
     routes = dict(fetch(path, "SELECT session_id, route_key FROM sessions"))
@@ -305,7 +307,7 @@ def test_most_recent_session_takes_the_route(tmp_path: Path) -> None:
 
 
 def test_old_results_count_as_completed(tmp_path: Path) -> None:
-    """0004 takes a stored result for a completed first attempt, without owner, lease or fingerprint."""
+    """0004 turns each stored result into a completed first attempt, without owner, lease or fingerprint."""
     path = old_database(tmp_path, "0003")
     results = fetch(path, "SELECT device_id, method, key, result FROM idempotency_keys ORDER BY 1, 2, 3")
     upgrade(path, "0004")
@@ -317,8 +319,8 @@ def test_old_results_count_as_completed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
-def test_old_database_opens_and_carries_on(tmp_path: Path, revision: str) -> None:  # noqa: PLR0915  one story
-    """A database of each release is backed up, upgraded without losing a value, and worked with."""
+def test_old_database_is_upgraded_and_works(tmp_path: Path, revision: str) -> None:  # noqa: PLR0915  one story
+    """A database of each release is backed up, upgraded without the loss of a value, and can be used."""
     path = old_database(tmp_path, revision)
     before = rows_of(path)
     with Database.open(path, clock=clock) as database:
@@ -374,7 +376,7 @@ def test_old_database_opens_and_carries_on(tmp_path: Path, revision: str) -> Non
     assert fetch(backup, "PRAGMA journal_mode") == [("delete",)]
     assert is_sound(backup)
     assert rows_of(backup) == before
-    # The backup is a database that opens.
+    # The backup is a database that can be opened.
     with Database.open(backup, clock=clock) as restored, restored.unit_of_work(read_only=True) as unit:
         assert unit.sessions.get("s-1").sender_id == "alice"
 
@@ -384,8 +386,8 @@ APPROVALS = ["1", "1.0", "'1'"]
 
 
 @pytest.mark.parametrize("revision", REVISIONS[: REVISIONS.index("0006")])
-def test_odd_approvals_are_withdrawn(tmp_path: Path, revision: str, caplog: pytest.LogCaptureFixture) -> None:
-    """0006 counts 1 alone as an approval and names each other device; the backup keeps what was stored."""
+def test_unreadable_approvals_are_withdrawn(tmp_path: Path, revision: str, caplog: pytest.LogCaptureFixture) -> None:
+    """0006 keeps only 1 as an approval and names each other device; the backup keeps the stored values."""
     path = old_database(tmp_path, revision)
     with closing(sqlite(path)) as raw:
         for value in [*ODD_APPROVALS, *APPROVALS, "0"]:
@@ -418,10 +420,10 @@ def test_odd_approvals_are_withdrawn(tmp_path: Path, revision: str, caplog: pyte
 
 
 @pytest.mark.parametrize("revision", ["0001", "0005"])
-def test_odd_approvals_are_withdrawn_on_postgresql(
+def test_unreadable_approvals_are_withdrawn_on_postgresql(
     empty_postgres_url: str, revision: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On PostgreSQL, too, any other number becomes 0, and so does a null that another program made possible."""
+    """On PostgreSQL 0006 also turns any other number, and a null from another program, into 0."""
     with server(empty_postgres_url).begin() as connection:
         command.upgrade(alembic_config(connection), revision)
         connection.execute(text("ALTER TABLE devices ALTER COLUMN approved DROP NOT NULL"))
@@ -457,12 +459,12 @@ OWN_OBJECTS = [
 
 
 @pytest.mark.parametrize("by", ["the package", "alembic"])
-def test_what_others_added_to_devices_is_kept(tmp_path: Path, by: str) -> None:
-    """0006 makes the table again: own columns, indexes, triggers, views and rows that refer to it are as they were."""
+def test_application_changes_to_devices_are_kept(tmp_path: Path, by: str) -> None:
+    """0006 rebuilds the table and keeps added columns, indexes, triggers, views and rows with references."""
     path = old_database(tmp_path, "0005")
     with closing(sqlite(path)) as raw:
         for statement in OWN_OBJECTS:
-            # Before an upgrade the package refuses a trigger on a table of its own.
+            # Before an upgrade the package refuses a trigger on its own tables.
             if by == "alembic" or "own_deletion" not in statement:
                 raw.execute(statement)
     own = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name LIKE 'own%' ORDER BY name"
@@ -492,7 +494,7 @@ def test_what_others_added_to_devices_is_kept(tmp_path: Path, by: str) -> None:
 
 
 def test_old_rows_on_postgresql(empty_postgres_url: str) -> None:
-    """On PostgreSQL, too, version 1's rows are kept: routes go to the most recent, results count as completed."""
+    """On PostgreSQL version 1's rows are kept too: routes go to the most recent session, results count as completed."""
     with server(empty_postgres_url).begin() as connection:
         command.upgrade(alembic_config(connection), "0001")
         for table, rows in RECIPE["ROWS"]["0001"].items():
@@ -516,7 +518,7 @@ def test_old_rows_on_postgresql(empty_postgres_url: str) -> None:
 
 @pytest.mark.slow
 def test_large_database_upgrades_in_one_transaction(tmp_path: Path) -> None:
-    """A version 1 file of 100,000 rows in each table is upgraded whole, in seconds and in one transaction."""
+    """A version 1 file with 100,000 rows in each table is upgraded in one transaction, within seconds."""
     path, count = tmp_path / "homeagent.db", 100_000
     upgrade(path, "0001")
     with closing(sqlite(path)) as raw:

@@ -1,4 +1,4 @@
-"""The steps of CONTRIBUTING.md for a change of the schema, followed in a copy of the checkout."""
+"""The steps of CONTRIBUTING.md for a schema change, executed in a copy of the checkout."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def commands() -> list[str]:
 
 
 def edit(path: Path, old: str, new: str) -> None:
-    """Replace a text that stands once in a file."""
+    """Replace a text that occurs once in a file."""
     source = path.read_text(encoding="utf-8")
     assert source.count(old) == 1
     path.write_text(source.replace(old, new), encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_the_steps_for_a_new_column_end_with_green_tests(tmp_path: Path) -> None:
-    """A nullable column in the middle of a model needs the commands of the section and two edits, and nothing else."""
+def test_steps_for_a_new_column_pass(tmp_path: Path) -> None:
+    """A nullable column in the middle of a model needs only the commands of the section and two edits."""
     ignored = shutil.ignore_patterns(".*_cache", ".git", ".hypothesis", ".venv", "__pycache__")
     copy = shutil.copytree(CHECKOUT, tmp_path / "checkout", ignore=ignored)
     (copy / ".venv").symlink_to(sys.prefix)

@@ -1,4 +1,4 @@
-"""A schema that was changed by hand is refused before its rows are trusted; the application's own tables are not."""
+"""A manual schema change is refused before its rows are trusted; the application's own tables are accepted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.migrations.old_databases import clock as then
 
 APPROVES = "BEGIN UPDATE devices SET approved = 1, role = 'admin'; END"
 
-# What is done by hand, and how the error names it. Each is possible at every revision.
+# The manual change, and its name in the error. Each is possible at every revision.
 CHANGES = {
     "trigger": (f"CREATE TRIGGER z AFTER INSERT ON devices {APPROVES}", "trigger z of devices"),
     "trigger in other letters": (f"CREATE TRIGGER z AFTER INSERT ON [Devices] {APPROVES}", "trigger z of devices"),
@@ -42,7 +42,7 @@ CHANGES = {
     ),
     "trigger with an odd name": (f'CREATE TRIGGER "z ""1" AFTER INSERT ON devices {APPROVES}', 'z "1'),
 }
-# What can change no row and refuse none: the doctor names it, and nothing else is kept from working.
+# Changes that neither alter nor refuse a row: the doctor names them, and every operation still works.
 HARMLESS = {
     "view": "CREATE VIEW z AS SELECT rooms.id FROM rooms JOIN devices",
     "view without a column": "CREATE VIEW z AS SELECT (SELECT count(*) FROM devices)",
@@ -52,7 +52,7 @@ HARMLESS = {
 }
 ROOMS = "CREATE TABLE rooms (id INTEGER PRIMARY KEY, size INTEGER, twice INTEGER AS (size * 2));"
 
-# The application's own objects: they name homeagent's tables, and change none.
+# The application's own objects: they refer to homeagent's tables without a change of them.
 APPLICATION = (
     ROOMS + "CREATE TABLE messages (id INTEGER PRIMARY KEY, session_id TEXT REFERENCES sessions, devices INTEGER);"
     "CREATE UNIQUE INDEX idx_messages ON messages (session_id);"
@@ -75,8 +75,8 @@ def content(directory: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_changed_schema_is_not_restored(sqlite_path: Path, tmp_path: Path, kind: str) -> None:
-    """A backup with a changed schema is refused by name, and the database stays as it is."""
+def test_changed_schema_is_not_restored(sqlite_path: Path, tmp_path: Path, kind: str) -> None:
+    """If a backup has a changed schema, the restore raises an error with its name, and the database stays."""
     backup = tmp_path / "the.backup"
     shutil.copyfile(sqlite_path, backup)
     statements, named = CHANGES[kind]
@@ -91,8 +91,8 @@ def test_a_changed_schema_is_not_restored(sqlite_path: Path, tmp_path: Path, kin
     assert {name: after[name] for name in after if not name.endswith((".lock", ".open"))} == before
 
 
-def test_an_old_backup_is_compared_with_its_own_revision(sqlite_path: Path, tmp_path: Path) -> None:
-    """A backup of each older revision is restored if it is as that revision made it, and refused otherwise."""
+def test_old_backup_is_compared_with_its_own_revision(sqlite_path: Path, tmp_path: Path) -> None:
+    """A backup of each older revision is restored if it matches that revision, and refused otherwise."""
     for revision in REVISIONS[:-1]:
         directory = tmp_path / revision
         directory.mkdir()
@@ -103,8 +103,8 @@ def test_an_old_backup_is_compared_with_its_own_revision(sqlite_path: Path, tmp_
             Database.restore(backup, sqlite_path)
 
 
-def test_the_remedy_of_a_refused_restore(database_backup: Path, sqlite_path: Path, tmp_path: Path) -> None:
-    """The statement that the error names, on a copy of the backup, makes it one that can be restored."""
+def test_remedy_of_a_refused_restore(database_backup: Path, sqlite_path: Path, tmp_path: Path) -> None:
+    """After the statement from the error was run on a copy of the backup, the copy can be restored."""
     with pytest.raises(SchemaChangedError, match="restore the copy") as caught:
         Database.restore(database_backup, sqlite_path)
     mended = tmp_path / "mended.backup"
@@ -119,15 +119,15 @@ def test_the_remedy_of_a_refused_restore(database_backup: Path, sqlite_path: Pat
 
 @pytest.fixture
 def database_backup(sqlite_path: Path, tmp_path: Path) -> Path:
-    """A backup with its manifest, of a database that has a trigger on devices."""
+    """A backup with its manifest, of a database with a trigger on devices."""
     change(sqlite_path, CHANGES["trigger"][0])
     with Database.open(sqlite_path) as database:
         return database.backup(tmp_path / "the.backup")
 
 
 @pytest.mark.parametrize("kind", HARMLESS)
-def test_a_harmless_change_is_no_obstacle(sqlite_path: Path, tmp_path: Path, kind: str) -> None:
-    """A view, a plain index or a column more keeps neither a restore nor an upgrade from taking place."""
+def test_harmless_change_is_accepted(sqlite_path: Path, tmp_path: Path, kind: str) -> None:
+    """A view, a plain index or an additional column prevents neither a restore nor an upgrade."""
     backup = old_database(tmp_path, "0005")
     change(backup, ROOMS + HARMLESS[kind])
     Database.restore(backup, sqlite_path)
@@ -135,8 +135,8 @@ def test_a_harmless_change_is_no_obstacle(sqlite_path: Path, tmp_path: Path, kin
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_changed_schema_is_not_upgraded(tmp_path: Path, kind: str) -> None:
-    """An old file with a changed schema is refused by name: no byte of it changes, and no backup of it is made."""
+def test_changed_schema_is_not_upgraded(tmp_path: Path, kind: str) -> None:
+    """If an old file has a changed schema, an error names it, no byte changes, and no backup is made."""
     directory = tmp_path / "old"
     directory.mkdir(mode=0o700)
     path = old_database(directory, "0001")
@@ -151,8 +151,8 @@ def test_a_changed_schema_is_not_upgraded(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("revision", ["0001", REVISION])
-def test_the_applications_own_tables_stay(tmp_path: Path, sqlite_path: Path, revision: str) -> None:
-    """Tables, indexes, views and triggers that change nothing of homeagent's are upgraded and restored with it."""
+def test_tables_of_the_application_are_kept(tmp_path: Path, sqlite_path: Path, revision: str) -> None:
+    """Tables, indexes, views and triggers of the application are kept by upgrades and restores."""
     path = old_database(tmp_path, revision)
     change(path, APPLICATION)
     query = "SELECT type, name, sql FROM sqlite_master WHERE tbl_name IN ('rooms', 'messages', 'recent') ORDER BY 2"
@@ -164,8 +164,8 @@ def test_the_applications_own_tables_stay(tmp_path: Path, sqlite_path: Path, rev
     assert finding(sqlite_path).severity == "ok"
 
 
-def test_the_spelling_of_a_definition_is_no_change(sqlite_path: Path) -> None:
-    """Comments, spaces and quotes of names don't count, as a tracing listener adds them; those inside of a text do."""
+def test_spelling_of_a_definition_is_ignored(sqlite_path: Path) -> None:
+    """Comments, spaces and quotes of names do not count as changes, but differences inside a text do."""
     with closing(sqlite(sqlite_path)) as raw:
         raw.execute("PRAGMA writable_schema=ON")
         raw.execute("UPDATE sqlite_master SET sql = replace(sql, ', ', ', -- app''s\n ') || ' /* app:web */'")
@@ -178,7 +178,7 @@ def test_the_spelling_of_a_definition_is_no_change(sqlite_path: Path) -> None:
 
 
 def finding(path: Path) -> Finding:
-    """Return what the doctor finds about the schema of a file."""
+    """Return the doctor's finding about the schema of a file."""
     (found,) = [finding for finding in diagnose(path).findings if finding.check == "schema"]
     return found
 
@@ -193,8 +193,8 @@ SERVER_CHANGES = {
 
 
 @pytest.mark.parametrize("kind", SERVER_CHANGES)
-def test_a_changed_schema_on_a_server(empty_postgres_url: str, clock: FakeClock, kind: str) -> None:
-    """On PostgreSQL a trigger or rule on homeagent's tables keeps an upgrade from being made, until it is dropped."""
+def test_changed_schema_on_postgresql(empty_postgres_url: str, clock: FakeClock, kind: str) -> None:
+    """On PostgreSQL a trigger or rule on homeagent's tables prevents an upgrade until it is dropped."""
     engine = server(empty_postgres_url)
     with engine.begin() as connection:
         command.upgrade(alembic_config(connection), "0004")

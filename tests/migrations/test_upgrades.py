@@ -1,7 +1,7 @@
-"""Upgrades that fail, race or die.
+"""Upgrades that fail, run at the same time or are killed.
 
-What is on SQLite only is about files, and the copy before an upgrade; postgresql/test_upgrade.py has the locks and
-timeouts of the other.
+Tests for SQLite only are about files and the copy before an upgrade; postgresql/test_upgrade.py tests the locks and
+timeouts of PostgreSQL.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from tests.migrations.structure import postgresql_structure
 
 
 def with_revision(directory: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    """Have the package find one more revision that does this."""
+    """Add one revision that runs this function to the package's revisions."""
     following = f"{int(REVISION) + 1:04}"
     scripts = directory / "alembic"
     shutil.copytree(CHECKOUT / "alembic", scripts, ignore=shutil.ignore_patterns("__pycache__"))
@@ -78,7 +78,7 @@ FAILING = {
 @pytest.mark.parametrize("kind", FAILING)
 @pytest.mark.parametrize("revision", ["0001", REVISION])
 def test_failed_upgrade_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, revision: str) -> None:
-    """An upgrade that fails anywhere leaves the schema and the rows as they were, and names the backup."""
+    """If an upgrade fails at any point, the schema and the rows are as before, and the error names the backup."""
     path = old_database(tmp_path, revision)
     before, schema = rows_of(path), fetch(path, "SELECT type, name, sql FROM sqlite_master ORDER BY name")
     with monkeypatch.context() as patch:
@@ -106,8 +106,8 @@ UNCONVERTIBLE = {
 
 
 @pytest.mark.parametrize("kind", UNCONVERTIBLE)
-def test_a_row_that_an_upgrade_cannot_convert_is_named(tmp_path: Path, kind: str) -> None:
-    """The error has the table, the column and the key, and neither the file was changed nor a backup made."""
+def test_unconvertible_row_is_named(tmp_path: Path, kind: str) -> None:
+    """If an upgrade cannot convert a row, the error has table, column and key; the file stays and no backup is made."""
     path = old_database(tmp_path, "0001")
     statement, column, key = UNCONVERTIBLE[kind]
     with closing(sqlite(path)) as raw:
@@ -122,8 +122,8 @@ def test_a_row_that_an_upgrade_cannot_convert_is_named(tmp_path: Path, kind: str
     assert path.read_bytes()[100:] == before[100:]  # the header counts a change of the journal mode
 
 
-def test_upgrade_without_a_backup_says_why(tmp_path: Path) -> None:
-    """What keeps the copy from being made keeps the upgrade from being made, and is told with its remedy."""
+def test_upgrade_without_a_backup_is_refused(tmp_path: Path) -> None:
+    """If the copy before an upgrade cannot be made, the upgrade raises an error with the remedy."""
     path = old_database(tmp_path, "0001")
     before = rows_of(path)
     obstacle = path.with_name(backup_name(path, "0001", NOW) + PARTIAL)
@@ -136,7 +136,7 @@ def test_upgrade_without_a_backup_says_why(tmp_path: Path) -> None:
 
 
 def test_rebuilding_a_parent_table_keeps_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A later revision may rebuild `agents`, which sessions refer to: no session is lost, and references still hold."""
+    """If a later revision rebuilds `agents`, no session is lost, and the references are still valid."""
     path = old_database(tmp_path, "0001")
     sessions = fetch(path, "SELECT session_id, agent_id FROM sessions ORDER BY 1")
     with_revision(
@@ -155,7 +155,7 @@ def test_rebuilding_a_parent_table_keeps_its_children(tmp_path: Path, monkeypatc
 
 
 def test_failed_creation_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A database whose making failed is none yet: the next opening makes it."""
+    """If the creation of a database fails, the next open creates the database."""
     path = tmp_path / "homeagent.db"
     with monkeypatch.context() as patch:
         with_revision(tmp_path, patch, FAILING["python"])
@@ -169,7 +169,7 @@ def test_failed_creation_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_failed_upgrade_on_postgresql_is_undone(
     empty_postgres_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """On PostgreSQL a failed upgrade leaves the old schema, and the next one finishes."""
+    """On PostgreSQL a failed upgrade leaves the old schema, and the next upgrade succeeds."""
     Database.open(empty_postgres_url).close()
     engine = server(empty_postgres_url)
     with engine.begin() as connection:
@@ -209,7 +209,7 @@ def upgrade():
 
 @pytest.mark.parametrize("revision", [None, "0001"])
 def test_upgrade_within_a_command_of_alembic(tmp_path: Path, revision: str | None) -> None:
-    """An application's env.py may make or upgrade the database, and so may its revision: both keep their globals."""
+    """An application's env.py or revision can create or upgrade the database, and Alembic's globals are kept."""
     host, store = tmp_path / "host", tmp_path / "private" / "homeagent.db"
     (host / "versions").mkdir(parents=True)
     (host / "env.py").write_text(HOST_ENVIRONMENT)
@@ -285,7 +285,9 @@ for number in range(10_000):
     ],
 )
 def test_killed_at_any_statement(tmp_path: Path, revision: str | None, step: int) -> None:
-    """Killed at any statement, an upgrade leaves the old schema and rows or the new ones, and the next one finishes."""
+    """If an upgrade is killed at any statement, the old or the new schema and rows are there, and the next one
+    succeeds.
+    """
     source = str(FIXTURES / "revisions" / f"{revision}.db") if revision else ""
     done = subprocess.run(
         [sys.executable, "-c", KILLED, source, str(tmp_path), str(step)],
@@ -297,7 +299,7 @@ def test_killed_at_any_statement(tmp_path: Path, revision: str | None, step: int
     )
     assert done.returncode == 0, done.stderr
     ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    # All but the last were killed; that one had more statements than there are.
+    # All but the last were killed; the last step number was higher than the number of statements.
     assert [status for _, status in ends[:-1]] == [-signal.SIGKILL] * (len(ends) - 1), done.stderr
     assert ends[-1][1] == 0, done.stderr
     assert len(ends) * step > 60
@@ -319,12 +321,12 @@ def test_killed_at_any_statement(tmp_path: Path, revision: str | None, step: int
             with database.unit_of_work(read_only=True) as unit:
                 assert len(unit.agents.list()) == (2 if revision else 0)
         assert is_sound(path)
-    # First the old one and from some statement on the new one, never anything in between.
+    # First the old state and from some statement on the new state, never a mixture.
     assert set(found) == {revision, REVISION}
     assert found == sorted(found, key=lambda version: version == REVISION)
 
 
-# Many at once
+# Many at the same time
 
 OPENS_TOGETHER = """
 import sys
@@ -373,7 +375,7 @@ def answer(process: subprocess.Popen[str]) -> str:
 
 
 def open_together(processes: list[subprocess.Popen[str]], target: str) -> list[str]:
-    """Have all processes open one target at the same moment, and return what they say."""
+    """Let all processes open one target at the same moment, and return their output."""
     for number, process in enumerate(processes):
         assert process.stdin is not None
         process.stdin.write(f"p{number} {target}\n")
@@ -389,7 +391,9 @@ FEW_OR_ALL_ROUNDS = pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, m
 def test_processes_open_together(
     tmp_path: Path, openers: list[subprocess.Popen[str]], revision: str | None, rounds: int
 ) -> None:
-    """Eight processes that open one new or old file at once make one schema, lose nothing, and none fails."""
+    """If eight processes open a new or old file at the same time, one schema is made, no row is lost, and all
+    succeed.
+    """
     for number in range(rounds):
         directory = tmp_path / str(number)
         directory.mkdir(mode=0o700)
@@ -405,7 +409,7 @@ def test_processes_open_together(
 def test_processes_open_postgresql_together(
     openers: list[subprocess.Popen[str]], postgres_url: str, rounds: int
 ) -> None:
-    """Eight processes that open one empty PostgreSQL database at once make one schema, and none fails."""
+    """If eight processes open an empty PostgreSQL database at the same time, one schema is made, and all succeed."""
     for number in range(rounds):
         name = f"together_{rounds}_{number}"
         postgres_execute(postgres_url, f"CREATE DATABASE {name}")
@@ -420,7 +424,7 @@ def test_processes_open_postgresql_together(
 
 @FEW_OR_ALL_ROUNDS
 def test_threads_open_together(tmp_path: Path, rounds: int) -> None:
-    """Eight threads that open one new file at once make one schema, and none fails."""
+    """If eight threads open a new file at the same time, one schema is made, and all succeed."""
     for number in range(rounds):
         path = tmp_path / str(number) / "homeagent.db"
         failures: list[BaseException] = []
@@ -450,8 +454,8 @@ def test_threads_open_together(tmp_path: Path, rounds: int) -> None:
 
 
 @pytest.mark.parametrize("revision", [None, "0001"])
-def test_nothing_of_a_recreated_table_is_left(tmp_path: Path, revision: str | None) -> None:
-    """After an upgrade the file has the text of each table once: what was deleted is overwritten with zeros."""
+def test_old_text_of_a_rebuilt_table_is_erased(tmp_path: Path, revision: str | None) -> None:
+    """After an upgrade, the file has the text of each table only once: deleted pages are overwritten with zeros."""
     path = tmp_path / "private" / "homeagent.db"
     path.parent.mkdir(mode=0o700)
     if revision is not None:
