@@ -1,4 +1,4 @@
-"""homeagent's own ways to write: `run_once`, `run`, group commit, and a writer at the same time as a sweep."""
+"""Four ways to write with homeagent: `run_once`, `run`, group commit, and a writer at the same time as a sweep."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _crowded(bench: Bench, durability: str, homeagent: HomeAgent) -> None:
 
 
 def _storm(bench: Bench, by_hand: Sqlite3, homeagent: HomeAgent, clock: Clock) -> None:
-    """Measure group commit: many callers, each of which waits for its commit, against one by one by hand."""
+    """Measure group commit: many callers that each wait for a commit, against single commits by hand."""
     database, numbers = homeagent.database, count()
 
     def one_by_one(total: int) -> None:
@@ -134,7 +134,7 @@ def _storm(bench: Bench, by_hand: Sqlite3, homeagent: HomeAgent, clock: Clock) -
             continue
         rates: dict[str, list[float]] = {"one by one": [], "homeagent": []}
         for _ in range(bench.sizes.few_rounds):
-            # The nonces of the round before have expired.
+            # The nonces of the previous round have expired.
             clock.set(clock.ms + 3 * DAY // 24)
             database.sweep()
             work = _consume(homeagent, bench.sizes.filled.devices, "storm")
@@ -179,7 +179,7 @@ def _sweep(bench: Bench) -> None:
         sweep.join()
         if not reports or not reports[0].nonces:
             raise BenchmarkError(f"{SWEEP}: nothing was swept")
-        # What the time budget left.
+        # The rows that the time budget left.
         database.sweep()
     homeagent.close()
     bench.add(SWEEP, "full", times)

@@ -1,4 +1,4 @@
-"""What a contender can do, and the clock, ids and constants that all contenders share."""
+"""The interface of a contender, and the clock, ids and constants of all contenders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Clock:
     """A clock that stands still until a measurement moves it. Each contender has its own.
 
     Attributes:
-        ms: the milliseconds since the epoch, for contenders that store numbers.
+        ms: milliseconds since the epoch, for contenders that store numbers.
         now: the same timestamp, for homeagent.
     """
 
@@ -35,7 +35,7 @@ class Clock:
         self.set(ms)
 
     def set(self, ms: int) -> None:
-        """Show another time."""
+        """Set the time."""
         self.ms = ms
         self.now = EPOCH + timedelta(milliseconds=ms)
 
@@ -46,7 +46,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Filled:
-    """How many rows a database holds before a measurement.
+    """Numbers of rows in a database before a measurement.
 
     The ids are `d0`, `d1` … for devices, `a0` … for agents, `s0` … for sessions and `k0` … for idempotency keys.
     Session number i belongs to agent i modulo `agents`, key number i to device i modulo `devices`.
@@ -80,11 +80,11 @@ def read_trace(limit: int | None = None) -> list[Event]:
 class Contender(Protocol):
     """One way to use the database: the protocol of the classes in `contenders`. Each call is one transaction.
 
-    A read returns a row in the contender's own type, or None. A write returns whether it wrote.
+    A read returns a row in the contender's own type, or None. A write returns whether a row changed.
     """
 
     def __init__(self, path: Path, durability: str, clock: Clock) -> None:
-        """Open the database at `path`, which is filled already. `durability` is `full` or `normal`."""
+        """Open the database at `path`, which has its rows already. `durability` is `full` or `normal`."""
 
     def device(self, device_id: str) -> Any:
         """Find a device."""
@@ -99,10 +99,10 @@ class Contender(Protocol):
         """Set a device's `last_seen_at` to now."""
 
     def consume(self, device_id: str, nonce: str) -> bool:
-        """Store a nonce; False if it is stored already."""
+        """Store a nonce; return False if the nonce is stored already."""
 
     def insert_key(self, device_id: str, key: str) -> bool:
-        """Store `RESULT` under an idempotency key; False if the key exists."""
+        """Store `RESULT` under an idempotency key; return False if the key exists."""
 
     def answer(self, event: Event) -> bool:
         """Record a message whose nonce was consumed.

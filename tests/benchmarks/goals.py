@@ -1,4 +1,4 @@
-"""The rows of the report: what is measured, what it is compared with, and the goal."""
+"""The rows of the report: the measured operation, the baseline and the goal."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Row:
     """One row.
 
     Attributes:
-        name: what is measured.
+        name: the measured operation.
         against: the baseline.
         limit: the goal for the median ratio of homeagent to the baseline; None if the row has no goal.
-        at_least: whether the ratio is one of rates, where more is better, and not one of times.
+        at_least: whether the ratio is of rates, where more is better, and not of times.
     """
 
     name: str
@@ -62,16 +62,16 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Figure:
-    """What was measured of one contender in one row.
+    """The measured values of one contender in one row.
 
     Attributes:
         row: the name of the row.
-        durability: `full`, `normal`, or empty if nothing is committed.
+        durability: `full`, `normal`, or empty if no change is committed.
         contender: the name of the contender.
-        value: the median of the samples: seconds, or a rate per second if the row is one of rates.
-        median: the median ratio to the baseline, of samples that were taken in the same round.
+        value: the median of the samples: seconds, or a rate per second if the row is of rates.
+        median: the median ratio to the baseline, of samples from the same round.
         least: the smallest of these ratios.
-        greatest: the greatest of them.
+        greatest: the greatest of these ratios.
     """
 
     row: str

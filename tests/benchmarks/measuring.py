@@ -20,12 +20,12 @@ Call = Callable[[int], object]
 
 
 class BenchmarkError(Exception):
-    """A contender did not do its work, or something that a row needs is absent."""
+    """A contender gave a wrong result, or a requirement of a row is absent."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """The amount of measurement."""
 
     rounds: int = 7
     few_rounds: int = 3
@@ -77,7 +77,7 @@ def summarize(row: str, durability: str, samples: Mapping[str, Sequence[float]])
     for name, values in samples.items():
         ratios = [value / base for value, base in zip(values, baseline, strict=True)]
         numbers = (median(values), median(ratios), min(ratios), max(ratios))
-        # Rounded here, so that the tables and the file of figures never differ.
+        # Round here, so that the tables and the file of figures never differ.
         figures.append(Figure(row, durability, name, *(float(f"{number:.4g}") for number in numbers)))
     return figures
 
@@ -88,13 +88,13 @@ class Bench:
 
     Args:
         directory: an empty directory for databases.
-        sizes: how much is measured.
+        sizes: the amount of measurement.
         contenders: the names of the contenders besides `sqlite3`.
         only: measure the rows whose names contain one of these texts; empty for all.
-        report: is called with each figure.
+        report: a function that gets each figure.
 
     Attributes:
-        figures: what was measured so far.
+        figures: the figures so far.
     """
 
     directory: Path
@@ -127,15 +127,15 @@ class Bench:
 
         Args:
             row: the row's name.
-            durability: what the calls are measured at; empty if they commit nothing.
+            durability: the durability of the calls; empty if they commit no change.
             calls: by contender.
-            share: how long a sample takes, as a share of the usual time.
+            share: the time of a sample, as a share of the usual time.
 
         Returns:
-            How often each was called. The numbers that it got are below that.
+            The number of calls of each contender. The calls got the numbers below that number.
 
         Raises:
-            BenchmarkError: a call returned something false.
+            BenchmarkError: if a call returned a false value.
         """
         if not self.wants(row):
             return dict.fromkeys(calls, 0)

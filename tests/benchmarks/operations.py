@@ -1,4 +1,4 @@
-"""The rows that every contender takes part in: single operations, and the recorded trace."""
+"""The rows with every contender: single operations, and the recorded trace."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def installed() -> list[str]:
 
 @contextmanager
 def opened(name: str, folder: Path, durability: str, filled: Filled) -> Iterator[tuple[Contender, Clock, Path]]:
-    """Fill a new database for a contender, and open it a minute after the time at which it was filled."""
+    """Fill a new database for a contender, and open it a minute later on the contender's clock."""
     module, _, kind = CONTENDERS[name].partition(":")
     path, clock = folder / "gateway.db", Clock(START + MINUTE)
     (homeagent_ if module == "homeagent_" else by_hand).fill(path, filled)
@@ -53,7 +53,7 @@ def opened(name: str, folder: Path, durability: str, filled: Filled) -> Iterator
 
 
 def field(kind: str, row: Any, name: str) -> Any:
-    """Return a column of a contender's row, JSON decoded."""
+    """Return a column of a contender's row, with JSON decoded."""
     value = row[COLUMNS[kind].index(name)] if isinstance(row, tuple) else getattr(row, name, None)
     return json.loads(value) if name == "result" and isinstance(value, str) else value
 
@@ -64,10 +64,10 @@ class Work:
 
     Attributes:
         row: the row's name.
-        call: does it, with a number that is new each time.
+        call: runs the operation, with a new number each time.
         told: turns the answer into a form that is the same for all contenders.
-        writes: whether it is measured at both durabilities.
-        table: the table that each call adds a row to; empty if it adds none.
+        writes: whether the operation is measured at both durabilities.
+        table: the table to which each call adds a row; empty if no row is added.
     """
 
     row: str
@@ -80,7 +80,7 @@ class Work:
 def _seen(contender: Contender, clock: Clock, filled: Filled, i: int) -> bool:
     device = i % filled.devices
     if not device:
-        # homeagent does not write again within a minute.
+        # homeagent does not write this time again within a minute.
         clock.set(clock.ms + 2 * MINUTE)
     return contender.seen(f"d{device}")
 
@@ -134,7 +134,7 @@ def count_rows(path: Path) -> dict[str, int]:
 
 
 def measure(bench: Bench) -> None:
-    """Measure the operations and the trace at both durabilities; what only reads, once."""
+    """Measure the operations and the trace at both durabilities; measure reads once."""
     for durability in DURABILITIES:
         works = [work for work in WORKS if work.writes or durability == "full"]
         if bench.wants(*(work.row for work in works), *ONE_CALL):
@@ -172,7 +172,7 @@ def _call(work: Work, contender: Contender, clock: Clock, filled: Filled) -> Cal
 
 
 def check_answers(work: Work, calls: Mapping[str, Call]) -> None:
-    """Raise BenchmarkError unless all contenders give the same answer as the first one."""
+    """Raise BenchmarkError unless all contenders give the same answer as the first contender."""
     answers = {name: [work.told(call(i)) for i in range(3)] for name, call in calls.items()}
     expected = next(iter(answers.values()))
     for name, answer in answers.items():
@@ -184,7 +184,7 @@ ONE_CALL = ("device by id, one call", "idempotency find, one call")
 
 
 def _one_call(bench: Bench, contenders: Mapping[str, tuple[Contender, Clock]]) -> None:
-    """Measure homeagent's calls without a unit, if this version has them."""
+    """Measure homeagent's calls without a unit, if this version has such calls."""
     if "homeagent" not in contenders:
         return
     database: Any = getattr(contenders["homeagent"][0], "database", None)
@@ -209,7 +209,7 @@ TRACE = "the trace, events a second"
 
 
 def replay(contender: Contender, clock: Clock, events: list[Event]) -> dict[str, int]:
-    """Process the events at their own times, and return how many were replays and how many were retries."""
+    """Process the events at their own times, and return the numbers of replays and of retries."""
     tally = {"replays": 0, "retries": 0}
     for event in events:
         clock.set(event["at"])

@@ -1,4 +1,4 @@
-"""What takes processes of its own: writers that compete, the start after a kill, and the start of a program."""
+"""Rows that need separate processes: competing writers, the start after a kill, and the start of a program."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def measure(bench: Bench) -> None:
 
 
 def _write_by_hand(path: str, number: int, seconds: float) -> list[float]:
-    """Write for some seconds as one of several processes, and return what each write took."""
+    """Write for some seconds as one of several processes, and return the duration of each write."""
     waits: list[float] = []
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA synchronous = full")
@@ -76,7 +76,7 @@ def _write_with_homeagent(path: str, number: int, seconds: float) -> list[float]
 
 
 def _leave_a_wal(path: str, number: int, size: float) -> list[float]:
-    """Write until the WAL has so many bytes, and end without closing anything."""
+    """Write until the WAL has this many bytes, and end without a close."""
     database = Database.open(path)
     # While a snapshot is read, no checkpoint starts the WAL again from its beginning.
     with database.unit_of_work(read_only=True) as reader:
@@ -94,7 +94,7 @@ CHILDREN = {each.__name__: each for each in (_write_by_hand, _write_with_homeage
 
 
 def _child(kind: str, path: Path, number: int, size: float) -> subprocess.Popen[str]:
-    """Start a process that runs one of `CHILDREN` and prints what it returns."""
+    """Start a process that runs one of `CHILDREN` and prints its result."""
     command = [sys.executable, "-m", "tests.benchmarks.processes", kind, str(path), str(number), str(size)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
@@ -115,7 +115,7 @@ def _eight(bench: Bench) -> None:
                 raise BenchmarkError(f"{name}: {EIGHT}: a writer failed, see above")
             times[name].append(percentile([wait for text in printed for wait in json.loads(text)], 0.99))
         for path in paths.values():
-            # The next round's nonces are new again.
+            # The nonces of the next round are new.
             with closing(sqlite3.connect(path)) as connection, connection:
                 connection.execute("DELETE FROM nonces")
     bench.add(EIGHT, "full", times)
@@ -153,7 +153,7 @@ def _killed(bench: Bench) -> None:
 def _start(bench: Bench) -> None:
     path = bench.folder() / "gateway.db"
     homeagent_.fill(path, EMPTY)
-    # An installed package brings its bytecode. A checkout must be allowed to write its own.
+    # An installed package has bytecode files. A checkout must be allowed to write them.
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(bench.folder())}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     programs = {"import sqlmodel": "import sqlmodel", "homeagent": OPEN}

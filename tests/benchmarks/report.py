@@ -95,7 +95,7 @@ def write(figures: Sequence[Figure], run: Mapping[str, str], page: Path) -> None
     """Write the tables between the markers of a page, and the figures into a JSON file next to the page.
 
     Raises:
-        BenchmarkError: if the page does not have both markers once.
+        BenchmarkError: if the page does not have both markers exactly once.
     """
     text = page.read_text(encoding="utf-8")
     told = (

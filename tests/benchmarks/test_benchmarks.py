@@ -1,4 +1,4 @@
-"""The benchmark suite: every row runs, contenders agree, and wrong work is refused. Nothing is measured here."""
+"""The benchmark suite: every row runs, contenders agree, and wrong work is refused. No time is measured here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILLED = Filled(devices=5, agents=2, sessions=9, keys=5)
 RUN = {"date": "2026-01-02", "command": "python", "revision": "abc", "machine": "one", "versions": "all"}
 
 SAME = {
-    # What homeagent has beyond these columns is its own. It doesn't write a time of a device again within a minute.
+    # Other columns exist only in homeagent, which does not write a device's time again within a minute.
     "devices": "id, role, shared_secret_hash, approved",
     "agents": "id, name, workspace_path, created_at",
     "sessions": "session_id, agent_id, sender_id, channel_id, created_at, last_active_at",
@@ -49,7 +49,7 @@ def rows_of(path: Path) -> dict[str, list[Any]]:
 
 
 def work_of(name: str, folder: Path, durability: str) -> dict[str, Any]:
-    """Have a contender do each operation and part of the trace, and return its answers and the rows at the end."""
+    """Let a contender run each operation and part of the trace, and return its answers and final rows."""
     with opened(name, folder, durability, FILLED) as (contender, clock, path):
         answers = {work.row: [work.told(work.call(contender, clock, FILLED, i)) for i in range(4)] for work in WORKS}
         absent = contender.device("nobody"), contender.find_key("d0", "absent"), contender.sessions("nobody", 5)
@@ -63,8 +63,8 @@ def work_of(name: str, folder: Path, durability: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("durability", operations.DURABILITIES)
-def test_contenders_do_the_same(tmp_path: Path, durability: str) -> None:
-    """Each contender answers as the hand-written one does, and leaves the same rows."""
+def test_contenders_give_the_same_answers(tmp_path: Path, durability: str) -> None:
+    """Each contender gives the answers of the hand-written contender, and leaves the same rows."""
     done = {}
     for name in installed():
         folder = tmp_path / name
@@ -86,7 +86,7 @@ def test_contenders_do_the_same(tmp_path: Path, durability: str) -> None:
 
 
 def measured(tmp_path: Path, measure: Any, *only: str) -> Bench:
-    """Measure with tiny sizes."""
+    """Measure with small sizes."""
     bench = Bench(tmp_path, QUICK, installed(), only)
     measure(bench)
     assert {figure.row for figure in bench.figures} <= {row.name for row in ROWS}
@@ -96,7 +96,7 @@ def measured(tmp_path: Path, measure: Any, *only: str) -> Bench:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[Figure]:
-    """What a run with tiny sizes measures, but for PostgreSQL."""
+    """The figures of a run with small sizes, without PostgreSQL."""
     figures = []
     for measure in (operations.measure, callers.measure, processes.measure):
         figures += measured(tmp_path_factory.mktemp("bench"), measure).figures
@@ -104,7 +104,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[Figure]:
 
 
 def expected_rows() -> set[str]:
-    """Return the rows that this version of homeagent can be measured in."""
+    """Return the rows that can be measured with this version of homeagent."""
     return {row.name for row in ROWS if hasattr(Database, "devices") or ", one call" not in row.name}
 
 
@@ -124,7 +124,7 @@ def test_every_row_is_measured(found: list[Figure]) -> None:
 
 @pytest.mark.slow
 def test_postgresql_rows_are_measured(tmp_path: Path, installation: Any) -> None:
-    """The rows of PostgreSQL are measured on a server of their own, against psycopg."""
+    """The rows of PostgreSQL are measured on a separate server, against psycopg."""
     bench = measured(tmp_path, postgresql.measure)
 
     assert {figure.row for figure in bench.figures} == {name for name in expected_rows() if "PostgreSQL" in name}
@@ -132,8 +132,8 @@ def test_postgresql_rows_are_measured(tmp_path: Path, installation: Any) -> None
 
 
 @pytest.mark.slow
-def test_the_page_is_generated(tmp_path: Path, found: list[Figure]) -> None:
-    """The tables replace those between the markers and leave the text; the JSON file holds every figure."""
+def test_page_is_generated(tmp_path: Path, found: list[Figure]) -> None:
+    """The tables replace the text between the markers, other text stays, and the JSON file holds every figure."""
     page = tmp_path / "benchmarks.md"
     shutil.copy(PAGE, page)
 
@@ -150,8 +150,8 @@ def test_the_page_is_generated(tmp_path: Path, found: list[Figure]) -> None:
     assert kept == RUN
 
 
-def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
-    """A page that has lost its markers raises, and is left as it was."""
+def test_page_without_markers_is_refused(tmp_path: Path) -> None:
+    """If a page has lost its markers, an error is raised and the page stays as before."""
     page = tmp_path / "benchmarks.md"
     page.write_text("text")
 
@@ -160,8 +160,8 @@ def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
     assert page.read_text() == "text"
 
 
-def test_the_page_shows_the_kept_figures(tmp_path: Path) -> None:
-    """The tables of docs/benchmarks.md are those that the figures beside the page give."""
+def test_page_shows_the_kept_figures(tmp_path: Path) -> None:
+    """The tables of docs/benchmarks.md equal those made from the figures next to the page."""
     kept = json.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))
     figures = [Figure(**figure) for figure in kept.pop("figures")]
     page = tmp_path / "benchmarks.md"
@@ -173,24 +173,22 @@ def test_the_page_shows_the_kept_figures(tmp_path: Path) -> None:
 
 
 class Forgetful(Sqlite3):
-    """Says that it stored a nonce, and does not."""
+    """Returns that a nonce was stored, without storing it."""
 
     def consume(self, device_id: str, nonce: str) -> bool:
         return True
 
 
 class Idle(Sqlite3):
-    """Stores nothing, and says so."""
+    """Stores no row, and returns False."""
 
     def consume(self, device_id: str, nonce: str) -> bool:
         return False
 
 
 @pytest.mark.parametrize(("kind", "message"), [(Forgetful, "should hold"), (Idle, "did nothing")])
-def test_work_that_is_not_done_is_found_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, message: str
-) -> None:
-    """A contender that does not store what it was told to ends the run."""
+def test_missing_work_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, message: str) -> None:
+    """If a contender does not store its row, the run ends with an error."""
     monkeypatch.setattr("tests.benchmarks.contenders.by_hand.Apsw", kind)
     bench = Bench(tmp_path, QUICK, [BASELINE, "apsw"], ["nonce consume"])
 
@@ -199,8 +197,8 @@ def test_work_that_is_not_done_is_found_out(
 
 
 @pytest.mark.parametrize("row", [work.row for work in WORKS if not work.writes])
-def test_wrong_answers_are_found_out(tmp_path: Path, row: str) -> None:
-    """A contender that returns another row than the baseline ends the run."""
+def test_wrong_answer_ends_the_run(tmp_path: Path, row: str) -> None:
+    """If a contender returns another row than the baseline, the run ends with an error."""
     work = next(work for work in WORKS if work.row == row)
     with opened(BASELINE, tmp_path, "normal", FILLED) as (contender, clock, _):
 
@@ -212,8 +210,8 @@ def test_wrong_answers_are_found_out(tmp_path: Path, row: str) -> None:
             check_answers(work, {"first": right, "second": lambda i: right(i + 1)})
 
 
-def test_a_ratio_is_of_one_round() -> None:
-    """Each sample is compared with the baseline's of the same round, and the median, least and greatest are kept."""
+def test_ratios_compare_samples_of_one_round() -> None:
+    """Each sample is compared with the baseline's of the same round; median, least and greatest are kept."""
     (baseline, other) = summarize("last seen", "full", {"a": [1.0, 2.0, 4.0], "b": [2.0, 3.0, 16.0]})
 
     assert (baseline.median, baseline.least, baseline.greatest) == (1, 1, 1)
@@ -221,7 +219,7 @@ def test_a_ratio_is_of_one_round() -> None:
 
 
 def test_goals_are_judged_at_every_durability() -> None:
-    """A goal is met if every median keeps to it; rates must reach it; a row without figures is not measured."""
+    """A goal is met if every median keeps to it; a rate must reach it; a row without figures is not measured."""
 
     def figure(row: str, durability: str, median: float) -> Figure:
         return Figure(row, durability, "homeagent", 1.0, median, median, median)
@@ -240,8 +238,8 @@ def test_goals_are_judged_at_every_durability() -> None:
     assert set(met.values()) == {None}
 
 
-def test_the_command_measures_and_prints(tmp_path: Path) -> None:
-    """The command runs in a process of its own, prints a line for each figure, and ends with status 0."""
+def test_command_measures_and_prints(tmp_path: Path) -> None:
+    """The command runs in a separate process, prints a line for each figure, and ends with status 0."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.benchmarks", "--quick", "--only", "idempotency find, in a unit"],
         cwd=ROOT,
@@ -256,7 +254,7 @@ def test_the_command_measures_and_prints(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("median", "status"), [(1.5, 0), (1.6, 1)])
-def test_the_status_says_whether_goals_are_met(
+def test_exit_status_shows_missed_goals(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], median: float, status: int
 ) -> None:
     """The command ends with the table of goals, and with status 1 if a goal is missed."""
@@ -269,7 +267,7 @@ def test_the_status_says_whether_goals_are_met(
 
 @pytest.mark.parametrize("arguments", [["--only", "no such row"], ["--only", "nonce", "--output", "docs"]])
 def test_wrong_usage_is_refused(arguments: list[str]) -> None:
-    """A row that does not exist, and a page of some rows alone, end with status 2 before anything is measured."""
+    """If a row does not exist, or a page would lack rows, the command ends with status 2 before a measurement."""
     with pytest.raises(SystemExit) as refused:
         command.main(arguments)
     assert refused.value.code == 2

@@ -1,4 +1,4 @@
-"""A line to a PostgreSQL server that a test can cut at the very message that it names."""
+"""A TCP proxy for a PostgreSQL server that a test can cut at a given message."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["CutLine"]
 
 
 class CutLine:
-    """Forwards bytes between clients on a loopback port and a server, until it is told to cut.
+    """Forwards bytes between clients on a loopback port and a server, until a test cuts the connections.
 
     Args:
-        url: the server's; `self.url` is the same by way of this line.
+        url: the server's URL; `self.url` is the same URL through the proxy.
     """
 
     def __init__(self, url: str) -> None:
@@ -35,30 +35,30 @@ class CutLine:
 
     @property
     def url(self) -> str:
-        """The server's URL by way of this line."""
+        """The server's URL through the proxy."""
         query = {name: value for name, value in self._server.query.items() if name not in {"host", "port"}}
         port = self._listener.getsockname()[1]
         return self._server.set(host="127.0.0.1", port=port, query=query).render_as_string(hide_password=False)
 
     def cut_at(self, word: str, *, answered: bool) -> None:
-        """Cut the next line that a client sends this word over, once.
+        """Cut the next connection on which a client sends this word, once.
 
         Args:
             word: such as COMMIT.
-            answered: whether the server gets the word, so that only its answer is lost; else neither arrives.
+            answered: whether the server gets the word, so that only its answer is lost; else the word is lost too.
         """
         with self._mutex:
             self._word, self._answered = word.encode(), answered
 
     def cut_all(self) -> None:
-        """Cut every line now."""
+        """Cut all connections now."""
         with self._mutex:
             pairs = list(self._pairs)
         for pair in pairs:
             self._end(pair)
 
     def close(self) -> None:
-        """Take no more clients, and cut every line."""
+        """Accept no more clients, and cut all connections."""
         self._listener.close()
         self.cut_all()
 
@@ -119,6 +119,6 @@ class CutLine:
         with suppress(OSError):
             while data := server.recv(65536):
                 if answer.is_set():
-                    break  # the server has done it, and nobody hears of it
+                    break  # the server has executed the statement, but no client gets the answer
                 client.sendall(data)
         self._end(pair)

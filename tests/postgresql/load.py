@@ -1,4 +1,4 @@
-"""A load of several writers on a store whose primary comes and goes, and what must hold of it afterwards."""
+"""A load of several writers on a store whose primary fails, and checks of the store afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WRITERS = 8
 
 
 def wait_for(what: str, condition: Callable[[], object], *, seconds: float = 60) -> None:
-    """Look again and again until something outside of this process is so."""
+    """Poll until a condition outside of this process is true."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
@@ -33,13 +33,13 @@ def wait_for(what: str, condition: Callable[[], object], *, seconds: float = 60)
 
 @dataclass
 class Report:
-    """What a load went through.
+    """Results of a load.
 
     Attributes:
-        acknowledged: how many units of each kind.
-        outages: of each failover, how long a writer went without an acknowledgement, in seconds: the one that was the
-            first to carry on, and the last one.
-        unknown: how many commits nobody could know of, by how they were settled.
+        acknowledged: number of units of each kind.
+        outages: of each failover, the time in seconds without an acknowledgement, for the first writer to continue and
+            for the last.
+        unknown: number of commits with an unknown outcome, by the outcome that was found later.
     """
 
     acknowledged: Counter[str] = field(default_factory=Counter)
@@ -58,12 +58,12 @@ class Report:
 
 
 class Load:
-    """Writers in processes of their own.
+    """Writers in separate processes.
 
     Args:
-        children: what starts them.
-        url: of the store, with all hosts in it; the schema is there already.
-        directory: an empty one, for their ledgers.
+        children: the fixture that starts the writers.
+        url: the URL of the store, with all hosts; the schema exists already.
+        directory: an empty directory for the ledgers.
     """
 
     def __init__(self, children: Children, url: str, directory: Path) -> None:
@@ -76,12 +76,12 @@ class Load:
         self._read = [0] * WRITERS
 
     def start(self) -> None:
-        """Start the writers, and return once each has written."""
+        """Start the writers, and return when each writer has written."""
         self._processes = [self._children.start(WRITER, self._url, self._directory, n) for n in range(WRITERS)]
         self.wait_for_turns(1, since=0)
 
     def lines(self, writer: int) -> list[dict[str, Any]]:
-        """Return what a writer has in its ledger; a last line that is being written is left out."""
+        """Return the lines of a writer's ledger, without an incomplete last line."""
         path = self._directory / f"w{writer}.ledger"
         if path.exists():
             with path.open() as file:
@@ -93,13 +93,13 @@ class Load:
         return self._lines[writer]
 
     def wait_for_turns(self, turns: int, *, since: float | None = None) -> None:
-        """Wait until each writer has done so many turns since an instant; None for now."""
+        """Wait until each writer has done this many turns since a time; None means now."""
         instant = time.monotonic() if since is None else since
 
         def done() -> bool:
             for process in self._processes:
                 assert process.poll() is None, process.communicate()[1]
-            # The last of so many units began after it, and so did what came after that.
+            # The first of the last `count` units began after that time, and so did the later units.
             ledgers = [self.lines(writer) for writer in range(WRITERS)]
             count = 4 * turns
             return all(
@@ -109,11 +109,11 @@ class Load:
         wait_for(f"{turns} turns of each writer", done, seconds=PATIENCE.total_seconds() + 20)
 
     def killing(self) -> None:
-        """Take note that the primary is killed now."""
+        """Record that the primary is killed now."""
         self._kills.append(time.monotonic())
 
     def stop(self) -> Report:
-        """Let the writers end by themselves, and tell what they went through."""
+        """Let the writers end normally, and report their results."""
         (self._directory / "stop").touch()
         for process in self._processes:
             self._children.finish(process)
@@ -126,7 +126,7 @@ class Load:
             )
             report.unknown.update("a nonce" for line in ledger if line["value"] is None)
         for kill, until in zip(self._kills, [*self._kills[1:], time.monotonic()], strict=True):
-            # The longest time between two acknowledgements of a writer, of which the later one came after the kill.
+            # The longest time between two acknowledgements of a writer, with the later acknowledgement after the kill.
             gaps = sorted(
                 max(later["at"] - line["at"] for line, later in pairwise(ledger) if kill < later["at"] <= until)
                 for ledger in ledgers
@@ -135,7 +135,7 @@ class Load:
         return report
 
     def check(self, database: Database) -> None:
-        """Look that all that was acknowledged is there, and nothing twice."""
+        """Check that every acknowledged unit is stored, and is stored once."""
         with database.unit_of_work(read_only=True) as unit:
             agents = {str(row[0]) for row in unit.session.connection().execute(text("SELECT id FROM agents"))}
             nonces = {str(row[0]) for row in unit.session.connection().execute(text("SELECT nonce FROM nonces"))}
@@ -161,7 +161,7 @@ class Load:
                 elif line["kind"] == "effect":
                     assert value == f"{name}-{number}"
                     acted.add(value)
-        # All writers ended by themselves: what is there and what was acknowledged is the same.
+        # All writers ended normally: the stored and the acknowledged units are the same.
         assert agents == created | {f"count-w{writer}" for writer in range(WRITERS)}
         assert effects == Counter(acted)
         assert Counter(keys) == Counter(

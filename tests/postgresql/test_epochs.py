@@ -1,4 +1,4 @@
-"""A new epoch of a server's store under gateways that were not stopped. A SQLite file is refused while it is open."""
+"""A new epoch of a PostgreSQL store while gateways run. PostgreSQL only: SQLite refuses it for an open file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ guard = ReplayGuard(skew=SKEW)
 
 @pytest.fixture
 def engine_name() -> str:
-    """The engine that is set back by other means than ours."""
+    """PostgreSQL, which is set back by its own tools."""
     return "postgresql"
 
 
@@ -30,7 +30,7 @@ def judge(database: Database, nonce: str) -> Freshness:
 
 
 def set_back(target: str) -> None:
-    """End every session, as a server does that is set back, and forget what was consumed."""
+    """End every session, as a restored server does, and delete the nonces."""
     postgres_execute(
         target,
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
@@ -39,8 +39,8 @@ def set_back(target: str) -> None:
     postgres_execute(target, "DELETE FROM nonces")
 
 
-def test_a_gateway_that_was_not_stopped(target: str, database: Database, clock: FakeClock) -> None:
-    """One that had lost its connections when the epoch began refuses what may have been consumed before it."""
+def test_epoch_reaches_a_running_gateway(target: str, database: Database, clock: FakeClock) -> None:
+    """If a gateway lost its connections before the new epoch, it refuses messages from before the epoch."""
     assert judge(database, "one") is Freshness.FRESH
     set_back(target)
     clock.advance(seconds=1)
@@ -48,10 +48,10 @@ def test_a_gateway_that_was_not_stopped(target: str, database: Database, clock: 
     assert judge(database, "one") is Freshness.STALE
 
 
-def test_a_gateway_that_connects_meanwhile(
+def test_epoch_reaches_a_gateway_that_connects_meanwhile(
     target: str, database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that connects after the sessions were counted waits for the epoch, and goes by it."""
+    """If a gateway connects while the epoch begins, it waits for the epoch and obeys it."""
     assert judge(database, "one") is Freshness.FRESH
     set_back(target)
     judged: list[Freshness] = []

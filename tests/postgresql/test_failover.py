@@ -1,4 +1,4 @@
-"""A primary with a synchronous standby loses its primary again and again, under load. PostgreSQL only."""
+"""A primary with a synchronous standby fails repeatedly, under load. PostgreSQL only."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ROUNDS = 5
 
 
 class Pair:
-    """Two servers: a primary, and a standby that each commit waits for. What an operator does is done here.
+    """Two servers: a primary, and a standby that each commit waits for. The methods do an operator's work.
 
     Args:
-        installation: their programs.
-        directory: what they are kept in.
+        installation: the programs of the servers.
+        directory: the directory for all files.
     """
 
     def __init__(self, installation: Installation, directory: Path) -> None:
@@ -34,12 +34,12 @@ class Pair:
 
     @property
     def url(self) -> str:
-        """The store, on whichever of the two is the primary."""
+        """The URL of the store, on the current primary."""
         ports = f"{self.primary.port},{self.standby.port}"
         return f"postgresql://postgres@/homeagent?host=127.0.0.1,127.0.0.1&port={ports}&target_session_attrs=read-write"
 
     def _add_standby(self, directory: Path, port: int) -> None:
-        """Make a standby from the primary, and have each commit wait for it from now on."""
+        """Create a standby of the primary, and let each commit wait for the standby from now on."""
         name = directory.name
         self.standby = self.primary.clone(directory, port=port, name=name)
         self.standby.start()
@@ -51,31 +51,31 @@ class Pair:
 
     @staticmethod
     def _set(server: Server, standby: str) -> None:
-        """Say for whom commits wait: '' for nobody."""
+        """Set the standby that commits wait for: '' for none."""
         server.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{standby}'")
         server.execute("SELECT pg_reload_conf()")
 
     def wait_for_waiting(self) -> None:
-        """Wait until commits are seen to wait: the server takes up a setting when its processes get to it."""
+        """Wait until commits wait: the server's processes apply a setting with a delay."""
         wait_for(
             "commits that wait for the standby",
             lambda: self.primary.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"),
         )
 
     def promote(self) -> None:
-        """Make the standby the primary. It has no standby of its own yet: for nobody is to be waited until then."""
+        """Promote the standby. The new primary has no standby yet, so its commits must not wait."""
         self._set(self.standby, "")
         self.standby.promote()
         self.primary, self.standby = self.standby, self.primary
 
     def rebuild(self) -> None:
-        """Make the lost server the standby, from scratch."""
+        """Create the lost server again as the standby."""
         shutil.rmtree(self.standby.directory)
         assert self.standby.port is not None
         self._add_standby(self.standby.directory, self.standby.port)
 
     def stop(self) -> None:
-        """Stop what runs."""
+        """Stop the running servers."""
         for server in (self.primary, self.standby):
             if server.is_running:
                 server.stop("immediate")
@@ -98,7 +98,7 @@ def pair(installation: Installation) -> Iterator[Pair]:
 
 @pytest.mark.slow
 def test_failover(pair: Pair, children: Children, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of 8 writers, through five losses of the primary, each unit that was acknowledged is there, and none twice."""
+    """If the primary fails five times under 8 writers, each acknowledged unit is stored exactly once."""
     with Database.open(pair.url) as database:
         load = Load(children, pair.url, tmp_path)
         load.start()

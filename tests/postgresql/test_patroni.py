@@ -1,6 +1,6 @@
-"""Two servers under Patroni lose their leader, under load, and nobody helps. PostgreSQL only.
+"""Two servers under Patroni fail under load, without an operator. PostgreSQL only.
 
-It needs the extra `test-patroni` and etcd: `.ci/run patroni` brings both.
+The test needs the extra `test-patroni` and etcd: `.ci/run patroni` installs both.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def cluster(installation: Installation) -> Iterator[PatroniCluster]:
 def test_patroni(
     cluster: PatroniCluster, children: Children, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of 8 writers, through the loss of servers and of whole nodes, each acknowledged unit is there, none twice."""
+    """If servers and whole nodes fail under 8 writers, each acknowledged unit is stored exactly once."""
     with Database.open(cluster.url) as database:
         load = Load(children, cluster.url, tmp_path)
         load.start()
@@ -72,6 +72,6 @@ def test_patroni(
         report = load.stop()
         load.check(database)
     with capsys.disabled():
-        # The figures are what one runs this for.
+        # The figures are the purpose of a manual run.
         print(f"\n{report}\nThe odd ones lost the server alone, the even ones its Patroni too.")  # noqa: T201
     assert len(report.outages) == 2 * ROUNDS

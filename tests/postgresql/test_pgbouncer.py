@@ -1,4 +1,4 @@
-"""Behind pgbouncer in transaction mode, where each transaction may get another session. SQLite has no pooler."""
+"""pgbouncer in transaction mode: each transaction may get another session. PostgreSQL only: SQLite has no pooler."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MINUTE = timedelta(minutes=1)
 
 @pytest.fixture
 def pooled_url(empty_postgres_url: str, installation: Installation) -> Iterator[str]:
-    """The URL of a fresh database without any table, by way of a pooler that has two sessions for all."""
+    """The URL of a new database without tables, through a pooler with two sessions."""
     assert PROGRAM is not None
     server = make_url(empty_postgres_url)
     directory = Path(tempfile.mkdtemp(prefix="homeagent-pgbouncer-"))
@@ -44,11 +44,11 @@ def pooled_url(empty_postgres_url: str, installation: Installation) -> Iterator[
         f"[databases]\n* = host={host} port={server.port or 5432} user={server.username}\n"
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
         f"pool_mode = transaction\ndefault_pool_size = {SESSIONS}\nmin_pool_size = {SESSIONS}\n"
-        # Whoever waits long for one of the two is told: the tests would hang otherwise.
+        # End a long wait for one of the two sessions with an error; otherwise the tests would hang.
         "query_wait_timeout = 20\n"
     )
     if installation.user is not None:
-        # It refuses to run as root, as the server does.
+        # pgbouncer refuses to run as root, as the server does.
         for path in (directory, directory / "pgbouncer.ini"):
             shutil.chown(path, installation.user)
     with (directory / "log").open("w") as log:
@@ -66,14 +66,14 @@ def pooled_url(empty_postgres_url: str, installation: Installation) -> Iterator[
         shutil.rmtree(directory)
 
 
-def test_a_store_works_behind_a_pooler(pooled_url: str, empty_postgres_url: str, clock: FakeClock) -> None:
-    """It is made and used over two sessions that eight threads share; nothing of a session is relied on or changed."""
+def test_store_works_behind_a_pooler(pooled_url: str, empty_postgres_url: str, clock: FakeClock) -> None:
+    """If eight threads share two sessions, the store works without session settings and changes none."""
     problems: list[BaseException] = []
     with Database.open(pooled_url, clock=clock, busy_timeout=timedelta(seconds=20)) as database:
 
         def use(name: str) -> None:
             try:
-                # More often than it takes psycopg to prepare a statement.
+                # Often enough that psycopg would prepare a statement.
                 for number in range(10):
                     key = IdempotencyScope(name, "on", f"k{number}")
                     with database.unit_of_work() as unit:
@@ -103,7 +103,7 @@ def test_a_store_works_behind_a_pooler(pooled_url: str, empty_postgres_url: str,
             for _ in range(2 * SESSIONS):
                 row = connection.execute("SELECT current_setting('lock_timeout'), count(*) FROM pg_prepared_statements")
                 assert row.fetchone() == ("0", 0)
-        # The pooler's own sessions end, and it tells whoever begins next.
+        # The pooler's sessions end, and pgbouncer reports the loss to the next clients.
         postgres_execute(
             empty_postgres_url,
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
@@ -113,8 +113,8 @@ def test_a_store_works_behind_a_pooler(pooled_url: str, empty_postgres_url: str,
             assert len(database.run(lambda unit: unit.agents.list(limit=1000))) == 80
 
 
-def test_the_epoch_is_asked_with_each_message(pooled_url: str, empty_postgres_url: str, clock: FakeClock) -> None:
-    """A gateway whose connection to the pooler outlived an epoch goes by the new one with its next message."""
+def test_epoch_is_read_with_each_message(pooled_url: str, empty_postgres_url: str, clock: FakeClock) -> None:
+    """If a connection to the pooler outlives an epoch, the gateway obeys the new epoch with the next message."""
     guard = ReplayGuard()
 
     def judge(nonce: str) -> Freshness:
@@ -126,8 +126,8 @@ def test_the_epoch_is_asked_with_each_message(pooled_url: str, empty_postgres_ur
         assert judge("two") is Freshness.STALE
 
 
-def test_each_transaction_keeps_to_the_schema(pooled_url: str, empty_postgres_url: str) -> None:
-    """A schema that is created later is not searched, although no session keeps a setting; nor is another client's."""
+def test_each_transaction_sets_the_schema(pooled_url: str, empty_postgres_url: str) -> None:
+    """Neither a schema that is created later nor another client's setting changes the schema of a transaction."""
     import psycopg
 
     Database.open(empty_postgres_url).close()
@@ -141,8 +141,8 @@ def test_each_transaction_keeps_to_the_schema(pooled_url: str, empty_postgres_ur
             assert ids(database) == ["lamp"], name
 
 
-def test_statements_are_prepared_only_where_no_pooler_is_between(pooled_url: str, empty_postgres_url: str) -> None:
-    """Connected directly, a statement that is used often is prepared: that halves what it costs the server."""
+def test_statements_are_prepared_only_without_a_pooler(pooled_url: str, empty_postgres_url: str) -> None:
+    """On a direct connection, a frequent statement is prepared, which halves the server's costs."""
     for url, expected in ((pooled_url, False), (empty_postgres_url, True)):
         with Database.open(url) as database, database.unit_of_work() as unit:
             for _ in range(10):
@@ -151,8 +151,8 @@ def test_statements_are_prepared_only_where_no_pooler_is_between(pooled_url: str
             assert (count > 0) is expected
 
 
-def test_the_doctor_leaves_no_setting_behind(pooled_url: str) -> None:
-    """A session that the doctor looked through serves others afterwards: its limit of a statement is not for them."""
+def test_doctor_leaves_no_setting(pooled_url: str) -> None:
+    """If the doctor used a session, the session's statement limit does not apply to later clients."""
     import psycopg
 
     Database.open(pooled_url).close()

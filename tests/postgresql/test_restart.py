@@ -1,4 +1,4 @@
-"""A server that is restarted under load. A SQLite file has no server: see the tests of killed processes for it."""
+"""A server that is restarted under load. PostgreSQL only: for SQLite see the tests of killed processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESTARTS = 10
 BUSY = 20.0
 """The load's busy_timeout, in seconds: a restart takes a fraction of it."""
 
-# Each unit writes two rows that belong together. What was acknowledged is told at the end, and what nobody knows.
+# Each unit writes two rows that belong together. At the end the process prints the acknowledged and the unknown units.
 LOAD = """
 import json, sys, threading, time
 from datetime import timedelta
@@ -86,7 +86,7 @@ print(json.dumps(report))
 
 @pytest.fixture
 def own_server(installation: Installation) -> Iterator[Server]:
-    """A server of the test's own, which it may restart."""
+    """A separate server, which the test can restart."""
     directory = Path(tempfile.mkdtemp(prefix="homeagent-restart-"))
     directory.chmod(0o755)
     server = Server(installation, directory / "server", port=free_port())
@@ -99,14 +99,14 @@ def own_server(installation: Installation) -> Iterator[Server]:
 
 
 @pytest.mark.slow
-def test_a_server_restarted_under_load(own_server: Server, children: Children) -> None:
-    """Ten restarts, half of them without a shutdown: nobody hangs, no unit is lost or half there."""
+def test_server_restarts_under_load(own_server: Server, children: Children) -> None:
+    """After ten restarts, half of them without a shutdown, no caller hangs, and no unit is lost or incomplete."""
     processes = [children.start(LOAD, own_server.url(), name, BUSY) for name in "pqrs"]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", process.communicate()[1]
     for number in range(RESTARTS):
-        time.sleep(0.7)  # the load is what is waited for
+        time.sleep(0.7)  # wait for the load
         own_server.restart("fast" if number % 2 else "immediate")
     time.sleep(0.5)
     reports = []
@@ -122,7 +122,7 @@ def test_a_server_restarted_under_load(own_server: Server, children: Children) -
     acknowledged = {name for report in reports for name in report["acknowledged"]}
     unknown = {name for report in reports for name in report["unknown"]}
     assert acknowledged <= pairs
-    # What is there without being acknowledged is what nobody knew about.
+    # A stored pair without an acknowledgement is one of the unknown commits.
     assert pairs - acknowledged <= unknown
     effects = {name for report in reports for name in report["effects"]}
     states = own_server.execute("SELECT key, state, attempt FROM idempotency_keys")

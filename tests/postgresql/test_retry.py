@@ -1,4 +1,4 @@
-"""What `Database.run` does about a lost connection. PostgreSQL only: a SQLite file has no line that could be cut."""
+"""`Database.run` after a lost connection. PostgreSQL only: SQLite has no connection that could be cut."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ COMMIT = "COMMIT\0"  # the whole statement: READ COMMITTED is in every BEGIN
 
 @pytest.fixture
 def engine_name() -> str:
-    """The engine with a line to it."""
+    """PostgreSQL, the engine with a network connection."""
     return "postgresql"
 
 
 @pytest.fixture
 def line(target: str) -> Iterator[CutLine]:
-    """A line to a fresh database that can be cut."""
+    """A proxy to a new database whose connections can be cut."""
     line = CutLine(target)
     yield line
     line.close()
@@ -44,13 +44,13 @@ def line(target: str) -> Iterator[CutLine]:
 
 @pytest.fixture
 def far(line: CutLine, clock: FakeClock) -> Iterator[Database]:
-    """A database at the other end of the line."""
+    """A database behind the proxy."""
     with Database.open(line.url, clock=clock, busy_timeout=timedelta(seconds=10)) as database:
         yield database
 
 
 def adding(runs: list[int]) -> Callable[[UnitOfWork], str]:
-    """Return a unit that adds an agent, and counts how often it is run."""
+    """Return a unit that adds an agent, and counts its calls."""
 
     def add(unit: UnitOfWork) -> str:
         runs.append(1)
@@ -62,13 +62,13 @@ def adding(runs: list[int]) -> Callable[[UnitOfWork], str]:
 
 
 def count_agents(database: Database) -> int:
-    """Return how many agents there are."""
+    """Return the number of agents."""
     return database.run(lambda unit: len(unit.agents.list()), read_only=True)
 
 
 @pytest.mark.parametrize("word", ["BEGIN", "INSERT INTO agents"])
-def test_a_line_cut_before_commit_repeats_the_unit(line: CutLine, far: Database, word: str) -> None:
-    """What can't have been committed is done again, and the caller hears of nothing."""
+def test_connection_lost_before_commit_repeats_the_unit(line: CutLine, far: Database, word: str) -> None:
+    """If the connection is lost before COMMIT, `run` repeats the unit, and the caller sees no error."""
     runs: list[int] = []
     line.cut_at(word, answered=False)
     assert far.run(adding(runs)) == "added"
@@ -77,8 +77,10 @@ def test_a_line_cut_before_commit_repeats_the_unit(line: CutLine, far: Database,
 
 
 @pytest.mark.parametrize("answered", [True, False], ids=["committed", "not committed"])
-def test_a_line_cut_in_commit_is_told(line: CutLine, far: Database, answered: bool) -> None:
-    """Nobody can know whether it took place: it is not repeated, and the error says so, whichever it was."""
+def test_connection_lost_in_commit_raises_commit_unknown(line: CutLine, far: Database, answered: bool) -> None:
+    """If the connection is lost during COMMIT, `run` raises CommitUnknownError, whether the commit took place
+    or not.
+    """
     runs: list[int] = []
     line.cut_at(COMMIT, answered=answered)
     with pytest.raises(CommitUnknownError, match="it is unknown"):
@@ -88,8 +90,8 @@ def test_a_line_cut_in_commit_is_told(line: CutLine, far: Database, answered: bo
 
 
 @pytest.mark.parametrize("answered", [True, False], ids=["committed", "not committed"])
-def test_an_idempotent_unit_is_repeated(line: CutLine, far: Database, answered: bool) -> None:
-    """A unit that may be done twice is done again after a commit that nobody knows about."""
+def test_idempotent_unit_is_repeated(line: CutLine, far: Database, answered: bool) -> None:
+    """If the unit is idempotent, `run` repeats the unit after a commit with an unknown outcome."""
     runs: list[int] = []
     line.cut_at(COMMIT, answered=answered)
     assert far.run(adding(runs), idempotent=True) == "added"
@@ -97,16 +99,16 @@ def test_an_idempotent_unit_is_repeated(line: CutLine, far: Database, answered: 
     assert count_agents(far) == 1
 
 
-def test_a_read_only_unit_is_repeated(line: CutLine, far: Database) -> None:
-    """A unit that can only read has nothing to commit, so it is always done again."""
+def test_read_only_unit_is_repeated(line: CutLine, far: Database) -> None:
+    """If a read unit loses its connection, it is always repeated, since it commits no change."""
     far.run(adding([]))
     line.cut_at(COMMIT, answered=True)
     assert count_agents(far) == 1
     assert line.cuts == 1
 
 
-def test_a_block_is_told_too(line: CutLine, far: Database) -> None:
-    """A unit of work as a block says that its commit is unknown, with the ORM session and without it."""
+def test_block_raises_commit_unknown_too(line: CutLine, far: Database) -> None:
+    """If a block's commit is unknown, CommitUnknownError is raised, with and without the ORM session."""
     for opened in (False, True):
         line.cut_at(COMMIT, answered=False)
         with pytest.raises(CommitUnknownError), far.unit_of_work() as unit:
@@ -116,8 +118,8 @@ def test_a_block_is_told_too(line: CutLine, far: Database) -> None:
         assert not far.run(lambda unit: unit.nonces.find("lamp", "n"), read_only=True)
 
 
-def test_the_wait_for_a_server_has_a_bound(line: CutLine, clock: FakeClock) -> None:
-    """A server that stays away is waited for until busy_timeout is over, and not longer."""
+def test_wait_for_a_server_is_bounded(line: CutLine, clock: FakeClock) -> None:
+    """If a server stays away, the wait ends after busy_timeout."""
     with Database.open(line.url, clock=clock, busy_timeout=timedelta(milliseconds=300)) as database:
         line.refusing = True
         line.cut_all()
@@ -127,8 +129,8 @@ def test_the_wait_for_a_server_has_a_bound(line: CutLine, clock: FakeClock) -> N
         assert database.run(adding([]), idempotent=True) == "added"
 
 
-def test_an_unknown_commit_stays_unknown(line: CutLine, clock: FakeClock) -> None:
-    """What the tries after it met does not hide that the first one's commit may have taken place."""
+def test_unknown_commit_stays_unknown(line: CutLine, clock: FakeClock) -> None:
+    """If a commit is unknown and later attempts fail otherwise, the error is still CommitUnknownError."""
     with Database.open(line.url, clock=clock, busy_timeout=timedelta(milliseconds=300)) as database:
         line.cut_at(COMMIT, answered=True)
 
@@ -142,14 +144,14 @@ def test_an_unknown_commit_stays_unknown(line: CutLine, clock: FakeClock) -> Non
         assert count_agents(database) == 1
 
 
-# What the package itself does twice
+# Repeated units of the package itself
 
 ORDER = IdempotencyScope("lamp", "order", "k")
 ANSWERS = pytest.mark.parametrize("answered", [True, False], ids=["committed", "not committed"])
 
 
 def effect_of(line: CutLine, ran: list[int], *, answered: bool, error: Exception | None = None) -> Any:
-    """Return an effect after which the line is cut in the next COMMIT."""
+    """Return an effect after which the next COMMIT loses its connection."""
 
     def effect(attempt: Attempt) -> str:
         ran.append(attempt.number)
@@ -162,8 +164,8 @@ def effect_of(line: CutLine, ran: list[int], *, answered: bool, error: Exception
 
 
 @ANSWERS
-def test_a_claim_knows_its_own(line: CutLine, far: Database, answered: bool) -> None:
-    """A claim whose commit was not answered is made again, and finds that the key is its own."""
+def test_repeated_claim_is_recognised(line: CutLine, far: Database, answered: bool) -> None:
+    """If a claim's commit is unknown, the claim is repeated and recognises its own key."""
     ran: list[int] = []
     line.cut_at(COMMIT, answered=answered)
     assert far.run_once(ORDER, lambda attempt: ran.append(attempt.number)) == Outcome(None, False, 1)
@@ -171,8 +173,8 @@ def test_a_claim_knows_its_own(line: CutLine, far: Database, answered: bool) -> 
 
 
 @ANSWERS
-def test_an_outcome_is_recorded_once(line: CutLine, far: Database, answered: bool) -> None:
-    """A record whose commit was not answered is made again, or found; the effect ran once, and is replayed."""
+def test_outcome_is_recorded_once(line: CutLine, far: Database, answered: bool) -> None:
+    """If a record's commit is unknown, it is repeated or found; the effect runs once, and later calls replay it."""
     ran: list[int] = []
     assert far.run_once(ORDER, effect_of(line, ran, answered=answered)) == Outcome("ordered", False, 1)
     assert line.cuts == 1
@@ -182,10 +184,8 @@ def test_an_outcome_is_recorded_once(line: CutLine, far: Database, answered: boo
 
 @ANSWERS
 @pytest.mark.parametrize("error", [EffectFailedError("no"), EffectNotStartedError()], ids=["failed", "not started"])
-def test_an_effect_that_fails_is_told_as_such(
-    line: CutLine, far: Database, answered: bool, error: HomeAgentError
-) -> None:
-    """Neither a stored failure nor a key that was given back turns into a lost lease."""
+def test_failed_effect_keeps_its_error(line: CutLine, far: Database, answered: bool, error: HomeAgentError) -> None:
+    """If the connection is lost after a failed effect, the effect's error is raised, not a lost lease."""
     ran: list[int] = []
     with pytest.raises(type(error)):
         far.run_once(ORDER, effect_of(line, ran, answered=answered, error=error))
@@ -201,8 +201,8 @@ def test_an_effect_that_fails_is_told_as_such(
 
 @ANSWERS
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_coroutines_know_their_own(line: CutLine, far: Database, answered: bool, backend: str) -> None:
-    """The same holds for an effect that is a coroutine function: claim, effect and record, each done once."""
+def test_coroutine_effects_run_once(line: CutLine, far: Database, answered: bool, backend: str) -> None:
+    """If the effect is a coroutine function, claim, effect and record still take place once."""
 
     async def effect(attempt: Attempt) -> str:
         line.cut_at(COMMIT, answered=answered)
@@ -217,8 +217,8 @@ def test_coroutines_know_their_own(line: CutLine, far: Database, answered: bool,
     assert line.cuts == 2
 
 
-def test_a_taken_key_is_lost_though_the_line_was_cut(line: CutLine, far: Database, clock: FakeClock) -> None:
-    """Being run again doesn't make another attempt's record one's own."""
+def test_taken_key_stays_lost(line: CutLine, far: Database, clock: FakeClock) -> None:
+    """If another attempt took the key, a repeated record raises LeaseLostError."""
 
     def slow(attempt: Attempt) -> str:
         clock.advance(MINUTE)
@@ -232,8 +232,8 @@ def test_a_taken_key_is_lost_though_the_line_was_cut(line: CutLine, far: Databas
 
 
 @ANSWERS
-def test_devices_pair_and_rotate_once(line: CutLine, far: Database, answered: bool) -> None:
-    """The secret that is given back is the one that is stored, and an old one serves as long as it was to."""
+def test_devices_are_paired_and_rotated_once(line: CutLine, far: Database, answered: bool) -> None:
+    """If a commit is unknown, the returned secret is the stored one, and a previous secret keeps its overlap."""
     line.cut_at(COMMIT, answered=answered)
     paired = far.pair(DevicePair(id="lamp", role=Role.NODE))
     with pytest.raises(DeviceExistsError):

@@ -1,4 +1,4 @@
-"""The schema of the tables, and schemas that are searched before it. SQLite has no schemas of this kind."""
+"""The schema of the tables, and schemas that are searched earlier. PostgreSQL only: SQLite has no such schemas."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ pytestmark = pytest.mark.usefixtures("postgres_url")
 
 @pytest.fixture
 def engine_name() -> str:
-    """The engine with schemas."""
+    """PostgreSQL, the engine with schemas."""
     return "postgresql"
 
 
 def in_schema(url: str, path: str) -> str:
-    """Return the URL with a `search_path` of its own."""
+    """Return the URL with another `search_path`."""
     changed = make_url(url).update_query_dict({"options": f"-csearch_path={path}"})
     return changed.render_as_string(hide_password=False)
 
 
 def shadow(url: str) -> None:
-    """Create the schema with the name of the role, which is searched before `public`, with a device that may enter."""
+    """Create a schema with the role's name, searched before `public`, with a device that is approved."""
     postgres_execute(url, "CREATE SCHEMA postgres")
     with Database.open(in_schema(url, "postgres")) as other:
         add_device(other, "intruder", approved=True)
 
 
 def ids_of_session(database: Database) -> list[str]:
-    """Return the ids of the devices as an ORM session sees them."""
+    """Return the ids of the devices that an ORM session sees."""
     with database.unit_of_work() as unit:
         return [row[0] for row in unit.session.connection().execute(text("SELECT id FROM devices"))]
 
 
 def ids_of_read_connection(database: Database) -> list[str]:
-    """Return the ids of the devices as a connection for reports sees them."""
+    """Return the ids of the devices that a connection for reports sees."""
     with database.read_connection() as connection:
         return [row[0] for row in connection.execute(text("SELECT id FROM devices"))]
 
@@ -60,8 +60,8 @@ WAYS: dict[str, Callable[[Database], list[str]]] = {
 
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["open connections", "new connections"])
-def test_a_running_gateway_keeps_to_its_schema(target: str, database: Database, *, fresh: bool) -> None:
-    """A schema that is created later and would be searched first holds tables of the same names: they are not read."""
+def test_running_gateway_keeps_its_schema(target: str, database: Database, *, fresh: bool) -> None:
+    """If a schema that would be searched first is created later, its tables are not read."""
     database.pair(DevicePair(id="lamp", role=Role.NODE))
     for ids in WAYS.values():
         assert ids(database) == ["lamp"]
@@ -73,8 +73,8 @@ def test_a_running_gateway_keeps_to_its_schema(target: str, database: Database, 
     assert database.run(lambda unit: unit.devices.list(status=DeviceStatus.APPROVED)) == []
 
 
-def test_a_second_store_in_front_is_refused(target: str) -> None:
-    """The next start does not take the schema with the name of the role for its own, unless the path names it."""
+def test_second_store_is_refused(target: str) -> None:
+    """If the role's own schema has a store too, the next start raises an error, unless the path names the schema."""
     shadow(target)
     for act in (Database.open, Database.begin_epoch):
         with pytest.raises(InvalidArgumentError, match=r"the schema public holds .*search_path"):
@@ -87,8 +87,8 @@ def test_a_second_store_in_front_is_refused(target: str) -> None:
 
 
 @pytest.mark.parametrize("by", ["options", "role"])
-def test_an_own_schema_is_used(target: str, by: str) -> None:
-    """The first schema of the path is homeagent's, also if a later one holds a store; that one stays as it is."""
+def test_first_schema_is_used(target: str, by: str) -> None:
+    """The first schema of the path is used, even if a later schema has a store, which does not change."""
     name = make_url(target).database
     postgres_execute(target, 'CREATE SCHEMA "Own, %s"')
     postgres_execute(target, "CREATE TABLE public.things (id integer)")
@@ -110,8 +110,8 @@ def test_an_own_schema_is_used(target: str, by: str) -> None:
         assert public.run(listed) == []
 
 
-def test_the_doctor_checks_the_schema_of_the_store(target: str) -> None:
-    """A table that is missing there is reported, though a later schema of the path holds one of the same name."""
+def test_doctor_checks_the_schema_of_the_store(target: str) -> None:
+    """If a table is missing, the doctor reports it, even if a later schema of the path has a table of that name."""
     postgres_execute(target, "CREATE SCHEMA own")
     url = in_schema(target, "own,public")
     Database.open(url).close()

@@ -1,4 +1,4 @@
-"""Sweepers on several hosts. SQLite has one writer at a time, and so nobody to share the work with."""
+"""Sweepers on several hosts. PostgreSQL only: SQLite has one writer at a time, so sweepers cannot share the work."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MINUTE = timedelta(minutes=1)
 
 @pytest.fixture
 def engine_name() -> str:
-    """The engine with several writers."""
+    """PostgreSQL, the engine with several writers."""
     return "postgresql"
 
 
 @pytest.fixture
 def full(database: Database, clock: FakeClock) -> Database:
-    """A database with 300 dead nonces and as many dead keys."""
+    """A database with 300 expired nonces and 300 expired keys."""
     with database.unit_of_work() as unit:
         for number in range(300):
             unit.nonces.consume("lamp", f"n{number}", expires_at=START + MINUTE)
@@ -32,8 +32,8 @@ def full(database: Database, clock: FakeClock) -> Database:
     return database
 
 
-def test_a_sweeper_waits_for_no_other(full: Database, reopen: MakeDatabase) -> None:
-    """While one host's batch is under way, another removes all the other rows, and waits for nothing."""
+def test_sweeper_skips_locked_rows(full: Database, reopen: MakeDatabase) -> None:
+    """If another host's batch is running, a sweeper removes all other rows without a wait."""
     other = reopen(busy_timeout=timedelta(milliseconds=1))
     with full.unit_of_work() as unit:
         assert unit.nonces.delete_expired(limit=100) == 100
@@ -44,7 +44,7 @@ def test_a_sweeper_waits_for_no_other(full: Database, reopen: MakeDatabase) -> N
 
 
 def test_sweepers_share_the_work(full: Database, reopen: MakeDatabase) -> None:
-    """Four hosts that sweep at once remove each row once, and none fails."""
+    """If four hosts sweep at the same time, each row is removed once, and no host gets an error."""
     hosts = [reopen(busy_timeout=timedelta(seconds=20)) for _ in range(4)]
     reports = []
     start = threading.Barrier(len(hosts))

@@ -1,4 +1,4 @@
-"""Upgrades on a server that others work on. On SQLite the file's lock does what is tested here, see test_upgrades."""
+"""Upgrades on a server with other clients. PostgreSQL only: on SQLite the file's lock protects an upgrade."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def other(url: str) -> Iterator[Connection]:
 
 @pytest.fixture
 def old_url(empty_postgres_url: str) -> str:
-    """The URL of a database at the revision before this version's."""
+    """The URL of a database at the previous revision."""
     from alembic import command
 
     with other(empty_postgres_url) as connection, connection.begin():
@@ -43,13 +43,13 @@ def old_url(empty_postgres_url: str) -> str:
 
 
 def revision_at(url: str) -> Any:
-    """Return the revision that the database is at."""
+    """Return the revision of the database."""
     with other(url) as connection:
         return connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one()
 
 
-def test_who_upgrades_is_waited_for_with_a_bound(old_url: str) -> None:
-    """While another host holds the upgrade's lock one waits no longer than busy_timeout; then it opens."""
+def test_wait_for_another_upgrade_is_bounded(old_url: str) -> None:
+    """If another host holds the upgrade lock, an open waits for busy_timeout at most, then raises DatabaseBusyError."""
     with other(old_url) as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": postgresql._ADVISORY_LOCK})
         with pytest.raises(DatabaseBusyError, match=r"another host upgrades it.*busy_timeout"):
@@ -67,8 +67,8 @@ def test_who_upgrades_is_waited_for_with_a_bound(old_url: str) -> None:
         "statement_timeout = '100ms'",
     ],
 )
-def test_what_was_made_while_one_waited_is_seen(empty_postgres_url: str, setting: str) -> None:
-    """Whatever a role has set: who waits for the upgrade of another host finds it made, and is not ended before."""
+def test_upgrade_by_another_host_is_seen(empty_postgres_url: str, setting: str) -> None:
+    """For any settings of a role, an open that waited for another host's upgrade sees it and works."""
     postgres_execute(empty_postgres_url, f"ALTER DATABASE {make_url(empty_postgres_url).database} SET {setting}")
     opened: list[str] = []
 
@@ -86,7 +86,7 @@ def test_what_was_made_while_one_waited_is_seen(empty_postgres_url: str, setting
         thread.start()
         waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
         wait_for("another host", lambda: opened or connection.execute(waiting).scalar_one())
-        connection.execute(text("SELECT pg_sleep(0.3)"))  # longer than a statement may take
+        connection.execute(text("SELECT pg_sleep(0.3)"))  # longer than statement_timeout
         from alembic import command
 
         command.upgrade(alembic_config(connection), "head")
@@ -95,15 +95,15 @@ def test_what_was_made_while_one_waited_is_seen(empty_postgres_url: str, setting
     assert opened == ["opened"]
 
 
-def test_search_path_that_leads_nowhere(empty_postgres_url: str) -> None:
-    """Where no schema is there to make tables in, that is told with its remedy."""
+def test_search_path_without_a_schema(empty_postgres_url: str) -> None:
+    """If search_path names no existing schema, the error says so with the remedy."""
     postgres_execute(empty_postgres_url, f"ALTER DATABASE {make_url(empty_postgres_url).database} SET search_path = no")
     with pytest.raises(InvalidArgumentError, match="search_path leads to no schema"):
         Database.open(empty_postgres_url)
 
 
-def test_a_table_in_use_is_not_queued_for(old_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A revision that must wait for a table steps back again and again, so that readers and writers get their turns."""
+def test_table_in_use_is_retried(old_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a table is in use, the upgrade releases its lock request and tries again, so that other units proceed."""
     monkeypatch.setattr(postgresql, "_TABLE_LOCK_PATIENCE", 0.05)
     original = postgresql.upgrade
     tries: list[int] = []
@@ -124,8 +124,8 @@ def test_a_table_in_use_is_not_queued_for(old_url: str, tmp_path: Path, monkeypa
             add_agent(database)
 
 
-def test_a_statement_that_takes_too_long_is_undone(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A revision's statement has a limit, and the error says that nothing was changed."""
+def test_slow_statement_is_undone(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a statement of a revision exceeds its limit, the upgrade is undone, and the error says so."""
     monkeypatch.setattr(postgresql, "_STATEMENT_PATIENCE", timedelta(milliseconds=100))
     monkeypatch.setattr(postgresql, "upgrade", lambda connection: connection.execute(text("SELECT pg_sleep(30)")))
     with pytest.raises(MigrationError, match="was cancelled and undone"):
@@ -133,8 +133,8 @@ def test_a_statement_that_takes_too_long_is_undone(old_url: str, monkeypatch: py
     assert revision_at(old_url) == f"{int(REVISION) - 1:04}"
 
 
-def test_a_revision_that_fails_is_reported_with_the_table(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error of the upgrade says what the server missed."""
+def test_failed_revision_names_the_table(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a revision fails, the error of the upgrade names the object that the server missed."""
     monkeypatch.setattr(
         postgresql, "upgrade", lambda connection: connection.execute(text("ALTER TABLE nowhere ADD COLUMN x text"))
     )
@@ -143,7 +143,7 @@ def test_a_revision_that_fails_is_reported_with_the_table(old_url: str, monkeypa
 
 
 def test_old_code_works_through_an_upgrade(old_url: str) -> None:
-    """A host that has the database open goes on while another one upgrades it."""
+    """If one host upgrades the database, another host with the database open continues to work."""
     with other(old_url) as connection:
         with connection.begin():
             connection.execute(text("INSERT INTO agents VALUES ('old', 'Old', '/srv/old', 0, NULL)"))

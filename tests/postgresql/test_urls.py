@@ -1,4 +1,4 @@
-"""URLs of a server, and the password in them. No server is needed: none is reached."""
+"""URLs of a server, and the password in a URL. No server is needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from homeagent.errors import ConnectionLostError, HomeAgentError, InvalidArgumen
 from tests.postgresql.server import free_port
 
 SECRET = "S3CRET"
-LATIN_1 = "\udce4"  # as `os.environ` gives a byte that is not UTF-8
+LATIN_1 = "\udce4"  # the form in which `os.environ` gives a byte that is not UTF-8
 
 UNREADABLE = {
     "a password that is not UTF-8": f"postgresql://gateway:{SECRET}{LATIN_1}@localhost:1/home",
@@ -34,7 +34,7 @@ UNREADABLE = {
 
 
 def shown(error: BaseException | None) -> Iterator[str]:
-    """Yield all that can be read in an error, its causes and contexts, and the frames of homeagent."""
+    """Yield all texts of an error, its causes and contexts, and the frames of homeagent."""
     if error is None:
         return
     yield f"{error!r} {error.args} {vars(error)}"
@@ -56,22 +56,22 @@ ACTS: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 @pytest.mark.parametrize("url", UNREADABLE.values(), ids=UNREADABLE)
-def test_an_unreadable_url_is_refused(act: Callable[[Any], object], url: str) -> None:
-    """Whatever takes a target raises `InvalidArgumentError`, and nothing of the error shows the password."""
+def test_unreadable_url_is_refused(act: Callable[[Any], object], url: str) -> None:
+    """If a target is an unreadable URL, every function raises InvalidArgumentError without the password."""
     with pytest.raises(InvalidArgumentError) as caught:
         act(url)
     assert not [text for text in shown(caught.value) if SECRET in text]
 
 
-def test_a_url_object_is_checked_too() -> None:
-    """A SQLAlchemy URL is checked as a text is."""
+def test_url_object_is_checked_too() -> None:
+    """A SQLAlchemy URL object passes the same checks as a text."""
     with pytest.raises(InvalidArgumentError):
         Database.open(URL.create("postgresql", "gateway", SECRET + LATIN_1, "localhost", 1, "home"))
 
 
 @pytest.mark.parametrize("command", [("status",), ("init",), ("doctor",), ("copy", "x.db")])
-def test_a_command_refuses_an_unreadable_url_in_one_line(command: tuple[str, ...]) -> None:
-    """The command line ends without a traceback and without the password."""
+def test_command_refuses_an_unreadable_url_in_one_line(command: tuple[str, ...]) -> None:
+    """If the URL is unreadable, the command line prints no traceback and no password."""
     url = UNREADABLE["a password that is not UTF-8"]
     done = CliRunner().invoke(app, [*command, url] if command[0] == "copy" else ["--database", url, *command])
     assert done.exit_code == (2 if command[0] == "doctor" else 1)
@@ -87,19 +87,19 @@ def test_a_command_refuses_an_unreadable_url_in_one_line(command: tuple[str, ...
         "postgresql://gateway:{secret}@/home?host=127.0.0.1:{port}&host=localhost:{port}",
     ],
 )
-def test_a_refused_connection_shows_no_password(url: str) -> None:
-    """Neither the error nor what can be reached from it holds the password, in any frame: not psycopg's either."""
+def test_refused_connection_shows_no_password(url: str) -> None:
+    """If a connection is refused, neither the error nor any frame in its traceback has the password."""
     with pytest.raises(ConnectionLostError) as caught:
         Database.open(url.format(secret=SECRET, port=free_port()))
     error = caught.value
     assert (error.__cause__, error.__context__) == (None, None)
     assert not [text for text in shown(error) if SECRET in text]
-    # The first frame is the test's own.
+    # The first frame belongs to the test.
     assert SECRET not in str([frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)][1:])
 
 
-def test_a_host_of_the_environment_is_an_error_of_homeagent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that can't exist may come from PGHOST, which no check of the URL sees."""
+def test_invalid_host_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If PGHOST has an invalid name, which no check of the URL sees, homeagent's error is raised."""
     monkeypatch.setenv("PGHOST", "a..example")
     with pytest.raises(HomeAgentError) as caught:
         Database.open(f"postgresql://gateway:{SECRET}@/home")

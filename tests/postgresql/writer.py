@@ -1,6 +1,6 @@
-"""A writer: one process of a load, that does units of each kind until it is told to stop, and keeps a ledger of them.
+"""A writer: a process of a load that runs units of each kind until a file stops it, and keeps a ledger.
 
-What it writes into the ledger was acknowledged: `run` returned. Run it with a URL, a directory and its number.
+Each line of the ledger was acknowledged: `run` returned. Arguments: a URL, a directory and the writer's number.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Writer:
     """Units of four kinds, numbered.
 
     Args:
-        database: where to.
-        directory: of the ledger, one for each writer, and of the file of effects that all share.
-        name: the writer's own.
+        database: the database for the units.
+        directory: the directory of each writer's ledger and of the shared file of effects.
+        name: the writer's name.
     """
 
     def __init__(self, database: Database, directory: Path, name: str) -> None:
@@ -51,14 +51,14 @@ class Writer:
         os.write(self._ledger, json.dumps(line).encode() + b"\n")
 
     def turn(self, number: int) -> None:
-        """Do a unit of each kind."""
+        """Run a unit of each kind."""
         for kind in ("create", "count", "nonce", "effect"):
             began = time.monotonic()
             value = getattr(self, kind)(number)
             self._acknowledged(kind, number, value, began)
 
     def create(self, number: int) -> str:
-        """Make an agent under an idempotency key: a unit that may be done twice. Each effect makes another id."""
+        """Create an agent under an idempotency key, in an idempotent unit. Each effect creates another id."""
 
         def make(unit: UnitOfWork) -> str:
             def effect(attempt: Attempt) -> str:
@@ -70,14 +70,15 @@ class Writer:
         return self._database.run(make, idempotent=True)
 
     def count(self, number: int) -> str:
-        """Count up by one: a unit that must not be done twice. Return how that was known to be done."""
+        """Increment a counter: the unit must not run twice. Return how the commit was confirmed."""
 
         def add(unit: UnitOfWork) -> None:
             config: Any = unit.agents.get(f"count-{self._name}").config
             unit.agents.update(f"count-{self._name}", AgentUpdate(config=[config[0] + 1, number]))
 
         def is_done(unit: UnitOfWork) -> bool:
-            # In a write unit, since `get` waits there for whoever still holds the row: the commit that nobody knows of.
+            # Use a write unit: `get` waits there for the transaction with the unknown commit, which may still hold the
+            # row.
             config: Any = unit.agents.get(f"count-{self._name}").config
             return bool(config[1] == number)
 
@@ -93,7 +94,7 @@ class Writer:
                 return told
 
     def nonce(self, number: int) -> bool | None:
-        """Try to be the one that consumes a nonce which all writers present; None where that is unknown."""
+        """Try to consume a nonce that all writers present; return None if the outcome is unknown."""
         until = datetime.now(UTC) + HOUR
         try:
             return self._database.run(lambda unit: unit.nonces.consume("all", str(number), expires_at=until))
@@ -111,7 +112,7 @@ class Writer:
 
 
 def main() -> None:
-    """Write until there is a file named `stop`."""
+    """Write until the file `stop` exists."""
     url, path, number = sys.argv[1:]
     directory = Path(path)
     with Database.open(url, busy_timeout=PATIENCE) as database:

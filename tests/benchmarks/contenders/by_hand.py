@@ -1,7 +1,7 @@
-"""Hand-written SQL: `sqlite3`, which every other contender is compared with, and apsw.
+"""Hand-written SQL: `sqlite3`, which is the baseline of every other contender, and apsw.
 
-The baseline is the plainest program that does the work: one connection of the interpreter's own `sqlite3`, constant
-SQL, rows as tuples. A read is one SELECT in autocommit mode. A write is BEGIN IMMEDIATE, one statement, COMMIT.
+The baseline is the plainest program for the work: one connection of the interpreter's own `sqlite3`, constant SQL, rows
+as tuples. A read is one SELECT in autocommit mode. A write is BEGIN IMMEDIATE, one statement, COMMIT.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ TOUCH_SESSION = (
 
 
 def pragmas(durability: str) -> tuple[str, ...]:
-    """Return the pragmas of each connection of a contender but homeagent."""
+    """Return the pragmas of each connection of a contender except homeagent."""
     return "PRAGMA busy_timeout = 30000", "PRAGMA foreign_keys = ON", f"PRAGMA synchronous = {durability}"
 
 
 def fill(path: Path, filled: Filled) -> None:
-    """Make a database with the plain tables."""
+    """Create a database with the plain tables."""
     result = json.dumps(RESULT)
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("PRAGMA journal_mode = WAL")
@@ -92,7 +92,7 @@ def fill(path: Path, filled: Filled) -> None:
 
 
 class ByHand:
-    """Constant SQL on one connection. A subclass connects, and says how many rows a statement changed."""
+    """Constant SQL on one connection. A subclass connects, and returns the number of changed rows."""
 
     def __init__(self, path: Path, durability: str, clock: Clock) -> None:
         self.clock = clock
@@ -102,7 +102,7 @@ class ByHand:
             self.execute(pragma).fetchall()
 
     def connect(self, path: Path) -> Any:
-        """Return a connection that begins no transaction by itself."""
+        """Return a connection that begins no transaction automatically."""
         raise NotImplementedError
 
     def write(self, sql: str, parameters: tuple[Any, ...]) -> bool:

@@ -33,7 +33,7 @@ def scope(device_id: str, key: str) -> IdempotencyScope:
 
 
 def fill(path: Path | str, filled: Filled) -> None:
-    """Make a database with homeagent's tables. `path` may be the URL of a server."""
+    """Create a database with homeagent's tables. `path` may be the URL of a server."""
     clock = Clock()
     with Database.open(path, clock=clock) as database, database.unit_of_work() as uow:
         for i in range(filled.devices):
@@ -57,7 +57,7 @@ def _create_device(uow: UnitOfWork, device_id: str) -> None:
 
 
 class HomeAgent:
-    """The stores of this package. `path` may be the URL of a server, which has a durability of its own."""
+    """The stores of this package. `path` may be the URL of a server with its own durability."""
 
     def __init__(self, path: Path | str, durability: str, clock: Clock) -> None:
         self.clock = clock

@@ -1,6 +1,6 @@
-"""Mapped classes: SQLAlchemy's ORM, and SQLModel as its tutorial uses it.
+"""Mapped classes: SQLAlchemy's ORM, and SQLModel as in its tutorial.
 
-Both look a row up, change or add an object, and commit. SQLModel's tutorial refreshes the object after the commit.
+Both find a row, change or add an object, and commit. SQLModel's tutorial refreshes the object after the commit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Device(_Base):
     approved: Mapped[int]
     paired_at: Mapped[int]
     last_seen_at: Mapped[int | None]
-    # SQLAlchemy keeps the name `metadata` for itself.
+    # SQLAlchemy reserves the name `metadata`.
     metadata_: Mapped[str | None] = mapped_column("metadata")
 
 
@@ -184,7 +184,7 @@ class SQLAlchemyORM:
         self.engine.dispose()
 
 
-# A registry of its own: homeagent, and a program that runs the tests, may have classes of the same names.
+# A separate registry: homeagent, and a program that runs the tests, may have classes of the same names.
 class _Model(sqlmodel.SQLModel, registry=sqlalchemy.orm.registry(metadata=sqlalchemy.MetaData())):
     pass
 
