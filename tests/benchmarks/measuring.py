@@ -16,7 +16,7 @@ __all__ = ["QUICK", "ROOT", "Bench", "BenchmarkError", "Call", "Sizes", "percent
 ROOT = Path(__file__).parents[2]
 
 Call = Callable[[int], object]
-"""One call of one contender. It gets a new number each time and returns something true."""
+"""One call of one contender. The call gets a new number each time and returns a true value."""
 
 
 class BenchmarkError(Exception):
@@ -31,12 +31,12 @@ class Sizes:
     few_rounds: int = 3
     """Rounds of the rows that take seconds."""
     seconds: float = 0.05
-    """What one sample of a contender takes, roughly."""
+    """Approximate time of one sample of a contender."""
     filled: Filled = field(default_factory=Filled)
     crowd: int = 5_000
-    """Nonces of the crowded device."""
+    """Nonces of the device with the most nonces."""
     commits: int = 5_120
-    """What many callers commit in one sample."""
+    """Commits of many callers in one sample."""
     processes: int = 8
     """Processes that write at the same time."""
     writing: float = 3.0
@@ -62,7 +62,7 @@ QUICK = Sizes(
     wal=200_000,
     events=10,
 )
-"""Tiny sizes, which show that every row works and say nothing about speed."""
+"""Small sizes, which show that every row works, but not how fast."""
 
 
 def percentile(values: Sequence[float], share: float) -> float:

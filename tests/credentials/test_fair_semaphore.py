@@ -163,9 +163,7 @@ def test_failing_run_releases_its_place(monkeypatch: pytest.MonkeyPatch) -> None
 def test_check_succeeds_without_a_place_for_the_replacement(
     monkeypatch: pytest.MonkeyPatch, runs: Runs, waiting: int
 ) -> None:
-    """If no place is free to hash a right secret again, the check succeeds, and the next check offers the
-    replacement.
-    """
+    """If no place is free to hash a right secret again, the check succeeds, and the next one offers the new hash."""
     hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(0))
     old = dearer.hash(HUMAN)
     intruding: list[Any] = []
@@ -233,9 +231,7 @@ def asked_at(turn: int, *, gives_back: bool) -> bool:
 
 @pytest.mark.parametrize("gives_back", [False, True], ids=["taking", "giving back"])
 def test_signal_handler_may_ask_for_a_place(gives_back: bool) -> None:
-    """If a signal handler asks for a place at any point of a request or release, no call blocks and no place is
-    lost.
-    """
+    """If a signal handler asks for a place during a request or a release, no call blocks and no place is lost."""
     turn = 0
     while asked_at(turn, gives_back=gives_back):
         turn += 1

@@ -321,9 +321,7 @@ def test_hashes_with_two_salts_cost_two_runs(runs: Runs) -> None:
 
 
 def test_hash_with_older_costs_is_replaced_once() -> None:
-    """After the costs were raised, a check with the right secret returns a new hash, and the new hash needs no
-    other.
-    """
+    """After the costs were raised, a check of the right secret returns a new hash, and later checks return none."""
     old = cheap.hash(HUMAN)
     check = dearer.check(HUMAN, [old])
     assert check.matched == 0
@@ -332,7 +330,7 @@ def test_hash_with_older_costs_is_replaced_once() -> None:
     assert dearer.check(HUMAN, [check.replacement]) == SecretMatch(0)
 
 
-def test_wrong_secret_replaces_nothing(runs: Runs) -> None:
+def test_wrong_secret_gives_no_replacement(runs: Runs) -> None:
     """A check with a wrong secret returns no replacement."""
     old = cheap.hash(HUMAN)
     runs.count = 0
@@ -365,9 +363,7 @@ def test_replacement_during_an_overlap_pairs_with_the_other_hash(runs: Runs) -> 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on address space is Linux's")
 def test_lack_of_memory_raises_memory_error() -> None:
-    """If the system has too little memory, MemoryError names the remedy, and the check does not report a wrong
-    secret.
-    """
+    """If the system has too little memory, MemoryError names the remedy; the secret is not reported as wrong."""
     program = """
         import resource
         from homeagent.credentials import SecretHasher

@@ -79,9 +79,7 @@ def test_wrong_checksum_is_no_generated_secret(random: bytes, error: int) -> Non
 
 @given(st.integers(min_value=0, max_value=51), st.sampled_from("ABCXYZabcxyz0189-_+/=. \n"))
 def test_one_mistyped_character_is_noticed(position: int, character: str) -> None:
-    """If any single character is wrong, the text is not a generated secret: a CRC-32 finds each error within 32
-    bits.
-    """
+    """If any one character is wrong, the text is not a generated secret: a CRC-32 finds each error within 32 bits."""
     secret = generated()
     mistyped = secret[:position] + character + secret[position + 1 :]
     assert is_generated(mistyped) == (mistyped == secret)

@@ -83,7 +83,7 @@ def test_backup_needs_no_other_file(sqlite_database: Database, tmp_path: Path) -
     assert names(alone) == {"copy.db"}
 
 
-def test_under_any_umask(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
+def test_backup_is_private_under_any_umask(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
     """Under a umask that is too loose or too strict, all files of a backup still get the mode 0600."""
     script = (
         "import os, sys\nfrom homeagent import Database\nos.umask(int(sys.argv[3], 8))\n"
@@ -114,7 +114,7 @@ def test_existing_file_is_refused(sqlite_database: Database, sqlite_path: Path, 
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_replace(sqlite_database: Database, tmp_path: Path) -> None:
+def test_replace_an_earlier_backup(sqlite_database: Database, tmp_path: Path) -> None:
     """With `replace`, a backup replaces an earlier backup and its manifest."""
     backup = sqlite_database.backup(tmp_path / "latest.db")
     add_agent(sqlite_database)
@@ -148,10 +148,10 @@ def test_leftover_wal_is_refused(sqlite_database: Database, tmp_path: Path) -> N
     assert names(tmp_path) == {"copy.db-wal", "database"}
 
 
-def test_keep(sqlite_database: Database, sqlite_path: Path, clock: FakeClock, tmp_path: Path) -> None:
-    """`keep` deletes the oldest backups of this database after verification, but no upgrade's copy and none without
-    manifest.
-    """
+def test_keep_deletes_the_oldest_backups(
+    sqlite_database: Database, sqlite_path: Path, clock: FakeClock, tmp_path: Path
+) -> None:
+    """`keep` deletes this database's oldest backups, but no upgrade's copy and no backup without a manifest."""
     directory = tmp_path / "backups"
     directory.mkdir()
     for _ in range(4):
@@ -294,9 +294,7 @@ def test_separate_connection_raises_homeagents_errors(sqlite_path: Path) -> None
 def test_writers_do_not_wait_for_a_backup(
     sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If writers commit between the steps of a backup, they do not wait, and the backup has the state of its
-    beginning.
-    """
+    """If writers commit between the steps of a backup, they do not wait, and the backup has the first state."""
     for number in range(50):
         add_agent(sqlite_database, f"agent-{number}")
     monkeypatch.setattr(engine_backup, "_STEP", 1)
@@ -316,7 +314,7 @@ def test_writers_do_not_wait_for_a_backup(
     assert rows(backup, "SELECT count(*) FROM devices") == [(0,)]
 
 
-def test_interrupted_backup_leaves_nothing(
+def test_interrupted_backup_leaves_no_file(
     sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If an exception, KeyboardInterrupt included, stops a backup, no file is left."""
@@ -390,9 +388,7 @@ with Database.open(sys.argv[1]) as database:
 
 
 def test_limited_file_size(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """If the file size limit is reached, an error says so and no file is left; the database and the next backup
-    work.
-    """
+    """If the file size limit is reached, an error says so and no file is left; the next backup works."""
     said = children.run(LIMITED, sqlite_path, tmp_path / "copy.db")
     assert "no room for a backup" in said
     assert names(tmp_path) == {"database", "copy.db", "copy.db.json"}
@@ -488,7 +484,7 @@ def test_postgresql_names_its_own_tools(postgres_url: str, postgres_template: st
                 call()
 
 
-def test_closed(sqlite_path: Path, tmp_path: Path) -> None:
+def test_closed_database_has_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
     """If the database is closed, the backup raises an error."""
     database = Database.open(sqlite_path)
     database.close()
@@ -508,7 +504,7 @@ def test_temporary_database(tmp_path: Path) -> None:
 @pytest.mark.parametrize("migrate", [True, False])
 @pytest.mark.parametrize("how", ["gone", "empty"])
 def test_lost_database_names_its_backup(sqlite_path: Path, tmp_path: Path, migrate: bool, how: str) -> None:
-    """If a database was there before and its file is missing, the error names the newest backup and its restore."""
+    """If a database's file is missing or empty, the error names the newest backup and does not suggest `init`."""
     with Database.open(sqlite_path) as database:
         backup = database.backup(f"{tmp_path}/backups/")
     if how == "gone":

@@ -267,9 +267,7 @@ def test_copied_gateway_refuses_replays(last: int | None, make_store: MakeStore,
 
 @pytest.mark.parametrize(("source", "target"), [BOTH, BOTH[::-1]])
 def test_attempt_ends_in_the_copy(source: str, target: str, make_store: MakeStore, clock: FakeClock) -> None:
-    """A lease keeps its owner in the copy: the attempt records its outcome there, and an expired lease stays
-    unknown.
-    """
+    """A lease keeps its owner in the copy: the attempt records its outcome, and an expired lease stays unknown."""
     running, lapsed = IdempotencyScope("lamp", "m", "running"), IdempotencyScope("lamp", "m", "lapsed")
     with (
         Database.open(make_store(source), clock=clock) as ours,
@@ -375,9 +373,7 @@ def test_two_schemas_are_two_stores(make_store: MakeStore, clock: FakeClock) -> 
 def test_source_that_changes_during_the_copy_is_refused(
     source: str, target: str, make_store: MakeStore, clock: FakeClock
 ) -> None:
-    """If the source changes, the copy raises an error and the target stays empty; a trial copy (`live`) keeps the first
-    state.
-    """
+    """If the source changes, the copy raises an error and the target stays empty; `live` copies the first state."""
     with Database.open(make_store(source), clock=clock) as ours, Database.open(make_store(target)) as theirs:
         fill(ours)
         before, empty = stored(ours), stored(theirs)

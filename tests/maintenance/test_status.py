@@ -12,9 +12,7 @@ from tests.conftest import FakeClock, add_agent
 
 
 def test_status_has_the_counters(database: Database, clock: FakeClock) -> None:
-    """The status has the commits, rollbacks, reads and sweeps of this process, and survives a round trip
-    through JSON.
-    """
+    """The status has this process's commits, rollbacks, reads and sweeps, and survives a round trip through JSON."""
     add_agent(database)
     with pytest.raises(errors.AgentExistsError):
         add_agent(database)

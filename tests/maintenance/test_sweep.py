@@ -155,7 +155,7 @@ def test_wal_is_emptied_in_separate_turns_if_others_wait(
 
 
 def test_emptying_the_wal_moves_its_content_into_the_file(sqlite_database: Database) -> None:
-    """After the WAL is emptied, the commits are in the file; a forked or closed database raises an error."""
+    """After the WAL is emptied, the commits are in the file; a closed database raises an error."""
     look = "import sys; print(open(sys.argv[1], 'rb').read().count(b'/srv/in-the-log'))"
 
     def found() -> int:

@@ -27,7 +27,7 @@ def sqlite_structure(raw: Any) -> dict[str, Any]:
     structure["triggers and views"] = others
     for table in names:
         sql = normal(raw.execute("SELECT sql FROM sqlite_master WHERE name = ?", [table]).fetchone()[0])
-        body, options = re.fullmatch(r"CREATE TABLE \w+ \((.*)\)([^)]*)", sql).groups()  # type: ignore[union-attr]  # it matches
+        body, options = re.fullmatch(r"CREATE TABLE \w+ \((.*)\)([^)]*)", sql).groups()  # type: ignore[union-attr]  # the statement matches
         indexes = {}
         for _, index, unique, origin, partial in raw.execute(f"PRAGMA index_list({table})").fetchall():
             columns = [tuple(row[2:]) for row in raw.execute(f"PRAGMA index_xinfo({index})").fetchall()]

@@ -268,9 +268,7 @@ def test_every_revision_has_a_fixture() -> None:
 
 
 def test_keys_per_device_keep_rows(tmp_path: Path) -> None:
-    """0002 keeps every row; afterwards two devices can have the same nonce and two methods the same key, but
-    not twice.
-    """
+    """0002 keeps every row, and makes nonces unique for each device and keys unique for each device and method."""
     path = old_database(tmp_path, "0001")
     before = rows_of(path)
     upgrade(path, "0002")
@@ -319,7 +317,7 @@ def test_old_results_count_as_completed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
-def test_old_database_is_upgraded_and_works(tmp_path: Path, revision: str) -> None:  # noqa: PLR0915  one story
+def test_old_database_is_upgraded_and_works(tmp_path: Path, revision: str) -> None:  # noqa: PLR0915  one sequence of steps
     """A database of each release is backed up, upgraded without the loss of a value, and can be used."""
     path = old_database(tmp_path, revision)
     before = rows_of(path)

@@ -51,7 +51,7 @@ from tests.migrations.structure import postgresql_structure
 
 
 def with_revision(directory: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    """Add one revision that runs this function to the package's revisions."""
+    """Add a revision with this body to the package's revisions."""
     following = f"{int(REVISION) + 1:04}"
     scripts = directory / "alembic"
     shutil.copytree(CHECKOUT / "alembic", scripts, ignore=shutil.ignore_patterns("__pycache__"))
@@ -285,9 +285,7 @@ for number in range(10_000):
     ],
 )
 def test_killed_at_any_statement(tmp_path: Path, revision: str | None, step: int) -> None:
-    """If an upgrade is killed at any statement, the old or the new schema and rows are there, and the next one
-    succeeds.
-    """
+    """If an upgrade is killed at any statement, the old or the new schema is there, and the next upgrade succeeds."""
     source = str(FIXTURES / "revisions" / f"{revision}.db") if revision else ""
     done = subprocess.run(
         [sys.executable, "-c", KILLED, source, str(tmp_path), str(step)],
@@ -391,9 +389,7 @@ FEW_OR_ALL_ROUNDS = pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, m
 def test_processes_open_together(
     tmp_path: Path, openers: list[subprocess.Popen[str]], revision: str | None, rounds: int
 ) -> None:
-    """If eight processes open a new or old file at the same time, one schema is made, no row is lost, and all
-    succeed.
-    """
+    """If eight processes open a new or old file together, one schema is made, no row is lost, and all succeed."""
     for number in range(rounds):
         directory = tmp_path / str(number)
         directory.mkdir(mode=0o700)
@@ -440,7 +436,7 @@ def test_threads_open_together(tmp_path: Path, rounds: int) -> None:
                 start.wait(30)
                 with Database.open(path) as database, database.unit_of_work() as unit:
                     unit.agents.create(AgentCreate(id=f"p{name}", name="P", workspace_path="/p"))
-            except BaseException as error:  # noqa: BLE001  it is shown by the assertion below
+            except BaseException as error:  # noqa: BLE001  the assertion below shows the error
                 failures.append(error)
 
         threads = [threading.Thread(target=opened, args=(name,)) for name in range(PROCESSES)]

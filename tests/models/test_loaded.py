@@ -73,7 +73,7 @@ def test_pydantic_methods_work_on_a_loaded_instance(agent: Agent) -> None:
 
 def test_loaded_instance_can_be_pickled_and_copied(database: Database, agent: Agent) -> None:
     """An unpickled instance can be merged like the original; a copy is a new instance."""
-    twin = pickle.loads(pickle.dumps(agent))  # noqa: S301  our own bytes
+    twin = pickle.loads(pickle.dumps(agent))  # noqa: S301  bytes from this test
     assert twin == agent
     assert inspect(twin).identity == ("ada",)
     twin.name = "Twin"

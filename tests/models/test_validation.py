@@ -116,7 +116,7 @@ def test_unknown_name_cannot_be_assigned() -> None:
 def test_an_assignment_reaches_the_orm() -> None:
     """A valid assignment is converted, marked as set, and seen by SQLAlchemy as a change."""
     device = Device(**ROWS[Device])
-    device.role = "node"  # type: ignore[assignment]  # what a careless caller does
+    device.role = "node"  # type: ignore[assignment]  # a caller without a type checker
     assert device.role is Role.NODE
     assert "role" in device.model_fields_set
     assert inspect(device).attrs.role.history.added == [Role.NODE]
@@ -183,12 +183,12 @@ def test_metadata_is_a_field_a_column_and_an_alias() -> None:
     assert DeviceUpdate().model_fields_set == set()
 
 
-def test_update_tells_omitted_from_null() -> None:
+def test_update_distinguishes_omitted_from_null() -> None:
     """An omitted field of an update is not changed; a null is refused if the row needs a value."""
     assert AgentUpdate().model_fields_set == set()
     assert AgentUpdate(config=None).model_fields_set == {"config"}
     with pytest.raises(ValidationError):
-        AgentUpdate(name=None)  # type: ignore[arg-type]  # a JSON body may say so
+        AgentUpdate(name=None)  # type: ignore[arg-type]  # a JSON body may have null
 
 
 def test_public_schemas_are_made_from_rows() -> None:
@@ -214,12 +214,12 @@ def test_a_copy_is_an_instance_of_its_own() -> None:
         assert twin.shared_secret_hash == SECRET
         assert inspect(twin) is not inspect(device)
     deep = copy.deepcopy(device)
-    deep.metadata_["a"].append(2)  # type: ignore[index, union-attr, call-overload]  # it is the dict from above
+    deep.metadata_["a"].append(2)  # type: ignore[index, union-attr, call-overload]  # the dict from above
     assert device.metadata_ == {"a": [1]}
     assert device.model_copy(update={"role": "node"}).role is Role.NODE
     with pytest.raises(ValidationError):
         device.model_copy(update={"role": "owner"})
-    assert pickle.loads(pickle.dumps(device)) == device  # noqa: S301  our own bytes
+    assert pickle.loads(pickle.dumps(device)) == device  # noqa: S301  bytes from this test
 
 
 def test_a_session_id_is_a_uuid_of_version_7() -> None:
@@ -231,7 +231,7 @@ def test_a_session_id_is_a_uuid_of_version_7() -> None:
     assert [session_id[:13] for session_id in made] == sorted(session_id[:13] for session_id in made)
 
 
-def test_routes_differ_where_their_parts_do() -> None:
+def test_routes_differ_if_their_parts_differ() -> None:
     """An absent sender differs from an empty name, and a separator inside a name does not split the name."""
     routes = [
         route_key("a", None, None),
@@ -254,7 +254,7 @@ def test_a_scope_is_validated_and_frozen(scope: tuple[str, str, str]) -> None:
         IdempotencyScope(*scope)
     good = IdempotencyScope(device_id="d", method="m", key=SECRET)
     with pytest.raises(AttributeError):
-        good.key = "other"  # type: ignore[misc]  # that is the point
+        good.key = "other"  # type: ignore[misc]  # the assignment must fail
     assert SECRET not in repr(good)
     assert good == IdempotencyScope("d", "m", SECRET)
 

@@ -26,11 +26,11 @@ class CutLine:
         self._word = b""
         self._answered = False
         self.refusing = False
-        """Whether new clients are turned away."""
+        """Whether new clients are refused."""
         self.cuts = 0
-        """How often a line was cut at the word that it waited for."""
+        """Number of connections that were cut at the given word."""
         self.clients = 0
-        """How many clients ever came."""
+        """Number of clients so far."""
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property

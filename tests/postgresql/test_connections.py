@@ -171,9 +171,7 @@ def test_database_without_an_encoding_works(postgres_url: str) -> None:
 
 
 def test_caught_statement_error_fails_the_commit(database: Database) -> None:
-    """If a failed statement's error was caught, PostgreSQL rolls back: the unit raises an error and runs no
-    callback.
-    """
+    """If a failed statement's error was caught, PostgreSQL rolls back: the unit raises and runs no callback."""
     called: list[str] = []
     for opened in (False, True):
         with pytest.raises(DatabaseError, match="savepoint"), database.unit_of_work() as unit:

@@ -114,5 +114,5 @@ def test_failover(pair: Pair, children: Children, tmp_path: Path, capsys: pytest
         report = load.stop()
         load.check(database)
     with capsys.disabled():
-        print(f"\n{report}")  # noqa: T201  the figures are what one runs this for
+        print(f"\n{report}")  # noqa: T201  the figures are the purpose of a manual run
     assert len(report.outages) == ROUNDS

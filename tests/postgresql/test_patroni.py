@@ -43,7 +43,7 @@ def cluster(installation: Installation) -> Iterator[PatroniCluster]:
         yield cluster
     finally:
         cluster.stop()
-        print(cluster.said())  # noqa: T201  pytest shows it where the test failed
+        print(cluster.said())  # noqa: T201  pytest shows the text if the test fails
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("postgres_url")
 
 RESTARTS = 10
 BUSY = 20.0
-"""The load's busy_timeout, in seconds: a restart takes a fraction of it."""
+"""The load's busy_timeout, in seconds: a restart is much shorter."""
 
 # Each unit writes two rows that belong together. At the end the process prints the acknowledged and the unknown units.
 LOAD = """

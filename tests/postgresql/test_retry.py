@@ -78,9 +78,7 @@ def test_connection_lost_before_commit_repeats_the_unit(line: CutLine, far: Data
 
 @pytest.mark.parametrize("answered", [True, False], ids=["committed", "not committed"])
 def test_connection_lost_in_commit_raises_commit_unknown(line: CutLine, far: Database, answered: bool) -> None:
-    """If the connection is lost during COMMIT, `run` raises CommitUnknownError, whether the commit took place
-    or not.
-    """
+    """If the connection is lost during COMMIT, `run` raises CommitUnknownError, whether it took place or not."""
     runs: list[int] = []
     line.cut_at(COMMIT, answered=answered)
     with pytest.raises(CommitUnknownError, match="it is unknown"):

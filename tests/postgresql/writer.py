@@ -23,7 +23,7 @@ WRITER = "from tests.postgresql.writer import main; main()"
 """The script of a child process."""
 
 PATIENCE = timedelta(seconds=100)
-"""How long a unit waits for a primary, which a failover must not exceed."""
+"""The busy_timeout of a unit, which a failover must not exceed."""
 
 HOUR = timedelta(hours=1)
 

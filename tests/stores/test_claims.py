@@ -54,7 +54,7 @@ def find(database: Database, scope: IdempotencyScope = SCOPE) -> IdempotencyKey 
     return database.run(lambda unit: unit.idempotency_keys.find(scope), read_only=True)
 
 
-def test_wrong_attempt_changes_nothing(database: Database) -> None:
+def test_wrong_attempt_changes_no_row(database: Database) -> None:
     """If the argument is a scope, a record or an outcome instead of an attempt, the method raises and writes no row."""
     begin(database)
     before = dump(database)
@@ -106,7 +106,7 @@ WRITES: dict[str, Callable[[IdempotencyKeyStore, Attempt], object]] = {
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("lost_to", ["rerun", "completed", "resolved", "forgotten"])
-def test_stale_owner(
+def test_lost_key(
     database: Database, clock: FakeClock, write: Callable[[IdempotencyKeyStore, Attempt], object], lost_to: str
 ) -> None:
     """If an attempt lost its key to another attempt or an operator, its writes raise an error and change no row."""
@@ -317,9 +317,7 @@ def test_earlier_schema(tmp_path: Path, revision: str) -> None:
 
 
 def test_unknown_state_keeps_the_key(database: Database, target: str, clock: FakeClock) -> None:
-    """If a row has an unknown state, claims raise an error and cleanup keeps the row: the effect may have taken
-    place.
-    """
+    """If a row has an unknown state, claims raise an error and cleanup keeps the row, since the effect may have run."""
     begin(database, lease=timedelta(0))
     write_past_checks(target, "UPDATE idempotency_keys SET state = 'running'")
     clock.advance(days=30)

@@ -202,9 +202,7 @@ def test_approve_refuses_a_newly_paired_device(database: Database, clock: FakeCl
 
 @pytest.mark.parametrize("shown", [None, DeviceStatus.PENDING, DeviceStatus.APPROVED])
 def test_approve_refuses_a_device_revoked_meanwhile(database: Database, shown: DeviceStatus | None) -> None:
-    """If a device was revoked after it was shown, `approve` raises an error; if it was shown as revoked, it is
-    approved.
-    """
+    """If a device was revoked after it was shown, `approve` raises an error; if it was shown as revoked, it works."""
     add_device(database, approved=shown is DeviceStatus.APPROVED)
     with database.unit_of_work() as unit:
         unit.devices.revoke("lamp", reason="stolen")
@@ -331,7 +329,7 @@ def test_last_seen_never_approves(database: Database, clock: FakeClock) -> None:
 
 
 def test_delete_removes_results_and_keeps_nonces(database: Database) -> None:
-    """`delete` removes a device's stored results, so that a new device with the id never gets them, but no nonces."""
+    """`delete` removes a device's results, so that a new device with the id never gets them, and keeps its nonces."""
     for device_id in ("lamp", "other"):
         add_device(database, device_id)
     scopes = [IdempotencyScope(device_id, "on", "k") for device_id in ("lamp", "other")]
@@ -409,7 +407,7 @@ def test_only_1_is_an_approval(database: Database, target: str, engine_name: str
         ):
             is_there = listed in ({"approved": False}, {"status": status})
             assert len(unit.devices.list(**listed)) == is_there, listed  # type: ignore[arg-type]  # each is one of the two
-    assert database.doctor().finding("admins").facts == {"admins": 0, "devices": 1}  # type: ignore[union-attr]  # it is there
+    assert database.doctor().finding("admins").facts == {"admins": 0, "devices": 1}  # type: ignore[union-attr]  # the finding exists
     assert database.doctor().finding("pending_devices").facts["pending"] == 0  # type: ignore[union-attr]
     add_device(database, "desk", role=Role.ADMIN, approved=True)
     with pytest.raises(LastAdminError), database.unit_of_work() as unit:

@@ -114,7 +114,7 @@ def test_no_message_is_accepted_twice_in_many_histories(**history: Any) -> None:
         (SKEW + MOMENT, Freshness.FRESH),
     ],
 )
-def test_the_bound_is_exact(
+def test_time_limit_after_a_restore_is_exact(
     database: Database, reopen: MakeDatabase, clock: FakeClock, offset: timedelta, verdict: Freshness
 ) -> None:
     """A message that could have been accepted before the restore is stale, to the millisecond; a later one is fresh."""
@@ -142,7 +142,7 @@ def test_epoch_is_read_once(database: Database, reopen: MakeDatabase, monkeypatc
 
     def counted(link: StoreConnection, statement: object, parameters: object) -> object:
         asked.append(statement)
-        return one(link, statement, parameters)  # type: ignore[arg-type]  # it is passed on as it came
+        return one(link, statement, parameters)  # type: ignore[arg-type]  # passed on unchanged
 
     monkeypatch.setattr(StoreConnection, "one", counted)
     for number in range(3):

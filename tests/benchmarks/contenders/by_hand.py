@@ -37,7 +37,7 @@ CREATE TABLE idempotency_keys (
     expires_at BIGINT NOT NULL, PRIMARY KEY (device_id, method, key));
 CREATE INDEX keys_by_expiry ON idempotency_keys (expires_at);
 """
-"""The tables of all contenders but homeagent, which has its own."""
+"""The tables of all contenders except homeagent."""
 
 COLUMNS = {
     "device": ("id", "role", "shared_secret_hash", "approved", "paired_at", "last_seen_at", "metadata"),

@@ -82,19 +82,15 @@ class TestPaths:
         with pytest.raises(InvalidArgumentError):
             locate_file(path)
 
-    def test_link_to_a_directory_whose_name_is_not_utf8_is_refused(self, tmp_path: Path) -> None:
-        """If a linked directory's name is not UTF-8, opening raises an error at once, since no manifest could name the
-        file.
-        """
+    def test_linked_directory_whose_name_is_not_utf8_is_refused(self, tmp_path: Path) -> None:
+        """If a linked directory's name is not UTF-8, an error is raised, since no manifest could name the file."""
         (tmp_path / "\udcff").mkdir()
         (tmp_path / "linked").symlink_to(tmp_path / "\udcff")
         with pytest.raises(InvalidArgumentError, match="its directory is not UTF-8"):
             locate_file(tmp_path / "linked" / "a.db")
 
-    def test_circle_of_links_is_refused_when_it_is_used(self, tmp_path: Path) -> None:
-        """If directories link to each other in a circle, using the path raises an error that names it, on every
-        Python.
-        """
+    def test_circle_of_links_is_refused(self, tmp_path: Path) -> None:
+        """If directories link to each other in a circle, the error names the path, on every Python version."""
         (tmp_path / "a").symlink_to(tmp_path / "b")
         (tmp_path / "b").symlink_to(tmp_path / "a")
         path = locate_file(tmp_path / "a" / "homeagent.db")
@@ -174,9 +170,7 @@ class TestInspecting:
     def test_loose_mode_is_repaired_with_a_warning(
         self, database_file: Path, content: bytes, mode: int, repaired: int, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """If other users can access the file, their permissions are removed, and the log names the file and
-        both modes.
-        """
+        """If other users can access the file, the mode becomes private, and the log names the file and both modes."""
         make(database_file, content, mode)
         before = database_file.lstat()
         state = inspect_file(database_file)
@@ -257,9 +251,7 @@ class TestInspecting:
     def test_mode_that_can_not_be_changed_is_refused(
         self, database_file: Path, monkeypatch: pytest.MonkeyPatch, refusal: OSError | None
     ) -> None:
-        """If a file system ignores or forbids modes, the database would stay readable for others: opening raises an
-        error.
-        """
+        """If a file system ignores or forbids modes, an error is raised, because other users could read the file."""
 
         def chmod(path: Path, mode: int, *, follow_symlinks: bool = True) -> None:
             if refusal is not None:
@@ -304,7 +296,7 @@ class TestInspecting:
         assert inspect_file(database_file) is not None
         assert mode_of(database_file) == 0o600
 
-    def test_file_that_keeps_changing_is_given_up(self, database_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_file_that_keeps_changing_is_refused(self, database_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """If a program replaces the file again and again, inspection raises an error and does not loop forever."""
         make(database_file, mode=0o644)
         kept: list[Path] = []
@@ -405,7 +397,7 @@ class TestOrphanedLog:
         make(sidecars(database_file)[0], log)
 
     @pytest.mark.parametrize("leave", ["nothing", "an empty file"])
-    def test_log_without_database_is_refused(self, database_file: Path, leave: str) -> None:
+    def test_wal_without_database_is_refused(self, database_file: Path, leave: str) -> None:
         """If the WAL has no database, SQLite would delete it; opening raises an error with the remedy and keeps it."""
         self.make_log(database_file)
         if leave == "an empty file":

@@ -42,9 +42,7 @@ class TestDirectories:
 
     @pytest.mark.parametrize("mode", [0o775, 0o777, 0o702, 0o1777])
     def test_directory_that_others_can_write_is_reported_once(self, open_directory: Path, mode: int) -> None:
-        """An ordinary user gets one warning if other users can replace the database or, with a sticky bit, add
-        files.
-        """
+        """An ordinary user gets one warning if other users can replace the database or can add files (sticky bit)."""
         open_directory.chmod(mode)
         output = run(
             """
@@ -70,9 +68,7 @@ class TestDirectories:
     @pytest.mark.parametrize("beneath", ["", "sub/deeper"])
     @pytest.mark.parametrize("mode", [0o775, 0o777, 0o702])
     def test_root_refuses_a_directory_that_others_can_write(self, tmp_path: Path, mode: int, beneath: str) -> None:
-        """If other users can write to the directory, root gets an error that names chmod, and no directory is
-        created.
-        """
+        """If other users can write to the directory, root gets an error that names chmod, and no directory is made."""
         directory = tmp_path / "open"
         directory.mkdir()
         directory.chmod(mode)
@@ -105,9 +101,7 @@ class TestDirectories:
 
     @needs_root
     def test_directory_of_another_user_is_reported(self, tmp_path: Path) -> None:
-        """If another user owns the directory, the caller gets a warning, whatever the mode: the owner can replace
-        files.
-        """
+        """If another user owns the directory, the caller gets a warning: the owner can replace its files."""
         directory = tmp_path / "theirs"
         directory.mkdir(0o700)
         os.chown(directory, NOBODY, NOBODY)
@@ -124,7 +118,7 @@ class TestDirectories:
         assert mode_of(tmp_path) == 0o755
         assert prepare_directory(tmp_path / "a" / "b").made == ()
 
-    def test_linked_directory_is_legitimate(self, tmp_path: Path) -> None:
+    def test_linked_directory_is_accepted(self, tmp_path: Path) -> None:
         """If the directory is a link to another volume, the linked directory is checked and accepted."""
         (tmp_path / "real").mkdir(0o700)
         (tmp_path / "link").symlink_to(tmp_path / "real")

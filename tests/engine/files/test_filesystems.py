@@ -50,7 +50,7 @@ class TestFileSystems:
         table = self.table(tmp_path, mount("/", "ext4"), mount(tmp_path, "autofs"), mount(tmp_path, "nfs"))
         assert filesystem_kind(tmp_path, mount_table=table) == "nfs"
 
-    def test_device_tells_which_of_the_mounts_is_on_top(self, tmp_path: Path) -> None:
+    def test_device_number_selects_the_visible_mount(self, tmp_path: Path) -> None:
         """If a mount is hidden by another one, the device number of the path shows which of the two decides."""
         device = tmp_path.stat().st_dev
         hidden = tmp_path / "hidden"
@@ -60,14 +60,14 @@ class TestFileSystems:
         )
         assert filesystem_kind(hidden, mount_table=table) == "xfs"
 
-    def test_unknown_is_none_and_not_refused(self, tmp_path: Path) -> None:
+    def test_unknown_kind_is_accepted(self, tmp_path: Path) -> None:
         """Without a mount table, or without a line for the path, the kind is None and the path is accepted."""
         assert filesystem_kind(tmp_path, mount_table=tmp_path / "absent") is None
         refuse_network_filesystem(tmp_path, mount_table=tmp_path / "absent")
         table = self.table(tmp_path, "not a line of a mount table\n", mount("/elsewhere", "nfs"))
         assert filesystem_kind(tmp_path, mount_table=table) is None
 
-    def test_this_machine_s_own_table_is_understood(self, tmp_path: Path) -> None:
+    def test_mount_table_of_this_machine_is_read(self, tmp_path: Path) -> None:
         """On Linux the kind of any directory is found; other systems have no mount table."""
         kind = filesystem_kind(tmp_path)
         assert (kind is not None and kind.isprintable() and kind != "") is sys.platform.startswith("linux")
@@ -81,9 +81,7 @@ class TestFileSystems:
         ],
     )
     def test_network_file_system_is_refused(self, tmp_path: Path, kind: str) -> None:
-        """On a network file system, WAL could corrupt the database: the error names the path, the kind and the
-        remedy.
-        """
+        """On a network file system, WAL could corrupt the database: the error names path, kind and remedy."""
         assert is_network_filesystem(kind)
         table = self.table(tmp_path, mount("/", "ext4"), mount(tmp_path, kind))
         with pytest.raises(DatabaseError, match=r"sqlite\.org/wal\.html.*local disk") as refusal:

@@ -195,7 +195,7 @@ class TestLocking:
             assert lock.held
         assert len(waiting.pauses) == 1
 
-    def test_interrupted_wait_holds_nothing(self, lock_file: Path) -> None:
+    def test_interrupted_wait_holds_no_lock(self, lock_file: Path) -> None:
         """Ctrl-C during a wait leaves no lock and no open file."""
 
         def interrupt(seconds: float) -> None:
@@ -231,9 +231,7 @@ class TestLocking:
             assert lock.held
 
     def test_release_does_not_wait_for_copies_of_the_descriptor(self, lock_file: Path) -> None:
-        """A child between fork and exec has a copy of every descriptor; a release frees the lock at once all
-        the same.
-        """
+        """A release frees the lock at once, even if a child between fork and exec has a copy of the descriptor."""
         lock = FileLock(lock_file)
         lock.acquire()
         assert lock._descriptor is not None
@@ -326,9 +324,7 @@ class TestLocking:
     def test_lock_file_passes_the_checks_of_the_database(
         self, lock_file: Path, put: Callable[[Path], None], error: type[DatabaseError], words: str
     ) -> None:
-        """If the lock file is a link, a second name or a pipe, an error is raised, no file changes and no call
-        hangs.
-        """
+        """If the lock file is a link, a second name or a pipe, an error is raised, and no file changes."""
         put(lock_file)
         before = snapshot(lock_file.parent)
         with pytest.raises(error, match=words):
@@ -337,9 +333,7 @@ class TestLocking:
 
     @pytest.mark.parametrize("mode", [0o666, 0o000])
     def test_mode_of_the_lock_file_is_repaired(self, lock_file: Path, mode: int) -> None:
-        """The lock file becomes private and writable: other users cannot hold the lock, and a strict umask is
-        repaired.
-        """
+        """If the lock file's mode is too loose or too strict, it becomes 0600, so that only its owner can hold it."""
         make(lock_file, b"", mode)
         with FileLock(lock_file, timeout=AT_ONCE):
             assert mode_of(lock_file) == 0o600

@@ -81,9 +81,7 @@ def agents(path: Path) -> set[str]:
 @pytest.mark.parametrize("visitor", [VISITOR, PLAIN_VISITOR], ids=["homeagent", "sqlite3"])
 @pytest.mark.parametrize("act", [READ_THE_FILES, OPEN_THE_INDEX, ATTACH], ids=["files", "index", "attach"])
 def test_no_commit_is_lost_after_foreign_access(sqlite_path: Path, children: Children, act: str, visitor: str) -> None:
-    """If a host opens the files without homeagent, another process opens and closes, and the host is killed, no commit
-    is lost.
-    """
+    """If a host opens the files without homeagent, a visitor closes and the host is killed, no commit is lost."""
     host = children.start(HOST.format(act=act), sqlite_path)
     assert host.stdout is not None
     told = {"first"}
@@ -119,9 +117,7 @@ def test_commits_after_foreign_access_reach_the_file(sqlite_path: Path, children
 
 
 def test_sqlite3_is_refused_in_the_process(sqlite_path: Path, children: Children) -> None:
-    """`sqlite3.connect` to the open file raises ForeignAccessError in each spelling of the path; other files can be
-    opened.
-    """
+    """`sqlite3.connect` to the open file raises ForeignAccessError in each spelling; other files can be opened."""
     printed = children.run(
         """
 import os, sqlite3, sys

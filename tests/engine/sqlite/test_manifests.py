@@ -52,9 +52,7 @@ def test_backup_from_the_future_is_the_last_choice(tmp_path: Path) -> None:
 
 
 def test_newest_backup(tmp_path: Path) -> None:
-    """The newest backup of this database is found, next to it or in the last backup's directory, in any order
-    of names.
-    """
+    """The newest backup of this database is found, next to it or in the last backup's directory, for any names."""
     database, elsewhere = tmp_path / "a" / "homeagent.db", tmp_path / "elsewhere"
     assert newest_backup(database) is None
     first = put(tmp_path / "a" / "z.backup", database)
