@@ -97,7 +97,7 @@ def test_backup_is_private_under_any_umask(sqlite_path: Path, tmp_path: Path, ch
 
 
 def test_existing_file_is_refused(sqlite_database: Database, sqlite_path: Path, tmp_path: Path) -> None:
-    """If the path exists, a dangling link included, the backup raises an error; it never overwrites the database."""
+    """If the path exists, a dangling link included, the backup raises an error, and never overwrites the database."""
     other = tmp_path / "other"
     other.write_text("precious")
     link = tmp_path / "link"

@@ -18,7 +18,7 @@ from tests.conftest import FakeClock, add_agent
 
 
 def test_valid_database_is_checked_periodically(database: Database) -> None:
-    """If a check finds no damage, it reports no error, and the next check is due after its interval (either engine)."""
+    """If a check finds no damage, no error is raised, and the next check is due after its interval (either engine)."""
     now = 0.0
     asked = 0
 

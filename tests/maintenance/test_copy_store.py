@@ -630,7 +630,7 @@ def test_killed_copy_leaves_no_rows(
 
 
 def test_only_a_write_unit_accepts_rows(make_store: MakeStore) -> None:
-    """If a read unit gets stored rows, it raises an error."""
+    """If a read unit gets stored rows, `insert_rows` raises ReadOnlyError."""
     with (
         Database.open(make_store("sqlite")) as database,
         database.unit_of_work(read_only=True) as unit,

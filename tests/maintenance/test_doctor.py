@@ -197,7 +197,7 @@ def test_missing_file(tmp_path: Path, clock: FakeClock) -> None:
 
 
 def test_lost_file(path: Path, clock: FakeClock) -> None:
-    """If the lock file shows that the file existed, the remedy never is to create it again."""
+    """If the lock file shows that the file existed, the remedy does not create the file again."""
     path.with_name("homeagent.db.lock").write_text("initialised\n")
     path.with_name("homeagent.db.lock").chmod(0o600)
     path.unlink()

@@ -191,7 +191,7 @@ def test_server_without_fsync(url: str) -> None:
 
 
 def test_role_without_privileges(url: str) -> None:
-    """If a role lacks write privileges on tables, a finding names the tables, and its command grants them."""
+    """If a role lacks write privileges, a finding names the tables, and its command grants the privileges."""
     name = f"reader_{make_url(url).database}"
     execute(
         url,
@@ -262,7 +262,7 @@ def test_unreadable_row(target: str) -> None:
 
 
 def test_slow_check_is_cut_off(url: str, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a check has to wait, it is ended in time and reported, and the later checks are still made."""
+    """If a check has to wait, the check is ended and reported, and the later checks are still made."""
     monkeypatch.setattr("homeagent.maintenance.doctor.diagnosis.QUICK", timedelta(milliseconds=300))
     session.execute("LOCK TABLE agents IN ACCESS EXCLUSIVE MODE")
     found = diagnose(url)

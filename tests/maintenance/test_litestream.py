@@ -95,7 +95,7 @@ def test_machine_is_lost(sqlite_path: Path, tmp_path: Path, children: Children) 
     restored = tmp_path / "from-replica.db"
     subprocess.run([LITESTREAM, "restore", "-o", str(restored), f"file://{replica}"], check=True, capture_output=True)
     ledger, counts = load.look(restored)
-    # The replica keeps each writer's commits that had reached it.
+    # The replica keeps the commits of each writer that had reached the replica.
     assert all(counts[writer] >= count for writer, count in durable.items())
     lost = sum(told.values()) - ledger
     rate = in_between / between

@@ -201,7 +201,7 @@ def test_stale_wal_is_kept_with_its_database(sqlite_path: Path, backup: Path, ch
 
 
 def test_stale_wal_without_database(sqlite_path: Path, backup: Path) -> None:
-    """If a WAL has no database, the restore quarantines the WAL and never applies it to the new database."""
+    """If a WAL has no database, the restore quarantines the WAL and does not apply the WAL."""
     sqlite_path.unlink()
     for end in ("-wal", "-shm", "-journal"):
         sqlite_path.with_name(f"homeagent.db{end}").write_bytes(b"stale" * 1000)
@@ -365,7 +365,7 @@ with database.unit_of_work(read_only=True) as unit:
 
 
 def test_open_database_is_not_replaced(sqlite_path: Path, backup: Path, children: Children) -> None:
-    """If any process has the target open, the restore raises an error; after a crash of the process it works."""
+    """If any process has the target open, the restore raises an error; after a crash of that process, it works."""
     now = timedelta(0)
     before = listing(sqlite_path.parent)["homeagent.db"]
     with Database.open(sqlite_path), pytest.raises(errors.DatabaseBusyError, match="is open in"):

@@ -52,7 +52,7 @@ HARMLESS = {
 }
 ROOMS = "CREATE TABLE rooms (id INTEGER PRIMARY KEY, size INTEGER, twice INTEGER AS (size * 2));"
 
-# The application's own objects: they refer to homeagent's tables without a change of them.
+# The application's own objects: these objects refer to homeagent's tables, but do not change the tables.
 APPLICATION = (
     ROOMS + "CREATE TABLE messages (id INTEGER PRIMARY KEY, session_id TEXT REFERENCES sessions, devices INTEGER);"
     "CREATE UNIQUE INDEX idx_messages ON messages (session_id);"

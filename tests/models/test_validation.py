@@ -282,7 +282,7 @@ def test_scope_is_validated_as_a_field(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("model", [Device, DevicePair, DeviceCreate])
 def test_invalid_json_is_not_shown(model: type[SQLModel]) -> None:
-    """If a text is not JSON, the error omits the text, because it may contain a secret."""
+    """If a text is not JSON, the error omits the text, because the text may contain a secret."""
     with pytest.raises(ValidationError, match="JSON") as refused:
         model.model_validate_json(f'{{"id": "lamp", "shared_secret": "{SECRET}')
     error = refused.value

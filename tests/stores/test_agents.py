@@ -117,7 +117,7 @@ def test_list_is_ordered_by_bytes_and_paged(database: Database) -> None:
 
 
 def test_delete_refuses_or_deletes_sessions(database: Database, clock: FakeClock) -> None:
-    """If an agent has sessions, `delete` raises an error; with `delete_sessions` it also deletes only its sessions."""
+    """If an agent has sessions, `delete` raises an error; `delete_sessions` deletes only this agent's sessions too."""
     add_agent(database)
     add_agent(database, "bob")
     with database.unit_of_work() as unit:

@@ -169,7 +169,7 @@ def test_expiry(database: Database, clock: FakeClock, swept: bool) -> None:
 
 
 def test_claim_reads_the_clock_once(target: str) -> None:
-    """If a record expires during a claim, the claim returns the whole record, for it reads the clock only once."""
+    """If a record expires during a claim, the claim returns the whole record, since a claim reads the clock once."""
     readings: list[datetime] = []
 
     def clock() -> datetime:
@@ -260,7 +260,7 @@ def test_operator_without_abandoned_keys(database: Database) -> None:
 
 
 def test_resolve_with_unstorable_result(database: Database, clock: FakeClock) -> None:
-    """If `resolve` gets a result that cannot be stored, it raises an error and the key stays abandoned."""
+    """If a result cannot be stored, `resolve` raises an error and the key stays abandoned."""
     begin(database)
     clock.advance(MINUTE)
     with pytest.raises(InvalidArgumentError):

@@ -202,7 +202,7 @@ def test_approve_refuses_a_newly_paired_device(database: Database, clock: FakeCl
 
 @pytest.mark.parametrize("shown", [None, DeviceStatus.PENDING, DeviceStatus.APPROVED])
 def test_approve_refuses_a_device_revoked_meanwhile(database: Database, shown: DeviceStatus | None) -> None:
-    """If a device was revoked after it was shown, `approve` raises an error; if it was shown as revoked, it works."""
+    """If a device was revoked after it was shown, `approve` raises an error; `expected_status=REVOKED` approves."""
     add_device(database, approved=shown is DeviceStatus.APPROVED)
     with database.unit_of_work() as unit:
         unit.devices.revoke("lamp", reason="stolen")
@@ -231,7 +231,7 @@ def test_approve_refuses_a_pending_device_seen_in_another_status(database: Datab
 
 @pytest.mark.parametrize("revoked", [False, True], ids=["pending", "revoked"])
 def test_overlap_needs_an_approved_device(database: Database, revoked: bool) -> None:
-    """For a pending or revoked device, `set_secret` with an overlap raises an error; without an overlap it works."""
+    """For a pending or revoked device, `set_secret` raises an error with an overlap, and works without one."""
     stored = add_device(database, approved=revoked).shared_secret_hash
     if revoked:
         database.run(lambda unit: unit.devices.revoke("lamp"))

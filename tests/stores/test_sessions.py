@@ -134,7 +134,7 @@ def test_created_sessions_take_a_free_route(database: Database) -> None:
 
 
 def test_resolve_after_the_orm_moved_sessions(database: Database) -> None:
-    """If a flush moves a session, it takes its new route when the route is free, or when another session leaves it."""
+    """If a flush moves a session, the session takes its new route when the route is free or becomes free."""
     add_agent(database)
 
     def resolve(sender: str | None) -> AgentSession:

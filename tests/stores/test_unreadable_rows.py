@@ -61,7 +61,7 @@ def test_unreadable_device_can_be_approved_and_deleted(database: Database, colum
 
 
 def test_update_replaces_the_value(database: Database, target: str) -> None:
-    """If an update gives a new value for the unreadable one, it works without reading the old value."""
+    """If an update replaces the unreadable value, the update works without a read of the old value."""
     add_device(database)
     add_agent(database)
     write_past_checks(target, "UPDATE devices SET metadata = 'hello'", "UPDATE agents SET config = 'hello'")
