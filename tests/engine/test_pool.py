@@ -28,7 +28,7 @@ class Resource:
 
 def lanes_of(size: int, make: Callable[[], Resource] = Resource) -> ConnectionPool[Resource]:
     """Return a pool of this size."""
-    return ConnectionPool(size, make, name="write lane")
+    return ConnectionPool(size, make, name="the write lock")
 
 
 def wait_for_waiters(lanes: ConnectionPool[Resource], count: int) -> None:
