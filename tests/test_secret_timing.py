@@ -23,7 +23,7 @@ def welch(first: list[float], second: list[float]) -> float:
     """Return Welch's t of two samples without their slowest tenth, as dudect (eprint.iacr.org/2016/1123) does."""
     a, b = (sorted(sample)[: len(sample) * 9 // 10] for sample in (first, second))
     spread = statistics.variance(a) / len(a) + statistics.variance(b) / len(b)
-    return (statistics.fmean(a) - statistics.fmean(b)) / spread**0.5
+    return float((statistics.fmean(a) - statistics.fmean(b)) / spread**0.5)
 
 
 @pytest.mark.slow
