@@ -10,7 +10,7 @@ import pytest
 
 from homeagent import Database, DevicePair, DeviceStatus, Limits, Role
 from homeagent.errors import DeviceExistsError, InvalidArgumentError, PendingLimitError
-from homeagent.stores import devices as module
+from homeagent.stores import device_statements as statements
 from tests.conftest import FakeClock, MakeDatabase, add_device
 
 
@@ -71,7 +71,7 @@ def test_a_sweep_removes_old_pending_devices(reopen: MakeDatabase, clock: FakeCl
 
 def test_the_index_counts(sqlite_database: Database) -> None:
     """SQLite counts and removes pending devices by the partial index, without reading rows for the count."""
-    for statement, index in ((module._COUNT_PENDING, "COVERING INDEX"), (module._DELETE_PENDING, "INDEX")):
+    for statement, index in ((statements.COUNT_PENDING, "COVERING INDEX"), (statements.DELETE_PENDING, "INDEX")):
         with sqlite_database.unit_of_work() as unit:
             connection = unit.session.connection()
             raw: Any = connection.connection.driver_connection

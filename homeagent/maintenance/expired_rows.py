@@ -21,8 +21,8 @@ from homeagent.models.device import PENDING, Device
 from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.nonce import Nonce
 from homeagent.models.types import earlier
-from homeagent.stores.devices import OVERDUE
-from homeagent.stores.idempotency_keys import EXPIRED as EXPIRED_KEY
+from homeagent.stores.device_statements import OVERDUE
+from homeagent.stores.idempotency_key_statements import EXPIRED as EXPIRED_KEY
 from homeagent.stores.nonces import EXPIRED as EXPIRED_NONCE
 from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings, read_clock

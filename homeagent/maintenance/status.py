@@ -19,7 +19,7 @@ from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.target import presentable_url
 from homeagent.migrations import revision_of
 from homeagent.models import DATA_TABLES
-from homeagent.stores.idempotency_keys import COUNT_EXPIRED as EXPIRED_KEYS
+from homeagent.stores.idempotency_key_statements import COUNT_EXPIRED as EXPIRED_KEYS
 from homeagent.stores.nonces import COUNT_EXPIRED as EXPIRED_NONCES
 from homeagent.stores.nonces import FIND_RECORD
 from homeagent.unit_of_work import UnitOfWork

@@ -1,4 +1,4 @@
-"""What can be done with idempotency keys: claim, record, replay, find out, let expire."""
+"""The store of idempotency keys. The states of a key are in `homeagent.models.idempotency_key`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from secrets import token_hex
 from typing import Any
 
 from pydantic import JsonValue
-from sqlalchemy import Text, and_, bindparam, delete, func, not_, null, or_, select, tuple_, update
 
-from homeagent.engine.statements import Statement, as_loaded, constant
+from homeagent.engine.statements import Statement, as_loaded
 from homeagent.errors import (
     EffectFailedError,
     FingerprintMismatchError,
@@ -24,153 +23,30 @@ from homeagent.errors import (
 from homeagent.frame_locals import clears_locals
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.models.types import check_duration, check_identifier, check_label, check_limit, encode_json, later
+from homeagent.stores import idempotency_key_statements as statements
 from homeagent.stores.store import Store, check_kind, reading, writing
 
 __all__ = ["IdempotencyKeyStore"]
 
-_table: Any = IdempotencyKey.__table__
-_columns: Any = _table.c
-
-_IN_PROGRESS = constant(IdempotencyState.IN_PROGRESS, _columns.state.type)
-_COMPLETED = constant(IdempotencyState.COMPLETED, _columns.state.type)
-_FAILED = constant(IdempotencyState.FAILED, _columns.state.type)
-_FIRST = constant(1, _columns.attempt.type)
-_NOT_OMITTED = constant(False, _columns.omitted.type)
-
-_SAME_SCOPE = and_(
-    _columns.device_id == bindparam("device_id"),
-    _columns.method == bindparam("method"),
-    _columns.key == bindparam("key"),
-)
-# A row in progress outlives its time, until somebody knows how it ended. So does a row whose stored state is none of
-# the three: if it were deleted, an effect that may have taken place would run again.
-_ENDED = or_(_columns.state == _COMPLETED, _columns.state == _FAILED)
-_LIVE = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
-EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
-"""Whether a record counts as absent, and a sweep deletes it."""
-
-_INSERT = Statement[IdempotencyKey](
-    lambda insert: (
-        statement := insert(_table).values(
-            device_id=bindparam("device_id"),
-            method=bindparam("method"),
-            key=bindparam("key"),
-            # Encoded already, where it was checked.
-            result=bindparam("json", type_=Text),
-            created_at=bindparam("now"),
-            expires_at=bindparam("expires_at"),
-            state=_COMPLETED,
-            attempt=_FIRST,
-            omitted=_NOT_OMITTED,
-        )
-    ).on_conflict_do_update(
-        index_elements=["device_id", "method", "key"],
-        # A dead record counts as absent, whether or not cleanup has run: it is replaced whole.
-        set_={
-            "result": statement.excluded.result,
-            "created_at": statement.excluded.created_at,
-            "expires_at": statement.excluded.expires_at,
-            "state": _COMPLETED,
-            "attempt": _FIRST,
-            "omitted": _NOT_OMITTED,
-            "fingerprint": null(),
-            "owner": null(),
-            "lease_expires_at": null(),
-            "downstream_key": null(),
-        },
-        where=EXPIRED,
-    )
-)
-_FIND = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE, _LIVE), lock=True)
-_CLAIMED: dict[str, Any] = {
-    "result": constant("null", Text()),
-    "created_at": bindparam("now"),
-    "expires_at": bindparam("expires_at"),
-    "state": _IN_PROGRESS,
-    "attempt": _FIRST,
-    "omitted": _NOT_OMITTED,
-    "fingerprint": bindparam("fingerprint"),
-    "owner": bindparam("new_owner"),
-    "lease_expires_at": bindparam("lease_expires_at"),
-    "downstream_key": bindparam("downstream_key"),
-}
-_CLAIM = Statement[IdempotencyKey](
-    lambda insert: (
-        statement := insert(_table).values(
-            device_id=bindparam("device_id"), method=bindparam("method"), key=bindparam("key"), **_CLAIMED
-        )
-    ).on_conflict_do_update(
-        index_elements=["device_id", "method", "key"],
-        set_={name: statement.excluded[name] for name in _CLAIMED},
-        where=EXPIRED,
-    )
-)
-_ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
-# Every write of an attempt is fenced: it takes place only while the attempt owns the key.
-_OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bindparam("old_owner"))
-_TAKE_OVER = Statement[IdempotencyKey](
-    update(IdempotencyKey)
-    .where(_OWNED)
-    .values(owner=bindparam("new_owner"), attempt=bindparam("number"), lease_expires_at=bindparam("lease_expires_at"))
-)
-_RENEW = Statement[IdempotencyKey](
-    update(IdempotencyKey).where(_OWNED).values(lease_expires_at=bindparam("lease_expires_at"))
-)
-_RECORD = Statement[IdempotencyKey](
-    update(IdempotencyKey)
-    .where(_OWNED)
-    .values(
-        state=bindparam("state"),
-        # Encoded already, where it was checked.
-        result=bindparam("json", type_=Text),
-        omitted=bindparam("omitted"),
-        expires_at=bindparam("expires_at"),
-        owner=bindparam("recorded_by"),
-        lease_expires_at=None,
-    )
-)
-_DELETE_OWNED = Statement[IdempotencyKey](delete(IdempotencyKey).where(_OWNED))
-_ABANDONED = Statement[IdempotencyKey](
-    select(IdempotencyKey)
-    .where(_columns.state == _IN_PROGRESS, _columns.lease_expires_at <= bindparam("now"))
-    .order_by(_columns.lease_expires_at, _columns.device_id, _columns.method, _columns.key)
-    .limit(bindparam("limit"))
-)
-_DELETE_EXPIRED = Statement[IdempotencyKey](
-    delete(IdempotencyKey).where(
-        tuple_(_columns.device_id, _columns.method, _columns.key).in_(
-            select(_columns.device_id, _columns.method, _columns.key)
-            .where(EXPIRED)
-            .order_by(_columns.expires_at)
-            .limit(bindparam("limit"))
-            .with_for_update(skip_locked=True)
-        )
-    )
-)
-_DELETE_ENDED = Statement[IdempotencyKey](
-    delete(IdempotencyKey).where(_columns.device_id == bindparam("device_id"), _ENDED)
-)
-COUNT_EXPIRED = Statement[int](select(func.count()).select_from(IdempotencyKey).where(EXPIRED))
-
 
 class IdempotencyKeyStore(Store):
-    """The records that make a retried call safe."""
+    """Store of idempotency keys: the records that make a retried call safe."""
 
     __slots__ = ()
 
     @writing()
     @clears_locals
     def insert(self, scope: IdempotencyScope, result: JsonValue, *, ttl: timedelta) -> IdempotencyKey:
-        """Store the result of a call, so that its retries are answered with it.
+        """Store the result of a call, so that a retry gets the same result.
 
         Args:
-            scope: what makes it the same call.
-            result: any JSON value of at most 256 KiB.
-            ttl: how long it is replayed, above zero.
+            scope: identity of the call.
+            result: JSON value of at most 256 KiB.
+            ttl: time for which the result is replayed, more than zero.
 
         Raises:
-            IdempotencyKeyExistsError: a live record is there already; it is left as it is.
-            InvalidArgumentError: the result is no JSON or too large, or `ttl` is not above zero.
+            IdempotencyKeyExistsError: if a record exists that has not expired. The existing record is not changed.
+            InvalidArgumentError: if the result is too large or not JSON, or `ttl` is not more than zero.
         """
         scope = _check_scope(scope)
         json = encode_json(result, "result")
@@ -178,7 +54,7 @@ class IdempotencyKeyStore(Store):
         now = self._unit.now()
         expires_at = later(now, ttl, "ttl")
         if not self._unit.write(
-            _INSERT,
+            statements.INSERT,
             device_id=scope.device_id,
             method=scope.method,
             key=scope.key,
@@ -187,7 +63,7 @@ class IdempotencyKeyStore(Store):
             expires_at=expires_at,
         ):
             raise IdempotencyKeyExistsError(scope.device_id, scope.method)
-        # Validating it anew would cost three times the insert.
+        # A validation of the model would take three times as long as the insert.
         return as_loaded(
             IdempotencyKey,
             {
@@ -210,13 +86,13 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def find(self, scope: IdempotencyScope) -> IdempotencyKey | None:
-        """Return the live record of a call, None where there is none or its time is over."""
+        """Return the record of a call, or None without a record or after the record has expired."""
         scope = _check_scope(scope)
         return self._unit.one(
-            _FIND, device_id=scope.device_id, method=scope.method, key=scope.key, now=self._unit.now()
+            statements.FIND, device_id=scope.device_id, method=scope.method, key=scope.key, now=self._unit.now()
         )
 
-    # What run_once is made of
+    # The steps of `run_once`
 
     @writing()
     @clears_locals
@@ -230,25 +106,25 @@ class IdempotencyKeyStore(Store):
         rerun: bool = False,
         owner: str | None = None,
     ) -> Attempt | Outcome:
-        """Claim the right to run an effect, or return how it ended before. Commit before the effect begins.
+        """Claim the right to run an effect, or return the stored outcome. Commit the claim before the effect begins.
 
         Args:
-            scope: what makes it the same call.
-            fingerprint: of its parameters, see `homeagent.canonical_json.fingerprint_of`.
-            lease: how long until the attempt counts as abandoned, unless it renews; zero for a lease that has expired.
-            ttl: how long the outcome is replayed, above zero.
-            rerun: whether an abandoned attempt is followed by another one.
-            owner: a random token of the caller, such as 32 hex digits. A claim that is repeated after a commit with
-                an unknown result finds its own attempt by the token. None to have one made.
+            scope: identity of the call.
+            fingerprint: fingerprint of the call's parameters: see `homeagent.canonical_json.fingerprint_of`.
+            lease: time until the attempt counts as abandoned unless renewed. Zero: the lease has expired at once.
+            ttl: time for which the outcome is replayed, more than zero.
+            rerun: whether to take over an abandoned attempt.
+            owner: random token of the caller, such as 32 hex digits. If the result of a commit is unknown, a second
+                claim with the same token returns the attempt of the first. Default: a new token.
 
         Returns:
-            An Attempt where the effect is to be run now, an Outcome where it was completed.
+            An Attempt if the caller must run the effect, or the Outcome if the effect has completed.
 
         Raises:
-            FingerprintMismatchError: the key was used with other parameters.
-            IdempotencyInProgressError: another attempt's lease is live.
-            OutcomeUnknownError: an attempt was abandoned, and `rerun` is not set.
-            EffectFailedError: the effect failed for good; this is its stored error.
+            FingerprintMismatchError: if the key was used with other parameters.
+            IdempotencyInProgressError: if another attempt has a lease that has not expired.
+            OutcomeUnknownError: if an attempt was abandoned, and `rerun` is False.
+            EffectFailedError: if the effect has failed for good. The error carries the stored detail.
         """
         scope = _check_scope(scope)
         check_label(fingerprint, "fingerprint")
@@ -258,7 +134,7 @@ class IdempotencyKeyStore(Store):
         owner = token_hex(16) if owner is None else check_label(owner, "owner")
         downstream_key = token_hex(16)
         while not self._unit.write(
-            _CLAIM,
+            statements.CLAIM,
             **_parameters(scope),
             now=now,
             expires_at=expires_at,
@@ -267,8 +143,8 @@ class IdempotencyKeyStore(Store):
             lease_expires_at=lease_expires_at,
             downstream_key=downstream_key,
         ):
-            row = self._unit.one(_ANY, **_parameters(scope))
-            if row is not None:  # else it was deleted in between, and the key is free
+            row = self._unit.one(statements.ANY, **_parameters(scope))
+            if row is not None:  # without a row, the record was deleted in between: claim again
                 outcome = _outcome(scope, row, fingerprint)
                 return outcome or self._take_over(scope, row, now, lease_expires_at, owner=owner, rerun=rerun)
         return Attempt(
@@ -291,8 +167,9 @@ class IdempotencyKeyStore(Store):
         owner: str,
         rerun: bool,
     ) -> Attempt:
+        """Return the next attempt of a key in progress, or raise if the present attempt is not abandoned."""
         if row.owner == owner:
-            # This claim was committed before, and its caller never heard of it.
+            # The claim was committed before, and the caller did not get the result of the commit.
             return _attempt_of(row)
         if row.lease_expires_at is not None and row.lease_expires_at > now:
             raise IdempotencyInProgressError(
@@ -302,7 +179,7 @@ class IdempotencyKeyStore(Store):
             raise OutcomeUnknownError(device_id=scope.device_id, method=scope.method, attempt=row.attempt)
         number = row.attempt + 1
         self._unit.write(
-            _TAKE_OVER,
+            statements.TAKE_OVER,
             **_parameters(scope),
             old_owner=row.owner,
             new_owner=owner,
@@ -314,29 +191,29 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
-        """Extend an attempt's lease to `lease` from now, and return the attempt with it.
+        """Extend the lease to now plus `lease`, and return the attempt with the new lease.
 
         Raises:
-            LeaseLostError: the attempt no longer owns its key; nothing was changed.
+            LeaseLostError: if the attempt no longer owns the key. The record is then not changed.
         """
         check_kind(attempt, Attempt, "attempt")
         until = later(self._unit.now(), check_duration(lease, "lease", zero=True), "lease")
-        self._fenced(_RENEW, attempt, lease_expires_at=until)
+        self._write_fenced(statements.RENEW, attempt, lease_expires_at=until)
         return replace(attempt, lease_expires_at=until)
 
     @writing()
     @clears_locals
     def complete(self, attempt: Attempt, result: JsonValue) -> bool:
-        """Record what the effect returned, to be replayed.
+        """Record the result of the effect, so that a retry gets the same result.
 
-        A result that is no JSON or over 256 KiB is left out, since the effect took place all the same: the record
-        says `omitted` then.
+        The effect has taken place also if the result is not JSON or over 256 KiB: the record is then stored without
+        the result, and has `omitted` set.
 
         Returns:
-            False where the result was left out.
+            False if the record was stored without the result.
 
         Raises:
-            LeaseLostError: the attempt no longer owns its key; nothing was changed.
+            LeaseLostError: if the attempt no longer owns the key. The record is then not changed.
         """
         check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=attempt.owner)
@@ -344,32 +221,33 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def fail(self, attempt: Attempt, error: JsonValue) -> bool:
-        """Record that the effect failed for good, with a detail to be replayed like a result; see `complete`."""
+        """Record that the effect failed for good. The detail `error` is replayed like a result: see `complete`."""
         check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.FAILED, error, recorded_by=attempt.owner)
 
     @reading
     @clears_locals
     def find_recorded(self, attempt: Attempt) -> IdempotencyKey | None:
-        """Return the record that this very attempt made, None where it made none, or that is gone.
+        """Return the outcome that this attempt has recorded, or None without such a record.
 
-        By this an attempt whose record was committed while the connection was lost finds out that it was.
+        If the connection was lost at the commit, the caller finds out by this method whether the commit took place.
         """
         check_kind(attempt, Attempt, "attempt")
-        row = self._unit.one(_ANY, **_parameters(attempt.scope))
+        row = self._unit.one(statements.ANY, **_parameters(attempt.scope))
         own = row is not None and row.owner == attempt.owner and row.state is not IdempotencyState.IN_PROGRESS
         return row if own else None
 
     def _record(self, attempt: Attempt, state: IdempotencyState, result: JsonValue, *, recorded_by: str | None) -> bool:
+        """Record an outcome and return whether the result could be stored."""
         try:
             json, omitted = encode_json(result), False
         except InvalidArgumentError:
             json, omitted = encode_json(None), True
         now = self._unit.now()
-        # An effect that took longer than its time to live must not be forgotten the moment it ends.
+        # If the effect took longer than `ttl`, the record would expire at once.
         expires_at = attempt.expires_at if attempt.expires_at > now else later(now, attempt.ttl, "ttl")
-        self._fenced(
-            _RECORD,
+        self._write_fenced(
+            statements.RECORD,
             attempt,
             state=state,
             json=json,
@@ -382,105 +260,110 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
-        """Give a key back whose effect did not begin.
+        """Release a key if the attempt's effect did not begin.
 
-        Where an earlier attempt was abandoned, its outcome stays unknown: the key is not freed then, and counts as
-        abandoned again.
+        The first attempt deletes the record. After an earlier, abandoned attempt the outcome of that attempt is still
+        unknown: the record stays, and counts as abandoned again.
 
         Args:
-            attempt: the owner.
-            none_began: whether it was found out that no earlier attempt began either.
+            attempt: owner of the key.
+            none_began: whether the caller knows that the effect of no earlier attempt began. The record is then
+                deleted.
 
         Raises:
-            LeaseLostError: the attempt no longer owns its key; nothing was changed.
+            LeaseLostError: if the attempt no longer owns the key. The record is then not changed.
         """
         check_kind(attempt, Attempt, "attempt")
         if attempt.number == 1 or none_began:
-            self._fenced(_DELETE_OWNED, attempt)
+            self._write_fenced(statements.DELETE_OWNED, attempt)
         else:
-            self._fenced(_RENEW, attempt, lease_expires_at=self._unit.now())
+            self._write_fenced(statements.RENEW, attempt, lease_expires_at=self._unit.now())
 
-    def _fenced(self, statement: Statement[IdempotencyKey], attempt: Attempt, **parameters: Any) -> None:
+    def _write_fenced(self, statement: Statement[IdempotencyKey], attempt: Attempt, **parameters: Any) -> None:
+        """Run a statement with the fence. Raise LeaseLostError if the attempt does not own the key."""
         if not self._unit.write(statement, **_parameters(attempt.scope), old_owner=attempt.owner, **parameters):
             scope = attempt.scope
             raise LeaseLostError(device_id=scope.device_id, method=scope.method, attempt=attempt.number)
 
-    # What the operator does about outcomes that nobody knows
+    # For operators: settle abandoned attempts
 
     @reading
     @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
-        """Return the records whose lease lapsed before an outcome came, longest ago first.
+        """Return the records of abandoned attempts. The lease that expired first comes first.
 
         Args:
-            limit: how many at most, 1 or more.
+            limit: maximum number of records, 1 or more.
         """
-        return self._unit.all(_ABANDONED, now=self._unit.now(), limit=check_limit(limit))
+        return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=check_limit(limit))
 
     @writing()
     @clears_locals
     def resolve(self, scope: IdempotencyScope, result: JsonValue) -> bool:
-        """Record how an abandoned effect ended, to be replayed from now on.
+        """Record the result of an abandoned attempt, so that a retry gets the result.
 
         Args:
-            scope: whose outcome is known now.
-            result: what the effect would have returned, any JSON value of at most 256 KiB.
+            scope: identity of the call.
+            result: result of the effect, a JSON value of at most 256 KiB.
 
         Returns:
-            False where nothing was abandoned under this scope.
+            False if the scope has no abandoned attempt.
 
         Raises:
-            IdempotencyInProgressError: its lease is live: it may still end by itself.
-            InvalidArgumentError: the result is no JSON or too large.
+            IdempotencyInProgressError: if the lease has not expired: the effect may still end.
+            InvalidArgumentError: if the result is too large or not JSON.
         """
         encode_json(result, "result")
-        attempt = self._invalidated(scope)
+        attempt = self._find_abandoned(scope)
         return attempt is not None and self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=None)
 
     @writing()
     @clears_locals
     def forget(self, scope: IdempotencyScope) -> bool:
-        """Remove an abandoned record, so that the next call runs the effect as if it had never been tried.
+        """Delete the record of an abandoned attempt, so that the next call runs the effect again.
 
         Returns:
-            False where nothing was abandoned under this scope.
+            False if the scope has no abandoned attempt.
 
         Raises:
-            IdempotencyInProgressError: its lease is live: it may still end by itself.
+            IdempotencyInProgressError: if the lease has not expired: the effect may still end.
         """
-        attempt = self._invalidated(scope)
+        attempt = self._find_abandoned(scope)
         if attempt is not None:
-            self._fenced(_DELETE_OWNED, attempt)
+            self._write_fenced(statements.DELETE_OWNED, attempt)
         return attempt is not None
 
-    def _invalidated(self, scope: IdempotencyScope) -> Attempt | None:
+    def _find_abandoned(self, scope: IdempotencyScope) -> Attempt | None:
+        """Return the abandoned attempt, or None. Raise IdempotencyInProgressError if the lease has not expired."""
         scope = _check_scope(scope)
-        row = self._unit.one(_ANY, **_parameters(scope))
+        row = self._unit.one(statements.ANY, **_parameters(scope))
         if row is None or row.state is not IdempotencyState.IN_PROGRESS:
             return None
         now = self._unit.now()
-        lapsed = row.lease_expires_at or now
-        if lapsed > now:
-            raise IdempotencyInProgressError(device_id=scope.device_id, method=scope.method, retry_after=lapsed - now)
+        lease_end = row.lease_expires_at or now
+        if lease_end > now:
+            raise IdempotencyInProgressError(
+                device_id=scope.device_id, method=scope.method, retry_after=lease_end - now
+            )
         return _attempt_of(row)
 
     @writing()
     def delete_ended(self, device_id: str) -> int:
-        """Remove the records of a device's calls that have ended, and return how many. Those in progress are spared."""
-        return self._unit.write(_DELETE_ENDED, device_id=check_identifier(device_id, "device_id"))
+        """Delete a device's records, except records in progress, and return the number of deleted records."""
+        return self._unit.write(statements.DELETE_ENDED, device_id=check_identifier(device_id, "device_id"))
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Remove dead records, oldest first, and return how many. Those in progress are spared.
+        """Delete expired records, oldest first, and return the number of deleted records.
 
         Args:
-            limit: how many at most, 1 or more.
+            limit: maximum number of records, 1 or more.
         """
-        return self._unit.write(_DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
+        return self._unit.write(statements.DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
 
 
 def _attempt_of(row: IdempotencyKey) -> Attempt:
-    """Return the attempt that a row in progress stands for."""
+    """Return the attempt of a row in progress."""
     return Attempt(
         number=row.attempt,
         downstream_key=row.downstream_key or "",
@@ -493,7 +376,7 @@ def _attempt_of(row: IdempotencyKey) -> Attempt:
 
 
 def _outcome(scope: IdempotencyScope, row: IdempotencyKey, fingerprint: str) -> Outcome | None:
-    """Return how the call of this row ended, None if it is in progress. A failed call raises its stored error."""
+    """Return the outcome of a row, or None in progress. Raise EffectFailedError for an effect that has failed."""
     if row.fingerprint is not None and row.fingerprint != fingerprint:
         raise FingerprintMismatchError(device_id=scope.device_id, method=scope.method)
     if row.state is IdempotencyState.FAILED:

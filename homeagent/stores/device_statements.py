@@ -1,0 +1,177 @@
+"""SQL of the store of devices."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from functools import cache
+from typing import Any
+
+from sqlalchemy import and_, bindparam, delete, func, literal_column, not_, or_, select, update
+
+from homeagent.engine.statements import Statement, constant
+from homeagent.models.device import PENDING, Device, DeviceStatus, Role
+from homeagent.models.idempotency_key import IdempotencyKey
+from homeagent.models.store_record import store_table
+
+_columns: Any = Device.__table__.c
+_keys: Any = IdempotencyKey.__table__.c
+
+# Do not write `approved = 0`: another program may have stored a value other than 0 and 1, and such a device would be
+# neither approved nor unapproved.
+_APPROVED = _columns.approved == True  # noqa: E712  an expression
+_UNAPPROVED = _columns.approved.is_distinct_from(True)
+
+FIND = Statement[Device](select(Device).where(_columns.id == bindparam("id")), lock=True)
+
+
+def _for_every_id(*columns: Any) -> Any:
+    """Select one row also for an absent device, so that the statement takes the same time for every id."""
+    one_row = select(literal_column("1").label("one")).subquery("requested")
+    return select(*columns).select_from(one_row.outerjoin(Device.__table__, _columns.id == bindparam("id")))
+
+
+# Do not select `proof_verifier` here: the column comes after `metadata`, so on SQLite the time of reading a value from
+# `proof_verifier` grows with the length of `metadata`.
+SECRET_HASHES = Statement[tuple[str, str | None, datetime | None]](
+    _for_every_id(
+        func.coalesce(_columns.shared_secret_hash, constant("", _columns.shared_secret_hash.type)),
+        _columns.previous_secret_hash,
+        _columns.previous_secret_expires_at,
+    )
+)
+VERIFIER = Statement[str | None](_for_every_id(_columns.proof_verifier))
+PROOF_SECRETS = Statement[tuple[str | None, str | None]](
+    select(store_table.c.proof_key, _columns.proof_verifier).select_from(
+        store_table.outerjoin(Device.__table__, _columns.id == bindparam("id"))
+    )
+)
+COUNT_PENDING = Statement[int](
+    select(func.count()).select_from(
+        select(_columns.paired_at).where(PENDING).limit(bindparam("limit")).subquery()  # the column of the index
+    )
+)
+# On PostgreSQL, two pairings at the same time would not count each other's device: the second pairing waits here until
+# the unit of the first has ended.
+LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
+OVERDUE: Any = _columns.paired_at <= bindparam("before")
+"""Condition: a sweep deletes the pending device. `before` is the current time minus `Limits.pending_ttl`."""
+
+DELETE_PENDING = Statement[Device](
+    delete(Device).where(
+        PENDING,
+        _columns.id.in_(
+            select(_columns.id)
+            .where(PENDING, OVERDUE)
+            .order_by(_columns.paired_at)
+            .limit(bindparam("limit"))
+            .with_for_update(skip_locked=True)
+        ),
+    )
+)
+CREATE = Statement[Device](
+    lambda insert_: (
+        insert_(Device.__table__)
+        .values(
+            id=bindparam("id"),
+            role=bindparam("role"),
+            shared_secret_hash=bindparam("shared_secret_hash"),
+            approved=False,
+            paired_at=bindparam("now"),
+            metadata=bindparam("metadata"),
+            proof_verifier=bindparam("proof_verifier"),
+        )
+        .on_conflict_do_nothing(index_elements=["id"])
+    ),
+    returning=Device,
+)
+UPDATE_METADATA = Statement[Device](
+    update(Device).where(_columns.id == bindparam("device_id")).values({_columns.metadata: bindparam("value")}),
+    returning=Device,
+)
+APPROVE = Statement[Device](
+    update(Device)
+    .where(_columns.id == bindparam("device_id"))
+    .values(
+        approved=True,
+        approved_at=bindparam("now"),
+        revoked_at=None,
+        revoked_reason=None,
+        # An earlier version or `uow.session` may have given an unapproved device a previous secret.
+        previous_secret_hash=None,
+        previous_secret_expires_at=None,
+    )
+)
+REVOKE = Statement[Device](
+    update(Device)
+    .where(_columns.id == bindparam("device_id"))
+    .values(
+        approved=False,
+        revoked_at=bindparam("now"),
+        revoked_reason=bindparam("reason"),
+        previous_secret_hash=None,
+        previous_secret_expires_at=None,
+    )
+)
+# The database compares the columns, and no value is converted: an unreadable value must not prevent an approval or a
+# revocation. A comparison with None results in None.
+STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]](
+    select(
+        _columns.approved,
+        _columns.revoked_at.is_not(None),
+        or_(_columns.revoked_at.is_not(None), _columns.approved_at.is_not(None)),
+        _columns.role == bindparam("role"),
+        _columns.shared_secret_hash == bindparam("secret_hash"),
+        _columns.paired_at == bindparam("paired_at"),
+    ).where(_columns.id == bindparam("device_id")),
+    lock=True,
+)
+IS_ADMIN = Statement[bool](
+    select(_columns.role == constant(Role.ADMIN, _columns.role.type)).where(_columns.id == bindparam("device_id"))
+)
+# Locks all approved admins in a fixed order. If two admins revoke each other at the same time, the second revocation
+# waits, and then finds only one approved admin.
+APPROVED_ADMINS = Statement[bool](
+    select(_columns.id == bindparam("device_id")).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
+    lock=True,
+)
+_SEEN_EARLIER = (
+    _columns.id == bindparam("device_id"),
+    or_(_columns.last_seen_at.is_(None), _columns.last_seen_at <= bindparam("before")),
+)
+NEEDS_LAST_SEEN = Statement[str](select(_columns.id).where(*_SEEN_EARLIER))
+SET_LAST_SEEN = Statement[Device](update(Device).where(*_SEEN_EARLIER).values(last_seen_at=bindparam("at")))
+DELETE = Statement[Device](delete(Device).where(_columns.id == bindparam("device_id")))
+DELETE_KEYS = Statement[IdempotencyKey](delete(IdempotencyKey).where(_keys.device_id == bindparam("device_id")))
+SET_SECRET = Statement[Device](
+    update(Device)
+    .where(_columns.id == bindparam("device_id"), _columns.shared_secret_hash == bindparam("expected"))
+    .values(
+        shared_secret_hash=bindparam("replacement"),
+        proof_verifier=bindparam("verifier"),
+        previous_secret_hash=bindparam("previous"),
+        previous_secret_expires_at=bindparam("until"),
+    )
+)
+REHASH = Statement[Device](
+    update(Device)
+    .where(_columns.id == bindparam("device_id"), _columns.shared_secret_hash == bindparam("expected"))
+    .values(shared_secret_hash=bindparam("replacement"))
+)
+
+
+@cache
+def page_of(*, approved: bool | None, by_role: bool, status: DeviceStatus | None, after: bool) -> Statement[Device]:
+    """Return the statement for a page of devices with these conditions, ordered by id."""
+    conditions = []
+    if approved is not None:
+        conditions.append(_APPROVED if approved else _UNAPPROVED)
+    if by_role:
+        conditions.append(_columns.role == bindparam("role"))
+    if status is DeviceStatus.APPROVED:
+        conditions.append(_APPROVED)
+    elif status is not None:
+        pending = and_(_columns.approved_at.is_(None), _columns.revoked_at.is_(None))
+        conditions.append(and_(_UNAPPROVED, pending if status is DeviceStatus.PENDING else not_(pending)))
+    if after:
+        conditions.append(_columns.id > bindparam("after"))
+    return Statement(select(Device).where(*conditions).order_by(_columns.id).limit(bindparam("limit")))

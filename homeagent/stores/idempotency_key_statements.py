@@ -1,0 +1,134 @@
+"""SQL of the store of idempotency keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Text, and_, bindparam, delete, func, not_, null, or_, select, tuple_, update
+
+from homeagent.engine.statements import Statement, constant
+from homeagent.models.idempotency_key import IdempotencyKey, IdempotencyState
+
+_table: Any = IdempotencyKey.__table__
+_columns: Any = _table.c
+
+_IN_PROGRESS = constant(IdempotencyState.IN_PROGRESS, _columns.state.type)
+_COMPLETED = constant(IdempotencyState.COMPLETED, _columns.state.type)
+_FAILED = constant(IdempotencyState.FAILED, _columns.state.type)
+_FIRST = constant(1, _columns.attempt.type)
+_NOT_OMITTED = constant(False, _columns.omitted.type)
+
+_SAME_SCOPE = and_(
+    _columns.device_id == bindparam("device_id"),
+    _columns.method == bindparam("method"),
+    _columns.key == bindparam("key"),
+)
+# A row in progress does not expire. Nor does a row with an invalid state: after its deletion, an effect that may have
+# taken place would run again.
+_ENDED = or_(_columns.state == _COMPLETED, _columns.state == _FAILED)
+_NOT_EXPIRED = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
+EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
+"""Condition: the record counts as absent, and a sweep deletes it."""
+
+INSERT = Statement[IdempotencyKey](
+    lambda insert: (
+        statement := insert(_table).values(
+            device_id=bindparam("device_id"),
+            method=bindparam("method"),
+            key=bindparam("key"),
+            # The store has encoded the result already, to check it.
+            result=bindparam("json", type_=Text),
+            created_at=bindparam("now"),
+            expires_at=bindparam("expires_at"),
+            state=_COMPLETED,
+            attempt=_FIRST,
+            omitted=_NOT_OMITTED,
+        )
+    ).on_conflict_do_update(
+        index_elements=["device_id", "method", "key"],
+        # An expired record counts as absent, also before a sweep: replace each column.
+        set_={
+            "result": statement.excluded.result,
+            "created_at": statement.excluded.created_at,
+            "expires_at": statement.excluded.expires_at,
+            "state": _COMPLETED,
+            "attempt": _FIRST,
+            "omitted": _NOT_OMITTED,
+            "fingerprint": null(),
+            "owner": null(),
+            "lease_expires_at": null(),
+            "downstream_key": null(),
+        },
+        where=EXPIRED,
+    )
+)
+FIND = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE, _NOT_EXPIRED), lock=True)
+_CLAIMED: dict[str, Any] = {
+    "result": constant("null", Text()),
+    "created_at": bindparam("now"),
+    "expires_at": bindparam("expires_at"),
+    "state": _IN_PROGRESS,
+    "attempt": _FIRST,
+    "omitted": _NOT_OMITTED,
+    "fingerprint": bindparam("fingerprint"),
+    "owner": bindparam("new_owner"),
+    "lease_expires_at": bindparam("lease_expires_at"),
+    "downstream_key": bindparam("downstream_key"),
+}
+CLAIM = Statement[IdempotencyKey](
+    lambda insert: (
+        statement := insert(_table).values(
+            device_id=bindparam("device_id"), method=bindparam("method"), key=bindparam("key"), **_CLAIMED
+        )
+    ).on_conflict_do_update(
+        index_elements=["device_id", "method", "key"],
+        set_={name: statement.excluded[name] for name in _CLAIMED},
+        where=EXPIRED,
+    )
+)
+ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
+# The fence: an attempt changes a key only while the attempt owns the key.
+_OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bindparam("old_owner"))
+TAKE_OVER = Statement[IdempotencyKey](
+    update(IdempotencyKey)
+    .where(_OWNED)
+    .values(owner=bindparam("new_owner"), attempt=bindparam("number"), lease_expires_at=bindparam("lease_expires_at"))
+)
+RENEW = Statement[IdempotencyKey](
+    update(IdempotencyKey).where(_OWNED).values(lease_expires_at=bindparam("lease_expires_at"))
+)
+RECORD = Statement[IdempotencyKey](
+    update(IdempotencyKey)
+    .where(_OWNED)
+    .values(
+        state=bindparam("state"),
+        # The store has encoded the result already, to check it.
+        result=bindparam("json", type_=Text),
+        omitted=bindparam("omitted"),
+        expires_at=bindparam("expires_at"),
+        owner=bindparam("recorded_by"),
+        lease_expires_at=None,
+    )
+)
+DELETE_OWNED = Statement[IdempotencyKey](delete(IdempotencyKey).where(_OWNED))
+ABANDONED = Statement[IdempotencyKey](
+    select(IdempotencyKey)
+    .where(_columns.state == _IN_PROGRESS, _columns.lease_expires_at <= bindparam("now"))
+    .order_by(_columns.lease_expires_at, _columns.device_id, _columns.method, _columns.key)
+    .limit(bindparam("limit"))
+)
+DELETE_EXPIRED = Statement[IdempotencyKey](
+    delete(IdempotencyKey).where(
+        tuple_(_columns.device_id, _columns.method, _columns.key).in_(
+            select(_columns.device_id, _columns.method, _columns.key)
+            .where(EXPIRED)
+            .order_by(_columns.expires_at)
+            .limit(bindparam("limit"))
+            .with_for_update(skip_locked=True)
+        )
+    )
+)
+DELETE_ENDED = Statement[IdempotencyKey](
+    delete(IdempotencyKey).where(_columns.device_id == bindparam("device_id"), _ENDED)
+)
+COUNT_EXPIRED = Statement[int](select(func.count()).select_from(IdempotencyKey).where(EXPIRED))
