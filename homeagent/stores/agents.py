@@ -1,4 +1,4 @@
-"""What can be done with agents: create, find, list, change, delete."""
+"""The store of agents."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _list(*, after: bool) -> Statement[Agent]:
 
 
 class AgentStore(Store):
-    """The agents: who answers."""
+    """Store of agents."""
 
     __slots__ = ()
 
@@ -66,7 +66,7 @@ class AgentStore(Store):
         """Add an agent.
 
         Raises:
-            AgentExistsError: the id is taken; that agent is left as it is.
+            AgentExistsError: if an agent with the id exists. The existing agent is not changed.
         """
         check_kind(agent, models.AgentCreate, "agent")
         created = self._unit.write_one(
@@ -83,15 +83,15 @@ class AgentStore(Store):
 
     @reading
     def find_by_id(self, agent_id: str) -> Agent | None:
-        """Return the agent, None where it is absent. In a write unit it may be decided on."""
+        """Return the agent, or None. In a write unit no other writer can change the row until the unit ends."""
         return self._unit.one(_FIND, id=check_identifier(agent_id, "agent_id"))
 
     @reading
     def get(self, agent_id: str) -> Agent:
-        """Return the agent. In a write unit it may be decided on.
+        """Return the agent. In a write unit no other writer can change the row until the unit ends.
 
         Raises:
-            AgentNotFoundError: it is absent.
+            AgentNotFoundError: if the agent does not exist.
         """
         agent = self._unit.one(_FIND, id=check_identifier(agent_id, "agent_id"))
         if agent is None:
@@ -103,8 +103,8 @@ class AgentStore(Store):
         """Return a page of agents, ordered by id.
 
         Args:
-            limit: how many at most, 1 or more.
-            after: the last id of the page before; None for the first page.
+            limit: maximum number of agents, 1 or more.
+            after: last id of the previous page. Default: the first page.
         """
         return self._unit.all(
             _list(after=after is not None),
@@ -114,16 +114,16 @@ class AgentStore(Store):
 
     @writing()
     def update(self, agent_id: str, changes: models.AgentUpdate) -> Agent:
-        """Change what was given in `changes`, and return the agent as it is now. What was left out stays.
+        """Set the fields that `changes` contains, and return the changed agent. The other fields stay.
 
         Raises:
-            AgentNotFoundError: it is absent.
+            AgentNotFoundError: if the agent does not exist.
         """
         check_kind(changes, models.AgentUpdate, "changes")
         given = changes.model_fields_set
         if not given:
             return self.get(agent_id)
-        # The other columns are not read before: a value that can't be read can be replaced.
+        # Do not read the row first: an update must be able to replace an unreadable value.
         values = {f"new_{name}": getattr(changes, name) for name in given}
         check_identifier(agent_id, "agent_id")
         changed = self._unit.write_one(_update(frozenset(given)), agent_id=agent_id, **values)
@@ -133,19 +133,20 @@ class AgentStore(Store):
 
     @writing()
     def delete(self, agent_id: str, *, delete_sessions: bool = False) -> bool:
-        """Remove an agent. The files of its workspace are never touched.
+        """Delete an agent. The files in the agent's workspace stay.
 
         Args:
-            agent_id: the agent.
-            delete_sessions: whether its sessions go with it, in the same transaction.
+            agent_id: id of the agent.
+            delete_sessions: whether to delete the agent's sessions in the same transaction.
 
         Returns:
-            False where it was absent.
+            False if the agent did not exist.
 
         Raises:
-            AgentInUseError: it has sessions, and `delete_sessions` is not set.
+            AgentInUseError: if the agent has sessions, and `delete_sessions` is False.
         """
-        # Locked first: a session made at this moment either is seen here, or waits and finds no agent.
+        # Lock the agent first. A session that is created at the same time is either counted here, or waits for the lock
+        # and then finds no agent.
         if self._unit.one(_LOCK, id=check_identifier(agent_id, "agent_id")) is None:
             return False
         if delete_sessions:

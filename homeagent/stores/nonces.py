@@ -1,4 +1,4 @@
-"""What can be done with nonces: consume one, once."""
+"""The store of nonces, and the guard against replays."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from homeagent.stores.store import Store, reading, writing
 __all__ = ["NONCE_GRACE", "NONCE_LIMIT", "Freshness", "NonceStore", "ReplayGuard"]
 
 NONCE_GRACE = timedelta(hours=1)
-"""How long a dead nonce keeps its row, so that a clock that is set back does not readmit it."""
+"""Time for which an expired nonce keeps its row. A clock that is set back by less does not admit the nonce again."""
 
 NONCE_LIMIT = 10_000
-"""How many live nonces a device may have."""
+"""Maximum number of nonces of a device that have not expired."""
 
 _table: Any = Nonce.__table__
 _columns: Any = _table.c
@@ -45,7 +45,7 @@ _CONSUME = Statement[Nonce](
         )
     ).on_conflict_do_update(
         index_elements=["device_id", "nonce"],
-        # A dead one counts as absent, whether or not cleanup has run.
+        # An expired nonce counts as absent, also before a sweep.
         set_={"created_at": statement.excluded.created_at, "expires_at": statement.excluded.expires_at},
         where=_columns.expires_at <= bindparam("now"),
     )
@@ -66,9 +66,9 @@ _COUNT = Statement[int](
     )
 )
 EXPIRED: Any = _columns.expires_at <= bindparam("before")
-"""Whether a sweep deletes a nonce; `before` is now less the grace period."""
+"""Condition: a sweep deletes the nonce. `before` is the current time minus `NONCE_GRACE`."""
 
-# Whoever sweeps on another host at the same moment takes other rows: SKIP LOCKED. SQLite has one writer anyway.
+# SKIP LOCKED: on PostgreSQL, a sweep on another host at the same time deletes other rows. SQLite has one writer.
 _DELETE_EXPIRED = Statement[Nonce](
     delete(Nonce).where(
         tuple_(_columns.device_id, _columns.nonce).in_(
@@ -83,46 +83,47 @@ _DELETE_EXPIRED = Statement[Nonce](
 COUNT_EXPIRED = Statement[int](select(func.count()).select_from(Nonce).where(EXPIRED))
 
 FIND_RECORD = Statement[tuple[int, datetime | None]](select(store_table.c.epoch, store_table.c.restored_at))
-"""The epoch of the store, and when it began."""
+"""The epoch of the store, and the time of the restore that began the epoch."""
 
 
 class Freshness(StrEnum):
-    """What became of a signed message: only `FRESH` may enter."""
+    """Result of the check of a signed message. Accept a message only if `FRESH`."""
 
     FRESH = "fresh"
     STALE = "stale"
-    """It was signed too long ago, or before the database was restored, where its nonce may have been forgotten."""
+    """The message was signed too long ago, or before a restore, which may have removed the nonce."""
     FUTURE = "future"
-    """It was signed by a clock that is too far ahead."""
+    """The clock of the signer is too far ahead."""
     REPLAYED = "replayed"
-    """Its nonce was used before."""
+    """The nonce was used before."""
 
 
 class NonceStore(Store):
-    """The nonces that were consumed: replay protection."""
+    """Store of consumed nonces, against replays."""
 
     __slots__ = ()
 
     @writing()
     @clears_locals
     def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int = NONCE_LIMIT) -> bool:
-        """Use a nonce up, atomically: of all who try, one gets True.
+        """Consume a nonce. Of several calls with the same nonce, one returns True.
 
-        Call it in a unit of its own, after the signature was verified and before access is given: a rollback would
-        make the nonce good again.
+        Use a unit only for this call, after the check of the signature and before access is given: a rollback would
+        make the nonce usable again.
 
         Args:
-            device_id: whose nonce it is; one device can't use up another's.
-            nonce: the number used once.
-            expires_at: the signed time plus the allowed skew. From then on the message itself is too old.
-            limit: how many live ones the device may have, counted closely enough.
+            device_id: id of the signer. Each device has its own nonces.
+            nonce: the signed nonce.
+            expires_at: signed timestamp plus the allowed skew. The message is too old from then on.
+            limit: maximum number of the device's nonces that have not expired. Not exact: several processes may exceed
+                the limit by up to half of the room that each has counted.
 
         Returns:
-            False for a replay, also at the bound, and for what is over already.
+            False for a replay, also at the limit, and if `expires_at` has passed.
 
         Raises:
-            NonceLimitError: the nonce is new and the device has too many live ones. They are never evicted, which
-                would let one in again.
+            NonceLimitError: if the nonce is new and the device is at the limit. No nonce is evicted, because an evicted
+                nonce could be used again.
         """
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
@@ -143,17 +144,17 @@ class NonceStore(Store):
     def consume_signed(
         self, device_id: str, nonce: str, *, signed_at: datetime, skew: timedelta, limit: int = NONCE_LIMIT
     ) -> Freshness:
-        """Judge a signed message's timestamp and use its nonce up, under one reading of the clock.
+        """Check the timestamp of a signed message and consume the nonce, with one reading of the clock.
 
         Args:
-            device_id: who signed it.
-            nonce: the number used once that was signed.
-            signed_at: the timestamp that was signed.
-            skew: how far the signer's clock may be off, either way.
-            limit: as in `consume`.
+            device_id: id of the signer.
+            nonce: the signed nonce.
+            signed_at: the signed timestamp.
+            skew: allowed difference between the signer's clock and the gateway's clock.
+            limit: see `consume`.
 
         Raises:
-            NonceLimitError: as in `consume`.
+            NonceLimitError: see `consume`.
         """
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
@@ -166,15 +167,18 @@ class NonceStore(Store):
         if signed_at - now > skew:
             return Freshness.FUTURE
         restored_at = self._restored_at()
-        # What was consumed before the restore was signed no later than `skew` after that, by a clock ahead.
+        # A message whose nonce was consumed before the restore has a timestamp of at most the restore plus `skew`.
         if restored_at is not None and signed_at - restored_at <= skew:
             return Freshness.STALE
         fresh = self._consume(device_id, nonce, expires_at, now, limit)
         return Freshness.FRESH if fresh else Freshness.REPLAYED
 
     def _restored_at(self) -> datetime | None:
-        # Asked once for each connection: no epoch begins while one is open. A server that is set back closes them all,
-        # and a gateway that goes on by itself afterwards must not go by what it knew before.
+        """Return the time of the last restore, read once for each connection.
+
+        No epoch begins while a connection is open. Do not keep the time for longer: a PostgreSQL server that is set
+        back closes all connections, and the gateway must then read the time again.
+        """
         memory = self._unit.connection_memory
         if "restored_at" not in memory:
             record = self._unit.one(FIND_RECORD)
@@ -185,26 +189,28 @@ class NonceStore(Store):
         return restored_at
 
     def _has_room(self, device_id: str, now: datetime, limit: int) -> bool:
-        """Tell whether the device may have one more nonce, and count that nonce if so."""
-        # Counting at the bound costs as much as 40 inserts, so that is done again only after as many calls as half
-        # the room that was left: other processes can overrun the bound by that much, and no more.
+        """Return whether the device may have another nonce. If so, count the nonce.
+
+        A count at the limit takes as long as 40 inserts. The method therefore counts again only after as many calls as
+        half of the room at the last count. Each other process can exceed the limit by that number.
+        """
         rooms: dict[tuple[str, int], int] = self._unit.shared.setdefault("nonce_rooms", {})
-        # What is left below one bound says nothing about a lower one.
+        # The room below one limit is not the room below another limit.
         room = rooms.get((device_id, limit), 0)
         if room < 1:
-            live = self._unit.one(_COUNT, device_id=device_id, now=now, limit=limit) or 0
-            if live >= limit:
+            count = self._unit.one(_COUNT, device_id=device_id, now=now, limit=limit) or 0
+            if count >= limit:
                 return False
             if len(rooms) > 10_000:
                 rooms.clear()
-            room = max(1, (limit - live) // 2)
+            room = max(1, (limit - count) // 2)
         rooms[device_id, limit] = room - 1
         return True
 
     @reading
     @clears_locals
     def find(self, device_id: str, nonce: str) -> Nonce | None:
-        """Return a live nonce, None where it was never consumed or is over."""
+        """Return a consumed nonce, or None if the nonce was not consumed or has expired."""
         return self._unit.one(
             _FIND,
             device_id=check_identifier(device_id, "device_id"),
@@ -214,10 +220,10 @@ class NonceStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Remove the rows of nonces that have been dead for an hour, oldest first, and return how many.
+        """Delete nonces that expired at least `NONCE_GRACE` ago, oldest first, and return the number of deleted rows.
 
         Args:
-            limit: how many at most, 1 or more.
+            limit: maximum number of nonces, 1 or more.
         """
         return self._unit.write(
             _DELETE_EXPIRED, before=earlier(self._unit.now(), NONCE_GRACE), limit=check_limit(limit)
@@ -225,15 +231,15 @@ class NonceStore(Store):
 
 
 class ReplayGuard:
-    """Lets each signed message in once, and only while it is fresh.
+    """Accept each signed message once, and only while the message is fresh.
 
     Args:
-        skew: how far a device's clock may be off, either way. A message is fresh from `skew` before its timestamp
-            until `skew` after it, and its nonce is remembered for as long.
-        limit: how many live nonces a device may have.
+        skew: allowed difference between a device's clock and the gateway's clock. A message is fresh from `skew` before
+            the signed timestamp until `skew` after the timestamp, and the nonce is stored until then.
+        limit: maximum number of a device's nonces that have not expired.
 
     Raises:
-        InvalidArgumentError: the skew is not above zero, or the limit not 1 or more.
+        InvalidArgumentError: if the skew is not more than zero, or the limit is less than 1.
     """
 
     def __init__(self, *, skew: timedelta = timedelta(minutes=5), limit: int = NONCE_LIMIT) -> None:
@@ -242,15 +248,15 @@ class ReplayGuard:
 
     @clears_locals
     def check(self, nonces: NonceStore, device_id: str, nonce: str, *, signed_at: datetime) -> Freshness:
-        """Judge a message and use its nonce up; call it in a unit of its own, after the signature was verified.
+        """Check a message and consume the nonce. Use a unit only for this call, after the check of the signature.
 
         Args:
-            nonces: the store of that unit.
-            device_id: who signed.
-            nonce: the number used once that was signed.
-            signed_at: the timestamp that was signed.
+            nonces: store of that unit.
+            device_id: id of the signer.
+            nonce: the signed nonce.
+            signed_at: the signed timestamp.
 
         Raises:
-            NonceLimitError: the device has too many live nonces.
+            NonceLimitError: if the device is at the limit of nonces that have not expired.
         """
         return nonces.consume_signed(device_id, nonce, signed_at=signed_at, skew=self.skew, limit=self.limit)

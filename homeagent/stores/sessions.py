@@ -1,4 +1,4 @@
-"""What can be done with sessions: create, resolve, list, touch, index, delete."""
+"""The store of sessions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _agents: Any = Agent.__table__.c
 
 _FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
 _BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
-# The agent's row is shared until the end of the unit: it can't be deleted under a session that is being made.
+# Locks the agent's row until the end of the unit, so that no other unit deletes the agent before the session is added.
 _AGENT = Statement[str](
     select(_agents.id).where(_agents.id == bindparam("agent_id")).with_for_update(read=True, key_share=True)
 )
@@ -41,7 +41,7 @@ _VALUES: dict[str, Any] = {
     "last_active_at": bindparam("last_active_at"),
     "route_key": bindparam("route"),
 }
-# Without a target, the conflict may be on the id or on the route.
+# Without `index_elements`, a conflict of the id and a conflict of the route both count.
 _CREATE = Statement[AgentSession](
     lambda insert: insert(_table).values(_VALUES).on_conflict_do_nothing(), returning=AgentSession
 )
@@ -108,30 +108,31 @@ def _list(*, agent: bool, sender: bool, channel: bool, after: bool) -> Statement
 
 
 def _is_on(session: AgentSession, agent_id: str, sender_id: str | None, channel_id: str | None) -> bool:
+    """Return whether the session has this route. The stored route key may be stale: see `_release_stale`."""
     return session.agent_id == agent_id and session.sender_id == sender_id and session.channel_id == channel_id
 
 
 class SessionStore(Store):
-    """The index of sessions. The transcripts are the truth; this can be rebuilt from them with `index`."""
+    """Store of sessions: an index of the transcripts. `index` rebuilds the table from the transcripts."""
 
     __slots__ = ()
 
     @writing()
     def create(self, session: models.AgentSessionCreate) -> AgentSession:
-        """Add a session. It becomes the one of its agent, sender and channel where there is none yet.
+        """Add a session. The session takes the route of its agent, sender and channel if the route is free.
 
         Raises:
-            SessionExistsError: the id is taken; that session is left as it is.
-            AgentNotFoundError: its agent is absent.
+            SessionExistsError: if a session with the id exists. The existing session is not changed.
+            AgentNotFoundError: if the agent does not exist.
         """
         check_kind(session, models.AgentSessionCreate, "session")
         now = self._unit.now()
         self._require_agent(session.agent_id)
-        asked = (session.agent_id, session.sender_id, session.channel_id)
-        created = self._insert(session, now, route_key(*asked))
+        route = (session.agent_id, session.sender_id, session.channel_id)
+        created = self._insert(session, now, route_key(*route))
         if created is None and self._unit.one(_FIND, id=session.session_id) is None:
-            if self._release_stale(*asked):
-                created = self._insert(session, now, route_key(*asked))
+            if self._release_stale(*route):
+                created = self._insert(session, now, route_key(*route))
             if created is None:
                 created = self._insert(session, now, None)
         if created is None:
@@ -156,15 +157,15 @@ class SessionStore(Store):
 
     @reading
     def find_by_id(self, session_id: str) -> AgentSession | None:
-        """Return the session, None where it is absent. In a write unit it may be decided on."""
+        """Return the session, or None. In a write unit no other writer can change the row until the unit ends."""
         return self._unit.one(_FIND, id=check_identifier(session_id, "session_id"))
 
     @reading
     def get(self, session_id: str) -> AgentSession:
-        """Return the session. In a write unit it may be decided on.
+        """Return the session. In a write unit no other writer can change the row until the unit ends.
 
         Raises:
-            SessionNotFoundError: it is absent.
+            SessionNotFoundError: if the session does not exist.
         """
         session = self._unit.one(_FIND, id=check_identifier(session_id, "session_id"))
         if session is None:
@@ -177,16 +178,17 @@ class SessionStore(Store):
         check_optional_label(channel_id, "channel_id")
         return route_key(agent_id, sender_id, channel_id)
 
-    def _resolved(
+    def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
+        """Return whether `resolve` has nothing to write, and the result of `resolve` in that case."""
         session = self._unit.one(_BY_ROUTE, route=self._route(agent_id, sender_id, channel_id))
         return session is not None and _is_on(session, agent_id, sender_id, channel_id), session
 
     def _release_stale(self, agent_id: str, sender_id: str | None, channel_id: str | None) -> bool:
-        """Take a route from a session that is no longer on it, and return whether there was such a session.
+        """Clear the route key of a session that has another route now, and return whether there was such a session.
 
-        An UPDATE over many rows in `uow.session`, or another program, changes a session without its route key.
+        An UPDATE of many rows in `uow.session`, or another program, may change a session but not the route key.
         """
         route = route_key(agent_id, sender_id, channel_id)
         holder = self._unit.one(_BY_ROUTE, route=route)
@@ -194,15 +196,16 @@ class SessionStore(Store):
             return False
         return self._unit.write(_RELEASE_ROUTE, id=holder.session_id, route=route) > 0
 
-    @writing(unless=_resolved)
+    @writing(unless=_find_resolved)
     def resolve(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
-        """Return the one session of an agent, a sender and a channel, and make it if there is none.
+        """Return the session of a route, and create the session if the route is free.
 
-        No sender equals no sender, and no channel no channel. Whoever asks at once gets the same session. The session
-        always has the agent, sender and channel asked for, also after `uow.session` changed rows.
+        A route without a sender is a route of its own, and so is a route without a channel. Callers that ask at the
+        same time get the same session. The session always has the given agent, sender and channel, also after
+        `uow.session` changed rows.
 
         Raises:
-            AgentNotFoundError: the agent is absent.
+            AgentNotFoundError: if the agent does not exist.
         """
         route = self._route(agent_id, sender_id, channel_id)
         while True:
@@ -213,7 +216,8 @@ class SessionStore(Store):
             if session is not None:
                 self._release_stale(agent_id, sender_id, channel_id)
             now = self._unit.now()
-            # One who was faster has it now; one who deletes it in between makes the loop go round.
+            # If no row was inserted, another caller has taken the route: read it. If that session is deleted before the
+            # read, insert again.
             session = self._unit.write_one(
                 _CREATE,
                 session_id=new_session_id(),
@@ -237,15 +241,15 @@ class SessionStore(Store):
         limit: int = 100,
         after: AgentSession | None = None,
     ) -> Sequence[AgentSession]:
-        """Return a page of sessions, last active first, equal instants by id.
+        """Return a page of sessions, ordered by last activity, latest first, then by id.
 
         Args:
-            agent_id: only those of this agent; None for all.
-            sender_id: only those of this sender; None for all.
-            channel_id: only those on this channel; None for all.
-            limit: how many at most, 1 or more.
-            after: the last session of the page before; None for the first page. Rows that are added or touched in
-                between neither repeat nor hide the others.
+            agent_id: only sessions of this agent. Default: all.
+            sender_id: only sessions of this sender. Default: all.
+            channel_id: only sessions on this channel. Default: all.
+            limit: maximum number of sessions, 1 or more.
+            after: last session of the previous page. Default: the first page. Sessions that are added or touched
+                between two pages do not repeat or hide other sessions.
         """
         if after is not None and not isinstance(after, AgentSession):
             raise InvalidArgumentError("after must be the last session of the page before")
@@ -267,49 +271,49 @@ class SessionStore(Store):
 
     @writing()
     def touch(self, session_id: str, at: datetime | None = None) -> bool:
-        """Remember when a session was active. Never creates one, never moves back.
+        """Set the time of a session's last activity. The stored time only moves forward.
 
         Args:
-            session_id: the session.
-            at: when; None for now. A time later than now counts as now.
+            session_id: id of the session.
+            at: timestamp. Default: now. A later timestamp than now counts as now.
 
         Returns:
-            False where nothing was written: the session is absent, or was active as late already.
+            False if the row was not changed: the session does not exist, or the stored time is not earlier.
         """
         check_identifier(session_id, "session_id")
         return self._unit.write(_TOUCH, id=session_id, at=not_after(self._unit.now(), at, "at")) > 0
 
     @writing()
     def delete(self, session_id: str) -> bool:
-        """Remove a session from the index; False where it was absent. Its transcript is not touched."""
+        """Delete a session, but not the transcript; return False if the session did not exist."""
         return self._unit.write(_DELETE, id=check_identifier(session_id, "session_id")) > 0
 
     @writing(stream=True)
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
-        """Add many sessions at once, or move on those that exist, as when the index is rebuilt from transcripts.
+        """Add many sessions, or move the last activity of existing sessions forward. Rebuilds the index of transcripts.
 
-        A session that exists keeps its agent, sender, channel and time of creation; its last activity moves forward
-        only. In the order given, each takes the route of its agent, sender and channel where that is free.
+        An existing session keeps the agent, sender, channel and time of creation. In the given order, each new session
+        takes the route of its agent, sender and channel if the route is free.
 
         Args:
-            sessions: transient instances; read one batch at a time, so that memory stays bounded. A `created_at` or
-                `last_active_at` later than now counts as now.
+            sessions: transient instances, read in batches to limit the memory. A `created_at` or `last_active_at`
+                later than now counts as now.
             progress: called after each batch with the number of sessions so far.
 
         Returns:
-            How many there were.
+            The number of sessions.
 
         Raises:
-            InvalidArgumentError: one of them is no session; the message has its number, from 1. The whole unit
-                should be given up then.
-            AgentNotFoundError: one names an absent agent.
+            InvalidArgumentError: if an item is not a session. The message has the item's number, from 1. Roll the unit
+                back: earlier batches are written.
+            AgentNotFoundError: if a session's agent does not exist.
         """
         known: set[str] = set()
         now = self._unit.now()
         iterator = iter(sessions)
         total = 0
         while batch := list(islice(iterator, _INDEX_BATCH)):
-            # Checked as a whole before it is written: a statement can't run in the middle of another one.
+            # Do not pass the generator: `_rows` reads agents, and no statement can run inside `write_many`.
             self._unit.write_many(_INDEX, tuple(self._rows(batch, total, known, now)))
             total += len(batch)
             if progress is not None:
@@ -317,9 +321,10 @@ class SessionStore(Store):
         return total
 
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
+        """Check the sessions of a batch and yield parameters. Add each agent that exists to `known`."""
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):
-                raise InvalidArgumentError(f"number {number} is no AgentSession but {type(session).__name__}")
+                raise InvalidArgumentError(f"number {number} is not an AgentSession but {type(session).__name__}")
             if session.agent_id not in known:
                 self._require_agent(session.agent_id)
                 known.add(session.agent_id)
