@@ -1,7 +1,7 @@
-"""What all models share: own metadata, validation at every door, and errors that never show their input.
+"""Base classes of the models: own metadata, validation of each construction and assignment, errors without input.
 
-The modules of models leave `from __future__ import annotations` out: Pydantic and SQLAlchemy would evaluate every text
-again for each class that inherits it, a twelfth of what the models take to be imported.
+Do not add `from __future__ import annotations` to a module of models: Pydantic and SQLAlchemy would evaluate each
+annotation again for each subclass, which adds a twelfth to the import time of the models.
 """
 
 import copy
@@ -18,8 +18,8 @@ from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.state import InstanceState
 from sqlmodel import SQLModel
 
-# All are private to SQLModel and have no public counterpart: the type of its configuration, what tells that SQLModel
-# itself is building an instance and will validate it by other means, and what `table=True` means.
+# Private to SQLModel, without a public counterpart: the type of the configuration; a context variable that is False
+# while SQLModel itself builds and validates an instance; a test for `table=True`.
 from sqlmodel._compat import SQLModelConfig, finish_init, is_table_model_class
 
 __all__ = ["Model", "PartialIndex", "Table", "hide_input", "metadata"]
@@ -27,7 +27,7 @@ __all__ = ["Model", "PartialIndex", "Table", "hide_input", "metadata"]
 T = TypeVar("T")
 
 metadata = MetaData(
-    # Every constraint has a name, or Alembic can't find it again to change it.
+    # Alembic can change only a constraint with a name.
     naming_convention={
         "ix": "idx_%(table_name)s_%(column_0_N_name)s",
         "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -36,18 +36,21 @@ metadata = MetaData(
         "pk": "pk_%(table_name)s",
     }
 )
-"""The tables of this package and no others: those of a host application never enter its migrations."""
+"""The tables of this package only, so that tables of the host application do not enter the migrations."""
 
 _registry = registry(metadata=metadata)
 
 
-# A validator may raise an error type of its own, which can't be built from its name.
+# A validator may raise an error with a type of its own, and such an error can't be built from the name of the type.
 _KNOWN_ERRORS = frozenset(get_args(ErrorType))
 
 
 def _without_input(error: ValidationError) -> ValidationError:
-    # `hide_input_in_errors` keeps the input out of the message alone: errors() and json(), which FastAPI answers a
-    # 422 with, would still carry it, and it may be a secret.
+    """Return the error without the input, which may be a secret.
+
+    `hide_input_in_errors` removes the input only from the message, and not from `errors()` and `json()`. FastAPI sends
+    `errors()` in the reply 422.
+    """
     lines: list[InitErrorDetails] = []
     for line in error.errors(include_url=False, include_input=False):
         known = line["type"] in _KNOWN_ERRORS
@@ -63,20 +66,20 @@ def _without_input(error: ValidationError) -> ValidationError:
 
 
 def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
-    """Validate by `handler`, and raise a ValidationError that does not carry what it refuses."""
+    """Validate by `handler`. Raise a ValidationError without the input if the input is invalid."""
     try:
         return handler(data)
     except ValidationError as error:
-        refused = _without_input(error)
-    # Raised outside the handler, or the original, which shows its input, would be its context.
-    raise refused
+        without_input = _without_input(error)
+    # Do not raise inside `except`: the original error, which shows the input, would become the context.
+    raise without_input
 
 
 class Model(SQLModel, registry=_registry):
-    """The base of all models: unknown fields are refused, and an assignment is validated like a construction."""
+    """Base of all models. A model refuses unknown fields, and validates assignments as well as constructions."""
 
-    # Fields are described by `description=`: to find docstrings of attributes, Pydantic would parse the source of each
-    # class, a tenth of the time that it takes to start.
+    # Describe fields by `description=`. To find docstrings of attributes, Pydantic would parse the source of each
+    # class, which takes a tenth of the start time.
     model_config = SQLModelConfig(
         extra="forbid",
         validate_assignment=True,
@@ -94,8 +97,8 @@ class Model(SQLModel, registry=_registry):
 
     @classmethod
     def model_validate_json(cls, *args: Any, **kwargs: Any) -> Self:
-        """Validate JSON text as Pydantic does; text that is no JSON is not shown either."""
-        # It is read before the model's own validator is called.
+        """Validate JSON text as Pydantic does, with errors that do not show the text."""
+        # Pydantic parses the text before the call of `_hide_input`.
         return hide_input(None, lambda _: super(Model, cls).model_validate_json(*args, **kwargs))
 
 
@@ -119,26 +122,26 @@ class PartialIndex(Index):
 
 
 class Table(Model):
-    """The base of the table models, which validate as any Pydantic model does.
+    """Base of the table models.
 
-    SQLModel itself skips validation for `table=True`. Here a table is validated on construction and on assignment,
-    and a refused assignment leaves the old value. It is not validated when it is loaded: what the database holds
-    was validated when it came in.
+    SQLModel does not validate a model with `table=True`. This class validates an instance on construction and on
+    assignment; an invalid assignment leaves the old value. A loaded instance is not validated, because the stored
+    values were validated before.
     """
 
     __table__: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a subclass of one of homeagent's tables.
+        """Raise TypeError for a subclass of a table of homeagent.
 
-        SQLModel would take the subclass for a table too, and add its fields to the parent's. As a schema it would
-        accept and hold what only the store may see, such as hashes of secrets.
+        SQLModel would treat the subclass as a table too, and add the fields of the subclass to the parent. As a schema,
+        the subclass would accept and contain private fields, such as hashes of secrets.
         """
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[1:]:
             if "__table__" in vars(base) and base.__module__.startswith("homeagent."):
                 raise TypeError(
-                    f"{base.__name__} is a table of homeagent's and has no subclasses: for a request or a reply, "
+                    f"{base.__name__} is a table of homeagent and can't have subclasses: for a request or a reply, "
                     f"derive {cls.__name__} from a schema, such as DevicePublic"
                 )
 
@@ -146,8 +149,8 @@ class Table(Model):
         if not is_table_model_class(type(self)) or not finish_init.get():
             super().__init__(**data)
             return
-        # The validator writes the fields straight into __dict__, past SQLAlchemy's instrumentation: let it, then
-        # put back what was there and set each field through the instrumentation.
+        # The validator writes the fields directly into `__dict__`, without SQLAlchemy's instrumentation. Restore the
+        # old `__dict__` afterwards, and set each field through the instrumentation.
         kept = self.__dict__.copy()
         type(self).__pydantic_validator__.validate_python(data, self_instance=self)
         values, fields_set = self.__dict__, self.__pydantic_fields_set__
@@ -160,10 +163,11 @@ class Table(Model):
         if name not in type(self).model_fields or not finish_init.get():
             super().__setattr__(name, value)
             return
-        # Where it is made on demand, that is now: below, the value changes and with it what tells a loaded instance.
+        # Create the state of a loaded instance now: the code below sets `__pydantic_fields_set__`, and after that the
+        # instance does not count as loaded.
         getattr(self, "_sa_instance_state", None)
-        # The dictionary itself and no copy of it: Pydantic puts another one in its place, and a flush that calls a
-        # listener of `before_update` writes what it finds in the first (test_a_listener_of_a_flush_assigns).
+        # Do not copy the dictionary: Pydantic replaces `__dict__`, and a flush that calls a listener of `before_update`
+        # writes the values of the old dictionary (test_a_listener_of_a_flush_assigns).
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -178,10 +182,10 @@ class Table(Model):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # A store fills in the fields of what it loads, and leaves out what is the same in all of it: to write
-            # that took a third of the time that it takes to make an instance.
+            # A store sets only the fields of a loaded instance. To set Pydantic's attributes, which are equal in all
+            # loaded instances, took a third of the time of creating an instance.
             if name == "__pydantic_fields_set__":
-                # From now on this set is the instance's own; what tells a loaded instance goes with that.
+                # Create the state first: with the attribute set, the instance does not count as loaded.
                 getattr(self, "_sa_instance_state", None)
                 fields_set = set(type(self).model_fields)
                 object.__setattr__(self, name, fields_set)
@@ -194,17 +198,17 @@ class Table(Model):
         """Return a new, transient instance with the same values, validated.
 
         Args:
-            update: values that replace those of this instance.
-            deep: whether JSON values are copied as well.
+            update: new values by field name.
+            deep: whether to copy JSON values too.
         """
-        # Pydantic's own copies __dict__, and with it the state that ties this very instance to an ORM session.
+        # Pydantic's method would copy `__dict__` with the state that binds the instance to an ORM session.
         values = {name: getattr(self, name) for name in type(self).model_fields}
         if deep:
             values = copy.deepcopy(values)
         return type(self)(**{**values, **(update or {})})
 
     def __getstate__(self) -> dict[Any, Any]:
-        # What is made on demand can't be made any more after a copy of `__dict__` in another process.
+        # Create the state now: the unpickled instance has all attributes and does not count as loaded.
         getattr(self, "_sa_instance_state", None)
         return super().__getstate__()
 
@@ -216,7 +220,7 @@ class Table(Model):
 
 
 def _is_loaded(instance: Table) -> bool:
-    """Tell whether a store loaded this instance, and nobody asked for its `model_fields_set` since."""
+    """Return whether a store loaded the instance, and `model_fields_set` has not been read or set since."""
     try:
         _get_fields_set(instance)
     except AttributeError:
@@ -224,15 +228,15 @@ def _is_loaded(instance: Table) -> bool:
     return False
 
 
-# The slot itself, which whatever makes an instance but a store fills in.
+# Pydantic's slot. A constructor sets the slot; a store does not.
 _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 
 class _StateOnDemand:
-    """SQLAlchemy's state of an instance that a store loaded, made when the ORM first asks for it.
+    """SQLAlchemy's state of a loaded instance, created at the first use by the ORM.
 
-    Making one takes longer than everything else about a loaded instance, and few ever meet the ORM. An instance that
-    was constructed has a state of its own, in its `__dict__`, which comes before this.
+    To create the state takes longer than all other steps of loading, and the ORM uses few instances. A constructed
+    instance has a state in `__dict__`, which has precedence over this descriptor.
     """
 
     def __get__(self, instance: Table | None, owner: type[Table]) -> InstanceState[Any]:
@@ -243,10 +247,10 @@ class _StateOnDemand:
         values = instance.__dict__
         names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
         state.key = mapper.identity_key_from_primary_key(tuple(values[name] for name in names))
-        # Of two threads that ask at once, both get the first one's.
-        made: InstanceState[Any] = values.setdefault("_sa_instance_state", state)
-        return made
+        # `setdefault`: two threads at the same time get the same state.
+        stored: InstanceState[Any] = values.setdefault("_sa_instance_state", state)
+        return stored
 
 
-# In the body of the class, Pydantic would take the name for a private attribute.
+# Not in the body of the class, in which Pydantic treats the name as a private attribute.
 Table._sa_instance_state = _StateOnDemand()
