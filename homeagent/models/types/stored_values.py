@@ -1,4 +1,4 @@
-"""Stored values that stand for nothing: what nothing of ours has written."""
+"""Errors for unreadable values: stored values that homeagent has not written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["UNREADABLE", "loaded", "naming_column", "unreadable", "unreadable_in
 T = TypeVar("T")
 
 UNREADABLE = (CorruptDatabaseError, KeyError, OverflowError, RecursionError, ValueError)
-"""What a conversion raises for a stored value that homeagent has not written. A TypeError is a mistake in the code."""
+"""Exceptions of a conversion of an unreadable value. A TypeError is not included: TypeError is an error in the code."""
 
 _REMEDY = (
     "another program wrote it, or the database is damaged: "
@@ -23,41 +23,41 @@ _REMEDY = (
 
 
 def naming_column(table: Table) -> str:
-    """Return the column whose value names a row in an error: its key, but the device of a nonce or idempotency key.
+    """Return the column that identifies a row in an error: the primary key, or `device_id` if the table has the column.
 
-    Nonces and idempotency keys are secret.
+    The keys of nonces and idempotency keys are secret, so an error must not show the keys.
     """
     return "device_id" if "device_id" in table.columns else next(iter(table.primary_key.columns)).name
 
 
 def unreadable() -> CorruptDatabaseError:
-    """Return the error for a stored value that can't be read, if it is not known in which row it is."""
+    """Return the error for an unreadable value in an unknown row."""
     return CorruptDatabaseError(f"a stored value can't be read; 'homeagent doctor' names its row; {_REMEDY}")
 
 
 def unreadable_in(
     table: Table, column: str | None, key: object, what: str = "holds a value that can't be read"
 ) -> CorruptDatabaseError:
-    """Return the error for a stored value that can't be read, which the error does not show.
+    """Return the error for an unreadable value. The error does not show the value.
 
     Args:
-        table: the table.
-        column: the column that holds the value; None if it is not known.
-        key: the value of `naming_column` in the same row; None if it is not known.
-        what: what is wrong with the value.
+        table: table of the row.
+        column: column of the value. None: unknown.
+        key: value of `naming_column` in the same row. None: unknown.
+        what: description of the problem.
     """
     row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
     return CorruptDatabaseError(f"{table.name}{'' if column is None else f'.{column}'} {what}{row}; {_REMEDY}")
 
 
 def loaded(convert: Callable[[Any], T], value: Any) -> T:
-    """Return a stored value as what it stands for.
+    """Convert a stored value.
 
     Raises:
-        CorruptDatabaseError: it stands for nothing.
+        CorruptDatabaseError: if the value is unreadable.
     """
     try:
         return convert(value)
     except UNREADABLE:
-        # Not chained: json's error holds the text.
+        # Do not chain the cause: the error of json shows the text, which may be a secret.
         raise unreadable() from None

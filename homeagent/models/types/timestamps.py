@@ -1,4 +1,4 @@
-"""Instants and durations: whole milliseconds, in UTC, never through floats."""
+"""Timestamps and durations: whole milliseconds, in UTC. Do not compute with floats, which round."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MILLISECOND = timedelta(milliseconds=1)
 
 LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
-"""How long anything waits at most, nearly 25 days: both engines count it in 32 bits, and locks have a bound too."""
+"""Maximum time of a wait, nearly 25 days: both engines store the milliseconds in 32 bits."""
 
 _ZERO = timedelta(0)
-_FIRST_INSTANT = datetime.min.replace(tzinfo=UTC)
-_INSTANTS_KEPT = 8192
-# Taking one of these off is four times as fast as `replace(microsecond=…)`, and the clock is floored in every unit.
+_EARLIEST = datetime.min.replace(tzinfo=UTC)
+_CACHED_TIMESTAMPS = 8192
+# To subtract one of these takes a quarter of the time of `replace(microsecond=…)`. Each unit floors the clock.
 _MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))
 
 
-def check_timestamp(value: datetime, what: str = "an instant") -> datetime:
+def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
     """Return `value` in UTC, floored to whole milliseconds.
 
     Raises:
-        InvalidArgumentError: it has no time zone, or lies outside the years 1 to 9999 in UTC.
+        InvalidArgumentError: if `value` has no time zone, or is outside the years 1 to 9999 in UTC.
     """
     if not isinstance(value, datetime):
         raise InvalidArgumentError(f"{what} must be a datetime, not {type(value).__name__}")
@@ -62,19 +62,19 @@ def check_timestamp(value: datetime, what: str = "an instant") -> datetime:
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
     """Return `value` in UTC, floored to whole milliseconds, or `now` if `value` is None or later than `now`.
 
-    Something that has happened can't lie in the future: the clock of the caller is ahead.
+    For the time of a past event: if `value` is later than `now`, the clock of the caller is ahead.
 
     Raises:
-        InvalidArgumentError: as in `check_timestamp`.
+        InvalidArgumentError: see `check_timestamp`.
     """
     return now if value is None else min(check_timestamp(value, what), now)
 
 
 def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Return `value` if it is a duration above zero, or zero itself where `zero` allows that.
+    """Return `value` if the duration is a millisecond or more, or zero or more if `zero` is True.
 
     Raises:
-        InvalidArgumentError: it is not.
+        InvalidArgumentError: if the duration is shorter, or `value` is not a timedelta.
     """
     if not isinstance(value, timedelta):
         raise InvalidArgumentError(f"{what} must be a timedelta, not {type(value).__name__}")
@@ -84,36 +84,36 @@ def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timede
 
 
 def check_wait(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Return for how long to wait: `value`, and `LONGEST_WAIT` where that is shorter.
+    """Return `value`, or `LONGEST_WAIT` if `value` is longer.
 
     Raises:
-        InvalidArgumentError: as in `check_duration`.
+        InvalidArgumentError: see `check_duration`.
     """
     return min(check_duration(value, what, zero=zero), LONGEST_WAIT)
 
 
-def later(instant: datetime, duration: timedelta, what: str) -> datetime:
-    """Return `instant + duration`, floored to whole milliseconds.
+def later(timestamp: datetime, duration: timedelta, what: str) -> datetime:
+    """Return `timestamp + duration`, floored to whole milliseconds.
 
     Raises:
-        InvalidArgumentError: the sum lies after the year 9999.
+        InvalidArgumentError: if the sum is after the year 9999.
     """
     try:
-        return check_timestamp(instant + duration)
+        return check_timestamp(timestamp + duration)
     except OverflowError:
         raise InvalidArgumentError(f"{what} reaches past the year 9999") from None
 
 
-def earlier(instant: datetime, duration: timedelta) -> datetime:
-    """Return `instant - duration`; the first instant of the year 1 where that lies before it."""
+def earlier(timestamp: datetime, duration: timedelta) -> datetime:
+    """Return `timestamp - duration`, or the start of the year 1 if the difference is before the year 1."""
     try:
-        return instant - duration
+        return timestamp - duration
     except OverflowError:
-        return _FIRST_INSTANT
+        return _EARLIEST
 
 
 def to_milliseconds(value: datetime) -> int:
-    """Return the whole milliseconds from the epoch to `value`, floored; negative before 1970. Never through floats."""
+    """Return the whole milliseconds from 1970 to `value`, floored; negative before 1970."""
     return (value - EPOCH) // MILLISECOND
 
 
@@ -121,45 +121,45 @@ def _as_timestamp(value: datetime) -> datetime:
     return check_timestamp(value)
 
 
-def _no_bare_number(value: object) -> object:
-    # Pydantic would take a number for seconds or milliseconds since the epoch, guessing by its size.
+def _refuse_number(value: object) -> object:
+    # Pydantic would read a number as seconds or as milliseconds, depending on the size of the number.
     if isinstance(value, (int, float)):
         raise ValueError("must be an aware datetime or its ISO 8601 text, not a number")
     return value
 
 
-Timestamp = Annotated[datetime, BeforeValidator(_no_bare_number), AfterValidator(_as_timestamp)]
-"""An aware datetime, held in UTC and floored to milliseconds. A naive one is refused."""
+Timestamp = Annotated[datetime, BeforeValidator(_refuse_number), AfterValidator(_as_timestamp)]
+"""Type of a field: an aware datetime, converted to UTC and floored to milliseconds. A naive datetime is invalid."""
 
 
 def _timestamp_of(milliseconds: float) -> datetime:
-    """Return the timestamp of a stored value, which is a text or a BLOB if another program wrote it."""
+    """Return the timestamp of a stored value. Another program may have stored a text or a BLOB: raise ValueError."""
     if not isinstance(milliseconds, (int, float)):
         raise ValueError("a timestamp is stored as a number")
     return EPOCH + milliseconds * MILLISECOND
 
 
-class _Timestamps(dict[int, datetime]):
-    """The instants that were loaded last, by their milliseconds, for the pages of rows that are read again and again.
+class _TimestampCache(dict[int, datetime]):
+    """Cache of loaded timestamps by milliseconds, for pages that are read repeatedly.
 
-    A hit takes a fifth of the time of making one, and less than any call; a miss takes twice as long.
+    A hit takes a fifth of the time of creating a timestamp, and a miss twice the time.
     """
 
     def __missing__(self, milliseconds: int) -> datetime:
-        if len(self) >= _INSTANTS_KEPT:
+        if len(self) >= _CACHED_TIMESTAMPS:
             self.clear()
-        instant = self[milliseconds] = _timestamp_of(milliseconds)
-        return instant
+        timestamp = self[milliseconds] = _timestamp_of(milliseconds)
+        return timestamp
 
 
 class TimestampColumn(TypeDecorator[datetime]):
-    """An instant as whole milliseconds since the epoch: INTEGER on SQLite, BIGINT on PostgreSQL."""
+    """A timestamp as whole milliseconds since 1970: INTEGER on SQLite, BIGINT on PostgreSQL."""
 
     impl = BigInteger
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        """Return the engine's own integer of 64 bits."""
+        """Return the type of 64-bit integers of the engine."""
         return dialect.type_descriptor(Integer() if dialect.name == "sqlite" else BigInteger())
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
@@ -167,10 +167,11 @@ class TimestampColumn(TypeDecorator[datetime]):
         return None if value is None else self.convert_bound(value)
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
-        """Return the instant of these milliseconds, in UTC."""
+        """Return the timestamp of these milliseconds, in UTC."""
         return None if value is None else loaded(self.convert_loaded, value)
 
-    # What generated code uses, past SQLAlchemy's layers, the last one for many rows; none is given None.
+    # The generated code of statements uses the following attributes, without SQLAlchemy's layers: `loaded_values` for
+    # many rows. Values are not None.
 
     @staticmethod
     def convert_bound(value: datetime) -> int:
@@ -180,7 +181,7 @@ class TimestampColumn(TypeDecorator[datetime]):
 
     @staticmethod
     def convert_loaded(value: int) -> datetime:
-        """Return the instant of these milliseconds, in UTC."""
+        """Return the timestamp of these milliseconds, in UTC."""
         return _timestamp_of(value)
 
-    loaded_values = _Timestamps()
+    loaded_values = _TimestampCache()
