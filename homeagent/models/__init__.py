@@ -1,6 +1,6 @@
-"""The domain: five tables that are Pydantic models as well. What creates, patches and shows their rows is in `schemas`.
+"""Models: five tables, which are also Pydantic models, and the table `store` with a row about the whole database.
 
-A sixth table, `store`, has one row, about the store itself.
+The models of requests and replies are in `schemas`.
 """
 
 from homeagent.models.agent import Agent
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 TABLES: tuple[str, ...] = tuple(sorted(metadata.tables))
-"""Every table of the schema but Alembic's."""
+"""Names of all tables except Alembic's."""
 
 DATA_TABLES: tuple[str, ...] = tuple(sorted(set(metadata.tables) - {store_table.name}))
-"""The tables that hold an application's rows, by name: all but `store`."""
+"""Names of the tables with rows of an application: all except `store`."""

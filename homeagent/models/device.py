@@ -1,4 +1,17 @@
-"""A device: who may enter. It pairs with a secret, and waits until an admin approves it."""
+"""A device. A device pairs with a secret, and has no access until an administrator approves the device.
+
+| state | event | next state |
+|---|---|---|
+| no row | `Database.pair` or `devices.create` adds the device | pending |
+| pending | `devices.approve` | approved |
+| pending | `devices.revoke` | revoked |
+| pending for longer than `Limits.pending_ttl` | a sweep | no row |
+| approved | `devices.revoke`, or `uow.session` sets `approved` to False | revoked |
+| revoked | `devices.approve` with `expected_status=DeviceStatus.REVOKED` | approved |
+| any | `devices.delete` | no row |
+
+`Device.status` computes the state from `approved`, `approved_at` and `revoked_at`.
+"""
 
 from datetime import datetime
 from enum import StrEnum
@@ -26,7 +39,7 @@ __all__ = ["PENDING", "Device", "DeviceStatus", "Role"]
 
 
 class Role(StrEnum):
-    """What a device may do. It is bound when the device pairs, and never changes."""
+    """Role of a device. The device chooses the role when it pairs; the role does not change."""
 
     CLIENT = "client"
     NODE = "node"
@@ -34,26 +47,31 @@ class Role(StrEnum):
 
 
 class DeviceStatus(StrEnum):
-    """Where a device stands: never approved yet, approved, or not approved after an approval or a revocation."""
+    """State of a device: see the table in the docstring of this module."""
 
     PENDING = "pending"
     APPROVED = "approved"
     REVOKED = "revoked"
 
 
-# As the index says it, or SQLite does not use the index: https://sqlite.org/partialindex.html, section 3.
+# Do not reword the condition: SQLite uses the partial index only for a query with the same terms
+# (https://sqlite.org/partialindex.html, section 3; test_the_index_counts).
 PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
-"""Devices that wait for their first approval."""
+"""Condition: the device is pending."""
 
 
 class Device(Table, table=True):
-    """A row of `devices`. Never a request body (a client could set `approved`), never a reply: see the shapes."""
+    """A row of `devices`.
+
+    Do not use the model for a request body, in which a client could set `approved`, or for a reply: use the schemas.
+    """
 
     __tablename__ = "devices"
     __table_args__ = (
         CheckConstraint("role IN ('client', 'node', 'admin')", name="role"),
         CheckConstraint("approved IN (0, 1)", name="approved"),
-        # With the columns of its condition, or SQLite reads each row, metadata and all, to count it.
+        # The index contains the columns of the condition. Otherwise SQLite would read each whole row, including
+        # `metadata`, to count the pending devices.
         PartialIndex("idx_devices_pending", "paired_at", "approved", "approved_at", "revoked_at", where=PENDING),
     )
 
@@ -63,9 +81,7 @@ class Device(Table, table=True):
         repr=False,
         exclude=True,
         sa_column=Column("shared_secret_hash", text_column(), nullable=False),
-        description=(
-            "The hash of the present secret; its prefix says which kind of hash it is. In no repr and in no dump."
-        ),
+        description="Hash of the present secret, with a prefix for the kind of hash. Not in the repr or in a dump.",
     )
     approved: bool = Field(
         default=False, sa_column=Column("approved", FlagColumn, nullable=False, server_default=text("0"))
@@ -74,18 +90,18 @@ class Device(Table, table=True):
     last_seen_at: Timestamp | None = Field(
         default=None,
         sa_column=Column("last_seen_at", TimestampColumn),
-        description="Null until the device is seen for the first time; written at most once a minute.",
+        description="Null until the device is seen for the first time. Written at most once a minute.",
     )
     metadata_: Json = Field(default=None, alias="metadata", sa_column=Column("metadata", JsonColumn))
     approved_at: Timestamp | None = Field(
         default=None,
         sa_column=Column("approved_at", TimestampColumn),
-        description="When it was approved last. Null where it never was, and where that was before this was recorded.",
+        description="Time of the last approval. Null before the first, or if an old version approved the device.",
     )
     revoked_at: Timestamp | None = Field(
         default=None,
         sa_column=Column("revoked_at", TimestampColumn),
-        description="When it was revoked. Null where it never was, or was approved again since.",
+        description="Time of the revocation. Null without a revocation, or after a later approval.",
     )
     revoked_reason: Label | None = Field(default=None, sa_column=Column("revoked_reason", text_column()))
     previous_secret_hash: Label | None = Field(
@@ -94,32 +110,30 @@ class Device(Table, table=True):
         exclude=True,
         sa_column=Column("previous_secret_hash", text_column()),
         description=(
-            "The hash of the secret before the last rotation. Null where that one never served beside the present one."
-            " After its time it serves no more, and stays until the next rotation, a revocation or a repair."
+            "Hash of the secret before the last rotation. Null if the rotation had no overlap. The hash stays after the"
+            " overlap until the next rotation, a revocation or a repair, but the secret no longer works."
         ),
     )
     previous_secret_expires_at: Timestamp | None = Field(
         default=None,
         exclude=True,
         sa_column=Column("previous_secret_expires_at", TimestampColumn),
-        description="Until when the previous secret serves beside the present one.",
+        description="End of the overlap, during which the previous secret also works.",
     )
     proof_verifier: Label | None = Field(
         default=None,
         repr=False,
         exclude=True,
         sa_column=Column("proof_verifier", text_column()),
-        description=(
-            "What `Database.verify_proof` checks a proof against. Null where the device can only present its secret."
-        ),
+        description="Verifier of the device's proofs. Null if the device can only present the secret.",
     )
 
     @property
     def status(self) -> DeviceStatus:
-        """Where the device stands: pending, approved or revoked."""
+        """State of the device: pending, approved or revoked."""
         if self.approved:
             return DeviceStatus.APPROVED
-        # An UPDATE in `uow.session` may withdraw an approval without a time of revocation.
+        # An UPDATE in `uow.session` may withdraw an approval and set no time of revocation.
         was_approved = self.approved_at is not None
         return DeviceStatus.REVOKED if was_approved or self.revoked_at is not None else DeviceStatus.PENDING
 
@@ -132,7 +146,7 @@ def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device
     if not attributes["approved"].history.has_changes():
         return
     columns: Any = mapper.local_table.c
-    # An expired attribute is not loaded before it is set, so the history need not hold the old value.
+    # SQLAlchemy does not load an expired attribute before a new value is set. The history may lack the old value.
     stored = connection.execute(select(columns.approved).where(columns.id == device.id)).scalar()
     if device.approved == (stored is True):
         return

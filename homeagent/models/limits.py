@@ -1,4 +1,4 @@
-"""How much of a database strangers may use."""
+"""Limits on the use of a database by devices that are not approved."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["Limits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds on what callers can create or use up before an administrator lets them in.
+    """Limits on what a caller without an approval can create or use up.
 
     Args:
-        pending_devices: how many devices may wait for their approval. At the bound `Database.pair` raises
-            PendingLimitError; 0 closes pairing.
-        pending_ttl: how long a device may wait. A sweep removes a device that has waited for longer.
-        waiting_hashes: how many slow hashes may wait for their turn in a process, 1 or more.
-        failed_checks_per_minute: how many checks of one id may fail within a minute in a process, 1 or more.
+        pending_devices: maximum number of pending devices. At the limit `Database.pair` raises PendingLimitError; with
+            0, no device can pair.
+        pending_ttl: time after which a sweep deletes a pending device.
+        waiting_hashes: maximum number of slow hashes that wait in a process, 1 or more.
+        failed_checks_per_minute: maximum number of failed checks of an id within a minute in a process, 1 or more.
 
     Raises:
-        InvalidArgumentError: one of them is out of its bounds.
+        InvalidArgumentError: if a value is out of range.
     """
 
     pending_devices: int = 1_000
@@ -33,7 +33,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if type(self.pending_devices) is not int or self.pending_devices < 0:
-            raise InvalidArgumentError("pending_devices must be a whole number, 0 or more")
+            raise InvalidArgumentError("pending_devices must be an int, 0 or more")
         check_duration(self.pending_ttl, "pending_ttl")
         check_limit(self.waiting_hashes, "waiting_hashes")
         check_limit(self.failed_checks_per_minute, "failed_checks_per_minute")

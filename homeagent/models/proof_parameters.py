@@ -1,4 +1,4 @@
-"""What a gateway tells a device that is to make a proof; `homeagent.scram` has the proofs themselves."""
+"""Parameters that a gateway sends to a device for a proof. `homeagent.scram` computes the proofs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from homeagent.errors import InvalidArgumentError
 __all__ = ["MIN_ITERATIONS", "ProofParameters"]
 
 MIN_ITERATIONS = 4_096
-"""The least that RFC 7677 section 4 allows, which is plenty for a secret that can't be guessed."""
+"""Minimum by RFC 7677 section 4. Enough for a generated secret, which can't be guessed."""
 
-# A gateway that asks for more would only want to keep the device busy: this much is a few seconds.
+# This number of iterations takes a few seconds. A gateway that asks for more wants to keep the device busy.
 _MAX_ITERATIONS = 10_000_000
 _MIN_SALT_BYTES = 8
 _MAX_SALT_BYTES = 64
@@ -19,14 +19,14 @@ _MAX_SALT_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class ProofParameters:
-    """What a device must know beside its secret to make a proof. It is no secret: anybody may ask for it.
+    """Parameters of a device's proofs. The parameters are public: the gateway sends them to any caller.
 
     Args:
         salt: 8 to 64 bytes.
         iterations: rounds of PBKDF2 (RFC 8018), 4,096 to 10,000,000.
 
     Raises:
-        InvalidArgumentError: one of them is out of its bounds, or of another type.
+        InvalidArgumentError: if a value is out of range or of another type.
     """
 
     salt: bytes
@@ -34,7 +34,7 @@ class ProofParameters:
 
     def __post_init__(self) -> None:
         if not isinstance(self.salt, bytes) or type(self.iterations) is not int:
-            raise InvalidArgumentError("salt must be bytes and iterations a whole number: decode what the gateway sent")
+            raise InvalidArgumentError("salt must be bytes and iterations an int: decode the values of the gateway")
         if not _MIN_SALT_BYTES <= len(self.salt) <= _MAX_SALT_BYTES:
             raise InvalidArgumentError(f"salt must be {_MIN_SALT_BYTES} to {_MAX_SALT_BYTES} bytes")
         if not MIN_ITERATIONS <= self.iterations <= _MAX_ITERATIONS:

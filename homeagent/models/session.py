@@ -1,4 +1,4 @@
-"""A session: one conversation of an agent. This is an index; the transcript itself lives in a JSONL file."""
+"""A session: a conversation of an agent. The table is an index of the transcripts, which are JSONL files."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ __all__ = ["AgentSession", "new_session_id", "route_key"]
 def new_session_id() -> str:
     """Return a new UUIDv7 (RFC 9562, section 5.7): milliseconds since the epoch, then 74 random bits.
 
-    Ids made later sort later, which keeps the inserts of an index at its end.
+    A later id sorts after an earlier id, so new rows are inserted at the end of the index.
     """
     stamp = (time.time_ns() // 1_000_000) & ((1 << 48) - 1)
     noise = int.from_bytes(os.urandom(10), "big")
@@ -31,10 +31,10 @@ def new_session_id() -> str:
 
 
 def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
-    """Return what names the route of an agent, a sender and a channel, with no sender equal to no sender.
+    """Return a key for the route of an agent, a sender and a channel: the SHA-256 of a JSON array.
 
-    A unique index takes two NULLs for different, so that the three columns can't be unique by themselves. JSON
-    keeps the three apart whatever characters they hold.
+    A unique index on the three columns would not work, because two NULLs count as different. JSON separates the values
+    whatever characters the values contain.
     """
     sender = "null" if sender_id is None else encode_basestring(sender_id)
     channel = "null" if channel_id is None else encode_basestring(channel_id)
@@ -48,7 +48,7 @@ class AgentSession(Table, table=True):
     __table_args__ = (
         Index("idx_sessions_agent", "agent_id"),
         Index("idx_sessions_sender", "sender_id"),
-        # Each of these serves the pages of one list: last active first, equal instants by id.
+        # Each of the next four indexes serves the pages of a list, ordered by last activity and id.
         Index("idx_sessions_active", "last_active_at", "session_id"),
         Index("idx_sessions_agent_active", "agent_id", "last_active_at", "session_id"),
         Index("idx_sessions_sender_active", "sender_id", "last_active_at", "session_id"),
@@ -61,10 +61,10 @@ class AgentSession(Table, table=True):
     sender_id: Label | None = Field(
         default=None,
         sa_column=Column("sender_id", text_column()),
-        description="Null where the session belongs to no sender, such as a scheduled one.",
+        description="Null for a session without a sender, such as a scheduled session.",
     )
     channel_id: Label | None = Field(
-        default=None, sa_column=Column("channel_id", text_column()), description="Null where it came over no channel."
+        default=None, sa_column=Column("channel_id", text_column()), description="Null for a session without a channel."
     )
     created_at: Timestamp = Field(sa_column=Column("created_at", TimestampColumn, nullable=False))
     last_active_at: Timestamp = Field(sa_column=Column("last_active_at", TimestampColumn, nullable=False))
@@ -74,25 +74,28 @@ class AgentSession(Table, table=True):
         exclude=True,
         sa_column=Column("route_key", text_column()),
         description=(
-            "Set on the one session that `resolve` answers with for its agent, sender and channel, null on all others."
+            "Key of the session's route. `resolve` returns the session with the key. Null if another session has the"
+            " route."
         ),
     )
 
 
-# What `uow.session` writes. The stores write the route themselves, and no mapper event sees their statements.
+# The events below set the route of sessions that `uow.session` writes. The statements of the stores set the route
+# themselves, and do not raise mapper events.
 
 _ROUTE = ("agent_id", "sender_id", "channel_id", "route_key")
 
 
 def _changes_route(session: AgentSession) -> bool:
+    """Return whether the flush changes the route of the session."""
     attributes = inspect(session).attrs
     return any(attributes[name].history.has_changes() for name in _ROUTE)
 
 
 @event.listens_for(AgentSession, "before_insert")
 @event.listens_for(AgentSession, "before_update")
-def _leave_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Write a session that the ORM adds or moves without a route first: another row of the flush may still hold it."""
+def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
+    """Clear the route of a session that the ORM adds or moves. Another row of the flush may still have that route."""
     if _changes_route(session):
         session.route_key = None
 
@@ -100,7 +103,7 @@ def _leave_route(mapper: Mapper[Any], connection: Connection, session: AgentSess
 @event.listens_for(AgentSession, "after_insert")
 @event.listens_for(AgentSession, "after_update")
 def _take_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Give the session its new route unless another session holds that route, as `sessions.create` does."""
+    """Set the session's new route unless another session has the route, as `sessions.create` does."""
     if not _changes_route(session):
         return
     table: Any = mapper.local_table

@@ -1,4 +1,4 @@
-"""The store as a whole: which epoch of its history this is, and how old the code may be that works with its schema."""
+"""The table `store`: a row with facts about the whole database, such as the epoch."""
 
 from sqlalchemy import CheckConstraint, Column, Integer, Table, text
 
@@ -7,20 +7,20 @@ from homeagent.models.types import TimestampColumn, text_column
 
 __all__ = ["store_table"]
 
-# No model: nobody outside is given one, and to make a model takes longer than all that is done with this one row.
+# Not a model: only homeagent reads the row, and to create the class of a model takes longer than all uses of the row.
 store_table = Table(
     "store",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
-    # 1 at first, and one more with every restore: what was learned in another epoch may not be so in this one.
+    # Counter from 1, which a restore increments. Facts from an earlier epoch may be wrong in a later epoch.
     Column("epoch", Integer, server_default=text("1"), nullable=False),
-    # When this epoch began; null in the first, which no restore began.
+    # Time at which the epoch began. Null in the first epoch.
     Column("restored_at", TimestampColumn),
-    # The oldest schema revision whose code may work with this schema. A revision that only expands leaves it alone.
+    # Oldest revision whose code can use the schema. A revision that only adds to the schema does not change the value.
     Column("oldest_revision", text_column(), nullable=False),
-    # A random key of this store: `Database.proof_parameters` derives its answers for absent devices from it.
+    # Random key, from which `Database.proof_parameters` derives the answers for absent devices.
     Column("proof_key", text_column()),
     CheckConstraint("id = 1", name="single"),
     CheckConstraint("epoch >= 1", name="epoch"),
 )
-"""The one row of `store`, which the schema's revision inserts."""
+"""The table `store`. A revision of the schema inserts the single row."""
