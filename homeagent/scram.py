@@ -1,17 +1,20 @@
-"""Proofs: a device shows that it holds a secret without sending it. No database.
+"""Proofs: a device proves that it has a secret without sending the secret. The module does not use a database.
 
-It is the computation of SCRAM (RFC 5802 section 3, with SHA-256 after RFC 7677), without its messages:
+The computation is SCRAM (RFC 5802 section 3, with SHA-256 by RFC 7677) without the messages of SCRAM:
 
-1. At pairing the gateway stores `make_verifier(secret)`, from which the secret can't be read.
-2. The device asks for its salt and iterations: `Database.proof_parameters` answers for every id (`parameters_for`).
-3. It makes a proof of its id, a fresh nonce and the time (`proof_message`, `make_proof`), and sends all four.
-4. The gateway checks it (`check_proof`), consumes the nonce, and answers with `server_signature`, by which the device
-   knows that the gateway holds its verifier (`check_server_signature`).
+1. At pairing, the gateway stores `make_verifier(secret)`. The secret can't be read from the verifier.
+2. The device asks for salt and iterations. `Database.proof_parameters` answers for every id (`parameters_for`).
+3. The device makes a proof for its id, a new nonce and the time (`proof_message`, `make_proof`), and sends all four.
+4. The gateway checks the proof (`check_proof`), consumes the nonce, and sends `server_signature`. By the signature the
+   device knows that the gateway has the verifier (`check_server_signature`).
 
-Who steals the stored verifiers can't make a proof of a generated secret, and must guess to make one of a human's. Who
-only listens learns neither secret nor verifier, but can try guesses at a human's secret. Who does both, steals a
-verifier and overhears one proof, can make proofs from then on (RFC 5802 section 9), and who holds a verifier can play
-the gateway. Nothing binds a proof to the connection that it came over. So run it inside TLS.
+| attacker has | attacker can |
+|---|---|
+| the messages | guess a human's secret, but read neither secret nor verifier |
+| the verifier | guess a human's secret, or impersonate the gateway |
+| the verifier and the messages of a proof | make proofs from then on (RFC 5802 section 9) |
+
+A generated secret can't be guessed. A proof is not bound to a connection, so use TLS.
 """
 
 from __future__ import annotations
@@ -50,8 +53,7 @@ __all__ = [
 ]
 
 _GENERATED_ITERATIONS = MIN_ITERATIONS
-# What a human can remember can be guessed: OWASP's Password Storage Cheat Sheet names this number for PBKDF2 with
-# HMAC-SHA-256.
+# A human's secret can be guessed. The number for PBKDF2 with HMAC-SHA-256 is from OWASP's Password Storage Cheat Sheet.
 _HUMAN_ITERATIONS = 600_000
 _SALT_BYTES = 16
 
@@ -72,9 +74,9 @@ def _xor(left: bytes, right: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ProofKeys:
-    """The two keys that a secret stands for under certain parameters; as secret as the secret itself.
+    """The two keys derived from a secret and proof parameters. The keys must be kept as secret as the secret.
 
-    A device may keep them in memory (RFC 5802 section 5.1 allows it), and make many proofs for one derivation.
+    A device may keep the keys in memory (RFC 5802 section 5.1), to make many proofs with one derivation.
     """
 
     client_key: bytes = field(repr=False)
@@ -82,15 +84,15 @@ class ProofKeys:
 
     @property
     def stored_key(self) -> bytes:
-        """What a gateway stores of the client key: its SHA-256."""
+        """SHA-256 of the client key, which the gateway stores."""
         return hashlib.sha256(self.client_key).digest()
 
     def prove(self, message: bytes) -> bytes:
-        """Return the proof for this message: 32 bytes, the ClientProof of RFC 5802 section 3."""
+        """Return the proof for a message: 32 bytes, the ClientProof of RFC 5802 section 3."""
         return _xor(self.client_key, _hmac_sha256(self.stored_key, message))
 
     def recognises(self, message: bytes, signature: bytes) -> bool:
-        """Tell whether the signature of this message was made by who holds the verifier of the same secret."""
+        """Return whether the signer of the message had the verifier of the same secret."""
         return hmac.compare_digest(_hmac_sha256(self.server_key, message), signature)
 
 
@@ -98,22 +100,23 @@ class ProofKeys:
 def derive_proof_keys(
     secret: SecretStr | str, parameters: ProofParameters, *, minimum_iterations: int = MIN_ITERATIONS
 ) -> ProofKeys:
-    """Derive a secret's keys: all that is slow about a proof, about 2 ms for 4,096 iterations and 0.2 s for 600,000.
+    """Derive the keys of a secret. Takes about 2 ms for 4,096 iterations, and 0.2 s for 600,000.
 
     Args:
-        secret: taken as it is. RFC 5802 would apply SASLprep, which changes only what is not plain ASCII.
-        parameters: those of the verifier, as the gateway tells them.
-        minimum_iterations: what a device insists on that knows how its verifier was made. Who plays the gateway could
-            ask for few iterations, to try guesses at a human's secret cheaply against the proof that it gets.
+        secret: used without the SASLprep of RFC 5802, which would change only characters outside of ASCII.
+        parameters: parameters of the verifier, from the gateway.
+        minimum_iterations: minimum that the device accepts. A device that knows the iterations of the verifier should
+            pass the number: a false gateway could ask for few iterations, so that guesses at a human's secret against
+            the proof become cheap.
 
     Raises:
-        InvalidArgumentError: it is no usable secret (the message doesn't show it), or the gateway asks for fewer
-            iterations than `minimum_iterations`.
+        InvalidArgumentError: if the secret is invalid (the message does not show the secret), or the gateway asks for
+            fewer iterations than `minimum_iterations`.
     """
     if parameters.iterations < minimum_iterations:
         raise InvalidArgumentError(
-            f"the gateway asks for {parameters.iterations:,} iterations, fewer than {minimum_iterations:,}: make sure "
-            "that it is the right one, and pair the device anew if its verifier was made with fewer"
+            f"the gateway asks for {parameters.iterations:,} iterations, fewer than {minimum_iterations:,}: check that "
+            "the gateway is the right gateway, and pair the device again if the verifier was made with fewer"
         )
     text = secret_text(secret)
     salted = hashlib.pbkdf2_hmac("sha256", text.encode(), parameters.salt, parameters.iterations)
@@ -134,11 +137,13 @@ class _Verifier:
 
 
 def _format_verifier(parameters: ProofParameters, stored_key: bytes, server_key: bytes) -> str:
+    """Return the text of a verifier: see `make_verifier`."""
     salt, stored, server = (base64.b64encode(part).decode() for part in (parameters.salt, stored_key, server_key))
     return f"SCRAM-SHA-256${parameters.iterations}:{salt}${stored}:{server}"
 
 
 def _parse_verifier(verifier: str) -> _Verifier | None:
+    """Return the parts of a verifier, or None if the verifier is damaged."""
     found = _VERIFIER.fullmatch(verifier)
     if found is None:
         return None
@@ -146,40 +151,40 @@ def _parse_verifier(verifier: str) -> _Verifier | None:
         salt, stored_key, server_key = (base64.b64decode(part) for part in found.groups()[1:])
         parameters = ProofParameters(salt, int(found[1]))
     except ValueError:
-        # Base64 with too little padding, or parameters out of their bounds.
+        # The padding of base64 is incomplete, or a parameter is out of range.
         return None
-    # One spelling for one value: base64 whose last character has bits left over is damaged (RFC 4648 section 3.5).
+    # Several base64 texts decode to the same bytes (RFC 4648 section 3.5). Accept only the canonical text.
     canonical = _format_verifier(parameters, stored_key, server_key) == verifier
     return _Verifier(parameters, stored_key, server_key) if canonical else None
 
 
 def _require_verifier(verifier: str) -> _Verifier:
-    # A device whose secret a human chose has None.
+    """Return the parts of a verifier, which is None for a device with a human's secret, or raise."""
     parsed = _parse_verifier(verifier) if isinstance(verifier, str) else None
     if parsed is None:
         raise InvalidArgumentError(
-            "this is no verifier (SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>): make it with "
-            "make_verifier(), and pair the device anew if a stored one is damaged"
+            "this is not a verifier (SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>): make a verifier with "
+            "make_verifier(), and pair the device again if a stored verifier is damaged"
         )
     return parsed
 
 
 @clears_locals
 def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, salt: bytes | None = None) -> str:
-    """Make what a gateway stores to check proofs of a secret; the secret can't be read from it.
+    """Make the verifier with which a gateway checks proofs of a secret. The secret can't be read from the verifier.
 
     Args:
-        secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, no control character. It is taken as it is.
-        iterations: rounds of PBKDF2, 4,096 to 10,000,000. None: 4,096 for a generated secret (about 2 ms), 600,000
-            for any other (about 0.2 s). With another number `fake_parameters` can't hide which devices exist.
-        salt: 8 to 64 bytes; None makes 16 random ones.
+        secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, without control characters. Used unchanged.
+        iterations: rounds of PBKDF2, 4,096 to 10,000,000. Default: 4,096 for a generated secret (about 2 ms), 600,000
+            for any other secret (about 0.2 s). With another number, `fake_parameters` can't hide which devices exist.
+        salt: 8 to 64 bytes. Default: 16 random bytes.
 
     Returns:
-        `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`, the last three in base64: the form in which
-        PostgreSQL stores a password (its manual, catalogue `pg_authid`). At most 256 characters.
+        `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`, the last three in base64, at most 256 characters.
+        PostgreSQL stores passwords in the same format (manual, catalogue `pg_authid`).
 
     Raises:
-        InvalidArgumentError: one of the arguments is out of its bounds; the message doesn't show the secret.
+        InvalidArgumentError: if an argument is out of range. The message does not show the secret.
     """
     if iterations is None:
         iterations = _GENERATED_ITERATIONS if is_generated(secret) else _HUMAN_ITERATIONS
@@ -189,10 +194,10 @@ def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, sal
 
 
 def verifier_parameters(verifier: str) -> ProofParameters:
-    """Return the salt and iterations of a verifier, to be told to the device that asks.
+    """Return the salt and iterations of a verifier, which the gateway sends to the device.
 
     Raises:
-        InvalidArgumentError: it is no verifier, or None; the message doesn't show it.
+        InvalidArgumentError: if `verifier` is damaged or None. The message does not show the verifier.
     """
     return _require_verifier(verifier).parameters
 
@@ -201,21 +206,22 @@ _PROCESS_KEY = secrets.token_bytes(_KEY_BYTES)
 
 
 def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: float = 0.0) -> ProofParameters:
-    """Return salt and iterations for a device that doesn't exist, as if it did.
+    """Return made-up salt and iterations for an absent device, so that the answer does not show that no device exists.
 
-    They are the same for one id and key: by default the iterations of a generated secret, since `Database.pair` and
-    `rotate_secret` store no verifier of any other. So one answer doesn't prove that a device exists. Answers over time
-    may: those of a real device change when its secret does, and those of a made-up one when the key does.
+    For the same arguments the result is the same. By default the iterations are those of a generated secret, because
+    `Database.pair` and `rotate_secret` store verifiers of generated secrets only. Several answers over time may show
+    whether a device exists: the answer changes with the secret of an existing device, or with the key for an absent
+    device.
 
     Args:
-        device_id: what was asked for.
-        key: at least 16 random bytes, kept private, and for good: else a restart changes all made-up answers and none
-            of the real ones. None takes a key that this process made for itself.
-        human_share: the share of ids that get the iterations of a human's secret, 0 to 1. It is for a gateway that
-            makes verifiers of such secrets itself; the nearer to the truth, the less an answer tells.
+        device_id: id in the request.
+        key: at least 16 random bytes. Keep the key private, and keep the same key: a new key changes all made-up
+            answers and no real answer. Default: a key of this process.
+        human_share: share of ids with the iterations of a human's secret, 0 to 1, for a gateway that makes verifiers of
+            human secrets. Pass the share of human secrets among the devices with a verifier.
 
     Raises:
-        InvalidArgumentError: the key is too short, the share is out of its bounds, or the id has a lone surrogate.
+        InvalidArgumentError: if the key is too short, the share is out of range, or the id has a lone surrogate.
     """
     if key is None:
         key = _PROCESS_KEY
@@ -224,33 +230,35 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
     if not 0 <= human_share <= 1:
         raise InvalidArgumentError("human_share must be 0 to 1")
     derived = _hmac_sha256(key, b"homeagent-fake-parameters-1" + _canonical([device_id]))
-    salt, lot = derived[:_SALT_BYTES], derived[_SALT_BYTES:]
-    like_a_human = int.from_bytes(lot, "big") < human_share * 256 ** len(lot)
-    return ProofParameters(salt, _HUMAN_ITERATIONS if like_a_human else _GENERATED_ITERATIONS)
+    salt, rest = derived[:_SALT_BYTES], derived[_SALT_BYTES:]
+    as_human = int.from_bytes(rest, "big") < human_share * 256 ** len(rest)
+    return ProofParameters(salt, _HUMAN_ITERATIONS if as_human else _GENERATED_ITERATIONS)
 
 
 def _canonical(values: list[str | int]) -> bytes:
+    """Return the JSON of RFC 8785, for texts and integers."""
     text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
     if any("\ud800" <= character <= "\udfff" for character in text):
-        # Not left to encode(): its error would carry the nonce.
-        raise InvalidArgumentError("a lone surrogate has no UTF-8: take it out of the id or the nonce")
+        # Do not leave the check to encode(): the UnicodeEncodeError would contain the nonce.
+        raise InvalidArgumentError("a lone surrogate has no UTF-8: remove the surrogate from the id or the nonce")
     return text.encode()
 
 
 @clears_locals
 def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
-    """Return the bytes that a proof is made of, the same for device and gateway, and different for different values.
+    """Return the message of a proof, which device and gateway compute from the same values.
 
-    It is the JSON array `["homeagent-proof-1", device_id, nonce, milliseconds]` in UTF-8, written as RFC 8785 (the JSON
-    Canonicalization Scheme) does and JavaScript's `JSON.stringify` too: no space, no escape that JSON doesn't demand.
+    The message is the JSON array `["homeagent-proof-1", device_id, nonce, milliseconds]` in UTF-8, in the form of RFC
+    8785 (JSON Canonicalization Scheme) and of JavaScript's `JSON.stringify`: without spaces and unnecessary escapes.
 
     Args:
-        device_id: who proves.
-        nonce: fresh for every proof. Nothing here consumes it: that is `nonces.consume`, once the proof is checked.
-        timestamp: aware; floored to milliseconds.
+        device_id: id of the device.
+        nonce: a new nonce for each proof. The gateway consumes the nonce by `nonces.consume` after the check.
+        timestamp: aware datetime, floored to milliseconds.
 
     Raises:
-        InvalidArgumentError: the timestamp is no datetime or has no time zone, or the id or nonce has a lone surrogate.
+        InvalidArgumentError: if the timestamp is not a datetime or has no time zone, or the id or the nonce has a lone
+            surrogate.
     """
     if not isinstance(timestamp, datetime) or timestamp.utcoffset() is None:
         raise InvalidArgumentError("timestamp must be an aware datetime: give it a time zone, as in datetime.now(UTC)")
@@ -265,27 +273,27 @@ def make_proof(
     *,
     minimum_iterations: int = MIN_ITERATIONS,
 ) -> bytes:
-    """Prove that one holds a secret, without sending it. The device's side.
+    """Make a proof of a secret. Called by the device.
 
-    For many proofs, or a proof and then the gateway's signature, derive once: `derive_proof_keys(...).prove(message)`.
+    For several proofs, or for a proof and the check of the gateway's signature, derive the keys only once:
+    `derive_proof_keys(...).prove(message)`.
 
     Args:
-        secret: the device's own.
-        parameters: what the gateway told (`verifier_parameters`).
+        secret: secret of the device.
+        parameters: parameters from the gateway.
         message: see `proof_message`.
         minimum_iterations: see `derive_proof_keys`.
 
     Returns:
-        32 bytes.
+        The proof, 32 bytes.
 
     Raises:
-        InvalidArgumentError: it is no usable secret (the message doesn't show it), or the gateway asks for fewer
-            iterations than `minimum_iterations`.
+        InvalidArgumentError: see `derive_proof_keys`.
     """
     return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
 
 
-# Takes the place of a verifier that is not there or is damaged, so that the same is computed for nobody's device.
+# Used without a verifier or with a damaged verifier, so that a check takes the same time for an absent device.
 _DECOY_VERIFIER = _Verifier(
     ProofParameters(secrets.token_bytes(_SALT_BYTES), _GENERATED_ITERATIONS),
     secrets.token_bytes(_KEY_BYTES),
@@ -297,16 +305,15 @@ _DECOY_VERIFIER_TEXT = _format_verifier(
 
 
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
-    """Tell whether a proof was made for this message with the secret of this verifier. The gateway's side.
+    """Return whether a proof for the message was made with the secret of the verifier. Called by the gateway.
 
-    It computes the same for a good proof, a wrong one and a device that doesn't exist: two hashes and the reading of a
-    verifier, whatever the iterations. A proof says nothing of when it was made: judge the timestamp in the message, and
-    consume its nonce.
+    The function parses a verifier and computes two hashes, and takes the same time for a right proof, a wrong proof and
+    an absent device. A proof alone does not show its age: check the timestamp of the message, and consume the nonce.
 
     Args:
-        verifier: the device's, or None where there is no such device. A damaged one never matches.
-        message: see `proof_message`; made anew from what the device claims, never taken from it as bytes.
-        proof: 32 bytes; of any other length it is false.
+        verifier: verifier of the device, or None for an absent device. A damaged verifier matches no proof.
+        message: see `proof_message`. The gateway computes the message, and does not accept the bytes from the device.
+        proof: 32 bytes. A proof of another length is wrong.
     """
     parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
     known = verifier is not None and parsed is not None
@@ -318,14 +325,15 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
 
 
 def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> ProofParameters:
-    """Return the salt and iterations that a gateway tells to a caller who claims to be this device.
+    """Return the salt and iterations that a gateway sends to a caller with this id.
 
-    The same is computed for every device and for an absent one: one made-up answer, and the reading of one verifier.
+    The function makes up an answer and parses a verifier in all cases, so that an absent device takes the same time.
 
     Args:
-        device_id: the id that is presented.
-        verifier: the device's, or None if the device is absent or has no verifier. A damaged one counts as None.
-        key: as in `fake_parameters`; the answer for None is made from it.
+        device_id: id in the request.
+        verifier: verifier of the device, or None if the device is absent or has no verifier. A damaged verifier counts
+            as None.
+        key: key of the made-up answer for None: see `fake_parameters`.
     """
     made_up = fake_parameters(device_id, key)
     parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
@@ -334,15 +342,16 @@ def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> Proof
 
 @clears_locals
 def server_signature(verifier: str, message: bytes) -> bytes:
-    """Sign the message of a proof, so that the device knows that it spoke with its gateway. The gateway's side.
+    """Sign the message of a proof, so that the device can check the gateway. Called by the gateway.
 
-    Give it only for a proof that `check_proof` found good: it lets guesses at a human's secret be tried.
+    Send the signature only after `check_proof` has returned True: an attacker can check guesses at a human's secret
+    against the signature.
 
     Returns:
         32 bytes, the ServerSignature of RFC 5802 section 3.
 
     Raises:
-        InvalidArgumentError: it is no verifier; the message doesn't show it.
+        InvalidArgumentError: if the verifier is damaged. The message does not show the verifier.
     """
     return _hmac_sha256(_require_verifier(verifier).server_key, message)
 
@@ -351,15 +360,15 @@ def server_signature(verifier: str, message: bytes) -> bytes:
 def check_server_signature(
     secret: SecretStr | str, parameters: ProofParameters, message: bytes, signature: bytes
 ) -> bool:
-    """Tell whether the gateway's signature is that of who holds the verifier of this secret. The device's side.
+    """Return whether the signer of the message has the verifier of the secret. Called by the device.
 
     Args:
-        secret: the device's own.
-        parameters: those that the proof was made with.
-        message: the message of that proof.
-        signature: what the gateway answered; of another length than 32 bytes it is false.
+        secret: secret of the device.
+        parameters: parameters of the proof.
+        message: message of the proof.
+        signature: signature from the gateway. A signature of another length than 32 bytes is wrong.
 
     Raises:
-        InvalidArgumentError: it is no usable secret; the message doesn't show it.
+        InvalidArgumentError: if the secret is invalid. The message does not show the secret.
     """
     return derive_proof_keys(secret, parameters).recognises(message, signature)

@@ -158,10 +158,10 @@ def test_damaged_verifier_accepts_no_proof_and_signs_no_message() -> None:
         assert damaged != VERIFIER
         assert not check_proof(damaged, MESSAGE, PROOF), damaged
         for work in (lambda bad=damaged: server_signature(bad, MESSAGE), lambda bad=damaged: verifier_parameters(bad)):
-            with pytest.raises(InvalidArgumentError, match="pair the device anew") as refused:
+            with pytest.raises(InvalidArgumentError, match="pair the device again") as refused:
                 work()
             assert VERIFIER[-20:-1] not in str(refused.value)
-    with pytest.raises(InvalidArgumentError, match="this is no verifier"):
+    with pytest.raises(InvalidArgumentError, match="this is not a verifier"):
         verifier_parameters(None)  # of a device whose secret a human chose
 
 
