@@ -1,9 +1,9 @@
-"""No local variable in an error's traceback: reporters that record local variables must not get secrets.
+"""Clear local variables in tracebacks, so that error reporters do not record secrets.
 
-A traceback keeps the frames that an exception left, with their local variables: secrets, nonces, keys, results and the
-parameters of statements, as plain text. When an error of homeagent leaves a method that is given such values,
-homeagent's frames are cleared. The traceback keeps its lines, and the application's frames keep their variables. An
-exception that is not an error of homeagent, such as a TypeError from a mistake in homeagent, keeps everything.
+The frames of a traceback keep local variables: secrets, nonces, keys, results and parameters of statements, as plain
+text. When an error of homeagent leaves a method with such parameters, `clears_locals` clears homeagent's frames. The
+traceback keeps all lines, and the application's frames keep all variables. Exceptions that are not errors of homeagent,
+such as a TypeError from a mistake in homeagent, are not changed.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ R = TypeVar("R")
 
 
 def clear_locals(error: BaseException) -> None:
-    """Clear the local variables of all frames of homeagent that this error, its causes or its contexts have left.
+    """Clear the local variables of homeagent's frames in the tracebacks of an error, its causes and its contexts.
 
-    The caller's own frame still runs, so the caller deletes its variables itself.
+    A running frame can't be cleared. The caller must therefore delete the variables of the caller's frame.
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
     while waiting:
-        one = waiting.pop()
-        if one is None or id(one) in seen:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
             continue
-        seen.add(id(one))
-        waiting += [one.__cause__, one.__context__]
-        traceback = one.__traceback__
+        seen.add(id(current))
+        waiting += [current.__cause__, current.__context__]
+        traceback = current.__traceback__
         while traceback is not None:
             frame = traceback.tb_frame
             if str(frame.f_globals.get("__name__")).partition(".")[0] == "homeagent":
-                with suppress(RuntimeError):  # the frame still runs
+                with suppress(RuntimeError):  # the frame is running
                     frame.clear()
             traceback = traceback.tb_next
 
 
 def clears_locals(function: Callable[P, R]) -> Callable[P, R]:
-    """Return the function, whose errors of homeagent hold no local variable of homeagent's frames."""
+    """Decorate a function: clear the local variables of homeagent's frames when an error of homeagent leaves."""
     if iscoroutinefunction(function):
         awaited: Any = function
 
