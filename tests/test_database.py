@@ -526,7 +526,7 @@ def test_a_hash_that_cannot_be_replaced_still_verifies(
 
     monkeypatch.setattr(database._runner, "run", busy)
     assert database.verify_secret("lamp", HUMAN) is not None
-    assert "could not be made anew" in caplog.text
+    assert "could not be replaced by a hash with newer parameters" in caplog.text
 
 
 def test_a_hash_is_not_replaced_during_a_unit_of_the_same_thread(
