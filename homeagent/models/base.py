@@ -48,8 +48,7 @@ _KNOWN_ERRORS = frozenset(get_args(ErrorType))
 def _without_input(error: ValidationError) -> ValidationError:
     """Return the error without the input, which may be a secret.
 
-    `hide_input_in_errors` removes the input only from the message, and not from `errors()` and `json()`. FastAPI sends
-    `errors()` in the reply 422.
+    `hide_input_in_errors` removes the input only from the message. FastAPI sends `errors()` in the reply 422.
     """
     lines: list[InitErrorDetails] = []
     for line in error.errors(include_url=False, include_input=False):
@@ -132,10 +131,9 @@ class Table(Model):
     __table__: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raise TypeError for a subclass of a table of homeagent.
+        """Raise TypeError for a subclass of a table of homeagent, which would contain private fields such as hashes.
 
-        SQLModel would treat the subclass as a table too, and add the fields of the subclass to the parent. As a schema,
-        the subclass would accept and contain private fields, such as hashes of secrets.
+        SQLModel would also add the fields of the subclass to the parent's table.
         """
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[1:]:
@@ -195,12 +193,7 @@ class Table(Model):
             return super().__getattr__(name)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a new, transient instance with the same values, validated.
-
-        Args:
-            update: new values by field name.
-            deep: whether to copy JSON values too.
-        """
+        """Return a new, transient, validated instance with the same values except `update`; `deep` copies JSON too."""
         # Pydantic's method would copy `__dict__` with the state that binds the instance to an ORM session.
         values = {name: getattr(self, name) for name in type(self).model_fields}
         if deep:

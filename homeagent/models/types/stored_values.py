@@ -38,24 +38,16 @@ def unreadable() -> CorruptDatabaseError:
 def unreadable_in(
     table: Table, column: str | None, key: object, what: str = "holds a value that can't be read"
 ) -> CorruptDatabaseError:
-    """Return the error for an unreadable value. The error does not show the value.
+    """Return the error for an unreadable value, which the error does not show.
 
-    Args:
-        table: table of the row.
-        column: column of the value. None: unknown.
-        key: value of `naming_column` in the same row. None: unknown.
-        what: description of the problem.
+    `column`, and `key` (the row's value in `naming_column`), are None if unknown.
     """
     row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
     return CorruptDatabaseError(f"{table.name}{'' if column is None else f'.{column}'} {what}{row}; {_REMEDY}")
 
 
 def loaded(convert: Callable[[Any], T], value: Any) -> T:
-    """Convert a stored value.
-
-    Raises:
-        CorruptDatabaseError: if the value is unreadable.
-    """
+    """Convert a stored value. Raise CorruptDatabaseError if the value is unreadable."""
     try:
         return convert(value)
     except UNREADABLE:

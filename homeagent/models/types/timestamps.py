@@ -62,10 +62,8 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
     """Return `value` in UTC, floored to whole milliseconds, or `now` if `value` is None or later than `now`.
 
-    For the time of a past event: if `value` is later than `now`, the clock of the caller is ahead.
-
-    Raises:
-        InvalidArgumentError: see `check_timestamp`.
+    For the time of a past event: if `value` is later than `now`, the clock of the caller is ahead. See also
+    `check_timestamp`.
     """
     return now if value is None else min(check_timestamp(value, what), now)
 
@@ -84,11 +82,7 @@ def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timede
 
 
 def check_wait(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Return `value`, or `LONGEST_WAIT` if `value` is longer.
-
-    Raises:
-        InvalidArgumentError: see `check_duration`.
-    """
+    """Return `value` after `check_duration`, or `LONGEST_WAIT` if `value` is longer."""
     return min(check_duration(value, what, zero=zero), LONGEST_WAIT)
 
 
