@@ -54,13 +54,7 @@ _DENIED = SecretCheck("denied")
 
 
 class Pairing:
-    """Implementation of the methods of `Database` for the secrets of devices.
-
-    Args:
-        runner: runs units of work.
-        clock: clock for the overlap of a rotation.
-        limits: limits on pending devices, slow hashes and failed checks.
-    """
+    """Implementation of the methods of `Database` for the secrets of devices."""
 
     def __init__(self, runner: Runner, clock: Clock, limits: Limits) -> None:
         self._runner = runner
@@ -90,8 +84,8 @@ class Pairing:
         def add(unit: UnitOfWork) -> Device:
             try:
                 device = unit.devices.create(create)
-                # Check after the insert. If the result of the commit is unknown, the unit runs again, and must find its
-                # own device before the limit is checked.
+                # Check after the insert: a unit that runs again after a commit with an unknown result must find its own
+                # device before the check.
                 unit.devices.require_pending_room(limit)
                 # A call of an earlier device with the id may have ended after the deletion of that device. Keep records
                 # in progress: one of them may belong to the call that pairs.
@@ -253,8 +247,7 @@ class Pairing:
 def _make_verifier(secret: SecretStr) -> str | None:
     """Return the verifier of a generated secret, or None for a human's secret.
 
-    An attacker who has a human's secret as an Argon2id hash and as a verifier guesses against the faster of the two.
-    Guesses against PBKDF2, which SCRAM uses, are faster than against Argon2id. 256 random bits can't be guessed at all.
+    An attacker guesses a human's secret faster against a verifier (PBKDF2) than against the hash (Argon2id).
     """
     return make_verifier(secret) if is_generated(secret) else None
 

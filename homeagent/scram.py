@@ -105,9 +105,8 @@ def derive_proof_keys(
     Args:
         secret: used without the SASLprep of RFC 5802, which would change only characters outside of ASCII.
         parameters: parameters of the verifier, from the gateway.
-        minimum_iterations: minimum that the device accepts. A device that knows the iterations of the verifier should
-            pass the number: a false gateway could ask for few iterations, so that guesses at a human's secret against
-            the proof become cheap.
+        minimum_iterations: minimum that the device accepts. Pass the iterations of the verifier if the device knows the
+            number: few iterations make guesses at a human's secret cheap for a false gateway.
 
     Raises:
         InvalidArgumentError: if the secret is invalid (the message does not show the secret), or the gateway asks for
@@ -209,16 +208,14 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
     """Return made-up salt and iterations for an absent device, so that the answer does not show that no device exists.
 
     For the same arguments the result is the same. By default the iterations are those of a generated secret, because
-    `Database.pair` and `rotate_secret` store verifiers of generated secrets only. Several answers over time may show
-    whether a device exists: the answer changes with the secret of an existing device, or with the key for an absent
-    device.
+    `Database.pair` and `rotate_secret` store verifiers of generated secrets only. Answers over time may show whether a
+    device exists: the real answer changes with the secret, and the made-up answer with the key.
 
     Args:
         device_id: id in the request.
         key: at least 16 random bytes. Keep the key private, and keep the same key: a new key changes all made-up
             answers and no real answer. Default: a key of this process.
-        human_share: share of ids with the iterations of a human's secret, 0 to 1, for a gateway that makes verifiers of
-            human secrets. Pass the share of human secrets among the devices with a verifier.
+        human_share: share of ids with the iterations of a human's secret, 0 to 1, if the gateway makes such verifiers.
 
     Raises:
         InvalidArgumentError: if the key is too short, the share is out of range, or the id has a lone surrogate.
@@ -275,20 +272,11 @@ def make_proof(
 ) -> bytes:
     """Make a proof of a secret. Called by the device.
 
-    For several proofs, or for a proof and the check of the gateway's signature, derive the keys only once:
-    `derive_proof_keys(...).prove(message)`.
-
-    Args:
-        secret: secret of the device.
-        parameters: parameters from the gateway.
-        message: see `proof_message`.
-        minimum_iterations: see `derive_proof_keys`.
+    The arguments and errors are those of `derive_proof_keys`; `message` is the result of `proof_message`. For several
+    proofs, or for a proof and the check of a signature, derive the keys only once, and use `ProofKeys`.
 
     Returns:
         The proof, 32 bytes.
-
-    Raises:
-        InvalidArgumentError: see `derive_proof_keys`.
     """
     return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
 
@@ -311,7 +299,7 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
     an absent device. A proof alone does not show its age: check the timestamp of the message, and consume the nonce.
 
     Args:
-        verifier: verifier of the device, or None for an absent device. A damaged verifier matches no proof.
+        verifier: verifier of the device. None, or damaged: no proof is right.
         message: see `proof_message`. The gateway computes the message, and does not accept the bytes from the device.
         proof: 32 bytes. A proof of another length is wrong.
     """
@@ -327,13 +315,8 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
 def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> ProofParameters:
     """Return the salt and iterations that a gateway sends to a caller with this id.
 
-    The function makes up an answer and parses a verifier in all cases, so that an absent device takes the same time.
-
-    Args:
-        device_id: id in the request.
-        verifier: verifier of the device, or None if the device is absent or has no verifier. A damaged verifier counts
-            as None.
-        key: key of the made-up answer for None: see `fake_parameters`.
+    If the verifier is None or damaged, the answer is made up with `key`: see `fake_parameters`. The function makes up
+    an answer and parses a verifier in all cases, so that an absent device takes the same time.
     """
     made_up = fake_parameters(device_id, key)
     parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
@@ -362,11 +345,7 @@ def check_server_signature(
 ) -> bool:
     """Return whether the signer of the message has the verifier of the secret. Called by the device.
 
-    Args:
-        secret: secret of the device.
-        parameters: parameters of the proof.
-        message: message of the proof.
-        signature: signature from the gateway. A signature of another length than 32 bytes is wrong.
+    `parameters` and `message` are those of the proof. A signature of another length than 32 bytes is wrong.
 
     Raises:
         InvalidArgumentError: if the secret is invalid. The message does not show the secret.
