@@ -88,11 +88,7 @@ class AgentStore(Store):
 
     @reading
     def get(self, agent_id: str) -> Agent:
-        """Return the agent. In a write unit no other writer can change the row until the unit ends.
-
-        Raises:
-            AgentNotFoundError: if the agent does not exist.
-        """
+        """Return the agent as `find_by_id` does, or raise AgentNotFoundError if the agent does not exist."""
         agent = self._unit.one(_FIND, id=check_identifier(agent_id, "agent_id"))
         if agent is None:
             raise AgentNotFoundError(agent_id)
@@ -133,11 +129,7 @@ class AgentStore(Store):
 
     @writing()
     def delete(self, agent_id: str, *, delete_sessions: bool = False) -> bool:
-        """Delete an agent. The files in the agent's workspace stay.
-
-        Args:
-            agent_id: id of the agent.
-            delete_sessions: whether to delete the agent's sessions in the same transaction.
+        """Delete an agent, and with `delete_sessions` the agent's sessions. The files in the agent's workspace stay.
 
         Returns:
             False if the agent did not exist.

@@ -98,11 +98,7 @@ class DeviceStore(Store):
 
     @reading
     def get(self, device_id: str) -> Device:
-        """Return the device. In a write unit no other writer can change the row until the unit ends.
-
-        Raises:
-            DeviceNotFoundError: if the device does not exist.
-        """
+        """Return the device as `find_by_id` does, or raise DeviceNotFoundError if the device does not exist."""
         device = self._unit.one(statements.FIND, id=check_identifier(device_id, "device_id"))
         if device is None:
             raise DeviceNotFoundError(device_id)
@@ -135,34 +131,22 @@ class DeviceStore(Store):
 
     @reading
     def count_pending(self, *, limit: int) -> int:
-        """Count the devices without a first approval, up to a limit.
-
-        Args:
-            limit: highest count, 1 or more.
-        """
+        """Count the pending devices, at most up to `limit`, which is 1 or more."""
         return self._unit.one(statements.COUNT_PENDING, limit=check_limit(limit)) or 0
 
     @writing()
     def require_pending_room(self, limit: int) -> None:
-        """Check the limit of pending devices. Other pairings wait until this unit ends.
-
-        Args:
-            limit: maximum number of pending devices, including the devices that this unit has created.
-
-        Raises:
-            PendingLimitError: if more devices are pending.
-        """
+        """Raise PendingLimitError if more than `limit` devices are pending. Other pairings wait for this unit."""
         self._unit.one(statements.LOCK_STORE)
         if self.count_pending(limit=limit + 1) > limit:
             raise PendingLimitError(limit)
 
     @writing()
     def delete_pending(self, *, paired_before: datetime, limit: int = 100) -> int:
-        """Delete pending devices, oldest first, and return the number of deleted devices.
+        """Delete at most `limit` pending devices that were paired at `paired_before` or earlier, oldest first.
 
-        Args:
-            paired_before: delete only devices that were paired at this time or earlier.
-            limit: maximum number of devices, 1 or more.
+        Returns:
+            The number of deleted devices.
         """
         before = check_timestamp(paired_before, "paired_before")
         return self._unit.write(statements.DELETE_PENDING, before=before, limit=check_limit(limit))
@@ -183,7 +167,7 @@ class DeviceStore(Store):
             approved: True for approved devices only, False for unapproved devices only. Default: both.
             role: only devices with this role. Default: all.
             status: only devices with this status. Default: all.
-            limit: maximum number of devices, 1 or more.
+            limit: maximum number, 1 or more.
             after: last id of the previous page. Default: the first page.
         """
         if approved is not None and not isinstance(approved, bool):
@@ -231,12 +215,11 @@ class DeviceStore(Store):
 
         Args:
             device_id: id of a pending or revoked device.
-            expected_role: role that the administrator saw. Default: any.
-            expected_secret_hash: hash that the administrator saw. Default: any.
-            expected_paired_at: time of pairing that the administrator saw. A different time means that another device
-                was paired under the same id. Default: any.
-            expected_status: status that the administrator saw. Default: pending; to approve a revoked device, pass
-                `DeviceStatus.REVOKED`. Not compared if the device is approved.
+            expected_role: role. Default: any.
+            expected_secret_hash: hash of the secret. Default: any.
+            expected_paired_at: time of pairing, which differs for another device under the same id. Default: any.
+            expected_status: status, not compared if the device is approved. Default: pending. To approve a revoked
+                device, pass `DeviceStatus.REVOKED`.
 
         Returns:
             False if the device was approved before. The row is then not changed.
@@ -274,10 +257,7 @@ class DeviceStore(Store):
     def revoke(self, device_id: str, *, reason: str | None = None, force: bool = False) -> bool:
         """Revoke a device until an explicit `approve`. The device's nonces and idempotency keys stay.
 
-        Args:
-            device_id: id of a pending or approved device.
-            reason: text for administrators. Default: none.
-            force: whether to revoke the device even if no other admin is approved.
+        `reason` is a text for administrators.
 
         Returns:
             False if the device was revoked before. The row is then not changed.
@@ -328,15 +308,10 @@ class DeviceStore(Store):
     def update_last_seen(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> bool:
-        """Set the time at which a device was last seen. The stored time only moves forward.
+        """Set the time at which a device was last seen to `at`, by default now and at most now.
 
-        Args:
-            device_id: id of the device.
-            at: timestamp. Default: now. A later timestamp than now counts as now.
-            granularity: minimum difference to the stored time. A smaller difference is not written.
-
-        Returns:
-            False if the row was not changed: the device does not exist, or the difference is too small.
+        The stored time only moves forward, by `granularity` or more. Return False if the row was not changed, also if
+        the device does not exist.
         """
         check_identifier(device_id, "device_id")
         at, before = self._seen_range(at, granularity)
@@ -346,7 +321,7 @@ class DeviceStore(Store):
         """Return the timestamp to store, and the latest stored time that this timestamp replaces."""
         check_duration(granularity, "granularity", zero=True)
         at = not_after(self._unit.now(), at, "at")
-        # With a granularity of zero, an equal timestamp would be written again at each call.
+        # At least a millisecond: with a granularity of zero, an equal timestamp would be written again at each call.
         return at, earlier(at, max(granularity, MILLISECOND))
 
     @writing()
@@ -384,8 +359,7 @@ class DeviceStore(Store):
             expected_secret_hash: hash to replace.
             secret_hash: hash of the new secret.
             proof_verifier: verifier of the new secret's proofs. None: the device can't make proofs.
-            previous_until: end of the overlap, during which the old secret of an approved device also works. Default:
-                no overlap.
+            previous_until: end of the overlap, in which the old secret also works. Default: no overlap.
 
         Returns:
             False if the device does not exist, or has another hash.

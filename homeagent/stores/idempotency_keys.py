@@ -206,11 +206,9 @@ class IdempotencyKeyStore(Store):
     def complete(self, attempt: Attempt, result: JsonValue) -> bool:
         """Record the result of the effect, so that a retry gets the same result.
 
-        The effect has taken place also if the result is not JSON or over 256 KiB: the record is then stored without
-        the result, and has `omitted` set.
-
         Returns:
-            False if the record was stored without the result.
+            False if the result is not JSON or over 256 KiB. The record is then stored without the result, and has
+            `omitted` set, because the effect has taken place.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key. The record is then not changed.
@@ -262,13 +260,9 @@ class IdempotencyKeyStore(Store):
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
         """Release a key if the attempt's effect did not begin.
 
-        The first attempt deletes the record. After an earlier, abandoned attempt the outcome of that attempt is still
-        unknown: the record stays, and counts as abandoned again.
-
-        Args:
-            attempt: owner of the key.
-            none_began: whether the caller knows that the effect of no earlier attempt began. The record is then
-                deleted.
+        The first attempt deletes the record. A later attempt does so only with `none_began`, by which the caller states
+        that no earlier effect began. Otherwise the earlier outcome is still unknown: the record stays and counts as
+        abandoned again.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key. The record is then not changed.
@@ -290,11 +284,7 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
-        """Return the records of abandoned attempts. The lease that expired first comes first.
-
-        Args:
-            limit: maximum number of records, 1 or more.
-        """
+        """Return at most `limit` records of abandoned attempts. The lease that expired first comes first."""
         return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=check_limit(limit))
 
     @writing()
@@ -302,16 +292,12 @@ class IdempotencyKeyStore(Store):
     def resolve(self, scope: IdempotencyScope, result: JsonValue) -> bool:
         """Record the result of an abandoned attempt, so that a retry gets the result.
 
-        Args:
-            scope: identity of the call.
-            result: result of the effect, a JSON value of at most 256 KiB.
-
         Returns:
             False if the scope has no abandoned attempt.
 
         Raises:
             IdempotencyInProgressError: if the lease has not expired: the effect may still end.
-            InvalidArgumentError: if the result is too large or not JSON.
+            InvalidArgumentError: if the result is over 256 KiB or not JSON.
         """
         encode_json(result, "result")
         attempt = self._find_abandoned(scope)
@@ -354,11 +340,7 @@ class IdempotencyKeyStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete expired records, oldest first, and return the number of deleted records.
-
-        Args:
-            limit: maximum number of records, 1 or more.
-        """
+        """Delete at most `limit` expired records, oldest first, and return the number of deleted records."""
         return self._unit.write(statements.DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
 
 

@@ -83,7 +83,7 @@ _DELETE_EXPIRED = Statement[Nonce](
 COUNT_EXPIRED = Statement[int](select(func.count()).select_from(Nonce).where(EXPIRED))
 
 FIND_RECORD = Statement[tuple[int, datetime | None]](select(store_table.c.epoch, store_table.c.restored_at))
-"""The epoch of the store, and the time of the restore that began the epoch."""
+"""The epoch of the store, and the time at which the epoch began."""
 
 
 class Freshness(StrEnum):
@@ -115,15 +115,14 @@ class NonceStore(Store):
             device_id: id of the signer. Each device has its own nonces.
             nonce: the signed nonce.
             expires_at: signed timestamp plus the allowed skew. The message is too old from then on.
-            limit: maximum number of the device's nonces that have not expired. Not exact: several processes may exceed
-                the limit by up to half of the room that each has counted.
+            limit: maximum number of the device's nonces that have not expired. Several processes together may exceed
+                the limit: see `_has_room`.
 
         Returns:
             False for a replay, also at the limit, and if `expires_at` has passed.
 
         Raises:
-            NonceLimitError: if the nonce is new and the device is at the limit. No nonce is evicted, because an evicted
-                nonce could be used again.
+            NonceLimitError: if the nonce is new and the device is at the limit. An evicted nonce could be used again.
         """
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
@@ -220,11 +219,7 @@ class NonceStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete nonces that expired at least `NONCE_GRACE` ago, oldest first, and return the number of deleted rows.
-
-        Args:
-            limit: maximum number of nonces, 1 or more.
-        """
+        """Delete at most `limit` nonces that expired `NONCE_GRACE` ago or earlier, oldest first; return the number."""
         return self._unit.write(
             _DELETE_EXPIRED, before=earlier(self._unit.now(), NONCE_GRACE), limit=check_limit(limit)
         )
@@ -248,15 +243,8 @@ class ReplayGuard:
 
     @clears_locals
     def check(self, nonces: NonceStore, device_id: str, nonce: str, *, signed_at: datetime) -> Freshness:
-        """Check a message and consume the nonce. Use a unit only for this call, after the check of the signature.
+        """Check a message by `nonces.consume_signed`, with the skew and the limit of the guard.
 
-        Args:
-            nonces: store of that unit.
-            device_id: id of the signer.
-            nonce: the signed nonce.
-            signed_at: the signed timestamp.
-
-        Raises:
-            NonceLimitError: if the device is at the limit of nonces that have not expired.
+        Use a unit only for this call, after the check of the signature.
         """
         return nonces.consume_signed(device_id, nonce, signed_at=signed_at, skew=self.skew, limit=self.limit)

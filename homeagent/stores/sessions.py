@@ -162,11 +162,7 @@ class SessionStore(Store):
 
     @reading
     def get(self, session_id: str) -> AgentSession:
-        """Return the session. In a write unit no other writer can change the row until the unit ends.
-
-        Raises:
-            SessionNotFoundError: if the session does not exist.
-        """
+        """Return the session as `find_by_id` does, or raise SessionNotFoundError if the session does not exist."""
         session = self._unit.one(_FIND, id=check_identifier(session_id, "session_id"))
         if session is None:
             raise SessionNotFoundError(session_id)
@@ -200,9 +196,8 @@ class SessionStore(Store):
     def resolve(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
         """Return the session of a route, and create the session if the route is free.
 
-        A route without a sender is a route of its own, and so is a route without a channel. Callers that ask at the
-        same time get the same session. The session always has the given agent, sender and channel, also after
-        `uow.session` changed rows.
+        Callers at the same time get the same session. Routes without a sender or without a channel are routes too. The
+        session has the given agent, sender and channel, also after `uow.session` changed rows.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
@@ -247,7 +242,7 @@ class SessionStore(Store):
             agent_id: only sessions of this agent. Default: all.
             sender_id: only sessions of this sender. Default: all.
             channel_id: only sessions on this channel. Default: all.
-            limit: maximum number of sessions, 1 or more.
+            limit: maximum number, 1 or more.
             after: last session of the previous page. Default: the first page. Sessions that are added or touched
                 between two pages do not repeat or hide other sessions.
         """
@@ -271,14 +266,9 @@ class SessionStore(Store):
 
     @writing()
     def touch(self, session_id: str, at: datetime | None = None) -> bool:
-        """Set the time of a session's last activity. The stored time only moves forward.
+        """Set the time of a session's last activity to `at`, by default now and at most now.
 
-        Args:
-            session_id: id of the session.
-            at: timestamp. Default: now. A later timestamp than now counts as now.
-
-        Returns:
-            False if the row was not changed: the session does not exist, or the stored time is not earlier.
+        The stored time only moves forward: return False if it is not earlier, or the session does not exist.
         """
         check_identifier(session_id, "session_id")
         return self._unit.write(_TOUCH, id=session_id, at=not_after(self._unit.now(), at, "at")) > 0
@@ -304,8 +294,7 @@ class SessionStore(Store):
             The number of sessions.
 
         Raises:
-            InvalidArgumentError: if an item is not a session. The message has the item's number, from 1. Roll the unit
-                back: earlier batches are written.
+            InvalidArgumentError: if an item is not a session. Roll the unit back: earlier batches are written.
             AgentNotFoundError: if a session's agent does not exist.
         """
         known: set[str] = set()
