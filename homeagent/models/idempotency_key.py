@@ -7,9 +7,14 @@
 | in progress | the effect returns, or an operator resolves the abandoned key | completed |
 | in progress | the effect fails for good | failed |
 | in progress, lease expired | an attempt with `rerun` takes over | in progress |
-| in progress | the first attempt releases the key, or an operator forgets the abandoned key | no row |
+| in progress | an attempt releases the key, and no earlier effect can have begun | no row |
+| in progress | an attempt releases the key, and an earlier attempt was abandoned | in progress, lease expired |
+| in progress, lease expired | an operator forgets the abandoned key | no row |
 | completed or failed, expired | an attempt claims the key | in progress |
+| completed or failed, expired | `insert` stores a result | completed |
 | completed or failed, expired | a sweep | no row |
+| completed or failed | `Database.pair` pairs a new device with the id | no row |
+| any | `devices.delete` deletes the device | no row |
 """
 
 from dataclasses import dataclass, field
