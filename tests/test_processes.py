@@ -400,7 +400,7 @@ if __name__ == "__main__":
 
 def test_database_can_not_be_pickled(sqlite_database: Database) -> None:
     """If a database is pickled, the error advises to pass the target to the other process."""
-    with pytest.raises(TypeError, match="open it in the other process"):
+    with pytest.raises(TypeError, match="open the database in the other process"):
         pickle.dumps(sqlite_database)
 
 
