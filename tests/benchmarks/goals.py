@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 __all__ = ["ROWS", "Figure", "Row", "Verdict", "judge"]
 
-READ = "a bare autocommit `SELECT`"
+READ = "autocommit `SELECT`"
 WRITE = "`BEGIN IMMEDIATE`, one statement, `COMMIT`"
 ONE_BY_ONE = "one caller that commits one by one by hand"
 
@@ -48,13 +48,13 @@ ROWS = (
     Row("a lone caller through run", "homeagent, `unit_of_work`", 1.1),
     Row("durable commits of 256 asyncio callers", ONE_BY_ONE, 3.0, at_least=True),
     Row("durable commits of 64 threads", ONE_BY_ONE, 1.8, at_least=True),
-    Row("p99 of a write among 8 processes", "`BEGIN IMMEDIATE`, tried again after 1 to 5 ms", 3.0),
+    Row("p99 of a write among 8 processes", "`BEGIN IMMEDIATE`, tried again after a random 1 to 5 ms", 3.0),
     Row("p99 of a writer during a sweep", "homeagent, the same writer alone", 25.0),
     Row("open after kill -9, WAL of 16 MB", "`sqlite3`: open, `SELECT count(*)`, close", 1.5),
     Row("import and open", "`import sqlmodel`", 1.4),
     Row("the trace, events a second", "the same messages by hand", at_least=True),
     Row("PostgreSQL: device by id, in a unit", "psycopg: `BEGIN`, `SELECT`, `COMMIT`", 1.3),
-    Row("PostgreSQL: device by id, one call", "psycopg: a bare autocommit `SELECT`", 1.3),
+    Row("PostgreSQL: device by id, one call", "psycopg: autocommit `SELECT`", 1.3),
     Row("PostgreSQL: nonce consume", "psycopg: `BEGIN`, one statement, `COMMIT`", 1.3),
     Row("PostgreSQL: idempotency insert", "psycopg: `BEGIN`, one statement, `COMMIT`", 1.3),
 )

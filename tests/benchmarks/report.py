@@ -77,7 +77,7 @@ def goals_table(figures: Sequence[Figure]) -> str:
 
 
 def figures_table(figures: Sequence[Figure]) -> str:
-    """Return the table of all figures: a line for each row and durability, a column for each contender."""
+    """Return the table of rows with other contenders than homeagent: a column for each contender."""
     others = [name for name in CONTENDERS if name != BASELINE]
     lines = []
     for row in ROWS:
@@ -85,6 +85,8 @@ def figures_table(figures: Sequence[Figure]) -> str:
         for durability in dict.fromkeys(each.durability for each in found):
             baseline, *rest = (each for each in found if each.durability == durability)
             cells: Mapping[str, Figure] = {each.contender: each for each in rest}
+            if not cells.keys() - {"homeagent"}:
+                continue
             line = [row.name, durability, _value(baseline, row)]
             line += [f"{_value(cells[name], row)}, {cells[name].ratio}" if name in cells else "" for name in others]
             lines.append(line)
