@@ -1,4 +1,4 @@
-"""Checks of functions that callers pass as arguments. They refuse coroutine functions whose result is not awaited."""
+"""Checks of functions that callers pass as arguments. If the result is not awaited, coroutine functions are refused."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
-    """Return `function` if it can be called.
+    """Return the argument `function` if `function` can be called.
 
     Args:
-        function: the argument.
+        function: function that a caller passed.
         what: name of the argument.
-        coroutine: remedy in the error for a coroutine function; None to accept coroutine functions.
+        coroutine: remedy in the error message for a coroutine function. With None, coroutine functions are accepted.
 
     Raises:
         InvalidArgumentError: if `function` can't be called, is a generator function, or is a coroutine function and
@@ -35,7 +35,7 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
 
 
 def refuse_coroutine(value: T, what: str, remedy: str) -> T:
-    """Return `value`, the return value of a function. Raise InvalidArgumentError if `value` is a coroutine."""
+    """Return the argument `value`, a function's return value. Raise InvalidArgumentError if `value` is a coroutine."""
     if iscoroutine(value):
         value.close()  # prevents Python's warning "never awaited"
         raise InvalidArgumentError(f"{what} returned a coroutine, which is not awaited here: {remedy}")
@@ -45,9 +45,9 @@ def refuse_coroutine(value: T, what: str, remedy: str) -> T:
 def refuse_coroutine_function(function: object, value: T, what: str, remedy: str) -> T:
     """Return `value`, the return value of `function`. Raise InvalidArgumentError if `function` is a coroutine function.
 
-    An ordinary function may return a coroutine, which its caller awaits.
+    If `function` is an ordinary function, `value` can be a coroutine, which the caller awaits.
     """
-    # Check the type of `value` first: this check is cheap, and every unit makes it.
+    # Check the type of `value` first, because every unit makes this check and the check is cheap.
     if isinstance(value, CoroutineType) and iscoroutinefunction(function):
         value.close()
         raise InvalidArgumentError(f"{what} is a coroutine function, which is not awaited here: {remedy}")

@@ -1,4 +1,4 @@
-"""Shield from cancellation: a coroutine waits for the end of a call even if the coroutine is cancelled meanwhile."""
+"""Shield from cancellation. A coroutine waits for the end of a call even if the coroutine is cancelled meanwhile."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 
 async def call_in_thread(act: Callable[[], T], *, limiter: anyio.CapacityLimiter | None = None) -> T:
-    """Call `act` in a worker thread, wait for its end, and return its value or raise its error.
+    """Call the function `act` in a worker thread, and wait for the end. Return the value or raise the error of `act`.
 
     Args:
-        act: function that may block.
-        limiter: limits the number of worker threads; None for AnyIO's default limiter.
+        act: function that can block.
+        limiter: limiter of the number of worker threads. None means AnyIO's default limiter.
 
     Raises:
-        asyncio.CancelledError: if the caller was cancelled meanwhile. `act` has ended, or will not start.
+        asyncio.CancelledError: if the caller was cancelled meanwhile. The function `act` has ended, or will not start.
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
@@ -44,23 +44,23 @@ async def call_in_thread(act: Callable[[], T], *, limiter: anyio.CapacityLimiter
     task = asyncio.ensure_future(anyio.to_thread.run_sync(whole, limiter=limiter))
     cancellation = await shielded_wait(task)
     if task.cancelled():
-        # At its end, asyncio.run() cancels all tasks, also this task. The thread does not stop.
+        # When `asyncio.run()` ends, it cancels all tasks, and also this task. The thread does not stop.
         with mutex:
             given_up = not begun
         if begun:
             cancellation = await shielded_wait(ended) or cancellation
     if cancellation is not None:
         if not task.cancelled():
-            task.exception()  # mark as retrieved, or asyncio logs "exception was never retrieved"
+            task.exception()  # prevents asyncio's log message "exception was never retrieved"
         raise cancellation
     return task.result()
 
 
 async def shielded_wait(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait until a task is done. Return the last cancellation of the caller meanwhile, or None."""
+    """Wait until a task is done. Return None, or the last cancellation if the caller was cancelled meanwhile."""
     cancellation: asyncio.CancelledError | None = None
-    # AnyIO's scope shields from AnyIO's cancellation only. The loop also shields from Task.cancel(), which
-    # asyncio.timeout() calls.
+    # AnyIO's scope shields only from AnyIO's cancellation. The `while` loop also shields from `Task.cancel()`, which
+    # `asyncio.timeout()` calls.
     with anyio.CancelScope(shield=True):
         while not task.done():
             try:

@@ -1,8 +1,8 @@
-"""Canonical JSON: equal parameters have equal text, and so equal fingerprints.
+"""Canonical JSON. Equal parameters have the same text, and therefore the same fingerprint.
 
-RFC 8785 (JSON Canonicalization Scheme): no white space, keys in the order of their UTF-16 code units, numbers as
-ECMAScript writes them. One difference: an int keeps all digits. The RFC rounds an int to a double, so two large ids
-could become equal.
+The format is that of RFC 8785 (JSON Canonicalization Scheme). The text has no white space, keys are in the order of
+their UTF-16 code units, and numbers have the format of ECMAScript. One rule is different from the RFC: an int keeps all
+digits. The RFC rounds an int to a double, so two different large ids could get the same text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def canonical_json(value: JsonValue) -> str:
     except InvalidArgumentError:
         raise
     except (ValueError, RecursionError):
-        # Do not raise here: the chained cause would show the value.
+        # Do not raise the new error here, because the chained cause would show the value.
         text = None
     if text is None:
         raise InvalidArgumentError("params contain a lone surrogate or an int with too many digits, or nest too deeply")
@@ -67,7 +67,7 @@ def _write(value: object) -> str:
 
 
 def _number(value: float) -> str:
-    """Return a double as ECMAScript's Number::toString does (ECMA-262, section 6.1.6.1.20)."""
+    """Return the text of a double in the format of ECMAScript's Number::toString (ECMA-262, section 6.1.6.1.20)."""
     if not math.isfinite(value):
         raise InvalidArgumentError("params contain NaN or an infinity, which JSON can't represent")
     if value == 0:

@@ -13,31 +13,34 @@ from time import time_ns
 __all__ = ["Clock", "monotonic", "system_clock"]
 
 Clock = Callable[[], datetime]
-"""Returns the current time as an aware datetime. An injected clock may step back; its time is used unchanged."""
+"""A function that returns the current time as an aware datetime. An injected clock can step back.
+
+The time of an injected clock is used unchanged.
+"""
 
 monotonic: Callable[[], float] = (
     partial(time.clock_gettime, time.CLOCK_MONOTONIC) if hasattr(time, "clock_gettime") else time.monotonic
 )
-"""Returns the seconds of a monotonic clock.
+"""A function that returns the seconds of a monotonic clock.
 
-An application's tests may use freezegun, which also freezes `time.monotonic`: a timeout would not end. Neither
-freezegun nor time-machine freezes `time.clock_gettime`.
+Do not use `time.monotonic`, because an application's tests can freeze `time.monotonic` with freezegun. Then a timeout
+would not end. Neither freezegun nor time-machine freezes `time.clock_gettime`.
 """
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 _MILLION = 1_000_000
 
-# Reentrant: a signal handler may read the clock while its thread holds the lock.
+# The lock is reentrant because a signal handler can read the clock while its thread holds the lock.
 _lock = threading.RLock()
 _latest = (0, _EPOCH)
 
 
 def system_clock() -> datetime:
-    """Return the current time in whole milliseconds, not earlier than the last returned timestamp of this process.
+    """Return the current time in whole milliseconds, but never an earlier timestamp than before in this process.
 
-    While the wall clock is set back, return the last timestamp again. Otherwise expired nonces would count as not
-    expired, and events would have the wrong order.
+    After the wall clock was set back, return the last timestamp until the wall clock has reached this timestamp again.
+    An earlier timestamp would bring expired nonces back, and would put events in the wrong order.
     """
     global _latest
     milliseconds = time_ns() // _MILLION
@@ -53,7 +56,7 @@ def system_clock() -> datetime:
 
 
 def _renew_lock() -> None:
-    # In the parent process, another thread may have held the lock at the fork.
+    # A thread of the parent process can have held the lock at the time of the fork.
     global _lock
     _lock = threading.RLock()
 

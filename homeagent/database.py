@@ -1,4 +1,7 @@
-"""Public entry point: open a database, run units of work and effects. Base classes add the other methods."""
+"""Public entry point of the package. `Database` opens a database and runs units of work and effects.
+
+The base classes of `Database` add the other methods.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +56,10 @@ T = TypeVar("T")
 
 
 class Database(DeviceSecrets, DatabaseMaintenance):
-    """An open operational store. All threads of a process can share it; a forked child must open the database again.
+    """An open operational store. All threads of a process can share one `Database`.
 
-    Open a database with `Database.open`. Close it with `close`, or use a `with` block.
+    A forked child process must open the database again. Open a database with `Database.open`. Close the database with
+    `close`, or use a `with` block.
     """
 
     def __init__(self, engine: Engine, *, clock: Clock, busy_timeout: timedelta, limits: Limits) -> None:
@@ -66,7 +70,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         self._settings = UnitSettings(engine, clock, self._timeout)
         self._runner = Runner(self._settings)
         self._lease_timer = LeaseTimer(partial(self._runner.run, idempotent=True))
-        # Reentrant: a signal handler may close the database while its thread holds the mutex.
+        # The mutex is reentrant because a signal handler can close the database while its thread holds the mutex.
         self._mutex = threading.RLock()
         self._sweepers: list[maintenance.Sweeper] = []
         self._made_pairing: Pairing | None = None
@@ -87,23 +91,23 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         """Open a database. Create or upgrade its schema first if necessary.
 
         Args:
-            target: path, URL, or `":memory:"` for a private temporary database. None for `$HOMEAGENT_DATABASE`, or
-                without that variable `~/.homeagent/homeagent.db`.
+            target: path, URL, or `":memory:"` for a private temporary database. None means the value of the environment
+                variable `HOMEAGENT_DATABASE`. If the variable is not set, None means `~/.homeagent/homeagent.db`.
             clock: function that returns the current time. Each store method calls `clock` once.
-            busy_timeout: longest wait of a unit for the write lock or a connection. Longer waits than 24 days are
-                shortened to 24 days.
-            durability: `full` syncs every commit to the disk. With `normal`, a power cut may lose the last commits, and
-                a message whose nonce is lost can be replayed.
+            busy_timeout: longest wait of a unit for the write lock or a connection. A value over 24 days counts as 24
+                days.
+            durability: with `full`, every commit is synced to the disk. With `normal`, a power cut can lose the last
+                commits, and an attacker can replay a message if the commit of the message's nonce was lost.
             migrate: whether to create or upgrade the schema. A file that holds data is backed up before an upgrade.
-            pool_size: on PostgreSQL, the maximum number of writing units and also of reading units at the same time, 1
-                to 1,000 each. SQLite ignores this number: it has one writer.
+            pool_size: maximum number of writing units at the same time on PostgreSQL, 1 to 1,000. The same number
+                of reading units can run at the same time. SQLite ignores `pool_size` because SQLite has one writer.
             limits: limits for callers that an administrator has not approved yet.
 
         Raises:
             InvalidArgumentError: if `target` or another argument is invalid.
             SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
-            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file cannot be used. The file is
-                unchanged.
+            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file cannot be used. The file was not
+                changed.
             DatabaseError: if the database cannot be opened for another reason.
         """
         given = conceal(target)
@@ -134,16 +138,18 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         clock: Clock = system_clock,
         busy_timeout: timedelta = timedelta(seconds=5),
     ) -> maintenance.RestoreReport:
-        """Replace a database that no process has open by a backup, and keep the old database in quarantine.
+        """Replace a closed database by a backup, and keep the old database in quarantine.
 
-        The backup is verified and upgraded to this version's schema first. A new epoch begins: from then on the replay
-        guard refuses messages that were signed before. After a crash, either the old or the new database is in place.
+        The backup is verified and upgraded to this version's schema first. The restore begins a new epoch, in which
+        the replay guard refuses all messages that were signed earlier. After a crash, either the old or the new
+        database is in place.
 
         Args:
-            backup: file that `backup` made, or a copy of a closed database. If the backup has a manifest file, its
-                size, SHA-256 and row counts are compared with the backup.
-            target: database to replace, as for `open`. The database may be damaged or absent.
-            clock: clock for the start of the new epoch. It must be right, because messages are refused by this time.
+            backup: file that `backup` made, or a copy of a closed database. If the backup has a manifest file, the
+                size, SHA-256 and row counts in the manifest are compared with the backup.
+            target: database to replace, in the same form as for `open`. The database can be damaged or absent.
+            clock: clock for the start of the new epoch. The clock must be right, because the replay guard compares
+                the time of each message with the start of the epoch.
             busy_timeout: longest wait for a process that has the target open.
 
         Returns:
@@ -152,11 +158,12 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         Raises:
             InvalidArgumentError: if the backup is absent or is the target, or if the target is not a file.
             DatabaseBusyError: if a process has the target or the backup open. On Linux the message names the process.
-            CorruptDatabaseError, SchemaTooNewError: if the backup is damaged, or of a newer version.
-            SchemaChangedError: if the backup's schema was changed by hand, for example by a trigger on devices.
+            CorruptDatabaseError: if the backup is damaged.
+            SchemaTooNewError: if a newer version of homeagent made the backup.
+            SchemaChangedError: if the backup's schema was changed by hand, for example by a trigger on the devices.
             ForeignDatabaseError: if the backup or the target belongs to another application.
-            DatabaseError: if another step failed. The target is unchanged; only if the last step failed, the next
-                opening finishes the restore.
+            DatabaseError: if another step failed. If the last step failed, the next call of `open` finishes the
+                restore. After a failure of an earlier step, the target is unchanged.
         """
         from homeagent.maintenance.restore import restore
 
@@ -173,17 +180,18 @@ class Database(DeviceSecrets, DatabaseMaintenance):
     ) -> maintenance.EpochReport:
         """Begin a new epoch after the database was set back without `restore`. No process may have the database open.
 
-        Call this after a restore with PostgreSQL's tools, or from a snapshot of a disk or a virtual machine. Nonces
-        that were consumed after the backup are absent again; in a new epoch the replay guard refuses their messages.
+        Call `begin_epoch` after you restored the database with PostgreSQL's tools, or from a snapshot of a disk or a
+        virtual machine. Such a database has lost the nonces that were consumed after the backup. In the new epoch the
+        replay guard refuses the messages of these nonces.
 
         Args:
-            target: database, as for `open`.
+            target: database, in the same form as for `open`.
             clock: clock for the start of the epoch.
             busy_timeout: longest wait for a process that has the database open.
 
         Raises:
-            DatabaseBusyError: if a process has the database open, and would continue in the old epoch.
-            SchemaOutdatedError: if the database is absent, or of an older version.
+            DatabaseBusyError: if a process has the database open. That process would continue in the old epoch.
+            SchemaOutdatedError: if the database is absent, or has the schema of an older version.
             DatabaseError: if the database cannot be opened for another reason.
         """
         from homeagent.maintenance.epochs import begin_epoch
@@ -193,9 +201,12 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         return begin_epoch(given, clock=clock, busy_timeout=busy_timeout)
 
     def close(self) -> None:
-        """Stop the sweepers and close every connection. Later calls raise DatabaseClosedError, except `close`."""
+        """Stop the sweepers and close every connection.
+
+        Later calls of all methods except `close` raise DatabaseClosedError.
+        """
         if self._engine.is_forked_copy:
-            return  # in a forked child, where a thread of the parent may hold the mutex
+            return  # Do not take the mutex in a forked child, because a thread of the parent can hold the mutex.
         with self._mutex:
             self._closed = True
             sweepers, self._sweepers = self._sweepers, []
@@ -218,38 +229,39 @@ class Database(DeviceSecrets, DatabaseMaintenance):
     ) -> None:
         self.close()
 
-    # One call, one unit
+    # Stores for which each call is a separate unit
 
     @cached_property
     def devices(self) -> DeviceStore:
-        """The devices. Each call is a separate unit; see `store`."""
+        """The store of devices. Each call is a separate unit (see `store`)."""
         return self.store(DeviceStore)
 
     @cached_property
     def agents(self) -> AgentStore:
-        """The agents. Each call is a separate unit."""
+        """The store of agents. Each call is a separate unit."""
         return self.store(AgentStore)
 
     @cached_property
     def sessions(self) -> SessionStore:
-        """The index of sessions. Each call is a separate unit."""
+        """The store of sessions. Each call is a separate unit."""
         return self.store(SessionStore)
 
     @cached_property
     def nonces(self) -> NonceStore:
-        """The consumed nonces. Each call is a separate unit, so a consumed nonce cannot be rolled back."""
+        """The store of consumed nonces. Each call is a separate unit, so a consumed nonce cannot be rolled back."""
         return self.store(NonceStore)
 
     @cached_property
     def idempotency_keys(self) -> IdempotencyKeyStore:
-        """The idempotency keys. Each call is a separate unit."""
+        """The store of idempotency keys. Each call is a separate unit."""
         return self.store(IdempotencyKeyStore)
 
     def store(self, kind: type[S]) -> S:
         """Return a store whose every method call is a separate unit of work.
 
         A read is one statement in autocommit mode and takes no lock. If a write depends on a read, use a unit of work
-        for both. A write goes through `run`; inside a write unit of the same thread, it raises UnitStateError.
+        for both. A write goes through `run`. If the thread already has an open write unit, a write raises
+        UnitStateError.
 
         Args:
             kind: class of the store, such as `DeviceStore`.
@@ -262,10 +274,10 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         return one_call_store(kind, self._settings, self._runner)
 
     def read_connection(self) -> AbstractContextManager[Connection]:
-        """Return a read-only connection for reports, pandas or ad-hoc SQL, to use in a `with` block.
+        """Return a read-only connection for reports, pandas or ad-hoc SQL. Use the connection in a `with` block.
 
-        The connection sees one snapshot until a commit or rollback. On SQLite, ATTACH is not possible. At most two
-        such connections are in use at a time.
+        The connection reads one snapshot until a commit or rollback. On SQLite, the connection refuses ATTACH. At most
+        two such connections can be in use at the same time.
 
         Raises (when the block is entered):
             DatabaseBusyError: if both connections are in use for the whole `busy_timeout`.
@@ -276,12 +288,12 @@ class Database(DeviceSecrets, DatabaseMaintenance):
     # Units of work
 
     def unit_of_work(self, *, read_only: bool = False) -> UnitOfWork:
-        """Return a unit of work, which is one transaction, to use in a `with` block.
+        """Return a unit of work, which is one transaction. Use the unit in a `with` block.
 
-        At the end of the block the unit commits. After an exception it rolls back.
+        At the end of the block the unit commits. If an exception leaves the block, the unit rolls back.
 
         Args:
-            read_only: whether to read one snapshot and write nothing. Read-only units and writers do not wait for each
+            read_only: whether the unit only reads, from one snapshot. Read-only units and writers do not wait for each
                 other.
 
         Raises (when the block is entered):
@@ -292,47 +304,50 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         return UnitOfWork(self._settings, read_only=read_only)
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Call your function inside a unit of work, and call it again after an error that a new try can solve.
+        """Call your function inside a unit of work, and call the function again after an error that a retry can solve.
 
-        Such errors are: the database is busy, a serialization failure, a deadlock, a connection that was lost before
-        COMMIT was sent, and a server that restarts or fails over. The pauses between tries grow; the last try begins
+        Such errors are a busy database, a serialization failure, a deadlock, a connection that was lost before
+        COMMIT was sent, and a server that restarts or fails over. The pauses between tries grow. The last try begins
         before `busy_timeout` is over.
 
-        On SQLite, waiting write units share a commit, each in a savepoint. The database's writer thread calls the
-        functions, with the context variables of their callers. An exception undoes only its own unit. If the commit
-        fails, or a function uses the ORM session, that unit runs alone.
+        On SQLite, waiting write units share one commit, and each unit has a savepoint. The database's writer thread
+        calls the functions, with the context variables of their callers. If a function raises an exception, only the
+        unit of that function is undone. If the shared commit fails, each unit runs again in its own transaction. A unit
+        that uses the ORM session also runs again in its own transaction.
 
         Args:
-            work: function of the unit, which may be called several times. It must have no side effect outside the unit.
-            read_only: as in `unit_of_work`.
-            idempotent: whether two runs have the same result as one. Then `work` also runs again if the connection was
-                lost during COMMIT, so that the outcome of the first run is unknown.
+            work: function of the unit. `run` can call `work` several times, so `work` must have no side effect outside
+                the unit.
+            read_only: see `unit_of_work`.
+            idempotent: whether two runs of `work` have the same result as one run. If True, `work` also runs again
+                after the connection was lost during COMMIT.
 
         Returns:
             Return value of `work`, after the commit.
 
         Raises:
             InvalidArgumentError: if `work` is a coroutine function. No change was made.
-            DatabaseBusyError: if the database was busy for the whole `busy_timeout`, or if another function of the
-                batch delayed the common commit for as long. No change was made.
+            DatabaseBusyError: if the database was busy for the whole `busy_timeout`, or if another function delayed
+                the shared commit for the whole `busy_timeout`. No change was made.
             ConnectionLostError: if the server was not reachable within `busy_timeout`. No change was made.
             CommitUnknownError: if the connection was lost during COMMIT. Check whether the commit took place.
         """
         return self._runner.run(work, read_only=read_only, idempotent=idempotent)
 
     async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Do the same as `run` for a coroutine, under asyncio or trio. `work` runs in another thread.
+        """Do the same as `run` for a coroutine, under asyncio or trio. The function `work` runs in another thread.
 
-        If the caller is cancelled under asyncio before its unit begins, the unit does not run. Otherwise the caller
-        waits for the end of its unit, so that no transaction stays open.
+        If the caller is cancelled under asyncio before the unit begins, the unit does not run. If the unit has begun,
+        a cancelled caller still waits for the end of the unit.
 
         Args:
-            work: ordinary function. It runs with the caller's context variables.
-            read_only: as in `unit_of_work`.
-            idempotent: as in `run`.
+            work: ordinary function, which runs with the caller's context variables.
+            read_only: see `unit_of_work`.
+            idempotent: see `run`.
 
         Raises:
-            InvalidArgumentError, DatabaseBusyError, ConnectionLostError, CommitUnknownError: as in `run`.
+            InvalidArgumentError, DatabaseBusyError, ConnectionLostError, CommitUnknownError: in the same cases as
+                `run`.
         """
         return await self._runner.arun(work, read_only=read_only, idempotent=idempotent)
 
@@ -351,26 +366,28 @@ class Database(DeviceSecrets, DatabaseMaintenance):
     ) -> Outcome:
         """Run a side effect once for all calls of one scope. Later calls return the stored outcome.
 
-        The claim is committed before the effect begins, and the outcome after the effect ended. Meanwhile a background
-        thread renews the lease.
+        The claim of the key is committed before the effect begins. The outcome is committed after the effect has ended.
+        While the effect runs, a background thread renews the lease.
 
         Args:
-            scope: identity of the call: device, method, and the key that the device chose.
-            effect: function of the attempt, which returns any JSON value and may pass `attempt.downstream_key` to
-                another service. EffectFailedError is stored and replayed. EffectNotStartedError frees the key. Any
-                other exception leaves the outcome unknown.
-            params: parameters of the call. The same key with other parameters raises FingerprintMismatchError.
-            lease: time after the last renewal after which an attempt counts as abandoned.
+            scope: identity of the call, which consists of the device, the method and the key that the device chose.
+            effect: function that gets the attempt and returns any JSON value. The function can pass
+                `attempt.downstream_key` to another service. If the function raises EffectFailedError, the error is
+                stored and replayed. If the function raises EffectNotStartedError, the key is free again. After any
+                other exception the outcome is unknown.
+            params: parameters of the call. If the same key is used with other parameters, `run_once` raises
+                FingerprintMismatchError.
+            lease: time without a renewal after which an attempt counts as abandoned.
             ttl: time for which the outcome is replayed.
-            on_abandoned: action after an abandoned attempt: `refuse`, `rerun`, or a function of the new attempt that
-                returns the outcome.
+            on_abandoned: action after an abandoned attempt. The values are `refuse`, `rerun`, or a function that gets
+                the new attempt and returns the outcome.
 
         Raises:
             InvalidArgumentError: if an argument is invalid. For a coroutine function, use `arun_once`.
             FingerprintMismatchError: if the key was used with other parameters.
             IdempotencyInProgressError: if another caller runs the effect now. Try again after `retry_after`.
             OutcomeUnknownError: if an attempt was abandoned, and `on_abandoned` is `refuse`.
-            LeaseLostError: if the effect ran, but its key was taken over or deleted meanwhile.
+            LeaseLostError: if the effect ran, but another caller took the key over or deleted the key meanwhile.
             EffectFailedError, EffectNotStartedError: if the effect raised this error.
         """
         call = OnceCall.of(
@@ -397,7 +414,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
     ) -> Outcome:
         """Do the same as `run_once` for an effect that is a coroutine function, under asyncio or trio.
 
-        If the caller is cancelled, the effect is cancelled too. An outcome that is known is still recorded.
+        If the caller is cancelled, the effect is also cancelled. If the outcome is already known, it is still recorded.
         """
         call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned, effect=effect)
         return await arun_once(partial(self._runner.arun, idempotent=True), self._lease_timer, call, effect)

@@ -1,4 +1,4 @@
-"""The methods of `Database` for maintenance: sweeps, backups, copies, the doctor, counters and status."""
+"""Methods of `Database` for maintenance: sweeps, backups, copies, the doctor, counters and status."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["DatabaseMaintenance"]
 
 
 class DatabaseMaintenance:
-    """Base class of `Database`, whose `__init__` sets the attributes. Sweeps, backs up, copies and inspects."""
+    """Base class of `Database` with the methods for maintenance. `Database.__init__` sets the attributes."""
 
     _engine: Engine
     _clock: Clock
@@ -39,23 +39,23 @@ class DatabaseMaintenance:
     _closed: bool
 
     def ping(self) -> None:
-        """Check that the database answers: read the one row of the table `store`, without a lock.
+        """Check that the database answers. The check reads the only row of the table `store`, without a lock.
 
         Raises:
-            DatabaseError: the database cannot be read, was moved or is closed.
+            DatabaseError: if the database cannot be read, was moved or is closed.
         """
         if self._engine.read_alone("one", FIND_RECORD, {}, self._settings.timeout) is None:
             raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")
 
     def sweep(self, *, batch_size: int = 100, time_budget: timedelta | None = None) -> maintenance.SweepReport:
-        """Delete expired nonces and idempotency keys, and devices that waited for approval too long.
+        """Delete expired nonces, expired idempotency keys, and devices that waited for approval too long.
 
-        The limit for devices is `Limits.pending_ttl`. Batches are small, so that other writers wait only briefly.
-        While other writers wait, use smaller batches and longer pauses.
+        A pending device is deleted after `Limits.pending_ttl`. Each batch is small, and therefore other writers wait
+        only briefly. While other writers wait, `sweep` uses smaller batches and longer pauses.
 
         Args:
             batch_size: maximum number of rows that one unit deletes.
-            time_budget: maximum duration; None to continue until no such row is left.
+            time_budget: maximum duration. With None, `sweep` continues until no such row is left.
         """
         return self._sweep(batch_size=batch_size, time_budget=time_budget)
 
@@ -81,16 +81,17 @@ class DatabaseMaintenance:
         backups: maintenance.BackupSchedule | None = None,
         check_every: timedelta | None = timedelta(hours=24),
     ) -> maintenance.Sweeper:
-        """Return a thread that sweeps periodically: call `start()` and `stop()`, or use a `with` block.
+        """Return a thread that sweeps periodically. Call `start()` and `stop()`, or use a `with` block.
 
         `Database.close` stops the thread.
 
         Args:
             every: time between two sweeps, at most 24 days. The first sweep begins at once.
-            backups: schedule of backups, which are made after a sweep; None for no backups. A failed backup is logged
-                and tried again after the next sweep.
-            check_every: time between two checks of a SQLite file's content, which are made after a sweep; None for no
-                checks. If a check finds damage, every later unit of this database raises CorruptDatabaseError.
+            backups: schedule of backups, which the thread makes after a sweep. With None, the thread makes no backups.
+                A failed backup is logged and tried again after the next sweep.
+            check_every: time between two checks of a SQLite file's content, which the thread makes after a sweep. With
+                None, the thread makes no checks. If a check finds damage, every later unit of this database raises
+                CorruptDatabaseError.
 
         Raises:
             DatabaseError: if `backups` is given and the database is on PostgreSQL.
@@ -125,16 +126,18 @@ class DatabaseMaintenance:
         return sweeper
 
     def backup(self, destination: str | PathLike[str], *, keep: int | None = None, replace: bool = False) -> Path:
-        """Make a verified backup of one snapshot while other units write. The file appears complete or not at all.
+        """Make a verified backup of one snapshot while other units write. The file never appears before it is complete.
 
-        The backup is a single file with mode 0600, and can be opened on a read-only medium. The manifest next to it
-        (`<backup>.json`) has the time, the schema's revision, the rows, the size and the SHA-256.
+        The backup is a single file with mode 0600, and can be opened on a read-only medium. The manifest file
+        `<backup>.json` is next to the backup and has the time, the schema's revision, the number of rows of each table,
+        the size and the SHA-256.
 
         Args:
-            destination: directory, in which the backup's name contains the schema's revision and the time; or path of a
-                new file. A path with a final slash is a directory, which is created with mode 0700 if absent.
-            keep: number of this database's backups to keep in the directory; the oldest others are deleted. Files
-                without a manifest, copies made by upgrades and backups of other databases do not count and stay.
+            destination: path of a new file, or of a directory. In a directory, the name of the new file contains the
+                schema's revision and the time. If the path has a final slash and does not exist, a directory with mode
+                0700 is created.
+            keep: number of this database's backups to keep in the directory. Older backups are deleted. Files without a
+                manifest, copies made by upgrades and backups of other databases do not count and are not deleted.
             replace: whether to replace an existing file.
 
         Returns:
@@ -145,7 +148,7 @@ class DatabaseMaintenance:
             CorruptDatabaseError: if the database is damaged.
             DiskFullError, ReadOnlyError, InsecureFileError, DatabaseError: if the backup cannot be written. No part of
                 the backup is left behind, and no older backup was deleted.
-            DatabaseError: if the database is on PostgreSQL; the message names PostgreSQL's own tools.
+            DatabaseError: if the database is on PostgreSQL. The message names PostgreSQL's own tools.
         """
         from homeagent.maintenance.backups import back_up
 
@@ -169,15 +172,16 @@ class DatabaseMaintenance:
         live: bool = False,
         progress: Callable[[maintenance.CopyProgress], object] | None = None,
     ) -> maintenance.CopyReport:
-        """Copy the whole store into an empty store, also from SQLite to PostgreSQL or back. The source does not change.
+        """Copy the whole store into an empty store, for example from SQLite to PostgreSQL. The source does not change.
 
-        The copy is one transaction on the target. Every row is compared before the commit. After an error the target
-        is still empty, and the copy can be repeated.
+        The copy is one transaction on the target. Every row is compared with the source before the commit. After an
+        error the target is still empty, and the copy can be repeated.
 
         Args:
-            target: open database at the same revision, without devices, agents, sessions, nonces or keys.
-            live: whether other units may write to the source meanwhile. The target then gets the source's state at the
-                beginning of the copy, which is enough for a trial. For a migration, stop all writers first.
+            target: open database at the same revision, without devices, agents, sessions, nonces or idempotency keys.
+            live: whether other units may write to the source during the copy. If `live` is True, the target gets the
+                source's state at the beginning of the copy, which is enough for a trial. For a migration, stop all
+                writers first.
             progress: function that is called after each page of rows.
 
         Returns:
@@ -185,10 +189,10 @@ class DatabaseMaintenance:
 
         Raises:
             TargetNotEmptyError: if the target holds data.
-            SourceChangedError: if the source changed meanwhile and `live` is False.
+            SourceChangedError: if the source changed during the copy and `live` is False.
             InvalidArgumentError: if source and target are the same database.
-            SchemaOutdatedError, SchemaTooNewError: if the schema of source or target is of another version.
-            SchemaChangedError: if a schema was changed by hand; on PostgreSQL, by a trigger or rule.
+            SchemaOutdatedError, SchemaTooNewError: if the source or the target has the schema of another version.
+            SchemaChangedError: if a schema was changed by hand. On PostgreSQL only triggers and rules are found.
             CorruptDatabaseError: if the source holds a value that no store writes.
         """
         from homeagent.maintenance.copy_store import copy_store
@@ -206,11 +210,11 @@ class DatabaseMaintenance:
         )
 
     def doctor(self, *, thorough: bool = False, fix: bool = False) -> maintenance.Diagnosis:
-        """Inspect the open database; see `homeagent.diagnose`. The clock is this database's clock.
+        """Inspect the open database in the same way as `homeagent.diagnose`, with the clock of this database.
 
         Args:
-            thorough: whether to make the long checks too.
-            fix: whether to make the repairs that lose no data. Without `fix`, the doctor changes no file.
+            thorough: whether to make the long checks also.
+            fix: whether to make the repairs that lose no data. If `fix` is False, the doctor changes no file.
 
         Returns:
             Findings with their remedies, and the repairs.

@@ -1,4 +1,4 @@
-"""The methods of `Database` that pair devices, check secrets and proofs, and rotate secrets."""
+"""Methods of `Database` that pair devices, check secrets and proofs, and rotate secrets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["DeviceSecrets"]
 
 
 class DeviceSecrets:
-    """Base class of `Database`, whose `__init__` sets the attributes. Pairs devices, checks and rotates secrets."""
+    """Base class of `Database` with the methods for the secrets of devices. `Database.__init__` sets the attributes."""
 
     _runner: Runner
     _clock: Clock
@@ -33,10 +33,10 @@ class DeviceSecrets:
     @property
     def _pairing(self) -> Pairing:
         if self._made_pairing is None:
-            # Import lazily: a process that checks no secret starts sooner.
+            # Import lazily, because a process that checks no secret then starts sooner.
             from homeagent.pairing import Pairing
 
-            # Do not create a second Pairing in another thread: each would count failed checks separately.
+            # Do not create a second `Pairing` in another thread. Each `Pairing` would count failed checks separately.
             with self._mutex:
                 if self._made_pairing is None:
                     self._made_pairing = Pairing(self._runner, self._clock, self._limits)
@@ -44,20 +44,20 @@ class DeviceSecrets:
 
     @clears_locals
     def pair(self, request: models.DevicePair) -> models.PairedDevice:
-        """Add a device, pending until its approval. Only a hash of the secret is stored.
+        """Add a device, which is pending until an administrator approves the device. Store only a hash of the secret.
 
-        Idempotency keys that are left from an earlier device with this id are deleted.
+        If an earlier device with this id left idempotency keys, the keys are deleted.
 
         Args:
-            request: id, role and metadata of the device, with a chosen secret or without a secret. Without a secret,
-                256 random bits are generated.
+            request: id, role and metadata of the device, and optionally a chosen secret. If the request has no secret,
+                a secret of 256 random bits is generated.
 
         Returns:
             Device and secret. The secret cannot be read again later.
 
         Raises:
-            DeviceExistsError: if a device with this id exists. The caller so learns that the id exists.
-            PendingLimitError: if `Limits.pending_devices` devices already wait for their approval.
+            DeviceExistsError: if a device with this id exists. From this error the caller learns that the id exists.
+            PendingLimitError: if `Limits.pending_devices` devices already wait for approval.
             InvalidArgumentError: if the secret is too long or has a control character.
             TooManyAttemptsError: if the secret was chosen, and `Limits.waiting_hashes` slow hashes already wait.
         """
@@ -65,21 +65,21 @@ class DeviceSecrets:
 
     @clears_locals
     async def apair(self, request: models.DevicePair) -> models.PairedDevice:
-        """Do the same as `pair`, without blocking the event loop, under asyncio or trio."""
+        """Do the same as `pair` under asyncio or trio, without blocking the event loop."""
         return await self._pairing.apair(request)
 
     @clears_locals
     def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
         """Return the device if it is approved and the secret is right, else None.
 
-        `check_secret` also returns, for the right secret, that the device is pending or revoked.
+        The method `check_secret` also returns whether a device with the right secret is pending or revoked.
 
         Args:
             device_id: presented id.
-            shared_secret: presented secret. During the overlap of a rotation the old secret is right too.
+            shared_secret: presented secret. During the overlap of a rotation the old secret is also right.
 
         Raises:
-            TooManyAttemptsError, DatabaseBusyError: as in `check_secret`.
+            TooManyAttemptsError, DatabaseBusyError: in the same cases as `check_secret`.
         """
         return self._pairing.verify_secret(device_id, shared_secret)
 
@@ -87,30 +87,31 @@ class DeviceSecrets:
     def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
         """Return whether the secret is right, and whether the device is approved, pending or revoked.
 
-        The time of a check of a wrong secret, and its refusal by a limit, depend only on the presented id and secret.
-        They do not show whether the device exists, is approved, or has a generated secret.
+        For a wrong secret, the duration of the check and the refusal by a limit depend only on the presented id and
+        secret. Neither shows whether the device exists, is approved, or has a generated secret.
 
         Args:
             device_id: presented id.
-            shared_secret: presented secret. During the overlap of a rotation the old secret is right too.
+            shared_secret: presented secret. During the overlap of a rotation the old secret is also right.
 
         Returns:
-            True only if the secret is right and the device is approved. If the secret is wrong or the device is
-            absent, `status` is `denied` and `device` is None.
+            Result of the check, which is true only if the secret is right and the device is approved. If the secret is
+            wrong or the device is absent, the attribute `status` is `denied` and the attribute `device` is None.
 
         Raises:
             TooManyAttemptsError: if `Limits.failed_checks_per_minute` checks of this id failed within a minute in this
-                process, or `Limits.waiting_hashes` slow hashes already wait. No hash was computed, and the right secret
-                is refused too. A secret in the generated form is always checked.
+                process, or if `Limits.waiting_hashes` slow hashes already wait. No hash was computed. The right secret
+                is also refused, but a secret in the generated form is always checked.
             DatabaseBusyError: if the slow hash could not begin within 30 seconds.
         """
         return self._pairing.check_secret(device_id, shared_secret)
 
     @clears_locals
     async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
-        """Do the same as `check_secret`, without blocking the event loop, under asyncio or trio.
+        """Do the same as `check_secret` under asyncio or trio, without blocking the event loop.
 
-        Slow hashes have their own worker threads, and do not use up the threads of `arun` and of other checks.
+        Slow hashes have their own worker threads. Therefore `arun` and checks without a slow hash never wait for a
+        thread that computes a slow hash.
         """
         return await self._pairing.acheck_secret(device_id, shared_secret)
 
@@ -118,21 +119,22 @@ class DeviceSecrets:
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
         """Return the device if it is approved and the proof was made with its secret, else None.
 
-        `check_proof` also returns, for a right proof, that the device is pending or revoked.
+        The method `check_proof` also returns whether a device with a right proof is pending or revoked.
 
-        `homeagent.scram.make_proof` makes the proof: SCRAM's client proof (RFC 5802, section 3) over the device's id,
-        the nonce and the timestamp. The stored verifier can check a proof, but cannot make one. Consume the nonce after
-        this check and before you grant access. A rotation makes proofs with the old secret wrong at once.
+        The function `homeagent.scram.make_proof` makes a proof. A proof is SCRAM's client proof (RFC 5802, section 3)
+        over the device's id, the nonce and the timestamp. The gateway stores a verifier, with which proofs can be
+        checked but not made. Consume the nonce after this check and before you grant access. After a rotation, proofs
+        with the old secret are wrong at once.
 
         Args:
             device_id: presented id.
-            nonce: signed nonce.
-            timestamp: signed time.
+            nonce: nonce for which the proof was made.
+            timestamp: time for which the proof was made.
             proof: 32 bytes. A proof of another length is wrong.
 
         Raises:
-            InvalidArgumentError: if the nonce is not a text that could be consumed, the timestamp has no time zone, or
-                the proof is not `bytes`. The device makes no difference.
+            InvalidArgumentError: if the nonce has a form that `nonces.consume` refuses, the timestamp has no time zone,
+                or the proof is not `bytes`. This check of the arguments does not depend on the device.
         """
         return self._pairing.verify_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
@@ -140,14 +142,15 @@ class DeviceSecrets:
     def check_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> models.SecretCheck:
         """Return whether the proof is right, and whether the device is approved, pending or revoked.
 
-        Arguments: as in `verify_proof`.
+        The arguments are those of `verify_proof`.
 
         Returns:
-            True only if the proof is right and the device is approved. If the proof is wrong or the device is absent
-            or has no verifier, `status` is `denied` and `device` is None.
+            Result of the check, which is true only if the proof is right and the device is approved. If the proof is
+            wrong, the device is absent or the device has no verifier, the attribute `status` is `denied` and the
+            attribute `device` is None.
 
         Raises:
-            InvalidArgumentError: as in `verify_proof`.
+            InvalidArgumentError: in the same cases as `verify_proof`.
         """
         return self._pairing.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
@@ -155,21 +158,21 @@ class DeviceSecrets:
     async def acheck_proof(
         self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes
     ) -> models.SecretCheck:
-        """Do the same as `check_proof`, without blocking the event loop, under asyncio or trio."""
+        """Do the same as `check_proof` under asyncio or trio, without blocking the event loop."""
         return await self._pairing.acheck_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
     def proof_parameters(self, device_id: str) -> models.ProofParameters:
-        """Return the salt and the number of iterations with which a device makes its proofs. Any caller may get them.
+        """Return the salt and the number of iterations with which a device makes proofs. The answer is not secret.
 
-        If the device is absent or has no verifier, the answer is derived from the id and a key of the store. The
-        derived answer takes the same time, and stays the same, also in other processes and after a restore. Only a
-        change of the answer reveals a device: a device with this id was paired or deleted, or its secret was rotated.
+        If the device is absent or has no verifier, the answer is derived from the id and a key of the store. A derived
+        answer takes as long as a stored answer, and is the same in all processes and after a restore. A caller can
+        learn only from a change of the answer that a device was paired or deleted, or that its secret was rotated.
 
         Args:
             device_id: presented id.
 
         Raises:
-            InvalidArgumentError: if no device can have this id.
+            InvalidArgumentError: if the id is not a valid id of a device.
         """
         return self._pairing.proof_parameters(device_id)
 
@@ -180,10 +183,10 @@ class DeviceSecrets:
         """Replace a device's secret, and return the new secret, which cannot be read again later.
 
         Args:
-            device_id: id of the device. Role and approval stay.
-            shared_secret: chosen secret; None to generate a secret.
-            overlap: time for which the old secret also stays right; 0 by default. The overlap of an earlier rotation
-                ends at once.
+            device_id: id of the device. The rotation does not change the device's role and approval.
+            shared_secret: chosen secret. With None, a secret is generated.
+            overlap: time for which the old secret is also right, by default 0. If an earlier rotation has an overlap,
+                that overlap ends at once.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
@@ -197,5 +200,5 @@ class DeviceSecrets:
     async def arotate_secret(
         self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
     ) -> SecretStr:
-        """Do the same as `rotate_secret`, without blocking the event loop, under asyncio or trio."""
+        """Do the same as `rotate_secret` under asyncio or trio, without blocking the event loop."""
         return await self._pairing.arotate_secret(device_id, shared_secret, overlap=overlap)

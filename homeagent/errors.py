@@ -1,8 +1,8 @@
-"""All errors of this package. Each error has the ids of its subject as attributes, and its message names the remedy.
+"""All errors of this package. The attributes of an error hold the ids of the rows, and the message names the remedy.
 
-Catch `HomeAgentError` for all errors, or one family: invalid argument, absent row, duplicate, conflict with the present
-state, idempotency key, or database engine and files. A message may be logged: it contains no secret, hash, nonce,
-idempotency key, stored result or bound parameter.
+Catch `HomeAgentError` to catch all errors. The base classes `InvalidArgumentError`, `NotFoundError`,
+`AlreadyExistsError`, `ConflictError`, `IdempotencyError` and `DatabaseError` are families of errors. A message can be
+logged, because no message contains a secret, hash, nonce, idempotency key, stored result or bound parameter.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class HomeAgentError(Exception):
     """Base class of all errors of this package."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Pickle's default would call __init__ with the message, but most classes take ids. __new__ and the attributes
-        # restore the error without __init__.
+        # By default, pickle would call `__init__` with the message, but the `__init__` of most classes takes ids.
+        # Therefore restore the error with `__new__` and the attributes, without `__init__`.
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
@@ -49,9 +49,9 @@ class UnitStateError(HomeAgentError):
 
 
 class TooManyAttemptsError(HomeAgentError):
-    """Too many secret checks of this id failed, or too many slow hashes wait. No hash was computed (HTTP: 429).
+    """Too many secret checks of this id failed, or too many slow hashes wait. No hash was computed (HTTP status 429).
 
-    `retry_after` is the time to wait. `device_id` is None if the error is about waiting hashes.
+    The attribute `retry_after` is the time to wait. The attribute `device_id` is None if too many slow hashes wait.
     """
 
     def __init__(self, reason: str, *, retry_after: timedelta, device_id: str | None = None) -> None:
@@ -131,11 +131,14 @@ class IdempotencyKeyExistsError(AlreadyExistsError):
 class ConflictError(HomeAgentError):
     """The present state of the store does not permit the change. The change was not made.
 
+    The attributes `constraint` and `kind` are None if no constraint was violated.
+
     Attributes:
-        table: name of the table with the violated constraint; None if unknown, or for another conflict.
-        constraint: name or, without a name, columns of the constraint; None if unknown (SQLite: a foreign key).
-        kind: `unique` (also a primary key), `foreign_key`, `check`, `not_null`, `exclusion` (PostgreSQL) or `datatype`
-            (SQLite, STRICT table); None for another conflict.
+        table: name of the table. None if the table is unknown.
+        constraint: name of the violated constraint, or its columns if the constraint has no name. None if unknown, for
+            example for a foreign key on SQLite.
+        kind: `unique` (also for a primary key), `foreign_key`, `check`, `not_null`, `exclusion` (only on PostgreSQL) or
+            `datatype` (only for a STRICT table of SQLite).
     """
 
     table: str | None = None
@@ -161,7 +164,7 @@ class LastAdminError(ConflictError):
 
 
 class ApprovalChangedError(ConflictError):
-    """The device has changed since the administrator read it; `changed` names the field."""
+    """The device has changed since the administrator read the device. The attribute `changed` names the field."""
 
     def __init__(self, device_id: str, changed: str) -> None:
         self.device_id = device_id
@@ -171,7 +174,7 @@ class ApprovalChangedError(ConflictError):
 
 
 class DeviceNotApprovedError(ConflictError):
-    """The device is not approved, so the old secret of a rotation can't get an overlap."""
+    """The device is not approved, so a rotation of the device's secret can't have an overlap."""
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
@@ -179,7 +182,7 @@ class DeviceNotApprovedError(ConflictError):
 
 
 class LimitError(ConflictError):
-    """A limit on the number of rows of a kind is reached; `limit` is the number."""
+    """The store has the maximum number of rows of a kind. The attribute `limit` is the maximum number."""
 
     def __init__(self, message: str, *, limit: int) -> None:
         self.limit = limit
@@ -187,7 +190,7 @@ class LimitError(ConflictError):
 
 
 class PendingLimitError(LimitError):
-    """The maximum number of devices waits for approval, so no further device can pair."""
+    """The maximum number of devices already waits for approval, so another device can't be paired."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(
@@ -199,7 +202,7 @@ class PendingLimitError(LimitError):
 
 
 class NonceLimitError(LimitError):
-    """The device has the maximum number of nonces that have not expired."""
+    """The device already has the maximum number of nonces that have not expired."""
 
     def __init__(self, device_id: str, limit: int) -> None:
         self.device_id = device_id
@@ -217,7 +220,7 @@ class TargetNotEmptyError(ConflictError):
 
 
 class SourceChangedError(ConflictError):
-    """Another process or thread wrote to the store during a copy. The copy would lack these rows and was not made."""
+    """Another process or thread wrote to the store during a copy, so the copy was not made."""
 
     def __init__(self, table: str) -> None:
         self.table = table
@@ -237,7 +240,7 @@ class IdempotencyError(HomeAgentError):
 
 
 class IdempotencyInProgressError(IdempotencyError):
-    """Another caller runs the effect of this key, under a lease that ends in `retry_after` (HTTP: 409, Retry-After)."""
+    """Another caller runs the effect of this key. The caller's lease ends after the time `retry_after` (HTTP 409)."""
 
     def __init__(self, *, device_id: str, method: str, retry_after: timedelta) -> None:
         self.retry_after = retry_after
@@ -247,7 +250,7 @@ class IdempotencyInProgressError(IdempotencyError):
 
 
 class FingerprintMismatchError(IdempotencyError):
-    """The key was used before with other parameters (HTTP: 422)."""
+    """The key was used before with other parameters (HTTP status 422)."""
 
     def __init__(self, *, device_id: str, method: str) -> None:
         message = f"this key of {method!r} by device {device_id!r} was used with other parameters: "
@@ -279,8 +282,8 @@ class EffectFailedError(HomeAgentError):
     """An effect raises this error to fail permanently. Each retry of the key raises the stored error again.
 
     Args:
-        detail: JSON value to store.
-        replayed: whether the error comes from the store, and the effect did not run now.
+        detail: JSON value that is stored.
+        replayed: whether the error was read from the store, and the effect did not run now.
     """
 
     def __init__(self, detail: JsonValue = None, *, replayed: bool = False) -> None:
@@ -290,7 +293,7 @@ class EffectFailedError(HomeAgentError):
 
 
 class EffectNotStartedError(HomeAgentError):
-    """An effect raises this error if it did not act. The store frees the key, and the next call may run the effect."""
+    """An effect raises this error if the effect did not begin. The key is free again, and the next call can run it."""
 
 
 class DatabaseError(HomeAgentError):
@@ -298,14 +301,14 @@ class DatabaseError(HomeAgentError):
 
 
 class DatabaseBusyError(DatabaseError):
-    """Another unit held the database for longer than `busy_timeout`, or retries reached their deadline."""
+    """Another unit held the database for longer than `busy_timeout`, or all retries within `busy_timeout` failed."""
 
 
 class TransientError(DatabaseBusyError):
     """The unit conflicted with another unit and was rolled back. `Database.run` runs the whole unit again."""
 
     sqlstate: str | None = None
-    """PostgreSQL's code of a lock timeout or a cancelled statement; None for other errors."""
+    """PostgreSQL's error code if a lock timed out or a statement was cancelled. None for other errors."""
 
 
 class ConnectionLostError(DatabaseError):
@@ -315,9 +318,9 @@ class ConnectionLostError(DatabaseError):
 class CommitUnknownError(DatabaseError):
     """It is unknown whether the unit was committed (SQLSTATE 08007, transaction resolution unknown).
 
-    PostgreSQL: the connection was lost between COMMIT and its answer, or the wait for a synchronous standby was
-    cancelled. SQLite: COMMIT failed, and removing the failed commit from the WAL failed too. Check whether the unit's
-    rows exist before you repeat it. `Database.run(..., idempotent=True)` repeats a unit that may be committed twice.
+    On PostgreSQL, the connection was lost before the answer to COMMIT arrived, or the wait for a synchronous standby
+    was cancelled. On SQLite, COMMIT failed, and then the failed commit could not be removed from the WAL. Before you
+    repeat the unit, check whether the unit's rows exist. `Database.run` with `idempotent=True` repeats the unit.
     """
 
 
@@ -336,7 +339,8 @@ class SchemaTooNewError(DatabaseError):
 class SchemaOutdatedError(DatabaseError):
     """The database does not exist or needs an upgrade, and `migrate=False` forbids both steps.
 
-    `location` is the file, or the URL without its password, if the database does not exist; otherwise None.
+    If the database does not exist, the attribute `location` is the path, or the URL without the password. If the
+    database needs an upgrade, `location` is None.
     """
 
     def __init__(self, revision: str | None, *, needed: str, location: str | None = None) -> None:
@@ -354,10 +358,10 @@ class SchemaOutdatedError(DatabaseError):
 
 
 class SchemaChangedError(DatabaseError):
-    """The schema was changed by other statements than homeagent's revisions, so the rows may be inconsistent.
+    """The schema was changed by other statements than homeagent's revisions, so the rows can be inconsistent.
 
-    A restore, a copy or an upgrade raises the error and leaves the database as it was. `changes` has one sentence for
-    each change, with the names of the table and of the trigger, index, column or view.
+    A restore, a copy or an upgrade raises the error and does not change the database. The attribute `changes` has one
+    sentence for each change. The sentence names the table and the trigger, index, column or view.
     """
 
     def __init__(self, changes: list[str], *, location: str, command: str | None) -> None:
@@ -372,7 +376,10 @@ class SchemaChangedError(DatabaseError):
 
 
 class MigrationError(DatabaseError):
-    """An upgrade failed and was rolled back. `backup` is the copy made before; None if the database was new."""
+    """An upgrade failed and was rolled back.
+
+    The attribute `backup` is the path of the backup made before the upgrade, or None for a new database.
+    """
 
     def __init__(self, message: str, *, backup: Path | None = None) -> None:
         self.backup = backup
@@ -403,7 +410,7 @@ class InsecureFileError(DatabaseError):
 
 
 class DiskFullError(DatabaseError):
-    """The disk is full. The unit was rolled back; the next unit succeeds when the disk has room."""
+    """The disk is full. The unit was rolled back. The next unit can succeed when the disk has free space again."""
 
 
 class DatabaseIOError(DatabaseError):
@@ -419,7 +426,7 @@ class ReadOnlyError(DatabaseError):
 
 
 class StandbyError(ReadOnlyError):
-    """The server is a standby and accepts no writes. `Database.run` runs the unit again on another server."""
+    """The server is a standby and refuses writes. The method `Database.run` runs the unit again on another server."""
 
     def __init__(self) -> None:
         message = "the PostgreSQL server is a standby and takes no writes: name all hosts in the URL, with "
@@ -431,4 +438,4 @@ class BackupStoppedError(DatabaseError):
 
 
 class DatabaseClosedError(DatabaseError):
-    """The database was closed, or was opened before this process was forked: open it again."""
+    """The database was closed, or was opened before this process was forked. Open the database again."""

@@ -1,4 +1,4 @@
-"""Support for FastAPI (extra `homeagent[fastapi]`): error handlers whose replies do not show secrets."""
+"""Error handlers for FastAPI, whose replies do not show secrets. Install the extra `homeagent[fastapi]`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from homeagent.errors import (
 __all__ = ["ErrorReply", "error_replies", "install_error_handlers"]
 
 _RETRY_AFTER = 1
-"""The Retry-After of a busy database, in seconds."""
+"""Value of the header Retry-After in the reply for a busy database, in seconds."""
 
 
 class ErrorReply(BaseModel):
@@ -40,12 +40,12 @@ class ErrorReply(BaseModel):
 
 
 def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the argument `responses=` of a route with these error statuses, for the OpenAPI document."""
+    """Return the argument `responses=` of a FastAPI route. The OpenAPI document then lists these error statuses."""
     return {status: {"model": ErrorReply} for status in statuses}
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Install handlers in an application that turn homeagent's errors into replies.
+    """Install error handlers in an application. The handlers turn homeagent's errors into replies.
 
     | error | status |
     |---|---|
@@ -55,12 +55,13 @@ def install_error_handlers(app: FastAPI) -> None:
     | `TooManyAttemptsError` | 429 |
     | `DatabaseBusyError`, `ConnectionLostError`, `DatabaseClosedError`, `DiskFullError` | 503 |
 
-    The replies to `IdempotencyInProgressError`, `TooManyAttemptsError`, `DatabaseBusyError` and `ConnectionLostError`
-    have a Retry-After (RFC 9110, section 10.2.3). FastAPI's own 422 repeats the input, which may be a secret; this 422
-    has only place and reason. Other errors concern the server, and stay a 500.
+    The replies for `IdempotencyInProgressError`, `TooManyAttemptsError`, `DatabaseBusyError` and `ConnectionLostError`
+    have the header Retry-After (RFC 9110, section 10.2.3). FastAPI's own reply with status 422 repeats the input, which
+    can be a secret. The reply of these handlers has only the place and the reason of the error. Other errors still have
+    status 500.
 
     Args:
-        app: the application. Its existing handlers for these errors are replaced.
+        app: the application. Existing handlers of the application for these errors are replaced.
     """
     for kind, handler in {
         NotFoundError: _answer_404,
@@ -79,7 +80,7 @@ def install_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, handler)
 
 
-# Do not make the handlers plain functions: Starlette would run them in the thread pool, which may be full.
+# Do not make the handlers plain functions. Starlette would run plain functions in the thread pool, which can be full.
 
 
 def _reply(status: int, error: Exception, detail: str, retry_after: int | None = None) -> JSONResponse:
@@ -103,7 +104,7 @@ async def _answer_429(request: Request, error: Exception) -> JSONResponse:
 
 
 def _seconds(error: IdempotencyInProgressError | TooManyAttemptsError) -> int:
-    # Round up to whole seconds: an early retry would be refused again.
+    # Round up to whole seconds, because an early retry would be refused again.
     return max(0, math.ceil(error.retry_after.total_seconds()))
 
 
@@ -112,7 +113,7 @@ async def _answer_422(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _answer_argument(request: Request, error: Exception) -> JSONResponse:
-    # FastAPI's format, so that all replies for invalid arguments are alike.
+    # Use FastAPI's format, so that all replies for invalid arguments have the same format.
     return JSONResponse({"detail": [{"type": "value_error", "loc": [], "msg": str(error)}]}, status_code=422)
 
 
@@ -123,9 +124,9 @@ async def _answer_validation(request: Request, error: Exception) -> JSONResponse
 
 
 async def _answer_503(request: Request, error: Exception) -> JSONResponse:
-    # Do not send the message: it may contain the name of a file on the server.
+    # Do not send the message of the error, because the message can contain the name of a file on the server.
     assert isinstance(error, HomeAgentError)  # noqa: S101  the only type of this handler
-    # A commit with unknown outcome is not here but a 500: only the application knows whether a retry is safe.
+    # CommitUnknownError has status 500, because only the application knows whether a retry is safe.
     busy = isinstance(error, (DatabaseBusyError, ConnectionLostError))
     detail = "the database is busy: try again" if busy else "the database is not available now"
     return _reply(503, error, detail, _RETRY_AFTER if busy else None)

@@ -1,4 +1,4 @@
-"""Names of files for ids: an id may contain `/` and is not a path."""
+"""Names of files for ids. An id can contain `/`, so an id must not be used as a path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from homeagent.errors import InvalidArgumentError
 
 __all__ = ["safe_filename"]
 
-# Lower case only: a file system may ignore case. ASCII only: a file system may normalise Unicode.
+# Ids in lower case only, because a file system can ignore case. Ids in ASCII only, because a file system can normalise
+# Unicode.
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9._-]{0,126}[a-z0-9]|[a-z0-9]")
 _OTHER = re.compile(r"[^a-z0-9_-]+")
 _PREFIX = 100
@@ -18,18 +19,18 @@ _PREFIX = 100
 def safe_filename(identifier: str) -> str:
     """Return a file name for an id. Different ids have different names.
 
-    A short id of lower-case ASCII letters, digits, `.`, `_` and `-` is its own name. The name of another id is a
-    readable part of the id, `~`, and the SHA-256 of the id. The names differ also on a file system that ignores case
-    or normalises Unicode. The same id has the same name in every release.
+    If an id is short and consists of lower-case ASCII letters, digits, `.`, `_` and `-`, the file name is the id. The
+    file name of any other id is a readable part of the id, `~`, and the SHA-256 of the id. Two file names also differ
+    on a file system that ignores case or normalises Unicode. The same id has the same file name in every release.
 
     Args:
-        identifier: any id that a row may hold.
+        identifier: any id that a row can hold.
 
     Returns:
-        1 to 165 bytes of ASCII, without `/` and without a leading or trailing dot.
+        File name of 1 to 165 bytes of ASCII, without `/` and without a leading or trailing dot.
 
     Raises:
-        InvalidArgumentError: `identifier` is empty or not a str.
+        InvalidArgumentError: if `identifier` is empty or is not a str.
     """
     if not isinstance(identifier, str) or not identifier:
         raise InvalidArgumentError("an id must be a str with at least one character")

@@ -1,9 +1,9 @@
 """Clear local variables in tracebacks, so that error reporters do not record secrets.
 
-The frames of a traceback keep local variables: secrets, nonces, keys, results and parameters of statements, as plain
-text. When an error of homeagent leaves a method with such parameters, `clears_locals` clears homeagent's frames. The
-traceback keeps all lines, and the application's frames keep all variables. Exceptions that are not errors of homeagent,
-such as a TypeError from a mistake in homeagent, are not changed.
+The frames of a traceback keep local variables as plain text, for example secrets, nonces, keys, results and parameters
+of statements. When a HomeAgentError leaves a method with such parameters, `clears_locals` clears homeagent's frames.
+The traceback keeps all lines, and the application's frames keep all variables. Other exceptions are not changed, for
+example a TypeError from a mistake in homeagent.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ R = TypeVar("R")
 
 
 def clear_locals(error: BaseException) -> None:
-    """Clear the local variables of homeagent's frames in the tracebacks of an error, its causes and its contexts.
+    """Clear the local variables of homeagent's frames in the traceback of an error.
 
-    A running frame can't be cleared. The caller must therefore delete the variables of the caller's frame.
+    The tracebacks of the error's causes and contexts are also cleared. A running frame can't be cleared, so the caller
+    must delete the variables of its own frame.
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -39,13 +40,13 @@ def clear_locals(error: BaseException) -> None:
         while traceback is not None:
             frame = traceback.tb_frame
             if str(frame.f_globals.get("__name__")).partition(".")[0] == "homeagent":
-                with suppress(RuntimeError):  # the frame is running
+                with suppress(RuntimeError):  # Python raises RuntimeError for a running frame
                     frame.clear()
             traceback = traceback.tb_next
 
 
 def clears_locals(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function: clear the local variables of homeagent's frames when an error of homeagent leaves."""
+    """Decorate a function. If a HomeAgentError leaves the function, clear the local variables of homeagent's frames."""
     if iscoroutinefunction(function):
         awaited: Any = function
 

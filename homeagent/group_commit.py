@@ -1,8 +1,8 @@
-"""Group commit: waiting write units of one database share a transaction, because a synced commit takes much longer.
+"""Group commit. Waiting write units of one database share a transaction, because a synced commit is slower than a unit.
 
-Each database has at most one writer thread, which runs the queued calls of a batch, each in a savepoint, and then
-commits once. If no other caller waits, the caller's own thread runs the unit in a plain transaction. Python runs signal
-handlers in the main thread only, so no interrupt can break the state of a batch.
+Each database has at most one writer thread. The writer thread takes a batch of queued calls, runs each call in a
+savepoint, and then commits once. If no other caller waits, the caller's own thread runs the unit in a plain
+transaction. Python runs signal handlers only in the main thread, so no interrupt can break the state of a batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["GroupCommit"]
 
 T = TypeVar("T")
 
-# A batch has limits, so that `with` blocks also get the write lock.
+# A batch has these limits because units in `with` blocks also need the write lock.
 _MAX_BATCH_UNITS = 256
 _MAX_BATCH_SECONDS = 0.01
 _MIN_CHECK_INTERVAL = 0.005
@@ -61,13 +61,13 @@ class _SharedUnit(UnitOfWork):
 
     @property
     def session(self) -> Session:
-        """End the function: the ORM session needs its own transaction, so the caller runs the unit again alone."""
+        """Stop the function by an exception, because the ORM session needs its own transaction."""
         self._require_connection()
         self.wants_session = True
         raise _NotSharedError
 
     def rollback(self) -> None:
-        """Roll back to the savepoint; see `UnitOfWork.rollback`."""
+        """Roll back to the savepoint (see `UnitOfWork.rollback`)."""
         if self._state is ROLLED_BACK:
             return
         connection = self._require_connection()
@@ -76,10 +76,10 @@ class _SharedUnit(UnitOfWork):
         self._state = ROLLED_BACK
 
     def end(self, *, keep: bool) -> list[Callable[[], object]] | None:
-        """End the unit and its savepoint, and return the callbacks for after the commit."""
+        """End the unit and its savepoint. Return the callbacks that must be called after the commit."""
         connection, self._connection = self._connection, None
         is_open, self._state = self._state is OPEN, FINISHED
-        # A rollback of the whole transaction by SQLite also removes the savepoint.
+        # If SQLite has rolled the whole transaction back, the savepoint does not exist any more.
         if connection is not None and is_open and connection.in_transaction:
             (connection.release_savepoint if keep else connection.rollback_to_savepoint)(_SAVEPOINT)
         return self._after_commit if keep else None
@@ -90,11 +90,11 @@ class _NotSharedError(BaseException):
 
 
 class GroupCommit:
-    """Runs functions as write units of one database; units of waiting callers share a commit."""
+    """A runner of functions as write units of one database. The units of waiting callers share a commit."""
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
-        # Guards the states. Reentrant: a signal handler may use the database while its thread holds the mutex.
+        # The mutex protects the calls' states, and is reentrant because a signal handler can use the database.
         self._mutex = threading.RLock()
         self._queue: SimpleQueue[QueuedCall] = SimpleQueue()
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, set[QueuedCall]] = WeakKeyDictionary()
@@ -110,7 +110,8 @@ class GroupCommit:
         """Run a function as a unit, in this thread or in the writer thread, and return the function's value.
 
         Raises:
-            DatabaseBusyError: if the unit's turn or its commit did not come within `busy_timeout`. No change was made.
+            DatabaseBusyError: if the function was not called, or its batch was not committed, within `busy_timeout`.
+                No change was made.
             UnitStateError: if this thread already has an open write unit.
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
@@ -118,7 +119,7 @@ class GroupCommit:
         settings.engine.pool(read_only=False)  # raises in a forked child
         if get_ident() in settings.writing:
             refuse_nesting()
-        # After a batch of several units, expect more callers and let them share a commit.
+        # After a batch of several units, other callers are likely. Queue the call, which can then share a commit.
         if settings.writing or self._is_contended or not self._queue.empty():
             call = QueuedCall(work)
             call.woken.acquire()
@@ -128,7 +129,7 @@ class GroupCommit:
                 while not call.is_over and not call.woken.acquire(timeout=wait):
                     wait = self._check(call)
             except BaseException:
-                # For example an interrupt. If the function has begun, its unit still ends normally.
+                # The error is, for example, an interrupt. If the function has begun, the unit still ends normally.
                 self._leave(call)
                 raise
             if call.state is not ALONE:
@@ -140,18 +141,18 @@ class GroupCommit:
     def _run_alone(self, work: Callable[[UnitOfWork], T]) -> T:
         """Run a function as a unit in this thread, in its own transaction."""
         with UnitOfWork(self._settings, read_only=False) as unit:
-            # Do not return inside the block: test_an_interrupt_anywhere_in_a_call_holds_nobody_up fails.
+            # Do not return inside the block, or test_an_interrupt_anywhere_in_a_call_holds_nobody_up fails.
             value = work(unit)
         return value
 
     async def arun(self, work: Callable[[UnitOfWork], T]) -> T:
         """Run a function as a unit for an asyncio coroutine, in the writer thread, and return the function's value.
 
-        If the caller is cancelled before its unit begins, remove the call from the queue; otherwise wait for the
-        unit's end.
+        If the caller is cancelled before the unit begins, the call leaves the queue. If the unit has begun, a cancelled
+        caller waits for the unit's end.
 
         Raises:
-            DatabaseBusyError, DatabaseClosedError: as in `run`.
+            DatabaseBusyError, DatabaseClosedError: in the same cases as `run`.
             DatabaseError: if no thread can be started. No change was made.
         """
         self._settings.engine.pool(read_only=False)
@@ -173,7 +174,7 @@ class GroupCommit:
                 raise
             cancellation = error
             if not call.is_over:
-                # The cancellation ended the future. Only this thread resolves futures, so no wake-up is lost.
+                # The cancellation ended the future. Only this thread resolves futures, so the new future is resolved.
                 call.future = loop.create_future()
                 cancellation = await shielded_wait(call.future) or error
         finally:
@@ -181,7 +182,7 @@ class GroupCommit:
         if call.state is ALONE and cancellation is None:
             return await call_in_thread(partial(self._run_alone, work))
         if call.callbacks:
-            # Callbacks may use the database and must not block the event loop.
+            # Call the callbacks in another thread. Callbacks can use the database and would block the event loop.
             await call_in_thread(partial(call_back, call.callbacks))
         if cancellation is not None:
             raise cancellation
@@ -189,22 +190,22 @@ class GroupCommit:
         return value
 
     def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
-        """Check the timeouts of an event loop's calls. Repeat until the loop has no call left."""
+        """Check the timeouts of an event loop's calls. Repeat the check until the event loop has no call left."""
         wait = min(map(self._check, calls), default=0)
-        _resolve([call for call in calls if call.is_over])  # also calls whose notification of the loop failed
+        _resolve([call for call in calls if call.is_over])  # in case `_deliver` could not notify the event loop
         if calls:
             loop.call_later(wait, self._check_loop, loop, calls)
         else:
             self._loops.pop(loop, None)
 
     def _check(self, call: QueuedCall) -> float:
-        """Move a call that has waited for the whole timeout to LEFT. Return the time until the next check, in seconds.
+        """Move a call to LEFT if the call has waited for the whole timeout.
 
-        The run time of the function does not count.
+        The time in which the function runs does not count. Return the time until the next check, in seconds.
         """
         remaining = timeout = self._settings.timeout
         with self._mutex:
-            # Without a batch, the writer thread is about to take the call.
+            # If there is no batch, the writer thread takes the queued call in a moment.
             if call.state is ENDED or (call.state is QUEUED and self._batch):
                 remaining = call.since + timeout - monotonic()
                 if remaining <= 0:
@@ -216,7 +217,7 @@ class GroupCommit:
         return max(remaining, _MIN_CHECK_INTERVAL)
 
     def _leave(self, call: QueuedCall) -> bool:
-        """Move a call to LEFT and return True; return False if the call's function has begun."""
+        """Move a call to LEFT and return True. Return False if the call's function has begun."""
         with self._mutex:
             if call.state is QUEUED or call.state is STARTING:
                 call.state = LEFT
@@ -232,7 +233,7 @@ class GroupCommit:
                 try:
                     self._thread.start()
                 except BaseException as error:
-                    self._thread = None  # if the thread begins despite an interrupt, `_write` ends at once
+                    self._thread = None  # An interrupt can come after the thread's start. Then `_write` ends at once.
                     if not isinstance(error, Exception):
                         raise
                     call.error = DatabaseError(
@@ -245,14 +246,14 @@ class GroupCommit:
     def close(self) -> None:
         """End the queued calls with DatabaseClosedError. Wait for the writer thread, for at most `busy_timeout`.
 
-        The caller has closed the connection pools. A unit whose function runs is still committed.
+        The caller must have closed the connection pools. If a function runs now, its unit is still committed.
         """
         with self._mutex:
             self._is_closed = True
             while (call := self._next()) is not None:
                 call.error = DatabaseClosedError(_CLOSED)
                 self._deliver(self._move([call], DONE))
-            self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # only wakes the writer thread
+            self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # wakes the writer thread, and does not run
             thread, timeout = self._thread, self._settings.timeout
         if thread is None or thread is threading.current_thread():
             return
@@ -267,7 +268,7 @@ class GroupCommit:
     # The writer thread
 
     def _write(self) -> None:
-        """Run batches until the database is closed, or no call has come for `_IDLE` seconds."""
+        """Run batches until the database is closed, or until no call was queued for `_IDLE` seconds."""
         while self._thread is threading.current_thread():
             try:
                 first = self._queue.get(timeout=0 if self._is_closed else _IDLE)
@@ -299,18 +300,18 @@ class GroupCommit:
         try:
             with transaction:
                 self._run_units(first, transaction, shared, alone)
-                # A caller that has left got the error "no change was made", so do not commit its unit.
+                # Do not commit the unit of a caller that has left, because its error says that no change was made.
                 if len(self._move(shared, COMMITTING)) < len(shared):
                     raise _NotSharedError
                 if all(call.error is not None for call in shared):
                     transaction.rollback()
         except BaseException as error:  # noqa: BLE001  each unit that runs alone raises its own error
-            if transaction._state is NEW:  # no write lock
+            if transaction._state is NEW:  # the unit did not get the write lock
                 first.error, shared = error, [first]
             else:
                 shared, alone = [], [*shared, *alone]
         try:
-            # UnitOfWork has counted one commit or one rollback for the batch.
+            # `UnitOfWork` has already counted one commit or one rollback for the whole batch.
             counters, kept = self._settings.engine.counters, sum(call.error is None for call in shared)
             counters.commits += max(kept - 1, 0)
             counters.rollbacks += len(shared) - max(kept, 1)
@@ -322,9 +323,12 @@ class GroupCommit:
     def _run_units(
         self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall], alone: list[QueuedCall]
     ) -> None:
-        """Run units in savepoints until the queue is empty or the batch is full. Add each to `shared` or `alone`."""
+        """Run units in savepoints until the queue is empty or the batch is full.
+
+        Add each call to the list `shared` or to the list `alone`.
+        """
         connection = transaction._require_connection()
-        # A quarter of the timeout: the first callers also wait for the commit.
+        # A batch may take a quarter of the timeout, because the first callers also wait for the commit.
         end = monotonic() + min(_MAX_BATCH_SECONDS, self._settings.timeout / 4)
         call: QueuedCall | None = first
         while call is not None:
@@ -349,20 +353,20 @@ class GroupCommit:
                 if unit.wants_session:
                     alone.append(shared.pop())
                 if not connection.in_transaction:
-                    # SQLite rolled back, for example on a full disk (https://sqlite.org/lang_transaction.html, 3)
+                    # On a full disk, for example, SQLite rolls back (https://sqlite.org/lang_transaction.html, 3).
                     raise _NotSharedError
             is_full = len(self._batch) >= _MAX_BATCH_UNITS or monotonic() >= end
             call = None if is_full else self._next()
 
     def _next(self) -> QueuedCall | None:
-        """Return the next queued call, or None."""
+        """Return the next queued call, or None if the queue is empty."""
         try:
             return self._queue.get_nowait()
         except Empty:
             return None
 
     def _move(self, calls: list[QueuedCall], state: CallState) -> list[QueuedCall]:
-        """Move the calls that are not over to a state, and return these calls."""
+        """Move the calls that are not over to another state, and return the moved calls."""
         now = monotonic()
         with self._mutex:
             moved = [call for call in calls if not call.is_over]
@@ -373,7 +377,7 @@ class GroupCommit:
         return moved
 
     def _deliver(self, calls: list[QueuedCall]) -> None:
-        """Wake each waiting thread, and each event loop once."""
+        """Wake the callers. Each waiting thread and each event loop is woken once."""
         loops: dict[asyncio.AbstractEventLoop, list[QueuedCall]] = {}
         for call in calls:
             if call.future is None:
@@ -385,17 +389,20 @@ class GroupCommit:
                 loop.call_soon_threadsafe(_resolve, waiting)
             except RuntimeError:
                 self._loops.pop(loop, None)  # the loop was closed, so no coroutine waits
-            except Exception as error:  # noqa: BLE001  for example MemoryError: then `_check_loop` wakes the callers
+            except Exception as error:  # noqa: BLE001  after a MemoryError, `_check_loop` wakes the callers
                 _log(error)
 
     def _occupation(self, holder: int) -> str | None:
-        """Name the function that the writer thread runs, for error messages about the write lock; None if idle."""
+        """Name the function that the writer thread runs, for error messages about the write lock.
+
+        Return None if the writer thread runs no function.
+        """
         running = next((call for call in reversed(self._batch) if call.state is RUNNING), None)
         return None if running is None else f"{running} since {monotonic() - running.since:.3f} s"
 
 
 def _resolve(calls: list[QueuedCall]) -> None:
-    """Wake coroutines. Call this in the thread of their event loop."""
+    """Wake the coroutines that wait for the calls. Call `_resolve` in the thread of the coroutines' event loop."""
     for call in calls:
         if call.future is not None and not call.future.done():
             call.future.set_result(None)

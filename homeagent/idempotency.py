@@ -1,7 +1,7 @@
-"""Run a side effect once: commit a claim, run the effect outside of any transaction, and commit the outcome.
+"""Run a side effect once. Commit a claim, run the effect outside of any transaction, and commit the outcome.
 
-If the process ends between the two commits, the next call raises `OutcomeUnknownError` and does not run the effect
-again, unless its `on_abandoned` argument says so.
+If the process ends between the two commits, the outcome of the effect is unknown. The next call then does as its
+argument `on_abandoned` says, and by default raises `OutcomeUnknownError` without running the effect again.
 """
 
 from __future__ import annotations
@@ -40,18 +40,19 @@ if TYPE_CHECKING:
 __all__ = ["ARUN_ONCE", "LeaseTimer", "OnAbandoned", "OnceCall", "arun_once", "run_once"]
 
 ARUN_ONCE = "call arun_once"
-"""Remedy in the error for an effect that is a coroutine."""
+"""Remedy in the error message for an effect that is a coroutine function."""
 
 T = TypeVar("T")
 
-# `Database.run` and `arun` with idempotent=True: a unit may run twice.
+# The types of `Database.run` and `Database.arun` with `idempotent=True`, with which a unit can run twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
 
 logger = logging.getLogger("homeagent")
 
-# Shortest time between two renewals, in seconds. The usual time is a third of the lease, so that two renewals may fail.
+# Shortest time between two renewals, in seconds. The usual time between two renewals is a third of the lease, so the
+# lease is kept even if two renewals fail.
 _SHORTEST_PERIOD = 0.05
 
 
@@ -80,7 +81,8 @@ class OnceCall:
     ) -> OnceCall:
         """Check the arguments, and compute the fingerprint of the parameters.
 
-        `instead` is the remedy in the error for a coroutine function; None if coroutine functions are allowed.
+        The argument `instead` is the remedy in the error message for a coroutine function. With None, coroutine
+        functions are allowed.
         """
         check_function(effect, "effect", coroutine=instead)
         if callable(on_abandoned):
@@ -111,13 +113,13 @@ class OnceCall:
 
 
 class _Once:
-    """A unit that ends an attempt, and that is safe to run again after a commit with an unknown outcome.
+    """A unit that ends an attempt. The unit can safely run again after a commit with an unknown outcome.
 
     Args:
         attempt: the attempt to end.
-        write: records the outcome or releases the key.
-        leaves_record: whether `write` leaves a record of this attempt. Without a record, a lost lease in the second
-            run counts as success: the first run released the key.
+        write: function that records the outcome or releases the key.
+        leaves_record: whether `write` leaves a record of this attempt. If `leaves_record` is False, a lost lease in
+            the second run counts as success, because the first run has released the key.
     """
 
     def __init__(
@@ -148,22 +150,22 @@ class _Lease:
     call: OnceCall
     attempt: Attempt
     due: float
-    """Time of the next renewal, by `homeagent.clock.monotonic`."""
+    """Time of the next renewal, on the clock `homeagent.clock.monotonic`."""
 
 
 class LeaseTimer:
-    """Renews the leases of one database's running effects, in one thread.
+    """A thread that renews the leases of one database's running effects.
 
     The thread sleeps until the earliest renewal is due, and ends if no effect runs then. The end of an effect does not
-    wake the thread, so that many short effects need only one thread.
+    wake the thread, and therefore many short effects use the same thread.
 
     Args:
-        run: runs a unit of work, as `Database.run` does.
+        run: function that runs a unit of work in the same way as `Database.run`.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        # The condition's lock is reentrant: a signal handler may run an effect while its thread holds the lock.
+        # The condition's lock is reentrant because a signal handler can run an effect while the thread holds the lock.
         self._changed = threading.Condition()
         self._leases: set[_Lease] = set()
         self._thread: threading.Thread | None = None
@@ -178,18 +180,18 @@ class LeaseTimer:
         lease = _Lease(call, attempt, monotonic() + call.period)
         with self._changed:
             if self._thread is None:
-                # Do not let the thread end at once if the effect is faster than the start of the thread.
+                # Set the time here. Otherwise the thread ends at once if the effect ends before the thread has started.
                 self._wakes = lease.due
                 self._thread = threading.Thread(target=self._keep, name="homeagent-lease", daemon=True)
                 try:
                     self._thread.start()
                 except BaseException:
-                    self._thread = None  # if the thread begins despite an interrupt, `_keep` ends at once
+                    self._thread = None  # An interrupt can come after the thread's start. Then `_keep` ends at once.
                     raise
             self._leases.add(lease)
             if lease.due < self._wakes:
                 self._changed.notify()
-        # Do not take the lock: in a child that the effect forks, a thread of the parent may hold it.
+        # Do not take the lock in the returned function. If the effect forks, a thread of the parent can hold the lock.
         return partial(self._leases.discard, lease)
 
     def close(self) -> None:
@@ -205,7 +207,7 @@ class LeaseTimer:
                 self._run(partial(self._renew, lease))
             except LeaseLostError:
                 self._leases.discard(lease)
-            except Exception as error:  # noqa: BLE001  for example a busy database or a full disk: try again
+            except Exception as error:  # noqa: BLE001  after a full disk, for example, the thread tries again
                 if lease in self._leases:
                     logger.warning(
                         "a lease could not be renewed and will be tried again: %s",
@@ -215,7 +217,7 @@ class LeaseTimer:
             lease.due = monotonic() + lease.call.period
 
     def _next(self) -> _Lease | None:
-        """Wait until a lease is due, and return the lease; None if the thread must end."""
+        """Wait until a lease is due, and return the lease. Return None if the thread must end."""
         with self._changed:
             while self._thread is threading.current_thread():
                 lease = min([*self._leases], key=lambda lease: lease.due, default=None)
@@ -231,18 +233,18 @@ class LeaseTimer:
             return None
 
     def _renew(self, lease: _Lease, unit: UnitOfWork) -> None:
-        if lease in self._leases:  # the effect may have ended while this unit waited for the write lock
+        if lease in self._leases:  # the effect can have ended while this unit waited for the write lock
             lease.call.renew(unit, lease.attempt)
 
 
 def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Attempt], Any]) -> Outcome:
-    """Run an effect once; see `Database.run_once`.
+    """Run an effect once (see `Database.run_once`).
 
     Args:
-        run: runs a unit of work, as `Database.run` does.
-        timer: renews the lease while the effect runs.
-        call: the checked arguments.
-        effect: function of the attempt.
+        run: function that runs a unit of work in the same way as `Database.run`.
+        timer: timer that renews the lease while the effect runs.
+        call: arguments of the call, which were checked.
+        effect: function that gets the attempt and returns the result.
     """
     is_substituted = False
     try:
@@ -259,11 +261,12 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
     try:
         end = timer.renew(call, attempt)
     except RuntimeError:
-        # No thread can be started, and the effect did not begin, so the key must not count as abandoned.
+        # The thread cannot be started, so the effect has not begun. Release the key, or it would count as abandoned.
         run(_Once(attempt, lambda keys: keys.release(attempt), leaves_record=False))
         raise
     try:
-        # An ordinary function may return a coroutine. Its effect has not begun, so do not record it as a result.
+        # An ordinary function can return a coroutine. Do not record the coroutine as a result, because the effect has
+        # not begun.
         value = refuse_coroutine(effect(attempt), "the effect", ARUN_ONCE)
     except EffectFailedError as error:
         detail = error.detail
@@ -280,11 +283,11 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
 
 
 class _AsyncUnits:
-    """The units of work of one `arun_once` call: claim the key, then record the outcome or release the key.
+    """The units of work of one `arun_once` call, which claim the key, record the outcome or release the key.
 
     Attributes:
-        substitute: if an earlier attempt was abandoned, the `on_abandoned` function, which then runs instead of the
-            effect; else None.
+        substitute: the `on_abandoned` function, which runs instead of the effect if an earlier attempt was abandoned.
+            None if no earlier attempt was abandoned.
     """
 
     def __init__(self, arun: ARun, call: OnceCall) -> None:
@@ -306,9 +309,9 @@ class _AsyncUnits:
         return claimed
 
     async def release_claim(self) -> None:
-        """Release a claimed key, so that the key does not count as abandoned. The effect must not have begun."""
+        """Release a claimed key, because the key must not count as abandoned. The effect must not have begun."""
         if self._claimed is not None:
-            # If the release fails, the lease expires.
+            # Ignore an error, because the lease of the claim expires.
             with suppress(HomeAgentError):
                 # `substitute` did not run, so the outcome of an earlier attempt is still unknown.
                 await self.release(self._claimed, none_began=False)
@@ -319,14 +322,14 @@ class _AsyncUnits:
     async def record(
         self, attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
     ) -> Any:
-        """Run a unit to its end, even if the caller is cancelled meanwhile; then raise the cancellation."""
+        """Run a unit to its end, even if the caller is cancelled meanwhile. Then raise the cancellation."""
         import anyio
 
         cancelled = anyio.get_cancelled_exc_class()
         work = _Once(attempt, write, leaves_record=leaves_record)
         cancellation: BaseException | None = None
-        # AnyIO's scope does not shield from `Task.cancel()`, which removes a queued unit or comes after the commit. In
-        # both cases run the unit again: a second run of `_Once` is safe.
+        # AnyIO's scope does not shield from `Task.cancel()`. A cancellation can remove the unit from the queue, or come
+        # after the unit's commit. In both cases run the unit again, because a second run of `_Once` is safe.
         with anyio.CancelScope(shield=True):
             while True:
                 try:
@@ -346,7 +349,7 @@ class _AsyncUnits:
     async def _claim(self, *, rerun: bool) -> Attempt | Outcome:
         def claim(unit: UnitOfWork) -> Attempt | Outcome:
             claimed = self._call.claim(unit, rerun=rerun)
-            # Do not set this after `_arun`: a cancelled caller does not get the unit's value.
+            # Do not set `_claimed` after the call of `_arun`, because a cancelled caller does not get the unit's value.
             self._claimed = claimed if isinstance(claimed, Attempt) else None
             return claimed
 
@@ -357,9 +360,9 @@ class _AsyncUnits:
 async def arun_once(
     arun: ARun, timer: LeaseTimer, call: OnceCall, effect: Callable[[Attempt], Awaitable[Any]]
 ) -> Outcome:
-    """Run a coroutine as an effect once; see `Database.arun_once`.
+    """Run a coroutine function as an effect once (see `Database.arun_once`).
 
-    If the caller is cancelled, the effect is cancelled too. An outcome that is known is still recorded.
+    If the caller is cancelled, the effect is also cancelled. If the outcome is already known, it is still recorded.
     """
     import anyio
     from anyio.lowlevel import checkpoint_if_cancelled

@@ -1,6 +1,6 @@
-"""Lazy import of a package's names: a process that does not use the names starts sooner.
+"""Lazy import of a package's names. A process that does not use the names starts sooner.
 
-Annotations such as `models.AgentCreate` can still be evaluated.
+Python can still evaluate annotations such as `models.AgentCreate`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ __all__ = ["lazy_names"]
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a `__getattr__` for a package (PEP 562). It imports a name at first use.
+    """Return a function `__getattr__` for a package (PEP 562). The function imports each name at first use.
 
     Args:
         package: name of the package.
-        modules: module of each name, relative to the package.
+        modules: name of the module that defines each name, relative to the package.
     """
 
     def get(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""Stores of a database, such as `database.devices`: each method call is a separate unit of work.
+"""Stores that belong to a database, such as `database.devices`. Each method call is a separate unit of work.
 
-A reading method runs its statement in autocommit mode, without BEGIN and COMMIT. A writing method goes through
-`Runner.run`, with batches and retries. The decorators `reading` and `writing` of the store's methods decide.
+A method with the decorator `reading` runs its statement in autocommit mode, without BEGIN and COMMIT. A method with the
+decorator `writing` goes through `Runner.run`, with batches and retries.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ S = TypeVar("S", bound=Store)
 
 
 def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
-    """Return a store of class `kind` that is bound to a database instead of a unit."""
+    """Return a store of the class `kind`. The store is bound to a database, not to a unit."""
     store: S = _one_call_type(kind)(AutocommitReads(settings, runner))  # type: ignore[arg-type]  # a class is hashable
     return store
 
 
 class AutocommitReads:
-    """Stands for the unit in a one-call store. Each read is one statement in autocommit mode, without a lock."""
+    """A replacement for the unit in a one-call store. Each read is one statement in autocommit mode, without a lock."""
 
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
         self.settings = settings
         self.runner = runner
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Return the object of the first row, or None without a row."""
+        """Run a statement, and return the object of the first row. Return None if there is no row."""
         settings = self.settings
         try:
             return settings.engine.read_alone("one", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
@@ -49,7 +49,7 @@ class AutocommitReads:
             raise
 
     def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
-        """Return the objects of all rows."""
+        """Run a statement, and return the objects of all rows."""
         settings = self.settings
         try:
             return settings.engine.read_alone("all", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
@@ -59,13 +59,16 @@ class AutocommitReads:
             raise
 
     def now(self) -> datetime:
-        """Read the clock: a timestamp in UTC, floored to milliseconds."""
+        """Return the time of the clock, as a timestamp in UTC, floored to milliseconds."""
         return read_clock(self.settings.clock)
 
 
 @cache
 def _one_call_type(kind: type[Store]) -> Any:
-    """Return a subclass of a store. Each writing method runs in a new unit; reading methods are inherited."""
+    """Return a subclass of a store. In the subclass, each writing method runs in a new unit of work.
+
+    The reading methods are inherited.
+    """
     methods: dict[str, Any] = {"__slots__": ()}
     for name in dir(kind):
         method = getattr(kind, name)
@@ -81,7 +84,7 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         database: AutocommitReads = self._unit
         if access.kind is Access.Kind.STREAM:
-            # An iterable can be read once only, so this unit is not retried.
+            # Do not run this unit again after an error, because an iterable can be read only once.
             with UnitOfWork(database.settings, read_only=False) as unit:
                 return method(kind(unit), *arguments, **named)
         if access.unless is not None:

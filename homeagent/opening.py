@@ -25,9 +25,9 @@ def open_engine(
     migrate: bool,
     pool_size: int,
 ) -> Engine:
-    """Open the SQLite file or the PostgreSQL database that a target names; see `Database.open`.
+    """Open the SQLite file or the PostgreSQL database that a target names (see `Database.open`).
 
-    If the schema cannot be used, close the engine and raise the error.
+    If the schema cannot be used, `open_engine` closes the engine and raises the error.
     """
     where = resolve_target(target)
     engine: SQLiteEngine | PostgreSQLEngine

@@ -1,6 +1,7 @@
-"""Operations on the secrets of devices: pair, check, rotate.
+"""Operations on the secrets of devices: pair, check and rotate.
 
-Do not compute a slow hash inside a unit of work, which would block other writers. Compute before or after the unit.
+Do not compute a slow hash inside a unit of work, because other writers would wait. Compute the slow hash before or
+after the unit.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _DENIED = SecretCheck("denied")
 
 
 class Pairing:
-    """Implementation of the methods of `Database` for the secrets of devices."""
+    """Implementation of those methods of `Database` that use the secrets of devices."""
 
     def __init__(self, runner: Runner, clock: Clock, limits: Limits) -> None:
         self._runner = runner
@@ -64,9 +65,9 @@ class Pairing:
         self._failed_checks = FailedChecks(clock, per_minute=limits.failed_checks_per_minute)
 
     def pair(self, request: DevicePair) -> PairedDevice:
-        """Add a pending device: see `Database.pair`."""
+        """Add a pending device (see `Database.pair`)."""
         check_kind(request, DevicePair, "request")
-        # Two early checks before the slow hash. `create` and `require_pending_room` decide.
+        # Two early checks before the slow hash. The final checks are `create` and `require_pending_room`.
         if self._find_device(request.id) is not None:
             raise DeviceExistsError(request.id)
         limit = self._max_pending
@@ -84,17 +85,17 @@ class Pairing:
         def add(unit: UnitOfWork) -> Device:
             try:
                 device = unit.devices.create(create)
-                # Check after the insert: a unit that runs again after a commit with an unknown result must find its own
-                # device before the check.
+                # Make this check after the insert. If the unit runs again after a commit with an unknown outcome, the
+                # unit must find its own device before this check.
                 unit.devices.require_pending_room(limit)
-                # A call of an earlier device with the id may have ended after the deletion of that device. Keep records
-                # in progress: one of them may belong to the call that pairs.
+                # After the deletion of an earlier device with this id, a call of that device can have left a record.
+                # Keep records in progress, because one of these records can belong to the call that pairs.
                 unit.idempotency_keys.delete_ended(create.id)
                 return device
             except DeviceExistsError:
                 stored = unit.devices.find_by_id(create.id)
-                # The same hash and verifier: this unit has run before, and the connection was lost at the commit. The
-                # hash or the verifier has a random salt, so another call can't have the same pair.
+                # If the hash and the verifier are the same, this unit has run before and the connection was then lost.
+                # The hash or the verifier has a random salt, so another call can't have the same pair.
                 if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
                     raise
                 return stored
@@ -102,12 +103,12 @@ class Pairing:
         return PairedDevice(device=self._runner.run(add, idempotent=True), shared_secret=secret)
 
     def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
-        """Return the device if it is approved and the secret is right: see `Database.verify_secret`."""
+        """Return the device if it is approved and the secret is right (see `Database.verify_secret`)."""
         checked = self.check_secret(device_id, shared_secret)
         return checked.device if checked else None
 
     def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
-        """Check a secret and return the state of the device: see `Database.check_secret`."""
+        """Check a secret and return the state of the device (see `Database.check_secret`)."""
         check_identifier(device_id, "device_id")
         if not needs_slow_hash(shared_secret):
             return self._check(device_id, shared_secret)
@@ -134,7 +135,7 @@ class Pairing:
         )
 
     def _check(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
-        """Check a secret. A wrong secret takes one statement and one hash, whether or not the device exists."""
+        """Check a secret. The check of a wrong secret is one statement and one hash, even if the device is absent."""
         while True:
             now = self._clock()
             stored = _valid_hashes(
@@ -143,31 +144,31 @@ class Pairing:
             match = check_secret(shared_secret, stored, waiting=self._waiting_hashes)
             if match.matched is None:
                 return _DENIED
-            # Another caller may have revoked, rotated or deleted the device during the computation of the hash.
+            # Another caller can have changed or deleted the device during the computation of the hash.
             device = self._find_device(device_id)
             if device is None:
                 return _DENIED
             if stored[match.matched] in _valid_hashes(device, self._clock()):
-                # Do not replace the hash of a pending device: the approval may depend on the hash that the
+                # Do not replace the hash of a pending device, because an approval can depend on the hash that the
                 # administrator saw.
                 if device.approved and match.matched == 0 and match.replacement is not None:
                     self._rehash(device_id, stored[0], match.replacement)
                 return SecretCheck(device.status.value, device)
             if device.shared_secret_hash == stored[0]:
                 return _DENIED  # the overlap has ended in the meantime
-            # Another caller has replaced the hash, perhaps by a hash of the same secret: check again.
+            # Check again, because another caller has replaced the hash. The new hash can be one of the same secret.
 
     def _find_device(self, device_id: str) -> Device | None:
         return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
 
     def _rehash(self, device_id: str, old: str, new: str) -> None:
-        """Store a hash with newer parameters. On failure log a warning only: the secret is right anyway."""
+        """Store a hash with newer parameters. After an error only log a warning, because the secret is right."""
         try:
             self._runner.run(
                 lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
                 idempotent=True,
             )
-        except (DatabaseError, UnitStateError) as error:  # UnitStateError: the thread has an open write unit
+        except (DatabaseError, UnitStateError) as error:  # UnitStateError if the thread has an open write unit
             logger.warning(
                 "a hash could not be replaced by a hash with newer parameters; the next check tries again: %s",
                 error,
@@ -175,12 +176,12 @@ class Pairing:
             )
 
     def proof_parameters(self, device_id: str) -> ProofParameters:
-        """Return parameters for proofs, also for an absent device: see `Database.proof_parameters`."""
+        """Return parameters for proofs, also for an absent device (see `Database.proof_parameters`)."""
         key, verifier = self._runner.run(lambda unit: unit.devices.find_proof_secrets(device_id), read_only=True)
         return parameters_for(device_id, verifier, key=key.encode())
 
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
-        """Return the device if it is approved and the proof is right: see `Database.verify_proof`."""
+        """Return the device if it is approved and the proof is right (see `Database.verify_proof`)."""
         checked = self.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
         return checked.device if checked else None
 
@@ -190,7 +191,7 @@ class Pairing:
         return await self._runner.in_thread(check, slow=False)
 
     def check_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> SecretCheck:
-        """Check a proof and return the state of the device: see `Database.check_proof`."""
+        """Check a proof and return the state of the device (see `Database.check_proof`)."""
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
         check_timestamp(timestamp, "timestamp")
@@ -201,7 +202,7 @@ class Pairing:
         if not check_proof(verifier, message, proof):
             return _DENIED
         device = self._find_device(device_id)
-        # Another caller may have deleted or rotated the device after the verifier was read.
+        # After the verifier was read, another caller can have deleted the device or rotated the secret.
         if device is None or device.proof_verifier != verifier:
             return _DENIED
         return SecretCheck(device.status.value, device)
@@ -209,7 +210,7 @@ class Pairing:
     def rotate_secret(
         self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
     ) -> SecretStr:
-        """Give a device a new secret: see `Database.rotate_secret`."""
+        """Give a device a new secret (see `Database.rotate_secret`)."""
         check_duration(overlap, "overlap", zero=True)
         secret = generate_secret() if shared_secret is None else check_new_secret(shared_secret)
         while True:
@@ -217,10 +218,10 @@ class Pairing:
             if current is None:
                 raise DeviceNotFoundError(device_id)
             if overlap and not current.approved:
-                raise DeviceNotApprovedError(device_id)  # before the slow hash; `set_secret` decides
+                raise DeviceNotApprovedError(device_id)  # checked before the slow hash, and again in `set_secret`
             old = current.shared_secret_hash
-            # During an overlap a check must run the slow hash only once, so both hashes need the same salt. Without an
-            # overlap the new hash gets a new salt.
+            # During an overlap, a check of a secret must compute only one slow hash, so both stored hashes need the
+            # same salt. Without an overlap, the new hash gets a new salt.
             new = hash_secret(secret, beside=old if overlap else None, waiting=self._waiting_hashes)
             verifier = _make_verifier(secret)
 
@@ -229,25 +230,25 @@ class Pairing:
                 if device is None:
                     raise DeviceNotFoundError(device_id)
                 if new != old and _hash_and_verifier(device) == (new, verifier):
-                    return True  # this unit has run before, and the connection was lost at the commit
+                    return True  # this unit has run before, and the connection was lost during the commit
                 return unit.devices.set_secret(
                     device_id,
                     expected_secret_hash=old,
                     secret_hash=new,
                     proof_verifier=verifier,
-                    # A rotation to the same secret has no previous secret, and ends an earlier overlap.
+                    # If the new secret is the old secret, there is no overlap, and an earlier overlap ends.
                     previous_until=later(self._clock(), overlap, "overlap") if overlap and new != old else None,
                 )
 
-            # If another caller has rotated the secret in the meantime, begin again with the secret of that caller.
+            # If another caller has rotated the secret in the meantime, begin again with the hash of that secret as old.
             if self._runner.run(replace, idempotent=True):
                 return secret
 
 
 def _make_verifier(secret: SecretStr) -> str | None:
-    """Return the verifier of a generated secret, or None for a human's secret.
+    """Return the verifier of a generated secret, or None for a secret that a human chose.
 
-    An attacker guesses a human's secret faster against a verifier (PBKDF2) than against the hash (Argon2id).
+    An attacker could guess a human's secret faster with a verifier (PBKDF2) than with the hash (Argon2id).
     """
     return make_verifier(secret) if is_generated(secret) else None
 
@@ -257,7 +258,7 @@ def _hash_and_verifier(device: Device) -> tuple[str, str | None]:
 
 
 def _valid_hashes(device: Device | SecretHashes, now: datetime) -> list[str]:
-    """Return the hashes of the secrets that work now: the present secret, and the previous secret in an overlap."""
+    """Return the hashes of the secrets that are right now. During an overlap, the previous secret is also right."""
     hashes = [device.shared_secret_hash]
     until = device.previous_secret_expires_at
     if device.previous_secret_hash is not None and until is not None and until > now:

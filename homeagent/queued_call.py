@@ -1,20 +1,22 @@
-"""A call in the queue of the group commit: function, state and outcome.
+"""A call in the queue of the group commit, with the call's function, state and outcome.
 
-A call has one of these states. The caller moves its call to LEFT; the writer thread makes most other moves.
+A call has one of these states. The caller moves its call to LEFT. The writer thread makes most other moves.
 
 | from | to | when |
 |---|---|---|
-| QUEUED | STARTING | the call is the first of a batch; the writer thread waits for the write lock |
+| QUEUED | STARTING | the call is the first of a batch, and the writer thread waits for the write lock |
 | QUEUED, STARTING | RUNNING | the writer thread calls the function |
-| RUNNING | ENDED | the function returned or raised; the batch is not committed yet |
-| ENDED | COMMITTING | the commit is decided: the caller can no longer leave |
-| COMMITTING | DONE | the batch is committed; the call has the outcome |
-| RUNNING, ENDED, COMMITTING | ALONE | the batch was rolled back: the caller runs its unit itself |
-| ENDED | ALONE | the function asked for the ORM session: the caller runs its unit itself |
-| QUEUED | ALONE, DONE | no writer thread can be started: a thread runs its unit itself, a coroutine gets an error |
-| QUEUED, STARTING | DONE | `busy_timeout` is over, or the database was closed; the call has the error |
+| RUNNING | ENDED | the function has returned or raised, and the batch is not committed yet |
+| ENDED | COMMITTING | the writer thread begins the commit, and the caller can no longer leave |
+| COMMITTING | DONE | the batch is committed, and the call has the outcome |
+| RUNNING, ENDED, COMMITTING | ALONE | the batch was rolled back, so the caller must run the unit itself |
+| ENDED | ALONE | the function used the ORM session, so the caller must run the unit itself |
+| QUEUED | ALONE | the writer thread cannot be started, so the waiting thread must run the unit itself |
+| QUEUED | DONE | the writer thread cannot be started, so the waiting coroutine gets the error |
+| QUEUED, STARTING | DONE | `busy_timeout` is over or the database was closed, so the caller gets the error |
 | QUEUED, STARTING | LEFT | the caller was cancelled or interrupted |
-| QUEUED, ENDED | LEFT | `busy_timeout` is over; if the call was ENDED, the batch is rolled back |
+| QUEUED | LEFT | `busy_timeout` is over before the function was called |
+| ENDED | LEFT | `busy_timeout` is over before the commit, and the batch is rolled back |
 """
 
 from __future__ import annotations
@@ -47,9 +49,12 @@ class QueuedCall:
 
     work: Callable[[UnitOfWork], Any]
     future: asyncio.Future[None] | None = None
-    """Wakes the waiting coroutine; None if a thread waits."""
+    """Future that wakes the waiting coroutine. The future is None if a thread waits."""
     woken: threading.Lock = field(default_factory=threading.Lock)
-    """Wakes the waiting thread. An interrupt could leave a threading.Event locked and so block the writer thread."""
+    """Lock that wakes the waiting thread.
+
+    Do not use a `threading.Event`. An interrupt could leave the event's lock held, which would block the writer thread.
+    """
     context: Context = field(default_factory=copy_context)
     caller: int = field(default_factory=get_ident)
     state: CallState = QUEUED
@@ -69,7 +74,7 @@ class QueuedCall:
             try:
                 raise self.error
             finally:
-                self.error = None  # the traceback refers to this call: avoid a reference cycle
+                self.error = None  # avoids a reference cycle, because the traceback refers to this call
         return self.value
 
     def __str__(self) -> str:

@@ -1,8 +1,8 @@
 """Run functions as units of work, and run a unit again after an error if a second run is safe.
 
-After a conflict with another unit, or if the connection was lost before COMMIT was sent, the unit was rolled back and
-can run again. If the connection was lost later, the outcome of the commit is unknown: the unit runs again only if the
-caller declares it idempotent.
+In two cases the unit was rolled back and can run again: after a conflict with another unit, and if the connection was
+lost before COMMIT was sent. If the connection was lost later, the outcome of the commit is unknown. Then the unit runs
+again only if the caller has passed `idempotent=True`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ __all__ = ["Runner"]
 T = TypeVar("T")
 
 RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)
-"""Errors after which a unit may run again; after CommitUnknownError only an idempotent unit."""
+"""Errors after which a unit can run again. After CommitUnknownError, only an idempotent unit can run again."""
 
-# Bounds of the first and of the longest pause before a retry, in seconds. A pause is random, at most its bound.
+# Upper bounds of the first and of the longest pause before a retry, in seconds. Each pause is random.
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
 
 class Runner:
-    """Runs functions as units of work of one database. `settings.timeout` also limits the retries."""
+    """A runner of functions as units of work of one database. The value `settings.timeout` also limits the retries."""
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
@@ -47,7 +47,7 @@ class Runner:
         self._group_commit = GroupCommit(settings) if settings.engine.shares_commits else None
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Run a unit of work, and retry if that is safe; see `Database.run`."""
+        """Run a unit of work, and run the unit again if a second run is safe (see `Database.run`)."""
         begun, retries = monotonic(), None
         while True:
             try:
@@ -61,7 +61,7 @@ class Runner:
             time.sleep(pause)
 
     async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Do the same as `run`, without blocking the event loop; see `Database.arun`."""
+        """Do the same as `run`, without blocking the event loop (see `Database.arun`)."""
         await checkpoint_if_cancelled()
         if self._group_commit is None or read_only or not _under_asyncio():
             return await _in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent))
@@ -75,18 +75,18 @@ class Runner:
             await asyncio.sleep(pause)
 
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
-        """Call `work` in a worker thread, and wait for its end even if the caller is cancelled meanwhile.
+        """Call `work` in a worker thread. Wait for the end of `work` even if the caller is cancelled meanwhile.
 
         Args:
-            work: function that may block.
-            slow: whether `work` computes a slow hash. Slow hashes have their own worker threads, so that they cannot
-                use up the threads of units and of checks without a slow hash.
+            work: function that can block.
+            slow: whether `work` computes a slow hash. Slow hashes have their own worker threads, because otherwise
+                units and fast checks would wait for a free thread.
         """
         await checkpoint_if_cancelled()
         return await _in_thread(work, slow=slow)
 
     def close(self) -> None:
-        """End the writer thread. The caller has closed the connection pools."""
+        """End the writer thread. The caller must have closed the connection pools."""
         if self._group_commit is not None:
             self._group_commit.close()
 
@@ -96,7 +96,7 @@ def _done(work: Callable[[UnitOfWork], T], value: T) -> T:
 
 
 class _Retries:
-    """The retries of one unit: pauses, deadline and an unknown commit."""
+    """The state of one unit's retries, which consists of the next pause, the deadline and an unknown commit."""
 
     __slots__ = ("_bound", "_deadline", "_idempotent", "_settings", "_unknown")
 
@@ -113,7 +113,7 @@ class _Retries:
             if not self._idempotent:
                 raise error
             self._unknown = error
-        pause = random.uniform(0, self._bound)  # noqa: S311  the random pause separates callers; no secret
+        pause = random.uniform(0, self._bound)  # noqa: S311  the pause separates callers and is not a secret
         if monotonic() + pause >= self._deadline:
             # The error of a later try does not say whether an earlier commit took place.
             raise self._unknown or error
@@ -123,20 +123,20 @@ class _Retries:
 
 
 def _under_asyncio() -> bool:
-    """Return whether the caller is an asyncio task; False under trio or without an event loop."""
+    """Return whether the caller is an asyncio task. Return False under trio or without an event loop."""
     try:
         return asyncio.current_task() is not None
     except RuntimeError:
         return False
 
 
-# In each event loop, units have this number of worker threads, and slow hashes as many again. AnyIO's default limiter
-# stays free for the application.
+# Number of worker threads for units in each event loop. Slow hashes have the same number of other threads. Do not use
+# AnyIO's default limiter, which is for the application.
 _WORKERS = 64
 
 
 async def _in_thread(work: Callable[[], T], *, slow: bool = False) -> T:
-    """Call `work` in a worker thread; see `Runner.in_thread`."""
+    """Call `work` in a worker thread (see `Runner.in_thread`)."""
     import anyio.to_thread
 
     from homeagent.cancellation import call_in_thread
@@ -148,7 +148,7 @@ async def _in_thread(work: Callable[[], T], *, slow: bool = False) -> T:
 
 
 def _worker_limiter(name: str) -> CapacityLimiter:
-    """Return the event loop's limiter of this name; create the limiter at first use."""
+    """Return the event loop's limiter with this name. Create the limiter at first use."""
     from anyio import CapacityLimiter
     from anyio.lowlevel import RunVar
 

@@ -1,18 +1,19 @@
-"""Proofs: a device proves that it has a secret without sending the secret. The module does not use a database.
+"""Proofs. A device proves that it has a secret, without sending the secret. The module does not use a database.
 
-The computation is SCRAM (RFC 5802 section 3, with SHA-256 by RFC 7677) without the messages of SCRAM:
+The computation is SCRAM (RFC 5802 section 3, with SHA-256 from RFC 7677) without the messages of SCRAM:
 
-1. At pairing, the gateway stores `make_verifier(secret)`. The secret can't be read from the verifier.
-2. The device asks for salt and iterations. `Database.proof_parameters` answers for every id (`parameters_for`).
-3. The device makes a proof for its id, a new nonce and the time (`proof_message`, `make_proof`), and sends all four.
-4. The gateway checks the proof (`check_proof`), consumes the nonce, and sends `server_signature`. By the signature the
-   device knows that the gateway has the verifier (`check_server_signature`).
+1. At pairing, the gateway stores the result of `make_verifier(secret)`. The verifier does not contain the secret.
+2. The device asks for salt and iterations. The method `Database.proof_parameters` answers for every id.
+3. The device makes a proof for its id, a new nonce and the time (`proof_message`, `make_proof`). The device sends the
+   id, the nonce, the time and the proof.
+4. The gateway checks the proof (`check_proof`), consumes the nonce, and sends the result of `server_signature`. The
+   signature shows the device that the gateway has the verifier (`check_server_signature`).
 
 | attacker has | attacker can |
 |---|---|
-| the messages | guess a human's secret, but read neither secret nor verifier |
-| the verifier | guess a human's secret, or impersonate the gateway |
-| the verifier and the messages of a proof | make proofs from then on (RFC 5802 section 9) |
+| the messages | guess a secret that a human chose, but read neither the secret nor the verifier |
+| the verifier | guess a secret that a human chose, or impersonate the gateway |
+| the verifier and the messages of one proof | make proofs until the secret is rotated (RFC 5802 section 9) |
 
 A generated secret can't be guessed. A proof is not bound to a connection, so use TLS.
 """
@@ -53,7 +54,8 @@ __all__ = [
 ]
 
 _GENERATED_ITERATIONS = MIN_ITERATIONS
-# A human's secret can be guessed. The number for PBKDF2 with HMAC-SHA-256 is from OWASP's Password Storage Cheat Sheet.
+# An attacker can guess a human's secret. OWASP's Password Storage Cheat Sheet recommends this number of iterations for
+# PBKDF2 with HMAC-SHA-256.
 _HUMAN_ITERATIONS = 600_000
 _SALT_BYTES = 16
 
@@ -74,9 +76,9 @@ def _xor(left: bytes, right: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ProofKeys:
-    """The two keys derived from a secret and proof parameters. The keys must be kept as secret as the secret.
+    """The two keys that are derived from a secret and proof parameters. Both keys must be kept secret.
 
-    A device may keep the keys in memory (RFC 5802 section 5.1), to make many proofs with one derivation.
+    A device can keep the keys in memory (RFC 5802 section 5.1), and make many proofs with the same keys.
     """
 
     client_key: bytes = field(repr=False)
@@ -84,11 +86,11 @@ class ProofKeys:
 
     @property
     def stored_key(self) -> bytes:
-        """SHA-256 of the client key, which the gateway stores."""
+        """SHA-256 of the client key. The gateway stores this value."""
         return hashlib.sha256(self.client_key).digest()
 
     def prove(self, message: bytes) -> bytes:
-        """Return the proof for a message: 32 bytes, the ClientProof of RFC 5802 section 3."""
+        """Return the proof for a message. The proof is the ClientProof of RFC 5802 section 3, and has 32 bytes."""
         return _xor(self.client_key, _hmac_sha256(self.stored_key, message))
 
     def recognises(self, message: bytes, signature: bytes) -> bool:
@@ -100,17 +102,17 @@ class ProofKeys:
 def derive_proof_keys(
     secret: SecretStr | str, parameters: ProofParameters, *, minimum_iterations: int = MIN_ITERATIONS
 ) -> ProofKeys:
-    """Derive the keys of a secret. Takes about 2 ms for 4,096 iterations, and 0.2 s for 600,000.
+    """Derive the keys of a secret. This takes about 2 ms for 4,096 iterations, and about 0.2 s for 600,000 iterations.
 
     Args:
-        secret: used without the SASLprep of RFC 5802, which would change only characters outside of ASCII.
+        secret: the secret. SASLprep of RFC 5802 is not used, which would only change characters outside of ASCII.
         parameters: parameters of the verifier, from the gateway.
-        minimum_iterations: minimum that the device accepts. Pass the iterations of the verifier if the device knows the
-            number: few iterations make guesses at a human's secret cheap for a false gateway.
+        minimum_iterations: minimum that the device accepts. If the device knows the iterations of the verifier, pass
+            that number. With few iterations, a false gateway could cheaply guess a human's secret.
 
     Raises:
-        InvalidArgumentError: if the secret is invalid (the message does not show the secret), or the gateway asks for
-            fewer iterations than `minimum_iterations`.
+        InvalidArgumentError: if the secret is invalid, or if the gateway asks for fewer iterations than
+            `minimum_iterations`. The message does not show the secret.
     """
     if parameters.iterations < minimum_iterations:
         raise InvalidArgumentError(
@@ -136,7 +138,7 @@ class _Verifier:
 
 
 def _format_verifier(parameters: ProofParameters, stored_key: bytes, server_key: bytes) -> str:
-    """Return the text of a verifier: see `make_verifier`."""
+    """Return the text of a verifier (see `make_verifier`)."""
     salt, stored, server = (base64.b64encode(part).decode() for part in (parameters.salt, stored_key, server_key))
     return f"SCRAM-SHA-256${parameters.iterations}:{salt}${stored}:{server}"
 
@@ -152,13 +154,16 @@ def _parse_verifier(verifier: str) -> _Verifier | None:
     except ValueError:
         # The padding of base64 is incomplete, or a parameter is out of range.
         return None
-    # Several base64 texts decode to the same bytes (RFC 4648 section 3.5). Accept only the canonical text.
+    # Accept only the canonical text, because several base64 texts decode to the same bytes (RFC 4648 section 3.5).
     canonical = _format_verifier(parameters, stored_key, server_key) == verifier
     return _Verifier(parameters, stored_key, server_key) if canonical else None
 
 
 def _require_verifier(verifier: str) -> _Verifier:
-    """Return the parts of a verifier, which is None for a device with a human's secret, or raise."""
+    """Return the parts of a verifier. Raise InvalidArgumentError if the verifier is damaged or None.
+
+    The verifier is None for a device with a secret that a human chose.
+    """
     parsed = _parse_verifier(verifier) if isinstance(verifier, str) else None
     if parsed is None:
         raise InvalidArgumentError(
@@ -170,17 +175,18 @@ def _require_verifier(verifier: str) -> _Verifier:
 
 @clears_locals
 def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, salt: bytes | None = None) -> str:
-    """Make the verifier with which a gateway checks proofs of a secret. The secret can't be read from the verifier.
+    """Make the verifier with which a gateway checks proofs of a secret. The verifier does not contain the secret.
 
     Args:
-        secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, without control characters. Used unchanged.
-        iterations: rounds of PBKDF2, 4,096 to 10,000,000. Default: 4,096 for a generated secret (about 2 ms), 600,000
-            for any other secret (about 0.2 s). With another number, `fake_parameters` can't hide which devices exist.
-        salt: 8 to 64 bytes. Default: 16 random bytes.
+        secret: secret of 1 to 512 characters and at most 1,024 bytes of UTF-8, without control characters.
+        iterations: iterations of PBKDF2, 4,096 to 10,000,000. By default, the number is 4,096 for a generated secret
+            (about 2 ms), and 600,000 for any other secret (about 0.2 s). With another number, `fake_parameters` can't
+            hide which devices exist.
+        salt: salt of 8 to 64 bytes, by default 16 random bytes.
 
     Returns:
-        `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`, the last three in base64, at most 256 characters.
-        PostgreSQL stores passwords in the same format (manual, catalogue `pg_authid`).
+        `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`, at most 256 characters. Salt and keys are in
+        base64. PostgreSQL stores passwords in the same format (manual, catalogue `pg_authid`).
 
     Raises:
         InvalidArgumentError: if an argument is out of range. The message does not show the secret.
@@ -205,17 +211,19 @@ _PROCESS_KEY = secrets.token_bytes(_KEY_BYTES)
 
 
 def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: float = 0.0) -> ProofParameters:
-    """Return made-up salt and iterations for an absent device, so that the answer does not show that no device exists.
+    """Return a made-up salt and number of iterations for an absent device. The answer looks like a real answer.
 
     For the same arguments the result is the same. By default the iterations are those of a generated secret, because
-    `Database.pair` and `rotate_secret` store verifiers of generated secrets only. Answers over time may show whether a
-    device exists: the real answer changes with the secret, and the made-up answer with the key.
+    `Database.pair` and `rotate_secret` store verifiers of generated secrets only. A caller that asks several times can
+    learn whether a device exists, because a real answer changes with the secret, and a made-up answer changes only
+    with the key.
 
     Args:
         device_id: id in the request.
-        key: at least 16 random bytes. Keep the key private, and keep the same key: a new key changes all made-up
-            answers and no real answer. Default: a key of this process.
-        human_share: share of ids with the iterations of a human's secret, 0 to 1, if the gateway makes such verifiers.
+        key: at least 16 random bytes, by default a key of this process. Keep the key private, and do not change the
+            key. A new key would change all made-up answers, but no real answer.
+        human_share: share of the ids that get the iterations of a human's secret, 0 to 1. The default 0 is right if the
+            gateway makes verifiers of generated secrets only.
 
     Raises:
         InvalidArgumentError: if the key is too short, the share is out of range, or the id has a lone surrogate.
@@ -236,26 +244,26 @@ def _canonical(values: list[str | int]) -> bytes:
     """Return the JSON of RFC 8785, for texts and integers."""
     text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
     if any("\ud800" <= character <= "\udfff" for character in text):
-        # Do not leave the check to encode(): the UnicodeEncodeError would contain the nonce.
+        # Do not leave the check to `encode()`, because the UnicodeEncodeError would contain the nonce.
         raise InvalidArgumentError("a lone surrogate has no UTF-8: remove the surrogate from the id or the nonce")
     return text.encode()
 
 
 @clears_locals
 def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
-    """Return the message of a proof, which device and gateway compute from the same values.
+    """Return the message of a proof. The device and the gateway compute the message from the same values.
 
-    The message is the JSON array `["homeagent-proof-1", device_id, nonce, milliseconds]` in UTF-8, in the form of RFC
-    8785 (JSON Canonicalization Scheme) and of JavaScript's `JSON.stringify`: without spaces and unnecessary escapes.
+    The message is the JSON array `["homeagent-proof-1", device_id, nonce, milliseconds]` in UTF-8, without spaces and
+    unnecessary escapes. This is the form of RFC 8785 (JSON Canonicalization Scheme) and of JavaScript's
+    `JSON.stringify`.
 
     Args:
         device_id: id of the device.
-        nonce: a new nonce for each proof. The gateway consumes the nonce by `nonces.consume` after the check.
-        timestamp: aware datetime, floored to milliseconds.
+        nonce: new nonce for each proof. The gateway consumes the nonce with `nonces.consume` after the check.
+        timestamp: aware datetime, which is floored to milliseconds.
 
     Raises:
-        InvalidArgumentError: if the timestamp is not a datetime or has no time zone, or the id or the nonce has a lone
-            surrogate.
+        InvalidArgumentError: if the timestamp is not an aware datetime, or if the id or the nonce has a lone surrogate.
     """
     if not isinstance(timestamp, datetime) or timestamp.utcoffset() is None:
         raise InvalidArgumentError("timestamp must be an aware datetime: give it a time zone, as in datetime.now(UTC)")
@@ -270,18 +278,19 @@ def make_proof(
     *,
     minimum_iterations: int = MIN_ITERATIONS,
 ) -> bytes:
-    """Make a proof of a secret. Called by the device.
+    """Make a proof of a secret. The device calls this function.
 
-    The arguments and errors are those of `derive_proof_keys`; `message` is the result of `proof_message`. For several
-    proofs, or for a proof and the check of a signature, derive the keys only once, and use `ProofKeys`.
+    The argument `message` is the result of `proof_message`. The other arguments and the errors are those of
+    `derive_proof_keys`. For several proofs, or for a proof and the check of a signature, derive the keys only once, and
+    use `ProofKeys`.
 
     Returns:
-        The proof, 32 bytes.
+        Proof of 32 bytes.
     """
     return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
 
 
-# Used without a verifier or with a damaged verifier, so that a check takes the same time for an absent device.
+# If the verifier is absent or damaged, a check uses this verifier, and therefore takes the same time.
 _DECOY_VERIFIER = _Verifier(
     ProofParameters(secrets.token_bytes(_SALT_BYTES), _GENERATED_ITERATIONS),
     secrets.token_bytes(_KEY_BYTES),
@@ -293,14 +302,16 @@ _DECOY_VERIFIER_TEXT = _format_verifier(
 
 
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
-    """Return whether a proof for the message was made with the secret of the verifier. Called by the gateway.
+    """Return whether a proof for the message was made with the secret of the verifier. The gateway calls this function.
 
-    The function parses a verifier and computes two hashes, and takes the same time for a right proof, a wrong proof and
-    an absent device. A proof alone does not show its age: check the timestamp of the message, and consume the nonce.
+    The function always parses a verifier and computes two hashes, and therefore takes the same time for a right proof,
+    a wrong proof and an absent device. Also check the timestamp and consume the nonce, because an attacker could send
+    an old proof again.
 
     Args:
-        verifier: verifier of the device. None, or damaged: no proof is right.
-        message: see `proof_message`. The gateway computes the message, and does not accept the bytes from the device.
+        verifier: verifier of the device. If the verifier is None or damaged, every proof is wrong.
+        message: result of `proof_message`. The gateway must compute the message, and must not accept the message from
+            the device.
         proof: 32 bytes. A proof of another length is wrong.
     """
     parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
@@ -315,8 +326,8 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
 def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> ProofParameters:
     """Return the salt and iterations that a gateway sends to a caller with this id.
 
-    If the verifier is None or damaged, the answer is made up with `key`: see `fake_parameters`. The function makes up
-    an answer and parses a verifier in all cases, so that an absent device takes the same time.
+    If the verifier is None or damaged, the answer is made up with `key` (see `fake_parameters`). The function always
+    makes up an answer and parses a verifier, and therefore takes the same time for an absent device.
     """
     made_up = fake_parameters(device_id, key)
     parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
@@ -325,13 +336,13 @@ def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> Proof
 
 @clears_locals
 def server_signature(verifier: str, message: bytes) -> bytes:
-    """Sign the message of a proof, so that the device can check the gateway. Called by the gateway.
+    """Sign the message of a proof, so that the device can check the gateway. The gateway calls this function.
 
-    Send the signature only after `check_proof` has returned True: an attacker can check guesses at a human's secret
-    against the signature.
+    Send the signature only after `check_proof` has returned True, because an attacker can use the signature to check
+    guesses at a human's secret.
 
     Returns:
-        32 bytes, the ServerSignature of RFC 5802 section 3.
+        Signature of 32 bytes, the ServerSignature of RFC 5802 section 3.
 
     Raises:
         InvalidArgumentError: if the verifier is damaged. The message does not show the verifier.
@@ -343,9 +354,10 @@ def server_signature(verifier: str, message: bytes) -> bytes:
 def check_server_signature(
     secret: SecretStr | str, parameters: ProofParameters, message: bytes, signature: bytes
 ) -> bool:
-    """Return whether the signer of the message has the verifier of the secret. Called by the device.
+    """Return whether the signer of the message has the verifier of the secret. The device calls this function.
 
-    `parameters` and `message` are those of the proof. A signature of another length than 32 bytes is wrong.
+    The arguments `parameters` and `message` are those of the proof. If the signature does not have 32 bytes, it is
+    wrong.
 
     Raises:
         InvalidArgumentError: if the secret is invalid. The message does not show the secret.

@@ -1,13 +1,13 @@
-"""The transaction of a unit of work: begin, commit or roll back, and release the connection.
+"""The transaction of a unit of work, from the begin to the commit or rollback, and the release of the connection.
 
 A unit has one of these states.
 
 | from | to | when |
 |---|---|---|
-| NEW | OPEN | the `with` block is entered: the unit has a connection, and its transaction has begun |
-| OPEN | ROLLED_BACK | `rollback` is called, or the ORM session rolls the whole transaction back |
-| OPEN | FINISHED | the `with` block ends: the transaction was committed, or rolled back after an exception |
-| ROLLED_BACK | FINISHED | the `with` block ends: the connection is released |
+| NEW | OPEN | the `with` block is entered, the unit has got a connection, and the transaction has begun |
+| OPEN | ROLLED_BACK | the caller calls `rollback`, or the ORM session rolls the whole transaction back |
+| OPEN | FINISHED | the `with` block has ended, and the transaction was committed, or rolled back after an exception |
+| ROLLED_BACK | FINISHED | the `with` block has ended, and the unit has released the connection |
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NEW, OPEN, ROLLED_BACK, FINISHED = UnitState
 
 
 def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
-    """Call the callbacks of a committed unit. Log an error of a callback and go on: the commit stands."""
+    """Call the callbacks of a committed unit. If a callback raises an error, log the error and continue."""
     for callback in callbacks:
         try:
             callback()
@@ -48,7 +48,7 @@ def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
 
 
 def refuse_nesting() -> NoReturn:
-    """Raise UnitStateError: the thread has an open write unit, and a second one would wait for the first for ever."""
+    """Raise UnitStateError for a second write unit in a thread, because it would wait for the first unit for ever."""
     raise UnitStateError(
         "this thread already has an open write unit: use that unit or end it first; "
         "to be able to undo a part of a unit, use savepoint()"
@@ -56,12 +56,12 @@ def refuse_nesting() -> NoReturn:
 
 
 class Transaction:
-    """Base class of `UnitOfWork`: a transaction for one `with` block.
+    """Base class of `UnitOfWork`, which holds a transaction for one `with` block.
 
     Args:
         settings: settings of the database's units.
-        read_only: whether to read one snapshot and write nothing.
-        timeout: longest wait for a connection, in seconds; None for the timeout of the settings.
+        read_only: whether the unit only reads, from one snapshot.
+        timeout: longest wait for a connection, in seconds. None means the timeout of the settings.
     """
 
     __slots__ = (
@@ -94,7 +94,7 @@ class Transaction:
         if not self.read_only:
             self._owner = get_ident()
             if self._owner in settings.writing:
-                settings.engine.pool(read_only=False)  # in a forked child raise DatabaseClosedError instead
+                settings.engine.pool(read_only=False)  # raises DatabaseClosedError in a forked child
                 refuse_nesting()
         try:
             if not self.read_only:
@@ -143,7 +143,7 @@ class Transaction:
             counters.commits += 1
 
     def _roll_back(self, error: BaseException | None) -> None:
-        # After `rollback`, a second ROLLBACK does no harm, and the connection must be released in any case.
+        # After a call of `rollback`, the connection must still be released, and a second ROLLBACK has no effect.
         connection = self._connection
         if connection is None:
             return
@@ -161,7 +161,10 @@ class Transaction:
             self._end(connection, sound=sound)
 
     def _undo(self, connection: StoreConnection) -> bool:
-        """Roll back. Return whether the connection is still usable; if not, the database rolls the transaction back."""
+        """Roll back, and return whether the connection is still usable.
+
+        If the connection is not usable, the database itself rolls the transaction back.
+        """
         if connection.is_lost:
             return False
         try:
@@ -186,7 +189,7 @@ class Transaction:
                 self._session.close()
         finally:
             try:
-                # In a forked child, do not use the pool: a thread of the parent may hold the pool's mutex.
+                # Do not use the pool in a forked child, because a thread of the parent can hold the pool's mutex.
                 if engine.is_forked_copy:
                     pass
                 elif sound and not connection.needs_reconnect:
@@ -200,13 +203,13 @@ class Transaction:
                     if connection.needs_reconnect:
                         engine.discard_free()
             finally:
-                # Do not discard the id before the write lock is released: a signal handler that opens a write unit in
-                # between would wait for its own thread instead of raising UnitStateError.
+                # Do not discard the id before the write lock is released. Otherwise a signal handler could open a write
+                # unit in between, and would wait for its own thread instead of raising UnitStateError.
                 if not self.read_only:
                     settings.writing.discard(self._owner)
 
     def _require_connection(self) -> StoreConnection:
-        """Return the connection if the unit is OPEN; raise UnitStateError otherwise."""
+        """Return the connection if the unit is OPEN. Raise UnitStateError if the unit is not OPEN."""
         connection = self._connection
         if connection is None or self._state is not OPEN:
             if self._state is ROLLED_BACK and connection is not None:
@@ -215,7 +218,7 @@ class Transaction:
         return connection
 
     def rollback(self) -> None:
-        """Roll back now. The end of the block then commits nothing. A second call has no effect.
+        """Roll back now. At the end of the `with` block, the unit does not commit. A second call has no effect.
 
         Raises:
             UnitStateError: if the unit has ended.

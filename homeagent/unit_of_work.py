@@ -1,4 +1,4 @@
-"""Unit of work: a transaction with stores, savepoints, an ORM session on demand, and callbacks after the commit."""
+"""A unit of work is a transaction with stores, savepoints, an optional ORM session, and callbacks after the commit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NO_COROUTINE = "use an ordinary function for the work in this database, and awa
 
 
 class UnitOfWork(Transaction):
-    """One transaction. At the end of the `with` block the unit commits; after an exception it rolls back.
+    """One transaction. The unit commits at the end of the `with` block, or rolls back if an exception leaves the block.
 
     Get a unit from `Database.unit_of_work`, and use it only inside its `with` block.
 
@@ -46,7 +46,7 @@ class UnitOfWork(Transaction):
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
-        """Return a block for a part of the unit. If an exception leaves the block, undo only the block's work."""
+        """Return a `with` block for a part of the unit. An exception that leaves the block undoes only this part."""
         connection = self._require_connection()
         self._savepoints += 1
         name = f"homeagent_{self._savepoints}"
@@ -54,7 +54,8 @@ class UnitOfWork(Transaction):
         nested = None
         if self._session is not None:
             nested = self._session.begin_nested()
-            # Send SAVEPOINT now: SQLAlchemy would wait for the session's first statement, and a store may write before.
+            # Send SAVEPOINT now. SQLAlchemy would send SAVEPOINT before the session's first statement, but a store can
+            # write before that statement.
             self._session.connection()
         else:
             connection.savepoint(name)
@@ -71,7 +72,7 @@ class UnitOfWork(Transaction):
                     nested.rollback()
                 else:
                     if self._session is not None:
-                        # The session was opened inside the block, so its objects may be undone too.
+                        # The session was opened inside the block, so the rollback can also undo the session's objects.
                         self._session.expunge_all()
                     connection.rollback_to_savepoint(name)
                 if self._after_commit is not None:
@@ -81,9 +82,9 @@ class UnitOfWork(Transaction):
             connection.release_savepoint(name)
 
     def after_commit(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once after the commit, in order of registration; do not call it after a rollback.
+        """Call `callback` once after the commit, in the order of registration. A rollback discards `callback`.
 
-        An exception of a callback is logged, and does not affect the commit or the caller.
+        If a callback raises an exception, the exception is logged and affects neither the commit nor the caller.
 
         Raises:
             UnitStateError: if the unit has ended.
@@ -97,15 +98,15 @@ class UnitOfWork(Transaction):
 
     @property
     def session(self) -> Session:
-        """The ORM session of this unit, opened at first use, with the same connection and transaction.
+        """The ORM session of this unit. The session is opened at first use, on the unit's connection and transaction.
 
-        The unit flushes the session before a store's statement and expires its objects after a store's write, so that
-        session and stores see the same data. The session's `commit()` only flushes; `rollback()` rolls the unit back.
-        After the end of the unit, the session raises UnitStateError.
+        The unit flushes the session before a store's statement, and expires the session's objects after a store's
+        write. Therefore the session and the stores see the same data. The session's `commit()` only flushes, and the
+        session's `rollback()` rolls the unit back. After the end of the unit, the session raises UnitStateError.
         """
         connection = self._require_connection()
         if self._session is None:
-            # Import lazily: most units use no session.
+            # Import lazily, because most units use no session.
             from sqlalchemy import event
             from sqlmodel import Session
 
@@ -113,12 +114,13 @@ class UnitOfWork(Transaction):
 
             class UnitSession(Session):
                 def get_bind(self, *args: Any, **kwargs: Any) -> Any:
-                    # Called before every statement. After the unit, another unit may use the connection.
+                    # SQLAlchemy calls this method before every statement. After the end of this unit, another unit can
+                    # use the connection.
                     unit._require_connection()
                     return super().get_bind(*args, **kwargs)
 
                 def rollback(self) -> None:
-                    # SQLAlchemy's method does nothing if the session sent no statement, but a store may have written.
+                    # SQLAlchemy's method has no effect if the session sent no statement. But a store can have written.
                     super().rollback()
                     unit._on_session_rollback(self, whole=True)
 
@@ -149,21 +151,22 @@ class UnitOfWork(Transaction):
         params: JsonValue = None,
         ttl: timedelta = timedelta(hours=24),
     ) -> Outcome:
-        """Run an effect inside this database once: key, effect and result are one commit.
+        """Run an effect inside this database once. The key, the effect and the result are committed together.
 
-        An exception of the effect undoes the effect and frees the key. But if the effect raises EffectFailedError, and
-        the caller catches the error inside the unit and commits, the error is stored.
+        If the effect raises an exception, the effect is undone and the key is free. But if the effect raises
+        EffectFailedError, and the caller catches the error inside the unit and commits, the error is stored.
 
         Args:
             scope: identity of the call.
-            effect: function of the attempt, which works in this unit and returns any JSON value.
-            params: parameters of the call. The same key with other parameters raises FingerprintMismatchError.
+            effect: function that gets the attempt, uses this unit and returns any JSON value.
+            params: parameters of the call. If the same key is used with other parameters, `run_once` raises
+                FingerprintMismatchError.
             ttl: time for which the outcome is replayed.
 
         Raises:
             InvalidArgumentError: if an argument is invalid, for example a coroutine function.
-            FingerprintMismatchError, IdempotencyInProgressError, OutcomeUnknownError, EffectFailedError: as in
-                `IdempotencyKeyStore.claim`.
+            FingerprintMismatchError, IdempotencyInProgressError, OutcomeUnknownError, EffectFailedError: in the same
+                cases as `IdempotencyKeyStore.claim`.
         """
         check_function(effect, "effect", coroutine=_NO_COROUTINE)
         fingerprint = fingerprint_of(params)
@@ -184,37 +187,37 @@ class UnitOfWork(Transaction):
             raise failure
         return Outcome(value=value, replayed=False, attempt=claimed.number, omitted=not stored)
 
-    # Stores. Do not keep a store in an attribute: unit and store would form a reference cycle.
+    # Stores. Do not keep a store in an attribute, because unit and store would form a reference cycle.
 
     @property
     def devices(self) -> DeviceStore:
-        """The devices."""
+        """The store of devices."""
         return DeviceStore(self)
 
     @property
     def agents(self) -> AgentStore:
-        """The agents."""
+        """The store of agents."""
         return AgentStore(self)
 
     @property
     def sessions(self) -> SessionStore:
-        """The index of sessions."""
+        """The store of sessions."""
         return SessionStore(self)
 
     @property
     def nonces(self) -> NonceStore:
-        """The consumed nonces, for replay protection."""
+        """The store of consumed nonces, for replay protection."""
         return NonceStore(self)
 
     @property
     def idempotency_keys(self) -> IdempotencyKeyStore:
-        """The records of calls, for safe retries."""
+        """The store of idempotency keys, for safe retries of calls."""
         return IdempotencyKeyStore(self)
 
     # Methods for the stores
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Return the object of the first row of a store's statement, or None without a row."""
+        """Run a store's statement, and return the object of the first row. Return None if there is no row."""
         connection = self._connection
         if connection is None or self._state is not OPEN:
             connection = self._require_connection()
@@ -228,7 +231,7 @@ class UnitOfWork(Transaction):
             raise
 
     def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
-        """Return the objects of all rows of a store's statement."""
+        """Run a store's statement, and return the objects of all rows."""
         connection = self._require_connection()
         if self._session is not None:
             self._session.flush()
@@ -257,7 +260,7 @@ class UnitOfWork(Transaction):
                 self._session.expire_all()
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a store's writing statement with RETURNING, and return the object of the first row, or None."""
+        """Run a store's writing statement with RETURNING. Return the object of the first row, or None without a row."""
         connection = self._require_connection()
         if self._session is not None:
             self._session.flush()
@@ -287,14 +290,14 @@ class UnitOfWork(Transaction):
                 self._session.expire_all()
 
     def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
-        """Insert rows of stored values; see `StoreConnection.insert_rows`."""
+        """Insert rows of stored values (see `StoreConnection.insert_rows`)."""
         connection = self._require_connection()
         if self._session is not None:
             self._session.flush()
         connection.insert_rows(table, columns, rows)
 
     def now(self) -> datetime:
-        """Read the clock: a timestamp in UTC, floored to milliseconds."""
+        """Return the time of the clock, as a timestamp in UTC, floored to milliseconds."""
         return read_clock(self._settings.clock)
 
     @property

@@ -18,13 +18,13 @@ class UnitSettings:
     """Settings and state that all units of one database share.
 
     Args:
-        engine: source of the connections.
+        engine: engine that gives the connections.
         clock: clock that each store method reads once.
-        timeout: longest wait for a connection, in seconds.
+        timeout: longest wait of a unit for a connection, in seconds.
 
     Attributes:
         memory: values that the stores keep between units.
-        writing: ids of the threads with an open write unit.
+        writing: ids of the threads that have an open write unit.
     """
 
     __slots__ = ("clock", "engine", "memory", "timeout", "writing")
@@ -38,6 +38,6 @@ class UnitSettings:
 
 
 def read_clock(clock: Clock) -> datetime:
-    """Read a clock: a timestamp in UTC, floored to milliseconds."""
-    # The default clock already returns such a timestamp.
+    """Return the time of a clock, as a timestamp in UTC, floored to milliseconds."""
+    # The default clock already returns a timestamp in UTC in whole milliseconds.
     return clock() if clock is system_clock else check_timestamp(clock(), "the clock's instant")
