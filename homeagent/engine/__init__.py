@@ -1,4 +1,4 @@
 """Engines for SQLite and PostgreSQL, and their common parts: connections, statements, files and locks.
 
-This layer has no knowledge of devices, agents, sessions, nonces and keys.
+The modules of this layer do not refer to devices, agents, sessions, nonces or keys.
 """

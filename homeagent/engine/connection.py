@@ -28,7 +28,7 @@ class StoreConnection:
 
     Args:
         connection: SQLAlchemy's connection, to which an ORM session can be bound.
-        begin: SQL statements that begin a transaction, in their order.
+        begin: SQL statements to run in this order to begin a transaction.
         read_only: whether units on the connection can only read.
         compiled: cache of compiled statements, shared by all connections of an engine with the same `read_only`.
         driver_errors: classes of the driver's exceptions.
@@ -74,7 +74,7 @@ class StoreConnection:
         self._translate = translate
         self._identity_check = watch
         self.needs_reconnect = False
-        """Whether a failure of the system may have left wrong state in this connection. Set by the engine."""
+        """True if the connection must be replaced after a failure of the system. The engine sets this attribute."""
         raw: Any = connection.connection.driver_connection
         self._raw = raw
         self._cursor: Any = self._open_cursor(raw)
@@ -99,7 +99,7 @@ class StoreConnection:
     # Transactions
 
     def begin(self) -> None:
-        """Begin a transaction: take SQLite's write lock or, for a unit that only reads, a snapshot."""
+        """Begin a transaction. On SQLite a unit that only reads takes a snapshot, and any other unit the write lock."""
         failure: BaseException
         try:
             for statement in self._begin:
@@ -114,7 +114,7 @@ class StoreConnection:
         raise failure
 
     def check_file(self) -> None:
-        """Check the identity of the database's file if the last check is too old.
+        """Check the identity of the database's file if the last check has become too old (see `FileIdentityCheck.due`).
 
         Raises:
             DatabaseMovedError: if the file was deleted, moved or replaced since the database was opened.
@@ -135,7 +135,8 @@ class StoreConnection:
 
         Raises:
             DatabaseMovedError: if the file was deleted, moved or replaced. The transaction was not committed.
-            CommitUnknownError: if the connection was lost before the server's answer, or a failed commit may reappear.
+            CommitUnknownError: in two cases: the connection was lost before the server's answer, or a later connection
+                could recover the failed commit from the WAL.
         """
         if self._identity_check is not None and not self.read_only:
             self._identity_check.before_commit()
@@ -149,7 +150,7 @@ class StoreConnection:
         except self._driver_errors as error:
             failure = self._refused(error, "COMMIT")
         except ConnectionLostError as error:
-            failure = error  # translated by an event listener of SQLAlchemy's engine
+            failure = error  # an event listener of SQLAlchemy's engine has translated the error
         else:
             return
         if isinstance(failure, ConnectionLostError) and not self.read_only:
@@ -160,12 +161,13 @@ class StoreConnection:
         self._execute("COMMIT")
 
     def rollback(self) -> None:
-        """Roll back the transaction. Do nothing if the connection has no transaction or the process was forked."""
+        """Roll back the transaction. Do nothing if there is no transaction, or if the process was forked."""
         if isinstance(self._raw, _ClosedAfterFork):
             return  # the transaction belongs to the parent process
         if self._root is not None:
             root, self._root = self._root, None
-            # A failed flush has already rolled back `root`. After a failed COMMIT the connection still has it.
+            # A failed flush has already rolled back the transaction `root`. After a failed COMMIT the connection still
+            # has the transaction.
             if self._connection.get_transaction() is root:
                 root.rollback()
         if self.in_transaction:
@@ -178,11 +180,11 @@ class StoreConnection:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the driver has noticed the end of the connection to a server; False for a file."""
+        """Whether the driver has noticed that the connection to the server has ended. Always False for a file."""
         return False
 
     def is_stale(self, failure: BaseException) -> bool:
-        """Return whether BEGIN failed because the server ended the idle connection; False for a file."""
+        """Return whether BEGIN failed because the server ended the idle connection. Always return False for a file."""
         return False
 
     def orm_connection(self) -> Connection:
@@ -216,7 +218,7 @@ class StoreConnection:
         raise failure
 
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
-        """Return homeagent's error for an exception of the driver. The message may name the statement `sql`."""
+        """Return homeagent's error for an exception of the driver. For some errors the message contains `sql`."""
         return naming_statement(self._translate(error), sql)
 
     def _compile(self, statement: Statement[R]) -> Compiled[R]:
@@ -225,13 +227,13 @@ class StoreConnection:
         return compiled
 
     def one(self, statement: Statement[R], parameters: Parameters) -> R | None:
-        """Return the first row as the statement loads it, or None if the statement returns no row."""
+        """Return the first row, converted by the statement's `load`; None if the statement returns no row."""
         compiled = self._compiled.get(statement) or self._compile(statement)
         if compiled.writes and self.read_only:
             raise _read_only()
         failure: BaseException
         try:
-            # Do not use fetchone: a statement with an unread row keeps its locks and its snapshot.
+            # Do not use fetchone, because a statement with an unread row keeps its locks and its snapshot.
             rows = self._execute(compiled.sql, compiled.bind(parameters)).fetchall()
         except self._driver_errors as error:
             failure = self._unread_rows(error, compiled, parameters) or self._refused(error, compiled.sql)
@@ -243,7 +245,7 @@ class StoreConnection:
         raise failure
 
     def all(self, statement: Statement[R], parameters: Parameters) -> list[R]:
-        """Return all rows as the statement loads them, in the order of the statement."""
+        """Return all rows, converted by the statement's `load`, in the order of the statement."""
         compiled = self._compiled.get(statement) or self._compile(statement)
         if compiled.writes and self.read_only:
             raise _read_only()
@@ -260,14 +262,14 @@ class StoreConnection:
         raise failure
 
     def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
-        """Run one reading statement outside a unit, by the method of this class that `act` names."""
+        """Run one reading statement outside a unit. The argument `act` is the name of the method to call."""
         self.check_file()
         return getattr(self, act)(statement, parameters)
 
     def _unread_rows(
         self, error: BaseException, compiled: Compiled[Any], parameters: Parameters
     ) -> HomeAgentError | None:
-        """Return an error with the row that the driver can't decode; None if `error` has another cause."""
+        """Return an error that names the row with a value that can't be decoded; None if `error` has another cause."""
         return None
 
     def write(self, statement: Statement[Any], parameters: Parameters) -> int:
@@ -322,9 +324,9 @@ class StoreConnection:
         self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names from the models
 
     def invalidate(self) -> None:
-        """Make every further statement raise `DatabaseClosedError`, in a forked child. A unit may be open.
+        """Make every further statement of a forked child raise `DatabaseClosedError`, even while a unit is open.
 
-        Do not close the connection: SQLite would find the parent's WAL by its name, and delete it.
+        Do not close the connection, because SQLite would find the parent's WAL by its name and delete the WAL.
         """
         if self._connection.closed:
             return  # closed before the fork
@@ -339,13 +341,13 @@ class StoreConnection:
     def close(self) -> None:
         """Close the connection. The database rolls back an open transaction."""
         if self.is_lost:
-            # On a lost connection SQLAlchemy would try to roll back, and log its failure.
+            # If the connection is lost, SQLAlchemy would try to roll back and would log an error.
             self._connection.invalidate()
         self._connection.close()
 
 
 class _ClosedAfterFork:
-    """Replacement for the parent's connection and cursor in a forked child. Each call raises `DatabaseClosedError`."""
+    """Replaces the parent's connection and cursor in a forked child. Each call raises `DatabaseClosedError`."""
 
     in_transaction = False
     closed = False
@@ -363,12 +365,12 @@ _kept: list[Any] = []
 
 
 def _keep_forever(connection: object) -> None:
-    """Keep an object until the process has ended, also while the interpreter shuts down."""
+    """Prevent an object from being freed, even while the interpreter shuts down."""
     _kept.append(connection)
     try:
         import ctypes
     except ImportError:
-        return  # some builds of Python have no ctypes: the interpreter frees the object at shutdown
+        return  # some builds of Python have no ctypes, so the interpreter frees the object at shutdown
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 

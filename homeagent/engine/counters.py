@@ -1,7 +1,7 @@
 """Counters of one open database, cheap enough to update in every unit of work.
 
-The counters are plain integers without a lock: CPython switches threads at calls and backward jumps, not inside
-`x += 1` on a slot. Waits and group sizes go into bounded queues.
+The counters are plain integers without a lock, because CPython switches threads only at calls and backward jumps, and
+not inside `x += 1` on a slot. The lengths of waits and the sizes of groups are kept in bounded queues.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class LastError(NamedTuple):
     """The engine's last error.
 
     Attributes:
-        kind: class name, such as `DiskFullError`.
-        message: text, without values of rows.
-        at: time, by the system's clock.
+        kind: name of the error's class, such as `DiskFullError`.
+        message: text of the error, without values of rows.
+        at: time of the error by the system's clock.
     """
 
     kind: str
@@ -34,20 +34,20 @@ class LastError(NamedTuple):
 
 
 class CountersSnapshot(NamedTuple):
-    """Counters since the database was opened. Percentiles cover the last 1,024 values; None without values.
+    """Counters since the database was opened. A percentile covers the last 1,024 values, and is None without values.
 
     Attributes:
-        units: ended units: the sum of `reads`, `commits` and `rollbacks`.
-        reads: read-only units.
-        commits: committed write units, also if several units shared a commit.
-        rollbacks: write units that were rolled back.
+        units: number of ended units, the sum of `reads`, `commits` and `rollbacks`.
+        reads: number of read-only units.
+        commits: number of committed write units. Several units that share a commit are counted one by one.
+        rollbacks: number of write units that were rolled back.
         retries: number of times that a unit was run again.
-        pool_waits: number of waits for a connection of the pool (for a writer: for the write lock).
-        pool_wait_p50, pool_wait_p99: length of these waits, in seconds.
-        groups: commits that two or more units shared.
-        group_size_p50, group_size_p99: number of units in such a commit.
-        sweeps: ended sweeps.
-        swept: rows that the sweeps deleted.
+        pool_waits: number of waits for a connection of a pool. A writer on SQLite waits for the write lock.
+        pool_wait_p50, pool_wait_p99: percentiles of the length of a wait for a connection, in seconds.
+        groups: number of commits that two or more units shared.
+        group_size_p50, group_size_p99: percentiles of the number of units in a shared commit.
+        sweeps: number of ended sweeps.
+        swept: number of rows that the sweeps deleted.
         last_error: the engine's last error; None if there was no error.
     """
 
@@ -103,7 +103,7 @@ class Counters:
         self._waits.append(seconds)
 
     def grouped(self, size: int) -> None:
-        """Count a commit that `size` units shared, 2 or more."""
+        """Count a commit that two or more units shared. The argument `size` is the number of units."""
         self.groups += 1
         self._group_sizes.append(size)
 
@@ -140,6 +140,7 @@ class Counters:
 
 def _percentile(values: deque[N], percent: int) -> N | None:
     """Return the nearest-rank percentile; None without values."""
-    # Do not sort the deque itself: `list` copies it in one call, in which no other thread can append.
+    # Do not sort the deque itself, because another thread can append to the deque. The call of `list` copies the deque
+    # in one step.
     ordered = sorted(list(values))  # noqa: C414
     return ordered[(len(ordered) * percent - 1) // 100] if ordered else None

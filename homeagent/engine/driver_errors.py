@@ -1,8 +1,8 @@
 """Translate a driver's exceptions to homeagent's errors.
 
-A driver's message may contain stored values: psycopg puts the rejected row into DETAIL. The message of a translated
-error therefore contains only the kind of error, the remedy, names from the schema and the SQL text of homeagent's
-statement. The driver's exception is not the cause or the context of the translated error.
+A driver's message can contain stored values. For example, psycopg puts the rejected row into DETAIL. The message of a
+translated error therefore contains only the kind of error, the remedy, names from the schema and the SQL text of
+homeagent's statement. The translated error has no cause or context, so it does not refer to the driver's exception.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ RESTORE = "stop, keep the file with its -wal and -shm, and restore the newest go
 """Remedy for a damaged file."""
 
 SESSION_ENDED = frozenset({"FATAL", "PANIC"})
-"""Severities of a PostgreSQL error that ends the session, with any SQLSTATE."""
+"""Severities of a PostgreSQL error that ends the session, whatever the SQLSTATE is."""
 
 Translate = Callable[[BaseException], HomeAgentError]
 
 
-# Messages of SQLite and PostgreSQL with a name from the schema and without a stored value.
+# Messages of SQLite and PostgreSQL that contain a name from the schema and never contain a stored value.
 _NAMING = re.compile(
     r"""no\ such\ (table|column|index|view|function|module|savepoint):\ [\w.~]+
     | table\ \w+\ has\ no\ column\ named\ \w+
@@ -70,13 +70,13 @@ _NAMING = re.compile(
 
 
 def named(error: BaseException) -> str:
-    """Return a colon and the message of a database, or an empty text if the message may contain a stored value."""
+    """Return a colon and the database's message. Return an empty text if the message can contain a stored value."""
     first, *_ = str(error).splitlines() or [""]
     return f": {first}" if _NAMING.fullmatch(first) else ""
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
-    """Return `error`, or a `DatabaseError` with the SQL text if the class of `error` does not tell the reason.
+    """Return a `DatabaseError` with the SQL text if `error` is a plain `DatabaseError`; otherwise return `error`.
 
     Args:
         error: error of a statement of homeagent.
@@ -123,7 +123,7 @@ def constraint_conflict(kind: str, table: str | None, constraint: str | None, la
         kind: kind of the constraint, see `ConflictError.kind`.
         table: name of the table with the constraint; None if unknown.
         constraint: name or columns of the constraint; None if unknown.
-        label: the database's name of the error.
+        label: name or number of the error in the database's documentation.
     """
     name = f"a {kind} constraint" if constraint is None else f"the {kind} constraint {constraint!r}"
     owner = "the database" if table is None else f"table {table!r}"
@@ -191,7 +191,7 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
 }
 
 
-# Exceptions of apsw and Python without a result code of SQLite: raised before or after SQLite runs a statement.
+# Exceptions of apsw and Python without a result code of SQLite, raised before or after SQLite runs a statement.
 _DRIVER_ERRORS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
     apsw.ConnectionClosedError: (DatabaseClosedError, "the database was closed: open it again"),
     apsw.CursorClosedError: (DatabaseClosedError, "the database was closed: open it again"),
@@ -206,7 +206,7 @@ def sqlite_error(error: BaseException) -> HomeAgentError:
     code = getattr(error, "extendedresult", None)
     if code is None:
         if isinstance(error, UnicodeError):
-            # SQLAlchemy keeps this exception as a cause. Remove the stored text from the exception.
+            # Remove the stored text from this exception, because SQLAlchemy keeps the exception as a cause.
             error.args = ()
             error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
         for driver_error, (kind, message) in _DRIVER_ERRORS.items():
@@ -219,7 +219,7 @@ def sqlite_error(error: BaseException) -> HomeAgentError:
 
 
 def sqlite_code(error: BaseException) -> int:
-    """Return SQLite's primary result code of an error, or 0 if the error is not SQLite's."""
+    """Return SQLite's primary result code of an error, or 0 if the error does not come from SQLite."""
     return int(getattr(error, "extendedresult", None) or 0) & 0xFF
 
 
@@ -241,7 +241,10 @@ _POSTGRESQL_CONSTRAINTS = {
 
 
 def refused_by(error: BaseException) -> tuple[str | None, str | None]:
-    """Return the table and the constraint or column in an exception of psycopg, if PostgreSQL named them."""
+    """Return the table, and the constraint or column, that PostgreSQL named in an exception of psycopg.
+
+    A name that PostgreSQL did not report is None.
+    """
     kept: tuple[str | None, str | None] | None = getattr(error, "constraint", None)
     if kept is not None:
         return kept
@@ -266,7 +269,7 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
         busy.sqlstate = state
         return busy
     if state.startswith(("08", "57P")) or state in {"25P03", "25P04"}:
-        # A restart, a failover, or a timeout after which the server ends an idle session.
+        # The cause is a restart, a failover, or a timeout after which the server ends an idle session.
         return ConnectionLostError(
             "the PostgreSQL server closed the connection or is starting: run the unit again" + label
         )
@@ -294,8 +297,9 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
 
 
 def _psycopg_error(error: BaseException) -> HomeAgentError:
-    """Return homeagent's error for an exception of psycopg without an SQLSTATE: the server sent no answer."""
-    # Compare names of DB-API (PEP 249). Do not import psycopg: only the PostgreSQL engine does.
+    """Return homeagent's error for an exception of psycopg without an SQLSTATE, because the server sent no answer."""
+    # Compare the names of DB-API's classes (PEP 249). Do not import psycopg, because a SQLite store must work without
+    # psycopg.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"OverflowError", "DataError"}:
         return InvalidArgumentError("a value can't be stored by PostgreSQL, such as a text with a NUL")
@@ -306,7 +310,7 @@ def _psycopg_error(error: BaseException) -> HomeAgentError:
 
 @contextmanager
 def translated(driver_errors: tuple[type[BaseException], ...], translate: Translate) -> Iterator[None]:
-    """Raise homeagent's error instead of the driver's exception. The error's chain has no exception of the driver."""
+    """Raise homeagent's error instead of the driver's exception. The error has no cause or context."""
     translation: HomeAgentError | None = None
     try:
         yield

@@ -35,9 +35,9 @@ class Engine(ABC):
         sa_engine: SQLAlchemy's engine, which opens all connections.
         driver_errors: base classes of the driver's exceptions.
         translate: function from a driver's exception to homeagent's error.
-        writers: maximum number of writing units at once.
-        readers: maximum number of reading units at once.
-        begin_write, begin_read: SQL statements at the beginning of a unit.
+        writers: maximum number of writing units at the same time.
+        readers: maximum number of reading units at the same time.
+        begin_write, begin_read: SQL statements that begin a writing unit and a reading unit.
         watch: file-identity check; None for a server.
 
     Attributes:
@@ -47,7 +47,7 @@ class Engine(ABC):
     write_connection_type: type[StoreConnection] = StoreConnection
     read_connection_type: type[StoreConnection] = StoreConnection
     shares_commits = False
-    """Whether concurrent units share a commit: see `homeagent.group_commit`."""
+    """Whether concurrent units share a commit, as described in `homeagent.group_commit`."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Engine(ABC):
         )
         self._closed = False
         self.is_forked_copy = False
-        """Whether a fork copied this object into a child process. A copy can't be used."""
+        """Whether a fork copied this object into a child process. The child can't use the copy."""
         _engines.add(self)
         register(self)
 
@@ -102,19 +102,19 @@ class Engine(ABC):
     def begin(self, *, read_only: bool, timeout: float) -> StoreConnection:
         """Take a connection from its pool, begin a transaction, and return the connection.
 
-        If the server has ended an idle connection, close all idle connections and try again with the next connection:
-        only BEGIN was sent.
+        If the server has ended an idle connection, close all idle connections and try again with the next connection.
+        The second try is safe, because only BEGIN was sent.
 
         Args:
             read_only: whether the unit only reads.
             timeout: maximum wait for a connection, in seconds.
 
         Raises:
-            DatabaseBusyError: if no connection was released in time, or the database was busy.
-            DatabaseClosedError: if the database was closed, or opened before a fork.
+            DatabaseBusyError: if no connection was released within `timeout`, or the database was busy.
+            DatabaseClosedError: if the database was closed, or was opened before the process was forked.
             ConnectionLostError: if the server can't be reached.
         """
-        # The same as `self.pool()`, without its call in every unit.
+        # This line does the same as `self.pool()`, but saves a function call in every unit.
         if self.is_forked_copy:
             raise _invalidated()
         pool = self.readers if read_only else self.writers
@@ -123,7 +123,8 @@ class Engine(ABC):
             try:
                 connection.begin()
             except BaseException as error:
-                # Keep the connection: while it is open, the system keeps a deleted file, which may be put back.
+                # Keep the connection open, because the system keeps a deleted file while a connection is open. The
+                # administrator can then put the file back.
                 if isinstance(error, (DatabaseBusyError, DatabaseMovedError)) and not connection.in_transaction:
                     pool.release(connection)
                     raise
@@ -148,8 +149,8 @@ class Engine(ABC):
             timeout: maximum wait for a connection, in seconds.
 
         Raises:
-            DatabaseBusyError: if no connection was released in time.
-            DatabaseClosedError: if the database was closed, or opened before a fork.
+            DatabaseBusyError: if no connection was released within `timeout`.
+            DatabaseClosedError: if the database was closed, or was opened before the process was forked.
             ConnectionLostError: if the server can't be reached.
         """
         if self.is_forked_copy:
@@ -177,7 +178,7 @@ class Engine(ABC):
 
     @property
     def contention(self) -> int:
-        """Number of waits of a writing unit for another unit."""
+        """Number of times that a writing unit has waited for another unit."""
         return self.writers.waits
 
     @abstractmethod
@@ -189,7 +190,7 @@ class Engine(ABC):
             truncate: whether to wait for readers, and to truncate the WAL.
 
         Returns:
-            False if another unit or process used the WAL until the timeout, and the WAL was not truncated.
+            False if the WAL was not truncated, because another unit or process used the WAL until the timeout.
         """
 
     def _connection(self, *, read_only: bool) -> StoreConnection:
@@ -213,7 +214,7 @@ class Engine(ABC):
         return connection
 
     def begin_of(self, connection: sqlalchemy.Connection, *, read_only: bool) -> Sequence[str]:
-        """Return the SQL statements at the beginning of a unit on the connection."""
+        """Return the SQL statements that begin a unit on the connection."""
         return self._begin[read_only]
 
     def require_reconnect(self) -> None:
@@ -228,7 +229,7 @@ class Engine(ABC):
 
     @abstractmethod
     def connect(self) -> sqlalchemy.Connection:
-        """Return a new connection of SQLAlchemy's engine, outside the pools; the caller closes the connection."""
+        """Return a new connection that belongs to no pool. The caller must close the connection."""
 
     @abstractmethod
     def open_read_connection(self) -> sqlalchemy.Connection:
@@ -236,7 +237,7 @@ class Engine(ABC):
 
     @contextmanager
     def read_connection(self, timeout: float) -> Iterator[sqlalchemy.Connection]:
-        """Lend a connection that can't write: see `Database.read_connection`."""
+        """Lend a connection that can't write, as described in `Database.read_connection`."""
         if self.is_forked_copy:
             raise _invalidated()
         connection = self.read_connections.acquire(timeout)
@@ -265,14 +266,14 @@ class Engine(ABC):
 
     @abstractmethod
     def after_close(self) -> None:
-        """Release the resources that connections need until they are closed."""
+        """Release the resources that the connections needed. The connections are closed by now."""
 
     @abstractmethod
     def before_fork(self) -> None:
         """Close the connections that a forked child must not inherit."""
 
     def after_fork_in_child(self) -> None:
-        """Make the connections unusable in a forked child: they belong to the parent."""
+        """Make the connections unusable in a forked child, because the connections belong to the parent."""
         for connection in list(self._connections):
             connection.invalidate()
 

@@ -1,9 +1,9 @@
 """Prepare open databases for a fork of the process.
 
-A child does not inherit file locks, but inherits SQLite's record of the parent's locks. A new connection of the child
-would rely on locks that the child does not hold, and the parent could delete the WAL
+A child process does not inherit file locks, but inherits the memory in which SQLite records the parent's locks. A new
+connection of the child would rely on locks that the child does not hold, and the parent could delete the WAL
 (https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_). So each engine closes its
-idle connections before a fork. If a unit of work uses a connection during the fork, the child refuses the file.
+idle connections before a fork. If a unit of work uses a connection during the fork, the child refuses to open the file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Forkable(Protocol):
     is_forked_copy: bool
 
     def before_fork(self) -> None:
-        """Close idle connections. Connections that remain open count as in use."""
+        """Close idle connections. A connection that remains open counts as in use."""
 
     def after_fork_in_child(self) -> None:
         """Make inherited connections unusable, and call `inherit` for a file that was in use."""
@@ -63,7 +63,7 @@ def _before() -> None:
 
 def _after_in_child() -> None:
     engines = list(_known)
-    # Mark all engines first: an error in the second loop must not leave a usable engine.
+    # Mark all engines before the second loop, because an error in that loop must not leave a usable engine.
     for engine in engines:
         engine.is_forked_copy = True
     for engine in engines:

@@ -1,9 +1,9 @@
 """Call the listeners of SQLAlchemy's engine events for statements that bypass SQLAlchemy.
 
-A store's statements run on the driver's cursor, so listeners such as OpenTelemetry's would miss them. If there are
-listeners when a connection is created, its cursor is wrapped. The wrapper calls the listeners in SQLAlchemy's order and
-with SQLAlchemy's arguments (https://docs.sqlalchemy.org/en/21/core/events.html), but hides all parameters, and passes
-homeagent's error instead of the driver's.
+A store's statements run on the driver's cursor, so listeners such as OpenTelemetry's would miss the statements. If
+there are listeners when a connection is created, the connection's cursor is wrapped. The wrapper calls the listeners
+in the same order and with the same arguments as SQLAlchemy (https://docs.sqlalchemy.org/en/21/core/events.html). But
+the wrapper hides all parameters, and passes homeagent's error instead of the driver's error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def has_listeners(connection: Connection) -> bool:
 
 
 class _Execution(ExecutionContext):
-    """Context of one statement. Listeners may add attributes, such as a span."""
+    """Context of one statement. Listeners can add attributes to the context, such as a span."""
 
     def __init__(self, connection: Connection, cursor: Any, statement: str, *, many: bool) -> None:
         self.engine = connection.engine
@@ -65,7 +65,10 @@ class FailureContext(ExceptionContext):
 
 
 class InstrumentedCursor:
-    """A driver's cursor that calls the connection's listeners. `translate` converts `driver_errors` to homeagent's."""
+    """A driver's cursor that calls the connection's listeners.
+
+    The function `translate` converts an exception of a class in `driver_errors` to homeagent's error.
+    """
 
     def __init__(
         self,
@@ -93,7 +96,7 @@ class InstrumentedCursor:
 
     @contextmanager
     def copy(self, statement: str) -> Iterator[Any]:
-        """Copy rows into a PostgreSQL table. For the listeners the block is one statement."""
+        """Copy rows into a PostgreSQL table. The listeners are called as for one statement."""
         execution, statement = self._before(statement, many=True)
         try:
             with self._cursor.copy(statement) as copy:
@@ -117,7 +120,7 @@ class InstrumentedCursor:
         execution = _Execution(self._connection, self._cursor, statement, many=many)
         dispatch: Any = self._connection.dispatch
         for listener in dispatch.before_cursor_execute:
-            # A listener may change the statement, for example to add a comment, but not the parameters.
+            # A listener can change the statement, for example to add a comment. A listener can't change the parameters.
             statement, _ = listener(self._connection, self._cursor, statement, (), execution, many)
         return execution, statement
 

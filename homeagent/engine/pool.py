@@ -38,13 +38,13 @@ class _Waiter(Generic[T]):
 
 
 class ConnectionPool(Generic[T]):
-    """A bounded set of resources, created on demand and kept. Waiting threads get a resource first in, first out.
+    """A bounded set of resources, created on demand and kept. The thread with the longest wait gets the next resource.
 
     Args:
-        size: maximum number of resources; 1 makes the pool a lock.
-        make: function that creates a resource. `acquire` passes its errors on and does not count the resource.
+        size: maximum number of resources. A pool of size 1 is a lock.
+        make: function that creates a resource. If `make` raises an error, `acquire` raises the same error.
         name: name of a resource in the message of a timeout, such as "the write lock".
-        waited: function that gets the seconds of each wait, also of a wait that timed out.
+        waited: function to call after each wait, also if the wait timed out. Its argument is the wait in seconds.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ConnectionPool(Generic[T]):
         self._closed = False
         self._held: dict[T, tuple[int, float]] = {}
         self.occupation: Callable[[int], str | None] | None = None
-        """Function from a holder's thread id to its current work; None if the thread works for itself."""
+        """Function from a holder's thread id to the name of the thread's work; None if the thread runs its own unit."""
         self.waits = 0
         """Number of callers that had to wait."""
 
@@ -73,15 +73,16 @@ class ConnectionPool(Generic[T]):
             timeout: maximum wait, in seconds.
 
         Raises:
-            DatabaseBusyError: if no resource was released in time; the message names the holders and their times.
+            DatabaseBusyError: if no resource was released within `timeout`. The message names each holder and says for
+                how long the thread has held the resource.
             DatabaseClosedError: if the pool is closed.
         """
         holder = get_ident(), monotonic()
         resource: T | None = None
         waiter: _Waiter[T] | None = None
         has_place = False
-        # CPython runs a signal handler only after a call or a jump back. Do not add a call between taking a resource or
-        # a place and recording it: the interrupt tests of tests/engine/test_pool.py fail.
+        # CPython runs a signal handler only after a call or a jump back. Do not add a call between the line that takes
+        # a resource and the line that records the holder, or the interrupt tests of tests/engine/test_pool.py fail.
         try:
             with self._mutex:
                 if self._closed:
@@ -118,9 +119,9 @@ class ConnectionPool(Generic[T]):
         return resource
 
     def _wait(self, waiter: _Waiter[T], timeout: float) -> bool:
-        """Wait until `waiter` is served. Return whether the waiter may create a resource; if False, it got a resource.
+        """Wait until `waiter` is served. Return True if the waiter may create a resource.
 
-        After `close`, the waiter has got neither.
+        Return False if the waiter got a resource, and also if the pool was closed.
         """
         self.waits += 1
         since = monotonic()
@@ -131,7 +132,7 @@ class ConnectionPool(Generic[T]):
                 self._waited(monotonic() - since)
         if not given:
             with self._mutex:
-                # A waiter that has left the queue was served between the timeout and here.
+                # If the waiter has left the queue, the waiter was served after the timeout and before this line.
                 if waiter in self._waiters:
                     raise self._busy(timeout)
         return waiter.has_place
@@ -148,7 +149,7 @@ class ConnectionPool(Generic[T]):
             self._free_place()
 
     def release(self, resource: T) -> None:
-        """Pass a resource to the thread with the longest wait; without a waiter, keep the resource for later."""
+        """Pass a resource to the thread with the longest wait. If no thread waits, keep the resource for later."""
         with self._mutex:
             closed = self._closed
             if closed:
@@ -168,7 +169,7 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def release_own(self, resource: T) -> None:
-        """Release a resource if this thread still holds it, since an interrupt may have prevented `release`."""
+        """Release a resource if this thread still holds the resource, because an interrupt prevented `release`."""
         holder = self._held.get(resource)
         if holder is not None and holder[0] == get_ident():
             self.release(resource)
@@ -181,7 +182,7 @@ class ConnectionPool(Generic[T]):
             self._free_place(resource)
 
     def discard_free(self) -> None:
-        """Close the resources without a holder, such as connections to a server that was restarted."""
+        """Close the resources that no thread holds, for example the connections to a server that was restarted."""
         with self._mutex:
             free, self._free = self._free, []
             self._count -= len(free)
@@ -189,7 +190,10 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def _free_place(self, resource: T | None = None) -> None:
-        """Let the next waiter create a resource in the place of `resource` or of a resource that was not created."""
+        """Let the next waiter create a resource.
+
+        The new resource replaces `resource`. If `resource` is None, a resource could not be created.
+        """
         with self._mutex:
             if resource is not None:
                 del self._held[resource]
@@ -202,7 +206,7 @@ class ConnectionPool(Generic[T]):
                 self._count -= 1
 
     def close(self) -> None:
-        """Close the resources without a holder. Waiting and later callers get `DatabaseClosedError`.
+        """Close the resources that no thread holds. Waiting and later calls of `acquire` raise `DatabaseClosedError`.
 
         A held resource is closed when its holder releases it.
         """

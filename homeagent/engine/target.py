@@ -28,9 +28,9 @@ __all__ = [
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
-# A server's address without the form of a URL. As a path, the address would name a new, empty store, and show the
-# server's password: libpq's "host=… password=…"; a name with a colon before its first slash, such as "postgresql:/…",
-# "user:password@host/…", "host:5432" or "sqlite:x.db", also after "//"; "user@host/…"; and "postgres//…".
+# A server's address that does not have the form of a URL. If the address were used as a path, homeagent would create a
+# new, empty store, and messages would show the server's password. Examples are libpq's "host=… password=…",
+# "postgresql:/…", "user:password@host/…", "host:5432", "sqlite:x.db", "//host:5432", "user@host/…" and "postgres//…".
 _ADDRESS = re.compile(
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
     r"|^([\w+.-]*//)?[^/]*(:|@[^/]*/)"
@@ -47,25 +47,25 @@ _IS_ADDRESS = (
 )
 
 Given = str | os.PathLike[str] | URL | SecretStr | None
-"""A target as a caller gives it, or after `conceal`."""
+"""The argument of `Database.open`, or the result of `conceal` for the argument."""
 
 _SHOWN_OPTIONS = frozenset({"host", "hostaddr", "port", "sslmode", "target_session_attrs", "user"})
 
 
 class Target(NamedTuple):
-    """The location of a database: the path of a SQLite file, the URL of a server, or neither for `:memory:`."""
+    """The path of a SQLite file or the URL of a server. For `:memory:` both attributes are None."""
 
     path: Path | None = None
     url: URL | None = None
 
     @property
     def is_temporary(self) -> bool:
-        """Whether the target is `:memory:`: a private temporary file, deleted when the database is closed."""
+        """Whether the target is `:memory:`, a private temporary file that is deleted when the database is closed."""
         return self.path is None and self.url is None
 
     @property
     def location(self) -> str:
-        """The path, `:memory:`, or the server's URL without passwords, to show in messages."""
+        """The location for messages, which is the path, `:memory:`, or the server's URL without passwords."""
         if self.url is not None:
             return presentable_url(self.url)
         return ":memory:" if self.path is None else str(self.path)
@@ -74,16 +74,16 @@ class Target(NamedTuple):
 def presentable_url(url: URL) -> str:
     """Return a server's URL without its password and with the options in `_SHOWN_OPTIONS` only.
 
-    libpq also accepts passwords as options: https://www.postgresql.org/docs/current/libpq-connect.html
+    The library libpq also accepts passwords as options (https://www.postgresql.org/docs/current/libpq-connect.html).
     """
     kept = {name: value for name, value in url.query.items() if name in _SHOWN_OPTIONS}
     return url.set(query=kept).render_as_string(hide_password=True)
 
 
 def conceal(target: str | os.PathLike[str] | URL | None) -> Given:
-    """Return a target in a form that hides a password in recorded tracebacks with local variables.
+    """Return the target in a form that does not show a password when a traceback is recorded with local variables.
 
-    A public method calls this function first, then deletes its own argument.
+    Each public method calls this function first, and then deletes the method's own argument.
     """
     return SecretStr(target) if isinstance(target, str) else target
 
@@ -92,18 +92,19 @@ def resolve_target(target: Given) -> Target:
     """Return the location that a target names.
 
     Args:
-        target: None for `$HOMEAGENT_DATABASE` or else `~/.homeagent/homeagent.db`; a path; `":memory:"`; or a URL such
-            as `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql+psycopg://…`. A PathLike is always a
-            path, and so is a str that begins with `/`, `./`, `../` or `~/`. A SecretStr counts as a str.
+        target: a path, `":memory:"`, or a URL such as `sqlite:///relative.db`, `sqlite:////absolute.db` or
+            `postgresql+psycopg://…`. None means `$HOMEAGENT_DATABASE` or, if that variable is not set,
+            `~/.homeagent/homeagent.db`. A PathLike is always a path. A str that begins with `/`, `./`, `../` or `~/` is
+            also a path. A SecretStr counts as a str.
 
     Raises:
-        InvalidArgumentError: if the target is empty, a directory, an unreadable URL or a URL of an unsupported engine;
-            if it contains a control character; if a str looks like a server's address or is a SQLite URI; or if a
-            server's URL contains a byte that is not UTF-8, or impossible hosts or ports. The message does not show the
-            URL or the address, which may contain a password.
+        InvalidArgumentError: if the target is empty, contains a control character, or names a directory; if a str looks
+            like a server's address or is a SQLite URI; if a URL can't be read or names an unsupported engine; or if a
+            server's URL contains a byte that is not UTF-8, or a host or a port that can't exist. The message does not
+            show the URL or the address, which can contain a password.
     """
     found = _read(target)
-    # Do not raise the error in `_read`: a local variable of its frame holds the password.
+    # Do not raise the error in `_read`, because a local variable of the frame of `_read` holds the password.
     if isinstance(found, InvalidArgumentError):
         raise found
     return found
@@ -136,7 +137,7 @@ def refuse_address(path: object) -> None:
 
     Raises:
         InvalidArgumentError: if `path` looks like an address or is a SQLite URI. The message does not show `path`,
-            which may contain a password.
+            which can contain a password.
     """
     if _is_address(path):
         raise InvalidArgumentError(_IS_ADDRESS)
@@ -161,7 +162,7 @@ def _named_file(path: str | os.PathLike[str]) -> Target:
     where = locate_file(path)
     text = os.fspath(path)
     if text.endswith(("/", os.sep)):
-        # `locate_file` drops the last slash, and the path would name a file.
+        # The function `locate_file` would drop the last slash, and the path would then name a file.
         raise InvalidArgumentError(f"{text!r} names a directory: name a file in it")
     return Target(path=where)
 
@@ -195,7 +196,7 @@ def _read_server_url(url: URL) -> Target | InvalidArgumentError:
     try:
         hosts = url.get_dialect()().create_connect_args(url)[1].get("host", "")
         for host in hosts.split(","):
-            # A host may also be the directory or the abstract name of the server's socket.
+            # The host of a URL can also be the directory or the abstract name of the server's socket.
             if not host.startswith(("/", "@")):
                 host.encode("idna")
     except (ArgumentError, ValueError):
@@ -204,6 +205,6 @@ def _read_server_url(url: URL) -> Target | InvalidArgumentError:
             "hosts: write ?host=a.example:5432&host=b.example:5432, see docs/postgresql.md"
         )
     if isinstance(password := url.query.get("password"), str):
-        # SQLAlchemy hides the password of `URL.password`, but not an option of the query.
+        # SQLAlchemy hides the attribute `URL.password`, but does not hide a password in the query.
         url = url.difference_update_query(["password"]).set(password=password)
     return Target(url=url)

@@ -1,1 +1,1 @@
-"""Files and directories of the operating system: checks, permissions, locks and syncs. No SQL, no driver."""
+"""Checks, permissions, locks and syncs of files and directories. This package uses no SQL and no database driver."""

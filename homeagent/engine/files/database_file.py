@@ -4,9 +4,9 @@ A user with write access to the database can approve any device, and a user with
 Each file therefore has mode 0600. This module refuses a symbolic link, a file with several hard links, and a file of
 an untrusted user (`homeagent.engine.files.owners` lists the trusted users).
 
-This module inspects an existing database by `lstat` only. Do not open a database file here: when a process closes any
-descriptor of a file, the process loses all POSIX locks that SQLite holds on the file
-(https://sqlite.org/howtocorrupt.html, section 2.2). The same rule holds for the `-wal`, `-shm` and `-journal` files.
+This module inspects an existing database by `lstat` only. Do not open a database file here, because a process that
+closes any descriptor of a file loses all POSIX locks that SQLite holds on the file
+(https://sqlite.org/howtocorrupt.html, section 2.2). Do not open the `-wal`, `-shm` and `-journal` files either.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ __all__ = [
 
 logger = logging.getLogger("homeagent")
 
-# The smallest page is the smallest database (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite treats a
-# shorter file as an empty database, and would silently drop all revocations and nonces.
+# The smallest database has one page of the smallest size (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite
+# treats a shorter file as an empty database, and would silently drop all revocations and nonces.
 SMALLEST_DATABASE = 512
 
 CONTROL_CHARACTER = re.compile(r"[\0-\x1f\x7f-\x9f]")
@@ -63,7 +63,7 @@ _SIDECAR_SUFFIXES = ("-wal", "-shm", "-journal")
 
 OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
-# Another process may create, remove or replace a file of SQLite during an inspection. Only a hostile or broken program
+# Another process can create, remove or replace a file of SQLite during an inspection. Only a hostile or broken program
 # does so ten times in a row.
 _ATTEMPTS = 10
 
@@ -74,12 +74,12 @@ _ATTEMPTS = 10
 def locate_file(path: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a database file, with `~` expanded and links among the directories resolved.
 
-    The last component is not resolved, so that `inspect_file` can still refuse a link there. A linked directory is
-    legitimate: /tmp is a link on macOS, and a home directory may be on another volume. The file need not exist.
+    The last component is not resolved, so that `inspect_file` can still refuse a link there. A link to a directory is
+    legitimate, because /tmp is a link on macOS and a home directory can be on another volume. The file need not exist.
 
     Raises:
-        InvalidArgumentError: `path` is not a path, is empty, contains a control character, is not UTF-8, or names the
-            home directory of an unknown user.
+        InvalidArgumentError: if `path` is not a path, is empty, contains a control character, is not UTF-8, or names
+            the home directory of an unknown user.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidArgumentError(f"a path must be a str or a PathLike, not {type(path).__name__}")
@@ -87,7 +87,8 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
     if not text:
         raise InvalidArgumentError("the path of a database is empty: name a file")
     if CONTROL_CHARACTER.search(text):
-        # A name that was read from a file with its line break would be a new, empty database.
+        # If an application read the name from a file together with the line break, a new, empty database would be
+        # created.
         raise InvalidArgumentError("the path holds a control character, such as a line break: remove the character")
     try:
         expanded = Path(text).expanduser()
@@ -120,11 +121,11 @@ class FileState(NamedTuple):
 
     Attributes:
         path: the file.
-        size: bytes; 0 for a database that was created and not yet initialised.
-        mode: permission bits, after any repair.
+        size: size in bytes, which is 0 for a database that was created but not yet initialised.
+        mode: permission bits after a repair, if one was necessary.
         uid: user id of the owner.
         device, inode: identity of the file, independent of the file's name.
-        repaired_from: permission bits before this inspection narrowed them; None if the bits were right.
+        repaired_from: permission bits before the repair; None if no repair was necessary.
     """
 
     path: Path
@@ -144,33 +145,33 @@ class FileState(NamedTuple):
 def inspect_file(path: Path) -> FileState | None:
     """Inspect a database file without opening it, and narrow the mode of the caller's own file to 0600.
 
-    A repair is logged as a warning. A mode narrower than 0600 is kept, because an administrator may want a read-only
-    file; an empty file always gets 0600, because a umask may have removed bits. A refused file is not changed.
+    A repair is logged as a warning. A mode narrower than 0600 is kept, because an administrator can want a read-only
+    file. An empty file always gets mode 0600, because a umask can have removed bits. A refused file is not changed.
 
-    Root may open a private file of the directory's owner (see `homeagent.engine.files.owners`); SQLite then gives the
-    sidecar files to the same owner. A wider mode of such a file raises InsecureFileError: another user who controls the
-    directory could make root change the mode of a different file.
+    Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). SQLite then gives the
+    sidecar files to the same owner. If the mode of such a file is wider than 0600, InsecureFileError is raised, because
+    another user who controls the directory could make root change the mode of a different file.
 
     Returns:
         None if the file does not exist.
 
     Raises:
-        InsecureFileError: the file is a link, has a second hard link, belongs to another user, or can't be made
-            private; or the process runs as root, and other users can replace files in the directory.
-        ForeignDatabaseError: `path` is a directory, a pipe, a socket or a device.
-        CorruptDatabaseError: the file has 1 to 511 bytes, too few for a database; SQLite would treat it as empty.
-        DatabaseError: `lstat` failed.
+        InsecureFileError: if the file is a link, has a second hard link, belongs to another user, or can't be made
+            private; also if the process runs as root, and other users can replace files in the directory.
+        ForeignDatabaseError: if `path` is a directory, a pipe, a socket or a device.
+        CorruptDatabaseError: if the file has 1 to 511 bytes, which SQLite would treat as an empty database.
+        DatabaseError: if `lstat` failed.
     """
     return judge_file(path, is_database=True)
 
 
 def secure_sidecars(path: Path) -> list[FileState]:
-    """Inspect the sidecar files of a database like the database itself, and return the existing ones.
+    """Inspect the sidecar files of a database like the database itself, and return the states of the existing files.
 
-    SQLite sets the mode of a sidecar file only on creation, and a sidecar file may be older than the database.
+    SQLite sets the mode of a sidecar file only on creation, and a sidecar file can be older than the database.
 
     Raises:
-        InsecureFileError, ForeignDatabaseError, DatabaseError: as in `inspect_file`.
+        InsecureFileError, ForeignDatabaseError, DatabaseError: for the same reasons as in `inspect_file`.
     """
     states = [judge_file(sidecar, is_database=False) for sidecar in sidecars(path)]
     return [state for state in states if state is not None]
@@ -184,10 +185,11 @@ def refuse_orphaned_log(path: Path) -> None:
     revocation or nonce. The caller must hold the lock for initialisation.
 
     Raises:
-        CorruptDatabaseError: the WAL has content, and the database is missing or empty.
+        CorruptDatabaseError: if the WAL has content, and the database is missing or empty.
     """
     log = sidecars(path)[0]
-    # Do not swap the two sizes: a database that another process creates now gets content before its WAL does.
+    # Do not swap the two calls of `_size`, because a database that another process is creating gets content before the
+    # WAL gets content.
     if _size(log) and not _size(path):
         raise CorruptDatabaseError(
             f"{quoted(path)} is gone or empty, but its log {quoted(log)} is not: restore a backup, "
@@ -198,19 +200,20 @@ def refuse_orphaned_log(path: Path) -> None:
 def create_file(path: Path, *, database: Path | None = None) -> bool:
     """Create an empty database file with mode 0600, under any umask.
 
-    The directory must exist. The caller must hold the lock for initialisation: if another thread opened the file before
-    this function closes its descriptor, SQLite would lose its locks.
+    The directory must exist. The caller must hold the lock for initialisation. Otherwise another thread could open the
+    file before this function closes the descriptor, and SQLite would lose its locks.
 
     Args:
-        path: the file.
-        database: the database of which the file will be a copy, as for `give_to_owner`.
+        path: path of the new file.
+        database: source database, if the new file will be a copy in another directory (see `give_to_owner`).
 
     Returns:
-        False if `path` exists already; nothing was changed.
+        False if `path` already exists. The existing file is not changed.
 
     Raises:
-        InsecureFileError: the file system does not keep modes.
-        DatabaseError: the file can't be created (`ReadOnlyError`, `DiskFullError` for these causes). No file is left.
+        InsecureFileError: if the file system does not keep modes.
+        DatabaseError: if the file can't be created. The subclasses `ReadOnlyError` and `DiskFullError` tell the cause.
+            No file is left.
     """
     with explained("create", path):
         descriptor = create_descriptor(path, database=database)
@@ -227,14 +230,14 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
 
 
 def atomic_replace(source: Path, target: Path) -> None:
-    """Replace one file by another. After a power cut `target` is the old file or the whole new file.
+    """Move the file `source` over the file `target`. After a power cut `target` is either the old or the new file.
 
     Both paths must be in one file system. No connection of this process may have `source` open. The caller must remove
-    the sidecar files of `target`: SQLite would replay a stale WAL over the new database.
+    the sidecar files of `target`, because SQLite would replay a stale WAL over the new database.
 
     Raises:
-        InsecureFileError, ForeignDatabaseError: `source` is a link, is not a regular file or can't be made private.
-        DatabaseError: `source` is missing or can't be moved; `target` is unchanged.
+        InsecureFileError, ForeignDatabaseError: if `source` is a link, is not a regular file or can't be made private.
+        DatabaseError: if `source` is missing or can't be moved. The file `target` is unchanged.
     """
     if judge_file(source, is_database=False) is None:
         raise DatabaseError(f"there is no {quoted(source)} to put in the place of {quoted(target)}: make it first")
@@ -252,24 +255,25 @@ def atomic_replace(source: Path, target: Path) -> None:
 
 
 def create_descriptor(path: Path, *, database: Path | None = None) -> int | None:
-    """Create an empty file with mode 0600 and return its descriptor; None if the path exists already.
+    """Create an empty file with mode 0600 and return the descriptor; None if the path already exists.
 
-    If root creates the file, the file is given to the owner of its directory.
+    If root creates the file, the file is given to the owner of the directory.
 
     Args:
-        path: the file.
-        database: the database of which the file will be a copy, as for `give_to_owner`.
+        path: path of the new file.
+        database: source database, if the new file will be a copy in another directory (see `give_to_owner`).
 
     Raises:
-        InsecureFileError: the file system does not keep modes.
-        OSError: the file can't be created.
+        InsecureFileError: if the file system does not keep modes.
+        OSError: if the file can't be created.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, FILE_MODE)
     except FileExistsError:
         return None
     try:
-        # The umask removed bits from the mode above. Reading the umask would change it for all threads.
+        # The umask removed bits from the mode above. Do not read the umask, because reading changes the umask of all
+        # threads.
         try:
             os.fchmod(descriptor, FILE_MODE)
         except PermissionError as error:
@@ -286,18 +290,20 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
 def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
     """Open a regular file of a trusted user for reading.
 
-    Do not call this for a file that SQLite has open in this process: closing the file would drop SQLite's locks.
+    Do not call this function for a file that SQLite has open in this process. Closing the file would drop SQLite's
+    locks.
 
     Args:
-        path: the file.
+        path: path of the file.
         owners: trusted user ids, from `trusted_owners` or `backup_owners`.
 
     Raises:
-        InsecureFileError: the file has a second hard link, or belongs to another user.
-        ForeignDatabaseError: `path` is not a regular file.
-        OSError: the file can't be opened, or is a link.
+        InsecureFileError: if the file has a second hard link, or belongs to a user who is not in `owners`.
+        ForeignDatabaseError: if `path` is not a regular file.
+        OSError: if the file can't be opened, or is a link.
     """
-    # Check the descriptor: another file could replace the path meanwhile. O_NONBLOCK: a pipe must not block the caller.
+    # Check the descriptor and not the path, because the file at the path could be replaced after the check. Set
+    # O_NONBLOCK, because opening a pipe must not block the caller.
     file = os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS | os.O_NONBLOCK), "rb")
     try:
         refuse_insecure(path, os.fstat(file.fileno()), owners)
@@ -308,13 +314,13 @@ def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
 
 
 def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, repair: bool = True) -> FileState | None:
-    """Inspect a file as `inspect_file` does; the file need not be a database.
+    """Inspect a file in the same way as `inspect_file`. The file need not be a database.
 
     Args:
-        path: the file.
-        is_database: True refuses a file too short for a database, and sets the mode of an empty file to 0600.
-        complete_empty: True sets the mode of any empty file to 0600.
-        repair: False keeps the mode, for a file that may belong to another application.
+        path: path of the file.
+        is_database: if True, refuse a file that is too short for a database, and set an empty file's mode to 0600.
+        complete_empty: if True, set the mode of an empty file to 0600.
+        repair: if False, do not change the mode, because the file can belong to another application.
     """
     repaired_from: int | None = None
     for _ in range(_ATTEMPTS):
@@ -342,9 +348,9 @@ def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, r
                 change_mode(path, wanted)
                 changed = os.lstat(path)
             except FileNotFoundError:
-                continue  # another process removed the file: inspect again
+                continue  # another process removed the file, so inspect the path again
         if identity_of(changed) != identity_of(status):
-            continue  # another process replaced the file: inspect the new one
+            continue  # another process replaced the file, so inspect the new file
         if stat.S_IMODE(changed.st_mode) != wanted:
             raise modes_not_kept(path)
         logger.warning(
@@ -364,13 +370,13 @@ def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) 
     """Refuse a file that is not regular, has several hard links, or belongs to an untrusted user.
 
     Args:
-        path: the file.
+        path: path of the file.
         status: result of `lstat` or `fstat` for the file.
         owners: trusted user ids, from `trusted_owners` or `backup_owners`.
 
     Raises:
-        InsecureFileError: the file is a link, has a second hard link, or belongs to another user.
-        ForeignDatabaseError: `path` is a directory, a pipe, a socket or a device.
+        InsecureFileError: if the file is a link, has a second hard link, or belongs to a user who is not in `owners`.
+        ForeignDatabaseError: if `path` is a directory, a pipe, a socket or a device.
     """
     if stat.S_ISLNK(status.st_mode):
         raise InsecureFileError(f"{quoted(path)} is a symbolic link: name the file itself, or remove the link")
@@ -426,5 +432,5 @@ def _size(path: Path) -> int:
 
 
 def identity_of(status: os.stat_result) -> tuple[int, int]:
-    """Return the device and inode of a file: its identity, independent of its name."""
+    """Return the device and inode of a file, which identify the file independently of the file's name."""
     return status.st_dev, status.st_ino

@@ -1,4 +1,4 @@
-"""The directory of a database: create a private directory, and report an existing directory that is not safe."""
+"""Create a private directory for a database, and report an existing directory that is not safe."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class DirectoryReport(NamedTuple):
     """State of a directory.
 
     Attributes:
-        path: the directory.
-        made: directories that this call created, outermost first; may be empty.
-        mode: permission bits, sticky bit included.
+        path: path of the directory.
+        made: list of the directories that this call created, outermost first. The list can be empty.
+        mode: permission bits, including the sticky bit.
         uid: user id of the owner.
         listable: whether other users can list the directory.
         problem: reason why the files are not safe from other users, with the remedy; None if the files are safe.
@@ -48,15 +48,15 @@ _reported_lock = threading.Lock()
 def prepare_directory(directory: Path) -> DirectoryReport:
     """Create a database's directory if it is missing, and report how other users could harm an existing directory.
 
-    New directories, parents included, have mode 0700 under any umask. If root creates a directory, the owner of its
-    parent becomes the owner. An existing directory stays unchanged, because other programs may rely on its mode: the
-    first time that the directory is found unsafe, the logger `homeagent` emits a warning.
+    New directories, including new parent directories, have mode 0700 under any umask. If root creates a directory, the
+    owner of the parent directory becomes the owner. An existing directory stays unchanged, because other programs can
+    rely on the mode. The first time that the directory is found unsafe, the logger `homeagent` emits a warning.
 
     Raises:
-        InvalidArgumentError: a component of the path is not a directory.
-        InsecureFileError: the file system does not keep modes; or the process runs as root, and other users can replace
-            files in the directory.
-        ReadOnlyError, DiskFullError, DatabaseError: the directory can't be created or inspected.
+        InvalidArgumentError: if a component of the path is not a directory.
+        InsecureFileError: if the file system does not keep modes; also if the process runs as root, and other users can
+            replace files in the directory.
+        ReadOnlyError, DiskFullError, DatabaseError: if the directory can't be created or inspected.
     """
     made: list[Path] = []
     for step in _missing_directories(directory):
@@ -64,9 +64,9 @@ def prepare_directory(directory: Path) -> DirectoryReport:
             try:
                 step.mkdir(DIRECTORY_MODE)
             except FileExistsError:
-                continue  # another process was first, or a link leads nowhere: found out below
+                continue  # another process created the directory, or a link leads nowhere; the lines below check this
             if not _is_private_directory(step):
-                change_mode(step, DIRECTORY_MODE)  # a umask may take bits from the owner too
+                change_mode(step, DIRECTORY_MODE)  # a umask can also remove bits of the owner
                 if not _is_private_directory(step):
                     raise modes_not_kept(step)
             _give_to_parents_owner(step)
@@ -100,7 +100,7 @@ def prepare_directory(directory: Path) -> DirectoryReport:
 
 
 def find_temporary_directory() -> Path | None:
-    """Return the directory for temporary files, None if neither `TMPDIR` nor a usual directory can be written."""
+    """Return the directory for temporary files; None if neither `TMPDIR` nor a usual directory can be written."""
     try:
         return Path(tempfile.gettempdir())
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def find_temporary_directory() -> Path | None:
 
 
 def make_temporary_directory() -> Path:
-    """Make a private directory among the temporary files.
+    """Make a private directory in the directory for temporary files.
 
     Raises:
         DatabaseError: if no directory for temporary files can be written.
@@ -134,7 +134,7 @@ def _missing_directories(directory: Path) -> list[Path]:
                 missing.append(candidate)
                 continue
             except NotADirectoryError:
-                continue  # a parent is a file: the walk gets to it, and names it
+                continue  # a parent is a file, which the loop reaches and names later
         if not stat.S_ISDIR(status.st_mode):
             raise InvalidArgumentError(f"{quoted(candidate)} is a file, not a directory: name another path")
         refuse_replaceable(candidate)
@@ -147,8 +147,8 @@ def _give_to_parents_owner(made: Path) -> None:
     if os.geteuid() != 0:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    # Use the parent's descriptor: the parent's owner could replace each of the two directories by a link. If the empty
-    # directory is not the new one, giving it away does no harm.
+    # Use a descriptor of the parent, because the parent's owner could replace each of the two directories by a link. If
+    # the empty directory is not the new directory, a change of its owner does no harm.
     parent = os.open(made.parent, flags)
     try:
         descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)
@@ -162,7 +162,7 @@ def _give_to_parents_owner(made: Path) -> None:
 
 
 def _is_private_directory(directory: Path) -> bool:
-    return os.lstat(directory).st_mode & 0o777 == DIRECTORY_MODE  # a set-group-id bit may come from the parent
+    return os.lstat(directory).st_mode & 0o777 == DIRECTORY_MODE  # a set-group-id bit can come from the parent
 
 
 def _directory_problem(directory: Path, status: os.stat_result) -> str | None:

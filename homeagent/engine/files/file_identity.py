@@ -20,11 +20,11 @@ __all__ = ["FileIdentityCheck"]
 
 Identity = tuple[int, int]
 
-# Maximum age of a check, in seconds, for a unit that only reads or may be lost at a power cut. A check takes a few
-# microseconds, not much less than a unit.
+# Maximum age of a check, in seconds, for a unit that only reads, and for a unit whose commit a power cut can undo. A
+# check takes a few microseconds, which is not much less than the time of a unit.
 _INTERVAL = 0.01
 
-# Size of an emptied file, in bytes.
+# Size in bytes of a file that was emptied.
 _NO_CONTENT = 0
 
 
@@ -33,13 +33,13 @@ class FileIdentityCheck:
 
     Args:
         path: path of the file, which need not exist yet.
-        strict: whether every commit checks the file, and not only the first commit in 10 ms.
+        strict: True if every commit checks the file; False if only the first commit in 10 ms checks the file.
         monotonic: clock, in seconds.
         on_moved: function to call before `DatabaseMovedError` is raised.
 
     Attributes:
-        due: time of `monotonic` after which the last check is too old. The caller that begins a unit compares `due`
-            itself, since a call takes longer, and then calls `after_begin`.
+        due: time of `monotonic` after which the last check is too old. The code that begins a unit compares `due` with
+            the clock, and calls `after_begin` only if necessary, because each call takes time.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class FileIdentityCheck:
         self._path = path
         self._strict = strict
         self.monotonic = monotonic
-        # Store text: converting a path to text takes as long as the check.
+        # Store the paths as text, because converting a path to text takes as long as the check.
         self._name = str(path)
         self._wal_files = [str(each) for each in sidecars(path)[:2]]
         self._identity: Identity | None = None
@@ -76,8 +76,8 @@ class FileIdentityCheck:
     def before_connect(self) -> None:
         """Check the files before a connection is opened.
 
-        Compare the WAL and the WAL index with the known identities. Do not record new identities: while no connection
-        is open, another process may delete these files.
+        Compare the WAL and the WAL index with the known identities. Do not record new identities, because another
+        process can delete both files while no connection is open.
 
         Raises:
             DatabaseMovedError: if the file, or a known WAL or WAL index, was deleted or replaced.
@@ -88,7 +88,8 @@ class FileIdentityCheck:
         """Check the files after a connection was opened and has read. The first call records the file's identity.
 
         Args:
-            beside: whether to record the identities of the WAL and the WAL index. `disconnected` must be called later.
+            beside: whether to record the identities of the WAL and the WAL index. If True, the caller must call
+                `disconnected` later.
 
         Raises:
             DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
@@ -96,15 +97,15 @@ class FileIdentityCheck:
         if self._identity is None:
             status = self._status(self._name)
             self._identity = None if status is None else identity_of(status)
-        else:  # not at the first connection: it may empty a file that holds part of an interrupted first transaction
+        else:  # not at the first connection, which empties a file after an interrupted first transaction
             self._check(beside=beside)
 
     def disconnected(self) -> None:
-        """Forget the WAL and the WAL index: while no connection is open, SQLite may delete and recreate both files."""
+        """Forget the WAL and the WAL index, because SQLite can delete both files while no connection is open."""
         self._known = {}
 
     def after_begin(self) -> None:
-        """Check the files because the last check is too old. An open transaction keeps the WAL and the WAL index.
+        """Check the files after BEGIN. SQLite does not delete the WAL and the WAL index while a transaction is open.
 
         Raises:
             DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
@@ -117,7 +118,7 @@ class FileIdentityCheck:
         """Check the files if the last check is too old. If `strict`, check the database's file in every case.
 
         Raises:
-            DatabaseMovedError: as in `after_begin`.
+            DatabaseMovedError: for the same reasons as in `after_begin`.
         """
         if self.monotonic() >= self.due:
             self.after_begin()
@@ -125,17 +126,17 @@ class FileIdentityCheck:
             self._check(beside=False)
 
     def find_moved(self, *, beside: bool = False) -> DatabaseMovedError | None:
-        """Return the error if a file was deleted or replaced. With `beside`, also check the WAL and the WAL index."""
+        """Return the error if a file was deleted or replaced. If `beside` is True, also check the WAL and its index."""
         try:
             self._check(beside=beside)
         except DatabaseMovedError as moved:
             return moved
         except CorruptDatabaseError:
-            pass  # marked corrupt, which is not a moved file
+            pass  # the database is marked corrupt, but the file was not moved
         return None
 
     def _check(self, *, beside: bool = True, remember: bool = True) -> None:
-        """Compare the identities; if a file was moved, call `on_moved` before raising `DatabaseMovedError`."""
+        """Compare the identities. If a file was moved, call `on_moved` before raising `DatabaseMovedError`."""
         try:
             self._compare(beside=beside, remember=remember)
         except DatabaseMovedError:

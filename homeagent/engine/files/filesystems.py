@@ -1,4 +1,4 @@
-"""The kind of file system of a path, and the refusal of network file systems, on which SQLite's WAL does not work."""
+"""Find the kind of a path's file system, and refuse network file systems, on which SQLite's WAL does not work."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from homeagent.errors import DatabaseError
 
 __all__ = ["filesystem_kind", "is_network_filesystem", "refuse_network_filesystem"]
 
-# File systems that more than one kernel uses, such as a server's and a client's. The WAL index needs memory that all
-# connections share, which such a file system does not provide (https://sqlite.org/wal.html, section 1). 9p and virtiofs
-# are refused even if only one machine uses the file: there are reports of WAL databases corrupted within one guest for
-# WSL 2's drives (9p), gVisor's volumes (9p), and shared folders of Docker Desktop and Podman (virtiofs).
+# File systems that more than one kernel uses, for example a server's and a client's kernel. The WAL index needs memory
+# that all connections share, which such a file system does not provide (https://sqlite.org/wal.html, section 1). The
+# kinds 9p and virtiofs are refused even if only one machine uses the file. Reports of corrupted WAL databases came from
+# drives of WSL 2 (9p), volumes of gVisor (9p), and shared folders of Docker Desktop and Podman (virtiofs).
 _NETWORK_KINDS = frozenset(
     {
         "9p", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "cvfs", "davfs", "fakeowner", "glusterfs", "gpfs",
         "lustre", "mfs", "ncpfs", "nfs", "nfs4", "orangefs", "panfs", "prl_fs", "pvfs2", "smb3", "smbfs", "vboxsf",
         "virtiofs", "vmhgfs", "wekafs",
-        # Through FUSE, as "fuse.<kind>": servers,
+        # FUSE file systems have names of the form "fuse.<kind>". These kinds are file servers,
         "alluxio-fuse", "ceph-fuse", "cephfs", "curlftpfs", "davfs2", "fuse-nfs", "fuse_dfs", "gvfsd-fuse", "lizardfs",
         "moosefs", "quobyte", "rozofs", "saunafs", "seaweedfs", "smbnetfs", "sshfs",
         # object stores and drives on the internet,
@@ -33,15 +33,15 @@ _NETWORK_KINDS = frozenset(
 
 
 def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """Return the kind of file system of a path, such as "ext4" or "nfs4". The path may be missing.
+    """Return the kind of file system of a path, such as "ext4" or "nfs4". The path need not exist.
 
-    Return None if the kind can't be determined: on macOS, and on Linux without /proc. `mount_table` is the kernel's
-    list of mounts (proc_pid_mountinfo(5)).
+    Return None if the kind can't be determined, on macOS and on Linux without /proc. The argument `mount_table` is the
+    path of the kernel's list of mounts (proc_pid_mountinfo(5)).
     """
     try:
         table = mount_table.read_bytes()
     except OSError:
-        return None  # hidden or not there: unknown is an answer, and says nothing bad about the path
+        return None  # the list of mounts can't be read, so the kind is unknown
     with explained("inspect", path):
         place = Path(os.path.realpath(path))
         while not place.is_dir() and place != place.parent:
@@ -55,8 +55,8 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
             continue
         point = _unescaped(fields.split()[4])
         if place.is_relative_to(point):
-            # Compare devices first, because a mount may hide mounts with longer paths. On Btrfs the table and stat(2)
-            # show different devices: then the longest path wins, and of two mounts on one path the later.
+            # Compare devices first, because a mount can hide mounts with longer paths. On Btrfs the devices of the
+            # table and of stat(2) differ. Then choose the longest path and, of two mounts on one path, the later mount.
             rank = (fields.split()[2].decode() == device, len(point))
             if found is None or rank >= found[:2]:
                 found = (*rank, rest.split()[0].decode("ascii", "replace"))
@@ -71,7 +71,7 @@ def is_network_filesystem(kind: str) -> bool:
 def refuse_network_filesystem(path: Path, *, mount_table: Path = Path("/proc/self/mountinfo")) -> None:
     """Raise DatabaseError for a path on a network file system or a shared folder, where WAL does not work.
 
-    Accept a file system of unknown kind, such as each file system on macOS.
+    Accept a file system of unknown kind. On macOS the kind of every file system is unknown.
     """
     kind = filesystem_kind(path, mount_table=mount_table)
     if kind is not None and is_network_filesystem(kind):

@@ -1,4 +1,4 @@
-"""Locks between threads and processes, on separate files that SQLite does not open."""
+"""Locks between threads and between processes, on separate files that SQLite does not open."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ __all__ = ["FileLock"]
 class FileLock:
     """A lock on a separate file next to the database, between threads and between processes.
 
-    `acquire` creates the file with mode 0600 if it is missing. The file is not deleted: a process that waits on a
-    deleted file and a process that creates a new file would both hold the lock. The system releases the lock when the
-    process ends. A child made by `fork` does not hold the lock. A holder can leave a short text, the marker, in the
+    The method `acquire` creates a missing file with mode 0600. The file is not deleted, because a process that waits on
+    a deleted file and a process that creates a new file would both hold the lock. The system releases the lock when the
+    process ends. A child made by `fork` does not hold the lock. A holder can write a short text, the marker, to the
     file for the next holder.
 
-    The lock is a `flock` lock: unlike SQLite's POSIX locks, `flock` works between threads of one process, and closing
-    another descriptor of the file does not drop the lock.
+    The lock is a `flock` lock. Unlike SQLite's POSIX locks, a `flock` lock works between threads of one process, and
+    closing another descriptor of the file does not drop the lock.
 
     Args:
-        path: the lock file; the directory must exist.
-        timeout: longest wait of `acquire`; zero tries once.
-        shared: True allows other shared holders, and excludes exclusive holders.
-        writable: False for a file that may be read-only or belong to another application: its mode stays unchanged, and
-            no marker can be written.
-        monotonic, pause: the clock and the sleep function for waiting, in seconds.
+        path: path of the lock file. The directory must exist.
+        timeout: longest wait of `acquire`. With a timeout of zero, `acquire` tries once.
+        shared: whether the lock is shared. A shared lock allows other shared holders, and excludes exclusive holders.
+        writable: False for a file that can be read-only or belong to another application. The mode of the file then
+            stays unchanged, and no marker can be written.
+        monotonic, pause: clock and sleep function for waiting, both in seconds.
     """
 
     _FIRST_PAUSE = 0.001
-    _LONGEST_PAUSE = 0.05  # the longest time in which a waiting caller does not notice that the lock is free
+    _LONGEST_PAUSE = 0.05  # longest time, in seconds, until a waiting caller notices that the lock is free
 
     def __init__(
         self,
@@ -74,9 +74,9 @@ class FileLock:
         """Acquire the lock. Wait for other holders at most for the timeout.
 
         Raises:
-            DatabaseBusyError: the timeout is over, and another thread or process still holds the lock.
-            InsecureFileError, ForeignDatabaseError: `inspect_file` would refuse the lock file.
-            DatabaseError: this object holds the lock already, or the file can't be created, opened or locked.
+            DatabaseBusyError: if another thread or process still holds the lock after the timeout.
+            InsecureFileError, ForeignDatabaseError: if `inspect_file` would refuse the lock file.
+            DatabaseError: if this object already holds the lock, or if the file can't be created, opened or locked.
         """
         if self._descriptor is not None:
             raise DatabaseError(f"this object holds the lock on {quoted(self.path)} already: use one object per holder")
@@ -97,7 +97,7 @@ class FileLock:
         """Release the lock, if this object holds the lock.
 
         Raises:
-            DatabaseError: the system could not unlock the file. This object no longer holds the lock.
+            DatabaseError: if the system could not unlock the file. This object no longer holds the lock.
         """
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
@@ -105,15 +105,15 @@ class FileLock:
         _held.discard(self)
         with explained("unlock", self.path):
             try:
-                # Do not rely on the close: a child between fork and exec still has a copy of the descriptor.
+                # Do not rely on the close, because a child between fork and exec still has a copy of the descriptor.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             finally:
                 os.close(descriptor)
 
     def withdraw(self) -> None:
-        """Release the lock. Remove the file if this object created it, no other process holds it, and it is empty.
+        """Release the lock. Remove an empty file if this object created the file and no other process has locked it.
 
-        A waiting process checks that the locked file still has its name, and otherwise opens the path again.
+        A waiting process checks that the locked file still has its name. If not, the process opens the path again.
         """
         descriptor = self._while_held()
         if self._made:
@@ -136,14 +136,14 @@ class FileLock:
         """Return the marker that an earlier holder left; None if there is no marker. The lock must be held.
 
         Raises:
-            DatabaseError: the lock is not held, or the file can't be read.
+            DatabaseError: if the lock is not held, or if the file can't be read.
         """
         descriptor = self._while_held()
         with explained("read", self.path):
             content = _read(descriptor, 4096)
         if not content:
             return None
-        # The rest of the file can be a part of a longer marker that was being overwritten during a power cut.
+        # If a power cut interrupted `write_marker`, the rest of the file can be a part of an older, longer marker.
         return content.split(b"\n", 1)[0].decode("utf-8", "replace")
 
     def write_marker(self, text: str) -> None:
@@ -153,8 +153,8 @@ class FileLock:
             text: 1 to 200 bytes of UTF-8 without control characters.
 
         Raises:
-            InvalidArgumentError: `text` is not such a text.
-            DatabaseError: the lock is not held, or is shared, or the file can't be written.
+            InvalidArgumentError: if `text` is too long, is empty or contains a control character.
+            DatabaseError: if the lock is not held or is shared, or if the file can't be written.
         """
         if not text.isprintable() or not 1 <= len(content := text.encode()) <= 200:
             raise InvalidArgumentError("a marker is 1 to 200 bytes of printable text: shorten it")
@@ -175,7 +175,7 @@ class FileLock:
         """Remove the marker and sync the file to the disk. The lock must be held exclusively.
 
         Raises:
-            DatabaseError: the lock is not held, or is shared, or the file can't be written.
+            DatabaseError: if the lock is not held or is shared, or if the file can't be written.
         """
         descriptor = self._while_held()
         if self.shared:
@@ -188,7 +188,7 @@ class FileLock:
         """Return whether the lock file contains a marker. The lock must be held.
 
         Raises:
-            DatabaseError: the lock is not held.
+            DatabaseError: if the lock is not held.
         """
         descriptor = self._while_held()
         with explained("inspect", self.path):
@@ -200,7 +200,7 @@ class FileLock:
         return self._descriptor
 
     def _try(self) -> bool:
-        """Open the file and try to lock it. Each try opens the path again, because the file may have been replaced."""
+        """Open the file and try to lock the file. Each try opens the path again, because the file can be replaced."""
         descriptor = self._open()
         if descriptor is None:
             return False
@@ -217,13 +217,14 @@ class FileLock:
         return locked
 
     def _open(self) -> int | None:
-        """Return a descriptor of the lock file; None if another process removed the file at this moment."""
+        """Return a descriptor of the lock file; None if another process has just removed the file."""
         with explained("open the lock file", self.path):
             descriptor = create_descriptor(self.path)
             if descriptor is not None:
                 self._made = True
                 return descriptor
-            # The mode of an empty file may be too narrow: its creator's umask removed bits, which the creator restores.
+            # The mode of an empty file can be too narrow for a moment. The umask of the creating process removed bits,
+            # and the creating process then restores the bits.
             repair = self._access == os.O_RDWR
             if judge_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None
@@ -240,7 +241,7 @@ class FileLock:
         return True
 
     def _is_in_place(self, descriptor: int) -> bool:
-        """Return whether the locked file still has its name: a lock on a removed file excludes no other process."""
+        """Return whether the locked file still has its name. A lock on a removed file excludes no other process."""
         status = look_at(self.path)
         return status is not None and identity_of(status) == identity_of(os.fstat(descriptor))
 
@@ -249,7 +250,7 @@ _held: set[FileLock] = set()
 
 
 def _drop_inherited_locks() -> None:
-    # A flock lock belongs to the open file, which a forked child shares: the child would keep the lock held.
+    # A flock lock belongs to the open file. A forked child shares the open file, and would prolong the lock.
     for lock in list(_held):
         descriptor, lock._descriptor = lock._descriptor, None
         if descriptor is not None:

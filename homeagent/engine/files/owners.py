@@ -1,9 +1,9 @@
-"""Owners: the users whose files are trusted, and the owner of a file that root creates.
+"""Decide which users' files are trusted, and to which user a file that root creates is given.
 
 | the process runs as | trusted owners of a database's files | trusted owners of its backups |
 |---|---|---|
 | an ordinary user | the user | the user and root |
-| root | root and the owner of the database's directory | the same |
+| root | root and the owner of the database's directory | the same users |
 
 The owner of a directory can replace every file in the directory, so a refusal of the owner's files would not protect
 root. If other users can write the directory, they could add a rollback journal that SQLite replays, a lock file with a
@@ -25,31 +25,33 @@ __all__ = ["backup_owners", "give_to_owner", "is_replaceable", "refuse_replaceab
 def trusted_owners(directory: Path) -> frozenset[int]:
     """Return the users whose files in a database's directory are trusted.
 
-    If the directory is missing, use the owner of the nearest existing parent directory, who will own the new directory.
+    If the directory is missing, use the owner of the nearest existing parent directory. This user will own the new
+    directory.
     """
     caller = os.geteuid()
     return frozenset({0, _nearest(directory).st_uid} if caller == 0 else {caller})
 
 
 def backup_owners(database: Path) -> frozenset[int]:
-    """Return the users whose backups of a database, and notes about backups, are trusted in any directory."""
+    """Return the users whose backups of a database, and whose notes about backups, are trusted in any directory."""
     return trusted_owners(database.parent) | {0}
 
 
 def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | None = None) -> None:
     """If the process runs as root, give a new file or directory to the owner of its directory.
 
-    Otherwise `sudo homeagent init` would lock out the directory's owner. SQLite does the same with its sidecar files.
+    If root kept the file, `sudo homeagent init` would lock out the directory's owner. SQLite also gives sidecar files
+    to that owner.
 
     Args:
-        descriptor: descriptor of the new file. Do not use the name, which another file could have by now.
-        directory: directory of the file, or a descriptor of the directory.
-        database: source database, for a copy in another directory. If backups of the owner of `directory` are not
-            trusted, root keeps the copy: the owner could change the copy and read all devices.
+        descriptor: descriptor of the new file. Do not use the name, because another file could have the name by now.
+        directory: path or descriptor of the file's directory.
+        database: source database, if the file is a copy in another directory. If backups of the owner of `directory`
+            are not trusted, root keeps the copy, because the owner could change the copy and read all devices.
     """
     if os.geteuid() != 0:
         return
-    status = os.stat(directory)  # noqa: PTH116  also accepts a descriptor
+    status = os.stat(directory)  # noqa: PTH116  os.stat also accepts a descriptor
     if status.st_uid != 0 and (database is None or status.st_uid in backup_owners(database)):
         os.fchown(descriptor, status.st_uid, status.st_gid)
 

@@ -19,18 +19,19 @@ def change_mode(path: Path, mode: int) -> None:
     """Change the mode of a file or directory of the caller. A symbolic link is not followed.
 
     Raises:
-        InsecureFileError: a link has replaced the path, or the mode can't be changed.
-        OSError: the path does not exist any more, or the file system failed.
+        InsecureFileError: if a link has replaced the file, or if the mode can't be changed.
+        OSError: if the path no longer exists, or if the file system failed.
     """
     try:
         path.chmod(mode, follow_symlinks=False)
     except NotImplementedError:
-        # Raised for a link, and by a C library or container that can't change the mode of a link itself.
+        # There are two causes: the path is a link, or the C library or container can't change a mode without following
+        # links.
         if stat.S_ISLNK(os.lstat(path).st_mode):
             raise InsecureFileError(f"{quoted(path)} was replaced by a symbolic link: remove it") from None
         path.chmod(mode)
     except PermissionError as error:
-        # The caller owns the file: a file of another user was refused before.
+        # The caller owns the file, because a file of another user was refused before.
         raise modes_not_kept(path) from error
 
 

@@ -14,17 +14,17 @@ __all__ = ["fsync_directory", "sync"]
 
 
 def fsync_directory(directory: Path) -> None:
-    """Sync a directory: files created, renamed or removed in the directory survive a power cut afterwards.
+    """Sync a directory, so that a power cut does not undo the creation, renaming or removal of files in the directory.
 
     Raises:
-        DatabaseError: the directory can't be opened or synced.
+        DatabaseError: if the directory can't be opened or synced.
     """
     with explained("sync the directory", directory):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             sync(descriptor)
         except OSError as error:
-            # Some file systems do not support fsync for a directory (fsync(2)); SQLite ignores this error too.
+            # Some file systems do not support fsync for a directory (fsync(2)). SQLite also ignores this error.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
@@ -35,7 +35,7 @@ def sync(descriptor: int) -> None:
     """Wait until all data of this file is on the disk, and not only in the drive's cache.
 
     Raises:
-        OSError: the data could not be written.
+        OSError: if the data could not be written.
     """
     if sys.platform == "darwin":
         # On macOS fsync leaves the data in the drive's cache (fsync(2) of macOS).

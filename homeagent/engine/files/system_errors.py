@@ -23,7 +23,7 @@ __all__ = ["explained", "quoted"]
 
 @contextmanager
 def explained(act: str, path: Path) -> Iterator[None]:
-    """Translate an OSError of the block into an error of homeagent that names the path and the remedy."""
+    """Translate an OSError that the block raises into an error of homeagent that names the path and the remedy."""
     try:
         yield
     except OSError as error:
@@ -68,5 +68,5 @@ def _explain(error: OSError, act: str, path: Path) -> HomeAgentError:
 
 
 def quoted(path: Path) -> str:
-    """Return a path for a message, quoted and escaped: a file name can contain a line break."""
+    """Return a path for a message, quoted and escaped, because a file name can contain a line break."""
     return repr(str(path))

@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 __all__ = ["POOLED", "PostgreSQLConnection"]
 
 POOLED = "homeagent_pooled"
-"""Key in the `info` of a connection: whether a pooler may give each transaction another session of the server."""
+"""Key in the `info` of a connection. The value is True if a pooler can give each transaction another server session."""
 
 # libpq's PGTransactionStatusType: https://www.postgresql.org/docs/current/libpq-status.html
 _IDLE = 0
 _FAILED = 3
 
-# The SQLSTATEs of a standby's answer to BEGIN … READ WRITE.
+# SQLSTATEs of the error with which a standby answers BEGIN … READ WRITE.
 _STANDBY = frozenset({"0A000", "25006"})
 
-# libpq's ExecStatusType of an error.
+# Value of libpq's ExecStatusType for an error.
 _FATAL_ERROR = 7
 
 
 class PostgreSQLConnection(StoreConnection):
-    """A connection to a server. The server may end the connection at any time, or become a standby.
+    """A connection to a server. The server can end the connection at any time, and can become a standby.
 
-    The arguments are those of `StoreConnection`. One message sends all statements of `begin`.
+    The arguments are the same as for `StoreConnection`. One message sends all statements of `begin`.
     """
 
     __slots__ = ("_begin_message", "_begun", "_has_listeners", "_lost", "_pooled", "_send", "_warnings")
@@ -44,7 +44,7 @@ class PostgreSQLConnection(StoreConnection):
         def judge(error: BaseException) -> HomeAgentError:
             failure = translate(error)
             if isinstance(failure, ConnectionLostError):
-                # The server sends this error before it closes the connection. psycopg notices only the closing.
+                # The server sends this error before closing the connection. psycopg notices only the closing.
                 self._lost = True
             return failure
 
@@ -55,15 +55,16 @@ class PostgreSQLConnection(StoreConnection):
         self._warnings: list[str] = []
         self._raw.add_notice_handler(self._notice)
         self._begin_message = "; ".join(begin)
-        # libpq's function for a message without parameters. psycopg's cursor, which a signal can interrupt while it
-        # waits, takes 12 µs longer: a third of the client's time for a read. BEGIN and COMMIT wait only shortly.
+        # Commands use libpq's function for a message without parameters. A signal can't interrupt this function, but
+        # BEGIN and COMMIT wait only shortly. psycopg's cursor can be interrupted, but takes 12 µs longer, which is a
+        # third of the client's time for a read.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
         # If listeners are registered, commands use the instrumented cursor, which calls the listeners.
         self._has_listeners = isinstance(self._cursor, InstrumentedCursor)
 
     def _notice(self, notice: Any) -> None:
         if notice.severity_nonlocalized in SESSION_ENDED:
-            # libpq reports an error between two statements, for example after a timeout, as a notice.
+            # If the server sends an error between two statements, for example after a timeout, libpq reports a notice.
             self._lost = True
         elif notice.severity_nonlocalized == "WARNING":
             self._warnings.append(notice.sqlstate or "")
@@ -77,7 +78,7 @@ class PostgreSQLConnection(StoreConnection):
         """
         failure: BaseException
         if self._pooled:
-            # The pooler may give this transaction another session of the server.
+            # The pooler can give this transaction another session of the server.
             self.memory.clear()
         try:
             self._command(self._begin_message)
@@ -90,7 +91,7 @@ class PostgreSQLConnection(StoreConnection):
         raise failure
 
     def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
-        """Run one reading statement outside a unit; behind a pooler in a transaction, which sets the settings."""
+        """Run one reading statement outside a unit. Behind a pooler, begin a transaction to apply the settings."""
         if not self._pooled:
             return super().read_alone(act, statement, parameters)
         self.begin()
@@ -99,7 +100,7 @@ class PostgreSQLConnection(StoreConnection):
         return found
 
     def _command(self, sql: str) -> None:
-        """Run SQL without parameters and without a result. Raise psycopg's exception for an error."""
+        """Run SQL without parameters and without a result. If the server returns an error, raise psycopg's error."""
         if self._has_listeners:
             self._execute(sql)
             return
@@ -114,12 +115,12 @@ class PostgreSQLConnection(StoreConnection):
 
         Raises:
             ConnectionLostError: if the server ended the session before COMMIT was sent. The unit was not committed.
-            CommitUnknownError: if the connection was lost before the server's answer, or the wait for a synchronous
-                standby was cancelled.
+            CommitUnknownError: if the connection was lost before the server's answer, or if an administrator cancelled
+                the wait for a synchronous standby.
             DatabaseError: if a statement of the unit had failed. The unit was not committed.
         """
         if self._raw.pgconn.transaction_status == _FAILED:
-            # The server would answer COMMIT with ROLLBACK, without an error.
+            # The server would roll back at COMMIT, and would not report an error.
             raise DatabaseError(
                 "a statement of this unit failed and its error was caught, after which PostgreSQL commits nothing: "
                 "let the error leave the block, or run the statement in a savepoint()"
@@ -140,8 +141,8 @@ class PostgreSQLConnection(StoreConnection):
         self._warnings.clear()
         super().commit()
         if self._warnings and not self.read_only:
-            # The server warns if an administrator cancelled its wait for a synchronous standby. The commit is stored on
-            # this server only: https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION
+            # The server warns if an administrator cancelled the wait for a synchronous standby. Then only this server
+            # has the commit (https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION).
             raise commit_unknown()
 
     def _refuse_lost_connection(self) -> None:
@@ -151,26 +152,26 @@ class PostgreSQLConnection(StoreConnection):
         """
         pgconn = self._raw.pgconn
         pgconn.consume_input()
-        pgconn.is_busy()  # parses the received data, and calls `_notice`
+        pgconn.is_busy()  # this call parses the received data, and calls `_notice` for a notice
         if self.is_lost:
             raise connection_lost()
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
-        # COPY takes a third of executemany's time: https://www.postgresql.org/docs/current/sql-copy.html
+        # COPY takes a third of the time of executemany (https://www.postgresql.org/docs/current/sql-copy.html).
         with self._cursor.copy(f"COPY {into} FROM STDIN") as copy:
             for row in rows:
                 copy.write_row(row)
 
     @property
     def in_transaction(self) -> bool:
-        """Whether the server's session is inside a transaction, or the state of the transaction is unknown."""
+        """Whether the session is inside a transaction. Also True if the state of the transaction is unknown."""
         return bool(self._raw.pgconn.transaction_status != _IDLE)
 
     @property
     def is_lost(self) -> bool:
-        """Whether the end of the connection was noticed."""
+        """Whether the driver or `_notice` has noticed that the connection has ended."""
         return bool(self._lost or self._raw.closed)
 
     def is_stale(self, failure: BaseException) -> bool:
-        """Return whether BEGIN failed because the server ended, or was demoted, while the connection was idle."""
+        """Return whether BEGIN failed because the server ended, or became a standby, while the connection was idle."""
         return self._begun and isinstance(failure, (ConnectionLostError, StandbyError))

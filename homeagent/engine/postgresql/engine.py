@@ -1,6 +1,6 @@
-"""The PostgreSQL engine: bounded connection pools and explicit transactions.
+"""The PostgreSQL engine, with bounded connection pools and explicit transactions.
 
-Behind a pooler each transaction may get another session, so the engine does not rely on the state of a session.
+Behind a pooler each transaction can get another session, so the engine does not rely on the state of a session.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ __all__ = ["POOL_SIZE", "PostgreSQLEngine"]
 
 POOL_SIZE = 10
 
-# Limits on the wait for an absent host. libpq's defaults are no limit to connect, two hours until the first keepalive,
-# and the kernel's limit for data without an acknowledgement (about 15 minutes on Linux).
-# https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
+# Limits on the wait for a host that does not answer. By default libpq waits without a limit to connect, sends the first
+# keepalive after two hours, and waits about 15 minutes on Linux for the acknowledgement of data
+# (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
 _CONNECT_OPTIONS: dict[str, str] = {
     "connect_timeout": "10",  # seconds, for each host
     "keepalives_idle": "30",  # seconds
@@ -43,21 +43,22 @@ _CONNECT_OPTIONS: dict[str, str] = {
     "tcp_user_timeout": "30000",  # milliseconds
     "fallback_application_name": "homeagent",
 }
-# Overrides the URL, the role and the database: other encodings lack characters, and with SQL_ASCII psycopg reads bytes.
+# This option overrides the encoding of the URL, the role and the database. Other encodings lack characters, and with
+# SQL_ASCII psycopg returns bytes.
 _ENCODING = {"client_encoding": "utf8"}
 _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "PGTARGETSESSIONATTRS"}
 
 
 _READ_ONLY = "homeagent_reads"
-"""Key in the `info` of a connection: whether its transactions are read-only."""
+"""Key in the `info` of a connection. The value is True if the connection's transactions are read-only."""
 
-# Reads the schemas of the search_path of the URL, the role or the database. Another client of a pooler may have set
-# another search_path in the session, so one message reads the session's default in a transaction and rolls it back.
+# This SQL reads the schemas of the search_path that the URL, the role or the database sets. Another client of a pooler
+# can have set another search_path in the session, so the SQL restores the default for one transaction.
 _SEARCH_PATH = "BEGIN; SET LOCAL search_path TO DEFAULT; SELECT pg_catalog.current_schemas(false); ROLLBACK"
 
 
 class PostgreSQLEngine(Engine):
-    """One PostgreSQL database, with several writing units at once and with row locks.
+    """One PostgreSQL database. Several writing units run at the same time and use row locks.
 
     The first connection reads the schemas of the `search_path`. Every transaction of the engine uses exactly these
     schemas. So PostgreSQL does not search a schema that another role creates later, for example under this role's name.
@@ -65,7 +66,7 @@ class PostgreSQLEngine(Engine):
     Args:
         url: `postgresql+psycopg://…`, with libpq's options as its query.
         busy_timeout: maximum wait of a statement for a lock (`lock_timeout`).
-        pool_size: maximum number of writing units at once, and also of reading units.
+        pool_size: maximum number of writing units at the same time. The same limit applies to reading units.
     """
 
     write_connection_type = PostgreSQLConnection
@@ -78,10 +79,11 @@ class PostgreSQLEngine(Engine):
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
-        # The engine needs the server's warning about a commit that a standby may lack. A role's setting may hide it.
+        # The engine needs the server's warning about a commit that a standby can lack. A role's setting can hide the
+        # warning.
         self._settings = [f"lock_timeout = {busy_ms}", "client_min_messages = warning"]
         self.search_schema: str | None = None
-        """Setting that limits the search to the schema of homeagent's tables; None if no schema was found."""
+        """SQL setting that limits the search to the schema of homeagent's tables; None if no schema was found."""
         sa_engine = sqlalchemy.create_engine(
             url,
             poolclass=NullPool,
@@ -93,9 +95,9 @@ class PostgreSQLEngine(Engine):
         )
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "begin", self._on_begin)
-        # Other code, such as instrumentation, may have registered an earlier listener for errors. So the listeners for
+        # Other code, such as instrumentation, can have registered an earlier listener for errors. So the listeners for
         # execution remove stored values before SQLAlchemy calls any listener for errors. Do not raise the translated
-        # error in `_on_error`: later listeners would not be called.
+        # error in `_on_error`, because later listeners would not be called.
         event.listen(sa_engine, "do_execute", _execute)
         event.listen(sa_engine, "do_executemany", _execute_many)
         event.listen(sa_engine, "handle_error", _on_error)
@@ -106,7 +108,7 @@ class PostgreSQLEngine(Engine):
             writers=pool_size,
             readers=pool_size,
             begin_write=("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",),
-            # The first query takes the snapshot, not BEGIN.
+            # BEGIN does not take the snapshot, but the first query does.
             begin_read=("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", "SELECT 1"),
         )
 
@@ -116,8 +118,9 @@ class PostgreSQLEngine(Engine):
         if self.search_schema is None:
             self._fix_search_path(connection)
         if pooled:
-            # The process ids differ, since the pooler reports its own: the next transaction may get another session.
-            # Do not prepare statements, which may be missing there, or SET session settings, which other clients get.
+            # The process ids differ because a pooler reports its own id. The next transaction can get another session.
+            # Do not prepare statements, because the other session can lack them. Do not SET session settings, because
+            # other clients would get the settings.
             connection.prepare_threshold = None
         else:
             connection.execute("; ".join(f"SET {setting}" for setting in self._settings))
@@ -129,7 +132,7 @@ class PostgreSQLEngine(Engine):
             cursor.nextset()
         schemas = ['"{}"'.format(name.replace('"', '""')) for name in cursor.fetchone()[0]]
         if schemas:
-            # Keep all schemas: later ones may contain tables, types and functions of the application.
+            # Keep all schemas, because the later schemas can contain tables, types and functions of the application.
             self._settings.append(f"search_path = {', '.join(schemas)}, pg_temp")
             self.search_schema = f"search_path = {schemas[0]}, pg_temp"
 
@@ -137,40 +140,40 @@ class PostgreSQLEngine(Engine):
         raw: Any = connection.connection.driver_connection
         # A StoreConnection begins its transaction before an ORM session is bound to the same connection.
         if raw.info.transaction_status == 0:
-            # READ COMMITTED, whatever the role's default: after the wait for a lock, the unit must see the changes of
-            # the lock's holder.
+            # Use READ COMMITTED, whatever the role's default is. After the wait for a lock, the unit must see the
+            # changes of the previous holder.
             kind = "REPEATABLE READ READ ONLY" if connection.info.get(_READ_ONLY) else "READ COMMITTED"
             raw.execute("; ".join((f"BEGIN ISOLATION LEVEL {kind}", *self._local_settings())))
 
     def connect(self) -> Connection:
-        """Return a new connection; the caller closes the connection."""
+        """Return a new connection. The caller must close the connection."""
         try:
             return self.sa_engine.connect()
         except HomeAgentError as error:
-            failure = error  # translated by `_on_error`
+            failure = error  # `_on_error` has translated the error
         except self.driver_errors as error:
             failure = postgresql_error(error)
         except ValueError:
             # `resolve_target` has checked the URL. psycopg also reads a host and a port from the environment.
             failure = InvalidArgumentError("PGHOST or PGPORT has a value that psycopg can't read: correct the variable")
-        # The cause and the frames of SQLAlchemy and psycopg hold the password.
+        # The error's cause, and the frames of SQLAlchemy and psycopg, contain the password.
         failure.__cause__ = failure.__context__ = None
         raise failure.with_traceback(None)
 
     def open_read_connection(self) -> Connection:
-        """Return a new connection, whose transactions are read-only and have one snapshot each."""
+        """Return a new connection. Each transaction of the connection is read-only and reads one snapshot."""
         connection = self.connect()
         connection.info[_READ_ONLY] = True
         try:
             with self.translated():
-                connection.exec_driver_sql("SELECT 1")  # takes the snapshot, as BEGIN does not
+                connection.exec_driver_sql("SELECT 1")  # takes the snapshot, because BEGIN does not
         except BaseException:
             connection.close()
             raise
         return connection
 
     def begin_of(self, connection: Connection, *, read_only: bool) -> Sequence[str]:
-        """Return the SQL that begins a unit; behind a pooler with the settings, for this transaction only."""
+        """Return the SQL that begins a unit. Behind a pooler, the SQL also applies the settings to the transaction."""
         begin = super().begin_of(connection, read_only=read_only)
         return (begin[0], *self._local_settings(), *begin[1:]) if connection.info[POOLED] else begin
 
@@ -178,17 +181,17 @@ class PostgreSQLEngine(Engine):
         return [f"SET LOCAL {setting}" for setting in self._settings]
 
     def prepare_connection(self, connection: Connection, *, read_only: bool) -> None:
-        """Do nothing: the BEGIN of a unit sets whether the transaction can write."""
+        """Do nothing, because the BEGIN of a unit sets whether the transaction can write."""
 
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
-        """Return True: the server makes checkpoints itself."""
+        """Return True and do nothing, because the server makes checkpoints itself."""
         return True
 
     def before_fork(self) -> None:
-        """Do nothing: a forked child does not use the connections of its parent."""
+        """Do nothing, because a forked child does not use the connections of the parent process."""
 
     def after_close(self) -> None:
-        """Do nothing: the connections need no other resources of this process."""
+        """Do nothing, because the connections need no other resources of this process."""
 
     @contextmanager
     def translated(self) -> Iterator[None]:
@@ -202,7 +205,7 @@ def _connect_args(url: URL) -> dict[str, str]:
     options = dict(_CONNECT_OPTIONS)
     hosts = url.query.get("host", ())
     if len(hosts.split(",") if isinstance(hosts, str) else hosts) > 1 or "," in (url.host or ""):
-        # Of several hosts use only the primary, also for reading: a standby may lag behind.
+        # If the URL names several hosts, use only the primary, even for reading, because a standby can lag behind.
         options["target_session_attrs"] = "read-write"
     wanted = {
         name: value
@@ -239,7 +242,7 @@ def _remove_private(error: BaseException) -> None:
     if hasattr(error, "sqlstate"):
         error.constraint = refused_by(error)  # type: ignore[attr-defined]
         error.args = (named(error)[2:] or "the server's message is withheld",)
-        # `_info` holds the server's message, `_pgconn` the parameters of a failed connection.
+        # The attribute `_info` contains the server's message, and `_pgconn` the parameters of a failed connection.
         error._info = error._pgconn = None  # type: ignore[attr-defined]
 
 
@@ -248,7 +251,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
         return None  # the instrumented cursor raises the driver's exception, which the connection translates
     original: Any = context.original_exception
     if isinstance(original, HomeAgentError):
-        raise original  # already translated, or raised since the process was forked
+        raise original  # the error is already translated, or was raised because the process was forked
     clear_locals(original)  # homeagent's frames hold the parameters of the statement
     failure = postgresql_error(original)
     if context.connection is None:
@@ -264,7 +267,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 def _connect_error(error: BaseException) -> ConnectionLostError:
     """Return the error for a failed connection, with each host's reason, such as a wrong password.
 
-    libpq puts the reason after the host, in the server's words. The text before may show the URL's options.
+    The reason, in the server's words, is after the host in libpq's message. The text before can show the URL's options.
     """
     reasons = dict.fromkeys(re.findall(r"^.*connection to server .* failed: (.*)$", str(error), re.MULTILINE))
     shown = f" ({'; '.join(reasons)})" if reasons else ""

@@ -1,1 +1,1 @@
-"""A database that is a SQLite file: its driver and connections, its log, its backups, what it gives way to."""
+"""The SQLite engine, its driver and connections, the checks of the file and the WAL, and backups."""

@@ -1,8 +1,8 @@
 """Write one backup: copy a snapshot while units write, verify the copy, and rename the complete copy to its target.
 
-SQLite's online backup restarts if another connection writes between two steps (https://sqlite.org/backup.html), so
-under constant writes it may never end. Therefore the source stays in one read transaction, which in WAL mode blocks no
-writer, and all steps copy from this snapshot.
+SQLite's online backup restarts if another connection writes between two steps (https://sqlite.org/backup.html), so a
+backup under constant writes can run forever. Therefore the source stays in one read transaction, which does not block a
+writer in WAL mode, and all steps copy from this snapshot.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Contents", "backup_name", "discard", "read_contents", "write_backup"]
 
-_STEP = 2000  # pages between two calls of `stop`: a few milliseconds
-_INSTRUCTIONS = 100_000  # of SQLite's virtual machine between two calls of `stop`
+_STEP = 2000  # number of pages to copy between two calls of `stop`, which takes a few milliseconds
+_INSTRUCTIONS = 100_000  # number of instructions of SQLite's virtual machine between two calls of `stop`
 
-# Size in bytes and number of the writes that test whether a copy can grow; together SQLite's largest page.
+# Size in bytes, and number, of the writes that test whether a copy can grow. The product is SQLite's largest page.
 _PROBE, _PROBES = 4096, 16
 
 Stop = Callable[[], bool]
@@ -50,7 +50,7 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Content of a database for its manifest: row counts by table, schema revision and epoch (None if absent)."""
+    """Row counts by table, schema revision and epoch of a database, for the manifest. A missing value is None."""
 
     rows: dict[str, int]
     revision: str | None
@@ -58,7 +58,7 @@ class Contents:
 
 
 def backup_name(database: Path, revision: str, taken_at: datetime) -> str:
-    """Return the name of a backup in a directory. The names of one revision sort by time."""
+    """Return the file name of a backup. Sorting the names of one revision's backups sorts the backups by time."""
     return f"{database.name}.{revision}-{taken_at.strftime('%Y%m%dT%H%M%S%fZ')}.backup"
 
 
@@ -75,23 +75,23 @@ def write_backup(
 ) -> Manifest:
     """Copy an open database to a new file, and write the manifest next to the copy.
 
-    The copy is in rollback mode: it needs no WAL, so it can be opened on a read-only medium.
+    The copy is in rollback mode and needs no WAL, so the copy can be opened on a read-only medium.
 
-    `partial` is the path of the copy until it is verified; `target` and `partial` are in the same existing directory.
-    `stop` is called repeatedly, and cancels the backup by returning True.
+    The argument `partial` is the path of the copy until the copy is verified. The paths `target` and `partial` must be
+    in the same existing directory. The function `stop` is called repeatedly, and cancels the backup by returning True.
 
     Raises:
-        InvalidArgumentError: `target` exists, and `replace` is False.
-        CorruptDatabaseError: the database is damaged. A copy of it must not pass for a good backup.
-        DiskFullError, ReadOnlyError, DatabaseError: the copy can't be written.
-        BackupStoppedError: `stop` returned True.
+        InvalidArgumentError: if `target` exists and `replace` is False.
+        CorruptDatabaseError: if the database is damaged. A damaged copy must not be taken for a good backup.
+        DiskFullError, ReadOnlyError, DatabaseError: if the copy can't be written.
+        BackupStoppedError: if `stop` returned True.
     """
     if not replace and os.path.lexists(target):
         raise InvalidArgumentError(f"{quoted(target)} exists already: name another file, or replace the old one")
     if not create_file(partial, database=engine.path):
         raise DatabaseError(f"{quoted(partial)} is in the way of a backup: remove the file")
     try:
-        secure_sidecars(partial)  # otherwise SQLite would replay a journal that another user put there
+        secure_sidecars(partial)  # otherwise SQLite could replay a journal of another user over the copy
         contents = _copy(engine, partial, version_table, stop)
         manifest = _describe(partial, engine.path, contents, taken_at=taken_at, kind=kind, stop=stop)
         write_manifest(partial, manifest)
@@ -103,8 +103,8 @@ def write_backup(
 
 
 def _put_in_place(partial: Path, target: Path, *, replace: bool) -> None:
-    # After a power cut a file with a backup's name must be a complete backup, and a manifest must not describe
-    # another file. So sync each step to the disk before the next step.
+    # After a power cut each file with the name of a backup must be complete, and no manifest may describe another file
+    # than its own backup. So sync each step to the disk before the next step.
     with explained("put a backup in place at", target):
         if replace:
             manifest_path(target).unlink(missing_ok=True)
@@ -117,7 +117,7 @@ def _put_in_place(partial: Path, target: Path, *, replace: bool) -> None:
             manifest_path(partial).replace(manifest_path(target))
             fsync_directory(target.parent)
         except BaseException:
-            # If the copy replaced a backup, keep the copy: the old backup no longer exists.
+            # If the copy replaced a backup, keep the copy, because the old backup no longer exists.
             if not replace:
                 discard(target)
             raise
@@ -129,15 +129,15 @@ def discard(partial: Path) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError:
-            # The directory may be read-only by now. An empty file at least can't be mistaken for a database.
+            # The directory can have become read-only. An empty file at least can't be mistaken for a database.
             with suppress(OSError):
                 os.truncate(path, 0)
 
 
 def read_contents(raw: Any, version_table: str) -> Contents:
-    """Read the row counts, revision and epoch of a database. Do not count the rows of `version_table`.
+    """Read the row counts, revision and epoch of a database. The rows of `version_table` are not counted.
 
-    The driver's connection must be in a transaction, or have a file that no other connection writes.
+    The driver's connection `raw` must be in a transaction, unless no other connection writes to the file.
     """
     tables = [
         str(row[0])
@@ -168,7 +168,7 @@ def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop) -
         for raw in (source, copy):
             raw.set_progress_handler(stop, _INSTRUCTIONS)
         source.execute("PRAGMA query_only=ON")
-        # An incomplete copy is always discarded, so it needs no journal and no sync.
+        # The copy needs no journal and no sync while it is incomplete, because an incomplete copy is always discarded.
         copy.execute("PRAGMA journal_mode=OFF")
         copy.execute("PRAGMA synchronous=OFF")
         source.execute("BEGIN")
@@ -179,7 +179,7 @@ def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop) -
                 steps.step(_STEP)
                 _raise_if_stopped(stop)
         source.execute("ROLLBACK")
-        # The header of the copy still says WAL mode.
+        # The copied header still says that the database is in WAL mode.
         copy.execute("PRAGMA journal_mode=DELETE")
         _verify(engine.path, copy, contents, version_table)
     return contents
@@ -223,14 +223,14 @@ def _describe(
 ) -> Manifest:
     """Sync the copy to the disk, read back every byte, and return the manifest."""
     digest = hashlib.sha256()
-    # No connection may have the copy open: closing this descriptor would drop SQLite's locks.
+    # No connection may have the copy open, because closing this descriptor would drop SQLite's locks.
     with explained("read back a backup at", partial), os.fdopen(os.open(partial, os.O_RDWR | OPEN_FLAGS), "rb") as file:
         sync(file.fileno())
         while block := file.read(1 << 20):
             digest.update(block)
             _raise_if_stopped(stop)
         size = file.tell()
-    # Lazy import: it takes longer than this module's other imports.
+    # Import lazily, because this import takes longer than the other imports of the module.
     from homeagent.version import __version__
 
     return Manifest(
@@ -247,7 +247,7 @@ def _describe(
 
 
 def _require_room(size: int, directory: Path) -> None:
-    # Check first: the directory may be on the disk of the database, which the copy must not fill.
+    # Check before copying, because the directory can be on the disk of the database, and the copy must not fill it.
     with explained("check the free space of", directory):
         free = shutil.disk_usage(directory).free
     if free < size:
@@ -279,7 +279,7 @@ def _explained_copy(engine: SQLiteEngine, partial: Path, stop: Stop) -> Iterator
 
 
 def _growth_error(partial: Path) -> HomeAgentError | None:
-    """Write to the end of the copy and return the error, if any: SQLite's code does not name the cause."""
+    """Write to the end of the copy and return the error, if any, because SQLite's code does not tell the cause."""
     try:
         descriptor = os.open(partial, os.O_WRONLY | OPEN_FLAGS)
         try:

@@ -39,11 +39,11 @@ class SQLiteConnection(StoreConnection):
             return None
         if compiled.writes:
             return compiled.unreadable_at(None, (), parameters, _NOT_UTF8)
-        # Read the rows again, as bytes: the driver decodes each value of the storage class TEXT.
+        # Read the rows again as BLOBs, because the driver tries to decode each value of the storage class TEXT.
         names = [f"c{place}" for place in range(len(compiled.columns))]
         stored = ", ".join(f"typeof({name}), CAST({name} AS BLOB)" for name in names)
         sql = f"WITH found({', '.join(names)}) AS ({compiled.sql}) SELECT {stored} FROM found"  # noqa: S608  own SQL
-        # Use the same cursor, which ends its statement: an open statement would prevent closing the connection.
+        # Use the same cursor, which ends the failed statement. An open statement would prevent closing the connection.
         for values in self._execute(sql, compiled.bind(parameters)).fetchall():
             row: list[Any] = list(values[1::2])
             found = None

@@ -1,6 +1,8 @@
-"""Find the constraint that refused a change. SQLite's message names a CHECK or the columns of a UNIQUE constraint.
+"""Find the constraint that refused a change.
 
-For a foreign key the message has no name. Names of constraints are only in the text of CREATE TABLE, not in a pragma.
+SQLite's message contains the name of a CHECK constraint, or the columns of a UNIQUE constraint. The message does not
+name a foreign key. The names of UNIQUE and foreign-key constraints are only in the text of CREATE TABLE, because no
+pragma returns them.
 """
 
 from __future__ import annotations
@@ -38,9 +40,9 @@ class _ForeignKey(NamedTuple):
 
 
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
-    """Return the error for a change that a constraint refused; None for another kind of error.
+    """Return the error for a change that a constraint refused; None if `error` has another cause.
 
-    `statement` is the failed SQL text; None or COMMIT if a deferred foreign key failed.
+    The argument `statement` is the failed SQL text. If a deferred foreign key failed, `statement` is None or COMMIT.
     """
     kind = _KINDS.get(getattr(error, "extendedresult", 0))
     if kind is None:
@@ -63,7 +65,7 @@ def named_conflict(raw: Any, error: BaseException, statement: str | None) -> Con
             columns = tuple(part.removeprefix(f"{table}.") for part in message.split(", "))
             constraint = (_unique_name(raw, table, columns) if kind == "unique" else None) or ", ".join(columns)
     except (apsw.Error, UnicodeError):
-        pass  # the schema can't be read: the error holds the names found so far
+        pass  # the schema can't be read, so the error contains the names found so far
     return constraint_conflict(kind, table, constraint, sqlite_code_name(error))
 
 
@@ -78,7 +80,7 @@ def _tables(raw: Any) -> list[tuple[str, str]]:
 
 
 def _target(statement: str | None) -> tuple[str, str]:
-    """Return the verb and the table of a statement that writes; empty texts for another statement."""
+    """Return the verb and the table of a statement that writes; two empty texts for any other statement."""
     found = _TARGET.match(_IGNORED.sub("", statement or ""))
     return ("", "") if found is None else (found[1].upper(), _unquoted(found[2]))
 
@@ -96,7 +98,7 @@ def _table_of_check(raw: Any, check: str, statement: str | None) -> str | None:
 
 
 def _unique_name(raw: Any, table: str, columns: tuple[str, ...]) -> str | None:
-    """Return the name of the unique index, UNIQUE or PRIMARY KEY on these columns; None if the name is not known."""
+    """Return the name of the UNIQUE index, UNIQUE constraint or PRIMARY KEY on these columns; None if unknown."""
     indexes = raw.execute(
         "SELECT name FROM pragma_index_list(?) WHERE \"unique\" AND origin = 'c'", (table,)
     ).fetchall()
@@ -115,7 +117,7 @@ def _constraint_name(raw: Any, table: str, kind: str, columns: tuple[str, ...]) 
 
 
 def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | None]:
-    """Return the table and the name of the failed foreign key; None for each if several keys can have failed."""
+    """Return the table and the name of the failed foreign key. If several keys can have failed, both are None."""
     verb, target = _target(statement)
     if target:
         candidates = [
@@ -145,7 +147,7 @@ def _foreign_keys(raw: Any) -> Iterator[_ForeignKey]:
 
 
 def _violated_keys(raw: Any) -> Iterator[_ForeignKey]:
-    """Yield the violated deferred foreign keys. The transaction must still be open after its failed COMMIT."""
+    """Yield the violated deferred foreign keys. The transaction must still be open after the failed COMMIT."""
     for table, sql in _tables(raw):
         if "DEFERR" not in sql.upper():
             continue

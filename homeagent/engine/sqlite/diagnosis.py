@@ -1,7 +1,7 @@
-"""Find out why SQLite could not read or write: repeat a system call, since SQLite does not return the error number.
+"""Find out why SQLite could not read or write. SQLite does not return the error number, so repeat the system call.
 
-The probes run only after an error, so their cost does not matter. If the cause has disappeared by then, the error
-holds only SQLite's code.
+The probes run only after an error, so the cost of the probes does not matter. If the cause has disappeared before the
+probe, the message contains only SQLite's code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from homeagent.errors import (
 
 __all__ = ["corrupt_after_all", "diagnosed_error", "newest_backup_hint"]
 
-# Bytes to write in a probe, at least one write of SQLite: the WAL index grows by 32 KiB at a time.
+# Number of bytes that a probe writes. SQLite extends the WAL index by 32 KiB at a time, so a probe must not write less.
 _PIECE = 64 * 1024
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -41,7 +41,7 @@ def diagnosed_error(
 ) -> HomeAgentError:
     """Return homeagent's error for an exception of the SQLite driver, chosen by SQLite's code and by system probes.
 
-    `find_moved` returns the error for a replaced or deleted file; None for an unchanged file.
+    The function `find_moved` returns the error for a replaced or deleted file, and None for an unchanged file.
     """
     translation = sqlite_error(error)
     if isinstance(translation, CorruptDatabaseError):
@@ -80,13 +80,13 @@ def diagnosed_error(
 
 
 def newest_backup_hint(path: Path) -> str:
-    """Return the part of an error about a damaged database that names the newest known backup."""
+    """Return the clause of an error message that names the newest known backup of a damaged database."""
     backup = newest_backup(path)
     return "no backup of the database is known here" if backup is None else f"the newest backup is {quoted(backup)}"
 
 
 def corrupt_after_all(path: Path) -> CorruptDatabaseError:
-    """Return the error for a homeagent database whose file is empty or missing now."""
+    """Return the error for a homeagent database if the file was emptied or deleted after it was initialised."""
     return CorruptDatabaseError(
         f"{path} held a database and is empty or missing now: restore a backup, or remove {path.name}.lock for a new "
         f"database (every device, revocation and nonce is lost then); {newest_backup_hint(path)}"
@@ -113,7 +113,7 @@ def _at_size_limit(path: Path) -> bool:
 
 
 def _write_error(directory: Path) -> int | None:
-    """Write to an unnamed temporary file, and return the error number; None if the write succeeds."""
+    """Write to an unnamed temporary file, and return the error number. Return None if the write succeeds."""
     flag = getattr(os, "O_TMPFILE", None)
     if flag is None:
         return _space_error(directory)

@@ -1,8 +1,8 @@
 """apsw as a DB-API module, and a SQLAlchemy dialect for apsw.
 
-apsw includes a current SQLite on every platform, but has no DB-API. This module adds the part of the DB-API (PEP 249)
-that SQLAlchemy and homeagent use. Differences from the interpreter's `sqlite3`: homeagent and SQLAlchemy send BEGIN, a
-text may contain several statements, and undecodable text raises `UnicodeDecodeError`.
+The driver apsw includes a current SQLite on every platform, but has no DB-API. This module adds the part of the DB-API
+(PEP 249) that SQLAlchemy and homeagent use. There are three differences from the interpreter's `sqlite3`: BEGIN is sent
+by homeagent or SQLAlchemy, a text can contain several statements, and undecodable text raises `UnicodeDecodeError`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ InterfaceError = DatabaseError = DataError = OperationalError = IntegrityError =
 InternalError = ProgrammingError = NotSupportedError = apsw.Error
 
 DRIVER_ERRORS = (apsw.Error, OverflowError, UnicodeError)
-"""Exceptions of a statement: SQLite's errors, an integer over 64 bits, and text that is not UTF-8."""
+"""Exceptions that a statement can raise: SQLite's errors, and errors for integers over 64 bits and undecodable text."""
 
 _FAILED_WRITES = (apsw.SQLITE_FULL, apsw.SQLITE_IOERR_WRITE)
 
@@ -61,7 +61,7 @@ Description = tuple[tuple[str, None, None, None, None, None, None], ...]
 
 
 def _note_description(cursor: Any, sql: str, bindings: object) -> bool:
-    """Keep the column names of a statement: apsw drops the names with the last row, but SQLAlchemy needs them later."""
+    """Keep the column names of a statement for SQLAlchemy, because apsw drops the names with the last row."""
     cursor.description = tuple((name, None, None, None, None, None, None) for name, _ in cursor.get_description())
     cursor.is_write = not cursor.is_readonly
     cursor.changes_before = cursor.connection.total_changes()
@@ -72,7 +72,8 @@ def _execute_each(
     execute: Callable[[str, Any], object], connection: _Connection, statement: str, sets: Iterable[Any]
 ) -> int:
     """Run a statement once for each set of bindings, and return the number of changed rows."""
-    # Do not use total_changes: with the rows of triggers and foreign keys SQLAlchemy's ORM raises StaleDataError.
+    # Do not use total_changes, which also counts rows that triggers and foreign keys changed. SQLAlchemy's ORM would
+    # raise StaleDataError.
     changed = 0
     for bindings in sets:
         execute(statement, bindings)
@@ -98,7 +99,7 @@ class Cursor(_Cursor):
         self.description = self._changed = None
         try:
             super().execute(statements, bindings, **options)
-        except TypeError as error:  # a binding of a type that SQLite does not have
+        except TypeError as error:  # the type of a binding is not a type of SQLite
             raise apsw.BindingsError(str(error)) from None
         self.description = self.description or None
         return self
@@ -115,7 +116,7 @@ class Cursor(_Cursor):
             return self._changed
         if not self.is_write:
             return -1
-        # After a change of the schema, `changes` still returns the number of the statement before.
+        # After a change of the schema, `changes` still returns the number for the previous statement.
         return self.connection.changes() if self.connection.total_changes() != self.changes_before else 0
 
     @property
@@ -124,7 +125,7 @@ class Cursor(_Cursor):
         return self.connection.last_insert_rowid()
 
     def fetchmany(self, size: int | None = None) -> list[Any]:
-        """Return at most `size` rows, by default `arraysize`."""
+        """Return at most `size` rows. The default of `size` is the attribute `arraysize`."""
         rows = []
         for _ in range(self.arraysize if size is None else size):
             row = self.fetchone()
@@ -146,7 +147,7 @@ class StatementCursor(_Cursor):
 
     @property
     def rowcount(self) -> int:
-        """Number of rows that the last statement changed; undefined after a statement that only reads."""
+        """Number of rows that the last statement changed. The number is undefined if the last statement only read."""
         if self._changed is None:
             return self.connection.changes()
         changed, self._changed = self._changed, None
@@ -154,11 +155,11 @@ class StatementCursor(_Cursor):
 
 
 class Connection(_Connection):
-    """DB-API connection; autocommits each statement until a BEGIN."""
+    """DB-API connection. Outside a transaction each statement is committed at once."""
 
     autocommit = False
     closing: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
-    """Returns the context in which `close` runs."""
+    """Function that returns a context manager. The method `close` runs in this context."""
 
     def __init__(self, filename: str, flags: int) -> None:
         super().__init__(filename, flags)
@@ -176,11 +177,16 @@ class Connection(_Connection):
             self.commit_by(self.execute)
 
     def commit_by(self, execute: Callable[[str], object]) -> None:
-        """Send COMMIT, by `execute`. Erase a failed commit from the WAL, or raise CommitUnknownError."""
+        """Send COMMIT with the function `execute`. If COMMIT fails, overwrite the failed commit in the WAL.
+
+        Raises:
+            CommitUnknownError: if the failed commit could not be overwritten.
+        """
         try:
             execute("COMMIT")
         except Exception as error:
-            # If COMMIT failed before a write, the transaction is still open. After a failed write it is incomplete.
+            # If COMMIT failed before a write, the transaction is still open. If a write failed, the WAL contains only a
+            # part of the transaction.
             is_whole = not self.in_transaction and getattr(error, "extendedresult", 0) not in _FAILED_WRITES
             if not is_whole or self._erase_failed_commit():
                 raise
@@ -191,17 +197,18 @@ class Connection(_Connection):
     def _erase_failed_commit(self) -> bool:
         """Overwrite a failed commit in the WAL with an empty commit. Return whether the write succeeded.
 
-        If only the sync failed, the WAL contains all frames of the failed commit, though the WAL index leaves them out.
-        If no checkpoint follows, a later connection could rebuild the index and recover the commit. The empty commit
-        overwrites the first frame, which makes the checksums of the others invalid. It has no sync, which could fail
-        again.
+        If only the sync failed, the WAL contains all frames of the failed commit, but the WAL index does not. If no
+        checkpoint follows, a later connection could rebuild the index and recover the commit. The empty commit
+        overwrites the first frame, which makes the checksums of the other frames invalid. The empty commit is not
+        synced, because the sync could fail again.
         """
         try:
             if self.pragma("query_only") or self.pragma("journal_mode") != "wal":
                 return True
             synchronous, autocheckpoint = self.pragma("synchronous"), self.pragma("wal_autocheckpoint")
             try:
-                # Do not drop the second PRAGMA: a checkpoint without syncs can damage the database in a power cut.
+                # Do not drop the second PRAGMA, because a power cut during a checkpoint without syncs can damage the
+                # database.
                 self.execute("PRAGMA synchronous=OFF; PRAGMA wal_autocheckpoint=0")
                 self.pragma("user_version", self.pragma("user_version"))
             finally:
@@ -209,7 +216,7 @@ class Connection(_Connection):
         except apsw.Error:
             return False
         with suppress(apsw.Error):
-            # After a successful checkpoint the next commit restarts the WAL, so `find_lost_commits` finds no old frame.
+            # After a complete checkpoint the next commit restarts the WAL, so `find_lost_commits` finds no old frame.
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
         return True
 
@@ -231,14 +238,14 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
     flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if create else 0)
     connection = Connection(database, flags | (apsw.SQLITE_OPEN_URI if uri else 0))
     connection.set_busy_timeout(int(timeout * 1000))
-    # SQLite puts the journal of a large savepoint into a temporary file, for which a container may have no directory:
-    # https://sqlite.org/tempfiles.html
+    # SQLite puts the journal of a large savepoint into a temporary file (https://sqlite.org/tempfiles.html). But a
+    # container can be without a directory for temporary files.
     connection.execute("PRAGMA temp_store=MEMORY")
     return connection
 
 
 def deny_attach(operation: int, *names: str | None) -> int:
-    """Authorize all but ATTACH and DETACH (https://sqlite.org/c3ref/set_authorizer.html)."""
+    """Authorize every action except ATTACH and DETACH (https://sqlite.org/c3ref/set_authorizer.html)."""
     return apsw.SQLITE_DENY if operation in (apsw.SQLITE_ATTACH, apsw.SQLITE_DETACH) else apsw.SQLITE_OK
 
 
@@ -257,8 +264,8 @@ class Dialect(SQLiteDialect):
     default_paramstyle = "qmark"
     supports_statement_cache = True
     returns_native_bytes = True
-    # SQLAlchemy wraps an error by its class name: https://docs.sqlalchemy.org/en/21/core/exceptions.html
-    dbapi_exception_translation_map = {  # noqa: RUF012  SQLAlchemy declares it for instances
+    # SQLAlchemy wraps an error by the name of its class (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
+    dbapi_exception_translation_map = {  # noqa: RUF012  SQLAlchemy declares an attribute of instances
         "ConstraintError": "IntegrityError",
         "MismatchError": "IntegrityError",
         "TooBigError": "DataError",
@@ -288,7 +295,7 @@ class Dialect(SQLiteDialect):
 
     @classmethod
     def get_pool_class(cls, url: URL) -> type[Pool]:
-        """Return the default pool: one connection per thread for an in-memory database, else a queue."""
+        """Return SQLAlchemy's pool class for a queue or, for an in-memory database, for one connection per thread."""
         return SingletonThreadPool if url.database in (None, "", ":memory:") else QueuePool
 
     def create_connect_args(self, url: URL) -> tuple[Sequence[str], dict[str, Any]]:
@@ -299,7 +306,7 @@ class Dialect(SQLiteDialect):
         return [url.database or ":memory:"], options
 
     def on_connect(self) -> Callable[[Any], None]:
-        """Return a function that adds `regexp`, for SQLAlchemy's `regexp_match`, to a new connection."""
+        """Return a function that adds the SQL function `regexp` to a new connection. `regexp_match` needs `regexp`."""
 
         def prepare(connection: Connection) -> None:
             connection.create_scalar_function("regexp", _regexp, 2, deterministic=True)
@@ -307,12 +314,12 @@ class Dialect(SQLiteDialect):
         return prepare
 
     def do_begin(self, dbapi_connection: Any) -> None:
-        """Send BEGIN, unless a listener of SQLAlchemy's `begin` event has sent another BEGIN."""
+        """Send BEGIN, unless a listener of SQLAlchemy's `begin` event has already sent a BEGIN."""
         if not dbapi_connection.autocommit and not dbapi_connection.in_transaction:
             dbapi_connection.execute("BEGIN")
 
     def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
-        """Set the isolation level, or `AUTOCOMMIT`."""
+        """Set an isolation level of SQLAlchemy, such as `AUTOCOMMIT`."""
         dbapi_connection.autocommit = level == "AUTOCOMMIT"
         if not dbapi_connection.autocommit:
             super().set_isolation_level(dbapi_connection, level)

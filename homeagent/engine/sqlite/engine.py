@@ -1,4 +1,4 @@
-"""The SQLite engine: check that a file belongs to homeagent, and open each connection with the same pragmas."""
+"""The SQLite engine. It checks that a file belongs to homeagent, and opens each connection with the same pragmas."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ __all__ = ["APPLICATION_ID", "Durability", "SQLiteEngine", "lock_path", "sidecar
 Durability = Literal["full", "normal"]
 
 APPLICATION_ID = 0x48414731
-"""`HAG1`, in the header of each homeagent database: https://sqlite.org/pragma.html#pragma_application_id"""
+"""The text `HAG1`, in each homeagent database's header (https://sqlite.org/pragma.html#pragma_application_id)."""
 
 READERS = 16
 _JOURNAL_SIZE_LIMIT = 64 * 1024 * 1024
@@ -80,8 +80,8 @@ def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
 class SQLiteEngine(Engine):
     """Engine of one SQLite file with one writer. Each reader sees a snapshot.
 
-    `durability`: `full` syncs each commit; `normal` may lose the last commits in a power cut. `temporary`: remove the
-    file's directory when the engine is closed.
+    With the durability `full` each commit is synced. With `normal` a power cut can lose the last commits. If the
+    argument `temporary` is True, the engine removes the file's directory when the engine is closed.
     """
 
     # SQLite allows one writer, and a sync takes many times as long as a small unit.
@@ -108,7 +108,7 @@ class SQLiteEngine(Engine):
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "close", self._on_close)
         event.listen(sa_engine, "begin", self._on_begin)
-        # The listener returns the error instead of raising, so that other listeners (instrumentation) run too.
+        # The listener returns the error and does not raise it, so that other listeners (instrumentation) also run.
         event.listen(sa_engine, "handle_error", self._on_error)
         super().__init__(
             sa_engine,
@@ -116,10 +116,10 @@ class SQLiteEngine(Engine):
             translate=self.translate_error,
             writers=1,
             readers=READERS,
-            # After a deferred BEGIN the first write fails at once if another process wrote meanwhile, in spite of
-            # busy_timeout: https://sqlite.org/lang_transaction.html
+            # After a deferred BEGIN the first write would ignore busy_timeout and fail at once, if another process has
+            # written since the BEGIN (https://sqlite.org/lang_transaction.html).
             begin_write=("BEGIN IMMEDIATE",),
-            # The first read takes the snapshot, not BEGIN. A read without rows leaves no open statement.
+            # BEGIN takes no snapshot, but the first read does. A read without rows leaves no open statement.
             begin_read=("BEGIN; SELECT 1 FROM sqlite_master WHERE 0",),
             watch=self.identity_check,
         )
@@ -132,7 +132,7 @@ class SQLiteEngine(Engine):
         return translation
 
     def _open_existing(self, options: str = "mode=rw") -> DriverConnection:
-        """Open the file. Do not create a missing file: an empty file must not replace a deleted database."""
+        """Open the file. Do not create a missing file, because an empty file must not replace a deleted database."""
         return open_guarded(self.path, self._uri(options), timeout=self.busy_seconds, refuse=True)
 
     def _uri(self, options: str) -> str:
@@ -147,13 +147,13 @@ class SQLiteEngine(Engine):
         end_with_transactions(connection)
 
     def _on_close(self, connection: Any, record: ConnectionPoolEntry) -> None:
-        # At the last close SQLite copies the WAL into the file and deletes the WAL. If the files were replaced, the WAL
-        # may hold commits of another process.
+        # When the last connection is closed, SQLite copies the WAL into the file and deletes the WAL. If the files were
+        # replaced, the WAL can contain commits of another process.
         moved: HomeAgentError | None
         try:
             moved = self.identity_check.find_moved(beside=True)
         except HomeAgentError as error:
-            moved = error  # the files can't be inspected: leave them unchanged
+            moved = error  # the files can't be inspected, so leave the files unchanged
             self._keep_from_checkpoints()
         self._open.discard(connection)
         if moved is None and not self._open:
@@ -163,17 +163,17 @@ class SQLiteEngine(Engine):
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry) -> None:
         with closing(connection.cursor()) as cursor:
-            # busy_timeout first: the other pragmas may have to wait for a lock.
+            # Set busy_timeout first, because the other pragmas can have to wait for a lock.
             cursor.execute(f"PRAGMA busy_timeout={self._busy_ms}")
             cursor.execute("PRAGMA foreign_keys=ON")
             cursor.execute(f"PRAGMA synchronous={self.durability.upper()}")
             cursor.execute("PRAGMA trusted_schema=OFF")
             cursor.execute("PRAGMA cell_size_check=ON")
             cursor.execute(f"PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}")
-        self._open.add(connection)  # after the first read: until then, closing another connection may delete the WAL
+        self._open.add(connection)  # after the first read, because only then the WAL survives other connections' close
 
     def _keep_from_checkpoints(self) -> None:
-        """Configure all connections not to copy the WAL into the file at close: the file was replaced."""
+        """Configure all connections not to copy the WAL into the file at close, because the file was replaced."""
         for connection in list(self._open):
             with suppress(apsw.ConnectionClosedError):
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
@@ -185,7 +185,7 @@ class SQLiteEngine(Engine):
 
     def connect(self) -> Connection:
         """Return a new connection. The caller closes the connection."""
-        # Check before and after: opening a replaced file would apply the old database's WAL to the new file.
+        # Check before and after, because opening a replaced file would apply the old database's WAL to the new file.
         self.identity_check.before_connect()
         try:
             with self.translated():
@@ -232,7 +232,7 @@ class SQLiteEngine(Engine):
         """Yield a new connection in a read transaction, which neither waits for a writer nor blocks a writer."""
         with self.connect() as connection:
             raw: Any = connection.connection.driver_connection
-            # Not SQLAlchemy's begin: `_on_begin` would take the write lock.
+            # Do not use SQLAlchemy's begin, because `_on_begin` would take the write lock.
             with self.translated():
                 raw.execute("BEGIN")
             try:
@@ -243,7 +243,7 @@ class SQLiteEngine(Engine):
                     raw.execute("ROLLBACK")
 
     def prepare_connection(self, connection: Connection, *, read_only: bool) -> None:
-        """Make a reader's connection read-only; install `LockWait` on a writer's connection."""
+        """Make a reader's connection read-only. Install `LockWait` on a writer's connection."""
         raw: Any = connection.connection.driver_connection
         with self.translated():
             raw.execute("SELECT 1 FROM sqlite_master WHERE 0")  # opens the WAL index
@@ -262,11 +262,11 @@ class SQLiteEngine(Engine):
 
     @property
     def contention(self) -> int:
-        """Number of waits of write units so far, for another write unit or for another process."""
+        """Number of times that a write unit has waited for another write unit or for another process."""
         return self.writers.waits + self._lock_waits
 
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
-        """Copy the WAL into the file while no unit of this process writes; see `Engine.empty_log`."""
+        """Copy the WAL into the file while no unit of this process writes (see `Engine.empty_log`)."""
         pool = self.pool(read_only=False)
         # Use the write connection, so that a process never writes and checkpoints on two connections.
         connection = pool.acquire(timeout)
@@ -295,9 +295,9 @@ class SQLiteEngine(Engine):
             yield
 
     def prepare_header(self) -> None:
-        """Write the application id into an empty file, and switch the file to WAL mode. Hold `sidecar_lock`.
+        """Write the application id into an empty file, and switch to WAL mode. The caller must hold `sidecar_lock`.
 
-        The id is written in rollback mode, into the file itself. A non-empty file without the id is not homeagent's.
+        In rollback mode the id is written to the file itself, so each homeagent database that is not empty has the id.
         """
         with self.translated(), closing(self._open_bare()) as raw:
             if not self.path.stat().st_size:
@@ -310,14 +310,14 @@ class SQLiteEngine(Engine):
             )
 
     def _switch_to_wal(self, raw: Any) -> str:
-        """Return the journal mode after the attempt, which waits up to busy_timeout."""
+        """Try to switch to WAL mode for up to busy_timeout, and return the journal mode afterwards."""
         deadline = monotonic() + self._busy_ms / 1000
         while True:
             try:
                 return str(raw.execute("PRAGMA journal_mode=WAL").get)
             except apsw.BusyError:
-                # SQLite needs an exclusive lock here and does not call the busy handler. Another process that reads
-                # the revision of the file, still in rollback mode, holds a lock for a moment.
+                # SQLite needs an exclusive lock here and does not call the busy handler. Another process holds a lock
+                # for a moment while the process reads the revision of the file in rollback mode.
                 if monotonic() >= deadline:
                     raise
             time.sleep(_WAL_PAUSE)
@@ -342,15 +342,15 @@ class SQLiteEngine(Engine):
         """Refuse a file with content that does not belong to homeagent, without changing the file.
 
         Raises:
-            ForeignDatabaseError: the file is another application's database.
-            CorruptDatabaseError: the file is damaged, or is not a database.
+            ForeignDatabaseError: if the file is another application's database.
+            CorruptDatabaseError: if the file is damaged, or is not a database.
         """
         try:
             found = self._application_id("immutable=1")
         except CorruptDatabaseError:
             if self._sqlite_will_empty():
                 return
-            # The read took no lock. While another process writes the header, an intact file may look damaged.
+            # The read took no lock. An intact file can look damaged while another process writes the header.
             found = self._application_id_while_locked()
         if found != APPLICATION_ID:
             raise ForeignDatabaseError(
@@ -361,7 +361,7 @@ class SQLiteEngine(Engine):
     def _sqlite_will_empty(self) -> bool:
         """Return whether the next connection will empty the file, because its first transaction was interrupted.
 
-        After a power cut the file may hold a part of the first page. SQLite rolls this transaction back.
+        After a power cut the file can contain a part of the first page. SQLite rolls the first transaction back.
         """
         lock = database_file.look_at(lock_path(self.path))
         journal = database_file.sidecars(self.path)[2]
@@ -373,13 +373,13 @@ class SQLiteEngine(Engine):
                 header = os.read(descriptor, 20)
             finally:
                 os.close(descriptor)
-        # Bytes 16 to 19 are the initial database size in pages: https://sqlite.org/fileformat2.html#the_rollback_journal
+        # Bytes 16 to 19 are the first size of the database, in pages (https://sqlite.org/fileformat2.html, section 3).
         return header[:8] == _JOURNAL_MAGIC and header[16:] == bytes(4)
 
     def _application_id_while_locked(self) -> int:
         if database_file.look_at(database_file.sidecars(self.path)[1]) is not None and has_frames(self.path):
-            # This connection takes SQLite's locks, but can't write the file or the WAL index. Do not open it without
-            # frames: SQLite would create a WAL.
+            # This connection takes SQLite's locks, but can't write the file or the WAL index. Do not open the
+            # connection if the WAL has no frames, because SQLite would create a WAL.
             return self._application_id("readonly_shm=1")
         lock = FileLock(lock_path(self.path), timeout=timedelta(milliseconds=self._busy_ms), writable=False)
         if database_file.look_at(lock.path) is None:
@@ -397,9 +397,9 @@ class SQLiteEngine(Engine):
             return None  # the instrumented cursor raises the driver's exception, which the connection translates
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
-            raise context.original_exception  # raised by the replacement of a connection in a forked child
+            raise context.original_exception  # in a forked child, the object that replaces the connection raised this
         clear_locals(original)  # homeagent's frames hold the parameters of the statement
-        # Before a statement runs, a column type of the application may raise Python's exceptions.
+        # Before a statement runs, a column type of the application can raise an exception of Python.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
         if not isinstance(original, kinds):
             return None
@@ -408,8 +408,8 @@ class SQLiteEngine(Engine):
         return conflict or self.translate_error(original)
 
     def before_fork(self) -> None:
-        """Close idle connections, so that a child does not inherit SQLite's locks unless a unit runs."""
-        # A connection with an error at close counts as in use.
+        """Close idle connections, so that a child does not inherit SQLite's locks. Connections of units stay open."""
+        # If closing a connection fails, the connection counts as in use.
         with suppress(HomeAgentError, *self.driver_errors):
             self.discard_free()
 
@@ -436,7 +436,7 @@ class SQLiteEngine(Engine):
 
     @classmethod
     def temporary(cls, *, busy_timeout: timedelta, durability: Durability) -> SQLiteEngine:
-        """Return an engine for `:memory:`: on a private file (with locks and WAL) that `after_close` removes."""
+        """Return an engine for `:memory:`. The database is a private file with locks and a WAL, until `after_close`."""
         directory = make_temporary_directory()
         try:
             path = directory / "homeagent.db"

@@ -4,9 +4,10 @@ POSIX locks belong to a process. If another library of the process, such as the 
 descriptor of the database, the process loses the locks of homeagent's connections, and other processes may delete the
 WAL (https://sqlite.org/howtocorrupt.html, section 2.2). There are two measures:
 
-- Read locks on open file descriptions (Linux: `F_OFD_SETLK`), on the file and on its WAL index. They survive the close
-  of any other descriptor, and show another library that the database is still open.
-- An audit hook: `sqlite3.connect` raises for a file that a `Database` has open. It does not detect `ATTACH` and C code.
+- On Linux, homeagent locks the file and the WAL index with read locks on open file descriptions (`F_OFD_SETLK`). These
+  locks survive the close of any other descriptor, and show another library that the database is still open.
+- An audit hook makes `sqlite3.connect` raise an error for a file that a `Database` has open. The hook does not detect
+  `ATTACH` or C code.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ __all__ = ["FileGuard", "guard_of", "open_guarded"]
 
 Identity = tuple[int, int]
 
-# SQLite's SHARED range in the database file, and the byte of the WAL index on which each process with a connection
-# holds a read lock (os_unix.c: SHARED_FIRST, SHARED_SIZE, UNIX_SHM_DMS).
+# SQLite's SHARED range in the database file, and the byte of the WAL index that each process with a connection has
+# locked for reading. The file os_unix.c has the values as SHARED_FIRST, SHARED_SIZE and UNIX_SHM_DMS.
 _SHARED_RANGE = (0x40000002, 510)
 _WAL_INDEX_BYTE = (128, 1)
 
 _DESCRIPTORS = Path("/proc/self/fd")
 
-# Check the platform too: `_lock` packs Linux's layout of struct flock.
+# Also check the platform, because `_lock` packs Linux's layout of struct flock.
 _HAS_OFD_LOCKS = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
 
@@ -61,10 +62,10 @@ class FileGuard:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Count a connection that is closed in the block. Raise DatabaseError after a failed unlock or close of a file.
+        """Count a connection that is closed in the block. Raise DatabaseError if a file can't be unlocked or closed.
 
-        Release the locks before the last connection closes: SQLite then locks the file to checkpoint the WAL. Do not
-        close the descriptors earlier: a close would drop SQLite's own locks.
+        Release the locks before the last connection is closed, because the close locks the file to checkpoint the WAL.
+        Do not close the descriptors before the connection, because SQLite would lose its own locks.
         """
         with self._mutex, explained("unlock", self._path):
             self._connections -= 1
@@ -85,7 +86,7 @@ class FileGuard:
                 raise failure
 
     def hold(self) -> None:
-        """Take the locks, if a connection is open. It must have read the database, which creates the WAL index."""
+        """Take the locks if a connection is open. The connection must have created the WAL index by a read."""
         with self._mutex:
             if self._holds or not self._connections:
                 return
@@ -96,7 +97,7 @@ class FileGuard:
                     if look_at(path) is None:
                         return  # a read-only file, for which SQLite creates no WAL index
                     with explained("lock", path):
-                        # Keep the descriptor open if the next step fails: a close would drop SQLite's own locks.
+                        # Keep the descriptor open if the next step fails. A close would drop SQLite's own locks.
                         if number == len(self._descriptors):
                             self._descriptors.append(os.open(path, os.O_RDONLY | OPEN_FLAGS))
                         _lock(self._descriptors[number], fcntl.F_RDLCK, *span)
@@ -114,9 +115,9 @@ class FileGuard:
         return failure
 
     def forget(self) -> None:
-        """Close the descriptors. Call only without open connections, or in a forked child."""
+        """Close the descriptors. Do not call this method while a connection is open, except in a forked child."""
         descriptors, self._descriptors = self._descriptors, []
-        with ExitStack() as closing:  # a failed close does not prevent the others
+        with ExitStack() as closing:  # if one descriptor can't be closed, the stack still closes the other descriptors
             for descriptor in descriptors:
                 closing.callback(os.close, descriptor)
 
@@ -126,7 +127,8 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# Held while a connection is opened and counted: otherwise another thread would report its descriptor as foreign.
+# A thread holds this lock while it opens and counts a connection. Otherwise another thread would report the
+# connection's descriptor as foreign.
 _opening = threading.RLock()
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}
@@ -145,10 +147,10 @@ def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) 
     """Open an existing database. The file's guard counts the connection until the connection is closed.
 
     Args:
-        path: the file.
+        path: path of the file.
         uri: SQLite URI of the file.
         timeout: longest wait of a statement for a lock, in seconds.
-        refuse: whether to raise ForeignAccessError if this process has a foreign descriptor of the file.
+        refuse: whether to raise ForeignAccessError if code other than homeagent has the file open in this process.
     """
     with _opening:
         if refuse:
@@ -164,9 +166,9 @@ def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) 
 
 
 def _refuse_foreign_descriptors(path: Path) -> None:
-    """Raise ForeignAccessError if a descriptor of this process, not homeagent's, refers to the file.
+    """Raise ForeignAccessError if code other than homeagent has the file open in this process.
 
-    Without /proc, or if homeagent has the file open already, such a descriptor can't be detected.
+    A foreign descriptor can't be detected in two cases: there is no /proc, or homeagent already has the file open.
     """
     status = look_at(path)
     if status is None or identity_of(status) in _guards:
@@ -175,7 +177,7 @@ def _refuse_foreign_descriptors(path: Path) -> None:
         return
     with explained("look into", _DESCRIPTORS):
         for link in _DESCRIPTORS.iterdir():
-            with suppress(OSError):  # closed since it was listed
+            with suppress(OSError):  # the descriptor was closed after the directory was listed
                 if identity_of(link.stat()) == identity_of(status):
                     raise ForeignAccessError(
                         f"this process has {quoted(path)} open already, as descriptor {link.name}, but not through "
@@ -205,7 +207,7 @@ _is_hook_installed = False
 
 
 def _install_hook() -> None:
-    # Install the hook with the first open file: it can't be removed, and slows each audited call a little.
+    # Install the hook when the first file is opened, because the hook slows each audited call and can't be removed.
     global _is_hook_installed
     if not _is_hook_installed:
         _is_hook_installed = True
@@ -213,7 +215,7 @@ def _install_hook() -> None:
 
 
 def _after_fork_in_child() -> None:
-    # A thread that does not exist in the child may have held one of these locks.
+    # A thread of the parent that does not exist in the child can have held one of these locks.
     global _opening, _registry
     _opening, _registry = threading.RLock(), threading.RLock()
     for guard in _guards.values():

@@ -1,7 +1,7 @@
-"""The in-use lock: each process of homeagent with an open database holds a shared lock on `homeagent.db.open`.
+"""The in-use lock is a shared lock on the file `homeagent.db.open` that each process with an open database holds.
 
-A restore takes the lock exclusively, so that it does not replace an open database. The lock does not depend on the
-database's content, so it also works for a damaged database. The system releases the lock when the process ends.
+A restore takes the lock exclusively, and therefore does not replace an open database. The lock does not depend on the
+database's content, so a damaged database can also be locked. The system releases the lock when the process ends.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from homeagent.errors import DatabaseBusyError, DatabaseError, ReadOnlyError
 
 __all__ = ["alone", "hold_in_use_lock", "in_use_path", "kept_from_sqlite"]
 
-# SQLite's locks in a database file (https://sqlite.org/src/file/src/os.h): one byte each for PENDING and RESERVED, then
-# the SHARED range. An open connection in WAL mode holds a lock in the SHARED range.
+# SQLite's locks in a database file are one byte for PENDING, one byte for RESERVED, and the SHARED range
+# (https://sqlite.org/src/file/src/os.h). An open connection in WAL mode holds a lock in the SHARED range.
 _SQLITE_LOCKS = (0x40000000, 512)
 
 
@@ -34,12 +34,12 @@ def in_use_path(database: Path) -> Path:
 def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
     """Take the shared in-use lock, for the caller to hold until the last connection is closed.
 
-    Finish an interrupted restore first. Return None if the directory is not writable, so that the lock file can't be
-    created: no restore can replace a file there, and SQLite can't write.
+    Finish an interrupted restore first. Return None if the lock file can't be created because the directory is not
+    writable. In such a directory no restore can replace a file, and SQLite can't write.
 
     Raises:
-        DatabaseBusyError: the timeout is over, and another process still restores the database.
-        DatabaseError: `inspect_file` would refuse the lock file, or an interrupted restore can't be finished.
+        DatabaseBusyError: if another process still restores the database after `timeout`.
+        DatabaseError: if `inspect_file` refuses the lock file, or if an interrupted restore can't be finished.
     """
     path = in_use_path(database)
     while True:
@@ -62,12 +62,13 @@ def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
 
 @contextmanager
 def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
-    """Hold the exclusive in-use lock: no process of homeagent has the database open. Finish an interrupted restore.
+    """Hold the exclusive in-use lock, so that no process of homeagent has the database open during the block.
 
-    The directory must exist. The database may be absent or damaged.
+    Finish an interrupted restore first. The directory must exist. The database can be absent or damaged.
 
     Raises:
-        DatabaseBusyError: the timeout is over, and a process (named on Linux) still has the database open.
+        DatabaseBusyError: if a process still has the database open after `timeout`. On Linux the message names the
+            process.
     """
     lock = FileLock(in_use_path(database), timeout=timeout)
     try:
@@ -85,10 +86,10 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
 
 @contextmanager
 def kept_from_sqlite(database: Path) -> Iterator[None]:
-    """Keep programs that use SQLite from opening the file, or raise DatabaseBusyError. Skip a missing file.
+    """Keep programs that use SQLite from opening the file during the block. Do nothing if the file is missing.
 
-    This process must not have the file open through SQLite: closing any descriptor of the file drops SQLite's locks,
-    and SQLite's own close would drop this lock.
+    If another program has the file open, raise DatabaseBusyError. This process must not have the file open through
+    SQLite, because closing the descriptor of this function drops SQLite's locks, and SQLite's close drops this lock.
     """
     with explained("open", database):
         try:
@@ -113,7 +114,7 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
 
 
 def _holders(path: Path) -> str:
-    """Return the processes that hold a lock, from /proc/locks (proc_locks(5)), in words for an error message."""
+    """Return words for an error message that name the processes in /proc/locks that hold a lock (proc_locks(5))."""
     try:
         inode = path.stat().st_ino
         lines = Path("/proc/locks").read_text().splitlines()

@@ -1,6 +1,7 @@
-"""Read a SQLite file without a change to the file, its WAL or their modes.
+"""Read a SQLite file without changing the file, the WAL or the modes of the two.
 
-An ordinary connection could destroy data of a damaged file: the last close moves the WAL into the file and removes it.
+An ordinary connection could destroy data of a damaged file, because the last close moves the WAL's content into the
+file and removes the WAL.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Stopwatch", "inspect_sqlite", "journal_mode", "reaches", "scratch_sqlite"]
 
-# Instructions of SQLite's virtual machine between two checks of the clock: well under a millisecond.
+# Number of instructions of SQLite's virtual machine between two checks of the clock, well under a millisecond.
 _INSTRUCTIONS = 10_000
 
 
@@ -52,7 +53,7 @@ class Stopwatch:
         self.ran_out = False
 
     def __call__(self) -> bool:
-        """Return True, which ends the statement, after the limit."""
+        """Return True if the statement has reached the limit. SQLite then ends the statement."""
         if self._limit is not None and monotonic() - self._began > self._limit:
             self.ran_out = True
         return self.ran_out
@@ -64,15 +65,15 @@ def inspect_sqlite(
 ) -> Iterator[Connection]:
     """Open an existing file for reading. All statements see one snapshot.
 
-    Without frames in the WAL the database file is complete, and is read without a lock. Otherwise the WAL is read
-    through its index. If the index is missing, SQLite creates the index (-shm): no other file is created.
+    If the WAL has no frames, the database file is complete and is read without a lock. If the WAL has frames, SQLite
+    reads the WAL through the WAL index (-shm), and creates a missing index. No other file is created.
 
     Args:
-        path: the file.
+        path: path of the file.
         watch: statement timeout.
-        assume_closed: False to take locks even without a WAL, because a process may be opening the file.
+        assume_closed: if False, take locks even without a WAL, because a process can be opening the file.
         is_closed: whether no process of homeagent had the file open a moment ago. If False, a WAL with an index is read
-            through the index even without frames, because an open database may add a frame at any time.
+            through the index even without frames, because an open database can add a frame at any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -86,14 +87,14 @@ def inspect_sqlite(
         connection = _open(path, options.pop(0), watch)
         try:
             with translated(DRIVER_ERRORS, sqlite_error):
-                # The first read takes the snapshot. Do not begin earlier: a listener of the host application may run a
-                # PRAGMA on each new connection, and SQLite refuses some PRAGMAs in a transaction.
+                # The first read takes the snapshot. Do not begin earlier, because a listener of the host application
+                # can run a PRAGMA on each new connection, and SQLite refuses some PRAGMAs in a transaction.
                 raw: Any = connection.connection.driver_connection
                 raw.execute("BEGIN")
                 raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
             break
         except ReadOnlyError:
-            # Another process writes at this moment, and a read-only index has no room for another reader.
+            # Another process is writing, and a read-only WAL index has no room for another reader.
             connection.close()
             if not options:
                 raise
@@ -129,8 +130,8 @@ def journal_mode(path: Path, connection: Connection) -> str | None:
     mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
     if mode == "wal":
         return mode
-    # Without locks SQLite does not report "wal", so read the header. Do not read it if this process has the file open:
-    # the close would drop this process's locks (https://sqlite.org/howtocorrupt.html, section 2.2).
+    # Without locks SQLite does not report "wal", so read the header. Do not read the header if this process has the
+    # file open, because the close would drop this process's locks (https://sqlite.org/howtocorrupt.html, section 2.2).
     if any(str(engine.sa_engine.url.database) == str(path) for engine in open_engines()):
         return None
     with explained("read", path):
@@ -144,13 +145,14 @@ def journal_mode(path: Path, connection: Connection) -> str | None:
 
 
 def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) -> bool:
-    """Return whether a trigger writes to one of the tables, or a view reads from one.
+    """Return whether a trigger writes to one of the tables, or whether a view reads from one of the tables.
 
-    Compile statements that fire the trigger or read the view, without running them: SQLite reports each used table, and
-    the trigger that uses it (https://sqlite.org/c3ref/set_authorizer.html). Also return True if SQLite can't compile
-    the statements, for example because an application's function is missing.
+    Compile statements that fire the trigger or read the view, but do not run the statements. SQLite reports each used
+    table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). Also return True if
+    SQLite can't compile the statements, for example because an application's function is missing.
 
-    `tables` are in lower case, `kind` is `trigger` or `view`, and `on` is the trigger's table, or the view's own name.
+    The names in `tables` are in lower case. The argument `kind` is `trigger` or `view`. The argument `on` is the
+    trigger's table or, for a view, the view's own name.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []
@@ -182,7 +184,7 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
 def _using(raw: Any, kind: str, place: str) -> list[str]:
     if kind == "view":
         return [f"SELECT * FROM {place}"]  # noqa: S608  a name, escaped
-    # Leave out generated columns, which table_xinfo reports as hidden: an UPDATE can't set them.
+    # Leave out generated columns, which table_xinfo reports as hidden, because an UPDATE can't set generated columns.
     names = [row[1].replace('"', '""') for row in raw.execute(f"PRAGMA table_xinfo({place})") if not row[6]]
     settings = ", ".join(f'"{name}" = "{name}"' for name in names)
     return [f"INSERT INTO {place} DEFAULT VALUES", f"UPDATE {place} SET {settings}", f"DELETE FROM {place}"]  # noqa: S608  likewise

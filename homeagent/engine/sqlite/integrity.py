@@ -1,7 +1,7 @@
 """Checks of a SQLite file's content.
 
-SQLite has no page checksums: it detects an invalid page, a mismatch of table and index, and an invalid value, but not a
-changed letter in a text.
+SQLite has no page checksums. SQLite detects an invalid page, a difference between a table and an index, and an invalid
+value, but does not detect a changed letter in a text.
 """
 
 from __future__ import annotations
@@ -30,25 +30,26 @@ __all__ = ["check_content", "check_table", "refuse_unclean_damage"]
 
 logger = logging.getLogger("homeagent")
 
-# Limits for the check at opening. The full check takes about 5 ms per MiB, the quick check, which does not compare
-# indexes with tables, about 1 ms. A larger file is checked after an unclean end, and on the sweeper's schedule.
+# Largest files for the full and the quick check when a database is opened. The full check takes about 5 ms per MiB. The
+# quick check takes about 1 ms per MiB, and does not compare indexes with tables. A larger file is checked only after an
+# unclean end and on the sweeper's schedule.
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
 
-# Instructions of SQLite's virtual machine between two calls of `give_up`: some milliseconds at most.
+# Number of instructions of SQLite's virtual machine between two calls of `give_up`, at most some milliseconds.
 _INSTRUCTIONS = 100_000
 
 
 def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
-    """Check a file that was not closed cleanly and that no process has open, without a change to any file.
+    """Check a file that was not closed cleanly and that no process has open. Do not change any file.
 
-    Do not use an ordinary connection: its close would move the WAL into the database.
+    Do not use an ordinary connection, because its close would move the WAL's content into the database.
 
     Returns:
-        True if `check_content` accepted the file, False if there is no WAL to check.
+        True if `check_content` accepted the file; False if there is no WAL to check.
 
     Raises:
-        CorruptDatabaseError: the file is damaged, or the WAL lost commits.
+        CorruptDatabaseError: if the file is damaged, or if the WAL lost commits.
     """
     path = engine.path
     log, index = sidecars(path)[:2]
@@ -96,10 +97,10 @@ def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
     """Check a file's content with SQLite, as thoroughly as its size allows. Skip a large file unless `always` is True.
 
     Raises:
-        CorruptDatabaseError: the check found damage.
-        Exception: the driver's error, if SQLite can't read the file.
+        CorruptDatabaseError: if the check found damage.
+        Exception: if SQLite can't read the file. The exception is the driver's error.
     """
-    # Do not use the file's size, which leaves out the content of the WAL.
+    # Do not use the size of the file, because the WAL can contain more pages.
     size = raw.pragma("page_count") * raw.pragma("page_size")
     if size <= FULL_CHECK_BYTES:
         found = raw.execute("PRAGMA integrity_check(1)").fetchall()
@@ -114,11 +115,11 @@ def check_table(engine: SQLiteEngine, table: str, *, give_up: Callable[[], bool]
     """Check a table of the schema, and its indexes, in a read-only unit. Damage marks the database as corrupt.
 
     Returns:
-        False if `give_up`, which SQLite calls every few milliseconds, returned True and so ended the check.
+        False if `give_up` returned True and therefore ended the check. SQLite calls `give_up` every few milliseconds.
 
     Raises:
-        CorruptDatabaseError: the table is damaged. Every later unit raises this error until the database is reopened.
-        DatabaseBusyError, DatabaseClosedError: as for any unit.
+        CorruptDatabaseError: if the table is damaged. Later units raise the same error until the database is reopened.
+        DatabaseBusyError, DatabaseClosedError: for the same reasons as in any unit.
     """
     connection = engine.begin(read_only=True, timeout=engine.busy_seconds)
     try:

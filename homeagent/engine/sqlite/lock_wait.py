@@ -1,10 +1,11 @@
 """Wait for the write lock of another process, often enough to get the lock from a process that writes without pause.
 
 SQLite's own busy handler tries again after 1, 2, 5, 10, ... and at last every 100 ms. A process that commits and begins
-again at once leaves the lock free only for short moments, which such a waiting process seldom meets: some of eight
-writing processes waited for seconds. A process that tries every few milliseconds gets the lock. More tries move the
-lock more often between processes and slow all writes: on a busy machine, pauses of 0.5 to 2 ms raised the 99th
-percentile of eight writing processes two to five times. On a quiet machine there was no difference.
+again at once leaves the lock free only for short moments, and SQLite's busy handler seldom tries in such a moment. In a
+trial with eight writing processes, some processes waited for seconds. A process that tries every few milliseconds gets
+the lock. More frequent tries move the lock more often between processes, and therefore slow all writes. On a busy
+machine, pauses of 0.5 to 2 ms raised the 99th percentile of the write times of eight processes two to five times. On a
+quiet machine there was no difference.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from homeagent.clock import monotonic
 __all__ = ["LockWait"]
 
 _PAUSE = (0.001, 0.005)
-"""Range of the pause between two tries, in seconds; the random choice keeps two processes from the same rhythm."""
+"""Range of the random pause between two tries, in seconds. Equal pauses could let two processes always try together."""
 
 
 class LockWait:
-    """Busy handler of a connection (https://sqlite.org/c3ref/busy_handler.html). It calls `began` before each wait."""
+    """Busy handler of a connection (https://sqlite.org/c3ref/busy_handler.html) that calls `began` before each wait."""
 
     def __init__(self, timeout: float, began: Callable[[], object]) -> None:
         self._timeout = timeout
@@ -38,5 +39,5 @@ class LockWait:
         left = self._timeout - (now - self._since)
         if left <= 0:
             return False
-        sleep(min(uniform(*_PAUSE), left))  # noqa: S311  it parts processes, it keeps no secret
+        sleep(min(uniform(*_PAUSE), left))  # noqa: S311  the random number is not a secret
         return True

@@ -1,7 +1,7 @@
-"""Manifests: small files that describe backups, so that the newest backup is found without opening the database.
+"""Manifests are small files that describe backups, so that the newest backup is found without opening the database.
 
-The error about a damaged database names its newest good backup. A note next to the database holds the path of the last
-backup, because a damaged database cannot supply the path.
+The error about a damaged database names the newest good backup. A note file next to the database contains the path of
+the last backup, because the path can't be read from a damaged database.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 PARTIAL = ".partial"
 """Suffix of files that are not complete yet."""
 
-_LARGEST = 64 * 1024  # bytes; a manifest has a few hundred
+_LARGEST = 64 * 1024  # maximum size in bytes; a manifest has a few hundred bytes
 
 
 class Manifest(BaseModel):
@@ -45,11 +45,11 @@ class Manifest(BaseModel):
 
     Attributes:
         format: version of the manifest's format.
-        kind: `upgrade` for the copy that a schema upgrade makes first; `backup` for other backups.
+        kind: `upgrade` for a copy that was made before a schema upgrade; `backup` for any other backup.
         database: absolute path of the source database.
         taken_at: time of the backup, by the database's clock.
         schema_revision: schema revision; None for a file without homeagent's tables.
-        epoch: epoch of the store; None if the schema is older than epochs.
+        epoch: epoch of the store; None if the schema is too old to have epochs.
         rows: number of rows of each table.
         size: size of the backup, in bytes.
         sha256: SHA-256 of the backup, in hexadecimal.
@@ -71,7 +71,7 @@ class Manifest(BaseModel):
 
 
 def manifest_path(backup: Path) -> Path:
-    """Return the path of a backup's manifest. The manifest may be absent."""
+    """Return the path of a backup's manifest, whether the manifest exists or not."""
     return backup.with_name(backup.name + ".json")
 
 
@@ -79,14 +79,14 @@ def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None
     """Return the manifest of a backup; None if the manifest does not exist.
 
     Args:
-        backup: the backup.
-        database: the source database, or the target of a restore; defaults to `backup`, whose directory then decides
-            which owners are trusted.
+        backup: path of the backup.
+        database: path of the source database, or of the target of a restore. The directory of `database` decides which
+            owners are trusted. The default is `backup`.
 
     Raises:
-        InsecureFileError: the manifest has a second hard link, or belongs to a user whose backups of `database` are not
-            safe.
-        CorruptDatabaseError: the manifest can't be read, or is invalid.
+        InsecureFileError: if the manifest has a second hard link, or belongs to a user who is not in `backup_owners` of
+            `database`.
+        CorruptDatabaseError: if the manifest can't be read, or is invalid.
     """
     path = manifest_path(backup)
     try:
@@ -106,10 +106,10 @@ def write_manifest(backup: Path, manifest: Manifest) -> None:
 
 
 def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
-    """Return the backups in a directory whose size is that in their manifest, oldest first.
+    """Return the backups in a directory, oldest first. Leave out a backup whose size differs from the manifest.
 
-    Do not open the backups: `restore` checks the content. Leave out a backup that `restore` would refuse because of its
-    owner or a second hard link. An unreadable directory counts as empty.
+    Do not open the backups, because `restore` checks the content. Also leave out a backup that `restore` would refuse
+    because of the owner or a second hard link. An unreadable directory counts as empty.
     """
     found: list[tuple[Path, Manifest]] = []
     with suppress(OSError, HomeAgentError):
@@ -129,15 +129,15 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
 def newest_backup(database: Path) -> Path | None:
     """Return the newest backup of a database (a path from `locate_file`); None if no backup is found.
 
-    Search the directory of the database and the directory of the last backup. The database may be absent.
+    Search the directory of the database and the directory of the last backup. The database need not exist.
     """
-    # In the database's own directory only the name must agree: the directory may have been moved.
+    # In the database's own directory only the file name must agree, because the directory can have been moved.
     found = [entry for entry in backups_in(database.parent, database) if Path(entry[1].database).name == database.name]
     last = remembered_backup(database)
     if last is not None and last.parent != database.parent:
         found += [entry for entry in backups_in(last.parent, database) if entry[1].database == str(database)]
     now = system_clock()
-    # A backup with a future time was made while the clock was ahead, and may be older than all others.
+    # A backup with a future time was made while the clock was ahead, and can be older than all other backups.
     newest = max(found, key=lambda entry: (entry[1].taken_at <= now, entry[1].taken_at, entry[0]), default=None)
     return None if newest is None else newest[0]
 
@@ -169,7 +169,7 @@ def _read(path: Path, owners: frozenset[int]) -> bytes:
 
 
 def _write(path: Path, text: str, *, database: Path | None = None) -> None:
-    """Replace a small file atomically: after a power cut the old or the new content is complete."""
+    """Replace a small file atomically. After a power cut the file contains either the old or the new content."""
     partial = path.with_name(f".{path.name}.{token_hex(8)}{PARTIAL}")
     try:
         with explained("write", path):

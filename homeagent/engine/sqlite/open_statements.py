@@ -1,7 +1,7 @@
 """Close the unfinished statements of an ORM session at the end of its transaction.
 
-In SQLite a statement with unfetched rows outlives COMMIT and ROLLBACK, and keeps the read snapshot: the next unit of
-work on the connection would read old rows, and could not write after another process has committed.
+In SQLite a statement with unfetched rows outlives COMMIT and ROLLBACK, and keeps the read snapshot. So the next unit of
+work on the connection would read old rows, and could not write after a commit of another process.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ _KEY = "homeagent_cursors"
 
 
 def end_with_transactions(connection: Connection) -> None:
-    """Close the session's statements at each commit and rollback. A later fetch from such a result raises an error."""
+    """Close the session's statements at each commit and rollback. A fetch from a closed statement raises an error."""
     if _KEY in connection.info:
         return
     cursors: WeakSet[Any] = WeakSet()
     connection.info[_KEY] = cursors
 
     def note(connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        # Leave out a store's cursor, which an instrumented cursor also reports here: the connection uses it again.
+        # Leave out a store's cursor, because the connection uses the cursor again. An instrumented cursor also calls
+        # this function.
         if isinstance(context, DefaultExecutionContext):
             cursors.add(cursor)
 

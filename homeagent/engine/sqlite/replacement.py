@@ -1,4 +1,4 @@
-"""Atomic replacement of a database: after a crash at any moment the old or the new database is in place, complete.
+"""Replace a database atomically. After a crash at any moment either the old or the new database is complete.
 
 A replacement changes the database file and its WAL, and no file system changes two files in one step. Between the two
 steps SQLite would replay the old WAL over the new file, or read the old file without its last commits. So homeagent
@@ -30,7 +30,8 @@ __all__ = [
     "replace_database",
 ]
 
-# The word "end" marks a complete text. A text without the word was cut short by a power cut, and no file was moved yet.
+# A complete text ends with the word "end". If the word is missing, a power cut interrupted the write of the text, and
+# no file was moved yet.
 _INTENT = r"swap (\w+) (\d+) end"
 _MARKER = r"initialised, epoch (\d+)"
 
@@ -41,7 +42,7 @@ def new_path(database: Path, stamp: str) -> Path:
 
 
 def quarantine_path(database: Path, stamp: str) -> Path:
-    """Return the path of the old database after the replacement. Its sidecar files get the same prefix."""
+    """Return the path of the old database after the replacement. The old sidecar files get the same prefix."""
     return database.with_name(f"{database.name}.{stamp}.quarantine")
 
 
@@ -51,7 +52,7 @@ def marker_of_epoch(epoch: int) -> str:
 
 
 def epoch_of_marker(marker: str | None) -> int:
-    """Return the epoch in a lock file's marker; 0 if no database was created here. The database may be damaged."""
+    """Return the epoch in a lock file's marker, also for a damaged database; 0 if no database was created here."""
     if marker is None:
         return 0
     found = re.fullmatch(_MARKER, marker)
@@ -63,13 +64,13 @@ def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, 
 
     Args:
         lock: the in-use lock, held exclusively.
-        database: the file; may be absent.
+        database: path of the database file, which need not exist.
         stamp: letters and digits that distinguish this replacement from others.
         epoch: epoch of the new database.
-        timeout: longest wait for the lock that initialisation takes.
+        timeout: longest wait for the lock that initialisation also takes.
 
     Raises:
-        DatabaseError: a step failed. The next opener of the database finishes the replacement.
+        DatabaseError: if a step failed. The next process that opens the database finishes the replacement.
     """
     lock.write_marker(f"swap {stamp} {epoch} end")
     finish_replacement(lock, database, timeout=timeout)
@@ -81,9 +82,9 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
     The arguments are those of `replace_database`.
 
     Raises:
-        InsecureFileError, ForeignDatabaseError: another user put a file at the path of the new database.
-        CorruptDatabaseError: this version does not understand the marker.
-        DatabaseError: a step failed; a second call tries again.
+        InsecureFileError, ForeignDatabaseError: if another user put a file at the path of the new database.
+        CorruptDatabaseError: if this version does not understand the marker.
+        DatabaseError: if a step failed. A second call tries again.
     """
     intent = lock.read_marker()
     if intent is None:
@@ -99,10 +100,11 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
         )
     stamp, epoch = found[1], int(found[2])
     new, kept = new_path(database, stamp), quarantine_path(database, stamp)
-    # Do not trust the file: the replacement may be finished already, and another user may have created the file since.
+    # Do not trust the file, because the replacement can be finished already, and another user can have created the file
+    # afterwards.
     if judge_file(new, is_database=False) is not None:
         with explained("put the restored database in place at", database):
-            # The old file keeps its name until the new file takes the name, so that the path exists at every moment.
+            # The old file keeps its name until the new file takes this name, so the path exists at every moment.
             if os.path.lexists(database) and not os.path.lexists(kept):
                 _link_or_rename(database, kept)
             for old_sidecar, kept_sidecar in zip(sidecars(database), sidecars(kept), strict=True):

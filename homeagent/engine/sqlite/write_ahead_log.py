@@ -1,12 +1,13 @@
 """Find committed transactions that are lost from a write-ahead log (WAL).
 
-SQLite treats the first WAL frame with a wrong checksum as the end of the WAL. This rule discards a commit that a crash
+SQLite treats the first WAL frame with a wrong checksum as the end of the WAL, and so discards a commit that a crash
 interrupted. But if the WAL was damaged or truncated later, SQLite silently discards complete commits
-(https://sqlite.org/fileformat2.html#walformat, section 4.2). Two traces of lost commits remain: later frames that end a
-commit, and the WAL index (-shm), which a killed process leaves behind with the number of committed frames
-(https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
+(https://sqlite.org/fileformat2.html#walformat, section 4.2). Two traces of lost commits remain. The first trace is a
+later frame that ends a commit. The second trace is the WAL index (-shm), which a killed process leaves behind with the
+number of committed frames (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
 
-No process, including this process, may have the database open: closing the index would drop this process's locks.
+No other process may have the database open. This process must not have the database open, because closing the WAL index
+would drop this process's locks.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ __all__ = ["LostCommits", "find_lost_commits", "has_frames"]
 
 _HEADER = 32
 _FRAME_HEADER = 24
-_MAGIC = {0x377F0682: "little", 0x377F0683: "big"}  # which order the checksums read their words in
-_SMALLEST_LOG = _HEADER + _FRAME_HEADER + SMALLEST_DATABASE  # with one frame of the smallest page
+_MAGIC = {0x377F0682: "little", 0x377F0683: "big"}  # byte order of the words from which a checksum is computed
+_SMALLEST_LOG = _HEADER + _FRAME_HEADER + SMALLEST_DATABASE  # size of a WAL with one frame of the smallest page
 _INDEX_HEADER = 48
 _INDEX = 2 * _INDEX_HEADER + 40
 _INDEX_VERSION = 3007000
 
-# Upper limit of WAL restarts before the kernel writes the index to the disk, which takes the kernel half a minute. The
-# first salt is random: the WAL of another database passes for a restarted WAL with a chance of 1 in 65,536.
+# The kernel writes the WAL index to the disk after half a minute. The WAL can't restart more often in this time. The
+# first salt is random, so the WAL of another database looks like a restarted WAL with a chance of 1 in 65,536.
 _MOST_RESTARTS = 2**16
 
 
@@ -47,9 +48,9 @@ class LostCommits(NamedTuple):
     """Damage of a WAL.
 
     Attributes:
-        problem: description without a remedy.
+        problem: description of the damage, without a remedy.
         frames: number of frames that SQLite would still read.
-        by_power_cut: whether a power cut at durability `normal` can be the cause.
+        by_power_cut: whether a power cut can be the cause, if the durability was `normal`.
     """
 
     problem: str
@@ -64,11 +65,12 @@ class _Index(NamedTuple):
 
 
 def has_frames(path: Path) -> bool:
-    """Return whether SQLite would read a frame of this database's WAL. Other connections may be open.
+    """Return whether SQLite would read a frame of this database's WAL, even while other connections are open.
 
-    A process that is killed in its first commit leaves only a header; a full disk may leave a part of a header. SQLite
-    ignores such a WAL, except in the only connection, with `readonly_shm=1`: if the WAL is at least as long as a header
-    and has no sound header followed by more bytes, the connection fails with SQLITE_PROTOCOL after 10 seconds.
+    A process that is killed in its first commit leaves only a header. A full disk can leave a part of a header. SQLite
+    ignores a WAL without frames, with one exception. The only connection to a database, opened with `readonly_shm=1`,
+    fails with SQLITE_PROTOCOL after 10 seconds if the WAL has at least the length of a header, but not a sound header
+    followed by more bytes.
     """
     log = sidecars(path)[0]
     with explained("read", log):
@@ -83,12 +85,12 @@ def has_frames(path: Path) -> bool:
 def find_lost_commits(path: Path) -> LostCommits | None:
     """Find commits that SQLite would silently discard on opening this database. Return None if none is found.
 
-    Without the WAL index, damage in the last commit is not found: the commit looks as if a power cut had interrupted
-    COMMIT. No process may have the database open.
+    If there is no WAL index, damage in the last commit is not found, because a power cut in the middle of COMMIT would
+    leave the same content. No process may have the database open.
 
     Raises:
-        DatabaseError: a file can't be read, or the WAL can't be copied.
-        CorruptDatabaseError: the WAL is sound, but contains an invalid first page of the database.
+        DatabaseError: if a file can't be read, or if the WAL can't be copied.
+        CorruptDatabaseError: if the WAL is sound, but contains an invalid first page of the database.
     """
     log, index = sidecars(path)[:2]
     known = _read_index(index)
@@ -102,11 +104,11 @@ def find_lost_commits(path: Path) -> LostCommits | None:
 
 
 class _Log(NamedTuple):
-    committed: int  # frames up to the last sound commit
-    later_commits: int  # ends of commits further on that belong to this log all the same
-    salt: bytes | None  # None where there is no sound header
+    committed: int  # number of frames up to the end of the last sound commit
+    later_commits: int  # number of later frames of this WAL that end a commit
+    salt: bytes | None  # None if there is no sound header
     exists: bool = True
-    is_blank: bool = False  # too short for a frame, or only zeros: a power cut leaves zeros instead of unwritten bytes
+    is_blank: bool = False  # True if the WAL is too short for a frame, or has only zeros, as after a power cut
 
     @classmethod
     def read(cls, file: BinaryIO, path: Path) -> _Log:
@@ -132,8 +134,8 @@ class _Log(NamedTuple):
 def _recovered(log: Path, *, page_size: int) -> int:
     """Return the number of frames that SQLite recovers from a copy of the WAL, next to an empty database.
 
-    Do not use a copy of the database: its header may be damaged, and SQLite would replay its rollback journal. If no
-    directory for temporary files is writable, as in a container, the copy is made next to the WAL.
+    Do not use a copy of the database, because the header can be damaged, and SQLite would replay a rollback journal. If
+    no directory for temporary files is writable, as in some containers, the copy of the WAL is made next to the WAL.
     """
     parent = find_temporary_directory() or log.parent
     with (
@@ -147,7 +149,7 @@ def _recovered(log: Path, *, page_size: int) -> int:
         shutil.copyfile(log, sidecars(copy)[0])
         with closing(connect(str(copy))) as raw:
             raw.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-            raw.execute("PRAGMA schema_version")  # the first read recovers
+            raw.execute("PRAGMA schema_version")  # SQLite recovers the frames of the WAL at the first read
             return int(raw.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0])
 
 
@@ -165,7 +167,7 @@ def _page_size(header: bytes) -> int | None:
 
 def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
     if index is not None and index.committed > index.moved:
-        # Frames that were committed and not checkpointed exist only in the WAL.
+        # Frames that were committed, but not copied into the database by a checkpoint, exist only in the WAL.
         if log.salt is None:
             what = "is missing" if not log.exists else "can't be read as one"
             return LostCommits(
@@ -180,7 +182,7 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
                 by_power_cut=True,
             )
     if log.salt is None:
-        # SQLite writes the header first. A power cut does not split the header, which is smaller than any sector.
+        # SQLite writes the header first. A power cut can't split the header, which is smaller than any sector.
         return None if log.is_blank or not log.exists else LostCommits("the log has no sound header", 0, False)
     # A power cut can leave one unfinished commit whose last frame reached the disk before its first frame.
     if log.later_commits > 1:
@@ -193,9 +195,9 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
 
 
 def _is_later(salt: bytes, *, than: bytes) -> bool:
-    """Return whether the WAL was restarted after its index was last written to the disk.
+    """Return whether the WAL was restarted after the WAL index was last written to the disk.
 
-    Only a power cut leaves an older index, because SQLite does not sync the index. A restart follows a complete, synced
+    SQLite does not sync the WAL index, so a power cut can leave an older index. A restart follows a complete, synced
     checkpoint and increments the first salt (https://sqlite.org/fileformat2.html#walformat).
     """
     return 0 < (int.from_bytes(salt[:4], "big") - int.from_bytes(than[:4], "big")) % 2**32 < _MOST_RESTARTS
