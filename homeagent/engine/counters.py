@@ -39,11 +39,11 @@ class CountersSnapshot(NamedTuple):
     Attributes:
         units: number of ended units, the sum of `reads`, `commits` and `rollbacks`.
         reads: number of read-only units.
-        commits: number of committed write units. Several units that share a commit are counted one by one.
+        commits: number of committed write units, of which several can share a commit.
         rollbacks: number of write units that were rolled back.
         retries: number of times that a unit was run again.
         pool_waits: number of waits for a connection of a pool. A writer on SQLite waits for the write lock.
-        pool_wait_p50, pool_wait_p99: percentiles of the length of a wait for a connection, in seconds.
+        pool_wait_p50, pool_wait_p99: percentiles of a wait for a connection, in seconds.
         groups: number of commits that two or more units shared.
         group_size_p50, group_size_p99: percentiles of the number of units in a shared commit.
         sweeps: number of ended sweeps.

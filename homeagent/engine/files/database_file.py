@@ -87,8 +87,7 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
     if not text:
         raise InvalidArgumentError("the path of a database is empty: name a file")
     if CONTROL_CHARACTER.search(text):
-        # If an application read the name from a file together with the line break, a new, empty database would be
-        # created.
+        # A name that was read from a file together with the line break would create a new, empty database.
         raise InvalidArgumentError("the path holds a control character, such as a line break: remove the character")
     try:
         expanded = Path(text).expanduser()
@@ -302,8 +301,8 @@ def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
         ForeignDatabaseError: if `path` is not a regular file.
         OSError: if the file can't be opened, or is a link.
     """
-    # Check the descriptor and not the path, because the file at the path could be replaced after the check. Set
-    # O_NONBLOCK, because opening a pipe must not block the caller.
+    # Check the descriptor, because the file at the path could be replaced after a check of the path. With O_NONBLOCK a
+    # pipe does not block the caller.
     file = os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS | os.O_NONBLOCK), "rb")
     try:
         refuse_insecure(path, os.fstat(file.fileno()), owners)

@@ -119,8 +119,8 @@ class PostgreSQLEngine(Engine):
             self._fix_search_path(connection)
         if pooled:
             # The process ids differ because a pooler reports its own id. The next transaction can get another session.
-            # Do not prepare statements, because the other session can lack them. Do not SET session settings, because
-            # other clients would get the settings.
+            # Do not prepare statements, which the other session can lack. Do not SET session settings, which other
+            # clients would get.
             connection.prepare_threshold = None
         else:
             connection.execute("; ".join(f"SET {setting}" for setting in self._settings))

@@ -103,8 +103,8 @@ def write_backup(
 
 
 def _put_in_place(partial: Path, target: Path, *, replace: bool) -> None:
-    # After a power cut each file with the name of a backup must be complete, and no manifest may describe another file
-    # than its own backup. So sync each step to the disk before the next step.
+    # After a power cut each backup must be complete and match its manifest. So sync each step to the disk before the
+    # next step.
     with explained("put a backup in place at", target):
         if replace:
             manifest_path(target).unlink(missing_ok=True)

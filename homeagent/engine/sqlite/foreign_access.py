@@ -4,8 +4,8 @@ POSIX locks belong to a process. If another library of the process, such as the 
 descriptor of the database, the process loses the locks of homeagent's connections, and other processes may delete the
 WAL (https://sqlite.org/howtocorrupt.html, section 2.2). There are two measures:
 
-- On Linux, homeagent locks the file and the WAL index with read locks on open file descriptions (`F_OFD_SETLK`). These
-  locks survive the close of any other descriptor, and show another library that the database is still open.
+- On Linux, read locks on open file descriptions (`F_OFD_SETLK`) protect the file and the WAL index. The read locks
+  survive the close of another descriptor, and show another library that the database is still open.
 - An audit hook makes `sqlite3.connect` raise an error for a file that a `Database` has open. The hook does not detect
   `ATTACH` or C code.
 """
@@ -127,8 +127,7 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# A thread holds this lock while it opens and counts a connection. Otherwise another thread would report the
-# connection's descriptor as foreign.
+# Hold this lock while opening and counting a connection. Otherwise another thread would report a foreign descriptor.
 _opening = threading.RLock()
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}
