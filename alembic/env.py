@@ -1,8 +1,8 @@
-"""Run the revisions on the connection that homeagent passes, or for a developer at the command line.
+"""Run the revisions on the connection that homeagent passes, or on a developer's database at the command line.
 
-At the command line the database is `-x database=TARGET`, else `$HOMEAGENT_DATABASE`. If neither is given, `revision`
-and `check` compare the models with an upgraded scratch database. Do not configure logging here: it belongs to the host
-application.
+At the command line, `-x database=TARGET` names the database. Without this option, the variable `$HOMEAGENT_DATABASE`
+names the database. If neither is given, the commands `revision` and `check` compare the models with an upgraded scratch
+database. Do not configure logging here, because the host application configures it.
 """
 
 import tempfile
@@ -26,7 +26,7 @@ from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, Timestamp
 
 
 def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
-    """Render homeagent's column types as plain types: a revision must not change with the package."""
+    """Render homeagent's column types as plain types, because a revision must not change with the package."""
     if kind == "type":
         if isinstance(item, TimestampColumn):
             return 'sa.BigInteger().with_variant(sa.Integer(), "sqlite")'
@@ -55,7 +55,10 @@ def options(connection: Connection) -> dict[str, Any]:
 
 
 def upgrade_scratch(connection: Connection) -> None:
-    """Bring a scratch database to the newest revision, with a migration context separate from the running command."""
+    """Bring a scratch database to the newest revision, in a separate migration context.
+
+    The migration context of the running command stays unchanged.
+    """
     script = context.script
     scratch = MigrationContext.configure(
         connection, opts={**options(connection), "fn": lambda revision, _: script._upgrade_revs("head", revision)}
@@ -89,7 +92,7 @@ def run_at_command_line() -> None:
             return
         if target.path is not None:
             with SQLiteEngine(target.path, busy_timeout=wait, durability="full").connect() as connection:
-                # While foreign keys are on, rebuilding a parent table fails or deletes rows of its children.
+                # While foreign keys are on, rebuilding a table fails, or deletes the rows that refer to the table.
                 connection.connection.driver_connection.execute("PRAGMA foreign_keys=OFF")
                 run(connection)
             return

@@ -1,6 +1,6 @@
 """Make nonces unique per device, and results unique per device, method and key. Keep all rows.
 
-With global keys a device could consume another device's nonce, or receive another device's result.
+Before this revision a device could consume another device's nonce, or receive another device's result.
 
 Revision ID: 0002
 Revises: 0001
@@ -16,7 +16,7 @@ depends_on: str | None = None
 
 def upgrade() -> None:
     """Bring the schema to this revision."""
-    # SQLite rebuilds both tables. The table nonces has no rowid, because the key is most of the row.
+    # SQLite rebuilds both tables. The table `nonces` has no rowid, because most of a row is its key.
     with op.batch_alter_table("nonces", recreate="auto", table_kwargs={"sqlite_with_rowid": False}) as batch:
         batch.drop_constraint(op.f("pk_nonces"), type_="primary")
         batch.create_primary_key(op.f("pk_nonces"), ["device_id", "nonce"])

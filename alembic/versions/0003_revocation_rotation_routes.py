@@ -1,7 +1,7 @@
-"""Add approval, revocation and secret rotation to devices, and the route and indexes for pages to sessions.
+"""Add columns for approval, revocation and secret rotation to devices, and the route and indexes to sessions.
 
 If several sessions have the same agent, sender and channel, the most recent session gets the route. The other sessions
-are found by their ids only.
+can then be found only by id.
 
 Revision ID: 0003
 Revises: 0002
@@ -26,7 +26,7 @@ BATCH = 1000
 
 
 def _route(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
-    # A copy of homeagent.models.session.route_key at this revision. Do not change the copy.
+    # This is a copy of homeagent.models.session.route_key at this revision. Do not change the copy.
     route = json.dumps([agent_id, sender_id, channel_id], ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(route.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Add state, owner, lease and fingerprint of the parameters to idempotency keys. Existing rows become completed.
+"""Add columns for state, owner, lease and fingerprint to idempotency keys. Existing rows get the state completed.
 
 Revision ID: 0004
 Revises: 0003

@@ -1,4 +1,4 @@
-"""Add the table store, with one row: the epoch, and the oldest revision whose code may work with the schema.
+"""Add the table `store` with one row: the epoch, and the oldest revision whose code can work with the schema.
 
 Existing stores are in epoch 1.
 
@@ -31,5 +31,5 @@ def upgrade() -> None:
         sa.CheckConstraint("epoch >= 1", name=op.f("ck_store_epoch")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_store")),
     )
-    # Code at revision 0004 does not use this table, and works without it.
+    # Code for revision 0004 does not use this table, so the code also works with this schema.
     op.execute("INSERT INTO store (id, oldest_revision) VALUES (1, '0004')")

@@ -1,7 +1,8 @@
 """Add a CHECK that a device's approval is 0 or 1.
 
-SQLite also stores text and BLOBs in an INTEGER column, and both engines accepted 2. Values other than 0 and 1 become 0
-(not approved), and a warning names these devices. The backup before the upgrade keeps the old values.
+Before this revision SQLite accepted any value in the column, and PostgreSQL accepted any integer. Values
+other than 0 and 1 become 0 (not approved), and a warning names these devices. The backup before the upgrade
+keeps the old values.
 
 Revision ID: 0006
 Revises: 0005
@@ -39,8 +40,9 @@ def _withdraw_odd_approvals(connection: sa.Connection) -> None:
 
 
 def _add_check_on_sqlite(connection: sa.Connection) -> None:
-    # Create the table again from its SQL text. Alembic's batch mode would lose additions of the host application:
-    # triggers, indexes on expressions, collations. Batch mode also renames a table, which fails if a view reads it.
+    # Create the table again from its SQL text. Alembic's batch mode would lose additions of the host application, such
+    # as triggers, indexes on expressions and collations. Batch mode also renames a table, which fails if a view reads
+    # the table.
     (create,) = connection.exec_driver_sql(
         "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = 'devices'"
     ).one()
@@ -48,7 +50,7 @@ def _add_check_on_sqlite(connection: sa.Connection) -> None:
         "SELECT sql FROM sqlite_master WHERE type IN ('index', 'trigger') AND lower(tbl_name) = 'devices'"
         " AND sql IS NOT NULL ORDER BY rowid"
     ).all()
-    # The list omits generated columns, which SQLite computes again.
+    # PRAGMA table_info omits generated columns. SQLite computes these columns again.
     columns = ", ".join(f'"{row[1]}"' for row in connection.exec_driver_sql("PRAGMA table_info(devices)"))
     body, _, options = create.rpartition(")")
     for statement in (
@@ -69,7 +71,7 @@ def upgrade() -> None:
         _withdraw_odd_approvals(connection)
         _add_check_on_sqlite(connection)
         return
-    # Lock the table before the rows: otherwise this revision and a unit that locks two rows could deadlock.
+    # Lock the table before its rows. Otherwise this revision and a unit that locks two rows could deadlock.
     op.execute("LOCK TABLE devices IN ACCESS EXCLUSIVE MODE")
     _withdraw_odd_approvals(connection)
     op.create_check_constraint(op.f("ck_devices_approved"), "devices", CONDITION)

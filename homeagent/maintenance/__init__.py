@@ -40,6 +40,6 @@ _LAZY = {
     "Sweeper": "sweep",
 }
 
-# Hide `__getattr__` from type checkers: with it they would accept any misspelt name.
+# Hide `__getattr__` from type checkers, because with this function they would accept any misspelt name.
 if not TYPE_CHECKING:
     __getattr__ = lazy_names(__name__, _LAZY)

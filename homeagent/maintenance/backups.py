@@ -1,4 +1,4 @@
-"""Backups: paths and names, retention, and the schedule."""
+"""Make backups on call or on a schedule: choose paths and names, and remove old backups."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LOCK = ".homeagent-backups.lock"
 
 
 def require_file(engine: Engine) -> SQLiteEngine:
-    """Return the engine if its database is a file. Otherwise raise DatabaseError, which names PostgreSQL's tools."""
+    """Return the engine of a file. For PostgreSQL raise DatabaseError, which names PostgreSQL's tools."""
     if not isinstance(engine, SQLiteEngine):
         raise DatabaseError(
             "a PostgreSQL database is backed up with its own tools: pg_dump for one database, pg_basebackup and an "
@@ -61,15 +61,16 @@ def back_up(
         destination: an existing directory, a path with a final slash for a directory to create, or the path of a new
             file. In a directory the backup's name contains the schema revision and the time.
         clock: clock for the time of the backup.
-        keep: number of this database's backups that stay in the directory; older ones are removed. Backups without a
-            manifest, from upgrades, or with an owner whom `restore` refuses neither count nor are removed.
+        keep: number of this database's backups that stay in the directory. Older backups are removed. Three kinds of
+            backups neither count nor are removed: backups without a manifest, backups from upgrades, and backups with
+            an owner that `restore` refuses.
         replace: whether to replace an existing file.
         timeout: longest wait for another backup into the same directory.
-        stop: called repeatedly; True cancels the backup.
+        stop: function that is called repeatedly. If it returns True, the backup is cancelled.
 
     Raises:
-        InvalidArgumentError: the destination exists, or can't be a backup.
-        CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: the backup failed. No file is left behind.
+        InvalidArgumentError: the destination exists and `replace` is False, or the destination can't be a backup.
+        CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: the backup failed. No partial file remains.
     """
     engine = require_file(engine)
     if keep is not None:
@@ -91,7 +92,7 @@ def back_up(
 
 
 def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, stop: Stop) -> Path | None:
-    """Make a scheduled backup, and return its path; None if no backup is due, or another process makes a backup."""
+    """Make a scheduled backup, and return its path. Return None if no backup is due or another process makes one."""
     engine = require_file(engine)
     directory = locate_file(schedule.directory)
     if not _is_due(engine.path, directory, schedule, clock()):
@@ -159,7 +160,7 @@ def _make(
 
 
 def _is_due(database: Path, directory: Path, schedule: BackupSchedule, now: datetime) -> bool:
-    # Ignore a backup with a future time, which was made while the clock was ahead.
+    # Ignore a backup with a future time. Such a backup was made while the clock was ahead.
     ages = [now - manifest.taken_at for _, manifest in _backups_of(database, directory) if manifest.taken_at <= now]
     return not ages or min(ages) >= schedule.every
 
@@ -180,7 +181,7 @@ def _partial(target: Path) -> Path:
 
 
 def _free_name(path: Path) -> Path:
-    """Return the path, with a number added if a file with this name exists."""
+    """Return the path. If a file with this name exists, add a number to the name."""
     free, number = path, 1
     while os.path.lexists(free):
         number += 1
@@ -193,7 +194,7 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
     if target in own:
         raise InvalidArgumentError(f"{quoted(target)} belongs to the database itself: name another file")
     for sidecar in sidecars(target):
-        # If the backup had this name, SQLite would apply the sidecar, which belongs to another database, to the backup.
+        # The sidecar belongs to another database. If the backup had this name, SQLite would apply the sidecar to it.
         if os.path.lexists(sidecar):
             raise InvalidArgumentError(
                 f"{quoted(target)} is a database that is open or was not closed cleanly, since {quoted(sidecar)} "
@@ -202,7 +203,7 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
 
 
 def _remove_stale(directory: Path, database: Path) -> None:
-    """Remove incomplete files of killed backups. The directory's lock must be held, so that no other backup runs."""
+    """Remove incomplete files of killed backups. The caller holds the directory's lock, so no other backup runs."""
     with explained("look into the directory", directory):
         names = [entry.name for entry in os.scandir(directory)]
     for name in names:
@@ -213,7 +214,7 @@ def _remove_stale(directory: Path, database: Path) -> None:
 def _remove_oldest(made: Path, manifest: Manifest, keep: int) -> None:
     # Keep the new backup, even if the clock was set back and the backup looks like the oldest.
     found = [entry for entry in _backups_of(Path(manifest.database), made.parent) if entry[0] != made]
-    # Remove backups with a future time first: they are older than they look, and would displace newer backups.
+    # Remove backups with a future time first. Otherwise they would count as the newest backups and displace others.
     others = [backup for backup, _ in sorted(found, key=lambda entry: entry[1].taken_at <= manifest.taken_at)]
     for backup in others[: max(len(others) - (keep - 1), 0)]:
         with explained("remove the old backup", backup):
@@ -231,7 +232,7 @@ def _write_note(database: Path, backup: Path) -> None:
     try:
         remember_backup(database, backup)
     except HomeAgentError as error:
-        # The backup is valid. Without the note an error about a damaged database can't name the backup.
+        # The backup is valid without the note. The note only lets an error about a damaged database name the backup.
         logger.warning(
             "could not write the path of the last backup to a note next to the database: %s",
             error,

@@ -1,4 +1,4 @@
-"""Check the content of a SQLite file while the database is open. Large files are not checked when they are opened."""
+"""Check the content of a SQLite file while the database is open, because opening a large file does not check it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ logger = logging.getLogger("homeagent")
 
 
 class ContentCheck:
-    """Checks the content of an open SQLite database periodically, one table with its indexes in a read-only unit.
+    """Checks the content of an open SQLite database periodically.
 
-    The first check is due at once; `every` is the pause between two checks. If a check exceeds the time budget, the
-    next check continues with the remaining tables. On PostgreSQL `run_if_due` does nothing.
+    Each table is checked with its indexes in one read-only unit. The first check is due at once. The argument `every`
+    is the pause between two checks. If a check exceeds the time budget, the
+    next check continues with the remaining tables. On PostgreSQL the method `run_if_due` does nothing.
     """
 
     def __init__(
@@ -45,9 +46,9 @@ class ContentCheck:
         self._left: list[str] = []
 
     def run_if_due(self, stop: Callable[[], bool]) -> None:
-        """Check the remaining tables, if a check is due, until `stop` returns True.
+        """If a check is due, check the remaining tables until `stop` returns True.
 
-        If the database is damaged, raise CorruptDatabaseError. Later units raise this error too.
+        If the database is damaged, raise CorruptDatabaseError. Later units also raise this error.
         """
         engine = self._engine
         now = self._monotonic()

@@ -1,7 +1,8 @@
-"""Copy a whole store into an empty store of any engine, in one transaction, and compare both.
+"""Copy a whole store into an empty store of any engine in one transaction, and compare the two stores.
 
-Values are copied as stored, without decoding: timestamps as milliseconds, JSON as text. Rows are read in pages by
-primary key, which bounds the memory. Both engines order the keys by bytes, so the two stores are compared row by row.
+Stored values are copied without decoding. For example, a timestamp stays a number of milliseconds, and JSON stays text.
+Rows are read in pages by primary key, which limits the memory. Both engines order the keys by bytes, so the two stores
+can be compared row by row.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ from homeagent.unit_of_work import UnitOfWork
 __all__ = ["CopyProgress", "CopyReport", "copy_store"]
 
 PAGE = 1000
-"""Number of rows of each store in memory at a time."""
+"""Number of rows that a page has. Only one page of each store is in memory."""
 
 PAGE_WITH_JSON = 100
-"""The same for a table with JSON, of up to 256 KiB in a row."""
+"""Number of rows that a page of a table with JSON has. The JSON of one row has up to 256 KiB."""
 
 
 class CopyReport(BaseModel):
     """Result of a copy that was compared with its source.
 
     Attributes:
-        rows: number of copied rows of each table.
+        rows: number of copied rows by table name.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -61,10 +62,10 @@ class CopyProgress:
     """Progress of a copy.
 
     Attributes:
-        step: `copying`, then `comparing`.
-        table: the current table.
+        step: the current step. The step `copying` comes first, then the step `comparing`.
+        table: name of the current table.
         rows: number of rows of all tables that this step has processed.
-        total: number of rows of this step.
+        total: number of rows that this step will have processed at its end.
     """
 
     step: Literal["copying", "comparing"]
@@ -76,11 +77,11 @@ class CopyProgress:
 Report = Callable[[CopyProgress], object]
 
 
-# The tables, without the models' types
+# Tables as stored values, without the models' types
 
 
 class _Table:
-    """A table of homeagent, read and written as stored values."""
+    """A table of homeagent. Its methods read and write stored values, without the models' types."""
 
     def __init__(self, name: str) -> None:
         described: Any = metadata.tables[name]
@@ -129,7 +130,7 @@ class _Table:
         unit.write(self._clear)
 
     def insert(self, unit: UnitOfWork, rows: Sequence[Row]) -> None:
-        """Insert a page of rows. Raise CorruptDatabaseError for a value that no store writes."""
+        """Insert a page of rows. Raise CorruptDatabaseError for a value that homeagent's stores do not write."""
         for row in rows:
             kinds = tuple(map(type, row))
             if kinds not in self._sound:
@@ -165,7 +166,7 @@ def _stored_kind(of_column: Any) -> type:
 
 @cache
 def _tables() -> tuple[_Table, ...]:
-    # Sorted so that each table follows the tables that its foreign keys refer to.
+    # In this order each table follows the tables that its foreign keys refer to.
     return tuple(_Table(described.name) for described in metadata.sorted_tables)
 
 
@@ -182,8 +183,9 @@ def copy_store(
 ) -> CopyReport:
     """Copy all rows of a store into an empty store, and compare the two before the commit.
 
-    `engines` are the engines of the source and the target. If `live` is True, the source may change during the copy,
-    which is a snapshot of the start. `progress` is called after each page of rows.
+    The argument `engines` contains the engine of the source and the engine of the target. If `live` is True, other
+    units can change the source during the copy, and the copy contains the state at its start. The function `progress`
+    is called after each page of rows.
 
     Raises:
         InvalidArgumentError: source and target are the same database.
@@ -191,7 +193,7 @@ def copy_store(
         SchemaChangedError: the schema of the source or the target was changed by hand.
         TargetNotEmptyError: the target has rows.
         SourceChangedError: the source was changed during the copy, and `live` is False.
-        CorruptDatabaseError: the source has a value that no store writes.
+        CorruptDatabaseError: the source has a value that homeagent's stores do not write.
         DatabaseError: the rows read back from the target differ from the copied rows.
     """
     with open_target() as target, open_source() as source:
@@ -210,7 +212,7 @@ def copy_store(
         if live:
             differing = _first_difference(source, target, steps)
         else:
-            # Compare with a new snapshot: rows written to the source during the copy would be missing in the target.
+            # Compare with a new snapshot, because the target lacks rows that were written to the source meanwhile.
             with open_source() as later:
                 differing = _first_difference(later, target, steps)
             if differing is not None and _first_difference(source, target) is None:
@@ -223,7 +225,7 @@ def copy_store(
 
 
 class _Steps:
-    """Row counter of one step, which reports the progress."""
+    """Counter of the rows that one step has processed. It also reports the progress."""
 
     def __init__(self, step: Literal["copying", "comparing"], total: int, report: Report | None) -> None:
         self._step: Literal["copying", "comparing"] = step
@@ -241,7 +243,7 @@ class _Steps:
 def _copy(source: UnitOfWork, target: UnitOfWork, steps: _Steps) -> None:
     for table in _tables():
         if table.name not in DATA_TABLES:
-            # Replace the rows that the revisions inserted: the target continues with the epoch of the source.
+            # Replace the rows that the revisions inserted, so the target continues with the epoch of the source.
             table.clear(target)
         for page in table.pages(source):
             table.insert(target, page)
@@ -249,7 +251,7 @@ def _copy(source: UnitOfWork, target: UnitOfWork, steps: _Steps) -> None:
 
 
 def _first_difference(source: UnitOfWork, target: UnitOfWork, steps: _Steps | None = None) -> str | None:
-    """Return the name of the first table whose rows differ; None if all rows are the same."""
+    """Return the name of the first table whose rows differ. Return None if all rows are the same."""
     for table in _tables():
         for original, copied in zip_longest(table.pages(source), table.pages(target)):
             if original != copied:
@@ -284,8 +286,9 @@ def _refuse_same_database(engines: tuple[Engine, Engine], source: UnitOfWork, ta
 
 
 def _same_schema(source: UnitOfWork, target: UnitOfWork) -> bool:
-    # URLs can't be compared: a server has several names, and a name may lead to several servers. Each advisory lock is
-    # unique in a database: https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS
+    # Do not compare URLs, because a server can have several names, and a name can lead to several servers. An advisory
+    # lock is unique in a database, so only a session of the same database can find the key locked:
+    # https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS
     key = secrets.randbits(63)
     query = text("SELECT pg_try_advisory_xact_lock(:key), current_schema()")
     _, target_schema = target.session.connection().execute(query, {"key": key}).one()
@@ -294,14 +297,14 @@ def _same_schema(source: UnitOfWork, target: UnitOfWork) -> bool:
 
 
 def _keep_writers_out(engine: Engine, target: UnitOfWork) -> None:
-    # On SQLite a write unit excludes other writers. On PostgreSQL this lock does; other sessions can still read.
+    # On SQLite the write unit excludes other writers. On PostgreSQL this lock excludes writers, but not readers.
     if not isinstance(engine, SQLiteEngine):
         names = ", ".join(table.name for table in _tables())
         target.session.connection().execute(text(f"LOCK TABLE {names} IN EXCLUSIVE MODE"))
 
 
 def _analyze(engine: Engine, target: UnitOfWork) -> None:
-    # Without statistics the server would plan for empty tables until autovacuum runs.
+    # Without statistics the server's planner would assume empty tables until autovacuum runs.
     if not isinstance(engine, SQLiteEngine):
         for table in _tables():
             target.session.connection().execute(text(f"ANALYZE {table.name}"))

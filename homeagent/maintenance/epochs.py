@@ -1,4 +1,4 @@
-"""Begin a new epoch after an earlier state of a store returned without `restore`: by server tools or a snapshot."""
+"""Begin a new epoch after a server tool or a snapshot of a disk returned a store to an earlier state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EpochReport", "begin_epoch"]
 
-# Sessions of homeagent, which hold the old epoch in memory. Poolers and other programs do not count.
+# Count homeagent's sessions, because they hold the old epoch in memory. Do not count poolers and other programs.
 _OTHERS = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     " AND application_name = 'homeagent'"
@@ -41,9 +41,10 @@ class EpochReport(BaseModel):
     """The new epoch.
 
     Attributes:
-        location: the file, or the server's URL without its password.
+        location: path of the file, or URL of the server without the password.
         epoch: number of the epoch.
-        restored_at: start of the epoch. Replay guards refuse messages signed before it, and until `skew` after it.
+        restored_at: start of the epoch. A replay guard refuses a message that was signed before this time, or less than
+            `skew` after this time.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -57,7 +58,8 @@ def begin_epoch(target: Given, *, clock: Clock, busy_timeout: timedelta) -> Epoc
     """Begin a new epoch of a store that no process has open.
 
     Raises:
-        DatabaseBusyError: after `busy_timeout` a process has the database open, and would continue in the old epoch.
+        DatabaseBusyError: after `busy_timeout` another process still has the database open. The process would continue
+            in the old epoch.
         SchemaOutdatedError: the database is absent, or has an older schema.
     """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
@@ -80,8 +82,8 @@ def _in_file(path: Path, now: datetime, timeout: timedelta) -> int:
         identify_or_wait(engine)
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
-                pass  # only a check: SQLite's close would drop these locks
-            # temporary=True: `alone` holds the in-use lock already.
+                pass  # only a check, because SQLite's close would drop these locks
+            # Pass temporary=True, because `alone` already holds the in-use lock.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:
                 with engine.translated(), engine.connect() as connection, connection.begin():

@@ -1,9 +1,9 @@
 """Delete the expired rows of one table in batches, and skip rows that a constraint of an application's table keeps.
 
-A foreign key of an application's table may refer to a nonce or an idempotency key. A batch is one statement, until the
-constraint refuses a batch. Later batches delete each row in a separate savepoint, and continue after the last row, so
-that a sweep tries each skipped row once. If a constraint refuses a page at COMMIT, the page is deleted in halves, each
-in a unit of work.
+A foreign key of an application's table can refer to a nonce or an idempotency key. At first, one statement deletes a
+batch. After a constraint has refused a batch, the following batches delete each row in a separate savepoint. Each of
+these batches starts after the last row of the batch before, so a sweep tries each skipped row only once. If a
+constraint refuses a page at COMMIT, each half of the page is deleted in a separate unit of work.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _FIRST = datetime.min.replace(tzinfo=UTC)
 
 
 class _Statements:
-    """The statements that read the expired rows of a table in pages, and delete one row."""
+    """Two statements for one table: the first reads the expired rows in pages, the second deletes one row."""
 
     def __init__(self, model: Any, expired: ColumnElement[bool], time: str = "expires_at") -> None:
         table = model.__table__
         key = list(table.primary_key.columns)
         order = [table.c[time], *key]
         self.names = [column.name for column in order]
-        """Columns of a page; each column is also a parameter of both statements."""
+        """Names of the columns of a page. Each name is also a parameter of the statements."""
         after = tuple_(*(bindparam(column.name, type_=column.type) for column in order))
         self.page = Statement[tuple[Any, ...]](
             select(*order).where(expired, tuple_(*order) > after).order_by(*order).limit(bindparam("limit"))
@@ -64,9 +64,9 @@ class Batch(NamedTuple):
 
     Attributes:
         deleted: number of deleted rows.
-        found: number of deleted or skipped rows. If `found` is below the limit, no more rows are expired.
+        found: number of deleted and skipped rows. If this number is below the limit, no other row is expired.
         worked: duration of the statements, in seconds.
-        held: time for which the batch held the write lock, commit included, in seconds.
+        held: time for which the batch held the write lock, including the commit, in seconds.
     """
 
     deleted: int
@@ -76,7 +76,7 @@ class Batch(NamedTuple):
 
 
 class ExpiredRows:
-    """The expired rows of one table. `skipped` counts the skipped rows by constraint."""
+    """The expired rows of one table. The attribute `skipped` counts the skipped rows of each constraint."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class ExpiredRows:
         self.skipped: Counter[str] = Counter()
 
     def delete(self, limit: int) -> Batch:
-        """Delete the next batch, of at most `limit` rows."""
+        """Delete the next batch, which has at most `limit` rows."""
         if self._after is None:
             try:
                 with UnitOfWork(self._settings, read_only=False) as unit:
@@ -143,7 +143,7 @@ class ExpiredRows:
         return deleted
 
     def _times(self) -> dict[str, datetime]:
-        """Return the parameters of `expired`: the time now, and the time before which rows are deleted."""
+        """Return the current time as `now`, and as `before` the time before which rows are deleted."""
         now = read_clock(self._settings.clock)
         return {"now": now, "before": earlier(now, self._grace)}
 

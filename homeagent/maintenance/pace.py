@@ -1,23 +1,24 @@
-"""Batch size and pause of the sweep, adapted to writers that wait for the write lock."""
+"""Choose the batch size and the pause of the sweep, depending on writers that wait for the write lock."""
 
 from __future__ import annotations
 
 __all__ = ["Pace"]
 
-# Longest time in which a batch finds and deletes its rows while writers wait, in seconds. The commit does not count,
-# because its time hardly depends on the number of rows.
+# Longest time in which a batch may find and delete its rows while writers wait, in seconds. The commit does not count,
+# because the time of a commit hardly depends on the number of rows.
 _LONGEST_WORK = 0.004
 _FEWEST_ROWS = 10
 
-# Pauses after a batch, in seconds. Without contention the pause is short but not zero, because another process may wait
-# unnoticed. After contention the pause is a multiple of the time for which the batch held the write lock.
+# Pauses after a batch, in seconds. Without contention the pause is short but not zero, because this process does not
+# notice a wait in another process. After contention the pause is a multiple of the time for which the batch held the
+# write lock.
 _SHORTEST_PAUSE = 0.001
 _PAUSE_FACTOR = 4
 _LONGEST_PAUSE = 0.25
 
 
 class Pace:
-    """Adapts the batches of a sweep to other writers. A batch has at most `most` rows."""
+    """Chooses the sizes of a sweep's batches and the pauses between them. A batch has at most `most` rows."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -30,8 +31,8 @@ class Pace:
 
         Args:
             worked: duration of the batch's statement, in seconds.
-            held: time for which the batch held the write lock, commit included, in seconds.
-            contended: whether the batch waited for another writer, or another writer for the batch.
+            held: time for which the batch held the write lock, including the commit, in seconds.
+            contended: whether the batch waited for another writer, or another writer waited for the batch.
         """
         rows = self.rows * 2
         if contended and worked > 0:
@@ -40,5 +41,5 @@ class Pace:
         return self.rest_after(held) if contended else _SHORTEST_PAUSE
 
     def rest_after(self, held: float) -> float:
-        """Return the pause after other writers waited for `held` seconds, in seconds."""
+        """Return the pause in seconds after the sweep held the write lock for `held` seconds and writers waited."""
         return min(max(held * _PAUSE_FACTOR, _SHORTEST_PAUSE), _LONGEST_PAUSE)

@@ -18,14 +18,14 @@ __all__ = ["PreviousState", "read_previous_state"]
 
 @dataclass(frozen=True, slots=True)
 class PreviousState:
-    """Epoch (0 if unknown) and devices (None if unknown) of the old database."""
+    """Epoch and devices of the old database. If they are unknown, the epoch is 0 and the devices are None."""
 
     epoch: int
     devices: Devices | None
 
 
 def read_previous_state(database: Path) -> PreviousState:
-    """Read a copy of the old database: closing the original would checkpoint and remove its WAL."""
+    """Read a copy of the old database, because closing the original would checkpoint and remove its WAL."""
     if not os.path.lexists(database):
         return PreviousState(0, None)
     copy = database.with_name(f"{database.name}.before.restoring")
@@ -37,10 +37,10 @@ def read_previous_state(database: Path) -> PreviousState:
                 copy_file(original, target, database=database)
         with closing(connect(str(copy))) as raw:
             raw.execute("PRAGMA trusted_schema=OFF")
-            with suppress(*DRIVER_ERRORS, TypeError, ValueError):  # damaged, or older than epochs
+            with suppress(*DRIVER_ERRORS, TypeError, ValueError):  # the file is damaged, or its revision has no epoch
                 epoch = int(raw.execute("SELECT epoch FROM store").get)
             return PreviousState(epoch, devices_of(raw))
-    except (*DRIVER_ERRORS, DatabaseError, TypeError, ValueError):  # damaged, or an unreadable or full disk
+    except (*DRIVER_ERRORS, DatabaseError, TypeError, ValueError):  # damage, or a disk error
         return PreviousState(epoch, None)
     finally:
         discard(copy)

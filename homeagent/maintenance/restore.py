@@ -1,7 +1,8 @@
 """Restore a backup: check and upgrade a copy, replace the database, and keep the old database in quarantine.
 
-The backup lacks all later changes: consumed nonces, revocations, results. So a restore begins a new epoch and stores
-its time. The replay guard refuses messages signed before that time, because their nonces may have been consumed.
+The backup lacks all later changes, such as consumed nonces, revocations and results. Therefore a restore begins a new
+epoch and stores the time of its start. The replay guard refuses messages signed before this time, because the nonces of
+such messages may have been consumed.
 """
 
 from __future__ import annotations
@@ -58,17 +59,17 @@ class RestoreReport(BaseModel):
     Attributes:
         database: path of the restored database.
         backup: path of the backup, which is unchanged.
-        kept_aside: the old database in quarantine, with -wal and -shm next to it; None if no database was there.
-        taken_at: time of the backup; None without a manifest.
+        kept_aside: path of the old database in quarantine, next to its -wal and -shm. None if no old database existed.
+        taken_at: time of the backup. None if the backup has no manifest.
         epoch: new epoch of the store.
         restored_at: start of the new epoch.
-        upgraded_from: schema revision of the backup; None if no upgrade was necessary.
+        upgraded_from: schema revision of the backup. None if no upgrade was necessary.
         schema_revision: schema revision after the restore.
         rows: number of rows of each table.
-        readmitted_devices: ids of devices that are approved now, but were not before the restore, or had another role:
-            since the backup the device was revoked, deleted, or paired again. None if the old database was unreadable.
-        old_secret_devices: ids of approved devices whose secret is an older secret again; None if the old database was
-            unreadable.
+        readmitted_devices: ids of approved devices that had no approval or another role before the restore. Such a
+            device was revoked, deleted or paired again after the backup. None if the old database was unreadable.
+        old_secret_devices: ids of approved devices whose secret changed after the backup, so the restored secret is an
+            older one. None if the old database was unreadable.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -95,11 +96,11 @@ def restore(
 ) -> RestoreReport:
     """Replace a database that no process has open by a backup, and keep the old database in quarantine.
 
-    Arguments, report and all other errors: see `Database.restore`.
+    The method `Database.restore` documents the arguments, the report and all other errors.
 
     Raises:
         InsecureFileError: the backup, its manifest or the target is a link, has a second hard link, or has an owner
-            outside `homeagent.engine.files.owners`.
+            that `homeagent.engine.files.owners` does not trust.
     """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     database = _target(target)
@@ -190,13 +191,14 @@ def _source(backup: str | os.PathLike[str], database: Path) -> Path:
 
 @contextmanager
 def _not_in_use(source: Path) -> Iterator[None]:
-    """Refuse a file that a process has open, and keep homeagent from opening the file in the block.
+    """Refuse a file that a process has open, and prevent homeagent from opening the file in the block.
 
-    In the block the caller may read the file's bytes. Closing a descriptor of an open file would drop SQLite's locks.
+    In the block the caller can read the file's bytes. If this process had the file open through SQLite, closing the
+    caller's descriptor would drop SQLite's locks.
     """
     lock: FileLock | None = None
     if os.path.lexists(in_use_path(source)):
-        # Not writable: the source may be a database in a read-only snapshot of a disk.
+        # Open the lock file for reading, because the source can be a database in a read-only snapshot of a disk.
         lock = FileLock(in_use_path(source), timeout=timedelta(0), writable=False)
     try:
         if lock is not None:
@@ -216,7 +218,7 @@ def _not_in_use(source: Path) -> Iterator[None]:
 
 
 def _check_header(source: Path, database: Path, manifest: Manifest | None) -> None:
-    """Refuse a file whose size or header is not that of a homeagent backup, before any file is created."""
+    """Refuse a file with another size than in the manifest or without homeagent's header. Create no file."""
     header = header_of(source, database)
     size = source.stat().st_size
     if manifest is not None and manifest.size != size:
@@ -233,7 +235,7 @@ def _check_header(source: Path, database: Path, manifest: Manifest | None) -> No
 
 
 def _marker(database: Path, timeout: timedelta) -> str | None:
-    # Release the lock after the read: a process that creates or upgrades a database needs the in-use lock first.
+    # Release the lock after the read, because other processes take the in-use lock before this lock.
     with sidecar_lock(database, timeout=timeout) as lock:
         return lock.read_marker()
 
@@ -242,8 +244,8 @@ def _identify_target(database: Path) -> None:
     """Refuse another application's file before a lock file is created next to it."""
     state = judge_file(database, is_database=False, repair=False)
     if state is None or state.is_empty or any(map(_has_content, (lock_path(database), in_use_path(database)))):
-        return  # a lock file has a marker: `_refuse_target` decides
-    # Another thread may have the file open, so read the header through SQLite.
+        return  # `_refuse_target` decides if a lock file has content
+    # Read the header through SQLite, because another thread may have the file open.
     engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
     try:
         engine.refuse_foreign()
@@ -259,9 +261,10 @@ def _has_content(path: Path) -> bool:
 
 
 def _refuse_target(database: Path, marker: str | None) -> None:
-    """Refuse an insecure file, and a file that is not homeagent's. Hold the in-use lock exclusively."""
+    """Refuse an insecure file, and a file that is not homeagent's. The caller holds the in-use lock exclusively."""
     state = judge_file(database, is_database=False, repair=False)
-    # If the lock file has a marker, a homeagent database was created here: a file without a header is its damaged rest.
+    # If the lock file has a marker, homeagent created a database here. Then a file without homeagent's header is this
+    # database with damage, and the restore may replace the file.
     if (
         state is not None
         and not state.is_empty

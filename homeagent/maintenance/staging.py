@@ -1,4 +1,7 @@
-"""Prepare the new database of a restore, next to the old database: copy, check, upgrade, new epoch, sync."""
+"""Prepare the new database of a restore next to the old database.
+
+The steps are: copy the backup, check the copy, upgrade the schema, begin a new epoch, and sync the file.
+"""
 
 from __future__ import annotations
 
@@ -44,17 +47,18 @@ __all__ = [
 
 SQLITE_HEADER = b"SQLite format 3\0"
 _HEADER_SIZE = 100
-_WAL_FORMAT = b"\x02\x02"  # read and write version in a header: https://sqlite.org/fileformat2.html, section 1.3
+_WAL_FORMAT = b"\x02\x02"  # bytes 18 and 19 of a header: https://sqlite.org/fileformat2.html, section 1.3
 _APPLICATION_ID = slice(68, 72)
 
 Devices = dict[str, tuple[str | None, str]]
-"""By device id: the role (None for a device that is not approved), and the hash of the secret."""
+"""Role of each device (None if the device is not approved) and hash of its secret, by device id."""
 
 
 def header_of(path: Path, database: Path) -> bytes:
-    """Return the first 100 bytes of a file, which this process must not have open through SQLite.
+    """Return the first 100 bytes of a file. This process must not have the file open through SQLite.
 
-    Raise InsecureFileError for a link, a second hard link, or an owner outside `backup_owners(database)`.
+    Raise InsecureFileError if the file is a link, has a second hard link, or has an owner that is not in
+    `backup_owners(database)`.
     """
     with explained("read", path), open_to_read(path, backup_owners(database)) as file:
         return file.read(_HEADER_SIZE)
@@ -86,13 +90,13 @@ class Staged:
 def stage(
     source: Path, manifest: Manifest | None, database: Path, stamp: str, *, restored_at: datetime, known_epoch: int
 ) -> Staged:
-    """Prepare the new database at `new_path`: one complete file. If a step fails, remove the file."""
+    """Prepare the new database as one complete file at `new_path`. If a step fails, remove the file."""
     for stale in database.parent.glob(f"{glob.escape(database.name)}.*.restoring"):
-        discard(stale)  # left by a restore that was killed before it wrote its marker
+        discard(stale)  # a restore was killed before it wrote its marker
     new = new_path(database, stamp)
     try:
         _copy(source, new, manifest, database=database)
-        secure_sidecars(new)  # otherwise SQLite would replay a journal that another user put there
+        secure_sidecars(new)  # another user's journal must not be replayed
         engine = SQLiteEngine(new, busy_timeout=timedelta(0), durability="full")
         try:
             with translated(engine.driver_errors, lambda error: _restore_error(error, source)):
@@ -144,7 +148,10 @@ def _copy(source: Path, new: Path, manifest: Manifest | None, *, database: Path)
 
 
 def copy_file(source: Path, new: Path, *, database: Path) -> str:
-    """Copy a database or a backup to a new private file, and return the SHA-256. Check `source` as `header_of` does."""
+    """Copy a database or a backup to a new private file, and return the SHA-256.
+
+    The function refuses the same insecure source files as `header_of`.
+    """
     digest = hashlib.sha256()
     with explained("copy the backup to", new):
         descriptor = create_descriptor(new)
@@ -180,7 +187,10 @@ def _restore_error(error: BaseException, source: Path) -> HomeAgentError:
 
 
 def _require_single_file(new: Path) -> None:
-    """Remove the empty sidecar files of a closed database, and sync its file. Raise if a sidecar has content."""
+    """Remove the empty sidecar files of a closed database, and sync its file.
+
+    Raise DatabaseError if a sidecar file has content.
+    """
     for sidecar in sidecars(new):
         with explained("remove", sidecar):
             if os.path.lexists(sidecar):

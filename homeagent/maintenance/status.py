@@ -1,4 +1,4 @@
-"""State and counters of a database: `Database.status`, `Database.counters` and `homeagent status`."""
+"""State and counters of a database for `Database.status`, `Database.counters` and `homeagent status`."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _PRAGMAS = (
 
 
 class LastFault(BaseModel):
-    """The last error of the engine. A refused call of the application does not count.
+    """The last error of the engine. An error that refuses a call of the application does not count.
 
     Attributes:
         kind: name of the error's class, such as `DiskFullError`.
-        message: message of the error, without values of rows.
-        at: time of the error, by the system's clock.
+        message: message of the error. It contains no values of rows.
+        at: time of the error, from the system's clock.
     """
 
     model_config = ConfigDict(frozen=True, from_attributes=True)
@@ -60,20 +60,20 @@ class DatabaseCounters(BaseModel):
     """Counters of one open database in this process since it was opened.
 
     Attributes:
-        units: ended units: the sum of `reads`, `commits` and `rollbacks`.
-        reads: read-only units.
-        commits: committed write units. Each unit of a batch counts.
-        rollbacks: write units that were rolled back.
-        retries: number of repeated runs of units.
-        pool_waits: number of waits for a connection of the pool (for a writer: for the write lock).
-        pool_wait_p50: median of the last 1,024 waits, in seconds; None if no caller waited.
-        pool_wait_p99: 99th percentile of the last 1,024 waits, in seconds; None if no caller waited.
-        groups: batches: commits of two or more units together.
-        group_size_p50: median size of the last 1,024 batches, in units; None without a batch.
-        group_size_p99: 99th percentile of the last 1,024 batches, in units; None without a batch.
-        sweeps: ended sweeps.
-        swept: rows that sweeps deleted.
-        last_error: last error of the engine; None without an error.
+        units: number of ended units, which is the sum of `reads`, `commits` and `rollbacks`.
+        reads: number of ended read-only units.
+        commits: number of committed write units. Each unit of a batch counts.
+        rollbacks: number of write units that were rolled back.
+        retries: number of times that a unit was run again.
+        pool_waits: number of waits for a connection of the pool. A writer waits for the write lock.
+        pool_wait_p50: median of the last 1,024 waits, in seconds. None if no caller waited.
+        pool_wait_p99: 99th percentile of the last 1,024 waits, in seconds. None if no caller waited.
+        groups: number of batches. A batch is a commit of two or more units together.
+        group_size_p50: median size of the last 1,024 batches, in units. None before the first batch.
+        group_size_p99: 99th percentile of the sizes of the last 1,024 batches, in units. None before the first batch.
+        sweeps: number of ended sweeps.
+        swept: number of rows that sweeps deleted.
+        last_error: last error of the engine. None before the first error.
     """
 
     model_config = ConfigDict(frozen=True, from_attributes=True)
@@ -95,17 +95,17 @@ class DatabaseCounters(BaseModel):
 
     @property
     def lane_waits(self) -> int:
-        """Return `pool_waits` (old name)."""
+        """Return `pool_waits`. This property is the old name."""
         return self.pool_waits
 
     @property
     def lane_wait_p50(self) -> float | None:
-        """Return `pool_wait_p50` (old name)."""
+        """Return `pool_wait_p50`. This property is the old name."""
         return self.pool_wait_p50
 
     @property
     def lane_wait_p99(self) -> float | None:
-        """Return `pool_wait_p99` (old name)."""
+        """Return `pool_wait_p99`. This property is the old name."""
         return self.pool_wait_p99
 
 
@@ -113,21 +113,22 @@ class DatabaseStatus(BaseModel):
     """The current state of a database.
 
     Attributes:
-        engine: `sqlite` or `postgresql`.
+        engine: name of the engine, `sqlite` or `postgresql`.
         location: path of the file, or URL of the server without the password.
         engine_version: version of SQLite or of the server.
         driver: Python package of the driver, `apsw` or `psycopg`.
         driver_version: version of the driver.
         schema_revision: revision of the schema.
-        epoch: 1 at first; a restore or `begin_epoch` increments it. After a change, read cached data again.
-        restored_at: start of the epoch; None in the first epoch.
-        durability: `full` or `normal`; None for a server, which has its own setting.
-        pragmas: SQLite's settings of the writing connection.
-        file_modes: permission bits of the directory and the database files, in octal.
-        rows: number of rows of each table.
-        expired: number of expired rows that a sweep has not deleted.
-        wal_bytes: size of the write-ahead log; None for a server.
-        counters: counters of this process since it opened the database.
+        epoch: number of the epoch, which begins with 1. A restore or `begin_epoch` increments the epoch. After a change
+            of the epoch, the application must read cached data again.
+        restored_at: start of the epoch. None in the first epoch.
+        durability: the durability `full` or `normal`. None for a server, because the server's configuration decides.
+        pragmas: values of SQLite's settings on the writing connection, by name.
+        file_modes: permission bits of the directory and of each database file, in octal, by file name.
+        rows: number of rows by table name.
+        expired: number of expired rows that a sweep has not deleted, by table name.
+        wal_bytes: size of the write-ahead log in bytes. None for a server.
+        counters: counters of the database in this process since it was opened.
     """
 
     model_config = ConfigDict(frozen=True)

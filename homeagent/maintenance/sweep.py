@@ -1,4 +1,4 @@
-"""Sweep: delete expired rows in small batches, each in a unit of work, so that other writers wait only briefly."""
+"""Sweep: delete expired rows in small batches. Each batch is a unit of work, so other writers wait only briefly."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = ["BackupSchedule", "SweepReport", "Sweeper", "sweep"]
 
 logger = logging.getLogger("homeagent")
 
-# Deleted rows until the sweep empties the WAL, while other writers wait. Most rows are in separate pages, and at a
-# thousand pages SQLite would checkpoint in the middle of a commit.
+# Number of deleted rows after which the sweep empties the WAL if other writers wait. Most rows are in separate pages.
+# If the WAL reached a thousand pages, SQLite would run a checkpoint during a commit.
 _ROWS_IN_LOG = 250
 
 
@@ -37,11 +37,11 @@ class BackupSchedule:
     """Schedule of a sweeper's backups.
 
     Args:
-        directory: directory for the backups; a missing directory is created with mode 0700.
-        every: maximum age of the newest backup, by its manifest. So restarts and several processes with the same
-            schedule make no additional backups.
+        directory: directory for the backups. If the directory is missing, it is created with mode 0700.
+        every: maximum age of the newest backup. The age is computed from the backup's manifest, so restarts and several
+            processes with the same schedule make no additional backups.
         keep: number of this database's backups to keep. Older backups are removed after a new backup is verified.
-            None keeps all.
+            If `keep` is None, all backups are kept.
 
     Raises:
         InvalidArgumentError: `every` is not above zero, or `keep` is below 1, or `directory` is a server's address.
@@ -65,10 +65,10 @@ class SweepReport(BaseModel):
         nonces: number of deleted nonces.
         idempotency_keys: number of deleted idempotency keys.
         pending_devices: number of deleted devices that had waited too long for their approval.
-        more: whether the sweep ended early, so that expired rows may remain.
+        more: whether the sweep ended early. If so, expired rows may remain.
         skipped: number of expired rows that a constraint of an application's table keeps. These rows count as absent,
-            and the next sweep tries again.
-        constraints: names of these constraints, with their tables.
+            and the next sweep tries to delete them again.
+        constraints: names of the constraints that keep expired rows, with the names of their tables.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -90,12 +90,13 @@ def sweep(
     stop: threading.Event | None = None,
     monotonic: Callable[[], float] = monotonic,
 ) -> SweepReport:
-    """Delete expired nonces, idempotency keys and pending devices in batches; each batch is a unit of work.
+    """Delete expired nonces, idempotency keys and pending devices in batches. Each batch is a unit of work.
 
-    While other writers wait, a batch takes a few milliseconds, and all batches at most a fifth of the time.
+    While other writers wait, a batch takes a few milliseconds, and all batches together at most a fifth of the time.
 
-    `batch_size` is the maximum number of rows of a batch. The time budget, or the event `stop`, ends the sweep early.
-    `pending_ttl` is the longest time for which a device may wait for its approval; None deletes no device.
+    The argument `batch_size` is the maximum number of rows of a batch. If the time budget is used up, or the event
+    `stop` is set, the sweep ends early. The argument `pending_ttl` is the longest time for which a device may wait for
+    its approval. If `pending_ttl` is None, the sweep deletes no device.
     """
     check_limit(batch_size, "batch_size")
     deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()
@@ -168,7 +169,7 @@ class Sweeper:
     """Sweeps periodically in a daemon thread. An error is logged, and the thread continues.
 
     Args:
-        run: function that sweeps once, until its argument, the stop event, is set.
+        run: function that sweeps once. Its argument is an event, and the function ends early if the event is set.
         every: pause between two sweeps, at most 24 days. The first sweep starts at once.
     """
 
@@ -177,12 +178,12 @@ class Sweeper:
         self._every = check_wait(every, "every").total_seconds()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        # Reentrant: a signal handler that closes the database may interrupt a thread that holds the mutex.
+        # The mutex is reentrant, because a signal handler that closes the database can interrupt its holder.
         self._mutex = threading.RLock()
 
     @property
     def running(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the sweeper's thread runs."""
         thread = self._thread
         return thread is not None and thread.is_alive()
 
@@ -194,7 +195,7 @@ class Sweeper:
             self._stop = threading.Event()
             thread = threading.Thread(target=self._loop, args=(self._stop,), name="homeagent-sweeper", daemon=True)
             thread.start()
-            # Only after `start`: a thread that the system did not start can't be joined.
+            # Store the thread only after `start`, because a thread that the system did not start can't be joined.
             self._thread = thread
 
     def stop(self) -> None:

@@ -38,18 +38,19 @@ if TYPE_CHECKING:
 
 __all__ = ["open_postgresql", "refuse_second_store"]
 
-_ADVISORY_LOCK = 0x686F6D656167656E  # "homeagen": all hosts that upgrade a database take this lock
+_ADVISORY_LOCK = 0x686F6D656167656E  # bytes of "homeagen". Each host that upgrades takes this lock
 
-# Longest wait of a revision for a table's lock, in seconds. Then the whole upgrade is rolled back and tried again,
-# because readers and writers of the table queue behind a waiting revision.
+# Longest wait of a revision for a table's lock, in seconds. After this time the whole upgrade is rolled back and tried
+# again, because readers and writers of the table wait behind a waiting revision.
 _TABLE_LOCK_PATIENCE = 2
 
-# Longest time for a statement of a revision, which holds locks.
+# Longest time for a statement of a revision. The time is limited, because a revision holds locks.
 _STATEMENT_PATIENCE = timedelta(minutes=15)
 
 _STATEMENT_CANCELLED = "57014"
 
-# The engine replaces the setting. `reset_val` is the search_path of the URL, the role or the database.
+# The engine replaces the current search_path. The column `reset_val` still has the search_path of the URL, the role or
+# the database.
 _OTHER_STORES = text(
     "SELECT schemaname FROM pg_catalog.pg_tables WHERE tablename = :name AND schemaname = ANY (current_schemas(false))"
     " AND schemaname <> current_schema() AND current_schema() = current_user"
@@ -59,12 +60,14 @@ _PAUSE = 0.2  # longest pause between two attempts, in seconds
 
 
 def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bool) -> None:
-    """Bring the schema to this version's revision, one host at a time, if `migrate` is True.
+    """If `migrate` is True, bring the schema to this version's revision, one host at a time.
 
-    `timeout` is the longest wait for another host that upgrades the schema, and for units that hold its tables.
+    If `migrate` is False, the schema must be up to date. The argument `timeout` is the longest wait for another host
+    that upgrades the schema, and for units that hold locks of its tables.
 
     Raises:
-        SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError.
+        SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError: the schema
+            can't be used or upgraded. A failed upgrade is undone.
     """
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
@@ -88,7 +91,7 @@ def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bo
                 busy = error
             except SPEAK_FOR_THEMSELVES:
                 raise
-            except Exception as error:  # noqa: BLE001  any error of a revision: the transaction was rolled back
+            except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back
                 raise MigrationError(
                     f"upgrading the schema from {revision!r} failed and was undone ({reason_of(error)})"
                 ) from (None if isinstance(error, engine.driver_errors) else error)
@@ -109,10 +112,11 @@ def refuse_second_store(connection: Connection) -> None:
     """Refuse a store in the schema with the name of the role if a later schema of the `search_path` also has a store.
 
     By default PostgreSQL searches the schema with the name of the role before `public`. A role with the right CREATE on
-    the database can create this schema, with tables that approve a device, and the next start would use these tables.
+    the database can create this schema, with tables that contain an approved device. The next start would use these
+    tables.
 
     Raises:
-        InvalidArgumentError: the search_path is the default, and two of its schemas have a store.
+        InvalidArgumentError: the search_path contains `"$user"`, and two of its schemas have a store.
     """
     others = connection.execute(_OTHER_STORES, {"name": VERSION_TABLE}).scalars().all()
     if others:
@@ -124,10 +128,10 @@ def refuse_second_store(connection: Connection) -> None:
 
 
 def _make_or_upgrade(connection: Connection, deadline: float) -> None:
-    """Create or upgrade the schema in the current transaction, unless another host did."""
+    """Create or upgrade the schema in the current transaction, unless another host has done so already."""
     left = max(1, int((deadline - monotonic()) * 1000))
     connection.execute(text(f"SET LOCAL lock_timeout = {left}"))
-    # The upgrade of another host may take longer than the role's statement_timeout.
+    # Wait without statement_timeout, because the upgrade of another host can take longer than the role's timeout.
     connection.execute(text("SET LOCAL statement_timeout = 0"))
     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
     revision = revision_of(connection)
@@ -148,5 +152,5 @@ def _make_or_upgrade(connection: Connection, deadline: float) -> None:
     connection.execute(text(f"SET LOCAL lock_timeout = {min(left, _TABLE_LOCK_PATIENCE * 1000)}"))
     connection.execute(text(f"SET LOCAL statement_timeout = {int(_STATEMENT_PATIENCE.total_seconds() * 1000)}"))
     upgrade(connection)
-    # COMMIT may wait longer, for example for a standby.
+    # COMMIT can wait longer than a statement, for example for a standby.
     connection.execute(text("SET LOCAL statement_timeout = 0"))

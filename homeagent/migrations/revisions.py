@@ -1,10 +1,10 @@
-"""Revisions of the schema: read the revision of a database, decide whether it can be used, run the missing scripts.
+"""Read the revision of a schema, decide whether this version can use the schema, and run the missing revisions.
 
-For an up-to-date database one SELECT is enough, without importing Alembic, which takes 80 ms.
+For an up-to-date database one SELECT is enough, and Alembic is not imported, because the import takes 80 ms.
 
-The application may be running an Alembic command, so `upgrade` does not change Alembic's globals `alembic.context` and
-`alembic.op`: it does not run `env.py`, and each script gets a separate `op`. Scripts are read as resources, also from
-a zip file.
+The application may be running an Alembic command. Therefore the function `upgrade` does not change Alembic's globals
+`alembic.context` and `alembic.op`. It does not run `env.py`, and each script gets a separate `op`. The scripts are read
+as resources, so they can be in a zip file.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 REVISION = "0007"
-"""Revision of this version: the newest revision in `alembic/versions`."""
+"""Revision that this version needs, which is the newest revision in `alembic/versions`."""
 
 VERSION_TABLE = "homeagent_schema_version"
 
@@ -77,7 +77,7 @@ SPEAK_FOR_THEMSELVES = (
 
 
 def script_directory() -> Traversable:
-    """Return the directory of `env.py` and the revisions: in the wheel, or `alembic/` in a checkout."""
+    """Return the directory of `env.py` and the revisions. In a checkout the directory is `alembic/`."""
     from importlib.resources import files  # lazy import: slow and rarely needed
 
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
@@ -91,7 +91,7 @@ def script_directory() -> Traversable:
 def alembic_config(connection: Connection | None = None) -> Config:
     """Return Alembic's configuration for a command on homeagent's revisions. The scripts must not be in a zip file.
 
-    Without a connection `env.py` chooses the database.
+    If `connection` is None, the script `env.py` chooses the database.
     """
     from alembic.config import Config
 
@@ -102,7 +102,7 @@ def alembic_config(connection: Connection | None = None) -> Config:
 
 
 def _scripts() -> list[ModuleType]:
-    """Load new modules of all revisions, oldest first."""
+    """Load a new module for each revision, and return the modules with the oldest first."""
     found = sorted((script_directory() / "versions").iterdir(), key=lambda file: file.name)
     return [_loaded(file) for file in found if file.name.endswith(".py")]
 
@@ -129,7 +129,7 @@ def tables(connection: Connection) -> set[str]:
 
 
 def revision_of(connection: Connection) -> str | None:
-    """Return the revision of the schema; None if the version table does not exist."""
+    """Return the revision of the schema. Return None if the version table does not exist."""
     if VERSION_TABLE not in tables(connection):
         return None
     rows = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).fetchall()  # noqa: S608  a constant
@@ -146,10 +146,11 @@ def known_revisions() -> set[str]:
 
 
 def suits(connection: Connection, revision: str | None) -> bool:
-    """Return whether this version works with the schema: at this version's revision, or at a compatible newer revision.
+    """Return whether this version works with the schema, or False if the schema must be created or upgraded.
 
-    A newer version stores the oldest compatible revision in `store.oldest_revision`. If the schema is newer and not
-    compatible, raise SchemaTooNewError. False means that the schema must be created or upgraded.
+    The schema can be at this version's revision or at a compatible newer revision. A newer version stores the oldest
+    compatible revision in the column `store.oldest_revision`. If the schema is newer and not compatible, raise
+    SchemaTooNewError.
     """
     if revision is None or revision == REVISION:
         return revision is not None
@@ -172,7 +173,10 @@ def suits(connection: Connection, revision: str | None) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the cause for the text of a MigrationError. Only errors of homeagent are known to hold no row values."""
+    """Return the cause for the text of a MigrationError.
+
+    For an error of another package, return only the name of its class, because its message can contain row values.
+    """
     name = type(error).__name__
     return f"{name}: {error}" if isinstance(error, HomeAgentError) else name
 

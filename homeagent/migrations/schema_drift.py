@@ -1,11 +1,12 @@
 """Compare the schema of a database with the schema of homeagent's revisions, without writing to the database.
 
-On SQLite the revisions run on a scratch database in memory, and the SQL texts of both schemas are compared, because
-no pragma shows a CHECK. On PostgreSQL a scratch schema would need write access, so the models are compared with the
+On SQLite the revisions run on a scratch database in memory. Then the SQL texts of both schemas are compared, because no
+pragma shows a CHECK. On PostgreSQL a scratch schema would need write access, so the models are compared with the
 server's catalogue.
 
-The application's tables, indexes, triggers and views are allowed, except a trigger that changes homeagent's tables
-(it can approve a device) and a view that reads homeagent's tables (it prevents rebuilding the table).
+The application's tables, indexes, triggers and views are allowed, with two exceptions. A trigger that changes
+homeagent's tables is a difference, because the trigger can approve a device. A view that reads homeagent's tables is a
+difference, because the view prevents rebuilding the table.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ __all__ = ["Difference", "refuse_changed_schema", "schema_differences"]
 class Difference:
     """One difference between the schema and the schema of homeagent's revisions.
 
-    A difference is grave if homeagent may fail, or accept values that it must refuse. `command` is the SQL statement
-    that undoes the change, if one statement is enough.
+    A difference is grave if homeagent may fail, or accept values that homeagent must refuse. The attribute `command` is
+    the SQL statement that undoes the change. It is None if one statement is not enough.
     """
 
     text: str
@@ -46,7 +47,7 @@ class Difference:
 class _Part(NamedTuple):
     """A column, constraint, index or storage option of a table, with its normalised SQL text.
 
-    A strict part can refuse a row that homeagent inserts: a unique index, or a column without default.
+    A strict part can refuse a row that homeagent inserts. Examples are a unique index and a column without default.
     """
 
     definition: str
@@ -60,10 +61,10 @@ _Tables = dict[str, dict[str, _Part]]
 
 
 def refuse_changed_schema(connection: Connection, revision: str, location: str) -> None:
-    """Refuse a schema with a grave difference: rows of such a database can't be trusted.
+    """Refuse a schema with a grave difference, because the rows of such a database can't be trusted.
 
-    The doctor reports the other differences, such as a view or a plain index. On PostgreSQL this function searches only
-    for triggers and rules on homeagent's tables. The connection must be in a transaction.
+    Only the doctor reports differences that are not grave, such as a view or a plain index. On PostgreSQL this function
+    searches only for triggers and rules on homeagent's tables. The connection must be in a transaction.
 
     Raises:
         SchemaChangedError: the schema has a grave difference.
@@ -81,7 +82,10 @@ def refuse_changed_schema(connection: Connection, revision: str, location: str) 
 
 
 def schema_differences(connection: Connection) -> list[Difference]:
-    """Return the differences of a schema at this version's revision from the schema that the revision creates."""
+    """Compare a schema at this version's revision with the schema that the revision creates.
+
+    Return the differences.
+    """
     if connection.dialect.name == "sqlite":
         return [*_sqlite_differences(connection, REVISION), *_sqlite_leftovers(connection)]
     wanted = {name: _modelled(connection, table) for name, table in metadata.tables.items()}
@@ -120,7 +124,7 @@ def _name(name: str) -> str:
 
 
 class _Expected(NamedTuple):
-    """Schema of a revision: its tables, and the normalised SQL of its triggers and views, by name."""
+    """Schema of a revision: the tables by name, and the normalised SQL of triggers and views by name."""
 
     tables: _Tables
     others: dict[str, str]
@@ -147,7 +151,7 @@ def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Diffe
     for kind, name, on, sql in others:
         if expected.others.get(name) == _plain(sql):
             continue
-        # SQLite stores the table name as the author of the trigger wrote it, so compare in lower case.
+        # Compare in lower case, because SQLite stores the table name as the author of the trigger wrote the name.
         if kind == "trigger" and on.lower() in expected.tables:
             what = f"trigger {name} of {on.lower()} is not homeagent's"
         elif mention.search(sql) and reaches(raw, expected.tables, kind=kind, name=name, on=on):
@@ -195,7 +199,7 @@ def _sqlite_parts(table: str, sql: str) -> Iterator[tuple[str, _Part]]:
 
 
 def _sqlite_leftovers(connection: Connection) -> list[Difference]:
-    # Alembic's batch mode rebuilds a table under such a name before the rename.
+    # Alembic's batch mode builds a table under such a temporary name, and renames the table at the end.
     found = connection.exec_driver_sql(
         "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE '~_alembic~_tmp~_%' ESCAPE '~'"
     )
@@ -210,7 +214,7 @@ def _sqlite_leftovers(connection: Connection) -> list[Difference]:
 
 
 _QUOTED_OR_BLANK = re.compile(
-    r"""('(?:[^']|'')*')"""  # a text, kept unchanged
+    r"""('(?:[^']|'')*')"""  # a text, which stays unchanged
     r'''|"((?:[^"]|"")*)"'''  # a name
     r"|(?:\s|/\*.*?\*/|--[^\n]*)+",
     re.DOTALL,
@@ -218,12 +222,15 @@ _QUOTED_OR_BLANK = re.compile(
 
 
 def _plain(sql: str) -> str:
-    """Return a statement without comments, quotes of names and extra spaces. A tracing listener may add comments."""
+    """Return a statement without comments, quotes around names and extra spaces.
+
+    A statement can have comments, because a tracing listener of the application can add them.
+    """
     return _QUOTED_OR_BLANK.sub(lambda match: match[1] or match[2] or " ", sql).strip()
 
 
 def _clauses(body: str) -> Iterator[str]:
-    """Split the definition of a table at the commas outside of parentheses and texts."""
+    """Split the definition of a table at each comma that is not inside parentheses or a quoted text."""
     depth, start, quoted = 0, 0, False
     for place, character in enumerate(body):
         if character == "'":
@@ -291,7 +298,7 @@ def _postgresql_tables(connection: Connection) -> _Tables:
 
 
 def _modelled(connection: Connection, table: Table) -> dict[str, _Part]:
-    """Return the parts of a model's table, with definitions as in PostgreSQL's catalogue."""
+    """Return the parts of a model's table, with definitions in the form of PostgreSQL's catalogue."""
     dialect = connection.dialect
     parts = {}
     for column in table.columns:
@@ -331,7 +338,10 @@ def _column(kind: str, collation: str | None, default: str | None, not_null: boo
 
 
 def _normalised(written: str) -> str:
-    """Normalise an expression: the server writes IN as = ANY (ARRAY[…]), and adds casts and parentheses."""
+    """Normalise an expression, because the server rewrites it.
+
+    The server writes `IN` as `= ANY (ARRAY[…])`, and adds casts and parentheses.
+    """
     plain = re.sub(r"::[a-z]+(\[\])?", "", written)
     plain = re.sub(r"= ANY \(+ARRAY\[(.*?)\]\)+", r"IN \1", plain)
     return re.sub(r"[\s()]+", " ", plain).strip()

@@ -1,4 +1,4 @@
-"""Prepare a SQLite file: check, create or upgrade the file, one process at a time, with a backup before an upgrade."""
+"""Check, create or upgrade a SQLite file, in one process at a time. Before an upgrade, back up the file."""
 
 from __future__ import annotations
 
@@ -52,8 +52,9 @@ logger = logging.getLogger("homeagent")
 def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migrate: bool, temporary: bool) -> None:
     """Check the file, and bring it to WAL mode and to this version's revision.
 
-    `timeout` is the longest wait for another process that creates or upgrades the file. Without `migrate` the schema
-    must be up to date. A temporary file is private to the caller, so it needs no in-use lock and no backup.
+    The argument `timeout` is the longest wait for another process that creates or upgrades the file. If `migrate` is
+    False, the schema must be up to date. A temporary file is private to the caller, so the file needs no in-use lock
+    and no backup.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError, ForeignDatabaseError,
@@ -63,7 +64,7 @@ def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migra
         _open_sqlite(engine, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
     except BaseException:
         if engine.in_use_lock is not None and engine.in_use_lock.held:
-            engine.in_use_lock.withdraw()  # leave no new lock file next to a refused file
+            engine.in_use_lock.withdraw()  # remove a new lock file next to a refused file
         raise
 
 
@@ -90,7 +91,7 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
             from homeagent.migrations.schema_drift import refuse_changed_schema
 
             with engine.reading() as connection:
-                # Read the revision and the schema in one snapshot: another process may have upgraded the file.
+                # Read the revision and the schema in one snapshot, because another process can upgrade the file now.
                 revision = revision_of(connection)
                 if revision is not None and not suits(connection, revision):
                     refuse_changed_schema(connection, revision, quoted(path))
@@ -106,7 +107,7 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
 
 
 def identify(engine: SQLiteEngine) -> database_file.FileState | None:
-    """Return the state of a file without changing it. Raise an error if a file with content is not homeagent's."""
+    """Return the state of a file without changing the file. If its content is not homeagent's, raise an error."""
     state = database_file.judge_file(engine.path, is_database=True, repair=False)
     if state is not None and not state.is_empty:
         engine.refuse_foreign()
@@ -114,13 +115,14 @@ def identify(engine: SQLiteEngine) -> database_file.FileState | None:
 
 
 def identify_or_wait(engine: SQLiteEngine) -> bool:
-    """Identify a file before taking the first lock. Return whether that succeeded.
+    """Identify a file before the first lock is taken, and return True.
 
-    False: a restore was interrupted, or may replace the damaged file. Call `identify` again with the in-use lock held.
+    Return False in two cases: a restore was interrupted, or the file is damaged and a restore may be replacing it. Then
+    the caller takes the in-use lock and calls `identify` again.
     """
     intent = database_file.look_at(in_use_path(engine.path))
     if intent is not None and intent.st_size:
-        return False  # the restore may have added a second hard link, which `identify` refuses
+        return False  # `identify` would refuse a second hard link that the restore added
     try:
         identify(engine)
     except CorruptDatabaseError:
@@ -131,7 +133,7 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
 
 
 def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
-    """Bring a private file to this version's revision, without a backup. Raise the errors of `open_sqlite`."""
+    """Bring a private file to this version's revision without a backup. The errors are those of `open_sqlite`."""
     try:
         open_sqlite(engine, clock=clock, timeout=timedelta(0), migrate=True, temporary=True)
     finally:
@@ -139,20 +141,20 @@ def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
 
 
 def _check_unclean_end(engine: SQLiteEngine) -> bool:
-    """Check a file that has a WAL, if no process has it open: the last process did not close the database.
+    """Check a file that has a WAL but is not open in any process, because the last process did not close the database.
 
-    Return whether the file was checked. Raise CorruptDatabaseError if the file is damaged, or its WAL lost commits.
+    Return whether the file was checked. Raise CorruptDatabaseError if the file is damaged or its WAL lost commits.
     """
     if engine.in_use_lock is not None:
         engine.in_use_lock.release()
         engine.in_use_lock = None
     if not os.access(engine.path.parent, os.W_OK):
-        return False  # SQLite can't write the files either
+        return False  # SQLite also can't write the files
     lock = FileLock(in_use_path(engine.path), timeout=timedelta(0))
     try:
         lock.acquire()
     except DatabaseBusyError:
-        return False  # another process has the database open, so the WAL is expected
+        return False  # another process has the database open and uses the WAL
     try:
         # A marker means an interrupted restore, which must be finished first.
         is_checked = not lock.has_marker() and refuse_unclean_damage(engine)
@@ -170,7 +172,7 @@ def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bo
 
 def _look_up(connection: Connection) -> tuple[str | None, bool]:
     """Return the revision of the schema, and whether this version works with the schema without an upgrade."""
-    # A deferred BEGIN: the engine's `_on_begin` would wait for the write lock.
+    # Use a deferred BEGIN, because the engine's `_on_begin` would wait for the write lock.
     raw: Any = connection.connection.driver_connection
     raw.execute("BEGIN")
     try:
@@ -183,7 +185,10 @@ def _look_up(connection: Connection) -> tuple[str | None, bool]:
 
 
 def _has_marker(path: Path) -> bool:
-    """Return whether the lock file has a marker. The marker is absent after a copy by hand or a killed creator."""
+    """Return whether the lock file has a marker.
+
+    The marker is absent in two cases: the database was copied by hand, or a process was killed during the creation.
+    """
     try:
         return lock_path(path).lstat().st_size > 0
     except FileNotFoundError:
@@ -191,24 +196,27 @@ def _has_marker(path: Path) -> bool:
 
 
 def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
-    """Create a missing file and prepare its header. Return whether the lock file has a marker. Hold `sidecar_lock`."""
+    """Create a missing file and prepare its header. The caller holds `sidecar_lock`.
+
+    Return whether the lock file has a marker.
+    """
     path = engine.path
     database_file.refuse_orphaned_log(path)
     state = identify(engine)
-    # The marker proves that a database was created here: do not treat an emptied database as a new file.
+    # The marker proves that a database was created here, so do not treat an emptied database as a new file.
     initialised = lock.read_marker() is not None
     if initialised and (state is None or state.is_empty):
         raise corrupt_after_all(path)
     if state is None:
         database_file.create_file(path)
     database_file.inspect_file(path)
-    database_file.secure_sidecars(path)  # otherwise SQLite would replay a journal that another user put there
+    database_file.secure_sidecars(path)  # another user's journal must not be replayed
     engine.prepare_header()
     return initialised
 
 
 def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temporary: bool) -> None:
-    """Create or upgrade the schema, unless another process did. Hold `sidecar_lock`."""
+    """Create or upgrade the schema, unless another process has done so already. The caller holds `sidecar_lock`."""
     path = engine.path
     initialised = _prepare_file(engine, lock)
     backup: Path | None = None
@@ -216,7 +224,7 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
         raw: Any = connection.connection.driver_connection
         revision, suitable = _look_up(connection)
         if revision is not None and not initialised and not temporary:
-            # Write the marker before the upgrade: if the disk is full, the error leaves the schema unchanged.
+            # Write the marker before the upgrade. If the disk is full, the schema then stays unchanged.
             lock.write_marker("initialised")
             initialised = True
         if suitable:
@@ -226,14 +234,14 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
                 f"{path} has lost its schema: move the file and its -wal and -shm to another directory, and restore "
                 "the newest good backup"
             )
-        # While foreign keys are on, rebuilding a parent table fails or deletes its children. The pragma has no effect
-        # inside a transaction.
+        # While foreign keys are on, rebuilding a table fails, or deletes the rows that refer to the table. Set the
+        # pragma before the transaction, because the pragma has no effect inside a transaction.
         raw.execute("PRAGMA foreign_keys=OFF")
-        # Overwrite the pages of a table that a revision recreates: the old rows hold hashes.
+        # Overwrite the pages of a table that a revision recreates, because the old rows contain hashes.
         raw.execute("PRAGMA secure_delete=ON")
         try:
             with connection.begin():
-                # BEGIN IMMEDIATE has the write lock, so the revision can't change any more.
+                # The transaction holds the write lock after BEGIN IMMEDIATE, so the revision can't change any more.
                 revision = revision_of(connection)
                 if suits(connection, revision):
                     return
@@ -245,7 +253,7 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
                 _verify(connection, backup)
         except SPEAK_FOR_THEMSELVES:
             raise
-        except Exception as error:  # noqa: BLE001  any error of a revision: the transaction was rolled back
+        except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back
             raise MigrationError(
                 f"upgrading {path} from {revision!r} failed and was undone ({reason_of(error)}): "
                 f"the schema is unchanged; the backup is {backup or 'not needed'}",
@@ -264,7 +272,8 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
     )
 
 
-# A revision, a table, and the text columns that the revision reads into Python; the first column is the key.
+# Each entry has a revision, a table, and the text columns that the revision reads into Python. The first column is the
+# key of the table.
 _CONVERTED = (
     ("0003", "sessions", ("session_id", "agent_id", "sender_id", "channel_id")),
     ("0006", "devices", ("id",)),
@@ -272,9 +281,9 @@ _CONVERTED = (
 
 
 def _refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
-    """Raise MigrationError for a row that a later revision can't convert: a BLOB or text that is not UTF-8.
+    """Raise MigrationError if a row has a BLOB, or text that is not UTF-8, in a column that a later revision converts.
 
-    PostgreSQL can't store such values in a text column.
+    PostgreSQL needs no such check, because it can't store such values in a text column.
     """
     for later, table, columns in _CONVERTED:
         if later <= revision:
@@ -292,7 +301,7 @@ def _refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
 
 
 def _text(kind: str, value: bytes | None) -> str | bytes | None:
-    """Return a stored text; bytes for a BLOB or for text that is not UTF-8."""
+    """Return a stored text as `str`. Return `bytes` for a BLOB, and for text that is not UTF-8."""
     if value is None or kind == "blob":
         return value
     try:
@@ -323,7 +332,7 @@ def _verify(connection: Connection, backup: Path | None) -> None:
 
 
 def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path:
-    """Back up the last commit over another connection, since the upgrade's connection is in a write transaction."""
+    """Back up the last commit over another connection, because the upgrade's connection is in a write transaction."""
     from homeagent.engine.sqlite.backup import backup_name, discard, write_backup
     from homeagent.engine.sqlite.manifests import PARTIAL
 
@@ -331,7 +340,7 @@ def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path:
     target = path.with_name(backup_name(path, revision, now))
     partial = target.with_name(target.name + PARTIAL)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.backup{PARTIAL}"):
-        discard(stale)  # left by a killed upgrade: this process holds the lock, so no other upgrade runs
+        discard(stale)  # a killed upgrade left the file. No other upgrade runs, because this one has the lock
     try:
         write_backup(engine, target, partial=partial, version_table=VERSION_TABLE, taken_at=now, kind="upgrade")
     except (CorruptDatabaseError, DatabaseBusyError, DiskFullError, ReadOnlyError):

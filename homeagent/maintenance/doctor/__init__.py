@@ -1,4 +1,4 @@
-"""The doctor: checks a database without changing it, reports problems and remedies, and makes safe repairs."""
+"""The doctor checks a database without changing it, and reports problems and remedies. It repairs only on request."""
 
 from homeagent.maintenance.doctor.diagnosis import diagnose
 from homeagent.maintenance.doctor.report import CHECKS, Diagnosis, Finding, Repair, Severity

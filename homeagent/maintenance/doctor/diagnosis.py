@@ -46,18 +46,19 @@ def diagnose(
 ) -> Diagnosis:
     """Check a database in any state, and report problems with their remedies.
 
-    Without `fix` no file and no row changes. A missing, damaged, too old or too new database is a finding, not an
+    If `fix` is False, no file and no row changes. A missing, damaged, too old or too new database is a finding, not an
     error. Findings do not contain secrets, hashes, nonces, idempotency keys or results.
 
     Args:
-        target: the database, as for `Database.open`: None, a path or a URL. For a database that this process has open
-            use `Database.doctor`.
+        target: None, a path or a URL, with the same meaning as for `Database.open`. If this process has the database
+            open, use `Database.doctor`.
         clock: clock of the store.
-        thorough: whether to run SQLite's full integrity check, which also compares the indexes with their tables,
-            without a time limit. Otherwise a check ends after 10 seconds and is listed in `not_checked`.
-        fix: whether to repair problems that can be repaired without loss: modes of homeagent's files, partial copies
-            older than a day, the backlog of expired rows, hashes of expired secrets, the journal mode and the size of
-            the WAL. The returned findings are those after the repair.
+        thorough: whether to run SQLite's full integrity check without a time limit. The full check also compares the
+            indexes with their tables. If `thorough` is False, a check that takes longer than 10 seconds is stopped and
+            listed in `not_checked`.
+        fix: whether to repair problems that can be repaired without loss. These are modes of homeagent's files, partial
+            copies older than a day, the backlog of expired rows, hashes of expired secrets, route keys of sessions, the
+            journal mode and the size of the WAL. The returned findings describe the database after the repair.
 
     Raises:
         InvalidArgumentError: `target` is invalid, or names a temporary database.
@@ -71,7 +72,7 @@ def diagnose(
 
 
 def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: bool, fix: bool) -> Diagnosis:
-    """Check a database that this process has open; see `Database.doctor`. `read` opens a read-only unit."""
+    """Check a database that this process has open, as `Database.doctor` documents. `read` opens a read-only unit."""
     if not isinstance(engine, SQLiteEngine):
         return _diagnose(Target(url=engine.sa_engine.url), clock, thorough=thorough, fix=fix, engine=engine)
     # While a reader is open, SQLite keeps the WAL and the WAL index, so the doctor can read without creating files.
@@ -81,7 +82,7 @@ def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: boo
 
 @contextmanager
 def _reading(read: OpenUnit) -> Iterator[None]:
-    """Hold a read-only unit open in the block. If the unit can't be opened, continue: the doctor reports the cause."""
+    """Hold a read-only unit open in the block. If the unit can't be opened, continue, and the checks find the cause."""
     with ExitStack() as stack:
         try:
             stack.enter_context(read())

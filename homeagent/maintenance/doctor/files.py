@@ -1,7 +1,7 @@
-"""Checks of a SQLite database from outside: names, owners, modes, leftovers, backups, file system, free space.
+"""Check a SQLite database without opening it: names, owners, modes, leftovers, backups, file system, free space.
 
-Do not open the database file here, use `lstat`: closing the file would release the locks that SQLite holds on it in
-this process (see `homeagent.engine.files.database_file`).
+Do not open the database file here, but use `lstat`. Closing the file would release the locks that SQLite holds on the
+file in this process (see `homeagent.engine.files.database_file`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ __all__ = ["check_files", "database_files", "megabytes", "public_files", "stale_
 OLD_BACKUP = timedelta(days=7)
 
 STALE = timedelta(days=1)
-"""Age of a partial copy at which its writer is assumed to have ended."""
+"""Age of a partial copy after which the doctor assumes that the process that wrote the copy has ended."""
 
 KEPT = timedelta(days=30)
-"""Age of a quarantine at which the doctor warns."""
+"""Age of a quarantine after which the doctor reports a warning."""
 
 WAL_RESERVE = 64 * 1024 * 1024
-"""Required free space in addition to a second copy of the database. The WAL may grow to this size."""
+"""Free space that is required for a growing WAL, in addition to a second copy of the database."""
 
 SCARCE = 16 * 1024 * 1024
 """Free space below which the next burst of writes may fail."""
@@ -56,7 +56,7 @@ def database_files(path: Path) -> Files:
             try:
                 found[entry] = entry.lstat()
             except OSError:
-                continue  # removed since iterdir(); the check `database` reports an unreadable file
+                continue  # the file was removed after iterdir(), or is unreadable: the check `database` reports that
     return found
 
 
@@ -80,7 +80,7 @@ def stale_partials(path: Path, now: datetime) -> Files:
 
 
 def check_files(collector: Collector, path: Path) -> bool:
-    """Run all checks from outside. Return whether the database may be opened."""
+    """Run all checks that do not open the database. Return whether the database may be opened."""
     with collector.attempt("backup"):
         _check_backup(collector, path)
     _check_directory(collector, path.parent)
@@ -125,7 +125,7 @@ def _check_directory(collector: Collector, directory: Path) -> None:
         if critical
         else "other users can put files next to the database; homeagent refuses such files",
         "keep the database in your own directory, in which no other user can write",
-        # A sticky directory, such as /tmp, is meant for all users: do not suggest to change its mode.
+        # Do not suggest to change the mode of a sticky directory, such as /tmp, because it is meant for all users.
         f"chmod go-w {named}" if is_replaceable(status) else f"ls -ld {named}",
         mode=f"{mode:04o}",
         uid=status.st_uid,
@@ -183,7 +183,7 @@ def _check_owners(collector: Collector, path: Path, files: Files) -> None:
 
 
 def _planted(path: Path, files: Files) -> list[Path]:
-    """Return the files with an untrusted owner: next to the database, and in the directory of its last backup."""
+    """Return files with an untrusted owner, next to the database and in the directory of its last backup."""
     owners = backup_owners(path)
     last = remembered_backup(path)
     if last is not None and last.parent != path.parent:
@@ -229,7 +229,7 @@ def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
         old=len(old),
         halves=len(halves),
     )
-    if in_use_lock is not None and in_use_lock.st_size:  # the lock file holds the plan of an unfinished restore
+    if in_use_lock is not None and in_use_lock.st_size:  # content describes an unfinished restore
         summary = "A restore was interrupted and is not finished."
         meaning = "the next program that opens the database finishes the restore first"
         remedy = "open the database once"
@@ -250,7 +250,7 @@ def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
 
 
 def _stamp(file: Path, pattern: Path) -> datetime | None:
-    """Return the time in the name of a file that a restore created, or None for any other file."""
+    """Return the time in the name of a file that a restore created. Return None for any other file."""
     before, _, after = pattern.name.partition("*")
     # The -wal and -shm files of a quarantine have the same name with a suffix.
     found = re.fullmatch(rf"{re.escape(before)}(\d{{8}}T\d{{12}}Z)(_\d+)?{re.escape(after)}(-\w+)?", file.name)
@@ -261,7 +261,7 @@ def _check_backup(collector: Collector, path: Path) -> None:
     backup = newest_backup(path)
     manifest = None if backup is None else read_manifest(backup, path)
     if backup is None or manifest is None:
-        # Not a warning: another tool may make backups in another place.
+        # A warning would be wrong, because another tool may make backups in another place.
         collector.ok("backup", "No backup is known: 'homeagent backup' makes a backup.", age_seconds=None)
         return
     database = shlex.quote(str(path))

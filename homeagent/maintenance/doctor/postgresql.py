@@ -1,6 +1,7 @@
-"""Diagnose a PostgreSQL database: the server settings that homeagent's guarantees need, then the store.
+"""Diagnose a PostgreSQL database: check the server settings that homeagent's guarantees need, then the store.
 
-All checks run in one read-only transaction. The health of the server is a task for the administrator's tools.
+All checks run in one read-only transaction. The doctor does not check the health of the server, because the
+administrator has other tools for this task.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ __all__ = ["check_postgresql"]
 
 _CONNECT_SECONDS = "5"
 
-# Output format of timestamps and definitions. The role may have other settings.
+# Set the output format of timestamps and definitions, because the role may have other settings.
 _SHOWN_AS = ("datestyle = ISO", "quote_all_identifiers = off")
 
 
 def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None) -> None:
-    """Run all checks on a server's database. `limit` is the longest time for one statement."""
+    """Run all checks on a server's database. The argument `limit` is the longest time for one statement."""
     if "connect_timeout" not in url.query:
         url = url.update_query_dict({"connect_timeout": _CONNECT_SECONDS})
     try:
@@ -39,8 +40,8 @@ def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None)
             with engine.connect() as connection:
                 raw: Any = connection.connection.driver_connection
                 with engine.translated():
-                    # The first query takes the snapshot. SET LOCAL ends with the transaction: later a pooler gives
-                    # the session to other clients.
+                    # The first query takes the snapshot. Use SET LOCAL, because a pooler gives the session to other
+                    # clients after the transaction.
                     raw.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                     patience = 0 if limit is None else int(limit.total_seconds() * 1000)
                     for setting in (f"statement_timeout = {patience}", *_SHOWN_AS):

@@ -1,4 +1,4 @@
-"""Repairs without loss of data: file modes, partial copies, expired rows and hashes, route keys, the WAL."""
+"""Repair, without loss of data, file modes, partial copies, expired rows and hashes, route keys, and the WAL."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _TAKE_ROUTE = Statement[AgentSession](
     .values(route_key=bindparam("route"))
 )
 
-# If one of these checks is critical, do not change rows: the rows may be damaged, or the clock may be wrong.
+# If one of these checks is critical, do not change rows, because the rows may be damaged or the clock may be wrong.
 _HANDS_OFF = (
     "database",
     "integrity",
@@ -73,9 +73,9 @@ _HANDS_OFF = (
 
 
 def repair(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine | None) -> list[Repair]:
-    """Make the repairs that are safe with these findings. Return the repairs, also the failed repairs.
+    """Make the repairs that are safe with these findings. Return all repairs, also those that failed.
 
-    Without an engine, open the database for the repairs.
+    If `engine` is None, open the database for the repairs.
     """
     done: list[Repair] = []
     found = {finding.check: finding for finding in diagnosis.findings}
@@ -146,7 +146,7 @@ def _opened(target: Target, clock: Clock, engine: Engine | None) -> Iterator[Uni
     if target.path is not None:
         own = SQLiteEngine(target.path, busy_timeout=_WAIT, durability="full")
     else:
-        assert target.url is not None  # noqa: S101  a temporary one was refused
+        assert target.url is not None  # noqa: S101  a temporary database was refused
         own = PostgreSQLEngine(target.url, busy_timeout=_WAIT)
     try:
         if isinstance(own, SQLiteEngine):
@@ -172,7 +172,7 @@ def _forget_previous_secrets(settings: UnitSettings) -> Iterator[str]:
 def _correct_routes(settings: UnitSettings) -> Iterator[str]:
     with UnitOfWork(settings, read_only=False) as unit:
         stale = list(stale_routes(unit.session.connection()))
-        # All first: a session may have the key of the route on which another one is now.
+        # Remove all wrong keys first, because the wrong key of one session can be the right key of another session.
         for session_id, _ in stale:
             unit.write(_RELEASE_ROUTE, id=session_id)
         taken = sum(unit.write(_TAKE_ROUTE, id=session_id, route=route) for session_id, route in stale)

@@ -1,6 +1,6 @@
 """Models of a diagnosis, and the findings collector.
 
-Do not rename fields or checks: monitoring depends on the names.
+Do not rename fields or checks, because monitoring depends on the names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STORE_CHECKS = (
     "pending_devices",
     "admins",
 )
-"""The checks of a readable store, on either engine."""
+"""Names of the checks of a readable store, on SQLite and PostgreSQL."""
 
 CHECKS: tuple[str, ...] = (
     "database",
@@ -85,9 +85,9 @@ class Finding(BaseModel):
         severity: severity of the finding.
         summary: description of the state.
         meaning: consequence of a problem.
-        remedy: action for the administrator, if an action is necessary.
-        command: command for the remedy or its first step, if a command applies.
-        facts: figures by name: counts, bytes and seconds, but no value of a row.
+        remedy: action for the administrator. None if no action is necessary.
+        command: command for the remedy or for its first step. None if no command applies.
+        facts: figures by name, such as counts, bytes and seconds. They contain no value of a row.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -105,7 +105,7 @@ class Repair(BaseModel):
     """One repair.
 
     Attributes:
-        check: the check whose finding was repaired.
+        check: name of the check whose finding was repaired.
         action: description of the repair, or of the error that prevented the repair.
     """
 
@@ -119,14 +119,14 @@ class Diagnosis(BaseModel):
     """State of a database, as `homeagent doctor --json` prints it.
 
     Attributes:
-        location: the file, or the server's URL without its password.
-        engine: `sqlite` or `postgresql`.
-        checked_at: time of the diagnosis, by the store's clock.
+        location: path of the file, or URL of the server without the password.
+        engine: name of the engine, `sqlite` or `postgresql`.
+        checked_at: time of the diagnosis, from the store's clock.
         thorough: whether the diagnosis was thorough.
         severity: worst severity of all findings.
         findings: one finding for each completed check, in the order of `CHECKS`.
-        not_checked: reason for each check that did not run or did not complete.
-        repairs: repairs before the final checks; empty unless `fix` was set.
+        not_checked: by name of a check that did not run or did not complete, the reason.
+        repairs: repairs that the doctor made before the final checks. Empty if `fix` was False.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -142,19 +142,19 @@ class Diagnosis(BaseModel):
 
     @property
     def exit_status(self) -> int:
-        """Exit status: 0 without problems, 1 for warnings, 2 for a critical finding."""
+        """Exit status: 0 without problems, 1 if the worst finding is a warning, 2 if a finding is critical."""
         return self.severity.exit_status
 
     def finding(self, check: str) -> Finding | None:
-        """Return the finding of a check; None if the check was not made."""
+        """Return the finding of a check. Return None if the check did not run or did not complete."""
         return next((finding for finding in self.findings if finding.check == check), None)
 
 
 class Collector:
     """Findings collector for one database.
 
-    Several findings of a check are combined into a finding with the worst severity, the worst summary first. `watch`
-    interrupts statements at the time limit.
+    Several findings of a check are combined into one finding with the worst severity. The summary of the worst finding
+    comes first. The argument `watch` interrupts statements at the time limit.
     """
 
     def __init__(self, now: datetime, *, thorough: bool, watch: Stopwatch) -> None:
@@ -164,9 +164,9 @@ class Collector:
         self.findings: dict[str, Finding] = {}
         self.not_checked: dict[str, str] = {}
         self.database_option = ""
-        """Option for the database in commands of homeagent; empty for a server."""
+        """Option `--database` for homeagent's commands in a finding. The text is empty for a server."""
         self.restore_command: str | None = None
-        """Command that restores the newest good backup, if a backup is known."""
+        """Command that restores the newest good backup. None if no backup is known."""
 
     def add(
         self,
@@ -178,7 +178,7 @@ class Collector:
         command: str | None = None,
         **facts: Fact,
     ) -> None:
-        """Add a finding with these fields. For severity OK, drop meaning, remedy and command."""
+        """Add a finding with these fields. If the severity is OK, omit meaning, remedy and command."""
         if severity is Severity.OK:
             meaning = remedy = command = None
         if remedy is RESTORE:
@@ -198,22 +198,23 @@ class Collector:
         earlier = self.findings.get(check)
         self.findings[check] = finding if earlier is None else _combined(earlier, finding)
 
-    # `add` with a fixed severity.
+    # Methods that call `add` with a fixed severity.
     ok = partialmethod(add, Severity.OK)
     warn = partialmethod(add, Severity.WARNING)
     critical = partialmethod(add, Severity.CRITICAL)
 
     def skip(self, reason: str, *checks: str) -> None:
-        """Record the reason why checks did not run. Skip checks with a finding or an earlier reason."""
+        """Record the reason why checks did not run. Ignore a check that has a finding or an earlier reason."""
         for check in checks:
             if check not in self.findings:
                 self.not_checked.setdefault(check, reason)
 
     @contextmanager
     def attempt(self, check: str, *, on: Connection | None = None) -> Iterator[None]:
-        """Run a check in the block. Report an error as a finding, so that later checks still run.
+        """Run a check in the block. If the check raises an error, report a finding instead, so later checks still run.
 
-        On PostgreSQL a failed statement ends the transaction, so each check gets a savepoint on its connection.
+        After a failed statement PostgreSQL refuses all others in the transaction. Therefore each check runs in a
+        savepoint of the connection `on`.
         """
         self.watch.start()
         guarded = on is not None and on.dialect.name == "postgresql"

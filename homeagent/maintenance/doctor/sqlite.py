@@ -1,4 +1,4 @@
-"""Diagnosis of a SQLite database: first from outside, then from inside. No check changes a file."""
+"""Diagnose a SQLite database: first check its files, then open it and check the content. No check changes a file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def check_sqlite(collector: Collector, path: Path) -> None:
         _check_inside(collector, path, assume_closed=True, is_closed=is_closed)
         inside = [finding.severity for check, finding in collector.findings.items() if finding != before.get(check)]
         if Severity.CRITICAL in inside and look_at(sidecars(path)[0]) is not None:
-            # Another process has opened the database since. A file read without locks looks damaged during a write.
+            # Another process has opened the database during the checks. If a file is read without locks during a write,
+            # the file looks damaged. So check again with locks.
             collector.findings, collector.not_checked = before, skipped
             _check_inside(collector, path, assume_closed=False, is_closed=is_closed)
     collector.skip("the database can't be opened", *_INSIDE)
@@ -68,7 +69,7 @@ def _check_wal(collector: Collector, path: Path) -> bool:
         return False
     in_use = look_at(in_use_path(path))
     if in_use is None or in_use.st_mode & 0o777 != FILE_MODE:
-        # Taking this lock would create the file or change its mode. The doctor must not modify anything.
+        # Do not take this lock: that would create the file or change its mode, and the doctor must not modify files.
         collector.skip("the 'database in use' lock file is missing or not private", "wal")
         return in_use is None  # while the database is open, this file exists
     try:
@@ -92,7 +93,7 @@ def _check_wal(collector: Collector, path: Path) -> bool:
 
 
 def _may_hold_database(collector: Collector, path: Path) -> bool:
-    """Return whether owners and sizes of the files allow to open the database. If not, report a finding."""
+    """Return whether the database can be opened, judged by owners and sizes of its files. If not, add a finding."""
     log, _, journal = sidecars(path)
     lock = lock_path(path)
     try:
@@ -168,7 +169,7 @@ def _check_open(collector: Collector, path: Path, connection: Connection) -> Non
 
 def _check_journal_mode(collector: Collector, path: Path, connection: Connection) -> None:
     mode = journal_mode(path, connection)
-    # None: this process has the file open, so the file is in WAL mode.
+    # The mode is None if this process has the file open, and then the file is in WAL mode.
     if mode in ("wal", None):
         return
     summary = f"The journal mode is {mode!r} and not 'wal'."

@@ -1,7 +1,7 @@
-"""Checks of a readable store, on either engine: revision, schema and rows.
+"""Check the revision, the schema and the rows of a readable store, on SQLite and PostgreSQL.
 
-The checks count rows. Only the check `rows` names rows. Findings do not contain secrets, hashes, nonces, keys or
-results.
+The findings contain numbers of rows, and only the check `rows` names rows. Findings do not contain secrets, hashes,
+nonces, keys or results.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 __all__ = ["BACKLOG", "SECRETS_GRACE", "check_store", "stale_routes"]
 
 BACKLOG = 10_000
-"""Number of expired rows above which the doctor assumes that no process sweeps."""
+"""If the store has more expired rows than this number, the doctor assumes that no process sweeps."""
 
 AHEAD = timedelta(minutes=1)
 """Allowed difference between the clocks of several hosts."""
 
 PENDING = timedelta(days=7)
-"""Longest time for which a device may wait for approval without a warning."""
+"""Longest time for which a device can wait for approval without a warning."""
 
 SECRETS_GRACE = timedelta(days=1)
-"""Time for which the hash of an expired secret may stay without a warning, in case the clock is wrong."""
+"""Time for which the hash of an expired secret can stay without a warning, because the clock may be wrong."""
 
 _PAGE = 1000
 
@@ -58,9 +58,9 @@ _TIMES = [
 
 
 def check_store(collector: Collector, connection: Connection) -> None:
-    """Run all checks of a store; if this version can't use the schema's revision, only the check of the revision.
+    """Run all checks of a store. If this version can't use the schema's revision, run only the check of the revision.
 
-    The connection must have one snapshot for all checks.
+    All checks must see the same snapshot, so the connection must be in a transaction with one snapshot.
     """
     with collector.attempt("schema_revision", on=connection):
         _check_revision(collector, connection)
@@ -157,12 +157,12 @@ def _read(
 ) -> tuple[int, list[str]]:
     """Read the stored values of all rows of a table. Return the number of rows, and a description of each bad row.
 
-    `watch` returns True when the time limit is over. `undecoded` reads texts as bytes; otherwise the driver raises an
-    error for a page with invalid UTF-8.
+    The function `watch` returns True after the time limit. If `undecoded` is True, texts are read as bytes. If it is
+    False, the driver raises an error for a page with invalid UTF-8.
     """
     columns = list(described.columns)
     names = [c.name for c in columns]
-    # Nonces and idempotency keys are secret, so name these rows by the device.
+    # Name the row of a nonce or an idempotency key by its device, because nonces and keys are secret.
     named = names.index(naming_column(described))
     tests = [_test(c, connection.dialect) for c in columns]
     count, faults = 0, []
@@ -205,7 +205,10 @@ def _decoded(kind: str, value: Any) -> Any:
 
 
 def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | None]:
-    """Return a function that describes the problem of a stored value of this column; None for a valid value."""
+    """Return a function that describes the problem of a stored value of this column.
+
+    The function returns None for a valid value.
+    """
     kind: Any = getattr(described.type, "impl_instance", described.type)
     stored: type = kind.python_type
     load = getattr(described.type, "process_result_value", None)
@@ -281,10 +284,13 @@ def _check_references(collector: Collector, connection: Connection) -> None:
 
 
 def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
-    """Yield the id of each session whose route key is not that of its agent, sender and channel, and the right key."""
+    """Yield the id and the right route key of each session with a wrong route key.
+
+    The right key is computed from the agent, the sender and the channel of the session.
+    """
     columns = (_session.session_id, _session.route_key, _session.agent_id, _session.sender_id, _session.channel_id)
     holders = select(*columns).where(_session.route_key.is_not(None))
-    # The session that was active last comes first: of two sessions of one route, it gets the route.
+    # The session that was active last comes first. If two sessions have the same route, the first one gets the route.
     holders = holders.order_by(_session.last_active_at.desc(), _session.session_id.desc())
     for session_id, stored, *route in connection.execute(holders, execution_options={"yield_per": _PAGE}):
         if not all(value is None or isinstance(value, str) for value in route):
