@@ -56,7 +56,7 @@ def test_the_text_names_remedies(path: Path) -> None:
     done = runner.invoke(app, ["doctor", "--database", str(path)], env={"COLUMNS": "200"})
     assert done.exit_code == 1
     assert "There are devices and no approved admin." in done.stdout
-    assert "It means: nobody can approve" in done.stdout
+    assert "It means: devices can be approved or revoked only by a shell" in done.stdout
     assert "What to do: pair a device with the role admin" in done.stdout
     assert "homeagent devices list --role admin" in done.stdout
     assert f"{path}: 1 of " in done.stdout

@@ -271,7 +271,7 @@ def _check_backup(collector: Collector, path: Path) -> None:
         Severity.WARNING if age > OLD_BACKUP else Severity.OK,
         "backup",
         f"The newest backup is {str(backup)!r}, of {manifest.taken_at:%Y-%m-%d %H:%M} UTC, {age.days} days ago.",
-        "if the file is lost, all changes since the backup are lost, revocations and used nonces too",
+        "if the file is lost, all changes since the backup are lost, including revocations and used nonces",
         "make a backup now, and let the gateway or a timer make regular backups",
         f"homeagent backup --database {database}",
         age_seconds=round(age.total_seconds(), 3),

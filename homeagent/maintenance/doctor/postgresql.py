@@ -69,7 +69,7 @@ def _check_path(collector: Collector, connection: Connection, name: str) -> None
     try:
         refuse_second_store(connection)
     except InvalidArgumentError as error:
-        remedy = "name the schema in the URL or in the role; if another role created the first one, drop it"
+        remedy = "name the schema in the URL or in the role; if another role created the first schema, drop that schema"
         collector.critical("database", "The search_path leads to two stores.", str(error), remedy)
     else:
         collector.ok("database", f"The server answers, database {name!r}.")

@@ -57,7 +57,7 @@ CHECKS: tuple[str, ...] = (
 """The names of all checks, in the order of the report."""
 
 RESTORE = "stop the gateway, keep the file aside with its -wal and -shm, and restore the newest good backup"
-TOO_LONG = "it takes longer than a quick look may: use --thorough"
+TOO_LONG = "the check takes longer than the time limit: use --thorough"
 
 Fact = int | float | bool | str | None
 

@@ -186,7 +186,7 @@ def _check_integrity(collector: Collector, connection: Connection) -> None:
         Severity.OK if sound else Severity.CRITICAL,
         "integrity",
         f"SQLite's {pragma} finds {'no damage' if sound else f'damage: {problems[0].splitlines()[0]!r}'}.",
-        "rows may be missing or wrong, and each write may make it worse",
+        "rows may be missing or wrong, and each write may increase the damage",
         RESTORE,
         pragma=pragma,
         problems=0 if sound else len(problems),

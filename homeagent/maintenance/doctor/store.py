@@ -82,17 +82,24 @@ def _check_revision(collector: Collector, connection: Connection) -> None:
         collector.ok(check, f"The schema is at revision {revision}.", **facts)
     elif revision is None:
         summary = f"There is no schema: no table {VERSION_TABLE}."
-        remedy = f"if there was a schema: {RESTORE}; else create it"
-        collector.critical(check, summary, "it was never created, or it was lost", remedy, "homeagent init", **facts)
+        remedy = f"if there was a schema, {RESTORE}; if not, create the schema"
+        collector.critical(check, summary, "the schema was not created, or was lost", remedy, "homeagent init", **facts)
     elif revision < REVISION:
         summary = f"The schema is at revision {revision}, and this version needs {REVISION}."
-        meaning = "the gateway upgrades it when it opens it; programs that only read refuse it until then"
-        collector.warn(check, summary, meaning, "upgrade it; a file is copied first", "homeagent migrate", **facts)
+        meaning = "the gateway upgrades the schema at its next start; until then read-only programs refuse it"
+        collector.warn(
+            check,
+            summary,
+            meaning,
+            "upgrade it; a SQLite file is backed up first",
+            "homeagent migrate",
+            **facts,
+        )
     elif (connection.execute(select(store_table.c.oldest_revision)).scalar() or revision) <= REVISION:
         collector.ok(check, f"The schema is at the newer revision {revision}, which works with this version.", **facts)
     else:
         summary = f"The schema is at revision {revision}, and this version knows {REVISION} at most."
-        meaning = "a newer version upgraded it; this version refuses it, since it can't know what it would break"
+        meaning = "a newer version upgraded the schema; this version refuses it, because writes could do damage"
         remedy = "install the newer version again, or restore the backup that was made before the upgrade"
         collector.critical(check, summary, meaning, remedy, "pip install --upgrade homeagent", **facts)
 
@@ -100,7 +107,7 @@ def _check_revision(collector: Collector, connection: Connection) -> None:
 def _check_schema(collector: Collector, connection: Connection) -> None:
     differences = schema_differences(connection)
     if not differences:
-        collector.ok("schema", "The schema is as homeagent's revisions make it.", differences=0)
+        collector.ok("schema", "The schema is the same as homeagent's revisions create.", differences=0)
         return
     grave = [difference for difference in differences if difference.grave]
     command = (grave or differences)[0].command
@@ -249,7 +256,7 @@ def _check_abandoned(collector: Collector, connection: Connection) -> None:
         "abandoned_effects",
         f"Effects that began and have no recorded end: {abandoned:,}.",
         "their retries get OutcomeUnknownError until the administrator records how each ended",
-        "list them, find out about each, then 'homeagent keys resolve' or 'homeagent keys forget'",
+        "list the effects, find out how each ended, then run 'homeagent keys resolve' or 'homeagent keys forget'",
         "homeagent keys abandoned",
         keys=abandoned,
     )
@@ -321,7 +328,7 @@ def _check_store_record(collector: Collector, connection: Connection) -> None:
         Severity.OK if len(epochs) == 1 else Severity.CRITICAL,
         "store_record",
         f"The table store holds {len(epochs)} rows, of epoch {max(epochs, default=None)}; one belongs there.",
-        "the epoch is unknown, and so are the versions that may work with the store",
+        "the epoch is unknown, and the versions that can work with the store are unknown",
         RESTORE,
         rows=len(epochs),
         epoch=epochs[0] if epochs else None,
@@ -340,9 +347,9 @@ def _check_clock(collector: Collector, connection: Connection) -> None:
         Severity.CRITICAL if late else Severity.WARNING if ahead > AHEAD else Severity.OK,
         "clock",
         f"The newest row is {seconds:,} s ahead of the clock." if ahead > AHEAD else "No row comes from the future.",
-        "the clock was set back, here or where the row was written: leases and expiries end late"
+        "the clock was set back, or another host's clock is ahead; leases and expiries end late"
         f"{', and a message whose nonce was swept may be accepted once more' if late else ''}",
-        "correct the clock, and let a time service keep it so",
+        "correct the clock, and run a time service",
         "timedatectl status",
         newest_row_ahead_seconds=seconds,
     )
@@ -373,7 +380,7 @@ def _check_pending(collector: Collector, connection: Connection) -> None:
         "pending_devices",
         f"Devices that wait for approval: {waiting:,}, for over {PENDING.days} days: {overdue:,}.",
         "a user waits to be let in, or a stranger tries to get in",
-        "check each, then 'homeagent devices approve' or 'homeagent devices revoke' it",
+        "check each device, then run 'homeagent devices approve' or 'homeagent devices revoke'",
         "homeagent devices list --status pending",
         pending=waiting,
         overdue=overdue,
@@ -390,7 +397,7 @@ def _check_admins(collector: Collector, connection: Connection) -> None:
         "There are devices and no approved admin."
         if lacking
         else f"Devices: {devices:,}, approved admins: {admins:,}.",
-        "nobody can approve or revoke a device without a shell on this host",
+        "devices can be approved or revoked only by a shell on this host",
         "pair a device with the role admin, and approve it here",
         "homeagent devices list --role admin",
         admins=admins,
