@@ -1,4 +1,4 @@
-"""The stores: the operations on each table, one module for each table. A unit of work has one store of each kind."""
+"""Stores, which hold the operations on the tables. A unit of work has one store of each kind."""
 
 from homeagent.stores.agents import AgentStore
 from homeagent.stores.devices import DeviceStore

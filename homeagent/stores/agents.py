@@ -66,7 +66,7 @@ class AgentStore(Store):
         """Add an agent.
 
         Raises:
-            AgentExistsError: if an agent with the id exists. The existing agent is not changed.
+            AgentExistsError: if an agent with this id already exists. The existing agent is not changed.
         """
         check_kind(agent, models.AgentCreate, "agent")
         created = self._unit.write_one(
@@ -83,7 +83,10 @@ class AgentStore(Store):
 
     @reading
     def find_by_id(self, agent_id: str) -> Agent | None:
-        """Return the agent, or None. In a write unit no other writer can change the row until the unit ends."""
+        """Return the agent, or None if the agent does not exist.
+
+        In a write unit, no other writer can change the row until the unit ends.
+        """
         return self._unit.one(_FIND, id=check_identifier(agent_id, "agent_id"))
 
     @reading
@@ -100,7 +103,7 @@ class AgentStore(Store):
 
         Args:
             limit: maximum number of agents, 1 or more.
-            after: last id of the previous page. Default: the first page.
+            after: id of the last agent on the previous page. None (the default) selects the first page.
         """
         return self._unit.all(
             _list(after=after is not None),
@@ -110,7 +113,7 @@ class AgentStore(Store):
 
     @writing()
     def update(self, agent_id: str, changes: models.AgentUpdate) -> Agent:
-        """Set the fields that `changes` contains, and return the changed agent. The other fields stay.
+        """Set the fields that `changes` contains, and return the changed agent. The other fields keep their values.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
@@ -119,7 +122,7 @@ class AgentStore(Store):
         given = changes.model_fields_set
         if not given:
             return self.get(agent_id)
-        # Do not read the row first: an update must be able to replace an unreadable value.
+        # Do not read the row first, because an update must be able to replace an unreadable value.
         values = {f"new_{name}": getattr(changes, name) for name in given}
         check_identifier(agent_id, "agent_id")
         changed = self._unit.write_one(_update(frozenset(given)), agent_id=agent_id, **values)
@@ -129,7 +132,9 @@ class AgentStore(Store):
 
     @writing()
     def delete(self, agent_id: str, *, delete_sessions: bool = False) -> bool:
-        """Delete an agent, and with `delete_sessions` the agent's sessions. The files in the agent's workspace stay.
+        """Delete an agent.
+
+        With `delete_sessions=True`, also delete the agent's sessions. The files in the workspace stay.
 
         Returns:
             False if the agent did not exist.
@@ -137,8 +142,8 @@ class AgentStore(Store):
         Raises:
             AgentInUseError: if the agent has sessions, and `delete_sessions` is False.
         """
-        # Lock the agent first. A session that is created at the same time is either counted here, or waits for the lock
-        # and then finds no agent.
+        # Lock the agent first. A session that another unit added before the lock is counted here. A unit that adds a
+        # session later waits for the lock, and then finds no agent.
         if self._unit.one(_LOCK, id=check_identifier(agent_id, "agent_id")) is None:
             return False
         if delete_sessions:

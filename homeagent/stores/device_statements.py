@@ -16,8 +16,8 @@ from homeagent.models.store_record import store_table
 _columns: Any = Device.__table__.c
 _keys: Any = IdempotencyKey.__table__.c
 
-# Do not write `approved = 0`: another program may have stored a value other than 0 and 1, and such a device would be
-# neither approved nor unapproved.
+# Do not write `approved = 0` for an unapproved device. Another program can store a value other than 0 and 1, and a
+# device with such a value would count as neither approved nor unapproved.
 _APPROVED = _columns.approved == True  # noqa: E712  an expression
 _UNAPPROVED = _columns.approved.is_distinct_from(True)
 
@@ -25,13 +25,13 @@ FIND = Statement[Device](select(Device).where(_columns.id == bindparam("id")), l
 
 
 def _for_every_id(*columns: Any) -> Any:
-    """Select one row also for an absent device, so that the statement takes the same time for every id."""
+    """Select one row even for an absent device, because the statement must take the same time for every id."""
     one_row = select(literal_column("1").label("one")).subquery("requested")
     return select(*columns).select_from(one_row.outerjoin(Device.__table__, _columns.id == bindparam("id")))
 
 
-# Do not select `proof_verifier` here: the column comes after `metadata`, so on SQLite the time of reading a value from
-# `proof_verifier` grows with the length of `metadata`.
+# Do not select the column `proof_verifier` in this statement. The column comes after the column `metadata`, and SQLite
+# takes longer to read a column after a longer value.
 SECRET_HASHES = Statement[tuple[str, str | None, datetime | None]](
     _for_every_id(
         func.coalesce(_columns.shared_secret_hash, constant("", _columns.shared_secret_hash.type)),
@@ -47,14 +47,17 @@ PROOF_SECRETS = Statement[tuple[str | None, str | None]](
 )
 COUNT_PENDING = Statement[int](
     select(func.count()).select_from(
-        select(_columns.paired_at).where(PENDING).limit(bindparam("limit")).subquery()  # the column of the index
+        select(_columns.paired_at).where(PENDING).limit(bindparam("limit")).subquery()  # a column of the index
     )
 )
-# On PostgreSQL, two pairings at the same time would not count each other's device: the second pairing waits here until
-# the unit of the first has ended.
+# On PostgreSQL, two pairings at the same time do not see each other's device. Because of this lock, the second pairing
+# waits until the unit of the first pairing has ended, and then counts both devices.
 LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
 OVERDUE: Any = _columns.paired_at <= bindparam("before")
-"""Condition: a sweep deletes the pending device. `before` is the current time minus `Limits.pending_ttl`."""
+"""SQL condition for the pending devices that a sweep deletes.
+
+The parameter `before` is the current time minus `Limits.pending_ttl`.
+"""
 
 DELETE_PENDING = Statement[Device](
     delete(Device).where(
@@ -96,7 +99,7 @@ APPROVE = Statement[Device](
         approved_at=bindparam("now"),
         revoked_at=None,
         revoked_reason=None,
-        # An earlier version or `uow.session` may have given an unapproved device a previous secret.
+        # An unapproved device can have a previous secret, which an earlier version or `uow.session` wrote.
         previous_secret_hash=None,
         previous_secret_expires_at=None,
     )
@@ -112,8 +115,8 @@ REVOKE = Statement[Device](
         previous_secret_expires_at=None,
     )
 )
-# The database compares the columns, and no value is converted: an unreadable value must not prevent an approval or a
-# revocation. A comparison with None results in None.
+# The database compares the columns, and therefore homeagent does not convert the stored values. An unreadable value
+# must not prevent an approval or a revocation. The result of a comparison with None is None.
 STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]](
     select(
         _columns.approved,
@@ -128,8 +131,8 @@ STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]
 IS_ADMIN = Statement[bool](
     select(_columns.role == constant(Role.ADMIN, _columns.role.type)).where(_columns.id == bindparam("device_id"))
 )
-# Locks all approved admins in a fixed order. If two admins revoke each other at the same time, the second revocation
-# waits, and then finds only one approved admin.
+# This statement locks all approved admins in a fixed order. If two admins revoke each other at the same time, the
+# second revocation waits for the first revocation, and then finds only one approved admin.
 APPROVED_ADMINS = Statement[bool](
     select(_columns.id == bindparam("device_id")).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
     lock=True,
@@ -161,7 +164,7 @@ REHASH = Statement[Device](
 
 @cache
 def page_of(*, approved: bool | None, by_role: bool, status: DeviceStatus | None, after: bool) -> Statement[Device]:
-    """Return the statement for a page of devices with these conditions, ordered by id."""
+    """Return the statement that selects a page of devices with these conditions, ordered by id."""
     conditions = []
     if approved is not None:
         conditions.append(_APPROVED if approved else _UNAPPROVED)

@@ -1,4 +1,4 @@
-"""The store of devices. The states of a device are in `homeagent.models.device`."""
+"""The store of devices. The module `homeagent.models.device` lists the states of a device."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ SEEN_GRANULARITY = timedelta(minutes=1)
 
 
 class SecretHashes(NamedTuple):
-    """The hashes of a device's secrets, named as in `Device`.
+    """The hashes of a device's secrets. The fields have the same names as in `Device`.
 
-    An absent device has an empty hash, which matches no secret, and no previous secret.
+    If the device does not exist, `shared_secret_hash` is an empty text, which matches no secret, and the other fields
+    are None.
     """
 
     shared_secret_hash: str
@@ -52,8 +53,8 @@ class SecretHashes(NamedTuple):
 class _State(NamedTuple):
     """The state of a device, and whether the device has the expected values.
 
-    `was_decided` is True after an approval or a revocation. `uow.session` may withdraw an approval without a time of
-    revocation; such a device counts as revoked.
+    The field `was_decided` is True if the device was approved or revoked at least once. If `uow.session` withdraws an
+    approval and sets no time of revocation, the device counts as revoked.
     """
 
     approved: bool
@@ -72,10 +73,10 @@ class DeviceStore(Store):
     @writing()
     @clears_locals
     def create(self, device: models.DeviceCreate) -> Device:
-        """Add an unapproved device with the hash of its secret. To add a device with a secret, use `Database.pair`.
+        """Add an unapproved device whose secret is already hashed. To add a device with a secret, use `Database.pair`.
 
         Raises:
-            DeviceExistsError: if a device with the id exists. The existing device is not changed.
+            DeviceExistsError: if a device with this id already exists. The existing device is not changed.
         """
         check_kind(device, models.DeviceCreate, "device")
         created = self._unit.write_one(
@@ -93,7 +94,10 @@ class DeviceStore(Store):
 
     @reading
     def find_by_id(self, device_id: str) -> Device | None:
-        """Return the device, or None. In a write unit no other writer can change the row until the unit ends."""
+        """Return the device, or None if the device does not exist.
+
+        In a write unit, no other writer can change the row until the unit ends.
+        """
         return self._unit.one(statements.FIND, id=check_identifier(device_id, "device_id"))
 
     @reading
@@ -106,7 +110,7 @@ class DeviceStore(Store):
 
     @reading
     def find_secret_hashes(self, device_id: str) -> SecretHashes:
-        """Return the hashes of the device's secrets. An absent id takes the same time."""
+        """Return the hashes of the device's secrets. The call takes the same time if the device does not exist."""
         row = self._unit.one(statements.SECRET_HASHES, id=check_identifier(device_id, "device_id"))
         assert row is not None  # noqa: S101  the outer join has a row for every id
         return SecretHashes(*row)
@@ -118,7 +122,9 @@ class DeviceStore(Store):
 
     @reading
     def find_proof_secrets(self, device_id: str) -> tuple[str, str | None]:
-        """Return the store's proof key, and the device's verifier or None. An absent id takes the same time.
+        """Return the store's proof key, and the device's verifier.
+
+        The verifier is None if the device does not exist or has no verifier. The call takes the same time in each case.
 
         Raises:
             CorruptDatabaseError: if the store has no proof key.
@@ -131,12 +137,15 @@ class DeviceStore(Store):
 
     @reading
     def count_pending(self, *, limit: int) -> int:
-        """Count the pending devices, at most up to `limit`, which is 1 or more."""
+        """Return the number of pending devices. The count stops at `limit`, which must be 1 or more."""
         return self._unit.one(statements.COUNT_PENDING, limit=check_limit(limit)) or 0
 
     @writing()
     def require_pending_room(self, limit: int) -> None:
-        """Raise PendingLimitError if more than `limit` devices are pending. Other pairings wait for this unit."""
+        """Raise PendingLimitError if more than `limit` devices are pending.
+
+        Other pairings wait until this unit ends.
+        """
         self._unit.one(statements.LOCK_STORE)
         if self.count_pending(limit=limit + 1) > limit:
             raise PendingLimitError(limit)
@@ -164,11 +173,11 @@ class DeviceStore(Store):
         """Return a page of devices, ordered by id.
 
         Args:
-            approved: True for approved devices only, False for unapproved devices only. Default: both.
-            role: only devices with this role. Default: all.
-            status: only devices with this status. Default: all.
-            limit: maximum number, 1 or more.
-            after: last id of the previous page. Default: the first page.
+            approved: True selects approved devices, False selects unapproved devices. None (the default) selects both.
+            role: role of the selected devices. None (the default) selects all roles.
+            status: status of the selected devices. None (the default) selects all.
+            limit: maximum number of devices, 1 or more.
+            after: id of the last device on the previous page. None (the default) selects the first page.
         """
         if approved is not None and not isinstance(approved, bool):
             raise InvalidArgumentError("approved must be True, False or None")
@@ -215,18 +224,20 @@ class DeviceStore(Store):
 
         Args:
             device_id: id of a pending or revoked device.
-            expected_role: role. Default: any.
-            expected_secret_hash: hash of the secret. Default: any.
-            expected_paired_at: time of pairing, which differs for another device under the same id. Default: any.
-            expected_status: status, not compared if the device is approved. Default: pending. To approve a revoked
+            expected_role: role that the device must have. None (the default) allows any role.
+            expected_secret_hash: hash that the device's secret must have. None (the default) allows any hash.
+            expected_paired_at: time at which the device must have been paired. The time differs if another device was
+            paired with the same id. None (the default) allows any time.
+            expected_status: status that a device without approval must have. None (the default) means pending. To
+            approve a revoked
                 device, pass `DeviceStatus.REVOKED`.
 
         Returns:
-            False if the device was approved before. The row is then not changed.
+            False if the device was already approved. In that case the row is not changed.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
-            ApprovalChangedError: if role, secret, time of pairing or status differ from the expected values.
+            ApprovalChangedError: if the role, secret, time of pairing or status differs from the expected value.
         """
         if expected_role is not None:
             expected_role = _member(Role, expected_role, "expected_role")
@@ -255,12 +266,14 @@ class DeviceStore(Store):
 
     @writing()
     def revoke(self, device_id: str, *, reason: str | None = None, force: bool = False) -> bool:
-        """Revoke a device until an explicit `approve`. The device's nonces and idempotency keys stay.
+        """Revoke a device, which then has no access until `approve` is called.
 
-        `reason` is a text for administrators.
+        The nonces and idempotency keys of the device stay.
+
+        The argument `reason` is a text for administrators.
 
         Returns:
-            False if the device was revoked before. The row is then not changed.
+            False if the device was already revoked. In that case the row is not changed.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
@@ -283,7 +296,9 @@ class DeviceStore(Store):
         secret_hash: str | None = None,
         paired_at: datetime | None = None,
     ) -> _State:
-        """Return the state of a device, compared with the values that are not None. Lock the row in a write unit.
+        """Return the state of a device, and compare the device with the arguments that are not None.
+
+        In a write unit, the row is locked until the unit ends.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
@@ -299,7 +314,7 @@ class DeviceStore(Store):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return whether `update_last_seen` has nothing to write, and the result of `update_last_seen` in that case."""
+        """Return two values: whether `update_last_seen` has no row to write, and the result of that call."""
         check_identifier(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
         return self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device_id, before=before) is None, False
@@ -308,10 +323,11 @@ class DeviceStore(Store):
     def update_last_seen(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> bool:
-        """Set the time at which a device was last seen to `at`, by default now and at most now.
+        """Store the time at which a device was last seen.
 
-        The stored time only moves forward, by `granularity` or more. Return False if the row was not changed, also if
-        the device does not exist.
+        The argument `at` is that time. If `at` is None (the default) or later than now, the current time is stored. The
+        row is changed only if the stored time is earlier by `granularity` or more. Return False if the row was not
+        changed, or if the device does not exist.
         """
         check_identifier(device_id, "device_id")
         at, before = self._seen_range(at, granularity)
@@ -321,12 +337,12 @@ class DeviceStore(Store):
         """Return the timestamp to store, and the latest stored time that this timestamp replaces."""
         check_duration(granularity, "granularity", zero=True)
         at = not_after(self._unit.now(), at, "at")
-        # At least a millisecond: with a granularity of zero, an equal timestamp would be written again at each call.
+        # Use at least a millisecond. With a granularity of zero, each call would write an equal timestamp again.
         return at, earlier(at, max(granularity, MILLISECOND))
 
     @writing()
     def delete(self, device_id: str, *, force: bool = False) -> bool:
-        """Delete a device and its idempotency keys. The nonces stay, so that no nonce can be used twice.
+        """Delete a device and its idempotency keys. The device's nonces stay, because no nonce must be usable twice.
 
         Returns:
             False if the device did not exist.
@@ -356,10 +372,11 @@ class DeviceStore(Store):
 
         Args:
             device_id: id of the device.
-            expected_secret_hash: hash to replace.
+            expected_secret_hash: stored hash that is replaced.
             secret_hash: hash of the new secret.
-            proof_verifier: verifier of the new secret's proofs. None: the device can't make proofs.
-            previous_until: end of the overlap, in which the old secret also works. Default: no overlap.
+            proof_verifier: verifier of the new secret's proofs, or None if the device can't make proofs.
+            previous_until: end of the overlap, during which the old secret also works. None (the default) means no
+            overlap.
 
         Returns:
             False if the device does not exist, or has another hash.
@@ -385,7 +402,10 @@ class DeviceStore(Store):
     @writing()
     @clears_locals
     def rehash_secret(self, device_id: str, *, expected_secret_hash: str, secret_hash: str) -> bool:
-        """Replace the hash by a hash of the same secret with newer parameters; False if the stored hash differs."""
+        """Replace the hash by a hash of the same secret with newer parameters.
+
+        Return False if the stored hash is not `expected_secret_hash`.
+        """
         return (
             self._unit.write(
                 statements.REHASH,
@@ -397,7 +417,7 @@ class DeviceStore(Store):
         )
 
     def _require_another_admin(self, device_id: str, *, force: bool) -> None:
-        """Raise LastAdminError if the device is the only approved admin. Lock the approved admins."""
+        """Lock all approved admins, and raise LastAdminError if the device is the only approved admin."""
         check_identifier(device_id, "device_id")
         if force:
             return
@@ -411,7 +431,7 @@ E = TypeVar("E", Role, DeviceStatus)
 
 
 def _member(kind: type[E], value: E, what: str) -> E:
-    """Return `value`, which may be a plain text, as a member of the enum."""
+    """Return the member of the enum for `value`, which is a member or the text of a member."""
     try:
         return kind(value)
     except ValueError:

@@ -23,12 +23,12 @@ _SAME_SCOPE = and_(
     _columns.method == bindparam("method"),
     _columns.key == bindparam("key"),
 )
-# A row in progress does not expire. Nor does a row with an invalid state: after its deletion, an effect that may have
-# taken place would run again.
+# A row in progress does not expire. A row with an invalid state does not expire either. If such a row were deleted, the
+# effect could run twice.
 _ENDED = or_(_columns.state == _COMPLETED, _columns.state == _FAILED)
 _NOT_EXPIRED = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
 EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
-"""Condition: the record counts as absent, and a sweep deletes it."""
+"""SQL condition for the records that count as absent and that a sweep deletes."""
 
 INSERT = Statement[IdempotencyKey](
     lambda insert: (
@@ -36,7 +36,7 @@ INSERT = Statement[IdempotencyKey](
             device_id=bindparam("device_id"),
             method=bindparam("method"),
             key=bindparam("key"),
-            # The store has encoded the result already, to check it.
+            # The store has already encoded the result, in order to check the result.
             result=bindparam("json", type_=Text),
             created_at=bindparam("now"),
             expires_at=bindparam("expires_at"),
@@ -46,7 +46,7 @@ INSERT = Statement[IdempotencyKey](
         )
     ).on_conflict_do_update(
         index_elements=["device_id", "method", "key"],
-        # An expired record counts as absent, also before a sweep: replace each column.
+        # An expired record counts as absent even before a sweep deletes the record. Therefore replace each column.
         set_={
             "result": statement.excluded.result,
             "created_at": statement.excluded.created_at,
@@ -87,7 +87,7 @@ CLAIM = Statement[IdempotencyKey](
     )
 )
 ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
-# The fence: an attempt changes a key only while the attempt owns the key.
+# This condition is the fence. An attempt can change a key only while the attempt owns the key.
 _OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bindparam("old_owner"))
 TAKE_OVER = Statement[IdempotencyKey](
     update(IdempotencyKey)
@@ -102,7 +102,7 @@ RECORD = Statement[IdempotencyKey](
     .where(_OWNED)
     .values(
         state=bindparam("state"),
-        # The store has encoded the result already, to check it.
+        # The store has already encoded the result, in order to check the result.
         result=bindparam("json", type_=Text),
         omitted=bindparam("omitted"),
         expires_at=bindparam("expires_at"),

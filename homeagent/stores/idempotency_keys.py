@@ -1,4 +1,4 @@
-"""The store of idempotency keys. The states of a key are in `homeagent.models.idempotency_key`."""
+"""The store of idempotency keys. The module `homeagent.models.idempotency_key` lists the states of a key."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["IdempotencyKeyStore"]
 
 
 class IdempotencyKeyStore(Store):
-    """Store of idempotency keys: the records that make a retried call safe."""
+    """Store of idempotency keys. An idempotency key is a record that makes a retried call safe."""
 
     __slots__ = ()
 
@@ -40,12 +40,12 @@ class IdempotencyKeyStore(Store):
         """Store the result of a call, so that a retry gets the same result.
 
         Args:
-            scope: identity of the call.
+            scope: device, method and key of the call.
             result: JSON value of at most 256 KiB.
-            ttl: time for which the result is replayed, more than zero.
+            ttl: time for which retries get the result, more than zero.
 
         Raises:
-            IdempotencyKeyExistsError: if a record exists that has not expired. The existing record is not changed.
+            IdempotencyKeyExistsError: if the key has a record that has not expired. The existing record is not changed.
             InvalidArgumentError: if the result is too large or not JSON, or `ttl` is not more than zero.
         """
         scope = _check_scope(scope)
@@ -63,7 +63,7 @@ class IdempotencyKeyStore(Store):
             expires_at=expires_at,
         ):
             raise IdempotencyKeyExistsError(scope.device_id, scope.method)
-        # A validation of the model would take three times as long as the insert.
+        # Do not validate the instance here, because validation would take three times as long as the insert.
         return as_loaded(
             IdempotencyKey,
             {
@@ -86,13 +86,13 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def find(self, scope: IdempotencyScope) -> IdempotencyKey | None:
-        """Return the record of a call, or None without a record or after the record has expired."""
+        """Return the record of a call, or None if the call has no record or the record has expired."""
         scope = _check_scope(scope)
         return self._unit.one(
             statements.FIND, device_id=scope.device_id, method=scope.method, key=scope.key, now=self._unit.now()
         )
 
-    # The steps of `run_once`
+    # The following methods are the steps of `run_once`.
 
     @writing()
     @clears_locals
@@ -109,13 +109,14 @@ class IdempotencyKeyStore(Store):
         """Claim the right to run an effect, or return the stored outcome. Commit the claim before the effect begins.
 
         Args:
-            scope: identity of the call.
+            scope: device, method and key of the call.
             fingerprint: fingerprint of the call's parameters: see `homeagent.canonical_json.fingerprint_of`.
-            lease: time until the attempt counts as abandoned unless renewed. Zero: the lease has expired at once.
-            ttl: time for which the outcome is replayed, more than zero.
-            rerun: whether to take over an abandoned attempt.
-            owner: random token of the caller, such as 32 hex digits. If the result of a commit is unknown, a second
-                claim with the same token returns the attempt of the first. Default: a new token.
+            lease: time after which the attempt counts as abandoned, unless the lease is renewed. With zero, the lease
+                has expired from the start.
+            ttl: time for which retries get the outcome, more than zero.
+            rerun: whether the caller takes over an abandoned attempt, and runs the effect again.
+            owner: random token of the caller, such as 32 hex digits. After a commit with an unknown result, a second
+                claim with the same token returns the same attempt. Default: a new token.
 
         Returns:
             An Attempt if the caller must run the effect, or the Outcome if the effect has completed.
@@ -124,7 +125,7 @@ class IdempotencyKeyStore(Store):
             FingerprintMismatchError: if the key was used with other parameters.
             IdempotencyInProgressError: if another attempt has a lease that has not expired.
             OutcomeUnknownError: if an attempt was abandoned, and `rerun` is False.
-            EffectFailedError: if the effect has failed for good. The error carries the stored detail.
+            EffectFailedError: if the effect has failed for good. The error contains the stored detail.
         """
         scope = _check_scope(scope)
         check_label(fingerprint, "fingerprint")
@@ -144,7 +145,7 @@ class IdempotencyKeyStore(Store):
             downstream_key=downstream_key,
         ):
             row = self._unit.one(statements.ANY, **_parameters(scope))
-            if row is not None:  # without a row, the record was deleted in between: claim again
+            if row is not None:  # if the record was deleted in between, claim again
                 outcome = _outcome(scope, row, fingerprint)
                 return outcome or self._take_over(scope, row, now, lease_expires_at, owner=owner, rerun=rerun)
         return Attempt(
@@ -167,9 +168,12 @@ class IdempotencyKeyStore(Store):
         owner: str,
         rerun: bool,
     ) -> Attempt:
-        """Return the next attempt of a key in progress, or raise if the present attempt is not abandoned."""
+        """Return the next attempt of a key in progress.
+
+        Raise an error unless the present attempt is abandoned and `rerun` is True.
+        """
         if row.owner == owner:
-            # The claim was committed before, and the caller did not get the result of the commit.
+            # The caller has already committed this claim, but did not get the result of the commit.
             return _attempt_of(row)
         if row.lease_expires_at is not None and row.lease_expires_at > now:
             raise IdempotencyInProgressError(
@@ -191,10 +195,10 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
-        """Extend the lease to now plus `lease`, and return the attempt with the new lease.
+        """Set the end of the lease to the current time plus `lease`, and return the attempt with the new lease.
 
         Raises:
-            LeaseLostError: if the attempt no longer owns the key. The record is then not changed.
+            LeaseLostError: if the attempt no longer owns the key. In that case the record is not changed.
         """
         check_kind(attempt, Attempt, "attempt")
         until = later(self._unit.now(), check_duration(lease, "lease", zero=True), "lease")
@@ -207,11 +211,11 @@ class IdempotencyKeyStore(Store):
         """Record the result of the effect, so that a retry gets the same result.
 
         Returns:
-            False if the result is not JSON or over 256 KiB. The record is then stored without the result, and has
-            `omitted` set, because the effect has taken place.
+            False if the result is not JSON or is over 256 KiB. Because the effect has taken place, the record is still
+            stored, but without the result and with `omitted` set to True.
 
         Raises:
-            LeaseLostError: if the attempt no longer owns the key. The record is then not changed.
+            LeaseLostError: if the attempt no longer owns the key. In that case the record is not changed.
         """
         check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=attempt.owner)
@@ -219,16 +223,17 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def fail(self, attempt: Attempt, error: JsonValue) -> bool:
-        """Record that the effect failed for good. The detail `error` is replayed like a result: see `complete`."""
+        """Record that the effect failed for good. Retries raise an error with the detail `error`."""
         check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.FAILED, error, recorded_by=attempt.owner)
 
     @reading
     @clears_locals
     def find_recorded(self, attempt: Attempt) -> IdempotencyKey | None:
-        """Return the outcome that this attempt has recorded, or None without such a record.
+        """Return the outcome that this attempt has recorded, or None if the attempt has recorded no outcome.
 
-        If the connection was lost at the commit, the caller finds out by this method whether the commit took place.
+        If the connection was lost during the commit, the caller uses this method to find out whether the commit took
+        place.
         """
         check_kind(attempt, Attempt, "attempt")
         row = self._unit.one(statements.ANY, **_parameters(attempt.scope))
@@ -242,7 +247,7 @@ class IdempotencyKeyStore(Store):
         except InvalidArgumentError:
             json, omitted = encode_json(None), True
         now = self._unit.now()
-        # If the effect took longer than `ttl`, the record would expire at once.
+        # If the effect took longer than `ttl`, a record with the old `expires_at` would expire at once.
         expires_at = attempt.expires_at if attempt.expires_at > now else later(now, attempt.ttl, "ttl")
         self._write_fenced(
             statements.RECORD,
@@ -258,14 +263,14 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
-        """Release a key if the attempt's effect did not begin.
+        """Release a key. Call this method only if the attempt's effect did not begin.
 
-        The first attempt deletes the record. A later attempt does so only with `none_began`, by which the caller states
-        that no earlier effect began. Otherwise the earlier outcome is still unknown: the record stays and counts as
-        abandoned again.
+        The record is deleted in two cases: if the attempt is the first attempt, or if `none_began` is True. By
+        `none_began=True`, the caller states that no earlier attempt began its effect. In all other cases the outcome of
+        an earlier attempt is unknown, so the record stays and counts as abandoned again.
 
         Raises:
-            LeaseLostError: if the attempt no longer owns the key. The record is then not changed.
+            LeaseLostError: if the attempt no longer owns the key. In that case the record is not changed.
         """
         check_kind(attempt, Attempt, "attempt")
         if attempt.number == 1 or none_began:
@@ -274,17 +279,20 @@ class IdempotencyKeyStore(Store):
             self._write_fenced(statements.RENEW, attempt, lease_expires_at=self._unit.now())
 
     def _write_fenced(self, statement: Statement[IdempotencyKey], attempt: Attempt, **parameters: Any) -> None:
-        """Run a statement with the fence. Raise LeaseLostError if the attempt does not own the key."""
+        """Run a statement whose condition contains the fence.
+
+        Raise LeaseLostError if the attempt does not own the key.
+        """
         if not self._unit.write(statement, **_parameters(attempt.scope), old_owner=attempt.owner, **parameters):
             scope = attempt.scope
             raise LeaseLostError(device_id=scope.device_id, method=scope.method, attempt=attempt.number)
 
-    # For operators: settle abandoned attempts
+    # Operators settle abandoned attempts with the following methods.
 
     @reading
     @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
-        """Return at most `limit` records of abandoned attempts. The lease that expired first comes first."""
+        """Return at most `limit` records of abandoned attempts. The attempt whose lease expired first comes first."""
         return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=check_limit(limit))
 
     @writing()
@@ -296,7 +304,7 @@ class IdempotencyKeyStore(Store):
             False if the scope has no abandoned attempt.
 
         Raises:
-            IdempotencyInProgressError: if the lease has not expired: the effect may still end.
+            IdempotencyInProgressError: if the lease has not expired, because the effect can still end.
             InvalidArgumentError: if the result is over 256 KiB or not JSON.
         """
         encode_json(result, "result")
@@ -312,7 +320,7 @@ class IdempotencyKeyStore(Store):
             False if the scope has no abandoned attempt.
 
         Raises:
-            IdempotencyInProgressError: if the lease has not expired: the effect may still end.
+            IdempotencyInProgressError: if the lease has not expired, because the effect can still end.
         """
         attempt = self._find_abandoned(scope)
         if attempt is not None:
@@ -320,7 +328,10 @@ class IdempotencyKeyStore(Store):
         return attempt is not None
 
     def _find_abandoned(self, scope: IdempotencyScope) -> Attempt | None:
-        """Return the abandoned attempt, or None. Raise IdempotencyInProgressError if the lease has not expired."""
+        """Return the abandoned attempt, or None if the key is not in progress.
+
+        Raise IdempotencyInProgressError if the lease has not expired.
+        """
         scope = _check_scope(scope)
         row = self._unit.one(statements.ANY, **_parameters(scope))
         if row is None or row.state is not IdempotencyState.IN_PROGRESS:
@@ -358,7 +369,7 @@ def _attempt_of(row: IdempotencyKey) -> Attempt:
 
 
 def _outcome(scope: IdempotencyScope, row: IdempotencyKey, fingerprint: str) -> Outcome | None:
-    """Return the outcome of a row, or None in progress. Raise EffectFailedError for an effect that has failed."""
+    """Return the outcome of a row, or None if the row is in progress. Raise EffectFailedError for a failed effect."""
     if row.fingerprint is not None and row.fingerprint != fingerprint:
         raise FingerprintMismatchError(device_id=scope.device_id, method=scope.method)
     if row.state is IdempotencyState.FAILED:

@@ -27,10 +27,10 @@ from homeagent.stores.store import Store, reading, writing
 __all__ = ["NONCE_GRACE", "NONCE_LIMIT", "Freshness", "NonceStore", "ReplayGuard"]
 
 NONCE_GRACE = timedelta(hours=1)
-"""Time for which an expired nonce keeps its row. A clock that is set back by less does not admit the nonce again."""
+"""Time for which the row of an expired nonce stays. If the clock is set back by less, the nonce stays unusable."""
 
 NONCE_LIMIT = 10_000
-"""Maximum number of nonces of a device that have not expired."""
+"""Maximum number of nonces of one device. Expired nonces do not count."""
 
 _table: Any = Nonce.__table__
 _columns: Any = _table.c
@@ -45,7 +45,7 @@ _CONSUME = Statement[Nonce](
         )
     ).on_conflict_do_update(
         index_elements=["device_id", "nonce"],
-        # An expired nonce counts as absent, also before a sweep.
+        # An expired nonce counts as absent even before a sweep deletes the row.
         set_={"created_at": statement.excluded.created_at, "expires_at": statement.excluded.expires_at},
         where=_columns.expires_at <= bindparam("now"),
     )
@@ -66,9 +66,9 @@ _COUNT = Statement[int](
     )
 )
 EXPIRED: Any = _columns.expires_at <= bindparam("before")
-"""Condition: a sweep deletes the nonce. `before` is the current time minus `NONCE_GRACE`."""
+"""SQL condition for the nonces that a sweep deletes. The parameter `before` is the current time minus `NONCE_GRACE`."""
 
-# SKIP LOCKED: on PostgreSQL, a sweep on another host at the same time deletes other rows. SQLite has one writer.
+# On PostgreSQL, two hosts can sweep at the same time. Because of SKIP LOCKED, each sweep then deletes other rows.
 _DELETE_EXPIRED = Statement[Nonce](
     delete(Nonce).where(
         tuple_(_columns.device_id, _columns.nonce).in_(
@@ -83,15 +83,15 @@ _DELETE_EXPIRED = Statement[Nonce](
 COUNT_EXPIRED = Statement[int](select(func.count()).select_from(Nonce).where(EXPIRED))
 
 FIND_RECORD = Statement[tuple[int, datetime | None]](select(store_table.c.epoch, store_table.c.restored_at))
-"""The epoch of the store, and the time at which the epoch began."""
+"""Statement that reads the epoch of the store, and the time at which the epoch began."""
 
 
 class Freshness(StrEnum):
-    """Result of the check of a signed message. Accept a message only if `FRESH`."""
+    """Result of the check of a signed message. Accept a message only if the result is `FRESH`."""
 
     FRESH = "fresh"
     STALE = "stale"
-    """The message was signed too long ago, or before a restore, which may have removed the nonce."""
+    """The message was signed too long ago, or before a restore. A restore can remove the record of a nonce."""
     FUTURE = "future"
     """The clock of the signer is too far ahead."""
     REPLAYED = "replayed"
@@ -99,30 +99,32 @@ class Freshness(StrEnum):
 
 
 class NonceStore(Store):
-    """Store of consumed nonces, against replays."""
+    """Store of consumed nonces, which protects against replays."""
 
     __slots__ = ()
 
     @writing()
     @clears_locals
     def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int = NONCE_LIMIT) -> bool:
-        """Consume a nonce. Of several calls with the same nonce, one returns True.
+        """Consume a nonce. Of several calls with the same nonce, only one call returns True.
 
-        Use a unit only for this call, after the check of the signature and before access is given: a rollback would
-        make the nonce usable again.
+        Call this method in a unit of its own, after the check of the signature and before the device gets access. If
+        the unit did other work too, a rollback of that work would make the nonce usable again.
 
         Args:
             device_id: id of the signer. Each device has its own nonces.
-            nonce: the signed nonce.
-            expires_at: signed timestamp plus the allowed skew. The message is too old from then on.
-            limit: maximum number of the device's nonces that have not expired. Several processes together may exceed
-                the limit: see `_has_room`.
+            nonce: nonce of the signed message.
+            expires_at: signed timestamp plus the allowed skew. From that time on, the message is too old.
+            limit: maximum number of the device's nonces. Expired nonces do not count. Several processes together can
+            exceed the limit, as `_has_room` explains.
 
         Returns:
-            False for a replay, also at the limit, and if `expires_at` has passed.
+            False if the nonce was used before, even if the device is at the limit. Also False if `expires_at` has
+            passed.
 
         Raises:
-            NonceLimitError: if the nonce is new and the device is at the limit. An evicted nonce could be used again.
+            NonceLimitError: if the nonce is new and the device is at the limit. The store does not delete an older
+                nonce instead, because that nonce could then be used again.
         """
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
@@ -143,12 +145,12 @@ class NonceStore(Store):
     def consume_signed(
         self, device_id: str, nonce: str, *, signed_at: datetime, skew: timedelta, limit: int = NONCE_LIMIT
     ) -> Freshness:
-        """Check the timestamp of a signed message and consume the nonce, with one reading of the clock.
+        """Check the timestamp of a signed message and consume the nonce. The method reads the clock once.
 
         Args:
             device_id: id of the signer.
-            nonce: the signed nonce.
-            signed_at: the signed timestamp.
+            nonce: nonce of the signed message.
+            signed_at: timestamp of the signed message.
             skew: allowed difference between the signer's clock and the gateway's clock.
             limit: see `consume`.
 
@@ -166,17 +168,17 @@ class NonceStore(Store):
         if signed_at - now > skew:
             return Freshness.FUTURE
         restored_at = self._restored_at()
-        # A message whose nonce was consumed before the restore has a timestamp of at most the restore plus `skew`.
+        # If a nonce was consumed before the restore, the timestamp of its message is at most `skew` after the restore.
         if restored_at is not None and signed_at - restored_at <= skew:
             return Freshness.STALE
         fresh = self._consume(device_id, nonce, expires_at, now, limit)
         return Freshness.FRESH if fresh else Freshness.REPLAYED
 
     def _restored_at(self) -> datetime | None:
-        """Return the time of the last restore, read once for each connection.
+        """Return the time of the last restore. The method reads the time once for each connection.
 
-        No epoch begins while a connection is open. Do not keep the time for longer: a PostgreSQL server that is set
-        back closes all connections, and the gateway must then read the time again.
+        No epoch begins while a connection is open. Do not keep the time after the connection has closed. A PostgreSQL
+        server that is restored closes all connections, and the gateway must then read the time again.
         """
         memory = self._unit.connection_memory
         if "restored_at" not in memory:
@@ -188,13 +190,14 @@ class NonceStore(Store):
         return restored_at
 
     def _has_room(self, device_id: str, now: datetime, limit: int) -> bool:
-        """Return whether the device may have another nonce. If so, count the nonce.
+        """Return whether the device can have another nonce. If so, count that nonce.
 
-        A count at the limit takes as long as 40 inserts. The method therefore counts again only after as many calls as
-        half of the room at the last count. Each other process can exceed the limit by that number.
+        If a device is at the limit, a count of its rows takes as long as 40 inserts. The method therefore does not
+        count the rows at each call. If a count finds room for N nonces, the next count follows after N / 2 calls.
+        Because other processes do not see these calls, each additional process can exceed the limit by N / 2.
         """
         rooms: dict[tuple[str, int], int] = self._unit.shared.setdefault("nonce_rooms", {})
-        # The room below one limit is not the room below another limit.
+        # The key contains the limit, because the room differs for each limit.
         room = rooms.get((device_id, limit), 0)
         if room < 1:
             count = self._unit.one(_COUNT, device_id=device_id, now=now, limit=limit) or 0
@@ -219,7 +222,10 @@ class NonceStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete at most `limit` nonces that expired `NONCE_GRACE` ago or earlier, oldest first; return the number."""
+        """Delete at most `limit` nonces that expired `NONCE_GRACE` ago or earlier, oldest first.
+
+        Returns the number of deleted nonces.
+        """
         return self._unit.write(
             _DELETE_EXPIRED, before=earlier(self._unit.now(), NONCE_GRACE), limit=check_limit(limit)
         )
@@ -230,8 +236,9 @@ class ReplayGuard:
 
     Args:
         skew: allowed difference between a device's clock and the gateway's clock. A message is fresh from `skew` before
-            the signed timestamp until `skew` after the timestamp, and the nonce is stored until then.
-        limit: maximum number of a device's nonces that have not expired.
+            the signed timestamp until `skew` after the signed timestamp. The nonce is stored until the end of that
+            period.
+        limit: maximum number of a device's nonces. Expired nonces do not count.
 
     Raises:
         InvalidArgumentError: if the skew is not more than zero, or the limit is less than 1.
@@ -245,6 +252,6 @@ class ReplayGuard:
     def check(self, nonces: NonceStore, device_id: str, nonce: str, *, signed_at: datetime) -> Freshness:
         """Check a message by `nonces.consume_signed`, with the skew and the limit of the guard.
 
-        Use a unit only for this call, after the check of the signature.
+        Call this method in a unit of its own, after the check of the signature.
         """
         return nonces.consume_signed(device_id, nonce, signed_at=signed_at, skew=self.skew, limit=self.limit)

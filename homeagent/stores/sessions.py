@@ -28,7 +28,8 @@ _agents: Any = Agent.__table__.c
 
 _FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
 _BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
-# Locks the agent's row until the end of the unit, so that no other unit deletes the agent before the session is added.
+# This statement locks the agent's row until the end of the unit, so that no other unit can delete the agent before the
+# session is added.
 _AGENT = Statement[str](
     select(_agents.id).where(_agents.id == bindparam("agent_id")).with_for_update(read=True, key_share=True)
 )
@@ -41,7 +42,7 @@ _VALUES: dict[str, Any] = {
     "last_active_at": bindparam("last_active_at"),
     "route_key": bindparam("route"),
 }
-# Without `index_elements`, a conflict of the id and a conflict of the route both count.
+# The clause has no `index_elements`, so it applies to a conflict of the id and to a conflict of the route.
 _CREATE = Statement[AgentSession](
     lambda insert: insert(_table).values(_VALUES).on_conflict_do_nothing(), returning=AgentSession
 )
@@ -108,12 +109,12 @@ def _list(*, agent: bool, sender: bool, channel: bool, after: bool) -> Statement
 
 
 def _is_on(session: AgentSession, agent_id: str, sender_id: str | None, channel_id: str | None) -> bool:
-    """Return whether the session has this route. The stored route key may be stale: see `_release_stale`."""
+    """Return whether the session has this route. Do not compare the route key, which can be stale."""
     return session.agent_id == agent_id and session.sender_id == sender_id and session.channel_id == channel_id
 
 
 class SessionStore(Store):
-    """Store of sessions: an index of the transcripts. `index` rebuilds the table from the transcripts."""
+    """Store of sessions. The table is an index of the transcripts, and `index` rebuilds it from the transcripts."""
 
     __slots__ = ()
 
@@ -122,7 +123,7 @@ class SessionStore(Store):
         """Add a session. The session takes the route of its agent, sender and channel if the route is free.
 
         Raises:
-            SessionExistsError: if a session with the id exists. The existing session is not changed.
+            SessionExistsError: if a session with this id already exists. The existing session is not changed.
             AgentNotFoundError: if the agent does not exist.
         """
         check_kind(session, models.AgentSessionCreate, "session")
@@ -157,7 +158,10 @@ class SessionStore(Store):
 
     @reading
     def find_by_id(self, session_id: str) -> AgentSession | None:
-        """Return the session, or None. In a write unit no other writer can change the row until the unit ends."""
+        """Return the session, or None if the session does not exist.
+
+        In a write unit, no other writer can change the row until the unit ends.
+        """
         return self._unit.one(_FIND, id=check_identifier(session_id, "session_id"))
 
     @reading
@@ -177,14 +181,15 @@ class SessionStore(Store):
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
-        """Return whether `resolve` has nothing to write, and the result of `resolve` in that case."""
+        """Return two values: whether `resolve` has no row to write, and the result of `resolve` in that case."""
         session = self._unit.one(_BY_ROUTE, route=self._route(agent_id, sender_id, channel_id))
         return session is not None and _is_on(session, agent_id, sender_id, channel_id), session
 
     def _release_stale(self, agent_id: str, sender_id: str | None, channel_id: str | None) -> bool:
         """Clear the route key of a session that has another route now, and return whether there was such a session.
 
-        An UPDATE of many rows in `uow.session`, or another program, may change a session but not the route key.
+        An UPDATE of many rows in `uow.session`, or another program, can change a session without changing the route
+        key.
         """
         route = route_key(agent_id, sender_id, channel_id)
         holder = self._unit.one(_BY_ROUTE, route=route)
@@ -194,10 +199,10 @@ class SessionStore(Store):
 
     @writing(unless=_find_resolved)
     def resolve(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
-        """Return the session of a route, and create the session if the route is free.
+        """Return the session of a route. If the route has no session, create one session.
 
-        Callers at the same time get the same session. Routes without a sender or without a channel are routes too. The
-        session has the given agent, sender and channel, also after `uow.session` changed rows.
+        Callers that run at the same time get the same session. A route can lack a sender or a channel. The returned
+        session has the given agent, sender and channel, even if `uow.session` has changed rows.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
@@ -211,8 +216,8 @@ class SessionStore(Store):
             if session is not None:
                 self._release_stale(agent_id, sender_id, channel_id)
             now = self._unit.now()
-            # If no row was inserted, another caller has taken the route: read it. If that session is deleted before the
-            # read, insert again.
+            # If no row was inserted, another caller has taken the route. The next round of the loop reads that caller's
+            # session. If that session was deleted in between, the round inserts again.
             session = self._unit.write_one(
                 _CREATE,
                 session_id=new_session_id(),
@@ -236,15 +241,17 @@ class SessionStore(Store):
         limit: int = 100,
         after: AgentSession | None = None,
     ) -> Sequence[AgentSession]:
-        """Return a page of sessions, ordered by last activity, latest first, then by id.
+        """Return a page of sessions.
+
+        The session with the latest activity comes first. Sessions with equal times are ordered by id, descending.
 
         Args:
-            agent_id: only sessions of this agent. Default: all.
-            sender_id: only sessions of this sender. Default: all.
-            channel_id: only sessions on this channel. Default: all.
-            limit: maximum number, 1 or more.
-            after: last session of the previous page. Default: the first page. Sessions that are added or touched
-                between two pages do not repeat or hide other sessions.
+            agent_id: agent of the selected sessions. None (the default) selects all agents.
+            sender_id: sender of the selected sessions. None (the default) selects all senders.
+            channel_id: channel of the selected sessions. None (the default) selects all channels.
+            limit: maximum number of sessions, 1 or more.
+            after: last session of the previous page. None (the default) selects the first page. If a session is added
+                or touched between two calls, the next page still neither repeats nor skips other sessions.
         """
         if after is not None and not isinstance(after, AgentSession):
             raise InvalidArgumentError("after must be the last session of the page before")
@@ -266,35 +273,39 @@ class SessionStore(Store):
 
     @writing()
     def touch(self, session_id: str, at: datetime | None = None) -> bool:
-        """Set the time of a session's last activity to `at`, by default now and at most now.
+        """Store the time of a session's last activity.
 
-        The stored time only moves forward: return False if it is not earlier, or the session does not exist.
+        The argument `at` is that time. If `at` is None (the default) or later than now, the current time is stored.
+        Return False if the stored time is not earlier, or if the session does not exist.
         """
         check_identifier(session_id, "session_id")
         return self._unit.write(_TOUCH, id=session_id, at=not_after(self._unit.now(), at, "at")) > 0
 
     @writing()
     def delete(self, session_id: str) -> bool:
-        """Delete a session, but not the transcript; return False if the session did not exist."""
+        """Delete a session but not its transcript. Return False if the session did not exist."""
         return self._unit.write(_DELETE, id=check_identifier(session_id, "session_id")) > 0
 
     @writing(stream=True)
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
-        """Add many sessions, or move the last activity of existing sessions forward. Rebuilds the index of transcripts.
+        """Add many sessions, or move the last activity of existing sessions forward.
+
+        Use this method to rebuild the index of transcripts.
 
         An existing session keeps the agent, sender, channel and time of creation. In the given order, each new session
         takes the route of its agent, sender and channel if the route is free.
 
         Args:
-            sessions: transient instances, read in batches to limit the memory. A `created_at` or `last_active_at`
-                later than now counts as now.
-            progress: called after each batch with the number of sessions so far.
+            sessions: transient instances. The method reads the instances in batches to limit the memory. If
+                `created_at` or `last_active_at` is later than now, the current time is stored instead.
+            progress: function that is called after each batch with the number of sessions so far.
 
         Returns:
             The number of sessions.
 
         Raises:
-            InvalidArgumentError: if an item is not a session. Roll the unit back: earlier batches are written.
+            InvalidArgumentError: if an item is not a session. Roll the unit back, because earlier batches are already
+                written.
             AgentNotFoundError: if a session's agent does not exist.
         """
         known: set[str] = set()
@@ -302,7 +313,8 @@ class SessionStore(Store):
         iterator = iter(sessions)
         total = 0
         while batch := list(islice(iterator, _INDEX_BATCH)):
-            # Do not pass the generator: `_rows` reads agents, and no statement can run inside `write_many`.
+            # Do not pass the generator itself. The generator reads agents, and no other statement can run during
+            # `write_many`.
             self._unit.write_many(_INDEX, tuple(self._rows(batch, total, known, now)))
             total += len(batch)
             if progress is not None:
@@ -310,7 +322,10 @@ class SessionStore(Store):
         return total
 
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
-        """Check the sessions of a batch and yield parameters. Add each agent that exists to `known`."""
+        """Check the sessions of a batch and yield the parameters of each session.
+
+        Add the id of each existing agent to `known`.
+        """
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):
                 raise InvalidArgumentError(f"number {number} is not an AgentSession but {type(session).__name__}")

@@ -19,7 +19,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def check_kind(value: T, kind: type[T], what: str) -> T:
-    """Return `value` if it is an instance of `kind`, and so validated. Raise InvalidArgumentError for a dict, say."""
+    """Return `value` if the value is an instance of `kind`.
+
+    Raise InvalidArgumentError for any other value, such as a dict.
+    """
     if not isinstance(value, kind):
         raise InvalidArgumentError(f"{what} must be {kind.__name__}(…), not {type(value).__name__}")
     return value
@@ -29,7 +32,7 @@ class Unit(Protocol):
     """The part of a unit of work that stores use. Each method raises UnitStateError after the unit has ended."""
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Return the object of the first row, or None without a row."""
+        """Return the object of the first row, or None if there is no row."""
 
     def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
         """Return the objects of all rows."""
@@ -38,17 +41,17 @@ class Unit(Protocol):
         """Change rows, and return the number of changed rows."""
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Change a row, and return its object, or None if no row was changed."""
+        """Change a row, and return the changed object, or None if no row was changed."""
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
         """Run the statement once for each set of parameters, and return the number of changed rows."""
 
     def now(self) -> datetime:
-        """Read the clock: a timestamp in UTC, floored to milliseconds."""
+        """Return the current time as a timestamp in UTC, floored to milliseconds."""
 
     @property
     def shared(self) -> dict[str, Any]:
-        """Memory of one `Database` that its stores share between units. Not persistent."""
+        """Memory of one `Database`, which the stores of all units share. It is not written to the database."""
 
     @property
     def connection_memory(self) -> dict[str, Any]:
@@ -57,23 +60,23 @@ class Unit(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Declaration of a store's method: whether it reads or writes.
+    """Declaration that a store's method reads or writes.
 
     Attributes:
         kind: see `Kind`.
-        unless: for a method that does not always write: a function with the same arguments. It reads, and returns
-            whether the answer is known without a write, and the answer.
+        unless: function for a method that does not always write, else None. The function has the same arguments and
+            only reads. It returns two values: whether no write is needed, and the result of the method in that case.
     """
 
     class Kind(Enum):
-        """How a call outside of a unit runs."""
+        """How a method runs if it is called outside of a unit."""
 
         READ = auto()
-        """One statement that reads."""
+        """The method runs one statement that reads."""
         WRITE = auto()
-        """A unit that runs again if the database is busy."""
+        """The method runs in a unit, which is repeated if the database is busy."""
         STREAM = auto()
-        """A unit that runs once, because it reads an iterable."""
+        """The method runs in a unit that is not repeated, because the method reads an iterable."""
 
     kind: Kind
     unless: Callable[..., tuple[bool, Any]] | None = None
@@ -94,7 +97,8 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
     """Declare a store's method as writing.
 
     Args:
-        unless: reads whether a write is needed: see `Access`. Default: the method always writes.
+        unless: function that finds out whether a write is needed, as `Access` explains. Default: the method always
+        writes.
         stream: whether the method reads an iterable, which a second run would find empty.
     """
 
