@@ -1,4 +1,4 @@
-"""An agent: name, workspace directory and configuration."""
+"""An agent, which has a name, a workspace directory and a configuration."""
 
 from sqlalchemy import Column
 from sqlmodel import Field
@@ -19,7 +19,7 @@ __all__ = ["Agent"]
 
 
 class Agent(Table, table=True):
-    """A row of `agents`."""
+    """A row of the table `agents`."""
 
     __tablename__ = "agents"
 

@@ -1,6 +1,6 @@
-"""Base classes of the models: own metadata, validation of each construction and assignment, errors without input.
+"""Base classes of the models. The classes validate each construction and assignment, with errors that hide the input.
 
-Do not add `from __future__ import annotations` to a module of models: Pydantic and SQLAlchemy would evaluate each
+Do not add `from __future__ import annotations` to a module of models. Pydantic and SQLAlchemy would then evaluate each
 annotation again for each subclass, which adds a twelfth to the import time of the models.
 """
 
@@ -18,8 +18,9 @@ from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.state import InstanceState
 from sqlmodel import SQLModel
 
-# Private to SQLModel, without a public counterpart: the type of the configuration; a context variable that is False
-# while SQLModel itself builds and validates an instance; a test for `table=True`.
+# These names are private to SQLModel and have no public counterpart. `SQLModelConfig` is the type of the configuration.
+# The context variable `finish_init` is False while SQLModel itself builds and validates an instance. The function
+# `is_table_model_class` tests for `table=True`.
 from sqlmodel._compat import SQLModelConfig, finish_init, is_table_model_class
 
 __all__ = ["Model", "PartialIndex", "Table", "hide_input", "metadata"]
@@ -36,19 +37,20 @@ metadata = MetaData(
         "pk": "pk_%(table_name)s",
     }
 )
-"""The tables of this package only, so that tables of the host application do not enter the migrations."""
+"""Metadata with the tables of this package only, so that tables of the host application do not enter the migrations."""
 
 _registry = registry(metadata=metadata)
 
 
-# A validator may raise an error with a type of its own, and such an error can't be built from the name of the type.
+# A validator can raise an error whose type is not in this set. Such an error can't be built from the name of its type.
 _KNOWN_ERRORS = frozenset(get_args(ErrorType))
 
 
 def _without_input(error: ValidationError) -> ValidationError:
     """Return the error without the input, which may be a secret.
 
-    `hide_input_in_errors` removes the input only from the message. FastAPI sends `errors()` in the reply 422.
+    `hide_input_in_errors` removes the input only from the message. But FastAPI sends the result of `errors()` in the
+    reply with status 422.
     """
     lines: list[InitErrorDetails] = []
     for line in error.errors(include_url=False, include_input=False):
@@ -65,12 +67,12 @@ def _without_input(error: ValidationError) -> ValidationError:
 
 
 def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
-    """Validate by `handler`. Raise a ValidationError without the input if the input is invalid."""
+    """Validate `data` by `handler`. If the data is invalid, raise a ValidationError that does not contain the data."""
     try:
         return handler(data)
     except ValidationError as error:
         without_input = _without_input(error)
-    # Do not raise inside `except`: the original error, which shows the input, would become the context.
+    # Do not raise inside `except`, because the original error, which shows the input, would become the context.
     raise without_input
 
 
@@ -124,14 +126,16 @@ class Table(Model):
     """Base of the table models.
 
     SQLModel does not validate a model with `table=True`. This class validates an instance on construction and on
-    assignment; an invalid assignment leaves the old value. A loaded instance is not validated, because the stored
-    values were validated before.
+    assignment. An invalid assignment does not change the old value. A loaded instance is not validated, because the
+    stored values were validated before.
     """
 
     __table__: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raise TypeError for a subclass of a table of homeagent, which would contain private fields such as hashes.
+        """Raise TypeError for a subclass of a table of homeagent.
+
+        The subclass would contain private fields, such as hashes.
 
         SQLModel would also add the fields of the subclass to the parent's table.
         """
@@ -161,10 +165,10 @@ class Table(Model):
         if name not in type(self).model_fields or not finish_init.get():
             super().__setattr__(name, value)
             return
-        # Create the state of a loaded instance now: the code below sets `__pydantic_fields_set__`, and after that the
+        # Create the state of a loaded instance now. The code below sets `__pydantic_fields_set__`, and after that the
         # instance does not count as loaded.
         getattr(self, "_sa_instance_state", None)
-        # Do not copy the dictionary: Pydantic replaces `__dict__`, and a flush that calls a listener of `before_update`
+        # Do not copy the dictionary. Pydantic replaces `__dict__`, and a flush that calls a listener of `before_update`
         # writes the values of the old dictionary (test_a_listener_of_a_flush_assigns).
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
@@ -183,7 +187,7 @@ class Table(Model):
             # A store sets only the fields of a loaded instance. To set Pydantic's attributes, which are equal in all
             # loaded instances, took a third of the time of creating an instance.
             if name == "__pydantic_fields_set__":
-                # Create the state first: with the attribute set, the instance does not count as loaded.
+                # Create the state first, because an instance with the attribute does not count as loaded.
                 getattr(self, "_sa_instance_state", None)
                 fields_set = set(type(self).model_fields)
                 object.__setattr__(self, name, fields_set)
@@ -193,7 +197,10 @@ class Table(Model):
             return super().__getattr__(name)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a new, transient, validated instance with the same values except `update`; `deep` copies JSON too."""
+        """Return a new, transient, validated instance with the same values except `update`.
+
+        With `deep`, JSON is also copied.
+        """
         # Pydantic's method would copy `__dict__` with the state that binds the instance to an ORM session.
         values = {name: getattr(self, name) for name in type(self).model_fields}
         if deep:
@@ -201,7 +208,7 @@ class Table(Model):
         return type(self)(**{**values, **(update or {})})
 
     def __getstate__(self) -> dict[Any, Any]:
-        # Create the state now: the unpickled instance has all attributes and does not count as loaded.
+        # Create the state now, because the unpickled instance has all attributes and does not count as loaded.
         getattr(self, "_sa_instance_state", None)
         return super().__getstate__()
 
@@ -221,7 +228,7 @@ def _is_loaded(instance: Table) -> bool:
     return False
 
 
-# Pydantic's slot. A constructor sets the slot; a store does not.
+# Read the slot of Pydantic. A constructor sets the slot, and a store does not.
 _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 
@@ -240,10 +247,10 @@ class _StateOnDemand:
         values = instance.__dict__
         names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
         state.key = mapper.identity_key_from_primary_key(tuple(values[name] for name in names))
-        # `setdefault`: two threads at the same time get the same state.
+        # Because of `setdefault`, two threads at the same time get the same state.
         stored: InstanceState[Any] = values.setdefault("_sa_instance_state", state)
         return stored
 
 
-# Not in the body of the class, in which Pydantic treats the name as a private attribute.
+# Do not set this attribute in the body of the class, because Pydantic would treat the name as a private attribute.
 Table._sa_instance_state = _StateOnDemand()

@@ -1,16 +1,16 @@
-"""A device. A device pairs with a secret, and has no access until an administrator approves the device.
+"""A device pairs with a secret, and has no access until an administrator approves the device.
 
 | state | event | next state |
 |---|---|---|
 | no row | `Database.pair` or `devices.create` adds the device | pending |
 | pending | `devices.approve` | approved |
 | pending | `devices.revoke` | revoked |
-| pending for longer than `Limits.pending_ttl` | a sweep | no row |
+| pending for longer than `Limits.pending_ttl` | a sweep deletes the row | no row |
 | approved | `devices.revoke`, or `uow.session` sets `approved` to False | revoked |
 | revoked | `devices.approve` with `expected_status=DeviceStatus.REVOKED` | approved |
 | any | `devices.delete` | no row |
 
-`Device.status` computes the state from `approved`, `approved_at` and `revoked_at`.
+The property `Device.status` computes the state from `approved`, `approved_at` and `revoked_at`.
 """
 
 from datetime import datetime
@@ -39,7 +39,7 @@ __all__ = ["PENDING", "Device", "DeviceStatus", "Role"]
 
 
 class Role(StrEnum):
-    """Role of a device. The device chooses the role when it pairs; the role does not change."""
+    """Role of a device. The device chooses the role when the device pairs, and the role does not change later."""
 
     CLIENT = "client"
     NODE = "node"
@@ -54,16 +54,16 @@ class DeviceStatus(StrEnum):
     REVOKED = "revoked"
 
 
-# Do not reword the condition: SQLite uses the partial index only for a query with the same terms
+# Do not reword the condition, because SQLite uses the partial index only for a query with the same terms
 # (https://sqlite.org/partialindex.html, section 3; test_the_index_counts).
 PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
-"""Condition: the device is pending."""
+"""SQL condition for the pending devices."""
 
 
 class Device(Table, table=True):
-    """A row of `devices`.
+    """A row of the table `devices`.
 
-    Do not use the model for a request body, in which a client could set `approved`, or for a reply: use the schemas.
+    Use the schemas, not this model, for requests and replies. With this model, a client could set `approved`.
     """
 
     __tablename__ = "devices"
@@ -133,7 +133,7 @@ class Device(Table, table=True):
         """State of the device: pending, approved or revoked."""
         if self.approved:
             return DeviceStatus.APPROVED
-        # An UPDATE in `uow.session` may withdraw an approval and set no time of revocation.
+        # An UPDATE in `uow.session` can withdraw an approval and set no time of revocation.
         was_approved = self.approved_at is not None
         return DeviceStatus.REVOKED if was_approved or self.revoked_at is not None else DeviceStatus.PENDING
 
@@ -141,12 +141,12 @@ class Device(Table, table=True):
 @event.listens_for(Device, "before_insert")
 @event.listens_for(Device, "before_update")
 def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device) -> None:
-    """Record a change of `approved` through the ORM as `devices.approve` and `devices.revoke` do."""
+    """If the ORM changes `approved`, set the same columns as `devices.approve` and `devices.revoke`."""
     attributes = inspect(device).attrs
     if not attributes["approved"].history.has_changes():
         return
     columns: Any = mapper.local_table.c
-    # SQLAlchemy does not load an expired attribute before a new value is set. The history may lack the old value.
+    # SQLAlchemy does not load an expired attribute before a new value is set, so the history can lack the old value.
     stored = connection.execute(select(columns.approved).where(columns.id == device.id)).scalar()
     if device.approved == (stored is True):
         return

@@ -1,4 +1,4 @@
-"""An idempotency key: the record that makes a retried call safe.
+"""An idempotency key is a record that makes a retried call safe.
 
 | state | event | next state |
 |---|---|---|
@@ -6,13 +6,13 @@
 | no row | `insert` stores a result | completed |
 | in progress | the effect returns, or an operator resolves the abandoned key | completed |
 | in progress | the effect fails for good | failed |
-| in progress, lease expired | an attempt with `rerun` takes over | in progress |
+| in progress, lease expired | an attempt with `rerun=True` takes over the key | in progress |
 | in progress | an attempt releases the key, and no earlier effect can have begun | no row |
 | in progress | an attempt releases the key, and an earlier attempt was abandoned | in progress, lease expired |
 | in progress, lease expired | an operator forgets the abandoned key | no row |
-| completed or failed, expired | an attempt claims the key | in progress |
-| completed or failed, expired | `insert` stores a result | completed |
-| completed or failed, expired | a sweep | no row |
+| completed or failed, and expired | an attempt claims the key | in progress |
+| completed or failed, and expired | `insert` stores a result | completed |
+| completed or failed, and expired | a sweep deletes the row | no row |
 | completed or failed | `Database.pair` pairs a new device with the id | no row |
 | any | `devices.delete` deletes the device | no row |
 """
@@ -52,21 +52,21 @@ class IdempotencyState(StrEnum):
     """State of the effect of a key."""
 
     IN_PROGRESS = "in_progress"
-    """Claimed: an attempt runs the effect. After the lease has expired, it is unknown whether the effect took place."""
+    """An attempt runs the effect. If the attempt's lease has expired, it is unknown whether the effect took place."""
     COMPLETED = "completed"
     FAILED = "failed"
-    """The effect failed for good. A replay raises its error."""
+    """The effect failed for good. A retry raises the recorded error."""
 
 
 class IdempotencyKey(Table, table=True):
-    """A row of `idempotency_keys`: unique per device, method and key."""
+    """A row of the table `idempotency_keys`. Each combination of device, method and key has at most one row."""
 
     __tablename__ = "idempotency_keys"
     __table_args__ = (
         PrimaryKeyConstraint("device_id", "method", "key", name="pk_idempotency_keys"),
         CheckConstraint("state IN ('in_progress', 'completed', 'failed')", name="state"),
         Index("idx_idempotency_expires", "expires_at"),
-        # For the list of abandoned keys. Few rows are in progress, so the index is small.
+        # This index serves the list of abandoned keys. Few rows are in progress, so the index is small.
         PartialIndex("idx_idempotency_lease", "lease_expires_at", where=text("state = 'in_progress'")),
     )
 
@@ -130,18 +130,19 @@ class IdempotencyKey(Table, table=True):
 class IdempotencyScope:
     """The identity of a call: device, method, and the key that the device chose.
 
-    An invalid value raises InvalidArgumentError. Do not join the three into one text: values that contain the separator
-    would collide.
+    An invalid value raises InvalidArgumentError. Do not join the three values into one text, because values that
+    contain the separator would collide.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    # As a field of a model or as a request body, Pydantic validates these annotations and does not call `__init__`.
+    # If the scope is a field of a model or a request body, Pydantic validates these annotations and does not call
+    # `__init__`.
     device_id: Identifier
     method: Label
     key: Label = field(repr=False)
 
-    # Every unit with a key calls this. The `__init__` of a frozen dataclass takes three times as long.
+    # Every unit with a key calls this method. The generated `__init__` of a frozen dataclass takes three times as long.
     def __init__(self, device_id: str, method: str, key: str) -> None:
         try:
             _set_device_id(self, check_identifier(device_id, "device_id"))
@@ -170,11 +171,12 @@ class Attempt:
 
     Attributes:
         number: number of the attempt, from 1. An attempt that takes over an abandoned attempt has the next number.
-        downstream_key: idempotency key to pass to another service. All attempts of a key have the same.
+        downstream_key: idempotency key to pass to another service. All attempts of a key have the same downstream key.
         scope: device, method and key of the call.
-        lease_expires_at: from this timestamp on the attempt is abandoned.
+        lease_expires_at: timestamp from which on the attempt is abandoned.
         expires_at: end of the time for which the outcome is replayed.
-        ttl: duration of that time. It counts from the outcome if the outcome came after `expires_at`.
+        ttl: time for which the outcome is replayed. If the outcome comes after `expires_at`, the time starts at the
+        outcome.
         owner: random token of this attempt.
     """
 
@@ -193,10 +195,10 @@ class Outcome:
 
     Attributes:
         value: return value of the effect, after a round trip through JSON.
-        replayed: whether the outcome was read from the store and the effect did not run.
+        replayed: True if the outcome was read from the store, and this call did not run the effect.
         attempt: number of the attempt that recorded the outcome.
-        omitted: whether the return value could not be stored (over 256 KiB, or not JSON). A replay then has the value
-            None; the first caller gets the value.
+        omitted: True if the return value could not be stored, because the value is over 256 KiB or not JSON. Only the
+            first caller gets the value. A replay has the value None.
     """
 
     value: JsonValue = field(repr=False)

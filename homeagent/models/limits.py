@@ -16,11 +16,11 @@ class Limits:
     """Limits on what a caller without an approval can create or use up.
 
     Args:
-        pending_devices: maximum number of pending devices. At the limit `Database.pair` raises PendingLimitError; with
-            0, no device can pair.
+        pending_devices: maximum number of pending devices. If the limit is reached, `Database.pair` raises
+            PendingLimitError. With 0, no device can pair.
         pending_ttl: time after which a sweep deletes a pending device.
-        waiting_hashes: maximum number of slow hashes that wait in a process, 1 or more.
-        failed_checks_per_minute: maximum number of failed checks of an id within a minute in a process, 1 or more.
+        waiting_hashes: maximum number of slow hashes that wait in one process, 1 or more.
+        failed_checks_per_minute: maximum number of failed checks of one device id per minute in one process, 1 or more.
 
     Raises:
         InvalidArgumentError: if a value is out of range.

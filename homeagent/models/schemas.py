@@ -1,4 +1,4 @@
-"""Schemas: Pydantic models of requests, which create or change a row, and of replies."""
+"""Schemas, which are Pydantic models of requests and replies. A request creates or changes a row."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -34,10 +34,12 @@ class Schema(Model):
 class MetadataSchema(Schema):
     """A schema with a field for the application's metadata.
 
-    The field is `metadata_`, because SQLAlchemy uses the attribute `metadata` of a class. The alias is `metadata`.
+    The name of the field is `metadata_`, because SQLAlchemy uses the attribute `metadata` of a class. The alias is
+    `metadata`.
     """
 
-    # This hides a class variable of SQLModel, which SQLAlchemy does not read for a class without a table.
+    # This property hides a class variable of SQLModel. SQLAlchemy does not read that variable for a class without a
+    # table.
     @property
     def metadata(self) -> Any:  # type: ignore[override]  # see above
         """The value of `metadata_`."""
@@ -45,7 +47,7 @@ class MetadataSchema(Schema):
 
 
 class AgentCreate(Schema):
-    """Create an agent. May be a request body."""
+    """Request to create an agent. The model can be a request body."""
 
     id: Identifier
     name: Label
@@ -54,9 +56,13 @@ class AgentCreate(Schema):
 
 
 class AgentUpdate(Schema):
-    """Change an agent. May be a request body. Fields that are left out stay; `config=None` clears the configuration."""
+    """Request to change an agent. The model can be a request body.
 
-    # The default None means "left out", and Pydantic does not validate it. A null in the request is refused.
+    Fields that are left out keep their values. The value `config=None` clears the configuration.
+    """
+
+    # The default None means "left out", and Pydantic does not validate the default. Pydantic refuses a null in the
+    # request.
     name: Label = Field(default=None)
     workspace_path: WorkspacePath = Field(default=None)
     config: Json = None
@@ -73,7 +79,7 @@ class AgentPublic(Schema):
 
 
 class DevicePair(MetadataSchema):
-    """The request of a device to pair, as a request body. It does not influence the approval."""
+    """Request of a device to pair. The model can be a request body, because it can't approve the device."""
 
     id: Identifier
     role: Role
@@ -85,7 +91,7 @@ class DevicePair(MetadataSchema):
 
 
 class DeviceCreate(MetadataSchema):
-    """Create a device whose secret is hashed already. Do not use as a request body: see `DevicePair`."""
+    """Request to create a device whose secret is already hashed. As a request body, use `DevicePair` instead."""
 
     id: Identifier
     role: Role
@@ -95,7 +101,7 @@ class DeviceCreate(MetadataSchema):
 
 
 class DeviceUpdate(MetadataSchema):
-    """Change a device. Fields that are left out stay. The role is fixed when the device pairs."""
+    """Request to change a device. Fields that are left out keep their values. The role can't be changed."""
 
     metadata_: Json = Field(default=None, alias="metadata")
 
@@ -112,7 +118,7 @@ class DevicePublic(MetadataSchema):
     approved_at: Timestamp | None = None
     revoked_at: Timestamp | None = None
     revoked_reason: Label | None = None
-    # `metadata_` first: validation from a row would otherwise read SQLAlchemy's MetaData.
+    # The alias `metadata_` comes first, because validation from a row would otherwise read SQLAlchemy's MetaData.
     metadata_: Json = PlainField(
         default=None, validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata"
     )
@@ -122,8 +128,8 @@ class PairedDevice(BaseModel):
     """A device that has just paired, and its secret. The secret can't be read again later.
 
     Attributes:
-        device: stored device, not approved.
-        shared_secret: secret from the request, or the generated secret.
+        device: the stored device, which is not approved yet.
+        shared_secret: secret from the request, or the generated secret if the request had none.
     """
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
@@ -134,10 +140,13 @@ class PairedDevice(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class SecretCheck:
-    """The result of a check of a secret. True only if the device is approved and the secret is right.
+    """The result of a check of a secret.
+
+    The result counts as true only if the device is approved and the secret is right.
 
     Attributes:
-        status: status of the device if the secret is right; `denied` if the secret is wrong or the device is absent.
+        status: status of the device if the secret is right. The status is `denied` if the secret is wrong or the device
+            is absent.
         device: device if the secret is right, else None.
     """
 
@@ -149,7 +158,7 @@ class SecretCheck:
 
 
 class AgentSessionCreate(Schema):
-    """Create a session. May be a request body."""
+    """Request to create a session. The model can be a request body."""
 
     session_id: Identifier = Field(default_factory=new_session_id, description="If left out, a new UUIDv7.")
     agent_id: Identifier

@@ -1,4 +1,4 @@
-"""A session: a conversation of an agent. The table is an index of the transcripts, which are JSONL files."""
+"""A session is a conversation of an agent. The table is an index of the transcripts, which are JSONL files."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ __all__ = ["AgentSession", "new_session_id", "route_key"]
 
 
 def new_session_id() -> str:
-    """Return a new UUIDv7 (RFC 9562, section 5.7): milliseconds since the epoch, then 74 random bits.
+    """Return a new UUIDv7 (RFC 9562, section 5.7), with the milliseconds since 1970 and 74 random bits.
 
     A later id sorts after an earlier id, so new rows are inserted at the end of the index.
     """
@@ -31,10 +31,10 @@ def new_session_id() -> str:
 
 
 def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
-    """Return a key for the route of an agent, a sender and a channel: the SHA-256 of a JSON array.
+    """Return the key of the route of an agent, a sender and a channel. The key is the SHA-256 of a JSON array.
 
-    A unique index on the three columns would not work, because two NULLs count as different. JSON separates the values
-    whatever characters the values contain.
+    A unique index on the three columns would not work, because two NULLs count as different. The JSON array separates
+    the values, whatever characters the values contain.
     """
     sender = "null" if sender_id is None else encode_basestring(sender_id)
     channel = "null" if channel_id is None else encode_basestring(channel_id)
@@ -42,7 +42,7 @@ def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> s
 
 
 class AgentSession(Table, table=True):
-    """A row of `sessions`."""
+    """A row of the table `sessions`."""
 
     __tablename__ = "sessions"
     __table_args__ = (
@@ -95,7 +95,7 @@ def _changes_route(session: AgentSession) -> bool:
 @event.listens_for(AgentSession, "before_insert")
 @event.listens_for(AgentSession, "before_update")
 def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Clear the route of a session that the ORM adds or moves. Another row of the flush may still have that route."""
+    """Clear the route of a session that the ORM adds or moves. Another row can still have that route."""
     if _changes_route(session):
         session.route_key = None
 

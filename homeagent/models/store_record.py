@@ -1,4 +1,4 @@
-"""The table `store`: a row with facts about the whole database, such as the epoch."""
+"""The table `store`, which has one row with facts about the whole database, such as the epoch."""
 
 from sqlalchemy import CheckConstraint, Column, Integer, Table, text
 
@@ -7,14 +7,16 @@ from homeagent.models.types import TimestampColumn, text_column
 
 __all__ = ["store_table"]
 
-# Not a model: only homeagent reads the row, and to create the class of a model takes longer than all uses of the row.
+# The table has no model, because only homeagent reads the row. To create the class of a model takes longer than all
+# uses of the row.
 store_table = Table(
     "store",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
-    # Counter from 1, which a restore increments. Facts from an earlier epoch may be wrong in a later epoch.
+    # The epoch is a counter from 1, which a restore increments. Facts from an earlier epoch can be wrong in a later
+    # epoch.
     Column("epoch", Integer, server_default=text("1"), nullable=False),
-    # Time at which the epoch began. Null in the first epoch.
+    # The time at which the epoch began. The time is null in the first epoch.
     Column("restored_at", TimestampColumn),
     # Oldest revision whose code can use the schema. A revision that only adds to the schema does not change the value.
     Column("oldest_revision", text_column(), nullable=False),

@@ -111,8 +111,7 @@ class IdempotencyKeyStore(Store):
         Args:
             scope: device, method and key of the call.
             fingerprint: fingerprint of the call's parameters: see `homeagent.canonical_json.fingerprint_of`.
-            lease: time after which the attempt counts as abandoned, unless the lease is renewed. With zero, the lease
-                has expired from the start.
+            lease: time after which the attempt counts as abandoned, unless renewed. Zero means an expired lease.
             ttl: time for which retries get the outcome, more than zero.
             rerun: whether the caller takes over an abandoned attempt, and runs the effect again.
             owner: random token of the caller, such as 32 hex digits. After a commit with an unknown result, a second

@@ -14,10 +14,13 @@ __all__ = ["EnumColumn", "FlagColumn"]
 
 
 class EnumColumn(TypeDecorator[StrEnum]):
-    """A member of a StrEnum, stored as the text of its value. SQLAlchemy's Enum would store the member's name.
+    """Column type for a StrEnum, which stores a member as the text of its value.
+
+    SQLAlchemy's Enum would store the member's name.
 
     Args:
-        kind: the StrEnum. Loading raises an error for any other stored text, which a CHECK constraint also forbids.
+        kind: the StrEnum. If a stored text is not the value of a member, loading raises an error. A CHECK constraint
+            also forbids such a text.
     """
 
     impl = Text
@@ -27,7 +30,7 @@ class EnumColumn(TypeDecorator[StrEnum]):
         super().__init__()
         self.kind = kind
         self.loaded_values = {member.value: member for member in kind}
-        # Members work as keys too: a member equals its value.
+        # A member can also be a key, because a member equals its value.
         self.convert_bound = {member.value: member.value for member in kind}.__getitem__
 
     def process_bind_param(self, value: StrEnum | None, dialect: Dialect) -> str | None:
@@ -49,11 +52,11 @@ class _Flags(dict[Any, bool]):
 
 
 class FlagColumn(TypeDecorator[bool]):
-    """A bool, stored as INTEGER 0 or 1. SQLAlchemy's Boolean would declare the column BOOLEAN.
+    """Column type for a bool, stored as INTEGER 0 or 1. SQLAlchemy's Boolean would declare the column BOOLEAN.
 
     Args:
-        otherwise: result for any other stored value, such as text, a BLOB or 2 written by another program. Choose the
-            safe result.
+        otherwise: result of loading any other stored value. Another program can store such a value, for example a text
+            or the number 2. Choose the safe result.
     """
 
     impl = Integer

@@ -18,10 +18,11 @@ __all__ = ["MAX_JSON_BYTES", "Json", "JsonColumn", "decode_json", "encode_json"]
 
 MAX_JSON_BYTES = 256 * 1024
 
-# Python may refuse to read an integer with more digits (sys.set_int_max_str_digits).
+# Python can refuse to read an integer with more digits than this number (sys.set_int_max_str_digits).
 _READABLE_DIGITS = sys.int_info.str_digits_check_threshold
 
-# The validator of pydantic_core. For a small value, calling it through TypeAdapter takes longer than the validation.
+# Call the validator of pydantic_core directly. For a small value, a call through TypeAdapter takes longer than the
+# validation.
 _check_json = TypeAdapter(JsonValue, config=ConfigDict(allow_inf_nan=False)).validator.validate_python
 
 
@@ -29,19 +30,20 @@ def encode_json(value: JsonValue, what: str = "JSON") -> str:
     """Return `value` as JSON text. Key order, numbers and Unicode do not change.
 
     Raises:
-        InvalidArgumentError: if `value` is not a JSON value (a set, a key that is not text, NaN, a lone surrogate, a
-            cycle), or its text is over 256 KiB.
+        InvalidArgumentError: if `value` is not a JSON value, or if its text is over 256 KiB. For example, a set, a key
+            that is not text, NaN, a lone surrogate and a cycle are not JSON.
     """
     if value is None or value is True or value is False:
         return "null" if value is None else "true" if value else "false"
     try:
-        # Refuse values that would change in a round trip: to_json writes the key 1 as "1", and a tuple as a list.
+        # Refuse values that would change in a round trip. For example, `to_json` writes the key 1 as "1", and a tuple
+        # as a list.
         _check_json(value, strict=True)
         encoded = to_json(value)
         if len(encoded) > _READABLE_DIGITS:
             json.loads(encoded)
     except (ValidationError, ValueError, RecursionError):
-        # Do not chain the cause: it shows the value, which may be a secret.
+        # Do not chain the cause, because the cause shows the value, which can be a secret.
         raise InvalidArgumentError(
             f"{what} must be plain JSON: None, bool, int, finite float, text, lists and dicts with text keys"
         ) from None
@@ -57,7 +59,7 @@ def decode_json(text: str) -> Any:
     try:
         return from_json(text, cache_strings="keys")
     except ValueError:
-        # `from_json` reads at most 200 levels, and `encode_json` accepts 254.
+        # The function `from_json` reads at most 200 nested levels, but `encode_json` accepts 254 levels.
         return json.loads(text)
 
 
@@ -72,7 +74,9 @@ Json = Annotated[JsonValue, AfterValidator(_as_json)]
 
 
 class JsonColumn(TypeDecorator[Any]):
-    """JSON, stored as text on both engines: a JSON type would change key order, -0.0, large integers or NUL.
+    """Column type for JSON, stored as text on both engines.
+
+    A JSON type of an engine would change the order of keys, -0.0, large integers or NUL.
 
     Args:
         none_as_null: whether to store None as SQL NULL (default) or as the JSON text `null`.

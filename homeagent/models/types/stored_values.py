@@ -1,4 +1,4 @@
-"""Errors for unreadable values: stored values that homeagent has not written."""
+"""Errors for unreadable values. An unreadable value is a stored value that homeagent did not write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["UNREADABLE", "loaded", "naming_column", "unreadable", "unreadable_in
 T = TypeVar("T")
 
 UNREADABLE = (CorruptDatabaseError, KeyError, OverflowError, RecursionError, ValueError)
-"""Exceptions of a conversion of an unreadable value. A TypeError is not included: TypeError is an error in the code."""
+"""Exceptions that converting an unreadable value raises. TypeError is not included, because it is a bug in the code."""
 
 _REMEDY = (
     "another program wrote it, or the database is damaged: "
@@ -23,7 +23,9 @@ _REMEDY = (
 
 
 def naming_column(table: Table) -> str:
-    """Return the column that identifies a row in an error: the primary key, or `device_id` if the table has the column.
+    """Return the name of the column that identifies a row in an error message.
+
+    The column is `device_id` if the table has that column, else the primary key.
 
     The keys of nonces and idempotency keys are secret, so an error must not show the keys.
     """
@@ -38,9 +40,9 @@ def unreadable() -> CorruptDatabaseError:
 def unreadable_in(
     table: Table, column: str | None, key: object, what: str = "holds a value that can't be read"
 ) -> CorruptDatabaseError:
-    """Return the error for an unreadable value, which the error does not show.
+    """Return the error for an unreadable value. The message does not show the value.
 
-    `column`, and `key` (the row's value in `naming_column`), are None if unknown.
+    The argument `key` is the row's value in `naming_column`. The arguments `column` and `key` are None if unknown.
     """
     row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
     return CorruptDatabaseError(f"{table.name}{'' if column is None else f'.{column}'} {what}{row}; {_REMEDY}")
@@ -51,5 +53,5 @@ def loaded(convert: Callable[[Any], T], value: Any) -> T:
     try:
         return convert(value)
     except UNREADABLE:
-        # Do not chain the cause: the error of json shows the text, which may be a secret.
+        # Do not chain the cause, because the error of json shows the text, which can be a secret.
         raise unreadable() from None

@@ -1,4 +1,4 @@
-"""Text of limited length: ids, labels and paths, and their column type."""
+"""Types for text of limited length, such as ids, labels and paths, and the column type of text."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _check_text(value: str, what: str, *, characters: int, octets: int) -> str:
     return value
 
 
-# Valid ids of recent checks. A gateway uses the same few ids again and again.
+# Cache of valid ids from recent checks. A gateway uses the same few ids again and again.
 _valid: set[str] = set()
 _VALID_KEPT = 8192
 
@@ -54,7 +54,7 @@ def check_identifier(value: str, what: str = "an id") -> str:
     An id has 1 to 128 characters, at most 200 bytes of UTF-8 and no control character. An application may use an id as
     a file name, so an id has neither slash nor backslash, and is not `.` or `..`.
     """
-    # Only for str: an object of another type may be unhashable, or compare equal to a str.
+    # Look up only a str, because an object of another type can be unhashable or can compare equal to a str.
     if value.__class__ is str and value in _valid:
         return value
     _check_text(value, what, characters=128, octets=200)
@@ -78,12 +78,12 @@ def check_label(value: str, what: str = "a name") -> str:
 
 
 def check_optional_label(value: str | None, what: str) -> str | None:
-    """Return `value` if it is None or a valid label (`check_label`)."""
+    """Return `value` if the value is None or passes `check_label`."""
     return None if value is None else check_label(value, what)
 
 
 MIN_SECRET_CHARACTERS = 8
-"""Minimum of NIST SP 800-63B, revision 3, section 5.1.1.2 for a secret that a person chose."""
+"""Minimum length of a secret that a person chose, from NIST SP 800-63B, revision 3, section 5.1.1.2."""
 
 
 def check_new_secret(secret: SecretStr) -> SecretStr:
@@ -119,12 +119,12 @@ Label = Annotated[str, AfterValidator(_as_label)]
 OptionalLabel = Label | None
 
 WorkspacePath = Annotated[str, AfterValidator(_check_path)]
-"""A directory on the owner's machine, 1 to 4,096 bytes. homeagent stores the path and does not open the directory."""
+"""The path of a directory, 1 to 4,096 bytes. homeagent stores the path and does not open the directory."""
 
 
 def text_column() -> TypeEngine[str]:
-    """Return the column type of text: TEXT, compared by bytes on both engines, so that lists have the same order.
+    """Return the column type TEXT, which both engines compare by bytes, so that lists have the same order.
 
-    SQLite's default collation BINARY compares UTF-8 by `memcmp`. PostgreSQL does so only with the collation "C".
+    SQLite's default collation BINARY compares UTF-8 by `memcmp`. PostgreSQL compares bytes only with the collation "C".
     """
     return Text().with_variant(Text(collation="C"), "postgresql")

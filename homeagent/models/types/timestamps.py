@@ -1,4 +1,4 @@
-"""Timestamps and durations: whole milliseconds, in UTC. Do not compute with floats, which round."""
+"""Timestamps in UTC, and durations, in whole milliseconds. Do not compute with floats, because floats round."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MILLISECOND = timedelta(milliseconds=1)
 
 LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
-"""Maximum time of a wait, nearly 25 days: both engines store the milliseconds in 32 bits."""
+"""Maximum time of a wait, nearly 25 days, because both engines store the milliseconds in 32 bits."""
 
 _ZERO = timedelta(0)
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _CACHED_TIMESTAMPS = 8192
-# To subtract one of these takes a quarter of the time of `replace(microsecond=…)`. Each unit floors the clock.
+# Each unit floors the clock. To subtract one of these durations takes a quarter of the time of
+# `replace(microsecond=…)`.
 _MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))
 
 
@@ -62,14 +63,14 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
     """Return `value` in UTC, floored to whole milliseconds, or `now` if `value` is None or later than `now`.
 
-    For the time of a past event: if `value` is later than `now`, the clock of the caller is ahead. See also
-    `check_timestamp`.
+    Use this function for the time of a past event. If `value` is later than `now`, the clock of the caller is ahead.
+    The errors are those of `check_timestamp`.
     """
     return now if value is None else min(check_timestamp(value, what), now)
 
 
 def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Return `value` if the duration is a millisecond or more, or zero or more if `zero` is True.
+    """Return `value` if the duration is long enough. The minimum is a millisecond, or zero if `zero` is True.
 
     Raises:
         InvalidArgumentError: if the duration is shorter, or `value` is not a timedelta.
@@ -82,7 +83,7 @@ def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timede
 
 
 def check_wait(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Return `value` after `check_duration`, or `LONGEST_WAIT` if `value` is longer."""
+    """Check `value` by `check_duration`. Return `value`, or `LONGEST_WAIT` if `value` is longer."""
     return min(check_duration(value, what, zero=zero), LONGEST_WAIT)
 
 
@@ -107,7 +108,7 @@ def earlier(timestamp: datetime, duration: timedelta) -> datetime:
 
 
 def to_milliseconds(value: datetime) -> int:
-    """Return the whole milliseconds from 1970 to `value`, floored; negative before 1970."""
+    """Return the floored number of milliseconds from 1970 to `value`, which is negative before 1970."""
     return (value - EPOCH) // MILLISECOND
 
 
@@ -123,11 +124,14 @@ def _refuse_number(value: object) -> object:
 
 
 Timestamp = Annotated[datetime, BeforeValidator(_refuse_number), AfterValidator(_as_timestamp)]
-"""Type of a field: an aware datetime, converted to UTC and floored to milliseconds. A naive datetime is invalid."""
+"""Field type for an aware datetime, converted to UTC and floored to milliseconds. A naive datetime is invalid."""
 
 
 def _timestamp_of(milliseconds: float) -> datetime:
-    """Return the timestamp of a stored value. Another program may have stored a text or a BLOB: raise ValueError."""
+    """Return the timestamp of a stored value.
+
+    Raise ValueError for a text or a BLOB, which another program can store.
+    """
     if not isinstance(milliseconds, (int, float)):
         raise ValueError("a timestamp is stored as a number")
     return EPOCH + milliseconds * MILLISECOND
@@ -136,7 +140,7 @@ def _timestamp_of(milliseconds: float) -> datetime:
 class _TimestampCache(dict[int, datetime]):
     """Cache of loaded timestamps by milliseconds, for pages that are read repeatedly.
 
-    A hit takes a fifth of the time of creating a timestamp, and a miss twice the time.
+    A hit takes a fifth of the time that a new timestamp takes. A miss takes twice that time.
     """
 
     def __missing__(self, milliseconds: int) -> datetime:
@@ -147,7 +151,7 @@ class _TimestampCache(dict[int, datetime]):
 
 
 class TimestampColumn(TypeDecorator[datetime]):
-    """A timestamp as whole milliseconds since 1970: INTEGER on SQLite, BIGINT on PostgreSQL."""
+    """Column type for a timestamp in milliseconds since 1970. It is INTEGER on SQLite and BIGINT on PostgreSQL."""
 
     impl = BigInteger
     cache_ok = True
@@ -164,8 +168,8 @@ class TimestampColumn(TypeDecorator[datetime]):
         """Return the timestamp of these milliseconds, in UTC."""
         return None if value is None else loaded(self.convert_loaded, value)
 
-    # The generated code of statements uses the following attributes, without SQLAlchemy's layers: `loaded_values` for
-    # many rows. Values are not None.
+    # The generated code of statements uses the following attributes, without SQLAlchemy's layers. For a statement with
+    # many rows, the code uses `loaded_values`. The values are not None.
 
     @staticmethod
     def convert_bound(value: datetime) -> int:
