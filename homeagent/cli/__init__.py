@@ -1,6 +1,7 @@
-"""The command line: one module for each command or group of commands. `application` holds their common parts.
+"""The command line. Each command or group of commands has a module. The module `application` holds common parts.
 
-Exit status: 0; 1 for a refused operation, with one line on standard error; 2 for wrong usage.
+The exit status is 0 for success, 1 for a refused operation, and 2 for wrong usage. A refused operation prints one line
+on standard error.
 """
 
 # Each import adds the commands of a module. The order of the imports is the order of the commands in the help.

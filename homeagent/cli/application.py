@@ -18,7 +18,7 @@ from homeagent.errors import HomeAgentError
 
 __all__ = ["DatabaseOption", "app", "group", "main"]
 
-# Click's UsageError: newer versions of Typer contain a copy of Click, older versions depend on Click.
+# This class is Click's UsageError. Newer versions of Typer contain a copy of Click, and older versions depend on Click.
 _UsageError: Any = typer.BadParameter.__base__
 
 _CREDENTIALS = re.compile(r"://\S*@|((?:password|passwd)=)[^&\s]*", re.IGNORECASE)
@@ -44,7 +44,7 @@ class _Commands(TyperGroup):
 
 @contextmanager
 def _hide_credentials() -> Iterator[None]:
-    # A usage error repeats the argument. The argument may be a database URL in the wrong position.
+    # A usage error repeats the argument, which can be a database URL in the wrong position.
     try:
         yield
     except _UsageError as error:
@@ -63,7 +63,7 @@ class _WarningBuffer(logging.Handler):
 
 @contextmanager
 def _print_warnings_on_success() -> Iterator[None]:
-    # A refused operation prints exactly one line, so drop its warnings.
+    # A refused operation must print exactly one line, so print the warnings only after a success.
     buffer = _WarningBuffer()
     logger = logging.getLogger("homeagent")
     logger.addHandler(buffer)
@@ -102,7 +102,8 @@ app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
-    # An error other than HomeAgentError is a bug: print the plain traceback. Typer's own would show local variables.
+    # An error other than HomeAgentError is a bug. Print the plain traceback, because Typer's traceback would show local
+    # variables.
     pretty_exceptions_enable=False,
 )
 
@@ -125,13 +126,16 @@ def _before_command(
 ) -> None:
     """Operate the database of a home agent gateway.
 
-    Exit status: 0; 1 for a refused operation, with the reason on standard error; 2 for wrong usage.
+    Exit status: 0 for success, 1 for a refused operation with the reason on standard error, 2 for wrong usage.
     """
     context.obj = database
 
 
 def group(name: str, *, help: str) -> typer.Typer:
-    """Add a group of commands, such as `devices`. The group accepts --database before its commands too."""
+    """Add a group of commands, such as `devices`.
+
+    The option --database can also stand before the commands of the group.
+    """
     commands = typer.Typer(cls=_Commands, no_args_is_help=True, help=help)
     app.add_typer(commands, name=name)
 

@@ -1,4 +1,4 @@
-"""`homeagent backup`: make a verified copy while other processes write."""
+"""The command `homeagent backup`, which makes a verified copy while other processes write."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def backup(
 ) -> None:
     """Copy the database while other processes use it.
 
-    The copy is verified first and only then gets its final name, so a partial backup never has that name.
-    A manifest next to the backup, with .json after its name, records time, revision, rows, size and SHA-256.
+    The command verifies the copy before the copy gets its final name, so a partial backup never has that name. A
+    manifest next to the backup, with .json after its name, records time, revision, rows, size and SHA-256.
     """
     from homeagent.engine.sqlite.manifests import manifest_path, read_manifest
 

@@ -1,4 +1,4 @@
-"""`homeagent copy`: copy a store from SQLite to PostgreSQL or back."""
+"""The command `homeagent copy`, which copies a store from SQLite to PostgreSQL or back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def copy(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a whole store into an empty database, of the same engine or of the other.
+    """Copy a whole store into an empty database. SOURCE and TARGET can have different engines.
 
     First stop every gateway and sweeper that uses SOURCE. The command copies all rows in one transaction and compares
     them row by row. If a step fails, TARGET stays empty. SOURCE is not changed.
@@ -71,7 +71,8 @@ def _open_target(target: str) -> Database:
     try:
         return Database.open(target, migrate=False)
     except SchemaOutdatedError as outdated:
-        # Do not upgrade an existing store: it holds data, so the copy would be refused after the upgrade changed it.
+        # Do not upgrade an existing store. The store holds data, so the copy would be refused, but only after the
+        # upgrade.
         if outdated.revision is not None:
             raise
     return Database.open(target)

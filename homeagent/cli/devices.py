@@ -1,4 +1,4 @@
-"""`homeagent devices`: list, approve and revoke devices."""
+"""The commands `homeagent devices`, which list, approve and revoke devices."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def approve(
 ) -> None:
     """Approve a device.
 
-    The command shows the device and asks. If role, secret, time of pairing or status of the device change before the
-    answer, the approval is refused.
+    The command shows the device and asks for a confirmation. If the role, secret, time of pairing or status of the
+    device changes before the answer, the approval is refused.
     """
     if yes and (role is None or paired_at is None):
         raise typer.BadParameter("--yes needs --role and --paired-at, as 'devices list --json' prints them.")
@@ -123,7 +123,7 @@ def approve(
                 expected_role=role or seen.role,
                 expected_secret_hash=seen.shared_secret_hash,
                 expected_paired_at=datetime.fromisoformat(paired_at) if paired_at else seen.paired_at,
-                # Another admin may revoke the device before the answer. With --yes, the caller has not seen `seen`.
+                # Another admin can revoke the device before the answer. With --yes, the caller has not seen the device.
                 expected_status=status if yes else status or seen.status,
             )
         )
@@ -160,7 +160,7 @@ def revoke(
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Revoke the approval of a device, until the device is approved again."""
+    """Revoke a device, which then has no access until it is approved again."""
     with open_named(context, database) as opened:
         changed = opened.run(lambda unit: unit.devices.revoke(device_id, reason=reason, force=force))
         now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)

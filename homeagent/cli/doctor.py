@@ -1,4 +1,4 @@
-"""`homeagent doctor`: check the database, and say how to repair each problem."""
+"""The command `homeagent doctor`, which checks the database and says how to repair each problem."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ def doctor(
 ) -> None:
     """Check the database. For each problem, show what it means and what to do.
 
-    Without --fix the command changes nothing. The database may be damaged, missing, too old or too new.
+    Without --fix the command changes nothing. The command also works if the database is damaged, missing, too old or
+    too new.
 
     Exit status: 0 without problems, 1 for warnings, 2 for critical problems.
     """
     try:
         diagnosis = diagnose(target_of(context, database), thorough=thorough, fix=fix)
     except InvalidArgumentError as error:
-        # Exit with 2. Status 1, the status of other refusals, would mean warnings here.
+        # Exit with status 2. Status 1, which means a refused operation elsewhere, means warnings here.
         raise typer.BadParameter(str(error)) from None
     if as_json:
         print_json(diagnosis.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""`homeagent begin-epoch`: begin a new epoch after a restore by other means than `homeagent restore`."""
+"""The command `homeagent begin-epoch`, which begins a new epoch after another restore than `homeagent restore`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from homeagent.database import Database
 def begin_epoch(context: typer.Context, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
     """Begin a new epoch after the database was restored by other means than 'homeagent restore'.
 
-    Examples are a server's own tools, or a snapshot of a disk or of a virtual machine. Stop the gateways first.
-    As after 'homeagent restore', gateways refuse messages that were signed before the new epoch.
+    Examples of other means are a server's own tools and a snapshot of a disk or of a virtual machine. Stop the gateways
+    first. Gateways then refuse messages that were signed before the new epoch, the same as after 'homeagent restore'.
     """
     report = Database.begin_epoch(target_of(context, database))
     if as_json:

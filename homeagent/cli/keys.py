@@ -1,4 +1,4 @@
-"""`homeagent keys`: settle the idempotency keys with an abandoned attempt."""
+"""The commands `homeagent keys`, which settle the idempotency keys with an abandoned attempt."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def abandoned(
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the keys with an abandoned attempt: its lease expired without an outcome. Oldest first.
+    """List the keys with an abandoned attempt, whose lease expired without an outcome, oldest first.
 
     Find out whether the effect took place, then run 'keys resolve' or 'keys forget' for each key.
     """
     with open_named(context, database) as opened:
         rows = opened.run(lambda unit: unit.idempotency_keys.list_abandoned(limit=limit), read_only=True)
     if as_json:
-        # Do not show parameters or results: they may be private.
+        # Do not show parameters or results, because they can be private.
         shown = {"device_id", "method", "key", "attempt", "created_at", "lease_expires_at", "downstream_key"}
         print_json([row.model_dump(mode="json", include=shown) for row in rows])
         return

@@ -10,12 +10,12 @@ __all__ = ["open_named", "target_of"]
 
 
 def target_of(context: typer.Context, database: str | None) -> str | None:
-    """Return the --database option nearest to the command, or None if there is no such option."""
+    """Return the --database option nearest to the command, or None if the option was not given."""
     named_before: str | None = context.obj
     return named_before if database is None else database
 
 
 def open_named(context: typer.Context, database: str | None) -> Database:
     """Open the database of the command without creating or upgrading it."""
-    # Only `init` and `migrate` do so. A misspelt path must not create a file.
+    # Only `init` and `migrate` create or upgrade a database, because a misspelt path must not create a file.
     return Database.open(target_of(context, database), migrate=False)

@@ -1,4 +1,4 @@
-"""Output of the commands: tables for people, JSON for programs."""
+"""Output of the commands, as tables for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def print_json(value: object) -> None:
     """Print a value as JSON."""
-    # Escape characters outside ASCII: the output is valid in any encoding, and an id can't control the terminal.
+    # Escape characters outside ASCII, so that the output is valid in any encoding, and an id can't control the
+    # terminal.
     typer.echo(json.dumps(value, indent=2))
 
 
 def console_for(*, error: bool = False) -> Console:
     """Return a console on standard output, or on standard error if `error` is true."""
-    # Stored values may contain Rich markup, so print them literally.
+    # Stored values can contain Rich markup, so print the values literally.
     return Console(stderr=error, markup=False, highlight=False, emoji=False)
 
 
@@ -36,7 +37,7 @@ def facts_table(facts: dict[str, str]) -> Table:
     """Return a table of names and values."""
     table = grid()
     table.add_column(style="bold", no_wrap=True)
-    # Fold: the operator decides by the id, so print the whole id at any width.
+    # Fold long values. The operator decides by the id, so print the whole id at any width.
     table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(name, value)

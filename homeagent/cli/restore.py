@@ -1,4 +1,4 @@
-"""`homeagent restore`: replace the database by a backup."""
+"""The command `homeagent restore`, which replaces the database by a backup."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def restore(
 ) -> None:
     """Replace the database by a backup, and keep the old database in quarantine.
 
-    First stop the gateway, and check that the system's clock is right. The command verifies the backup and begins a
-    new epoch: gateways refuse messages that were signed before the restore.
+    First stop the gateway, and check that the system's clock is right. The command verifies the backup and begins a new
+    epoch. Gateways then refuse messages that were signed before the restore.
     """
     report = Database.restore(backup, target_of(context, database))
     if as_json:

@@ -1,4 +1,4 @@
-"""`homeagent init` and `homeagent migrate`: create or upgrade the schema."""
+"""The commands `homeagent init` and `homeagent migrate`, which create or upgrade the schema."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def _bring_up_to_date(target: str | None) -> _Upgrade:
     except SchemaOutdatedError as outdated:
         found = outdated.revision
     before = _backups(where.path)
-    # Do not skip this for a current schema: opening with `migrate` also repairs the modes of directories and files.
+    # Do not skip this call for a current schema, because opening with `migrate` also repairs the modes of directories
+    # and files.
     Database.open(target).close()
     made = sorted(_backups(where.path) - before)
     return _Upgrade(
@@ -78,7 +79,8 @@ def init(context: typer.Context, database: DatabaseOption = None, as_json: JsonO
 def migrate(context: typer.Context, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
     """Upgrade the schema to the revision that this version of homeagent needs.
 
-    If a SQLite file holds data, the command first makes a copy next to it. A failed upgrade does not change the data.
+    If a SQLite file holds data, the command first makes a copy next to the file. A failed upgrade does not change the
+    data.
     """
     _report_upgrade(context, database, as_json=as_json)
 

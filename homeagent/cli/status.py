@@ -1,4 +1,4 @@
-"""`homeagent status`: show the state of the database."""
+"""The command `homeagent status`, which shows the state of the database."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def status(context: typer.Context, database: DatabaseOption = None, as_json: Jso
         rows.add_row(name, f"{number:,}", f"{found.expired[name]:,}" if name in found.expired else "")
     console.print()
     console.print(rows)
-    # Counters of this process only. The gateway's counters are in the gateway's own Database.counters().
+    # These counters belong to this process only. A gateway reads its own counters by `Database.counters()`.
     counters = {name: value for name, value in found.counters.model_dump(mode="json").items() if value is not None}
     sections = (("Pragmas", found.pragmas), ("File modes", found.file_modes), ("Counters of this command", counters))
     for title, facts in sections:

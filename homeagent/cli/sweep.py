@@ -1,4 +1,4 @@
-"""`homeagent sweep`: delete expired nonces and idempotency keys."""
+"""The command `homeagent sweep`, which deletes expired nonces and idempotency keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONGEST_BUDGET = 366 * 24 * 3600.0
 
 
 def _budget(seconds: float | None) -> float | None:
-    # This comparison refuses NaN too.
+    # This comparison also refuses NaN.
     if seconds is not None and not 0.001 <= seconds <= _LONGEST_BUDGET:
         raise typer.BadParameter("it must be from 0.001 seconds to 366 days.")
     return seconds

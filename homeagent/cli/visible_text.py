@@ -1,13 +1,14 @@
 """Print ids of devices and other untrusted text, so that two different ids do not look the same by accident.
 
-An administrator approves a device by its id. An escape with the number of the character replaces
+An administrator approves a device by its id. An escape with the number of the character replaces each of these
+characters:
 
 - a character that is not printable, or a space other than U+0020;
-- an invisible character: Unicode's property Default_Ignorable_Code_Point, and U+2800;
-- a compatibility form of other characters, such as a fullwidth letter, which NFKC changes;
+- an invisible character, which is U+2800 or has Unicode's property Default_Ignorable_Code_Point;
+- a character that NFKC changes, such as a fullwidth letter;
 - punctuation or a mathematical sign outside of ASCII, such as a dash that looks like a hyphen;
 - a combining mark at the beginning;
-- a Latin letter from U+0180 on without an ASCII letter as the base, such as U+0261, which looks like `g`;
+- a Latin letter from U+0180 on whose base is not an ASCII letter, such as U+0261, which looks like `g`;
 - a character of another script than the main script of the text.
 
 The script of a letter, mark or digit is the first word of the Unicode name. Han, kana, bopomofo and hangul count as one
@@ -26,8 +27,8 @@ from collections import Counter
 
 __all__ = ["escape_words", "identity", "quoted"]
 
-# https://www.unicode.org/Public/UCD/latest/ucd/DerivedCoreProperties.txt, Default_Ignorable_Code_Point; and the empty
-# pattern of Braille.
+# The characters with the property Default_Ignorable_Code_Point, and the empty pattern of Braille. Source:
+# https://www.unicode.org/Public/UCD/latest/ucd/DerivedCoreProperties.txt.
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
@@ -36,7 +37,7 @@ _EAST_ASIAN = frozenset({"BOPOMOFO", "CJK", "HANGUL", "HIRAGANA", "IDEOGRAPHIC",
 
 
 def _script(character: str) -> str | None:
-    """Return the script of a letter, mark or digit; None for other characters, ASCII digits and shared marks."""
+    """Return the script of a letter, mark or digit, or None for other characters, ASCII digits and shared marks."""
     if not unicodedata.category(character).startswith(("L", "M", "N")) or character in "0123456789":
         return None
     script = re.split("[ -]", unicodedata.name(character, "UNKNOWN"), maxsplit=1)[0]
@@ -46,7 +47,7 @@ def _script(character: str) -> str | None:
 
 
 def _main_script(text: str) -> str | None:
-    """Return Latin if the text has Latin letters, else the most frequent script; None without a script."""
+    """Return Latin if the text has Latin letters, else the most frequent script, or None without a script."""
     scripts = Counter(script for character in text if (script := _script(character)) is not None)
     return "LATIN" if "LATIN" in scripts else scripts.most_common(1)[0][0] if scripts else None
 
@@ -75,26 +76,26 @@ def _escape(text: str) -> str:
         return text
     main = _main_script(text)
     shown = "".join(ascii(char)[1:-1] if _is_mistakable(char, main) else char for char in text)
-    # A terminal draws a combining mark over the character before the text.
+    # Escape a combining mark at the beginning, because a terminal draws the mark over the character before the text.
     return ascii(shown[0])[1:-1] + shown[1:] if unicodedata.category(shown[0]).startswith("M") else shown
 
 
 def quoted(text: str) -> str:
-    """Return an id in quotes, followed by the name of the main script unless Latin."""
-    # Double the backslashes first: a backslash in the id must not look like an escape.
+    """Return an id in quotes. The name of the main script follows if the script is not Latin."""
+    # Double the backslashes first, because a backslash in the id must not look like an escape.
     shown = _escape(text.replace("\\", "\\\\").replace("'", "\\'"))
     main = _main_script(text)
     return f"'{shown}'" if main in {None, "LATIN"} else f"'{shown}' ({main})"
 
 
 def identity(text: str) -> str:
-    """Return an id, or another short text, for printing: in quotes if the text could be mistaken."""
+    """Return an id, or another short text, for printing. The text is in quotes if it could be mistaken."""
     shown = quoted(text)
     is_plain = shown == f"'{text}'" and text == text.strip() and unicodedata.is_normalized("NFC", text)
     return text if is_plain and not text.startswith('"') else shown
 
 
 def escape_words(text: str) -> str:
-    """Return a message with the escapes of ids, word by word, because the words may have different main scripts."""
+    """Return a message in which each word is escaped on its own, because words can have different main scripts."""
     # Do not escape the ellipsis, which homeagent's messages contain.
     return re.sub(r"[^\s…]+", lambda word: _escape(word[0]), text)

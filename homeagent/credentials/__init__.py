@@ -1,13 +1,15 @@
-"""Secrets of devices: their format, hashing and checks. This package does not use the database.
+"""Format, hashing and checks of the secrets of devices. This package does not use the database.
 
-The text of a secret alone decides between two kinds:
+There are two kinds of secrets, and the text of a secret alone decides its kind:
 
-- A *generated* secret (`generate_secret`) has 256 random bits, too many to guess. It is stored as a SHA-256.
-- Any other secret may be chosen by a person and guessed. It is stored as an Argon2id hash (RFC 9106), by default with
-  the second recommended option of section 4, 64 MiB.
+- A *generated* secret, which `generate_secret` returns, has 256 random bits and can't be guessed. The database stores a
+  SHA-256 of the secret.
+- Any other secret could be guessed, because a person can have chosen it. The database stores an Argon2id hash (RFC
+  9106). The default costs are the second recommended option of section 4, with 64 MiB.
 
-The duration of a check therefore depends on the presented secret only (`SecretHasher.check` names the exception). It
-does not reveal whether the device exists, which kind of secret the device has, or whether an older secret is valid.
+The duration of a check therefore depends only on the presented secret. `SecretHasher.check` names the only exception.
+The duration does not reveal whether the device exists, which kind of secret the device has, or whether an older secret
+is valid.
 
 `homeagent.scram` lets a device prove a secret without sending the secret.
 """

@@ -1,9 +1,9 @@
 """A counter of failed checks of guessable secrets, for each presented device id.
 
-Unknown ids count too, so a refusal does not reveal whether a device exists. Checks of generated secrets do not count
-and are not refused: a generated secret can't be guessed.
+Failed checks of unknown ids also count, so a refusal does not reveal whether a device exists. Checks of generated
+secrets do not count and are not refused, because a generated secret can't be guessed.
 
-A success does not reset the count: each success would give an attacker `per_minute` more guesses.
+A successful check does not reset the count. Otherwise each success would give an attacker `per_minute` more guesses.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ FAILED_CHECKS_PER_MINUTE = 30
 _MINUTE = timedelta(minutes=1)
 _MOST_IDS = 10_000
 
-# One lock for all instances, so that a forked child can replace the lock. Each call holds it for microseconds.
-# Reentrant, because a signal handler may check a secret while its thread holds the lock.
+# All instances share one lock, so that a forked child can replace the lock. Each call holds the lock for microseconds.
+# The lock is reentrant, because a signal handler can check a secret while its thread holds the lock.
 _lock = threading.RLock()
 
 
@@ -34,13 +34,13 @@ _Moment = tuple[datetime, float]
 
 
 def _age(begun: _Moment, now: _Moment) -> timedelta:
-    # Use the clock that moved further: see `FailedChecks`.
+    # Use the clock that moved further, as `FailedChecks` explains.
     return max(now[0] - begun[0], timedelta(seconds=now[1] - begun[1]))
 
 
 @dataclass(slots=True)
 class CheckAttempt:
-    """One check of a secret. Set `failed` if the secret is wrong; otherwise the check does not count."""
+    """One check of a secret. Set `failed` if the secret is wrong. A check with a right secret does not count."""
 
     failed: bool = False
 
@@ -49,14 +49,15 @@ class FailedChecks:
     """Counts the failed checks of each id, and refuses checks of an id with `per_minute` failures within a minute.
 
     The counts are in the memory of one process. A check counts from its start, so concurrent checks can't exceed the
-    limit, and is removed if it does not fail.
+    limit. If the check does not fail, it is removed from the count.
 
-    If `most_ids` ids failed within the last minute, a new id replaces the id with the fewest failures. To remove a
-    count of 30, an attacker needs 30 failed checks of each other id within a minute: 300,000 slow hashes, far more than
-    one process computes. Replacing the oldest id instead would need only 10,000.
+    If `most_ids` ids have failures within the last minute, a new id replaces the id with the fewest failures. To remove
+    a count of 30, an attacker needs 30 failed checks of each other id within a minute. These are 300,000 slow hashes,
+    far more than one process computes. If a new id replaced the oldest id instead, 10,000 slow hashes would be enough.
 
-    A minute ends when either clock has moved by a minute. A wall clock that stands still or was set back therefore does
-    not refuse a device for longer. A wall clock that was set forward allows `per_minute` more guesses.
+    A minute ends when the wall clock or the monotonic clock has moved by a minute. If the wall clock stands still or is
+    set back, a device is therefore not refused for longer. If the wall clock is set forward, an attacker gets
+    `per_minute` more guesses.
 
     Args:
         clock: the database's clock.
@@ -101,7 +102,7 @@ class FailedChecks:
             if len(failed) >= self._per_minute:
                 raise TooManyAttemptsError(
                     f"{len(failed)} checks of a secret of device {device_id!r} failed within a minute or are under way",
-                    # By the database's clock; at most a minute, even if the clock was set back.
+                    # Use the database's clock. The wait is at most a minute, even if the clock was set back.
                     retry_after=_MINUTE - max(timedelta(0), *(now[0] - begun for begun, _ in failed)),
                     device_id=device_id,
                 )
@@ -125,7 +126,7 @@ class FailedChecks:
 
 
 def _renew_lock() -> None:
-    # A thread of the parent may have held the lock. It does not exist in the forked child.
+    # A thread of the parent can have held the lock, and that thread does not exist in the forked child.
     global _lock
     _lock = threading.RLock()
 

@@ -15,11 +15,14 @@ from homeagent.errors import TooManyAttemptsError
 __all__ = ["FairSemaphore"]
 
 _RETRY_AFTER = timedelta(seconds=1)
-"""Suggested wait of a caller if the queue is full: the time of a few hashes."""
+"""Suggested wait of a caller if the queue is full. A second is the time of a few hashes."""
 
 
 class FairSemaphore:
-    """A semaphore that `places` callers may hold at the same time, 1 or more. In a forked child all places are free."""
+    """A semaphore that `places` callers can hold at the same time.
+
+    The number `places` is 1 or more. In a forked child all places are free.
+    """
 
     def __init__(self, places: int) -> None:
         self._places = places
@@ -27,7 +30,7 @@ class FairSemaphore:
         _all.add(self)
 
     def _reset(self) -> None:
-        # Reentrant, because a signal handler may take a place while its thread holds this lock.
+        # The lock is reentrant, because a signal handler can take a place while its thread holds this lock.
         self._lock = threading.RLock()
         self._free = self._places
         self._queue: deque[threading.Event] = deque()
@@ -46,7 +49,7 @@ class FairSemaphore:
                 self._free += 1
 
     def _leave_queue(self, handed_over: threading.Event) -> bool:
-        """Leave the queue. Return False if another caller has handed a place over already."""
+        """Leave the queue. Return False if another caller has already handed over a place."""
         with self._lock:
             if handed_over.is_set():
                 return False
@@ -68,7 +71,8 @@ class FairSemaphore:
         try:
             return handed_over.wait(timeout) or not self._leave_queue(handed_over)
         except BaseException:
-            # Ctrl-C while waiting: release a place that was handed over, or no caller can take it again.
+            # After Ctrl-C during the wait, release a place that was handed over. Otherwise no caller could take the
+            # place again.
             if not self._leave_queue(handed_over):
                 self._release()
             raise
@@ -79,7 +83,7 @@ class FairSemaphore:
 
         Args:
             timeout: maximum wait for a place, in seconds.
-            most_waiting: maximum number of waiting callers, this caller included; 0 or more.
+            most_waiting: maximum number of waiting callers, including this caller. It is 0 or more.
 
         Returns:
             False if no place became free in time.

@@ -1,4 +1,7 @@
-"""Hashing and checking of secrets: SHA-256 for a generated secret, Argon2id for any other, with bounded concurrency."""
+"""Hashing and checking of secrets, with a limited number of concurrent slow hashes.
+
+A generated secret is hashed with SHA-256, and any other secret with Argon2id.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,12 @@ _ARGON2 = re.compile(
     r"\$([A-Za-z0-9+/]{11,86})\$([A-Za-z0-9+/]{22,86})"
 )
 
-# Limits for the costs of a stored hash: a damaged hash could ask for a terabyte. The memory limit, 2 GiB, is the first
-# recommended option of RFC 9106 section 4.
+# Limits for the costs of a stored hash. Without limits, a damaged hash could ask for a terabyte. The memory limit, 2
+# GiB, is the first recommended option of RFC 9106 section 4.
 _MAX_MEMORY_COST = 2 * 1024 * 1024
 _MAX_TIME_COST = 64
 _MAX_PARALLELISM = 64
-_MEMORY_PER_THREAD = 8  # kibibytes; RFC 9106 section 3.1
+_MEMORY_PER_THREAD = 8  # in kibibytes (RFC 9106 section 3.1)
 
 _SALT_BYTES = 16
 _DIGEST_BYTES = 32
@@ -80,7 +83,7 @@ class _Argon2Hash:
 
 def _format_argon2(recipe: _Recipe, digest: bytes) -> str:
     costs = recipe.costs
-    # Argon2's text form has no padding.
+    # The base64 in Argon2's text form has no padding.
     salt, tail = (base64.b64encode(part).decode().rstrip("=") for part in (recipe.salt, digest))
     return f"$argon2id$v=19$m={costs.memory_cost},t={costs.time_cost},p={costs.parallelism}${salt}${tail}"
 
@@ -106,23 +109,25 @@ def _sha256(text: str) -> str:
     return "sha256$" + hashlib.sha256(text.encode()).hexdigest()
 
 
-# Stands for a missing hash, so that a generated secret is compared equally often for an unknown device.
+# This hash replaces a missing hash, so that a generated secret is compared equally often for an unknown device.
 _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 _MAX_STORED = 2
 
 
 @dataclass(frozen=True, slots=True)
 class SecretMatch:
-    """The result of a check. True if a stored hash matched: `if check_secret(...):`."""
+    """The result of a check. It counts as true if a stored hash matched, as in `if check_secret(...):`."""
 
     matched: int | None = None
-    """Index of the matching stored hash; None if no hash matched."""
+    """Index of the matching stored hash, or None if no hash matched."""
     replacement: str | None = field(default=None, repr=False)
-    """A new hash of the same secret. Store it in place of the matching hash, which was made with other costs than
-    today's. None if the stored hash has today's costs."""
+    """A new hash of the same secret, if the matching hash has other costs than the hasher, else None.
+
+    Store the new hash in place of the matching hash.
+    """
 
     def __bool__(self) -> bool:
-        # Do not test `matched` for truth: index 0 is a match.
+        # Do not test `matched` for truth, because index 0 is a match.
         return self.matched is not None
 
 
@@ -131,15 +136,15 @@ class SecretHasher:
     """Hashes and checks secrets with given Argon2 costs and a limited number of concurrent runs.
 
     The default costs are those of argon2-cffi, the second recommended option of RFC 9106 section 4. A hash with other
-    costs still matches. A check with the right secret returns its replacement.
+    costs still matches. A check with the right secret then returns a replacement.
 
     Args:
-        time_cost: passes over the memory, 1 to 64.
+        time_cost: number of passes over the memory, 1 to 64.
         memory_cost: memory of one run in kibibytes, from 8 for each lane to 2,097,152 (2 GiB).
         parallelism: lanes (threads) of one run, 1 to 64.
-        concurrency: maximum number of concurrent Argon2 runs. It limits the memory of hashes with these costs to
-            `concurrency * memory_cost`. Default: the number of processors, at most 4.
-        timeout: maximum wait for a run, in order of arrival.
+        concurrency: maximum number of concurrent Argon2 runs. The maximum limits the memory of hashes with these costs
+            to `concurrency * memory_cost`. Default: the number of processors, at most 4.
+        timeout: maximum time for which a caller waits for a run. The callers run in the order of arrival.
 
     Raises:
         InvalidArgumentError: if an argument is out of its bounds.
@@ -178,23 +183,24 @@ class SecretHasher:
         """Return a hash of a secret for storing.
 
         Args:
-            secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, no control character. It is not normalised.
-            beside: stored hash that stays valid together with the new hash during a rotation. The new hash takes over
-                its salt if both are Argon2 hashes, so one run checks both. A check then takes no longer, and its
-                duration does not reveal the rotation. RFC 9106 section 3.1 asks for a salt for each password, so that
-                one guess can't be tried on many accounts; here both hashes belong to one device. Leave `beside` out
-                if the old secret becomes invalid at once.
-            waiting: maximum number of waiting callers of this hasher, this caller included.
+            secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8 and no control character. The text is not
+            normalised.
+            beside: stored hash that stays valid together with the new hash during a rotation. If both are Argon2
+                hashes, the new hash takes over the salt of the stored hash, so one run checks both hashes. A check then
+                takes no longer, and the duration of a check does not reveal the rotation. RFC 9106 section 3.1 asks for
+                a salt for each password, so that one guess can't be tried on many accounts. Here both hashes belong to
+                one device. Leave `beside` out if the old secret becomes invalid at once.
+            waiting: maximum number of waiting callers of this hasher, including this caller.
 
         Returns:
-            `sha256$` and 64 hex digits for a generated secret, else Argon2's text form, `$argon2id$v=19$…`. At most
-            256 characters.
+            A text of at most 256 characters. For a generated secret, the text is `sha256$` and 64 hex digits. For any
+            other secret, the text is Argon2's text form, `$argon2id$v=19$…`.
 
         Raises:
             InvalidArgumentError: if the secret is unusable. The message does not show the secret.
-            TooManyAttemptsError: if `waiting` callers wait already. Not raised for a generated secret.
-            DatabaseBusyError: if no run became possible within `timeout`: try again later.
-            MemoryError: if the system refused memory or threads to Argon2.
+            TooManyAttemptsError: if `waiting` callers already wait. A generated secret does not raise this error.
+            DatabaseBusyError: if no run could start within `timeout`. Try again later.
+            MemoryError: if the system did not give Argon2 enough memory or threads.
         """
         text = secret_text(secret)
         if is_generated(text):
@@ -206,24 +212,24 @@ class SecretHasher:
     def check(self, secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
         """Check a presented secret against the stored hashes of one device.
 
-        The duration depends on the presented secret only: one SHA-256 for a generated secret, no hash for an unusable
-        secret, one Argon2 run for any other, even for an unknown device.
+        The duration depends only on the presented secret. A generated secret takes one SHA-256, an unusable secret
+        takes no hash, and any other secret takes one Argon2 run. The duration is the same for an unknown device.
 
-        Exception: a stored hash with other costs needs a run with those costs, and so does a second hash with another
-        salt. Store the `replacement` to end the exception.
+        There is one exception. A stored hash with other costs needs a run with those costs, and a second hash with
+        another salt needs a second run. Store the `replacement` to end the exception.
 
         Args:
             secret: presented secret, of any length.
-            stored: at most 2 hashes: the present hash, and the previous hash while that is valid; empty for an unknown
-                device. A damaged hash or a hash of an unknown kind does not match. A generated secret does not match
-                an Argon2 hash.
-            waiting: maximum number of waiting callers of this hasher, this caller included.
+            stored: at most 2 hashes: the present hash, and the previous hash while the previous secret is valid. For an
+                unknown device, pass an empty sequence. A damaged hash or a hash of an unknown kind does not match. A
+                generated secret does not match an Argon2 hash.
+            waiting: maximum number of waiting callers of this hasher, including this caller.
 
         Raises:
             InvalidArgumentError: if `stored` has more than 2 hashes, or is a string.
-            TooManyAttemptsError: if `waiting` callers wait already. Not raised for a generated secret.
-            DatabaseBusyError: if no run became possible within `timeout`: try again later.
-            MemoryError: if the system refused memory or threads to Argon2.
+            TooManyAttemptsError: if `waiting` callers already wait. A generated secret does not raise this error.
+            DatabaseBusyError: if no run could start within `timeout`. Try again later.
+            MemoryError: if the system did not give Argon2 enough memory or threads.
         """
         if isinstance(stored, str) or len(stored) > _MAX_STORED:
             raise InvalidArgumentError(f"stored must be a sequence of at most {_MAX_STORED} hashes")
@@ -235,15 +241,16 @@ class SecretHasher:
     def _check_generated(self, text: str, stored: Sequence[str]) -> SecretMatch:
         presented = _sha256(text).encode()
         hashes = [*stored, _DECOY_HASH, _DECOY_HASH][:_MAX_STORED]
-        # Compare bytes: compare_digest raises for text outside ASCII. "replace": a stored surrogate must not raise.
+        # Compare bytes, because `compare_digest` raises an error for text outside ASCII. Encode with "replace", because
+        # a stored surrogate must not raise an error.
         same = [hmac.compare_digest(presented, one.encode(errors="replace")) for one in hashes]
         return SecretMatch(next((index for index, yes in enumerate(same[: len(stored)]) if yes), None))
 
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         hashes = [_parse_argon2(one) for one in stored]
         if not any(hashes):
-            _parse_argon2(self._decoy_text)  # 30 µs, which would tell an unknown device from a known one
-        # A dictionary as an ordered set. The decoy costs the same run if the device has no Argon2 hash.
+            _parse_argon2(self._decoy_text)  # without these 30 µs, an unknown device would be faster
+        # The dictionary is used as an ordered set. If the device has no Argon2 hash, the decoy costs the same run.
         recipes = dict.fromkeys(one.recipe for one in hashes if one is not None) or {self._decoy: None}
         digests = {recipe: self._run(text, recipe, waiting) for recipe in recipes}
         same = [one is not None and hmac.compare_digest(digests[one.recipe], one.digest) for one in hashes]
@@ -255,7 +262,8 @@ class SecretHasher:
             return SecretMatch(matched)
         others = [one for index, one in enumerate(stored) if index != matched]
         replacement = None
-        # The secret was right, so accept the device even if the new hash gets no run. The next check tries again.
+        # The secret was right, so accept the device even if no run for the new hash can start. The next check tries
+        # again.
         with suppress(DatabaseBusyError, TooManyAttemptsError):
             replacement = self.hash(text, beside=others[0] if others else None, waiting=waiting)
         return SecretMatch(matched, replacement)
@@ -296,7 +304,7 @@ class SecretHasher:
                 ) from error
 
 
-# One hasher for the whole process, so that `concurrency` limits all callers.
+# The whole process uses one hasher, so that `concurrency` limits all callers.
 _default = SecretHasher()
 
 
@@ -304,8 +312,8 @@ _default = SecretHasher()
 def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
     """Return a hash of a secret for storing. Arguments, result and errors are those of `SecretHasher.hash`.
 
-    The costs are the defaults of `SecretHasher`. The timeout is 30 seconds, and `waiting` counts all slow hashes of the
-    process.
+    The costs are the defaults of `SecretHasher`. The timeout is 30 seconds, and the argument `waiting` limits the slow
+    hashes of the whole process.
     """
     return _default.hash(secret, beside=beside, waiting=waiting)
 
@@ -313,7 +321,7 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
 def check_secret(secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
     """Check a presented secret. Arguments, result and errors are those of `SecretHasher.check`.
 
-    The costs are the defaults of `SecretHasher`. The timeout is 30 seconds, and `waiting` counts all slow hashes of the
-    process.
+    The costs are the defaults of `SecretHasher`. The timeout is 30 seconds, and the argument `waiting` limits the slow
+    hashes of the whole process.
     """
     return _default.check(secret, stored, waiting=waiting)

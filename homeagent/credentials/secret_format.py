@@ -1,7 +1,7 @@
 """Format of secrets, and generation of secrets.
 
 A secret has 1 to 512 characters, at most 1,024 bytes of UTF-8, and no control character. homeagent neither strips nor
-normalises it.
+normalises the secret.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ __all__ = [
 MAX_SECRET_CHARACTERS = 512
 MAX_SECRET_BYTES = 1024
 
-# Control characters and lone surrogates. A surrogate has no UTF-8: str.encode() would show the secret in its error.
+# The pattern finds control characters and lone surrogates. A surrogate has no UTF-8, so the error of `str.encode()`
+# would show the secret.
 _UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -47,7 +48,7 @@ def reveal(secret: SecretStr | str) -> str:
 
 
 def what_is_wrong(text: str) -> str | None:
-    """Return why the text is not a usable secret, without showing the text, or None if the text is usable."""
+    """Return the reason if the text is not a usable secret, else None. The reason does not show the text."""
     if not 1 <= len(text) <= MAX_SECRET_CHARACTERS:
         return f"a secret must have 1 to {MAX_SECRET_CHARACTERS} characters, and this has {len(text)}"
     if _UNUSABLE.search(text):
@@ -79,8 +80,9 @@ def generate_secret() -> SecretStr:
     """Return a new secret of 256 random bits, for a device that can store a secret.
 
     Returns:
-        52 characters: `ha1_`, then 32 random bytes and a CRC-32 over prefix and bytes, in unpadded base64url (RFC 4648
-        section 5). `is_generated` recognises the secret by the checksum.
+        A text of 52 characters. After the prefix `ha1_`, the text has 32 random bytes and a CRC-32 in base64url (RFC
+        4648 section 5). The CRC-32 is computed over the prefix and the random bytes. The function `is_generated`
+        recognises the secret by the CRC-32.
     """
     from pydantic import SecretStr
 
@@ -92,8 +94,9 @@ def generate_secret() -> SecretStr:
 def is_generated(secret: SecretStr | str) -> bool:
     """Return whether a secret has the format of `generate_secret`.
 
-    Of the other texts with this prefix, length and alphabet, 1 in 2**32 has a matching checksum. Do not produce the
-    format by other means: a secret in this format is stored as a SHA-256, which is safe only for 256 random bits.
+    If another text has the same prefix, length and alphabet, its checksum matches with a probability of 1 in 2**32. Do
+    not create secrets in this format by other means. Such a secret is stored as a SHA-256, which is safe only for 256
+    random bits.
     """
     found = _GENERATED.fullmatch(reveal(secret))
     if found is None:
@@ -103,5 +106,5 @@ def is_generated(secret: SecretStr | str) -> bool:
 
 
 def needs_slow_hash(secret: SecretStr | str) -> bool:
-    """Return whether a check of the secret runs Argon2: the secret is usable and not a generated secret."""
+    """Return whether a check of the secret runs Argon2, because the secret is usable and not a generated secret."""
     return what_is_wrong(reveal(secret)) is None and not is_generated(secret)

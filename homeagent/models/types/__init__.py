@@ -1,4 +1,4 @@
-"""Field types and column types: text, timestamps, JSON, enums and flags.
+"""Types of fields and columns for text, timestamps, JSON, enums and flags.
 
 Models validate fields, and stores validate arguments, by the same functions of this package.
 """
