@@ -184,7 +184,7 @@ class SecretHasher:
 
         Args:
             secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8 and no control character. The text is not
-            normalised.
+                normalised.
             beside: stored hash that stays valid together with the new hash during a rotation. If both are Argon2
                 hashes, the new hash takes over the salt of the stored hash, so one run checks both hashes. A check then
                 takes no longer, and the duration of a check does not reveal the rotation. RFC 9106 section 3.1 asks for

@@ -176,7 +176,7 @@ class Attempt:
         lease_expires_at: timestamp from which on the attempt is abandoned.
         expires_at: end of the time for which the outcome is replayed.
         ttl: time for which the outcome is replayed. If the outcome comes after `expires_at`, the time starts at the
-        outcome.
+            outcome.
         owner: random token of this attempt.
     """
 

@@ -103,7 +103,7 @@ class AgentStore(Store):
 
         Args:
             limit: maximum number of agents, 1 or more.
-            after: id of the last agent on the previous page. None (the default) selects the first page.
+            after: id of the last agent on the previous page. Default: the first page.
         """
         return self._unit.all(
             _list(after=after is not None),

@@ -173,11 +173,11 @@ class DeviceStore(Store):
         """Return a page of devices, ordered by id.
 
         Args:
-            approved: True selects approved devices, False selects unapproved devices. None (the default) selects both.
-            role: role of the selected devices. None (the default) selects all roles.
-            status: status of the selected devices. None (the default) selects all.
+            approved: True selects approved devices, False selects unapproved devices. Default: both.
+            role: role of the selected devices. Default: all roles.
+            status: status of the selected devices. Default: all.
             limit: maximum number of devices, 1 or more.
-            after: id of the last device on the previous page. None (the default) selects the first page.
+            after: id of the last device on the previous page. Default: the first page.
         """
         if approved is not None and not isinstance(approved, bool):
             raise InvalidArgumentError("approved must be True, False or None")
@@ -224,12 +224,11 @@ class DeviceStore(Store):
 
         Args:
             device_id: id of a pending or revoked device.
-            expected_role: role that the device must have. None (the default) allows any role.
-            expected_secret_hash: hash that the device's secret must have. None (the default) allows any hash.
+            expected_role: role that the device must have. Default: any role.
+            expected_secret_hash: hash that the device's secret must have. Default: any hash.
             expected_paired_at: time at which the device must have been paired. The time differs if another device was
-            paired with the same id. None (the default) allows any time.
-            expected_status: status that a device without approval must have. None (the default) means pending. To
-            approve a revoked
+                paired with the same id. Default: any time.
+            expected_status: status that a device without approval must have. Default: pending. To approve a revoked
                 device, pass `DeviceStatus.REVOKED`.
 
         Returns:
@@ -375,8 +374,7 @@ class DeviceStore(Store):
             expected_secret_hash: stored hash that is replaced.
             secret_hash: hash of the new secret.
             proof_verifier: verifier of the new secret's proofs, or None if the device can't make proofs.
-            previous_until: end of the overlap, during which the old secret also works. None (the default) means no
-            overlap.
+            previous_until: end of the overlap, during which the old secret also works. Default: no overlap.
 
         Returns:
             False if the device does not exist, or has another hash.

@@ -116,7 +116,7 @@ class NonceStore(Store):
             nonce: nonce of the signed message.
             expires_at: signed timestamp plus the allowed skew. From that time on, the message is too old.
             limit: maximum number of the device's nonces. Expired nonces do not count. Several processes together can
-            exceed the limit, as `_has_room` explains.
+                exceed the limit, as `_has_room` explains.
 
         Returns:
             False if the nonce was used before, even if the device is at the limit. Also False if `expires_at` has

@@ -246,12 +246,12 @@ class SessionStore(Store):
         The session with the latest activity comes first. Sessions with equal times are ordered by id, descending.
 
         Args:
-            agent_id: agent of the selected sessions. None (the default) selects all agents.
-            sender_id: sender of the selected sessions. None (the default) selects all senders.
-            channel_id: channel of the selected sessions. None (the default) selects all channels.
+            agent_id: agent of the selected sessions. Default: all agents.
+            sender_id: sender of the selected sessions. Default: all senders.
+            channel_id: channel of the selected sessions. Default: all channels.
             limit: maximum number of sessions, 1 or more.
-            after: last session of the previous page. None (the default) selects the first page. If a session is added
-                or touched between two calls, the next page still neither repeats nor skips other sessions.
+            after: last session of the previous page. Default: the first page. If a session is added or touched between
+                two calls, the next page still neither repeats nor skips other sessions.
         """
         if after is not None and not isinstance(after, AgentSession):
             raise InvalidArgumentError("after must be the last session of the page before")

@@ -98,7 +98,7 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
 
     Args:
         unless: function that finds out whether a write is needed, as `Access` explains. Default: the method always
-        writes.
+            writes.
         stream: whether the method reads an iterable, which a second run would find empty.
     """
 
