@@ -1,8 +1,8 @@
 """Compare sizes and commit subjects with the limits in pyproject.toml, `[tool.homeagent.limits]`.
 
-Run as `python3 .ci/limits.py` in a checkout. The exit status is 1 if a function or a module of homeagent/ has more
-lines than the limit, or if a commit's subject has more characters. Commits up to the
-one that added this script are exempt.
+Run `python3 .ci/limits.py` in a checkout. The exit status is 1 if a function or a module of homeagent/ has more lines
+than the limit, or if a commit's subject has more characters than the limit. The commit that added this script and all
+earlier commits are exempt.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def read_limits(root: Path = ROOT) -> dict[str, Any]:
-    """Return the table of limits."""
+    """Return the table `[tool.homeagent.limits]` of pyproject.toml."""
     settings: dict[str, Any] = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     limits: dict[str, Any] = settings["tool"]["homeagent"]["limits"]
     return limits
 
 
 def long_modules(package: Path, limit: int) -> Iterator[str]:
-    """Yield a complaint about each module with too many lines."""
+    """Yield a complaint about each module that has more lines than `limit`."""
     for path in sorted(package.rglob("*.py")):
         lines = len(path.read_text(encoding="utf-8").splitlines())
         if lines > limit:
@@ -34,7 +34,7 @@ def long_modules(package: Path, limit: int) -> Iterator[str]:
 
 
 def long_functions(package: Path, limit: int) -> Iterator[str]:
-    """Yield a complaint about each function with too many lines; its docstring counts, its decorators do not."""
+    """Yield a complaint about each function that has more lines than `limit`. Docstrings count, decorators do not."""
     for path in sorted(package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -44,15 +44,15 @@ def long_functions(package: Path, limit: int) -> Iterator[str]:
 
 
 def long_subjects(root: Path, limit: int) -> Iterator[str]:
-    """Yield a complaint about each commit after the gate's introduction whose subject is too long."""
+    """Yield a complaint about each commit with a too long subject, if the commit is later than this script."""
     if not (root / ".git").exists():
-        return  # an unpacked sdist
+        return  # This is an unpacked sdist, which has no commits.
 
     def git(*arguments: str) -> list[str]:
         done = subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True)
         return done.stdout.splitlines()
 
-    # In a shallow clone the oldest commit seems to add every file: then only the commits after it are read.
+    # In a shallow clone the oldest commit seems to add every file. Then this loop reads only the later commits.
     introduced = git("log", "--diff-filter=A", "--format=%H", "--", ".ci/limits.py")
     span = f"{introduced[-1]}..HEAD" if introduced else "HEAD..HEAD"
     for line in git("log", "--no-merges", "--format=%h %s", span):
@@ -62,7 +62,7 @@ def long_subjects(root: Path, limit: int) -> Iterator[str]:
 
 
 def main() -> int:
-    """Print each complaint, and return the exit status."""
+    """Print each complaint. Return the exit status: 1 if there is a complaint, otherwise 0."""
     limits = read_limits()
     complaints = [
         *long_modules(ROOT / "homeagent", limits["module_lines"]),

@@ -1,13 +1,14 @@
-"""Measure how hard sentences are to read, and compare with `[tool.homeagent.limits.prose]` in pyproject.toml.
+"""Measure how hard sentences are to read. The limits are in pyproject.toml, `[tool.homeagent.limits.prose]`.
 
-Run as `python3 .ci/prose.py` in a checkout; `--list` prints the sentences that count. There are three measures, for the
-documentation (README, CONTRIBUTING, CHANGELOG, SECURITY, docs/) and for the docstrings and comments of homeagent/:
+Run `python3 .ci/prose.py` in a checkout. The option `--list` also prints each sentence that raises a measure. The
+script takes three measures of the documentation (README, CONTRIBUTING, CHANGELOG, SECURITY, docs/), and the same three
+of the docstrings and comments of homeagent/:
 
-clauses    sentences that begin with a who, what or where clause, in percent
-pronouns   it, that, one, they and the like, per 1,000 words
-negatives  nobody, something, never and the like, per 1,000 words
+clauses    percentage of the sentences that begin with a who, what or where clause
+pronouns   number of pronouns (it, that, one, they and similar words) per 1,000 words
+negatives  number of words such as nobody, something and never, per 1,000 words
 
-A sentence that names its subject is understood at first reading. The exit status is 1 if a measure is over its limit.
+A sentence that names its subject is understood at first reading. The exit status is 1 if a measure exceeds its limit.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Split a paragraph, and leave out fragments of fewer than four words."""
-    text = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", text)  # a link counts as its text
+    """Yield the sentences of a paragraph that have at least four words."""
+    text = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", text)  # Keep only the text of a link.
     text = " ".join(re.sub(r"`+([^`]*)`+", r"\1", text).split())
     for sentence in re.split(r"(?<=[.!?])[\"')\]]?\s+(?=[A-Z\"'(0-9])", text):
         if len(WORD.findall(sentence)) >= 4:
@@ -39,9 +40,9 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def of_markdown(source: str) -> Iterator[str]:
-    """Yield the sentences of paragraphs, list items and table cells; code and headings do not count."""
+    """Yield the sentences of paragraphs, list items and table cells, without code blocks and headings."""
     source = re.sub(r"^\s*```.*?```|<!--.*?-->", "\n\n", source, flags=re.DOTALL | re.MULTILINE)
-    # A heading, a list item and a table's row end the paragraph before and begin another one.
+    # A heading, a list item and a table's row each end the paragraph before.
     source = re.sub(r"^\s*(?:[-*+]|\d+\.)\s", "\n\n", source, flags=re.MULTILINE)
     source = re.sub(r"^#.*$", "\n\n", source, flags=re.MULTILINE)
     source = re.sub(r"^\s*\|.*\|\s*$", lambda row: row[0].replace("|", "\n\n"), source, flags=re.MULTILINE)
@@ -50,7 +51,7 @@ def of_markdown(source: str) -> Iterator[str]:
 
 
 def of_python(source: str) -> Iterator[str]:
-    """Yield the sentences of docstrings and comments. The entries of `Args:`, `Raises:` and so on begin anew."""
+    """Yield the sentences of docstrings and comments. Each entry of `Args:`, `Raises:` and so on is a new paragraph."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             docstring = ast.get_docstring(node) or ""
@@ -63,7 +64,7 @@ def of_python(source: str) -> Iterator[str]:
 
 
 def of_comments(source: str) -> Iterator[str]:
-    """Yield the sentences of comments; those on consecutive lines are one paragraph."""
+    """Yield the sentences of comments. Comments on consecutive lines form one paragraph."""
     paragraph, last = "", 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         text = token.string.lstrip("# ")
@@ -76,7 +77,7 @@ def of_comments(source: str) -> Iterator[str]:
 
 
 def measure(found: Iterable[str]) -> dict[str, float]:
-    """Return the three measures of these sentences."""
+    """Return the three measures of the sentences in `found`."""
     found = list(found)
     words = sum(len(WORD.findall(sentence)) for sentence in found) or 1
     return {
@@ -87,7 +88,7 @@ def measure(found: Iterable[str]) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the measures with their limits, and return the exit status."""
+    """Print the measures with their limits. Return the exit status: 1 if a measure exceeds its limit, otherwise 0."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     limits: dict[str, dict[str, float]] = settings["tool"]["homeagent"]["limits"]["prose"]
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]

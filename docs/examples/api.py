@@ -1,8 +1,8 @@
-"""The store over HTTP. Requests and replies are homeagent's models; each handler opens its own unit of work.
+"""Serve the store over HTTP. Requests and replies are homeagent's models. Each handler opens its own unit of work.
 
     uvicorn --factory docs.examples.api:create_app
 
-This example does not authenticate its callers. Add authentication first: a caller can approve devices.
+This example does not authenticate its callers. Add authentication first, because every caller can approve devices.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from homeagent.fastapi import error_replies, install_error_handlers
 
 
 class PairReply(BaseModel):
-    """A device that has paired and is pending."""
+    """Reply to a pairing request: a device that waits for approval, and its secret."""
 
     device: DevicePublic
     shared_secret: str | None
-    """The generated secret, shown only here; null if the device sent its own."""
+    """The generated secret, which only this reply shows; null if the device sent its own secret."""
 
 
 class Changed(BaseModel):
-    """Whether the call changed the row."""
+    """Reply that says whether the call changed the row."""
 
     changed: bool
 
@@ -47,7 +47,8 @@ def create_app(database: Database | None = None) -> FastAPI:
     """Return the application.
 
     Args:
-        database: stays open at the end. None: open the default database, and close it at the end.
+        database: the store. The application does not close this database. If None, the application opens the default
+            database, and closes that database at the end.
     """
     opened = database is None
     store = Database.open() if database is None else database
@@ -105,7 +106,8 @@ def _add_devices(app: FastAPI, database: Database) -> None:
         expected_paired_at: AwareDatetime,
         expected_status: DeviceStatus = DeviceStatus.PENDING,
     ) -> Changed:
-        # The state that the admin saw. Another device under this id, or a revocation since, gets status 409.
+        # The `expected_` arguments hold the state that the admin saw. If this state has changed, because the device
+        # was replaced or revoked, the reply has status 409.
         with database.unit_of_work() as unit:
             changed = unit.devices.approve(
                 device_id,
@@ -177,7 +179,7 @@ def _add_sessions(app: FastAPI, database: Database) -> None:
         with database.unit_of_work(read_only=True) as unit:
             last = None if after is None else unit.sessions.get(after)
             if last is not None and after_active_at is not None:
-                # The end of the page before; the session may have been active since.
+                # The previous page ended at this time. The session may have been active since then.
                 last = last.model_copy(update={"last_active_at": after_active_at})
             found = unit.sessions.list(
                 agent_id=agent_id, sender_id=sender_id, channel_id=channel_id, limit=limit, after=last

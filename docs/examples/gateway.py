@@ -3,8 +3,8 @@
     python docs/examples/gateway.py [--trace FILE] [--database FILE]
 
 Without `--database` the example uses a temporary database. A second run with the same `--database` starts its clock at
-the beginning of the trace again. The store refuses messages whose nonces it still has, and accepts messages whose
-nonces were swept. With a real clock these messages would be too old.
+the beginning of the trace again. The store then refuses the messages whose nonces are still stored. It accepts the
+messages whose nonces were swept, but with a real clock these messages would be too old.
 
 The trace has no signatures. A real gateway calls `verify_secret` or `verify_proof` before it consumes a nonce.
 """
@@ -43,10 +43,10 @@ from homeagent import (
 TRACE = Path(__file__).resolve().parents[2] / "tests" / "fixtures" / "gateway.jsonl.gz"
 
 NONCE_LIFE = timedelta(hours=24)
-"""How old a signed message may be: the nonce is stored for as long."""
+"""Maximum age of a signed message, and the time for which its nonce is stored."""
 
 RESULT_LIFE = timedelta(hours=24)
-"""How long a retry gets the stored result."""
+"""Time for which a retry gets the stored result."""
 
 SWEEP_EVERY = timedelta(days=1)
 METHOD = "message.send"
@@ -54,10 +54,10 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Event(TypedDict):
-    """One line of the trace: a received message."""
+    """One line of the trace, which is a received message."""
 
     at: int
-    """When the message was signed and received, in milliseconds since 1970."""
+    """Time at which the message was signed and received, in milliseconds since 1970."""
     device: str
     sender: str
     channel: str
@@ -69,7 +69,7 @@ class Event(TypedDict):
 
 @dataclass
 class Tally:
-    """Counts of the gateway's work."""
+    """Counts of the messages that a gateway handled, and of their results."""
 
     events: int = 0
     paired: int = 0
@@ -81,7 +81,7 @@ class Tally:
 
 
 def read_trace(path: Path) -> list[Event]:
-    """Return the events of a trace, JSON lines, compressed or not."""
+    """Return the events of a trace. The file has JSON lines, and may be compressed."""
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
@@ -93,12 +93,12 @@ class TraceClock:
         self.now = EPOCH
 
     def __call__(self) -> datetime:
-        """Return that time."""
+        """Return the time of the current event."""
         return self.now
 
 
 class Gateway:
-    """Accepts each message once, and stores an answer."""
+    """A gateway that accepts each message once, and stores an answer."""
 
     def __init__(self, database: Database, clock: TraceClock) -> None:
         self.database = database
@@ -108,7 +108,7 @@ class Gateway:
         self._next_sweep: datetime | None = None
 
     def handle(self, event: Event) -> None:
-        """Handle one message, in two units of work if the device is known."""
+        """Handle one message. If the device is known, this takes two units of work."""
         now = self.clock.now = EPOCH + timedelta(milliseconds=event["at"])
         self.tally.events += 1
         if self._next_sweep is None:
@@ -120,7 +120,7 @@ class Gateway:
         if event["device"] not in self._known and not self._welcome(event["device"]):
             self.tally.unapproved_refused += 1
             return
-        # Consume the nonce in a unit of its own: a later error must not roll it back.
+        # Consume the nonce in a separate unit, because a later error must not roll the nonce back.
         with self.database.unit_of_work() as unit:
             fresh = unit.nonces.consume(event["device"], event["nonce"], expires_at=now + NONCE_LIFE)
         if fresh:
@@ -153,7 +153,7 @@ class Gateway:
         return True
 
     def _answer(self, unit: UnitOfWork, event: Event) -> None:
-        """Create the agent and session if absent, and store the answer, in one commit."""
+        """Create the agent and the session if they are absent, and store the answer, all in one commit."""
         unit.devices.update_last_seen(event["device"])
         scope = IdempotencyScope(device_id=event["device"], method=METHOD, key=event["key"])
         if unit.agents.find_by_id(event["agent"]) is None:
@@ -170,7 +170,7 @@ class Gateway:
             )
         unit.sessions.touch(event["session"])
         if unit.idempotency_keys.find(scope) is not None:
-            # The stored `result` is the answer; the effect does not happen again.
+            # The stored `result` is the answer. The effect does not happen again.
             self.tally.retries_answered += 1
         else:
             answer: JsonValue = {"session": event["session"], "accepted_at": self.clock.now.isoformat()}
@@ -193,7 +193,7 @@ def replay(events: Sequence[Event], target: Path, console: Console) -> Table:
 
 
 def summary(tally: Tally, before: dict[str, int], after: dict[str, int]) -> Table:
-    """Return the table that is shown at the end.
+    """Return the table of counts that the example prints at the end.
 
     Args:
         tally: the gateway's counts.
@@ -223,9 +223,9 @@ def summary(tally: Tally, before: dict[str, int], after: dict[str, int]) -> Tabl
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Replay a gateway's trace at its own times.")
+    parser = argparse.ArgumentParser(description="Replay a gateway's messages at their recorded times.")
     parser.add_argument("--trace", type=Path, default=TRACE, help="JSON lines, compressed if the name ends in .gz")
-    parser.add_argument("--database", type=Path, help="a file to keep; by default a temporary one")
+    parser.add_argument("--database", type=Path, help="the database file (default: a temporary file)")
     options = parser.parse_args(arguments)
     console = Console()
     with ExitStack() as stack:

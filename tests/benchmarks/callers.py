@@ -20,12 +20,12 @@ from tests.benchmarks.operations import BASELINE, DURABILITIES, opened
 
 __all__ = ["measure"]
 
-CROWDED = "nonce consume, a device with 5,000"
-ONCE = "run_once of an empty effect"
-LONE = "a lone caller through run"
+CROWDED = "nonce consume, device with 5,000 nonces"
+ONCE = "run_once with an empty effect"
+LONE = "run with only one caller"
 TASKS = "durable commits of 256 asyncio callers"
 THREADS = "durable commits of 64 threads"
-SWEEP = "p99 of a writer during a sweep"
+SWEEP = "p99 of a write during a sweep"
 
 CLAIM = "INSERT INTO idempotency_keys VALUES (?, ?, ?, '', ?, ?)"
 COMPLETE = "UPDATE idempotency_keys SET result = ? WHERE device_id = ? AND method = ? AND key = ?"

@@ -1,4 +1,4 @@
-"""The rows of the report: the measured operation, the baseline and the goal."""
+"""Rows of the report. A row has the measured operation, the baseline and the goal."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 __all__ = ["ROWS", "Figure", "Row", "Verdict", "judge"]
 
 READ = "autocommit `SELECT`"
-WRITE = "`BEGIN IMMEDIATE`, one statement, `COMMIT`"
-ONE_BY_ONE = "one caller that commits one by one by hand"
+WRITE = "a `BEGIN IMMEDIATE` transaction with one statement"
+ONE_BY_ONE = "hand-written SQL in one thread, one commit after another"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Row:
         name: the measured operation.
         against: the baseline.
         limit: the goal for the median ratio of homeagent to the baseline; None if the row has no goal.
-        at_least: whether the ratio is of rates, where more is better, and not of times.
+        at_least: True if the ratio compares rates, which should be high; False if the ratio compares times.
     """
 
     name: str
@@ -35,28 +35,28 @@ class Row:
 
 
 ROWS = (
-    Row("device by id, in a unit", READ, 2.2),
-    Row("device by id, one call", READ, 1.5),
-    Row("idempotency find, in a unit", READ, 2.5),
-    Row("idempotency find, one call", READ, 1.8),
-    Row("50 sessions of an agent, in a unit", READ, 1.5),
+    Row("find a device by id, in a unit", READ, 2.2),
+    Row("find a device by id, one call", READ, 1.5),
+    Row("find an idempotency key, in a unit", READ, 2.5),
+    Row("find an idempotency key, one call", READ, 1.8),
+    Row("list 50 sessions of an agent, in a unit", READ, 1.5),
     Row("nonce consume", WRITE, 1.2),
-    Row("nonce consume, a device with 5,000", "homeagent, a device with few nonces", 1.2),
+    Row("nonce consume, device with 5,000 nonces", "homeagent's call for a device with few nonces", 1.2),
     Row("idempotency insert", WRITE, 1.3),
     Row("last seen", WRITE, 1.5),
-    Row("run_once of an empty effect", "two hand-written transactions", 1.8),
-    Row("a lone caller through run", "homeagent, `unit_of_work`", 1.1),
+    Row("run_once with an empty effect", "two hand-written transactions", 1.8),
+    Row("run with only one caller", "homeagent's `unit_of_work`", 1.1),
     Row("durable commits of 256 asyncio callers", ONE_BY_ONE, 3.0, at_least=True),
     Row("durable commits of 64 threads", ONE_BY_ONE, 1.8, at_least=True),
-    Row("p99 of a write among 8 processes", "`BEGIN IMMEDIATE`, tried again after a random 1 to 5 ms", 3.0),
-    Row("p99 of a writer during a sweep", "homeagent, the same writer alone", 25.0),
-    Row("open after kill -9, WAL of 16 MB", "`sqlite3`: open, `SELECT count(*)`, close", 1.5),
-    Row("import and open", "`import sqlmodel`", 1.4),
-    Row("the trace, events a second", "the same messages by hand", at_least=True),
-    Row("PostgreSQL: device by id, in a unit", "psycopg: `BEGIN`, `SELECT`, `COMMIT`", 1.3),
-    Row("PostgreSQL: device by id, one call", "psycopg: autocommit `SELECT`", 1.3),
-    Row("PostgreSQL: nonce consume", "psycopg: `BEGIN`, one statement, `COMMIT`", 1.3),
-    Row("PostgreSQL: idempotency insert", "psycopg: `BEGIN`, one statement, `COMMIT`", 1.3),
+    Row("p99 of a write among 8 writing processes", "hand-written SQL that retries every 1 to 5 ms", 3.0),
+    Row("p99 of a write during a sweep", "the same writer of homeagent without a sweep", 25.0),
+    Row("open after kill -9 left a WAL of 16 MB", "`sqlite3`, which opens, counts the rows and closes", 1.5),
+    Row("import homeagent and open", "`import sqlmodel`", 1.4),
+    Row("events of the trace per second", "hand-written SQL", at_least=True),
+    Row("PostgreSQL: find a device by id, in a unit", "a psycopg transaction with one `SELECT`", 1.3),
+    Row("PostgreSQL: find a device by id, one call", "psycopg's autocommit `SELECT`", 1.3),
+    Row("PostgreSQL: nonce consume", "a psycopg transaction with one statement", 1.3),
+    Row("PostgreSQL: idempotency insert", "a psycopg transaction with one statement", 1.3),
 )
 
 
@@ -66,10 +66,10 @@ class Figure:
 
     Attributes:
         row: the name of the row.
-        durability: `full`, `normal`, or empty if no change is committed.
+        durability: `full` or `normal`; empty if the operation commits no change.
         contender: the name of the contender.
-        value: the median of the samples: seconds, or a rate per second if the row is of rates.
-        median: the median ratio to the baseline, of samples from the same round.
+        value: the median of the samples, in seconds, or as a rate per second if the row compares rates.
+        median: the median of the ratios to the baseline. Each ratio compares two samples of the same round.
         least: the smallest of these ratios.
         greatest: the greatest of these ratios.
     """
@@ -90,7 +90,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a goal was met at every durability; `met` is None if the row was not measured."""
+    """Result for a goal: whether the goal was met at every durability. `met` is None if the row was not measured."""
 
     row: Row
     figures: Sequence[Figure]

@@ -92,19 +92,19 @@ def _key(filled: Filled, i: int) -> tuple[str, str]:
 
 WORKS = (
     Work(
-        "device by id, in a unit",
+        "find a device by id, in a unit",
         lambda contender, clock, filled, i: contender.device(f"d{i % filled.devices}"),
         lambda row: field("device", row, "id"),
     ),
     Work(
-        "idempotency find, in a unit",
+        "find an idempotency key, in a unit",
         lambda contender, clock, filled, i: contender.find_key(
             f"d{i % filled.keys % filled.devices}", f"k{i % filled.keys}"
         ),
         lambda row: (field("key", row, "key"), field("key", row, "result")),
     ),
     Work(
-        "50 sessions of an agent, in a unit",
+        "list 50 sessions of an agent, in a unit",
         lambda contender, clock, filled, i: contender.sessions(f"a{i % filled.agents}", 50),
         lambda rows: [field("session", row, "session_id") for row in rows],
     ),
@@ -180,7 +180,7 @@ def check_answers(work: Work, calls: Mapping[str, Call]) -> None:
             raise BenchmarkError(f"{name}: {work.row}: answered {answer}, and should answer {expected}")
 
 
-ONE_CALL = ("device by id, one call", "idempotency find, one call")
+ONE_CALL = ("find a device by id, one call", "find an idempotency key, one call")
 
 
 def _one_call(bench: Bench, contenders: Mapping[str, tuple[Contender, Clock]]) -> None:
@@ -205,7 +205,7 @@ def _one_call(bench: Bench, contenders: Mapping[str, tuple[Contender, Clock]]) -
         bench.compare(row, "", each)
 
 
-TRACE = "the trace, events a second"
+TRACE = "events of the trace per second"
 
 
 def replay(contender: Contender, clock: Clock, events: list[Event]) -> dict[str, int]:

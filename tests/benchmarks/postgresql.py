@@ -21,7 +21,7 @@ from tests.postgresql.server import Server, find_installation
 __all__ = ["measure"]
 
 PREFIX = "PostgreSQL: "
-UNIT, ONE_CALL = f"{PREFIX}device by id, in a unit", f"{PREFIX}device by id, one call"
+UNIT, ONE_CALL = f"{PREFIX}find a device by id, in a unit", f"{PREFIX}find a device by id, one call"
 CONSUME, INSERT = f"{PREFIX}nonce consume", f"{PREFIX}idempotency insert"
 MINUTE = 60_000
 

@@ -23,9 +23,9 @@ from tests.benchmarks.operations import BASELINE
 
 __all__ = ["measure"]
 
-EIGHT = "p99 of a write among 8 processes"
-KILLED = "open after kill -9, WAL of 16 MB"
-START = "import and open"
+EIGHT = "p99 of a write among 8 writing processes"
+KILLED = "open after kill -9 left a WAL of 16 MB"
+START = "import homeagent and open"
 
 EMPTY = Filled(devices=0, agents=0, sessions=0, keys=0)
 OPEN = (

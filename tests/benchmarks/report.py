@@ -1,4 +1,4 @@
-"""The report: tables for the terminal and for docs/benchmarks.md, and the figures as JSON."""
+"""Write the report: tables for the terminal and for docs/benchmarks.md, and the figures as JSON."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def describe_run(command: str) -> dict[str, str]:
             continue
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    busy = f", busy with other work (load average {load:.1f}), so that the figures are rough" if load > 1 else ""
+    busy = f". Other programs also ran (load average {load:.1f}), so the figures are rough" if load > 1 else ""
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "command": command,
@@ -77,7 +77,7 @@ def goals_table(figures: Sequence[Figure]) -> str:
 
 
 def figures_table(figures: Sequence[Figure]) -> str:
-    """Return the table of rows with other contenders than homeagent: a column for each contender."""
+    """Return the table of the rows that also measure other libraries. Each contender has a column."""
     others = [name for name in CONTENDERS if name != BASELINE]
     lines = []
     for row in ROWS:
@@ -102,7 +102,7 @@ def write(figures: Sequence[Figure], run: Mapping[str, str], page: Path) -> None
     text = page.read_text(encoding="utf-8")
     told = (
         f"Measured {run['date']} at revision {run['revision']}, by `{run['command']}`.\n"
-        f"The machine: {run['machine']}.\nThe versions: {run['versions']}."
+        f"The machine was {run['machine']}.\nThe versions were {run['versions']}."
     )
     parts = ["## Goals", goals_table(figures), "## Every contender", figures_table(figures)]
     made = "\n\n".join([BEGIN, told, *parts, END])
