@@ -86,7 +86,7 @@ class _SharedUnit(UnitOfWork):
 
 
 class _NotSharedError(BaseException):
-    """A unit needs the ORM session, or the shared transaction was rolled back."""
+    """Raised in two cases: a unit needs the ORM session, or the shared transaction was rolled back."""
 
 
 class GroupCommit:

@@ -105,7 +105,7 @@ def derive_proof_keys(
     """Derive the keys of a secret. This takes about 2 ms for 4,096 iterations, and about 0.2 s for 600,000 iterations.
 
     Args:
-        secret: the secret. SASLprep of RFC 5802 is not used, which would only change characters outside of ASCII.
+        secret: the secret. The step SASLprep of RFC 5802 is left out: SASLprep changes only non-ASCII characters.
         parameters: parameters of the verifier, from the gateway.
         minimum_iterations: minimum that the device accepts. If the device knows the iterations of the verifier, pass
             that number. With few iterations, a false gateway could cheaply guess a human's secret.

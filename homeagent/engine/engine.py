@@ -94,7 +94,7 @@ class Engine(ABC):
         return self.sa_engine.dialect.name
 
     def pool(self, *, read_only: bool) -> ConnectionPool[StoreConnection]:
-        """Return the connection pool for reading or for writing units."""
+        """Return the connection pool of read-only units, or the connection pool of writing units."""
         if self.is_forked_copy:
             raise _invalidated()
         return self.readers if read_only else self.writers

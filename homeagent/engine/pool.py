@@ -132,7 +132,7 @@ class ConnectionPool(Generic[T]):
                 self._waited(monotonic() - since)
         if not given:
             with self._mutex:
-                # If the waiter has left the queue, the waiter was served after the timeout and before this line.
+                # If the waiter is no longer in the queue, another thread served it between the timeout and this line.
                 if waiter in self._waiters:
                     raise self._busy(timeout)
         return waiter.has_place

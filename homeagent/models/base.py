@@ -197,7 +197,7 @@ class Table(Model):
             return super().__getattr__(name)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a new, transient, validated instance with the same values except `update`.
+        """Return a new, transient, validated instance. Its values are the same, except the values in `update`.
 
         With `deep`, JSON is also copied.
         """
@@ -220,7 +220,7 @@ class Table(Model):
 
 
 def _is_loaded(instance: Table) -> bool:
-    """Return whether a store loaded the instance, and `model_fields_set` has not been read or set since."""
+    """Return True if a store loaded the instance and `model_fields_set` was neither read nor set since then."""
     try:
         _get_fields_set(instance)
     except AttributeError:

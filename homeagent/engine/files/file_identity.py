@@ -54,7 +54,7 @@ class FileIdentityCheck:
         self._path = path
         self._strict = strict
         self.monotonic = monotonic
-        # Store the paths as text, because converting a path to text takes as long as the check.
+        # Convert the paths to text once: a conversion at each check would take as long as the check.
         self._name = str(path)
         self._wal_files = [str(each) for each in sidecars(path)[:2]]
         self._identity: Identity | None = None

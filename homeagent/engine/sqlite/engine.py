@@ -436,7 +436,7 @@ class SQLiteEngine(Engine):
 
     @classmethod
     def temporary(cls, *, busy_timeout: timedelta, durability: Durability) -> SQLiteEngine:
-        """Return an engine for `:memory:`. The database is a private file with locks and a WAL, until `after_close`."""
+        """Return an engine for `:memory:`. The database is a private file, which `after_close` deletes."""
         directory = make_temporary_directory()
         try:
             path = directory / "homeagent.db"

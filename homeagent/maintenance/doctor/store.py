@@ -169,7 +169,7 @@ def _read(
     """
     columns = list(described.columns)
     names = [c.name for c in columns]
-    # Name the row of a nonce or an idempotency key by its device, because nonces and keys are secret.
+    # A finding shows the device of a nonce or an idempotency key, because nonces and keys are secret.
     named = names.index(naming_column(described))
     tests = [_test(c, connection.dialect) for c in columns]
     count, faults = 0, []

@@ -168,8 +168,8 @@ class TimestampColumn(TypeDecorator[datetime]):
         """Return the timestamp of these milliseconds, in UTC."""
         return None if value is None else loaded(self.convert_loaded, value)
 
-    # The generated code of statements uses the following attributes, without SQLAlchemy's layers. For a statement with
-    # many rows, the code uses `loaded_values`. The values are not None.
+    # The code generated for each statement reads these attributes and bypasses SQLAlchemy's layers. For a statement
+    # with many rows, the code uses `loaded_values`. The values are not None.
 
     @staticmethod
     def convert_bound(value: datetime) -> int:
