@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -267,6 +268,10 @@ class Engine(ABC):
     @abstractmethod
     def after_close(self) -> None:
         """Release the resources that the connections needed. The connections are closed by now."""
+
+    def fork_locks(self) -> Sequence[threading.RLock]:
+        """Return the mutexes of the pools of units. The caller holds them during a fork."""
+        return self.writers.mutex, self.readers.mutex
 
     @abstractmethod
     def before_fork(self) -> None:

@@ -4,12 +4,18 @@ A child process does not inherit file locks, but inherits the memory in which SQ
 connection of the child would rely on locks that the child does not hold, and the parent could delete the WAL
 (https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_). So each engine closes its
 idle connections before a fork. If a unit of work uses a connection during the fork, the child refuses to open the file.
+
+The forking thread holds the mutexes of all connection pools during the fork. Do not remove them: another thread would
+open a new connection at that moment, and the child would wait forever for a lock of SQLite that the other thread holds
+(`test_forks_under_load`).
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +29,9 @@ __all__ = ["inherit", "refuse_inherited", "register"]
 class _Forkable(Protocol):
     is_forked_copy: bool
 
+    def fork_locks(self) -> Sequence[threading.RLock]:
+        """Return the locks without which no other thread can take or return a connection."""
+
     def before_fork(self) -> None:
         """Close idle connections. A connection that remains open counts as in use."""
 
@@ -32,6 +41,11 @@ class _Forkable(Protocol):
 
 _known: weakref.WeakSet[_Forkable] = weakref.WeakSet()
 _inherited: set[tuple[int, int]] = set()
+
+# The lock of the forking thread, because two threads that fork at the same time would wait for each other's mutexes.
+# Each fork adds the list of mutexes that it holds: a signal handler can fork inside a fork of the same thread.
+_forking = threading.RLock()
+_held: list[list[threading.RLock]] = []
 
 
 def register(engine: _Forkable) -> None:
@@ -57,8 +71,20 @@ def refuse_inherited(path: Path) -> None:
 
 
 def _before() -> None:
+    _forking.acquire()
+    locks: list[threading.RLock] = []
+    _held.append(locks)
     for engine in list(_known):
+        for lock in engine.fork_locks():
+            lock.acquire()
+            locks.append(lock)
         engine.before_fork()
+
+
+def _after() -> None:
+    for lock in reversed(_held.pop()):
+        lock.release()
+    _forking.release()
 
 
 def _after_in_child() -> None:
@@ -66,8 +92,11 @@ def _after_in_child() -> None:
     # Mark all engines before the second loop, because an error in that loop must not leave a usable engine.
     for engine in engines:
         engine.is_forked_copy = True
-    for engine in engines:
-        engine.after_fork_in_child()
+    try:
+        for engine in engines:
+            engine.after_fork_in_child()
+    finally:
+        _after()
 
 
-os.register_at_fork(before=_before, after_in_child=_after_in_child)
+os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after_in_child)

@@ -55,7 +55,7 @@ class ConnectionPool(Generic[T]):
         self._name = name
         self._waited = waited
         # Do not use a plain Lock: a signal handler may use the database while the interrupted thread holds the mutex.
-        self._mutex = threading.RLock()
+        self.mutex = threading.RLock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()
         self._count = 0
@@ -84,7 +84,7 @@ class ConnectionPool(Generic[T]):
         # CPython runs a signal handler only after a call or a jump back. Do not add a call between the line that takes
         # a resource and the line that records the holder, or the interrupt tests of tests/engine/test_pool.py fail.
         try:
-            with self._mutex:
+            with self.mutex:
                 if self._closed:
                     raise _closed()
                 if self._free and not self._waiters:
@@ -103,7 +103,7 @@ class ConnectionPool(Generic[T]):
             if has_place:
                 holder = holder[0], monotonic()
                 made = self._make()
-                with self._mutex:
+                with self.mutex:
                     self._held[made] = holder
                     resource = made
         except BaseException:
@@ -131,7 +131,7 @@ class ConnectionPool(Generic[T]):
             if self._waited is not None:
                 self._waited(monotonic() - since)
         if not given:
-            with self._mutex:
+            with self.mutex:
                 # If the waiter is no longer in the queue, another thread served it between the timeout and this line.
                 if waiter in self._waiters:
                     raise self._busy(timeout)
@@ -139,7 +139,7 @@ class ConnectionPool(Generic[T]):
 
     def _leave_queue(self, waiter: _Waiter[T]) -> None:
         """Remove a waiter from the queue. If the waiter was already served, serve the next waiter instead."""
-        with self._mutex:
+        with self.mutex:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
                 return
@@ -150,7 +150,7 @@ class ConnectionPool(Generic[T]):
 
     def release(self, resource: T) -> None:
         """Pass a resource to the thread with the longest wait. If no thread waits, keep the resource for later."""
-        with self._mutex:
+        with self.mutex:
             closed = self._closed
             if closed:
                 del self._held[resource]
@@ -183,7 +183,7 @@ class ConnectionPool(Generic[T]):
 
     def discard_free(self) -> None:
         """Close the resources that no thread holds, for example the connections to a server that was restarted."""
-        with self._mutex:
+        with self.mutex:
             free, self._free = self._free, []
             self._count -= len(free)
         for resource in free:
@@ -194,7 +194,7 @@ class ConnectionPool(Generic[T]):
 
         The new resource replaces `resource`. If `resource` is None, a resource could not be created.
         """
-        with self._mutex:
+        with self.mutex:
             if resource is not None:
                 del self._held[resource]
             if self._waiters and not self._closed:
@@ -210,7 +210,7 @@ class ConnectionPool(Generic[T]):
 
         A held resource is closed when its holder releases it.
         """
-        with self._mutex:
+        with self.mutex:
             self._closed = True
             free, self._free = self._free, []
             self._count -= len(free)
@@ -222,7 +222,7 @@ class ConnectionPool(Generic[T]):
 
     def busy(self, timeout: float) -> DatabaseBusyError:
         """Return the error for a caller that has waited `timeout` seconds; the message names the holders."""
-        with self._mutex:
+        with self.mutex:
             return self._busy(timeout)
 
     def _busy(self, timeout: float) -> DatabaseBusyError:
