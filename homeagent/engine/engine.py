@@ -270,8 +270,8 @@ class Engine(ABC):
         """Release the resources that the connections needed. The connections are closed by now."""
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return the mutexes of the pools of units. The caller holds them during a fork."""
-        return self.writers.mutex, self.readers.mutex
+        """Return the locks of the pools of units. The caller holds the locks during a fork."""
+        return self.writers.making, self.readers.making, self.writers.mutex, self.readers.mutex
 
     @abstractmethod
     def before_fork(self) -> None:

@@ -56,6 +56,8 @@ class ConnectionPool(Generic[T]):
         self._waited = waited
         # Do not use a plain Lock: a signal handler may use the database while the interrupted thread holds the mutex.
         self.mutex = threading.RLock()
+        # Held while a resource is created, so that a fork can wait for the end of the creation.
+        self.making = threading.RLock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()
         self._count = 0
@@ -102,7 +104,8 @@ class ConnectionPool(Generic[T]):
                 resource = waiter.resource
             if has_place:
                 holder = holder[0], monotonic()
-                made = self._make()
+                with self.making:
+                    made = self._make()
                 with self.mutex:
                     self._held[made] = holder
                     resource = made
