@@ -264,7 +264,7 @@ class StoreConnection:
     def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
         """Run one reading statement outside a unit. The argument `act` is the name of the method to call."""
         self.check_file()
-        return getattr(self, act)(statement, parameters)
+        return self.one(statement, parameters) if act == "one" else self.all(statement, parameters)
 
     def _unread_rows(
         self, error: BaseException, compiled: Compiled[Any], parameters: Parameters

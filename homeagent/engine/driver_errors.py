@@ -208,7 +208,7 @@ def sqlite_error(error: BaseException) -> HomeAgentError:
         if isinstance(error, UnicodeError):
             # Remove the stored text from this exception, because SQLAlchemy keeps the exception as a cause.
             error.args = ()
-            error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
+            error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]  # both have it
         for driver_error, (kind, message) in _DRIVER_ERRORS.items():
             if isinstance(error, driver_error):
                 return kind(message)

@@ -240,10 +240,10 @@ def _private_errors() -> Iterator[None]:
 def _remove_private(error: BaseException) -> None:
     """Remove the server's message, whose DETAIL shows a row, and the password from an exception of psycopg."""
     if hasattr(error, "sqlstate"):
-        error.constraint = refused_by(error)  # type: ignore[attr-defined]
+        error.constraint = refused_by(error)  # type: ignore[attr-defined]  # set here, read by refused_by
         error.args = (named(error)[2:] or "the server's message is withheld",)
         # The attribute `_info` contains the server's message, and `_pgconn` the parameters of a failed connection.
-        error._info = error._pgconn = None  # type: ignore[attr-defined]
+        error._info = error._pgconn = None  # type: ignore[attr-defined]  # psycopg's own attributes
 
 
 def _on_error(context: ExceptionContext) -> BaseException | None:

@@ -220,7 +220,7 @@ class SQLiteEngine(Engine):
         try:
             with self.translated():
                 connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE 0")  # takes the snapshot
-            self._open.add(connection.connection.driver_connection)  # type: ignore[arg-type]
+            self._open.add(connection.connection.driver_connection)  # type: ignore[arg-type]  # SQLAlchemy: may be None
             self.identity_check.connected()
         except BaseException:
             connection.close()
