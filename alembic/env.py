@@ -21,7 +21,7 @@ from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.target import ENVIRONMENT_VARIABLE, resolve_target
 from homeagent.migrations import VERSION_TABLE
-from homeagent.models import metadata
+from homeagent.models import TABLES, metadata
 from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, TimestampColumn
 
 
@@ -49,7 +49,7 @@ def options(connection: Connection) -> dict[str, Any]:
         "compare_type": True,
         "compare_server_default": True,
         # Ignore the tables of a host application in the same schema.
-        "include_name": lambda name, kind, parents: kind != "table" or name in metadata.tables,
+        "include_name": lambda name, kind, parents: kind != "table" or name in TABLES,
         "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
     }
 

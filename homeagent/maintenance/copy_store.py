@@ -32,7 +32,7 @@ from homeagent.errors import (
 )
 from homeagent.migrations import REVISION, revision_of
 from homeagent.migrations.schema_drift import refuse_changed_schema
-from homeagent.models import DATA_TABLES, metadata
+from homeagent.models import DATA_TABLES, SCHEMA
 from homeagent.models.types import FlagColumn, JsonColumn, naming_column
 from homeagent.unit_of_work import UnitOfWork
 
@@ -83,9 +83,8 @@ Report = Callable[[CopyProgress], object]
 class _Table:
     """A table of homeagent. Its methods read and write stored values, without the models' types."""
 
-    def __init__(self, name: str) -> None:
-        described: Any = metadata.tables[name]
-        self.name = name
+    def __init__(self, described: Any) -> None:
+        self.name = name = described.name
         self.columns = tuple(c.name for c in described.columns)
         self.page = PAGE_WITH_JSON if any(isinstance(c.type, JsonColumn) for c in described.columns) else PAGE
         self._kinds = [
@@ -166,8 +165,7 @@ def _stored_kind(of_column: Any) -> type:
 
 @cache
 def _tables() -> tuple[_Table, ...]:
-    # In this order each table follows the tables that its foreign keys refer to.
-    return tuple(_Table(described.name) for described in metadata.sorted_tables)
+    return tuple(map(_Table, SCHEMA))
 
 
 # The copy

@@ -23,7 +23,7 @@ from sqlalchemy.schema import CreateIndex
 from homeagent.engine.sqlite.inspection import reaches, scratch_sqlite
 from homeagent.errors import SchemaChangedError, SchemaTooNewError
 from homeagent.migrations.revisions import REVISION, VERSION_TABLE, known_revisions, upgrade
-from homeagent.models import metadata
+from homeagent.models import SCHEMA, TABLES
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Table
@@ -88,7 +88,7 @@ def schema_differences(connection: Connection) -> list[Difference]:
     """
     if connection.dialect.name == "sqlite":
         return [*_sqlite_differences(connection, REVISION), *_sqlite_leftovers(connection)]
-    wanted = {name: _modelled(connection, table) for name, table in metadata.tables.items()}
+    wanted = {table.name: _modelled(connection, table) for table in SCHEMA}
     return [*_compare(wanted, _postgresql_tables(connection)), *_postgresql_triggers(connection)]
 
 
@@ -174,7 +174,7 @@ def _sqlite_tables(connection: Connection) -> _Tables:
         "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type DESC"
     ).fetchall()
     for kind, name, table, sql in rows:
-        if kind == "table" and name in {*metadata.tables, VERSION_TABLE}:
+        if kind == "table" and name in {*TABLES, VERSION_TABLE}:
             found[name] = dict(_sqlite_parts(name, _plain(sql)))
         elif kind == "index" and sql is not None and table in found:
             plain = _plain(sql)
@@ -273,7 +273,7 @@ _TRIGGERS = text(
 
 
 def _postgresql_triggers(connection: Connection) -> Iterator[Difference]:
-    for table in (*metadata.tables, VERSION_TABLE):
+    for table in (*TABLES, VERSION_TABLE):
         for kind, name in connection.execute(_TRIGGERS, {"name": table}):
             yield Difference(
                 f"{kind} {name} of {table} is not homeagent's", True, f"DROP {kind.upper()} {_name(name)} ON {table}"
@@ -282,7 +282,7 @@ def _postgresql_triggers(connection: Connection) -> Iterator[Difference]:
 
 def _postgresql_tables(connection: Connection) -> _Tables:
     found: _Tables = {}
-    for table in metadata.tables:
+    for table in TABLES:
         parts = {}
         for name, kind, not_null, default, collation, is_own in connection.execute(_COLUMNS, {"name": table}):
             definition = _column(kind, collation if is_own else None, default, not_null)

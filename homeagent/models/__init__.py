@@ -3,6 +3,8 @@
 The models of requests and replies are in `schemas`.
 """
 
+from typing import Any
+
 from homeagent.models.agent import Agent
 from homeagent.models.base import metadata
 from homeagent.models.device import Device, DeviceStatus, Role
@@ -24,6 +26,7 @@ from homeagent.models.store_record import store_table
 
 __all__ = [
     "DATA_TABLES",
+    "SCHEMA",
     "TABLES",
     "Agent",
     "AgentCreate",
@@ -49,8 +52,19 @@ __all__ = [
     "store_table",
 ]
 
-TABLES: tuple[str, ...] = tuple(sorted(metadata.tables))
-"""Names of all tables except Alembic's."""
+# Do not read homeagent's tables from `metadata.tables`, because `metadata` also has the tables of the application.
+SCHEMA: tuple[Any, ...] = (
+    Agent.__table__,
+    Device.__table__,
+    IdempotencyKey.__table__,
+    Nonce.__table__,
+    store_table,
+    AgentSession.__table__,
+)
+"""homeagent's tables except Alembic's. Each table follows the tables that its foreign keys refer to."""
 
-DATA_TABLES: tuple[str, ...] = tuple(sorted(set(metadata.tables) - {store_table.name}))
-"""Names of the tables with rows of an application: all except `store`."""
+TABLES: tuple[str, ...] = tuple(sorted(table.name for table in SCHEMA))
+"""Names of homeagent's tables except Alembic's."""
+
+DATA_TABLES: tuple[str, ...] = tuple(name for name in TABLES if name != store_table.name)
+"""Names of homeagent's tables with rows of an application: all except `store`."""

@@ -37,7 +37,7 @@ metadata = MetaData(
         "pk": "pk_%(table_name)s",
     }
 )
-"""Metadata with the tables of this package only, so that tables of the host application do not enter the migrations."""
+"""Metadata of homeagent's tables (`homeagent.models.SCHEMA`), and of the application's subclasses of `Table`."""
 
 _registry = registry(metadata=metadata)
 

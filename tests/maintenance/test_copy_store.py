@@ -22,7 +22,7 @@ from homeagent import Attempt, Database, IdempotencyScope, Outcome, UnitOfWork, 
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.maintenance import CopyProgress
 from homeagent.maintenance.copy_store import PAGE, PAGE_WITH_JSON, copy_store
-from homeagent.models import DATA_TABLES, metadata
+from homeagent.models import DATA_TABLES, SCHEMA
 from tests.conftest import (
     Children,
     FakeClock,
@@ -72,16 +72,16 @@ def stored(database: Database) -> Rows:
     with database.unit_of_work(read_only=True) as unit:
         connection = unit.session.connection()
         return {
-            name: sorted(
+            table.name: sorted(
                 (
                     tuple((type(value).__name__, value) for value in row)
                     for row in connection.execute(
-                        text(f"SELECT {', '.join(c.name for c in metadata.tables[name].columns)} FROM {name}")
+                        text(f"SELECT {', '.join(c.name for c in table.columns)} FROM {table.name}")
                     )
                 ),
                 key=repr,
             )
-            for name in metadata.tables
+            for table in SCHEMA
         }
 
 

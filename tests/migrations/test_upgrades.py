@@ -31,7 +31,7 @@ from homeagent.errors import MigrationError, SchemaOutdatedError
 from homeagent.migrations import REVISION, VERSION_TABLE, revisions
 from homeagent.migrations import postgresql as postgresql_migrations
 from homeagent.migrations import sqlite as sqlite_migrations
-from homeagent.models import metadata
+from homeagent.models import TABLES
 from tests.conftest import postgres_database, postgres_execute
 from tests.migrations.old_databases import (
     CHECKOUT,
@@ -414,7 +414,7 @@ def test_processes_open_postgresql_together(
         with server(url).connect() as connection:
             assert connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).all() == [(REVISION,)]
             assert connection.execute(text("SELECT count(*) FROM agents")).scalar_one() == PROCESSES
-            assert sorted(inspect(connection).get_table_names()) == sorted([*metadata.tables, VERSION_TABLE])
+            assert sorted(inspect(connection).get_table_names()) == sorted([*TABLES, VERSION_TABLE])
         postgres_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 

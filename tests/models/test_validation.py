@@ -32,7 +32,7 @@ from homeagent import (
     Role,
 )
 from homeagent.errors import InvalidArgumentError
-from homeagent.models import metadata
+from homeagent.models import SCHEMA, TABLES, metadata
 from homeagent.models.session import new_session_id, route_key
 
 NOW = datetime(2026, 3, 1, 12, 30, 15, 123456, tzinfo=UTC)
@@ -291,9 +291,15 @@ def test_invalid_json_is_not_shown(model: type[SQLModel]) -> None:
 
 def test_tables_have_separate_metadata() -> None:
     """A host application's metadata has no table of homeagent, and each constraint of homeagent has a name."""
-    assert not set(metadata.tables) & set(SQLModel.metadata.tables)
-    assert set(metadata.tables) == {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
-    assert all(constraint.name for table in metadata.tables.values() for constraint in table.constraints)
+    assert not set(TABLES) & set(SQLModel.metadata.tables)
+    assert set(TABLES) == {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
+    assert all(constraint.name for table in SCHEMA for constraint in table.constraints)
+
+
+def test_the_schema_is_in_the_order_of_foreign_keys() -> None:
+    """In `SCHEMA`, each table follows the tables that its foreign keys refer to."""
+    for place, table in enumerate(SCHEMA):
+        assert {key.column.table for key in table.foreign_keys} <= set(SCHEMA[:place])
 
 
 @pytest.mark.parametrize("table", [Device, AgentSession, Nonce])

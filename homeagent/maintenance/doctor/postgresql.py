@@ -17,7 +17,7 @@ from homeagent.errors import HomeAgentError, InvalidArgumentError
 from homeagent.maintenance.doctor.report import STORE_CHECKS, Collector, Severity
 from homeagent.maintenance.doctor.store import check_store
 from homeagent.migrations.postgresql import refuse_second_store
-from homeagent.models import metadata
+from homeagent.models import TABLES
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -102,7 +102,7 @@ def _check_write_access(collector: Collector, connection: Connection) -> None:
             " unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS rights(needed)"
             " WHERE to_regclass(name) IS NOT NULL AND NOT has_table_privilege(to_regclass(name), needed)"
         ),
-        {"names": list(metadata.tables)},
+        {"names": list(TABLES)},
     )
     lacking = sorted(row[0] for row in rows)
     if connection.execute(text("SELECT pg_is_in_recovery()")).scalar_one():

@@ -17,7 +17,7 @@ from homeagent.errors import CorruptDatabaseError
 from homeagent.maintenance.doctor.report import RESTORE, STORE_CHECKS, TOO_LONG, Collector, Severity
 from homeagent.migrations import REVISION, VERSION_TABLE, revision_of
 from homeagent.migrations.schema_drift import schema_differences
-from homeagent.models import Agent, AgentSession, Device, IdempotencyKey, Nonce, Role, metadata, store_table
+from homeagent.models import SCHEMA, Agent, AgentSession, Device, IdempotencyKey, Nonce, Role, store_table
 from homeagent.models.idempotency_key import IdempotencyState
 from homeagent.models.session import route_key
 from homeagent.models.types import FlagColumn, TimestampColumn, naming_column
@@ -50,7 +50,7 @@ _key: Any = IdempotencyKey.__table__.c
 
 _TIMES = [
     c
-    for described in metadata.sorted_tables
+    for described in SCHEMA
     for c in described.columns
     if isinstance(c.type, TimestampColumn) and not c.name.endswith("expires_at")
 ]
@@ -130,7 +130,7 @@ def _check_schema(collector: Collector, connection: Connection) -> None:
 def _check_rows(collector: Collector, connection: Connection) -> None:
     faults: list[str] = []
     rows = 0
-    for described in metadata.sorted_tables:
+    for described in SCHEMA:
         try:
             try:
                 count, found = _read(described, connection, collector.watch)
