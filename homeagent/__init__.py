@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from homeagent import errors
 from homeagent.clock import Clock
 from homeagent.database import Database
+from homeagent.engine.statements import Statement
 from homeagent.lazy_import import lazy_names
 from homeagent.models import (
     Agent,
@@ -23,6 +24,7 @@ from homeagent.models import (
     Outcome,
     Role,
 )
+from homeagent.models.base import Table
 from homeagent.models.limits import Limits
 from homeagent.models.schemas import (
     AgentCreate,
@@ -37,7 +39,9 @@ from homeagent.models.schemas import (
     PairedDevice,
     SecretCheck,
 )
+from homeagent.models.types import Timestamp
 from homeagent.stores import Freshness, ReplayGuard
+from homeagent.stores.store import Store
 from homeagent.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
@@ -74,6 +78,10 @@ __all__ = [
     "ReplayGuard",
     "Role",
     "SecretCheck",
+    "Statement",
+    "Store",
+    "Table",
+    "Timestamp",
     "UnitOfWork",
     "__version__",
     "diagnose",
