@@ -8,8 +8,8 @@ from dataclasses import dataclass
 __all__ = ["ROWS", "Figure", "Row", "Verdict", "judge"]
 
 READ = "autocommit `SELECT`"
-WRITE = "a `BEGIN IMMEDIATE` transaction with one statement"
-ONE_BY_ONE = "hand-written SQL in one thread, one commit after another"
+WRITE = "`BEGIN IMMEDIATE` transaction"
+ONE_BY_ONE = "one hand-written thread"
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,22 @@ ROWS = (
     Row("find an idempotency key, one call", READ, 1.8),
     Row("list 50 sessions of an agent, in a unit", READ, 1.5),
     Row("nonce consume", WRITE, 1.2),
-    Row("nonce consume, device with 5,000 nonces", "homeagent's call for a device with few nonces", 1.2),
+    Row("nonce consume, device with 5,000 nonces", "few nonces", 1.2),
     Row("idempotency insert", WRITE, 1.3),
     Row("last seen", WRITE, 1.5),
     Row("run_once with an empty effect", "two hand-written transactions", 1.8),
     Row("run with only one caller", "homeagent's `unit_of_work`", 1.1),
     Row("durable commits of 256 asyncio callers", ONE_BY_ONE, 3.0, at_least=True),
     Row("durable commits of 64 threads", ONE_BY_ONE, 1.8, at_least=True),
-    Row("p99 of a write among 8 writing processes", "hand-written SQL that retries every 1 to 5 ms", 3.0),
-    Row("p99 of a write during a sweep", "the same writer of homeagent without a sweep", 25.0),
-    Row("open after kill -9 left a WAL of 16 MB", "`sqlite3`, which opens, counts the rows and closes", 1.5),
+    Row("p99 of a write among 8 writing processes", "hand-written SQL", 3.0),
+    Row("p99 of a write during a sweep", "without a sweep", 25.0),
+    Row("open after kill -9 left a WAL of 16 MB", "`sqlite3`", 1.5),
     Row("import homeagent and open", "`import sqlmodel`", 1.4),
     Row("events of the trace per second", "hand-written SQL", at_least=True),
-    Row("PostgreSQL: find a device by id, in a unit", "a psycopg transaction with one `SELECT`", 1.3),
+    Row("PostgreSQL: find a device by id, in a unit", "psycopg transaction", 1.3),
     Row("PostgreSQL: find a device by id, one call", "psycopg's autocommit `SELECT`", 1.3),
-    Row("PostgreSQL: nonce consume", "a psycopg transaction with one statement", 1.3),
-    Row("PostgreSQL: idempotency insert", "a psycopg transaction with one statement", 1.3),
+    Row("PostgreSQL: nonce consume", "psycopg transaction", 1.3),
+    Row("PostgreSQL: idempotency insert", "psycopg transaction", 1.3),
 )
 
 

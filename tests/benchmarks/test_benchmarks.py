@@ -272,7 +272,7 @@ def test_exit_status_shows_missed_goals(
 
     assert command.main([]) == status
     assert (
-        f"| last seen | a `BEGIN IMMEDIATE` transaction with one statement | ≤ 1.5 | {median:.2f}"
+        f"| last seen | `BEGIN IMMEDIATE` transaction | ≤ 1.5 | {median:.2f}"
         in capsys.readouterr().out
     )
 
