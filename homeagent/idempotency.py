@@ -180,7 +180,7 @@ class LeaseTimer:
         lease = _Lease(call, attempt, monotonic() + call.period)
         with self._changed:
             if self._thread is None:
-                # Set the time here. Otherwise the thread ends at once if the effect ends before the thread has started.
+                # Set the time now, because the effect can end before the thread starts. The thread ends without a time.
                 self._wakes = lease.due
                 self._thread = threading.Thread(target=self._keep, name="homeagent-lease", daemon=True)
                 try:

@@ -290,7 +290,7 @@ def make_proof(
     return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
 
 
-# If the verifier is absent or damaged, a check uses this verifier, and therefore takes the same time.
+# If a device has no verifier or a damaged verifier, a check uses this substitute, so the check takes the same time.
 _DECOY_VERIFIER = _Verifier(
     ProofParameters(secrets.token_bytes(_SALT_BYTES), _GENERATED_ITERATIONS),
     secrets.token_bytes(_KEY_BYTES),

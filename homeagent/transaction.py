@@ -203,8 +203,8 @@ class Transaction:
                     if connection.needs_reconnect:
                         engine.discard_free()
             finally:
-                # Do not discard the id before the write lock is released. Otherwise a signal handler could open a write
-                # unit in between, and would wait for its own thread instead of raising UnitStateError.
+                # Do not discard the id before the write lock is released. In between, a signal handler could open a
+                # write unit. That unit would wait for its own thread, but must raise UnitStateError.
                 if not self.read_only:
                     settings.writing.discard(self._owner)
 

@@ -223,7 +223,7 @@ def copy_store(
 
 
 class _Steps:
-    """Counter of the rows that one step has processed. It also reports the progress."""
+    """Counter of the rows that one step has processed. The counter also reports the progress."""
 
     def __init__(self, step: Literal["copying", "comparing"], total: int, report: Report | None) -> None:
         self._step: Literal["copying", "comparing"] = step

@@ -64,7 +64,7 @@ class Batch(NamedTuple):
 
     Attributes:
         deleted: number of deleted rows.
-        found: number of deleted and skipped rows. If this number is below the limit, no other row is expired.
+        found: number of deleted and skipped rows. A number below the limit means that no other expired row is left.
         worked: duration of the statements, in seconds.
         held: time for which the batch held the write lock, including the commit, in seconds.
     """

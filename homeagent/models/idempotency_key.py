@@ -167,7 +167,7 @@ _set_key = _SLOTS["key"].__set__
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The right to run the effect of an idempotency key one time. The right ends when the lease expires.
+    """The right to run the effect of an idempotency key one time. The right ends with the lease.
 
     Attributes:
         number: number of the attempt, from 1. An attempt that takes over an abandoned attempt has the next number.

@@ -87,7 +87,7 @@ CLAIM = Statement[IdempotencyKey](
     )
 )
 ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
-# This condition is the fence. An attempt can change a key only while the attempt owns the key.
+# The fence is an SQL condition. An attempt can change a key only while the attempt owns the key.
 _OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bindparam("old_owner"))
 TAKE_OVER = Statement[IdempotencyKey](
     update(IdempotencyKey)

@@ -271,10 +271,7 @@ def test_exit_status_shows_missed_goals(
     monkeypatch.setattr(command, "MEASURES", [lambda bench: bench.figures.append(made)])
 
     assert command.main([]) == status
-    assert (
-        f"| last seen | `BEGIN IMMEDIATE` transaction | ≤ 1.5 | {median:.2f}"
-        in capsys.readouterr().out
-    )
+    assert f"| last seen | `BEGIN IMMEDIATE` transaction | ≤ 1.5 | {median:.2f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--only", "no such row"], ["--only", "nonce", "--output", "docs"]])

@@ -166,7 +166,7 @@ class PostgreSQLEngine(Engine):
         connection.info[_READ_ONLY] = True
         try:
             with self.translated():
-                connection.exec_driver_sql("SELECT 1")  # takes the snapshot, because BEGIN does not
+                connection.exec_driver_sql("SELECT 1")  # PostgreSQL takes the snapshot at this read, not at BEGIN
         except BaseException:
             connection.close()
             raise
