@@ -18,6 +18,8 @@ import pytest
 
 from homeagent import Agent, AgentCreate, Database, Device, DeviceCreate, Role
 from homeagent.models.types import check_timestamp
+from tests import fork_server
+from tests.fork_server import Child
 from tests.postgresql.server import Installation, Server, find_installation
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +116,8 @@ def pytest_configure_node(node: Any) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Stop the server when the whole run is over."""
+    """Stop the fork server of this process, and the PostgreSQL server when the whole run is over."""
+    fork_server.stop()
     directory = config.stash.get(_server_directory, None)
     if directory is None or hasattr(config, "workerinput"):
         return
@@ -293,25 +296,31 @@ def floored(instant: datetime) -> datetime:
 
 
 class Children:
-    """Real Python processes that run a script given as text; the end of the test kills the remaining processes."""
+    """Real Python processes that run a script given as text; the end of the test kills the remaining processes.
+
+    A fork server starts a process, unless the process needs a fresh interpreter or imports another copy of the package.
+    """
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[str]] = []
 
-    def start(self, script: str, *arguments: object, path: Path = ROOT) -> subprocess.Popen[str]:
+    def start(self, script: str, *arguments: object, path: Path = ROOT, fresh: bool = False) -> subprocess.Popen[str]:
         """Start a process that imports the package from `path` and treats warnings as errors."""
-        process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # Python searches the working directory before PYTHONPATH.
-            cwd=path,
-            env={**os.environ, "PYTHONPATH": str(path)},
-        )
-        self._processes.append(process)
-        return process
+        if path == ROOT and not fresh:
+            self._processes.append(Child(script, *arguments))
+        else:
+            process = subprocess.Popen(
+                [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                # Python searches the working directory before PYTHONPATH.
+                cwd=path,
+                env={**os.environ, "PYTHONPATH": str(path)},
+            )
+            self._processes.append(process)
+        return self._processes[-1]
 
     def finish(self, process: subprocess.Popen[str], *, timeout: float = 120) -> str:
         """Wait until a process ends with success, and return its output."""
@@ -325,9 +334,9 @@ class Children:
         assert process.returncode == 0, err
         return out.strip()
 
-    def run(self, script: str, *arguments: object) -> str:
+    def run(self, script: str, *arguments: object, fresh: bool = False) -> str:
         """Run a process to its success, and return its output."""
-        return self.finish(self.start(script, *arguments))
+        return self.finish(self.start(script, *arguments, fresh=fresh))
 
     def together(self, script: str, calls: Sequence[Sequence[object]]) -> list[str]:
         """Run a process for each call, all at the same time.

@@ -6,7 +6,6 @@ SQLite only: the server handles its own files.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 
 from homeagent import AgentCreate, Database
 from homeagent.errors import SchemaOutdatedError
+from tests import fork_server
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="needs Linux and gcc")
@@ -66,13 +66,7 @@ def failing(library: Path, sqlite_path: Path) -> Failing:
     """Run a script whose system calls fail, and return the JSON that the script printed last."""
 
     def run(script: str, *arguments: object, status: int = 0) -> Any:
-        ended = subprocess.run(
-            [sys.executable, "-c", PLAN + script, str(sqlite_path), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)},
-        )
+        ended = fork_server.run(PLAN + script, sqlite_path, *arguments, preload=str(library))
         assert ended.returncode == status, ended.stderr
         return json.loads(ended.stdout.splitlines()[-1])
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import subprocess
-import sys
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -21,6 +19,7 @@ import anyio.to_thread
 import pytest
 
 from homeagent import Database, UnitOfWork
+from tests import fork_server
 from tests.batches import agents_of, create, creating, group_commit_of
 from tests.conftest import Children
 from tests.interrupts import interrupt_at
@@ -227,9 +226,8 @@ holder.join()
 print(database.run(lambda unit: len(unit.agents.list())), ran)
 database.close()
 """
-    result = subprocess.run([sys.executable, "-c", code, sqlite_path], capture_output=True, text=True, timeout=60)
-    assert result.stderr == ""
-    assert result.stdout == "interrupted\n0 []\n"
+    result = fork_server.run(code, sqlite_path, timeout=60)
+    assert (result.stdout, result.stderr) == ("interrupted\n0 []\n", "")
 
 
 @pytest.mark.parametrize("crowded", [False, True], ids=["in its own thread", "in the writer's"])

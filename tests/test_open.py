@@ -697,8 +697,8 @@ print(" ".join(loaded))
 
 def test_up_to_date_database_opens_without_alembic(path: Path, children: Children) -> None:
     """An up-to-date database opens without importing Alembic, a new database imports it, and logging is unchanged."""
-    assert "alembic" in children.run(QUIET, path).split()
-    assert children.run(QUIET, path) == ""
+    assert "alembic" in children.run(QUIET, path, fresh=True).split()
+    assert children.run(QUIET, path, fresh=True) == ""
 
 
 LATE = """
@@ -720,7 +720,7 @@ print([str(index.dialect_options[engine]["where"]) for engine in ("sqlite", "pos
 def test_up_to_date_file_opens_without_needless_imports(path: Path, children: Children) -> None:
     """Modules for a server, an index, secrets or an operator are imported on first use, and then complete."""
     Database.open(path).close()
-    assert children.run(LATE, path).splitlines() == ["[]", str(["state = 'in_progress'"] * 2)]
+    assert children.run(LATE, path, fresh=True).splitlines() == ["[]", str(["state = 'in_progress'"] * 2)]
 
 
 AUDITED = """
@@ -761,7 +761,7 @@ def test_database_file_is_never_opened_by_python(
     """Only SQLite opens the database's files (except with O_EXCL), as closing another descriptor drops its locks."""
     if revision is not None:
         ours(path, revision)
-    assert children.run(AUDITED, path) == expected
+    assert children.run(AUDITED, path, fresh=True) == expected
 
 
 def test_opening_waits_for_no_writer(path: Path) -> None:

@@ -4,13 +4,12 @@ import doctest
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from homeagent import Database, DevicePair, Role
+from tests import fork_server
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,14 +50,11 @@ def test_commands_run(tmp_path: Path) -> None:
     with Database.open(file) as database:
         database.pair(DevicePair(id="hall-lamp", role=Role.NODE))
     for command in commands:
-        done = subprocess.run(
-            [sys.executable, "-m", "homeagent", *command],
-            cwd=ROOT,
-            env={**os.environ, "HOMEAGENT_DATABASE": str(file)},
+        done = fork_server.run(
+            "from homeagent.cli import main\nmain()",
+            *command,
             input="y\n",
-            capture_output=True,
-            text=True,
-            timeout=60,
+            environment={**os.environ, "HOMEAGENT_DATABASE": str(file)},
         )
         assert done.returncode == 0, (command, done.stderr)
     with Database.open(file) as database, database.unit_of_work(read_only=True) as unit:

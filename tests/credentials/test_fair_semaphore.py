@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ import pytest
 from homeagent.credentials import SecretHasher, SecretMatch, generate_secret
 from homeagent.credentials.fair_semaphore import FairSemaphore
 from homeagent.errors import DatabaseBusyError, TooManyAttemptsError
+from tests import fork_server
 from tests.credentials.conftest import HUMAN, OTHER, Runs, dearer
 from tests.interrupts import interrupt_at
 
@@ -270,7 +269,5 @@ def test_forked_child_has_all_places() -> None:
         thread.join()
         raise SystemExit(os.waitstatus_to_exitcode(status))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    done = fork_server.run(textwrap.dedent(program), timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -5,8 +5,6 @@ SQLite only: a PostgreSQL server has many writers and its own queues.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -19,7 +17,9 @@ from homeagent import AgentCreate, Database
 from homeagent.engine.sqlite import lock_wait
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.errors import DatabaseBusyError
+from tests import fork_server
 from tests.conftest import FakeClock, add_agent
+from tests.fork_server import Child
 
 HOG = """
 import sys
@@ -110,14 +110,7 @@ def test_wait_is_bounded_by_busy_timeout(sqlite_path: Path, clock: FakeClock, mo
 
 def test_wait_ends_under_a_frozen_clock(sqlite_path: Path) -> None:
     """If a test freezes `time.monotonic`, a unit, a file lock and a follower still time out."""
-    done = subprocess.run(
-        [sys.executable, "-c", FROZEN, str(sqlite_path)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = fork_server.run(FROZEN, sqlite_path, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
@@ -161,12 +154,7 @@ def test_writer_gets_turns_next_to_a_busy_process(sqlite_database: Database) -> 
             return int(config["n"])
 
     missed: list[int] = []
-    with subprocess.Popen(
-        [sys.executable, "-c", HOG, sqlite_database.status().location],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    ) as hog:
+    with Child(HOG, sqlite_database.status().location) as hog:
         try:
             assert hog.stdout is not None
             assert hog.stdout.readline() == "busy\n"

@@ -3,13 +3,12 @@
 import gzip
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from homeagent import Database, DevicePair, DeviceStatus, Role
+from tests import fork_server
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "gateway.py"
@@ -18,9 +17,8 @@ TRACE = ROOT / "tests" / "fixtures" / "gateway.jsonl.gz"
 
 def run(*arguments: str | Path) -> dict[str, int]:
     """Run the example and return its summary, a count for each name."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", EXAMPLE, *arguments], capture_output=True, text=True, timeout=240, check=False
-    )
+    program = f"import runpy; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
+    done = fork_server.run(program, *arguments, timeout=240)
     assert done.returncode == 0, done.stderr
     return {name: int(count.replace(",", "")) for name, count in re.findall(r"│ (.+?) +│ +([\d,]+) │", done.stdout)}
 

@@ -12,7 +12,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from homeagent.engine.sqlite.manifests import manifest_path
 from homeagent.engine.sqlite.replacement import new_path, quarantine_path
 from homeagent.maintenance import previous_state, restore
 from homeagent.migrations import REVISION, VERSION_TABLE
+from tests import fork_server
 from tests.conftest import ROOT, START, Children, FakeClock, add_agent, add_device, write_past_checks
 from tests.migrations.old_databases import REVISIONS
 
@@ -577,13 +577,7 @@ def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: i
         directory = tmp_path / str(step)
         shutil.copytree(tmp_path / "logged", directory)
         path = directory / "homeagent.db"
-        child = subprocess.run(
-            [sys.executable, "-c", script, str(backup), str(path), str(step)],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        child = fork_server.run(script, backup, path, step)
         assert child.returncode in {0, -signal.SIGKILL}, child.stderr
         seen = agents(path)
         with Database.open(path) as database:

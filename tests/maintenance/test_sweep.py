@@ -5,8 +5,6 @@ Some tests are for SQLite only: on PostgreSQL no unit waits for a sweep's rows.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from homeagent.engine.sqlite.dialect import connect
 from homeagent.errors import DatabaseClosedError
 from homeagent.maintenance.sweep import Sweeper, sweep
 from homeagent.stores import NonceStore
+from tests import fork_server
 from tests.conftest import START, FakeClock, add_agent, copy_template, dump
 from tests.interrupts import interrupt_at
 
@@ -160,9 +159,7 @@ def test_emptying_the_wal_moves_its_content_into_the_file(sqlite_database: Datab
 
     def found() -> int:
         # In a separate process: closing the file here would drop SQLite's locks on it.
-        location = sqlite_database.status().location
-        ran = subprocess.run([sys.executable, "-c", look, location], stdout=subprocess.PIPE, text=True, check=True)
-        return int(ran.stdout)
+        return int(fork_server.run(look, sqlite_database.status().location).stdout)
 
     add_agent(sqlite_database, "in-the-log")
     assert found() == 0

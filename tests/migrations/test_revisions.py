@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +29,7 @@ from homeagent.errors import IdempotencyKeyExistsError
 from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config
 from homeagent.models import DATA_TABLES, metadata
 from homeagent.models.session import route_key
+from tests import fork_server
 from tests.migrations.old_databases import (
     CHECKOUT,
     FIXTURES,
@@ -53,15 +53,8 @@ from tests.migrations.structure import normal, postgresql_structure, sqlite_stru
 def alembic_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Alembic's command line in the checkout, as a contributor does."""
     known = {name: value for name, value in os.environ.items() if name != "HOMEAGENT_DATABASE"}
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "alembic.config", *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=CHECKOUT,
-        env={**known, **environment},
-        timeout=120,
-    )
+    program = "from alembic.config import main\nmain(prog='alembic')"
+    return fork_server.run(program, *arguments, environment={**known, **environment})
 
 
 def test_alembic_check_on_sqlite() -> None:

@@ -6,12 +6,10 @@ timeouts of PostgreSQL.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -32,7 +30,9 @@ from homeagent.migrations import REVISION, VERSION_TABLE, revisions
 from homeagent.migrations import postgresql as postgresql_migrations
 from homeagent.migrations import sqlite as sqlite_migrations
 from homeagent.models import TABLES
+from tests import fork_server
 from tests.conftest import postgres_database, postgres_execute
+from tests.fork_server import Child
 from tests.migrations.old_databases import (
     CHECKOUT,
     FIXTURES,
@@ -287,14 +287,7 @@ for number in range(10_000):
 def test_killed_at_any_statement(tmp_path: Path, revision: str | None, step: int) -> None:
     """If an upgrade is killed at any statement, the old or the new schema is there, and the next upgrade succeeds."""
     source = str(FIXTURES / "revisions" / f"{revision}.db") if revision else ""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, source, str(tmp_path), str(step)],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        timeout=240,
-    )
+    done = fork_server.run(KILLED, source, tmp_path, step, timeout=240)
     assert done.returncode == 0, done.stderr
     ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     # All but the last were killed; the last step number was higher than the number of statements.
@@ -347,16 +340,7 @@ PROCESSES, ROUNDS = 8, 25
 @pytest.fixture(scope="module")
 def openers() -> Iterator[list[subprocess.Popen[str]]]:
     """Return processes that wait for a path to open."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", OPENS_TOGETHER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        )
-        for _ in range(PROCESSES)
-    ]
+    processes: list[subprocess.Popen[str]] = [Child(OPENS_TOGETHER) for _ in range(PROCESSES)]
     try:
         for process in processes:
             assert answer(process) == "ready"

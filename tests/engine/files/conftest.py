@@ -6,8 +6,6 @@ import os
 import shutil
 import socket
 import stat
-import subprocess
-import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -17,15 +15,14 @@ from pathlib import Path
 
 import pytest
 
-import homeagent
 from homeagent.errors import (
     ForeignDatabaseError,
     InsecureFileError,
 )
+from tests import fork_server
 
 AT_ONCE = timedelta(0)
 NOBODY = 65534
-CHECKOUT = Path(homeagent.__file__).parents[1]
 DATABASE = b"\0" * 512  # a check from outside takes this file for a database
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can give a file away")
@@ -43,26 +40,14 @@ UNPRIVILEGED = f"""
 Snapshot = dict[str, tuple[int, int, int, int, int, bytes | str | None]]
 
 
-def program(*parts: str) -> list[str]:
-    """Return the command that runs these parts, each with any indentation, as one Python program."""
-    return [sys.executable, "-c", "".join(textwrap.dedent(part) for part in parts)]
-
-
-def environment() -> dict[str, str]:
-    """Return an environment in which a child process finds the package in this checkout."""
-    return {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+def program(*parts: str) -> str:
+    """Return one Python program of these parts, each with any indentation."""
+    return "".join(textwrap.dedent(part) for part in parts)
 
 
 def run(*parts: str, arguments: list[str] | None = None) -> str:
     """Run a program to its end and return its output; if the program fails, the test fails."""
-    done = subprocess.run(
-        [*program(*parts), *(arguments or [])],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=60,
-    )
+    done = fork_server.run(program(*parts), *(arguments or []))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,12 +24,12 @@ from homeagent.errors import (
 from tests.engine.files.conftest import (
     AT_ONCE,
     NOT_A_FILE_OF_OURS,
-    environment,
     make,
     mode_of,
     program,
     snapshot,
 )
+from tests.fork_server import Child
 
 HOLDER = """
     import sys
@@ -80,14 +79,7 @@ class TestLocking:
 
     def test_killed_process_releases_the_lock(self, lock_file: Path) -> None:
         """Another process holds the lock while it runs, and a SIGKILL releases the lock."""
-        holder = subprocess.Popen(
-            [*program(HOLDER, "print('held', flush=True)\nsys.stdin.read()\n"), str(lock_file)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-        with holder:
+        with Child(program(HOLDER, "print('held', flush=True)\nsys.stdin.read()\n"), lock_file) as holder:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
             with pytest.raises(DatabaseBusyError):
@@ -99,29 +91,17 @@ class TestLocking:
 
     def test_forked_child_does_not_inherit_the_lock(self, lock_file: Path) -> None:
         """If a holder is killed while its forked child runs, the lock is released."""
-        holder = subprocess.Popen(
-            [
-                *program(
-                    HOLDER,
-                    """
-                    import os
-                    if os.fork() == 0:
-                        held = lock.held
-                        lock.release()
-                        print(held, os.getpid(), flush=True)
-                        sys.stdin.read()
-                        os._exit(0)
-                    sys.stdin.read()
-                    """,
-                ),
-                str(lock_file),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-        with holder:
+        forks = """
+            import os
+            if os.fork() == 0:
+                held = lock.held
+                lock.release()
+                print(held, os.getpid(), flush=True)
+                sys.stdin.read()
+                os._exit(0)
+            sys.stdin.read()
+        """
+        with Child(program(HOLDER, forks), lock_file) as holder:
             assert holder.stdout is not None
             held, child = holder.stdout.readline().split()
             assert held == "False"
