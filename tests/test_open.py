@@ -761,7 +761,7 @@ def test_database_file_is_never_opened_by_python(
     """Only SQLite opens the database's files (except with O_EXCL), as closing another descriptor drops its locks."""
     if revision is not None:
         ours(path, revision)
-    assert children.run(AUDITED, path, fresh=True) == expected
+    assert children.run(AUDITED, path) == expected
 
 
 def test_opening_waits_for_no_writer(path: Path) -> None:

@@ -385,7 +385,7 @@ def work(number):
 if __name__ == "__main__":
     database = Database.open(target)
     add(database, "parent")
-    with multiprocessing.get_context(sys.argv[2]).Pool(3) as pool:
+    with multiprocessing.get_context(sys.argv[2]).Pool(2) as pool:
         print(sum(pool.map(work, range(6))))
     print(len(names(database)))
     database.close()
@@ -529,18 +529,18 @@ signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
 began = time.monotonic()
 count = 0
-while time.monotonic() - began < 1.5:
+while time.monotonic() - began < 0.5 or len(answers) <= 20:
     add(database, f"main-{count}")
     names_now = database.run(lambda unit: unit.agents.find_by_id(f"main-{count}"), read_only=True)
     assert names_now is not None
     count += 1
 signal.setitimer(signal.ITIMER_REAL, 0)
 found = names(database)
-print(len(answers) > 20, answers.count("busy"), len(found) == count + answers.count("added"), "refused" in answers)
+print(answers.count("busy"), len(found) == count + answers.count("added"), "refused" in answers)
 database.close()
 """
     )
-    assert children.run(script, target).split() == ["True", "0", "True", "True"]
+    assert children.run(script, target).split() == ["0", "True", "True"]
 
 
 @pytest.mark.parametrize("way", ["block", "function"])

@@ -30,7 +30,7 @@ def write_trace(path: Path, *events: dict[str, object]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("last", [1500, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("last", [500, pytest.param(None, marks=pytest.mark.slow)])
 def test_second_run_refuses_known_nonces(last: int | None, tmp_path: Path) -> None:
     """A first run accepts every message; a second run over the same file refuses each stored nonce."""
     with gzip.open(TRACE, "rt", encoding="utf-8") as lines:
