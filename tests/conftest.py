@@ -52,6 +52,22 @@ def clock() -> FakeClock:
     return FakeClock()
 
 
+# Files in memory: Linux only, and if there is ample room
+
+_SHARED = Path("/dev/shm")  # noqa: S108  each user creates a private directory below
+MEMORY = _SHARED if os.access(_SHARED, os.W_OK) and shutil.disk_usage(_SHARED).free > 2 * 1024**3 else None
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """The directory of a test: in memory if the test has the mark `in_memory`, because a sync takes milliseconds."""
+    if MEMORY is None or request.node.get_closest_marker("in_memory") is None:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="homeagent-", dir=MEMORY) as directory:
+        yield Path(directory)
+
+
 # SQLite
 
 
@@ -105,10 +121,8 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     # Not below pytest's directories: if pytest runs as root, the server runs as another user and must reach its own
     directory = _new_directory()
-    # In memory, to create and drop a test's database takes a quarter of the CPU time. Linux only; 2 GiB is ample.
-    memory = Path("/dev/shm")  # noqa: S108  the server creates a private directory below
-    in_memory = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 * 1024**3
-    (directory / "data").symlink_to(_new_directory(memory if in_memory else directory))
+    # In memory, to create and drop a test's database takes a quarter of the CPU time.
+    (directory / "data").symlink_to(_new_directory(MEMORY or directory))
     config.stash[_server_directory] = directory
 
 

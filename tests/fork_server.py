@@ -35,6 +35,9 @@ _ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 _MODULES = ("alembic.context", "homeagent.cli", "homeagent.credentials.hashing", "homeagent.file_names", "psycopg")
 # The child's program runs in the module `__main__` of the server, which defines no names
 _SERVE = "exec(__import__('tests.fork_server', fromlist=['serve']).serve())"
+COMMAND = "from homeagent.cli import main\nmain()"
+"""The program of the command `homeagent`."""
+
 _NUMBER = struct.Struct("i")
 
 # The servers of this process, by the library that is preloaded into the children

@@ -13,6 +13,8 @@ from homeagent import AgentSessionCreate, Database, DeviceStatus, Role
 from homeagent.errors import AgentNotFoundError, ApprovalChangedError, DeviceNotApprovedError, LastAdminError
 from tests.conftest import START, Children, FakeClock, add_agent, add_device, dump
 
+pytestmark = pytest.mark.in_memory
+
 READY = """
 import sys
 from datetime import UTC, datetime, timedelta

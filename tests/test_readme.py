@@ -51,7 +51,7 @@ def test_commands_run(tmp_path: Path) -> None:
         database.pair(DevicePair(id="hall-lamp", role=Role.NODE))
     for command in commands:
         done = fork_server.run(
-            "from homeagent.cli import main\nmain()",
+            fork_server.COMMAND,
             *command,
             input="y\n",
             environment={**os.environ, "HOMEAGENT_DATABASE": str(file)},

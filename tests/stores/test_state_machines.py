@@ -33,6 +33,8 @@ from homeagent.errors import (
 from homeagent.stores.nonces import NONCE_GRACE
 from tests.conftest import FakeClock
 
+pytestmark = pytest.mark.in_memory
+
 MS = timedelta(milliseconds=1)
 MINUTE = timedelta(minutes=1)
 
