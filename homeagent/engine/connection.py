@@ -29,11 +29,11 @@ class StoreConnection:
     Args:
         connection: SQLAlchemy's connection, to which an ORM session can be bound.
         begin: SQL statements to run in this order to begin a transaction.
-        read_only: whether units on the connection can only read.
+        read_only: True if units of work on the connection can only read.
         compiled: cache of compiled statements, shared by all connections of an engine with the same `read_only`.
-        driver_errors: classes of the driver's exceptions.
-        translate: function from a driver's exception to homeagent's error.
-        watch: file-identity check; None for a server.
+        driver_errors: classes of the exceptions that the driver raises.
+        translate: function that returns homeagent's error for an exception of the driver.
+        watch: file-identity check; None if the database is on a server and has no file to check.
     """
 
     __slots__ = (
@@ -99,7 +99,7 @@ class StoreConnection:
     # Transactions
 
     def begin(self) -> None:
-        """Begin a transaction. On SQLite a unit that only reads takes a snapshot, and any other unit the write lock."""
+        """Begin a transaction. On SQLite a read-only unit takes a snapshot, and a write unit takes the write lock."""
         failure: BaseException
         try:
             for statement in self._begin:
@@ -131,12 +131,12 @@ class StoreConnection:
             raise
 
     def commit(self) -> None:
-        """Commit the transaction, with the durability of the engine.
+        """Commit the transaction.
 
         Raises:
             DatabaseMovedError: if the file was deleted, moved or replaced. The transaction was not committed.
-            CommitUnknownError: in two cases: the connection was lost before the server's answer, or a later connection
-                could recover the failed commit from the WAL.
+            CommitUnknownError: if the connection was lost before the server answered; also if COMMIT failed on SQLite,
+                but a later connection could recover the commit from the WAL.
         """
         if self._identity_check is not None and not self.read_only:
             self._identity_check.before_commit()
@@ -150,7 +150,7 @@ class StoreConnection:
         except self._driver_errors as error:
             failure = self._refused(error, "COMMIT")
         except ConnectionLostError as error:
-            failure = error  # an event listener of SQLAlchemy's engine has translated the error
+            failure = error  # an event listener of SQLAlchemy's engine has already translated this error
         else:
             return
         if isinstance(failure, ConnectionLostError) and not self.read_only:
@@ -166,8 +166,8 @@ class StoreConnection:
             return  # the transaction belongs to the parent process
         if self._root is not None:
             root, self._root = self._root, None
-            # A failed flush has already rolled back the transaction `root`. After a failed COMMIT the connection still
-            # has the transaction.
+            # After a failed flush of an ORM session, SQLAlchemy has already rolled back `root`. After a failed COMMIT,
+            # SQLAlchemy's connection still has the transaction.
             if self._connection.get_transaction() is root:
                 root.rollback()
         if self.in_transaction:
@@ -180,15 +180,15 @@ class StoreConnection:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the driver has noticed that the connection to the server has ended. Always False for a file."""
+        """Whether the driver has noticed that the connection to the server has ended. On SQLite always False."""
         return False
 
     def is_stale(self, failure: BaseException) -> bool:
-        """Return whether BEGIN failed because the server ended the idle connection. Always return False for a file."""
+        """Return whether BEGIN failed because the server ended the idle connection. On SQLite return False."""
         return False
 
     def orm_connection(self) -> Connection:
-        """Return SQLAlchemy's connection, with the open transaction as its root transaction."""
+        """Return SQLAlchemy's connection, on which an ORM session can join the open transaction."""
         if self._root is None:
             self._root = self._connection.begin()
         return self._connection
@@ -198,11 +198,11 @@ class StoreConnection:
         self.execute(f"SAVEPOINT {name}")
 
     def release_savepoint(self, name: str) -> None:
-        """Release a savepoint and keep the changes since."""
+        """Release a savepoint, and keep the changes that were made after the savepoint."""
         self.execute(f"RELEASE SAVEPOINT {name}")
 
     def rollback_to_savepoint(self, name: str) -> None:
-        """Roll back the changes since a savepoint, and release the savepoint."""
+        """Roll back the changes that were made after a savepoint, and release the savepoint."""
         self.execute(f"ROLLBACK TO SAVEPOINT {name}")
         self.execute(f"RELEASE SAVEPOINT {name}")
 
@@ -218,7 +218,7 @@ class StoreConnection:
         raise failure
 
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
-        """Return homeagent's error for an exception of the driver. For some errors the message contains `sql`."""
+        """Return homeagent's error for an exception of the driver. The message of some errors contains `sql`."""
         return naming_statement(self._translate(error), sql)
 
     def _compile(self, statement: Statement[R]) -> Compiled[R]:
@@ -227,7 +227,7 @@ class StoreConnection:
         return compiled
 
     def one(self, statement: Statement[R], parameters: Parameters) -> R | None:
-        """Return the first row, converted by the statement's `load`; None if the statement returns no row."""
+        """Run a statement. Return the first row as an object; None if the statement returns no row."""
         compiled = self._compiled.get(statement) or self._compile(statement)
         if compiled.writes and self.read_only:
             raise _read_only()
@@ -245,7 +245,7 @@ class StoreConnection:
         raise failure
 
     def all(self, statement: Statement[R], parameters: Parameters) -> list[R]:
-        """Return all rows, converted by the statement's `load`, in the order of the statement."""
+        """Run a statement. Return all rows as objects, in the order in which the database returns the rows."""
         compiled = self._compiled.get(statement) or self._compile(statement)
         if compiled.writes and self.read_only:
             raise _read_only()
@@ -262,14 +262,14 @@ class StoreConnection:
         raise failure
 
     def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
-        """Run one reading statement outside a unit. The argument `act` is the name of the method to call."""
+        """Run one reading statement outside a unit. The argument `act` names the method of this class that runs it."""
         self.check_file()
         return self.one(statement, parameters) if act == "one" else self.all(statement, parameters)
 
     def _unread_rows(
         self, error: BaseException, compiled: Compiled[Any], parameters: Parameters
     ) -> HomeAgentError | None:
-        """Return an error that names the row with a value that can't be decoded; None if `error` has another cause."""
+        """If a stored value can't be decoded, return an error that names the value's row. Otherwise return None."""
         return None
 
     def write(self, statement: Statement[Any], parameters: Parameters) -> int:
@@ -319,35 +319,35 @@ class StoreConnection:
         raise failure
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
-        """Insert rows into `into`, the quoted text `table (columns)` with `width` columns."""
+        """Insert rows. The argument `into` is the SQL text `table (columns)`, and `width` is the number of columns."""
         places = ", ".join("?" * width)
         self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names from the models
 
     def invalidate(self) -> None:
         """Make every further statement of a forked child raise `DatabaseClosedError`, even while a unit is open.
 
-        Do not close the connection, because SQLite would find the parent's WAL by its name and delete the WAL.
+        Do not close the connection, because SQLite would then delete the WAL that the parent process still uses.
         """
         if self._connection.closed:
-            return  # closed before the fork
+            return  # the connection was closed before the fork
         gone: Any = _ClosedAfterFork()
         _keep_forever(self._raw)
         self._identity_check = None
         self._raw, self._cursor, self._execute = gone, gone, gone
-        # An ORM session uses SQLAlchemy's connection.
+        # An ORM session does not use `_raw`. So replace the driver's connection inside SQLAlchemy's connection too.
         fairy: Any = self._connection.connection
         fairy.dbapi_connection = gone
 
     def close(self) -> None:
         """Close the connection. The database rolls back an open transaction."""
         if self.is_lost:
-            # If the connection is lost, SQLAlchemy would try to roll back and would log an error.
+            # Without this call, SQLAlchemy would try to roll back on the lost connection, and would log an error.
             self._connection.invalidate()
         self._connection.close()
 
 
 class _ClosedAfterFork:
-    """Replaces the parent's connection and cursor in a forked child. Each call raises `DatabaseClosedError`."""
+    """Replaces the parent's connection and cursor in a forked child. Each method raises `DatabaseClosedError`."""
 
     in_transaction = False
     closed = False

@@ -1,7 +1,7 @@
 """Counters of one open database, cheap enough to update in every unit of work.
 
-The counters are plain integers without a lock, because CPython switches threads only at calls and backward jumps, and
-not inside `x += 1` on a slot. The lengths of waits and the sizes of groups are kept in bounded queues.
+The counters are plain integers without a lock. CPython switches threads only at calls and backward jumps, and `x += 1`
+on an attribute in `__slots__` contains neither. Bounded queues hold the last waits and sizes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class LastError(NamedTuple):
 
     Attributes:
         kind: name of the error's class, such as `DiskFullError`.
-        message: text of the error, without values of rows.
-        at: time of the error by the system's clock.
+        message: text of the error, which contains no stored values.
+        at: time of the error, from the system's clock.
     """
 
     kind: str
@@ -34,18 +34,20 @@ class LastError(NamedTuple):
 
 
 class CountersSnapshot(NamedTuple):
-    """Counters since the database was opened. A percentile covers the last 1,024 values, and is None without values.
+    """Counters since the database was opened.
+
+    A percentile covers the last 1,024 values, and is None if there are no values.
 
     Attributes:
         units: number of ended units, the sum of `reads`, `commits` and `rollbacks`.
         reads: number of read-only units.
-        commits: number of committed write units, of which several can share a commit.
+        commits: number of committed write units. Several units can share one commit.
         rollbacks: number of write units that were rolled back.
         retries: number of times that a unit was run again.
-        pool_waits: number of waits for a connection of a pool. A writer on SQLite waits for the write lock.
-        pool_wait_p50, pool_wait_p99: percentiles of a wait for a connection, in seconds.
+        pool_waits: number of times that a unit waited for a connection. On SQLite a writer waits for the write lock.
+        pool_wait_p50, pool_wait_p99: 50th and 99th percentile of the waits for a connection, in seconds.
         groups: number of commits that two or more units shared.
-        group_size_p50, group_size_p99: percentiles of the number of units in a shared commit.
+        group_size_p50, group_size_p99: 50th and 99th percentile of the number of units in a shared commit.
         sweeps: number of ended sweeps.
         swept: number of rows that the sweeps deleted.
         last_error: the engine's last error; None if there was no error.
@@ -113,7 +115,7 @@ class Counters:
         self.swept += rows
 
     def faulted(self, error: BaseException) -> None:
-        """Remember an error of the engine. Ignore other errors, such as a refused argument."""
+        """Keep a `DatabaseError` as the engine's last error. Ignore other errors, such as an invalid argument."""
         if isinstance(error, DatabaseError):
             self._last_error = LastError(type(error).__name__, str(error), datetime.now(UTC))
 
@@ -139,7 +141,7 @@ class Counters:
 
 
 def _percentile(values: deque[N], percent: int) -> N | None:
-    """Return the nearest-rank percentile; None without values."""
+    """Return a percentile by the nearest-rank method; None if there are no values."""
     # Do not sort the deque itself, because another thread can append to the deque. The call of `list` copies the deque
     # in one step.
     ordered = sorted(list(values))  # noqa: C414

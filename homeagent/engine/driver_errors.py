@@ -76,10 +76,10 @@ def named(error: BaseException) -> str:
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
-    """Return a `DatabaseError` with the SQL text if `error` is a plain `DatabaseError`; otherwise return `error`.
+    """Add the SQL text to a plain `DatabaseError`. Return an error of any other class unchanged.
 
     Args:
-        error: error of a statement of homeagent.
+        error: error that a statement of homeagent caused.
         sql: SQL text with placeholders, without stored values.
     """
     if type(error) is not DatabaseError:
@@ -88,7 +88,7 @@ def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
 
 
 def connection_lost() -> ConnectionLostError:
-    """Return the error for a connection that ended without an SQLSTATE of the server."""
+    """Return the error for a connection that ended before the server sent an error code (SQLSTATE)."""
     return ConnectionLostError(
         "the PostgreSQL server can't be reached, or the connection ended: check the server, then run the unit again"
     )
@@ -98,7 +98,7 @@ def commit_unknown(cause: str = "the connection was lost in the middle of COMMIT
     """Return the error for a COMMIT whose result is unknown.
 
     Args:
-        cause: reason, as a clause of the message.
+        cause: reason why the result is unknown, as a clause for the message.
     """
     return CommitUnknownError(
         f"{cause}, so it is unknown whether the unit was committed: check whether its rows exist before you repeat it, "
@@ -120,10 +120,10 @@ def constraint_conflict(kind: str, table: str | None, constraint: str | None, la
     """Return the error for a change that violates a constraint.
 
     Args:
-        kind: kind of the constraint, see `ConflictError.kind`.
+        kind: kind of the constraint, one of the values of `ConflictError.kind`.
         table: name of the table with the constraint; None if unknown.
         constraint: name or columns of the constraint; None if unknown.
-        label: name or number of the error in the database's documentation.
+        label: name or number under which the database's documentation lists the error.
     """
     name = f"a {kind} constraint" if constraint is None else f"the {kind} constraint {constraint!r}"
     owner = "the database" if table is None else f"table {table!r}"
@@ -191,7 +191,7 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
 }
 
 
-# Exceptions of apsw and Python without a result code of SQLite, raised before or after SQLite runs a statement.
+# Exceptions that apsw or Python raises before or after SQLite runs a statement, so without a result code of SQLite.
 _DRIVER_ERRORS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
     apsw.ConnectionClosedError: (DatabaseClosedError, "the database was closed: open it again"),
     apsw.CursorClosedError: (DatabaseClosedError, "the database was closed: open it again"),
@@ -202,11 +202,11 @@ _DRIVER_ERRORS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
 
 
 def sqlite_error(error: BaseException) -> HomeAgentError:
-    """Return homeagent's error for an exception of apsw, by SQLite's extended result code."""
+    """Return homeagent's error for an exception of apsw. SQLite's extended result code decides the error's class."""
     code = getattr(error, "extendedresult", None)
     if code is None:
         if isinstance(error, UnicodeError):
-            # Remove the stored text from this exception, because SQLAlchemy keeps the exception as a cause.
+            # Remove the stored text from the driver's exception, because SQLAlchemy keeps the exception as a cause.
             error.args = ()
             error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]  # both have it
         for driver_error, (kind, message) in _DRIVER_ERRORS.items():
@@ -219,7 +219,7 @@ def sqlite_error(error: BaseException) -> HomeAgentError:
 
 
 def sqlite_code(error: BaseException) -> int:
-    """Return SQLite's primary result code of an error, or 0 if the error does not come from SQLite."""
+    """Return the primary result code of an error from SQLite, or 0 if the error does not come from SQLite."""
     return int(getattr(error, "extendedresult", None) or 0) & 0xFF
 
 
@@ -241,7 +241,7 @@ _POSTGRESQL_CONSTRAINTS = {
 
 
 def refused_by(error: BaseException) -> tuple[str | None, str | None]:
-    """Return the table, and the constraint or column, that PostgreSQL named in an exception of psycopg.
+    """Return the names of the table, and of the constraint or column, from an exception of psycopg.
 
     A name that PostgreSQL did not report is None.
     """
@@ -254,7 +254,7 @@ def refused_by(error: BaseException) -> tuple[str | None, str | None]:
 
 
 def postgresql_error(error: BaseException) -> HomeAgentError:
-    """Return homeagent's error for an exception of psycopg, by its SQLSTATE.
+    """Return homeagent's error for an exception of psycopg. The server's error code (SQLSTATE) decides its class.
 
     Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
     """
@@ -269,7 +269,7 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
         busy.sqlstate = state
         return busy
     if state.startswith(("08", "57P")) or state in {"25P03", "25P04"}:
-        # The cause is a restart, a failover, or a timeout after which the server ends an idle session.
+        # The server was restarted, another server took its place, or the server ended a session that was idle too long.
         return ConnectionLostError(
             "the PostgreSQL server closed the connection or is starting: run the unit again" + label
         )
@@ -297,7 +297,7 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
 
 
 def _psycopg_error(error: BaseException) -> HomeAgentError:
-    """Return homeagent's error for an exception of psycopg without an SQLSTATE, because the server sent no answer."""
+    """Return homeagent's error for an exception of psycopg that has no SQLSTATE because the server did not answer."""
     # Compare the names of DB-API's classes (PEP 249). Do not import psycopg, because a SQLite store must work without
     # psycopg.
     kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -310,7 +310,7 @@ def _psycopg_error(error: BaseException) -> HomeAgentError:
 
 @contextmanager
 def translated(driver_errors: tuple[type[BaseException], ...], translate: Translate) -> Iterator[None]:
-    """Raise homeagent's error instead of the driver's exception. The error has no cause or context."""
+    """If the block raises a driver's exception, raise homeagent's error instead, without a cause or context."""
     translation: HomeAgentError | None = None
     try:
         yield

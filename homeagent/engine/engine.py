@@ -1,4 +1,4 @@
-"""Base class of the engines: connection pools for writing and reading, over SQLAlchemy's engine."""
+"""Base class of the engines. An engine has a pool of connections for writing, and another pool for reading."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Engine(ABC):
 
     Args:
         sa_engine: SQLAlchemy's engine, which opens all connections.
-        driver_errors: base classes of the driver's exceptions.
-        translate: function from a driver's exception to homeagent's error.
+        driver_errors: base classes of the exceptions that the driver raises.
+        translate: function that returns homeagent's error for an exception of the driver.
         writers: maximum number of writing units at the same time.
         readers: maximum number of reading units at the same time.
         begin_write, begin_read: SQL statements that begin a writing unit and a reading unit.
-        watch: file-identity check; None for a server.
+        watch: file-identity check; None if the database is on a server and has no file to check.
 
     Attributes:
         counters: counters of commits, rollbacks, waits and retries since the database was opened.
@@ -95,7 +95,7 @@ class Engine(ABC):
         return self.sa_engine.dialect.name
 
     def pool(self, *, read_only: bool) -> ConnectionPool[StoreConnection]:
-        """Return the connection pool of read-only units, or the connection pool of writing units."""
+        """If `read_only` is True, return the pool of connections for reading; otherwise the pool for writing."""
         if self.is_forked_copy:
             raise _invalidated()
         return self.readers if read_only else self.writers
@@ -107,7 +107,7 @@ class Engine(ABC):
         The second try is safe, because only BEGIN was sent.
 
         Args:
-            read_only: whether the unit only reads.
+            read_only: True if the unit of work only reads.
             timeout: maximum wait for a connection, in seconds.
 
         Raises:
@@ -115,7 +115,7 @@ class Engine(ABC):
             DatabaseClosedError: if the database was closed, or was opened before the process was forked.
             ConnectionLostError: if the server can't be reached.
         """
-        # This line does the same as `self.pool()`, but saves a function call in every unit.
+        # Do not call `self.pool()` here, because the function call would cost time in every unit.
         if self.is_forked_copy:
             raise _invalidated()
         pool = self.readers if read_only else self.writers
@@ -124,8 +124,8 @@ class Engine(ABC):
             try:
                 connection.begin()
             except BaseException as error:
-                # Keep the connection open, because the system keeps a deleted file while a connection is open. The
-                # administrator can then put the file back.
+                # Keep the connection open. The system keeps a deleted file while a connection has the file open, so the
+                # administrator can still restore the file.
                 if isinstance(error, (DatabaseBusyError, DatabaseMovedError)) and not connection.in_transaction:
                     pool.release(connection)
                     raise
@@ -135,7 +135,7 @@ class Engine(ABC):
                     raise
             else:
                 return connection
-            # Each pass closes at least one connection. The loop ends with the first new connection.
+            # Each pass closes at least one idle connection. The loop ends at the latest with the first new connection.
             self.discard_free()
 
     def read_alone(
@@ -184,11 +184,11 @@ class Engine(ABC):
 
     @abstractmethod
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
-        """Copy the content of the WAL into the database file (checkpoint). A server needs no such call.
+        """Copy the content of the WAL into the database file (checkpoint). A server makes its own checkpoints.
 
         Args:
             timeout: maximum wait for the write lock and for readers, in seconds.
-            truncate: whether to wait for readers, and to truncate the WAL.
+            truncate: if True, also wait for readers, and truncate the WAL.
 
         Returns:
             False if the WAL was not truncated, because another unit or process used the WAL until the timeout.
@@ -234,11 +234,11 @@ class Engine(ABC):
 
     @abstractmethod
     def open_read_connection(self) -> sqlalchemy.Connection:
-        """Return a new connection that can't write, in a transaction with one snapshot."""
+        """Return a new read-only connection. All statements of its transaction read one snapshot."""
 
     @contextmanager
     def read_connection(self, timeout: float) -> Iterator[sqlalchemy.Connection]:
-        """Lend a connection that can't write, as described in `Database.read_connection`."""
+        """Yield a read-only connection, as described in `Database.read_connection`."""
         if self.is_forked_copy:
             raise _invalidated()
         connection = self.read_connections.acquire(timeout)
@@ -267,10 +267,10 @@ class Engine(ABC):
 
     @abstractmethod
     def after_close(self) -> None:
-        """Release the resources that the connections needed. The connections are closed by now."""
+        """Release resources such as lock files. Call this method after the last connection was closed."""
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return the locks of the pools of units. The caller holds the locks during a fork."""
+        """Return the mutexes of the connection pools. The caller holds the mutexes during a fork."""
         return self.writers.making, self.readers.making, self.writers.mutex, self.readers.mutex
 
     @abstractmethod

@@ -5,9 +5,9 @@ connection of the child would rely on locks that the child does not hold, and th
 (https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_). So each engine closes its
 idle connections before a fork. If a unit of work uses a connection during the fork, the child refuses to open the file.
 
-The forking thread holds the mutexes of all connection pools during the fork. Do not remove them: another thread would
-open a new connection at that moment, and the child would wait forever for a lock of SQLite that the other thread holds
-(`test_forks_under_load`).
+The forking thread holds the mutexes of all connection pools during the fork. Do not release the mutexes earlier:
+another thread would open a new connection at that moment, and the child would wait forever for a lock of SQLite that
+the other thread holds (`test_forks_under_load`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _known: weakref.WeakSet[_Forkable] = weakref.WeakSet()
 _inherited: set[tuple[int, int]] = set()
 
 # The lock of the forking thread, because two threads that fork at the same time would wait for each other's mutexes.
-# Each fork adds the list of mutexes that it holds: a signal handler can fork inside a fork of the same thread.
+# The second list has one element for each running fork, because a signal handler can fork during a fork of its thread.
 _forking = threading.RLock()
 _held: list[list[threading.RLock]] = []
 

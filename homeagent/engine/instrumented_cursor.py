@@ -96,7 +96,7 @@ class InstrumentedCursor:
 
     @contextmanager
     def copy(self, statement: str) -> Iterator[Any]:
-        """Copy rows into a PostgreSQL table. The listeners are called as for one statement."""
+        """Copy rows into a PostgreSQL table. The listeners see COPY as one statement."""
         execution, statement = self._before(statement, many=True)
         try:
             with self._cursor.copy(statement) as copy:

@@ -56,7 +56,7 @@ class ConnectionPool(Generic[T]):
         self._waited = waited
         # Do not use a plain Lock: a signal handler may use the database while the interrupted thread holds the mutex.
         self.mutex = threading.RLock()
-        # Held while a resource is created, so that a fork can wait for the end of the creation.
+        # A thread holds this lock while it creates a resource, so that a fork can wait until the resource is complete.
         self.making = threading.RLock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()
@@ -172,13 +172,13 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def release_own(self, resource: T) -> None:
-        """Release a resource if this thread still holds the resource, because an interrupt prevented `release`."""
+        """After an interrupt, release a resource if this thread still holds the resource. Otherwise do nothing."""
         holder = self._held.get(resource)
         if holder is not None and holder[0] == get_ident():
             self.release(resource)
 
     def discard(self, resource: T) -> None:
-        """Close a resource that must not be used again, and free its place."""
+        """Close a resource that must not be used again. The pool can then create another resource."""
         try:
             resource.close()
         finally:
@@ -195,7 +195,7 @@ class ConnectionPool(Generic[T]):
     def _free_place(self, resource: T | None = None) -> None:
         """Let the next waiter create a resource.
 
-        The new resource replaces `resource`. If `resource` is None, a resource could not be created.
+        The caller has removed `resource` from the pool. If `resource` is None, the caller could not create a resource.
         """
         with self.mutex:
             if resource is not None:

@@ -55,8 +55,8 @@ class Compiled(Generic[R]):
 
     Attributes:
         sql: SQL text, with the placeholders of the driver.
-        bind: function from a mapping of parameters to a list of the driver's values, in the order of the placeholders.
-        load: function from the driver's rows to a list with one result for each row.
+        bind: function that converts a mapping of parameters to a list of the driver's values for the placeholders.
+        load: function that converts the driver's rows to a list of results.
         writes: whether the statement changes the database.
         columns: columns of a row, in the order of the values.
     """
@@ -77,7 +77,7 @@ class Compiled(Generic[R]):
         self._dialect = dialect
 
     def unreadable(self, rows: Sequence[Row], parameters: Parameters) -> CorruptDatabaseError:
-        """Return the error that names the first unreadable value, after `load` raised an error of `UNREADABLE`."""
+        """Return an error that names the first unreadable value. Call this method after `load` raised an error."""
         for row in rows:
             for place, (column, value) in enumerate(zip(self.columns, row, strict=True)):
                 convert = _processor(column, self._dialect)
@@ -100,7 +100,7 @@ class Compiled(Generic[R]):
             place: index of the value's column in the row; None if unknown.
             row: the row; empty if unknown.
             parameters: parameters of the statement, which can contain the key of the row.
-            what: the problem with the value, as the predicate of a sentence whose subject is the column.
+            what: text that follows the name of the column in the message, and says what is wrong with the value.
         """
         column = None if place is None else self.columns[place]
         tables: list[Any] = [getattr(each, "table", None) for each in (column, *self.columns)]
@@ -121,9 +121,8 @@ class Statement(Generic[R]):
     Args:
         make: expression or, for an upsert, a function from the dialect's `insert` to the expression. Values that differ
             between calls are `bindparam`s.
-        lock: whether a SELECT in a write unit locks the rows until the unit ends. SQLite does not lock rows.
-        returning: model of the changed rows, if a writing statement returns the rows, which saves the round trip of a
-            SELECT.
+        lock: if True, a SELECT in a write unit locks its rows until the unit ends. SQLite does not lock rows.
+        returning: model class of the rows that a writing statement returns; None if the statement returns no rows.
     """
 
     __slots__ = ("_cache", "_make", "_returning", "lock")
@@ -185,7 +184,7 @@ def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
 
 
 def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], Row]:
-    """Return a function from a mapping of parameters to their converted values, in the order of the placeholders."""
+    """Return a function that converts a mapping of parameters to a list of values, in the order of the placeholders."""
     names: list[str] = []
     constants: dict[str, Any] = {}
     conversions: list[tuple[int, Callable[[Any], Any], bool]] = []
@@ -223,7 +222,7 @@ def _processor(column: ColumnElement[Any], dialect: Dialect) -> Callable[[Any], 
 
 
 def _loader(expression: Any, dialect: Dialect) -> Loader:
-    """Return a function from rows to model instances, single values or tuples, as the statement selects them."""
+    """Return a function that converts rows to model instances, single values or tuples, as the statement needs."""
     described = getattr(expression, "column_descriptions", None) or []
     if len(described) == 1 and isinstance(described[0]["expr"], type):
         return _model_loader(described[0]["expr"], dialect)
@@ -260,7 +259,7 @@ M = TypeVar("M", bound=Table)
 
 
 def as_loaded(model: type[M], values: dict[str, Any]) -> M:
-    """Return the instance of a row that was just written, as a SELECT would load it.
+    """Return a model instance for a row that was just written. A SELECT would load the same instance.
 
     Args:
         model: model class of the table.
@@ -274,7 +273,7 @@ def as_loaded(model: type[M], values: dict[str, Any]) -> M:
 
 @cache
 def _model_loader(model: type[Table], dialect: Dialect) -> Loader:
-    """Return a generated function from rows to detached instances of `model`.
+    """Generate a function that converts rows to instances of `model`, which are detached from any session.
 
     SQLAlchemy adds the identity key when the instance is first used. The instance has no pending change, so
     `session.add` attaches the instance and `session.merge` finds its row. Loading one session took 0.45 µs. Adding

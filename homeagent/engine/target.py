@@ -81,7 +81,7 @@ def presentable_url(url: URL) -> str:
 
 
 def conceal(target: str | os.PathLike[str] | URL | None) -> Given:
-    """Return the target in a form that does not show a password when a traceback is recorded with local variables.
+    """Wrap the target, so that a recorded traceback with local variables does not show a password.
 
     Each public method calls this function first, and then deletes the method's own argument.
     """
@@ -89,7 +89,7 @@ def conceal(target: str | os.PathLike[str] | URL | None) -> Given:
 
 
 def resolve_target(target: Given) -> Target:
-    """Return the location that a target names.
+    """Resolve the target of `Database.open` to the path of a file or the URL of a server.
 
     Args:
         target: a path, `":memory:"`, or a URL such as `sqlite:///relative.db`, `sqlite:////absolute.db` or

@@ -72,7 +72,7 @@ _ATTEMPTS = 10
 
 
 def locate_file(path: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a database file, with `~` expanded and links among the directories resolved.
+    """Return the absolute path of a database file. Expand `~`, and follow symbolic links among the directories.
 
     The last component is not resolved, so that `inspect_file` can still refuse a link there. A link to a directory is
     legitimate, because /tmp is a link on macOS and a home directory can be on another volume. The file need not exist.
@@ -116,14 +116,14 @@ def sidecars(path: Path) -> list[Path]:
 
 
 class FileState(NamedTuple):
-    """The state of an existing regular, private file of a trusted user.
+    """State of a regular, private file that belongs to a trusted user.
 
     Attributes:
         path: the file.
         size: size in bytes, which is 0 for a database that was created but not yet initialised.
-        mode: permission bits after a repair, if one was necessary.
+        mode: permission bits. If the mode was repaired, the bits after the repair.
         uid: user id of the owner.
-        device, inode: identity of the file, independent of the file's name.
+        device, inode: identity of the file, which does not change if the file is renamed.
         repaired_from: permission bits before the repair; None if no repair was necessary.
     """
 
@@ -142,14 +142,15 @@ class FileState(NamedTuple):
 
 
 def inspect_file(path: Path) -> FileState | None:
-    """Inspect a database file without opening it, and narrow the mode of the caller's own file to 0600.
+    """Inspect a database file without opening the file. If the caller owns the file, narrow the file's mode to 0600.
 
-    A repair is logged as a warning. A mode narrower than 0600 is kept, because an administrator can want a read-only
-    file. An empty file always gets mode 0600, because a umask can have removed bits. A refused file is not changed.
+    A change of the mode is logged as a warning. A mode narrower than 0600 stays, because an administrator can want a
+    read-only file. An empty file always gets 0600, because a umask can have removed bits. A refused file is not
+    changed.
 
     Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). SQLite then gives the
-    sidecar files to the same owner. If the mode of such a file is wider than 0600, InsecureFileError is raised, because
-    another user who controls the directory could make root change the mode of a different file.
+    sidecar files to the same owner. If the mode of the owner's file is wider than 0600, root gets `InsecureFileError`,
+    because another user who controls the directory could make root change the mode of a different file.
 
     Returns:
         None if the file does not exist.
@@ -165,7 +166,7 @@ def inspect_file(path: Path) -> FileState | None:
 
 
 def secure_sidecars(path: Path) -> list[FileState]:
-    """Inspect the sidecar files of a database like the database itself, and return the states of the existing files.
+    """Inspect each existing sidecar file of a database as `inspect_file` does. Return the states of these files.
 
     SQLite sets the mode of a sidecar file only on creation, and a sidecar file can be older than the database.
 
@@ -181,14 +182,14 @@ def refuse_orphaned_log(path: Path) -> None:
 
     SQLite creates a WAL only after the database's header is on the disk. A WAL with content next to a missing or empty
     database means that the database was lost. SQLite would delete the WAL and start with an empty database, without any
-    revocation or nonce. The caller must hold the lock for initialisation.
+    revocation or nonce. The caller must hold `sidecar_lock`.
 
     Raises:
         CorruptDatabaseError: if the WAL has content, and the database is missing or empty.
     """
     log = sidecars(path)[0]
-    # Do not swap the two calls of `_size`, because a database that another process is creating gets content before the
-    # WAL gets content.
+    # Do not swap the two calls of `_size`. If another process creates the database now, the database gets content
+    # before the WAL does.
     if _size(log) and not _size(path):
         raise CorruptDatabaseError(
             f"{quoted(path)} is gone or empty, but its log {quoted(log)} is not: restore a backup, "
@@ -199,8 +200,8 @@ def refuse_orphaned_log(path: Path) -> None:
 def create_file(path: Path, *, database: Path | None = None) -> bool:
     """Create an empty database file with mode 0600, under any umask.
 
-    The directory must exist. The caller must hold the lock for initialisation. Otherwise another thread could open the
-    file before this function closes the descriptor, and SQLite would lose its locks.
+    The directory must exist. The caller must hold `sidecar_lock`. Without this lock another thread could open the file
+    before this function closes the descriptor, and SQLite would lose its locks.
 
     Args:
         path: path of the new file.
@@ -211,8 +212,8 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
 
     Raises:
         InsecureFileError: if the file system does not keep modes.
-        DatabaseError: if the file can't be created. The subclasses `ReadOnlyError` and `DiskFullError` tell the cause.
-            No file is left.
+        DatabaseError: if the file can't be created. The error is `ReadOnlyError` or `DiskFullError` if the system
+            reports this cause. No file is left.
     """
     with explained("create", path):
         descriptor = create_descriptor(path, database=database)
@@ -271,8 +272,8 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
     except FileExistsError:
         return None
     try:
-        # The umask removed bits from the mode above. Do not read the umask, because reading changes the umask of all
-        # threads.
+        # The umask can have removed bits from the mode, so set the mode again. Do not read the umask, because the
+        # system call that reads the umask also changes the umask of all threads.
         try:
             os.fchmod(descriptor, FILE_MODE)
         except PermissionError as error:
@@ -301,8 +302,8 @@ def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
         ForeignDatabaseError: if `path` is not a regular file.
         OSError: if the file can't be opened, or is a link.
     """
-    # Check the descriptor, because the file at the path could be replaced after a check of the path. With O_NONBLOCK a
-    # pipe does not block the caller.
+    # Check the open file and not the path, because another process could replace the file between a check and the open.
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
     file = os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS | os.O_NONBLOCK), "rb")
     try:
         refuse_insecure(path, os.fstat(file.fileno()), owners)
@@ -431,5 +432,5 @@ def _size(path: Path) -> int:
 
 
 def identity_of(status: os.stat_result) -> tuple[int, int]:
-    """Return the device and inode of a file, which identify the file independently of the file's name."""
+    """Return the device and inode of a file, which do not change if the file is renamed."""
     return status.st_dev, status.st_ino

@@ -26,7 +26,7 @@ class DirectoryReport(NamedTuple):
 
     Attributes:
         path: path of the directory.
-        made: list of the directories that this call created, outermost first. The list can be empty.
+        made: directories that `prepare_directory` created, outermost first. The list can be empty.
         mode: permission bits, including the sticky bit.
         uid: user id of the owner.
         listable: whether other users can list the directory.
@@ -50,7 +50,7 @@ def prepare_directory(directory: Path) -> DirectoryReport:
 
     New directories, including new parent directories, have mode 0700 under any umask. If root creates a directory, the
     owner of the parent directory becomes the owner. An existing directory stays unchanged, because other programs can
-    rely on the mode. The first time that the directory is found unsafe, the logger `homeagent` emits a warning.
+    rely on the mode. The logger `homeagent` emits a warning the first time that the function finds a directory unsafe.
 
     Raises:
         InvalidArgumentError: if a component of the path is not a directory.
@@ -64,7 +64,7 @@ def prepare_directory(directory: Path) -> DirectoryReport:
             try:
                 step.mkdir(DIRECTORY_MODE)
             except FileExistsError:
-                continue  # another process created the directory, or a link leads nowhere; the lines below check this
+                continue  # another process created the directory, or the name is a broken link: the lines below check
             if not _is_private_directory(step):
                 change_mode(step, DIRECTORY_MODE)  # a umask can also remove bits of the owner
                 if not _is_private_directory(step):
@@ -100,7 +100,7 @@ def prepare_directory(directory: Path) -> DirectoryReport:
 
 
 def find_temporary_directory() -> Path | None:
-    """Return the directory for temporary files; None if neither `TMPDIR` nor a usual directory can be written."""
+    """Return `TMPDIR` or a usual directory for temporary files; None if none of these directories is writable."""
     try:
         return Path(tempfile.gettempdir())
     except FileNotFoundError:
@@ -134,7 +134,7 @@ def _missing_directories(directory: Path) -> list[Path]:
                 missing.append(candidate)
                 continue
             except NotADirectoryError:
-                continue  # a parent is a file, which the loop reaches and names later
+                continue  # a parent is a file: the loop reaches the parent later, and then raises an error
         if not stat.S_ISDIR(status.st_mode):
             raise InvalidArgumentError(f"{quoted(candidate)} is a file, not a directory: name another path")
         refuse_replaceable(candidate)
@@ -147,8 +147,8 @@ def _give_to_parents_owner(made: Path) -> None:
     if os.geteuid() != 0:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    # Use a descriptor of the parent, because the parent's owner could replace each of the two directories by a link. If
-    # the empty directory is not the new directory, a change of its owner does no harm.
+    # Use a descriptor of the parent, because the parent's owner could replace each of the two directories by a link.
+    # The owner could still replace the new directory by another empty directory, which does no harm.
     parent = os.open(made.parent, flags)
     try:
         descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)

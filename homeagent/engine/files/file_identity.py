@@ -20,8 +20,8 @@ __all__ = ["FileIdentityCheck"]
 
 Identity = tuple[int, int]
 
-# Maximum age of a check, in seconds, for a unit that only reads, and for a unit whose commit a power cut can undo. A
-# check takes a few microseconds, which is not much less than the time of a unit.
+# Seconds after which a read-only unit, or a unit whose commit a power cut can undo, checks the files again. A check
+# takes a few microseconds, which is not much less than the time of a unit.
 _INTERVAL = 0.01
 
 # Size in bytes of a file that was emptied.
@@ -70,7 +70,7 @@ class FileIdentityCheck:
 
     @property
     def remembers_log(self) -> bool:
-        """Whether the check knows the identity of the WAL or the WAL index."""
+        """Whether this object has recorded the identity of the WAL or of the WAL index."""
         return bool(self._known)
 
     def before_connect(self) -> None:
@@ -88,7 +88,7 @@ class FileIdentityCheck:
         """Check the files after a connection was opened and has read. The first call records the file's identity.
 
         Args:
-            beside: whether to record the identities of the WAL and the WAL index. If True, the caller must call
+            beside: if True, also record the identities of the WAL and the WAL index. The caller must then call
                 `disconnected` later.
 
         Raises:
@@ -97,7 +97,7 @@ class FileIdentityCheck:
         if self._identity is None:
             status = self._status(self._name)
             self._identity = None if status is None else identity_of(status)
-        else:  # not at the first connection, which empties a file after an interrupted first transaction
+        else:  # the first connection can empty a file whose first transaction was interrupted
             self._check(beside=beside)
 
     def disconnected(self) -> None:
@@ -115,7 +115,7 @@ class FileIdentityCheck:
         self.due = self.monotonic() + _INTERVAL
 
     def before_commit(self) -> None:
-        """Check the files if the last check is too old. If `strict`, check the database's file in every case.
+        """Check the files if the last check is too old. If `strict` is True, always check the database's file.
 
         Raises:
             DatabaseMovedError: for the same reasons as in `after_begin`.
@@ -126,7 +126,7 @@ class FileIdentityCheck:
             self._check(beside=False)
 
     def find_moved(self, *, beside: bool = False) -> DatabaseMovedError | None:
-        """Return the error if a file was deleted or replaced. If `beside` is True, also check the WAL and its index."""
+        """Return an error if the file was deleted or replaced. If `beside` is True, check the WAL and its index too."""
         try:
             self._check(beside=beside)
         except DatabaseMovedError as moved:
@@ -136,7 +136,7 @@ class FileIdentityCheck:
         return None
 
     def _check(self, *, beside: bool = True, remember: bool = True) -> None:
-        """Compare the identities. If a file was moved, call `on_moved` before raising `DatabaseMovedError`."""
+        """Compare each file's identity with its recorded identity. Call `on_moved` before raising an error."""
         try:
             self._compare(beside=beside, remember=remember)
         except DatabaseMovedError:

@@ -20,13 +20,13 @@ _NETWORK_KINDS = frozenset(
         "9p", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "cvfs", "davfs", "fakeowner", "glusterfs", "gpfs",
         "lustre", "mfs", "ncpfs", "nfs", "nfs4", "orangefs", "panfs", "prl_fs", "pvfs2", "smb3", "smbfs", "vboxsf",
         "virtiofs", "vmhgfs", "wekafs",
-        # FUSE file systems have names of the form "fuse.<kind>". These kinds are file servers,
+        # FUSE file systems (the mount table shows "fuse.<kind>") of file servers:
         "alluxio-fuse", "ceph-fuse", "cephfs", "curlftpfs", "davfs2", "fuse-nfs", "fuse_dfs", "gvfsd-fuse", "lizardfs",
         "moosefs", "quobyte", "rozofs", "saunafs", "seaweedfs", "smbnetfs", "sshfs",
-        # object stores and drives on the internet,
+        # FUSE file systems of object stores and of drives on the internet:
         "blobfuse", "blobfuse2", "cosfs", "gcsfuse", "geesefs", "google-drive-ocamlfuse", "goofys", "juicefs",
         "mountpoint-s3", "onedriver", "ossfs", "rclone", "s3fs", "s3ql",
-        # and shared folders.
+        # FUSE file systems of folders that a virtual machine shares with its host:
         "grpcfuse", "osxfs", "vmhgfs-fuse",
     }
 )  # fmt: skip
@@ -55,8 +55,8 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
             continue
         point = _unescaped(fields.split()[4])
         if place.is_relative_to(point):
-            # Compare devices first, because a mount can hide mounts with longer paths. On Btrfs the devices of the
-            # table and of stat(2) differ. Then choose the longest path and, of two mounts on one path, the later mount.
+            # Prefer a mount with the path's device, because a later mount can hide a mount with a longer path. On Btrfs
+            # the two devices differ. Otherwise prefer the longest path and, of two mounts on one path, the later mount.
             rank = (fields.split()[2].decode() == device, len(point))
             if found is None or rank >= found[:2]:
                 found = (*rank, rest.split()[0].decode("ascii", "replace"))
@@ -83,5 +83,5 @@ def refuse_network_filesystem(path: Path, *, mount_table: Path = Path("/proc/sel
 
 
 def _unescaped(field: bytes) -> str:
-    """Decode a path of the mount table, which contains blanks and backslashes in octal."""
+    """Decode a path of the kernel's list of mounts, in which octal codes stand for blanks and backslashes."""
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 0xFF]), field))

@@ -71,7 +71,7 @@ class FileLock:
         return self._descriptor is not None
 
     def acquire(self) -> None:
-        """Acquire the lock. Wait for other holders at most for the timeout.
+        """Acquire the lock. If another thread or process holds the lock, wait at most `timeout`.
 
         Raises:
             DatabaseBusyError: if another thread or process still holds the lock after the timeout.
@@ -105,7 +105,8 @@ class FileLock:
         _held.discard(self)
         with explained("unlock", self.path):
             try:
-                # Do not rely on the close, because a child between fork and exec still has a copy of the descriptor.
+                # Unlock before closing. While a child process has a copy of the descriptor, the close alone does not
+                # release the lock.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             finally:
                 os.close(descriptor)
@@ -223,8 +224,8 @@ class FileLock:
             if descriptor is not None:
                 self._made = True
                 return descriptor
-            # The mode of an empty file can be too narrow for a moment. The umask of the creating process removed bits,
-            # and the creating process then restores the bits.
+            # The mode of an empty file can be too narrow for a moment: the umask removed bits when another process
+            # created the file, and the other process has not yet restored the bits.
             repair = self._access == os.O_RDWR
             if judge_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None
@@ -241,7 +242,7 @@ class FileLock:
         return True
 
     def _is_in_place(self, descriptor: int) -> bool:
-        """Return whether the locked file still has its name. A lock on a removed file excludes no other process."""
+        """Return whether the path still names the locked file. A lock on a removed file excludes no other process."""
         status = look_at(self.path)
         return status is not None and identity_of(status) == identity_of(os.fstat(descriptor))
 
@@ -250,7 +251,7 @@ _held: set[FileLock] = set()
 
 
 def _drop_inherited_locks() -> None:
-    # A flock lock belongs to the open file. A forked child shares the open file, and would prolong the lock.
+    # A flock lock belongs to the open file. A child that kept the inherited file open could prolong the lock.
     for lock in list(_held):
         descriptor, lock._descriptor = lock._descriptor, None
         if descriptor is not None:

@@ -36,7 +36,7 @@ def change_mode(path: Path, mode: int) -> None:
 
 
 def modes_not_kept(path: Path) -> InsecureFileError:
-    """Return the error for a file or directory that can't be made private."""
+    """Return the error for a file or directory whose file system does not keep its mode."""
     return InsecureFileError(
         f"{quoted(path)} can't be made private, its file system does not keep modes or does not let them change: "
         "move the database to another file system"

@@ -78,7 +78,7 @@ class PostgreSQLConnection(StoreConnection):
         """
         failure: BaseException
         if self._pooled:
-            # The pooler can give this transaction another session of the server.
+            # The pooler can give this transaction another session, so forget the state of the last session.
             self.memory.clear()
         try:
             self._command(self._begin_message)
@@ -111,7 +111,7 @@ class PostgreSQLConnection(StoreConnection):
             raise error_from_result(result)
 
     def commit(self) -> None:
-        """Commit the transaction, with the durability of the server's settings.
+        """Commit the transaction. The server's settings decide whether the commit survives a power cut.
 
         Raises:
             ConnectionLostError: if the server ended the session before COMMIT was sent. The unit was not committed.

@@ -43,8 +43,8 @@ _CONNECT_OPTIONS: dict[str, str] = {
     "tcp_user_timeout": "30000",  # milliseconds
     "fallback_application_name": "homeagent",
 }
-# This option overrides the encoding of the URL, the role and the database. Other encodings lack characters, and with
-# SQL_ASCII psycopg returns bytes.
+# This option overrides the encoding that the URL, the role or the database sets. Other encodings lack characters, and
+# with SQL_ASCII psycopg returns bytes.
 _ENCODING = {"client_encoding": "utf8"}
 _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "PGTARGETSESSIONATTRS"}
 
@@ -64,7 +64,7 @@ class PostgreSQLEngine(Engine):
     schemas. So PostgreSQL does not search a schema that another role creates later, for example under this role's name.
 
     Args:
-        url: `postgresql+psycopg://…`, with libpq's options as its query.
+        url: URL of the form `postgresql+psycopg://…`. Its query can contain libpq's options.
         busy_timeout: maximum wait of a statement for a lock (`lock_timeout`).
         pool_size: maximum number of writing units at the same time. The same limit applies to reading units.
     """
@@ -79,7 +79,7 @@ class PostgreSQLEngine(Engine):
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
-        # The engine needs the server's warning about a commit that a standby can lack. A role's setting can hide the
+        # The engine needs the server's warning that a standby may lack a commit. A setting of the role could hide the
         # warning.
         self._settings = [f"lock_timeout = {busy_ms}", "client_min_messages = warning"]
         self.search_schema: str | None = None
@@ -108,7 +108,7 @@ class PostgreSQLEngine(Engine):
             writers=pool_size,
             readers=pool_size,
             begin_write=("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",),
-            # BEGIN does not take the snapshot, but the first query does.
+            # PostgreSQL takes the snapshot at the first query, not at BEGIN.
             begin_read=("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", "SELECT 1"),
         )
 
@@ -126,7 +126,7 @@ class PostgreSQLEngine(Engine):
             connection.execute("; ".join(f"SET {setting}" for setting in self._settings))
 
     def _fix_search_path(self, connection: Any) -> None:
-        """Make every transaction search the present schemas of the `search_path`, and temporary tables last."""
+        """Make every transaction search only the schemas of the present `search_path`, and temporary tables last."""
         cursor = connection.execute(_SEARCH_PATH)
         while cursor.description is None:
             cursor.nextset()
@@ -138,7 +138,7 @@ class PostgreSQLEngine(Engine):
 
     def _on_begin(self, connection: Connection) -> None:
         raw: Any = connection.connection.driver_connection
-        # A StoreConnection begins its transaction before an ORM session is bound to the same connection.
+        # If a StoreConnection has already begun the transaction, send no second BEGIN.
         if raw.info.transaction_status == 0:
             # Use READ COMMITTED, whatever the role's default is. After the wait for a lock, the unit must see the
             # changes of the previous holder.
@@ -156,7 +156,7 @@ class PostgreSQLEngine(Engine):
         except ValueError:
             # `resolve_target` has checked the URL. psycopg also reads a host and a port from the environment.
             failure = InvalidArgumentError("PGHOST or PGPORT has a value that psycopg can't read: correct the variable")
-        # The error's cause, and the frames of SQLAlchemy and psycopg, contain the password.
+        # Remove the error's cause, because the cause and the frames of SQLAlchemy and psycopg contain the password.
         failure.__cause__ = failure.__context__ = None
         raise failure.with_traceback(None)
 
@@ -201,7 +201,7 @@ class PostgreSQLEngine(Engine):
 
 
 def _connect_args(url: URL) -> dict[str, str]:
-    """Return homeagent's options for libpq that neither the URL nor the environment sets."""
+    """Return homeagent's options for libpq. Leave out an option that the URL or an environment variable sets."""
     options = dict(_CONNECT_OPTIONS)
     hosts = url.query.get("host", ())
     if len(hosts.split(",") if isinstance(hosts, str) else hosts) > 1 or "," in (url.host or ""):
@@ -238,7 +238,7 @@ def _private_errors() -> Iterator[None]:
 
 
 def _remove_private(error: BaseException) -> None:
-    """Remove the server's message, whose DETAIL shows a row, and the password from an exception of psycopg."""
+    """Remove the password and the server's message, which can show a row, from an exception of psycopg."""
     if hasattr(error, "sqlstate"):
         error.constraint = refused_by(error)  # type: ignore[attr-defined]  # set here, read by refused_by
         error.args = (named(error)[2:] or "the server's message is withheld",)
@@ -252,7 +252,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     original: Any = context.original_exception
     if isinstance(original, HomeAgentError):
         raise original  # the error is already translated, or was raised because the process was forked
-    clear_locals(original)  # homeagent's frames hold the parameters of the statement
+    clear_locals(original)  # the local variables of homeagent's frames hold stored values
     failure = postgresql_error(original)
     if context.connection is None:
         if isinstance(failure, ConnectionLostError):
@@ -267,7 +267,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 def _connect_error(error: BaseException) -> ConnectionLostError:
     """Return the error for a failed connection, with each host's reason, such as a wrong password.
 
-    The reason, in the server's words, is after the host in libpq's message. The text before can show the URL's options.
+    In libpq's message the reason follows the host. Leave out the text before, which can show the URL's options.
     """
     reasons = dict.fromkeys(re.findall(r"^.*connection to server .* failed: (.*)$", str(error), re.MULTILINE))
     shown = f" ({'; '.join(reasons)})" if reasons else ""

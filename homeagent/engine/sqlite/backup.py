@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Contents", "backup_name", "discard", "read_contents", "write_backup"]
 
-_STEP = 2000  # number of pages to copy between two calls of `stop`, which takes a few milliseconds
+_STEP = 2000  # number of pages to copy between two calls of `stop`; the copying takes a few milliseconds
 _INSTRUCTIONS = 100_000  # number of instructions of SQLite's virtual machine between two calls of `stop`
 
-# Size in bytes, and number, of the writes that test whether a copy can grow. The product is SQLite's largest page.
+# A test whether a copy can grow writes `_PROBES` pieces of `_PROBE` bytes, in total one page of SQLite's largest size.
 _PROBE, _PROBES = 4096, 16
 
 Stop = Callable[[], bool]
@@ -82,7 +82,7 @@ def write_backup(
 
     Raises:
         InvalidArgumentError: if `target` exists and `replace` is False.
-        CorruptDatabaseError: if the database is damaged. A damaged copy must not be taken for a good backup.
+        CorruptDatabaseError: if the database is damaged. The damaged copy is removed.
         DiskFullError, ReadOnlyError, DatabaseError: if the copy can't be written.
         BackupStoppedError: if `stop` returned True.
     """
@@ -117,7 +117,7 @@ def _put_in_place(partial: Path, target: Path, *, replace: bool) -> None:
             manifest_path(partial).replace(manifest_path(target))
             fsync_directory(target.parent)
         except BaseException:
-            # If the copy replaced a backup, keep the copy, because the old backup no longer exists.
+            # If the copy has replaced an older backup, keep the copy, because the older backup no longer exists.
             if not replace:
                 discard(target)
             raise
@@ -129,7 +129,7 @@ def discard(partial: Path) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError:
-            # The directory can have become read-only. An empty file at least can't be mistaken for a database.
+            # If the directory has become read-only, empty the copy, because an empty file is no valid backup.
             with suppress(OSError):
                 os.truncate(path, 0)
 
@@ -279,7 +279,7 @@ def _explained_copy(engine: SQLiteEngine, partial: Path, stop: Stop) -> Iterator
 
 
 def _growth_error(partial: Path) -> HomeAgentError | None:
-    """Write to the end of the copy and return the error, if any, because SQLite's code does not tell the cause."""
+    """Find out why the copy can't grow: write to its end, and return the system's error or None."""
     try:
         descriptor = os.open(partial, os.O_WRONLY | OPEN_FLAGS)
         try:

@@ -264,7 +264,8 @@ class Dialect(SQLiteDialect):
     default_paramstyle = "qmark"
     supports_statement_cache = True
     returns_native_bytes = True
-    # SQLAlchemy wraps an error by the name of its class (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
+    # SQLAlchemy chooses the class of its own error by the name of the driver's class
+    # (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
     dbapi_exception_translation_map = {  # noqa: RUF012  SQLAlchemy declares an attribute of instances
         "ConstraintError": "IntegrityError",
         "MismatchError": "IntegrityError",
@@ -295,7 +296,7 @@ class Dialect(SQLiteDialect):
 
     @classmethod
     def get_pool_class(cls, url: URL) -> type[Pool]:
-        """Return SQLAlchemy's pool class for a queue or, for an in-memory database, for one connection per thread."""
+        """Return the class of SQLAlchemy's pool: one connection per thread for an in-memory database, else a queue."""
         return SingletonThreadPool if url.database in (None, "", ":memory:") else QueuePool
 
     def create_connect_args(self, url: URL) -> tuple[Sequence[str], dict[str, Any]]:

@@ -73,7 +73,7 @@ def lock_path(database: Path) -> Path:
 
 
 def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
-    """Return the lock that a process holds to create, upgrade or restore this database."""
+    """Return the lock that a process must hold while it creates, upgrades or restores the database."""
     return FileLock(lock_path(path), timeout=timeout)
 
 
@@ -84,7 +84,7 @@ class SQLiteEngine(Engine):
     argument `temporary` is True, the engine removes the file's directory when the engine is closed.
     """
 
-    # SQLite allows one writer, and a sync takes many times as long as a small unit.
+    # Small units share a commit, because SQLite allows one writer, and a sync takes many times as long as a small unit.
     shares_commits = True
     write_connection_type = SQLiteConnection
     read_connection_type = SQLiteConnection
@@ -119,13 +119,13 @@ class SQLiteEngine(Engine):
             # After a deferred BEGIN the first write would ignore busy_timeout and fail at once, if another process has
             # written since the BEGIN (https://sqlite.org/lang_transaction.html).
             begin_write=("BEGIN IMMEDIATE",),
-            # BEGIN takes no snapshot, but the first read does. A read without rows leaves no open statement.
+            # SQLite takes the snapshot at the first read, not at BEGIN. A read of no rows leaves no open statement.
             begin_read=("BEGIN; SELECT 1 FROM sqlite_master WHERE 0",),
             watch=self.identity_check,
         )
 
     def translate_error(self, error: BaseException) -> HomeAgentError:
-        """Return homeagent's error for an exception of the driver."""
+        """Return homeagent's error for an exception that the driver raised."""
         translation = diagnosed_error(error, self.path, find_moved=self.identity_check.find_moved)
         if isinstance(translation, DatabaseIOError):
             self.require_reconnect()
@@ -140,7 +140,7 @@ class SQLiteEngine(Engine):
 
     def _on_begin(self, connection: Connection) -> None:
         raw: Any = connection.connection.driver_connection
-        # A StoreConnection begins its transaction before an ORM session is bound to the same connection.
+        # If a StoreConnection has already begun the transaction, send no second BEGIN.
         if not raw.in_transaction:
             with self.translated():
                 raw.execute("BEGIN" if raw.readonly("main") else "BEGIN IMMEDIATE")
@@ -158,7 +158,7 @@ class SQLiteEngine(Engine):
         self._open.discard(connection)
         if moved is None and not self._open:
             self.identity_check.disconnected()
-        elif self.identity_check.remembers_log and not self._open:  # keep the WAL's identity, to refuse another WAL
+        elif self.identity_check.remembers_log and not self._open:  # remember the WAL, to refuse another WAL later
             logger.error("%s", moved, extra={"event": "closed_without_checkpoint", "path": str(self.path)})
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry) -> None:
@@ -170,7 +170,7 @@ class SQLiteEngine(Engine):
             cursor.execute("PRAGMA trusted_schema=OFF")
             cursor.execute("PRAGMA cell_size_check=ON")
             cursor.execute(f"PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}")
-        self._open.add(connection)  # after the first read, because only then the WAL survives other connections' close
+        self._open.add(connection)  # count only now: before the first read, SQLite could still delete the WAL
 
     def _keep_from_checkpoints(self) -> None:
         """Configure all connections not to copy the WAL into the file at close, because the file was replaced."""
@@ -180,7 +180,7 @@ class SQLiteEngine(Engine):
 
     @property
     def busy_seconds(self) -> float:
-        """Longest wait of a statement for a lock of another process."""
+        """Longest wait of a statement for a lock of another process, in seconds."""
         return self._busy_ms / 1000
 
     def connect(self) -> Connection:
@@ -191,7 +191,7 @@ class SQLiteEngine(Engine):
             with self.translated():
                 connection = self.sa_engine.connect()
         except HomeAgentError as error:
-            # SQLAlchemy chains the driver's exception.
+            # Remove the driver's exception, to which SQLAlchemy's error refers.
             error.__cause__ = error.__context__ = None
             raise
         try:
@@ -229,7 +229,7 @@ class SQLiteEngine(Engine):
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Yield a new connection in a read transaction, which neither waits for a writer nor blocks a writer."""
+        """Yield a new connection in a read transaction. The transaction neither waits for a writer nor blocks one."""
         with self.connect() as connection:
             raw: Any = connection.connection.driver_connection
             # Do not use SQLAlchemy's begin, because `_on_begin` would take the write lock.
@@ -328,7 +328,7 @@ class SQLiteEngine(Engine):
         return raw
 
     def open_source(self) -> Any:
-        """Return a driver's connection to the open file. Raise DatabaseMovedError if it was replaced or deleted."""
+        """Return a driver's connection to the file. Raise DatabaseMovedError if the file was replaced or deleted."""
         self.identity_check.before_connect()
         raw = self._open_bare()
         try:
@@ -350,7 +350,7 @@ class SQLiteEngine(Engine):
         except CorruptDatabaseError:
             if self._sqlite_will_empty():
                 return
-            # The read took no lock. An intact file can look damaged while another process writes the header.
+            # A header that another process is writing can look damaged, so read the header again with the lock.
             found = self._application_id_while_locked()
         if found != APPLICATION_ID:
             raise ForeignDatabaseError(
@@ -398,7 +398,7 @@ class SQLiteEngine(Engine):
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
             raise context.original_exception  # in a forked child, the object that replaces the connection raised this
-        clear_locals(original)  # homeagent's frames hold the parameters of the statement
+        clear_locals(original)  # the local variables of homeagent's frames hold stored values
         # Before a statement runs, a column type of the application can raise an exception of Python.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
         if not isinstance(original, kinds):

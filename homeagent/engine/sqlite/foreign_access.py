@@ -55,7 +55,7 @@ class FileGuard:
         self._is_closed = False
 
     def opened(self) -> bool:
-        """Count a new connection. Return False if the last connection was closed in the meantime."""
+        """Count a new connection. Return False if the last connection was closed and this guard is no longer in use."""
         with self._mutex:
             self._connections += not self._is_closed
             return not self._is_closed
@@ -86,7 +86,7 @@ class FileGuard:
                 raise failure
 
     def hold(self) -> None:
-        """Take the locks if a connection is open. The connection must have created the WAL index by a read."""
+        """Take the locks if a connection is open. Call this method after a read, which creates the WAL index."""
         with self._mutex:
             if self._holds or not self._connections:
                 return
@@ -127,7 +127,8 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# Hold this lock while opening and counting a connection. Otherwise another thread would report a foreign descriptor.
+# Hold this lock while opening and counting a connection. Otherwise another thread would mistake the new descriptor for
+# a descriptor of foreign code.
 _opening = threading.RLock()
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}
@@ -214,7 +215,7 @@ def _install_hook() -> None:
 
 
 def _after_fork_in_child() -> None:
-    # A thread of the parent that does not exist in the child can have held one of these locks.
+    # Replace the locks, because a thread that exists only in the parent can have held one of these locks.
     global _opening, _registry
     _opening, _registry = threading.RLock(), threading.RLock()
     for guard in _guards.values():

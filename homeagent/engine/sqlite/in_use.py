@@ -114,7 +114,7 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
 
 
 def _holders(path: Path) -> str:
-    """Return words for an error message that name the processes in /proc/locks that hold a lock (proc_locks(5))."""
+    """Return text for an error message: the processes that, by /proc/locks, hold a lock on the file (proc_locks(5))."""
     try:
         inode = path.stat().st_ino
         lines = Path("/proc/locks").read_text().splitlines()

@@ -72,7 +72,7 @@ def inspect_sqlite(
         path: path of the file.
         watch: statement timeout.
         assume_closed: if False, take locks even without a WAL, because a process can be opening the file.
-        is_closed: whether no process of homeagent had the file open a moment ago. If False, a WAL with an index is read
+        is_closed: True if no process of homeagent had the file open a moment ago. If False, a WAL with an index is read
             through the index even without frames, because an open database can add a frame at any time.
     """
     log, index, _ = sidecars(path)

@@ -119,7 +119,7 @@ def check_table(engine: SQLiteEngine, table: str, *, give_up: Callable[[], bool]
 
     Raises:
         CorruptDatabaseError: if the table is damaged. Later units raise the same error until the database is reopened.
-        DatabaseBusyError, DatabaseClosedError: for the same reasons as in any unit.
+        DatabaseBusyError, DatabaseClosedError: if a read-only unit of work could not begin.
     """
     connection = engine.begin(read_only=True, timeout=engine.busy_seconds)
     try:

@@ -81,7 +81,7 @@ def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None
     Args:
         backup: path of the backup.
         database: path of the source database, or of the target of a restore. The directory of `database` decides which
-            owners are trusted. The default is `backup`.
+            owners are trusted. The default is the path `backup`.
 
     Raises:
         InsecureFileError: if the manifest has a second hard link, or belongs to a user who is not in `backup_owners` of
@@ -131,7 +131,7 @@ def newest_backup(database: Path) -> Path | None:
 
     Search the directory of the database and the directory of the last backup. The database need not exist.
     """
-    # In the database's own directory only the file name must agree, because the directory can have been moved.
+    # In the database's own directory compare only the file name, because the directory can have been moved.
     found = [entry for entry in backups_in(database.parent, database) if Path(entry[1].database).name == database.name]
     last = remembered_backup(database)
     if last is not None and last.parent != database.parent:

@@ -67,7 +67,7 @@ def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, 
         database: path of the database file, which need not exist.
         stamp: letters and digits that distinguish this replacement from others.
         epoch: epoch of the new database.
-        timeout: longest wait for the lock that initialisation also takes.
+        timeout: longest wait for `sidecar_lock`, which a process that creates the database also takes.
 
     Raises:
         DatabaseError: if a step failed. The next process that opens the database finishes the replacement.

@@ -65,7 +65,7 @@ class _Index(NamedTuple):
 
 
 def has_frames(path: Path) -> bool:
-    """Return whether SQLite would read a frame of this database's WAL, even while other connections are open.
+    """Return whether SQLite would read a frame of this database's WAL. Other connections can be open.
 
     A process that is killed in its first commit leaves only a header. A full disk can leave a part of a header. SQLite
     ignores a WAL without frames, with one exception. The only connection to a database, opened with `readonly_shm=1`,
