@@ -52,8 +52,8 @@ class FailedChecks:
     limit. If the check does not fail, it is removed from the count.
 
     If `most_ids` ids have failures within the last minute, a new id replaces the id with the fewest failures. To remove
-    a count of 30, an attacker needs 30 failed checks of each other id within a minute. These are 300,000 slow hashes,
-    far more than one process computes. If a new id replaced the oldest id instead, 10,000 slow hashes would be enough.
+    a count of 30, an attacker needs 30 failed checks of all other ids within a minute, which takes 300,000 slow hashes,
+    far more than one process computes. If a new id replaced the oldest id, 10,000 slow hashes would be enough.
 
     A minute ends when the wall clock or the monotonic clock has moved by a minute. If the wall clock stands still or is
     set back, a device is therefore not refused for longer. If the wall clock is set forward, an attacker gets
@@ -102,7 +102,7 @@ class FailedChecks:
             if len(failed) >= self._per_minute:
                 raise TooManyAttemptsError(
                     f"{len(failed)} checks of a secret of device {device_id!r} failed within a minute or are under way",
-                    # Use the database's clock. The wait is at most a minute, even if the clock was set back.
+                    # Even if the database's clock was set back, the wait is at most a minute.
                     retry_after=_MINUTE - max(timedelta(0), *(now[0] - begun for begun, _ in failed)),
                     device_id=device_id,
                 )
@@ -126,7 +126,7 @@ class FailedChecks:
 
 
 def _renew_lock() -> None:
-    # A thread of the parent can have held the lock, and that thread does not exist in the forked child.
+    # Replace the lock, because a thread that exists only in the parent process can have held the lock.
     global _lock
     _lock = threading.RLock()
 

@@ -133,7 +133,7 @@ class SecretMatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SecretHasher:
-    """Hashes and checks secrets with given Argon2 costs and a limited number of concurrent runs.
+    """Hashes and checks secrets. The arguments set the costs of an Argon2 run and the number of concurrent runs.
 
     The default costs are those of argon2-cffi, the second recommended option of RFC 9106 section 4. A hash with other
     costs still matches. A check with the right secret then returns a replacement.
@@ -216,7 +216,7 @@ class SecretHasher:
         takes no hash, and any other secret takes one Argon2 run. The duration is the same for an unknown device.
 
         There is one exception. A stored hash with other costs needs a run with those costs, and a second hash with
-        another salt needs a second run. Store the `replacement` to end the exception.
+        another salt needs a second run. After the caller stored the `replacement`, one run is enough.
 
         Args:
             secret: presented secret, of any length.
@@ -249,8 +249,8 @@ class SecretHasher:
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         hashes = [_parse_argon2(one) for one in stored]
         if not any(hashes):
-            _parse_argon2(self._decoy_text)  # without these 30 µs, an unknown device would be faster
-        # The dictionary is used as an ordered set. If the device has no Argon2 hash, the decoy costs the same run.
+            _parse_argon2(self._decoy_text)  # without these 30 µs, the check of an unknown device would be faster
+        # The dictionary is used as an ordered set. If there is no Argon2 hash, run Argon2 for the decoy.
         recipes = dict.fromkeys(one.recipe for one in hashes if one is not None) or {self._decoy: None}
         digests = {recipe: self._run(text, recipe, waiting) for recipe in recipes}
         same = [one is not None and hmac.compare_digest(digests[one.recipe], one.digest) for one in hashes]

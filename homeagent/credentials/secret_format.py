@@ -106,5 +106,5 @@ def is_generated(secret: SecretStr | str) -> bool:
 
 
 def needs_slow_hash(secret: SecretStr | str) -> bool:
-    """Return whether a check of the secret runs Argon2, because the secret is usable and not a generated secret."""
+    """Return True if a check of the secret runs Argon2: the secret is usable, and is not a generated secret."""
     return what_is_wrong(reveal(secret)) is None and not is_generated(secret)
