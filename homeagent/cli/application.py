@@ -25,7 +25,7 @@ _CREDENTIALS = re.compile(r"://\S*@|((?:password|passwd)=)[^&\s]*", re.IGNORECAS
 
 
 class _Commands(TyperGroup):
-    """Commands that print a refused operation in one line, exit with status 1, and hide passwords in usage errors."""
+    """A group of commands. A refused operation prints one line and exits with status 1. Usage errors hide passwords."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with _hide_credentials():

@@ -123,7 +123,7 @@ def approve(
                 expected_role=role or seen.role,
                 expected_secret_hash=seen.shared_secret_hash,
                 expected_paired_at=datetime.fromisoformat(paired_at) if paired_at else seen.paired_at,
-                # Another admin can revoke the device before the answer. With --yes, the caller has not seen the device.
+                # Another administrator can revoke the device before the answer. With --yes, nothing was shown.
                 expected_status=status if yes else status or seen.status,
             )
         )

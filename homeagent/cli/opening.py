@@ -10,7 +10,7 @@ __all__ = ["open_named", "target_of"]
 
 
 def target_of(context: typer.Context, database: str | None) -> str | None:
-    """Return the --database option nearest to the command, or None if the option was not given."""
+    """Return the --database option that was given for the command or, if none, before the command."""
     named_before: str | None = context.obj
     return named_before if database is None else database
 

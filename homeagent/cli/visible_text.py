@@ -37,7 +37,7 @@ _EAST_ASIAN = frozenset({"BOPOMOFO", "CJK", "HANGUL", "HIRAGANA", "IDEOGRAPHIC",
 
 
 def _script(character: str) -> str | None:
-    """Return the script of a letter, mark or digit, or None for other characters, ASCII digits and shared marks."""
+    """Return the script of a letter, mark or digit; None for an ASCII digit, a shared mark or another character."""
     if not unicodedata.category(character).startswith(("L", "M", "N")) or character in "0123456789":
         return None
     script = re.split("[ -]", unicodedata.name(character, "UNKNOWN"), maxsplit=1)[0]
