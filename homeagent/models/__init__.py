@@ -1,4 +1,4 @@
-"""Models: five tables, which are also Pydantic models, and the table `store` with a row about the whole database.
+"""Five table models, which are also Pydantic models, and the table `store`, whose only row describes the database.
 
 The models of requests and replies are in `schemas`.
 """

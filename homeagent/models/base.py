@@ -42,7 +42,7 @@ metadata = MetaData(
 _registry = registry(metadata=metadata)
 
 
-# A validator can raise an error whose type is not in this set. Such an error can't be built from the name of its type.
+# A validator can raise an error whose type is not in this set. The type's name is not enough to build this error again.
 _KNOWN_ERRORS = frozenset(get_args(ErrorType))
 
 
@@ -115,7 +115,7 @@ class PartialIndex(Index):
 
     @cached_property
     def dialect_options(self) -> Any:
-        """Options for each engine: the condition."""
+        """The condition of the index, as an option for each engine."""
         options = super().dialect_options
         for dialect in ("sqlite", "postgresql"):
             options[dialect]["where"] = self._where
@@ -165,8 +165,8 @@ class Table(Model):
         if name not in type(self).model_fields or not finish_init.get():
             super().__setattr__(name, value)
             return
-        # Create the state of a loaded instance now. The code below sets `__pydantic_fields_set__`, and after that the
-        # instance does not count as loaded.
+        # Create SQLAlchemy's state now, because an instance with the attribute `__pydantic_fields_set__`, which the
+        # code below sets, does not count as loaded.
         getattr(self, "_sa_instance_state", None)
         # Do not copy the dictionary. Pydantic replaces `__dict__`, and a flush that calls a listener of `before_update`
         # writes the values of the old dictionary (test_a_listener_of_a_flush_assigns).
@@ -187,7 +187,7 @@ class Table(Model):
             # A store sets only the fields of a loaded instance. To set Pydantic's attributes, which are equal in all
             # loaded instances, took a third of the time of creating an instance.
             if name == "__pydantic_fields_set__":
-                # Create the state first, because an instance with the attribute does not count as loaded.
+                # Create SQLAlchemy's state first, because an instance with this attribute does not count as loaded.
                 getattr(self, "_sa_instance_state", None)
                 fields_set = set(type(self).model_fields)
                 object.__setattr__(self, name, fields_set)
@@ -197,9 +197,9 @@ class Table(Model):
             return super().__getattr__(name)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a new, transient, validated instance. Its values are the same, except the values in `update`.
+        """Return a new, transient, validated instance. The values in `update` replace the values of this instance.
 
-        With `deep`, JSON is also copied.
+        If `deep` is True, values of JSON columns are also copied.
         """
         # Pydantic's method would copy `__dict__` with the state that binds the instance to an ORM session.
         values = {name: getattr(self, name) for name in type(self).model_fields}
@@ -208,7 +208,7 @@ class Table(Model):
         return type(self)(**{**values, **(update or {})})
 
     def __getstate__(self) -> dict[Any, Any]:
-        # Create the state now, because the unpickled instance has all attributes and does not count as loaded.
+        # Create SQLAlchemy's state now, because an unpickled instance has all attributes and does not count as loaded.
         getattr(self, "_sa_instance_state", None)
         return super().__getstate__()
 
@@ -228,7 +228,7 @@ def _is_loaded(instance: Table) -> bool:
     return False
 
 
-# Read the slot of Pydantic. A constructor sets the slot, and a store does not.
+# This function reads Pydantic's attribute, which a constructor sets, and a store that loads an instance does not set.
 _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 

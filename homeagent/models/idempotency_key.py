@@ -173,10 +173,9 @@ class Attempt:
         number: number of the attempt, from 1. An attempt that takes over an abandoned attempt has the next number.
         downstream_key: idempotency key to pass to another service. All attempts of a key have the same downstream key.
         scope: device, method and key of the call.
-        lease_expires_at: timestamp from which on the attempt is abandoned.
-        expires_at: end of the time for which the outcome is replayed.
-        ttl: time for which the outcome is replayed. If the outcome comes after `expires_at`, the time starts at the
-            outcome.
+        lease_expires_at: end of the lease. From this time on, the attempt counts as abandoned.
+        expires_at: end of the time in which a repeated call gets the stored outcome.
+        ttl: length of this time. If the outcome is recorded after `expires_at`, the time starts at the recording.
         owner: random token of this attempt.
     """
 

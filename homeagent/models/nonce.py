@@ -20,8 +20,8 @@ class Nonce(Table, table=True):
         # A nonce is unique for each device. Otherwise one device could consume the nonces of another device.
         PrimaryKeyConstraint("device_id", "nonce", name="pk_nonces"),
         Index("idx_nonces_expires", "expires_at"),
-        # The key is most of the row (https://sqlite.org/withoutrowid.html). An insert with a rowid would take 1.25
-        # times as long.
+        # The primary key is most of the row, so a rowid (https://sqlite.org/withoutrowid.html) would cost: an insert
+        # with a rowid takes 1.25 times as long.
         {"sqlite_with_rowid": False},
     )
 

@@ -147,7 +147,7 @@ class SecretCheck:
     Attributes:
         status: status of the device if the secret is right. The status is `denied` if the secret is wrong or the device
             is absent.
-        device: device if the secret is right, else None.
+        device: the device; None if the secret is wrong.
     """
 
     status: Literal["approved", "pending", "revoked", "denied"]

@@ -31,7 +31,7 @@ def new_session_id() -> str:
 
 
 def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
-    """Return the key of the route of an agent, a sender and a channel. The key is the SHA-256 of a JSON array.
+    """Return the SHA-256 of a JSON array with the route of a session: the agent, the sender and the channel.
 
     A unique index on the three columns would not work, because two NULLs count as different. The JSON array separates
     the values, whatever characters the values contain.

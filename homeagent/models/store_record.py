@@ -13,8 +13,7 @@ store_table = Table(
     "store",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
-    # The epoch is a counter from 1, which a restore increments. Facts from an earlier epoch can be wrong in a later
-    # epoch.
+    # The epoch is a counter from 1, which a restore increments. A value that was read in an earlier epoch can be wrong.
     Column("epoch", Integer, server_default=text("1"), nullable=False),
     # The time at which the epoch began. The time is null in the first epoch.
     Column("restored_at", TimestampColumn),
