@@ -35,7 +35,7 @@ _LOCK = ".homeagent-backups.lock"
 
 
 def require_file(engine: Engine) -> SQLiteEngine:
-    """Return the engine of a file. For PostgreSQL raise DatabaseError, which names PostgreSQL's tools."""
+    """Return the engine if the database is a SQLite file. For PostgreSQL raise DatabaseError, which names its tools."""
     if not isinstance(engine, SQLiteEngine):
         raise DatabaseError(
             "a PostgreSQL database is backed up with its own tools: pg_dump for one database, pg_basebackup and an "
@@ -194,7 +194,7 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
     if target in own:
         raise InvalidArgumentError(f"{quoted(target)} belongs to the database itself: name another file")
     for sidecar in sidecars(target):
-        # The sidecar belongs to another database. If the backup had this name, SQLite would apply the sidecar to it.
+        # This sidecar belongs to another database. SQLite would apply the sidecar to a backup with this name.
         if os.path.lexists(sidecar):
             raise InvalidArgumentError(
                 f"{quoted(target)} is a database that is open or was not closed cleanly, since {quoted(sidecar)} "

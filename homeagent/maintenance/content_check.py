@@ -1,4 +1,4 @@
-"""Check the content of a SQLite file while the database is open, because opening a large file does not check it."""
+"""Check the content of a SQLite file while the database is open, because opening does not check a large file."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ContentCheck:
     """Checks the content of an open SQLite database periodically.
 
     Each table is checked with its indexes in one read-only unit. The first check is due at once. The argument `every`
-    is the pause between two checks. If a check exceeds the time budget, the
-    next check continues with the remaining tables. On PostgreSQL the method `run_if_due` does nothing.
+    is the pause between two checks. If a check exceeds the time budget, the next check continues with the remaining
+    tables. On PostgreSQL the method `run_if_due` does nothing.
     """
 
     def __init__(

@@ -143,13 +143,13 @@ class ExpiredRows:
         return deleted
 
     def _times(self) -> dict[str, datetime]:
-        """Return the current time as `now`, and as `before` the time before which rows are deleted."""
+        """Return parameters: the current time `now`, and `before`, the time before which rows are deleted."""
         now = read_clock(self._settings.clock)
         return {"now": now, "before": earlier(now, self._grace)}
 
 
 def _name(error: ConflictError) -> str:
-    """Return the name of the constraint in an error."""
+    """Return the name of the constraint that caused the error."""
     if error.table is None:
         return "a constraint"
     return f"table {error.table}" if error.constraint is None else f"{error.constraint} of table {error.table}"

@@ -32,7 +32,7 @@ class Pace:
         Args:
             worked: duration of the batch's statement, in seconds.
             held: time for which the batch held the write lock, including the commit, in seconds.
-            contended: whether the batch waited for another writer, or another writer waited for the batch.
+            contended: True if the batch waited for another writer, or if another writer waited for the batch.
         """
         rows = self.rows * 2
         if contended and worked > 0:
@@ -41,5 +41,5 @@ class Pace:
         return self.rest_after(held) if contended else _SHORTEST_PAUSE
 
     def rest_after(self, held: float) -> float:
-        """Return the pause in seconds after the sweep held the write lock for `held` seconds and writers waited."""
+        """Return the pause, in seconds, after the sweep held the write lock for `held` seconds while writers waited."""
         return min(max(held * _PAUSE_FACTOR, _SHORTEST_PAUSE), _LONGEST_PAUSE)

@@ -218,7 +218,7 @@ def _not_in_use(source: Path) -> Iterator[None]:
 
 
 def _check_header(source: Path, database: Path, manifest: Manifest | None) -> None:
-    """Refuse a file with another size than in the manifest or without homeagent's header. Create no file."""
+    """Refuse a file whose size differs from the manifest, and a file without homeagent's header. Create no file."""
     header = header_of(source, database)
     size = source.stat().st_size
     if manifest is not None and manifest.size != size:
@@ -244,7 +244,7 @@ def _identify_target(database: Path) -> None:
     """Refuse another application's file before a lock file is created next to it."""
     state = judge_file(database, is_database=False, repair=False)
     if state is None or state.is_empty or any(map(_has_content, (lock_path(database), in_use_path(database)))):
-        return  # `_refuse_target` decides if a lock file has content
+        return  # if a lock file has content, `_refuse_target` decides later
     # Read the header through SQLite, because another thread may have the file open.
     engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
     try:
@@ -264,7 +264,7 @@ def _refuse_target(database: Path, marker: str | None) -> None:
     """Refuse an insecure file, and a file that is not homeagent's. The caller holds the in-use lock exclusively."""
     state = judge_file(database, is_database=False, repair=False)
     # If the lock file has a marker, homeagent created a database here. Then a file without homeagent's header is this
-    # database with damage, and the restore may replace the file.
+    # database in a damaged state, which the restore may replace.
     if (
         state is not None
         and not state.is_empty

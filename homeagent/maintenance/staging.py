@@ -92,7 +92,7 @@ def stage(
 ) -> Staged:
     """Prepare the new database as one complete file at `new_path`. If a step fails, remove the file."""
     for stale in database.parent.glob(f"{glob.escape(database.name)}.*.restoring"):
-        discard(stale)  # a restore was killed before it wrote its marker
+        discard(stale)  # left by a restore that was killed before it wrote its marker
     new = new_path(database, stamp)
     try:
         _copy(source, new, manifest, database=database)

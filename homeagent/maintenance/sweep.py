@@ -134,7 +134,7 @@ def _delete(
     paused: Callable[[float], bool],
     monotonic: Callable[[], float],
 ) -> tuple[int, bool]:
-    """Delete the expired rows of a table. Return the number of deleted rows, and whether there was time for all."""
+    """Delete expired rows of a table. Return the number of deleted rows, and True if the time was enough for all."""
     engine = settings.engine
     deleted = in_log = 0
     while True:
