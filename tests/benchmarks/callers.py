@@ -32,7 +32,7 @@ COMPLETE = "UPDATE idempotency_keys SET result = ? WHERE device_id = ? AND metho
 
 
 def measure(bench: Bench) -> None:
-    """Measure each row."""
+    """Measure each row of the report."""
     for durability in DURABILITIES:
         if bench.wants(CROWDED, ONCE, LONE, TASKS, THREADS):
             _writers(bench, durability)
@@ -71,7 +71,7 @@ def _run_once(bench: Bench, durability: str, by_hand: Sqlite3, homeagent: HomeAg
 
 
 def _consume(homeagent: HomeAgent, devices: int, prefix: str) -> Callable[[int], Callable[[UnitOfWork], bool]]:
-    """Return a function that returns the work of a unit: consume a nonce with this number."""
+    """Return a function that, for a number, returns a function that consumes a nonce in a unit of work."""
     until = homeagent.clock.now + timedelta(hours=1)
     return lambda i: lambda uow: uow.nonces.consume(f"d{i % devices}", f"{prefix}{i}-abcdefgh", expires_at=until)
 
@@ -98,12 +98,12 @@ def _crowded(bench: Bench, durability: str, homeagent: HomeAgent) -> None:
         "few nonces": lambda i: homeagent.consume(f"fresh{i % 10}", f"f{i}-abcdefghijkl"),
         "homeagent": lambda i: homeagent.consume("crowded", f"f{i}-abcdefghijkl"),
     }
-    # A device may have 10,000 nonces: fewer calls keep well below that.
+    # Make fewer calls, because a device can have at most 10,000 nonces.
     bench.compare(CROWDED, durability, calls, share=0.2)
 
 
 def _storm(bench: Bench, by_hand: Sqlite3, homeagent: HomeAgent, clock: Clock) -> None:
-    """Measure group commit: many callers that each wait for a commit, against single commits by hand."""
+    """Compare group commit, with many callers that each wait for a commit, with single commits of hand-written SQL."""
     database, numbers = homeagent.database, count()
 
     def one_by_one(total: int) -> None:
@@ -134,7 +134,7 @@ def _storm(bench: Bench, by_hand: Sqlite3, homeagent: HomeAgent, clock: Clock) -
             continue
         rates: dict[str, list[float]] = {"one by one": [], "homeagent": []}
         for _ in range(bench.sizes.few_rounds):
-            # The nonces of the previous round have expired.
+            # Move the clock, so that the nonces of the previous round have expired.
             clock.set(clock.ms + 3 * DAY // 24)
             database.sweep()
             work = _consume(homeagent, bench.sizes.filled.devices, "storm")
@@ -179,7 +179,7 @@ def _sweep(bench: Bench) -> None:
         sweep.join()
         if not reports or not reports[0].nonces:
             raise BenchmarkError(f"{SWEEP}: nothing was swept")
-        # The rows that the time budget left.
+        # Delete the rows that remain after the time budget was used up.
         database.sweep()
     homeagent.close()
     bench.add(SWEEP, "full", times)

@@ -24,7 +24,7 @@ START = (datetime(2026, 3, 1, tzinfo=UTC) - EPOCH) // timedelta(milliseconds=1)
 
 
 class Clock:
-    """A clock that stands still until a measurement moves it. Each contender has its own.
+    """A clock that stands still until a measurement moves it. Each contender has its own clock.
 
     Attributes:
         ms: milliseconds since the epoch, for contenders that store numbers.
@@ -84,13 +84,13 @@ class Contender(Protocol):
     """
 
     def __init__(self, path: Path, durability: str, clock: Clock) -> None:
-        """Open the database at `path`, which has its rows already. `durability` is `full` or `normal`."""
+        """Open the database at `path`, which already contains rows. `durability` is `full` or `normal`."""
 
     def device(self, device_id: str) -> Any:
         """Find a device."""
 
     def find_key(self, device_id: str, key: str) -> Any:
-        """Find an idempotency key that has not expired, of method `METHOD`."""
+        """Find an idempotency key of the method `METHOD` that has not expired."""
 
     def sessions(self, agent_id: str, limit: int) -> Any:
         """List an agent's sessions, the last active first."""
@@ -111,7 +111,7 @@ class Contender(Protocol):
         device and session, look the idempotency key up, and store a result if there is none.
 
         Returns:
-            Whether there was a result, so that the message is a retry.
+            True if a result was already stored, because the message is a retry.
         """
 
     def close(self) -> None:

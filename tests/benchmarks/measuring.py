@@ -1,4 +1,4 @@
-"""Interleaved samples: how contenders take turns, and the sizes of a run."""
+"""Take samples of the contenders in turns. The class `Sizes` sets the sizes of a run."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ QUICK = Sizes(
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value that a share of all values do not exceed."""
+    """Return a percentile of the values, for a share such as 0.99."""
     return sorted(values)[int((len(values) - 1) * share)]
 
 
 def summarize(row: str, durability: str, samples: Mapping[str, Sequence[float]]) -> list[Figure]:
-    """Return the figures of a row. The first contender is the baseline; sample i of each is from round i."""
+    """Return the figures of a row. The first contender is the baseline. The samples with index i are from round i."""
     baseline = next(iter(samples.values()))
     figures = []
     for name, values in samples.items():
@@ -117,18 +117,18 @@ class Bench:
         return folder
 
     def add(self, row: str, durability: str, samples: Mapping[str, Sequence[float]]) -> None:
-        """Keep the samples of a row, by contender, the baseline first."""
+        """Keep the samples of a row. The keys are names of contenders, and the first key is the baseline."""
         for figure in summarize(row, durability, samples):
             self.figures.append(figure)
             self.report(figure)
 
     def compare(self, row: str, durability: str, calls: Mapping[str, Call], *, share: float = 1.0) -> dict[str, int]:
-        """Measure calls in turns; the first is the baseline, and the second has its turn next to it in each round.
+        """Measure calls in turns. The first call is the baseline. In each round the second call runs next to it.
 
         Args:
             row: the row's name.
             durability: the durability of the calls; empty if they commit no change.
-            calls: by contender.
+            calls: the call of each contender.
             share: the time of a sample, as a share of the usual time.
 
         Returns:

@@ -64,8 +64,8 @@ class Work:
 
     Attributes:
         row: the row's name.
-        call: runs the operation, with a new number each time.
-        told: turns the answer into a form that is the same for all contenders.
+        call: function that runs the operation, with a new number in each call.
+        told: function that converts an answer into a form that is the same for all contenders.
         writes: whether the operation is measured at both durabilities.
         table: the table to which each call adds a row; empty if no row is added.
     """
@@ -80,7 +80,7 @@ class Work:
 def _seen(contender: Contender, clock: Clock, filled: Filled, i: int) -> bool:
     device = i % filled.devices
     if not device:
-        # homeagent does not write this time again within a minute.
+        # Move the clock, because homeagent does not write `last_seen_at` again within a minute.
         clock.set(clock.ms + 2 * MINUTE)
     return contender.seen(f"d{device}")
 

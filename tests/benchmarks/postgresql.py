@@ -48,7 +48,7 @@ def _started() -> Iterator[Server]:
 
 
 def measure(bench: Bench) -> None:
-    """Measure each row. At `normal`, `synchronous_commit` is off."""
+    """Measure each row of the report. At the durability `normal`, `synchronous_commit` is off."""
     if not bench.wants(UNIT, ONE_CALL, CONSUME, INSERT):
         return
     with _started() as server:

@@ -35,7 +35,7 @@ OPEN = (
 
 
 def measure(bench: Bench) -> None:
-    """Measure each row."""
+    """Measure each row of the report."""
     for row, measured in ((EIGHT, _eight), (KILLED, _killed), (START, _start)):
         if bench.wants(row):
             measured(bench)
@@ -62,7 +62,7 @@ def _write_by_hand(path: str, number: int, seconds: float) -> list[float]:
 
 
 def _write_with_homeagent(path: str, number: int, seconds: float) -> list[float]:
-    """Do the same with homeagent."""
+    """Write as `_write_by_hand` does, but with homeagent."""
     waits: list[float] = []
     until = datetime.now(UTC) + timedelta(hours=1)
     with Database.open(path) as database:
@@ -115,7 +115,7 @@ def _eight(bench: Bench) -> None:
                 raise BenchmarkError(f"{name}: {EIGHT}: a writer failed, see above")
             times[name].append(percentile([wait for text in printed for wait in json.loads(text)], 0.99))
         for path in paths.values():
-            # The nonces of the next round are new.
+            # Delete the nonces, because the next round uses the same nonces again.
             with closing(sqlite3.connect(path)) as connection, connection:
                 connection.execute("DELETE FROM nonces")
     bench.add(EIGHT, "full", times)
@@ -164,7 +164,7 @@ def _start(bench: Bench) -> None:
             command = [sys.executable, "-c", program, str(path)]
             if subprocess.run(command, cwd=ROOT, env=environment).returncode:
                 raise BenchmarkError(f"{name}: {START}: the program failed, see above")
-            # The first turn writes the bytecode.
+            # Leave out the first turn, in which Python writes the bytecode.
             if turn:
                 times[name].append(time.perf_counter() - start)
     bench.add(START, "", times)
