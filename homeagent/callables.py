@@ -1,4 +1,4 @@
-"""Checks of functions that callers pass as arguments. If the result is not awaited, coroutine functions are refused."""
+"""Checks of functions that callers pass as arguments. Some checks refuse coroutine functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
     Args:
         function: function that a caller passed.
         what: name of the argument.
-        coroutine: remedy in the error message for a coroutine function. With None, coroutine functions are accepted.
+        coroutine: remedy in the error message for a coroutine function; None if coroutine functions are accepted.
 
     Raises:
         InvalidArgumentError: if `function` can't be called, is a generator function, or is a coroutine function and
@@ -35,7 +35,7 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
 
 
 def refuse_coroutine(value: T, what: str, remedy: str) -> T:
-    """Return the argument `value`, a function's return value. Raise InvalidArgumentError if `value` is a coroutine."""
+    """Return `value`, the return value of a function. Raise InvalidArgumentError if `value` is a coroutine."""
     if iscoroutine(value):
         value.close()  # prevents Python's warning "never awaited"
         raise InvalidArgumentError(f"{what} returned a coroutine, which is not awaited here: {remedy}")

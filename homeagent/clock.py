@@ -37,7 +37,7 @@ _latest = (0, _EPOCH)
 
 
 def system_clock() -> datetime:
-    """Return the current time in whole milliseconds, but never an earlier timestamp than before in this process.
+    """Return the current time in whole milliseconds. The timestamp is never earlier than the last returned timestamp.
 
     After the wall clock was set back, return the last timestamp until the wall clock has reached this timestamp again.
     An earlier timestamp would bring expired nonces back, and would put events in the wrong order.

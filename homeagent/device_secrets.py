@@ -88,7 +88,7 @@ class DeviceSecrets:
         """Return whether the secret is right, and whether the device is approved, pending or revoked.
 
         For a wrong secret, the duration of the check and the refusal by a limit depend only on the presented id and
-        secret. Neither shows whether the device exists, is approved, or has a generated secret.
+        secret. An attacker can't learn whether the device exists, is approved, or has a generated secret.
 
         Args:
             device_id: presented id.

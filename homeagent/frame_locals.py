@@ -1,9 +1,9 @@
 """Clear local variables in tracebacks, so that error reporters do not record secrets.
 
 The frames of a traceback keep local variables as plain text, for example secrets, nonces, keys, results and parameters
-of statements. When a HomeAgentError leaves a method with such parameters, `clears_locals` clears homeagent's frames.
-The traceback keeps all lines, and the application's frames keep all variables. Other exceptions are not changed, for
-example a TypeError from a mistake in homeagent.
+of statements. When a HomeAgentError leaves a method that `clears_locals` decorates, the decorator clears homeagent's
+frames. The traceback keeps all lines, and the application's frames keep all variables. Other exceptions are not
+changed, for example a TypeError from a mistake in homeagent.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
 
 logger = logging.getLogger("homeagent")
 
-# Shortest time between two renewals, in seconds. The usual time between two renewals is a third of the lease, so the
-# lease is kept even if two renewals fail.
+# Shortest time between two renewals, in seconds. The usual time is a third of the lease, so the attempt keeps its lease
+# even if two renewals fail.
 _SHORTEST_PERIOD = 0.05
 
 
@@ -113,7 +113,7 @@ class OnceCall:
 
 
 class _Once:
-    """A unit that ends an attempt. The unit can safely run again after a commit with an unknown outcome.
+    """A unit of work that ends an attempt. After a commit with an unknown outcome, the unit can safely run again.
 
     Args:
         attempt: the attempt to end.
@@ -180,18 +180,18 @@ class LeaseTimer:
         lease = _Lease(call, attempt, monotonic() + call.period)
         with self._changed:
             if self._thread is None:
-                # Set the time now, because the effect can end before the thread starts. The thread ends without a time.
+                # If the effect ends before the thread starts, the thread has no lease and ends at this time.
                 self._wakes = lease.due
                 self._thread = threading.Thread(target=self._keep, name="homeagent-lease", daemon=True)
                 try:
                     self._thread.start()
                 except BaseException:
-                    self._thread = None  # An interrupt can come after the thread's start. Then `_keep` ends at once.
+                    self._thread = None  # After an interrupt of `start`, a started thread then ends at once.
                     raise
             self._leases.add(lease)
             if lease.due < self._wakes:
                 self._changed.notify()
-        # Do not take the lock in the returned function. If the effect forks, a thread of the parent can hold the lock.
+        # Do not take the lock in the returned function. If the effect forks, the lock can stay locked in the child.
         return partial(self._leases.discard, lease)
 
     def close(self) -> None:
@@ -243,7 +243,7 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
     Args:
         run: function that runs a unit of work in the same way as `Database.run`.
         timer: timer that renews the lease while the effect runs.
-        call: arguments of the call, which were checked.
+        call: checked arguments of `run_once`.
         effect: function that gets the attempt and returns the result.
     """
     is_substituted = False

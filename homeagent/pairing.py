@@ -67,7 +67,7 @@ class Pairing:
     def pair(self, request: DevicePair) -> PairedDevice:
         """Add a pending device (see `Database.pair`)."""
         check_kind(request, DevicePair, "request")
-        # Two early checks before the slow hash. The final checks are `create` and `require_pending_room`.
+        # Check early, to save the slow hash. The calls of `create` and `require_pending_room` below check again.
         if self._find_device(request.id) is not None:
             raise DeviceExistsError(request.id)
         limit = self._max_pending
@@ -88,8 +88,8 @@ class Pairing:
                 # Make this check after the insert. If the unit runs again after a commit with an unknown outcome, the
                 # unit must find its own device before this check.
                 unit.devices.require_pending_room(limit)
-                # After the deletion of an earlier device with this id, a call of that device can have left a record.
-                # Keep records in progress, because one of these records can belong to the call that pairs.
+                # A deleted device with the same id can have left idempotency keys. Keep a key in progress, because this
+                # key can belong to the call that pairs the new device.
                 unit.idempotency_keys.delete_ended(create.id)
                 return device
             except DeviceExistsError:
@@ -135,7 +135,7 @@ class Pairing:
         )
 
     def _check(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
-        """Check a secret. The check of a wrong secret is one statement and one hash, even if the device is absent."""
+        """Check a secret. A wrong secret costs one statement and one hash, even if the device is absent."""
         while True:
             now = self._clock()
             stored = _valid_hashes(
@@ -155,8 +155,8 @@ class Pairing:
                     self._rehash(device_id, stored[0], match.replacement)
                 return SecretCheck(device.status.value, device)
             if device.shared_secret_hash == stored[0]:
-                return _DENIED  # the overlap has ended in the meantime
-            # Check again, because another caller has replaced the hash. The new hash can be one of the same secret.
+                return _DENIED  # the previous secret has become invalid during the check
+            # Check again, because another caller has replaced the hash. The new hash can be a hash of the same secret.
 
     def _find_device(self, device_id: str) -> Device | None:
         return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
@@ -240,7 +240,7 @@ class Pairing:
                     previous_until=later(self._clock(), overlap, "overlap") if overlap and new != old else None,
                 )
 
-            # If another caller has rotated the secret in the meantime, begin again with the hash of that secret as old.
+            # If another caller has rotated the secret in the meantime, begin again, with that caller's hash as `old`.
             if self._runner.run(replace, idempotent=True):
                 return secret
 
@@ -258,7 +258,7 @@ def _hash_and_verifier(device: Device) -> tuple[str, str | None]:
 
 
 def _valid_hashes(device: Device | SecretHashes, now: datetime) -> list[str]:
-    """Return the hashes of the secrets that are right now. During an overlap, the previous secret is also right."""
+    """Return the hashes of the secrets that are valid now, including the previous secret during an overlap."""
     hashes = [device.shared_secret_hash]
     until = device.previous_secret_expires_at
     if device.previous_secret_hash is not None and until is not None and until > now:

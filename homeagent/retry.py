@@ -39,7 +39,7 @@ _LONGEST_PAUSE = 0.5
 
 
 class Runner:
-    """A runner of functions as units of work of one database. The value `settings.timeout` also limits the retries."""
+    """Runs functions as units of work of one database. The retries of a unit end after `settings.timeout`."""
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
@@ -96,7 +96,7 @@ def _done(work: Callable[[UnitOfWork], T], value: T) -> T:
 
 
 class _Retries:
-    """The state of one unit's retries, which consists of the next pause, the deadline and an unknown commit."""
+    """State of one unit's retries: the next pause, the deadline, and the error of a commit with unknown outcome."""
 
     __slots__ = ("_bound", "_deadline", "_idempotent", "_settings", "_unknown")
 
@@ -115,7 +115,7 @@ class _Retries:
             self._unknown = error
         pause = random.uniform(0, self._bound)  # noqa: S311  the pause separates callers and is not a secret
         if monotonic() + pause >= self._deadline:
-            # The error of a later try does not say whether an earlier commit took place.
+            # The error of a later try does not show that the outcome of an earlier commit is unknown.
             raise self._unknown or error
         self._bound = min(self._bound * 2, _LONGEST_PAUSE)
         self._settings.engine.counters.retries += 1

@@ -94,7 +94,7 @@ class ProofKeys:
         return _xor(self.client_key, _hmac_sha256(self.stored_key, message))
 
     def recognises(self, message: bytes, signature: bytes) -> bool:
-        """Return whether the signer of the message had the verifier of the same secret."""
+        """Return True if the signature of the message was made with the verifier of the same secret."""
         return hmac.compare_digest(_hmac_sha256(self.server_key, message), signature)
 
 
@@ -102,7 +102,7 @@ class ProofKeys:
 def derive_proof_keys(
     secret: SecretStr | str, parameters: ProofParameters, *, minimum_iterations: int = MIN_ITERATIONS
 ) -> ProofKeys:
-    """Derive the keys of a secret. This takes about 2 ms for 4,096 iterations, and about 0.2 s for 600,000 iterations.
+    """Derive the keys of a secret, in about 2 ms for 4,096 iterations and in about 0.2 s for 600,000 iterations.
 
     Args:
         secret: the secret. The step SASLprep of RFC 5802 is left out: SASLprep changes only non-ASCII characters.
@@ -241,7 +241,7 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
 
 
 def _canonical(values: list[str | int]) -> bytes:
-    """Return the JSON of RFC 8785, for texts and integers."""
+    """Return the canonical JSON text (RFC 8785) of a list of texts and integers."""
     text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
     if any("\ud800" <= character <= "\udfff" for character in text):
         # Do not leave the check to `encode()`, because the UnicodeEncodeError would contain the nonce.
@@ -354,7 +354,7 @@ def server_signature(verifier: str, message: bytes) -> bytes:
 def check_server_signature(
     secret: SecretStr | str, parameters: ProofParameters, message: bytes, signature: bytes
 ) -> bool:
-    """Return whether the signer of the message has the verifier of the secret. The device calls this function.
+    """Return True if the signature was made with the verifier of the secret. The device calls this function.
 
     The arguments `parameters` and `message` are those of the proof. If the signature does not have 32 bytes, it is
     wrong.
