@@ -119,8 +119,8 @@ class Statement(Generic[R]):
     """One SQL statement with the type of its results.
 
     Args:
-        make: expression or, for an upsert, a function from the dialect's `insert` to the expression. Values that differ
-            between calls are `bindparam`s.
+        make: expression of the statement or, for an upsert, a function that gets the dialect's `insert` and returns the
+            expression. Values that differ between calls are `bindparam`s.
         lock: if True, a SELECT in a write unit locks its rows until the unit ends. SQLite does not lock rows.
         returning: model class of the rows that a writing statement returns; None if the statement returns no rows.
     """
@@ -174,8 +174,8 @@ def _render_constant(constant: _Constant, compiler: SQLCompiler, **options: Any)
 def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     """Return an expression that puts a constant into the text of a statement.
 
-    SQLAlchemy would make a parameter of the value. Binding the constants of an INSERT took as long as writing the row.
-    Do not pass a user's value. The argument `type_` is the SQLAlchemy type of the stored value.
+    Otherwise SQLAlchemy would turn the constant into a parameter. Binding the constants of an INSERT took as long as
+    writing the row. Do not pass a user's value. The argument `type_` is the SQLAlchemy type of the stored value.
     """
     return _Constant(value, type_)
 

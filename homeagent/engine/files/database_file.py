@@ -64,7 +64,7 @@ _SIDECAR_SUFFIXES = ("-wal", "-shm", "-journal")
 OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
 # Another process can create, remove or replace a file of SQLite during an inspection. Only a hostile or broken program
-# does so ten times in a row.
+# replaces a file ten times in a row.
 _ATTEMPTS = 10
 
 
@@ -121,7 +121,7 @@ class FileState(NamedTuple):
     Attributes:
         path: the file.
         size: size in bytes, which is 0 for a database that was created but not yet initialised.
-        mode: permission bits. If the mode was repaired, the bits after the repair.
+        mode: present permission bits, which `inspect_file` can have changed.
         uid: user id of the owner.
         device, inode: identity of the file, which does not change if the file is renamed.
         repaired_from: permission bits before the repair; None if no repair was necessary.
@@ -290,8 +290,7 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
 def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
     """Open a regular file of a trusted user for reading.
 
-    Do not call this function for a file that SQLite has open in this process. Closing the file would drop SQLite's
-    locks.
+    Do not call this function for a file that SQLite has open in this process, because the close drops SQLite's locks.
 
     Args:
         path: path of the file.

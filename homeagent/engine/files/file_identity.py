@@ -21,7 +21,7 @@ __all__ = ["FileIdentityCheck"]
 Identity = tuple[int, int]
 
 # Seconds after which a read-only unit, or a unit whose commit a power cut can undo, checks the files again. A check
-# takes a few microseconds, which is not much less than the time of a unit.
+# takes a few microseconds, almost as long as a small unit of work.
 _INTERVAL = 0.01
 
 # Size in bytes of a file that was emptied.
@@ -38,8 +38,8 @@ class FileIdentityCheck:
         on_moved: function to call before `DatabaseMovedError` is raised.
 
     Attributes:
-        due: time of `monotonic` after which the last check is too old. The code that begins a unit compares `due` with
-            the clock, and calls `after_begin` only if necessary, because each call takes time.
+        due: value of `monotonic` after which the last check counts as too old. The code that begins a unit compares
+            `due` with the clock, and calls `after_begin` only if necessary, because each call takes time.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class FileIdentityCheck:
         """Check the files if the last check is too old. If `strict` is True, always check the database's file.
 
         Raises:
-            DatabaseMovedError: for the same reasons as in `after_begin`.
+            DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
         """
         if self.monotonic() >= self.due:
             self.after_begin()

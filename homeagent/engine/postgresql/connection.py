@@ -55,9 +55,9 @@ class PostgreSQLConnection(StoreConnection):
         self._warnings: list[str] = []
         self._raw.add_notice_handler(self._notice)
         self._begin_message = "; ".join(begin)
-        # Commands use libpq's function for a message without parameters. A signal can't interrupt this function, but
-        # BEGIN and COMMIT wait only shortly. psycopg's cursor can be interrupted, but takes 12 µs longer, which is a
-        # third of the client's time for a read.
+        # Commands such as BEGIN use libpq's function for a message without parameters. A signal can't interrupt this
+        # function, but BEGIN and COMMIT wait only shortly. psycopg's cursor can be interrupted, but takes 12 µs longer,
+        # which is a third of the client's time for a read.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
         # If listeners are registered, commands use the instrumented cursor, which calls the listeners.
         self._has_listeners = isinstance(self._cursor, InstrumentedCursor)

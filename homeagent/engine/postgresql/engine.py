@@ -32,15 +32,15 @@ __all__ = ["POOL_SIZE", "PostgreSQLEngine"]
 
 POOL_SIZE = 10
 
-# Limits on the wait for a host that does not answer. By default libpq waits without a limit to connect, sends the first
-# keepalive after two hours, and waits about 15 minutes on Linux for the acknowledgement of data
-# (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
+# Limits on the wait for a host that does not answer, in seconds, and in milliseconds for `tcp_user_timeout`. By default
+# libpq waits without a limit to connect, sends the first keepalive after two hours, and waits about 15 minutes on Linux
+# for the acknowledgement of data (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
 _CONNECT_OPTIONS: dict[str, str] = {
-    "connect_timeout": "10",  # seconds, for each host
-    "keepalives_idle": "30",  # seconds
+    "connect_timeout": "10",  # for each host
+    "keepalives_idle": "30",
     "keepalives_interval": "10",
     "keepalives_count": "3",
-    "tcp_user_timeout": "30000",  # milliseconds
+    "tcp_user_timeout": "30000",
     "fallback_application_name": "homeagent",
 }
 # This option overrides the encoding that the URL, the role or the database sets. Other encodings lack characters, and
@@ -79,8 +79,7 @@ class PostgreSQLEngine(Engine):
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
-        # The engine needs the server's warning that a standby may lack a commit. A setting of the role could hide the
-        # warning.
+        # The engine needs the server's warning that a standby may lack a commit. A role's setting could hide it.
         self._settings = [f"lock_timeout = {busy_ms}", "client_min_messages = warning"]
         self.search_schema: str | None = None
         """SQL setting that limits the search to the schema of homeagent's tables; None if no schema was found."""
@@ -251,8 +250,8 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
         return None  # the instrumented cursor raises the driver's exception, which the connection translates
     original: Any = context.original_exception
     if isinstance(original, HomeAgentError):
-        raise original  # the error is already translated, or was raised because the process was forked
-    clear_locals(original)  # the local variables of homeagent's frames hold stored values
+        raise original  # The error is already translated, or was raised in a forked child.
+    clear_locals(original)  # Local variables of homeagent's frames hold stored values.
     failure = postgresql_error(original)
     if context.connection is None:
         if isinstance(failure, ConnectionLostError):
@@ -267,7 +266,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 def _connect_error(error: BaseException) -> ConnectionLostError:
     """Return the error for a failed connection, with each host's reason, such as a wrong password.
 
-    In libpq's message the reason follows the host. Leave out the text before, which can show the URL's options.
+    In libpq's message the reason follows the host. Leave out the text before the host, which can show options.
     """
     reasons = dict.fromkeys(re.findall(r"^.*connection to server .* failed: (.*)$", str(error), re.MULTILINE))
     shown = f" ({'; '.join(reasons)})" if reasons else ""

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Contents", "backup_name", "discard", "read_contents", "write_backup"]
 
-_STEP = 2000  # number of pages to copy between two calls of `stop`; the copying takes a few milliseconds
-_INSTRUCTIONS = 100_000  # number of instructions of SQLite's virtual machine between two calls of `stop`
+_STEP = 2000  # number of pages to copy between two calls of `stop`, within milliseconds.
+_INSTRUCTIONS = 100_000  # Number of instructions of SQLite's virtual machine between two calls of `stop`.
 
 # A test whether a copy can grow writes `_PROBES` pieces of `_PROBE` bytes, in total one page of SQLite's largest size.
 _PROBE, _PROBES = 4096, 16
@@ -50,7 +50,7 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Row counts by table, schema revision and epoch of a database, for the manifest. A missing value is None."""
+    """Contents of a database for the manifest: the rows of each table, the schema revision and the epoch, or None."""
 
     rows: dict[str, int]
     revision: str | None

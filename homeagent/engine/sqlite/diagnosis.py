@@ -39,7 +39,7 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 def diagnosed_error(
     error: BaseException, path: Path, *, find_moved: Callable[[], DatabaseMovedError | None]
 ) -> HomeAgentError:
-    """Return homeagent's error for an exception of the SQLite driver, chosen by SQLite's code and by system probes.
+    """Return homeagent's error for an exception of the SQLite driver. SQLite's code and the probes decide its class.
 
     The function `find_moved` returns the error for a replaced or deleted file, and None for an unchanged file.
     """

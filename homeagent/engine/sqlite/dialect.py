@@ -136,7 +136,7 @@ class Cursor(_Cursor):
 
 
 class StatementCursor(_Cursor):
-    """A cursor for statements whose columns are known."""
+    """A cursor for a store's statements, whose columns are known before the execution."""
 
     _changed: int | None = None
 
@@ -264,8 +264,7 @@ class Dialect(SQLiteDialect):
     default_paramstyle = "qmark"
     supports_statement_cache = True
     returns_native_bytes = True
-    # SQLAlchemy chooses the class of its own error by the name of the driver's class
-    # (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
+    # SQLAlchemy chooses an error by the driver's class name (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
     dbapi_exception_translation_map = {  # noqa: RUF012  SQLAlchemy declares an attribute of instances
         "ConstraintError": "IntegrityError",
         "MismatchError": "IntegrityError",

@@ -80,8 +80,8 @@ def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
 class SQLiteEngine(Engine):
     """Engine of one SQLite file with one writer. Each reader sees a snapshot.
 
-    With the durability `full` each commit is synced. With `normal` a power cut can lose the last commits. If the
-    argument `temporary` is True, the engine removes the file's directory when the engine is closed.
+    With the durability `full` each commit is synced. With the durability `normal` a power cut can lose the last
+    commits. If the argument `temporary` is True, the engine removes the file's directory when the engine is closed.
     """
 
     # Small units share a commit, because SQLite allows one writer, and a sync takes many times as long as a small unit.
@@ -185,7 +185,7 @@ class SQLiteEngine(Engine):
 
     def connect(self) -> Connection:
         """Return a new connection. The caller closes the connection."""
-        # Check before and after, because opening a replaced file would apply the old database's WAL to the new file.
+        # Check before and after opening. Opening a replaced file would apply the old database's WAL to the new file.
         self.identity_check.before_connect()
         try:
             with self.translated():
@@ -373,7 +373,7 @@ class SQLiteEngine(Engine):
                 header = os.read(descriptor, 20)
             finally:
                 os.close(descriptor)
-        # Bytes 16 to 19 are the first size of the database, in pages (https://sqlite.org/fileformat2.html, section 3).
+        # Bytes 16 to 19 are the size before the transaction (https://sqlite.org/fileformat2.html, section 3).
         return header[:8] == _JOURNAL_MAGIC and header[16:] == bytes(4)
 
     def _application_id_while_locked(self) -> int:
@@ -397,8 +397,8 @@ class SQLiteEngine(Engine):
             return None  # the instrumented cursor raises the driver's exception, which the connection translates
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
-            raise context.original_exception  # in a forked child, the object that replaces the connection raised this
-        clear_locals(original)  # the local variables of homeagent's frames hold stored values
+            raise context.original_exception  # The error comes from `_ClosedAfterFork` in a forked child.
+        clear_locals(original)  # Local variables of homeagent's frames hold stored values.
         # Before a statement runs, a column type of the application can raise an exception of Python.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
         if not isinstance(original, kinds):

@@ -127,8 +127,7 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# Hold this lock while opening and counting a connection. Otherwise another thread would mistake the new descriptor for
-# a descriptor of foreign code.
+# Hold this lock while opening and counting a connection, or another thread takes the descriptor for a foreign one.
 _opening = threading.RLock()
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}

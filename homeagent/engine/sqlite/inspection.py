@@ -1,7 +1,7 @@
 """Read a SQLite file without changing the file, the WAL or the modes of the two.
 
-An ordinary connection could destroy data of a damaged file, because the last close moves the WAL's content into the
-file and removes the WAL.
+An ordinary connection could destroy data of a damaged file, because the close of the last connection moves the WAL's
+content into the file and removes the WAL.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Stopwatch", "inspect_sqlite", "journal_mode", "reaches", "scratch_sqlite"]
 
-# Number of instructions of SQLite's virtual machine between two checks of the clock, well under a millisecond.
+# Number of instructions of SQLite's virtual machine between two checks of the clock. They take under a millisecond.
 _INSTRUCTIONS = 10_000
 
 

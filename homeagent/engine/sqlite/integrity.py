@@ -30,13 +30,13 @@ __all__ = ["check_content", "check_table", "refuse_unclean_damage"]
 
 logger = logging.getLogger("homeagent")
 
-# Largest files for the full and the quick check when a database is opened. The full check takes about 5 ms per MiB. The
-# quick check takes about 1 ms per MiB, and does not compare indexes with tables. A larger file is checked only after an
-# unclean end and on the sweeper's schedule.
+# Largest sizes of a file for the full check, and for the quick check, when a database is opened. The full check takes
+# about 5 ms per MiB. The quick check takes about 1 ms per MiB, and does not compare indexes with tables. A larger file
+# is checked only after an unclean end and on the sweeper's schedule.
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
 
-# Number of instructions of SQLite's virtual machine between two calls of `give_up`, at most some milliseconds.
+# Number of instructions of SQLite's virtual machine between two calls of `give_up`. They take at most milliseconds.
 _INSTRUCTIONS = 100_000
 
 
@@ -149,7 +149,7 @@ def _check_table(engine: SQLiteEngine, raw: Any, table: str) -> bool:
 
 def _refuse(path: Path, found: list[tuple[str]]) -> None:
     if found and found[0][0] != "ok":
-        # SQLite's text contains numbers of rows and names of columns, but no values.
+        # The result of SQLite's check contains numbers of rows and names of columns, but no values.
         raise _damaged(path, found[0][0].splitlines()[-1])
 
 

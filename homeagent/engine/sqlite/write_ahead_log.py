@@ -3,8 +3,8 @@
 SQLite treats the first WAL frame with a wrong checksum as the end of the WAL, and so discards a commit that a crash
 interrupted. But if the WAL was damaged or truncated later, SQLite silently discards complete commits
 (https://sqlite.org/fileformat2.html#walformat, section 4.2). Two traces of lost commits remain. The first trace is a
-later frame that ends a commit. The second trace is the WAL index (-shm), which a killed process leaves behind with the
-number of committed frames (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
+frame after the damage that ends a commit. The second trace is the WAL index (-shm), which a killed process leaves
+behind with the number of committed frames (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
 
 No other process may have the database open. This process must not have the database open, because closing the WAL index
 would drop this process's locks.
@@ -33,14 +33,14 @@ __all__ = ["LostCommits", "find_lost_commits", "has_frames"]
 
 _HEADER = 32
 _FRAME_HEADER = 24
-_MAGIC = {0x377F0682: "little", 0x377F0683: "big"}  # byte order of the words from which a checksum is computed
-_SMALLEST_LOG = _HEADER + _FRAME_HEADER + SMALLEST_DATABASE  # size of a WAL with one frame of the smallest page
+_MAGIC = {0x377F0682: "little", 0x377F0683: "big"}  # byte order of a checksum's words.
+_SMALLEST_LOG = _HEADER + _FRAME_HEADER + SMALLEST_DATABASE  # Size of a WAL with one frame of the smallest page.
 _INDEX_HEADER = 48
 _INDEX = 2 * _INDEX_HEADER + 40
 _INDEX_VERSION = 3007000
 
-# The kernel writes the WAL index to the disk after half a minute. The WAL can't restart more often in this time. The
-# first salt is random, so the WAL of another database looks like a restarted WAL with a chance of 1 in 65,536.
+# The kernel writes the WAL index to the disk after half a minute. Within half a minute, the WAL can't restart more than
+# 65,536 times. The first salt is random, so the WAL of another database looks restarted with a chance of 1 in 65,536.
 _MOST_RESTARTS = 2**16
 
 
@@ -67,10 +67,9 @@ class _Index(NamedTuple):
 def has_frames(path: Path) -> bool:
     """Return whether SQLite would read a frame of this database's WAL. Other connections can be open.
 
-    A process that is killed in its first commit leaves only a header. A full disk can leave a part of a header. SQLite
-    ignores a WAL without frames, with one exception. The only connection to a database, opened with `readonly_shm=1`,
-    fails with SQLITE_PROTOCOL after 10 seconds if the WAL has at least the length of a header, but not a sound header
-    followed by more bytes.
+    A process that is killed in its first commit leaves a WAL with only a header. A full disk can leave a part of a
+    header. SQLite ignores a WAL without frames, except on an only connection with `readonly_shm=1`. This connection
+    fails with SQLITE_PROTOCOL after 10 seconds if the header is damaged, or if the WAL has only a header.
     """
     log = sidecars(path)[0]
     with explained("read", log):
@@ -104,8 +103,8 @@ def find_lost_commits(path: Path) -> LostCommits | None:
 
 
 class _Log(NamedTuple):
-    committed: int  # number of frames up to the end of the last sound commit
-    later_commits: int  # number of later frames of this WAL that end a commit
+    committed: int  # Number of frames up to the end of the last sound commit.
+    later_commits: int  # Number of later frames of this WAL that end a commit.
     salt: bytes | None  # None if there is no sound header
     exists: bool = True
     is_blank: bool = False  # True if the WAL is too short for a frame, or has only zeros, as after a power cut
@@ -197,8 +196,8 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
 def _is_later(salt: bytes, *, than: bytes) -> bool:
     """Return whether the WAL was restarted after the WAL index was last written to the disk.
 
-    SQLite does not sync the WAL index, so a power cut can leave an older index. A restart follows a complete, synced
-    checkpoint and increments the first salt (https://sqlite.org/fileformat2.html#walformat).
+    SQLite does not sync the WAL index, so a power cut can leave an older index. A restart of the WAL follows a
+    complete, synced checkpoint and increments the first salt (https://sqlite.org/fileformat2.html#walformat).
     """
     return 0 < (int.from_bytes(salt[:4], "big") - int.from_bytes(than[:4], "big")) % 2**32 < _MOST_RESTARTS
 
