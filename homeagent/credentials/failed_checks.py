@@ -82,7 +82,7 @@ class FailedChecks:
 
     @contextmanager
     def attempt(self, device_id: str) -> Iterator[CheckAttempt]:
-        """Count a check of this id while the block runs, and after the block if the check failed.
+        """Count a check of this id while the block runs. If the check failed, keep the count after the block.
 
         Raises:
             TooManyAttemptsError: if `per_minute` checks of the id failed within the last minute or are running.

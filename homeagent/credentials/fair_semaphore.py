@@ -19,7 +19,7 @@ _RETRY_AFTER = timedelta(seconds=1)
 
 
 class FairSemaphore:
-    """A semaphore that `places` callers can hold at the same time.
+    """A semaphore that at most `places` callers can hold at the same time.
 
     The number `places` is 1 or more. In a forked child all places are free.
     """

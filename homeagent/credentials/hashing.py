@@ -39,8 +39,8 @@ _ARGON2 = re.compile(
     r"\$([A-Za-z0-9+/]{11,86})\$([A-Za-z0-9+/]{22,86})"
 )
 
-# Limits for the costs of a stored hash. Without limits, a damaged hash could ask for a terabyte. The memory limit, 2
-# GiB, is the first recommended option of RFC 9106 section 4.
+# Limits for the costs of a stored hash. Without limits, a damaged hash could ask for a terabyte of memory. The memory
+# limit, 2 GiB, is the first recommended option of RFC 9106 section 4.
 _MAX_MEMORY_COST = 2 * 1024 * 1024
 _MAX_TIME_COST = 64
 _MAX_PARALLELISM = 64
@@ -109,7 +109,7 @@ def _sha256(text: str) -> str:
     return "sha256$" + hashlib.sha256(text.encode()).hexdigest()
 
 
-# This hash replaces a missing hash, so that a generated secret is compared equally often for an unknown device.
+# For an unknown device a generated secret is compared with this hash, so that the check takes the same time.
 _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 _MAX_STORED = 2
 
@@ -142,8 +142,8 @@ class SecretHasher:
         time_cost: number of passes over the memory, 1 to 64.
         memory_cost: memory of one run in kibibytes, from 8 for each lane to 2,097,152 (2 GiB).
         parallelism: lanes (threads) of one run, 1 to 64.
-        concurrency: maximum number of concurrent Argon2 runs. The maximum limits the memory of hashes with these costs
-            to `concurrency * memory_cost`. Default: the number of processors, at most 4.
+        concurrency: maximum number of concurrent Argon2 runs, which together use at most `concurrency * memory_cost`.
+            The default is the number of processors, at most 4.
         timeout: maximum time for which a caller waits for a run. The callers run in the order of arrival.
 
     Raises:
@@ -189,7 +189,7 @@ class SecretHasher:
                 hashes, the new hash takes over the salt of the stored hash, so one run checks both hashes. A check then
                 takes no longer, and the duration of a check does not reveal the rotation. RFC 9106 section 3.1 asks for
                 a salt for each password, so that one guess can't be tried on many accounts. Here both hashes belong to
-                one device. Leave `beside` out if the old secret becomes invalid at once.
+                one device. Pass None for `beside` if the old secret becomes invalid at once.
             waiting: maximum number of waiting callers of this hasher, including this caller.
 
         Returns:
@@ -249,7 +249,7 @@ class SecretHasher:
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         hashes = [_parse_argon2(one) for one in stored]
         if not any(hashes):
-            _parse_argon2(self._decoy_text)  # without these 30 µs, the check of an unknown device would be faster
+            _parse_argon2(self._decoy_text)  # without these 30 µs, an unknown device's check would be faster.
         # The dictionary is used as an ordered set. If there is no Argon2 hash, run Argon2 for the decoy.
         recipes = dict.fromkeys(one.recipe for one in hashes if one is not None) or {self._decoy: None}
         digests = {recipe: self._run(text, recipe, waiting) for recipe in recipes}
