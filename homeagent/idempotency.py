@@ -44,7 +44,7 @@ ARUN_ONCE = "call arun_once"
 
 T = TypeVar("T")
 
-# The types of `Database.run` and `Database.arun` with `idempotent=True`, with which a unit can run twice.
+# Types of `Database.run` and `Database.arun`, called with `idempotent=True`. Such a call can run a unit twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
@@ -186,7 +186,7 @@ class LeaseTimer:
                 try:
                     self._thread.start()
                 except BaseException:
-                    self._thread = None  # After an interrupt of `start`, a started thread then ends at once.
+                    self._thread = None  # a thread that has started in spite of the error ends at once
                     raise
             self._leases.add(lease)
             if lease.due < self._wakes:
@@ -311,7 +311,7 @@ class _AsyncUnits:
     async def release_claim(self) -> None:
         """Release a claimed key, because the key must not count as abandoned. The effect must not have begun."""
         if self._claimed is not None:
-            # Ignore an error, because the lease of the claim expires.
+            # Ignore an error, because the claim ends anyway when its lease expires.
             with suppress(HomeAgentError):
                 # `substitute` did not run, so the outcome of an earlier attempt is still unknown.
                 await self.release(self._claimed, none_began=False)

@@ -155,7 +155,7 @@ class Pairing:
                     self._rehash(device_id, stored[0], match.replacement)
                 return SecretCheck(device.status.value, device)
             if device.shared_secret_hash == stored[0]:
-                return _DENIED  # the previous secret has become invalid during the check
+                return _DENIED  # the previous secret has become invalid during the check.
             # Check again, because another caller has replaced the hash. The new hash can be a hash of the same secret.
 
     def _find_device(self, device_id: str) -> Device | None:

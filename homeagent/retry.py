@@ -1,8 +1,8 @@
 """Run functions as units of work, and run a unit again after an error if a second run is safe.
 
 In two cases the unit was rolled back and can run again: after a conflict with another unit, and if the connection was
-lost before COMMIT was sent. If the connection was lost later, the outcome of the commit is unknown. Then the unit runs
-again only if the caller has passed `idempotent=True`.
+lost before COMMIT was sent. If the connection was lost after COMMIT was sent, the outcome of the commit is unknown.
+Then the unit runs again only if the caller has passed `idempotent=True`.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def _under_asyncio() -> bool:
         return False
 
 
-# Number of worker threads for units in each event loop. Slow hashes have the same number of other threads. Do not use
-# AnyIO's default limiter, which is for the application.
+# Number of worker threads for units in each event loop. The same number of additional threads compute slow hashes. Do
+# not use AnyIO's default limiter, which is for the application.
 _WORKERS = 64
 
 

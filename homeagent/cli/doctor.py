@@ -39,7 +39,7 @@ def doctor(
     try:
         diagnosis = diagnose(target_of(context, database), thorough=thorough, fix=fix)
     except InvalidArgumentError as error:
-        # Exit with status 2. Status 1, which means a refused operation elsewhere, means warnings here.
+        # Exit with status 2. Status 1 means a refused operation for other commands, but warnings for the doctor.
         raise typer.BadParameter(str(error)) from None
     if as_json:
         print_json(diagnosis.model_dump(mode="json"))

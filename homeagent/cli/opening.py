@@ -1,4 +1,4 @@
-"""Choice of the database for a command, and the call that opens the database."""
+"""Choose the database of a command, and open the database."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["open_named", "target_of"]
 
 
 def target_of(context: typer.Context, database: str | None) -> str | None:
-    """Return the --database option that was given for the command or, if none, before the command."""
+    """Return the --database option of the command or, if absent, the option before the command."""
     named_before: str | None = context.obj
     return named_before if database is None else database
 

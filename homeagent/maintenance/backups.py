@@ -61,9 +61,9 @@ def back_up(
         destination: an existing directory, a path with a final slash for a directory to create, or the path of a new
             file. In a directory the backup's name contains the schema revision and the time.
         clock: clock for the time of the backup.
-        keep: number of this database's backups that stay in the directory. Older backups are removed. Three kinds of
-            backups neither count nor are removed: backups without a manifest, backups from upgrades, and backups with
-            an owner that `restore` refuses.
+        keep: number of this database's backups that stay in the directory. Older backups are removed. The number does
+            not include a backup without a manifest, a backup from an upgrade, or a backup with an owner that `restore`
+            refuses. These backups are not removed.
         replace: whether to replace an existing file.
         timeout: longest wait for another backup into the same directory.
         stop: function that is called repeatedly. If it returns True, the backup is cancelled.
@@ -232,7 +232,7 @@ def _write_note(database: Path, backup: Path) -> None:
     try:
         remember_backup(database, backup)
     except HomeAgentError as error:
-        # The backup is valid without the note. The note only lets an error about a damaged database name the backup.
+        # The backup is valid without the note, which only lets an error about a damaged database name the backup.
         logger.warning(
             "could not write the path of the last backup to a note next to the database: %s",
             error,

@@ -82,7 +82,7 @@ def _in_file(path: Path, now: datetime, timeout: timedelta) -> int:
         identify_or_wait(engine)
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
-                pass  # only check, because SQLite would drop these locks when it closes the file
+                pass  # only check, because SQLite would drop these locks when it closes the file.
             # Pass temporary=True, because `alone` already holds the in-use lock.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:

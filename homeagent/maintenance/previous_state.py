@@ -18,7 +18,7 @@ __all__ = ["PreviousState", "read_previous_state"]
 
 @dataclass(frozen=True, slots=True)
 class PreviousState:
-    """Epoch and devices of the old database. If they are unknown, the epoch is 0 and the devices are None."""
+    """Epoch and devices of the old database. An unknown epoch is 0, and unknown devices are None."""
 
     epoch: int
     devices: Devices | None

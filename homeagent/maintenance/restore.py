@@ -244,7 +244,7 @@ def _identify_target(database: Path) -> None:
     """Refuse another application's file before a lock file is created next to it."""
     state = judge_file(database, is_database=False, repair=False)
     if state is None or state.is_empty or any(map(_has_content, (lock_path(database), in_use_path(database)))):
-        return  # if a lock file has content, `_refuse_target` decides later
+        return  # if a lock file has content, `_refuse_target` decides later.
     # Read the header through SQLite, because another thread may have the file open.
     engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
     try:

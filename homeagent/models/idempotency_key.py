@@ -175,7 +175,8 @@ class Attempt:
         scope: device, method and key of the call.
         lease_expires_at: end of the lease. From this time on, the attempt counts as abandoned.
         expires_at: end of the time in which a repeated call gets the stored outcome.
-        ttl: length of this time. If the outcome is recorded after `expires_at`, the time starts at the recording.
+        ttl: time for which a repeated call gets the stored outcome. If the outcome is recorded after `expires_at`, this
+            time starts at the recording.
         owner: random token of this attempt.
     """
 
