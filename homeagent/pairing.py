@@ -67,7 +67,7 @@ class Pairing:
     def pair(self, request: DevicePair) -> PairedDevice:
         """Add a pending device (see `Database.pair`)."""
         check_kind(request, DevicePair, "request")
-        # Check early, to save the slow hash. The calls of `create` and `require_pending_room` below check again.
+        # Check before the slow hash, so that a refusal costs no hash. `create` and `require_pending_room` check again.
         if self._find_device(request.id) is not None:
             raise DeviceExistsError(request.id)
         limit = self._max_pending

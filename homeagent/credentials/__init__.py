@@ -5,9 +5,9 @@ There are two kinds of secrets, and the text of a secret alone decides its kind:
 - A *generated* secret, which `generate_secret` returns, has 256 random bits and can't be guessed. The database stores a
   SHA-256 of the secret.
 - Any other secret could be guessed, because a person can have chosen it. The database stores an Argon2id hash (RFC
-  9106). The default costs are the second recommended option of section 4, with 64 MiB.
+  9106). The default costs are the RFC's second recommended option, with 64 MiB.
 
-The duration of a check therefore depends only on the presented secret. `SecretHasher.check` names the only exception.
+The duration of a check therefore depends only on the presented secret, with one exception (see `SecretHasher.check`).
 The duration does not reveal whether the device exists, which kind of secret the device has, or whether an older secret
 is valid.
 

@@ -79,7 +79,7 @@ class FairSemaphore:
 
     @contextmanager
     def turn(self, timeout: float, *, most_waiting: int) -> Iterator[bool]:
-        """Hold a place while the block runs.
+        """Hold a place of the semaphore while the block runs.
 
         Args:
             timeout: maximum wait for a place, in seconds.

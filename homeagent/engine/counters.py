@@ -44,7 +44,7 @@ class CountersSnapshot(NamedTuple):
         commits: number of committed write units. Several units can share one commit.
         rollbacks: number of write units that were rolled back.
         retries: number of times that a unit was run again.
-        pool_waits: number of times that a unit waited for a connection. On SQLite a writer waits for the write lock.
+        pool_waits: number of times that a unit waited for a connection. A SQLite writer waits for the write lock.
         pool_wait_p50, pool_wait_p99: 50th and 99th percentile of the waits for a connection, in seconds.
         groups: number of commits that two or more units shared.
         group_size_p50, group_size_p99: 50th and 99th percentile of the number of units in a shared commit.

@@ -42,8 +42,8 @@ class _Forkable(Protocol):
 _known: weakref.WeakSet[_Forkable] = weakref.WeakSet()
 _inherited: set[tuple[int, int]] = set()
 
-# A forking thread holds this lock. Two threads that fork at the same time would wait for each other's mutexes. The
-# second list has one element for each running fork, because a signal handler can fork during a fork of its thread.
+# A forking thread holds this lock. Two threads that fork at the same time would wait for each other's mutexes. The list
+# `_held` has an element for each running fork, because a signal handler can fork during a fork of its thread.
 _forking = threading.RLock()
 _held: list[list[threading.RLock]] = []
 

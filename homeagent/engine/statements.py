@@ -1,8 +1,8 @@
 """Declare statements as SQLAlchemy expressions, compile each statement at its first execution, and run constant SQL.
 
 For each call, SQLAlchemy would build a cache key, a context and a result object, which costs several times as much as a
-primary-key lookup. A store's statements are constant. So each statement is compiled once per dialect to SQL text, a
-function from parameters to the driver's values, and a function from rows to results.
+primary-key lookup. A store's statements are constant. So each statement is compiled once for each dialect, to SQL text,
+a function that converts the parameters, and a function that converts the rows.
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     """Return an expression that puts a constant into the text of a statement.
 
     Otherwise SQLAlchemy would turn the constant into a parameter. Binding the constants of an INSERT took as long as
-    writing the row. Do not pass a user's value. The argument `type_` is the SQLAlchemy type of the stored value.
+    writing the row. Do not pass a user's value, which would become SQL. The argument `type_` is the SQLAlchemy type of
+    the stored value.
     """
     return _Constant(value, type_)
 

@@ -69,8 +69,8 @@ def back_up(
         stop: function that is called repeatedly. If it returns True, the backup is cancelled.
 
     Raises:
-        InvalidArgumentError: the destination exists and `replace` is False, or the destination can't be a backup.
-        CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: the backup failed. No partial file remains.
+        InvalidArgumentError: if the destination exists and `replace` is False, or if it can't be a backup.
+        CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: if the backup failed. No part remains.
     """
     engine = require_file(engine)
     if keep is not None:

@@ -58,9 +58,9 @@ def begin_epoch(target: Given, *, clock: Clock, busy_timeout: timedelta) -> Epoc
     """Begin a new epoch of a store that no process has open.
 
     Raises:
-        DatabaseBusyError: after `busy_timeout` another process still has the database open. The process would continue
-            in the old epoch.
-        SchemaOutdatedError: the database is absent, or has an older schema.
+        DatabaseBusyError: if another process still has the database open after `busy_timeout`. The process would
+            continue in the old epoch.
+        SchemaOutdatedError: if the database is absent, or has an older schema.
     """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     where = resolve_target(target)

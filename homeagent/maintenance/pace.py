@@ -18,7 +18,7 @@ _LONGEST_PAUSE = 0.25
 
 
 class Pace:
-    """Chooses the sizes of a sweep's batches and the pauses between them. A batch has at most `most` rows."""
+    """Chooses the sizes of a sweep's batches and the pauses between them. The argument `most` limits a batch."""
 
     def __init__(self, most: int) -> None:
         self._most = most

@@ -99,7 +99,7 @@ def restore(
     The method `Database.restore` documents the arguments, the report and all other errors.
 
     Raises:
-        InsecureFileError: the backup, its manifest or the target is a link, has a second hard link, or has an owner
+        InsecureFileError: if the backup, its manifest or the target is a link, has a second hard link, or has an owner
             that `homeagent.engine.files.owners` does not trust.
     """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)

@@ -27,8 +27,8 @@ __all__ = ["BackupSchedule", "SweepReport", "Sweeper", "sweep"]
 
 logger = logging.getLogger("homeagent")
 
-# Number of deleted rows after which the sweep empties the WAL if other writers wait. Most rows are in separate pages.
-# If the WAL reached a thousand pages, SQLite would run a checkpoint during a commit.
+# Number of deleted rows after which the sweep empties the WAL if other writers wait. Most deleted rows are in separate
+# pages. If the WAL reached a thousand pages, SQLite would run a checkpoint during a commit.
 _ROWS_IN_LOG = 250
 
 
@@ -44,7 +44,7 @@ class BackupSchedule:
             If `keep` is None, all backups are kept.
 
     Raises:
-        InvalidArgumentError: `every` is not above zero, or `keep` is below 1, or `directory` is a server's address.
+        InvalidArgumentError: if `every` is not above zero, `keep` is below 1, or `directory` is a server's address.
     """
 
     directory: str | os.PathLike[str]
@@ -65,7 +65,7 @@ class SweepReport(BaseModel):
         nonces: number of deleted nonces.
         idempotency_keys: number of deleted idempotency keys.
         pending_devices: number of deleted devices that had waited too long for their approval.
-        more: whether the sweep ended early. If so, expired rows may remain.
+        more: True if the sweep ended early. Expired rows may then remain.
         skipped: number of expired rows that a constraint of an application's table keeps. These rows count as absent,
             and the next sweep tries to delete them again.
         constraints: names of the constraints that keep expired rows, with the names of their tables.

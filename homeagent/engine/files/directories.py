@@ -116,8 +116,8 @@ def make_temporary_directory() -> Path:
     parent = find_temporary_directory()
     if parent is None:
         raise DatabaseError(
-            "':memory:' needs a directory for temporary files, and no usual one can be written: set TMPDIR to one that "
-            "can be written, or name a file"
+            "':memory:' needs a directory for temporary files, and no usual directory can be written: set TMPDIR to a "
+            "writable directory, or name a file"
         )
     with explained("make a temporary directory in", parent):
         return Path(tempfile.mkdtemp(prefix="homeagent-", dir=parent))

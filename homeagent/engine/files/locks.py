@@ -105,8 +105,7 @@ class FileLock:
         _held.discard(self)
         with explained("unlock", self.path):
             try:
-                # Unlock before closing. While a child process has a copy of the descriptor, the close alone does not
-                # release the lock.
+                # Unlock before closing, because a child between fork and exec still has a copy of the descriptor.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             finally:
                 os.close(descriptor)
@@ -114,7 +113,7 @@ class FileLock:
     def withdraw(self) -> None:
         """Release the lock. Remove an empty file if this object created the file and no other process has locked it.
 
-        A waiting process checks that the locked file still has its name. If not, the process opens the path again.
+        A waiting process checks that the locked file still has its name. If not, it opens the path again.
         """
         descriptor = self._while_held()
         if self._made:

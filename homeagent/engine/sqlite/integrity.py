@@ -61,7 +61,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
             raise _damaged(
                 path,
                 f"{lost.problem} [it was not closed cleanly]",
-                "; after a power cut, durability='normal' opens it without what the log lost" * lost.by_power_cut,
+                "; after a power cut, durability='normal' opens it without the lost commits" * lost.by_power_cut,
             )
         logger.warning(
             "%s was not closed cleanly and %s: the last commits may be lost, which durability 'normal' accepts",
@@ -85,7 +85,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
         raise error if hint in str(error) else CorruptDatabaseError(f"{error}; {hint}") from None
     seconds = monotonic() - began
     logger.info(
-        "%s was not closed cleanly: its check took %.3f s and found nothing",
+        "%s was not closed cleanly: its check took %.3f s and found no damage",
         path,
         seconds,
         extra={"event": "unclean_end_checked", "path": str(path), "seconds": seconds},

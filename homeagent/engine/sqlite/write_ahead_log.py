@@ -65,7 +65,7 @@ class _Index(NamedTuple):
 
 
 def has_frames(path: Path) -> bool:
-    """Return whether SQLite would read a frame of this database's WAL. Other connections can be open.
+    """Return whether SQLite would read a frame of this database's WAL. The database may be open.
 
     A process that is killed in its first commit leaves a WAL with only a header. A full disk can leave a part of a
     header. SQLite ignores a WAL without frames, except on an only connection with `readonly_shm=1`. This connection
