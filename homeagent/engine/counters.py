@@ -1,7 +1,7 @@
 """Counters of one open database, cheap enough to update in every unit of work.
 
 The counters are plain integers without a lock. CPython switches threads only at calls and backward jumps, and `x += 1`
-on an attribute in `__slots__` contains neither. Bounded queues hold the last waits and sizes.
+on an attribute in `__slots__` contains neither. Bounded queues hold the last waits and group sizes.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ __all__ = ["Attempt", "IdempotencyKey", "IdempotencyScope", "IdempotencyState", 
 
 
 class IdempotencyState(StrEnum):
-    """State of the effect of a key."""
+    """State of the effect that an idempotency key protects."""
 
     IN_PROGRESS = "in_progress"
     """An attempt runs the effect. If the attempt's lease has expired, it is unknown whether the effect took place."""

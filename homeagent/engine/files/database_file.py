@@ -121,7 +121,7 @@ class FileState(NamedTuple):
     Attributes:
         path: the file.
         size: size in bytes, which is 0 for a database that was created but not yet initialised.
-        mode: present permission bits, which `inspect_file` can have changed.
+        mode: permission bits, after a possible repair by `inspect_file`.
         uid: user id of the owner.
         device, inode: identity of the file, which does not change if the file is renamed.
         repaired_from: permission bits before the repair; None if no repair was necessary.

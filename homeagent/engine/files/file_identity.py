@@ -97,7 +97,7 @@ class FileIdentityCheck:
         if self._identity is None:
             status = self._status(self._name)
             self._identity = None if status is None else identity_of(status)
-        else:  # the first connection is exempt: it can empty a file after an interrupted first transaction
+        else:  # no check at the first connection, because SQLite can empty a new, incomplete file
             self._check(beside=beside)
 
     def disconnected(self) -> None:

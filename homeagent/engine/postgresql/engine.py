@@ -43,8 +43,8 @@ _CONNECT_OPTIONS: dict[str, str] = {
     "tcp_user_timeout": "30000",
     "fallback_application_name": "homeagent",
 }
-# This option overrides the encoding that the URL, the role or the database sets. Other encodings lack characters, and
-# with SQL_ASCII psycopg returns bytes.
+# This option overrides the encoding that the URL, the role or the database sets. Other encodings can't represent all
+# characters, and with SQL_ASCII psycopg returns bytes.
 _ENCODING = {"client_encoding": "utf8"}
 _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "PGTARGETSESSIONATTRS"}
 
