@@ -67,7 +67,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         self._limits = limits
         self._clock = clock
         self._timeout = busy_timeout.total_seconds()
-        self._settings = UnitSettings(engine, clock, self._timeout)
+        self._settings = UnitSettings(engine, clock, self._timeout, limits)
         self._runner = Runner(self._settings)
         self._lease_timer = LeaseTimer(partial(self._runner.run, idempotent=True))
         # The mutex is reentrant because a signal handler can close the database while its thread holds the mutex.
@@ -101,7 +101,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
             migrate: whether to create or upgrade the schema. A file that holds data is backed up before an upgrade.
             pool_size: maximum number of writing units at the same time on PostgreSQL, 1 to 1,000. The same number
                 of reading units can run at the same time. SQLite ignores `pool_size` because SQLite has one writer.
-            limits: limits for callers that an administrator has not approved yet.
+            limits: limits of the rows that devices can create, and of the work that strangers can cause.
 
         Raises:
             InvalidArgumentError: if `target` or another argument is invalid.

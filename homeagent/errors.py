@@ -22,11 +22,11 @@ __all__ = [
     "DeviceExistsError", "DeviceNotApprovedError", "DeviceNotFoundError", "DiskFullError", "EffectFailedError",
     "EffectNotStartedError", "FingerprintMismatchError", "ForeignAccessError", "ForeignDatabaseError",
     "HomeAgentError", "IdempotencyError", "IdempotencyInProgressError", "IdempotencyKeyExistsError",
-    "InsecureFileError", "InvalidArgumentError", "LastAdminError", "LeaseLostError", "LimitError", "MigrationError",
-    "NonceLimitError", "NotFoundError", "OutcomeUnknownError", "PendingLimitError", "ReadOnlyError",
-    "SchemaChangedError", "SchemaOutdatedError", "SchemaTooNewError", "SessionExistsError", "SessionNotFoundError",
-    "SourceChangedError", "StandbyError", "TargetNotEmptyError", "TooManyAttemptsError", "TooManyFilesError",
-    "TransientError", "UnitStateError",
+    "InsecureFileError", "InvalidArgumentError", "KeyLimitError", "LastAdminError", "LeaseLostError", "LimitError",
+    "MigrationError", "NonceLimitError", "NotFoundError", "OutcomeUnknownError", "PendingLimitError",
+    "ReadOnlyError", "SchemaChangedError", "SchemaOutdatedError", "SchemaTooNewError", "SessionExistsError",
+    "SessionNotFoundError", "SourceChangedError", "StandbyError", "TargetNotEmptyError", "TooManyAttemptsError",
+    "TooManyFilesError", "TransientError", "UnitStateError",
 ]
 # fmt: on
 
@@ -64,7 +64,7 @@ class TooManyAttemptsError(HomeAgentError):
 
 
 class NotFoundError(HomeAgentError):
-    """The store has no row with the given id."""
+    """The store has no row with the given id. The message has at most 1,024 characters of the id."""
 
 
 class DeviceNotFoundError(NotFoundError):
@@ -72,7 +72,7 @@ class DeviceNotFoundError(NotFoundError):
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
-        super().__init__(f"no device {device_id!r}: pair it first, or find its id with 'homeagent devices list'")
+        super().__init__(f"no device {device_id[:1024]!r}: pair it first, or find its id with 'homeagent devices list'")
 
 
 class AgentNotFoundError(NotFoundError):
@@ -80,7 +80,7 @@ class AgentNotFoundError(NotFoundError):
 
     def __init__(self, agent_id: str) -> None:
         self.agent_id = agent_id
-        super().__init__(f"no agent {agent_id!r}: create it first, or find its id with agents.list()")
+        super().__init__(f"no agent {agent_id[:1024]!r}: create it first, or find its id with agents.list()")
 
 
 class SessionNotFoundError(NotFoundError):
@@ -88,7 +88,7 @@ class SessionNotFoundError(NotFoundError):
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
-        super().__init__(f"no session {session_id!r}: create it, or call sessions.resolve()")
+        super().__init__(f"no session {session_id[:1024]!r}: create it, or call sessions.resolve()")
 
 
 class AlreadyExistsError(HomeAgentError):
@@ -206,9 +206,17 @@ class NonceLimitError(LimitError):
 
     def __init__(self, device_id: str, limit: int) -> None:
         self.device_id = device_id
-        super().__init__(
-            f"device {device_id!r} has {limit} nonces that have not expired: slow the device down", limit=limit
-        )
+        stored = f"device {device_id!r} has {limit:,} nonces that have not expired"
+        super().__init__(f"{stored}: slow the device down, or release its nonces by nonces.forget()", limit=limit)
+
+
+class KeyLimitError(LimitError):
+    """The device already has the maximum number of idempotency keys that have not expired. The effect did not begin."""
+
+    def __init__(self, device_id: str, limit: int) -> None:
+        self.device_id = device_id
+        stored = f"device {device_id!r} has {limit:,} idempotency keys that have not expired"
+        super().__init__(f"{stored}: slow the device down, or raise Limits.keys_per_device", limit=limit)
 
 
 class TargetNotEmptyError(ConflictError):

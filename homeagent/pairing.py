@@ -35,9 +35,9 @@ from homeagent.models.limits import Limits
 from homeagent.models.schemas import DeviceCreate, DevicePair, PairedDevice, SecretCheck
 from homeagent.models.types import (
     check_duration,
-    check_identifier,
     check_label,
     check_new_secret,
+    check_searched,
     check_timestamp,
     later,
 )
@@ -109,7 +109,7 @@ class Pairing:
 
     def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
         """Check a secret and return the state of the device (see `Database.check_secret`)."""
-        check_identifier(device_id, "device_id")
+        check_searched(device_id, "device_id")
         if not needs_slow_hash(shared_secret):
             return self._check(device_id, shared_secret)
         with self._failed_checks.attempt(device_id) as attempt:
@@ -178,7 +178,7 @@ class Pairing:
     def proof_parameters(self, device_id: str) -> ProofParameters:
         """Return parameters for proofs, also for an absent device (see `Database.proof_parameters`)."""
         key, verifier = self._runner.run(lambda unit: unit.devices.find_proof_secrets(device_id), read_only=True)
-        return parameters_for(device_id, verifier, key=key.encode())
+        return parameters_for(_encodable(device_id), verifier, key=key.encode())
 
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
         """Return the device if it is approved and the proof is right (see `Database.verify_proof`)."""
@@ -192,13 +192,13 @@ class Pairing:
 
     def check_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> SecretCheck:
         """Check a proof and return the state of the device (see `Database.check_proof`)."""
-        check_identifier(device_id, "device_id")
+        check_searched(device_id, "device_id")
         check_label(nonce, "nonce")
         check_timestamp(timestamp, "timestamp")
         if not isinstance(proof, (bytes, bytearray)):
             raise InvalidArgumentError(f"proof must be bytes, not {type(proof).__name__}")
         verifier = self._runner.run(lambda unit: unit.devices.find_proof_verifier(device_id), read_only=True)
-        message = proof_message(device_id=device_id, nonce=nonce, timestamp=timestamp)
+        message = proof_message(device_id=_encodable(device_id), nonce=nonce, timestamp=timestamp)
         if not check_proof(verifier, message, proof):
             return _DENIED
         device = self._find_device(device_id)
@@ -251,6 +251,11 @@ def _make_verifier(secret: SecretStr) -> str | None:
     An attacker could guess a human's secret faster with a verifier (PBKDF2) than with the hash (Argon2id).
     """
     return make_verifier(secret) if is_generated(secret) else None
+
+
+def _encodable(device_id: str) -> str:
+    """Return the id, with another character for each lone surrogate. No device has an id with a lone surrogate."""
+    return device_id.encode(errors="replace").decode()
 
 
 def _hash_and_verifier(device: Device) -> tuple[str, str | None]:

@@ -21,7 +21,7 @@ from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 from homeagent.stores.nonces import NonceStore
 from homeagent.stores.sessions import SessionStore
 from homeagent.transaction import OPEN, ROLLED_BACK, Transaction
-from homeagent.unit_settings import read_clock
+from homeagent.unit_settings import UnitSettings, read_clock
 
 if TYPE_CHECKING:
     from sqlmodel import Session
@@ -301,9 +301,9 @@ class UnitOfWork(Transaction):
         return read_clock(self._settings.clock)
 
     @property
-    def shared(self) -> dict[str, Any]:
-        """Values that the stores of one `Database` keep between units."""
-        return self._settings.memory
+    def settings(self) -> UnitSettings:
+        """Settings that all units of one `Database` share, and the values that its stores keep between units."""
+        return self._settings
 
     @property
     def connection_memory(self) -> dict[str, Any]:

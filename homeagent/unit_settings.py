@@ -6,12 +6,15 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from homeagent.clock import Clock, system_clock
+from homeagent.models.limits import Limits
 from homeagent.models.types import check_timestamp
 
 if TYPE_CHECKING:
     from homeagent.engine.engine import Engine
 
 __all__ = ["UnitSettings", "read_clock"]
+
+_DEFAULT_LIMITS = Limits()
 
 
 class UnitSettings:
@@ -21,18 +24,20 @@ class UnitSettings:
         engine: engine that gives the connections.
         clock: clock that each store method reads once.
         timeout: longest wait of a unit for a connection, in seconds.
+        limits: limits of the rows that devices can create. Default: the defaults of `Limits`.
 
     Attributes:
         memory: values that the stores keep between units.
         writing: ids of the threads that have an open write unit.
     """
 
-    __slots__ = ("clock", "engine", "memory", "timeout", "writing")
+    __slots__ = ("clock", "engine", "limits", "memory", "timeout", "writing")
 
-    def __init__(self, engine: Engine, clock: Clock, timeout: float) -> None:
+    def __init__(self, engine: Engine, clock: Clock, timeout: float, limits: Limits = _DEFAULT_LIMITS) -> None:
         self.engine = engine
         self.clock = clock
         self.timeout = timeout
+        self.limits = limits
         self.memory: dict[str, Any] = {}
         self.writing: set[int] = set()
 

@@ -25,14 +25,11 @@ import re
 import unicodedata
 from collections import Counter
 
+from homeagent.models.types import INVISIBLE
+
 __all__ = ["escape_words", "identity", "quoted"]
 
-# The characters with the property Default_Ignorable_Code_Point, and the empty pattern of Braille. Source:
-# https://www.unicode.org/Public/UCD/latest/ucd/DerivedCoreProperties.txt.
-_INVISIBLE = re.compile(
-    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
-    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-)
+_EMPTY_BRAILLE = "\u2800"
 _EAST_ASIAN = frozenset({"BOPOMOFO", "CJK", "HANGUL", "HIRAGANA", "IDEOGRAPHIC", "KATAKANA"})
 
 
@@ -58,7 +55,8 @@ def _is_mistakable(character: str, main: str | None) -> bool:
         return not character.isprintable()
     if (
         not character.isprintable()
-        or _INVISIBLE.match(character)
+        or character == _EMPTY_BRAILLE
+        or INVISIBLE.match(character)
         or unicodedata.normalize("NFKC", character) != character
     ):
         return True

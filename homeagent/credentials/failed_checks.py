@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from hashlib import sha256
 
 from homeagent.clock import Clock, monotonic
 from homeagent.errors import TooManyAttemptsError
@@ -23,6 +24,9 @@ __all__ = ["FAILED_CHECKS_PER_MINUTE", "CheckAttempt", "FailedChecks"]
 FAILED_CHECKS_PER_MINUTE = 30
 _MINUTE = timedelta(minutes=1)
 _MOST_IDS = 10_000
+# No device that this version creates has a longer id. A caller can present an id of any length, so the counter must not
+# keep the id itself.
+_LONGEST_ID = 512
 
 # All instances share one lock, so that a forked child can replace the lock. Each call holds the lock for microseconds.
 # The lock is reentrant, because a signal handler can check a secret while its thread holds the lock.
@@ -87,6 +91,8 @@ class FailedChecks:
         Raises:
             TooManyAttemptsError: if `per_minute` checks of the id failed within the last minute or are running.
         """
+        if len(device_id) > _LONGEST_ID:
+            device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"
         begun = self._begin(device_id)
         attempt = CheckAttempt()
         try:

@@ -41,8 +41,8 @@ __all__ = ["CopyProgress", "CopyReport", "copy_store"]
 PAGE = 1000
 """Number of rows that a page has. Only one page of each store is in memory."""
 
-PAGE_WITH_JSON = 100
-"""Number of rows that a page of a table with JSON has. The JSON of one row has up to 256 KiB."""
+PAGE_WITH_JSON = 25
+"""Number of rows that a page of a table with JSON has. The JSON of one row has up to 1 MiB."""
 
 
 class CopyReport(BaseModel):

@@ -8,7 +8,7 @@ from homeagent.models.types import (
     Identifier,
     Json,
     JsonColumn,
-    Label,
+    Name,
     Timestamp,
     TimestampColumn,
     WorkspacePath,
@@ -24,7 +24,7 @@ class Agent(Table, table=True):
     __tablename__ = "agents"
 
     id: Identifier = Field(sa_column=Column("id", text_column(), primary_key=True, nullable=False))
-    name: Label = Field(sa_column=Column("name", text_column(), nullable=False))
+    name: Name = Field(sa_column=Column("name", text_column(), nullable=False))
     workspace_path: WorkspacePath = Field(
         sa_column=Column("workspace_path", text_column(), nullable=False),
         description="Directory on the owner's machine. homeagent stores the path and does not open the directory.",

@@ -29,7 +29,7 @@ from homeagent.models.types import (
     Identifier,
     Json,
     JsonColumn,
-    Label,
+    Name,
     Timestamp,
     TimestampColumn,
     text_column,
@@ -77,7 +77,7 @@ class Device(Table, table=True):
 
     id: Identifier = Field(sa_column=Column("id", text_column(), primary_key=True, nullable=False))
     role: Role = Field(sa_column=Column("role", EnumColumn(Role), nullable=False))
-    shared_secret_hash: Label = Field(
+    shared_secret_hash: Name = Field(
         repr=False,
         exclude=True,
         sa_column=Column("shared_secret_hash", text_column(), nullable=False),
@@ -103,8 +103,8 @@ class Device(Table, table=True):
         sa_column=Column("revoked_at", TimestampColumn),
         description="Time of the revocation. Null without a revocation, or after a later approval.",
     )
-    revoked_reason: Label | None = Field(default=None, sa_column=Column("revoked_reason", text_column()))
-    previous_secret_hash: Label | None = Field(
+    revoked_reason: Name | None = Field(default=None, sa_column=Column("revoked_reason", text_column()))
+    previous_secret_hash: Name | None = Field(
         default=None,
         repr=False,
         exclude=True,
@@ -120,7 +120,7 @@ class Device(Table, table=True):
         sa_column=Column("previous_secret_expires_at", TimestampColumn),
         description="End of the overlap, during which the previous secret also works.",
     )
-    proof_verifier: Label | None = Field(
+    proof_verifier: Name | None = Field(
         default=None,
         repr=False,
         exclude=True,

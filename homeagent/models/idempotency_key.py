@@ -20,7 +20,7 @@
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, JsonValue
 from pydantic_core import CoreSchema
@@ -32,16 +32,20 @@ from homeagent.errors import InvalidArgumentError
 from homeagent.frame_locals import clear_locals
 from homeagent.models.base import PartialIndex, Table, hide_input
 from homeagent.models.types import (
+    MAX_RESULT_BYTES,
     EnumColumn,
     FlagColumn,
     Identifier,
-    Json,
     JsonColumn,
     Label,
+    Name,
+    ResultJson,
     Timestamp,
     TimestampColumn,
     check_identifier,
     check_label,
+    check_name,
+    check_searched,
     text_column,
 )
 
@@ -71,11 +75,11 @@ class IdempotencyKey(Table, table=True):
     )
 
     key: Label = Field(repr=False, sa_column=Column("key", text_column(), nullable=False))
-    method: Label = Field(sa_column=Column("method", text_column(), nullable=False))
+    method: Name = Field(sa_column=Column("method", text_column(), nullable=False))
     device_id: Identifier = Field(sa_column=Column("device_id", text_column(), nullable=False))
-    result: Json = Field(
+    result: ResultJson = Field(
         repr=False,
-        sa_column=Column("result", JsonColumn(none_as_null=False), nullable=False),
+        sa_column=Column("result", JsonColumn(none_as_null=False, limit=MAX_RESULT_BYTES), nullable=False),
         description=(
             "Return value of the effect, or detail of its failure. JSON null while the effect runs, and if `omitted`"
             " is true."
@@ -90,13 +94,13 @@ class IdempotencyKey(Table, table=True):
         default=IdempotencyState.COMPLETED,
         sa_column=Column("state", EnumColumn(IdempotencyState), nullable=False, server_default=text("'completed'")),
     )
-    fingerprint: Label | None = Field(
+    fingerprint: Name | None = Field(
         default=None,
         repr=False,
         sa_column=Column("fingerprint", text_column()),
         description="SHA-256 of the canonical parameters. Null if the record was inserted without parameters.",
     )
-    owner: Label | None = Field(
+    owner: Name | None = Field(
         default=None,
         repr=False,
         exclude=True,
@@ -113,7 +117,7 @@ class IdempotencyKey(Table, table=True):
         sa_column=Column("lease_expires_at", TimestampColumn),
         description="From this timestamp on the attempt is abandoned unless renewed. Null after the outcome.",
     )
-    downstream_key: Label | None = Field(
+    downstream_key: Name | None = Field(
         default=None,
         repr=False,
         sa_column=Column("downstream_key", text_column()),
@@ -139,19 +143,31 @@ class IdempotencyScope:
     # If the scope is a field of a model or a request body, Pydantic validates these annotations and does not call
     # `__init__`.
     device_id: Identifier
-    method: Label
+    method: Name
     key: Label = field(repr=False)
 
     # Every unit with a key calls this method. The generated `__init__` of a frozen dataclass takes three times as long.
     def __init__(self, device_id: str, method: str, key: str) -> None:
         try:
             _set_device_id(self, check_identifier(device_id, "device_id"))
-            _set_method(self, check_label(method, "method"))
+            _set_method(self, check_name(method, "method"))
             _set_key(self, check_label(key, "key"))
         except InvalidArgumentError as error:
             del key
             clear_locals(error)
             raise
+
+    @classmethod
+    def of_record(cls, device_id: str, method: str, key: str) -> Self:
+        """Return the scope of a stored record, whose texts can break the rules for new texts.
+
+        The scope can find and settle the record, but `insert` and `claim` refuse the scope.
+        """
+        scope = object.__new__(cls)
+        _set_device_id(scope, check_searched(device_id, "device_id"))
+        _set_method(scope, check_searched(method, "method"))
+        _set_key(scope, check_searched(key, "key"))
+        return scope
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -197,7 +213,7 @@ class Outcome:
         value: return value of the effect, after a round trip through JSON.
         replayed: True if the outcome was read from the store, and this call did not run the effect.
         attempt: number of the attempt that recorded the outcome.
-        omitted: True if the return value could not be stored, because the value is over 256 KiB or not JSON. Only the
+        omitted: True if the return value could not be stored, because the value is over 1 MiB or not JSON. Only the
             first caller gets the value. A replay has the value None.
     """
 

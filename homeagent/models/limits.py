@@ -1,4 +1,4 @@
-"""Limits on the use of a database by devices that are not approved."""
+"""Limits on the rows that devices can create, and on the work that strangers can cause."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ __all__ = ["Limits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Limits on what a caller without an approval can create or use up.
+    """Limits on what devices and strangers can create or use up.
+
+    The number of pending devices is exact. The numbers of nonces and keys are exact while one process uses the
+    database, and several processes together never store more than twice as many (see `homeagent.stores.room`). If a
+    database already has more rows than a limit allows, the rows stay.
 
     Args:
         pending_devices: maximum number of pending devices. If the limit is reached, `Database.pair` raises
             PendingLimitError. With 0, no device can pair.
         pending_ttl: time after which a sweep deletes a pending device.
+        nonces_per_device: maximum number of nonces of a device, 1 or more. Expired nonces do not count.
+        keys_per_device: maximum number of idempotency keys of a device, 1 or more. Expired keys do not count.
+        longest_ttl: longest time for which a method keeps a nonce or an idempotency key.
         waiting_hashes: maximum number of slow hashes that wait in one process, 1 or more.
         failed_checks_per_minute: maximum number of failed checks of one device id per minute in one process, 1 or more.
+        changes_kept: time for which the feed of changes of devices keeps a change.
 
     Raises:
         InvalidArgumentError: if a value is out of range.
@@ -28,12 +36,20 @@ class Limits:
 
     pending_devices: int = 1_000
     pending_ttl: timedelta = timedelta(days=30)
+    nonces_per_device: int = 10_000
+    keys_per_device: int = 10_000
+    longest_ttl: timedelta = timedelta(days=400)
     waiting_hashes: int = 16
     failed_checks_per_minute: int = 30
+    changes_kept: timedelta = timedelta(days=7)
 
     def __post_init__(self) -> None:
         if type(self.pending_devices) is not int or self.pending_devices < 0:
             raise InvalidArgumentError("pending_devices must be an int, 0 or more")
         check_duration(self.pending_ttl, "pending_ttl")
+        check_limit(self.nonces_per_device, "nonces_per_device")
+        check_limit(self.keys_per_device, "keys_per_device")
+        check_duration(self.longest_ttl, "longest_ttl")
         check_limit(self.waiting_hashes, "waiting_hashes")
         check_limit(self.failed_checks_per_minute, "failed_checks_per_minute")
+        check_duration(self.changes_kept, "changes_kept")

@@ -27,7 +27,10 @@ class Nonce(Table, table=True):
 
     nonce: Label = Field(repr=False, sa_column=Column("nonce", text_column(), nullable=False))
     device_id: Identifier = Field(sa_column=Column("device_id", text_column(), nullable=False))
-    created_at: Timestamp = Field(sa_column=Column("created_at", TimestampColumn, nullable=False))
+    created_at: Timestamp = Field(
+        sa_column=Column("created_at", TimestampColumn, nullable=False),
+        description="Time of the use. 1970-01-01 if an operator released the nonce from the limit by `forget`.",
+    )
     expires_at: Timestamp = Field(
         sa_column=Column("expires_at", TimestampColumn, nullable=False),
         description=(

@@ -10,7 +10,17 @@ from sqlmodel import Field
 from homeagent.models.base import Model
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.session import new_session_id
-from homeagent.models.types import Identifier, Json, Label, Timestamp, WorkspacePath, check_new_secret
+from homeagent.models.types import (
+    Identifier,
+    Json,
+    Label,
+    Name,
+    PairingJson,
+    SessionId,
+    Timestamp,
+    WorkspacePath,
+    check_new_secret,
+)
 
 __all__ = [
     "AgentCreate",
@@ -50,7 +60,7 @@ class AgentCreate(Schema):
     """Request to create an agent. The model can be a request body."""
 
     id: Identifier
-    name: Label
+    name: Name
     workspace_path: WorkspacePath
     config: Json = None
 
@@ -63,17 +73,20 @@ class AgentUpdate(Schema):
 
     # The default None means "left out", and Pydantic does not validate the default. Pydantic refuses a null in the
     # request.
-    name: Label = Field(default=None)
+    name: Name = Field(default=None)
     workspace_path: WorkspacePath = Field(default=None)
     config: Json = None
+
+
+# The texts of a reply come from a row, and a row of an earlier version can break the rules for new texts.
 
 
 class AgentPublic(Schema):
     """An agent in a reply."""
 
-    id: Identifier
-    name: Label
-    workspace_path: WorkspacePath
+    id: str
+    name: str
+    workspace_path: str
     created_at: Timestamp
     config: Json = None
 
@@ -87,7 +100,7 @@ class DevicePair(MetadataSchema):
         default=None,
         description="Secret that a person chose. If left out, the reply returns a new secret of 256 bits once.",
     )
-    metadata_: Json = Field(default=None, alias="metadata")
+    metadata_: PairingJson = Field(default=None, alias="metadata", description="JSON of at most 16 KiB.")
 
 
 class DeviceCreate(MetadataSchema):
@@ -95,9 +108,9 @@ class DeviceCreate(MetadataSchema):
 
     id: Identifier
     role: Role
-    shared_secret_hash: Label = Field(repr=False, exclude=True)
+    shared_secret_hash: Name = Field(repr=False, exclude=True)
     metadata_: Json = Field(default=None, alias="metadata")
-    proof_verifier: Label | None = Field(default=None, repr=False, exclude=True)
+    proof_verifier: Name | None = Field(default=None, repr=False, exclude=True)
 
 
 class DeviceUpdate(MetadataSchema):
@@ -109,7 +122,7 @@ class DeviceUpdate(MetadataSchema):
 class DevicePublic(MetadataSchema):
     """A device in a reply, without values derived from its secret."""
 
-    id: Identifier
+    id: str
     role: Role
     approved: bool
     status: DeviceStatus
@@ -117,7 +130,7 @@ class DevicePublic(MetadataSchema):
     last_seen_at: Timestamp | None = None
     approved_at: Timestamp | None = None
     revoked_at: Timestamp | None = None
-    revoked_reason: Label | None = None
+    revoked_reason: str | None = None
     # The alias `metadata_` comes first, because validation from a row would otherwise read SQLAlchemy's MetaData.
     metadata_: Json = PlainField(
         default=None, validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata"
@@ -160,7 +173,7 @@ class SecretCheck:
 class AgentSessionCreate(Schema):
     """Request to create a session. The model can be a request body."""
 
-    session_id: Identifier = Field(default_factory=new_session_id, description="If left out, a new UUIDv7.")
+    session_id: SessionId = Field(default_factory=new_session_id, description="If left out, a new UUIDv7.")
     agent_id: Identifier
     sender_id: Label | None = None
     channel_id: Label | None = None
@@ -169,9 +182,9 @@ class AgentSessionCreate(Schema):
 class AgentSessionPublic(Schema):
     """A session in a reply."""
 
-    session_id: Identifier
-    agent_id: Identifier
-    sender_id: Label | None = None
-    channel_id: Label | None = None
+    session_id: str
+    agent_id: str
+    sender_id: str | None = None
+    channel_id: str | None = None
     created_at: Timestamp
     last_active_at: Timestamp

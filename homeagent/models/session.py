@@ -14,7 +14,7 @@ from sqlmodel import Field
 
 from homeagent.errors import ConflictError
 from homeagent.models.base import Table
-from homeagent.models.types import Identifier, Label, Timestamp, TimestampColumn, text_column
+from homeagent.models.types import Identifier, Label, Name, SessionId, Timestamp, TimestampColumn, text_column
 
 __all__ = ["AgentSession", "new_session_id", "route_key"]
 
@@ -38,7 +38,9 @@ def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> s
     """
     sender = "null" if sender_id is None else encode_basestring(sender_id)
     channel = "null" if channel_id is None else encode_basestring(channel_id)
-    return hashlib.sha256(f"[{encode_basestring(agent_id)},{sender},{channel}]".encode()).hexdigest()
+    return hashlib.sha256(
+        f"[{encode_basestring(agent_id)},{sender},{channel}]".encode(errors="surrogatepass")
+    ).hexdigest()
 
 
 class AgentSession(Table, table=True):
@@ -56,7 +58,7 @@ class AgentSession(Table, table=True):
         Index("idx_sessions_route", "route_key", unique=True),
     )
 
-    session_id: Identifier = Field(sa_column=Column("session_id", text_column(), primary_key=True, nullable=False))
+    session_id: SessionId = Field(sa_column=Column("session_id", text_column(), primary_key=True, nullable=False))
     agent_id: Identifier = Field(sa_column=Column("agent_id", text_column(), ForeignKey("agents.id"), nullable=False))
     sender_id: Label | None = Field(
         default=None,
@@ -68,7 +70,7 @@ class AgentSession(Table, table=True):
     )
     created_at: Timestamp = Field(sa_column=Column("created_at", TimestampColumn, nullable=False))
     last_active_at: Timestamp = Field(sa_column=Column("last_active_at", TimestampColumn, nullable=False))
-    route_key: Label | None = Field(
+    route_key: Name | None = Field(
         default=None,
         repr=False,
         exclude=True,

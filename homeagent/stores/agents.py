@@ -13,7 +13,7 @@ from homeagent.engine.statements import Statement
 from homeagent.errors import AgentExistsError, AgentInUseError, AgentNotFoundError
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession
-from homeagent.models.types import check_identifier, check_limit
+from homeagent.models.types import check_limit
 from homeagent.stores.store import Store, check_kind, reading, writing
 
 __all__ = ["AgentStore"]
@@ -87,12 +87,12 @@ class AgentStore(Store):
 
         In a write unit, no other writer can change the row until the unit ends.
         """
-        return self._unit.one(_FIND, id=check_identifier(agent_id, "agent_id"))
+        return self._unit.one(_FIND, id=self._searched(agent_id, "agent_id"))
 
     @reading
     def get(self, agent_id: str) -> Agent:
         """Return the agent as `find_by_id` does, or raise AgentNotFoundError if the agent does not exist."""
-        agent = self._unit.one(_FIND, id=check_identifier(agent_id, "agent_id"))
+        agent = self._unit.one(_FIND, id=self._searched(agent_id, "agent_id"))
         if agent is None:
             raise AgentNotFoundError(agent_id)
         return agent
@@ -108,7 +108,7 @@ class AgentStore(Store):
         return self._unit.all(
             _list(after=after is not None),
             limit=check_limit(limit),
-            after=None if after is None else check_identifier(after, "after"),
+            after=None if after is None else self._searched(after, "after"),
         )
 
     @writing()
@@ -124,8 +124,9 @@ class AgentStore(Store):
             return self.get(agent_id)
         # Do not read the row first, because an update must be able to replace an unreadable value.
         values = {f"new_{name}": getattr(changes, name) for name in given}
-        check_identifier(agent_id, "agent_id")
-        changed = self._unit.write_one(_update(frozenset(given)), agent_id=agent_id, **values)
+        changed = self._unit.write_one(
+            _update(frozenset(given)), agent_id=self._searched(agent_id, "agent_id"), **values
+        )
         if changed is None:
             raise AgentNotFoundError(agent_id)
         return changed
@@ -144,7 +145,7 @@ class AgentStore(Store):
         """
         # Lock the agent first. A session that another unit added before the lock is counted here. A unit that adds a
         # session later waits for the lock, and then finds no agent.
-        if self._unit.one(_LOCK, id=check_identifier(agent_id, "agent_id")) is None:
+        if self._unit.one(_LOCK, id=self._searched(agent_id, "agent_id")) is None:
             return False
         if delete_sessions:
             self._unit.write(_DELETE_SESSIONS, agent_id=agent_id)

@@ -4,14 +4,42 @@ from __future__ import annotations
 
 from datetime import datetime
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import and_, bindparam, delete, func, literal_column, not_, or_, select, update
+from sqlalchemy import and_, bindparam, delete, func, literal_column, not_, or_, select, tuple_, update
 
 from homeagent.engine.statements import Statement, constant
 from homeagent.models.device import PENDING, Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.store_record import store_table
+
+
+class SecretHashes(NamedTuple):
+    """The hashes of a device's secrets. The fields have the same names as in `Device`.
+
+    If the device does not exist, `shared_secret_hash` is an empty text, which matches no secret, and the other fields
+    are None.
+    """
+
+    shared_secret_hash: str
+    previous_secret_hash: str | None
+    previous_secret_expires_at: datetime | None
+
+
+class DeviceState(NamedTuple):
+    """The state of a device, and whether the device has the expected values.
+
+    The field `was_decided` is True if the device was approved or revoked at least once. If `uow.session` withdraws an
+    approval and sets no time of revocation, the device counts as revoked.
+    """
+
+    approved: bool
+    revoked: bool
+    was_decided: bool
+    has_role: bool | None
+    has_secret_hash: bool | None
+    has_paired_at: bool | None
+
 
 _columns: Any = Device.__table__.c
 _keys: Any = IdempotencyKey.__table__.c
@@ -22,6 +50,7 @@ _APPROVED = _columns.approved == True  # noqa: E712  an expression
 _UNAPPROVED = _columns.approved.is_distinct_from(True)
 
 FIND = Statement[Device](select(Device).where(_columns.id == bindparam("id")), lock=True)
+PAIRED_AT = Statement[datetime](select(_columns.paired_at).where(_columns.id == bindparam("id")))
 
 
 def _for_every_id(*columns: Any) -> Any:
@@ -47,7 +76,11 @@ PROOF_SECRETS = Statement[tuple[str | None, str | None]](
 )
 COUNT_PENDING = Statement[int](
     select(func.count()).select_from(
-        select(_columns.paired_at).where(PENDING).limit(bindparam("limit")).subquery()  # a column of the index
+        # The statement reads only columns of the index.
+        select(_columns.paired_at)
+        .where(PENDING, _columns.paired_at > bindparam("before"))
+        .limit(bindparam("limit"))
+        .subquery()
     )
 )
 # On PostgreSQL, two pairings at the same time do not see each other's device. Because of this lock, the second pairing
@@ -163,8 +196,16 @@ REHASH = Statement[Device](
 
 
 @cache
-def page_of(*, approved: bool | None, by_role: bool, status: DeviceStatus | None, after: bool) -> Statement[Device]:
-    """Return the statement that selects a page of devices with these conditions, ordered by id."""
+def page_of(
+    *,
+    approved: bool | None,
+    by_role: bool,
+    status: DeviceStatus | None,
+    by_seen: bool,
+    newest_first: bool,
+    after: bool,
+) -> Statement[Device]:
+    """Return the statement that selects a page of devices with these conditions, ordered by id or time of pairing."""
     conditions = []
     if approved is not None:
         conditions.append(_APPROVED if approved else _UNAPPROVED)
@@ -175,6 +216,16 @@ def page_of(*, approved: bool | None, by_role: bool, status: DeviceStatus | None
     elif status is not None:
         pending = and_(_columns.approved_at.is_(None), _columns.revoked_at.is_(None))
         conditions.append(and_(_UNAPPROVED, pending if status is DeviceStatus.PENDING else not_(pending)))
+    if by_seen:
+        conditions.append(_columns.last_seen_at < bindparam("seen_before"))
+    last = bindparam("after", type_=_columns.id.type)
+    if newest_first:
+        order: tuple[Any, ...] = (_columns.paired_at.desc(), _columns.id.desc())
+        place = tuple_(bindparam("after_paired_at", type_=_columns.paired_at.type), last)
+        beyond = tuple_(_columns.paired_at, _columns.id) < place
+    else:
+        order = (_columns.id,)
+        beyond = _columns.id > last
     if after:
-        conditions.append(_columns.id > bindparam("after"))
-    return Statement(select(Device).where(*conditions).order_by(_columns.id).limit(bindparam("limit")))
+        conditions.append(beyond)
+    return Statement(select(Device).where(*conditions).order_by(*order).limit(bindparam("limit")))

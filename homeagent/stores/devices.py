@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 from homeagent import models
 from homeagent.errors import (
@@ -22,47 +22,19 @@ from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.types import (
     MILLISECOND,
     check_duration,
-    check_identifier,
-    check_label,
     check_limit,
-    check_optional_label,
+    check_name,
     check_timestamp,
     earlier,
     not_after,
 )
 from homeagent.stores import device_statements as statements
+from homeagent.stores.device_statements import DeviceState, SecretHashes
 from homeagent.stores.store import Store, check_kind, reading, writing
 
 __all__ = ["DeviceStore", "SecretHashes"]
 
 SEEN_GRANULARITY = timedelta(minutes=1)
-
-
-class SecretHashes(NamedTuple):
-    """The hashes of a device's secrets. The fields have the same names as in `Device`.
-
-    If the device does not exist, `shared_secret_hash` is an empty text, which matches no secret, and the other fields
-    are None.
-    """
-
-    shared_secret_hash: str
-    previous_secret_hash: str | None
-    previous_secret_expires_at: datetime | None
-
-
-class _State(NamedTuple):
-    """The state of a device, and whether the device has the expected values.
-
-    The field `was_decided` is True if the device was approved or revoked at least once. If `uow.session` withdraws an
-    approval and sets no time of revocation, the device counts as revoked.
-    """
-
-    approved: bool
-    revoked: bool
-    was_decided: bool
-    has_role: bool | None
-    has_secret_hash: bool | None
-    has_paired_at: bool | None
 
 
 class DeviceStore(Store):
@@ -98,12 +70,12 @@ class DeviceStore(Store):
 
         In a write unit, no other writer can change the row until the unit ends.
         """
-        return self._unit.one(statements.FIND, id=check_identifier(device_id, "device_id"))
+        return self._unit.one(statements.FIND, id=self._searched(device_id, "device_id"))
 
     @reading
     def get(self, device_id: str) -> Device:
         """Return the device as `find_by_id` does, or raise DeviceNotFoundError if the device does not exist."""
-        device = self._unit.one(statements.FIND, id=check_identifier(device_id, "device_id"))
+        device = self._unit.one(statements.FIND, id=self._searched(device_id, "device_id"))
         if device is None:
             raise DeviceNotFoundError(device_id)
         return device
@@ -111,14 +83,14 @@ class DeviceStore(Store):
     @reading
     def find_secret_hashes(self, device_id: str) -> SecretHashes:
         """Return the hashes of the device's secrets. The call takes the same time if the device does not exist."""
-        row = self._unit.one(statements.SECRET_HASHES, id=check_identifier(device_id, "device_id"))
+        row = self._unit.one(statements.SECRET_HASHES, id=self._searched(device_id, "device_id"))
         assert row is not None  # noqa: S101  the outer join has a row for every id
         return SecretHashes(*row)
 
     @reading
     def find_proof_verifier(self, device_id: str) -> str | None:
         """Return the verifier of the device's proofs, or None if the device is absent or has no verifier."""
-        return self._unit.one(statements.VERIFIER, id=check_identifier(device_id, "device_id"))
+        return self._unit.one(statements.VERIFIER, id=self._searched(device_id, "device_id"))
 
     @reading
     def find_proof_secrets(self, device_id: str) -> tuple[str, str | None]:
@@ -129,7 +101,7 @@ class DeviceStore(Store):
         Raises:
             CorruptDatabaseError: if the store has no proof key.
         """
-        row = self._unit.one(statements.PROOF_SECRETS, id=check_identifier(device_id, "device_id"))
+        row = self._unit.one(statements.PROOF_SECRETS, id=self._searched(device_id, "device_id"))
         key, verifier = row or (None, None)
         if key is None:
             raise CorruptDatabaseError("the table `store` has lost its proof key: restore the newest good backup")
@@ -137,8 +109,12 @@ class DeviceStore(Store):
 
     @reading
     def count_pending(self, *, limit: int) -> int:
-        """Return the number of pending devices. The count stops at `limit`, which must be 1 or more."""
-        return self._unit.one(statements.COUNT_PENDING, limit=check_limit(limit)) or 0
+        """Return the number of pending devices. The count stops at `limit`, which must be 1 or more.
+
+        A device that has been pending for longer than `Limits.pending_ttl` does not count, even before a sweep.
+        """
+        before = earlier(self._unit.now(), self._unit.settings.limits.pending_ttl)
+        return self._unit.one(statements.COUNT_PENDING, limit=check_limit(limit), before=before) or 0
 
     @writing()
     def require_pending_room(self, limit: int) -> None:
@@ -167,30 +143,53 @@ class DeviceStore(Store):
         approved: bool | None = None,
         role: Role | None = None,
         status: DeviceStatus | None = None,
+        seen_before: datetime | None = None,
+        order: Literal["id", "paired_at"] = "id",
         limit: int = 100,
-        after: str | None = None,
+        after: str | Device | None = None,
     ) -> Sequence[Device]:
-        """Return a page of devices, ordered by id.
+        """Return a page of devices.
 
         Args:
             approved: True selects approved devices, False selects unapproved devices. Default: both.
             role: role of the selected devices. Default: all roles.
             status: status of the selected devices. Default: all.
+            seen_before: selects the devices that were last seen before this time. A device that was never seen is not
+                selected. Default: all devices.
+            order: "id" (default), or "paired_at" for the newest first.
             limit: maximum number of devices, 1 or more.
-            after: id of the last device on the previous page. Default: the first page.
+            after: last device on the previous page, or its id. Default: the first page.
+
+        Raises:
+            DeviceNotFoundError: if `order` is "paired_at", and `after` is the id of a device that does not exist. Pass
+                the device instead of its id.
         """
         if approved is not None and not isinstance(approved, bool):
             raise InvalidArgumentError("approved must be True, False or None")
         role = None if role is None else _member(Role, role, "role")
         status = None if status is None else _member(DeviceStatus, status, "status")
+        if order not in ("id", "paired_at"):
+            raise InvalidArgumentError("order must be 'id' or 'paired_at'")
         statement = statements.page_of(
-            approved=approved, by_role=role is not None, status=status, after=after is not None
+            approved=approved,
+            by_role=role is not None,
+            status=status,
+            by_seen=seen_before is not None,
+            newest_first=order == "paired_at",
+            after=after is not None,
         )
+        last, last_paired_at = (after.id, after.paired_at) if isinstance(after, Device) else (after, None)
+        if last is not None and last_paired_at is None and order == "paired_at":
+            last_paired_at = self._unit.one(statements.PAIRED_AT, id=self._searched(last, "after"))
+            if last_paired_at is None:
+                raise DeviceNotFoundError(last)
         return self._unit.all(
             statement,
             limit=check_limit(limit),
             role=role,
-            after=None if after is None else check_identifier(after, "after"),
+            seen_before=None if seen_before is None else check_timestamp(seen_before, "seen_before"),
+            after=None if last is None else self._searched(last, "after"),
+            after_paired_at=last_paired_at,
         )
 
     @writing()
@@ -200,11 +199,12 @@ class DeviceStore(Store):
         Raises:
             DeviceNotFoundError: if the device does not exist.
         """
-        check_identifier(device_id, "device_id")
         check_kind(changes, models.DeviceUpdate, "changes")
         if "metadata_" not in changes.model_fields_set:
             return self.get(device_id)
-        device = self._unit.write_one(statements.UPDATE_METADATA, device_id=device_id, value=changes.metadata_)
+        device = self._unit.write_one(
+            statements.UPDATE_METADATA, device_id=self._searched(device_id, "device_id"), value=changes.metadata_
+        )
         if device is None:
             raise DeviceNotFoundError(device_id)
         return device
@@ -241,7 +241,7 @@ class DeviceStore(Store):
         if expected_role is not None:
             expected_role = _member(Role, expected_role, "expected_role")
         if expected_secret_hash is not None:
-            check_label(expected_secret_hash, "expected_secret_hash")
+            expected_secret_hash = self._searched(expected_secret_hash, "expected_secret_hash")
         if expected_paired_at is not None:
             expected_paired_at = check_timestamp(expected_paired_at, "expected_paired_at")
         if expected_status is not None:
@@ -279,7 +279,7 @@ class DeviceStore(Store):
             LastAdminError: if the device is the last approved admin, and `force` is False.
         """
         if reason is not None:
-            check_label(reason, "reason")
+            check_name(reason, "reason")
         self._require_another_admin(device_id, force=force)
         device = self._find_state(device_id)
         if not device.approved and device.revoked:
@@ -294,7 +294,7 @@ class DeviceStore(Store):
         role: Role | None = None,
         secret_hash: str | None = None,
         paired_at: datetime | None = None,
-    ) -> _State:
+    ) -> DeviceState:
         """Return the state of a device, and compare the device with the arguments that are not None.
 
         In a write unit, the row is locked until the unit ends.
@@ -302,21 +302,21 @@ class DeviceStore(Store):
         Raises:
             DeviceNotFoundError: if the device does not exist.
         """
-        check_identifier(device_id, "device_id")
+        device = self._searched(device_id, "device_id")
         found = self._unit.one(
-            statements.STATE, device_id=device_id, role=role, secret_hash=secret_hash, paired_at=paired_at
+            statements.STATE, device_id=device, role=role, secret_hash=secret_hash, paired_at=paired_at
         )
         if found is None:
             raise DeviceNotFoundError(device_id)
-        return _State(*found)
+        return DeviceState(*found)
 
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
         """Return two values: whether `update_last_seen` has no row to write, and the result of that call."""
-        check_identifier(device_id, "device_id")
+        device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
-        return self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device_id, before=before) is None, False
+        return self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device, before=before) is None, False
 
     @writing(unless=_is_seen_recently)
     def update_last_seen(
@@ -328,9 +328,9 @@ class DeviceStore(Store):
         row is changed only if the stored time is earlier by `granularity` or more. Return False if the row was not
         changed, or if the device does not exist.
         """
-        check_identifier(device_id, "device_id")
+        device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)
-        return self._unit.write(statements.SET_LAST_SEEN, device_id=device_id, at=at, before=before) > 0
+        return self._unit.write(statements.SET_LAST_SEEN, device_id=device, at=at, before=before) > 0
 
     def _seen_range(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
         """Return the timestamp to store, and the latest stored time that this timestamp replaces."""
@@ -349,11 +349,11 @@ class DeviceStore(Store):
         Raises:
             LastAdminError: if the device is the last approved admin, and `force` is False.
         """
-        check_identifier(device_id, "device_id")
+        device = self._searched(device_id, "device_id")
         self._require_another_admin(device_id, force=force)
-        if not self._unit.write(statements.DELETE, device_id=device_id):
+        if not self._unit.write(statements.DELETE, device_id=device):
             return False
-        self._unit.write(statements.DELETE_KEYS, device_id=device_id)
+        self._unit.write(statements.DELETE_KEYS, device_id=device)
         return True
 
     @writing()
@@ -384,15 +384,16 @@ class DeviceStore(Store):
             InvalidArgumentError: if a hash or the verifier is not a valid text, or `previous_until` has no time zone.
         """
         values = {
-            "device_id": check_identifier(device_id, "device_id"),
-            "expected": check_label(expected_secret_hash, "expected_secret_hash"),
-            "replacement": check_label(secret_hash, "secret_hash"),
-            "verifier": check_optional_label(proof_verifier, "proof_verifier"),
+            "device_id": self._searched(device_id, "device_id"),
+            "expected": self._searched(expected_secret_hash, "expected_secret_hash"),
+            "replacement": check_name(secret_hash, "secret_hash"),
+            "verifier": None if proof_verifier is None else check_name(proof_verifier, "proof_verifier"),
             "previous": None if previous_until is None else expected_secret_hash,
             "until": None if previous_until is None else check_timestamp(previous_until, "previous_until"),
         }
         if previous_until is not None:
-            device = self._unit.one(statements.STATE, device_id=device_id, role=None, secret_hash=None, paired_at=None)
+            state = {"role": None, "secret_hash": None, "paired_at": None}
+            device = self._unit.one(statements.STATE, device_id=values["device_id"], **state)
             if device is not None and not device[0]:
                 raise DeviceNotApprovedError(device_id)
         return self._unit.write(statements.SET_SECRET, **values) > 0
@@ -407,21 +408,19 @@ class DeviceStore(Store):
         return (
             self._unit.write(
                 statements.REHASH,
-                device_id=check_identifier(device_id, "device_id"),
-                expected=check_label(expected_secret_hash, "expected_secret_hash"),
-                replacement=check_label(secret_hash, "secret_hash"),
+                device_id=self._searched(device_id, "device_id"),
+                expected=self._searched(expected_secret_hash, "expected_secret_hash"),
+                replacement=check_name(secret_hash, "secret_hash"),
             )
             > 0
         )
 
     def _require_another_admin(self, device_id: str, *, force: bool) -> None:
         """Lock all approved admins, and raise LastAdminError if the device is the only approved admin."""
-        check_identifier(device_id, "device_id")
-        if force:
+        device = self._searched(device_id, "device_id")
+        if force or not self._unit.one(statements.IS_ADMIN, device_id=device):
             return
-        if not self._unit.one(statements.IS_ADMIN, device_id=device_id):
-            return
-        if self._unit.all(statements.APPROVED_ADMINS, device_id=device_id) == [True]:
+        if self._unit.all(statements.APPROVED_ADMINS, device_id=device) == [True]:
             raise LastAdminError(device_id)
 
 

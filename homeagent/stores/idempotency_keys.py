@@ -17,13 +17,25 @@ from homeagent.errors import (
     IdempotencyInProgressError,
     IdempotencyKeyExistsError,
     InvalidArgumentError,
+    KeyLimitError,
     LeaseLostError,
     OutcomeUnknownError,
 )
 from homeagent.frame_locals import clears_locals
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
-from homeagent.models.types import check_duration, check_identifier, check_label, check_limit, encode_json, later
+from homeagent.models.types import (
+    MAX_LIMIT,
+    MAX_RESULT_BYTES,
+    check_duration,
+    check_identifier,
+    check_label,
+    check_limit,
+    check_name,
+    encode_json,
+    later,
+)
 from homeagent.stores import idempotency_key_statements as statements
+from homeagent.stores.room import has_room
 from homeagent.stores.store import Store, check_kind, reading, writing
 
 __all__ = ["IdempotencyKeyStore"]
@@ -41,18 +53,20 @@ class IdempotencyKeyStore(Store):
 
         Args:
             scope: device, method and key of the call.
-            result: JSON value of at most 256 KiB.
-            ttl: time for which retries get the result, more than zero.
+            result: JSON value of at most 1 MiB.
+            ttl: time for which retries get the result, more than zero and at most `Limits.longest_ttl`.
 
         Raises:
             IdempotencyKeyExistsError: if the key has a record that has not expired. The existing record is not changed.
-            InvalidArgumentError: if the result is too large or not JSON, or `ttl` is not more than zero.
+            KeyLimitError: if the device has `Limits.keys_per_device` records that have not expired.
+            InvalidArgumentError: if the result is too large or not JSON, or `ttl` is out of range.
         """
-        scope = _check_scope(scope)
-        json = encode_json(result, "result")
-        check_duration(ttl, "ttl")
+        scope = _check_new(scope)
+        json = encode_json(result, "result", limit=MAX_RESULT_BYTES)
+        self._check_ttl(ttl, "ttl")
         now = self._unit.now()
         expires_at = later(now, ttl, "ttl")
+        self._require_room(scope, now)
         if not self._unit.write(
             statements.INSERT,
             device_id=scope.device_id,
@@ -87,10 +101,35 @@ class IdempotencyKeyStore(Store):
     @clears_locals
     def find(self, scope: IdempotencyScope) -> IdempotencyKey | None:
         """Return the record of a call, or None if the call has no record or the record has expired."""
-        scope = _check_scope(scope)
-        return self._unit.one(
-            statements.FIND, device_id=scope.device_id, method=scope.method, key=scope.key, now=self._unit.now()
-        )
+        return self._unit.one(statements.FIND, **self._search(scope), now=self._unit.now())
+
+    def _search(self, scope: IdempotencyScope) -> dict[str, Any]:
+        """Return the parameters of a search for the record of a scope."""
+        _check_scope(scope)
+        return {
+            "device_id": self._searched(scope.device_id, "device_id"),
+            "method": self._searched(scope.method, "method"),
+            "key": self._searched(scope.key, "key"),
+        }
+
+    def _require_room(self, scope: IdempotencyScope, now: datetime) -> None:
+        """Raise KeyLimitError if the scope has no record that has not expired, and the device has no room for one."""
+        limit = self._unit.settings.limits.keys_per_device
+        device_id = scope.device_id
+
+        def count() -> int:
+            stored = self._unit.one(statements.COUNT, device_id=device_id, limit=limit) or 0
+            if stored < limit:
+                return stored
+            # Only now is it worth the time to leave out the expired rows, which a sweep has not deleted yet.
+            everything = self._unit.one(statements.COUNT, device_id=device_id, limit=MAX_LIMIT) or 0
+            expired = self._unit.one(statements.COUNT_EXPIRED_OF_DEVICE, device_id=device_id, now=now) or 0
+            return everything - expired
+
+        if not has_room(self._unit, "idempotency_keys", device_id, limit, count) and (
+            self._unit.one(statements.FIND, **_parameters(scope), now=now) is None
+        ):
+            raise KeyLimitError(device_id, limit)
 
     # The following methods are the steps of `run_once`.
 
@@ -112,10 +151,9 @@ class IdempotencyKeyStore(Store):
             scope: device, method and key of the call.
             fingerprint: fingerprint of the call's parameters: see `homeagent.canonical_json.fingerprint_of`.
             lease: time after which the attempt counts as abandoned, unless renewed. Zero means an expired lease.
-            ttl: time for which retries get the outcome, more than zero.
+            ttl: time for which retries get the outcome, more than zero and at most `Limits.longest_ttl`.
             rerun: whether the caller takes over an abandoned attempt, and runs the effect again.
-            owner: random token of the caller, such as 32 hex digits. After a commit with an unknown result, a second
-                claim with the same token returns the same attempt. Default: a new token.
+            owner: random token of the caller. A second claim with the token returns the same attempt. Default: new.
 
         Returns:
             An Attempt if the caller must run the effect, or the Outcome if the effect has completed.
@@ -125,14 +163,15 @@ class IdempotencyKeyStore(Store):
             IdempotencyInProgressError: if another attempt has a lease that has not expired.
             OutcomeUnknownError: if an attempt was abandoned, and `rerun` is False.
             EffectFailedError: if the effect has failed for good. The error contains the stored detail.
+            KeyLimitError: if the key is new, and the device has `Limits.keys_per_device` keys that have not expired.
         """
-        scope = _check_scope(scope)
-        check_label(fingerprint, "fingerprint")
+        scope = _check_new(scope)
+        check_name(fingerprint, "fingerprint")
         now = self._unit.now()
         lease_expires_at = later(now, check_duration(lease, "lease", zero=True), "lease")
-        expires_at = later(now, check_duration(ttl, "ttl"), "ttl")
-        owner = token_hex(16) if owner is None else check_label(owner, "owner")
-        downstream_key = token_hex(16)
+        expires_at = later(now, self._check_ttl(ttl, "ttl"), "ttl")
+        owner, downstream_key = token_hex(16) if owner is None else check_name(owner, "owner"), token_hex(16)
+        self._require_room(scope, now)
         while not self._unit.write(
             statements.CLAIM,
             **_parameters(scope),
@@ -210,7 +249,7 @@ class IdempotencyKeyStore(Store):
         """Record the result of the effect, so that a retry gets the same result.
 
         Returns:
-            False if the result is not JSON or is over 256 KiB. Because the effect has taken place, the record is still
+            False if the result is not JSON or is over 1 MiB. Because the effect has taken place, the record is still
             stored, but without the result and with `omitted` set to True.
 
         Raises:
@@ -242,7 +281,7 @@ class IdempotencyKeyStore(Store):
     def _record(self, attempt: Attempt, state: IdempotencyState, result: JsonValue, *, recorded_by: str | None) -> bool:
         """Record an outcome and return whether the result could be stored."""
         try:
-            json, omitted = encode_json(result), False
+            json, omitted = encode_json(result, limit=MAX_RESULT_BYTES), False
         except InvalidArgumentError:
             json, omitted = encode_json(None), True
         now = self._unit.now()
@@ -304,9 +343,9 @@ class IdempotencyKeyStore(Store):
 
         Raises:
             IdempotencyInProgressError: if the lease has not expired, because the effect can still end.
-            InvalidArgumentError: if the result is over 256 KiB or not JSON.
+            InvalidArgumentError: if the result is over 1 MiB or not JSON.
         """
-        encode_json(result, "result")
+        encode_json(result, "result", limit=MAX_RESULT_BYTES)
         attempt = self._find_abandoned(scope)
         return attempt is not None and self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=None)
 
@@ -331,8 +370,7 @@ class IdempotencyKeyStore(Store):
 
         Raise IdempotencyInProgressError if the lease has not expired.
         """
-        scope = _check_scope(scope)
-        row = self._unit.one(statements.ANY, **_parameters(scope))
+        row = self._unit.one(statements.ANY, **self._search(scope))
         if row is None or row.state is not IdempotencyState.IN_PROGRESS:
             return None
         now = self._unit.now()
@@ -346,7 +384,7 @@ class IdempotencyKeyStore(Store):
     @writing()
     def delete_ended(self, device_id: str) -> int:
         """Delete a device's records, except records in progress, and return the number of deleted records."""
-        return self._unit.write(statements.DELETE_ENDED, device_id=check_identifier(device_id, "device_id"))
+        return self._unit.write(statements.DELETE_ENDED, device_id=self._searched(device_id, "device_id"))
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
@@ -359,7 +397,7 @@ def _attempt_of(row: IdempotencyKey) -> Attempt:
     return Attempt(
         number=row.attempt,
         downstream_key=row.downstream_key or "",
-        scope=IdempotencyScope(row.device_id, row.method, row.key),
+        scope=IdempotencyScope.of_record(row.device_id, row.method, row.key),
         lease_expires_at=row.lease_expires_at or row.created_at,
         expires_at=row.expires_at,
         ttl=row.expires_at - row.created_at,
@@ -385,4 +423,13 @@ def _parameters(scope: IdempotencyScope) -> dict[str, Any]:
 def _check_scope(scope: IdempotencyScope) -> IdempotencyScope:
     if not isinstance(scope, IdempotencyScope):
         raise InvalidArgumentError("scope must be an IdempotencyScope(device_id, method, key)")
+    return scope
+
+
+def _check_new(scope: IdempotencyScope) -> IdempotencyScope:
+    """Return a scope for a new record. Check the texts again, because `IdempotencyScope.of_record` did not."""
+    _check_scope(scope)
+    check_identifier(scope.device_id, "device_id")
+    check_name(scope.method, "method")
+    check_label(scope.key, "key")
     return scope

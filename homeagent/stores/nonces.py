@@ -6,9 +6,9 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import bindparam, delete, func, select, tuple_
+from sqlalchemy import Integer, bindparam, delete, func, select, tuple_, update
 
-from homeagent.engine.statements import Statement
+from homeagent.engine.statements import Statement, constant
 from homeagent.errors import CorruptDatabaseError, NonceLimitError
 from homeagent.frame_locals import clears_locals
 from homeagent.models.nonce import Nonce
@@ -22,15 +22,13 @@ from homeagent.models.types import (
     earlier,
     later,
 )
+from homeagent.stores.room import has_room
 from homeagent.stores.store import Store, reading, writing
 
-__all__ = ["NONCE_GRACE", "NONCE_LIMIT", "Freshness", "NonceStore", "ReplayGuard"]
+__all__ = ["NONCE_GRACE", "Freshness", "NonceStore", "ReplayGuard"]
 
 NONCE_GRACE = timedelta(hours=1)
 """Time for which the row of an expired nonce stays. If the clock is set back by less, the nonce stays unusable."""
-
-NONCE_LIMIT = 10_000
-"""Maximum number of nonces of one device. Expired nonces do not count."""
 
 _table: Any = Nonce.__table__
 _columns: Any = _table.c
@@ -57,14 +55,17 @@ _FIND = Statement[Nonce](
         _columns.expires_at > bindparam("now"),
     )
 )
-_COUNT = Statement[int](
-    select(func.count()).select_from(
-        select(_columns.nonce)
-        .where(_columns.device_id == bindparam("device_id"), _columns.expires_at > bindparam("now"))
-        .limit(bindparam("limit"))
-        .subquery()
-    )
+# The value of `created_at` of a nonce that an operator released from the limit.
+_RELEASED = constant(0, Integer())
+_COUNTED = (
+    _columns.device_id == bindparam("device_id"),
+    _columns.expires_at > bindparam("now"),
+    _columns.created_at != _RELEASED,
 )
+_COUNT = Statement[int](
+    select(func.count()).select_from(select(_columns.nonce).where(*_COUNTED).limit(bindparam("limit")).subquery())
+)
+_RELEASE = Statement[Nonce](update(Nonce).where(*_COUNTED).values(created_at=_RELEASED))
 EXPIRED: Any = _columns.expires_at <= bindparam("before")
 """SQL condition for the nonces that a sweep deletes. The parameter `before` is the current time minus `NONCE_GRACE`."""
 
@@ -105,7 +106,7 @@ class NonceStore(Store):
 
     @writing()
     @clears_locals
-    def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int = NONCE_LIMIT) -> bool:
+    def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int | None = None) -> bool:
         """Consume a nonce. Of several calls with the same nonce, only one call returns True.
 
         Call this method in a unit of its own, after the check of the signature and before the device gets access. If
@@ -115,8 +116,8 @@ class NonceStore(Store):
             device_id: id of the signer. Each device has its own nonces.
             nonce: nonce of the signed message.
             expires_at: signed timestamp plus the allowed skew. From that time on, the message is too old.
-            limit: maximum number of the device's nonces. Expired nonces do not count. Several processes together can
-                exceed the limit, as `_has_room` explains.
+            limit: maximum number of the device's nonces, if it is lower than `Limits.nonces_per_device`. Expired nonces
+                do not count. Several processes together can store up to twice as many (see `homeagent.stores.room`).
 
         Returns:
             False if the nonce was used before, even if the device is at the limit. Also False if `expires_at` has
@@ -124,17 +125,28 @@ class NonceStore(Store):
 
         Raises:
             NonceLimitError: if the nonce is new and the device is at the limit. The store does not delete an older
-                nonce instead, because that nonce could then be used again.
+                nonce instead, because that nonce could then be used again. An operator can call `forget`.
+            InvalidArgumentError: if `expires_at` is more than `Limits.longest_ttl` ahead.
         """
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
-        check_limit(limit)
-        return self._consume(device_id, nonce, check_timestamp(expires_at, "expires_at"), self._unit.now(), limit)
-
-    def _consume(self, device_id: str, nonce: str, expires_at: datetime, now: datetime, limit: int) -> bool:
+        limit = self._effective_limit(limit)
+        expires_at, now = check_timestamp(expires_at, "expires_at"), self._unit.now()
         if expires_at <= now:
             return False
-        if not self._has_room(device_id, now, limit):
+        self._check_ttl(expires_at - now, "the time until expires_at")
+        return self._consume(device_id, nonce, expires_at, now, limit)
+
+    def _effective_limit(self, limit: int | None) -> int:
+        """Return the lower of the caller's limit and `Limits.nonces_per_device`."""
+        bound = self._unit.settings.limits.nonces_per_device
+        return bound if limit is None else min(check_limit(limit), bound)
+
+    def _consume(self, device_id: str, nonce: str, expires_at: datetime, now: datetime, limit: int) -> bool:
+        def count() -> int:
+            return self._unit.one(_COUNT, device_id=device_id, now=now, limit=limit) or 0
+
+        if not has_room(self._unit, "nonces", device_id, limit, count):
             if self._unit.one(_FIND, device_id=device_id, nonce=nonce, now=now) is not None:
                 return False
             raise NonceLimitError(device_id, limit)
@@ -143,7 +155,7 @@ class NonceStore(Store):
     @writing()
     @clears_locals
     def consume_signed(
-        self, device_id: str, nonce: str, *, signed_at: datetime, skew: timedelta, limit: int = NONCE_LIMIT
+        self, device_id: str, nonce: str, *, signed_at: datetime, skew: timedelta, limit: int | None = None
     ) -> Freshness:
         """Check the timestamp of a signed message and consume the nonce. The method reads the clock once.
 
@@ -156,12 +168,13 @@ class NonceStore(Store):
 
         Raises:
             NonceLimitError: see `consume`.
+            InvalidArgumentError: if `skew` is longer than `Limits.longest_ttl`.
         """
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
-        check_limit(limit)
+        limit = self._effective_limit(limit)
         signed_at = check_timestamp(signed_at, "signed_at")
-        expires_at = later(signed_at, check_duration(skew, "skew"), "skew")
+        expires_at = later(signed_at, self._check_ttl(skew, "skew"), "skew")
         now = self._unit.now()
         if expires_at <= now:
             return Freshness.STALE
@@ -189,36 +202,30 @@ class NonceStore(Store):
         restored_at: datetime | None = memory["restored_at"]
         return restored_at
 
-    def _has_room(self, device_id: str, now: datetime, limit: int) -> bool:
-        """Return whether the device can have another nonce. If so, count that nonce.
-
-        If a device is at the limit, a count of its rows takes as long as 40 inserts. The method therefore does not
-        count the rows at each call. If a count finds room for N nonces, the next count follows after N / 2 calls.
-        Because other processes do not see these calls, each additional process can exceed the limit by N / 2.
-        """
-        rooms: dict[tuple[str, int], int] = self._unit.shared.setdefault("nonce_rooms", {})
-        # The key contains the limit, because the room differs for each limit.
-        room = rooms.get((device_id, limit), 0)
-        if room < 1:
-            count = self._unit.one(_COUNT, device_id=device_id, now=now, limit=limit) or 0
-            if count >= limit:
-                return False
-            if len(rooms) > 10_000:
-                rooms.clear()
-            room = max(1, (limit - count) // 2)
-        rooms[device_id, limit] = room - 1
-        return True
-
     @reading
     @clears_locals
     def find(self, device_id: str, nonce: str) -> Nonce | None:
         """Return a consumed nonce, or None if the nonce was not consumed or has expired."""
         return self._unit.one(
             _FIND,
-            device_id=check_identifier(device_id, "device_id"),
-            nonce=check_label(nonce, "nonce"),
+            device_id=self._searched(device_id, "device_id"),
+            nonce=self._searched(nonce, "nonce"),
             now=self._unit.now(),
         )
+
+    @writing()
+    def forget(self, device_id: str) -> int:
+        """Release the nonces of a device from its limit, and return the number of released nonces.
+
+        Call this method if a device is at its limit and its nonces expire too late. Shorten the time for which new
+        nonces are kept first, or the device reaches the limit again.
+
+        The rows of the released nonces stay until the nonces expire. So a message with a released nonce is still a
+        replay: `consume` returns False, and `consume_signed` returns `REPLAYED`. The table can then hold more nonces of
+        the device than the limit allows.
+        """
+        device = self._searched(device_id, "device_id")
+        return self._unit.write(_RELEASE, device_id=device, now=self._unit.now())
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
@@ -238,15 +245,16 @@ class ReplayGuard:
         skew: allowed difference between a device's clock and the gateway's clock. A message is fresh from `skew` before
             the signed timestamp until `skew` after the signed timestamp. The nonce is stored until the end of that
             period.
-        limit: maximum number of a device's nonces. Expired nonces do not count.
+        limit: maximum number of a device's nonces, if it is lower than `Limits.nonces_per_device`. Expired nonces do
+            not count.
 
     Raises:
         InvalidArgumentError: if the skew is not more than zero, or the limit is less than 1.
     """
 
-    def __init__(self, *, skew: timedelta = timedelta(minutes=5), limit: int = NONCE_LIMIT) -> None:
+    def __init__(self, *, skew: timedelta = timedelta(minutes=5), limit: int | None = None) -> None:
         self.skew = check_duration(skew, "skew")
-        self.limit = check_limit(limit)
+        self.limit = None if limit is None else check_limit(limit)
 
     @clears_locals
     def check(self, nonces: NonceStore, device_id: str, nonce: str, *, signed_at: datetime) -> Freshness:

@@ -15,7 +15,7 @@ from homeagent.engine.statements import Parameters, Statement
 from homeagent.errors import AgentNotFoundError, InvalidArgumentError, SessionExistsError, SessionNotFoundError
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession, new_session_id, route_key
-from homeagent.models.types import check_identifier, check_limit, check_optional_label, not_after
+from homeagent.models.types import check_limit, check_optional_label, check_searched, not_after
 from homeagent.stores.store import Store, check_kind, reading, writing
 
 __all__ = ["SessionStore"]
@@ -153,7 +153,7 @@ class SessionStore(Store):
         )
 
     def _require_agent(self, agent_id: str) -> None:
-        if self._unit.one(_AGENT, agent_id=check_identifier(agent_id, "agent_id")) is None:
+        if self._unit.one(_AGENT, agent_id=self._searched(agent_id, "agent_id")) is None:
             raise AgentNotFoundError(agent_id)
 
     @reading
@@ -162,20 +162,21 @@ class SessionStore(Store):
 
         In a write unit, no other writer can change the row until the unit ends.
         """
-        return self._unit.one(_FIND, id=check_identifier(session_id, "session_id"))
+        return self._unit.one(_FIND, id=self._searched(session_id, "session_id"))
 
     @reading
     def get(self, session_id: str) -> AgentSession:
         """Return the session as `find_by_id` does, or raise SessionNotFoundError if the session does not exist."""
-        session = self._unit.one(_FIND, id=check_identifier(session_id, "session_id"))
+        session = self._unit.one(_FIND, id=self._searched(session_id, "session_id"))
         if session is None:
             raise SessionNotFoundError(session_id)
         return session
 
     def _route(self, agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
-        check_identifier(agent_id, "agent_id")
-        check_optional_label(sender_id, "sender_id")
-        check_optional_label(channel_id, "channel_id")
+        check_searched(agent_id, "agent_id")
+        for value, what in ((sender_id, "sender_id"), (channel_id, "channel_id")):
+            if value is not None:
+                check_searched(value, what)
         return route_key(agent_id, sender_id, channel_id)
 
     def _find_resolved(
@@ -212,6 +213,8 @@ class SessionStore(Store):
             session = self._unit.one(_BY_ROUTE, route=route)
             if session is not None and _is_on(session, agent_id, sender_id, channel_id):
                 return session
+            check_optional_label(sender_id, "sender_id")
+            check_optional_label(channel_id, "channel_id")
             self._require_agent(agent_id)
             if session is not None:
                 self._release_stale(agent_id, sender_id, channel_id)
@@ -263,9 +266,9 @@ class SessionStore(Store):
         )
         return self._unit.all(
             statement,
-            agent_id=None if agent_id is None else check_identifier(agent_id, "agent_id"),
-            sender_id=check_optional_label(sender_id, "sender_id"),
-            channel_id=check_optional_label(channel_id, "channel_id"),
+            agent_id=None if agent_id is None else self._searched(agent_id, "agent_id"),
+            sender_id=None if sender_id is None else self._searched(sender_id, "sender_id"),
+            channel_id=None if channel_id is None else self._searched(channel_id, "channel_id"),
             limit=check_limit(limit),
             after_active=None if after is None else after.last_active_at,
             after_id=None if after is None else after.session_id,
@@ -278,13 +281,13 @@ class SessionStore(Store):
         The argument `at` is that time. If `at` is None (the default) or later than now, the current time is stored.
         Return False if the stored time is not earlier, or if the session does not exist.
         """
-        check_identifier(session_id, "session_id")
-        return self._unit.write(_TOUCH, id=session_id, at=not_after(self._unit.now(), at, "at")) > 0
+        session = self._searched(session_id, "session_id")
+        return self._unit.write(_TOUCH, id=session, at=not_after(self._unit.now(), at, "at")) > 0
 
     @writing()
     def delete(self, session_id: str) -> bool:
         """Delete a session but not its transcript. Return False if the session did not exist."""
-        return self._unit.write(_DELETE, id=check_identifier(session_id, "session_id")) > 0
+        return self._unit.write(_DELETE, id=self._searched(session_id, "session_id")) > 0
 
     @writing(stream=True)
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import Enum, auto
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from homeagent.engine.statements import Parameters, Statement
 from homeagent.errors import InvalidArgumentError
+from homeagent.models.types import check_duration, check_searched
+
+if TYPE_CHECKING:
+    from homeagent.unit_settings import UnitSettings
 
 __all__ = ["Access", "Store", "Unit", "access_of", "check_kind", "reading", "writing"]
 
@@ -50,8 +54,8 @@ class Unit(Protocol):
         """Return the current time as a timestamp in UTC, floored to milliseconds."""
 
     @property
-    def shared(self) -> dict[str, Any]:
-        """Memory of one `Database`, which the stores of all units share. It is not written to the database."""
+    def settings(self) -> UnitSettings:
+        """Settings of one `Database`, and the memory that the stores of all units share."""
 
     @property
     def connection_memory(self) -> dict[str, Any]:
@@ -116,3 +120,22 @@ class Store:
 
     def __init__(self, unit: Unit) -> None:
         self._unit = unit
+
+    def _searched(self, value: str, what: str) -> str | None:
+        """Return a text to search for. Return None, which equals no stored value, if the database can't hold the text.
+
+        No database can hold a lone surrogate, and PostgreSQL can't hold NUL. So a search for such a text finds no row.
+        """
+        # The method `isprintable` returns False for each text with a lone surrogate or NUL.
+        if check_searched(value, what).isprintable():
+            return value
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            return None
+        return None if "\0" in value and self._unit.settings.engine.dialect_name == "postgresql" else value
+
+    def _check_ttl(self, ttl: timedelta, what: str) -> timedelta:
+        """Return a duration of more than zero that is at most `Limits.longest_ttl`."""
+        longest = self._unit.settings.limits.longest_ttl
+        if check_duration(ttl, what) > longest:
+            raise InvalidArgumentError(f"{what} is {ttl}, over {longest}: shorten it, or raise Limits.longest_ttl")
+        return ttl

@@ -73,11 +73,22 @@ def test_a_table_refuses_a_missing_and_an_unknown_field(model: type[SQLModel]) -
     ("field", "value"),
     [
         ("id", ""),
-        ("id", "x" * 129),
-        ("id", "é" * 101),
-        ("id", "a/b"),
+        ("id", "x" * 513),
+        ("id", "é" * 257),
         ("id", "a\\b"),
+        ("id", "a/../b"),
+        ("id", "./a"),
         ("id", ".."),
+        ("id", "a\u00adb"),
+        ("id", "a\u200bb"),
+        ("id", "a\u034fb"),
+        ("id", "a\u3164"),
+        ("id", "a\U000e0041"),
+        ("id", "a\ufe0f"),
+        ("id", "\u200da"),
+        ("id", "a\u200d"),
+        ("id", "1\u200d2"),
+        ("id", "a\u200c\u200db"),
         ("id", "a\x00b"),
         ("id", "a\nb"),
         ("id", "a\u202eb"),
@@ -104,6 +115,42 @@ def test_bad_value_is_refused_at_construction_and_assignment(field: str, value: 
     assert device.model_dump() == before
     assert device.model_fields_set == fields_set
     assert getattr(device, field) != value
+
+
+@pytest.mark.parametrize(
+    "identifier",
+    [
+        "x" * 512,
+        "é" * 256,
+        "a/b//c/",
+        "...",
+        "a..b/.c",
+        "می\u200cخواهم",
+        "क्\u200dष",
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+        "\U0001f469\U0001f3fd\u200d\u2695\ufe0f",
+        "\u2194\ufe0f",
+    ],
+    ids=ascii,
+)
+def test_a_good_id_is_accepted(identifier: str) -> None:
+    """An id can have 512 bytes and slashes, and joiners between letters or emoji."""
+    assert Device(**{**ROWS[Device], "id": identifier}).id == identifier
+
+
+def test_limits_of_texts() -> None:
+    """A session's id has up to 1,024 bytes, and metadata of a pairing request up to 16 KiB of JSON."""
+    assert AgentSessionCreate(session_id="s" * 1024, agent_id="a", sender_id="\u200e" * 341).sender_id
+    for values in ({"session_id": "s" * 1025}, {"sender_id": "\u200e" * 342}, {"agent_id": "a" * 513}):
+        with pytest.raises(ValidationError):
+            AgentSessionCreate(**{"agent_id": "a", **values})
+    assert DevicePair(id="d", role=Role.NODE, metadata="x" * 16_382)
+    with pytest.raises(ValidationError, match="16,384 bytes"):
+        DevicePair(id="d", role=Role.NODE, metadata="x" * 16_383)
+    assert DeviceCreate(id="d", role=Role.NODE, shared_secret_hash="h", metadata="x" * 16_383)
+    for bad in ("n" * 513, "\u202en", ""):
+        with pytest.raises(ValidationError):
+            AgentUpdate(name=bad)
 
 
 def test_unknown_name_cannot_be_assigned() -> None:
@@ -246,7 +293,15 @@ def test_routes_differ_if_their_parts_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    "scope", [("", "m", "k"), ("d/e", "m", "k"), ("d", "", "k"), ("d", "m", "k" * 257), ("d", "m", "\n")]
+    "scope",
+    [
+        ("", "m", "k"),
+        ("d/..", "m", "k"),
+        ("d", "", "k"),
+        ("d", "m", "k" * 1025),
+        ("d", "m" * 513, "k"),
+        ("d", "m", "\n"),
+    ],
 )
 def test_a_scope_is_validated_and_frozen(scope: tuple[str, str, str]) -> None:
     """A scope with an invalid part raises an error, a valid scope cannot be changed, and its repr omits the key."""

@@ -264,7 +264,7 @@ def test_resolve_with_unstorable_result(database: Database, clock: FakeClock) ->
     begin(database)
     clock.advance(MINUTE)
     with pytest.raises(InvalidArgumentError):
-        database.run(lambda unit: unit.idempotency_keys.resolve(SCOPE, "x" * 300_000))
+        database.run(lambda unit: unit.idempotency_keys.resolve(SCOPE, "x" * 1_100_000))
     with pytest.raises(OutcomeUnknownError):
         claim(database)
 

@@ -82,20 +82,6 @@ def test_absent_device(database: Database) -> None:
     assert dump(database)["devices"] == []
 
 
-@pytest.mark.parametrize("bad", ["", "x" * 129, "nul\0", "a/b", "..", 7], ids=repr)
-def test_bad_ids_are_refused(database: Database, bad: str) -> None:
-    """If an id could not be a file name, every method raises an error."""
-    with database.unit_of_work() as unit:
-        devices = unit.devices
-        for call in (
-            devices.find_by_id, devices.get, devices.approve, devices.revoke, devices.update_last_seen, devices.delete
-        ):  # fmt: skip
-            with pytest.raises(InvalidArgumentError):
-                call(bad)
-        with pytest.raises(InvalidArgumentError):
-            devices.update(bad, DeviceUpdate(metadata=None))
-
-
 def test_bad_arguments_write_nothing(database: Database) -> None:
     """If a role, status, limit, reason or timestamp is invalid, the method raises an error before it writes a row."""
     add_device(database)
@@ -113,7 +99,7 @@ def test_bad_arguments_write_nothing(database: Database) -> None:
             devices.list(approved=1)  # type: ignore[arg-type]
         with pytest.raises(InvalidArgumentError):
             devices.approve("lamp", expected_role="root")  # type: ignore[arg-type]
-        for reason in ("", "x" * 257, "line\n"):
+        for reason in ("", "x" * 513, "line\n"):
             with pytest.raises(InvalidArgumentError):
                 devices.revoke("lamp", reason=reason)
         with pytest.raises(InvalidArgumentError, match="aware"):

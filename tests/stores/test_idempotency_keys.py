@@ -109,33 +109,34 @@ def test_json_values_are_read_back_unchanged(database: Database, value: Any) -> 
 
 @pytest.mark.parametrize(
     "result",
-    [math.nan, math.inf, {1: 2}, {"a": {1, 2}}, b"bytes", START, "\ud800", (1, 2), object(), "x" * (256 * 1024 - 1)],
+    [math.nan, math.inf, {1: 2}, {"a": {1, 2}}, b"bytes", START, "\ud800", (1, 2), object(), "x" * (1024 * 1024 - 1)],
     ids=["nan", "infinity", "int key", "set", "bytes", "instant", "surrogate", "tuple", "object", "too large"],
 )
 def test_unstorable_results_are_refused(database: Database, result: Any) -> None:
-    """NaN, keys that are not text, sets, bytes, timestamps, lone surrogates and more than 256 KiB raise an error."""
+    """NaN, keys that are not text, sets, bytes, timestamps, lone surrogates and more than 1 MiB raise an error."""
     with pytest.raises(InvalidArgumentError):
         insert(database, result=result)
     assert dump(database)["idempotency_keys"] == []
 
 
 def test_the_largest_result_is_stored(database: Database) -> None:
-    """A result of exactly 256 KiB of JSON text is stored."""
-    insert(database, result="x" * (256 * 1024 - 2))
+    """A result of exactly 1 MiB of JSON text is stored."""
+    insert(database, result="x" * (1024 * 1024 - 2))
     with database.unit_of_work() as unit:
         found = unit.idempotency_keys.find(SCOPE)
     assert found is not None
-    assert len(str(found.result)) == 256 * 1024 - 2
+    assert len(str(found.result)) == 1024 * 1024 - 2
 
 
 def test_bad_arguments_are_refused(database: Database) -> None:
     """Invalid scopes, times to live and limits raise an error."""
     for parts in [
         ("", "m", "k"),
-        ("a/b", "m", "k"),
+        ("a/..", "m", "k"),
         ("d", "", "k"),
         ("d", "m", ""),
-        ("d", "m", "x" * 257),
+        ("d", "m", "x" * 1025),
+        ("d", "x" * 513, "k"),
         ("d", "m", "\0"),
     ]:
         with pytest.raises(InvalidArgumentError):

@@ -105,11 +105,9 @@ def test_limit_refuses_new_nonces(database: Database, clock: FakeClock) -> None:
 def test_bad_arguments_write_nothing(database: Database) -> None:
     """Invalid ids, nonces, timestamps and limits raise an error."""
     with database.unit_of_work() as unit:
-        for device_id, nonce in [("", "n"), ("a/b", "n"), ("x" * 129, "n"), ("d", ""), ("d", "x" * 257), ("d", "\0")]:
+        for device_id, nonce in [("", "n"), ("a/..", "n"), ("x" * 513, "n"), ("d", ""), ("d", "x" * 1025), ("d", "\0")]:
             with pytest.raises(InvalidArgumentError):
                 unit.nonces.consume(device_id, nonce, expires_at=START + MINUTE)
-            with pytest.raises(InvalidArgumentError):
-                unit.nonces.find(device_id, nonce)
         with pytest.raises(InvalidArgumentError, match="aware"):
             unit.nonces.consume("lamp", "n", expires_at=START.replace(tzinfo=None))
         for limit in (0, -1, True):

@@ -87,15 +87,11 @@ def test_bad_arguments_are_refused(database: Database) -> None:
     add_agent(database)
     with database.unit_of_work() as unit:
         sessions = unit.sessions
-        for bad in ("", "a/b", "x" * 129):
-            for call in (sessions.get, sessions.find_by_id, sessions.touch, sessions.delete):
-                with pytest.raises(InvalidArgumentError):
-                    call(bad)
-        for bad in ("", "x" * 257, "nul\0"):
+        for bad in ("", "x" * 1025, "nul\0", "\ud800"):
             with pytest.raises(InvalidArgumentError):
                 sessions.resolve(agent_id="ada", sender_id=bad)
             with pytest.raises(InvalidArgumentError):
-                sessions.list(channel_id=bad)
+                sessions.resolve(agent_id="ada", channel_id=bad)
         for limit in (0, -1, True):
             with pytest.raises(InvalidArgumentError):
                 sessions.list(limit=limit)

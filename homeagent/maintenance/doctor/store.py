@@ -20,7 +20,7 @@ from homeagent.migrations.schema_drift import schema_differences
 from homeagent.models import SCHEMA, Agent, AgentSession, Device, IdempotencyKey, Nonce, Role, store_table
 from homeagent.models.idempotency_key import IdempotencyState
 from homeagent.models.session import route_key
-from homeagent.models.types import FlagColumn, TimestampColumn, naming_column
+from homeagent.models.types import FlagColumn, JsonColumn, TimestampColumn, naming_column
 from homeagent.stores.nonces import NONCE_GRACE
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ SECRETS_GRACE = timedelta(days=1)
 """Time for which the hash of an expired secret can stay without a warning, because the clock may be wrong."""
 
 _PAGE = 1000
+_PAGE_WITH_JSON = 25  # the JSON of one row has up to 1 MiB
 
 _device: Any = Device.__table__.c
 _agent: Any = Agent.__table__.c
@@ -194,7 +195,8 @@ def _pages(described: Table, connection: Connection, *, undecoded: bool) -> Iter
         [literal_column(part) for part in parts] if undecoded else [column(c.name) for c in described.columns]
     )
     rows = select(*wanted).select_from(sql_table(described.name))
-    for page in connection.execute(rows, execution_options={"yield_per": _PAGE}).partitions():
+    size = _PAGE_WITH_JSON if any(isinstance(c.type, JsonColumn) for c in described.columns) else _PAGE
+    for page in connection.execute(rows, execution_options={"yield_per": size}).partitions():
         yield [list(map(_decoded, row[::2], row[1::2])) for row in page] if undecoded else page
 
 

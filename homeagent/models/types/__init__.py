@@ -4,18 +4,34 @@ Models validate fields, and stores validate arguments, by the same functions of 
 """
 
 from homeagent.models.types.enums import EnumColumn, FlagColumn
-from homeagent.models.types.json_text import MAX_JSON_BYTES, Json, JsonColumn, decode_json, encode_json
+from homeagent.models.types.json_text import (
+    MAX_JSON_BYTES,
+    MAX_PAIRING_JSON_BYTES,
+    MAX_RESULT_BYTES,
+    Json,
+    JsonColumn,
+    PairingJson,
+    ResultJson,
+    decode_json,
+    encode_json,
+)
 from homeagent.models.types.limits import MAX_LIMIT, check_limit
 from homeagent.models.types.stored_values import UNREADABLE, loaded, naming_column, unreadable, unreadable_in
 from homeagent.models.types.text import (
+    INVISIBLE,
+    MAX_ID_BYTES,
     Identifier,
     Label,
-    OptionalLabel,
+    Name,
+    SessionId,
     WorkspacePath,
     check_identifier,
     check_label,
+    check_name,
     check_new_secret,
     check_optional_label,
+    check_searched,
+    check_session_id,
     text_column,
 )
 from homeagent.models.types.timestamps import (
@@ -35,9 +51,13 @@ from homeagent.models.types.timestamps import (
 
 __all__ = [
     "EPOCH",
+    "INVISIBLE",
     "LONGEST_WAIT",
+    "MAX_ID_BYTES",
     "MAX_JSON_BYTES",
     "MAX_LIMIT",
+    "MAX_PAIRING_JSON_BYTES",
+    "MAX_RESULT_BYTES",
     "MILLISECOND",
     "UNREADABLE",
     "EnumColumn",
@@ -46,7 +66,10 @@ __all__ = [
     "Json",
     "JsonColumn",
     "Label",
-    "OptionalLabel",
+    "Name",
+    "PairingJson",
+    "ResultJson",
+    "SessionId",
     "Timestamp",
     "TimestampColumn",
     "WorkspacePath",
@@ -54,8 +77,11 @@ __all__ = [
     "check_identifier",
     "check_label",
     "check_limit",
+    "check_name",
     "check_new_secret",
     "check_optional_label",
+    "check_searched",
+    "check_session_id",
     "check_timestamp",
     "check_wait",
     "decode_json",

@@ -14,9 +14,26 @@ from sqlalchemy.types import TypeDecorator
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.types.stored_values import loaded
 
-__all__ = ["MAX_JSON_BYTES", "Json", "JsonColumn", "decode_json", "encode_json"]
+__all__ = [
+    "MAX_JSON_BYTES",
+    "MAX_PAIRING_JSON_BYTES",
+    "MAX_RESULT_BYTES",
+    "Json",
+    "JsonColumn",
+    "PairingJson",
+    "ResultJson",
+    "decode_json",
+    "encode_json",
+]
 
 MAX_JSON_BYTES = 256 * 1024
+"""Maximum length of the JSON text of a configuration and of metadata."""
+
+MAX_PAIRING_JSON_BYTES = 16 * 1024
+"""Maximum length of the JSON text of the metadata in a pairing request, because a stranger can send the request."""
+
+MAX_RESULT_BYTES = 1024 * 1024
+"""Maximum length of the JSON text of a result."""
 
 # Python can refuse to read an integer with more digits than this number (sys.set_int_max_str_digits).
 _READABLE_DIGITS = sys.int_info.str_digits_check_threshold
@@ -26,12 +43,12 @@ _READABLE_DIGITS = sys.int_info.str_digits_check_threshold
 _check_json = TypeAdapter(JsonValue, config=ConfigDict(allow_inf_nan=False)).validator.validate_python
 
 
-def encode_json(value: JsonValue, what: str = "JSON") -> str:
+def encode_json(value: JsonValue, what: str = "JSON", *, limit: int = MAX_JSON_BYTES) -> str:
     """Return `value` as JSON text. Key order, numbers and Unicode do not change.
 
     Raises:
-        InvalidArgumentError: if `value` is not a JSON value, or if its text is over 256 KiB. For example, a set, a key
-            that is not text, NaN, a lone surrogate and a cycle are not JSON.
+        InvalidArgumentError: if `value` is not a JSON value, or if its text has over `limit` bytes. For example, a set,
+            a key that is not text, NaN, a lone surrogate and a cycle are not JSON.
     """
     if value is None or value is True or value is False:
         return "null" if value is None else "true" if value else "false"
@@ -47,8 +64,8 @@ def encode_json(value: JsonValue, what: str = "JSON") -> str:
         raise InvalidArgumentError(
             f"{what} must be plain JSON: None, bool, int, finite float, text, lists and dicts with text keys"
         ) from None
-    if len(encoded) > MAX_JSON_BYTES:
-        raise InvalidArgumentError(f"{what} must be at most {MAX_JSON_BYTES:,} bytes of JSON, and has {len(encoded):,}")
+    if len(encoded) > limit:
+        raise InvalidArgumentError(f"{what} must be at most {limit:,} bytes of JSON, and has {len(encoded):,}")
     return encoded.decode()
 
 
@@ -63,14 +80,25 @@ def decode_json(text: str) -> Any:
         return json.loads(text)
 
 
-def _as_json(value: JsonValue) -> JsonValue:
-    if value is not None:
-        encode_json(value)
-    return value
+def _within(limit: int) -> AfterValidator:
+    """Return a validator of JSON values with at most `limit` bytes of text."""
+
+    def check(value: JsonValue) -> JsonValue:
+        if value is not None:
+            encode_json(value, limit=limit)
+        return value
+
+    return AfterValidator(check)
 
 
-Json = Annotated[JsonValue, AfterValidator(_as_json)]
+Json = Annotated[JsonValue, _within(MAX_JSON_BYTES)]
 """A JSON value with at most 256 KiB of text."""
+
+PairingJson = Annotated[JsonValue, _within(MAX_PAIRING_JSON_BYTES)]
+"""A JSON value with at most 16 KiB of text."""
+
+ResultJson = Annotated[JsonValue, _within(MAX_RESULT_BYTES)]
+"""A JSON value with at most 1 MiB of text."""
 
 
 class JsonColumn(TypeDecorator[Any]):
@@ -80,18 +108,20 @@ class JsonColumn(TypeDecorator[Any]):
 
     Args:
         none_as_null: whether to store None as SQL NULL (default) or as the JSON text `null`.
+        limit: maximum length of the JSON text in bytes.
     """
 
     impl = Text
     cache_ok = True
 
-    def __init__(self, *, none_as_null: bool = True) -> None:
+    def __init__(self, *, none_as_null: bool = True, limit: int = MAX_JSON_BYTES) -> None:
         super().__init__()
         self.none_as_null = none_as_null
+        self.limit = limit
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
         """Return the text to store."""
-        return None if value is None and self.none_as_null else encode_json(value)
+        return None if value is None and self.none_as_null else encode_json(value, limit=self.limit)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
         """Return the value of the stored text."""

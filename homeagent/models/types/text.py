@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Annotated
 
@@ -12,74 +13,175 @@ from sqlalchemy.types import TypeEngine
 from homeagent.errors import InvalidArgumentError
 
 __all__ = [
+    "INVISIBLE",
+    "MAX_ID_BYTES",
     "Identifier",
     "Label",
-    "OptionalLabel",
+    "Name",
+    "SessionId",
     "WorkspacePath",
     "check_identifier",
     "check_label",
+    "check_name",
     "check_new_secret",
     "check_optional_label",
+    "check_searched",
+    "check_session_id",
     "text_column",
 ]
 
-# Line and paragraph separators break a log line. Bidirectional controls make a name look like another name.
+MAX_ID_BYTES = 512
+"""Maximum length of an id of a device or agent, of a method and of a name, in bytes of UTF-8."""
+
+MAX_LABEL_BYTES = 1024
+"""Maximum length of an id of a session, a sender, a channel, a key and a nonce, in bytes of UTF-8.
+
+On PostgreSQL, one entry of an index has at most 2,704 bytes. So an index must not have three columns of this length
+(test_the_longest_texts_are_stored).
+"""
+
+# Line and paragraph separators break a log line.
 _REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
-_REFUSED_CHARACTERS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Bidirectional controls make a name look like another name.
+_BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""The characters with the property Default_Ignorable_Code_Point.
+
+Source: https://www.unicode.org/Public/UCD/latest/ucd/DerivedCoreProperties.txt.
+"""
+
+_JOINERS = frozenset("\u200c\u200d")
+_EMOJI_STYLES = frozenset("\ufe0e\ufe0f")
 
 
-def _check_text(value: str, what: str, *, characters: int, octets: int) -> str:
+def _check_text(value: str, what: str, octets: int) -> str:
+    """Return `value` if it has 1 to `octets` bytes of UTF-8 and no control character or lone surrogate."""
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
-    if not 1 <= len(value) <= characters:
-        raise InvalidArgumentError(f"{what} must have 1 to {characters} characters, and has {len(value)}")
-    if not value.isprintable() and any(
-        character in _REFUSED_CHARACTERS or unicodedata.category(character) in _REFUSED_CATEGORIES
-        for character in value
-    ):
-        raise InvalidArgumentError(f"{what} has a control character or a lone surrogate: remove it")
-    if not value.isascii() and len(value.encode()) > octets:
-        raise InvalidArgumentError(f"{what} must be at most {octets} bytes of UTF-8")
-    return value
+    # Look at the characters first, because a lone surrogate has no UTF-8. Do not look at a text that is too long.
+    if 1 <= len(value) <= octets:
+        if not value.isprintable() and any(unicodedata.category(each) in _REFUSED_CATEGORIES for each in value):
+            raise InvalidArgumentError(f"{what} has a control character or a lone surrogate: remove it")
+        if value.isascii() or len(value.encode()) <= octets:
+            return value
+    raise InvalidArgumentError(
+        f"{what} must have 1 to {octets:,} bytes of UTF-8, and has {len(value.encode(errors='replace')):,}"
+    )
 
 
-# Cache of valid ids from recent checks. A gateway uses the same few ids again and again.
-_valid: set[str] = set()
+# Caches of valid ids from recent checks. A gateway uses the same few ids again and again.
+_valid: dict[int, set[str]] = {MAX_ID_BYTES: set(), MAX_LABEL_BYTES: set()}
 _VALID_KEPT = 8192
 
 
-def check_identifier(value: str, what: str = "an id") -> str:
-    """Return `value` if it is a valid id of a device, agent or session, else raise InvalidArgumentError.
-
-    An id has 1 to 128 characters, at most 200 bytes of UTF-8 and no control character. An application may use an id as
-    a file name, so an id has neither slash nor backslash, and is not `.` or `..`.
-    """
+def _check_id(value: str, what: str, octets: int) -> str:
+    valid = _valid[octets]
     # Look up only a str, because an object of another type can be unhashable or can compare equal to a str.
-    if value.__class__ is str and value in _valid:
+    if value.__class__ is str and value in valid:
         return value
-    _check_text(value, what, characters=128, octets=200)
-    if "/" in value or "\\" in value or value in {".", ".."}:
-        raise InvalidArgumentError(f"{what} may become a file name: it must not have '/' or '\\', or be '.' or '..'")
+    _check_text(value, what, octets)
+    if "\\" in value or not {".", ".."}.isdisjoint(value.split("/")):
+        raise InvalidArgumentError(f"{what} must not have a backslash, or a segment '.' or '..' between slashes")
+    if not value.isascii() and not all(_is_visible(value, place) for place in range(len(value))):
+        raise InvalidArgumentError(
+            f"{what} has an invisible character, so it can look like another id: remove the character"
+        )
     if value.__class__ is str:
-        if len(_valid) >= _VALID_KEPT:
-            _valid.clear()
-        _valid.add(value)
+        if len(valid) >= _VALID_KEPT:
+            valid.clear()
+        valid.add(value)
     return value
 
 
-def check_label(value: str, what: str = "a name") -> str:
-    """Return `value` if it is a valid key, nonce, sender, channel, method or name, else raise InvalidArgumentError.
+def _is_visible(text: str, place: int) -> bool:
+    """Return whether an id can have the character at this place.
 
-    A label has 1 to 256 characters, at most 512 bytes of UTF-8 and no control character.
+    The joiners U+200C and U+200D must be between two letters or emoji. A style of an emoji (U+FE0E or U+FE0F) must
+    follow an emoji. Every other character must be visible.
     """
-    if value.__class__ is str and 0 < len(value) <= 256 and value.isascii() and value.isprintable():
+    character = text[place]
+    if not INVISIBLE.match(character) and unicodedata.category(character) != "Cf":
+        return True
+    if character in _JOINERS:
+        # A letter can have marks, such as the virama, and an emoji can have a style and a colour of the skin.
+        before = next((each for each in reversed(text[:place]) if not _is_modifier(each)), "")
+        return _is_letter_or_emoji(before) and _is_letter_or_emoji(text[place + 1 : place + 2])
+    return character in _EMOJI_STYLES and place > 0 and _is_emoji(text[place - 1])
+
+
+def _is_modifier(character: str) -> bool:
+    return unicodedata.category(character).startswith("M") or "\U0001f3fb" <= character <= "\U0001f3ff"
+
+
+def _is_emoji(character: str) -> bool:
+    # The category of U+2194, which is also an emoji, is Sm.
+    return character == "\u2194" or unicodedata.category(character) == "So"
+
+
+def _is_letter_or_emoji(character: str) -> bool:
+    return character != "" and (unicodedata.category(character).startswith("L") or _is_emoji(character))
+
+
+def check_identifier(value: str, what: str = "an id") -> str:
+    """Return `value` if it is a valid id of a new device or agent, else raise InvalidArgumentError.
+
+    An id has 1 to 512 bytes of UTF-8. An id can contain `/`, but not a backslash, a control character or an invisible
+    character, and no segment between slashes is `.` or `..`. The joiners U+200C and U+200D are allowed between letters
+    or emoji.
+    """
+    return _check_id(value, what, MAX_ID_BYTES)
+
+
+def check_session_id(value: str, what: str = "an id") -> str:
+    """Return `value` if it is a valid id of a new session, else raise InvalidArgumentError.
+
+    The rules are those of `check_identifier`, but the id can have up to 1,024 bytes.
+    """
+    return _check_id(value, what, MAX_LABEL_BYTES)
+
+
+def check_label(value: str, what: str = "a label") -> str:
+    """Return `value` if it is valid as a new key, nonce, sender or channel, else raise InvalidArgumentError.
+
+    A label has 1 to 1,024 bytes of UTF-8 and no control character. Invisible characters are allowed, because a
+    telephone number that was copied from an address book can contain bidirectional marks.
+    """
+    if value.__class__ is str and 0 < len(value) <= MAX_LABEL_BYTES and value.isascii() and value.isprintable():
         return value
-    return _check_text(value, what, characters=256, octets=512)
+    return _check_text(value, what, MAX_LABEL_BYTES)
 
 
 def check_optional_label(value: str | None, what: str) -> str | None:
     """Return `value` if the value is None or passes `check_label`."""
     return None if value is None else check_label(value, what)
+
+
+def check_name(value: str, what: str = "a name") -> str:
+    """Return `value` if it is valid as a new method, name, reason or hash, else raise InvalidArgumentError.
+
+    A name has 1 to 512 bytes of UTF-8, no control character, and no bidirectional control.
+    """
+    if value.__class__ is str and 0 < len(value) <= MAX_ID_BYTES and value.isascii() and value.isprintable():
+        return value
+    _check_text(value, what, MAX_ID_BYTES)
+    if not _BIDIRECTIONAL.isdisjoint(value):
+        raise InvalidArgumentError(f"{what} has a bidirectional control character: remove it")
+    return value
+
+
+def check_searched(value: str, what: str) -> str:
+    """Return `value` if it is a str, else raise InvalidArgumentError.
+
+    A search accepts every str, because a row of an earlier version, or of another program, can break the rules for new
+    texts.
+    """
+    if not isinstance(value, str):
+        raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
+    return value
 
 
 MIN_SECRET_CHARACTERS = 8
@@ -99,24 +201,39 @@ def check_new_secret(secret: SecretStr) -> SecretStr:
 
 
 def _check_path(value: str) -> str:
-    return _check_text(value, "a workspace path", characters=4096, octets=4096)
+    return _check_text(value, "a workspace path", 4096)
+
+
+# Pydantic calls a validator with one argument or two, and the second argument of the checks has another meaning.
 
 
 def _as_identifier(value: str) -> str:
     return check_identifier(value)
 
 
+def _as_session_id(value: str) -> str:
+    return check_session_id(value)
+
+
 def _as_label(value: str) -> str:
     return check_label(value)
 
 
+def _as_name(value: str) -> str:
+    return check_name(value)
+
+
 Identifier = Annotated[str, AfterValidator(_as_identifier)]
-"""The id of a device, agent or session: see `check_identifier`."""
+"""The id of a device or agent: see `check_identifier`."""
+
+SessionId = Annotated[str, AfterValidator(_as_session_id)]
+"""The id of a session: see `check_session_id`."""
 
 Label = Annotated[str, AfterValidator(_as_label)]
-"""A key, nonce, sender, channel, method or name: see `check_label`."""
+"""A key, nonce, sender or channel: see `check_label`."""
 
-OptionalLabel = Label | None
+Name = Annotated[str, AfterValidator(_as_name)]
+"""A method, name, reason or hash: see `check_name`."""
 
 WorkspacePath = Annotated[str, AfterValidator(_check_path)]
 """The path of a directory, 1 to 4,096 bytes. homeagent stores the path and does not open the directory."""

@@ -1,0 +1,65 @@
+"""A limit of the rows of one device, which the store counts only at intervals.
+
+To count 10,000 rows takes as long as 40 inserts. So a process that has counted gets a grant: it can add several rows of
+the device without another count. The grant is an eighth of the room that was left, but at most a hundredth of the
+limit.
+
+Why several processes never store more than twice the limit: a process that counts gets a grant only if fewer rows than
+the limit are stored. After the last such count, each process can use up only the rest of its own grant, which is less
+than a hundredth of the limit. So 99 processes together stay below twice the limit, even if each of them has kept an
+unused grant since it counted an empty table. On SQLite, a count and its row are in one transaction, and no other
+writer can add a row in between. On PostgreSQL, a transaction that counts does not see the rows of transactions that
+have not committed. If a count grants only one row, because the limit is low or little room is left, the transaction
+therefore takes a lock of the device first, and counts again. Otherwise each open transaction can exceed the limit by
+one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from sqlalchemy import bindparam, func, select
+
+from homeagent.engine.statements import Statement
+
+if TYPE_CHECKING:
+    from homeagent.stores.store import Unit
+
+__all__ = ["has_room"]
+
+_MOST_GRANTS = 10_000
+
+# PostgreSQL ends the lock with the transaction.
+_LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("device_id"), 0))))
+
+
+def has_room(unit: Unit, kind: str, device_id: str, limit: int, count: Callable[[], int]) -> bool:
+    """Return whether the device can have another row. If so, the row uses up a part of this process's grant.
+
+    Args:
+        unit: writing unit that adds the row.
+        kind: name of the table, because each table has its own limit.
+        device_id: id of the device.
+        limit: maximum number of the device's rows.
+        count: function that counts the device's rows. The count can stop at `limit`.
+    """
+    grants: dict[tuple[str, str, int], Iterator[int]] = unit.settings.memory.setdefault("grants", {})
+    # The key contains the limit, because the room differs for each limit.
+    key = (kind, device_id, limit)
+    # Each call of `next` takes a row from the grant. Two threads can't take the same row, because `next` is atomic.
+    if key in grants and next(grants[key], None) is not None:
+        return True
+    granted = _grant(limit, count())
+    if granted == 1 and unit.settings.engine.dialect_name == "postgresql":
+        unit.one(_LOCK_DEVICE, device_id=device_id)
+        granted = _grant(limit, count())
+    if len(grants) >= _MOST_GRANTS:
+        grants.clear()
+    grants[key] = iter(range(granted - 1))  # this call uses up the first row
+    return granted > 0
+
+
+def _grant(limit: int, stored: int) -> int:
+    room = limit - stored
+    return max(1, min(room // 8, limit // 100)) if room > 0 else 0
