@@ -404,9 +404,7 @@ def test_approve_refuses_a_device_other_than_the_listed(ready: Path) -> None:
     assert json.loads(done.stdout)["device"]["approved"] is True
 
 
-@pytest.mark.parametrize(
-    "lookalike", ["desk\u200b", "desk ", " desk", "desk\u00a0", "de\u00adsk", "de\u0301sk"], ids=ascii
-)
+@pytest.mark.parametrize("lookalike", ["de\u200dsk", "desk ", " desk", "desk\u00a0", "de\u0301sk"], ids=ascii)
 def test_an_id_that_resembles_another_is_escaped(ready: Path, lookalike: str) -> None:
     """If an id has invisible characters, the list and the question show escapes or quotes."""
     with Database.open(ready) as database:

@@ -69,6 +69,18 @@ def test_a_sweep_removes_old_pending_devices(reopen: MakeDatabase, clock: FakeCl
     assert [device.id for device in database.devices.list()] == ["approved", "later", "revoked"]
 
 
+def test_overdue_devices_make_room(reopen: MakeDatabase, clock: FakeClock) -> None:
+    """A device that has been pending for too long does not count, even before a sweep."""
+    database = reopen(limits=Limits(pending_devices=3, pending_ttl=timedelta(days=2)))
+    assert [pair(database, f"old-{number}") for number in range(4)] == [True, True, True, False]
+    clock.advance(timedelta(days=2) - timedelta(milliseconds=1))
+    assert not pair(database, "early")
+    clock.advance(milliseconds=1)
+    assert [pair(database, f"new-{number}") for number in range(4)] == [True, True, True, False]
+    assert len(database.devices.list()) == 6
+    assert database.sweep().pending_devices == 3
+
+
 def test_the_index_counts(sqlite_database: Database) -> None:
     """SQLite counts and removes pending devices by the partial index, without reading rows for the count."""
     for statement, index in ((statements.COUNT_PENDING, "COVERING INDEX"), (statements.DELETE_PENDING, "INDEX")):
@@ -88,6 +100,10 @@ def test_the_index_counts(sqlite_database: Database) -> None:
         {"pending_devices": True},
         {"pending_ttl": timedelta(0)},
         {"waiting_hashes": 0},
+        {"nonces_per_device": 0},
+        {"keys_per_device": True},
+        {"longest_ttl": timedelta(0)},
+        {"changes_kept": timedelta(days=-1)},
         {"failed_checks_per_minute": 0},
     ],
     ids=str,

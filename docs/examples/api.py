@@ -70,6 +70,8 @@ def create_app(database: Database | None = None) -> FastAPI:
 # FastAPI runs plain functions in its thread pool. Do not open the unit in a dependency: the unit would stay open while
 # FastAPI sends the reply.
 
+# Starlette decodes `%2F` before it searches the route. So the id is the last part of each route, as a `:path`.
+
 LIMIT = Query(default=100, ge=1, le=1000)
 
 
@@ -89,17 +91,17 @@ def _add_devices(app: FastAPI, database: Database) -> None:
             found = unit.devices.list(role=role, status=status, limit=limit, after=after)
         return [DevicePublic.model_validate(device) for device in found]
 
-    @app.get("/devices/{device_id}", responses=error_replies(404))
+    @app.get("/devices/{device_id:path}", responses=error_replies(404))
     def get_device(device_id: str) -> DevicePublic:
         with database.unit_of_work(read_only=True) as unit:
             return DevicePublic.model_validate(unit.devices.get(device_id))
 
-    @app.patch("/devices/{device_id}", responses=error_replies(404, 503))
+    @app.patch("/devices/{device_id:path}", responses=error_replies(404, 503))
     def update_device(device_id: str, changes: DeviceUpdate) -> DevicePublic:
         with database.unit_of_work() as unit:
             return DevicePublic.model_validate(unit.devices.update(device_id, changes))
 
-    @app.post("/devices/{device_id}/approve", responses=error_replies(404, 409, 503))
+    @app.post("/devices/approve/{device_id:path}", responses=error_replies(404, 409, 503))
     def approve_device(
         device_id: str,
         expected_role: Role,
@@ -117,7 +119,7 @@ def _add_devices(app: FastAPI, database: Database) -> None:
             )
         return Changed(changed=changed)
 
-    @app.post("/devices/{device_id}/revoke", responses=error_replies(404, 409, 503))
+    @app.post("/devices/revoke/{device_id:path}", responses=error_replies(404, 409, 503))
     def revoke_device(device_id: str, reason: str | None = None, force: bool = False) -> Changed:
         with database.unit_of_work() as unit:
             changed = unit.devices.revoke(device_id, reason=reason, force=force)
@@ -136,17 +138,17 @@ def _add_agents(app: FastAPI, database: Database) -> None:
             found = unit.agents.list(limit=limit, after=after)
         return [AgentPublic.model_validate(agent) for agent in found]
 
-    @app.get("/agents/{agent_id}", responses=error_replies(404))
+    @app.get("/agents/{agent_id:path}", responses=error_replies(404))
     def get_agent(agent_id: str) -> AgentPublic:
         with database.unit_of_work(read_only=True) as unit:
             return AgentPublic.model_validate(unit.agents.get(agent_id))
 
-    @app.patch("/agents/{agent_id}", responses=error_replies(404, 503))
+    @app.patch("/agents/{agent_id:path}", responses=error_replies(404, 503))
     def update_agent(agent_id: str, changes: AgentUpdate) -> AgentPublic:
         with database.unit_of_work() as unit:
             return AgentPublic.model_validate(unit.agents.update(agent_id, changes))
 
-    @app.delete("/agents/{agent_id}", responses=error_replies(409, 503))
+    @app.delete("/agents/{agent_id:path}", responses=error_replies(409, 503))
     def delete_agent(agent_id: str, delete_sessions: bool = False) -> Changed:
         with database.unit_of_work() as unit:
             changed = unit.agents.delete(agent_id, delete_sessions=delete_sessions)
@@ -186,12 +188,12 @@ def _add_sessions(app: FastAPI, database: Database) -> None:
             )
         return [AgentSessionPublic.model_validate(session) for session in found]
 
-    @app.get("/sessions/{session_id}", responses=error_replies(404))
+    @app.get("/sessions/{session_id:path}", responses=error_replies(404))
     def get_session(session_id: str) -> AgentSessionPublic:
         with database.unit_of_work(read_only=True) as unit:
             return AgentSessionPublic.model_validate(unit.sessions.get(session_id))
 
-    @app.post("/sessions/{session_id}/touch", responses=error_replies(404, 503))
+    @app.post("/sessions/touch/{session_id:path}", responses=error_replies(404, 503))
     def touch_session(session_id: str) -> Changed:
         with database.unit_of_work() as unit:
             unit.sessions.get(session_id)

@@ -1,24 +1,47 @@
-"""The commands `homeagent devices`, which list, approve and revoke devices."""
+"""The commands `homeagent devices`, which list, approve, revoke and delete devices."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from homeagent.cli.application import DatabaseOption, group
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import JsonOption, console_for, facts_table, format_timestamp, grid, print_json
+from homeagent.cli.output import JsonOption, console_for, count, facts_table, format_timestamp, grid, print_json
 from homeagent.cli.visible_text import identity, quoted
+from homeagent.database import Database
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.schemas import DevicePublic
-from homeagent.models.types import MAX_LIMIT
+from homeagent.models.types import MAX_LIMIT, MILLISECOND, check_timestamp, earlier
 
-devices = group("devices", help="List, approve and revoke devices.")
+devices = group("devices", help="List, approve, revoke and delete devices.")
+
+_SHOWN = 20  # number of devices that `delete` shows before the confirmation
+
+
+def _timestamp_argument(text: str | None) -> str | None:
+    if text is not None:
+        try:
+            aware = datetime.fromisoformat(text).tzinfo is not None
+        except ValueError:
+            aware = False
+        if not aware:
+            raise typer.BadParameter("must be a timestamp with an offset, such as 2030-01-31T12:00:00.000Z.")
+    return text
+
 
 DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="Id of the device.", show_default=False)]
+
+
+class _Order(StrEnum):
+    ID = "id"
+    PAIRED_AT = "paired_at"
 
 
 def _public(device: Device) -> dict[str, Any]:
@@ -33,6 +56,16 @@ def list_devices(
         DeviceStatus | None, typer.Option(help="Only devices with this status.", show_default=False)
     ] = None,
     role: Annotated[Role | None, typer.Option(help="Only devices with this role.", show_default=False)] = None,
+    seen_before: Annotated[
+        str | None,
+        typer.Option(
+            callback=_timestamp_argument,
+            metavar="TIMESTAMP",
+            help="Only devices that were last seen before this time.",
+            show_default=False,
+        ),
+    ] = None,
+    order: Annotated[_Order, typer.Option(help="Order of the list; paired_at lists the newest first.")] = _Order.ID,
     limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="Maximum number of devices.")] = 100,
     after: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="Last id of the previous page.", show_default=False)
@@ -40,14 +73,23 @@ def list_devices(
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the devices, ordered by id."""
+    """List the devices."""
     with open_named(context, database) as opened:
-        page = opened.run(
-            lambda unit: unit.devices.list(status=status, role=role, limit=limit, after=after), read_only=True
+        page = opened.devices.list(
+            status=status,
+            role=role,
+            seen_before=None if seen_before is None else datetime.fromisoformat(seen_before),
+            order=order.value,
+            limit=limit,
+            after=after,
         )
     if as_json:
         print_json([_public(device) for device in page])
-        return
+    else:
+        console_for().print(_table_of(page))
+
+
+def _table_of(page: Sequence[Device]) -> Table:
     table = grid(header=True)
     for heading in ("Device", "Role", "Status", "Paired at", "Last seen at"):
         table.add_column(heading, overflow="fold")
@@ -59,18 +101,7 @@ def list_devices(
             format_timestamp(device.paired_at),
             format_timestamp(device.last_seen_at),
         )
-    console_for().print(table)
-
-
-def _timestamp_argument(text: str | None) -> str | None:
-    if text is not None:
-        try:
-            aware = datetime.fromisoformat(text).tzinfo is not None
-        except ValueError:
-            aware = False
-        if not aware:
-            raise typer.BadParameter("must be a timestamp with an offset, such as 2030-01-31T12:00:00.000Z.")
-    return text
+    return table
 
 
 @devices.command()
@@ -165,6 +196,61 @@ def revoke(
         changed = opened.run(lambda unit: unit.devices.revoke(device_id, reason=reason, force=force))
         now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
     _report_change(now, changed=changed, word="revoked", as_json=as_json)
+
+
+@devices.command()
+def delete(
+    context: typer.Context,
+    before: Annotated[
+        str,
+        typer.Option(
+            callback=_timestamp_argument,
+            metavar="TIMESTAMP",
+            help="Delete the devices that were paired before this time.",
+            show_default=False,
+        ),
+    ],
+    pending: Annotated[
+        bool, typer.Option("--pending", help="Delete only pending devices. Required, to name the kind of devices.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete the pending devices that were paired before a time.
+
+    The command shows the devices and asks for a confirmation. A device that is approved or revoked before the answer is
+    not deleted.
+    """
+    if not pending:
+        raise typer.BadParameter("name the kind of devices by --pending.")
+    # The time of the method is inclusive.
+    until = earlier(check_timestamp(datetime.fromisoformat(before), "before"), MILLISECOND)
+    with open_named(context, database) as opened:
+        if not yes:
+            _ask_to_delete(opened, until)
+        deleted = 0
+        while batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until)):
+            deleted += batch
+    if as_json:
+        print_json({"deleted": deleted})
+    else:
+        typer.echo(f"Deleted {count(deleted, 'pending device')}.")
+
+
+def _ask_to_delete(opened: Database, until: datetime) -> None:
+    found: list[Device] = []
+    page: Sequence[Device] = ()
+    while page := opened.devices.list(
+        status=DeviceStatus.PENDING, order="paired_at", limit=1000, after=page[-1] if page else None
+    ):
+        found += [device for device in page if device.paired_at <= until]
+    # Standard output is for results only.
+    console = console_for(error=True)
+    console.print(_table_of(found[:_SHOWN]))
+    if len(found) > _SHOWN:
+        console.print(f"and {count(len(found) - _SHOWN, 'other device')}")
+    typer.confirm(f"Delete {count(len(found), 'pending device')}?", abort=True, err=True)
 
 
 def _report_change(device: Device, *, changed: bool, word: str, as_json: bool) -> None:

@@ -71,7 +71,7 @@ def resolve(
         value = json.loads(result)
     except (ValueError, RecursionError):
         raise typer.BadParameter("RESULT must be JSON, such as null or '{\"id\": 7}'.") from None
-    scope = IdempotencyScope(device_id, method, key)
+    scope = IdempotencyScope.of_record(device_id, method, key)
     with open_named(context, database) as opened:
         changed = opened.run(lambda unit: unit.idempotency_keys.resolve(scope, value))
     _report_settled(changed=changed, done="Resolved: retries return this result.", as_json=as_json)
@@ -87,7 +87,7 @@ def forget(
     as_json: JsonOption = False,
 ) -> None:
     """Record that the effect did not take place. The next call runs the effect."""
-    scope = IdempotencyScope(device_id, method, key)
+    scope = IdempotencyScope.of_record(device_id, method, key)
     with open_named(context, database) as opened:
         changed = opened.run(lambda unit: unit.idempotency_keys.forget(scope))
     _report_settled(changed=changed, done="Forgotten: the next call runs the effect.", as_json=as_json)

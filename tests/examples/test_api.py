@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -85,20 +86,20 @@ def test_devices(api: httpx.Client) -> None:
     assert paired.headers["cache-control"] == "no-store"
 
     seen = {"expected_role": "node", "expected_paired_at": device["paired_at"]}
-    other = api.post("/devices/lamp/approve", params={**seen, "expected_role": "admin"})
+    other = api.post("/devices/approve/lamp", params={**seen, "expected_role": "admin"})
     assert (other.status_code, other.json()["error"]) == (409, "ApprovalChangedError")
-    assert api.post("/devices/lamp/approve", params=seen).json() == {"changed": True}
-    assert api.post("/devices/lamp/approve", params=seen).json() == {"changed": False}
+    assert api.post("/devices/approve/lamp", params=seen).json() == {"changed": True}
+    assert api.post("/devices/approve/lamp", params=seen).json() == {"changed": False}
     assert [found["id"] for found in api.get("/devices", params={"status": "approved"}).json()] == ["lamp"]
 
     assert api.patch("/devices/lamp", json={"metadata": None}).json()["metadata"] is None
-    assert api.post("/devices/lamp/revoke", params={"reason": "lost"}).json() == {"changed": True}
+    assert api.post("/devices/revoke/lamp", params={"reason": "lost"}).json() == {"changed": True}
     assert api.get("/devices/lamp").json()["revoked_reason"] == "lost"
-    stale = api.post("/devices/lamp/approve", params=seen)
+    stale = api.post("/devices/approve/lamp", params=seen)
     assert (stale.status_code, stale.json()["error"]) == (409, "ApprovalChangedError")
     assert api.get("/devices/lamp").json()["status"] == "revoked"
     again = {**seen, "expected_status": "revoked"}
-    assert api.post("/devices/lamp/approve", params=again).json() == {"changed": True}
+    assert api.post("/devices/approve/lamp", params=again).json() == {"changed": True}
 
 
 def test_agents_and_sessions(api: httpx.Client) -> None:
@@ -116,7 +117,7 @@ def test_agents_and_sessions(api: httpx.Client) -> None:
         assert created.status_code == 201
     first = api.get("/sessions", params={"agent_id": "a1", "limit": 2}).json()
     last = first[-1]
-    assert api.post(f"/sessions/{last['session_id']}/touch").status_code == 200
+    assert api.post(f"/sessions/touch/{last['session_id']}").status_code == 200
     after = {"after": last["session_id"], "after_active_at": last["last_active_at"]}
     rest = api.get("/sessions", params={"agent_id": "a1", **after}).json()
     found = [session["session_id"] for session in first + rest]
@@ -128,16 +129,33 @@ def test_agents_and_sessions(api: httpx.Client) -> None:
     assert api.get("/sessions").json() == []
 
 
+@pytest.mark.parametrize("identifier", ["site/line/plc", "/a//b+c==", "50%2F?x#y", "approve/x", "käse/é", "a:1" * 170])
+def test_an_id_is_one_encoded_part_of_the_path(api: httpx.Client, identifier: str) -> None:
+    """An id with slashes or other reserved characters is percent-encoded at the end of the path."""
+    encoded = quote(identifier, safe="")
+    device = api.post("/devices", json={"id": identifier, "role": "node"}).json()["device"]
+    assert api.get(f"/devices/{encoded}").json()["id"] == identifier
+    seen = {"expected_role": "node", "expected_paired_at": device["paired_at"]}
+    assert api.post(f"/devices/approve/{encoded}", params=seen).json() == {"changed": True}
+    assert api.post(f"/devices/revoke/{encoded}").json() == {"changed": True}
+    api.post("/agents", json={"id": identifier, "name": "A", "workspace_path": "/srv"})
+    assert api.patch(f"/agents/{encoded}", json={"name": "B"}).json()["id"] == identifier
+    session = api.post("/sessions", json={"session_id": identifier, "agent_id": identifier}).json()
+    assert api.get(f"/sessions/{encoded}").json() == session
+    assert api.post(f"/sessions/touch/{encoded}").status_code == 200
+    assert api.delete(f"/agents/{encoded}", params={"delete_sessions": True}).json() == {"changed": True}
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "error"),
     [
         ("GET", "/devices/nobody", 404, "DeviceNotFoundError"),
         ("PATCH", "/agents/nobody", 404, "AgentNotFoundError"),
-        ("POST", "/sessions/nothing/touch", 404, "SessionNotFoundError"),
+        ("POST", "/sessions/touch/nothing", 404, "SessionNotFoundError"),
         ("POST", "/sessions/resolve?agent_id=nobody", 404, "AgentNotFoundError"),
-        ("GET", "/devices/..%0A", 422, None),
+        ("GET", "/devices/..%0A", 404, "DeviceNotFoundError"),
         ("GET", "/sessions?limit=0", 422, None),
-        ("POST", "/devices/x/approve?expected_role=node&expected_paired_at=2026-01-01T00:00:00", 422, None),
+        ("POST", "/devices/approve/x?expected_role=node&expected_paired_at=2026-01-01T00:00:00", 422, None),
     ],
 )
 def test_refusals(api: httpx.Client, method: str, path: str, status: int, error: str | None) -> None:
@@ -156,7 +174,7 @@ def test_a_refused_request_is_not_echoed(api: httpx.Client, bodies: list[str]) -
     """A 422 names the place and the reason, and contains no input, which may be a secret."""
     for body in (
         {"id": "lamp", "role": SECRET},
-        {"id": "a/b", "role": "node", "shared_secret": SECRET},
+        {"id": "a/..", "role": "node", "shared_secret": SECRET},
         {"id": "lamp", "role": "node", "shared_secret": [SECRET]},
         {"id": "lamp", "role": "node", "approved": SECRET},
         {"id": "lamp", "role": "node", "shared_secret": SECRET + "\n"},
@@ -216,7 +234,7 @@ def test_no_hash_and_no_secret_is_returned(api: httpx.Client, database: Database
     made = api.post("/devices", json={"id": "made", "role": "admin"}).json()
     api.post("/devices", json={"id": "sent", "role": "node", "shared_secret": SECRET})
     seen = {"expected_role": "admin", "expected_paired_at": made["device"]["paired_at"]}
-    api.post("/devices/made/approve", params=seen)
+    api.post("/devices/approve/made", params=seen)
     database.rotate_secret("made", overlap=timedelta(hours=1))
     with database.unit_of_work(read_only=True) as unit:
         rows = [unit.devices.get("made"), unit.devices.get("sent")]
@@ -226,8 +244,8 @@ def test_no_hash_and_no_secret_is_returned(api: httpx.Client, database: Database
     for path in ("/devices", "/devices/made", "/devices/sent", "/openapi.json", "/docs"):
         assert api.get(path).status_code == 200
     api.patch("/devices/sent", json={"metadata": {"room": "hall"}})
-    api.post("/devices/made/revoke")
-    api.post("/devices/sent/revoke")
+    api.post("/devices/revoke/made")
+    api.post("/devices/revoke/sent")
 
     text = "".join(bodies)
     for value in hidden:

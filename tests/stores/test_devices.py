@@ -82,6 +82,41 @@ def test_absent_device(database: Database) -> None:
     assert dump(database)["devices"] == []
 
 
+def test_pages_in_the_order_of_pairing(database: Database, clock: FakeClock) -> None:
+    """The newest device comes first, and pages neither repeat nor skip a device, also if devices have the same time."""
+    for number in range(6):
+        add_device(database, f"d{number % 3}{number}")
+        clock.advance(minutes=number % 2)
+    everything = [device.id for device in database.devices.list(order="paired_at")]
+    assert everything == ["d25", "d14", "d22", "d03", "d11", "d00"]
+    for by_id in (True, False):
+        page = database.devices.list(order="paired_at", limit=2)
+        found = list(page)
+        while page:
+            page = database.devices.list(order="paired_at", limit=2, after=page[-1].id if by_id else page[-1])
+            found += page
+        assert [device.id for device in found] == everything
+    last = database.devices.get("d14")
+    database.devices.delete("d14")
+    assert [device.id for device in database.devices.list(order="paired_at", after=last, limit=1)] == ["d22"]
+    with pytest.raises(DeviceNotFoundError):
+        database.devices.list(order="paired_at", after="d14")
+    with pytest.raises(InvalidArgumentError):
+        database.devices.list(order="last_seen_at")  # type: ignore[arg-type]
+
+
+def test_devices_that_were_seen_before_a_time(database: Database) -> None:
+    """The filter selects devices whose last activity is earlier, and leaves out devices that were not seen yet."""
+    for device_id, minutes in (("early", 3), ("exact", 2), ("late", 1), ("unseen", None)):
+        add_device(database, device_id)
+        if minutes is not None:
+            database.devices.update_last_seen(device_id, START - minutes * MINUTE)
+    found = database.devices.list(seen_before=START - 2 * MINUTE)
+    assert [device.id for device in found] == ["early"]
+    with pytest.raises(InvalidArgumentError, match="seen_before"):
+        database.devices.list(seen_before=START.replace(tzinfo=None))
+
+
 def test_bad_arguments_write_nothing(database: Database) -> None:
     """If a role, status, limit, reason or timestamp is invalid, the method raises an error before it writes a row."""
     add_device(database)

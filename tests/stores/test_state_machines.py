@@ -18,7 +18,17 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import text
 
-from homeagent import AgentCreate, AgentSessionCreate, Database, DeviceCreate, DeviceStatus, IdempotencyScope, Role
+from homeagent import (
+    AgentCreate,
+    AgentSessionCreate,
+    Database,
+    DeviceCreate,
+    DevicePair,
+    DeviceStatus,
+    IdempotencyScope,
+    Limits,
+    Role,
+)
 from homeagent.errors import (
     AgentExistsError,
     AgentInUseError,
@@ -28,7 +38,10 @@ from homeagent.errors import (
     DeviceNotFoundError,
     HomeAgentError,
     IdempotencyKeyExistsError,
+    KeyLimitError,
     LastAdminError,
+    NonceLimitError,
+    PendingLimitError,
 )
 from homeagent.stores.nonces import NONCE_GRACE
 from tests.conftest import FakeClock
@@ -38,9 +51,12 @@ pytestmark = pytest.mark.in_memory
 MS = timedelta(milliseconds=1)
 MINUTE = timedelta(minutes=1)
 
-names = st.sampled_from(["a", "b", "c"])
+names = st.sampled_from(["a", "b/c", "c"])
 durations = st.sampled_from([MS, MINUTE - MS, MINUTE, 2 * MINUTE])
 moves = st.sampled_from([MS, MINUTE - MS, MINUTE, NONCE_GRACE, -MS, -MINUTE])
+LIMITS = Limits(
+    pending_devices=2, pending_ttl=2 * MINUTE, nonces_per_device=2, keys_per_device=2, longest_ttl=2 * MINUTE
+)
 optional = st.sampled_from([None, "x", "y"])
 
 
@@ -53,15 +69,17 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
         self.clock = FakeClock()
-        self.database = Database.open(self.target, clock=self.clock, durability="normal")
+        self.database = Database.open(self.target, clock=self.clock, durability="normal", limits=LIMITS)
         with self.database.unit_of_work() as unit:
             # Remove the rows of the sequence before.
             for table in ("idempotency_keys", "nonces", "sessions", "agents", "devices"):
                 unit.session.connection().execute(text(f"DELETE FROM {table}"))
         self.nonces: dict[tuple[str, str], datetime] = {}
+        self.released: set[tuple[str, str]] = set()
         self.keys: dict[tuple[str, str], tuple[datetime, Any]] = {}
         # Role, approved, revoked, last seen.
         self.devices: dict[str, list[Any]] = {}
+        self.paired: dict[str, datetime] = {}
         self.agents: set[str] = set()
         self.sessions: dict[str, tuple[str, datetime]] = {}
         self.routes: dict[tuple[str, str | None], str] = {}
@@ -88,9 +106,25 @@ class StoreMachine(RuleBasedStateMachine):
     def consume(self, device: str, nonce: str, lives: timedelta) -> None:
         now = self.clock.now
         fresh = self.nonces.get((device, nonce), now) <= now
-        assert self.attempt("nonces", "consume", device, nonce, expires_at=now + lives) is fresh
-        if fresh:
+        got = self.attempt("nonces", "consume", device, nonce, expires_at=now + lives)
+        if fresh and len(self.counted(device)) >= LIMITS.nonces_per_device:
+            assert got is NonceLimitError
+        else:
+            assert got is fresh
+        if got is True:
             self.nonces[device, nonce] = now + lives
+            self.released.discard((device, nonce))
+
+    def counted(self, device: str) -> set[tuple[str, str]]:
+        """Return the nonces that count toward the limit of the device."""
+        now = self.clock.now
+        return {key for key, until in self.nonces.items() if key[0] == device and until > now} - self.released
+
+    @rule(device=names)
+    def forget_nonces(self, device: str) -> None:
+        released = self.counted(device)
+        assert self.attempt("nonces", "forget", device) == len(released)
+        self.released |= released
 
     @rule(device=names, nonce=names)
     def find_nonce(self, device: str, nonce: str) -> None:
@@ -112,6 +146,8 @@ class StoreMachine(RuleBasedStateMachine):
         got = self.attempt("idempotency_keys", "insert", IdempotencyScope(device, "m", key), value, ttl=lives)
         if (device, key) in self.keys and self.keys[device, key][0] > now:
             assert got is IdempotencyKeyExistsError
+        elif sum(each[0] == device and until > now for each, (until, _) in self.keys.items()) >= LIMITS.keys_per_device:
+            assert got is KeyLimitError
         else:
             assert got.result == value
             self.keys[device, key] = (now + lives, value)
@@ -143,6 +179,32 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             assert got.id == device
             self.devices[device] = [role, False, False, None]
+            self.paired[device] = self.clock.now
+
+    def pending(self) -> dict[str, datetime]:
+        """Return the pending devices, with the times of pairing."""
+        return {name: self.paired[name] for name, row in self.devices.items() if not row[1] and not row[2]}
+
+    @rule(device=names, role=st.sampled_from(Role))
+    def pair_device(self, device: str, role: Role) -> None:
+        waiting = [at for at in self.pending().values() if at > self.clock.now - LIMITS.pending_ttl]
+        refusal = DeviceExistsError if device in self.devices else PendingLimitError
+        if device in self.devices or len(waiting) >= LIMITS.pending_devices:
+            with pytest.raises(refusal):
+                self.database.pair(DevicePair(id=device, role=role))
+            return
+        self.database.pair(DevicePair(id=device, role=role))
+        self.devices[device] = [role, False, False, None]
+        self.paired[device] = self.clock.now
+        self.keys = {key: value for key, value in self.keys.items() if key[0] != device}
+
+    @rule()
+    def sweep_devices(self) -> None:
+        overdue = [name for name, at in self.pending().items() if at <= self.clock.now - LIMITS.pending_ttl]
+        deleted = self.attempt("devices", "delete_pending", paired_before=self.clock.now - LIMITS.pending_ttl)
+        assert deleted == len(overdue)
+        for name in overdue:
+            del self.devices[name]
 
     @rule(device=names, status=st.none() | st.sampled_from(DeviceStatus))
     def approve(self, device: str, status: DeviceStatus | None) -> None:
@@ -256,6 +318,8 @@ class StoreMachine(RuleBasedStateMachine):
                 for row in unit.devices.list()
             }
             assert devices == self.devices
+            newest = [row.id for row in unit.devices.list(order="paired_at")]
+            assert newest == sorted(self.devices, key=lambda name: (self.paired[name], name), reverse=True)
             assert {row.id for row in unit.agents.list()} == self.agents
             listed = [(row.last_active_at, row.session_id, row.agent_id) for row in unit.sessions.list()]
         assert listed == sorted(((at, name, agent) for name, (agent, at) in self.sessions.items()), reverse=True)
