@@ -15,9 +15,9 @@ __all__ = ["Limits"]
 class Limits:
     """Limits on what devices and strangers can create or use up.
 
-    The number of pending devices is exact. The numbers of nonces and keys are exact while one process uses the
-    database, and several processes together never store more than twice as many (see `homeagent.stores.room`). If a
-    database already has more rows than a limit allows, the rows stay.
+    The number of pending devices is exact. The numbers of nonces and keys are exact if one process uses a SQLite file.
+    Otherwise up to 49 processes together store less than twice as many (see `homeagent.stores.room`). If a database
+    already has more rows than a limit allows, the rows stay.
 
     Args:
         pending_devices: maximum number of pending devices. If the limit is reached, `Database.pair` raises

@@ -24,7 +24,6 @@ from homeagent.errors import (
 from homeagent.frame_locals import clears_locals
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.models.types import (
-    MAX_LIMIT,
     MAX_RESULT_BYTES,
     check_duration,
     check_identifier,
@@ -118,13 +117,11 @@ class IdempotencyKeyStore(Store):
         device_id = scope.device_id
 
         def count() -> int:
-            stored = self._unit.one(statements.COUNT, device_id=device_id, limit=limit) or 0
+            stored = self._unit.one(statements.COUNT, device_id=device_id) or 0
             if stored < limit:
                 return stored
             # Only now is it worth the time to leave out the expired rows, which a sweep has not deleted yet.
-            everything = self._unit.one(statements.COUNT, device_id=device_id, limit=MAX_LIMIT) or 0
-            expired = self._unit.one(statements.COUNT_EXPIRED_OF_DEVICE, device_id=device_id, now=now) or 0
-            return everything - expired
+            return stored - (self._unit.one(statements.COUNT_EXPIRED_OF_DEVICE, device_id=device_id, now=now) or 0)
 
         if not has_room(self._unit, "idempotency_keys", device_id, limit, count) and (
             self._unit.one(statements.FIND, **_parameters(scope), now=now) is None

@@ -62,9 +62,7 @@ _COUNTED = (
     _columns.expires_at > bindparam("now"),
     _columns.created_at != _RELEASED,
 )
-_COUNT = Statement[int](
-    select(func.count()).select_from(select(_columns.nonce).where(*_COUNTED).limit(bindparam("limit")).subquery())
-)
+_COUNT = Statement[int](select(func.count()).select_from(Nonce).where(*_COUNTED))
 _RELEASE = Statement[Nonce](update(Nonce).where(*_COUNTED).values(created_at=_RELEASED))
 EXPIRED: Any = _columns.expires_at <= bindparam("before")
 """SQL condition for the nonces that a sweep deletes. The parameter `before` is the current time minus `NONCE_GRACE`."""
@@ -144,7 +142,7 @@ class NonceStore(Store):
 
     def _consume(self, device_id: str, nonce: str, expires_at: datetime, now: datetime, limit: int) -> bool:
         def count() -> int:
-            return self._unit.one(_COUNT, device_id=device_id, now=now, limit=limit) or 0
+            return self._unit.one(_COUNT, device_id=device_id, now=now) or 0
 
         if not has_room(self._unit, "nonces", device_id, limit, count):
             if self._unit.one(_FIND, device_id=device_id, nonce=nonce, now=now) is not None:

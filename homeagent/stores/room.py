@@ -1,12 +1,11 @@
 """A limit of the rows of one device, which the store counts only at intervals.
 
 To count 10,000 rows takes as long as 40 inserts. So a process that has counted gets a grant: it can add several rows of
-the device without another count. The grant is an eighth of the room that was left, but at most a hundredth of the
-limit.
+the device without another count. The grant is an eighth of the room that was left, but at most a fiftieth of the limit.
 
 Why several processes never store more than twice the limit: a process that counts gets a grant only if fewer rows than
 the limit are stored. After the last such count, each process can use up only the rest of its own grant, which is less
-than a hundredth of the limit. So 99 processes together stay below twice the limit, even if each of them has kept an
+than a fiftieth of the limit. So 49 processes together stay below twice the limit, even if each of them has kept an
 unused grant since it counted an empty table. On SQLite, a count and its row are in one transaction, and no other
 writer can add a row in between. On PostgreSQL, a transaction that counts does not see the rows of transactions that
 have not committed. If a count grants only one row, because the limit is low or little room is left, the transaction
@@ -42,7 +41,7 @@ def has_room(unit: Unit, kind: str, device_id: str, limit: int, count: Callable[
         kind: name of the table, because each table has its own limit.
         device_id: id of the device.
         limit: maximum number of the device's rows.
-        count: function that counts the device's rows. The count can stop at `limit`.
+        count: function that counts the device's rows.
     """
     grants: dict[tuple[str, str, int], Iterator[int]] = unit.settings.memory.setdefault("grants", {})
     # The key contains the limit, because the room differs for each limit.
@@ -62,4 +61,4 @@ def has_room(unit: Unit, kind: str, device_id: str, limit: int, count: Callable[
 
 def _grant(limit: int, stored: int) -> int:
     room = limit - stored
-    return max(1, min(room // 8, limit // 100)) if room > 0 else 0
+    return max(1, min(room // 8, limit // 50)) if room > 0 else 0

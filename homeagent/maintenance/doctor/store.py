@@ -382,7 +382,7 @@ def _check_pending(collector: Collector, connection: Connection) -> None:
         "pending_devices",
         f"Devices that wait for approval: {waiting:,}, for over {PENDING.days} days: {overdue:,}.",
         "a user waits to be let in, or a stranger tries to get in",
-        "check each device, then run 'homeagent devices approve' or 'homeagent devices revoke'",
+        "approve or revoke each device that you know, then run 'homeagent devices delete --pending --before TIME'",
         "homeagent devices list --status pending",
         pending=waiting,
         overdue=overdue,
