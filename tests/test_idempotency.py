@@ -290,7 +290,7 @@ def test_replay(database: Database, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["x" * 300_000, {1, 2}, object(), float("nan")], ids=["large", "set", "object", "nan"]
+    "value", ["x" * 1_100_000, {1, 2}, object(), float("nan")], ids=["large", "set", "object", "nan"]
 )
 def test_result_that_cannot_be_stored(database: Database, value: Any) -> None:
     """If a result is too large or not JSON, the record omits the result, and the effect does not run again."""
