@@ -172,7 +172,7 @@ class DeviceSecrets:
             device_id: presented id.
 
         Raises:
-            InvalidArgumentError: if the id is not a valid id of a device.
+            InvalidArgumentError: if the id is not a str.
         """
         return self._pairing.proof_parameters(device_id)
 
