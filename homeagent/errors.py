@@ -24,9 +24,9 @@ __all__ = [
     "HomeAgentError", "IdempotencyError", "IdempotencyInProgressError", "IdempotencyKeyExistsError",
     "InsecureFileError", "InvalidArgumentError", "KeyLimitError", "LastAdminError", "LeaseLostError", "LimitError",
     "MigrationError", "NonceLimitError", "NotFoundError", "OutcomeUnknownError", "PendingLimitError",
-    "ReadOnlyError", "SchemaChangedError", "SchemaOutdatedError", "SchemaTooNewError", "SessionExistsError",
-    "SessionNotFoundError", "SourceChangedError", "StandbyError", "TargetNotEmptyError", "TooManyAttemptsError",
-    "TooManyFilesError", "TransientError", "UnitStateError",
+    "ReadOnlyError", "RouteTakenError", "SchemaChangedError", "SchemaOutdatedError", "SchemaTooNewError",
+    "SessionExistsError", "SessionNotFoundError", "SourceChangedError", "StandbyError", "TargetNotEmptyError",
+    "TooManyAttemptsError", "TooManyFilesError", "TransientError", "UnitStateError",
 ]
 # fmt: on
 
@@ -153,6 +153,14 @@ class AgentInUseError(ConflictError):
         self.agent_id = agent_id
         self.session_count = session_count
         super().__init__(f"agent {agent_id!r} has {session_count} session(s): delete them, or use delete_sessions=True")
+
+
+class RouteTakenError(ConflictError):
+    """Another session holds the new route of a moved session. The attribute `session_id` is the other session."""
+
+    def __init__(self, session_id: str) -> None:
+        self.session_id = session_id
+        super().__init__(f"session {session_id!r} holds this route: move() or delete() that session, then try again")
 
 
 class LastAdminError(ConflictError):

@@ -15,6 +15,7 @@ from homeagent import (
     AgentCreate,
     AgentSession,
     AgentSessionCreate,
+    AgentSessionUpdate,
     AgentUpdate,
     Attempt,
     Database,
@@ -84,6 +85,9 @@ ACTS: dict[str, Act] = {
     "sessions.resolve": lambda u, a: u.sessions.resolve(agent_id="ada", sender_id="x"),
     "sessions.list": lambda u, a: u.sessions.list(),
     "sessions.touch": lambda u, a: u.sessions.touch("s", START + HOUR),
+    "sessions.start": lambda u, a: u.sessions.start(agent_id="ada"),
+    "sessions.move": lambda u, a: u.sessions.move("s", sender_id="y"),
+    "sessions.update": lambda u, a: u.sessions.update("s", AgentSessionUpdate(metadata=1)),
     "sessions.delete": lambda u, a: u.sessions.delete("s"),
     "sessions.index": lambda u, a: u.sessions.index(
         [AgentSession(session_id="i", agent_id="ada", created_at=START, last_active_at=START)]

@@ -54,7 +54,7 @@ __all__ = [
     "upgrade",
 ]
 
-REVISION = "0007"
+REVISION = "0008"
 """Revision that this version needs, which is the newest revision in `alembic/versions`."""
 
 VERSION_TABLE = "homeagent_schema_version"

@@ -14,6 +14,7 @@ from homeagent.models.proof_parameters import ProofParameters
 from homeagent.models.schemas import (
     AgentCreate,
     AgentSessionCreate,
+    AgentSessionUpdate,
     AgentUpdate,
     DeviceCreate,
     DevicePair,
@@ -32,6 +33,7 @@ __all__ = [
     "AgentCreate",
     "AgentSession",
     "AgentSessionCreate",
+    "AgentSessionUpdate",
     "AgentUpdate",
     "Attempt",
     "Device",

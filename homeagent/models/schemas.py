@@ -27,6 +27,7 @@ __all__ = [
     "AgentPublic",
     "AgentSessionCreate",
     "AgentSessionPublic",
+    "AgentSessionUpdate",
     "AgentUpdate",
     "DeviceCreate",
     "DevicePair",
@@ -34,6 +35,12 @@ __all__ = [
     "DeviceUpdate",
     "PairedDevice",
     "SecretCheck",
+]
+
+
+# The alias `metadata_` comes first, because validation from a row would otherwise read SQLAlchemy's MetaData.
+PublicMetadata = Annotated[
+    Json, PlainField(validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata")
 ]
 
 
@@ -131,10 +138,7 @@ class DevicePublic(MetadataSchema):
     approved_at: Timestamp | None = None
     revoked_at: Timestamp | None = None
     revoked_reason: str | None = None
-    # The alias `metadata_` comes first, because validation from a row would otherwise read SQLAlchemy's MetaData.
-    metadata_: Json = PlainField(
-        default=None, validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata"
-    )
+    metadata_: PublicMetadata = None
 
 
 class PairedDevice(BaseModel):
@@ -170,16 +174,26 @@ class SecretCheck:
         return self.status == "approved"
 
 
-class AgentSessionCreate(Schema):
+class AgentSessionCreate(MetadataSchema):
     """Request to create a session. The model can be a request body."""
 
     session_id: SessionId = Field(default_factory=new_session_id, description="If left out, a new UUIDv7.")
     agent_id: Identifier
     sender_id: Label | None = None
     channel_id: Label | None = None
+    metadata_: Json = Field(default=None, alias="metadata")
 
 
-class AgentSessionPublic(Schema):
+class AgentSessionUpdate(MetadataSchema):
+    """Request to change a session. Fields that are left out keep their values.
+
+    To change the agent, sender or channel, call `sessions.move`.
+    """
+
+    metadata_: Json = Field(default=None, alias="metadata")
+
+
+class AgentSessionPublic(MetadataSchema):
     """A session in a reply."""
 
     session_id: str
@@ -188,3 +202,4 @@ class AgentSessionPublic(Schema):
     channel_id: str | None = None
     created_at: Timestamp
     last_active_at: Timestamp
+    metadata_: PublicMetadata = None

@@ -14,9 +14,22 @@ from sqlmodel import Field
 
 from homeagent.errors import ConflictError
 from homeagent.models.base import Table
-from homeagent.models.types import Identifier, Label, Name, SessionId, Timestamp, TimestampColumn, text_column
+from homeagent.models.types import (
+    Identifier,
+    Json,
+    JsonColumn,
+    Label,
+    Name,
+    SessionId,
+    Timestamp,
+    TimestampColumn,
+    text_column,
+)
 
-__all__ = ["AgentSession", "new_session_id", "route_key"]
+__all__ = ["ROUTE_INDEX", "AgentSession", "new_session_id", "route_key"]
+
+ROUTE_INDEX = "idx_sessions_route"
+"""Name of the unique index of the route keys. PostgreSQL names the index in an error."""
 
 
 def new_session_id() -> str:
@@ -55,7 +68,9 @@ class AgentSession(Table, table=True):
         Index("idx_sessions_agent_active", "agent_id", "last_active_at", "session_id"),
         Index("idx_sessions_sender_active", "sender_id", "last_active_at", "session_id"),
         Index("idx_sessions_channel_active", "channel_id", "last_active_at", "session_id"),
-        Index("idx_sessions_route", "route_key", unique=True),
+        # This index serves the search for the last active session of a route.
+        Index("idx_sessions_agent_sender_channel", "agent_id", "sender_id", "channel_id"),
+        Index(ROUTE_INDEX, "route_key", unique=True),
     )
 
     session_id: SessionId = Field(sa_column=Column("session_id", text_column(), primary_key=True, nullable=False))
@@ -76,10 +91,11 @@ class AgentSession(Table, table=True):
         exclude=True,
         sa_column=Column("route_key", text_column()),
         description=(
-            "Key of the session's route. `resolve` returns the session with the key. Null if another session has the"
-            " route."
+            "Key of the session's route. `resolve` returns the session with the key. Null if the session does not hold"
+            " its route."
         ),
     )
+    metadata_: Json = Field(default=None, alias="metadata", sa_column=Column("metadata", JsonColumn))
 
 
 # The events below set the route of sessions that `uow.session` writes. The statements of the stores set the route

@@ -1,116 +1,77 @@
-"""The store of sessions."""
+"""The store of sessions.
+
+At most one session holds a route, which is the session that `resolve` returns. A route without a holder is free.
+
+| event | holder of the route afterwards |
+|---|---|
+| `start` | the new session |
+| `create`, or a flush of `uow.session` that adds a session or moves a session to a free route | that session |
+| `resolve` on a free route | the last active session, or a new session if the route has none |
+| `move` to a free route | the moved session; its old route goes to the last active session that remains |
+| `index` | the last active session |
+| `delete`, or a flush of `uow.session` deletes or moves the holder | none: the route is free |
+
+If sessions were active at the same time, the session that was created later counts as the last active. If these times
+are also equal, the session with the greater id does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from functools import cache
 from itertools import islice
-from typing import Any
+from operator import itemgetter
+from types import EllipsisType
 
-from sqlalchemy import bindparam, case, delete, exists, null, select, tuple_, update
+from pydantic import JsonValue
 
 from homeagent import models
 from homeagent.engine.statements import Parameters, Statement
-from homeagent.errors import AgentNotFoundError, InvalidArgumentError, SessionExistsError, SessionNotFoundError
-from homeagent.models.agent import Agent
-from homeagent.models.session import AgentSession, new_session_id, route_key
+from homeagent.errors import (
+    AgentNotFoundError,
+    ConflictError,
+    InvalidArgumentError,
+    RouteTakenError,
+    SessionExistsError,
+    SessionNotFoundError,
+)
+from homeagent.models.session import ROUTE_INDEX, AgentSession, new_session_id, route_key
 from homeagent.models.types import check_limit, check_optional_label, check_searched, not_after
+from homeagent.stores import session_statements as statements
 from homeagent.stores.store import Store, check_kind, reading, writing
 
 __all__ = ["SessionStore"]
 
 _INDEX_BATCH = 1000
 
-_table: Any = AgentSession.__table__
-_columns: Any = _table.c
-_agents: Any = Agent.__table__.c
 
-_FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
-_BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
-# This statement locks the agent's row until the end of the unit, so that no other unit can delete the agent before the
-# session is added.
-_AGENT = Statement[str](
-    select(_agents.id).where(_agents.id == bindparam("agent_id")).with_for_update(read=True, key_share=True)
-)
-_VALUES: dict[str, Any] = {
-    "session_id": bindparam("session_id"),
-    "agent_id": bindparam("agent_id"),
-    "sender_id": bindparam("sender_id"),
-    "channel_id": bindparam("channel_id"),
-    "created_at": bindparam("created_at"),
-    "last_active_at": bindparam("last_active_at"),
-    "route_key": bindparam("route"),
-}
-# The clause has no `index_elements`, so it applies to a conflict of the id and to a conflict of the route.
-_CREATE = Statement[AgentSession](
-    lambda insert: insert(_table).values(_VALUES).on_conflict_do_nothing(), returning=AgentSession
-)
-_RELEASE_ROUTE = Statement[AgentSession](
-    update(AgentSession)
-    .where(_columns.session_id == bindparam("id"), _columns.route_key == bindparam("route"))
-    .values(route_key=None)
-)
-_TOUCH = Statement[AgentSession](
-    update(AgentSession)
-    .where(_columns.session_id == bindparam("id"), _columns.last_active_at < bindparam("at"))
-    .values(last_active_at=bindparam("at"))
-)
-_DELETE = Statement[AgentSession](delete(AgentSession).where(_columns.session_id == bindparam("id")))
-_INDEX = Statement[AgentSession](
-    lambda insert: (
-        statement := insert(_table).values(
-            session_id=bindparam("session_id"),
-            agent_id=bindparam("agent_id"),
-            sender_id=bindparam("sender_id"),
-            channel_id=bindparam("channel_id"),
-            created_at=bindparam("created_at"),
-            last_active_at=bindparam("last_active_at"),
-            route_key=case(
-                (exists().where(_columns.route_key == bindparam("route")), null()),
-                else_=bindparam("route", type_=_columns.route_key.type),
-            ),
-        )
-    ).on_conflict_do_update(
-        index_elements=["session_id"],
-        set_={
-            "last_active_at": case(
-                (statement.excluded.last_active_at > _columns.last_active_at, statement.excluded.last_active_at),
-                else_=_columns.last_active_at,
-            )
-        },
-    )
-)
+def _route_of(agent_id: str, sender_id: str | None, channel_id: str | None) -> Parameters:
+    """Return the parameters of the statements for a route."""
+    return {
+        "agent_id": agent_id,
+        "sender_id": sender_id,
+        "channel_id": channel_id,
+        "route": route_key(agent_id, sender_id, channel_id),
+    }
 
 
-@cache
-def _list(*, agent: bool, sender: bool, channel: bool, after: bool) -> Statement[AgentSession]:
-    conditions: list[Any] = []
-    if agent:
-        conditions.append(_columns.agent_id == bindparam("agent_id"))
-    if sender:
-        conditions.append(_columns.sender_id == bindparam("sender_id"))
-    if channel:
-        conditions.append(_columns.channel_id == bindparam("channel_id"))
-    if after:
-        conditions.append(
-            tuple_(_columns.last_active_at, _columns.session_id)
-            < tuple_(
-                bindparam("after_active", type_=_columns.last_active_at.type),
-                bindparam("after_id", type_=_columns.session_id.type),
-            )
-        )
-    return Statement(
-        select(AgentSession)
-        .where(*conditions)
-        .order_by(_columns.last_active_at.desc(), _columns.session_id.desc())
-        .limit(bindparam("limit"))
-    )
+def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None) -> Parameters:
+    """Return the parameters as `_route_of` does. If a part of the route is not a text, raise InvalidArgumentError."""
+    check_searched(agent_id, "agent_id")
+    for value, what in ((sender_id, "sender_id"), (channel_id, "channel_id")):
+        if value is not None:
+            check_searched(value, what)
+    return _route_of(agent_id, sender_id, channel_id)
 
 
-def _is_on(session: AgentSession, agent_id: str, sender_id: str | None, channel_id: str | None) -> bool:
+def _is_on(session: AgentSession, route: Parameters) -> bool:
     """Return whether the session has this route. Do not compare the route key, which can be stale."""
-    return session.agent_id == agent_id and session.sender_id == sender_id and session.channel_id == channel_id
+    return all(getattr(session, name) == route[name] for name in ("agent_id", "sender_id", "channel_id"))
+
+
+def _shape(route: Parameters) -> dict[str, bool]:
+    """Return the arguments that select the variant of a statement for a route."""
+    return {"has_sender": route["sender_id"] is not None, "has_channel": route["channel_id"] is not None}
 
 
 class SessionStore(Store):
@@ -120,40 +81,34 @@ class SessionStore(Store):
 
     @writing()
     def create(self, session: models.AgentSessionCreate) -> AgentSession:
-        """Add a session. The session takes the route of its agent, sender and channel if the route is free.
+        """Add a session. The session takes the route of its agent, sender and channel if no session holds the route.
 
         Raises:
             SessionExistsError: if a session with this id already exists. The existing session is not changed.
             AgentNotFoundError: if the agent does not exist.
         """
         check_kind(session, models.AgentSessionCreate, "session")
-        now = self._unit.now()
         self._require_agent(session.agent_id)
-        route = (session.agent_id, session.sender_id, session.channel_id)
-        created = self._insert(session, now, route_key(*route))
-        if created is None and self._unit.one(_FIND, id=session.session_id) is None:
-            if self._release_stale(*route):
-                created = self._insert(session, now, route_key(*route))
+        route = _route_of(session.agent_id, session.sender_id, session.channel_id)
+        created = self._insert(route, session.session_id, session.metadata_)
+        if created is None and self._unit.one(statements.FIND, id=session.session_id) is None:
+            if self._unit.write(statements.RELEASE_STALE, **route):
+                created = self._insert(route, session.session_id, session.metadata_)
             if created is None:
-                created = self._insert(session, now, None)
+                created = self._insert({**route, "route": None}, session.session_id, session.metadata_)
         if created is None:
             raise SessionExistsError(session.session_id)
         return created
 
-    def _insert(self, session: models.AgentSessionCreate, now: datetime, route: str | None) -> AgentSession | None:
+    def _insert(self, route: Parameters, session_id: str, metadata: JsonValue = None) -> AgentSession | None:
+        """Add a session that holds the route. Return None if the id exists or another session holds the route."""
+        now = self._unit.now()
         return self._unit.write_one(
-            _CREATE,
-            session_id=session.session_id,
-            agent_id=session.agent_id,
-            sender_id=session.sender_id,
-            channel_id=session.channel_id,
-            created_at=now,
-            last_active_at=now,
-            route=route,
+            statements.CREATE, session_id=session_id, metadata_=metadata, created_at=now, last_active_at=now, **route
         )
 
     def _require_agent(self, agent_id: str) -> None:
-        if self._unit.one(_AGENT, agent_id=self._searched(agent_id, "agent_id")) is None:
+        if self._unit.one(statements.AGENT, agent_id=self._searched(agent_id, "agent_id")) is None:
             raise AgentNotFoundError(agent_id)
 
     @reading
@@ -162,45 +117,30 @@ class SessionStore(Store):
 
         In a write unit, no other writer can change the row until the unit ends.
         """
-        return self._unit.one(_FIND, id=self._searched(session_id, "session_id"))
+        return self._unit.one(statements.FIND, id=self._searched(session_id, "session_id"))
 
     @reading
     def get(self, session_id: str) -> AgentSession:
         """Return the session as `find_by_id` does, or raise SessionNotFoundError if the session does not exist."""
-        session = self._unit.one(_FIND, id=self._searched(session_id, "session_id"))
+        session = self._unit.one(statements.FIND, id=self._searched(session_id, "session_id"))
         if session is None:
             raise SessionNotFoundError(session_id)
         return session
-
-    def _route(self, agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
-        check_searched(agent_id, "agent_id")
-        for value, what in ((sender_id, "sender_id"), (channel_id, "channel_id")):
-            if value is not None:
-                check_searched(value, what)
-        return route_key(agent_id, sender_id, channel_id)
 
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
         """Return two values: whether `resolve` has no row to write, and the result of `resolve` in that case."""
-        session = self._unit.one(_BY_ROUTE, route=self._route(agent_id, sender_id, channel_id))
-        return session is not None and _is_on(session, agent_id, sender_id, channel_id), session
-
-    def _release_stale(self, agent_id: str, sender_id: str | None, channel_id: str | None) -> bool:
-        """Clear the route key of a session that has another route now, and return whether there was such a session.
-
-        An UPDATE of many rows in `uow.session`, or another program, can change a session without changing the route
-        key.
-        """
-        route = route_key(agent_id, sender_id, channel_id)
-        holder = self._unit.one(_BY_ROUTE, route=route)
-        if holder is None or _is_on(holder, agent_id, sender_id, channel_id):
-            return False
-        return self._unit.write(_RELEASE_ROUTE, id=holder.session_id, route=route) > 0
+        route = _searched_route(agent_id, sender_id, channel_id)
+        session = self._unit.one(statements.BY_ROUTE, route=route["route"])
+        return session is not None and _is_on(session, route), session
 
     @writing(unless=_find_resolved)
     def resolve(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
-        """Return the session of a route. If the route has no session, create one session.
+        """Return the session that holds a route.
+
+        If no session holds the route, the last active session of the route takes the route. If the route has no
+        session, create one session.
 
         Callers that run at the same time get the same session. A route can lack a sender or a channel. The returned
         session has the given agent, sender and channel, even if `uow.session` has changed rows.
@@ -208,31 +148,107 @@ class SessionStore(Store):
         Raises:
             AgentNotFoundError: if the agent does not exist.
         """
-        route = self._route(agent_id, sender_id, channel_id)
+        route = _searched_route(agent_id, sender_id, channel_id)
+        # Another caller can take the route, or delete or move a session of the route, between two statements. The next
+        # round of the loop reads the route again.
         while True:
-            session = self._unit.one(_BY_ROUTE, route=route)
-            if session is not None and _is_on(session, agent_id, sender_id, channel_id):
+            session = self._unit.one(statements.BY_ROUTE, route=route["route"])
+            if session is not None and _is_on(session, route):
                 return session
             check_optional_label(sender_id, "sender_id")
             check_optional_label(channel_id, "channel_id")
             self._require_agent(agent_id)
             if session is not None:
-                self._release_stale(agent_id, sender_id, channel_id)
-            now = self._unit.now()
-            # If no row was inserted, another caller has taken the route. The next round of the loop reads that caller's
-            # session. If that session was deleted in between, the round inserts again.
-            session = self._unit.write_one(
-                _CREATE,
-                session_id=new_session_id(),
-                agent_id=agent_id,
-                sender_id=sender_id,
-                channel_id=channel_id,
-                created_at=now,
-                last_active_at=now,
-                route=route,
-            )
-            if session is not None:
-                return session
+                self._unit.write(statements.RELEASE_STALE, **route)
+            if self._unit.one(statements.last_active(**_shape(route)), **route) is not None:
+                self._take(statements.give(**_shape(route)), route)
+            elif (created := self._insert(route, new_session_id())) is not None:
+                return created
+
+    def _take(self, statement: Statement[AgentSession], route: Parameters) -> bool:
+        """Run a statement that sets the key of a route, and return whether a row was changed.
+
+        Return False if another transaction has taken the route at the same time, which is possible on PostgreSQL.
+        """
+        try:
+            with self._unit.savepoint():
+                return self._unit.write(statement, **route) > 0
+        except ConflictError as error:
+            if error.constraint != ROUTE_INDEX:
+                raise
+            return False
+
+    @writing()
+    def start(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
+        """Begin a new conversation: add a session that holds the route, even if another session held the route.
+
+        The other session stays in the lists, and `get` still returns that session by its id.
+
+        Raises:
+            AgentNotFoundError: if the agent does not exist.
+        """
+        check_optional_label(sender_id, "sender_id")
+        check_optional_label(channel_id, "channel_id")
+        route = _searched_route(agent_id, sender_id, channel_id)
+        self._require_agent(agent_id)
+        while True:
+            self._unit.write(statements.RELEASE, route=route["route"])
+            # If no row was inserted, another caller has taken the route since the release.
+            started = self._insert(route, new_session_id())
+            if started is not None:
+                return started
+
+    @writing()
+    def move(
+        self,
+        session_id: str,
+        *,
+        agent_id: str | EllipsisType = ...,
+        sender_id: str | EllipsisType | None = ...,
+        channel_id: str | EllipsisType | None = ...,
+    ) -> AgentSession:
+        """Give a session another agent, sender or channel, and return the session, which then holds the new route.
+
+        If the session held its old route, the last active session that remains on the old route takes that route. A
+        move to the session's own route takes the route if no session holds the route.
+
+        Args:
+            session_id: id of the session.
+            agent_id: the new agent. Default: the session keeps the agent.
+            sender_id: the new sender, or None for no sender. Default: the session keeps the sender.
+            channel_id: the new channel, or None for no channel. Default: the session keeps the channel.
+
+        Raises:
+            SessionNotFoundError: if the session does not exist.
+            AgentNotFoundError: if the new agent does not exist.
+            RouteTakenError: if another session holds the new route. The attribute `session_id` is the other session.
+        """
+        # Lock the agent before the session, as `agents.delete` does. Otherwise the two methods could deadlock.
+        agent = (
+            None
+            if agent_id is ...
+            else self._unit.one(statements.AGENT, agent_id=self._searched(agent_id, "agent_id"))
+        )
+        session = self.get(session_id)
+        if agent is None and agent_id is not ...:
+            raise AgentNotFoundError(agent_id)
+        old = _route_of(session.agent_id, session.sender_id, session.channel_id)
+        route = _route_of(
+            session.agent_id if agent_id is ... else agent_id,
+            session.sender_id if sender_id is ... else check_optional_label(sender_id, "sender_id"),
+            session.channel_id if channel_id is ... else check_optional_label(channel_id, "channel_id"),
+        )
+        moved = False
+        while not moved:
+            holder = self._unit.one(statements.BY_ROUTE_UNLOCKED, route=route["route"])
+            if holder is not None and holder.session_id != session_id:
+                if _is_on(holder, route):
+                    raise RouteTakenError(holder.session_id)
+                self._unit.write(statements.RELEASE_STALE, **route)
+            moved = self._take(statements.MOVE, {**route, "id": session_id})
+        if session.route_key == old["route"] != route["route"]:
+            self._take(statements.give(**_shape(old)), old)
+        return self.get(session_id)
 
     @reading
     def list(
@@ -258,7 +274,7 @@ class SessionStore(Store):
         """
         if after is not None and not isinstance(after, AgentSession):
             raise InvalidArgumentError("after must be the last session of the page before")
-        statement = _list(
+        statement = statements.page_of(
             agent=agent_id is not None,
             sender=sender_id is not None,
             channel=channel_id is not None,
@@ -282,12 +298,30 @@ class SessionStore(Store):
         Return False if the stored time is not earlier, or if the session does not exist.
         """
         session = self._searched(session_id, "session_id")
-        return self._unit.write(_TOUCH, id=session, at=not_after(self._unit.now(), at, "at")) > 0
+        return self._unit.write(statements.TOUCH, id=session, at=not_after(self._unit.now(), at, "at")) > 0
+
+    @writing()
+    def update(self, session_id: str, changes: models.AgentSessionUpdate) -> AgentSession:
+        """Set the fields that `changes` contains, and return the changed session.
+
+        Raises:
+            SessionNotFoundError: if the session does not exist.
+        """
+        check_kind(changes, models.AgentSessionUpdate, "changes")
+        if "metadata_" not in changes.model_fields_set:
+            return self.get(session_id)
+        session = self._unit.write_one(statements.UPDATE_METADATA, id=self._searched(session_id, "session_id"), value=changes.metadata_)
+        if session is None:
+            raise SessionNotFoundError(session_id)
+        return session
 
     @writing()
     def delete(self, session_id: str) -> bool:
-        """Delete a session but not its transcript. Return False if the session did not exist."""
-        return self._unit.write(_DELETE, id=self._searched(session_id, "session_id")) > 0
+        """Delete a session but not its transcript. Return False if the session did not exist.
+
+        If the session held its route, the next `resolve` gives the route to the last active session that remains.
+        """
+        return self._unit.write(statements.DELETE, id=self._searched(session_id, "session_id")) > 0
 
     @writing(stream=True)
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
@@ -295,8 +329,8 @@ class SessionStore(Store):
 
         Use this method to rebuild the index of transcripts.
 
-        An existing session keeps the agent, sender, channel and time of creation. In the given order, each new session
-        takes the route of its agent, sender and channel if the route is free.
+        An existing session keeps the agent, sender, channel, time of creation and metadata. The route of each given
+        session goes to the last active session of the route, whatever the order of the sessions.
 
         Args:
             sessions: transient instances. The method reads the instances in batches to limit the memory. If
@@ -318,11 +352,35 @@ class SessionStore(Store):
         while batch := list(islice(iterator, _INDEX_BATCH)):
             # Do not pass the generator itself. The generator reads agents, and no other statement can run during
             # `write_many`.
-            self._unit.write_many(_INDEX, tuple(self._rows(batch, total, known, now)))
+            rows = sorted(self._rows(batch, total, known, now), key=itemgetter("last_active_at"), reverse=True)
+            while not self._index_rows(rows):
+                pass  # on PostgreSQL another transaction took a route at the same time
             total += len(batch)
             if progress is not None:
                 progress(total)
         return total
+
+    def _index_rows(self, rows: Sequence[Parameters]) -> bool:
+        """Write a batch. Return False, without a change, if another transaction took a route at the same time.
+
+        A new session takes a free route. Pass the last active sessions first, so that few sessions lose a route again.
+        """
+        routes: dict[tuple[bool, bool], dict[str, Parameters]] = {}
+        for row in rows:
+            has_sender, has_channel = _shape(row).values()
+            routes.setdefault((has_sender, has_channel), {})[row["route"]] = row
+        try:
+            with self._unit.savepoint():
+                self._unit.write_many(statements.INDEX, rows)
+                for of_shape in routes.values():
+                    shape = _shape(next(iter(of_shape.values())))
+                    if self._unit.write_many(statements.release_earlier(**shape), of_shape.values()):
+                        self._unit.write_many(statements.give(**shape), of_shape.values())
+        except ConflictError as error:
+            if error.constraint != ROUTE_INDEX:
+                raise
+            return False
+        return True
 
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
         """Check the sessions of a batch and yield the parameters of each session.
@@ -335,10 +393,9 @@ class SessionStore(Store):
             if session.agent_id not in known:
                 self._require_agent(session.agent_id)
                 known.add(session.agent_id)
-            route = route_key(session.agent_id, session.sender_id, session.channel_id)
             yield {
                 **session.__dict__,
                 "created_at": min(session.created_at, now),
                 "last_active_at": min(session.last_active_at, now),
-                "route": route,
+                "route": route_key(session.agent_id, session.sender_id, session.channel_id),
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum, auto
@@ -49,6 +50,9 @@ class Unit(Protocol):
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
         """Run the statement once for each set of parameters, and return the number of changed rows."""
+
+    def savepoint(self) -> AbstractContextManager[None]:
+        """Return a `with` block. An exception that leaves the block undoes only the changes of the block."""
 
     def now(self) -> datetime:
         """Return the current time as a timestamp in UTC, floored to milliseconds."""

@@ -434,6 +434,68 @@ def test_unreadable_approvals_are_withdrawn_on_postgresql(
     assert found == [0, 1]
 
 
+# Sender, stored key, last activity; the key is right if it equals the sender.
+ROUTES_OF_0007: dict[str, tuple[str | bytes | None, str | None, int]] = {
+    "holder": ("ann", "ann", 1),  # no stored key belongs to another session, so the holder stays the holder
+    "later": ("ann", None, 9),
+    "free-1": ("bob", None, 1),
+    "free-2": ("bob", None, 2),
+    "stale-1": ("eve", "ann-before", 1),
+    "stale-2": ("eve", "bob-before", 2),
+    "outrun": ("kim", "kim", 1),  # another session moved to the route later, and still has its old key
+    "moved": ("kim", "eve-before", 2),
+    "alone": (None, "odd", 1),
+}
+
+
+@pytest.mark.parametrize("engine", ["sqlite", "postgresql"])
+def test_routes_are_computed_again(tmp_path: Path, engine: str, request: pytest.FixtureRequest) -> None:
+    """0008 gives each route to the last active session with a key, or else to the last active session."""
+    target: Any = tmp_path / "homeagent.db"
+    if engine == "sqlite":
+        upgrade(target, "0007")
+    else:
+        target = request.getfixturevalue("empty_postgres_url")
+        with server(target).begin() as connection:
+            command.upgrade(alembic_config(connection), "0007")
+
+    def run(statement: str, *values: Any) -> None:
+        if engine == "sqlite":
+            with closing(sqlite(target)) as raw:
+                raw.execute(statement.replace("%s", "?"), values)
+        else:
+            with server(target).begin() as connection:
+                connection.exec_driver_sql(statement, values)
+
+    run("INSERT INTO agents (id, name, workspace_path, created_at) VALUES ('ada', 'A', '/a', 1)")
+    rows = dict(ROUTES_OF_0007)
+    if engine == "sqlite":
+        rows["binary"] = (b"\xff", None, 1)  # SQLite keeps a value that is not text; the row stays and has no route
+    for session_id, (sender, key, active) in rows.items():
+        stored = key and (route_key("ada", key, None) if key == sender else key)
+        run(
+            "INSERT INTO sessions (session_id, agent_id, sender_id, created_at, last_active_at, route_key)"
+            " VALUES (%s, 'ada', %s, 1, %s, %s)",
+            session_id,
+            sender,
+            active,
+            stored,
+        )
+    with Database.open(target) as database, database.unit_of_work(read_only=True) as unit:
+        connection = unit.session.connection()
+        holders = connection.execute(text("SELECT session_id, route_key FROM sessions ORDER BY 1")).all()
+        assert {session_id for session_id, key in holders if key} == {"holder", "free-2", "stale-2", "moved", "alone"}
+        for sender, holder in {
+            "ann": "holder",
+            "bob": "free-2",
+            "eve": "stale-2",
+            "kim": "moved",
+            None: "alone",
+        }.items():
+            assert unit.sessions.resolve(agent_id="ada", sender_id=sender).session_id == holder
+        assert len(holders) == len(rows)
+
+
 OWN_OBJECTS = [
     "ALTER TABLE devices ADD COLUMN own_room TEXT COLLATE NOCASE DEFAULT 'a (big) hall'",
     "ALTER TABLE devices ADD COLUMN own_loud TEXT GENERATED ALWAYS AS (upper(id)) VIRTUAL",

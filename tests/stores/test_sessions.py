@@ -5,20 +5,25 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from datetime import timedelta
+from itertools import permutations, product
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from sqlalchemy import update
 
-from homeagent import AgentSession, AgentSessionCreate, Database
+from homeagent import AgentSession, AgentSessionCreate, AgentSessionPublic, AgentSessionUpdate, Database
 from homeagent.errors import (
     AgentNotFoundError,
     InvalidArgumentError,
     ReadOnlyError,
+    RouteTakenError,
     SessionExistsError,
     SessionNotFoundError,
+    UnitStateError,
 )
 from homeagent.models.session import route_key
+from homeagent.stores import session_statements as statements
 from homeagent.stores import sessions as module
 from tests.conftest import START, FakeClock, add_agent, dump
 
@@ -118,15 +123,146 @@ def test_resolve_is_one_session_per_route(database: Database) -> None:
     assert len(set(first)) == len(first)
 
 
-def test_created_sessions_take_a_free_route(database: Database) -> None:
-    """`resolve` returns the first session of a route; if that session is deleted, `resolve` creates a new one."""
+def test_created_sessions_take_a_free_route(database: Database, clock: FakeClock) -> None:
+    """`resolve` returns the first session of a route, and the last active session after the first one is deleted."""
     add_agent(database)
     with database.unit_of_work() as unit:
-        for session_id in ("s1", "s2"):
+        for session_id in ("s1", "s4", "s3", "s2"):
             unit.sessions.create(AgentSessionCreate(session_id=session_id, agent_id="ada", sender_id="s"))
         assert unit.sessions.resolve(agent_id="ada", sender_id="s").session_id == "s1"
+        clock.advance(SECOND)
+        assert unit.sessions.touch("s3")
         assert unit.sessions.delete("s1") is True
-        assert unit.sessions.resolve(agent_id="ada", sender_id="s").session_id not in {"s1", "s2"}
+    assert database.sessions.resolve(agent_id="ada", sender_id="s").session_id == "s3"
+    clock.advance(SECOND)
+    assert database.sessions.touch("s2")
+    # The session that took the route keeps the route.
+    assert database.sessions.resolve(agent_id="ada", sender_id="s").session_id == "s3"
+    for session_id in ("s3", "s2", "s4"):
+        assert database.sessions.delete(session_id)
+    assert database.sessions.resolve(agent_id="ada", sender_id="s").session_id not in {"s1", "s2", "s3", "s4"}
+
+
+def test_resolve_reads_without_the_write_lock(database: Database) -> None:
+    """If a session holds the route, `database.sessions.resolve` begins no write unit."""
+    add_agent(database)
+    first = database.sessions.start(agent_id="ada", sender_id="s")
+    with database.unit_of_work():  # a write in the same thread would raise UnitStateError
+        assert database.sessions.resolve(agent_id="ada", sender_id="s") == first
+        with pytest.raises(UnitStateError):
+            database.sessions.resolve(agent_id="ada", sender_id="another")
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_start_begins_a_new_conversation(database: Database, route: dict[str, Any]) -> None:
+    """`start` returns a session that holds the route; the session before stays listed, and `get` returns it."""
+    add_agent(database)
+    with pytest.raises(AgentNotFoundError):
+        database.sessions.start(agent_id="nobody", **route)
+    started = [database.sessions.start(agent_id="ada", **route) for _ in range(3)]
+    assert database.sessions.resolve(agent_id="ada", **route) == started[2]
+    assert {row.session_id for row in database.sessions.list()} == {row.session_id for row in started}
+    assert [database.sessions.get(row.session_id).route_key for row in started[:2]] == [None, None]
+    assert only_sound(database)
+
+
+def test_move_takes_the_new_route(database: Database, clock: FakeClock) -> None:
+    """A moved session holds the new route, and the last active session that remains takes the old route."""
+    for agent_id in ("ada", "bob"):
+        add_agent(database, agent_id)
+    with database.unit_of_work() as unit:
+        for session_id in ("s1", "s2", "s3"):
+            unit.sessions.create(AgentSessionCreate(session_id=session_id, agent_id="ada", channel_id="group"))
+            clock.advance(SECOND)
+        unit.sessions.touch("s2")
+        moved = unit.sessions.move("s1", channel_id="supergroup")
+        assert moved == unit.sessions.get("s1")
+        assert (moved.agent_id, moved.sender_id, moved.channel_id) == ("ada", None, "supergroup")
+        assert unit.sessions.resolve(agent_id="ada", channel_id="supergroup") == moved
+        with pytest.raises(RouteTakenError, match="'s2' holds this route") as caught:
+            unit.sessions.move("s1", channel_id="group")
+        assert caught.value.session_id == "s2"
+        assert unit.sessions.resolve(agent_id="ada", channel_id="group").session_id == "s2"
+        # Another agent, and no channel any more.
+        assert unit.sessions.move("s2", agent_id="bob", sender_id="ann", channel_id=None).sender_id == "ann"
+        assert unit.sessions.resolve(agent_id="bob", sender_id="ann").session_id == "s2"
+        assert unit.sessions.resolve(agent_id="ada", channel_id="group").session_id == "s3"
+    assert only_sound(database)
+
+
+def test_move_to_the_own_route(database: Database) -> None:
+    """A move to the session's own route takes a free route, and raises an error if another session holds the route."""
+    add_agent(database)
+    with database.unit_of_work() as unit:
+        for session_id in ("s1", "s2", "s3"):
+            unit.sessions.create(AgentSessionCreate(session_id=session_id, agent_id="ada"))
+        assert unit.sessions.move("s1").session_id == "s1"
+        with pytest.raises(RouteTakenError) as caught:
+            unit.sessions.move("s2", agent_id="ada", sender_id=None)
+        assert caught.value.session_id == "s1"
+        unit.sessions.delete("s1")
+        unit.sessions.move("s2")
+        assert unit.sessions.resolve(agent_id="ada").session_id == "s2"
+
+
+def test_refused_moves_write_nothing(database: Database) -> None:
+    """`move` raises an error for an absent session, an absent agent and an invalid label, and changes no row."""
+    add_agent(database)
+    database.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada"))
+    before = dump(database)
+    with database.unit_of_work() as unit:
+        with pytest.raises(SessionNotFoundError):
+            unit.sessions.move("s2", agent_id="nobody")
+        with pytest.raises(AgentNotFoundError) as absent:
+            unit.sessions.move("s1", agent_id="nobody")
+        assert absent.value.agent_id == "nobody"
+        for wrong in ("", "nul\0", 7):
+            with pytest.raises(InvalidArgumentError):
+                unit.sessions.move("s1", sender_id=wrong)  # type: ignore[arg-type]  # on purpose
+    assert dump(database) == before
+
+
+def test_move_frees_a_stale_route(database: Database) -> None:
+    """If an UPDATE statement left an old route key, `move` gives that route to the moved session."""
+    add_agent(database)
+    stale = database.sessions.resolve(agent_id="ada", sender_id="ann").session_id
+    with database.unit_of_work() as unit:
+        unit.session.execute(update(AgentSession).values(sender_id="bob"))
+        unit.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada"))
+        unit.sessions.move("s1", sender_id="ann")
+    assert database.sessions.resolve(agent_id="ada", sender_id="ann").session_id == "s1"
+    assert database.sessions.resolve(agent_id="ada", sender_id="bob").session_id == stale
+    assert only_sound(database)
+
+
+def test_metadata(database: Database, clock: FakeClock) -> None:
+    """`update` sets the metadata; `touch`, `move` and `index` keep the metadata, and a reply shows the metadata."""
+    add_agent(database)
+    given = {"title": "Küche", "tokens": [1, -0.0], "none": None}
+    made = database.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada", metadata=given))
+    assert made.metadata_ == given
+    clock.advance(SECOND)
+    times = {"created_at": START, "last_active_at": clock.now}
+    assert database.sessions.touch("s1", START + SECOND / 2)
+    rows = [AgentSession(session_id=name, agent_id="ada", metadata=["new"], **times) for name in ("s1", "s2")]
+    database.sessions.index(rows)
+    assert database.sessions.move("s1", sender_id="ann").metadata_ == given
+    assert database.sessions.get("s2").metadata_ == ["new"]
+    # A change of the metadata is not an activity.
+    clock.advance(SECOND)
+    changed = database.sessions.update("s1", AgentSessionUpdate(metadata={"title": "Bad"}))
+    assert (changed.metadata_, changed.last_active_at) == ({"title": "Bad"}, START + SECOND)
+    assert changed == database.sessions.update("s1", AgentSessionUpdate()) == database.sessions.get("s1")
+    assert AgentSessionPublic.model_validate(changed).model_dump()["metadata"] == {"title": "Bad"}
+    assert database.sessions.update("s1", AgentSessionUpdate(metadata=None)).metadata_ is None
+    for changes in (AgentSessionUpdate(), AgentSessionUpdate(metadata=1)):
+        with pytest.raises(SessionNotFoundError):
+            database.sessions.update("s3", changes)
+    with pytest.raises(InvalidArgumentError, match="AgentSessionUpdate"):
+        database.sessions.update("s1", {"metadata": 1})  # type: ignore[arg-type]  # on purpose
+    for model in (AgentSessionUpdate, lambda **data: AgentSessionCreate(agent_id="ada", **data)):
+        with pytest.raises(ValidationError, match="262,144 bytes"):
+            model(metadata="x" * (256 * 1024))
 
 
 def test_resolve_after_the_orm_moved_sessions(database: Database) -> None:
@@ -235,7 +371,7 @@ def test_pages_are_stable(database: Database, clock: FakeClock) -> None:
 def test_pages_come_from_an_index(database: Database, filters: dict[str, bool], after: bool) -> None:
     """Each page is read along an index, without a sort and without a full table scan."""
     wanted = {"agent": False, "sender": False, "channel": False, **filters}
-    statement = module._list(**wanted, after=after)
+    statement = statements.page_of(**wanted, after=after)
     values = {"agent_id": "a", "sender_id": "s", "channel_id": "c", "limit": 50, "after_active": START, "after_id": "s"}
     with database.unit_of_work(read_only=True) as unit:
         connection = unit.session.connection()
@@ -310,12 +446,60 @@ def test_future_time_counts_as_now(database: Database, clock: FakeClock) -> None
 
 
 def test_resolve_finds_indexed_sessions(database: Database) -> None:
-    """After a rebuild of the index, `resolve` returns the first indexed session of a route and creates none."""
+    """After a rebuild of the index, `resolve` returns the session with the greatest id of equally active sessions."""
     add_agent(database)
     with database.unit_of_work() as unit:
         unit.sessions.index(rows(3))
-        assert unit.sessions.resolve(agent_id="ada", sender_id="s").session_id == "i00000"
+        assert unit.sessions.resolve(agent_id="ada", sender_id="s").session_id == "i00002"
     assert len(dump(database)["sessions"]) == 3
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_the_last_active_session_gets_the_route(
+    database: Database, monkeypatch: pytest.MonkeyPatch, route: dict[str, Any]
+) -> None:
+    """Whatever the order of the sessions and of the batches, `index` gives the route to the last active session."""
+    for agent_id in ("ada", "bob"):
+        add_agent(database, agent_id)
+    monkeypatch.setattr(module, "_INDEX_BATCH", 2)
+    # An earlier line of a transcript comes after a later line for "b". The session "e" was begun later than "b".
+    activity = [("a", 1, 1), ("b", 2, 7), ("b", 2, 3), ("c", 3, 3), ("d", 4, 6), ("e", 5, 7)]
+    for number, order in enumerate(permutations(activity, 6)):
+        if number % 40:
+            continue
+        with database.unit_of_work() as unit:
+            before = unit.sessions.create(AgentSessionCreate(agent_id="ada", **route))
+            unit.session.execute(update(AgentSession).values(created_at=START - 60 * SECOND))
+            unit.session.execute(update(AgentSession).values(last_active_at=START - 55 * SECOND))
+            unit.sessions.index(
+                AgentSession(
+                    session_id=name,
+                    agent_id="ada",
+                    created_at=START - 60 * SECOND + born * SECOND,
+                    last_active_at=START - 60 * SECOND + active * SECOND,
+                    **route,
+                )
+                for name, born, active in order
+            )
+            assert unit.sessions.resolve(agent_id="ada", **route).session_id == "e", order
+            # The route of another agent is not concerned.
+            assert unit.sessions.resolve(agent_id="bob", **route).agent_id == "bob"
+            assert unit.sessions.get(before.session_id).route_key is None
+            unit.rollback()
+
+
+def test_a_route_is_searched_by_its_index(sqlite_database: Database) -> None:
+    """The last active session of a route is found by the three columns of the route. SQLite only: it has hints."""
+    values = {"agent_id": "a", "sender_id": "s", "channel_id": "c", "route": "r"}
+    with sqlite_database.unit_of_work(read_only=True) as unit:
+        connection = unit.session.connection()
+        raw: Any = connection.connection.driver_connection
+        for make in (statements.last_active, statements.give, statements.release_earlier):
+            for has_sender, has_channel in product((True, False), repeat=2):
+                compiled = make(has_sender=has_sender, has_channel=has_channel).compiled(connection.dialect)
+                plan = [row[3] for row in raw.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", compiled.bind(values))]
+                assert any("(agent_id=? AND sender_id=? AND channel_id=?)" in step for step in plan), plan
+                assert not any("active" in step for step in plan), plan
 
 
 def test_index_names_the_wrong_item(database: Database) -> None:

@@ -1,0 +1,198 @@
+"""SQL of the store of sessions.
+
+The parameters `agent_id`, `sender_id` and `channel_id` are a route, and the parameter `route` is the key of that route.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    Integer,
+    and_,
+    bindparam,
+    case,
+    delete,
+    exists,
+    literal_column,
+    not_,
+    null,
+    select,
+    tuple_,
+    update,
+)
+
+from homeagent.engine.statements import Statement, constant
+from homeagent.models.agent import Agent
+from homeagent.models.session import AgentSession
+
+_table: Any = AgentSession.__table__
+_columns: Any = _table.c
+_others: Any = _table.alias("others")
+_agents: Any = Agent.__table__.c
+
+FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
+BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
+# `move` does not lock the holder. Otherwise two units that move sessions to each other's route would deadlock.
+BY_ROUTE_UNLOCKED = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")))
+# This statement locks the agent's row until the end of the unit, so that no other unit can delete the agent before the
+# session is added.
+AGENT = Statement[str](
+    select(_agents.id).where(_agents.id == bindparam("agent_id")).with_for_update(read=True, key_share=True)
+)
+_VALUES: dict[str, Any] = {
+    "session_id": bindparam("session_id"),
+    "agent_id": bindparam("agent_id"),
+    "sender_id": bindparam("sender_id"),
+    "channel_id": bindparam("channel_id"),
+    "created_at": bindparam("created_at"),
+    "last_active_at": bindparam("last_active_at"),
+    "metadata": bindparam("metadata_"),
+}
+# The clause has no `index_elements`, so it applies to a conflict of the id and to a conflict of the route.
+CREATE = Statement[AgentSession](
+    lambda insert: insert(_table).values({**_VALUES, "route_key": bindparam("route")}).on_conflict_do_nothing(),
+    returning=AgentSession,
+)
+TOUCH = Statement[AgentSession](
+    update(AgentSession)
+    .where(_columns.session_id == bindparam("id"), _columns.last_active_at < bindparam("at"))
+    .values(last_active_at=bindparam("at"))
+)
+UPDATE_METADATA = Statement[AgentSession](
+    update(_table).where(_columns.session_id == bindparam("id")).values(metadata=bindparam("value")),
+    returning=AgentSession,
+)
+DELETE = Statement[AgentSession](delete(AgentSession).where(_columns.session_id == bindparam("id")))
+MOVE = Statement[AgentSession](
+    update(AgentSession)
+    .where(_columns.session_id == bindparam("id"))
+    .values(
+        agent_id=bindparam("agent_id"),
+        sender_id=bindparam("sender_id"),
+        channel_id=bindparam("channel_id"),
+        route_key=bindparam("route"),
+    )
+)
+RELEASE = Statement[AgentSession](
+    update(AgentSession).where(_columns.route_key == bindparam("route")).values(route_key=None)
+)
+
+# Routes
+
+# The session has the route of the parameters. The stored route key is not compared, because the key can be stale.
+_IS_ON_ROUTE: Any = and_(
+    _columns.agent_id == bindparam("agent_id"),
+    _columns.sender_id.is_not_distinct_from(bindparam("sender_id")),
+    _columns.channel_id.is_not_distinct_from(bindparam("channel_id")),
+)
+# An UPDATE of many rows in `uow.session`, or another program, can change a session without changing the route key.
+RELEASE_STALE = Statement[AgentSession](
+    update(AgentSession).where(_columns.route_key == bindparam("route"), not_(_IS_ON_ROUTE)).values(route_key=None)
+)
+INDEX = Statement[AgentSession](
+    lambda insert: (
+        statement := insert(_table).values(
+            {
+                **_VALUES,
+                "route_key": case(
+                    (exists().where(_columns.route_key == bindparam("route")), null()),
+                    else_=bindparam("route", type_=_columns.route_key.type),
+                ),
+            }
+        )
+    ).on_conflict_do_update(
+        index_elements=["session_id"],
+        set_={
+            "last_active_at": case(
+                (statement.excluded.last_active_at > _columns.last_active_at, statement.excluded.last_active_at),
+                else_=_columns.last_active_at,
+            )
+        },
+    )
+)
+
+
+def _activity(columns: Any) -> tuple[Any, Any, Any]:
+    """Return the values by which sessions of a route are compared. The last active session has the greatest values."""
+    # Do not remove `+ 0`. Otherwise SQLite reads an index of `last_active_at`, which contains the sessions of other
+    # routes (test_a_route_is_searched_by_its_index).
+    return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id
+
+
+def _last_active(*conditions: Any, has_sender: bool, has_channel: bool) -> Any:
+    # Do not merge the variants. PostgreSQL uses no index for IS NOT DISTINCT FROM.
+    return (
+        select(_others.c.session_id)
+        .where(
+            _others.c.agent_id == bindparam("agent_id"),
+            _others.c.sender_id == bindparam("sender_id") if has_sender else _others.c.sender_id.is_(None),
+            _others.c.channel_id == bindparam("channel_id") if has_channel else _others.c.channel_id.is_(None),
+            *conditions,
+        )
+        .order_by(*(column.desc() for column in _activity(_others.c)))
+        .limit(constant(1, Integer()))
+    )
+
+
+@cache
+def last_active(*, has_sender: bool, has_channel: bool) -> Statement[str]:
+    """Return the statement that reads the id of a route's last active session."""
+    return Statement(_last_active(has_sender=has_sender, has_channel=has_channel))
+
+
+@cache
+def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
+    """Return the statement that gives a free route to its last active session.
+
+    On PostgreSQL the statement violates the unique index if another transaction takes the route at the same time.
+    """
+    is_free = not_(exists().where(_columns.route_key == bindparam("route")).correlate(None))
+    candidate = _last_active(is_free, has_sender=has_sender, has_channel=has_channel).correlate(None)
+    return Statement(
+        update(AgentSession)
+        # If another transaction moved the session, PostgreSQL checks the second condition again on the new row.
+        .where(_columns.session_id == candidate.scalar_subquery(), _IS_ON_ROUTE)
+        .values(route_key=bindparam("route"))
+    )
+
+
+@cache
+def release_earlier(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
+    """Return the statement that frees a route if a session other than the route's holder was active last."""
+    is_later = exists().where(
+        _others.c.agent_id == _columns.agent_id,
+        _others.c.sender_id == _columns.sender_id if has_sender else _others.c.sender_id.is_(None),
+        _others.c.channel_id == _columns.channel_id if has_channel else _others.c.channel_id.is_(None),
+        tuple_(*_activity(_others.c)) > tuple_(*_activity(_columns)),
+    )
+    return Statement(
+        update(AgentSession).where(_columns.route_key == bindparam("route"), is_later).values(route_key=None)
+    )
+
+
+@cache
+def page_of(*, agent: bool, sender: bool, channel: bool, after: bool) -> Statement[AgentSession]:
+    """Return the statement that lists a page of sessions. The arguments say which filters the statement has."""
+    conditions: list[Any] = []
+    if agent:
+        conditions.append(_columns.agent_id == bindparam("agent_id"))
+    if sender:
+        conditions.append(_columns.sender_id == bindparam("sender_id"))
+    if channel:
+        conditions.append(_columns.channel_id == bindparam("channel_id"))
+    if after:
+        conditions.append(
+            tuple_(_columns.last_active_at, _columns.session_id)
+            < tuple_(
+                bindparam("after_active", type_=_columns.last_active_at.type),
+                bindparam("after_id", type_=_columns.session_id.type),
+            )
+        )
+    return Statement(
+        select(AgentSession)
+        .where(*conditions)
+        .order_by(_columns.last_active_at.desc(), _columns.session_id.desc())
+        .limit(bindparam("limit"))
+    )
