@@ -11,6 +11,7 @@ import pytest
 
 from homeagent import AgentSessionCreate, Database, DeviceStatus, Role
 from homeagent.errors import AgentNotFoundError, ApprovalChangedError, DeviceNotApprovedError, LastAdminError
+from homeagent.models.session import route_key
 from tests.conftest import START, Children, FakeClock, add_agent, add_device, dump
 
 pytestmark = pytest.mark.in_memory
@@ -246,3 +247,63 @@ def test_a_session_of_an_agent_that_is_being_deleted(database: Database) -> None
             assert unit.agents.find_by_id(agent_id) is None
             assert list(unit.sessions.list(agent_id=agent_id)) == []
         assert len(refused) <= 12
+
+
+CONVERSATIONS = (
+    READY
+    + """
+import random
+from homeagent import errors
+chance = random.Random(sys.argv[2])
+routes = [dict(agent_id=agent, sender_id=sender) for agent in ("ada", "bob") for sender in ("ann", None)]
+taken = 0
+for _ in range(int(sys.argv[3])):
+    route = chance.choice(routes)
+    act = chance.choice(["resolve", "start", "move"])
+    if act == "move":
+        pages = database.sessions.list(limit=20)
+        try:
+            moved = database.sessions.move(chance.choice(pages).session_id, **route)
+            assert (moved.agent_id, moved.sender_id) == tuple(route.values()) and moved.route_key
+        except errors.RouteTakenError as error:
+            assert database.sessions.find_by_id(error.session_id)
+            taken += 1
+    else:
+        found = getattr(database.sessions, act)(**route)
+        assert (found.agent_id, found.sender_id) == tuple(route.values()) and found.route_key
+print(taken)
+database.close()
+"""
+)
+
+
+@pytest.mark.parametrize(("processes", "calls"), [(4, 25), pytest.param(8, 200, marks=pytest.mark.slow)])
+def test_a_route_has_one_holder(target: str, children: Children, processes: int, calls: int) -> None:
+    """If processes resolve, start and move sessions at once, each snapshot shows at most one holder of each route."""
+    with Database.open(target) as database:
+        for agent_id in ("ada", "bob"):
+            add_agent(database, agent_id)
+            database.sessions.resolve(agent_id=agent_id)
+        ended = threading.Event()
+        seen: list[int] = []
+
+        def watch() -> None:
+            while not ended.wait(0.01):
+                holders = [row for row in database.sessions.list(limit=100_000) if row.route_key]
+                assert len({(row.agent_id, row.sender_id) for row in holders}) == len(holders)
+                assert all(row.route_key == route_key(row.agent_id, row.sender_id, None) for row in holders)
+                seen.append(len(holders))
+
+        with ThreadPoolExecutor(1) as pool:
+            watcher = pool.submit(watch)
+            try:
+                taken = children.together(CONVERSATIONS, [(target, number, calls) for number in range(processes)])
+            finally:
+                ended.set()
+            watcher.result()
+        assert seen
+        assert sum(map(int, taken)) > 0
+        for agent_id in ("ada", "bob"):
+            assert database.sessions.resolve(agent_id=agent_id).agent_id == agent_id
+        findings = {finding.check: finding.severity for finding in database.doctor().findings}
+        assert findings["routes"] == "ok"

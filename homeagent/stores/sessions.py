@@ -225,9 +225,7 @@ class SessionStore(Store):
         """
         # Lock the agent before the session, as `agents.delete` does. Otherwise the two methods could deadlock.
         agent = (
-            None
-            if agent_id is ...
-            else self._unit.one(statements.AGENT, agent_id=self._searched(agent_id, "agent_id"))
+            None if agent_id is ... else self._unit.one(statements.AGENT, agent_id=self._searched(agent_id, "agent_id"))
         )
         session = self.get(session_id)
         if agent is None and agent_id is not ...:
@@ -310,7 +308,9 @@ class SessionStore(Store):
         check_kind(changes, models.AgentSessionUpdate, "changes")
         if "metadata_" not in changes.model_fields_set:
             return self.get(session_id)
-        session = self._unit.write_one(statements.UPDATE_METADATA, id=self._searched(session_id, "session_id"), value=changes.metadata_)
+        session = self._unit.write_one(
+            statements.UPDATE_METADATA, id=self._searched(session_id, "session_id"), value=changes.metadata_
+        )
         if session is None:
             raise SessionNotFoundError(session_id)
         return session

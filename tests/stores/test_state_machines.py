@@ -20,7 +20,9 @@ from sqlalchemy import text
 
 from homeagent import (
     AgentCreate,
+    AgentSession,
     AgentSessionCreate,
+    AgentSessionUpdate,
     Database,
     DeviceCreate,
     DevicePair,
@@ -42,7 +44,9 @@ from homeagent.errors import (
     LastAdminError,
     NonceLimitError,
     PendingLimitError,
+    RouteTakenError,
 )
+from homeagent.models.session import route_key
 from homeagent.stores.nonces import NONCE_GRACE
 from tests.conftest import FakeClock
 
@@ -57,32 +61,23 @@ moves = st.sampled_from([MS, MINUTE - MS, MINUTE, NONCE_GRACE, -MS, -MINUTE])
 LIMITS = Limits(
     pending_devices=2, pending_ttl=2 * MINUTE, nonces_per_device=2, keys_per_device=2, longest_ttl=2 * MINUTE
 )
-optional = st.sampled_from([None, "x", "y"])
+Route = tuple[str, str | None]
+routes: st.SearchStrategy[Route] = st.tuples(names, st.sampled_from([None, "x"]))
 
 
-class StoreMachine(RuleBasedStateMachine):
+class Machine(RuleBasedStateMachine):
     """Run each step on a database and on a model, and compare the answers."""
 
     target: str
     database: Database
 
-    @initialize()
-    def open(self) -> None:
+    def start_empty(self) -> None:
+        """Open the database, and remove the rows of the sequence before."""
         self.clock = FakeClock()
         self.database = Database.open(self.target, clock=self.clock, durability="normal", limits=LIMITS)
         with self.database.unit_of_work() as unit:
-            # Remove the rows of the sequence before.
             for table in ("idempotency_keys", "nonces", "sessions", "agents", "devices"):
                 unit.session.connection().execute(text(f"DELETE FROM {table}"))
-        self.nonces: dict[tuple[str, str], datetime] = {}
-        self.released: set[tuple[str, str]] = set()
-        self.keys: dict[tuple[str, str], tuple[datetime, Any]] = {}
-        # Role, approved, revoked, last seen.
-        self.devices: dict[str, list[Any]] = {}
-        self.paired: dict[str, datetime] = {}
-        self.agents: set[str] = set()
-        self.sessions: dict[str, tuple[str, datetime]] = {}
-        self.routes: dict[tuple[str, str | None], str] = {}
 
     def teardown(self) -> None:
         if hasattr(self, "database"):
@@ -99,6 +94,20 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(by=moves)
     def move_clock(self, by: timedelta) -> None:
         self.clock.advance(by)
+
+
+class StoreMachine(Machine):
+    """Nonces, idempotency keys and devices."""
+
+    @initialize()
+    def open(self) -> None:
+        self.start_empty()
+        self.nonces: dict[tuple[str, str], datetime] = {}
+        self.keys: dict[tuple[str, str], tuple[datetime, Any]] = {}
+        # Role, approved, revoked, last seen.
+        self.devices: dict[str, list[Any]] = {}
+        self.paired: dict[str, datetime] = {}
+        self.released: set[tuple[str, str]] = set()
 
     # Nonces
 
@@ -250,64 +259,6 @@ class StoreMachine(RuleBasedStateMachine):
         if row is not None and writes:
             row[3] = self.clock.now
 
-    # Agents and sessions
-
-    @rule(agent=names)
-    def create_agent(self, agent: str) -> None:
-        got = self.attempt("agents", "create", AgentCreate(id=agent, name=agent, workspace_path="/srv"))
-        assert (got is AgentExistsError) is (agent in self.agents)
-        self.agents.add(agent)
-
-    @rule(agent=names, whole=st.booleans())
-    def delete_agent(self, agent: str, whole: bool) -> None:
-        got = self.attempt("agents", "delete", agent, delete_sessions=whole)
-        mine = [name for name, (owner, _) in self.sessions.items() if owner == agent]
-        if agent in self.agents and mine and not whole:
-            assert got is AgentInUseError
-            return
-        assert got is (agent in self.agents)
-        self.agents.discard(agent)
-        for name in mine:
-            self.forget(name)
-
-    def forget(self, name: str) -> None:
-        del self.sessions[name]
-        self.routes = {route: session for route, session in self.routes.items() if session != name}
-
-    @precondition(lambda self: len(self.sessions) < 12)
-    @rule(agent=names, sender=optional)
-    def create_session(self, agent: str, sender: str | None) -> None:
-        got = self.attempt("sessions", "create", AgentSessionCreate(agent_id=agent, sender_id=sender))
-        if agent not in self.agents:
-            assert got is AgentNotFoundError
-            return
-        self.sessions[got.session_id] = (agent, self.clock.now)
-        self.routes.setdefault((agent, sender), got.session_id)
-
-    @rule(agent=names, sender=optional)
-    def resolve(self, agent: str, sender: str | None) -> None:
-        got = self.attempt("sessions", "resolve", agent_id=agent, sender_id=sender)
-        if agent not in self.agents:
-            assert got is AgentNotFoundError
-        elif (agent, sender) in self.routes:
-            assert got.session_id == self.routes[agent, sender]
-        else:
-            assert got.session_id not in self.sessions
-            self.sessions[got.session_id] = (agent, self.clock.now)
-            self.routes[agent, sender] = got.session_id
-
-    @precondition(lambda self: bool(self.sessions))
-    @rule(data=st.data())
-    def touch_or_delete(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.sessions)))
-        agent, active = self.sessions[name]
-        if data.draw(st.booleans()):
-            assert self.attempt("sessions", "touch", name) is (self.clock.now > active)
-            self.sessions[name] = (agent, max(active, self.clock.now))
-        else:
-            assert self.attempt("sessions", "delete", name) is True
-            self.forget(name)
-
     @invariant()
     def everything_is_as_modelled(self) -> None:
         if not hasattr(self, "database"):
@@ -320,14 +271,230 @@ class StoreMachine(RuleBasedStateMachine):
             assert devices == self.devices
             newest = [row.id for row in unit.devices.list(order="paired_at")]
             assert newest == sorted(self.devices, key=lambda name: (self.paired[name], name), reverse=True)
+
+
+class SessionMachine(Machine):
+    """Agents and sessions. The model has the values of each session, and the holder of each route."""
+
+    @initialize()
+    def open(self) -> None:
+        self.start_empty()
+        self.agents: set[str] = set()
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.holders: dict[Route, str] = {}
+        self.names = iter(f"{letter}-{number}" for number in range(10_000) for letter in "zA")
+        for agent in ("a", "b/c"):
+            self.create_agent(agent)
+
+    # The model
+
+    def route_of(self, name: str) -> Route:
+        return self.rows[name]["agent_id"], self.rows[name]["sender_id"]
+
+    def add(self, name: str, route: Route, created: datetime, active: datetime, metadata: Any = None) -> None:
+        self.rows[name] = {
+            **dict(zip(("agent_id", "sender_id"), route, strict=True)),
+            "created_at": created,
+            "last_active_at": active,
+            "metadata_": metadata,
+        }
+
+    def give_to_last_active(self, route: Route) -> None:
+        """Give the route to its last active session, if there is one."""
+        sessions = [name for name in self.rows if self.route_of(name) == route]
+        self.holders.pop(route, None)
+        if sessions:
+            self.holders[route] = max(
+                sessions, key=lambda name: (self.rows[name]["last_active_at"], self.rows[name]["created_at"], name)
+            )
+
+    def release(self, name: str) -> bool:
+        """Free the route of a session, and return whether the session held its route."""
+        held = self.holders.get(self.route_of(name)) == name
+        if held:
+            del self.holders[self.route_of(name)]
+        return held
+
+    def forget(self, name: str) -> None:
+        self.release(name)
+        del self.rows[name]
+
+    def draw(self, data: st.DataObject) -> str:
+        return data.draw(st.sampled_from(sorted(self.rows)))
+
+    # Agents
+
+    @rule(agent=names)
+    def create_agent(self, agent: str) -> None:
+        got = self.attempt("agents", "create", AgentCreate(id=agent, name=agent, workspace_path="/srv"))
+        assert (got is AgentExistsError) is (agent in self.agents)
+        self.agents.add(agent)
+
+    @rule(agent=names, whole=st.booleans())
+    def delete_agent(self, agent: str, whole: bool) -> None:
+        got = self.attempt("agents", "delete", agent, delete_sessions=whole)
+        mine = [name for name, row in self.rows.items() if row["agent_id"] == agent]
+        if agent in self.agents and mine and not whole:
+            assert got is AgentInUseError
+            return
+        assert got is (agent in self.agents)
+        self.agents.discard(agent)
+        for name in mine:
+            self.forget(name)
+
+    # Sessions
+
+    @precondition(lambda self: len(self.rows) < 12)
+    @rule(route=routes, act=st.sampled_from(["create", "start", "ORM"]))
+    def add_session(self, route: Route, act: str) -> None:
+        agent, sender = route
+        now = self.clock.now
+        if act == "start":
+            got = self.attempt("sessions", "start", agent_id=agent, sender_id=sender)
+        elif act == "create":
+            given = AgentSessionCreate(session_id=next(self.names), agent_id=agent, sender_id=sender, metadata=now.hour)
+            got = self.attempt("sessions", "create", given)
+        elif agent not in self.agents:
+            return
+        else:
+            got = AgentSession(
+                session_id=next(self.names), agent_id=agent, sender_id=sender, created_at=now, last_active_at=now
+            )
+            with self.database.unit_of_work() as unit:
+                unit.session.add(got)
+                unit.session.flush()
+                unit.session.expunge(got)
+        if agent not in self.agents:
+            assert got is AgentNotFoundError
+            return
+        self.add(got.session_id, route, now, now, now.hour if act == "create" else None)
+        if act == "start":
+            self.holders[route] = got.session_id
+        self.holders.setdefault(route, got.session_id)
+
+    @rule(route=routes)
+    def resolve(self, route: Route) -> None:
+        got = self.attempt("sessions", "resolve", agent_id=route[0], sender_id=route[1])
+        if route[0] not in self.agents:
+            assert got is AgentNotFoundError
+            return
+        if route not in self.holders:
+            self.give_to_last_active(route)
+        if route in self.holders:
+            assert got.session_id == self.holders[route]
+        else:
+            assert got.session_id not in self.rows
+            self.add(got.session_id, route, self.clock.now, self.clock.now)
+            self.holders[route] = got.session_id
+
+    @precondition(lambda self: bool(self.rows))
+    @rule(data=st.data(), route=routes, by_orm=st.booleans())
+    def move(self, data: st.DataObject, route: Route, by_orm: bool) -> None:
+        name, old = (name := self.draw(data)), self.route_of(name)
+        if data.draw(st.booleans()):
+            route = (old[0], route[1])
+        if by_orm:
+            if route[0] not in self.agents:
+                return
+            with self.database.unit_of_work() as unit:
+                row = unit.session.get_one(AgentSession, name)
+                row.agent_id, row.sender_id = route
+            if route == old:
+                return
+        else:
+            kept = {} if route[0] == old[0] else {"agent_id": route[0]}
+            got = self.attempt("sessions", "move", name, sender_id=route[1], **kept)
+            if route[0] not in self.agents:
+                assert got is AgentNotFoundError
+                return
+            if self.holders.get(route, name) != name:
+                assert got is RouteTakenError
+                return
+            assert (got.session_id, got.agent_id, got.sender_id) == (name, *route)
+        held = self.release(name)
+        self.rows[name].update(agent_id=route[0], sender_id=route[1])
+        if held and not by_orm and route != old:
+            self.give_to_last_active(old)
+        self.holders.setdefault(route, name)
+
+    @precondition(lambda self: bool(self.rows))
+    @rule(data=st.data(), act=st.sampled_from(["touch", "update", "delete", "ORM"]))
+    def change(self, data: st.DataObject, act: str) -> None:
+        name = self.draw(data)
+        row = self.rows[name]
+        if act == "touch":
+            assert self.attempt("sessions", "touch", name) is (self.clock.now > row["last_active_at"])
+            row["last_active_at"] = max(row["last_active_at"], self.clock.now)
+        elif act == "update":
+            row["metadata_"] = {"title": [self.clock.now.isoformat()]}
+            got = self.attempt("sessions", "update", name, AgentSessionUpdate(metadata=row["metadata_"]))
+            assert got.metadata_ == row["metadata_"]
+        else:
+            if act == "delete":
+                assert self.attempt("sessions", "delete", name) is True
+            else:
+                with self.database.unit_of_work() as unit:
+                    unit.session.delete(unit.session.get_one(AgentSession, name))
+            self.forget(name)
+
+    @precondition(lambda self: len(self.rows) < 12)
+    @rule(data=st.data(), given=st.lists(st.tuples(st.booleans(), routes, st.integers(-3, 1)), max_size=5))
+    def index(self, data: st.DataObject, given: list[tuple[bool, Route, int]]) -> None:
+        now = self.clock.now
+        sessions = []
+        for is_known, route, minutes in given:
+            if not is_known or not self.rows:
+                name = next(self.names)
+            else:
+                name = self.draw(data)
+                route = self.route_of(name)
+            if route[0] in self.agents:
+                at = now + minutes * MINUTE
+                sessions.append(
+                    AgentSession(
+                        session_id=name,
+                        agent_id=route[0],
+                        sender_id=route[1],
+                        created_at=now - 4 * MINUTE,
+                        last_active_at=at,
+                        metadata=minutes,
+                    )
+                )
+        assert self.attempt("sessions", "index", sessions) == len(sessions)
+        fresh = set()
+        for session in sessions:
+            at, route = min(session.last_active_at, now), (session.agent_id, session.sender_id)
+            if session.session_id in self.rows:
+                row = self.rows[session.session_id]
+                row["last_active_at"] = max(row["last_active_at"], at)
+            else:
+                self.add(session.session_id, route, session.created_at, at, session.metadata_)
+                fresh.add(route)
+        for route in {(session.agent_id, session.sender_id) for session in sessions}:
+            # A free route of known sessions stays free until `resolve`, which gives it to the last active session.
+            if route in fresh or route in self.holders:
+                self.give_to_last_active(route)
+
+    @invariant()
+    def everything_is_as_modelled(self) -> None:
+        if not hasattr(self, "database"):
+            return
+        with self.database.unit_of_work(read_only=True) as unit:
             assert {row.id for row in unit.agents.list()} == self.agents
-            listed = [(row.last_active_at, row.session_id, row.agent_id) for row in unit.sessions.list()]
-        assert listed == sorted(((at, name, agent) for name, (agent, at) in self.sessions.items()), reverse=True)
+            listed = unit.sessions.list()
+        assert [row.session_id for row in listed] == sorted(
+            self.rows, key=lambda name: (self.rows[name]["last_active_at"], name), reverse=True
+        )
+        for row in listed:
+            model = self.rows[row.session_id]
+            assert {name: getattr(row, name) for name in model} == model
+        keys = {row.session_id: row.route_key for row in listed if row.route_key is not None}
+        assert keys == {name: route_key(*route, None) for route, name in self.holders.items()}
 
 
-def run_sequences(target: str, sequences: int, steps: int) -> None:
+def run_sequences(kind: type[Machine], target: str, sequences: int, steps: int) -> None:
     """Run at most this many sequences, with at most this many steps, on a database."""
-    machine = type("StoreMachine", (StoreMachine,), {"target": target})
+    machine = type(kind.__name__, (kind,), {"target": target})
     run_state_machine_as_test(
         machine, settings=settings(max_examples=sequences, stateful_step_count=steps, deadline=None)
     )
@@ -335,10 +502,16 @@ def run_sequences(target: str, sequences: int, steps: int) -> None:
 
 def test_stores(target: str) -> None:
     """After any sequence of steps, the stores and the model give the same answers."""
-    run_sequences(target, 30, 40)
+    run_sequences(StoreMachine, target, 30, 40)
+
+
+def test_sessions(target: str, engine_name: str) -> None:
+    """After 100 sequences on SQLite and 20 on PostgreSQL, the agents, sessions and routes are those of the model."""
+    run_sequences(SessionMachine, target, 100 if engine_name == "sqlite" else 20, 30)
 
 
 @pytest.mark.slow
-def test_many_sequences(target: str, engine_name: str) -> None:
+@pytest.mark.parametrize("kind", [StoreMachine, SessionMachine])
+def test_many_sequences(target: str, engine_name: str, kind: type[Machine]) -> None:
     """After 2,000 sequences on SQLite and 500 on PostgreSQL (which is slower), the stores and the model agree."""
-    run_sequences(target, 2000 if engine_name == "sqlite" else 500, 20)
+    run_sequences(kind, target, 2000 if engine_name == "sqlite" else 500, 20)
