@@ -67,7 +67,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         self._limits = limits
         self._clock = clock
         self._timeout = busy_timeout.total_seconds()
-        self._settings = UnitSettings(engine, clock, self._timeout, limits)
+        self._settings = UnitSettings(engine, clock, self._timeout, UnitOfWork, limits)
         self._runner = Runner(self._settings)
         self._lease_timer = LeaseTimer(partial(self._runner.run, idempotent=True))
         # The mutex is reentrant because a signal handler can close the database while its thread holds the mutex.
@@ -301,7 +301,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
             UnitStateError: if this thread already has an open write unit.
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
-        return UnitOfWork(self._settings, read_only=read_only)
+        return self._settings.unit(self._settings, read_only=read_only)
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Call your function inside a unit of work, and call the function again after an error that a retry can solve.
@@ -312,8 +312,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
 
         On SQLite, waiting write units share one commit, and each unit has a savepoint. The database's writer thread
         calls the functions, with the context variables of their callers. If a function raises an exception, only the
-        unit of that function is undone. If the shared commit fails, each unit runs again in its own transaction. A unit
-        that uses the ORM session also runs again in its own transaction.
+        unit of that function is undone. If the shared commit fails, each unit runs again in its own transaction.
 
         Args:
             work: function of the unit. `run` can call `work` several times, so `work` must have no side effect outside

@@ -14,21 +14,16 @@ from collections.abc import Callable
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import get_ident
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from homeagent.cancellation import call_in_thread, shielded_wait
 from homeagent.clock import monotonic
 from homeagent.errors import DatabaseClosedError, DatabaseError
 from homeagent.queued_call import ALONE, COMMITTING, DONE, ENDED, LEFT, QUEUED, RUNNING, STARTING, CallState, QueuedCall
-from homeagent.transaction import FINISHED, NEW, OPEN, ROLLED_BACK, call_back, refuse_nesting
+from homeagent.transaction import NEW, call_back, refuse_nesting
 from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
-
-if TYPE_CHECKING:
-    from sqlmodel import Session
-
-    from homeagent.engine.connection import StoreConnection
 
 __all__ = ["GroupCommit"]
 
@@ -42,51 +37,12 @@ _MIN_CHECK_INTERVAL = 0.005
 _IDLE = 5.0
 """Time without a call after which the writer thread ends, in seconds. The next call starts a new thread."""
 _CLOSED = "the database was closed: open it again"
-_SAVEPOINT = "homeagent_group"
 
 logger = logging.getLogger("homeagent")
 
 
-class _SharedUnit(UnitOfWork):
-    """A unit in a savepoint of a batch's transaction."""
-
-    __slots__ = ("wants_session",)
-
-    def __init__(self, settings: UnitSettings, connection: StoreConnection) -> None:
-        super().__init__(settings, read_only=False)
-        self.wants_session = False
-        connection.savepoint(_SAVEPOINT)
-        self._connection = connection
-        self._state = OPEN
-
-    @property
-    def session(self) -> Session:
-        """Stop the function by an exception, because the ORM session needs its own transaction."""
-        self._require_connection()
-        self.wants_session = True
-        raise _NotSharedError
-
-    def rollback(self) -> None:
-        """Roll back to the savepoint (see `UnitOfWork.rollback`)."""
-        if self._state is ROLLED_BACK:
-            return
-        connection = self._require_connection()
-        self._after_commit = None
-        connection.rollback_to_savepoint(_SAVEPOINT)
-        self._state = ROLLED_BACK
-
-    def end(self, *, keep: bool) -> list[Callable[[], object]] | None:
-        """End the unit and its savepoint. Return the callbacks that must be called after the commit."""
-        connection, self._connection = self._connection, None
-        is_open, self._state = self._state is OPEN, FINISHED
-        # If SQLite has rolled the whole transaction back, the savepoint does not exist any more.
-        if connection is not None and is_open and connection.in_transaction:
-            (connection.release_savepoint if keep else connection.rollback_to_savepoint)(_SAVEPOINT)
-        return self._after_commit if keep else None
-
-
 class _NotSharedError(BaseException):
-    """Raised in two cases: a unit needs the ORM session, or the shared transaction was rolled back."""
+    """Raised in two cases: the caller of a unit has left, or the shared transaction was rolled back."""
 
 
 class GroupCommit:
@@ -140,7 +96,7 @@ class GroupCommit:
 
     def _run_alone(self, work: Callable[[UnitOfWork], T]) -> T:
         """Run a function as a unit in this thread, in its own transaction."""
-        with UnitOfWork(self._settings, read_only=False) as unit:
+        with self._settings.unit(self._settings, read_only=False) as unit:
             # Do not return inside the block, or test_an_interrupt_anywhere_in_a_call_holds_nobody_up fails.
             value = work(unit)
         return value
@@ -295,11 +251,11 @@ class GroupCommit:
         if not self._move([first], STARTING):
             return
         shared: list[QueuedCall] = []
-        alone: list[QueuedCall] = []
         transaction = UnitOfWork(self._settings, read_only=False, timeout=timeout)
+        alone: list[QueuedCall] = []
         try:
             with transaction:
-                self._run_units(first, transaction, shared, alone)
+                self._run_units(first, transaction, shared)
                 # Do not commit the unit of a caller that has left, because its error says that no change was made.
                 if len(self._move(shared, COMMITTING)) < len(shared):
                     raise _NotSharedError
@@ -309,7 +265,7 @@ class GroupCommit:
             if transaction._state is NEW:  # the unit did not get the write lock
                 first.error, shared = error, [first]
             else:
-                shared, alone = [], [*shared, *alone]
+                shared, alone = [], shared
         try:
             # `UnitOfWork` has already counted one commit or one rollback for the whole batch.
             counters, kept = self._settings.engine.counters, sum(call.error is None for call in shared)
@@ -320,13 +276,8 @@ class GroupCommit:
         finally:
             self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
-    def _run_units(
-        self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall], alone: list[QueuedCall]
-    ) -> None:
-        """Run units in savepoints until the queue is empty or the batch is full.
-
-        Add each call to the list `shared` or to the list `alone`.
-        """
+    def _run_units(self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall]) -> None:
+        """Run units in savepoints until the queue is empty or the batch is full. Add each call to the list `shared`."""
         connection = transaction._require_connection()
         # A batch may take a quarter of the timeout, because the first callers also wait for the commit.
         end = monotonic() + min(_MAX_BATCH_SECONDS, self._settings.timeout / 4)
@@ -343,15 +294,14 @@ class GroupCommit:
                     self._batch.append(call)
                     self._settings.engine.counters.waited(waited)
                 shared.append(call)
-                unit = _SharedUnit(self._settings, connection)
+                unit = self._settings.unit(self._settings, read_only=False).join(connection)
                 try:
                     call.value = call.context.run(call.work, unit)
+                    unit.complete()
                 except BaseException as error:  # noqa: BLE001  `outcome` raises the error in the caller
                     call.error = error
-                call.callbacks = unit.end(keep=call.error is None and not unit.wants_session)
+                call.callbacks = unit.leave(keep=call.error is None)
                 call.since, call.state = monotonic(), ENDED
-                if unit.wants_session:
-                    alone.append(shared.pop())
                 if not connection.in_transaction:
                     # On a full disk, for example, SQLite rolls back (https://sqlite.org/lang_transaction.html, 3).
                     raise _NotSharedError

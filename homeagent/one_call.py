@@ -16,7 +16,6 @@ from homeagent.errors import HomeAgentError
 from homeagent.frame_locals import clear_locals, clears_locals
 from homeagent.retry import Runner
 from homeagent.stores.store import Access, Store, access_of
-from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings, read_clock
 
 __all__ = ["one_call_store"]
@@ -85,7 +84,7 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
         database: AutocommitReads = self._unit
         if access.kind is Access.Kind.STREAM:
             # Do not run this unit again after an error, because an iterable can be read only once.
-            with UnitOfWork(database.settings, read_only=False) as unit:
+            with database.settings.unit(database.settings, read_only=False) as unit:
                 return method(kind(unit), *arguments, **named)
         if access.unless is not None:
             known, answer = access.unless(self, *arguments, **named)

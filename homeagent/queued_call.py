@@ -10,7 +10,6 @@ A call has one of these states. The caller moves its call to LEFT. The writer th
 | ENDED | COMMITTING | the writer thread begins the commit, and the caller can no longer leave |
 | COMMITTING | DONE | the batch is committed, and the call has the outcome |
 | RUNNING, ENDED, COMMITTING | ALONE | the batch was rolled back, so the caller must run the unit itself |
-| ENDED | ALONE | the function used the ORM session, so the caller must run the unit itself |
 | QUEUED | ALONE | the writer thread cannot be started, so the waiting thread must run the unit itself |
 | QUEUED | DONE | the writer thread cannot be started, so the waiting coroutine gets the error |
 | QUEUED, STARTING | DONE | `busy_timeout` is over or the database was closed, so the caller gets the error |

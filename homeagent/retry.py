@@ -53,7 +53,7 @@ class Runner:
             try:
                 if self._group_commit is not None and not read_only:
                     return _done(work, self._group_commit.run(work))
-                with UnitOfWork(self._settings, read_only=read_only) as unit:
+                with self._settings.unit(self._settings, read_only=read_only) as unit:
                     return _done(work, work(unit))
             except RETRIED as error:
                 retries = retries or _Retries(self._settings, begun, idempotent=idempotent)

@@ -5,9 +5,11 @@ A unit has one of these states.
 | from | to | when |
 |---|---|---|
 | NEW | OPEN | the `with` block is entered, the unit has got a connection, and the transaction has begun |
+| NEW | OPEN | the unit has joined the transaction of a batch (`homeagent.group_commit`) |
 | OPEN | ROLLED_BACK | the caller calls `rollback`, or the ORM session rolls the whole transaction back |
 | OPEN | FINISHED | the `with` block has ended, and the transaction was committed, or rolled back after an exception |
 | ROLLED_BACK | FINISHED | the `with` block has ended, and the unit has released the connection |
+| OPEN, ROLLED_BACK | FINISHED | the unit has left the transaction of the batch |
 """
 
 from __future__ import annotations
@@ -20,20 +22,34 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from homeagent.errors import HomeAgentError, UnitStateError
-from homeagent.unit_settings import UnitSettings
+from homeagent.unit_settings import UnitSettings, read_clock
 
 if TYPE_CHECKING:
-    from sqlmodel import Session
+    from datetime import datetime
 
     from homeagent.engine.connection import StoreConnection
+    from homeagent.orm_session import UnitSession
 
-__all__ = ["FINISHED", "NEW", "OPEN", "ROLLED_BACK", "Transaction", "UnitState", "call_back", "refuse_nesting"]
+__all__ = [
+    "FINISHED",
+    "NEW",
+    "OPEN",
+    "ROLLED_BACK",
+    "SAVEPOINT",
+    "Transaction",
+    "UnitState",
+    "call_back",
+    "refuse_nesting",
+]
 
 logger = logging.getLogger("homeagent")
 
 UnitState = Enum("UnitState", ["NEW", "OPEN", "ROLLED_BACK", "FINISHED"])
 # Every statement compares the state. Reading a module's global is faster than reading `UnitState.OPEN`.
 NEW, OPEN, ROLLED_BACK, FINISHED = UnitState
+
+SAVEPOINT = "homeagent_group"
+"""Savepoint of a unit that has joined the transaction of a batch."""
 
 
 def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
@@ -67,6 +83,7 @@ class Transaction:
     __slots__ = (
         "_after_commit",
         "_connection",
+        "_has_joined",
         "_owner",
         "_savepoints",
         "_session",
@@ -82,7 +99,8 @@ class Transaction:
         self.read_only = read_only
         self._state = NEW
         self._connection: StoreConnection | None = None
-        self._session: Session | None = None
+        self._has_joined = False
+        self._session: UnitSession | None = None
         self._after_commit: list[Callable[[], object]] | None = None
         self._savepoints = 0
         self._owner = 0
@@ -127,7 +145,7 @@ class Transaction:
         sound = False
         try:
             if self._session is not None:
-                self._session.flush()
+                self._session.complete()
             connection.commit()
             sound = True
         except BaseException as error:
@@ -184,9 +202,11 @@ class Transaction:
         settings = self._settings
         engine = settings.engine
         pool = engine.readers if self.read_only else engine.writers
+        # Do not keep the session in the attribute, because unit and session form a reference cycle.
+        session, self._session = self._session, None
         try:
-            if self._session is not None:
-                self._session.close()
+            if session is not None:
+                session.close()
         finally:
             try:
                 # Do not use the pool in a forked child, because a thread of the parent can hold the pool's mutex.
@@ -217,6 +237,10 @@ class Transaction:
             raise UnitStateError("this unit of work has ended or was not entered: use it inside its with block")
         return connection
 
+    def now(self) -> datetime:
+        """Return the time of the clock, as a timestamp in UTC, floored to milliseconds."""
+        return read_clock(self._settings.clock)
+
     def rollback(self) -> None:
         """Roll back now. At the end of the `with` block, the unit does not commit. A second call has no effect.
 
@@ -226,8 +250,63 @@ class Transaction:
         if self._state is ROLLED_BACK:
             return
         connection = self._require_connection()
-        self._after_commit = None
         if self._session is not None:
             self._session.close()
-        connection.rollback()
+        self._undo_changes(connection)
+
+    def _undo_changes(self, connection: StoreConnection) -> None:
+        """Roll back the changes of this unit, and move the unit to ROLLED_BACK."""
+        if not self._has_joined:
+            connection.rollback()
+        elif connection.in_transaction:
+            connection.rollback_to_savepoint(SAVEPOINT)
+        self._after_commit = None
         self._state = ROLLED_BACK
+
+    def _end_after_rollback(self, *, part: bool = False) -> None:
+        """Move the unit to ROLLED_BACK after the ORM session has rolled back.
+
+        If `part` is True, the session may have rolled back to a savepoint only. Then the unit stays OPEN.
+        """
+        connection = self._connection
+        if self._state is not OPEN or connection is None:
+            return
+        if not part or not connection.has_orm_transaction or not connection.in_transaction:
+            self._undo_changes(connection)
+
+    # A part of the transaction of a batch
+
+    def join(self, connection: StoreConnection) -> Self:
+        """Begin the unit in a savepoint of the open transaction of a batch, and return the unit.
+
+        Use this method instead of a `with` block.
+        """
+        connection.savepoint(SAVEPOINT)
+        self._connection, self._has_joined, self._state = connection, True, OPEN
+        return self
+
+    def complete(self) -> None:
+        """Write the pending changes of the ORM session. Call this method if the function of the unit has returned."""
+        if self._session is not None and self._state is OPEN:
+            self._session.complete()
+
+    def leave(self, *, keep: bool) -> list[Callable[[], object]] | None:
+        """End a unit that has joined a batch. Return the callbacks that must be called after the commit.
+
+        Args:
+            keep: whether the changes of the unit stay in the transaction.
+        """
+        connection, self._connection = self._connection, None
+        session, self._session = self._session, None
+        is_open, self._state = self._state is OPEN, FINISHED
+        if connection is None:
+            return None
+        if session is not None:
+            try:
+                connection.release_orm(keep=keep and is_open)
+            finally:
+                session.close()
+        # If SQLite has rolled the whole transaction back, the savepoint does not exist any more.
+        if is_open and connection.in_transaction:
+            (connection.release_savepoint if keep else connection.rollback_to_savepoint)(SAVEPOINT)
+        return self._after_commit if keep else None

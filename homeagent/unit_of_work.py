@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import JsonValue
@@ -20,8 +20,8 @@ from homeagent.stores.devices import DeviceStore
 from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 from homeagent.stores.nonces import NonceStore
 from homeagent.stores.sessions import SessionStore
-from homeagent.transaction import OPEN, ROLLED_BACK, Transaction
-from homeagent.unit_settings import UnitSettings, read_clock
+from homeagent.transaction import OPEN, SAVEPOINT, Transaction
+from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
     from sqlmodel import Session
@@ -100,47 +100,20 @@ class UnitOfWork(Transaction):
     def session(self) -> Session:
         """The ORM session of this unit. The session is opened at first use, on the unit's connection and transaction.
 
-        The unit flushes the session before a store's statement, and expires the session's objects after a store's
-        write. Therefore the session and the stores see the same data. The session's `commit()` only flushes, and the
-        session's `rollback()` rolls the unit back. After the end of the unit, the session raises UnitStateError.
+        The unit flushes the session before a store's statement. After a store's write, the unit expires the session's
+        objects of the tables that the statement can have changed. Therefore the session and the stores see the same
+        data. The session's `commit()` only flushes, and the session's `rollback()` rolls the unit back. After the end
+        of the unit, the session raises UnitStateError, but its objects can be used.
         """
         connection = self._require_connection()
         if self._session is None:
             # Import lazily, because most units use no session.
-            from sqlalchemy import event
-            from sqlmodel import Session
+            from homeagent.orm_session import UnitSession
 
-            unit = self
-
-            class UnitSession(Session):
-                def get_bind(self, *args: Any, **kwargs: Any) -> Any:
-                    # SQLAlchemy calls this method before every statement. After the end of this unit, another unit can
-                    # use the connection.
-                    unit._require_connection()
-                    return super().get_bind(*args, **kwargs)
-
-                def rollback(self) -> None:
-                    # SQLAlchemy's method has no effect if the session sent no statement. But a store can have written.
-                    super().rollback()
-                    unit._on_session_rollback(self, whole=True)
-
-            session = UnitSession(
-                bind=connection.orm_connection(), join_transaction_mode="rollback_only", info={"now": self.now}
-            )
-            event.listen(session, "after_rollback", self._on_session_rollback)
-            self._session = session
+            if self._has_joined:
+                connection.confine_orm(SAVEPOINT)
+            self._session = UnitSession(self, connection)
         return self._session
-
-    def _on_session_rollback(self, session: Any, *, whole: bool = False) -> None:
-        connection = self._connection
-        if self._state is not OPEN or connection is None:
-            return
-        if connection.in_transaction:
-            if not whole:
-                return  # only a savepoint was rolled back
-            connection.rollback()
-        self._state = ROLLED_BACK
-        self._after_commit = None
 
     @clears_locals
     def run_once(
@@ -257,7 +230,7 @@ class UnitOfWork(Transaction):
             raise
         finally:
             if self._session is not None:
-                self._session.expire_all()
+                self._session.expire_written(statement)
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
         """Run a store's writing statement with RETURNING. Return the object of the first row, or None without a row."""
@@ -272,7 +245,7 @@ class UnitOfWork(Transaction):
             raise
         finally:
             if self._session is not None:
-                self._session.expire_all()
+                self._session.expire_written(statement)
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
         """Run a store's writing statement for each set of parameters, and return the number of changed rows."""
@@ -287,7 +260,7 @@ class UnitOfWork(Transaction):
             raise
         finally:
             if self._session is not None:
-                self._session.expire_all()
+                self._session.expire_written(statement)
 
     def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
         """Insert rows of stored values (see `StoreConnection.insert_rows`)."""
@@ -295,10 +268,6 @@ class UnitOfWork(Transaction):
         if self._session is not None:
             self._session.flush()
         connection.insert_rows(table, columns, rows)
-
-    def now(self) -> datetime:
-        """Return the time of the clock, as a timestamp in UTC, floored to milliseconds."""
-        return read_clock(self._settings.clock)
 
     @property
     def settings(self) -> UnitSettings:

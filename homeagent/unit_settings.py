@@ -11,6 +11,7 @@ from homeagent.models.types import check_timestamp
 
 if TYPE_CHECKING:
     from homeagent.engine.engine import Engine
+    from homeagent.unit_of_work import UnitOfWork
 
 __all__ = ["UnitSettings", "read_clock"]
 
@@ -24,6 +25,7 @@ class UnitSettings:
         engine: engine that gives the connections.
         clock: clock that each store method reads once.
         timeout: longest wait of a unit for a connection, in seconds.
+        unit: class of the units that the application gets.
         limits: limits of the rows that devices can create. Default: the defaults of `Limits`.
 
     Attributes:
@@ -31,12 +33,15 @@ class UnitSettings:
         writing: ids of the threads that have an open write unit.
     """
 
-    __slots__ = ("clock", "engine", "limits", "memory", "timeout", "writing")
+    __slots__ = ("clock", "engine", "limits", "memory", "timeout", "unit", "writing")
 
-    def __init__(self, engine: Engine, clock: Clock, timeout: float, limits: Limits = _DEFAULT_LIMITS) -> None:
+    def __init__(
+        self, engine: Engine, clock: Clock, timeout: float, unit: type[UnitOfWork], limits: Limits = _DEFAULT_LIMITS
+    ) -> None:
         self.engine = engine
         self.clock = clock
         self.timeout = timeout
+        self.unit = unit
         self.limits = limits
         self.memory: dict[str, Any] = {}
         self.writing: set[int] = set()

@@ -9,15 +9,17 @@ import asyncio
 import contextvars
 import functools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from homeagent import Agent, Database, UnitOfWork
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.counters import Counters
-from homeagent.errors import AgentExistsError, DiskFullError, UnitStateError
+from homeagent.errors import AgentExistsError, ConflictError, DiskFullError, UnitStateError
 from tests.batches import Work, agents_of, counted_commits, create, creating, group_commit_of, held, run_together
 from tests.conftest import START, Children, dump
 
@@ -235,46 +237,59 @@ def test_open_savepoints_end_with_their_unit(sqlite_database: Database, position
 
 
 @BOTH
-def test_a_unit_with_its_orm_session_runs_alone(
+def test_units_with_an_orm_session_share_the_commit(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, coroutines: bool
 ) -> None:
-    """A unit with an ORM session runs again alone, where it may flush, fail and roll back; other units run once."""
+    """A unit with an ORM session stays in its batch. If its flush fails or it rolls back, only this unit is undone."""
     runs: list[str] = []
 
-    def orm(unit: UnitOfWork, *, swallow: bool) -> str:
-        runs.append("orm")
-        create(unit, f"store {swallow}")
-        try:
-            session = unit.session
-        except BaseException:
-            if not swallow:
-                raise
-            return "swallowed"
-        session.add(Agent(id=f"orm {swallow}", name="Orm", workspace_path="/orm", created_at=START))
-        return "with session"
+    def orm(unit: UnitOfWork, store: str, agent_id: str, end: Callable[[UnitOfWork], object] = bool) -> str:
+        runs.append(store)
+        create(unit, store)
+        unit.session.add(Agent(id=agent_id, name="Orm", workspace_path="/orm", created_at=START))
+        end(unit)
+        return store
 
-    def orm_rollback(unit: UnitOfWork) -> str:
-        create(unit, "undone")
-        unit.session.rollback()
-        return "rolled back"
+    def fail(unit: UnitOfWork) -> None:
+        with pytest.raises(ConflictError):
+            unit.session.flush()
+        with pytest.raises(UnitStateError):
+            unit.agents.list()
 
-    def plain(unit: UnitOfWork, agent_id: str) -> str:
-        runs.append(agent_id)
-        return create(unit, agent_id)
+    def close(unit: UnitOfWork) -> None:
+        unit.session.flush()
+        unit.session.close()
 
     works: list[Work] = [
-        functools.partial(orm, swallow=False),
-        functools.partial(plain, agent_id="ada"),
-        orm_rollback,
-        functools.partial(orm, swallow=True),
-        functools.partial(plain, agent_id="bob"),
+        functools.partial(orm, store="s1", agent_id="o1"),
+        functools.partial(orm, store="s2", agent_id="o2", end=lambda unit: unit.session.rollback()),
+        functools.partial(orm, store="s3", agent_id="o1", end=lambda unit: unit.agents.list()),
+        functools.partial(orm, store="s4", agent_id="o4", end=lambda unit: unit.session.begin_nested()),
+        functools.partial(orm, store="s5", agent_id="o1", end=fail),
+        functools.partial(orm, store="s6", agent_id="o1"),
+        functools.partial(orm, store="s7", agent_id="o7", end=close),
+        creating("ada"),
     ]
     with counted_commits(monkeypatch) as count:
         results = run_together(sqlite_database, works, coroutines=coroutines)
-    assert results == ["with session", "ada", "rolled back", "with session", "bob"]
-    assert agents_of(sqlite_database) == ["ada", "bob", "orm False", "orm True", "store False", "store True"]
-    assert runs == ["orm", "ada", "orm", "bob", "orm", "orm"]
-    assert count == [3]
+    assert [result for result in results if isinstance(result, str)] == ["s1", "s2", "s4", "s5", "s7", "ada"]
+    assert isinstance(results[2], ConflictError)
+    assert isinstance(results[5], ConflictError)
+    assert agents_of(sqlite_database) == ["ada", "o1", "o4", "o7", "s1", "s4", "s7"]
+    assert runs == ["s1", "s2", "s3", "s4", "s5", "s6", "s7"]
+    assert count == [1]
+
+
+def test_a_commit_inside_a_batch_runs_the_units_alone(sqlite_database: Database) -> None:
+    """If a unit sends COMMIT itself, SQLite rolls the batch back, and each unit runs again alone and once."""
+
+    def committing(unit: UnitOfWork) -> str:
+        create(unit, "committed")
+        unit.session.execute(text("COMMIT"))
+        return "sent"
+
+    assert run_together(sqlite_database, [creating("ada"), committing, creating("bob")])[::2] == ["ada", "bob"]
+    assert agents_of(sqlite_database) == ["ada", "bob", "committed"]
 
 
 def test_units_read_the_writes_of_earlier_units(sqlite_database: Database) -> None:

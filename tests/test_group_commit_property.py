@@ -10,19 +10,38 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import insert
 
 from homeagent import Agent, Database, UnitOfWork
-from homeagent.errors import AgentExistsError, AgentNotFoundError, DiskFullError
+from homeagent.errors import AgentExistsError, AgentNotFoundError, ConflictError, DiskFullError, UnitStateError
 from tests.batches import counted_commits, create, run_together
-from tests.conftest import FakeClock, dump
+from tests.conftest import START, FakeClock, dump
 
 # Savepoints that no unit ends; garbage collection would end a savepoint without a reference.
 left_open: list[Any] = []
 
 names = st.sampled_from(["a", "b", "c"])
-acts = st.sampled_from(["create", "delete", "get", "nested", "nested error", "left open", "session", "callback"])
+orm_acts = ["orm", "orm add", "orm nested", "orm rollback", "orm close"]
+acts = st.sampled_from(["create", "delete", "get", "nested", "nested error", "left open", "callback", *orm_acts])
 steps = st.lists(st.tuples(acts, names), max_size=4)
 ends = st.sampled_from(["return", "return", "return", "raise", "rollback"])
+
+
+def play_orm(unit: UnitOfWork, act: str, name: str) -> Any:
+    """Run a step that uses the ORM session, and return its result."""
+    found = unit.session.get(Agent, name)
+    if act == "orm add" and unit.session.get(Agent, f"{name}{name}") is None:
+        unit.session.add(Agent(id=f"{name}{name}", name="added", workspace_path="/orm", created_at=START))
+    elif act == "orm rollback":
+        unit.session.rollback()
+    elif act == "orm nested":
+        with suppress(ConflictError), unit.session.begin_nested():
+            unit.session.execute(insert(Agent).values(id="a", name="added", workspace_path="/orm", created_at=START))
+    elif act == "orm close":
+        unit.session.close()
+    elif found is not None:
+        found.name = "by the ORM"
+    return found is not None
 
 
 def play(unit: UnitOfWork, script: Sequence[tuple[str, str]], end: str, called: list[str]) -> Any:
@@ -47,11 +66,8 @@ def play(unit: UnitOfWork, script: Sequence[tuple[str, str]], end: str, called: 
             left_open.append(unit.savepoint())
             left_open[-1].__enter__()
             shown.append(unit.agents.delete(name))
-        elif act == "session":
-            found = unit.session.get(Agent, name)
-            shown.append(found is not None)
-            if found is not None:
-                found.name = "by the ORM"
+        elif act.startswith("orm"):
+            shown.append(play_orm(unit, act, name))
         else:
             unit.after_commit(functools.partial(called.append, name))
     if end == "raise":
@@ -109,7 +125,7 @@ def test_units_of_a_batch_equal_units_alone(
         try:
             with alone.unit_of_work() as unit:
                 result: Any = play(unit, *scripts[number], expected)
-        except (LookupError, AgentExistsError, AgentNotFoundError) as error:
+        except (LookupError, AgentExistsError, AgentNotFoundError, UnitStateError) as error:
             result = error
         assert comparable(outcomes[number]) == comparable(result)
         assert called[number] == expected

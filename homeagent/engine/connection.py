@@ -96,6 +96,11 @@ class StoreConnection:
         """The driver's connection object."""
         return self._raw
 
+    @property
+    def dialect(self) -> Dialect:
+        """SQLAlchemy's dialect, which compiles the statements."""
+        return self._dialect
+
     # Transactions
 
     def begin(self) -> None:
@@ -192,6 +197,34 @@ class StoreConnection:
         if self._root is None:
             self._root = self._connection.begin()
         return self._connection
+
+    @property
+    def has_orm_transaction(self) -> bool:
+        """Whether the root transaction of SQLAlchemy's connection is active."""
+        return self._root is not None and self._root.is_active
+
+    def confine_orm(self, savepoint: str) -> None:
+        """Confine SQLAlchemy's transaction to a savepoint, because other units share the transaction (SQLite only).
+
+        A rollback by SQLAlchemy then rolls back to the savepoint. A COMMIT fails, and SQLite rolls everything back.
+        """
+        self._raw.confine(savepoint)
+
+    def release_orm(self, *, keep: bool) -> None:
+        """End the confinement by `confine_orm`. End the savepoints that the unit left open in SQLAlchemy's connection.
+
+        Args:
+            keep: whether to keep the changes in these savepoints.
+        """
+        try:
+            if not self.in_transaction:
+                self.rollback()
+            while (nested := self._connection.get_nested_transaction()) is not None:
+                (nested.commit if keep else nested.rollback)()
+        finally:
+            self._raw.confine(None)
+        if not self.has_orm_transaction:
+            self._root = None
 
     def savepoint(self, name: str) -> None:
         """Set a savepoint."""

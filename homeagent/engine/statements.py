@@ -59,9 +59,12 @@ class Compiled(Generic[R]):
         load: function that converts the driver's rows to a list of results.
         writes: whether the statement changes the database.
         columns: columns of a row, in the order of the values.
+        target: name of the table that the statement writes to; None if it only reads, or if the table is unknown.
+        cascade: attribute of foreign keys with the action that the statement causes in other tables: `ondelete`,
+            `onupdate`, or None for an INSERT.
     """
 
-    __slots__ = ("_dialect", "bind", "columns", "load", "sql", "writes")
+    __slots__ = ("_dialect", "bind", "cascade", "columns", "load", "sql", "target", "writes")
 
     def __init__(self, expression: Executable, dialect: Dialect, returning: type[Table] | None = None) -> None:
         compiled: Any = expression.compile(dialect=dialect)  # type: ignore[attr-defined]  # every Executable here is a ClauseElement
@@ -74,6 +77,8 @@ class Compiled(Generic[R]):
             _loader(expression, dialect) if returning is None else _model_loader(returning, dialect)
         )
         self.columns = _columns(expression, returning)
+        self.target: str | None = getattr(getattr(expression, "table", None), "fullname", None)
+        self.cascade = {"delete": "ondelete", "update": "onupdate"}.get(expression.__visit_name__)
         self._dialect = dialect
 
     def unreadable(self, rows: Sequence[Row], parameters: Parameters) -> CorruptDatabaseError:

@@ -84,7 +84,7 @@ class _Table:
     """A table of homeagent. Its methods read and write stored values, without the models' types."""
 
     def __init__(self, described: Any) -> None:
-        self.name = name = described.name
+        self.name: str = described.name
         self.columns = tuple(c.name for c in described.columns)
         self.page = PAGE_WITH_JSON if any(isinstance(c.type, JsonColumn) for c in described.columns) else PAGE
         self._kinds = [
@@ -93,7 +93,7 @@ class _Table:
         self._flags = [at for at, c in enumerate(described.columns) if isinstance(c.type, FlagColumn)]
         self._named = self.columns.index(naming_column(described))
         self._sound: set[tuple[type, ...]] = set()
-        raw = sql_table(name, *map(column, self.columns))
+        raw = sql_table(self.name, *map(column, self.columns))
         key = [raw.c[c.name] for c in described.primary_key.columns]
         self._key = {f"after_{c.name}": self.columns.index(c.name) for c in key}
         place: list[Any] = [bindparam(name) for name in self._key]

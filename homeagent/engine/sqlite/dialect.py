@@ -55,7 +55,8 @@ InternalError = ProgrammingError = NotSupportedError = apsw.Error
 DRIVER_ERRORS = (apsw.Error, OverflowError, UnicodeError)
 """Exceptions that a statement can raise: SQLite's errors, and errors for integers over 64 bits and undecodable text."""
 
-_FAILED_WRITES = (apsw.SQLITE_FULL, apsw.SQLITE_IOERR_WRITE)
+_NOT_IN_WAL = (apsw.SQLITE_FULL, apsw.SQLITE_IOERR_WRITE, apsw.SQLITE_CONSTRAINT_COMMITHOOK)
+"""Results of a COMMIT of which the WAL does not contain all frames."""
 
 Description = tuple[tuple[str, None, None, None, None, None, None], ...]
 
@@ -160,6 +161,7 @@ class Connection(_Connection):
     autocommit = False
     closing: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
     """Function that returns a context manager. The method `close` runs in this context."""
+    _savepoint: str | None = None
 
     def __init__(self, filename: str, flags: int) -> None:
         super().__init__(filename, flags)
@@ -187,7 +189,7 @@ class Connection(_Connection):
         except Exception as error:
             # If COMMIT failed before a write, the transaction is still open. If a write failed, the WAL contains only a
             # part of the transaction.
-            is_whole = not self.in_transaction and getattr(error, "extendedresult", 0) not in _FAILED_WRITES
+            is_whole = not self.in_transaction and getattr(error, "extendedresult", 0) not in _NOT_IN_WAL
             if not is_whole or self._erase_failed_commit():
                 raise
         else:
@@ -221,9 +223,18 @@ class Connection(_Connection):
         return True
 
     def rollback(self) -> None:
-        """Roll back the transaction, if there is one."""
+        """Roll back the transaction, if there is one. See `confine` for a part of a transaction."""
         if self.in_transaction:
-            self.execute("ROLLBACK")
+            self.execute("ROLLBACK" if self._savepoint is None else f"ROLLBACK TO SAVEPOINT {self._savepoint}")
+
+    def confine(self, savepoint: str | None) -> None:
+        """Confine the caller to a savepoint of the transaction. If `savepoint` is None, end the confinement.
+
+        In the confinement, `rollback` rolls back to the savepoint. A COMMIT fails, also as SQL text, and SQLite rolls
+        the whole transaction back (https://sqlite.org/c3ref/commit_hook.html).
+        """
+        self._savepoint = savepoint
+        self.set_commit_hook(None if savepoint is None else lambda: True)
 
 
 def connect(database: str, *, uri: bool = False, create: bool = True, timeout: float = 5.0) -> Connection:

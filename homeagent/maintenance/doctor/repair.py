@@ -140,7 +140,7 @@ def _switch_to_wal(path: Path, done: list[Repair]) -> None:
 def _opened(target: Target, clock: Clock, engine: Engine | None) -> Iterator[UnitSettings]:
     seconds = _WAIT.total_seconds()
     if engine is not None:
-        yield UnitSettings(engine, clock, seconds)
+        yield UnitSettings(engine, clock, seconds, UnitOfWork)
         return
     own: SQLiteEngine | PostgreSQLEngine
     if target.path is not None:
@@ -153,7 +153,7 @@ def _opened(target: Target, clock: Clock, engine: Engine | None) -> Iterator[Uni
             open_sqlite(own, clock=clock, timeout=_WAIT, migrate=False, temporary=False)
         else:
             open_postgresql(own, timeout=_WAIT, migrate=False)
-        yield UnitSettings(own, clock, seconds)
+        yield UnitSettings(own, clock, seconds, UnitOfWork)
     finally:
         own.close()
 

@@ -1,0 +1,116 @@
+"""The ORM session of a unit of work, on the connection and in the transaction of the unit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event, inspect, select, tuple_
+from sqlmodel import Session
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Mapper
+
+    from homeagent.engine.connection import StoreConnection
+    from homeagent.engine.statements import Statement
+    from homeagent.transaction import Transaction
+
+__all__ = ["UnitSession"]
+
+_ROWS_AT_ONCE = 500
+"""Number of expired rows that one SELECT loads."""
+
+
+class UnitSession(Session):
+    """The ORM session of a unit. Its `commit` only flushes, and its `rollback` rolls the whole unit back."""
+
+    def __init__(self, unit: Transaction, connection: StoreConnection) -> None:
+        super().__init__(
+            bind=connection.orm_connection(),
+            join_transaction_mode="rollback_only",
+            expire_on_commit=False,
+            info={"now": unit.now},
+        )
+        self._unit = unit
+        self._dialect = connection.dialect
+
+    def get_bind(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the connection. SQLAlchemy calls this method before every statement.
+
+        After the end of the unit, another unit can use the connection, so the method raises UnitStateError.
+        """
+        self._unit._require_connection()
+        return super().get_bind(*args, **kwargs)
+
+    def commit(self) -> None:
+        """Flush the pending changes. The unit commits at its end."""
+        self._unit._require_connection()
+        self.flush()
+
+    def rollback(self) -> None:
+        """Roll the unit back."""
+        super().rollback()
+        # SQLAlchemy's method has no effect if the session sent no statement. But a store can have written.
+        self._unit._end_after_rollback()
+
+    def expire_written(self, statement: Statement[Any]) -> None:
+        """Expire the objects and collections whose rows a statement of a store can have changed."""
+        compiled = statement.compiled(self._dialect)
+        if compiled.target is None:
+            self.expire_all()
+            return
+        for row in self.identity_map.values():
+            state = inspect(row)
+            mapper = state.mapper
+            if _is_changed(mapper.local_table, compiled.target, compiled.cascade):
+                self.expire(row)
+                continue
+            stale = [
+                each.key
+                for each in mapper.relationships
+                if each.key in state.dict
+                and any(
+                    table is not None and _is_changed(table, compiled.target, compiled.cascade)
+                    for table in (each.mapper.local_table, each.secondary)
+                )
+            ]
+            if stale:
+                self.expire(row, stale)
+
+    def complete(self) -> None:
+        """Flush the pending changes, and load the expired rows, so that their objects can be used after the unit."""
+        self.flush()
+        expired: dict[Mapper[Any], list[Any]] = {}
+        for row in self.identity_map.values():
+            state = inspect(row)
+            if state.expired_attributes.intersection(state.mapper.column_attrs.keys()):
+                expired.setdefault(state.mapper, []).append(state.identity)
+        for mapper, keys in expired.items():
+            key = tuple_(*mapper.primary_key)
+            for start in range(0, len(keys), _ROWS_AT_ONCE):
+                rows = select(mapper).where(key.in_(keys[start : start + _ROWS_AT_ONCE]))
+                self.scalars(rows.execution_options(populate_existing=True)).unique().all()
+
+
+@event.listens_for(UnitSession, "after_rollback")
+def _after_rollback(session: UnitSession) -> None:
+    """End the unit if its whole transaction was rolled back, for example because a flush failed."""
+    session._unit._end_after_rollback(part=True)
+
+
+def _is_changed(table: Any, target: str, cascade: str | None) -> bool:
+    """Return whether a statement on the table `target` can change rows of `table`.
+
+    Args:
+        table: table of an object.
+        target: name of the table that the statement inserts into, updates or deletes from.
+        cascade: attribute of a foreign key with the action that the statement causes: `ondelete` or `onupdate`. None
+            for an INSERT.
+    """
+    if table.fullname == target:
+        return True
+    return cascade is not None and any(
+        getattr(key, cascade) not in (None, "NO ACTION", "RESTRICT")
+        and key.column.table is not table
+        and _is_changed(key.column.table, target, cascade)
+        for key in getattr(table, "foreign_keys", ())
+    )
