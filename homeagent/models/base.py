@@ -7,7 +7,7 @@ annotation again for each subclass, which adds a twelfth to the import time of t
 import copy
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform, get_args
 
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -16,14 +16,18 @@ from sqlalchemy import Index, MetaData, TextClause, inspect
 from sqlalchemy.orm import registry
 from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.state import InstanceState
-from sqlmodel import SQLModel
+from sqlmodel import Field, SQLModel
 
 # These names are private to SQLModel and have no public counterpart. `SQLModelConfig` is the type of the configuration.
 # The context variable `finish_init` is False while SQLModel itself builds and validates an instance. The function
 # `is_table_model_class` tests for `table=True`.
 from sqlmodel._compat import SQLModelConfig, finish_init, is_table_model_class
+from sqlmodel.main import FieldInfo, SQLModelMetaclass
 
-__all__ = ["Model", "PartialIndex", "Table", "hide_input", "metadata"]
+from homeagent.errors import InvalidArgumentError
+from homeagent.models.types import choose_column_type
+
+__all__ = ["RESERVED_PREFIX", "Model", "PartialIndex", "Table", "hide_input", "metadata"]
 
 T = TypeVar("T")
 
@@ -122,15 +126,80 @@ class PartialIndex(Index):
         return options
 
 
-class Table(Model):
-    """Base of the table models.
+RESERVED_PREFIX = "homeagent_"
+"""Prefix of the names of tables that homeagent reserves."""
+
+# homeagent's tables without the reserved prefix, the next tables of that kind, and the version tables. SQLite ignores
+# the case of a name.
+_RESERVED_NAMES = frozenset(
+    {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
+    | {"device_changes", "application_schema_version", "alembic_version"}
+)
+
+
+def _is_own(model: type) -> bool:
+    """Return whether the class is a class of the application."""
+    return not model.__module__.startswith("homeagent.")
+
+
+def _check_table_name(model: type, name: str) -> None:
+    """Raise InvalidArgumentError if homeagent reserves the name of a table, or if the table exists already."""
+    lower = name.lower()
+    if lower in _RESERVED_NAMES or lower.startswith((RESERVED_PREFIX, "sqlite_", "_alembic_tmp_")):
+        raise InvalidArgumentError(
+            f"the table name {name!r} of {model.__module__}.{model.__qualname__} is reserved: choose a name that is "
+            f"not a table of homeagent and does not begin with {RESERVED_PREFIX!r}"
+        )
+    for table in metadata.tables.values():
+        if table.name.lower() == lower:
+            first = next((each.class_ for each in _registry.mappers if each.local_table is table), None)
+            place = "a sqlalchemy.Table" if first is None else f"{first.__module__}.{first.__qualname__}"
+            raise InvalidArgumentError(
+                f"the table {name!r} of {model.__module__}.{model.__qualname__} is defined already, by {place}: choose "
+                "another name, or import the module under one name and without a reload"
+            )
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(Field, FieldInfo))
+class _TableType(SQLModelMetaclass):
+    """Metaclass of `Table`. It checks the name of an own table before SQLAlchemy adds the table to the metadata."""
+
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> None:
+        if is_table_model_class(cls) and _is_own(cls) and not any(map(is_table_model_class, bases)):
+            _check_table_name(cls, getattr(cls, "__tablename__"))  # noqa: B009  SQLModel declares no such attribute
+        super().__init__(name, bases, namespace, **options)
+
+
+class Table(Model, metaclass=_TableType):
+    """Base class of table models. An application derives its own tables from this class, with `table=True`.
 
     SQLModel does not validate a model with `table=True`. This class validates an instance on construction and on
     assignment. An invalid assignment does not change the old value. A loaded instance is not validated, because the
     stored values were validated before.
+
+    Both engines store the same values in the same order. A field of type `str` is a TEXT column that is compared by
+    bytes, `int` has 64 bits, `Timestamp` is stored in milliseconds, a `StrEnum` as its value, and `dict`, `list` or
+    Pydantic's `JsonValue` as JSON text of at most 256 KiB. For other types, SQLModel chooses the column type. A field's
+    `sa_type` or `sa_column` has precedence.
+
+    Constraints and indexes without a name get one, such as `fk_messages_session_id_sessions`. A foreign key can refer
+    to homeagent's tables by name, such as `Field(foreign_key="sessions.session_id", ondelete="CASCADE")`.
+
+    Raises (when the class is defined):
+        InvalidArgumentError: in three cases: the name of the table is reserved, another class has the same table name,
+            or a field is a datetime without the checks of `Timestamp`. The names of homeagent's tables and names that
+            begin with `homeagent_` are reserved.
+        TypeError: if the class derives from a table of homeagent.
     """
 
     __table__: ClassVar[Any]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if _is_own(cls):
+            for name, field in cls.__pydantic_fields__.items():
+                choose_column_type(field, f"{cls.__qualname__}.{name}")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raise TypeError for a subclass of a table of homeagent.
@@ -141,7 +210,7 @@ class Table(Model):
         """
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[1:]:
-            if "__table__" in vars(base) and base.__module__.startswith("homeagent."):
+            if "__table__" in vars(base) and not _is_own(base):
                 raise TypeError(
                     f"{base.__name__} is a table of homeagent and can't have subclasses: for a request or a reply, "
                     f"derive {cls.__name__} from a schema, such as DevicePublic"
@@ -151,6 +220,7 @@ class Table(Model):
         if not is_table_model_class(type(self)) or not finish_init.get():
             super().__init__(**data)
             return
+        related = {name: data.pop(name) for name in type(self).__sqlmodel_relationships__ if name in data}
         # The validator writes the fields directly into `__dict__`, without SQLAlchemy's instrumentation. Restore the
         # old `__dict__` afterwards, and set each field through the instrumentation.
         kept = self.__dict__.copy()
@@ -160,6 +230,8 @@ class Table(Model):
         for name, value in values.items():
             set_attribute(self, name, value)
         object.__setattr__(self, "__pydantic_fields_set__", fields_set)
+        for name, value in related.items():
+            setattr(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in type(self).model_fields or not finish_init.get():

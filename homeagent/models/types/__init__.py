@@ -16,6 +16,7 @@ from homeagent.models.types.json_text import (
     encode_json,
 )
 from homeagent.models.types.limits import MAX_LIMIT, check_limit
+from homeagent.models.types.own_columns import choose_column_type
 from homeagent.models.types.stored_values import UNREADABLE, loaded, naming_column, unreadable, unreadable_in
 from homeagent.models.types.text import (
     INVISIBLE,
@@ -84,6 +85,7 @@ __all__ = [
     "check_session_id",
     "check_timestamp",
     "check_wait",
+    "choose_column_type",
     "decode_json",
     "earlier",
     "encode_json",

@@ -16,6 +16,7 @@ __all__ = [
     "EPOCH",
     "LONGEST_WAIT",
     "MILLISECOND",
+    "TIMESTAMP_CHECK",
     "Timestamp",
     "TimestampColumn",
     "check_duration",
@@ -123,8 +124,14 @@ def _refuse_number(value: object) -> object:
     return value
 
 
-Timestamp = Annotated[datetime, BeforeValidator(_refuse_number), AfterValidator(_as_timestamp)]
-"""Field type for an aware datetime, converted to UTC and floored to milliseconds. A naive datetime is invalid."""
+TIMESTAMP_CHECK = AfterValidator(_as_timestamp)
+"""Validator that distinguishes `Timestamp` from a plain datetime."""
+
+Timestamp = Annotated[datetime, BeforeValidator(_refuse_number), TIMESTAMP_CHECK]
+"""Field type for an aware datetime, converted to UTC and floored to milliseconds. A naive datetime is invalid.
+
+In a `Table`, the column stores whole milliseconds since 1970, as INTEGER on SQLite and as BIGINT on PostgreSQL.
+"""
 
 
 def _timestamp_of(milliseconds: float) -> datetime:
