@@ -5,6 +5,7 @@ The base classes of `Database` add the other methods.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ from datetime import timedelta
 from functools import cached_property, partial
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, cast
 
 from pydantic import JsonValue
 from sqlalchemy import URL, Connection
@@ -41,8 +42,13 @@ from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 from homeagent.stores.nonces import NonceStore
 from homeagent.stores.sessions import SessionStore
 from homeagent.stores.store import Store
-from homeagent.unit_of_work import UnitOfWork
+from homeagent.unit_of_work import UnitOfWork, add_stores
 from homeagent.unit_settings import UnitSettings
+
+if sys.version_info >= (3, 13):
+    from typing import TypeVar
+else:
+    from typing_extensions import TypeVar
 
 if TYPE_CHECKING:
     from homeagent.pairing import Pairing
@@ -53,21 +59,26 @@ _DEFAULT_LIMITS = Limits()
 
 S = TypeVar("S", bound=Store)
 T = TypeVar("T")
+U = TypeVar("U", bound=UnitOfWork, default=UnitOfWork, covariant=True)
+V = TypeVar("V", bound=UnitOfWork, default=UnitOfWork)
 
 
-class Database(DeviceSecrets, DatabaseMaintenance):
+class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     """An open operational store. All threads of a process can share one `Database`.
+
+    The type parameter is the class of the units. A `Database[HubUnit]` is also a `Database`.
 
     A forked child process must open the database again. Open a database with `Database.open`. Close the database with
     `close`, or use a `with` block.
     """
 
-    def __init__(self, engine: Engine, *, clock: Clock, busy_timeout: timedelta, limits: Limits) -> None:
+    def __init__(self, engine: Engine, *, clock: Clock, busy_timeout: timedelta, limits: Limits, unit: type[U]) -> None:
         self._engine = engine
         self._limits = limits
         self._clock = clock
         self._timeout = busy_timeout.total_seconds()
-        self._settings = UnitSettings(engine, clock, self._timeout, UnitOfWork, limits)
+        self._unit = unit
+        self._settings = UnitSettings(engine, clock, self._timeout, unit, limits)
         self._runner = Runner(self._settings)
         self._lease_timer = LeaseTimer(partial(self._runner.run, idempotent=True))
         # The mutex is reentrant because a signal handler can close the database while its thread holds the mutex.
@@ -86,8 +97,9 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         durability: Durability = "full",
         migrate: bool = True,
         pool_size: int = POOL_SIZE,
+        unit: type[V] | None = None,
         limits: Limits = _DEFAULT_LIMITS,
-    ) -> Self:
+    ) -> Database[V]:
         """Open a database. Create or upgrade its schema first if necessary.
 
         Args:
@@ -101,6 +113,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
             migrate: whether to create or upgrade the schema. A file that holds data is backed up before an upgrade.
             pool_size: maximum number of writing units at the same time on PostgreSQL, 1 to 1,000. The same number
                 of reading units can run at the same time. SQLite ignores `pool_size` because SQLite has one writer.
+            unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
             limits: limits of the rows that devices can create, and of the work that strangers can cause.
 
         Raises:
@@ -120,6 +133,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         check_function(clock, "clock")
         if not isinstance(limits, Limits):
             raise InvalidArgumentError(f"limits must be Limits(…), not {type(limits).__name__}")
+        kind: type[Any] = UnitOfWork if unit is None else add_stores(unit)
         engine = open_engine(
             given,
             clock=clock,
@@ -128,7 +142,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
             migrate=migrate,
             pool_size=pool_size,
         )
-        return cls(engine, clock=clock, busy_timeout=busy_timeout, limits=limits)
+        return Database(engine, clock=clock, busy_timeout=busy_timeout, limits=limits, unit=kind)
 
     @staticmethod
     def restore(
@@ -263,8 +277,11 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         for both. A write goes through `run`. If the thread already has an open write unit, a write raises
         UnitStateError.
 
+        A method of an own store with several statements runs in one unit. homeagent learns about the second statement
+        when the method sends it, and then calls the method again in the unit.
+
         Args:
-            kind: class of the store, such as `DeviceStore`.
+            kind: class of the store, such as `DeviceStore`, or the application's own store.
 
         Raises:
             InvalidArgumentError: if `kind` is not the class of a store.
@@ -287,7 +304,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
 
     # Units of work
 
-    def unit_of_work(self, *, read_only: bool = False) -> UnitOfWork:
+    def unit_of_work(self, *, read_only: bool = False) -> U:
         """Return a unit of work, which is one transaction. Use the unit in a `with` block.
 
         At the end of the block the unit commits. If an exception leaves the block, the unit rolls back.
@@ -301,9 +318,9 @@ class Database(DeviceSecrets, DatabaseMaintenance):
             UnitStateError: if this thread already has an open write unit.
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
-        return self._settings.unit(self._settings, read_only=read_only)
+        return self._unit(self._settings, read_only=read_only)
 
-    def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
+    def run(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Call your function inside a unit of work, and call the function again after an error that a retry can solve.
 
         Such errors are a busy database, a serialization failure, a deadlock, a connection that was lost before
@@ -331,9 +348,9 @@ class Database(DeviceSecrets, DatabaseMaintenance):
             ConnectionLostError: if the server was not reachable within `busy_timeout`. No change was made.
             CommitUnknownError: if the connection was lost during COMMIT. Check whether the commit took place.
         """
-        return self._runner.run(work, read_only=read_only, idempotent=idempotent)
+        return self._runner.run(_on_unit(work), read_only=read_only, idempotent=idempotent)
 
-    async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
+    async def arun(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Do the same as `run` for a coroutine, under asyncio or trio. The function `work` runs in another thread.
 
         If the caller is cancelled under asyncio before the unit begins, the unit does not run. If the unit has begun,
@@ -348,7 +365,7 @@ class Database(DeviceSecrets, DatabaseMaintenance):
             InvalidArgumentError, DatabaseBusyError, ConnectionLostError, CommitUnknownError: in the same cases as
                 `run`.
         """
-        return await self._runner.arun(work, read_only=read_only, idempotent=idempotent)
+        return await self._runner.arun(_on_unit(work), read_only=read_only, idempotent=idempotent)
 
     # Effects that happen once
 
@@ -417,3 +434,8 @@ class Database(DeviceSecrets, DatabaseMaintenance):
         """
         call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned, effect=effect)
         return await arun_once(partial(self._runner.arun, idempotent=True), self._lease_timer, call, effect)
+
+
+def _on_unit(work: Callable[[U], T]) -> Callable[[UnitOfWork], T]:
+    """Return the function with the type that the runner expects. The runner calls the function with a `U`."""
+    return cast("Callable[[UnitOfWork], T]", work)

@@ -2,6 +2,9 @@
 
 A method with the decorator `reading` runs its statement in autocommit mode, without BEGIN and COMMIT. A method with the
 decorator `writing` goes through `Runner.run`, with batches and retries.
+
+A method without a decorator belongs to a store of the application. Its first statement runs in autocommit mode if the
+statement only reads. If the method sends another statement, or writes, the method is called again in a unit.
 """
 
 from __future__ import annotations
@@ -9,13 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime
 from functools import cache, wraps
+from inspect import getattr_static
+from types import FunctionType
 from typing import Any, TypeVar
 
 from homeagent.engine.statements import Statement
-from homeagent.errors import HomeAgentError
+from homeagent.errors import HomeAgentError, UnitStateError
 from homeagent.frame_locals import clear_locals, clears_locals
 from homeagent.retry import Runner
 from homeagent.stores.store import Access, Store, access_of
+from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings, read_clock
 
 __all__ = ["one_call_store"]
@@ -66,14 +72,17 @@ class AutocommitReads:
 def _one_call_type(kind: type[Store]) -> Any:
     """Return a subclass of a store. In the subclass, each writing method runs in a new unit of work.
 
-    The reading methods are inherited.
+    The declared reading methods are inherited.
     """
     methods: dict[str, Any] = {"__slots__": ()}
     for name in dir(kind):
         method = getattr(kind, name)
         access = access_of(method)
-        if access is not None and access.kind is not Access.Kind.READ:
-            methods[name] = _in_own_unit(kind, method, access)
+        if access is not None:
+            if access.kind is not Access.Kind.READ:
+                methods[name] = _in_own_unit(kind, method, access)
+        elif not name.startswith("_") and isinstance(getattr_static(kind, name), FunctionType):
+            methods[name] = _in_unit_if_necessary(kind, method)
     return type(kind.__name__, (kind,), methods)
 
 
@@ -91,5 +100,92 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
             if known:
                 return answer
         return database.runner.run(lambda unit: method(kind(unit), *arguments, **named))
+
+    return call
+
+
+# Methods of the application's stores
+
+
+class _NeedsUnitError(BaseException):
+    """Raised if a method must be called again in a unit.
+
+    Attributes:
+        writes: whether the unit must be able to write.
+    """
+
+    def __init__(self, *, writes: bool) -> None:
+        self.writes = writes
+
+
+class _Reads:
+    """A replacement for the unit, as long as a method only reads.
+
+    Args:
+        unit: unit or connection that runs the statements.
+        allowed: maximum number of statements; None for any number.
+    """
+
+    def __init__(self, unit: AutocommitReads | UnitOfWork, allowed: int | None) -> None:
+        self._unit = unit
+        self._allowed = allowed
+        self.is_over = False
+        self.now = unit.now
+
+    def one(self, statement: Statement[R], **parameters: Any) -> R | None:
+        """Run a statement, and return the object of the first row. Return None if there is no row."""
+        self._check(statement)
+        return self._unit.one(statement, **parameters)
+
+    def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
+        """Run a statement, and return the objects of all rows."""
+        self._check(statement)
+        return self._unit.all(statement, **parameters)
+
+    def _check(self, statement: Statement[Any]) -> None:
+        if self.is_over:
+            raise UnitStateError("the call of the store's method has ended: return the rows, not a generator")
+        if not statement.only_reads:
+            raise _NeedsUnitError(writes=True)
+        if self._allowed == 0:
+            raise _NeedsUnitError(writes=False)
+        if self._allowed is not None:
+            self._allowed -= 1
+
+    def __getattr__(self, name: str) -> Any:
+        # All other attributes of a unit write, or can write.
+        raise _NeedsUnitError(writes=True)
+
+
+def _in_unit_if_necessary(kind: type[Store], method: Callable[..., Any]) -> Callable[..., Any]:
+    @clears_locals
+    @wraps(method)
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        database: AutocommitReads = self._unit
+
+        def write(unit: UnitOfWork) -> Any:
+            return method(kind(unit), *arguments, **named)
+
+        def read(unit: AutocommitReads | UnitOfWork, allowed: int | None = None) -> Any:
+            reads = _Reads(unit, allowed)
+            try:
+                return method(kind(reads), *arguments, **named)
+            finally:
+                reads.is_over = True
+
+        if any(hasattr(each, "__next__") for each in (*arguments, *named.values())):
+            # Call the method once, because an iterator can be read only once.
+            with database.settings.unit(database.settings, read_only=False) as unit:
+                return write(unit)
+        try:
+            return read(database, 1)
+        except _NeedsUnitError as needed:
+            writes = needed.writes
+        if not writes:
+            try:
+                return database.runner.run(read, read_only=True)
+            except _NeedsUnitError:
+                pass
+        return database.runner.run(write)
 
     return call

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from inspect import get_annotations
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_origin, get_type_hints
 
 from pydantic import JsonValue
 
 from homeagent.callables import check_function, refuse_coroutine
 from homeagent.canonical_json import fingerprint_of
 from homeagent.engine.statements import Parameters, Row, Statement
-from homeagent.errors import EffectFailedError, HomeAgentError
+from homeagent.errors import EffectFailedError, HomeAgentError, InvalidArgumentError
 from homeagent.frame_locals import clear_locals, clears_locals
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.stores.agents import AgentStore
@@ -20,15 +21,17 @@ from homeagent.stores.devices import DeviceStore
 from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 from homeagent.stores.nonces import NonceStore
 from homeagent.stores.sessions import SessionStore
+from homeagent.stores.store import Store
 from homeagent.transaction import OPEN, SAVEPOINT, Transaction
 from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
     from sqlmodel import Session
 
-__all__ = ["UnitOfWork"]
+__all__ = ["UnitOfWork", "add_stores"]
 
 R = TypeVar("R")
+U = TypeVar("U", bound="UnitOfWork")
 
 _NO_COROUTINE = "use an ordinary function for the work in this database, and await outside the unit"
 
@@ -37,6 +40,9 @@ class UnitOfWork(Transaction):
     """One transaction. The unit commits at the end of the `with` block, or rolls back if an exception leaves the block.
 
     Get a unit from `Database.unit_of_work`, and use it only inside its `with` block.
+
+    An application can derive a class with its own stores, and pass the class to `Database.open`. The class annotates
+    each store, such as `messages: MessageStore`. The unit makes the store at each use.
 
     Attributes:
         devices, agents, sessions, nonces, idempotency_keys: the stores, bound to this unit.
@@ -278,3 +284,36 @@ class UnitOfWork(Transaction):
     def connection_memory(self) -> dict[str, Any]:
         """Values that the stores keep for this unit's connection, until the connection is closed."""
         return self._require_connection().memory
+
+
+def add_stores(kind: type[U]) -> type[U]:
+    """Add a property for each store that a subclass of `UnitOfWork` annotates, and return the class.
+
+    Raises:
+        InvalidArgumentError: if `kind` is not a subclass of `UnitOfWork`, or if an annotation is not a subclass of
+            `Store`, or if `UnitOfWork` has the annotated name.
+    """
+    if not isinstance(kind, type) or not issubclass(kind, UnitOfWork):
+        raise InvalidArgumentError("unit must be a subclass of UnitOfWork")
+    own = [base for base in kind.__mro__ if not issubclass(UnitOfWork, base)]
+    try:
+        # Collect the names first, because `get_type_hints` also returns the annotations of UnitOfWork.
+        names = {name for base in own for name in get_annotations(base)}
+        types = get_type_hints(kind) if names else {}
+    except NameError as error:
+        raise InvalidArgumentError(
+            f"an annotation of {kind.__qualname__} can't be evaluated: {error}. Import the store outside of "
+            "TYPE_CHECKING, and define it in a module"
+        ) from None
+    for name in sorted(names):
+        store = types[name]
+        if get_origin(store) is ClassVar or store is ClassVar:
+            continue
+        if hasattr(UnitOfWork, name):
+            raise InvalidArgumentError(f"{kind.__qualname__}.{name} hides UnitOfWork.{name}: choose another name")
+        if not isinstance(store, type) or not issubclass(store, Store):
+            raise InvalidArgumentError(
+                f"{kind.__qualname__}.{name} must be annotated with a subclass of homeagent.Store, not {store!r}"
+            )
+        setattr(kind, name, property(store, doc=store.__doc__))
+    return kind

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import JsonValue, ValidationError
-from sqlalchemy import bindparam, inspect, update
+from sqlalchemy import bindparam, delete, func, insert, inspect, update
 from sqlmodel import Field, Relationship, SQLModel, select
 
-from homeagent import AgentCreate, AgentSession, Database, Statement, Table, Timestamp, UnitOfWork
-from homeagent.errors import InvalidArgumentError
-from tests.conftest import START, add_agent
+from homeagent import AgentCreate, AgentSession, Database, Statement, Store, Table, Timestamp, UnitOfWork
+from homeagent.errors import ConflictError, InvalidArgumentError, UnitStateError
+from tests.batches import counted_commits, run_together
+from tests.conftest import START, FakeClock, add_agent
 
 
 class Message(Table, table=True):
@@ -55,14 +58,67 @@ class PlainNote(SQLModel, table=True):
     text: str
 
 
-RENAME = Statement[None](
-    update(Message).where(Message.__table__.c.id == bindparam("id_")).values(text=bindparam("new_text"))
-)
+_message = Message.__table__.c
+
+ADD = Statement(insert(Message), returning=Message)
+RENAME = Statement[None](update(Message).where(_message.id == bindparam("id_")).values(text=bindparam("new_text")))
+OF_SESSION = Statement(select(Message).where(_message.session_id == bindparam("session_id")).order_by(_message.id))
+COUNT = Statement(select(func.count()).select_from(Message))
+REMOVE = Statement[None](delete(Message).where(_message.session_id == bindparam("session_id")))
+SET = Statement[None](lambda insert: insert(Preference).values(name=bindparam("name")).on_conflict_do_nothing())
+
+
+class MessageStore(Store):
+    """The messages."""
+
+    def add(self, session_id: str, text: str) -> Message:
+        """Add a message."""
+        added = self.unit.write_one(ADD, session_id=session_id, text=text, sent_at=self.unit.now())
+        assert added is not None
+        return added
+
+    def add_all(self, texts: Iterable[str]) -> int:
+        """Add a message of the session `s` for each text."""
+        rows = [{"session_id": "s", "text": text, "sent_at": self.unit.now()} for text in texts]
+        return self.unit.write_many(ADD, rows)
+
+    def of_session(self, session_id: str) -> list[Message]:
+        """Return the messages of a session."""
+        return self.unit.all(OF_SESSION, session_id=session_id)
+
+    def count_twice(self) -> tuple[int | None, int | None]:
+        """Return the number of messages, by two statements."""
+        return self.unit.one(COUNT), self.unit.one(COUNT)
+
+    def add_once(self, text: str) -> int | None:
+        """Add a message if there is none, and return the number of messages before."""
+        count = self.unit.one(COUNT)
+        if not count:
+            self.add("s", text)
+        return count
+
+    def lazily(self) -> Iterator[Message]:
+        """Yield the messages."""
+        yield from self.unit.all(OF_SESSION, session_id="s")
+
+
+class HubUnit(UnitOfWork):
+    """A unit with an own store."""
+
+    messages: MessageStore
+    limit: ClassVar[int] = 5
 
 
 @pytest.fixture
-def hub(database: Database) -> Database:
+def hub(target: str, clock: FakeClock) -> Iterator[Database[HubUnit]]:
     """A database on each engine with the own tables, an agent and the session `s`."""
+    with Database.open(target, clock=clock, busy_timeout=timedelta(seconds=20), unit=HubUnit) as database:
+        prepare(database)
+        yield database
+
+
+def prepare(database: Database) -> None:
+    """Create the own tables, an agent and the session `s`."""
     with database.unit_of_work() as unit:
         tables: list[Any] = [Message.__table__, Preference.__table__, vars(PlainNote)["__table__"]]
         for table in tables:
@@ -70,7 +126,6 @@ def hub(database: Database) -> Database:
     add_agent(database)
     with database.unit_of_work() as unit:
         unit.session.add(AgentSession(session_id="s", agent_id="ada", created_at=START, last_active_at=START))
-    return database
 
 
 def message(text: str = "hello") -> Message:
@@ -93,7 +148,7 @@ def test_an_own_table_validates() -> None:
     assert row.sent_at == START
 
 
-def test_each_type_is_stored_and_loaded(hub: Database) -> None:
+def test_each_type_is_stored_and_loaded(hub: Database[HubUnit]) -> None:
     """Values of each type survive both ways, by the ORM and by a statement, and a relationship leads to the session."""
     with hub.unit_of_work() as unit:
         session = unit.session.get_one(AgentSession, "s")
@@ -146,10 +201,99 @@ def test_a_plain_datetime_is_refused() -> None:
             sent_at: datetime | None = None
 
 
+# Stores
+
+
+def test_an_own_store_writes_in_the_unit(hub: Database[HubUnit]) -> None:
+    """An own store reads and writes in the unit's transaction, and a statement's row is an instance for later use."""
+    with hub.unit_of_work() as unit:
+        added = unit.messages.add("s", "first")
+        unit.sessions.touch("s")
+        assert (added.id, added.text, added.sent_at) == (1, "first", START)
+        assert unit.messages.add_all(["second", "third"]) == 2
+        assert unit.write(ADD, session_id="s", text="fourth", sent_at=START) == 1
+        assert unit.write(RENAME, id_=2, new_text="changed") == 1
+        assert [each.text for each in unit.messages.of_session("s")] == ["first", "changed", "third", "fourth"]
+        assert (unit.write(SET, name="a"), unit.write(SET, name="a")) == (1, 0)
+        # The INSERT gets the defaults of the model for the columns that the statement does not name.
+        (preference,) = unit.all(Statement(select(Preference)))
+        assert (preference.size, preference.mood, preference.tags) == (2**40, Mood.CALM, [])
+        unit.rollback()
+    assert hub.store(MessageStore).of_session("s") == []
+
+
+def test_own_stores_share_a_commit(sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units with an own store share a commit, each with its own error."""
+    with Database.open(sqlite_path, clock=clock, unit=HubUnit) as database:
+        prepare(database)
+        works: list[Callable[[HubUnit], Any]] = [
+            lambda unit: unit.messages.add("s", "first").id,
+            lambda unit: unit.messages.add("absent", "second").id,
+            lambda unit: unit.messages.add("s", "third").id,
+        ]
+        with counted_commits(monkeypatch) as count:
+            first, refused, third = run_together(database, works)
+        assert (first, third, count) == (1, 2, [1])
+        assert isinstance(refused, ConflictError)
+
+
+def test_each_call_of_an_own_store_is_a_unit(hub: Database[HubUnit]) -> None:
+    """A method of one SELECT takes no lock. A method with several statements, or a write, runs in one unit."""
+    store = hub.store(MessageStore)
+    assert store.add("s", "first").id == 1
+    before = hub.counters()
+    with hub.unit_of_work():
+        assert [each.text for each in store.of_session("s")] == ["first"]
+        assert store.count_twice() == (1, 1)
+        with pytest.raises(UnitStateError, match="already has an open write unit"):
+            store.add("s", "refused")
+    assert hub.counters().commits == before.commits + 1
+    assert store.add_once("never") == 1
+    assert store.add_all(text for text in ["second", "third"]) == 2
+    assert len(store.of_session("s")) == 3
+    with pytest.raises(UnitStateError, match="return the rows, not a generator"):
+        list(store.lazily())
+
+
+def test_a_statement_checks_its_parameters(hub: Database[HubUnit]) -> None:
+    """An absent parameter, a naive datetime and an unknown member raise InvalidArgumentError without the value."""
+    set_mood = Statement[None](update(Preference).values(mood=bindparam("mood")))
+    with hub.unit_of_work() as unit:
+        for act, words in (
+            (lambda: unit.write(ADD, session_id="s", sent_at=START), "needs a value for the parameter 'text'"),
+            (lambda: unit.write(ADD, session_id="s", text="t", sent_at=datetime(2026, 1, 1)), "aware"),  # noqa: DTZ001
+            (lambda: unit.write(set_mood, mood="geheim"), "not a member of Mood"),
+            (lambda: unit.all(Statement(select(PlainNote))), "does not derive from homeagent.Table"),
+            (lambda: unit.all(Statement[Any](select(Message, Preference))), "select the columns"),
+        ):
+            with pytest.raises(InvalidArgumentError, match=words) as caught:
+                act()
+            assert "geheim" not in str(caught.value)
+
+
+def test_a_wrong_unit_is_refused(sqlite_path: Path) -> None:
+    """`open` refuses a class that is not a unit, an annotation that is not a store, and a name of `UnitOfWork`."""
+
+    class NoStore(UnitOfWork):
+        messages: int
+
+    class Hiding(UnitOfWork):
+        agents: MessageStore  # type: ignore[assignment]
+
+    wrong: list[tuple[Any, str]] = [
+        (int, "must be a subclass of UnitOfWork"),
+        (NoStore, r"NoStore\.messages must be annotated with a subclass of homeagent.Store, not <class 'int'>"),
+        (Hiding, r"Hiding\.agents hides UnitOfWork.agents"),
+    ]
+    for unit, words in wrong:
+        with pytest.raises(InvalidArgumentError, match=words):
+            Database.open(sqlite_path, unit=unit)
+
+
 # The ORM session
 
 
-def test_own_rows_stay_usable(hub: Database) -> None:
+def test_own_rows_stay_usable(hub: Database[HubUnit]) -> None:
     """After the unit, own rows have their values, whether a store wrote before, between or after."""
     with hub.unit_of_work() as unit:
         rows = [message("first"), PlainNote(text="plain")]
@@ -164,7 +308,7 @@ def test_own_rows_stay_usable(hub: Database) -> None:
     assert all(inspect(row).detached for row in rows)
 
 
-def test_own_rows_show_the_writes_of_statements(hub: Database) -> None:
+def test_own_rows_show_the_writes_of_statements(hub: Database[HubUnit]) -> None:
     """A statement on an own table changes the session's objects, in the unit and after the unit."""
     with hub.unit_of_work() as unit:
         kept, changed = message("kept"), message("old")
@@ -174,7 +318,7 @@ def test_own_rows_show_the_writes_of_statements(hub: Database) -> None:
     assert (kept.text, changed.text) == ("kept", "new")
 
 
-def test_own_rows_follow_a_cascade(hub: Database) -> None:
+def test_own_rows_follow_a_cascade(hub: Database[HubUnit]) -> None:
     """If a store deletes a session, the ORM session no longer finds the messages, which the foreign key deleted."""
     with hub.unit_of_work() as unit:
         unit.session.add(message())
@@ -185,7 +329,7 @@ def test_own_rows_follow_a_cascade(hub: Database) -> None:
         assert unit.session.exec(select(Message)).all() == []
 
 
-def test_a_store_write_sends_no_query_for_other_rows(hub: Database) -> None:
+def test_a_store_write_sends_no_query_for_other_rows(hub: Database[HubUnit]) -> None:
     """A store's write to another table does not expire own rows, so the end of the unit sends no SELECT for them."""
 
     def work(unit: UnitOfWork) -> bool:

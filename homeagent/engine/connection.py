@@ -312,7 +312,10 @@ class StoreConnection:
         compiled = self._compiled.get(statement) or self._compile(statement)
         failure: BaseException
         try:
-            return int(self._execute(compiled.sql, compiled.bind(parameters)).rowcount)
+            cursor = self._execute(compiled.sql, compiled.bind(parameters))
+            if compiled.columns:
+                cursor.fetchall()  # SQLite counts the changes of a statement with RETURNING after its last row
+            return int(cursor.rowcount)
         except self._driver_errors as error:
             failure = self._refused(error, compiled.sql)
         raise failure

@@ -8,18 +8,18 @@ a function that converts the parameters, and a function that converts the rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
 import sqlalchemy
 from pydantic import BaseModel
-from sqlalchemy import ColumnElement, Dialect, Select, inspect
+from sqlalchemy import ColumnElement, CompoundSelect, Dialect, Insert, Select, inspect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import configure_mappers
 from sqlalchemy.sql.expression import ColumnClause
 
-from homeagent.errors import CorruptDatabaseError
+from homeagent.errors import CorruptDatabaseError, InvalidArgumentError
 from homeagent.models.base import Table, metadata
 from homeagent.models.types import UNREADABLE, naming_column, unreadable, unreadable_in
 
@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from sqlalchemy import Executable
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.types import TypeEngine
+    from sqlmodel.sql.expression import SelectOfScalar
 
 __all__ = ["Compiled", "DialectInsert", "Row", "Statement", "as_loaded", "constant"]
 
+M = TypeVar("M", bound=Table)
 R = TypeVar("R")
+T = TypeVar("T")
 
 Row = Sequence[Any]
 Loader = Callable[[Sequence[Row]], list[Any]]
@@ -67,11 +70,12 @@ class Compiled(Generic[R]):
     __slots__ = ("_dialect", "bind", "cascade", "columns", "load", "sql", "target", "writes")
 
     def __init__(self, expression: Executable, dialect: Dialect, returning: type[Table] | None = None) -> None:
-        compiled: Any = expression.compile(dialect=dialect)  # type: ignore[attr-defined]  # every Executable here is a ClauseElement
+        # Every Executable here is a ClauseElement.
+        compiled: Any = expression.compile(dialect=dialect, column_keys=_column_keys(expression))  # type: ignore[attr-defined]
         if compiled.post_compile_params or compiled.literal_execute_params:
             raise TypeError(f"this statement needs its parameters to be compiled: {expression}")
         self.sql: str = compiled.string
-        self.writes = not isinstance(expression, Select)
+        self.writes = not isinstance(expression, _READING)
         self.bind: Callable[[Parameters], Row] = _binder(compiled, dialect)
         self.load: Callable[[Sequence[Row]], list[R]] = (
             _loader(expression, dialect) if returning is None else _model_loader(returning, dialect)
@@ -120,21 +124,46 @@ class Compiled(Generic[R]):
         return unreadable_in(table, column.name if isinstance(column, ColumnClause) else None, key, what)
 
 
+_READING = (Select, CompoundSelect)
+
+
 class Statement(Generic[R]):
     """One SQL statement with the type of its results.
+
+    Define a statement once, for example in a module. It is compiled at its first use on each engine. A SELECT of one
+    model gives instances of the model, which must derive from `homeagent.Table`. A SELECT of one column gives values,
+    and a SELECT of several columns gives tuples. An INSERT without `values` has a parameter for each column, except for
+    the key that the database assigns.
 
     Args:
         make: expression of the statement or, for an upsert, a function that gets the dialect's `insert` and returns the
             expression. Values that differ between calls are `bindparam`s.
         lock: if True, a SELECT in a write unit locks its rows until the unit ends. SQLite does not lock rows.
         returning: model class of the rows that a writing statement returns; None if the statement returns no rows.
+
+    Raises (at the first use):
+        InvalidArgumentError: if the results contain a model that does not derive from `homeagent.Table`, or a model
+            together with other columns.
     """
 
     __slots__ = ("_cache", "_make", "_returning", "lock")
 
+    if TYPE_CHECKING:
+
+        @overload
+        def __init__(self: Statement[T], make: SelectOfScalar[T] | Select[T], *, lock: bool = False) -> None: ...
+        @overload
+        def __init__(
+            self: Statement[M], make: Executable | Callable[[DialectInsert], Executable], *, returning: type[M]
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Statement[R], make: Executable | Callable[[DialectInsert], Executable], *, lock: bool = False
+        ) -> None: ...
+
     def __init__(
         self,
-        make: Select[tuple[R]] | Executable | Callable[[DialectInsert], Executable],
+        make: Executable | Callable[[DialectInsert], Executable],
         *,
         lock: bool = False,
         returning: type[Table] | None = None,
@@ -143,6 +172,11 @@ class Statement(Generic[R]):
         self._returning = returning
         self.lock = lock
         self._cache: dict[tuple[str, bool], Compiled[R]] = {}
+
+    @property
+    def only_reads(self) -> bool:
+        """Whether the statement changes and locks no row."""
+        return not self.lock and isinstance(self._make, _READING)
 
     def compiled(self, dialect: Dialect, *, read_only: bool = False) -> Compiled[R]:
         """Return the compiled statement for a dialect. If `read_only` is True, the SQL has no row locks."""
@@ -189,16 +223,44 @@ def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
 # Parameters
 
 
+def _column_keys(expression: Any) -> list[str] | None:
+    """Return the columns of an INSERT without `values`: all except the key that the database assigns.
+
+    Return None for any other statement. SQLAlchemy would also insert the key.
+    """
+    # These attributes have no public counterpart.
+    if not isinstance(expression, Insert) or expression._values or expression._multi_values or expression.select:
+        return None
+    table: Any = expression.table
+    assigned = getattr(table, "autoincrement_column", None)
+    return [column.key for column in table.columns if assigned is None or column.key != assigned.key]
+
+
+def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
+    """Return the functions that give the default values of the model, for columns that the statement does not name."""
+    makers: dict[str, Callable[[], Any]] = {}
+    for columns, attribute in ((compiled.insert_prefetch, "default"), (compiled.update_prefetch, "onupdate")):
+        for column in columns:
+            default: Any = getattr(column, attribute)
+            makers[column.key] = partial(default.arg, None) if default.is_callable else partial(_same, default.arg)
+    return makers
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
 def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], Row]:
     """Return a function that converts a mapping of parameters to a list of values, in the order of the placeholders."""
     names: list[str] = []
     constants: dict[str, Any] = {}
+    defaults = _defaults(compiled)
     conversions: list[tuple[int, Callable[[Any], Any], bool]] = []
     for index, name in enumerate(compiled.positiontup or ()):
         parameter = compiled.binds[name]
         names.append(parameter.key)
         convert: Any = parameter.type.dialect_impl(dialect).bind_processor(dialect)
-        if not parameter.required:
+        if not parameter.required and parameter.key not in defaults:
             # A constant of the expression, such as the False in `approved == False`.
             constant = parameter.effective_value
             constants[parameter.key] = convert(constant) if convert else constant
@@ -208,9 +270,12 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
             conversions.append((index, direct or convert, direct is None))
 
     def bind(parameters: Parameters) -> Row:
-        if constants:
-            parameters = {**parameters, **constants}
-        values = list(map(parameters.__getitem__, names))
+        if constants or defaults:
+            parameters = {**{name: make() for name, make in defaults.items()}, **parameters, **constants}
+        try:
+            values = list(map(parameters.__getitem__, names))
+        except KeyError as error:
+            raise InvalidArgumentError(f"the statement needs a value for the parameter {error.args[0]!r}") from None
         for index, convert, takes_none in conversions:
             value = values[index]
             if takes_none or value is not None:
@@ -232,6 +297,8 @@ def _loader(expression: Any, dialect: Dialect) -> Loader:
     described = getattr(expression, "column_descriptions", None) or []
     if len(described) == 1 and isinstance(described[0]["expr"], type):
         return _model_loader(described[0]["expr"], dialect)
+    if any(isinstance(each["expr"], type) for each in described):
+        raise InvalidArgumentError("a Statement can select one model, or columns: select the columns of each model")
     columns = _columns(expression, None)
     processors = [_processor(column, dialect) for column in columns]
     if len(columns) == 1:
@@ -261,9 +328,6 @@ def _columns(expression: Any, returning: type[Table] | None) -> list[Any]:
 _set_dict: Any = BaseModel.__dict__["__dict__"].__set__
 
 
-M = TypeVar("M", bound=Table)
-
-
 def as_loaded(model: type[M], values: dict[str, Any]) -> M:
     """Return a model instance for a row that was just written. A SELECT would load the same instance.
 
@@ -285,6 +349,11 @@ def _model_loader(model: type[Table], dialect: Dialect) -> Loader:
     `session.add` attaches the instance and `session.merge` finds its row. Loading one session took 0.45 µs. Adding
     SQLAlchemy's state at once took 1.9 µs, `model_construct` 3.0 µs, and validation 18 µs.
     """
+    if not issubclass(model, Table):
+        raise InvalidArgumentError(
+            f"a Statement can't load {model.__name__}, which does not derive from homeagent.Table: derive it from "
+            "Table, select its columns, or use the ORM session"
+        )
     configure_mappers()
     mapper = inspect(model)
     namespace: dict[str, Any] = {"model": model, "new": object.__new__, "set_dict": _set_dict}

@@ -102,7 +102,7 @@ class _Table:
         self._next = Statement[Row](
             rows.where(tuple_(*key) > tuple_(*place)) if len(key) > 1 else rows.where(key[0] > place[0])
         )
-        self._any = Statement[int](select(column("1", is_literal=True)).select_from(raw).limit(1))
+        self._any: Statement[int] = Statement(select(column("1", is_literal=True)).select_from(raw).limit(1))
         self._count = Statement[int](select(func.count()).select_from(raw))
         self._clear = Statement[Any](delete(raw))
 

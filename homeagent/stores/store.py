@@ -34,22 +34,26 @@ def check_kind(value: T, kind: type[T], what: str) -> T:
 
 
 class Unit(Protocol):
-    """The part of a unit of work that stores use. Each method raises UnitStateError after the unit has ended."""
+    """The part of a unit of work that stores use. Each method raises UnitStateError after the unit has ended.
+
+    The keyword arguments of a method are the parameters of the statement, which are the names of its `bindparam`s. An
+    absent parameter raises InvalidArgumentError, and a row that a constraint refuses raises ConflictError.
+    """
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Return the object of the first row, or None if there is no row."""
+        """Run a SELECT. Return the result of the first row, or None if there is no row."""
 
     def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
-        """Return the objects of all rows."""
+        """Run a SELECT. Return the results of all rows."""
 
     def write(self, statement: Statement[Any], **parameters: Any) -> int:
-        """Change rows, and return the number of changed rows."""
+        """Run an INSERT, UPDATE or DELETE. Return the number of changed rows."""
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Change a row, and return the changed object, or None if no row was changed."""
+        """Run a statement with `returning=`. Return the first changed row, or None if no row was changed."""
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
-        """Run the statement once for each set of parameters, and return the number of changed rows."""
+        """Run a statement once for each set of parameters. Return the number of changed rows."""
 
     def savepoint(self) -> AbstractContextManager[None]:
         """Return a `with` block. An exception that leaves the block undoes only the changes of the block."""
@@ -118,12 +122,25 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
 
 
 class Store:
-    """Base class of the stores. A store is bound to one unit, and its methods fail after the end of the unit."""
+    """Base class of the stores. A store is bound to one unit, and its methods fail after the end of the unit.
+
+    An application derives a class for each of its own tables. The methods run the application's `Statement`s by `unit`.
+    A subclass of `UnitOfWork` names the store in an annotation, such as `messages: MessageStore`.
+
+    `Database.store` returns the store for calls without a unit. Each call of a public method is then a separate unit. A
+    method that sends a single SELECT takes no lock. If a method sends a second statement or writes, homeagent calls the
+    method again in a unit of work, so the method must have no side effect outside the unit.
+    """
 
     __slots__ = ("_unit",)
 
     def __init__(self, unit: Unit) -> None:
         self._unit = unit
+
+    @property
+    def unit(self) -> Unit:
+        """The unit of work, which runs statements and returns the time."""
+        return self._unit
 
     def _searched(self, value: str, what: str) -> str | None:
         """Return a text to search for. Return None, which equals no stored value, if the database can't hold the text.

@@ -77,7 +77,8 @@ def _execute_each(
     # raise StaleDataError.
     changed = 0
     for bindings in sets:
-        execute(statement, bindings)
+        rows: Any = execute(statement, bindings)
+        rows.fetchall()  # SQLite counts the changes of a statement with RETURNING after its last row
         changed += connection.changes()
     return changed
 

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Dialect, Integer, Text
 from sqlalchemy.types import TypeDecorator
 
+from homeagent.errors import InvalidArgumentError
 from homeagent.models.types.stored_values import loaded
 
 __all__ = ["EnumColumn", "FlagColumn"]
@@ -30,12 +31,18 @@ class EnumColumn(TypeDecorator[StrEnum]):
         super().__init__()
         self.kind = kind
         self.loaded_values = {member.value: member for member in kind}
-        # A member can also be a key, because a member equals its value.
-        self.convert_bound = {member.value: member.value for member in kind}.__getitem__
+        self._stored: dict[Any, str] = {member.value: member.value for member in kind}
+
+    def convert_bound(self, value: StrEnum | str) -> str:
+        """Return the value of a member. A member is also a key of the dictionary, because it equals its value."""
+        try:
+            return self._stored[value]
+        except (KeyError, TypeError):
+            raise InvalidArgumentError(f"a value is not a member of {self.kind.__name__}") from None
 
     def process_bind_param(self, value: StrEnum | None, dialect: Dialect) -> str | None:
         """Return the member's value."""
-        return None if value is None else self.kind(value).value
+        return None if value is None else self.convert_bound(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> StrEnum | None:
         """Return the member that has this value."""

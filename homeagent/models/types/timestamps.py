@@ -181,7 +181,10 @@ class TimestampColumn(TypeDecorator[datetime]):
     @staticmethod
     def convert_bound(value: datetime) -> int:
         """Return the milliseconds of an aware datetime, floored."""
-        since = value - EPOCH
+        try:
+            since = value - EPOCH
+        except TypeError:
+            raise InvalidArgumentError("a timestamp must be an aware datetime") from None
         return since.days * 86_400_000 + since.seconds * 1000 + since.microseconds // 1000
 
     @staticmethod

@@ -62,7 +62,7 @@ class HomeAgent:
     def __init__(self, path: Path | str, durability: str, clock: Clock) -> None:
         self.clock = clock
         options: dict[str, Any] = {} if "://" in str(path) else {"durability": durability}
-        self.database = Database.open(path, clock=clock, **options)
+        self.database: Database = Database.open(path, clock=clock, **options)
 
     def device(self, device_id: str) -> Device | None:
         with self.database.unit_of_work(read_only=True) as uow:
