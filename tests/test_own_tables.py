@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 from pydantic import JsonValue, ValidationError
-from sqlalchemy import bindparam, delete, func, insert, inspect, update
+from sqlalchemy import CheckConstraint, bindparam, delete, func, insert, inspect, update
 from sqlmodel import Field, Relationship, SQLModel, select
 
 from homeagent import AgentCreate, AgentSession, Database, Statement, Store, Table, Timestamp, UnitOfWork
@@ -48,6 +49,18 @@ class Preference(Table, table=True):
     tags: list[str] = Field(default_factory=list)
     extra: JsonValue = None
     session: AgentSession = Relationship()
+
+
+class Tag(Table, table=True):
+    """A table with a constraint of each kind."""
+
+    __tablename__ = "own_tags"
+    __table_args__ = (CheckConstraint("size > 0", name="size"),)
+    id: int | None = Field(default=None, primary_key=True)
+    session_id: str = Field(foreign_key="sessions.session_id")
+    name: str = Field(unique=True)
+    note: str = Field(default="", index=True)
+    size: int = 1
 
 
 class PlainNote(SQLModel, table=True):
@@ -120,7 +133,7 @@ def hub(target: str, clock: FakeClock) -> Iterator[Database[HubUnit]]:
 def prepare(database: Database) -> None:
     """Create the own tables, an agent and the session `s`."""
     with database.unit_of_work() as unit:
-        tables: list[Any] = [Message.__table__, Preference.__table__, vars(PlainNote)["__table__"]]
+        tables: list[Any] = [Message.__table__, Preference.__table__, Tag.__table__, vars(PlainNote)["__table__"]]
         for table in tables:
             table.create(unit.session.connection())
     add_agent(database)
@@ -288,6 +301,56 @@ def test_a_wrong_unit_is_refused(sqlite_path: Path) -> None:
     for unit, words in wrong:
         with pytest.raises(InvalidArgumentError, match=words):
             Database.open(sqlite_path, unit=unit)
+
+
+# Errors
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unique": ({"name": "taken"}, "uq_own_tags_name"),
+    "check": ({"size": 0}, "ck_own_tags_size"),
+    "foreign_key": ({"session_id": "absent"}, "fk_own_tags_session_id_sessions"),
+    "not_null": ({"name": None}, "name"),
+}
+
+
+@pytest.mark.parametrize("by", ["statement", "session"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refused_row_names_the_constraint(hub: Database[HubUnit], kind: str, by: str) -> None:
+    """The error has the table, the constraint and the kind, by a statement and by the ORM session."""
+    changed, constraint = REFUSED[kind]
+    add = Statement[None](insert(Tag))
+
+    def work(unit: HubUnit) -> None:
+        unit.write(add, session_id="s", name="taken", note="", size=1)
+        values = {"session_id": "s", "name": "geheim", "note": "", "size": 1, **changed}
+        if by == "statement":
+            unit.write(add, **values)
+        else:
+            unit.session.execute(insert(Tag).values(**values))
+
+    with pytest.raises(ConflictError) as caught:
+        hub.run(work)
+    error = caught.value
+    assert (error.table, error.constraint, error.kind) == ("own_tags", constraint, kind)
+    assert "geheim" not in str(error)
+
+
+@pytest.mark.parametrize("length", [3000, 20_000])
+@pytest.mark.parametrize("by", ["statement", "session"])
+@pytest.mark.parametrize("engine_name", ["postgresql"])
+def test_a_value_too_long_for_an_index_names_the_index(hub: Database[HubUnit], by: str, length: int) -> None:
+    """PostgreSQL refuses a long value in an index. The error names the table and the index."""
+    note = "".join(map(chr, random.Random(1).choices(range(33, 127), k=length)))  # does not compress
+
+    def work(unit: HubUnit) -> None:
+        if by == "statement":
+            unit.write(Statement[None](insert(Tag)), session_id="s", name="n", note=note, size=1)
+        else:
+            unit.session.add(Tag(session_id="s", name="n", note=note))
+
+    with pytest.raises(InvalidArgumentError, match=r"'idx_own_tags_note'.* of table 'own_tags'") as caught:
+        hub.run(work)
+    assert note not in str(caught.value)
 
 
 # The ORM session

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.driver_errors import SESSION_ENDED, commit_unknown, connection_lost
 from homeagent.engine.instrumented_cursor import InstrumentedCursor
+from homeagent.engine.postgresql.indexes import index_error
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, StandbyError
 
 if TYPE_CHECKING:
@@ -161,6 +162,9 @@ class PostgreSQLConnection(StoreConnection):
         with self._cursor.copy(f"COPY {into} FROM STDIN") as copy:
             for row in rows:
                 copy.write_row(row)
+
+    def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
+        return index_error(error, sql) or super()._refused(error, sql)
 
     @property
     def in_transaction(self) -> bool:

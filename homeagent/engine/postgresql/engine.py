@@ -20,6 +20,7 @@ from homeagent.engine.driver_errors import named, postgresql_error, refused_by, 
 from homeagent.engine.engine import Engine
 from homeagent.engine.instrumented_cursor import FailureContext
 from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
+from homeagent.engine.postgresql.indexes import index_error
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.frame_locals import clear_locals
 
@@ -252,7 +253,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     if isinstance(original, HomeAgentError):
         raise original  # The error is already translated, or was raised in a forked child.
     clear_locals(original)  # Local variables of homeagent's frames hold stored values.
-    failure = postgresql_error(original)
+    failure = index_error(original, context.statement) or postgresql_error(original)
     if context.connection is None:
         if isinstance(failure, ConnectionLostError):
             failure = _connect_error(original)
