@@ -23,7 +23,7 @@ from tests.conftest import START, FakeClock, add_agent
 class Message(Table, table=True):
     """A message of a session."""
 
-    __tablename__ = "messages"
+    __tablename__ = "own_messages"
     id: int | None = Field(default=None, primary_key=True)
     session_id: str = Field(foreign_key="sessions.session_id", ondelete="CASCADE", index=True)
     text: str = Field(min_length=1)
@@ -40,6 +40,7 @@ class Mood(StrEnum):
 class Preference(Table, table=True):
     """A table with a field of each type that `Table` stores in the same way on both engines."""
 
+    __tablename__ = "own_preferences"
     name: str = Field(primary_key=True)
     session_id: str | None = Field(default=None, foreign_key="sessions.session_id")
     size: int = Field(default=2**40, gt=0)
@@ -66,7 +67,7 @@ class Tag(Table, table=True):
 class PlainNote(SQLModel, table=True):
     """A table in the MetaData of SQLModel."""
 
-    __tablename__ = "plain_notes"
+    __tablename__ = "own_plain_notes"
     id: int | None = Field(default=None, primary_key=True)
     text: str
 
@@ -183,7 +184,7 @@ def test_constraints_have_names() -> None:
     """Each constraint and index of an own table has a name, so that a revision can change it."""
     table = Message.__table__
     names = {str(each.name) for each in [*table.constraints, *table.indexes]}
-    assert names == {"pk_messages", "fk_messages_session_id_sessions", "idx_messages_session_id"}
+    assert names == {"pk_own_messages", "fk_own_messages_session_id_sessions", "idx_own_messages_session_id"}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_constraints_have_names() -> None:
         ("Devices", "reserved"),
         ("homeagent_notes", "reserved"),
         ("application_schema_version", "reserved"),
-        ("Messages", r"defined already, by .*test_own_tables\.Message:"),
+        ("Own_Messages", r"defined already, by .*test_own_tables\.Message:"),
     ],
 )
 def test_a_taken_table_name_is_refused(name: str, reason: str) -> None:

@@ -269,8 +269,10 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
             direct = getattr(parameter.type, "convert_bound", None)
             conversions.append((index, direct or convert, direct is None))
 
+    has_more = bool(constants or defaults)
+
     def bind(parameters: Parameters) -> Row:
-        if constants or defaults:
+        if has_more:
             parameters = {**{name: make() for name, make in defaults.items()}, **parameters, **constants}
         try:
             values = list(map(parameters.__getitem__, names))
