@@ -294,13 +294,13 @@ class GroupCommit:
                     self._batch.append(call)
                     self._settings.engine.counters.waited(waited)
                 shared.append(call)
-                unit = self._settings.unit(self._settings, read_only=False).join(connection)
+                unit = self._settings.unit(self._settings, read_only=False)._join(connection)
                 try:
                     call.value = call.context.run(call.work, unit)
-                    unit.complete()
+                    unit._complete()
                 except BaseException as error:  # noqa: BLE001  `outcome` raises the error in the caller
                     call.error = error
-                call.callbacks = unit.leave(keep=call.error is None)
+                call.callbacks = unit._leave(keep=call.error is None)
                 call.since, call.state = monotonic(), ENDED
                 if not connection.in_transaction:
                     # On a full disk, for example, SQLite rolls back (https://sqlite.org/lang_transaction.html, 3).

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from enum import Enum
 from threading import get_ident
 from types import TracebackType
@@ -25,8 +26,6 @@ from homeagent.errors import HomeAgentError, UnitStateError
 from homeagent.unit_settings import UnitSettings, read_clock
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from homeagent.engine.connection import StoreConnection
     from homeagent.orm_session import UnitSession
 
@@ -276,7 +275,7 @@ class Transaction:
 
     # A part of the transaction of a batch
 
-    def join(self, connection: StoreConnection) -> Self:
+    def _join(self, connection: StoreConnection) -> Self:
         """Begin the unit in a savepoint of the open transaction of a batch, and return the unit.
 
         Use this method instead of a `with` block.
@@ -285,12 +284,12 @@ class Transaction:
         self._connection, self._has_joined, self._state = connection, True, OPEN
         return self
 
-    def complete(self) -> None:
+    def _complete(self) -> None:
         """Write the pending changes of the ORM session. Call this method if the function of the unit has returned."""
         if self._session is not None and self._state is OPEN:
             self._session.complete()
 
-    def leave(self, *, keep: bool) -> list[Callable[[], object]] | None:
+    def _leave(self, *, keep: bool) -> list[Callable[[], object]] | None:
         """End a unit that has joined a batch. Return the callbacks that must be called after the commit.
 
         Args:

@@ -14,6 +14,11 @@ from homeagent import Database, Statement, UnitOfWork
 from tests.test_own_tables import HubUnit, Message, MessageStore
 
 
+def of_any(database: Database) -> UnitOfWork:
+    """Accept a database with any class of units."""
+    return database.unit_of_work()
+
+
 async def types(hub: Database[HubUnit], path: str) -> None:
     """Show the types that mypy infers."""
     assert_type(Database.open(path, unit=HubUnit), Database[HubUnit])
@@ -27,8 +32,7 @@ async def types(hub: Database[HubUnit], path: str) -> None:
     assert_type(Statement(select(Message)), Statement[Message])
     assert_type(Statement(select(col(Message.text))), Statement[str])
     assert_type(Statement(insert(Message), returning=Message), Statement[Message])
-    plain: Database = hub
-    assert_type(plain.unit_of_work(), UnitOfWork)
+    assert_type(of_any(hub), UnitOfWork)
 
 
 async def mistakes(hub: Database[HubUnit], path: str) -> None:
