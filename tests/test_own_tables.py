@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import pytest
 from pydantic import JsonValue, ValidationError
-from sqlalchemy import CheckConstraint, bindparam, delete, func, insert, inspect, update
+from sqlalchemy import CheckConstraint, bindparam, delete, func, insert, inspect, text, update
 from sqlmodel import Field, Relationship, SQLModel, select
 
 from homeagent import AgentCreate, AgentSession, Database, Statement, Store, Table, Timestamp, UnitOfWork
-from homeagent.errors import ConflictError, InvalidArgumentError, UnitStateError
+from homeagent.errors import ConflictError, CorruptDatabaseError, InvalidArgumentError, UnitStateError
 from tests.batches import counted_commits, run_together
 from tests.conftest import START, FakeClock, add_agent
 
@@ -283,6 +283,17 @@ def test_a_statement_checks_its_parameters(hub: Database[HubUnit]) -> None:
             with pytest.raises(InvalidArgumentError, match=words) as caught:
                 act()
             assert "geheim" not in str(caught.value)
+
+
+def test_an_unreadable_value_names_its_row_without_a_secret(hub: Database[HubUnit]) -> None:
+    """The error for an unreadable value names table and column, and only a numeric key, as a text can be a secret."""
+    with hub.unit_of_work() as unit:
+        unit.session.execute(insert(Preference).values(name="geheim"))
+        unit.session.execute(text("UPDATE own_preferences SET tags = 'no JSON'"))
+        with pytest.raises(CorruptDatabaseError, match=r"own_preferences\.tags holds") as caught:
+            unit.all(Statement(select(Preference)))
+        assert "geheim" not in str(caught.value)
+        unit.rollback()
 
 
 def test_a_wrong_unit_is_refused(sqlite_path: Path) -> None:

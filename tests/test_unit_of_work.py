@@ -342,6 +342,17 @@ def test_session_rollback_ends_the_unit(database: Database) -> None:
     add_agent(database, "next")
 
 
+def test_session_commit_inside_a_savepoint_only_flushes(database: Database) -> None:
+    """Inside `savepoint`, the session's commit() keeps the savepoint, which can still be undone."""
+    with database.unit_of_work() as unit:
+        unit.session.add(Agent(id="ada", name="Ada", workspace_path="/srv", created_at=START))
+        with suppress(LookupError), unit.savepoint():
+            unit.session.add(Agent(id="bob", name="Bob", workspace_path="/srv", created_at=START))
+            unit.session.commit()
+            raise LookupError
+    assert [agent.id for agent in database.agents.list()] == ["ada"]
+
+
 def test_session_commit_only_flushes(database: Database) -> None:
     """The session's commit() only flushes: a later exception still undoes the unit."""
     with suppress(ValueError), database.unit_of_work() as unit:

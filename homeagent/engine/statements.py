@@ -20,6 +20,7 @@ from sqlalchemy.orm import configure_mappers
 from sqlalchemy.sql.expression import ColumnClause
 
 from homeagent.errors import CorruptDatabaseError, InvalidArgumentError
+from homeagent.models import TABLES
 from homeagent.models.base import Table, metadata
 from homeagent.models.types import UNREADABLE, naming_column, unreadable, unreadable_in
 
@@ -121,6 +122,8 @@ class Compiled(Generic[R]):
         by_name = {each.name: value for each, value in zip(self.columns, row, strict=False)}
         keys = [by_name.get(name), *(parameters.get(each) for each in (name, "id", f"{table.name[:-1]}_id"))]
         key = next((key for key in keys if key is not None), None)
+        if table.name not in TABLES and not isinstance(key, int):
+            key = None  # the key of an own table can be a secret
         return unreadable_in(table, column.name if isinstance(column, ColumnClause) else None, key, what)
 
 
