@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cached_property, partial
@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, cast
 
 from pydantic import JsonValue
-from sqlalchemy import URL, Connection
+from sqlalchemy import URL, Connection, MetaData
 
 from homeagent import maintenance
 from homeagent.callables import check_function
@@ -98,6 +98,9 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         migrate: bool = True,
         pool_size: int = POOL_SIZE,
         unit: type[V] | None = None,
+        migrations: str | PathLike[str] | None = None,
+        metadata: Sequence[MetaData] = (),
+        acknowledged: Collection[str] = (),
         limits: Limits = _DEFAULT_LIMITS,
     ) -> Database[V]:
         """Open a database. Create or upgrade its schema first if necessary.
@@ -114,6 +117,11 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             pool_size: maximum number of writing units at the same time on PostgreSQL, 1 to 1,000. The same number
                 of reading units can run at the same time. SQLite ignores `pool_size` because SQLite has one writer.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
+            migrations: the application's own Alembic revisions, as `"package:folder"` or as a path. The folder contains
+                the folder `versions`. These revisions run after homeagent's revisions.
+            metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
+            acknowledged: names of the application's triggers on homeagent's tables. An upgrade, a copy and the doctor
+                accept only these triggers.
             limits: limits of the rows that devices can create, and of the work that strangers can cause.
 
         Raises:
@@ -141,6 +149,9 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             durability=durability,
             migrate=migrate,
             pool_size=pool_size,
+            migrations=migrations,
+            metadata=metadata,
+            acknowledged=acknowledged,
         )
         return Database(engine, clock=clock, busy_timeout=busy_timeout, limits=limits, unit=kind)
 

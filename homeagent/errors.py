@@ -341,14 +341,23 @@ class CommitUnknownError(DatabaseError):
 
 
 class SchemaTooNewError(DatabaseError):
-    """A newer version of this package created or upgraded the database. The database was not changed."""
+    """A newer version of this package, or of the application, upgraded the database. The database was not changed.
 
-    def __init__(self, revision: str, *, known: str) -> None:
+    If the application's own revisions are too old, the attribute `application` is the application's name. If this
+    package is too old, `application` is None.
+    """
+
+    def __init__(self, revision: str, *, known: str, application: str | None = None) -> None:
         self.revision = revision
         self.known = known
+        self.application = application
         super().__init__(
             f"the database is at schema revision {revision!r}, which this version (up to {known!r}) does not know: "
             "upgrade homeagent, or restore a backup made before the database was upgraded"
+            if application is None
+            else f"the database is at revision {revision!r} of the application {application}, and the application's "
+            f"migrations (up to {known!r}) do not have this revision: start the newer version of {application} again, "
+            "or restore a backup made before the database was upgraded"
         )
 
 
@@ -356,19 +365,34 @@ class SchemaOutdatedError(DatabaseError):
     """The database does not exist or needs an upgrade, and `migrate=False` forbids both steps.
 
     If the database does not exist, the attribute `location` is the path, or the URL without the password. If the
-    database needs an upgrade, `location` is None.
+    database needs an upgrade, `location` is None. If only the application's own revisions are missing, the attribute
+    `application` is the application's name.
     """
 
-    def __init__(self, revision: str | None, *, needed: str, location: str | None = None) -> None:
+    def __init__(
+        self, revision: str | None, *, needed: str, location: str | None = None, application: str | None = None
+    ) -> None:
         self.revision = revision
         self.needed = needed
         self.location = location
-        place = "" if location is None else f" at {location!r}"
-        super().__init__(
-            f"there is no database yet{place} (this version needs schema revision {needed!r}): "
-            "check the name, or create it with 'homeagent init' or with migrate=True"
-            if revision is None
-            else f"the database is at schema revision {revision!r} and this version needs {needed!r}: "
+        self.application = application
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        if self.application is not None:
+            found = "none of the revisions" if self.revision is None else f"revision {self.revision!r}"
+            return (
+                f"the database has {found} of the application {self.application}, and the application needs "
+                f"{self.needed!r}: open the database with migrate=True"
+            )
+        place = "" if self.location is None else f" at {self.location!r}"
+        if self.revision is None:
+            return (
+                f"there is no database yet{place} (this version needs schema revision {self.needed!r}): "
+                "check the name, or create it with 'homeagent init' or with migrate=True"
+            )
+        return (
+            f"the database is at schema revision {self.revision!r} and this version needs {self.needed!r}: "
             "run 'homeagent migrate', or open it with migrate=True"
         )
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from datetime import timedelta
+from os import PathLike
+
+from sqlalchemy import MetaData
 
 from homeagent.clock import Clock
 from homeagent.engine.engine import Engine
@@ -11,6 +15,8 @@ from homeagent.engine.files.filesystems import refuse_network_filesystem
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import Durability, SQLiteEngine
 from homeagent.engine.target import Given, resolve_target
+from homeagent.errors import InvalidArgumentError
+from homeagent.migrations.application import Application
 from homeagent.migrations.sqlite import open_sqlite
 
 __all__ = ["open_engine"]
@@ -24,11 +30,17 @@ def open_engine(
     durability: Durability,
     migrate: bool,
     pool_size: int,
+    migrations: str | PathLike[str] | None = None,
+    metadata: Sequence[MetaData] = (),
+    acknowledged: Collection[str] = (),
 ) -> Engine:
     """Open the SQLite file or the PostgreSQL database that a target names (see `Database.open`).
 
     If the schema cannot be used, `open_engine` closes the engine and raises the error.
     """
+    application = Application.of(migrations, acknowledged)
+    if isinstance(metadata, MetaData) or not all(isinstance(one, MetaData) for one in metadata):
+        raise InvalidArgumentError("metadata must be a list of MetaData objects, such as [SQLModel.metadata]")
     where = resolve_target(target)
     engine: SQLiteEngine | PostgreSQLEngine
     if where.url is not None:
@@ -40,6 +52,8 @@ def open_engine(
             prepare_directory(where.path.parent)
             refuse_network_filesystem(where.path)
         engine = SQLiteEngine(where.path, busy_timeout=busy_timeout, durability=durability)
+    engine.application_metadata = tuple(metadata)
+    engine.acknowledged = application.acknowledged
     try:
         if isinstance(engine, SQLiteEngine):
             open_sqlite(
@@ -48,11 +62,12 @@ def open_engine(
                 timeout=busy_timeout,
                 migrate=migrate or where.is_temporary,
                 temporary=where.is_temporary,
+                application=application,
             )
         else:
             from homeagent.migrations.postgresql import open_postgresql
 
-            open_postgresql(engine, timeout=busy_timeout, migrate=migrate)
+            open_postgresql(engine, timeout=busy_timeout, migrate=migrate, application=application)
     except BaseException:
         engine.close()
         raise

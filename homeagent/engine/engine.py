@@ -63,6 +63,10 @@ class Engine(ABC):
         watch: FileIdentityCheck | None = None,
     ) -> None:
         self.sa_engine = sa_engine
+        self.application_metadata: tuple[sqlalchemy.MetaData, ...] = ()
+        """Metadata of the application's tables that do not derive from `homeagent.Table`."""
+        self.acknowledged: frozenset[str] = frozenset()
+        """Names of the application's triggers on homeagent's tables."""
         self.driver_errors = driver_errors
         self.translate = translate
         self._identity_check = watch

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
 from homeagent.clock import monotonic
+from homeagent.engine.postgresql.connection import POOLED
 from homeagent.engine.target import presentable_url
 from homeagent.errors import (
     DatabaseBusyError,
@@ -19,10 +22,12 @@ from homeagent.errors import (
     SchemaOutdatedError,
     TransientError,
 )
+from homeagent.migrations.application import Application
 from homeagent.migrations.revisions import (
     REVISION,
     SPEAK_FOR_THEMSELVES,
     VERSION_TABLE,
+    RevisionFailedError,
     reason_of,
     revision_of,
     suits,
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["open_postgresql", "refuse_second_store"]
 
 _ADVISORY_LOCK = 0x686F6D656167656E  # bytes of "homeagen". Each host that upgrades takes this lock
+_OUTSIDE_LOCK = _ADVISORY_LOCK + 1  # a host holds this lock while a revision runs outside a transaction
 
 # Longest wait of a revision for a table's lock, in seconds. After this time the whole upgrade is rolled back and tried
 # again, because readers and writers of the table wait behind a waiting revision.
@@ -59,11 +65,17 @@ _OTHER_STORES = text(
 _PAUSE = 0.2  # longest pause between two attempts, in seconds
 
 
-def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bool) -> None:
+_NO_APPLICATION = Application()
+
+
+def open_postgresql(
+    engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bool, application: Application = _NO_APPLICATION
+) -> None:
     """If `migrate` is True, bring the schema to this version's revision, one host at a time.
 
     If `migrate` is False, the schema must be up to date. The argument `timeout` is the longest wait for another host
-    that upgrades the schema, and for units that hold locks of its tables.
+    that upgrades the schema, and for units that hold locks of its tables. The application's revisions run after
+    homeagent's.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError: the schema
@@ -74,27 +86,29 @@ def open_postgresql(engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bo
         with connection.begin():
             refuse_second_store(connection)
             revision = revision_of(connection)
-            if suits(connection, revision):
+            suitable, pending = suits(connection, revision), application.is_pending(connection)
+            if suitable and not pending:
                 return
+            if suitable and not migrate:
+                raise application.outdated(connection)
         if not migrate:
             location = presentable_url(engine.sa_engine.url)
             raise SchemaOutdatedError(revision, needed=REVISION, location=location)
         while True:
             try:
                 with connection.begin():
-                    if engine.search_schema is not None:
-                        # A revision must not use tables of another store in a later schema of the search_path.
-                        connection.execute(text(f"SET LOCAL {engine.search_schema}"))
-                    _make_or_upgrade(connection, deadline)
+                    _set_for_upgrade(engine, connection)
+                    _make_or_upgrade(engine, connection, deadline, application)
                     return
             except TransientError as error:
                 busy = error
             except SPEAK_FOR_THEMSELVES:
                 raise
             except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back
+                cause = error.__cause__ if isinstance(error, RevisionFailedError) else error
                 raise MigrationError(
                     f"upgrading the schema from {revision!r} failed and was undone ({reason_of(error)})"
-                ) from (None if isinstance(error, engine.driver_errors) else error)
+                ) from (None if isinstance(cause, engine.driver_errors) else cause)
             if busy.sqlstate == _STATEMENT_CANCELLED:
                 raise MigrationError(
                     f"upgrading the schema from {revision!r} was cancelled and undone: a statement took longer than "
@@ -127,16 +141,33 @@ def refuse_second_store(connection: Connection) -> None:
         )
 
 
-def _make_or_upgrade(connection: Connection, deadline: float) -> None:
+def _set_for_upgrade(engine: PostgreSQLEngine, connection: Connection) -> None:
+    if engine.search_schema is not None:
+        # A revision must not use tables of another store in a later schema of the search_path.
+        connection.execute(text(f"SET LOCAL {engine.search_schema}"))
+    # Wait without statement_timeout, because the upgrade of another host can take longer than the role's timeout.
+    connection.execute(text("SET LOCAL statement_timeout = 0"))
+
+
+def _set_for_revisions(connection: Connection, left: int) -> None:
+    connection.execute(text(f"SET LOCAL lock_timeout = {min(left, _TABLE_LOCK_PATIENCE * 1000)}"))
+    connection.execute(text(f"SET LOCAL statement_timeout = {int(_STATEMENT_PATIENCE.total_seconds() * 1000)}"))
+
+
+def _make_or_upgrade(
+    engine: PostgreSQLEngine, connection: Connection, deadline: float, application: Application
+) -> None:
     """Create or upgrade the schema in the current transaction, unless another host has done so already."""
     left = max(1, int((deadline - monotonic()) * 1000))
     connection.execute(text(f"SET LOCAL lock_timeout = {left}"))
-    # Wait without statement_timeout, because the upgrade of another host can take longer than the role's timeout.
-    connection.execute(text("SET LOCAL statement_timeout = 0"))
     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
     revision = revision_of(connection)
-    if suits(connection, revision):
+    suitable = suits(connection, revision)
+    if suitable and not application.is_pending(connection):
         return
+    if not connection.execute(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _OUTSIDE_LOCK}).scalar_one():
+        # Do not wait for this lock: CREATE INDEX CONCURRENTLY of the other host would wait for this transaction.
+        raise TransientError("another host runs a revision outside a transaction")
     if connection.execute(text("SELECT current_schema()")).scalar_one() is None:
         raise InvalidArgumentError(
             "the search_path leads to no schema, so homeagent can't create tables: CREATE SCHEMA, or ALTER ROLE … SET "
@@ -147,10 +178,43 @@ def _make_or_upgrade(connection: Connection, deadline: float) -> None:
             "the schema holds another application's tables with the names of homeagent's tables: name another database "
             "or schema"
         )
-    if revision is not None:
-        refuse_changed_schema(connection, revision, presentable_url(connection.engine.url))
-    connection.execute(text(f"SET LOCAL lock_timeout = {min(left, _TABLE_LOCK_PATIENCE * 1000)}"))
-    connection.execute(text(f"SET LOCAL statement_timeout = {int(_STATEMENT_PATIENCE.total_seconds() * 1000)}"))
-    upgrade(connection)
+    if revision is not None and not suitable:
+        location = presentable_url(connection.engine.url)
+        refuse_changed_schema(connection, revision, location, application.acknowledged)
+    _set_for_revisions(connection, left)
+    if not suitable:
+        upgrade(connection)
+    application.upgrade(connection, lambda: _outside_transaction(engine, connection, left))
     # COMMIT can wait longer than a statement, for example for a standby.
     connection.execute(text("SET LOCAL statement_timeout = 0"))
+
+
+@contextmanager
+def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left: int) -> Iterator[None]:
+    """Commit, run the block without a transaction, and begin a new transaction with the same locks and settings.
+
+    In the block this host holds `_OUTSIDE_LOCK`, which belongs to the session. Do not hold `_ADVISORY_LOCK` in the
+    block: a host that waits for this lock has a snapshot, and CREATE INDEX CONCURRENTLY waits for all snapshots.
+
+    Raises:
+        MigrationError: a pooler is in use, which can give each statement another session.
+    """
+    if connection.info[POOLED]:
+        raise MigrationError(
+            "a revision leaves its transaction (autocommit_block), which is not safe through a pooler: open the "
+            "database once with a URL that leads directly to the server"
+        )
+    raw: Any = connection.connection.driver_connection
+    # Use the driver's connection, because SQLAlchemy does not know that the transaction ends here.
+    raw.execute(f"SELECT pg_advisory_lock({_OUTSIDE_LOCK})")
+    if engine.search_schema is not None:
+        raw.execute(f"SET {engine.search_schema}")
+    raw.execute("SET statement_timeout = 0")
+    raw.execute("COMMIT")
+    try:
+        yield
+    finally:
+        raw.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
+        _set_for_upgrade(engine, connection)
+        raw.execute(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK}), pg_advisory_unlock({_OUTSIDE_LOCK})")
+        _set_for_revisions(connection, left)

@@ -10,7 +10,8 @@ as resources, so they can be in a zip file.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -42,13 +43,18 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "APPLICATION_VERSION_TABLE",
     "REVISION",
     "SPEAK_FOR_THEMSELVES",
     "VERSION_TABLE",
+    "RevisionFailedError",
     "alembic_config",
     "known_revisions",
+    "loaded",
     "reason_of",
     "revision_of",
+    "run_revisions",
+    "stored_revisions",
     "suits",
     "tables",
     "upgrade",
@@ -58,6 +64,9 @@ REVISION = "0008"
 """Revision that this version needs, which is the newest revision in `alembic/versions`."""
 
 VERSION_TABLE = "homeagent_schema_version"
+
+APPLICATION_VERSION_TABLE = "application_schema_version"
+"""Version table of the application's own revisions."""
 
 logger = logging.getLogger("homeagent")
 
@@ -74,6 +83,10 @@ SPEAK_FOR_THEMSELVES = (
     SchemaTooNewError,
 )
 """Errors that explain why an upgrade failed. Other errors become a MigrationError."""
+
+
+class RevisionFailedError(Exception):
+    """A revision of the application failed. The text names the revision. The caller raises a MigrationError."""
 
 
 def script_directory() -> Traversable:
@@ -104,13 +117,14 @@ def alembic_config(connection: Connection | None = None) -> Config:
 def _scripts() -> list[ModuleType]:
     """Load a new module for each revision, and return the modules with the oldest first."""
     found = sorted((script_directory() / "versions").iterdir(), key=lambda file: file.name)
-    return [_loaded(file) for file in found if file.name.endswith(".py")]
+    return [loaded(file) for file in found if file.name.endswith(".py")]
 
 
-def _loaded(file: Traversable) -> ModuleType:
+def loaded(file: Traversable) -> ModuleType:
+    """Run a script as a new module, and return the module."""
     script = ModuleType(file.name.removesuffix(".py"))
     script.__file__ = str(file)
-    exec(_compiled(file.read_text(encoding="utf-8"), script.__file__), vars(script))  # noqa: S102  homeagent's own text
+    exec(_compiled(file.read_text(encoding="utf-8"), script.__file__), vars(script))  # noqa: S102  a revision
     return script
 
 
@@ -138,6 +152,13 @@ def revision_of(connection: Connection) -> str | None:
             f"{VERSION_TABLE} holds {len(rows)} rows where one belongs: restore the newest good backup"
         )
     return str(rows[0][0])
+
+
+def stored_revisions(connection: Connection, table: str) -> set[str]:
+    """Return the revisions in a version table. Return an empty set if the table does not exist."""
+    if table not in tables(connection):
+        return set()
+    return {str(row[0]) for row in connection.execute(text(f"SELECT version_num FROM {table}"))}  # noqa: S608  a constant
 
 
 def known_revisions() -> set[str]:
@@ -177,30 +198,60 @@ def reason_of(error: Exception) -> str:
 
     For an error of another package, return only the name of its class, because its message can contain row values.
     """
+    if isinstance(error, RevisionFailedError):
+        return str(error)
     name = type(error).__name__
     return f"{name}: {error}" if isinstance(error, HomeAgentError) else name
 
 
 def upgrade(connection: Connection, to: str = "head") -> None:
-    """Run the missing revisions, up to the revision `to`. The caller holds the lock for upgrades."""
+    """Run homeagent's missing revisions, up to the revision `to`. The caller holds the lock for upgrades."""
+    run_revisions(connection, _scripts(), version_table=VERSION_TABLE, to=to)
+
+
+def run_revisions(
+    connection: Connection,
+    modules: Sequence[ModuleType],
+    *,
+    version_table: str,
+    to: str = "head",
+    autocommit: Callable[[], AbstractContextManager[None]] = nullcontext,
+    before: Callable[[str], None] = lambda revision: None,
+    after: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the missing revisions in the current transaction.
+
+    Args:
+        connection: connection in a transaction.
+        modules: modules of all revisions. Each module gets a separate `op`.
+        version_table: name of the version table.
+        to: newest revision to run.
+        autocommit: function that Alembic's `autocommit_block` calls.
+        before: function that is called before each revision.
+        after: function that is called after each revision.
+    """
     from alembic.operations import Operations
     from alembic.runtime.migration import MigrationContext, MigrationStep
     from alembic.script import Script
     from alembic.script.revision import RevisionMap
 
-    scripts = {script.revision: Script(script, script.revision, str(script.__file__)) for script in _scripts()}
+    scripts = {module.revision: Script(module, module.revision, str(module.__file__)) for module in modules}
     known = RevisionMap(scripts.values)
 
     def missing(current: Any, context: MigrationContext) -> Iterator[MigrationStep]:
         for revision in reversed(list(known.iterate_revisions(to, current, implicit_base=True))):
             script = scripts[revision.revision]
             vars(script.module)["op"] = Operations(context)
+            before(revision.revision)
             yield MigrationStep.upgrade_from_script(known, script)
+            after()
 
     options = {
         "fn": missing,
         "target_metadata": metadata,
         "transactional_ddl": True,
-        "version_table": VERSION_TABLE,
+        "version_table": version_table,
     }
-    MigrationContext.configure(connection, opts=options).run_migrations()
+    context = MigrationContext.configure(connection, opts=options)
+    context.autocommit_block = autocommit  # type: ignore[assignment, method-assign]  # the caller began the transaction
+    context.run_migrations()

@@ -12,7 +12,7 @@ difference, because the view prevents rebuilding the table.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,12 +36,14 @@ class Difference:
     """One difference between the schema and the schema of homeagent's revisions.
 
     A difference is grave if homeagent may fail, or accept values that homeagent must refuse. The attribute `command` is
-    the SQL statement that undoes the change. It is None if one statement is not enough.
+    the SQL statement that undoes the change. It is None if one statement is not enough. The attribute `trigger` is the
+    name of a trigger that is not homeagent's.
     """
 
     text: str
     grave: bool
     command: str | None = None
+    trigger: str | None = None
 
 
 class _Part(NamedTuple):
@@ -60,11 +62,14 @@ class _Part(NamedTuple):
 _Tables = dict[str, dict[str, _Part]]
 
 
-def refuse_changed_schema(connection: Connection, revision: str, location: str) -> None:
+def refuse_changed_schema(
+    connection: Connection, revision: str, location: str, acknowledged: Container[str] = ()
+) -> None:
     """Refuse a schema with a grave difference, because the rows of such a database can't be trusted.
 
     Only the doctor reports differences that are not grave, such as a view or a plain index. On PostgreSQL this function
-    searches only for triggers and rules on homeagent's tables. The connection must be in a transaction.
+    searches only for triggers and rules on homeagent's tables. The connection must be in a transaction. A trigger with
+    a name in `acknowledged` is accepted.
 
     Raises:
         SchemaChangedError: the schema has a grave difference.
@@ -76,6 +81,7 @@ def refuse_changed_schema(connection: Connection, revision: str, location: str) 
         found = [difference for difference in _sqlite_differences(connection, revision) if difference.grave]
     else:
         found = list(_postgresql_triggers(connection))
+    found = [difference for difference in found if difference.trigger not in acknowledged]
     if found:
         first = next((difference.command for difference in found if difference.command), None)
         raise SchemaChangedError([difference.text for difference in found], location=location, command=first)
@@ -158,7 +164,8 @@ def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Diffe
             what = f"{kind} {name} " + (f"of {on} changes" if kind == "trigger" else "reads") + " homeagent's tables"
         else:
             continue
-        yield Difference(what, kind == "trigger", f"DROP {kind.upper()} {_name(name)}")
+        trigger = name if kind == "trigger" else None
+        yield Difference(what, kind == "trigger", f"DROP {kind.upper()} {_name(name)}", trigger)
 
 
 def _sqlite_others(connection: Connection) -> list[tuple[str, str, str, str]]:
@@ -275,9 +282,9 @@ _TRIGGERS = text(
 def _postgresql_triggers(connection: Connection) -> Iterator[Difference]:
     for table in (*TABLES, VERSION_TABLE):
         for kind, name in connection.execute(_TRIGGERS, {"name": table}):
-            yield Difference(
-                f"{kind} {name} of {table} is not homeagent's", True, f"DROP {kind.upper()} {_name(name)} ON {table}"
-            )
+            command = f"DROP {kind.upper()} {_name(name)} ON {table}"
+            trigger = name if kind == "trigger" else None
+            yield Difference(f"{kind} {name} of {table} is not homeagent's", True, command, trigger)
 
 
 def _postgresql_tables(connection: Connection) -> _Tables:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,16 +28,19 @@ from homeagent.errors import (
     ReadOnlyError,
     SchemaOutdatedError,
 )
+from homeagent.migrations.application import Application
 from homeagent.migrations.revisions import (
     REVISION,
     SPEAK_FOR_THEMSELVES,
     VERSION_TABLE,
+    RevisionFailedError,
     reason_of,
     revision_of,
     suits,
     tables,
     upgrade,
 )
+from homeagent.models import TABLES
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -49,26 +53,39 @@ __all__ = ["identify_or_wait", "open_sqlite", "upgrade_copy"]
 logger = logging.getLogger("homeagent")
 
 
-def open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migrate: bool, temporary: bool) -> None:
+_NO_APPLICATION = Application()
+
+
+def open_sqlite(
+    engine: SQLiteEngine,
+    *,
+    clock: Clock,
+    timeout: timedelta,
+    migrate: bool,
+    temporary: bool,
+    application: Application = _NO_APPLICATION,
+) -> None:
     """Check the file, and bring it to WAL mode and to this version's revision.
 
     The argument `timeout` is the longest wait for another process that creates or upgrades the file. If `migrate` is
     False, the schema must be up to date. A temporary file is private to the caller, so the file needs no in-use lock
-    and no backup.
+    and no backup. The application's revisions run after homeagent's.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError, ForeignDatabaseError,
         CorruptDatabaseError, InsecureFileError, DatabaseBusyError: the file can't be used. Its content is unchanged.
     """
     try:
-        _open_sqlite(engine, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
+        _open_sqlite(engine, application, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
     except BaseException:
         if engine.in_use_lock is not None and engine.in_use_lock.held:
             engine.in_use_lock.withdraw()  # remove a new lock file next to a refused file
         raise
 
 
-def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migrate: bool, temporary: bool) -> None:
+def _open_sqlite(
+    engine: SQLiteEngine, application: Application, *, clock: Clock, timeout: timedelta, migrate: bool, temporary: bool
+) -> None:
     path = engine.path
     identified = identify_or_wait(engine)
     if not temporary and in_use_path(path).exists():
@@ -80,10 +97,12 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
         is_checked = database_file.secure_sidecars(path) and not temporary and _check_unclean_end(engine)
         _hold_in_use_lock(engine, timeout=timeout, temporary=temporary)
         with engine.translated(), engine.connect() as connection:
-            revision, suitable = _look_up(connection)
+            revision, suitable, pending = _look_up(connection, application)
             if not is_checked:
                 check_content(path, connection.connection.driver_connection)
-        if suitable and (temporary or not migrate or _has_marker(path)):
+            if suitable and pending and not migrate:
+                raise application.outdated(connection)
+        if suitable and not pending and (temporary or not migrate or _has_marker(path)):
             return
         if not migrate:
             raise SchemaOutdatedError(revision, needed=REVISION, location=str(path))
@@ -94,7 +113,7 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
                 # Read the revision and the schema in one snapshot, because another process can upgrade the file now.
                 revision = revision_of(connection)
                 if revision is not None and not suits(connection, revision):
-                    refuse_changed_schema(connection, revision, quoted(path))
+                    refuse_changed_schema(connection, revision, quoted(path), application.acknowledged)
     elif not migrate:
         if not temporary and _has_marker(path):
             raise corrupt_after_all(path)  # "no schema yet" would invite the administrator to create a new one
@@ -103,7 +122,7 @@ def _open_sqlite(engine: SQLiteEngine, *, clock: Clock, timeout: timedelta, migr
         _hold_in_use_lock(engine, timeout=timeout, temporary=temporary)
     lock = sidecar_lock(path, timeout=timeout)
     with lock:
-        _make_or_upgrade(engine, lock, clock=clock, temporary=temporary)
+        _make_or_upgrade(engine, lock, application, clock=clock, temporary=temporary)
 
 
 def identify(engine: SQLiteEngine) -> database_file.FileState | None:
@@ -170,14 +189,18 @@ def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bo
         engine.keep_in_use_lock(hold_in_use_lock(engine.path, timeout=timeout))
 
 
-def _look_up(connection: Connection) -> tuple[str | None, bool]:
-    """Return the revision of the schema, and whether this version works with the schema without an upgrade."""
+def _look_up(connection: Connection, application: Application) -> tuple[str | None, bool, bool]:
+    """Return the revision of the schema.
+
+    Also return whether this version works with the schema without an upgrade, and whether a revision of the application
+    is missing.
+    """
     # Use a deferred BEGIN, because the engine's `_on_begin` would wait for the write lock.
     raw: Any = connection.connection.driver_connection
     raw.execute("BEGIN")
     try:
         revision = revision_of(connection)
-        return revision, suits(connection, revision)
+        return revision, suits(connection, revision), application.is_pending(connection)
     finally:
         connection.rollback()
         if raw.in_transaction:
@@ -215,19 +238,20 @@ def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
     return initialised
 
 
-def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temporary: bool) -> None:
+def _make_or_upgrade(
+    engine: SQLiteEngine, lock: FileLock, application: Application, *, clock: Clock, temporary: bool
+) -> None:
     """Create or upgrade the schema, unless another process has done so already. The caller holds `sidecar_lock`."""
     path = engine.path
     initialised = _prepare_file(engine, lock)
-    backup: Path | None = None
     with engine.translated(), engine.connect() as connection:
         raw: Any = connection.connection.driver_connection
-        revision, suitable = _look_up(connection)
+        revision, suitable, pending = _look_up(connection, application)
         if revision is not None and not initialised and not temporary:
             # Write the marker before the upgrade. If the disk is full, the schema then stays unchanged.
             lock.write_marker("initialised")
             initialised = True
-        if suitable:
+        if suitable and not pending:
             return
         if revision is None and (initialised or _has_tables(connection)):
             raise CorruptDatabaseError(
@@ -240,36 +264,63 @@ def _make_or_upgrade(engine: SQLiteEngine, lock: FileLock, *, clock: Clock, temp
         # Overwrite the pages of a table that a revision recreates, because the old rows contain hashes.
         raw.execute("PRAGMA secure_delete=ON")
         try:
-            with connection.begin():
-                # The transaction holds the write lock after BEGIN IMMEDIATE, so the revision can't change any more.
-                revision = revision_of(connection)
-                if suits(connection, revision):
-                    return
-                if revision is not None:
-                    _refuse_unconvertible_rows(connection, revision)
-                if revision is not None and not temporary:
-                    backup = _back_up(engine, revision, clock)
-                upgrade(connection)
-                _verify(connection, backup)
-        except SPEAK_FOR_THEMSELVES:
-            raise
-        except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back
-            raise MigrationError(
-                f"upgrading {path} from {revision!r} failed and was undone ({reason_of(error)}): "
-                f"the schema is unchanged; the backup is {backup or 'not needed'}",
-                backup=backup,
-            ) from (None if isinstance(error, engine.driver_errors) else error)
+            revision = _upgrade(engine, connection, application, None if temporary else clock)
         finally:
             raw.execute("PRAGMA foreign_keys=ON")
     if not initialised and not temporary:
         lock.write_marker("initialised")
     logger.info(
-        "upgraded the schema of %s to revision %s (from %s)",
+        "upgraded the schema of %s to revision %s (from %s)%s",
         path,
         REVISION,
         revision,
-        extra={"event": "schema_upgraded", "path": str(path), "revision": REVISION, "revision_before": revision},
+        f", and the application {application.name} to {application.head}" if application.name else "",
+        extra={
+            "event": "schema_upgraded",
+            "path": str(path),
+            "revision": REVISION,
+            "revision_before": revision,
+            "application_revision": application.head,
+        },
     )
+
+
+def _upgrade(
+    engine: SQLiteEngine, connection: Connection, application: Application, backup_clock: Clock | None
+) -> str | None:
+    """Run the missing revisions in one transaction, after a backup. Return the revision before the upgrade.
+
+    If `backup_clock` is None, make no backup.
+    """
+    path = engine.path
+    backup: Path | None = None
+    revision: str | None = None
+    try:
+        with connection.begin():
+            # The transaction holds the write lock after BEGIN IMMEDIATE, so the revision can't change any more.
+            revision = revision_of(connection)
+            suitable = suits(connection, revision)
+            if suitable and not application.is_pending(connection):
+                return revision
+            if revision is not None and not suitable:
+                _refuse_unconvertible_rows(connection, revision)
+            if revision is not None and backup_clock is not None:
+                backup = _back_up(engine, revision, backup_clock)
+            broken = _broken_references(connection)
+            if not suitable:
+                upgrade(connection)
+            application.upgrade(connection)
+            _verify(connection, broken, backup)
+    except SPEAK_FOR_THEMSELVES:
+        raise
+    except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back
+        cause = error.__cause__ if isinstance(error, RevisionFailedError) else error
+        raise MigrationError(
+            f"upgrading {path} from {revision!r} failed and was undone ({reason_of(error)}): "
+            f"the schema is unchanged; the backup is {backup or 'not needed'}",
+            backup=backup,
+        ) from (None if isinstance(cause, engine.driver_errors) else cause)
+    return revision
 
 
 # Each entry has a revision, a table, and the text columns that the revision reads into Python. The first column is the
@@ -316,13 +367,25 @@ def _has_tables(connection: Connection) -> bool:
     return found
 
 
-def _verify(connection: Connection, backup: Path | None) -> None:
-    broken = connection.execute(text("PRAGMA foreign_key_check")).fetchall()
-    found = revision_of(connection)
-    if broken:
-        problem = f"left {len(broken)} broken reference(s)"
-    elif found != REVISION:
-        problem = f"ended at revision {found!r} instead of {REVISION!r}"
+def _broken_references(connection: Connection) -> Counter[tuple[str, str]]:
+    """Return the number of rows that refer to a missing row, by the names of the two tables."""
+    rows = connection.execute(text("PRAGMA foreign_key_check")).fetchall()
+    return Counter((str(child), str(parent)) for child, _, parent, _ in rows)
+
+
+def _verify(connection: Connection, broken_before: Counter[tuple[str, str]], backup: Path | None) -> None:
+    """Raise MigrationError if the upgrade left a broken reference, or ended at another revision.
+
+    A reference of one of the application's tables may be broken as often as before the upgrade.
+    """
+    broken = _broken_references(connection)
+    worse = [keys for keys, rows in broken.items() if keys[0] in TABLES or rows > broken_before[keys]]
+    revision = revision_of(connection)
+    if worse:
+        shown = ", ".join(f"{broken[keys]:,} from {keys[0]} to {keys[1]}" for keys in worse[:10])
+        problem = f"left broken references ({shown})"
+    elif not suits(connection, revision):
+        problem = f"ended at revision {revision!r} instead of {REVISION!r}"
     else:
         return
     raise MigrationError(

@@ -1,0 +1,359 @@
+"""Find and run the application's own Alembic revisions, after homeagent's revisions.
+
+The folder of the revisions is an Alembic script location: the scripts are in its folder `versions`. Neither `env.py`
+nor `alembic.ini` is needed. `Application.of` reads the identifiers from the syntax tree of each script, so that opening
+an up-to-date database does not import Alembic.
+
+A revision must not change homeagent's tables, because homeagent's own revisions rely on their structure. On SQLite an
+authorizer refuses such a statement. On PostgreSQL the catalogue is compared before and after each revision.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event, text
+
+from homeagent.engine.sqlite.table_guard import refuse_changes
+from homeagent.errors import InvalidArgumentError, SchemaOutdatedError, SchemaTooNewError
+from homeagent.migrations.revisions import (
+    APPLICATION_VERSION_TABLE,
+    SPEAK_FOR_THEMSELVES,
+    VERSION_TABLE,
+    RevisionFailedError,
+    loaded,
+    reason_of,
+    run_revisions,
+    stored_revisions,
+)
+from homeagent.models import TABLES
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+    from sqlalchemy import Connection
+
+__all__ = ["Application", "revision_guard"]
+
+_PACKAGE = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^:]+)")
+
+# PostgreSQL could not store a longer identifier in the version table that Alembic creates.
+_LONGEST_REVISION = 32
+
+_PROTECTED = (*TABLES, VERSION_TABLE)
+
+Outside = Callable[[], AbstractContextManager[None]]
+"""Function that commits, leaves the transaction for the time of the block, and begins a new transaction."""
+
+
+@dataclass(frozen=True)
+class _Script:
+    file: Traversable
+    revision: str
+    parents: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Application:
+    """The application's revisions. Without revisions, no method changes a database.
+
+    Attributes:
+        name: name of the package, or path of the folder, for errors.
+        scripts: the scripts by revision.
+        head: newest revision. None if there are no revisions.
+        acknowledged: names of the application's triggers on homeagent's tables.
+    """
+
+    name: str = ""
+    scripts: dict[str, _Script] = field(default_factory=dict)
+    head: str | None = None
+    acknowledged: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, given: str | os.PathLike[str] | None, acknowledged: Collection[str] = ()) -> Application:
+        """Find the revisions that the argument `migrations` of `Database.open` names.
+
+        Raises:
+            InvalidArgumentError: the package or the folder is missing, or its scripts are not one line of revisions.
+        """
+        triggers = _names(acknowledged)
+        if given is None:
+            return cls(acknowledged=triggers)
+        name, folder = _folder(given)
+        scripts = _read_scripts(name, folder)
+        followed = {parent for script in scripts.values() for parent in script.parents}
+        unknown = sorted(followed - scripts.keys())
+        heads = sorted(scripts.keys() - followed)
+        if unknown:
+            raise InvalidArgumentError(
+                f"the revisions of {name} refer to the revision {unknown[0]!r}, which the folder does not contain: "
+                "add its script, or correct down_revision"
+            )
+        if len(heads) > 1 or (scripts and not heads):
+            shown = ", ".join(heads) or "none, because the revisions form a circle"
+            raise InvalidArgumentError(
+                f"the revisions of {name} must have one head and have {len(heads)}: {shown}. Add a revision that "
+                "merges the heads ('alembic merge heads'), or correct down_revision"
+            )
+        return cls(name, scripts, heads[0] if heads else None, triggers)
+
+    def is_pending(self, connection: Connection) -> bool:
+        """Return whether a revision is missing in the database.
+
+        Raises:
+            SchemaTooNewError: the version table has a revision that the application does not have.
+        """
+        if not self.name:
+            return False
+        stored = stored_revisions(connection, APPLICATION_VERSION_TABLE)
+        unknown = sorted(stored - self.scripts.keys())
+        if unknown:
+            raise SchemaTooNewError(unknown[0], known=str(self.head), application=self.name)
+        return stored != ({self.head} if self.head else set())
+
+    def outdated(self, connection: Connection) -> SchemaOutdatedError:
+        """Return the error for a database that lacks a revision."""
+        stored = stored_revisions(connection, APPLICATION_VERSION_TABLE)
+        return SchemaOutdatedError(
+            ", ".join(sorted(stored)) or None, needed=str(self.head), application=self.name or None
+        )
+
+    def upgrade(self, connection: Connection, outside: Outside | None = None) -> None:
+        """Run the missing revisions in the current transaction. The caller holds the lock for upgrades.
+
+        Args:
+            connection: connection in a transaction. On SQLite foreign keys are switched off.
+            outside: for PostgreSQL, the block for statements that can't run in a transaction.
+
+        Raises:
+            RevisionFailedError: a revision failed, or changed homeagent's tables.
+        """
+        if not self.is_pending(connection):
+            return
+        modules = [loaded(script.file) for script in self.scripts.values()]
+        with revision_guard(connection, self.acknowledged, outside) as guard:
+            try:
+                run_revisions(
+                    connection,
+                    modules,
+                    version_table=APPLICATION_VERSION_TABLE,
+                    autocommit=guard.autocommit,
+                    before=guard.begin,
+                    after=guard.check,
+                )
+            except SPEAK_FOR_THEMSELVES:
+                raise
+            except Exception as error:
+                reason = guard.refused or reason_of(error)
+                raise RevisionFailedError(
+                    f"the revision {guard.revision!r} of {self.name}: {reason}{guard.committed}"
+                ) from error
+
+
+def _names(given: Collection[str]) -> frozenset[str]:
+    if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+        raise InvalidArgumentError("acknowledged must be a collection of names of triggers, such as ['audit_devices']")
+    return frozenset(given)
+
+
+def _folder(given: str | os.PathLike[str]) -> tuple[str, Traversable]:
+    """Return the application's name, and the folder of its revisions."""
+    named = _PACKAGE.fullmatch(given) if isinstance(given, str) else None
+    folder: Traversable
+    if named is None:
+        if not isinstance(given, (str, os.PathLike)):
+            raise InvalidArgumentError(f"migrations must be 'package:folder' or a path, not {type(given).__name__}")
+        name, folder = os.fspath(given), Path(given)
+    else:
+        name = named[1]
+        try:
+            folder = files(name).joinpath(*named[2].split("/"))
+        except Exception as error:
+            raise InvalidArgumentError(
+                f"migrations={given!r}: the package {name!r} can't be imported ({type(error).__name__}). Install the "
+                "package, correct its name, or pass the path of the folder"
+            ) from error
+    if not (folder / "versions").is_dir():
+        raise InvalidArgumentError(
+            f"migrations={os.fspath(given)!r}: there is no folder {str(folder / 'versions')!r}. Correct the name, "
+            "or create the first revision with 'homeagent migrations new'"
+        )
+    return name, folder
+
+
+def _read_scripts(name: str, folder: Traversable) -> dict[str, _Script]:
+    scripts: dict[str, _Script] = {}
+    for file in sorted((folder / "versions").iterdir(), key=lambda file: file.name):
+        if not file.name.endswith(".py") or file.name.startswith(("_", ".")):
+            continue
+        script = _read_script(name, file)
+        other = scripts.setdefault(script.revision, script)
+        if other is not script:
+            raise InvalidArgumentError(
+                f"two scripts of {name} have the revision {script.revision!r}: {other.file.name} and {file.name}. "
+                "Give one of them another identifier"
+            )
+    return scripts
+
+
+def _read_script(name: str, file: Traversable) -> _Script:
+    """Read the identifiers of a script without running the script."""
+    try:
+        values = dict(_constants(ast.parse(file.read_text(encoding="utf-8"))))
+        revision, parents = values["revision"], [values.get("down_revision"), values.get("depends_on")]
+    except (SyntaxError, ValueError, KeyError) as error:
+        raise InvalidArgumentError(
+            f"{file.name} of {name} is not a revision ({type(error).__name__}): a revision is a Python script that "
+            "sets 'revision' and 'down_revision' to constants"
+        ) from error
+    if not isinstance(revision, str) or not 1 <= len(revision) <= _LONGEST_REVISION:
+        raise InvalidArgumentError(
+            f"{file.name} of {name}: the identifier of a revision must be a text of 1 to {_LONGEST_REVISION} characters"
+        )
+    listed = [[parent] if isinstance(parent, str) else parent or () for parent in parents]
+    return _Script(file, revision, tuple(str(parent) for several in listed for parent in several))
+
+
+def _constants(module: ast.Module) -> Iterator[tuple[str, Any]]:
+    for statement in module.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        value = getattr(statement, "value", None)
+        for target in targets:
+            names = target.elts if isinstance(target, ast.Tuple) else [target]
+            values = value.elts if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) else [value]
+            for one, its_value in zip(names, values, strict=True):
+                if isinstance(one, ast.Name) and one.id in ("revision", "down_revision", "depends_on"):
+                    assert its_value is not None  # noqa: S101  an annotation without value is no identifier
+                    yield one.id, ast.literal_eval(its_value)
+
+
+# Protection of homeagent's tables
+
+
+class _Guard:
+    """State of one run of the application's revisions."""
+
+    def __init__(self, connection: Connection, acknowledged: frozenset[str], outside: Outside | None) -> None:
+        self._connection = connection
+        self._outside = outside
+        self._left_transaction = False
+        self._acknowledged = acknowledged
+        self._before: dict[str, tuple[str, int]] = {}
+        self._statements = 0
+        self.refused: str | None = None
+        """Reason of a refusal."""
+        self.revision: str | None = None
+        """Revision that runs now."""
+        self.committed = ""
+        """Note about revisions that can't be undone, because they ran outside a transaction."""
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether the database is a SQLite file."""
+        return self._connection.dialect.name == "sqlite"
+
+    def count(self, *_: object) -> None:
+        """Count a statement of the revision."""
+        self._statements += 1
+
+    def refuse(self, table: str) -> None:
+        """Remember that the revision tried to change one of homeagent's tables."""
+        self.refused = (
+            f"it changes homeagent's table {table}, which only homeagent's own revisions may change. Put the "
+            "application's data into a table of the application; change rows by homeagent's stores; acknowledge a "
+            "trigger by Database.open(acknowledged=…)"
+        )
+
+    def begin(self, revision: str) -> None:
+        """Note that a revision begins."""
+        self.revision = revision
+        if not self.is_sqlite:
+            self._before = _postgresql_state(self._connection, self._acknowledged)
+        self._statements = 0
+
+    def check(self) -> None:
+        """Raise an error if the revision changed homeagent's tables."""
+        if not self.is_sqlite and self.refused is None:
+            after = _postgresql_state(self._connection, self._acknowledged)
+            changed = sorted(name for name in self._before if self._before[name] != after.get(name))
+            if changed:
+                self.refuse(changed[0])
+        if self.refused is not None:
+            raise RevisionFailedError(self.refused)
+        if self._outside is not None and self._left_transaction:
+            with self._outside():  # commits the revision, because its statements outside the transaction stay
+                self._left_transaction = False
+
+    def autocommit(self) -> AbstractContextManager[None]:
+        """Return the block of Alembic's `autocommit_block`. On SQLite the block does nothing."""
+        return nullcontext() if self._outside is None else self._autocommit(self._outside)
+
+    @contextmanager
+    def _autocommit(self, outside: Outside) -> Iterator[None]:
+        if self._statements:
+            self.refused = (
+                "it runs statements before its autocommit_block, and a failure in the block could not undo these "
+                "statements. Move the statements to an earlier revision"
+            )
+            raise RevisionFailedError(self.refused)
+        self.committed = " (the earlier revisions, and statements outside a transaction, stay)"
+        self._left_transaction = True
+        with outside():
+            yield
+        # COMMIT has reset the counters of written rows.
+        before, after = self._before, _postgresql_state(self._connection, self._acknowledged)
+        self._before = after
+        changed = sorted(name for name in before if before[name][0] != after.get(name, ("", 0))[0])
+        if changed:
+            self.refuse(changed[0])
+            self.check()
+
+
+@contextmanager
+def revision_guard(
+    connection: Connection, acknowledged: frozenset[str], outside: Outside | None = None
+) -> Iterator[_Guard]:
+    """Prevent the application's revisions in the block from changing homeagent's tables."""
+    guard = _Guard(connection, acknowledged, outside)
+    if guard.is_sqlite:
+        raw: Any = connection.connection.driver_connection
+        with refuse_changes(raw, _PROTECTED, acknowledged, guard.refuse):
+            yield guard
+        return
+    event.listen(connection, "before_cursor_execute", guard.count)
+    try:
+        yield guard
+    finally:
+        event.remove(connection, "before_cursor_execute", guard.count)
+
+
+# The structure of each table as one text, and the number of rows that the transaction has written to it.
+# `relfilenode` shows TRUNCATE and a rewrite of the table.
+_STATE = text(
+    "SELECT c.relname, concat_ws(' ', c.oid, c.relfilenode, c.relowner, c.relrowsecurity,"
+    " (SELECT string_agg(concat_ws(' ', attname, atttypid, atttypmod, attnotnull, attisdropped,"
+    "   pg_get_expr(d.adbin, d.adrelid)), ',' ORDER BY attnum)"
+    "  FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum"
+    "  WHERE attrelid = c.oid AND attnum > 0),"
+    " (SELECT string_agg(concat_ws(' ', conname, pg_get_constraintdef(oid)), ',' ORDER BY oid)"
+    "  FROM pg_constraint WHERE conrelid = c.oid),"
+    " (SELECT string_agg(pg_get_indexdef(indexrelid), ',' ORDER BY indexrelid) FROM pg_index WHERE indrelid = c.oid),"
+    " (SELECT string_agg(concat_ws(' ', tgname, tgenabled), ',' ORDER BY tgname) FROM pg_trigger"
+    "  WHERE tgrelid = c.oid AND NOT tgisinternal AND tgname <> ALL (CAST(:acknowledged AS text[]))),"
+    " (SELECT string_agg(rulename, ',' ORDER BY rulename) FROM pg_rewrite WHERE ev_class = c.oid)),"
+    " coalesce((SELECT n_tup_ins + n_tup_upd + n_tup_del FROM pg_stat_xact_all_tables WHERE relid = c.oid), 0)"
+    " FROM unnest(CAST(:names AS text[])) AS names(name) JOIN pg_class c ON c.oid = to_regclass(name)"
+)
+
+
+def _postgresql_state(connection: Connection, acknowledged: frozenset[str]) -> dict[str, tuple[str, int]]:
+    parameters = {"names": list(_PROTECTED), "acknowledged": list(acknowledged)}
+    return {name: (structure, written) for name, structure, written in connection.execute(_STATE, parameters)}

@@ -1,0 +1,320 @@
+"""The application's own revisions, which `Database.open` runs after homeagent's revisions."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from homeagent import Database
+from homeagent.errors import InvalidArgumentError, MigrationError, SchemaOutdatedError, SchemaTooNewError
+from homeagent.migrations import REVISION
+from tests.conftest import Children, add_agent, postgres_execute
+from tests.migrations.old_databases import CHECKOUT, clock, fetch, is_sound, old_database, rows_of
+from tests.migrations.own_revisions import CREATE, write_revision, write_revisions
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of an application's three revisions."""
+    return write_revisions(tmp_path / "hub" / "migrations")
+
+
+@pytest.fixture
+def fresh(engine_name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The path of a file that does not exist yet, or the URL of an empty PostgreSQL database."""
+    if engine_name == "postgresql":
+        yield request.getfixturevalue("empty_postgres_url")
+    else:
+        yield str(tmp_path / "private" / "homeagent.db")
+
+
+def rows(database: Database, query: str) -> list[tuple[Any, ...]]:
+    """Return the rows of a query."""
+    with database.read_connection() as connection:
+        return [tuple(row) for row in connection.execute(text(query))]
+
+
+def add_note(database: Database, note: str) -> None:
+    """Insert a row that refers to a session."""
+    add_agent(database)
+    with database.unit_of_work() as unit:
+        session = unit.sessions.resolve(agent_id="ada", sender_id="anna")
+        values = {"session": session.session_id, "note": note}
+        unit.session.connection().execute(text("INSERT INTO notes (session_id, text) VALUES (:session, :note)"), values)
+
+
+def test_fresh_database(fresh: str, folder: Path) -> None:
+    """A fresh database gets both schemas, and a second open of the same revisions changes nothing."""
+    with Database.open(fresh, migrations=folder) as database:
+        assert database.status().schema_revision == REVISION
+        assert rows(database, "SELECT version_num FROM application_schema_version") == [("a3",)]
+        add_note(database, "kept")
+    for migrate in (False, True):
+        with Database.open(fresh, migrations=folder, migrate=migrate) as database:
+            assert rows(database, "SELECT text, stars FROM notes") == [("kept", 0)]
+
+
+def test_current_database(target: str, folder: Path, tmp_path: Path) -> None:
+    """A database with homeagent's tables gets the application's, and a rebuild of a table keeps the rows."""
+    first = write_revision(tmp_path / "first", "a1", None, CREATE).parents[1]
+    with pytest.raises(SchemaOutdatedError, match=r"has none of the revisions of the application .*first") as outdated:
+        Database.open(target, migrations=first, migrate=False)
+    assert outdated.value.application == str(first)
+    with Database.open(target, migrations=first) as database:
+        add_note(database, "kept")
+    with pytest.raises(SchemaOutdatedError, match=r"has revision 'a1' of the application .*needs 'a3'"):
+        Database.open(target, migrations=folder, migrate=False)
+    with Database.open(target, migrations=folder) as database:
+        assert rows(database, "SELECT text, stars FROM notes") == [("kept", 0)]
+        with database.unit_of_work() as unit:
+            (session,) = unit.sessions.list()
+            unit.sessions.delete(session.session_id)
+        assert rows(database, "SELECT count(*) FROM notes") == [(0,)]
+
+
+def test_old_file_is_backed_up_once(tmp_path: Path, folder: Path) -> None:
+    """An old file gets both upgrades after one backup."""
+    path = old_database(tmp_path, "0001")
+    before = rows_of(path)
+    Database.open(path, migrations=folder, clock=clock).close()
+    (backup,) = tmp_path.glob("*.backup")
+    assert rows_of(backup) == before
+    assert fetch(path, "SELECT version_num FROM application_schema_version") == [("a3",)]
+
+
+def test_unknown_revision(target: str, folder: Path) -> None:
+    """If the application was set back to an older version, the error names the application and both revisions."""
+    Database.open(target, migrations=folder).close()
+    (folder / "versions" / "a3.py").unlink()
+    with pytest.raises(SchemaTooNewError, match=r"revision 'a3' of the application .*up to 'a2'") as caught:
+        Database.open(target, migrations=folder)
+    assert caught.value.application == str(folder)
+    Database.open(target).close()
+
+
+REFUSED = {
+    "column": 'op.add_column("agents", sa.Column("extra", sa.Text))',
+    "index": 'op.create_index("idx_extra", "devices", ["id"])',
+    "rows": "op.execute(\"UPDATE agents SET name = 'other'\")",
+    "table": 'op.execute("DROP TABLE nonces")',
+    "version": "op.execute(\"UPDATE homeagent_schema_version SET version_num = '0001'\")",
+    "swallowed": 'try:\n    with op.get_bind().begin_nested():\n        op.execute("DELETE FROM nonces")\n'
+    '        op.execute("DROP TABLE nonces")\nexcept Exception:\n    pass\nop.execute("DROP INDEX idx_sessions_agent")',
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_change_of_a_table_of_homeagent(target: str, folder: Path, kind: str) -> None:
+    """A revision that changes homeagent's tables is refused by name, and the transaction is undone."""
+    with Database.open(target, migrations=folder) as database:
+        add_note(database, "kept")
+    write_revision(folder, "a4", "a3", f'op.create_table("extra", sa.Column("id", sa.Integer))\n{REFUSED[kind]}')
+    with pytest.raises(
+        MigrationError, match=r"revision 'a4' of .*it changes homeagent's table [a-z_]+, which"
+    ) as caught:
+        Database.open(target, migrations=folder)
+    assert (caught.value.backup is not None) == (not target.startswith("postgresql"))
+    (folder / "versions" / "a4.py").unlink()
+    with Database.open(target, migrations=folder) as database:
+        assert rows(database, "SELECT name FROM agents") == [("Ada",)]
+        assert rows(database, "SELECT version_num FROM application_schema_version") == [("a3",)]
+        schema = database.doctor().finding("schema")
+        assert schema is not None
+        assert schema.severity == "ok"
+    write_revision(folder, "a4", "a3", 'op.create_table("extra", sa.Column("id", sa.Integer))')
+    Database.open(target, migrations=folder).close()
+
+
+def test_acknowledged_trigger(target: str, folder: Path) -> None:
+    """A revision can create a trigger on a table of homeagent only if the trigger is acknowledged by name."""
+    if target.startswith("postgresql"):
+        trigger = "EXECUTE FUNCTION suppress_redundant_updates_trigger()"
+        statement = f"CREATE TRIGGER audit BEFORE UPDATE ON devices FOR EACH ROW {trigger}"
+    else:
+        statement = "CREATE TRIGGER audit AFTER INSERT ON devices BEGIN INSERT INTO notes (text) VALUES ('new'); END"
+    write_revision(folder, "a4", "a3", f'op.execute("{statement}")')
+    with pytest.raises(MigrationError, match=r"homeagent's table devices.*acknowledged"):
+        Database.open(target, migrations=folder)
+    Database.open(target, migrations=folder, acknowledged=["audit"]).close()
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ('raise KeyError("a value")', r"the revision 'a4' of .*migrations: KeyError\)"),
+        ('op.execute("INSERT INTO nowhere VALUES (1)")', "the revision 'a4' of .*no such table|'a4'.*nowhere"),
+        ("op.execute(\"INSERT INTO notes (id, session_id) VALUES (1, 'no')\")", "notes"),
+    ],
+)
+def test_failed_revision_is_undone(target: str, folder: Path, body: str, reason: str) -> None:
+    """If a revision of the application fails, the error names the revision, and the new tables are gone."""
+    write_revision(folder, "a4", "a3", f'op.create_table("extra", sa.Column("id", sa.Integer))\n{body}')
+    if target.startswith("postgresql"):
+        # CREATE INDEX CONCURRENTLY of a3 would commit the revisions before it.
+        (folder / "versions" / "a3.py").unlink()
+        write_revision(folder, "a4", "a2", f'op.create_table("extra", sa.Column("id", sa.Integer))\n{body}')
+    with pytest.raises((MigrationError), match=reason) as caught:
+        Database.open(target, migrations=folder)
+    assert "a value" not in str(caught.value)
+    with Database.open(target) as database, pytest.raises(Exception, match="notes"):
+        rows(database, "SELECT * FROM notes")
+
+
+def test_statement_outside_a_transaction(empty_postgres_url: str, folder: Path) -> None:
+    """On PostgreSQL a revision can leave the transaction only before its first statement, and what is done stays."""
+    late = "op.execute(\"INSERT INTO notes (text) VALUES ('x')\")\nwith op.get_context().autocommit_block():\n    pass"
+    write_revision(folder, "a4", "a3", late)
+    with pytest.raises(MigrationError, match=r"'a4' of .*it runs statements before its autocommit_block"):
+        Database.open(empty_postgres_url, migrations=folder)
+    write_revision(folder, "a4", "a3", 'op.drop_column("notes", "stars")')
+    with Database.open(empty_postgres_url, migrations=folder) as database:
+        assert rows(database, "SELECT indisvalid FROM pg_index WHERE indexrelid = 'idx_notes_text'::regclass") == [
+            (True,)
+        ]
+        assert rows(database, "SELECT version_num FROM application_schema_version") == [("a4",)]
+
+
+BROKEN = {
+    "two heads": lambda folder: write_revision(folder, "b3", "a2", "pass"),
+    "have one head": lambda folder: write_revision(folder, "a1", "a3", "pass"),
+    "refer to the revision 'no'": lambda folder: write_revision(folder, "b1", "no", "pass"),
+    "two scripts of .* have the revision 'a3'": lambda folder: (folder / "versions" / "copy.py").write_text(
+        (folder / "versions" / "a3.py").read_text()
+    ),
+    "x.py of .* is not a revision": lambda folder: (folder / "versions" / "x.py").write_text("revision ="),
+    "1 to 32 characters": lambda folder: write_revision(folder, "long" * 10, "a3", "pass"),
+}
+
+
+@pytest.mark.parametrize("problem", BROKEN)
+def test_unusable_revisions(tmp_path: Path, folder: Path, problem: str) -> None:
+    """Scripts that are not one line of revisions are refused before a file is created."""
+    BROKEN[problem](folder)
+    with pytest.raises(InvalidArgumentError, match="must have one head and have 2" if "two h" in problem else problem):
+        Database.open(tmp_path / "new" / "homeagent.db", migrations=folder)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("nowhere", "there is no folder 'nowhere/versions'.*homeagent migrations new"),
+        ("no_package:migrations", "'no_package' can't be imported"),
+        ("json:migrations", "there is no folder"),
+        (3, "must be 'package:folder' or a path"),
+    ],
+)
+def test_missing_revisions(tmp_path: Path, given: Any, problem: str) -> None:
+    """A package or a folder that is missing is refused with the remedy."""
+    with pytest.raises(InvalidArgumentError, match=problem):
+        Database.open(tmp_path / "homeagent.db", migrations=given)
+
+
+def test_package(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The revisions can be in a folder of a package, and errors name the package."""
+    (folder.parent / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    Database.open(tmp_path / "new" / "homeagent.db", migrations="hub:migrations").close()
+    write_revision(folder, "a4", "a3", "pass")
+    with pytest.raises(SchemaOutdatedError, match="of the application hub, and"):
+        Database.open(tmp_path / "new" / "homeagent.db", migrations="hub:migrations", migrate=False)
+
+
+# Processes
+
+OPENS = """
+import sys
+from homeagent import Database
+print("ready", flush=True)
+sys.stdin.readline()
+Database.open(sys.argv[1], migrations=sys.argv[2]).close()
+"""
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(25, marks=pytest.mark.slow)])
+def test_eight_processes_open_a_fresh_database(
+    engine_name: str, tmp_path: Path, folder: Path, children: Children, request: pytest.FixtureRequest, rounds: int
+) -> None:
+    """If 8 processes open a fresh database at once, one runs the revisions, and all succeed."""
+    for number in range(rounds):
+        target = str(tmp_path / str(number) / "homeagent.db")
+        if engine_name == "postgresql":
+            target = request.getfixturevalue("empty_postgres_url")
+            postgres_execute(target, "DROP SCHEMA public CASCADE")
+            postgres_execute(target, "CREATE SCHEMA public")
+        children.together(OPENS, [(target, folder)] * 8)
+        with Database.open(target, migrations=folder) as database:
+            assert rows(database, "SELECT version_num FROM application_schema_version") == [("a3",)]
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from sqlalchemy import Engine, event
+import alembic.command, alembic.autogenerate
+from homeagent import Database
+
+source, directory, folder, first, step = sys.argv[1], Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:])
+left = 0
+
+def count(statement):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+event.listen(Engine, "connect", lambda connection, record: connection.trace_v2(1, count))
+for number in range(first, 10_000, step):
+    path = directory / str(number) / "homeagent.db"
+    path.parent.mkdir(mode=0o700)
+    shutil.copyfile(source, path)
+    path.chmod(0o600)
+    child = os.fork()
+    if not child:
+        left = number
+        Database.open(path, migrations=folder).close()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(number, status, flush=True)
+    if status != -signal.SIGKILL:
+        break
+"""
+
+
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_any_statement(tmp_path: Path, folder: Path, step: int) -> None:
+    """If a process is killed at any statement, the old state or the new state is there, and the next open succeeds."""
+    source = tmp_path / "source" / "homeagent.db"
+    source.parent.mkdir(mode=0o700)
+    Database.open(source).close()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(source), str(tmp_path), str(folder), "0", str(step)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        timeout=240,
+    )
+    ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert [status for _, status in ends[:-1]] == [-signal.SIGKILL] * (len(ends) - 1), done.stderr
+    assert ends[-1][1] == 0, done.stderr
+    assert len(ends) * step > 30
+    found = []
+    for number, _ in ends:
+        path = tmp_path / str(number) / "homeagent.db"
+        assert is_sound(path)
+        tables = {row[0] for row in fetch(path, "SELECT name FROM sqlite_master WHERE type = 'table'")}
+        own = {name for name in tables if "notes" in name or name == "application_schema_version"}
+        assert own in (set(), {"notes", "application_schema_version"})
+        found.append(bool(own))
+        Database.open(path, migrations=folder).close()
+        assert fetch(path, "SELECT version_num FROM application_schema_version") == [("a3",)]
+    assert found == sorted(found)
