@@ -7,9 +7,8 @@ database. Do not configure logging here, because the host application configures
 
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from alembic.autogenerate.api import AutogenContext
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.util import CommandError
@@ -21,37 +20,13 @@ from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.target import ENVIRONMENT_VARIABLE, resolve_target
 from homeagent.migrations import VERSION_TABLE
-from homeagent.models import TABLES, metadata
-from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, TimestampColumn
-
-
-def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
-    """Render homeagent's column types as plain types, because a revision must not change with the package."""
-    if kind == "type":
-        if isinstance(item, TimestampColumn):
-            return 'sa.BigInteger().with_variant(sa.Integer(), "sqlite")'
-        if isinstance(item, FlagColumn):
-            return "sa.Integer()"
-        if isinstance(item, (JsonColumn, EnumColumn)):
-            return "sa.Text()"
-    return False
+from homeagent.migrations.autogenerate import options as table_options
+from homeagent.models import TABLES
 
 
 def options(connection: Connection) -> dict[str, Any]:
-    """Return Alembic's options for this connection."""
-    return {
-        "target_metadata": metadata,
-        "version_table": VERSION_TABLE,
-        "transactional_ddl": True,
-        "transaction_per_migration": False,
-        "render_as_batch": connection.dialect.name == "sqlite",
-        "render_item": render_item,
-        "compare_type": True,
-        "compare_server_default": True,
-        # Ignore the tables of a host application in the same schema.
-        "include_name": lambda name, kind, parents: kind != "table" or name in TABLES,
-        "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
-    }
+    """Return Alembic's options for this connection. They ignore the tables of an application in the same schema."""
+    return table_options(connection.dialect.name, TABLES, version_table=VERSION_TABLE)
 
 
 def upgrade_scratch(connection: Connection) -> None:

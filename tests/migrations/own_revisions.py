@@ -21,11 +21,12 @@ CONCURRENTLY = (
 def write_revision(folder: Path, revision: str, parent: str | tuple[str, ...] | None, body: str) -> Path:
     """Write a script into the folder `versions`, and return the path of the script."""
     (folder / "versions").mkdir(parents=True, exist_ok=True)
-    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    upgrade, _, rest = body.partition("\n\n")
+    lines = "\n".join(f"    {line}" for line in upgrade.strip().splitlines())
     script = folder / "versions" / f"{revision}.py"
     script.write_text(
         "import sqlalchemy as sa\nfrom alembic import op\n"
-        f"revision: str = {revision!r}\ndown_revision = {parent!r}\n\n\ndef upgrade() -> None:\n{lines}\n"
+        f"revision: str = {revision!r}\ndown_revision = {parent!r}\n\n\ndef upgrade() -> None:\n{lines}\n\n\n{rest}"
     )
     return script
 

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def test_statement_outside_a_transaction(empty_postgres_url: str, folder: Path) 
         assert rows(database, "SELECT version_num FROM application_schema_version") == [("a4",)]
 
 
-BROKEN = {
+BROKEN: dict[str, Callable[[Path], object]] = {
     "two heads": lambda folder: write_revision(folder, "b3", "a2", "pass"),
     "have one head": lambda folder: write_revision(folder, "a1", "a3", "pass"),
     "refer to the revision 'no'": lambda folder: write_revision(folder, "b1", "no", "pass"),

@@ -1,0 +1,200 @@
+"""Functions for the file `env.py` of an application that runs Alembic's commands on its own tables.
+
+The whole of such a file:
+
+    from alembic import context
+    from homeagent.alembic import run_environment
+
+    run_environment(context, package="hub")
+
+The name of this module is `homeagent.alembic`. It does not replace the package `alembic`, because all imports of
+homeagent are absolute.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import MetaData
+
+from homeagent.clock import system_clock
+from homeagent.engine.engine import Engine
+from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
+from homeagent.engine.target import ENVIRONMENT_VARIABLE
+from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, VERSION_TABLE
+from homeagent.models import SCHEMA
+from homeagent.opening import open_engine
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+__all__ = ["TABLES", "include_name", "include_object", "run_environment"]
+
+TABLES: frozenset[str] = frozenset({table.name for table in SCHEMA} | {VERSION_TABLE})
+"""Names of homeagent's tables, including the version table."""
+
+_WAIT = timedelta(seconds=30)
+
+
+def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | None]) -> bool:
+    """Return False for homeagent's tables and their parts. Pass this function to `context.configure`.
+
+    Args:
+        name: name of the object in the database.
+        type_: kind of the object, such as `table` or `index`.
+        parent_names: names of the schema and the table that contain the object.
+    """
+    table = name if type_ == "table" else parent_names.get("table_name")
+    return table not in TABLES or parent_names.get("schema_name") is not None
+
+
+def include_object(object: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
+    """Return False for homeagent's tables and their parts. Pass this function to `context.configure`.
+
+    homeagent's tables are in the metadata of `homeagent.Table`, so that foreign keys can refer to the tables by name.
+
+    Args:
+        object: object of SQLAlchemy, such as a `Table` or a `Column`.
+        name: name of the object.
+        type_: kind of the object, such as `table` or `index`.
+        reflected: whether the object was read from the database.
+        compare_to: object that Alembic compares with `object`, or None.
+    """
+    table = object if type_ == "table" else getattr(object, "table", None)
+    return table is None or table.name not in TABLES or table.schema is not None
+
+
+def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] = ()) -> None:
+    """Run the current command of Alembic on the application's tables. This call is the whole of `env.py`.
+
+    The option `-x database=TARGET` names the database. Without this option, the setting `database` of the
+    configuration names the database, or else the variable `$HOMEAGENT_DATABASE`. The function first brings homeagent's
+    own tables up to date. Without any name, the commands `revision` and `check` use a scratch database. An application
+    that calls Alembic's commands can pass a connection in `config.attributes["connection"]`.
+
+    Autogenerate compares only the tables whose classes are defined in `package`. All modules of the package are
+    imported for this purpose.
+
+    Args:
+        context: the module `alembic.context`.
+        package: name of the application's package.
+        metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
+
+    Raises:
+        alembic.util.CommandError: if no database is named, or if the connection can't be used.
+        HomeAgentError: if the database can't be opened or upgraded.
+    """
+    from homeagent.migrations.autogenerate import application_tables, options
+
+    tables = application_tables(package, more=metadata, scripts=Path(context.script.dir).resolve())
+
+    def configure(engine: str, **how: Any) -> None:
+        context.configure(**how, **options(engine, tables, version_table=APPLICATION_VERSION_TABLE, more=metadata))
+
+    given: Connection | None = context.config.attributes.get("connection")
+    target = _target(context)
+    if context.is_offline_mode():
+        name = "postgresql" if str(target).startswith("postgres") else "sqlite"
+        configure(name, dialect_name=name, literal_binds=True)
+        with context.begin_transaction():
+            context.run_migrations()
+        return
+    with _connection(context, given, target, metadata) as connection:
+        configure(connection.dialect.name, connection=connection)
+        if given is None and target is None and context.get_context().opts["fn"].__name__ != "retrieve_migrations":
+            raise _command_error("name the database: -x database=TARGET, or ${ENVIRONMENT_VARIABLE}")
+        _run(context, connection)
+
+
+def _command_error(message: str) -> Exception:
+    from alembic.util import CommandError
+
+    return CommandError(message)
+
+
+def _target(context: Any) -> str | None:
+    named = context.get_x_argument(as_dictionary=True).get("database") or context.config.get_main_option("database")
+    return named or os.environ.get(ENVIRONMENT_VARIABLE)
+
+
+@contextmanager
+def _connection(
+    context: Any, given: Connection | None, target: str | None, metadata: Sequence[MetaData]
+) -> Iterator[Connection]:
+    """Yield a connection to a database with homeagent's tables. On SQLite its foreign keys are switched off."""
+    if given is not None:
+        with _without_foreign_keys(given):
+            yield given
+    elif target is None:
+        from homeagent.migrations.application import Application
+        from homeagent.migrations.autogenerate import scratch_database
+
+        folder = Path(context.script.dir)
+        application = Application.of(folder) if (folder / "versions").is_dir() else None
+        with scratch_database(application) as connection:
+            yield connection
+    else:
+        engine = open_engine(
+            target,
+            clock=system_clock,
+            busy_timeout=_WAIT,
+            durability="full",
+            migrate=True,
+            pool_size=1,
+            metadata=metadata,
+        )
+        try:
+            with _upgrade_lock(engine), engine.connect() as connection, _without_foreign_keys(connection):
+                yield connection
+        finally:
+            engine.close()
+
+
+def _upgrade_lock(engine: Engine) -> Any:
+    return sidecar_lock(engine.path, timeout=_WAIT) if isinstance(engine, SQLiteEngine) else nullcontext()
+
+
+@contextmanager
+def _without_foreign_keys(connection: Connection) -> Iterator[None]:
+    """Switch foreign keys off. While they are on, rebuilding a table deletes the rows that refer to the table."""
+    if connection.dialect.name != "sqlite":
+        yield
+        return
+    raw: Any = connection.connection.driver_connection
+    if not raw.execute("PRAGMA foreign_keys").fetchall()[0][0]:
+        yield
+        return
+    if raw.in_transaction:
+        raise _command_error(
+            "the connection is in a transaction with foreign keys, so a batch operation could delete rows of other "
+            "tables: pass a connection without a transaction, or name the database and pass no connection"
+        )
+    raw.execute("PRAGMA foreign_keys=OFF")
+    try:
+        yield
+    finally:
+        raw.execute("PRAGMA foreign_keys=ON")
+
+
+def _run(context: Any, connection: Connection) -> None:
+    from homeagent.migrations.application import revision_guard
+
+    with context.begin_transaction():
+        with revision_guard(connection, frozenset()) as guard:
+            guard.begin("")
+            try:
+                context.run_migrations()
+                guard.check()
+            except Exception as error:
+                if guard.refused is None:
+                    raise
+                raise _command_error(f"the revision was undone: {guard.refused}") from error
+        if connection.dialect.name == "sqlite":
+            broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
+            if broken:
+                raise _command_error(f"the revision left {len(broken)} broken references from {broken[0][0]}")

@@ -1,0 +1,161 @@
+"""Compare tables of models with a database, for the revisions of homeagent and of an application.
+
+Import this module only for a command of Alembic, because importing Alembic takes 80 ms.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from alembic.autogenerate.api import AutogenContext, produce_migrations, render_python_code
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, MetaData, TypeDecorator
+from sqlmodel import AutoString
+
+from homeagent.clock import system_clock
+from homeagent.engine.sqlite.engine import SQLiteEngine
+from homeagent.migrations.application import Application
+from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE
+from homeagent.migrations.sqlite import open_sqlite
+from homeagent.models import SCHEMA, metadata
+from homeagent.models.base import Table
+from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, TimestampColumn
+
+__all__ = ["application_tables", "options", "render_item", "render_revision", "scratch_database"]
+
+
+def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
+    """Render homeagent's column types as plain types, because a revision must not change with the package.
+
+    Import the module of any other type that is not SQLAlchemy's.
+    """
+    if kind != "type":
+        return False
+    if isinstance(item, TimestampColumn):
+        return 'sa.BigInteger().with_variant(sa.Integer(), "sqlite")'
+    if isinstance(item, FlagColumn):
+        return "sa.Integer()"
+    if isinstance(item, (JsonColumn, EnumColumn)):
+        return "sa.Text()"
+    if isinstance(item, AutoString):
+        return "sa.String()" if item.length is None else f"sa.String(length={item.length})"
+    if isinstance(item, TypeDecorator) and not type(item).__module__.startswith("sqlalchemy."):
+        autogen.imports.add(f"import {type(item).__module__}")
+    return False
+
+
+def options(
+    dialect_name: str, tables: Collection[str], *, version_table: str, more: Sequence[MetaData] = ()
+) -> dict[str, Any]:
+    """Return Alembic's options for a comparison of the tables with these names.
+
+    Args:
+        dialect_name: name of the engine, `sqlite` or `postgresql`.
+        tables: names of the tables to compare. Alembic neither compares nor drops any other table.
+        version_table: name of the version table.
+        more: metadata of tables that do not derive from `homeagent.Table`.
+    """
+
+    def include_name(name: str | None, kind: str, parents: dict[str, Any]) -> bool:
+        return kind != "table" or (name in tables and parents.get("schema_name") is None)
+
+    def include_object(item: Any, name: str | None, kind: str, reflected: bool, other: Any) -> bool:
+        return kind != "table" or name in tables
+
+    return {
+        # The list has no naming convention, so pass the metadata itself if there is no other.
+        "target_metadata": [metadata, *more] if more else metadata,
+        "version_table": version_table,
+        "transactional_ddl": True,
+        "transaction_per_migration": False,
+        "render_as_batch": dialect_name == "sqlite",
+        "render_item": render_item,
+        "compare_type": True,
+        "compare_server_default": True,
+        "include_name": include_name,
+        "include_object": include_object,
+        "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
+    }
+
+
+def application_tables(package: str, *, more: Sequence[MetaData] = (), scripts: Path | None = None) -> frozenset[str]:
+    """Import all modules of a package, and return the names of the tables whose classes the package defines.
+
+    A module that is not imported would hide its tables, and Alembic would not compare these tables.
+
+    Args:
+        package: name of the package, or of a module.
+        more: metadata whose tables are added.
+        scripts: folder of the revisions. Its modules are not imported.
+    """
+    _import_modules(package, scripts)
+    homeagents = {table.name for table in SCHEMA}
+    named: set[str] = {
+        cast("Any", mapper.local_table).name
+        for mapper in Table._sa_registry.mappers
+        if f"{mapper.class_.__module__}.".startswith(f"{package}.")
+    }
+    return frozenset((named | {table.name for one in more for table in one.tables.values()}) - homeagents)
+
+
+def _import_modules(name: str, scripts: Path | None) -> None:
+    module = importlib.import_module(name)
+    for path in getattr(module, "__path__", ()):
+        for found in pkgutil.iter_modules([path]):
+            file = Path(path, found.name).resolve()
+            if found.name != "__main__" and (scripts is None or file not in (scripts, scripts / "env")):
+                _import_modules(f"{name}.{found.name}", scripts)
+
+
+@contextmanager
+def scratch_database(application: Application | None = None) -> Iterator[Connection]:
+    """Open a private SQLite database with homeagent's tables and the application's, without foreign keys."""
+    with tempfile.TemporaryDirectory() as directory:
+        engine = SQLiteEngine(Path(directory) / "scratch.db", busy_timeout=timedelta(0), durability="normal")
+        try:
+            open_sqlite(
+                engine,
+                clock=system_clock,
+                timeout=timedelta(0),
+                migrate=True,
+                temporary=True,
+                application=application or Application(),
+            )
+            with engine.connect() as connection:
+                raw: Any = connection.connection.driver_connection
+                raw.execute("PRAGMA foreign_keys=OFF")
+                yield connection
+        finally:
+            engine.close()
+
+
+def render_revision(application: Application, tables: Collection[str]) -> dict[str, str] | None:
+    """Compare tables with the application's revisions, and return the texts of a new revision.
+
+    Returns:
+        The texts `imports`, `upgrade` and `downgrade`. None if the revisions create the tables already.
+    """
+    with scratch_database(application) as connection:
+        chosen = options("sqlite", tables, version_table=APPLICATION_VERSION_TABLE)
+        context = MigrationContext.configure(connection, opts=chosen)
+        script = produce_migrations(context, metadata)
+        if script.upgrade_ops is None or script.downgrade_ops is None or script.upgrade_ops.is_empty():
+            return None
+        imports: set[str] = set()
+
+        def render(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
+            autogen.imports = imports
+            return render_item(kind, item, autogen)
+
+        upgrade, downgrade = (
+            render_python_code(ops, render_as_batch=True, render_item=render, migration_context=context)
+            for ops in (script.upgrade_ops, script.downgrade_ops)
+        )
+        return {"imports": "\n".join(sorted(imports)), "upgrade": upgrade, "downgrade": downgrade}

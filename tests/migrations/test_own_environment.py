@@ -1,0 +1,175 @@
+"""`homeagent.alembic`: Alembic's commands on the tables of an application."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
+
+from alembic import command
+from homeagent import Database
+from homeagent.alembic import TABLES, include_name, include_object
+from homeagent.models import SCHEMA, metadata
+from tests.conftest import add_agent
+from tests.migrations.old_databases import fetch, is_sound, old_database
+from tests.migrations.own_revisions import write_revision
+
+MODELS = """
+from datetime import datetime
+from homeagent import Table, Timestamp
+from sqlmodel import Field
+
+class Message(Table, table=True):
+    __tablename__ = "{prefix}_messages"
+    id: int | None = Field(default=None, primary_key=True)
+    session_id: str = Field(foreign_key="sessions.session_id", ondelete="CASCADE", index=True)
+    text: str
+    sent_at: Timestamp
+"""
+REBUILD = """
+with op.batch_alter_table("{name}_messages", recreate="always") as batch:
+    batch.add_column(sa.Column("stars", sa.Integer, server_default="0", nullable=False))
+
+def downgrade():
+    op.drop_column("{name}_messages", "stars")
+"""
+ENVIRONMENT = (
+    "from alembic import context\nfrom homeagent.alembic import run_environment\n"
+    "run_environment(context, package={!r})\n"
+)
+
+
+class Hub:
+    """A package with a model and an Alembic environment."""
+
+    def __init__(self, directory: Path, name: str, target: str | None) -> None:
+        self.package = directory / name
+        self.name = name
+        self.config = Config()
+        (self.package / "migrations" / "versions").mkdir(parents=True)
+        (self.package / "__init__.py").touch()
+        (self.package / "tables.py").write_text(MODELS.format(prefix=name))
+        (self.package / "migrations" / "env.py").write_text(ENVIRONMENT.format(name))
+        template = Path(command.__file__).parent / "templates" / "generic" / "script.py.mako"
+        (self.package / "migrations" / "script.py.mako").write_text(template.read_text())
+        self.config.set_main_option("script_location", str(self.package / "migrations"))
+        if target is not None:
+            self.config.set_main_option("database", target.replace("%", "%%"))
+
+    def revise(self, message: str) -> str:
+        """Create a revision by autogenerate, and return its text."""
+        script: Any = command.revision(self.config, message, autogenerate=True)
+        return Path(script.path).read_text()
+
+    def head(self) -> str:
+        """Return the newest revision."""
+        return str(ScriptDirectory.from_config(self.config).get_current_head())
+
+
+@pytest.fixture
+def make_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    """Creates packages that can be imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+    number = abs(hash(request.node.name))
+    return lambda target=None, name="hub": Hub(tmp_path, f"{name}_{number}", target)
+
+
+def test_life_of_an_application(target: str, make_hub: Any) -> None:
+    """Alembic creates a revision, `Database.open` runs it, and `alembic check` finds no difference."""
+    hub, other = make_hub(target), make_hub(target, "other")
+    importlib.import_module(f"{other.name}.tables")
+    first = hub.revise("messages")
+    assert '["sessions.session_id"]' in first.replace("'", '"')
+    assert "devices" not in first
+    assert other.name not in first
+    with Database.open(target, migrations=f"{hub.name}:migrations") as database:
+        command.check(hub.config)  # in a running application
+        add_agent(database)
+        message = sys.modules[f"{hub.name}.tables"].Message
+        with database.unit_of_work() as unit:
+            session = unit.sessions.resolve(agent_id="ada")
+            unit.session.add(message(session_id=session.session_id, text="kept", sent_at=unit.now()))
+    write_revision(hub.package / "migrations", "b2", hub.head(), REBUILD.format(name=hub.name))
+    with pytest.raises(CommandError, match="not up to date"):
+        command.check(hub.config)
+    command.upgrade(hub.config, "head")
+    with Database.open(target, migrations=f"{hub.name}:migrations", migrate=False) as database:
+        with database.read_connection() as connection:
+            assert connection.execute(text(f"SELECT text, stars FROM {hub.name}_messages")).all() == [("kept", 0)]
+        command.downgrade(hub.config, "-1")
+
+
+def test_new_and_old_databases(make_hub: Any, tmp_path: Path) -> None:
+    """`alembic upgrade` also creates or upgrades homeagent's tables; without a database, a revision can be made."""
+    hub = make_hub()
+    hub.revise("messages")
+    with pytest.raises(CommandError, match="name the database"):
+        command.upgrade(hub.config, "head")
+    command.check(hub.config)
+    for path in (tmp_path / "new" / "homeagent.db", old_database(tmp_path, "0001")):
+        hub.config.set_main_option("database", str(path))
+        command.upgrade(hub.config, "head")
+        assert is_sound(path)
+        assert fetch(path, "SELECT version_num FROM application_schema_version") == [(hub.head(),)]
+        Database.open(path, migrations=hub.package / "migrations", migrate=False).close()
+
+
+def test_change_of_a_table_of_homeagent(target: str, make_hub: Any) -> None:
+    """A command of Alembic undoes a revision that changes homeagent's tables."""
+    hub = make_hub(target)
+    write_revision(hub.package / "migrations", "b1", None, 'op.add_column("agents", sa.Column("extra", sa.Text))')
+    with pytest.raises(CommandError, match="undone: it changes homeagent's table agents"):
+        command.upgrade(hub.config, "head")
+    with Database.open(target) as database:
+        assert [agent.id for agent in database.agents.list()] == []
+
+
+def test_connection_of_a_unit(sqlite_path: Path, make_hub: Any) -> None:
+    """A connection in a transaction is refused, because a rebuilt table would lose the rows that refer to it."""
+    hub = make_hub()
+    with Database.open(sqlite_path) as database, database.unit_of_work() as unit:
+        hub.config.attributes["connection"] = unit.session.connection()
+        with pytest.raises(CommandError, match="is in a transaction with foreign keys"):
+            command.upgrade(hub.config, "head")
+
+
+@pytest.mark.parametrize("target", ["homeagent.db", "postgresql://localhost/hub"])
+def test_offline(make_hub: Any, capsys: pytest.CaptureFixture[str], target: str) -> None:
+    """With --sql, Alembic prints the statements of the engine that the name of the database has."""
+    hub = make_hub()
+    hub.revise("messages")
+    hub.config.set_main_option("database", target)
+    capsys.readouterr()
+    command.upgrade(hub.config, "head", sql=True)
+    printed = capsys.readouterr().out
+    assert f"CREATE TABLE {hub.name}_messages" in printed
+    assert "INSERT INTO application_schema_version" in printed
+    assert ("SERIAL" in printed) == target.startswith("postgresql")
+
+
+def test_environment_of_the_application(target: str, make_hub: Any) -> None:
+    """With include_name and include_object, an env.py of the application neither compares nor drops other tables."""
+    hub = make_hub(target)
+    importlib.import_module(f"{hub.name}.tables")
+    engine = create_engine(target if "://" in target else f"sqlite+homeagent:///{target}", poolclass=NullPool)
+    if "://" in target:
+        engine = create_engine(make_url(target).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    assert {table.name for table in SCHEMA} < TABLES
+    with engine.connect() as connection:
+        context = MigrationContext.configure(
+            connection, opts={"include_name": include_name, "include_object": include_object}
+        )
+        changes = compare_metadata(context, metadata)
+    touched = {getattr(getattr(item, "table", item), "name", "") for _, item in changes}
+    assert f"{hub.name}_messages" in touched
+    assert not touched & TABLES
