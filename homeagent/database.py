@@ -32,7 +32,7 @@ from homeagent.frame_locals import clears_locals
 from homeagent.idempotency import ARUN_ONCE, LeaseTimer, OnAbandoned, OnceCall, arun_once, run_once
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.limits import Limits
-from homeagent.models.types import check_limit, check_wait
+from homeagent.models.types import check_wait
 from homeagent.one_call import one_call_store
 from homeagent.opening import open_engine
 from homeagent.retry import Runner
@@ -117,11 +117,9 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             pool_size: maximum number of writing units at the same time on PostgreSQL, 1 to 1,000. The same number
                 of reading units can run at the same time. SQLite ignores `pool_size` because SQLite has one writer.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
-            migrations: the application's own Alembic revisions, as `"package:folder"` or as a path. The folder contains
-                the folder `versions`. These revisions run after homeagent's revisions.
+            migrations: the application's own Alembic revisions, which run last, as `"package:folder"` or as a path.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
-            acknowledged: names of the application's triggers on homeagent's tables. An upgrade, a copy and the doctor
-                accept only these triggers.
+            acknowledged: names of the application's triggers on homeagent's tables. Only these triggers are accepted.
             limits: limits of the rows that devices can create, and of the work that strangers can cause.
 
         Raises:
@@ -134,10 +132,6 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         given = conceal(target)
         del target
         busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
-        if durability not in ("full", "normal"):
-            raise InvalidArgumentError("durability must be 'full' or 'normal'")
-        if check_limit(pool_size, "pool_size") > 1000:
-            raise InvalidArgumentError("pool_size must be 1 to 1000")
         check_function(clock, "clock")
         if not isinstance(limits, Limits):
             raise InvalidArgumentError(f"limits must be Limits(…), not {type(limits).__name__}")
@@ -162,6 +156,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         *,
         clock: Clock = system_clock,
         busy_timeout: timedelta = timedelta(seconds=5),
+        acknowledged: Collection[str] = (),
     ) -> maintenance.RestoreReport:
         """Replace a closed database by a backup, and keep the old database in quarantine.
 
@@ -176,6 +171,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             clock: clock for the start of the new epoch. The clock must be right, because the replay guard compares
                 the time of each message with the start of the epoch.
             busy_timeout: longest wait for a process that has the target open.
+            acknowledged: names of the application's triggers on homeagent's tables, as for `open`.
 
         Returns:
             Report of the restore, with the path of the old database.
@@ -194,7 +190,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
         given = conceal(target)
         del target
-        return restore(backup, given, clock=clock, busy_timeout=busy_timeout)
+        return restore(backup, given, clock=clock, busy_timeout=busy_timeout, acknowledged=acknowledged)
 
     @staticmethod
     def begin_epoch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from os import PathLike
 from pathlib import Path
@@ -170,18 +170,21 @@ class DatabaseMaintenance:
         target: DatabaseMaintenance,
         *,
         live: bool = False,
+        leave: Collection[str] = (),
         progress: Callable[[maintenance.CopyProgress], object] | None = None,
     ) -> maintenance.CopyReport:
         """Copy the whole store into an empty store, for example from SQLite to PostgreSQL. The source does not change.
 
         The copy is one transaction on the target. Every row is compared with the source before the commit. After an
-        error the target is still empty, and the copy can be repeated.
+        error the target is still empty, and the copy can be repeated. The application's own tables are also copied, if
+        the target was opened with the application's `migrations`.
 
         Args:
             target: open database at the same revision, without devices, agents, sessions, nonces or idempotency keys.
             live: whether other units may write to the source during the copy. If `live` is True, the target gets the
                 source's state at the beginning of the copy, which is enough for a trial. For a migration, stop all
                 writers first.
+            leave: names of the application's tables that are not copied.
             progress: function that is called after each page of rows.
 
         Returns:
@@ -190,7 +193,8 @@ class DatabaseMaintenance:
         Raises:
             TargetNotEmptyError: if the target holds data.
             SourceChangedError: if the source changed during the copy and `live` is False.
-            InvalidArgumentError: if source and target are the same database.
+            InvalidArgumentError: if source and target are the same database, or if the target lacks a table of the
+                application. The message names the table.
             SchemaOutdatedError, SchemaTooNewError: if the source or the target has the schema of another version.
             SchemaChangedError: if a schema was changed by hand. On PostgreSQL only triggers and rules are found.
             CorruptDatabaseError: if the source holds a value that no store writes.
@@ -206,6 +210,7 @@ class DatabaseMaintenance:
             lambda: UnitOfWork(self._settings, read_only=True),
             lambda: UnitOfWork(target._settings, read_only=False),
             live=live,
+            leave=_names_of_tables(leave),
             progress=progress,
         )
 
@@ -241,3 +246,9 @@ class DatabaseMaintenance:
 
         with UnitOfWork(self._settings, read_only=True) as unit:
             return report_status(self._engine, unit)
+
+
+def _names_of_tables(given: Collection[str]) -> frozenset[str]:
+    if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+        raise InvalidArgumentError("leave must be a collection of names of tables, such as ['notes']")
+    return frozenset(given)

@@ -341,32 +341,24 @@ class CommitUnknownError(DatabaseError):
 
 
 class SchemaTooNewError(DatabaseError):
-    """A newer version of this package, or of the application, upgraded the database. The database was not changed.
-
-    If the application's own revisions are too old, the attribute `application` is the application's name. If this
-    package is too old, `application` is None.
-    """
+    """A newer version of this package, or of `application`, upgraded the database. The database was not changed."""
 
     def __init__(self, revision: str, *, known: str, application: str | None = None) -> None:
         self.revision = revision
         self.known = known
         self.application = application
+        of, name = (" of the application " + application, application) if application else ("", "homeagent")
         super().__init__(
-            f"the database is at schema revision {revision!r}, which this version (up to {known!r}) does not know: "
-            "upgrade homeagent, or restore a backup made before the database was upgraded"
-            if application is None
-            else f"the database is at revision {revision!r} of the application {application}, and the application's "
-            f"migrations (up to {known!r}) do not have this revision: start the newer version of {application} again, "
-            "or restore a backup made before the database was upgraded"
+            f"the database is at schema revision {revision!r}{of}, which this version (up to {known!r}) does not know: "
+            f"upgrade {name}, or restore a backup made before the database was upgraded"
         )
 
 
 class SchemaOutdatedError(DatabaseError):
     """The database does not exist or needs an upgrade, and `migrate=False` forbids both steps.
 
-    If the database does not exist, the attribute `location` is the path, or the URL without the password. If the
-    database needs an upgrade, `location` is None. If only the application's own revisions are missing, the attribute
-    `application` is the application's name.
+    If the database does not exist, the attribute `location` is the path, or the URL without the password. If only the
+    application's own revisions are missing, `application` is the application's name. Otherwise both are None.
     """
 
     def __init__(
@@ -376,25 +368,16 @@ class SchemaOutdatedError(DatabaseError):
         self.needed = needed
         self.location = location
         self.application = application
-        super().__init__(self._text())
-
-    def _text(self) -> str:
-        if self.application is not None:
-            found = "none of the revisions" if self.revision is None else f"revision {self.revision!r}"
-            return (
-                f"the database has {found} of the application {self.application}, and the application needs "
-                f"{self.needed!r}: open the database with migrate=True"
-            )
-        place = "" if self.location is None else f" at {self.location!r}"
-        if self.revision is None:
-            return (
-                f"there is no database yet{place} (this version needs schema revision {self.needed!r}): "
-                "check the name, or create it with 'homeagent init' or with migrate=True"
-            )
-        return (
-            f"the database is at schema revision {self.revision!r} and this version needs {self.needed!r}: "
-            "run 'homeagent migrate', or open it with migrate=True"
-        )
+        place = "" if location is None else f" at {location!r}"
+        if application is not None:
+            message = f"the database is at revision {revision!r} of the application {application}, needed is {needed!r}"
+        elif revision is None:
+            message = f"there is no database yet{place} (this version needs schema revision {needed!r})"
+        else:
+            message = f"the database is at schema revision {revision!r} and this version needs {needed!r}"
+        is_absent = revision is None and application is None
+        remedy = "check the name, or create it with 'homeagent init'" if is_absent else "run 'homeagent migrate'"
+        super().__init__(f"{message}: {remedy}{' or with' if is_absent else ', or open it with'} migrate=True")
 
 
 class SchemaChangedError(DatabaseError):

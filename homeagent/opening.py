@@ -18,6 +18,7 @@ from homeagent.engine.target import Given, resolve_target
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.application import Application
 from homeagent.migrations.sqlite import open_sqlite
+from homeagent.models.types import check_limit
 
 __all__ = ["open_engine"]
 
@@ -38,6 +39,10 @@ def open_engine(
 
     If the schema cannot be used, `open_engine` closes the engine and raises the error.
     """
+    if durability not in ("full", "normal"):
+        raise InvalidArgumentError("durability must be 'full' or 'normal'")
+    if check_limit(pool_size, "pool_size") > 1000:
+        raise InvalidArgumentError("pool_size must be 1 to 1000")
     application = Application.of(migrations, acknowledged)
     if isinstance(metadata, MetaData) or not all(isinstance(one, MetaData) for one in metadata):
         raise InvalidArgumentError("metadata must be a list of MetaData objects, such as [SQLModel.metadata]")

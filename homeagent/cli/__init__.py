@@ -5,7 +5,7 @@ on standard error.
 """
 
 # Each import adds the commands of a module. The order of the imports is the order of the commands in the help.
-from homeagent.cli import schema, status, doctor, sweep, backup, restore, epoch, copy, devices, keys  # isort: skip  # noqa: F401
+from homeagent.cli import schema, migrations, status, doctor, sweep, backup, restore, epoch, copy, devices, keys  # isort: skip  # noqa: F401
 from homeagent.cli.application import app, main
 
 __all__ = ["app", "main"]

@@ -10,6 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from homeagent.cli.application import app
+from homeagent.cli.opening import AcknowledgeOption, MigrationsOption
 from homeagent.cli.output import JsonOption, console_for, count, print_json
 from homeagent.database import Database
 from homeagent.engine.target import Target, resolve_target
@@ -35,22 +36,31 @@ def copy(
         bool,
         typer.Option("--live", help="For a trial: SOURCE may be in use. Its state when the command starts is copied."),
     ] = False,
+    migrations: MigrationsOption = None,
+    leave: Annotated[
+        list[str] | None,
+        typer.Option("--leave", metavar="TABLE", help="Table of an application that is not copied. Can be repeated."),
+    ] = None,
+    acknowledge: AcknowledgeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Copy a whole store into an empty database. SOURCE and TARGET can have different engines.
 
     First stop every gateway and sweeper that uses SOURCE. The command copies all rows in one transaction and compares
     them row by row. If a step fails, TARGET stays empty. SOURCE is not changed.
+
+    Tables of an application are copied too. If TARGET does not have the tables yet, name the application's revisions by
+    --migrations.
     """
     if context.obj is not None:
         raise typer.BadParameter("copy takes SOURCE and TARGET: leave out --database.")
     origin, destination = _named(source), _named(target)
     with (
-        Database.open(source, migrate=False) as opened,
-        _open_target(target) as empty,
+        Database.open(source, migrate=False, acknowledged=acknowledge or ()) as opened,
+        _open_target(target, migrations) as empty,
         _shown_progress(hidden=as_json) as progress,
     ):
-        report = opened.copy_to(empty, live=live, progress=progress)
+        report = opened.copy_to(empty, live=live, leave=leave or (), progress=progress)
     where = {"source": origin.location, "target": destination.location}
     if as_json:
         print_json({**where, "live": live, **report.model_dump(mode="json")})
@@ -67,15 +77,15 @@ def _named(target: str) -> Target:
     return where
 
 
-def _open_target(target: str) -> Database:
+def _open_target(target: str, migrations: str | None) -> Database:
     try:
-        return Database.open(target, migrate=False)
+        return Database.open(target, migrate=False, migrations=migrations)
     except SchemaOutdatedError as outdated:
         # Do not upgrade an existing store. The store holds data, so the copy would be refused, but only after the
         # upgrade.
         if outdated.revision is not None:
             raise
-    return Database.open(target)
+    return Database.open(target, migrations=migrations)
 
 
 @contextmanager

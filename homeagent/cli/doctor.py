@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from homeagent.cli.application import DatabaseOption, app
-from homeagent.cli.opening import target_of
+from homeagent.cli.opening import AcknowledgeOption, target_of
 from homeagent.cli.output import JsonOption, console_for, grid, print_json
 from homeagent.cli.visible_text import escape_words
 from homeagent.errors import InvalidArgumentError
@@ -26,6 +26,7 @@ def doctor(
     fix: Annotated[
         bool, typer.Option("--fix", help="Make the repairs that lose no data, and list each repair.")
     ] = False,
+    acknowledge: AcknowledgeOption = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -37,7 +38,7 @@ def doctor(
     Exit status: 0 without problems, 1 for warnings, 2 for critical problems.
     """
     try:
-        diagnosis = diagnose(target_of(context, database), thorough=thorough, fix=fix)
+        diagnosis = diagnose(target_of(context, database), thorough=thorough, fix=fix, acknowledged=acknowledge or ())
     except InvalidArgumentError as error:
         # Exit with status 2. Status 1 means a refused operation for other commands, but warnings for the doctor.
         raise typer.BadParameter(str(error)) from None

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from homeagent.cli.application import DatabaseOption, app
-from homeagent.cli.opening import target_of
+from homeagent.cli.opening import AcknowledgeOption, target_of
 from homeagent.cli.output import JsonOption, format_timestamp, print_json
 from homeagent.cli.visible_text import quoted
 from homeagent.database import Database
@@ -20,6 +20,7 @@ def restore(
         str,
         typer.Argument(metavar="BACKUP", help="Backup to restore. The command does not change it.", show_default=False),
     ],
+    acknowledge: AcknowledgeOption = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -28,7 +29,7 @@ def restore(
     First stop the gateway, and check that the system's clock is right. The command verifies the backup and begins a new
     epoch. Gateways then refuse messages that were signed before the restore.
     """
-    report = Database.restore(backup, target_of(context, database))
+    report = Database.restore(backup, target_of(context, database), acknowledged=acknowledge or ())
     if as_json:
         print_json(report.model_dump(mode="json"))
         return

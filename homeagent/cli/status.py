@@ -47,6 +47,7 @@ def _summary(found: DatabaseStatus) -> dict[str, str]:
         "Database": found.location,
         "Engine": engine,
         "Schema revision": str(found.schema_revision),
+        **({} if found.application_revision is None else {"Application's revision": found.application_revision}),
     }
     if found.restored_at is not None:
         facts["Epoch"] = f"{found.epoch}, restored at {format_timestamp(found.restored_at)}"

@@ -8,14 +8,14 @@ can be compared row by row.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import bindparam, column, delete, func, select, text, tuple_
+from sqlalchemy import Connection, bindparam, column, delete, func, select, text, tuple_
 from sqlalchemy import table as sql_table
 
 from homeagent.engine.engine import Engine
@@ -30,6 +30,7 @@ from homeagent.errors import (
     SourceChangedError,
     TargetNotEmptyError,
 )
+from homeagent.maintenance.own_tables import OwnTable, plan_own_tables
 from homeagent.migrations import REVISION, revision_of
 from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.models import DATA_TABLES, SCHEMA
@@ -49,12 +50,14 @@ class CopyReport(BaseModel):
     """Result of a copy that was compared with its source.
 
     Attributes:
-        rows: number of copied rows by table name.
+        rows: number of copied rows by table name, including the application's tables.
+        left: names of the application's tables that were left behind.
     """
 
     model_config = ConfigDict(frozen=True)
 
     rows: dict[str, int]
+    left: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,16 +180,17 @@ def copy_store(
     open_target: Callable[[], UnitOfWork],
     *,
     live: bool,
+    leave: Collection[str] = (),
     progress: Report | None,
 ) -> CopyReport:
     """Copy all rows of a store into an empty store, and compare the two before the commit.
 
     The argument `engines` contains the engine of the source and the engine of the target. If `live` is True, other
-    units can change the source during the copy, and the copy contains the state at its start. The function `progress`
-    is called after each page of rows.
+    units can change the source during the copy, and the copy contains the state at its start. The application's tables
+    with names in `leave` are not copied. The function `progress` is called after each page of rows.
 
     Raises:
-        InvalidArgumentError: source and target are the same database.
+        InvalidArgumentError: source and target are the same database, or the target lacks a table of the application.
         SchemaOutdatedError, SchemaTooNewError: the source or the target is not at this version's revision.
         SchemaChangedError: the schema of the source or the target was changed by hand.
         TargetNotEmptyError: the target has rows.
@@ -197,29 +201,33 @@ def copy_store(
     with open_target() as target, open_source() as source:
         for unit, location in ((source, "the source"), (target, "the target")):
             _require_present_schema(unit)
-            refuse_changed_schema(unit.session.connection(), REVISION, location)
+            acknowledged = engines[0].acknowledged | engines[1].acknowledged
+            refuse_changed_schema(unit.session.connection(), REVISION, location, acknowledged)
         _refuse_same_database(engines, source, target)
-        _keep_writers_out(engines[1], target)
+        own = plan_own_tables(engines, source.session.connection(), target.session.connection(), leave)
+        _keep_writers_out(engines[1], target, own)
         for table in _tables():
             if table.name in DATA_TABLES and table.holds_any(target):
                 raise TargetNotEmptyError(table.name)
         rows = {table.name: table.count(source) for table in _tables()}
-        _copy(source, target, _Steps("copying", sum(rows.values()), progress))
-        _analyze(engines[1], target)
+        rows |= {table.name: table.count(source.session.connection()) for table in own}
+        _copy(source, target, own, _Steps("copying", sum(rows.values()), progress))
+        _analyze(engines[1], target, own)
         steps = _Steps("comparing", sum(rows.values()), progress)
         if live:
-            differing = _first_difference(source, target, steps)
+            differing = _first_difference(source, target, own, steps)
         else:
             # Compare with a new snapshot, because the target lacks rows that were written to the source meanwhile.
             with open_source() as later:
-                differing = _first_difference(later, target, steps)
-            if differing is not None and _first_difference(source, target) is None:
+                differing = _first_difference(later, target, own, steps)
+            if differing is not None and _first_difference(source, target, own) is None:
                 raise SourceChangedError(differing)
         if differing is not None:
             raise DatabaseError(
                 f"{differing} is not the same on both sides, so the copy was undone: check the target's server or disk"
             )
-    return CopyReport(rows={name: rows[name] for name in DATA_TABLES})
+    copied = {name: rows[name] for name in (*DATA_TABLES, *(table.name for table in own))}
+    return CopyReport(rows=copied, left=sorted(leave))
 
 
 class _Steps:
@@ -238,7 +246,7 @@ class _Steps:
             self._report(CopyProgress(self._step, table, self._rows, self._total))
 
 
-def _copy(source: UnitOfWork, target: UnitOfWork, steps: _Steps) -> None:
+def _copy(source: UnitOfWork, target: UnitOfWork, own: Sequence[OwnTable], steps: _Steps) -> None:
     for table in _tables():
         if table.name not in DATA_TABLES:
             # Replace the rows that the revisions inserted, so the target continues with the epoch of the source.
@@ -246,16 +254,30 @@ def _copy(source: UnitOfWork, target: UnitOfWork, steps: _Steps) -> None:
         for page in table.pages(source):
             table.insert(target, page)
             steps.add(table.name, len(page))
+    connection = target.session.connection()
+    for own_table in own:
+        for rows in own_table.pages(source.session.connection()):
+            own_table.insert(connection, rows)
+            steps.add(own_table.name, len(rows))
+        if connection.dialect.name == "postgresql":
+            own_table.advance_sequence(connection)
 
 
-def _first_difference(source: UnitOfWork, target: UnitOfWork, steps: _Steps | None = None) -> str | None:
+def _first_difference(
+    source: UnitOfWork, target: UnitOfWork, own: Sequence[OwnTable], steps: _Steps | None = None
+) -> str | None:
     """Return the name of the first table whose rows differ. Return None if all rows are the same."""
     for table in _tables():
         for original, copied in zip_longest(table.pages(source), table.pages(target)):
             if original != copied:
-                return table.name
+                return str(table.name)
             if steps is not None:
                 steps.add(table.name, len(copied))
+    for own_table in own:
+        if own_table.differs(source.session.connection(), target.session.connection()):
+            return own_table.name
+        if steps is not None:
+            steps.add(own_table.name, own_table.count(target.session.connection()))
     return None
 
 
@@ -294,15 +316,21 @@ def _same_schema(source: UnitOfWork, target: UnitOfWork) -> bool:
     return not free and source_schema == target_schema
 
 
-def _keep_writers_out(engine: Engine, target: UnitOfWork) -> None:
+def _keep_writers_out(engine: Engine, target: UnitOfWork, own: Sequence[OwnTable]) -> None:
     # On SQLite the write unit excludes other writers. On PostgreSQL this lock excludes writers, but not readers.
     if not isinstance(engine, SQLiteEngine):
-        names = ", ".join(table.name for table in _tables())
-        target.session.connection().execute(text(f"LOCK TABLE {names} IN EXCLUSIVE MODE"))
+        connection = target.session.connection()
+        connection.execute(text(f"LOCK TABLE {', '.join(_quoted(connection, own))} IN EXCLUSIVE MODE"))
 
 
-def _analyze(engine: Engine, target: UnitOfWork) -> None:
+def _analyze(engine: Engine, target: UnitOfWork, own: Sequence[OwnTable]) -> None:
     # Without statistics the server's planner would assume empty tables until autovacuum runs.
     if not isinstance(engine, SQLiteEngine):
-        for table in _tables():
-            target.session.connection().execute(text(f"ANALYZE {table.name}"))
+        connection = target.session.connection()
+        for name in _quoted(connection, own):
+            connection.execute(text(f"ANALYZE {name}"))
+
+
+def _quoted(connection: Connection, own: Sequence[OwnTable]) -> list[str]:
+    quote = connection.dialect.identifier_preparer.quote
+    return [quote(name) for name in (*(table.name for table in _tables()), *(table.name for table in own))]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -65,7 +65,7 @@ class RestoreReport(BaseModel):
         restored_at: start of the new epoch.
         upgraded_from: schema revision of the backup. None if no upgrade was necessary.
         schema_revision: schema revision after the restore.
-        rows: number of rows of each table.
+        rows: number of rows of each table, including the application's tables.
         readmitted_devices: ids of approved devices that had no approval or another role before the restore. Such a
             device was revoked, deleted or paired again after the backup. None if the old database was unreadable.
         old_secret_devices: ids of approved devices whose secret changed after the backup, so the restored secret is an
@@ -93,6 +93,7 @@ def restore(
     *,
     clock: Clock,
     busy_timeout: timedelta,
+    acknowledged: Collection[str] = (),
 ) -> RestoreReport:
     """Replace a database that no process has open by a backup, and keep the old database in quarantine.
 
@@ -120,7 +121,9 @@ def restore(
                 has_old_database = os.path.lexists(database)
                 restored_at = _now(clock, manifest)
                 stamp = _free_stamp(database, restored_at)
-                staged = stage(source, manifest, database, stamp, restored_at=restored_at, known_epoch=known_epoch)
+                staged = stage(
+                    source, manifest, database, stamp, acknowledged, restored_at=restored_at, known_epoch=known_epoch
+                )
                 replace_database(lock, database, stamp=stamp, epoch=staged.epoch, timeout=busy_timeout)
     logger.info(
         "%s was restored from %s: epoch %d begins",

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import os
 import shutil
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -22,16 +23,17 @@ from homeagent.engine.files.database_file import OPEN_FLAGS, create_descriptor, 
 from homeagent.engine.files.owners import backup_owners
 from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
-from homeagent.engine.sqlite.backup import Contents, discard, read_contents
+from homeagent.engine.sqlite.backup import Contents, discard, has_broken_reference, read_contents
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine
 from homeagent.engine.sqlite.manifests import Manifest
 from homeagent.engine.sqlite.replacement import new_path
 from homeagent.errors import CorruptDatabaseError, DatabaseError, DiskFullError, HomeAgentError
 from homeagent.migrations import VERSION_TABLE, revision_of
+from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE
 from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.migrations.sqlite import upgrade_copy
-from homeagent.models import DATA_TABLES, store_table
+from homeagent.models import store_table
 
 __all__ = [
     "SQLITE_HEADER",
@@ -49,6 +51,9 @@ SQLITE_HEADER = b"SQLite format 3\0"
 _HEADER_SIZE = 100
 _WAL_FORMAT = b"\x02\x02"  # bytes 18 and 19 of a header: https://sqlite.org/fileformat2.html, section 1.3
 _APPLICATION_ID = slice(68, 72)
+
+_BOOKKEEPING = (store_table.name, APPLICATION_VERSION_TABLE)
+"""Tables that the report of a restore does not count."""
 
 Devices = dict[str, tuple[str | None, str]]
 """Role of each device (None if the device is not approved) and hash of its secret, by device id."""
@@ -88,7 +93,14 @@ class Staged:
 
 
 def stage(
-    source: Path, manifest: Manifest | None, database: Path, stamp: str, *, restored_at: datetime, known_epoch: int
+    source: Path,
+    manifest: Manifest | None,
+    database: Path,
+    stamp: str,
+    acknowledged: Collection[str],
+    *,
+    restored_at: datetime,
+    known_epoch: int,
 ) -> Staged:
     """Prepare the new database as one complete file at `new_path`. If a step fails, remove the file."""
     for stale in database.parent.glob(f"{glob.escape(database.name)}.*.restoring"):
@@ -102,7 +114,7 @@ def stage(
             with translated(engine.driver_errors, lambda error: _restore_error(error, source)):
                 found = _verify(engine, source, manifest)
                 with engine.reading() as connection:
-                    refuse_changed_schema(connection, str(found.revision), quoted(source))
+                    refuse_changed_schema(connection, str(found.revision), quoted(source), acknowledged)
                 engine.prepare_header()
                 upgrade_copy(engine, clock=lambda: restored_at)
                 epoch = max(known_epoch, found.epoch or 1) + 1
@@ -120,7 +132,7 @@ def stage(
         epoch=epoch,
         revision=str(revision),
         upgraded_from=None if revision == found.revision else found.revision,
-        rows={name: count for name, count in found.rows.items() if name in DATA_TABLES},
+        rows={name: count for name, count in found.rows.items() if name not in _BOOKKEEPING},
         devices=devices,
     )
 
@@ -171,7 +183,7 @@ def _verify(engine: SQLiteEngine, source: Path, manifest: Manifest | None) -> Co
         verdict = str(raw.execute("PRAGMA integrity_check(1)").get)
         if verdict != "ok":
             raise damaged(source, verdict.splitlines()[0])
-        if raw.execute("PRAGMA foreign_key_check").fetchall():
+        if has_broken_reference(raw):
             raise damaged(source, "a row refers to a row that does not exist")
         found = read_contents(raw, VERSION_TABLE)
     if found.revision is None:

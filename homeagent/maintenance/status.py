@@ -18,6 +18,7 @@ from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path
 from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.target import presentable_url
 from homeagent.migrations import revision_of
+from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, own_tables, stored_revisions
 from homeagent.models import DATA_TABLES
 from homeagent.stores.idempotency_key_statements import COUNT_EXPIRED as EXPIRED_KEYS
 from homeagent.stores.nonces import COUNT_EXPIRED as EXPIRED_NONCES
@@ -125,7 +126,8 @@ class DatabaseStatus(BaseModel):
         durability: the durability `full` or `normal`. None for a server, because the server's configuration decides.
         pragmas: values of SQLite's settings on the writing connection, by name.
         file_modes: permission bits of the directory and of each database file, in octal, by file name.
-        rows: number of rows by table name.
+        rows: number of rows by table name. The application's tables follow homeagent's tables.
+        application_revision: revision of the application's own tables. None if the application has no revisions.
         expired: number of expired rows that a sweep has not deleted, by table name.
         wal_bytes: size of the write-ahead log in bytes. None for a server.
         counters: counters of the database in this process since it was opened.
@@ -139,6 +141,7 @@ class DatabaseStatus(BaseModel):
     driver: str
     driver_version: str
     schema_revision: str | None
+    application_revision: str | None = None
     epoch: int = 1
     restored_at: datetime | None = None
     durability: str | None = None
@@ -157,10 +160,11 @@ def report_counters(engine: Engine) -> DatabaseCounters:
 
 def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
     """Return the state of an open database in the snapshot of a read-only unit."""
+    connection = unit.session.connection()
+    quote = connection.dialect.identifier_preparer.quote
     rows = {
-        # DATA_TABLES is a constant.
-        name: int(unit.session.connection().execute(text(f"SELECT count(*) FROM {name}")).scalar_one())  # noqa: S608
-        for name in DATA_TABLES
+        name: int(connection.execute(text(f"SELECT count(*) FROM {quote(name)}")).scalar_one())  # noqa: S608  quoted
+        for name in (*DATA_TABLES, *own_tables(connection))
     }
     now = unit.now()
     facts: dict[str, Any] = {
@@ -169,7 +173,8 @@ def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
             "nonces": unit.one(EXPIRED_NONCES, before=now) or 0,
             "idempotency_keys": unit.one(EXPIRED_KEYS, now=now) or 0,
         },
-        "schema_revision": revision_of(unit.session.connection()),
+        "schema_revision": revision_of(connection),
+        "application_revision": ", ".join(sorted(stored_revisions(connection, APPLICATION_VERSION_TABLE))) or None,
         "engine": engine.dialect_name,
         "counters": report_counters(engine),
     }

@@ -155,7 +155,8 @@ def render_revision(application: Application, tables: Collection[str]) -> dict[s
             return render_item(kind, item, autogen)
 
         upgrade, downgrade = (
-            render_python_code(ops, render_as_batch=True, render_item=render, migration_context=context)
+            "    "
+            + render_python_code(ops, render_as_batch=True, render_item=render, migration_context=context).strip()
             for ops in (script.upgrade_ops, script.downgrade_ops)
         )
         return {"imports": "\n".join(sorted(imports)), "upgrade": upgrade, "downgrade": downgrade}

@@ -10,6 +10,7 @@ as resources, so they can be in a zip file.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -32,7 +33,7 @@ from homeagent.errors import (
     SchemaChangedError,
     SchemaTooNewError,
 )
-from homeagent.models import metadata
+from homeagent.models import TABLES, metadata
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -49,8 +50,10 @@ __all__ = [
     "VERSION_TABLE",
     "RevisionFailedError",
     "alembic_config",
+    "broken_references",
     "known_revisions",
     "loaded",
+    "own_tables",
     "reason_of",
     "revision_of",
     "run_revisions",
@@ -140,6 +143,17 @@ def tables(connection: Connection) -> set[str]:
     else:
         query = "SELECT tablename FROM pg_catalog.pg_tables WHERE schemaname = current_schema()"
     return {row[0] for row in connection.execute(text(query))}
+
+
+def broken_references(connection: Connection) -> Counter[tuple[str, str]]:
+    """Return the number of rows of a SQLite file that refer to a missing row, by the names of the two tables."""
+    rows = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
+    return Counter((str(child), str(parent)) for child, _, parent, _ in rows)
+
+
+def own_tables(connection: Connection) -> list[str]:
+    """Return the names of the application's tables, without its version table, in alphabetical order."""
+    return sorted(tables(connection) - {*TABLES, VERSION_TABLE, APPLICATION_VERSION_TABLE})
 
 
 def revision_of(connection: Connection) -> str | None:

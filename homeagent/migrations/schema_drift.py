@@ -15,7 +15,7 @@ import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sqlalchemy import CheckConstraint, ForeignKeyConstraint, text
 from sqlalchemy.schema import CreateIndex
@@ -36,13 +36,17 @@ class Difference:
     """One difference between the schema and the schema of homeagent's revisions.
 
     A difference is grave if homeagent may fail, or accept values that homeagent must refuse. The attribute `command` is
-    the SQL statement that undoes the change. It is None if one statement is not enough. The attribute `trigger` is the
-    name of a trigger that is not homeagent's.
+    the SQL statement that undoes the change. It is None if one statement is not enough.
+
+    A trigger, a view or an index that only uses homeagent's tables can belong to the application. Then the attribute
+    `kind` is the kind of the object. The attribute `trigger` is the name of any trigger that is not homeagent's.
+    Copies, restores and upgrades refuse such a trigger unless the application acknowledged its name.
     """
 
     text: str
     grave: bool
     command: str | None = None
+    kind: Literal["trigger", "view", "index"] | None = None
     trigger: str | None = None
 
 
@@ -95,7 +99,11 @@ def schema_differences(connection: Connection) -> list[Difference]:
     if connection.dialect.name == "sqlite":
         return [*_sqlite_differences(connection, REVISION), *_sqlite_leftovers(connection)]
     wanted = {table.name: _modelled(connection, table) for table in SCHEMA}
-    return [*_compare(wanted, _postgresql_tables(connection)), *_postgresql_triggers(connection)]
+    return [
+        *_compare(wanted, _postgresql_tables(connection)),
+        *_postgresql_triggers(connection),
+        *_postgresql_views(connection),
+    ]
 
 
 def _compare(wanted: _Tables, found: _Tables) -> Iterator[Difference]:
@@ -118,7 +126,9 @@ def _compare(wanted: _Tables, found: _Tables) -> Iterator[Difference]:
         for name in sorted(there.keys() - parts.keys()):
             index = there[name].index_name
             command = None if index is None else f"DROP INDEX {_name(index)}"
-            yield Difference(f"{name} is not homeagent's", there[name].strict, command)
+            strict = there[name].strict
+            kind: Literal["index"] | None = None if index is None or strict else "index"
+            yield Difference(f"{name} is not homeagent's", strict, command, kind)
 
 
 def _name(name: str) -> str:
@@ -157,15 +167,16 @@ def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Diffe
     for kind, name, on, sql in others:
         if expected.others.get(name) == _plain(sql):
             continue
+        command = f"DROP {kind.upper()} {_name(name)}"
+        uses = mention.search(sql) is not None and reaches(raw, expected.tables, kind=kind, name=name, on=on)
         # Compare in lower case, because SQLite stores the table name as the author of the trigger wrote the name.
         if kind == "trigger" and on.lower() in expected.tables:
             what = f"trigger {name} of {on.lower()} is not homeagent's"
-        elif mention.search(sql) and reaches(raw, expected.tables, kind=kind, name=name, on=on):
-            what = f"{kind} {name} " + (f"of {on} changes" if kind == "trigger" else "reads") + " homeagent's tables"
-        else:
-            continue
-        trigger = name if kind == "trigger" else None
-        yield Difference(what, kind == "trigger", f"DROP {kind.upper()} {_name(name)}", trigger)
+            yield Difference(what, True, command, None if uses else "trigger", name)
+        elif kind == "trigger" and uses:
+            yield Difference(f"trigger {name} of {on} changes homeagent's tables", True, command, None, name)
+        elif uses:
+            yield Difference(f"view {name} reads homeagent's tables", False, command, "view")
 
 
 def _sqlite_others(connection: Connection) -> list[tuple[str, str, str, str]]:
@@ -274,17 +285,34 @@ _INDEXES = text(
     " AND NOT EXISTS (SELECT 1 FROM pg_constraint k WHERE k.conindid = i.indexrelid)"
 )
 _TRIGGERS = text(
-    "SELECT 'trigger', tgname FROM pg_trigger WHERE tgrelid = to_regclass(:name) AND NOT tgisinternal"
-    " UNION ALL SELECT 'rule', rulename FROM pg_rewrite WHERE ev_class = to_regclass(:name) AND rulename <> '_RETURN'"
+    "SELECT 'trigger', tgname, tgtype & 2 = 2 FROM pg_trigger WHERE tgrelid = to_regclass(:name) AND NOT tgisinternal"
+    " UNION ALL SELECT 'rule', rulename, true FROM pg_rewrite WHERE ev_class = to_regclass(:name)"
+    " AND rulename <> '_RETURN'"
 )
+
+
+_VIEWS = text(
+    "SELECT DISTINCT v.relname, v.relkind = 'm' FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid"
+    " JOIN pg_class v ON v.oid = r.ev_class WHERE d.classid = 'pg_rewrite'::regclass"
+    " AND d.refobjid = to_regclass(:name) AND v.relkind IN ('v', 'm') ORDER BY 1"
+)
+
+
+def _postgresql_views(connection: Connection) -> Iterator[Difference]:
+    for table in TABLES:
+        for name, is_stored in connection.execute(_VIEWS, {"name": table}):
+            command = f"DROP {'MATERIALIZED ' if is_stored else ''}VIEW {_name(name)}"
+            yield Difference(f"view {name} reads homeagent's table {table}", False, command, "view")
 
 
 def _postgresql_triggers(connection: Connection) -> Iterator[Difference]:
     for table in (*TABLES, VERSION_TABLE):
-        for kind, name in connection.execute(_TRIGGERS, {"name": table}):
+        for kind, name, is_before in connection.execute(_TRIGGERS, {"name": table}):
             command = f"DROP {kind.upper()} {_name(name)} ON {table}"
+            # The function of a BEFORE trigger can replace the row. A rule can replace the statement.
+            harmless: Literal["trigger"] | None = "trigger" if kind == "trigger" and not is_before else None
             trigger = name if kind == "trigger" else None
-            yield Difference(f"{kind} {name} of {table} is not homeagent's", True, command, trigger)
+            yield Difference(f"{kind} {name} of {table} is not homeagent's", True, command, harmless, trigger)
 
 
 def _postgresql_tables(connection: Connection) -> _Tables:

@@ -10,8 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import text
-
 from homeagent.engine.files import database_file
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.system_errors import quoted
@@ -34,6 +32,7 @@ from homeagent.migrations.revisions import (
     SPEAK_FOR_THEMSELVES,
     VERSION_TABLE,
     RevisionFailedError,
+    broken_references,
     reason_of,
     revision_of,
     suits,
@@ -306,7 +305,7 @@ def _upgrade(
                 _refuse_unconvertible_rows(connection, revision)
             if revision is not None and backup_clock is not None:
                 backup = _back_up(engine, revision, backup_clock)
-            broken = _broken_references(connection)
+            broken = broken_references(connection)
             if not suitable:
                 upgrade(connection)
             application.upgrade(connection)
@@ -367,18 +366,12 @@ def _has_tables(connection: Connection) -> bool:
     return found
 
 
-def _broken_references(connection: Connection) -> Counter[tuple[str, str]]:
-    """Return the number of rows that refer to a missing row, by the names of the two tables."""
-    rows = connection.execute(text("PRAGMA foreign_key_check")).fetchall()
-    return Counter((str(child), str(parent)) for child, _, parent, _ in rows)
-
-
 def _verify(connection: Connection, broken_before: Counter[tuple[str, str]], backup: Path | None) -> None:
     """Raise MigrationError if the upgrade left a broken reference, or ended at another revision.
 
     A reference of one of the application's tables may be broken as often as before the upgrade.
     """
-    broken = _broken_references(connection)
+    broken = broken_references(connection)
     worse = [keys for keys, rows in broken.items() if keys[0] in TABLES or rows > broken_before[keys]]
     revision = revision_of(connection)
     if worse:

@@ -65,12 +65,12 @@ def test_fresh_database(fresh: str, folder: Path) -> None:
 def test_current_database(target: str, folder: Path, tmp_path: Path) -> None:
     """A database with homeagent's tables gets the application's, and a rebuild of a table keeps the rows."""
     first = write_revision(tmp_path / "first", "a1", None, CREATE).parents[1]
-    with pytest.raises(SchemaOutdatedError, match=r"has none of the revisions of the application .*first") as outdated:
+    with pytest.raises(SchemaOutdatedError, match=r"is at revision None of the application .*first") as outdated:
         Database.open(target, migrations=first, migrate=False)
     assert outdated.value.application == str(first)
     with Database.open(target, migrations=first) as database:
         add_note(database, "kept")
-    with pytest.raises(SchemaOutdatedError, match=r"has revision 'a1' of the application .*needs 'a3'"):
+    with pytest.raises(SchemaOutdatedError, match=r"is at revision 'a1' of the application .*needed is 'a3'"):
         Database.open(target, migrations=folder, migrate=False)
     with Database.open(target, migrations=folder) as database:
         assert rows(database, "SELECT text, stars FROM notes") == [("kept", 0)]
@@ -224,7 +224,7 @@ def test_package(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.syspath_prepend(tmp_path)
     Database.open(tmp_path / "new" / "homeagent.db", migrations="hub:migrations").close()
     write_revision(folder, "a4", "a3", "pass")
-    with pytest.raises(SchemaOutdatedError, match="of the application hub, and"):
+    with pytest.raises(SchemaOutdatedError, match="of the application hub, needed"):
         Database.open(tmp_path / "new" / "homeagent.db", migrations="hub:migrations", migrate=False)
 
 

@@ -89,6 +89,7 @@ def test_life_of_an_application(target: str, make_hub: Any) -> None:
     hub, other = make_hub(target), make_hub(target, "other")
     importlib.import_module(f"{other.name}.tables")
     first = hub.revise("messages")
+    assert 'sa.BigInteger().with_variant(sa.Integer(), "sqlite")' in first
     assert '["sessions.session_id"]' in first.replace("'", '"')
     assert "devices" not in first
     assert other.name not in first

@@ -8,6 +8,7 @@ writer in WAL mode, and all steps copy from this snapshot.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,11 +34,14 @@ from homeagent.errors import (
     HomeAgentError,
     InvalidArgumentError,
 )
+from homeagent.models import TABLES
 
 if TYPE_CHECKING:
     from homeagent.engine.sqlite.engine import SQLiteEngine
 
-__all__ = ["Contents", "backup_name", "discard", "read_contents", "write_backup"]
+__all__ = ["Contents", "backup_name", "discard", "has_broken_reference", "read_contents", "write_backup"]
+
+logger = logging.getLogger("homeagent")
 
 _STEP = 2000  # number of pages to copy between two calls of `stop`, within milliseconds.
 _INSTRUCTIONS = 100_000  # Number of instructions of SQLite's virtual machine between two calls of `stop`.
@@ -159,6 +163,22 @@ def read_contents(raw: Any, version_table: str) -> Contents:
     )
 
 
+def has_broken_reference(raw: Any) -> bool:
+    """Return whether a row of homeagent's tables refers to a missing row.
+
+    An orphan in a table of the application must not prevent a backup or a restore. Only log such a row.
+    """
+    children = {str(row[0]) for row in raw.execute("PRAGMA foreign_key_check").fetchall()}
+    own = sorted(children.difference(TABLES))
+    if own:
+        logger.warning(
+            "rows of the application's tables refer to rows that do not exist: %s. 'homeagent doctor' counts the rows",
+            ", ".join(own),
+            extra={"event": "application_orphans", "tables": own},
+        )
+    return not children.isdisjoint(TABLES)
+
+
 def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop) -> Contents:
     with (
         _explained_copy(engine, partial, stop),
@@ -198,7 +218,7 @@ def _verify(source: Path, copy: Any, expected: Contents, version_table: str) -> 
     verdict = str(copy.execute("PRAGMA integrity_check(1)").get)
     if verdict != "ok":
         problem = verdict.splitlines()[0]
-    elif copy.execute("PRAGMA foreign_key_check").fetchall():
+    elif has_broken_reference(copy):
         problem = "a row refers to a row that does not exist"
     elif read_contents(copy, version_table) != expected:
         problem = "the row counts of the copy and of the snapshot differ"

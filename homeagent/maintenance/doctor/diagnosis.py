@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -43,6 +43,7 @@ def diagnose(
     clock: Clock = system_clock,
     thorough: bool = False,
     fix: bool = False,
+    acknowledged: Collection[str] = (),
 ) -> Diagnosis:
     """Check a database in any state, and report problems with their remedies.
 
@@ -59,6 +60,7 @@ def diagnose(
         fix: whether to repair problems that can be repaired without loss. These are modes of homeagent's files, partial
             copies older than a day, the backlog of expired rows, hashes of expired secrets, route keys of sessions, the
             journal mode and the size of the WAL. The returned findings describe the database after the repair.
+        acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open`.
 
     Raises:
         InvalidArgumentError: `target` is invalid, or names a temporary database.
@@ -68,16 +70,31 @@ def diagnose(
     where = resolve_target(given)
     if where.is_temporary:
         raise InvalidArgumentError("a temporary database exists only while it is open: use Database.doctor()")
-    return _diagnose(where, clock, thorough=thorough, fix=fix)
+    return _diagnose(where, clock, thorough=thorough, fix=fix, acknowledged=frozenset(acknowledged))
 
 
 def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: bool, fix: bool) -> Diagnosis:
     """Check a database that this process has open, as `Database.doctor` documents. `read` opens a read-only unit."""
     if not isinstance(engine, SQLiteEngine):
-        return _diagnose(Target(url=engine.sa_engine.url), clock, thorough=thorough, fix=fix, engine=engine)
+        return _diagnose(
+            Target(url=engine.sa_engine.url),
+            clock,
+            thorough=thorough,
+            fix=fix,
+            engine=engine,
+            acknowledged=engine.acknowledged,
+        )
     # While a reader is open, SQLite keeps the WAL and the WAL index, so the doctor can read without creating files.
     reading = partial(_reading, read)
-    return _diagnose(Target(path=engine.path), clock, thorough=thorough, fix=fix, engine=engine, meanwhile=reading)
+    return _diagnose(
+        Target(path=engine.path),
+        clock,
+        thorough=thorough,
+        fix=fix,
+        engine=engine,
+        meanwhile=reading,
+        acknowledged=engine.acknowledged,
+    )
 
 
 @contextmanager
@@ -105,19 +122,28 @@ def _diagnose(
     fix: bool,
     engine: Engine | None = None,
     meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext,
+    acknowledged: frozenset[str] = frozenset(),
 ) -> Diagnosis:
     with meanwhile():
-        found = _check(target, clock, thorough=thorough)
+        found = _check(target, clock, acknowledged, thorough=thorough)
     repairs = repair(found, target, clock=clock, engine=engine) if fix else []
     if not repairs:
         return found
     with meanwhile():
-        return _check(target, clock, thorough=thorough, repairs=repairs)
+        return _check(target, clock, acknowledged, thorough=thorough, repairs=repairs)
 
 
-def _check(target: Target, clock: Clock, *, thorough: bool, repairs: Sequence[Repair] = ()) -> Diagnosis:
+def _check(
+    target: Target,
+    clock: Clock,
+    acknowledged: frozenset[str],
+    *,
+    thorough: bool,
+    repairs: Sequence[Repair] = (),
+) -> Diagnosis:
     limit = None if thorough else QUICK
     collector = Collector(check_timestamp(clock(), "the clock's time"), thorough=thorough, watch=Stopwatch(limit))
+    collector.acknowledged = acknowledged
     if target.url is not None:
         check_postgresql(collector, target.url, limit=limit)
         return collector.diagnosis(location=target.location, engine="postgresql", repairs=repairs)

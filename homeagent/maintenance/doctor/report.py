@@ -25,6 +25,7 @@ __all__ = ["CHECKS", "RESTORE", "STORE_CHECKS", "Collector", "Diagnosis", "Findi
 STORE_CHECKS = (
     "schema_revision",
     "schema",
+    "application",
     "rows",
     "references",
     "routes",
@@ -161,6 +162,8 @@ class Collector:
         self.now = now
         self.thorough = thorough
         self.watch = watch
+        self.acknowledged: frozenset[str] = frozenset()
+        """Names of the application's triggers on homeagent's tables."""
         self.findings: dict[str, Finding] = {}
         self.not_checked: dict[str, str] = {}
         self.database_option = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +18,12 @@ from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.inspection import inspect_sqlite, journal_mode
 from homeagent.engine.sqlite.write_ahead_log import find_lost_commits
 from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, HomeAgentError
+from homeagent.maintenance.doctor.application import report_orphans
 from homeagent.maintenance.doctor.files import check_files, megabytes
 from homeagent.maintenance.doctor.report import RESTORE, STORE_CHECKS, Collector, Severity
 from homeagent.maintenance.doctor.store import check_store
+from homeagent.migrations.revisions import broken_references
+from homeagent.models import TABLES
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -194,7 +198,9 @@ def _check_integrity(collector: Collector, connection: Connection) -> None:
 
 
 def _check_foreign_keys(collector: Collector, connection: Connection) -> None:
-    broken = len(connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall())
+    found = broken_references(connection)
+    broken = sum(rows for (child, _), rows in found.items() if child in TABLES)
+    report_orphans(collector, Counter({keys: rows for keys, rows in found.items() if keys[0] not in TABLES}))
     summary = f"Foreign keys that refer to a row that does not exist: {broken:,}."
     meaning = "another program wrote to the database without foreign keys; an upgrade will fail"
     remedy = "create the missing rows again, or remove the rows that refer to them"

@@ -14,9 +14,9 @@ from sqlalchemy import and_, column, exists, func, literal_column, not_, or_, se
 from sqlalchemy import table as sql_table
 
 from homeagent.errors import CorruptDatabaseError
+from homeagent.maintenance.doctor.application import check_application, check_schema
 from homeagent.maintenance.doctor.report import RESTORE, STORE_CHECKS, TOO_LONG, Collector, Severity
 from homeagent.migrations import REVISION, VERSION_TABLE, revision_of
-from homeagent.migrations.schema_drift import schema_differences
 from homeagent.models import SCHEMA, Agent, AgentSession, Device, IdempotencyKey, Nonce, Role, store_table
 from homeagent.models.idempotency_key import IdempotencyState
 from homeagent.models.session import route_key
@@ -68,7 +68,7 @@ def check_store(collector: Collector, connection: Connection) -> None:
     revision = collector.findings.get("schema_revision")
     if revision is not None and revision.severity is Severity.OK:
         if revision.facts["revision"] != REVISION:
-            collector.skip("the schema is newer than this version's", "schema", "rows")
+            collector.skip("the schema is newer than this version's", "schema", "application", "rows")
         for check, function in _CHECKS.items():
             if check not in collector.not_checked:
                 with collector.attempt(check, on=connection):
@@ -103,26 +103,6 @@ def _check_revision(collector: Collector, connection: Connection) -> None:
         meaning = "a newer version upgraded the schema; this version refuses it, because writes could do damage"
         remedy = "install the newer version again, or restore the backup that was made before the upgrade"
         collector.critical(check, summary, meaning, remedy, "pip install --upgrade homeagent", **facts)
-
-
-def _check_schema(collector: Collector, connection: Connection) -> None:
-    differences = schema_differences(connection)
-    if not differences:
-        collector.ok("schema", "The schema is the same as homeagent's revisions create.", differences=0)
-        return
-    grave = [difference for difference in differences if difference.grave]
-    command = (grave or differences)[0].command
-    shown = "; ".join(difference.text for difference in differences[:10])
-    collector.add(
-        Severity.CRITICAL if grave else Severity.WARNING,
-        "schema",
-        f"The schema was changed by hand: {shown}{'; …' if len(differences) > 10 else ''}.",
-        "homeagent relies on the schema: it may fail, or accept what it must refuse"
-        if grave
-        else "homeagent works, perhaps slowly; the next upgrade may fail or lose what was added",
-        "undo the change" if command is None else f"undo the change; the first step is: {command}",
-        differences=len(differences),
-    )
 
 
 # Stored values
@@ -408,7 +388,8 @@ def _check_admins(collector: Collector, connection: Connection) -> None:
 
 
 _CHECKS: dict[str, Callable[[Collector, Connection], None]] = {
-    "schema": _check_schema,
+    "schema": check_schema,
+    "application": check_application,
     "rows": _check_rows,
     "references": _check_references,
     "routes": _check_routes,

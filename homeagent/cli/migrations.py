@@ -1,0 +1,111 @@
+"""The command `homeagent migrations new`, which writes a revision of the application's own tables."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from homeagent.cli.application import group
+from homeagent.cli.opening import MigrationsOption
+from homeagent.errors import InvalidArgumentError
+from homeagent.migrations.application import Application
+
+migrations = group("migrations", help="Write revisions of an application's own tables.")
+
+_TEMPLATE = '''"""{message}."""
+
+import sqlalchemy as sa
+
+from alembic import op
+{imports}
+revision: str = {revision!r}
+down_revision: str | None = {parent!r}
+
+
+def upgrade() -> None:
+{upgrade}
+
+
+def downgrade() -> None:
+{downgrade}
+'''
+
+
+@migrations.command()
+def new(
+    message: Annotated[
+        str, typer.Option("--message", "-m", metavar="TEXT", help="Description of the change.", show_default=False)
+    ],
+    migrations: MigrationsOption = None,
+    package: Annotated[
+        str | None,
+        typer.Option("--package", help="Package with the tables. Default: the package of --migrations."),
+    ] = None,
+    empty: Annotated[bool, typer.Option("--empty", help="Write a revision that you complete by hand.")] = False,
+) -> None:
+    """Compare the application's tables with its revisions, and write the next revision.
+
+    The command creates the folder if necessary, and needs no database. Read the revision before you use it.
+    Database.open(migrations=...) runs the revision at the next start.
+    """
+    if migrations is None:
+        raise typer.BadParameter("name the folder of the revisions: --migrations PACKAGE:FOLDER.")
+    named, _, inner = migrations.rpartition(":")
+    package = package or named
+    if not package:
+        raise typer.BadParameter("name the package with the tables: --package PACKAGE.")
+    folder = Path(inner)
+    if named:
+        folder = _directory_of(named) / inner
+    (folder / "versions").mkdir(parents=True, exist_ok=True)
+    script = _write(Application.of(migrations), folder, package, message, empty=empty)
+    if script is None:
+        typer.echo("The revisions create all tables already: no revision was written. An empty one needs --empty.")
+    else:
+        typer.echo(f"Wrote {script}. Read the revision before you use it.")
+
+
+def _directory_of(package: str) -> Path:
+    try:
+        path = getattr(import_module(package), "__path__", None)
+    except ImportError as error:
+        raise InvalidArgumentError(
+            f"the package {package!r} can't be imported ({type(error).__name__}: {error}): correct its name, or run "
+            "the command in the directory that contains the package"
+        ) from None
+    if path is None:
+        raise InvalidArgumentError(
+            f"{package!r} is a module without a directory: pass --migrations FOLDER and --package"
+        )
+    return Path(next(iter(path)))
+
+
+def _write(application: Application, folder: Path, package: str, message: str, *, empty: bool) -> Path | None:
+    from alembic.util import rev_id
+
+    from homeagent.migrations.autogenerate import application_tables, render_revision
+
+    texts = {"imports": "", "upgrade": "    pass", "downgrade": "    pass"}
+    if not empty:
+        rendered = render_revision(application, application_tables(package, scripts=folder.resolve()))
+        if rendered is None:
+            return None
+        # Alembic adds comments that ask the developer to adjust the revision. The command says so in its output.
+        texts = {name: re.sub(r" *# ###.*\n?", "", text).rstrip() for name, text in rendered.items()}
+        texts["imports"] += "\n" if texts["imports"] else ""
+    revision = rev_id()
+    slug = "_".join(re.findall(r"\w+", message.lower()))[:40]
+    script = folder / "versions" / f"{revision}_{slug}.py"
+    content = _TEMPLATE.format(
+        message=message.strip().rstrip(".").replace("\\", "").replace('"', "'"),
+        revision=revision,
+        parent=application.head,
+        **texts,
+    )
+    with script.open("x", encoding="utf-8") as file:
+        file.write(content)
+    return script

@@ -1,0 +1,232 @@
+"""Copy the application's own tables, and compare the copied rows with the source.
+
+The tables are read from both databases. A table is copied if both databases have it with the same columns. The values
+pass through the column types of the application's models, or else through the types that SQLAlchemy finds in the
+database, because the engines store some types differently: SQLite stores a timestamp as text.
+
+The engines can order text keys differently. Therefore the rows are not compared in the order of the keys. Instead, the
+rows with the same keys as a page of the source are read from the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Column, Integer, MetaData, Table, func, insert, inspect, select, text, tuple_
+from sqlmodel import AutoString
+
+from homeagent.engine.engine import Engine
+from homeagent.errors import (
+    CorruptDatabaseError,
+    DatabaseError,
+    HomeAgentError,
+    InvalidArgumentError,
+    TargetNotEmptyError,
+)
+from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, own_tables, reason_of, stored_revisions
+from homeagent.models import metadata
+from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, TimestampColumn
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+__all__ = ["OwnTable", "plan_own_tables"]
+
+PAGE = 500
+"""Number of rows that a page has."""
+
+# Columns of these types have the same stored values on both engines, so the values are copied without decoding.
+_STORED_ALIKE = (AutoString, EnumColumn, FlagColumn, JsonColumn, TimestampColumn)
+
+_Row = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class OwnTable:
+    """A table of the application, as the source and as the target describe the table."""
+
+    name: str
+    source: Table
+    target: Table
+
+    @property
+    def _key(self) -> list[str]:
+        return [column.name for column in self.source.primary_key.columns]
+
+    def count(self, connection: Connection) -> int:
+        """Return the number of rows."""
+        return int(connection.execute(select(func.count()).select_from(self.source)).scalar_one())
+
+    def pages(self, connection: Connection) -> Iterator[list[_Row]]:
+        """Yield all rows of the source in pages, in the order of the primary key."""
+        key = [self.source.c[name] for name in self._key]
+        places = [list(self.source.c).index(column) for column in key]
+        rows = select(*self.source.c).order_by(*key).limit(PAGE)
+        page = self._read(connection, rows)
+        while page:
+            yield page
+            if len(page) < PAGE:
+                return
+            last = [page[-1][place] for place in places]
+            page = self._read(
+                connection, rows.where(tuple_(*key) > tuple_(*last) if len(key) > 1 else key[0] > last[0])
+            )
+
+    def insert(self, connection: Connection, page: Sequence[_Row]) -> None:
+        """Insert a page of rows into the target."""
+        names = [column.name for column in self.target.columns]
+        try:
+            connection.execute(insert(self.target), [dict(zip(names, row, strict=True)) for row in page])
+        except Exception as error:  # noqa: BLE001  a column type of the application can raise any error
+            raise DatabaseError(
+                f"the target refuses rows of {self.name} ({reason_of(error)}), so the copy was undone: correct the "
+                f"rows in the source, or leave the table (leave={[self.name]!r})"
+            ) from None
+
+    def differs(self, source: Connection, target: Connection) -> bool:
+        """Return whether the two databases have different rows."""
+        return self.count(source) != self.count(target) or any(
+            not self._is_copied(page, target) for page in self.pages(source)
+        )
+
+    def _is_copied(self, page: list[_Row], target: Connection) -> bool:
+        key = [self.target.c[name] for name in self._key]
+        places = [list(self.source.c).index(self.source.c[name]) for name in self._key]
+        keys = [tuple(row[place] for place in places) for row in page]
+        chosen = tuple_(*key).in_(keys) if len(key) > 1 else key[0].in_([one for (one,) in keys])
+        found = self._read(target, select(*self.target.c).where(chosen))
+        copied = {tuple(row[place] for place in places): row for row in found}
+        # NaN is not equal to itself, so compare the texts also.
+        return all(
+            (other := copied.get(one)) == row or repr(other) == repr(row) for one, row in zip(keys, page, strict=True)
+        )
+
+    def _read(self, connection: Connection, rows: Any) -> list[_Row]:
+        try:
+            return [tuple(row) for row in connection.execute(rows)]
+        except HomeAgentError:
+            raise
+        except Exception as error:  # noqa: BLE001  a column type of the application can raise any error
+            raise CorruptDatabaseError(
+                f"a row of {self.name} can't be read ({type(error).__name__}), so the copy was undone: correct the "
+                f"row, or leave the table (leave={[self.name]!r})"
+            ) from None
+
+    def advance_sequence(self, connection: Connection) -> None:
+        """Let PostgreSQL continue to number rows after the copied rows."""
+        quote = connection.dialect.identifier_preparer.quote
+        table = quote(self.name)
+        for name in self._key:
+            if not isinstance(self.target.c[name].type, Integer):
+                continue
+            connection.execute(
+                text(
+                    f"SELECT setval(pg_get_serial_sequence(:table, :name), (SELECT max({quote(name)}) FROM {table}))"  # noqa: S608  quoted
+                    f" WHERE pg_get_serial_sequence(:table, :name) IS NOT NULL AND EXISTS (SELECT FROM {table})"
+                ),
+                {"table": table, "name": name},
+            )
+
+
+def plan_own_tables(
+    engines: tuple[Engine, Engine], source: Connection, target: Connection, leave: Collection[str]
+) -> list[OwnTable]:
+    """Return the application's tables to copy, in the order of their foreign keys.
+
+    Raises:
+        InvalidArgumentError: the target lacks a table, or has another form of a table, that is not in `leave`.
+        TargetNotEmptyError: a table of the target has rows.
+    """
+    found = set(own_tables(source))
+    wrong = sorted(set(leave) - found)
+    if wrong:
+        raise InvalidArgumentError(f"leave names a table that the source does not have: {', '.join(wrong)}")
+    names = found - set(leave)
+    lacking = sorted(names - set(own_tables(target)))
+    if lacking:
+        raise InvalidArgumentError(
+            f"the source holds tables of an application that the target does not have: {', '.join(lacking)}. Create "
+            "the tables in the target by the application's revisions (Database.open(migrations=…), or "
+            f"--migrations), or leave the tables behind (leave={lacking!r}, or --leave)"
+        )
+    if not names:
+        return []
+    revisions = [", ".join(sorted(stored_revisions(one, APPLICATION_VERSION_TABLE))) for one in (source, target)]
+    if revisions[0] != revisions[1]:
+        raise InvalidArgumentError(
+            f"the application's tables are at revision {revisions[0] or None!r} in the source and at "
+            f"{revisions[1] or None!r} in the target: open both databases with the same migrations=…"
+        )
+    declared = {
+        table.name: table
+        for one in (metadata, *engines[0].application_metadata, *engines[1].application_metadata)
+        for table in one.tables.values()
+    }
+    tables = [_own_table(name, source, target, declared.get(name)) for name in _in_order(target, names)]
+    _refuse_orphans(source, names)
+    for table in tables:
+        if target.execute(select(1).select_from(table.target).limit(1)).first() is not None:
+            raise TargetNotEmptyError(table.name)
+    if target.dialect.name == "sqlite":
+        # The rows of a table can refer to later rows of the same table. COMMIT checks the foreign keys.
+        target.exec_driver_sql("PRAGMA defer_foreign_keys=ON")
+    return tables
+
+
+def _in_order(connection: Connection, names: set[str]) -> list[str]:
+    """Return the names so that each table follows the tables that its foreign keys refer to."""
+    inspector = inspect(connection)
+    parents = {
+        name: {key["referred_table"] for key in inspector.get_foreign_keys(name)} & names - {name}
+        for name in sorted(names)
+    }
+    try:
+        return list(TopologicalSorter(parents).static_order())
+    except CycleError:
+        return sorted(names)  # the foreign keys must be deferrable
+
+
+def _own_table(name: str, source: Connection, target: Connection, declared: Table | None) -> OwnTable:
+    sides = [_described(name, side, declared) for side in (source, target)]
+    columns = [{column.name for column in side.columns} for side in sides]
+    if columns[0] != columns[1]:
+        shown = ", ".join(sorted(columns[0] ^ columns[1]))
+        raise InvalidArgumentError(
+            f"the table {name} has other columns in the target than in the source ({shown}): upgrade the application's "
+            f"tables on both sides, or leave the table (leave={[name]!r}, or --leave)"
+        )
+    if not sides[0].primary_key.columns:
+        raise InvalidArgumentError(
+            f"the table {name} has no primary key, so its rows can't be compared: add a primary key, or leave the "
+            f"table (leave={[name]!r}, or --leave)"
+        )
+    return OwnTable(name, *sides)
+
+
+def _described(name: str, connection: Connection, declared: Table | None) -> Table:
+    """Return the table with the columns that can be written, in the order of their names."""
+    reflected = Table(name, MetaData(), autoload_with=connection, resolve_fks=False)
+    columns = []
+    for column in sorted(reflected.columns, key=lambda column: column.name):
+        if column.computed is not None:
+            continue
+        known = None if declared is None else declared.columns.get(column.name)
+        kind: Any = column.type if known is None or isinstance(known.type, _STORED_ALIKE) else known.type
+        columns.append(Column(column.name, kind, primary_key=column.primary_key))
+    return Table(name, MetaData(), *columns)
+
+
+def _refuse_orphans(source: Connection, names: set[str]) -> None:
+    if source.dialect.name != "sqlite":
+        return
+    rows = source.exec_driver_sql("PRAGMA foreign_key_check").all()
+    orphans = sorted({(str(row[0]), str(row[2])) for row in rows if row[0] in names})
+    if orphans:
+        shown = ", ".join(f"{child} to {parent}" for child, parent in orphans)
+        raise DatabaseError(
+            f"rows of the application's tables refer to rows that do not exist ({shown}), and the target would refuse "
+            "the rows: correct or delete the rows ('PRAGMA foreign_key_check' lists them), or leave the tables"
+        )

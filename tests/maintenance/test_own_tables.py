@@ -1,0 +1,218 @@
+"""The application's own tables in copies, backups, restores, the status and the doctor."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    DateTime,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    insert,
+    select,
+    text,
+)
+
+from homeagent import AgentSession, Database, diagnose
+from homeagent.errors import DatabaseError, InvalidArgumentError, SchemaChangedError, TargetNotEmptyError
+from homeagent.maintenance import CopyProgress
+from homeagent.maintenance.own_tables import PAGE
+from tests.conftest import add_agent, postgres_execute
+from tests.migrations.old_databases import sqlite
+from tests.migrations.own_revisions import write_revision
+
+# A foreign key between two MetaData objects needs the column itself, because a name is searched in one MetaData.
+own = MetaData()
+notes = Table(
+    "notes",
+    own,
+    Column("id", Integer, primary_key=True),
+    Column("session_id", ForeignKey(AgentSession.__table__.c.session_id), nullable=False),  # type: ignore[attr-defined]
+    Column("parent_id", ForeignKey("notes.id")),
+    Column("is_read", Boolean, nullable=False),
+    Column("seen_at", DateTime(timezone=False)),
+    Column("more", JSON),
+)
+tags = Table(
+    "a tag",
+    own,
+    Column("note_id", ForeignKey("notes.id"), primary_key=True),
+    Column("Name", String(20), primary_key=True),
+)
+REVISION = """
+op.create_table("notes", sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("session_id", sa.Text, sa.ForeignKey("sessions.session_id"), nullable=False),
+    sa.Column("parent_id", sa.Integer, sa.ForeignKey("notes.id")),
+    sa.Column("is_read", sa.Boolean, nullable=False), sa.Column("seen_at", sa.DateTime), sa.Column("more", sa.JSON))
+op.create_table("a tag", sa.Column("note_id", sa.Integer, sa.ForeignKey("notes.id"), primary_key=True),
+    sa.Column("Name", sa.String(20), primary_key=True))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of the application's revision."""
+    return write_revision(tmp_path / "hub", "a1", None, REVISION.replace("\n    ", " ").strip()).parents[1]
+
+
+def fill(database: Database, rows: int) -> None:
+    """Insert rows into the application's tables."""
+    add_agent(database)
+    with database.unit_of_work() as unit:
+        session = unit.sessions.resolve(agent_id="ada", sender_id="anna")
+        connection = unit.session.connection()
+        time = datetime(2026, 1, 2, 3, 4, 5, 678901)  # noqa: DTZ001  the column has no time zone
+        values: list[dict[str, Any]] = [
+            {
+                "id": number,
+                "session_id": session.session_id,
+                "parent_id": number // 2 or None,
+                "is_read": bool(number % 2),
+                "seen_at": time if number % 3 else None,
+                "more": {"b": [number, 1.5, None], "a": "ü"},
+            }
+            for number in range(1, rows + 1)
+        ]
+        connection.execute(insert(notes), values)
+        names = [{"note_id": number, "Name": name} for number in range(1, rows + 1) for name in ("b", "B", "Ü")]
+        connection.execute(insert(tags), names)
+
+
+def stored(database: Database) -> list[list[tuple[Any, ...]]]:
+    """Return the rows of the application's tables."""
+    with database.read_connection() as connection:
+        return [sorted(map(tuple, connection.execute(select(table))), key=repr) for table in (notes, tags)]
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_copy_to_another_engine_and_back(
+    sqlite_path: Path, empty_postgres_url: str, folder: Path, tmp_path: Path, declared: bool
+) -> None:
+    """Own tables move from SQLite to PostgreSQL and back, and new rows get new numbers."""
+    metadata = [own] if declared else []
+    seen: list[CopyProgress] = []
+    with Database.open(sqlite_path, migrations=folder, metadata=metadata) as source:
+        fill(source, PAGE + 1)
+        expected = stored(source)
+        with Database.open(empty_postgres_url, migrations=folder, metadata=metadata) as server:
+            report = source.copy_to(server, progress=seen.append)
+            assert report.rows["notes"] == PAGE + 1
+            assert report.rows["a tag"] == 3 * (PAGE + 1)
+            assert seen[-1].rows == seen[-1].total
+            assert stored(server) == expected
+            with Database.open(tmp_path / "back" / "homeagent.db", migrations=folder) as back:
+                server.copy_to(back)
+                assert stored(back) == expected
+            with server.unit_of_work() as unit:
+                (session,) = unit.sessions.list()
+                new = insert(notes).values(session_id=session.session_id, is_read=False).returning(notes.c.id)
+                assert unit.session.connection().execute(new).scalar_one() == PAGE + 2
+            with pytest.raises(TargetNotEmptyError):
+                source.copy_to(server)
+
+
+def test_unknown_tables_are_named(sqlite_path: Path, tmp_path: Path, folder: Path) -> None:
+    """A copy refuses tables that the target lacks by name, unless the caller leaves them behind."""
+    with Database.open(sqlite_path, migrations=folder) as source, Database.open(tmp_path / "new" / "x.db") as target:
+        fill(source, 1)
+        with pytest.raises(
+            InvalidArgumentError, match=r"the target does not have: a tag, notes\..*--migrations.*--leave"
+        ):
+            source.copy_to(target)
+        with pytest.raises(InvalidArgumentError, match="does not have: notes"):
+            source.copy_to(target, leave=["a tag"])
+        with pytest.raises(InvalidArgumentError, match="leave names a table that the source does not have: no"):
+            source.copy_to(target, leave=["no"])
+        report = source.copy_to(target, leave=["a tag", "notes"])
+        assert report.left == ["a tag", "notes"]
+        assert report.rows["sessions"] == 1
+
+
+def test_orphan(sqlite_path: Path, tmp_path: Path, folder: Path) -> None:
+    """An orphan in an own table is named, and prevents neither a backup, a restore nor an upgrade."""
+    with Database.open(sqlite_path, migrations=folder) as source:
+        fill(source, 2)
+    with closing(sqlite(sqlite_path)) as raw:
+        raw.execute("DELETE FROM notes WHERE id = 1")
+    found = diagnose(sqlite_path)
+    application = found.finding("application")
+    references = found.finding("references")
+    assert application is not None
+    assert references is not None
+    assert references.severity == "ok"
+    assert application.severity == "warning"
+    assert (application.facts["tables"], application.facts["rows"], application.facts["orphans"]) == (2, 7, 4)
+    assert "from a tag to notes: 3" in application.summary
+    assert "from notes to notes: 1" in application.summary
+    write_revision(folder, "a2", "a1", 'op.add_column("notes", sa.Column("extra", sa.Text))')
+    with Database.open(sqlite_path, migrations=folder) as source:
+        backup = source.backup(tmp_path / "the.backup")
+        with Database.open(tmp_path / "new" / "x.db", migrations=folder) as target:
+            with pytest.raises(DatabaseError, match="a tag to notes, notes to notes"):
+                source.copy_to(target)
+            source.copy_to(target, leave=["a tag", "notes"])
+    report = Database.restore(backup, sqlite_path)
+    assert (report.rows["notes"], report.rows["a tag"]) == (1, 6)
+
+
+def test_status_names_own_tables(target: str, folder: Path) -> None:
+    """The status counts the rows of own tables, and has the revision of the application."""
+    with Database.open(target, migrations=folder) as database:
+        fill(database, 2)
+        status = database.status()
+        assert (status.rows["notes"], status.rows["a tag"], status.application_revision) == (2, 6, "a1")
+        application = database.doctor().finding("application")
+        assert application is not None
+        assert application.severity == "ok"
+        assert "at revision a1: a tag (6 rows), notes (2 rows)" in application.summary
+
+
+def test_objects_of_the_application(target: str, folder: Path, tmp_path: Path) -> None:
+    """The doctor names an own view, index and trigger with a remedy for each, and the trigger can be acknowledged."""
+    trigger = "CREATE TRIGGER audit AFTER INSERT ON agents BEGIN SELECT 1; END"
+    if target.startswith("postgresql"):
+        postgres_execute(target, "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")
+        trigger = "CREATE TRIGGER audit AFTER INSERT ON agents FOR EACH ROW EXECUTE FUNCTION f()"
+    with Database.open(target, migrations=folder) as database:
+        with database.unit_of_work() as unit:
+            for statement in (
+                trigger,
+                "CREATE INDEX own_index ON agents (name)",
+                "CREATE VIEW own_view AS SELECT id FROM agents",
+            ):
+                unit.session.connection().execute(text(statement))
+        found = database.doctor().finding("schema")
+        assert found is not None
+        assert found.severity == "warning"
+        assert "changed by hand" not in found.summary
+        assert all(f"{kind} {name}" in found.summary for kind, name in KINDS.items())
+        assert found.remedy is not None
+        assert "acknowledged=['audit']" in found.remedy
+        assert "DROP VIEW own_view" in found.remedy
+        with Database.open(tmp_path / "new" / "x.db", migrations=folder) as copy, pytest.raises(SchemaChangedError):
+            database.copy_to(copy)
+    with Database.open(target, migrations=folder, acknowledged=["audit"]) as database:
+        found = database.doctor().finding("schema")
+        assert found is not None
+        assert found.facts["acknowledged"] == "audit"
+        assert "acknowledged=" not in (found.remedy or "")
+        with Database.open(tmp_path / "new" / "x.db", migrations=folder) as copy:
+            database.copy_to(copy)
+        if not target.startswith("postgresql"):
+            backup = database.backup(tmp_path / "the.backup")
+            with pytest.raises(SchemaChangedError):
+                Database.restore(backup, tmp_path / "restored" / "x.db")
+            Database.restore(backup, tmp_path / "restored" / "x.db", acknowledged=["audit"])
+
+
+KINDS = {"trigger": "audit", "index": "own_index", "view": "own_view"}

@@ -1,0 +1,86 @@
+"""The command `homeagent migrations new`, and the option --migrations of other commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+TABLES = """
+from homeagent import Table
+from sqlmodel import Field
+
+class Message(Table, table=True):
+    __tablename__ = "messages"
+    id: int | None = Field(default=None, primary_key=True)
+    session_id: str = Field(foreign_key="sessions.session_id", ondelete="CASCADE", index=True)
+    text: str
+"""
+STARS = '    stars: int = Field(default=0, sa_column_kwargs={"server_default": "0"})\n'
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The working directory of an application with one table."""
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "__init__.py").touch()
+    (tmp_path / "hub" / "tables.py").write_text(TABLES)
+    return tmp_path
+
+
+def run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in the application's directory."""
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "homeagent", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+
+
+def test_application_without_alembic(project: Path) -> None:
+    """The command writes the first revision and the next one, and the other commands run and name the revisions."""
+    new = ("migrations", "new", "--migrations", "hub:migrations", "-m")
+    first = run(project, *new, 'Add "messages"')
+    assert first.returncode == 0, first.stderr
+    assert "Wrote " in first.stdout
+    (script,) = (project / "hub" / "migrations" / "versions").iterdir()
+    assert "devices" not in script.read_text()
+    assert "no revision was written" in run(project, *new, "again").stdout
+    database = ("--database", str(project / "data" / "hub.db"))
+    made = run(project, *database, "init", "--migrations", "hub:migrations")
+    assert made.returncode == 0, made.stderr
+    with (project / "hub" / "tables.py").open("a") as tables:
+        tables.write(STARS)
+    assert run(project, *new, "stars").returncode == 0
+    upgraded = run(project, *database, "migrate", "--migrations", "hub:migrations")
+    assert "of the application. A copy from before" in upgraded.stdout, upgraded.stderr
+    status = json.loads(run(project, *database, "status", "--json").stdout)
+    assert status["rows"]["messages"] == 0
+    assert status["application_revision"] in upgraded.stdout
+    refused = run(project, "copy", database[1], str(project / "one" / "copy.db"))
+    assert refused.returncode == 1
+    assert "the target does not have: messages" in refused.stderr
+    copied = run(project, "copy", database[1], str(project / "two" / "copy.db"), "--migrations", "hub:migrations")
+    assert copied.returncode == 0, copied.stderr
+
+
+def test_mistakes(project: Path) -> None:
+    """A package that can't be imported is refused in one line, and a missing option is wrong usage."""
+    unknown = run(project, "migrations", "new", "-m", "x", "--migrations", "nowhere:migrations")
+    assert unknown.returncode == 1
+    assert "the package 'nowhere' can't be imported" in unknown.stderr
+    assert run(project, "migrations", "new", "-m", "x").returncode == 2
+    empty = run(project, "migrations", "new", "--empty", "-m", "x", "--migrations", "plain", "--package", "hub")
+    assert empty.returncode == 0, empty.stderr
+    (script,) = (project / "plain" / "versions").iterdir()
+    assert "    pass" in script.read_text()
