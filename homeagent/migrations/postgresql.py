@@ -34,7 +34,7 @@ from homeagent.migrations.revisions import (
     tables,
     upgrade,
 )
-from homeagent.migrations.schema_drift import refuse_changed_schema
+from homeagent.migrations.schema_drift import refuse_changed_schema, views_of_tables
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -108,6 +108,7 @@ def open_postgresql(
                 cause = error.__cause__ if isinstance(error, RevisionFailedError) else error
                 raise MigrationError(
                     f"upgrading the schema from {revision!r} failed and was undone ({reason_of(error)})"
+                    f"{_views(connection)}"
                 ) from (None if isinstance(cause, engine.driver_errors) else cause)
             if busy.sqlstate == _STATEMENT_CANCELLED:
                 raise MigrationError(
@@ -139,6 +140,14 @@ def refuse_second_store(connection: Connection) -> None:
             f"{', '.join(others)} holds homeagent's tables too: name the right schema, by "
             "?options=-csearch_path%3DSCHEMA in the URL or by ALTER ROLE … SET search_path = SCHEMA"
         )
+
+
+def _views(connection: Connection) -> str:
+    """Return a hint if the application's views read homeagent's tables. PostgreSQL then refuses some changes."""
+    with connection.begin():
+        names = sorted({difference.text for difference in views_of_tables(connection)})
+    hint = ": PostgreSQL can refuse to change such a table. Drop the view, upgrade, and create the view again"
+    return f"; {'; '.join(names)}{hint}" if names else ""
 
 
 def _set_for_upgrade(engine: PostgreSQLEngine, connection: Connection) -> None:

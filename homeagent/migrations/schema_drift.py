@@ -28,7 +28,7 @@ from homeagent.models import SCHEMA, TABLES
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Table
 
-__all__ = ["Difference", "refuse_changed_schema", "schema_differences"]
+__all__ = ["Difference", "refuse_changed_schema", "schema_differences", "views_of_tables"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def schema_differences(connection: Connection) -> list[Difference]:
     return [
         *_compare(wanted, _postgresql_tables(connection)),
         *_postgresql_triggers(connection),
-        *_postgresql_views(connection),
+        *views_of_tables(connection),
     ]
 
 
@@ -298,7 +298,8 @@ _VIEWS = text(
 )
 
 
-def _postgresql_views(connection: Connection) -> Iterator[Difference]:
+def views_of_tables(connection: Connection) -> Iterator[Difference]:
+    """Yield the views on PostgreSQL that read homeagent's tables."""
     for table in TABLES:
         for name, is_stored in connection.execute(_VIEWS, {"name": table}):
             command = f"DROP {'MATERIALIZED ' if is_stored else ''}VIEW {_name(name)}"

@@ -106,6 +106,7 @@ def _open_sqlite(
         if not migrate:
             raise SchemaOutdatedError(revision, needed=REVISION, location=str(path))
         if revision is not None and not suitable and not temporary:
+            from homeagent.migrations.rehearsal import refuse_broken_objects
             from homeagent.migrations.schema_drift import refuse_changed_schema
 
             with engine.reading() as connection:
@@ -113,6 +114,7 @@ def _open_sqlite(
                 revision = revision_of(connection)
                 if revision is not None and not suits(connection, revision):
                     refuse_changed_schema(connection, revision, quoted(path), application.acknowledged)
+                    refuse_broken_objects(connection, revision, quoted(path))
     elif not migrate:
         if not temporary and _has_marker(path):
             raise corrupt_after_all(path)  # "no schema yet" would invite the administrator to create a new one
