@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, Integer, MetaData, Table, func, insert, inspect, select, text, tuple_
+from sqlalchemy import Column, Integer, MetaData, Table, func, insert, inspect, or_, select, text, tuple_
 from sqlmodel import AutoString
 
 from homeagent.engine.engine import Engine
@@ -203,19 +203,27 @@ def _own_table(name: str, source: Connection, target: Connection, declared: Tabl
             f"the table {name} has no primary key, so its rows can't be compared: add a primary key, or leave the "
             f"table (leave={[name]!r}, or --leave)"
         )
+    # SQLite accepts NULL in most primary keys.
+    is_null = or_(*(column.is_(None) for column in sides[0].primary_key.columns))
+    if source.execute(select(1).select_from(sides[0]).where(is_null).limit(1)).first() is not None:
+        raise InvalidArgumentError(
+            f"the table {name} has a row whose primary key is NULL: correct or delete the row, or leave the table "
+            f"(leave={[name]!r}, or --leave)"
+        )
     return OwnTable(name, *sides)
 
 
 def _described(name: str, connection: Connection, declared: Table | None) -> Table:
     """Return the table with the columns that can be written, in the order of their names."""
-    reflected = Table(name, MetaData(), autoload_with=connection, resolve_fks=False)
+    inspector = inspect(connection)
+    key = inspector.get_pk_constraint(name)["constrained_columns"]
     columns = []
-    for column in sorted(reflected.columns, key=lambda column: column.name):
-        if column.computed is not None:
+    for found in sorted(inspector.get_columns(name), key=lambda found: found["name"]):
+        if "computed" in found:
             continue
-        known = None if declared is None else declared.columns.get(column.name)
-        kind: Any = column.type if known is None or isinstance(known.type, _STORED_ALIKE) else known.type
-        columns.append(Column(column.name, kind, primary_key=column.primary_key))
+        known = None if declared is None else declared.columns.get(found["name"])
+        kind: Any = found["type"] if known is None or isinstance(known.type, _STORED_ALIKE) else known.type
+        columns.append(Column(found["name"], kind, primary_key=found["name"] in key))
     return Table(name, MetaData(), *columns)
 
 

@@ -59,6 +59,7 @@ class _Script:
     file: Traversable
     revision: str
     parents: tuple[str, ...]
+    dependencies: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,13 @@ class Application:
         name, folder = _folder(given)
         scripts = _read_scripts(name, folder)
         followed = {parent for script in scripts.values() for parent in script.parents}
-        unknown = sorted(followed - scripts.keys())
+        needed = {other for script in scripts.values() for other in script.dependencies}
+        unknown = sorted((followed | needed) - scripts.keys())
         heads = sorted(scripts.keys() - followed)
         if unknown:
             raise InvalidArgumentError(
                 f"the revisions of {name} refer to the revision {unknown[0]!r}, which the folder does not contain: "
-                "add its script, or correct down_revision"
+                "add its script, or correct down_revision and depends_on"
             )
         if len(heads) > 1 or (scripts and not heads):
             shown = ", ".join(heads) or "none, because the revisions form a circle"
@@ -208,7 +210,7 @@ def _read_script(name: str, file: Traversable) -> _Script:
     """Read the identifiers of a script without running the script."""
     try:
         values = dict(_constants(ast.parse(file.read_text(encoding="utf-8"))))
-        revision, parents = values["revision"], [values.get("down_revision"), values.get("depends_on")]
+        revision, others = values["revision"], [values.get("down_revision"), values.get("depends_on")]
     except (SyntaxError, ValueError, KeyError) as error:
         raise InvalidArgumentError(
             f"{file.name} of {name} is not a revision ({type(error).__name__}): a revision is a Python script that "
@@ -218,8 +220,8 @@ def _read_script(name: str, file: Traversable) -> _Script:
         raise InvalidArgumentError(
             f"{file.name} of {name}: the identifier of a revision must be a text of 1 to {_LONGEST_REVISION} characters"
         )
-    listed = [[parent] if isinstance(parent, str) else parent or () for parent in parents]
-    return _Script(file, revision, tuple(str(parent) for several in listed for parent in several))
+    parents, dependencies = (tuple([other] if isinstance(other, str) else other or ()) for other in others)
+    return _Script(file, revision, parents, dependencies)
 
 
 def _constants(module: ast.Module) -> Iterator[tuple[str, Any]]:
