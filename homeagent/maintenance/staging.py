@@ -33,7 +33,7 @@ from homeagent.migrations import VERSION_TABLE, revision_of
 from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE
 from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.migrations.sqlite import upgrade_copy
-from homeagent.models import store_table
+from homeagent.models import DATA_TABLES, TABLES, store_table
 
 __all__ = [
     "SQLITE_HEADER",
@@ -52,7 +52,7 @@ _HEADER_SIZE = 100
 _WAL_FORMAT = b"\x02\x02"  # bytes 18 and 19 of a header: https://sqlite.org/fileformat2.html, section 1.3
 _APPLICATION_ID = slice(68, 72)
 
-_BOOKKEEPING = (store_table.name, APPLICATION_VERSION_TABLE)
+_BOOKKEEPING = frozenset(TABLES).difference(DATA_TABLES) | {APPLICATION_VERSION_TABLE}
 """Tables that the report of a restore does not count."""
 
 Devices = dict[str, tuple[str | None, str]]
