@@ -122,6 +122,9 @@ def _report_upgrade(
 ) -> None:
     upgrade = _bring_up_to_date(target_of(context, database), migrations, acknowledged)
     if as_json:
-        print_json(asdict(upgrade))
+        shown = asdict(upgrade)
+        if upgrade.application_revision is None:
+            del shown["application_revision"]
+        print_json(shown)
     else:
         typer.echo(str(upgrade))
