@@ -153,7 +153,9 @@ def broken_references(connection: Connection) -> Counter[tuple[str, str]]:
 
 def own_tables(connection: Connection) -> list[str]:
     """Return the names of the application's tables, without its version table, in alphabetical order."""
-    return sorted(tables(connection) - {*TABLES, VERSION_TABLE, APPLICATION_VERSION_TABLE})
+    others = tables(connection) - {*TABLES, VERSION_TABLE, APPLICATION_VERSION_TABLE}
+    # Litestream creates its tables in each database that it replicates.
+    return sorted(name for name in others if not name.startswith("_litestream_"))
 
 
 def revision_of(connection: Connection) -> str | None:

@@ -265,34 +265,17 @@ def _make_or_upgrade(
         # Overwrite the pages of a table that a revision recreates, because the old rows contain hashes.
         raw.execute("PRAGMA secure_delete=ON")
         try:
-            revision = _upgrade(engine, connection, application, None if temporary else clock)
+            _upgrade(engine, connection, application, None if temporary else clock)
         finally:
             raw.execute("PRAGMA foreign_keys=ON")
     if not initialised and not temporary:
         lock.write_marker("initialised")
-    logger.info(
-        "upgraded the schema of %s to revision %s (from %s)%s",
-        path,
-        REVISION,
-        revision,
-        f", and the application {application.name} to {application.head}" if application.name else "",
-        extra={
-            "event": "schema_upgraded",
-            "path": str(path),
-            "revision": REVISION,
-            "revision_before": revision,
-            "application_revision": application.head,
-        },
-    )
 
 
 def _upgrade(
     engine: SQLiteEngine, connection: Connection, application: Application, backup_clock: Clock | None
-) -> str | None:
-    """Run the missing revisions in one transaction, after a backup. Return the revision before the upgrade.
-
-    If `backup_clock` is None, make no backup.
-    """
+) -> None:
+    """Run the missing revisions in one transaction, after a backup. If `backup_clock` is None, make no backup."""
     path = engine.path
     backup: Path | None = None
     revision: str | None = None
@@ -302,7 +285,7 @@ def _upgrade(
             revision = revision_of(connection)
             suitable = suits(connection, revision)
             if suitable and not application.is_pending(connection):
-                return revision
+                return
             if revision is not None and not suitable:
                 _refuse_unconvertible_rows(connection, revision)
             if revision is not None and backup_clock is not None:
@@ -321,7 +304,20 @@ def _upgrade(
             f"the schema is unchanged; the backup is {backup or 'not needed'}",
             backup=backup,
         ) from (None if isinstance(cause, engine.driver_errors) else cause)
-    return revision
+    logger.info(
+        "upgraded the schema of %s to revision %s (from %s)%s",
+        path,
+        REVISION,
+        revision,
+        f", and the application {application.name} to {application.head}" if application.name else "",
+        extra={
+            "event": "schema_upgraded",
+            "path": str(path),
+            "revision": REVISION,
+            "revision_before": revision,
+            "application_revision": application.head,
+        },
+    )
 
 
 # Each entry has a revision, a table, and the text columns that the revision reads into Python. The first column is the
