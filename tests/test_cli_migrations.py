@@ -13,12 +13,13 @@ import pytest
 from tests.conftest import ROOT
 
 TABLES = """
+from uuid import UUID
 from homeagent import Table
 from sqlmodel import Field
 
 class Message(Table, table=True):
     __tablename__ = "messages"
-    id: int | None = Field(default=None, primary_key=True)
+    id: UUID = Field(primary_key=True)
     session_id: str = Field(foreign_key="sessions.session_id", ondelete="CASCADE", index=True)
     text: str
 """
@@ -80,6 +81,10 @@ def test_mistakes(project: Path) -> None:
     assert unknown.returncode == 1
     assert "the package 'nowhere' can't be imported" in unknown.stderr
     assert run(project, "migrations", "new", "-m", "x").returncode == 2
+    (project / "hub" / "broken.py").write_text("import nothing_like_this")
+    broken = run(project, "migrations", "new", "-m", "x", "--migrations", "hub:migrations")
+    assert broken.returncode == 1
+    assert "a module of the package 'hub' can't be imported (ModuleNotFoundError)" in broken.stderr
     empty = run(project, "migrations", "new", "--empty", "-m", "x", "--migrations", "plain", "--package", "hub")
     assert empty.returncode == 0, empty.stderr
     (script,) = (project / "plain" / "versions").iterdir()

@@ -10,6 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from homeagent.cli.application import app
+from homeagent.cli.migrations import import_tables
 from homeagent.cli.opening import AcknowledgeOption, MigrationsOption
 from homeagent.cli.output import JsonOption, console_for, count, print_json
 from homeagent.database import Database
@@ -55,6 +56,7 @@ def copy(
     if context.obj is not None:
         raise typer.BadParameter("copy takes SOURCE and TARGET: leave out --database.")
     origin, destination = _named(source), _named(target)
+    import_tables(migrations)
     with (
         Database.open(source, migrate=False, acknowledged=acknowledge or ()) as opened,
         _open_target(target, migrations) as empty,

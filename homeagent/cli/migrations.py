@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,8 @@ from homeagent.cli.application import group
 from homeagent.cli.opening import MigrationsOption
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.application import Application
+
+__all__ = ["import_tables"]
 
 migrations = group("migrations", help="Write revisions of an application's own tables.")
 
@@ -54,19 +57,41 @@ def new(
     """
     if migrations is None:
         raise typer.BadParameter("name the folder of the revisions: --migrations PACKAGE:FOLDER.")
-    named, _, inner = migrations.rpartition(":")
+    named, folder = _named_folder(migrations)
     package = package or named
     if not package:
         raise typer.BadParameter("name the package with the tables: --package PACKAGE.")
-    folder = Path(inner)
-    if named:
-        folder = _directory_of(named) / inner
     (folder / "versions").mkdir(parents=True, exist_ok=True)
     script = _write(Application.of(migrations), folder, package, message, empty=empty)
     if script is None:
         typer.echo("The revisions create all tables already: no revision was written. An empty one needs --empty.")
     else:
         typer.echo(f"Wrote {script}. Read the revision before you use it.")
+
+
+def import_tables(migrations: str | None) -> None:
+    """Import the tables of the package that --migrations names. The column types of the tables are then known."""
+    named, folder = _named_folder(migrations or "")
+    if named:
+        _application_tables(named, folder)
+
+
+def _application_tables(package: str, folder: Path) -> Collection[str]:
+    from homeagent.migrations.autogenerate import application_tables
+
+    try:
+        return application_tables(package, scripts=folder.resolve())
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"a module of the package {package!r} can't be imported ({type(error).__name__}), so its tables are "
+            "unknown: correct the module, or install what the module imports"
+        ) from error
+
+
+def _named_folder(migrations: str) -> tuple[str, Path]:
+    """Return the package that --migrations names, which can be empty, and the folder."""
+    named, _, inner = migrations.rpartition(":")
+    return named, _directory_of(named) / inner if named else Path(inner)
 
 
 def _directory_of(package: str) -> Path:
@@ -87,11 +112,14 @@ def _directory_of(package: str) -> Path:
 def _write(application: Application, folder: Path, package: str, message: str, *, empty: bool) -> Path | None:
     from alembic.util import rev_id
 
-    from homeagent.migrations.autogenerate import application_tables, render_revision
+    from homeagent.migrations.autogenerate import render_revision
 
     texts = {"imports": "", "upgrade": "    pass", "downgrade": "    pass"}
     if not empty:
-        rendered = render_revision(application, application_tables(package, scripts=folder.resolve()))
+        tables = _application_tables(package, folder)
+        if not tables:
+            raise InvalidArgumentError(f"the package {package!r} defines no tables: derive a class from Table")
+        rendered = render_revision(application, tables)
         if rendered is None:
             return None
         # Alembic adds comments that ask the developer to adjust the revision. The command says so in its output.
