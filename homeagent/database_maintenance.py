@@ -48,10 +48,11 @@ class DatabaseMaintenance:
             raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")
 
     def sweep(self, *, batch_size: int = 100, time_budget: timedelta | None = None) -> maintenance.SweepReport:
-        """Delete expired nonces, expired idempotency keys, and devices that waited for approval too long.
+        """Delete expired nonces and idempotency keys, old device changes, and devices that waited for too long.
 
-        A pending device is deleted after `Limits.pending_ttl`. Each batch is small, and therefore other writers wait
-        only briefly. While other writers wait, `sweep` uses smaller batches and longer pauses.
+        A pending device is deleted after `Limits.pending_ttl`, and a device change after `Limits.changes_kept`. Each
+        batch is small, and therefore other writers wait only briefly. While other writers wait, `sweep` uses smaller
+        batches and longer pauses.
 
         Args:
             batch_size: maximum number of rows that one unit deletes.
@@ -69,9 +70,12 @@ class DatabaseMaintenance:
             batch_size=batch_size,
             time_budget=time_budget,
             pending_ttl=self._limits.pending_ttl,
+            changes_kept=self._limits.changes_kept,
             stop=stop,
         )
-        self._engine.counters.cleaned(report.nonces + report.idempotency_keys + report.pending_devices)
+        self._engine.counters.cleaned(
+            report.nonces + report.idempotency_keys + report.pending_devices + report.device_changes
+        )
         return report
 
     def sweeper(

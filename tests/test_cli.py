@@ -279,6 +279,7 @@ def test_sweep_removes_expired_rows(ready: Path) -> None:
         "nonces": 5,
         "idempotency_keys": 0,
         "pending_devices": 0,
+        "device_changes": 0,
         "more": False,
         "skipped": 0,
         "constraints": [],

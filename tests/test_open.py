@@ -520,7 +520,8 @@ def lose_schema(path: Path) -> None:
     """Drop all tables, as a faulty program may."""
     with closing(sqlite(path)) as raw:
         raw.execute("PRAGMA foreign_keys=OFF")
-        for (table,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+        tables = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+        for (table,) in raw.execute(tables).fetchall():
             raw.execute(f"DROP TABLE {table}")
 
 

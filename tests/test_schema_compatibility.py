@@ -207,12 +207,27 @@ def test_a_check_that_a_test_shows_passes(
     assert [f"CHECK {check}" in problem for problem in problems] == ([] if passes else [True])
 
 
-def test_a_trigger_is_refused(sqlite_path: Path, tmp_path: Path) -> None:
-    """A trigger on an old table is reported; SQLite only, since PostgreSQL's triggers need a function first."""
+@pytest.mark.parametrize(
+    ("declares", "shown", "passes"),
+    [(False, False, False), (True, False, False), (False, True, False), (True, True, True)],
+)
+def test_a_trigger_is_refused_unless_declared_and_shown(
+    sqlite_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declares: bool, shown: bool, passes: bool
+) -> None:
+    """A trigger on an old table is reported unless the revision declares the trigger and a test is named.
+
+    SQLite only, since PostgreSQL's triggers need a function first.
+    """
+    if shown:
+        monkeypatch.setitem(SHOWN, "t", "tests/test_schema_compatibility.py::test_changes_of_old_code_are_in_the_feed")
     body = 'op.execute("CREATE TRIGGER t AFTER INSERT ON nonces BEGIN DELETE FROM nonces; END")'
+    scripts = sample(tmp_path, body)
+    if declares:
+        with (scripts / "versions" / f"{NEXT}_sample.py").open("a") as script:
+            script.write('SQLITE_TRIGGERS = {"t": "AFTER INSERT ON nonces"}\n')
     with connected(str(sqlite_path)) as connection:
-        problems = problems_of(NEXT, connection, scripts=sample(tmp_path, body))
-    assert any("trigger t" in line for line in problems), problems
+        problems = problems_of(NEXT, connection, scripts=scripts)
+    assert (problems == []) is passes, problems
 
 
 @pytest.mark.parametrize(
@@ -326,7 +341,8 @@ with Database.open(target) as database:
         database.rotate_secret(name, overlap=timedelta(hours=1))
     with database.unit_of_work() as unit:
         assert unit.devices.revoke("phone", reason="lost") and unit.devices.revoke("lock")
-        assert unit.devices.approve("lock")
+        again = {"expected_status": "revoked"} if revision > "0006" else {}
+        assert unit.devices.approve("lock", **again)
         assert unit.devices.update_last_seen("lock") and unit.devices.delete("gone")
         unit.devices.update("lock", DeviceUpdate(metadata={"room": "hall"}))
         for name, approved in (("orm-in", True), ("orm-out", False)):
@@ -356,3 +372,25 @@ def test_code_of_0005_writes_what_0006_accepts(target: str, tmp_path: Path, chil
         "orm-out": "approved",
         "phone": "revoked",
     }
+
+
+def test_changes_of_old_code_are_in_the_feed(target: str, tmp_path: Path, children: Children) -> None:
+    """If the code of revision 0007 runs its device operations on the present schema, the feed has all changes."""
+    code = code_of("0007", tmp_path / "code")
+    Database.open(target).close()
+    children.finish(children.start(WRITES_DEVICES, code, "0007", target, path=code))
+    with Database.open(target) as database:
+        changes = database.devices.changes(after=0, limit=1000)
+    kinds: dict[str, list[str]] = {}
+    for change in changes:
+        kinds.setdefault(str(change.device_id), []).append(change.kind.value)
+    assert kinds == {
+        "admin": ["paired", "approved", "rotated"],
+        "phone": ["paired", "approved", "rotated", "revoked"],
+        "lock": ["paired", "approved", "rotated", "revoked", "approved", "updated"],
+        "gone": ["paired", "approved", "rotated", "deleted"],
+        "orm-in": ["paired", "approved", "revoked"],
+        "orm-out": ["paired", "approved"],
+        "new": ["paired"],
+    }
+    assert [change.number for change in changes] == list(range(1, len(changes) + 1))

@@ -41,7 +41,7 @@ def sweep(
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete expired nonces and idempotency keys, and devices that waited for an approval for over 30 days.
+    """Delete expired nonces and idempotency keys, old device changes, and devices that waited for over 30 days.
 
     The command works in small transactions, so it can run at the same time as the gateway.
     """
@@ -55,6 +55,7 @@ def sweep(
     typer.echo(
         f"Removed {count(report.nonces, 'nonce')} and {count(report.idempotency_keys, 'idempotency key')}"
         + (f", and {count(report.pending_devices, 'device')} without an approval." if report.pending_devices else ".")
+        + (f" Removed {count(report.device_changes, 'old device change')}." if report.device_changes else "")
         + (f" Skipped {count(report.skipped, 'row')}: {', '.join(report.constraints)}." if report.skipped else "")
         + (" The time budget ended the sweep early: sweep again." if report.more else "")
     )

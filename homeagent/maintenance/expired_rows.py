@@ -29,7 +29,7 @@ from homeagent.unit_settings import UnitSettings, read_clock
 
 __all__ = ["ExpiredRows", "Kind"]
 
-Kind = Literal["nonces", "idempotency_keys", "pending_devices"]
+Kind = Literal["nonces", "idempotency_keys", "pending_devices", "device_changes"]
 
 _FIRST = datetime.min.replace(tzinfo=UTC)
 
@@ -88,7 +88,7 @@ class ExpiredRows:
         self._settings = settings
         self._kind = kind
         self._grace = grace
-        self._statements = _STATEMENTS[kind]
+        self._statements: Any = _STATEMENTS.get(kind)
         self._monotonic = monotonic
         self._after: dict[str, Any] | None = None
         self.skipped: Counter[str] = Counter()
@@ -103,6 +103,8 @@ class ExpiredRows:
                     worked = self._monotonic() - begun
                 return Batch(count, count, worked, self._monotonic() - begun)
             except ConflictError:
+                if self._statements is None:
+                    raise  # a change that stays would hide the later changes that were deleted
                 self._after = self._statements.first
         with UnitOfWork(self._settings, read_only=True) as unit:
             rows = unit.all(self._statements.page, **self._after, **self._times(), limit=limit)
@@ -118,6 +120,8 @@ class ExpiredRows:
             return unit.nonces.delete_expired(limit=limit)
         if self._kind == "idempotency_keys":
             return unit.idempotency_keys.delete_expired(limit=limit)
+        if self._kind == "device_changes":
+            return unit.devices.delete_changes(before=self._times()["before"], limit=limit)
         return unit.devices.delete_pending(paired_before=self._times()["before"], limit=limit)
 
     def _delete_each(self, page: Sequence[dict[str, Any]]) -> int:

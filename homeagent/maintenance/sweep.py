@@ -65,6 +65,7 @@ class SweepReport(BaseModel):
         nonces: number of deleted nonces.
         idempotency_keys: number of deleted idempotency keys.
         pending_devices: number of deleted devices that had waited too long for their approval.
+        device_changes: number of deleted rows of the feed of device changes.
         more: True if the sweep ended early. Expired rows may then remain.
         skipped: number of expired rows that a constraint of an application's table keeps. These rows count as absent,
             and the next sweep tries to delete them again.
@@ -76,6 +77,7 @@ class SweepReport(BaseModel):
     nonces: int = 0
     idempotency_keys: int = 0
     pending_devices: int = 0
+    device_changes: int = 0
     more: bool = False
     skipped: int = 0
     constraints: tuple[str, ...] = ()
@@ -87,6 +89,7 @@ def sweep(
     batch_size: int,
     time_budget: timedelta | None,
     pending_ttl: timedelta | None = None,
+    changes_kept: timedelta | None = None,
     stop: threading.Event | None = None,
     monotonic: Callable[[], float] = monotonic,
 ) -> SweepReport:
@@ -96,7 +99,8 @@ def sweep(
 
     The argument `batch_size` is the maximum number of rows of a batch. If the time budget is used up, or the event
     `stop` is set, the sweep ends early. The argument `pending_ttl` is the longest time for which a device may wait for
-    its approval. If `pending_ttl` is None, the sweep deletes no device.
+    its approval. If `pending_ttl` is None, the sweep deletes no device. The argument `changes_kept` is the time for
+    which the sweep keeps device changes. If `changes_kept` is None, the sweep keeps all changes.
     """
     check_limit(batch_size, "batch_size")
     deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()
@@ -106,6 +110,7 @@ def sweep(
         "nonces": NONCE_GRACE,
         "idempotency_keys": timedelta(0),
         "pending_devices": pending_ttl,
+        "device_changes": changes_kept,
     }
     removed = dict.fromkeys(tables, 0)
     skipped: Counter[str] = Counter()
@@ -237,17 +242,19 @@ class Sweeper:
                     extra={"event": "sweep_failed", "error": type(error).__name__, "retry_seconds": self._every},
                 )
             else:
-                if report.nonces or report.idempotency_keys or report.pending_devices:
+                if report.nonces or report.idempotency_keys or report.pending_devices or report.device_changes:
                     logger.info(
-                        "swept %d nonce(s), %d idempotency key(s) and %d pending device(s)",
+                        "swept %d nonce(s), %d idempotency key(s), %d pending device(s) and %d device change(s)",
                         report.nonces,
                         report.idempotency_keys,
                         report.pending_devices,
+                        report.device_changes,
                         extra={
                             "event": "swept",
                             "nonces": report.nonces,
                             "idempotency_keys": report.idempotency_keys,
                             "pending_devices": report.pending_devices,
+                            "device_changes": report.device_changes,
                             "more": report.more,
                         },
                     )

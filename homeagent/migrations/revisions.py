@@ -57,13 +57,14 @@ __all__ = [
     "reason_of",
     "revision_of",
     "run_revisions",
+    "server_triggers",
     "stored_revisions",
     "suits",
     "tables",
     "upgrade",
 ]
 
-REVISION = "0008"
+REVISION = "0009"
 """Revision that this version needs, which is the newest revision in `alembic/versions`."""
 
 VERSION_TABLE = "homeagent_schema_version"
@@ -180,6 +181,21 @@ def stored_revisions(connection: Connection, table: str) -> set[str]:
 def known_revisions() -> set[str]:
     """Return the revisions whose scripts this version has."""
     return {script.revision for script in _scripts()}
+
+
+def server_triggers(revision: str) -> dict[str, str]:
+    """Return homeagent's triggers at a revision on PostgreSQL, by name.
+
+    A definition is the text of the trigger, as `pg_get_triggerdef` returns the text, and the body of the function.
+    """
+    found: dict[str, str] = {}
+    for script in _scripts():
+        if script.revision <= revision:
+            bodies: dict[str, str] = getattr(script, "POSTGRESQL_FUNCTIONS", {})
+            for name, definition in getattr(script, "POSTGRESQL_TRIGGERS", {}).items():
+                function = definition.rpartition(" ")[2].removesuffix("()")
+                found[name] = definition + bodies[function]
+    return found
 
 
 def suits(connection: Connection, revision: str | None) -> bool:

@@ -22,7 +22,7 @@ from sqlalchemy.schema import CreateIndex
 
 from homeagent.engine.sqlite.inspection import reaches, scratch_sqlite
 from homeagent.errors import SchemaChangedError, SchemaTooNewError
-from homeagent.migrations.revisions import REVISION, VERSION_TABLE, known_revisions, upgrade
+from homeagent.migrations.revisions import REVISION, VERSION_TABLE, known_revisions, server_triggers, upgrade
 from homeagent.models import SCHEMA, TABLES
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def refuse_changed_schema(
     if connection.dialect.name == "sqlite":
         found = [difference for difference in _sqlite_differences(connection, revision) if difference.grave]
     else:
-        found = list(_postgresql_triggers(connection))
+        found = list(_postgresql_triggers(connection, revision))
     found = [difference for difference in found if difference.trigger not in acknowledged]
     if found:
         first = next((difference.command for difference in found if difference.command), None)
@@ -101,7 +101,7 @@ def schema_differences(connection: Connection) -> list[Difference]:
     wanted = {table.name: _modelled(connection, table) for table in SCHEMA}
     return [
         *_compare(wanted, _postgresql_tables(connection)),
-        *_postgresql_triggers(connection),
+        *_postgresql_triggers(connection, REVISION),
         *views_of_tables(connection),
     ]
 
@@ -277,17 +277,20 @@ _COLUMNS = text(
 )
 _CONSTRAINTS = text(
     "SELECT conname, contype, pg_get_constraintdef(oid) FROM pg_constraint"
-    " WHERE conrelid = to_regclass(:name) AND contype <> 'n'"
+    " WHERE conrelid = to_regclass(:name) AND contype NOT IN ('n', 't')"
 )
 _INDEXES = text(
     "SELECT c.relname, i.indisunique, pg_get_indexdef(i.indexrelid), i.indisvalid FROM pg_index i"
     " JOIN pg_class c ON c.oid = i.indexrelid WHERE i.indrelid = to_regclass(:name)"
     " AND NOT EXISTS (SELECT 1 FROM pg_constraint k WHERE k.conindid = i.indexrelid)"
 )
+# The definition of a trigger is null if the trigger is disabled, or if its function has unexpected settings.
 _TRIGGERS = text(
-    "SELECT 'trigger', tgname, tgtype & 2 = 2 FROM pg_trigger WHERE tgrelid = to_regclass(:name) AND NOT tgisinternal"
-    " UNION ALL SELECT 'rule', rulename, true FROM pg_rewrite WHERE ev_class = to_regclass(:name)"
-    " AND rulename <> '_RETURN'"
+    "SELECT 'trigger', tgname, tgtype & 2 = 2, CASE WHEN tgenabled IN ('O', 'A') AND p.prosecdef"
+    " AND p.proconfig = ARRAY['search_path=pg_catalog, pg_temp'] THEN pg_get_triggerdef(t.oid, true) || p.prosrc END"
+    " FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid WHERE tgrelid = to_regclass(:name) AND NOT tgisinternal"
+    " UNION ALL SELECT 'rule', rulename, true, NULL FROM pg_rewrite"
+    " WHERE ev_class = to_regclass(:name) AND rulename <> '_RETURN'"
 )
 
 
@@ -306,14 +309,20 @@ def views_of_tables(connection: Connection) -> Iterator[Difference]:
             yield Difference(f"view {name} reads homeagent's table {table}", False, command, "view")
 
 
-def _postgresql_triggers(connection: Connection) -> Iterator[Difference]:
+def _postgresql_triggers(connection: Connection, revision: str) -> Iterator[Difference]:
+    expected = server_triggers(revision)
     for table in (*TABLES, VERSION_TABLE):
-        for kind, name, is_before in connection.execute(_TRIGGERS, {"name": table}):
+        for kind, name, is_before, definition in connection.execute(_TRIGGERS, {"name": table}):
+            if kind == "trigger" and definition is not None and expected.get(name) == definition:
+                del expected[name]
+                continue
             command = f"DROP {kind.upper()} {_name(name)} ON {table}"
             # The function of a BEFORE trigger can replace the row. A rule can replace the statement.
             harmless: Literal["trigger"] | None = "trigger" if kind == "trigger" and not is_before else None
             trigger = name if kind == "trigger" else None
             yield Difference(f"{kind} {name} of {table} is not homeagent's", True, command, harmless, trigger)
+    for name in expected:
+        yield Difference(f"trigger {name} is missing or was changed", True)
 
 
 def _postgresql_tables(connection: Connection) -> _Tables:

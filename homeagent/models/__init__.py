@@ -1,4 +1,4 @@
-"""Five table models, which are also Pydantic models, and the table `store`, whose only row describes the database.
+"""Six table models, which are also Pydantic models, and the table `store`, whose only row describes the database.
 
 The models of requests and replies are in `schemas`.
 """
@@ -8,6 +8,7 @@ from typing import Any
 from homeagent.models.agent import Agent
 from homeagent.models.base import metadata
 from homeagent.models.device import Device, DeviceStatus, Role
+from homeagent.models.device_change import DeviceChange, DeviceChangeKind
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.models.nonce import Nonce
 from homeagent.models.proof_parameters import ProofParameters
@@ -37,6 +38,8 @@ __all__ = [
     "AgentUpdate",
     "Attempt",
     "Device",
+    "DeviceChange",
+    "DeviceChangeKind",
     "DeviceCreate",
     "DevicePair",
     "DeviceStatus",
@@ -58,6 +61,7 @@ __all__ = [
 SCHEMA: tuple[Any, ...] = (
     Agent.__table__,
     Device.__table__,
+    DeviceChange.__table__,
     IdempotencyKey.__table__,
     Nonce.__table__,
     store_table,
@@ -68,5 +72,5 @@ SCHEMA: tuple[Any, ...] = (
 TABLES: tuple[str, ...] = tuple(sorted(table.name for table in SCHEMA))
 """Names of homeagent's tables except Alembic's."""
 
-DATA_TABLES: tuple[str, ...] = tuple(name for name in TABLES if name != store_table.name)
-"""Names of homeagent's tables with rows of an application: all except `store`."""
+DATA_TABLES: tuple[str, ...] = tuple(sorted(set(TABLES) - {store_table.name, DeviceChange.__table__.name}))
+"""Names of homeagent's tables with rows of an application: all except `store` and the feed of device changes."""

@@ -28,7 +28,7 @@ class Limits:
         longest_ttl: longest time for which a method keeps a nonce or an idempotency key.
         waiting_hashes: maximum number of slow hashes that wait in one process, 1 or more.
         failed_checks_per_minute: maximum number of failed checks of one device id per minute in one process, 1 or more.
-        changes_kept: time for which the feed of changes of devices keeps a change.
+        changes_kept: time after which a sweep deletes a device change. The newest change always stays.
 
     Raises:
         InvalidArgumentError: if a value is out of range.

@@ -29,15 +29,16 @@ from homeagent.models.types import (
     not_after,
 )
 from homeagent.stores import device_statements as statements
+from homeagent.stores.device_feed import DeviceFeed
 from homeagent.stores.device_statements import DeviceState, SecretHashes
-from homeagent.stores.store import Store, check_kind, reading, writing
+from homeagent.stores.store import check_kind, reading, writing
 
 __all__ = ["DeviceStore", "SecretHashes"]
 
 SEEN_GRANULARITY = timedelta(minutes=1)
 
 
-class DeviceStore(Store):
+class DeviceStore(DeviceFeed):
     """Store of devices."""
 
     __slots__ = ()

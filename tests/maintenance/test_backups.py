@@ -62,7 +62,15 @@ def test_backup_into_a_directory(sqlite_database: Database, sqlite_path: Path, t
         "taken_at": "2026-01-02T03:04:05.678000Z",
         "schema_revision": REVISION,
         "epoch": 1,
-        "rows": {"agents": 1, "devices": 0, "idempotency_keys": 0, "nonces": 0, "sessions": 0, "store": 1},
+        "rows": {
+            "agents": 1,
+            "device_changes": 1,
+            "devices": 0,
+            "idempotency_keys": 0,
+            "nonces": 0,
+            "sessions": 0,
+            "store": 1,
+        },
         "size": backup.stat().st_size,
         "sha256": hashlib.sha256(backup.read_bytes()).hexdigest(),
     }

@@ -25,8 +25,8 @@ def test_status_has_the_counters(database: Database, clock: FakeClock) -> None:
     counters = status.counters
     assert counters.reads == before.reads
     assert counters.units == counters.reads + counters.commits + counters.rollbacks
-    # A sweep is two units here: one for each kind of row.
-    assert (counters.commits, counters.rollbacks, counters.sweeps, counters.swept) == (5, 1, 1, 1)
+    # A sweep is four units here: one for each kind of row.
+    assert (counters.commits, counters.rollbacks, counters.sweeps, counters.swept) == (6, 1, 1, 1)
     assert counters.last_error is None
     assert database.counters().reads == before.reads + 1
     assert DatabaseStatus.model_validate_json(status.model_dump_json()) == status

@@ -143,7 +143,10 @@ def test_structure_shows_each_kind_of_change(tmp_path: Path, there: str, instead
     Database.open(tmp_path / "homeagent.db").close()
     with closing(sqlite(tmp_path / "homeagent.db")) as raw:
         sound = sqlite_structure(raw)
-        statements = [normal(row[0]) for row in raw.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")]
+        statements = [
+            normal(row[0])
+            for row in raw.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'sqlite_sequence'")
+        ]
     assert any(there in statement for statement in statements)
     with closing(connect(":memory:")) as changed:
         for statement in statements:
@@ -219,7 +222,7 @@ def test_first_revision_follows_the_specification(tmp_path: Path) -> None:
 
     def promised(raw: Any) -> dict[str, Any]:
         structure = sqlite_structure(raw)
-        del structure["triggers and views"]
+        del structure["views"]
         for table in structure.values():
             # The specification names no constraint, and its keys are NOT NULL only because they are keys.
             del table["clauses"], table["options"]

@@ -347,7 +347,7 @@ def test_invalid_json_is_not_shown(model: type[SQLModel]) -> None:
 def test_tables_have_separate_metadata() -> None:
     """A host application's metadata has no table of homeagent, and each constraint of homeagent has a name."""
     assert not set(TABLES) & set(SQLModel.metadata.tables)
-    assert set(TABLES) == {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
+    assert set(TABLES) == {"agents", "device_changes", "devices", "idempotency_keys", "nonces", "sessions", "store"}
     assert all(constraint.name for table in SCHEMA for constraint in table.constraints)
 
 

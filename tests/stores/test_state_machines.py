@@ -108,6 +108,8 @@ class StoreMachine(Machine):
         self.devices: dict[str, list[Any]] = {}
         self.paired: dict[str, datetime] = {}
         self.released: set[tuple[str, str]] = set()
+        self.changes: list[tuple[str, str]] = []
+        self.first_change = self.database.devices.newest_change()
 
     # Nonces
 
@@ -187,6 +189,7 @@ class StoreMachine(Machine):
             assert got is DeviceExistsError
         else:
             assert got.id == device
+            self.changes.append((device, "paired"))
             self.devices[device] = [role, False, False, None]
             self.paired[device] = self.clock.now
 
@@ -203,6 +206,7 @@ class StoreMachine(Machine):
                 self.database.pair(DevicePair(id=device, role=role))
             return
         self.database.pair(DevicePair(id=device, role=role))
+        self.changes.append((device, "paired"))
         self.devices[device] = [role, False, False, None]
         self.paired[device] = self.clock.now
         self.keys = {key: value for key, value in self.keys.items() if key[0] != device}
@@ -214,6 +218,10 @@ class StoreMachine(Machine):
         assert deleted == len(overdue)
         for name in overdue:
             del self.devices[name]
+        # The order of the rows that one statement deletes is not defined.
+        found = self.database.devices.changes(after=self.first_change)[len(self.changes) :]
+        assert {(change.device_id, change.kind.value) for change in found} == {(name, "deleted") for name in overdue}
+        self.changes += [(str(change.device_id), change.kind.value) for change in found]
 
     @rule(device=names, status=st.none() | st.sampled_from(DeviceStatus))
     def approve(self, device: str, status: DeviceStatus | None) -> None:
@@ -228,6 +236,7 @@ class StoreMachine(Machine):
         else:
             assert got is True
             row[1:3] = True, False
+            self.changes.append((device, "approved"))
 
     @rule(device=names, force=st.booleans())
     def revoke(self, device: str, force: bool) -> None:
@@ -240,6 +249,8 @@ class StoreMachine(Machine):
         else:
             assert got is not row[2]
             row[1:3] = False, True
+            if got:
+                self.changes.append((device, "revoked"))
 
     @rule(device=names, force=st.booleans())
     def delete_device(self, device: str, force: bool) -> None:
@@ -249,6 +260,7 @@ class StoreMachine(Machine):
             return
         assert got is (device in self.devices)
         if self.devices.pop(device, None):
+            self.changes.append((device, "deleted"))
             self.keys = {key: value for key, value in self.keys.items() if key[0] != device}
 
     @rule(device=names)
@@ -271,6 +283,8 @@ class StoreMachine(Machine):
             assert devices == self.devices
             newest = [row.id for row in unit.devices.list(order="paired_at")]
             assert newest == sorted(self.devices, key=lambda name: (self.paired[name], name), reverse=True)
+            changes = unit.devices.changes(after=self.first_change)
+            assert [(change.device_id, change.kind.value) for change in changes] == self.changes
 
 
 class SessionMachine(Machine):

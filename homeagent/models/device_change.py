@@ -1,0 +1,60 @@
+"""The feed of device changes, which triggers of the schema write in the order of the commits.
+
+A reader of the feed keeps the number of the last change that it has read, and later asks for the changes after this
+number. If the feed no longer contains this number, the reader must read all devices again.
+"""
+
+from enum import StrEnum
+
+from sqlalchemy import BigInteger, CheckConstraint, Column, Integer
+from sqlmodel import Field
+
+from homeagent.models.base import Table
+from homeagent.models.types import EnumColumn, Identifier, Timestamp, TimestampColumn, text_column
+
+__all__ = ["DeviceChange", "DeviceChangeKind"]
+
+
+class DeviceChangeKind(StrEnum):
+    """Kind of a device change.
+
+    One UPDATE can cause several changes, but only an UPDATE without another kind is `updated`.
+    """
+
+    PAIRED = "paired"
+    APPROVED = "approved"
+    REVOKED = "revoked"
+    ROTATED = "rotated"
+    """The stored hash or verifier of the secret has changed, also if the secret itself is still the same."""
+    UPDATED = "updated"
+    DELETED = "deleted"
+    RESET = "reset"
+    """The feed lacks changes. The reader must read all devices again."""
+
+
+class DeviceChange(Table, table=True):
+    """A row of the table `device_changes`. A later commit has a greater number."""
+
+    __tablename__ = "device_changes"
+    __table_args__ = (
+        CheckConstraint(f"kind IN ({', '.join(repr(kind.value) for kind in DeviceChangeKind)})", name="kind"),
+        {"sqlite_autoincrement": True},
+    )
+
+    number: int = Field(
+        sa_column=Column(
+            "number",
+            BigInteger().with_variant(Integer(), "sqlite"),
+            primary_key=True,
+            autoincrement=False,
+            nullable=False,
+        )
+    )
+    device_id: Identifier | None = Field(
+        default=None, sa_column=Column("device_id", text_column()), description="Null for the kind `reset`."
+    )
+    kind: DeviceChangeKind = Field(sa_column=Column("kind", EnumColumn(DeviceChangeKind), nullable=False))
+    at: Timestamp = Field(
+        sa_column=Column("at", TimestampColumn, nullable=False),
+        description="Time of the change, as the device's row states it, else by the database's clock.",
+    )

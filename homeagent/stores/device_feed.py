@@ -1,0 +1,100 @@
+"""The feed of device changes: methods of the store of devices.
+
+Rows are deleted only from the beginning of the feed, and the newest row always stays. Therefore a reader has missed no
+change if the feed still contains the number of the last change that the reader has read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import bindparam, case, delete, func, select
+
+from homeagent.engine.statements import Statement, constant
+from homeagent.errors import InvalidArgumentError
+from homeagent.models.device_change import DeviceChange, DeviceChangeKind
+from homeagent.models.types import check_limit, check_timestamp
+from homeagent.stores.store import Store, reading, writing
+
+__all__ = ["CHANGES", "DeviceFeed", "changes_of", "check_number"]
+
+_columns: Any = DeviceChange.__table__.c
+_newest = select(func.max(_columns.number)).scalar_subquery()
+_after = bindparam("after", type_=_columns.number.type)
+_is_kept = select(constant(1, _columns.number.type)).where(_columns.number == _after).exists()
+
+NEWEST = Statement[int](select(func.max(_columns.number)))
+# The first selected row is the row `after` itself. If the feed does not contain this row, the statement selects only
+# the newest row.
+CHANGES = Statement[DeviceChange](
+    select(DeviceChange)
+    .where(_columns.number >= case((_is_kept, _after), else_=_newest))
+    .order_by(_columns.number)
+    .limit(bindparam("limit"))
+)
+_first_kept = select(_columns.number).where(_columns.at > bindparam("before")).order_by(_columns.number).limit(1)
+DELETE_OLD = Statement[DeviceChange](
+    delete(DeviceChange).where(
+        _columns.number.in_(
+            select(_columns.number)
+            .where(_columns.number < func.coalesce(_first_kept.scalar_subquery(), _newest))
+            .order_by(_columns.number)
+            .limit(bindparam("limit"))
+        )
+    )
+)
+
+
+def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
+    """Return the changes after the number `after`, from the rows of the statement `CHANGES`.
+
+    If the feed does not contain the number, return one change of the kind `reset` with the newest number.
+    """
+    if rows and rows[0].number != after:
+        return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]
+    return rows[1:]
+
+
+def check_number(after: int) -> int:
+    """Return `after` if it is a possible number of a device change, else raise InvalidArgumentError."""
+    if type(after) is not int or not 0 <= after < 2**63:
+        raise InvalidArgumentError("after must be the number of a device change: a whole number, 0 or more")
+    return after
+
+
+class DeviceFeed(Store):
+    """Base class of the store of devices, with the methods of the feed."""
+
+    __slots__ = ()
+
+    @reading
+    def changes(self, *, after: int = 0, limit: int = 100) -> Sequence[DeviceChange]:
+        """Return the device changes after a number, oldest first.
+
+        If the feed no longer contains the number `after`, or if the store was restored, the result is one change of the
+        kind `reset`. Then read all devices again, and continue with the number of this change.
+
+        Args:
+            after: number of the last change that the caller has read. A new feed begins after the number 0.
+            limit: maximum number of changes, 1 or more.
+        """
+        rows = self._unit.all(CHANGES, after=check_number(after), limit=check_limit(limit) + 1)
+        return changes_of(rows, after)
+
+    @reading
+    def newest_change(self) -> int:
+        """Return the number of the newest device change."""
+        return self._unit.one(NEWEST) or 0
+
+    @writing()
+    def delete_changes(self, *, before: datetime, limit: int = 100) -> int:
+        """Delete at most `limit` changes from the beginning of the feed, until the first change after `before`.
+
+        The newest change always stays.
+
+        Returns:
+            The number of deleted changes.
+        """
+        return self._unit.write(DELETE_OLD, before=check_timestamp(before, "before"), limit=check_limit(limit))

@@ -1,0 +1,181 @@
+"""The feed of device changes: kinds and order of the rows from every source, resets, and the deletion of old rows."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from homeagent import Database, Device, DeviceCreate, DevicePair, DeviceUpdate, Role
+from homeagent.errors import InvalidArgumentError
+from tests.conftest import START, FakeClock, add_device
+
+
+def listed(database: Database, after: int = 0) -> list[tuple[str | None, str]]:
+    """Return the ids and kinds of the changes after a number."""
+    return [(change.device_id, change.kind.value) for change in database.devices.changes(after=after)]
+
+
+def test_stores_write_each_kind_in_order(database: Database, clock: FakeClock) -> None:
+    """Each method that changes a device adds its kinds in order; `update_last_seen` and unchanged rows add none."""
+    devices = database.devices
+    assert listed(database) == []
+    database.pair(DevicePair(id="lamp", role=Role.ADMIN))
+    clock.advance(seconds=1)
+    assert devices.approve("lamp")
+    assert not devices.approve("lamp")
+    database.rotate_secret("lamp", overlap=timedelta(hours=1))
+    devices.update("lamp", DeviceUpdate(metadata={"room": "hall"}))
+    devices.update("lamp", DeviceUpdate(metadata={"room": "hall"}))
+    assert devices.update_last_seen("lamp")
+    clock.advance(seconds=1)
+    devices.revoke("lamp", force=True)
+    devices.delete("lamp", force=True)
+    changes = devices.changes(after=0)
+    kinds = ["paired", "approved", "rotated", "updated", "revoked", "deleted"]
+    assert [(change.device_id, change.kind) for change in changes] == [("lamp", kind) for kind in kinds]
+    assert [change.number for change in changes] == [1, 2, 3, 4, 5, 6]
+    times = {change.kind.value: change.at - START for change in changes}
+    assert [times[kind].total_seconds() for kind in ("paired", "approved", "revoked")] == [0, 1, 2]
+    assert [change.number for change in devices.changes(after=2, limit=3)] == [3, 4, 5]
+
+
+def test_changes_by_sql_and_by_the_orm_are_in_the_feed(database: Database) -> None:
+    """The triggers record changes through `uow.session` and by SQL, also in one unit and after a savepoint."""
+    add_device(database, "pending")
+    with database.unit_of_work() as unit:
+        unit.session.add(Device(id="orm", role=Role.NODE, shared_secret_hash="h", paired_at=START, approved=True))
+        unit.session.flush()
+        connection = unit.session.connection()
+        connection.execute(text("UPDATE devices SET last_seen_at = 5, metadata = metadata"))
+        connection.execute(text("UPDATE devices SET approved = 0 WHERE id = 'orm'"))
+        connection.execute(text("UPDATE devices SET id = 'moved', approved = 1 WHERE id = 'orm'"))
+        connection.execute(text("UPDATE devices SET approved = 0, shared_secret_hash = 'x' WHERE id = 'moved'"))
+        try:
+            with unit.savepoint():
+                unit.devices.delete("moved")
+                raise LookupError
+        except LookupError:
+            pass
+        unit.devices.revoke("pending")
+        unit.session.get_one(Device, "moved").role = Role.ADMIN
+    assert listed(database, after=1) == [
+        ("orm", "paired"),
+        ("orm", "approved"),
+        ("orm", "revoked"),
+        ("orm", "deleted"),
+        ("moved", "paired"),
+        ("moved", "approved"),
+        ("moved", "revoked"),
+        ("moved", "rotated"),
+        ("pending", "revoked"),
+        ("moved", "updated"),
+    ]
+
+
+def test_a_rolled_back_unit_leaves_no_change(database: Database) -> None:
+    """A unit that is rolled back adds nothing, and later changes do not count as missed."""
+    with database.unit_of_work() as unit:
+        unit.devices.create(DeviceCreate(id="gone", role=Role.NODE, shared_secret_hash="h"))
+        unit.rollback()
+    add_device(database, "lamp")
+    assert listed(database) == [("lamp", "paired")]
+
+
+def test_a_swept_number_gives_a_reset(database: Database, clock: FakeClock) -> None:
+    """A sweep deletes changes from the beginning of the feed; a reader whose number is gone gets a reset."""
+    add_device(database, "old")
+    add_device(database, "newer")
+    clock.advance(days=6)
+    add_device(database, "new")
+    clock.advance(days=2)
+    with database.unit_of_work() as unit:  # a late import with an old date must not leave a gap
+        unit.session.add(Device(id="late", role=Role.NODE, shared_secret_hash="h", paired_at=START))
+    # The database's clock wrote the time of row 0.
+    with database.unit_of_work() as unit:
+        unit.session.connection().execute(text("UPDATE device_changes SET at = 0 WHERE number = 0"))
+    report = database.sweep()
+    assert (report.device_changes, report.more) == (3, False)
+    assert listed(database, after=3) == [("late", "paired")]
+    (reset,) = database.devices.changes(after=2)
+    assert (reset.number, reset.device_id, reset.kind) == (4, None, "reset")
+    assert database.devices.changes(after=reset.number) == []
+    clock.advance(days=8)
+    assert database.sweep(batch_size=1).device_changes == 1
+    assert listed(database, after=4) == []  # the newest change stays
+    assert [change.kind for change in database.devices.changes(after=99)] == ["reset"]
+
+
+def test_a_new_epoch_restarts_the_feed(target: str, clock: FakeClock) -> None:
+    """After `begin_epoch`, every earlier number gives a reset, and the numbers grow."""
+    with Database.open(target, clock=clock) as database:
+        add_device(database, "lamp")
+        before = database.devices.changes(after=0)
+    Database.begin_epoch(target)
+    with Database.open(target, clock=clock) as database:
+        for number in (0, before[-1].number, before[-1].number + 5):
+            (reset,) = database.devices.changes(after=number)
+            assert (reset.kind, reset.number > before[-1].number) == ("reset", True)
+        add_device(database, "phone")
+        assert listed(database, after=reset.number) == [("phone", "paired")]
+
+
+def test_a_truncated_table_gives_a_reset(target: str) -> None:
+    """TRUNCATE on PostgreSQL calls no trigger of a row, so the feed restarts. SQLite has no TRUNCATE."""
+    if "://" not in target:
+        return
+    with Database.open(target) as database:
+        add_device(database, "lamp")
+        with database.unit_of_work() as unit:
+            unit.session.connection().execute(text("TRUNCATE devices"))
+        (change,) = database.devices.changes(after=1)
+        assert change.kind == "reset"
+
+
+def test_arguments_are_checked(database: Database) -> None:
+    """A number that no change can have raises InvalidArgumentError."""
+    bad: Any
+    for bad in (-1, True, "1", None, 2**63):
+        with pytest.raises(InvalidArgumentError):
+            database.devices.changes(after=bad)
+
+
+def test_a_change_of_each_column_is_recorded(database: Database) -> None:
+    """A change of any column of a device is in the feed, except of the time of its last contact."""
+    add_device(database, "lamp")
+    values = {"role": "'admin'", "approved": "1", "metadata": "'{}'"}
+    for number, column in enumerate(Device.__table__.columns, 1):
+        value = values.get(column.name, str(number) if column.name.endswith("_at") else f"'{number}'")
+        before = database.devices.newest_change()
+        with database.unit_of_work() as unit:
+            unit.session.connection().execute(text(f"UPDATE devices SET {column.name} = {value}"))
+        assert (database.devices.newest_change() > before) is (column.name != "last_seen_at"), (
+            column.name
+        )
+
+
+def test_the_doctor_knows_the_triggers(target: str, engine_name: str) -> None:
+    """A sound schema has no finding. A missing, changed or disabled trigger of homeagent is critical."""
+    changes = {
+        "sqlite": ["DROP TRIGGER homeagent_device_updated", "DROP TRIGGER homeagent_store_updated"],
+        "postgresql": [
+            "ALTER TABLE devices DISABLE TRIGGER homeagent_device_changed",
+            "DROP TRIGGER homeagent_epoch_begun ON store",
+            "CREATE OR REPLACE FUNCTION homeagent_record_device_change() RETURNS trigger LANGUAGE plpgsql"
+            " SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'BEGIN RETURN NULL; END'",
+            "ALTER FUNCTION homeagent_record_device_change() SECURITY INVOKER",
+        ],
+    }[engine_name]
+    with Database.open(target) as database:
+        assert schema_finding(database) == "ok"
+        for change in changes:
+            with database.unit_of_work() as unit:
+                unit.session.connection().execute(text(change))
+            assert schema_finding(database) == "critical", change
+
+
+def schema_finding(database: Database) -> str:
+    """Return the severity of the doctor's finding about the schema."""
+    return next(finding.severity.value for finding in database.doctor().findings if finding.check == "schema")
