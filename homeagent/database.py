@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cached_property, partial
@@ -22,6 +22,7 @@ from homeagent import maintenance
 from homeagent.callables import check_function
 from homeagent.clock import Clock, system_clock
 from homeagent.database_maintenance import DatabaseMaintenance
+from homeagent.device_changes import DeviceChanges, DeviceWatcher
 from homeagent.device_secrets import DeviceSecrets
 from homeagent.engine.engine import Engine
 from homeagent.engine.postgresql.engine import POOL_SIZE
@@ -30,6 +31,7 @@ from homeagent.engine.target import conceal
 from homeagent.errors import InvalidArgumentError
 from homeagent.frame_locals import clears_locals
 from homeagent.idempotency import ARUN_ONCE, LeaseTimer, OnAbandoned, OnceCall, arun_once, run_once
+from homeagent.models.device_change import DeviceChange
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.limits import Limits
 from homeagent.models.types import check_wait
@@ -37,6 +39,7 @@ from homeagent.one_call import one_call_store
 from homeagent.opening import open_engine
 from homeagent.retry import Runner
 from homeagent.stores.agents import AgentStore
+from homeagent.stores.device_feed import check_number
 from homeagent.stores.devices import DeviceStore
 from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 from homeagent.stores.nonces import NonceStore
@@ -84,6 +87,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         # The mutex is reentrant because a signal handler can close the database while its thread holds the mutex.
         self._mutex = threading.RLock()
         self._sweepers: list[maintenance.Sweeper] = []
+        self._device_watcher = DeviceWatcher(engine, timeout=self._timeout)
         self._made_pairing: Pairing | None = None
         self._closed = False
 
@@ -222,7 +226,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         return begin_epoch(given, clock=clock, busy_timeout=busy_timeout)
 
     def close(self) -> None:
-        """Stop the sweepers and close every connection.
+        """Stop the sweepers, end the iterators of device changes, and close every connection.
 
         Later calls of all methods except `close` raise DatabaseClosedError.
         """
@@ -233,6 +237,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             sweepers, self._sweepers = self._sweepers, []
         for sweeper in sweepers:
             sweeper.stop()
+        self._device_watcher.close()
         self._lease_timer.close()
         try:
             self._engine.close()
@@ -296,6 +301,27 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         if not isinstance(kind, type) or not issubclass(kind, Store):
             raise InvalidArgumentError("kind must be the class of a store, such as homeagent.stores.DeviceStore")
         return one_call_store(kind, self._settings, self._runner)
+
+    def watch_devices(self, *, after: int | None = None) -> AsyncIterator[DeviceChange]:
+        """Return an asynchronous iterator of the device changes of all processes, in the order of their commits.
+
+        The iterator gets a change within 0.3 s of the commit, under asyncio or trio. One task at a time can use the
+        iterator. If the feed lacks changes, because they were deleted or the store was restored, the iterator gets a
+        change of the kind `reset`. Then read all devices again. The method `aclose` of the iterator ends the iteration.
+
+        Args:
+            after: number of the last change that the caller has read. Default: the newest change at the time of the
+                call. `watch_devices` then reads this number from the database.
+
+        Raises:
+            InvalidArgumentError: if `after` is not a number of a change.
+            DatabaseError: if the database cannot be read. The iterator raises this error if the feed could not be read
+                for 5 s.
+            DatabaseClosedError: if the database was closed, or was opened before a fork. A waiting iterator also raises
+                this error.
+        """
+        number = self.devices.newest_change() if after is None else check_number(after)
+        return DeviceChanges(self._device_watcher, number)
 
     def read_connection(self) -> AbstractContextManager[Connection]:
         """Return a read-only connection for reports, pandas or ad-hoc SQL. Use the connection in a `with` block.

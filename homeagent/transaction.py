@@ -158,6 +158,9 @@ class Transaction:
             counters.reads += 1
         else:
             counters.commits += 1
+            notify = self._settings.engine.on_commit
+            if notify is not None:
+                notify()
 
     def _roll_back(self, error: BaseException | None) -> None:
         # After a call of `rollback`, the connection must still be released, and a second ROLLBACK has no effect.

@@ -299,6 +299,14 @@ class StoreConnection:
         self.check_file()
         return self.one(statement, parameters) if act == "one" else self.all(statement, parameters)
 
+    def look_for_commits(self) -> tuple[bool, int | None]:
+        """Return whether another connection can have committed since the last call.
+
+        The second value is the descriptor of a file that becomes readable after such a commit. It is None if there is
+        no such file.
+        """
+        return True, None
+
     def _unread_rows(
         self, error: BaseException, compiled: Compiled[Any], parameters: Parameters
     ) -> HomeAgentError | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,6 +47,8 @@ class Engine(ABC):
 
     write_connection_type: type[StoreConnection] = StoreConnection
     read_connection_type: type[StoreConnection] = StoreConnection
+    feed_interval: float
+    """Time between two reads of the feed of device changes if there is no notification, in seconds."""
     shares_commits = False
     """Whether concurrent units share a commit, as described in `homeagent.group_commit`."""
 
@@ -87,6 +89,13 @@ class Engine(ABC):
         self.read_connections: ConnectionPool[sqlalchemy.Connection] = ConnectionPool(
             READ_CONNECTIONS, self.open_read_connection, name=f"one of the {READ_CONNECTIONS} read connections"
         )
+        self.feed_connections: ConnectionPool[StoreConnection] = ConnectionPool(
+            1, lambda: self._connection(read_only=True), name="the connection that reads device changes"
+        )
+        self.feed_mutex = threading.RLock()
+        """Mutex that the thread holds while it uses the connection for the feed of device changes."""
+        self.on_commit: Callable[[], object] | None = None
+        """Function that each unit calls after its commit; None if no thread reads the feed of device changes."""
         self._closed = False
         self.is_forked_copy = False
         """Whether a fork copied this object into a child process. The child can't use the copy."""
@@ -266,6 +275,7 @@ class Engine(ABC):
         self.writers.close()
         self.readers.close()
         self.read_connections.close()
+        self.feed_connections.close()
         self.sa_engine.dispose()
         self.after_close()
 
@@ -274,8 +284,10 @@ class Engine(ABC):
         """Release resources such as lock files. Call this method after the last connection was closed."""
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return the mutexes of the connection pools. The caller holds the mutexes during a fork."""
-        return self.writers.making, self.readers.making, self.writers.mutex, self.readers.mutex
+        """Return `feed_mutex`, and the mutexes of the connection pools. The caller holds the mutexes during a fork."""
+        # The thread that holds `feed_mutex` takes the mutexes of its pool, so take `feed_mutex` first.
+        pools = self.writers, self.readers
+        return self.feed_mutex, *(pool.making for pool in pools), *(pool.mutex for pool in pools)
 
     @abstractmethod
     def before_fork(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
 import threading
@@ -162,3 +163,18 @@ def test_doctor_leaves_no_setting(pooled_url: str) -> None:
         for _ in range(2 * SESSIONS):
             found.add(connection.execute("SELECT current_setting('statement_timeout')").fetchone())
     assert found == {("0",)}
+
+
+def test_device_changes_arrive_behind_a_pooler(pooled_url: str, empty_postgres_url: str) -> None:
+    """An iterator behind a pooler, which forwards no notification, gets the changes of another host."""
+
+    async def watch(database: Database, other: Database) -> list[str | None]:
+        changes = database.watch_devices()
+        add_device(other, "lamp")
+        async with asyncio.timeout(20):
+            first = await anext(changes)
+            add_device(other, "phone")
+            return [first.device_id, (await anext(changes)).device_id]
+
+    with Database.open(pooled_url) as database, Database.open(empty_postgres_url) as other:
+        assert asyncio.run(watch(database, other)) == ["lamp", "phone"]

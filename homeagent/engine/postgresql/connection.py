@@ -29,6 +29,9 @@ _FAILED = 3
 # SQLSTATEs of the error with which a standby answers BEGIN … READ WRITE.
 _STANDBY = frozenset({"0A000", "25006"})
 
+# Key in the `memory` of a connection that listens for the notifications of the triggers.
+_LISTENS = "listens"
+
 # Value of libpq's ExecStatusType for an error.
 _FATAL_ERROR = 7
 
@@ -99,6 +102,19 @@ class PostgreSQLConnection(StoreConnection):
         found = getattr(self, act)(statement, parameters)
         self.commit()
         return found
+
+    def look_for_commits(self) -> tuple[bool, int | None]:
+        """Listen for the notifications of the triggers, and return True, because only a read shows a commit.
+
+        Behind a pooler the connection can't listen, because the server's session belongs to several clients in turn.
+        """
+        if self._pooled:
+            return True, None
+        if _LISTENS not in self.memory:
+            self._raw.add_notify_handler(_ignore)  # without a handler, psycopg would keep all notifications
+            self.execute("LISTEN homeagent_device_changes")
+            self.memory[_LISTENS] = True
+        return True, self._raw.fileno()
 
     def _command(self, sql: str) -> None:
         """Run SQL without parameters and without a result. If the server returns an error, raise psycopg's error."""
@@ -179,3 +195,7 @@ class PostgreSQLConnection(StoreConnection):
     def is_stale(self, failure: BaseException) -> bool:
         """Return whether BEGIN failed because the server ended, or became a standby, while the connection was idle."""
         return self._begun and isinstance(failure, (ConnectionLostError, StandbyError))
+
+
+def _ignore(notification: object) -> None:
+    """Do nothing. The caller reads the feed of device changes after each notification."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -70,6 +71,7 @@ class PostgreSQLEngine(Engine):
         pool_size: maximum number of writing units at the same time. The same limit applies to reading units.
     """
 
+    feed_interval = 0.2
     write_connection_type = PostgreSQLConnection
     read_connection_type = PostgreSQLConnection
 
@@ -186,6 +188,13 @@ class PostgreSQLEngine(Engine):
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
         """Return True and do nothing, because the server makes checkpoints itself."""
         return True
+
+    def fork_locks(self) -> Sequence[threading.RLock]:
+        """Return only the mutexes of the connection pools.
+
+        A lost connection can block the thread that reads device changes, and a fork must not wait for this thread.
+        """
+        return super().fork_locks()[1:]
 
     def before_fork(self) -> None:
         """Do nothing, because a forked child does not use the connections of the parent process."""

@@ -86,6 +86,7 @@ class SQLiteEngine(Engine):
 
     # Small units share a commit, because SQLite allows one writer, and a sync takes many times as long as a small unit.
     shares_commits = True
+    feed_interval = 0.15
     write_connection_type = SQLiteConnection
     read_connection_type = SQLiteConnection
 
@@ -412,6 +413,7 @@ class SQLiteEngine(Engine):
         # If closing a connection fails, the connection counts as in use.
         with suppress(HomeAgentError, *self.driver_errors):
             self.discard_free()
+            self.feed_connections.discard_free()
 
     def after_fork_in_child(self) -> None:
         """Invalidate the connections. If the parent was using the file, refuse to open the file in this process."""

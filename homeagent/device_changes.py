@@ -1,0 +1,323 @@
+"""Deliver device changes to asynchronous iterators, as described in `Database.watch_devices`.
+
+One thread for each `Database` reads the feed, however many iterators there are. The thread starts with the first
+iterator and ends with the last. The feed itself is in the database, so the thread keeps only the number of the last
+change that it has delivered to each iterator.
+
+If the thread can't read the feed for `PATIENCE` seconds, each iterator raises an error by its own clock. Do not leave
+this decision to the thread: a statement on a lost connection can block the thread for longer
+(`test_a_server_that_does_not_answer_ends_the_iterator`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import select
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from homeagent.clock import monotonic
+from homeagent.errors import DatabaseClosedError, DatabaseError, HomeAgentError
+from homeagent.stores.device_feed import CHANGES, changes_of
+
+if TYPE_CHECKING:
+    from homeagent.engine.connection import StoreConnection
+    from homeagent.engine.engine import Engine
+    from homeagent.models.device_change import DeviceChange
+
+__all__ = ["PATIENCE", "DeviceChanges", "DeviceWatcher"]
+
+logger = logging.getLogger("homeagent")
+
+PATIENCE = 5.0
+"""Time without a successful read of the feed after which an iterator raises an error, in seconds."""
+
+# Maximum number of changes that one statement reads, and that wait in an iterator.
+_PAGE = 100
+_WAITING = 1000
+
+# Shortest time between two reads, in seconds. Without this limit, the thread would read the feed for each commit of the
+# process.
+_PAUSE = 0.005
+
+_CLOSED = "the database was closed, or was opened before the process was forked: open it again"
+
+
+class _Subscription:
+    """Changes that wait for one iterator, and the number of the last of these changes."""
+
+    def __init__(self, after: int) -> None:
+        self._mutex = threading.Lock()
+        self._changes: deque[DeviceChange] = deque()
+        self._wake: Callable[[], object] | None = None
+        self.position = after
+        self.is_behind = True
+        """Whether the feed can have further changes that the thread has not read for this iterator."""
+        self.is_closed = False
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a further page of changes can wait."""
+        return len(self._changes) < _WAITING
+
+    def take(self, wake: Callable[[], object]) -> DeviceChange | None:
+        """Return the next change. If no change waits, remember the function `wake`, and return None."""
+        with self._mutex:
+            if self._changes:
+                return self._changes.popleft()
+            self._wake = wake
+            return None
+
+    def put(self, changes: list[DeviceChange]) -> None:
+        """Add the changes of a page, and wake the iterator."""
+        with self._mutex:
+            self._changes.extend(changes)
+        self.is_behind = len(changes) == _PAGE
+        if changes:
+            self.position = changes[-1].number
+            self.wake()
+
+    def wake(self) -> None:
+        """Wake the iterator. If its event loop was closed, close the subscription."""
+        with self._mutex:
+            wake, self._wake = self._wake, None
+        if wake is not None:
+            try:
+                wake()
+            except RuntimeError:  # asyncio and trio raise this error, because the loop has ended
+                self.is_closed = True
+
+
+class DeviceChanges(AsyncIterator["DeviceChange"]):
+    """Asynchronous iterator of device changes, for one task at a time, under asyncio or trio.
+
+    A cancelled wait loses no change. The method `aclose` ends the iteration. An iterator that is no longer referenced
+    also ends.
+    """
+
+    def __init__(self, watcher: DeviceWatcher, after: int) -> None:
+        self._watcher = watcher
+        self._subscription = _Subscription(after)
+
+    def __aiter__(self) -> DeviceChanges:
+        return self
+
+    async def __anext__(self) -> DeviceChange:
+        subscription = self._subscription
+        if not subscription.is_closed:
+            self._watcher.serve(subscription)
+            await checkpoint()
+        while not subscription.is_closed:
+            self._watcher.serve(subscription)
+            event = anyio.Event()
+            change = subscription.take(partial(_caller_in_loop(), event.set))
+            if change is not None:
+                return change
+            with anyio.move_on_after(self._watcher.seconds_left(subscription)):
+                await event.wait()
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """End the iteration. A task that waits for the next change gets StopAsyncIteration."""
+        self._subscription.is_closed = True
+        self._subscription.wake()
+        self._watcher.notify()
+
+    def __del__(self) -> None:
+        # Do not call a function that takes a mutex, because the garbage collector can run in any function.
+        self._subscription.is_closed = True
+
+
+def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
+    """Return a function with which another thread can call a function in the event loop of this task."""
+    try:
+        return asyncio.get_running_loop().call_soon_threadsafe
+    except RuntimeError:
+        import trio  # lazy import: an application without trio need not have the package
+
+        return trio.lowlevel.current_trio_token().run_sync_soon
+
+
+class DeviceWatcher:
+    """The thread that reads the feed of one `Database`.
+
+    Args:
+        engine: engine that opens the thread's connection.
+        timeout: longest time for which `close` waits for the thread, in seconds.
+        monotonic: clock, in seconds.
+    """
+
+    def __init__(self, engine: Engine, *, timeout: float, monotonic: Callable[[], float] = monotonic) -> None:
+        self._engine = engine
+        self._timeout = timeout
+        self._monotonic = monotonic
+        self._mutex = threading.RLock()
+        self._subscriptions: set[_Subscription] = set()
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        self._read_at = 0.0
+        self._error: Exception | None = None
+        self._pipe: tuple[int, int] | None = None
+        self._is_notified = False
+
+    # The iterators
+
+    def serve(self, subscription: _Subscription) -> None:
+        """Add a subscription, and start the thread if necessary.
+
+        Raises:
+            DatabaseClosedError: if the database was closed, or was opened before a fork.
+        """
+        # Do not take the mutex in a forked child, because a thread of the parent can hold the mutex.
+        if self._engine.is_forked_copy or self._is_closed:
+            raise DatabaseClosedError(_CLOSED)
+        if subscription not in self._subscriptions:
+            with self._mutex:
+                self._subscriptions.add(subscription)
+                if self._thread is None:
+                    self._start()
+            self.notify()
+        elif subscription.is_behind and subscription.has_room and self._error is None:
+            self.notify()
+
+    def _start(self) -> None:
+        if self._pipe is None:
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            # Do not close the pipe earlier. A thread that commits could write into another file with the same number.
+            weakref.finalize(self, _close, self._pipe).atexit = False  # the thread runs until the process ends
+        self._read_at, self._error = self._monotonic(), None
+        self._thread = threading.Thread(target=self._run, name="homeagent-device-changes", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._thread = None
+            raise DatabaseError(f"could not start the thread that reads device changes: {error}") from None
+        self._engine.on_commit = self.notify
+
+    def seconds_left(self, subscription: _Subscription) -> float:
+        """Return the time after which the iterator must call this method again.
+
+        Raises:
+            DatabaseError: if the thread could not read the feed for `PATIENCE` seconds.
+        """
+        waited = self._monotonic() - self._read_at
+        if waited < PATIENCE:
+            return PATIENCE - waited
+        subscription.is_closed = True
+        raise DatabaseError(
+            f"the changes of devices could not be read for {waited:.1f} s: "
+            f"{self._error or 'the database does not answer'}. Check the rights of each connected device again"
+        ) from self._error
+
+    def notify(self) -> None:
+        """Make the thread read the feed now. A commit of this process calls this method."""
+        if self._pipe is not None and not self._is_notified:
+            self._is_notified = True
+            os.write(self._pipe[1], b"\0")
+
+    def close(self) -> None:
+        """End the thread. Waiting and later calls of the iterators raise DatabaseClosedError."""
+        with self._mutex:
+            self._is_closed = True
+            thread, subscriptions = self._thread, list(self._subscriptions)
+        for subscription in subscriptions:
+            subscription.wake()
+        if thread is not None and thread is not threading.current_thread():
+            self.notify()
+            thread.join(self._timeout)
+
+    # The thread
+
+    def _run(self) -> None:
+        while True:
+            with self._mutex:
+                self._subscriptions = {each for each in self._subscriptions if not each.is_closed}
+                if self._is_closed or not self._subscriptions:
+                    self._thread = self._engine.on_commit = None
+                    self._engine.feed_connections.discard_free()
+                    return
+                subscriptions = list(self._subscriptions)
+            handle = self._read(subscriptions)
+            self._wait(handle)
+
+    def _read(self, subscriptions: Iterable[_Subscription]) -> int | None:
+        """Read the feed for all iterators. Return the descriptor that becomes readable after a commit, or None."""
+        engine = self._engine
+        try:
+            with engine.feed_mutex:
+                connection = engine.feed_connections.acquire(0)
+                try:
+                    is_changed, handle = connection.look_for_commits()
+                    self._deliver(connection, [each for each in subscriptions if is_changed or each.is_behind])
+                except BaseException:
+                    engine.feed_connections.discard(connection)
+                    raise
+                if connection.needs_reconnect:
+                    engine.feed_connections.discard(connection)
+                else:
+                    engine.feed_connections.release(connection)
+        except Exception as error:
+            if self._error is None and not self._is_closed:
+                logger.warning(
+                    "the changes of devices can't be read; the iterators raise an error after %g s: %s",
+                    PATIENCE,
+                    error,
+                    exc_info=None if isinstance(error, HomeAgentError) else error,
+                    extra={"event": "device_changes_unreadable", "error": type(error).__name__},
+                )
+            self._error = error
+            for subscription in subscriptions:
+                subscription.wake()
+            return None
+        self._read_at, self._error = self._monotonic(), None
+        return handle
+
+    @staticmethod
+    def _deliver(connection: StoreConnection, subscriptions: list[_Subscription]) -> None:
+        """Read pages of the feed until each iterator has all changes, or has no room for more."""
+        for subscription in subscriptions:
+            subscription.is_behind = True
+        while True:
+            readers: dict[int, list[_Subscription]] = {}
+            for subscription in subscriptions:
+                if subscription.is_behind and subscription.has_room and not subscription.is_closed:
+                    readers.setdefault(subscription.position, []).append(subscription)
+            if not readers:
+                return
+            for position, group in readers.items():
+                rows = connection.read_alone("all", CHANGES, {"after": position, "limit": _PAGE + 1})
+                changes = changes_of(rows, position)
+                for subscription in group:
+                    subscription.put(changes)
+
+    def _wait(self, handle: int | None) -> None:
+        """Wait for a notification, but at most for the engine's interval."""
+        if self._pipe is None:
+            return
+        began, poll = monotonic(), select.poll()
+        poll.register(self._pipe[0], select.POLLIN)
+        if handle is not None:
+            poll.register(handle, select.POLLIN)
+        ready = poll.poll(self._engine.feed_interval * 1000)
+        if any(descriptor == self._pipe[0] for descriptor, _ in ready):
+            os.read(self._pipe[0], 1)
+            if not self._is_closed:
+                time.sleep(max(began + _PAUSE - monotonic(), 0))
+            # Do not reset the flag later than the next read of the feed, which must see the commit.
+            self._is_notified = False
+
+
+def _close(pipe: tuple[int, int]) -> None:
+    for descriptor in pipe:
+        os.close(descriptor)

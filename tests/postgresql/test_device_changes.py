@@ -1,0 +1,126 @@
+"""Device changes while a server restarts, hangs, or gets commits in another order than its transactions."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import psutil
+import pytest
+from sqlalchemy import text
+
+from homeagent import Database, DeviceUpdate
+from homeagent.device_changes import PATIENCE
+from homeagent.errors import DatabaseError
+from tests.conftest import add_device
+from tests.postgresql.server import Server
+from tests.postgresql.test_restart import own_server
+
+__all__ = ["own_server"]
+
+pytestmark = pytest.mark.usefixtures("postgres_url")
+
+
+@pytest.fixture
+def engine_name() -> str:
+    """These tests are for PostgreSQL only."""
+    return "postgresql"
+
+
+def test_a_later_number_waits_for_the_earlier_commit(database: Database) -> None:
+    """A number becomes visible only after all smaller numbers, whatever transaction changed its device first."""
+    add_device(database, "lamp")
+    with database.unit_of_work() as first, ThreadPoolExecutor(1) as pool:
+        first.devices.update("lamp", DeviceUpdate(metadata=1))
+        pool.submit(add_device, database, "phone").result()
+        before = [(change.number, change.device_id) for change in database.devices.changes()]
+    after = [(change.number, change.device_id) for change in database.devices.changes()]
+    assert before == [(1, "lamp"), (2, "phone")]
+    assert after == [*before, (3, "lamp")]
+
+
+def test_stores_in_two_schemas_do_not_wait_for_each_other(database: Database, target: str) -> None:
+    """A commit that holds the lock of one schema's feed delays no commit of another schema."""
+    with database.unit_of_work() as unit:
+        unit.session.connection().execute(text("CREATE SCHEMA other"))
+    with Database.open(f"{target}&options=-csearch_path%3Dother") as other, database.unit_of_work() as unit:
+        unit.session.connection().execute(text("SELECT pg_advisory_xact_lock(1751346785, hashtext('public'))"))
+        add_device(other, "lamp")
+        assert [change.device_id for change in other.devices.changes()] == ["lamp"]
+
+
+def test_a_role_without_rights_on_the_feed_changes_devices(database: Database, target: str, postgres_url: str) -> None:
+    """A role with rights on `devices` alone can change devices, as before the upgrade, and the feed has the change."""
+    role = f"only_devices_{os.getpid()}"
+    with database.unit_of_work() as unit:
+        connection = unit.session.connection()
+        connection.execute(text(f"CREATE ROLE {role}"))
+        connection.execute(text(f"GRANT SELECT, INSERT, UPDATE, DELETE ON devices TO {role}"))
+    try:
+        with database.unit_of_work() as unit:
+            unit.session.connection().execute(text(f"SET LOCAL ROLE {role}"))
+            unit.session.connection().execute(
+                text("INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ('lamp', 'node', 'h', 0)")
+            )
+        assert [change.device_id for change in database.devices.changes()] == ["lamp"]
+    finally:
+        with database.unit_of_work() as unit:
+            unit.session.connection().execute(text(f"DROP OWNED BY {role}; DROP ROLE {role}"))
+
+
+@pytest.mark.slow
+def test_a_restarted_server_loses_no_change(own_server: Server) -> None:
+    """An iterator continues after each restart of the server, with all changes."""
+
+    async def watch(database: Database) -> list[str | None]:
+        changes, found = database.watch_devices(), []
+        for number in range(6):
+            waiting = asyncio.ensure_future(anext(changes))
+            await asyncio.to_thread(own_server.restart, "fast" if number % 2 else "immediate")
+            await asyncio.to_thread(database.run, lambda unit, name=f"lamp-{number}": _add(unit, name))
+            found.append((await asyncio.wait_for(waiting, 20)).device_id)
+        return found
+
+    with Database.open(own_server.url()) as database:
+        assert asyncio.run(watch(database)) == [f"lamp-{number}" for number in range(6)]
+
+
+def _add(unit: object, name: str) -> None:
+    unit.session.connection().execute(  # type: ignore[attr-defined]  # a UnitOfWork
+        text(f"INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ('{name}', 'node', 'h', 0)")
+    )
+
+
+@contextmanager
+def stopped(server: Server) -> Iterator[None]:
+    """Stop all processes of a server without an end of its connections, as a frozen machine does."""
+    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    for process in processes:
+        os.kill(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            os.kill(process.pid, signal.SIGCONT)
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_ends_the_iterator(own_server: Server) -> None:
+    """If the server does not answer, the iterator raises an error after `PATIENCE` seconds."""
+
+    async def watch(database: Database) -> float:
+        changes = database.watch_devices()
+        add_device(database, "lamp")
+        await anext(changes)
+        began = time.monotonic()
+        with stopped(own_server), pytest.raises(DatabaseError, match="does not answer"):
+            await asyncio.wait_for(anext(changes), 30)
+        return time.monotonic() - began
+
+    with Database.open(own_server.url()) as database:
+        assert PATIENCE - 1 < asyncio.run(watch(database)) < PATIENCE + 2
