@@ -151,9 +151,7 @@ def test_a_change_of_each_column_is_recorded(database: Database) -> None:
         before = database.devices.newest_change()
         with database.unit_of_work() as unit:
             unit.session.connection().execute(text(f"UPDATE devices SET {column.name} = {value}"))
-        assert (database.devices.newest_change() > before) is (column.name != "last_seen_at"), (
-            column.name
-        )
+        assert (database.devices.newest_change() > before) is (column.name != "last_seen_at"), column.name
 
 
 def test_the_doctor_knows_the_triggers(target: str, engine_name: str) -> None:
