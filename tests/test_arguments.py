@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 
 from homeagent import Database, IdempotencyScope
 from homeagent.errors import CorruptDatabaseError, InvalidArgumentError, SchemaOutdatedError
+from tests.conftest import START
 
+LATER = START + timedelta(minutes=1)
 SCOPE = IdempotencyScope(device_id="lamp", method="door.open", key="k-1")
 
 
@@ -99,9 +102,9 @@ def test_a_text_subclass_that_equals_an_id_is_checked(database: Database) -> Non
             return hash("lamp")
 
     with database.unit_of_work() as unit:
-        assert unit.devices.find_by_id("lamp") is None
-        with pytest.raises(InvalidArgumentError, match="file name"):
-            unit.devices.find_by_id(Alike("../lamp"))
+        assert unit.nonces.consume("lamp", "n-1", expires_at=LATER)
+        with pytest.raises(InvalidArgumentError, match="backslash"):
+            unit.nonces.consume(Alike("../lamp"), "n-2", expires_at=LATER)
 
 
 def test_an_invalid_role_or_status_names_the_argument(database: Database) -> None:

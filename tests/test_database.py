@@ -234,7 +234,7 @@ def test_of_two_pairings_with_the_same_secret_the_second_is_refused(
         {"proof": "x" * 32},
         {"nonce": b"n"},
         {"nonce": None},
-        {"nonce": "n" * 257},
+        {"nonce": "n" * 1025},
         {"timestamp": None},
         {"timestamp": "2026-01-02T03:04:05Z"},
         {"timestamp": START.replace(tzinfo=None)},

@@ -27,7 +27,7 @@ from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine
 from homeagent.errors import IdempotencyKeyExistsError
 from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config
-from homeagent.models import DATA_TABLES, metadata
+from homeagent.models import DATA_TABLES, SCHEMA, metadata
 from homeagent.models.session import route_key
 from tests import fork_server
 from tests.migrations.old_databases import (
@@ -113,7 +113,7 @@ def test_sqlite_schema_equals_the_models(tmp_path: Path) -> None:
     create_file(created)
     engine = SQLiteEngine(created, busy_timeout=timedelta(0), durability="normal")
     with engine.connect() as connection, connection.begin():
-        metadata.create_all(connection)
+        metadata.create_all(connection, tables=SCHEMA)
     engine.close()
     with closing(sqlite(migrated)) as upgraded, closing(sqlite(created)) as model:
         structure = sqlite_structure(upgraded)
@@ -163,7 +163,7 @@ def test_postgresql_schema_equals_the_models(empty_postgres_url: str) -> None:
         for schema in ("public",):
             connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
             connection.execute(text(f"CREATE SCHEMA {schema}"))
-        metadata.create_all(connection)
+        metadata.create_all(connection, tables=SCHEMA)
         assert migrated == postgresql_structure(connection)
     assert any("'C'" in str(row) or row[5] == "C" for row in migrated["columns"])
 
