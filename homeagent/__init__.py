@@ -6,51 +6,49 @@ It holds agents, sessions, devices, used nonces and idempotency keys. `Database.
 
 from typing import TYPE_CHECKING
 
-from homeagent import errors
-from homeagent.clock import Clock
-from homeagent.database import Database
-from homeagent.engine.statements import Statement
-from homeagent.lazy_import import lazy_names
-from homeagent.models import (
-    Agent,
-    AgentSession,
-    Attempt,
-    Device,
-    DeviceChange,
-    DeviceChangeKind,
-    DeviceStatus,
-    IdempotencyKey,
-    IdempotencyScope,
-    IdempotencyState,
-    Nonce,
-    Outcome,
-    Role,
-)
-from homeagent.models.base import Table
-from homeagent.models.limits import Limits
-from homeagent.models.schemas import (
-    AgentCreate,
-    AgentPublic,
-    AgentSessionCreate,
-    AgentSessionPublic,
-    AgentSessionUpdate,
-    AgentUpdate,
-    DeviceCreate,
-    DevicePair,
-    DevicePublic,
-    DeviceUpdate,
-    PairedDevice,
-    SecretCheck,
-)
-from homeagent.models.types import Timestamp
-from homeagent.stores import Freshness, ReplayGuard
-from homeagent.stores.store import Store
-from homeagent.unit_of_work import UnitOfWork
-
 if TYPE_CHECKING:
+    from homeagent import errors
+    from homeagent.clock import Clock
     from homeagent.credentials import hash_secret
+    from homeagent.database import Database
+    from homeagent.engine.statements import Statement
     from homeagent.file_names import safe_filename
     from homeagent.maintenance.doctor import diagnose
+    from homeagent.models import (
+        Agent,
+        AgentSession,
+        Attempt,
+        Device,
+        DeviceChange,
+        DeviceChangeKind,
+        DeviceStatus,
+        IdempotencyKey,
+        IdempotencyScope,
+        IdempotencyState,
+        Nonce,
+        Outcome,
+        Role,
+    )
+    from homeagent.models.base import Table
+    from homeagent.models.limits import Limits
+    from homeagent.models.schemas import (
+        AgentCreate,
+        AgentPublic,
+        AgentSessionCreate,
+        AgentSessionPublic,
+        AgentSessionUpdate,
+        AgentUpdate,
+        DeviceCreate,
+        DevicePair,
+        DevicePublic,
+        DeviceUpdate,
+        PairedDevice,
+        SecretCheck,
+    )
+    from homeagent.models.types import Timestamp
+    from homeagent.stores import Freshness, ReplayGuard
+    from homeagent.stores.store import Store
+    from homeagent.unit_of_work import UnitOfWork
     from homeagent.version import __version__
 
 __all__ = [
@@ -96,18 +94,48 @@ __all__ = [
     "safe_filename",
 ]
 
-# Names that opening a database does not need. A process starts sooner without importing them.
+# Import each name at first use. The pytest plugin `homeagent.testing` is imported in every test run of an environment,
+# and must not import the rest of the package with it.
 _LAZY = {
+    **dict.fromkeys(("Agent", "AgentSession", "Attempt", "Device", "DeviceStatus", "IdempotencyKey"), "models"),
+    **dict.fromkeys(("IdempotencyScope", "IdempotencyState", "Nonce", "Outcome", "Role"), "models"),
+    **dict.fromkeys(("DeviceChange", "DeviceChangeKind"), "models"),
+    **dict.fromkeys(("AgentCreate", "AgentPublic", "AgentUpdate", "AgentSessionCreate"), "models.schemas"),
+    **dict.fromkeys(
+        ("AgentSessionPublic", "AgentSessionUpdate", "DeviceCreate", "DevicePair", "DevicePublic"), "models.schemas"
+    ),
+    **dict.fromkeys(("DeviceUpdate", "PairedDevice", "SecretCheck"), "models.schemas"),
+    **dict.fromkeys(("Freshness", "ReplayGuard"), "stores"),
+    "Clock": "clock",
+    "Database": "database",
+    "Limits": "models.limits",
+    "Statement": "engine.statements",
+    "Store": "stores.store",
+    "Table": "models.base",
+    "Timestamp": "models.types",
+    "UnitOfWork": "unit_of_work",
     "__version__": "version",
     "diagnose": "maintenance.doctor",
     "hash_secret": "credentials",
     "safe_filename": "file_names",
 }
+_MODULES = ("errors", "maintenance", "models", "stores")
+"""Modules that are attributes after `import homeagent`."""
 
 
 # Hide `__getattr__` from type checkers: with it they would accept any misspelt name.
 if not TYPE_CHECKING:
-    __getattr__ = lazy_names(__name__, _LAZY)
+
+    def __getattr__(name):
+        # Do not use `lazy_names` here, because pytest asks for more names, and would import another module.
+        from importlib import import_module
+
+        if name in _MODULES:
+            return import_module(f"homeagent.{name}")
+        if name not in _LAZY:
+            raise AttributeError(f"module 'homeagent' has no attribute {name!r}")
+        globals()[name] = getattr(import_module(f"homeagent.{_LAZY[name]}"), name)
+        return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +18,23 @@ import pytest
 
 from homeagent import Agent, AgentCreate, Database, Device, DeviceCreate, Role
 from homeagent.models.types import check_timestamp
+from homeagent.testing import START as START
+from homeagent.testing import FakeClock as FakeClock
 from tests import fork_server
 from tests.fork_server import Child
 from tests.postgresql.server import Installation, Server, find_installation
 
 ROOT = Path(__file__).parent.parent
 
-START = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
-
 # The xdist workers share a server, so the names of their databases must differ.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 _numbers = itertools.count(1)
 
 
-class FakeClock:
-    """A clock that shows the same time until a test moves it."""
-
-    def __init__(self, now: datetime = START) -> None:
-        self.now = now
-
-    def __call__(self) -> datetime:
-        return self.now
-
-    def advance(self, duration: timedelta | None = None, **units: float) -> datetime:
-        """Move the clock forward, or back if the duration is negative, and return the new time."""
-        self.now += timedelta(**units) if duration is None else duration
-        return self.now
-
-
 @pytest.fixture
-def clock() -> FakeClock:
+def clock(homeagent_clock: FakeClock) -> FakeClock:
     """A clock at `START`."""
-    return FakeClock()
+    return homeagent_clock
 
 
 # Files in memory: Linux only, and if there is ample room

@@ -1,0 +1,223 @@
+"""pytest plugin with a clock that the test moves and with fresh databases.
+
+An installed homeagent registers the plugin. The plugin imports the rest of homeagent when a test uses a fixture, so
+other test runs do not start later.
+
+| fixture | value | override the fixture to |
+|---|---|---|
+| `homeagent_clock` | `FakeClock`, which stands still until the test calls `advance` | begin at another time |
+| `homeagent_database` | open database that is empty | add devices and agents |
+| `homeagent_factory` | `DatabaseFactory`, which opens more databases | |
+| `homeagent_options` | arguments of `Database.open` for all these databases | name the unit and the migrations |
+| `homeagent_server` | URL of a PostgreSQL server, or None for SQLite | choose the engine for a part of the tests |
+
+The URL is the value of the option `--homeagent-postgresql`. The role of the URL must be allowed to create databases.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+
+    from homeagent.database import Database
+
+__all__ = ["START", "DatabaseFactory", "FakeClock"]
+
+START = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
+"""Time at which a `FakeClock` begins."""
+
+_SCHEMA_OPTIONS = ("migrations", "metadata", "acknowledged")
+
+
+class FakeClock:
+    """A clock that shows the same time until a test moves the clock."""
+
+    def __init__(self, now: datetime = START) -> None:
+        self.now = now
+
+    def __call__(self) -> datetime:
+        """Return the time of the clock."""
+        return self.now
+
+    def advance(self, duration: timedelta | None = None, **units: float) -> datetime:
+        """Move the clock forward, or back if the duration is negative, and return the new time.
+
+        Args:
+            duration: time to add.
+            units: arguments of `timedelta`, such as `minutes=5`, if `duration` is left out.
+        """
+        self.now += timedelta(**units) if duration is None else duration
+        return self.now
+
+
+class _Templates:
+    """Closed databases with a schema and without rows. A copy of a template takes less time than a migration."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._numbers = itertools.count()
+        self._made: dict[tuple[str | None, str], Any] = {}
+
+    def copy(self, server: str | None, options: dict[str, Any]) -> Path | URL:
+        """Return the path or the URL of a new database with the schema of these options."""
+        from homeagent.database import Database
+
+        schema = {name: options[name] for name in _SCHEMA_OPTIONS if name in options}
+        key = (server, str(schema.get("migrations")))
+        made = self._made.get(key)
+        if server is None:
+            if made is None:
+                made = self._new_directory() / "homeagent.db"
+                Database.open(made, **schema).close()
+                self._made[key] = made
+            copied = self._new_directory()
+            # Also copy the file with the marker, so that `Database.open` does not write and sync a new marker.
+            for name in ("homeagent.db", "homeagent.db.lock"):
+                shutil.copy(made.with_name(name), copied)
+            return copied / "homeagent.db"
+        if made is None:
+            made = _create_database(server)
+            Database.open(made, **schema).close()
+            self._made[key] = made
+        return _create_database(server, template=made.database)
+
+    def _new_directory(self) -> Path:
+        # pytest's `mktemp` would read the whole directory for each number.
+        directory = self._directory / str(next(self._numbers))
+        directory.mkdir(mode=0o700)
+        return directory
+
+    def close(self) -> None:
+        """Drop the templates on servers. pytest deletes the files."""
+        for (server, _), made in self._made.items():
+            if server is not None:
+                _drop_database(server, made)
+
+
+class DatabaseFactory:
+    """Open fresh databases, which are closed at the end of the test."""
+
+    def __init__(self, templates: _Templates, options: dict[str, Any], server: str | None) -> None:
+        self._templates = templates
+        self._options = options
+        self._server = server
+        self._opened: list[Database] = []
+        self._on_servers: list[tuple[str, URL]] = []
+
+    def __call__(self, *, server: str | None = None, **options: Any) -> Database:
+        """Return a new, empty database.
+
+        Args:
+            server: URL of a PostgreSQL server. The default is the value of the fixture `homeagent_server`.
+            options: arguments of `Database.open`, such as `unit=` and `migrations=`, which replace those of the fixture
+                `homeagent_options`. Without another value, the clock is `homeagent_clock` and the durability is
+                `normal`, because no test needs its rows after a power cut.
+        """
+        from homeagent.database import Database
+
+        options = {**self._options, **options}
+        server = self._server if server is None else server
+        target = self._templates.copy(server, options)
+        if not isinstance(target, Path):
+            assert server is not None  # noqa: S101  a URL comes from a server
+            self._on_servers.append((server, target))
+        database = Database.open(target, **options)
+        self._opened.append(database)
+        return database
+
+    def close(self) -> None:
+        """Close all databases, and drop the databases on servers."""
+        for database in self._opened:
+            database.close()
+        for server, url in self._on_servers:
+            _drop_database(server, url)
+
+
+def _create_database(server: str, *, template: str | None = None) -> URL:
+    """Create a database with a random name on a server, and return its URL."""
+    from sqlalchemy import make_url
+
+    name = f"homeagent_test_{uuid.uuid4().hex}"
+    _execute(server, f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else ""))
+    return make_url(server).set(database=name)
+
+
+def _drop_database(server: str, url: URL) -> None:
+    _execute(server, f"DROP DATABASE IF EXISTS {url.database} WITH (FORCE)")
+
+
+def _execute(server: str, statement: str) -> None:
+    """Run a statement outside of a transaction, because PostgreSQL creates no database inside a transaction."""
+    from sqlalchemy import create_engine, make_url, text
+
+    engine = create_engine(make_url(server).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    try:
+        with engine.connect() as connection:
+            connection.execute(text(statement))
+    finally:
+        engine.dispose()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that names the PostgreSQL server of the run."""
+    parser.getgroup("homeagent").addoption(
+        "--homeagent-postgresql",
+        metavar="URL",
+        help="PostgreSQL server on which homeagent's fixtures create databases; without the option, SQLite files",
+    )
+
+
+@pytest.fixture
+def homeagent_clock() -> FakeClock:
+    """A clock at `START`, which stands still until the test calls `advance`."""
+    return FakeClock()
+
+
+@pytest.fixture
+def homeagent_options() -> dict[str, Any]:
+    """The application's arguments of `Database.open`, by default none."""
+    return {}
+
+
+@pytest.fixture
+def homeagent_server(pytestconfig: pytest.Config) -> str | None:
+    """The URL of the PostgreSQL server, or None for SQLite."""
+    server: str | None = pytestconfig.getoption("--homeagent-postgresql")
+    return server
+
+
+@pytest.fixture(scope="session")
+def _homeagent_templates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Templates]:
+    templates = _Templates(tmp_path_factory.mktemp("homeagent"))
+    yield templates
+    templates.close()
+
+
+@pytest.fixture
+def homeagent_factory(
+    _homeagent_templates: _Templates,
+    homeagent_clock: FakeClock,
+    homeagent_options: dict[str, Any],
+    homeagent_server: str | None,
+) -> Iterator[DatabaseFactory]:
+    """A function that opens further databases, also with other options and on another server."""
+    options = {"clock": homeagent_clock, "durability": "normal", **homeagent_options}
+    factory = DatabaseFactory(_homeagent_templates, options, homeagent_server)
+    yield factory
+    factory.close()
+
+
+@pytest.fixture
+def homeagent_database(homeagent_factory: DatabaseFactory) -> Database:
+    """An open, empty database with the clock `homeagent_clock`, closed at the end of the test."""
+    return homeagent_factory()
