@@ -176,6 +176,10 @@ class DeviceSecrets:
         """
         return self._pairing.proof_parameters(device_id)
 
+    async def aproof_parameters(self, device_id: str) -> models.ProofParameters:
+        """Do the same as `proof_parameters` under asyncio or trio, without blocking the event loop."""
+        return await self._pairing.aproof_parameters(device_id)
+
     @clears_locals
     def rotate_secret(
         self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)

@@ -7,60 +7,40 @@ logged, because no message contains a secret, hash, nonce, idempotency key, stor
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pydantic import JsonValue
+from homeagent.call_errors import (
+    AccessDeniedError,
+    AuthenticationError,
+    EffectFailedError,
+    EffectNotStartedError,
+    FingerprintMismatchError,
+    HandshakeError,
+    HomeAgentError,
+    IdempotencyError,
+    IdempotencyInProgressError,
+    InvalidArgumentError,
+    LeaseLostError,
+    OutcomeUnknownError,
+    TooManyAttemptsError,
+    UnitStateError,
+)
 
 # fmt: off
 __all__ = [
-    "AgentExistsError", "AgentInUseError", "AgentNotFoundError", "AlreadyExistsError", "ApprovalChangedError",
-    "BackupStoppedError", "CommitUnknownError", "ConflictError", "ConnectionLostError", "CorruptDatabaseError",
-    "DatabaseBusyError", "DatabaseClosedError", "DatabaseError", "DatabaseIOError", "DatabaseMovedError",
-    "DeviceExistsError", "DeviceNotApprovedError", "DeviceNotFoundError", "DiskFullError", "EffectFailedError",
-    "EffectNotStartedError", "FingerprintMismatchError", "ForeignAccessError", "ForeignDatabaseError",
-    "HomeAgentError", "IdempotencyError", "IdempotencyInProgressError", "IdempotencyKeyExistsError",
-    "InsecureFileError", "InvalidArgumentError", "KeyLimitError", "LastAdminError", "LeaseLostError", "LimitError",
-    "MigrationError", "NonceLimitError", "NotFoundError", "OutcomeUnknownError", "PendingLimitError",
-    "ReadOnlyError", "RouteTakenError", "SchemaChangedError", "SchemaOutdatedError", "SchemaTooNewError",
-    "SessionExistsError", "SessionNotFoundError", "SourceChangedError", "StandbyError", "TargetNotEmptyError",
-    "TooManyAttemptsError", "TooManyFilesError", "TransientError", "UnitStateError",
+    "AccessDeniedError", "AgentExistsError", "AgentInUseError", "AgentNotFoundError", "AlreadyExistsError",
+    "ApprovalChangedError", "AuthenticationError", "BackupStoppedError", "CommitUnknownError", "ConflictError",
+    "ConnectionLostError", "CorruptDatabaseError", "DatabaseBusyError", "DatabaseClosedError", "DatabaseError",
+    "DatabaseIOError", "DatabaseMovedError", "DeviceExistsError", "DeviceNotApprovedError", "DeviceNotFoundError",
+    "DiskFullError", "EffectFailedError", "EffectNotStartedError", "FingerprintMismatchError", "ForeignAccessError",
+    "ForeignDatabaseError", "HandshakeError", "HomeAgentError", "IdempotencyError", "IdempotencyInProgressError",
+    "IdempotencyKeyExistsError", "InsecureFileError", "InvalidArgumentError", "KeyLimitError", "LastAdminError",
+    "LeaseLostError", "LimitError", "MigrationError", "NonceLimitError", "NotFoundError", "OutcomeUnknownError",
+    "PendingLimitError", "ReadOnlyError", "RouteTakenError", "SchemaChangedError", "SchemaOutdatedError",
+    "SchemaTooNewError", "SessionExistsError", "SessionNotFoundError", "SourceChangedError", "StandbyError",
+    "TargetNotEmptyError", "TooManyAttemptsError", "TooManyFilesError", "TransientError", "UnitStateError",
 ]
 # fmt: on
-
-
-class HomeAgentError(Exception):
-    """Base class of all errors of this package."""
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # By default, pickle would call `__init__` with the message, but the `__init__` of most classes takes ids.
-        # Therefore restore the error with `__new__` and the attributes, without `__init__`.
-        return type(self).__new__, (type(self), *self.args), self.__dict__
-
-
-class InvalidArgumentError(HomeAgentError, ValueError):
-    """An argument is invalid. The method did not read or write the database."""
-
-
-class UnitStateError(HomeAgentError):
-    """A unit of work was used after its end, or a second write unit was opened inside the first."""
-
-
-class TooManyAttemptsError(HomeAgentError):
-    """Too many secret checks of this id failed, or too many slow hashes wait. No hash was computed (HTTP status 429).
-
-    The attribute `retry_after` is the time to wait. The attribute `device_id` is None if too many slow hashes wait.
-    """
-
-    def __init__(self, reason: str, *, retry_after: timedelta, device_id: str | None = None) -> None:
-        self.retry_after = retry_after
-        self.device_id = device_id
-        super().__init__(
-            f"{reason}: try again in {retry_after.total_seconds():.3f} s, or give the device a generated secret, whose "
-            "checks have no limit"
-        )
 
 
 class NotFoundError(HomeAgentError):
@@ -244,72 +224,6 @@ class SourceChangedError(ConflictError):
             f"{table} of the source was written while it was copied: stop every gateway and sweeper that uses it, "
             "then copy again; for a trial, pass live=True (--live) to copy the state at the beginning"
         )
-
-
-class IdempotencyError(HomeAgentError):
-    """An idempotency key can't be claimed, renewed or recorded now."""
-
-    def __init__(self, message: str, *, device_id: str, method: str) -> None:
-        self.device_id = device_id
-        self.method = method
-        super().__init__(message)
-
-
-class IdempotencyInProgressError(IdempotencyError):
-    """Another caller runs the effect of this key. The caller's lease ends after the time `retry_after` (HTTP 409)."""
-
-    def __init__(self, *, device_id: str, method: str, retry_after: timedelta) -> None:
-        self.retry_after = retry_after
-        message = f"{method!r} of device {device_id!r} is in progress under this key: try again in "
-        message += f"{max(retry_after.total_seconds(), 0):.3f} s"
-        super().__init__(message, device_id=device_id, method=method)
-
-
-class FingerprintMismatchError(IdempotencyError):
-    """The key was used before with other parameters (HTTP status 422)."""
-
-    def __init__(self, *, device_id: str, method: str) -> None:
-        message = f"this key of {method!r} by device {device_id!r} was used with other parameters: "
-        message += "a new call needs a new key"
-        super().__init__(message, device_id=device_id, method=method)
-
-
-class OutcomeUnknownError(IdempotencyError):
-    """The lease of an earlier attempt expired, and it is unknown whether its effect took place."""
-
-    def __init__(self, *, device_id: str, method: str, attempt: int) -> None:
-        self.attempt = attempt
-        message = f"attempt {attempt} of {method!r} by device {device_id!r} was abandoned and its outcome is unknown: "
-        message += "find out, then resolve() or forget() the key, or pass on_abandoned"
-        super().__init__(message, device_id=device_id, method=method)
-
-
-class LeaseLostError(IdempotencyError):
-    """The attempt no longer owns its key. The store was not changed."""
-
-    def __init__(self, *, device_id: str, method: str, attempt: int) -> None:
-        self.attempt = attempt
-        message = f"attempt {attempt} of {method!r} by device {device_id!r} no longer owns its key: "
-        message += "another attempt, an operator or a deletion took it; do not act on this attempt's outcome"
-        super().__init__(message, device_id=device_id, method=method)
-
-
-class EffectFailedError(HomeAgentError):
-    """An effect raises this error to fail permanently. Each retry of the key raises the stored error again.
-
-    Args:
-        detail: JSON value that is stored.
-        replayed: whether the error was read from the store, and the effect did not run now.
-    """
-
-    def __init__(self, detail: JsonValue = None, *, replayed: bool = False) -> None:
-        self.detail = detail
-        self.replayed = replayed
-        super().__init__("the effect failed; .detail says how" + (" (replayed)" if replayed else ""))
-
-
-class EffectNotStartedError(HomeAgentError):
-    """An effect raises this error if the effect did not begin. The key is free again, and the next call can run it."""
 
 
 class DatabaseError(HomeAgentError):

@@ -180,6 +180,10 @@ class Pairing:
         key, verifier = self._runner.run(lambda unit: unit.devices.find_proof_secrets(device_id), read_only=True)
         return parameters_for(_encodable(device_id), verifier, key=key.encode())
 
+    async def aproof_parameters(self, device_id: str) -> ProofParameters:
+        """Run `proof_parameters` without blocking the event loop."""
+        return await self._runner.in_thread(partial(self.proof_parameters, device_id), slow=False)
+
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
         """Return the device if it is approved and the proof is right (see `Database.verify_proof`)."""
         checked = self.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)

@@ -1,0 +1,124 @@
+"""Authenticate devices by the header Authorization (RFC 6750 and RFC 7617)."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Awaitable, Callable
+from typing import Annotated
+from urllib.parse import unquote
+
+from fastapi import Security
+from fastapi.openapi.models import HTTPBase
+from fastapi.security.base import SecurityBase
+from pydantic import SecretStr
+from starlette.requests import HTTPConnection
+
+from homeagent.errors import AccessDeniedError, AuthenticationError, HomeAgentError, InvalidArgumentError
+from homeagent.fastapi.lifespan import DatabaseDep
+from homeagent.fastapi.problems import HTTPProblem, as_http
+from homeagent.frame_locals import clears_locals
+from homeagent.handshake import REFUSALS
+from homeagent.models.device import Device, Role
+
+__all__ = ["CurrentDevice", "bearer_token", "current_device", "require_role"]
+
+_LONGEST_HEADER = 8_192
+
+
+class _Scheme(SecurityBase):
+    """An entry of `securitySchemes` in the OpenAPI document. `current_device` itself reads the header."""
+
+    def __init__(self, scheme: str, description: str) -> None:
+        self.scheme_name = f"device-{scheme}"
+        self.model = HTTPBase(scheme=scheme, description=description)
+
+    async def __call__(self) -> None:
+        """Do nothing."""
+
+
+_BEARER = _Scheme("bearer", "base64url(id of the device) + '.' + base64url(secret), without padding")
+_BASIC = _Scheme("basic", "The user name is the percent-encoded id of the device, and the password is the secret.")
+
+
+def bearer_token(device_id: str, secret: SecretStr | str) -> str:
+    """Return the text that a device sends in the header `Authorization: Bearer …`."""
+    plain = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
+    id_part, secret_part = (base64.urlsafe_b64encode(part.encode()).decode() for part in (device_id, plain))
+    return f"{id_part.rstrip('=')}.{secret_part.rstrip('=')}"
+
+
+async def current_device(
+    connection: HTTPConnection,
+    database: DatabaseDep,
+    _bearer: Annotated[None, Security(_BEARER)],
+    _basic: Annotated[None, Security(_BASIC)],
+) -> Device:
+    """Return the approved device that sent the request. The check does not block the event loop.
+
+    Raises:
+        HTTPProblem: with status 401 if the credentials are absent or wrong, with the same text in each case; with 403
+            if the secret is right and the device is pending or revoked; with 429 after too many failed checks.
+    """
+    presented = _credentials(connection.headers.getlist("authorization"))
+    if presented is None:
+        raise HTTPProblem(AuthenticationError("the request has no credentials that can be read"))
+    try:
+        checked = await database.acheck_secret(*presented)
+    except InvalidArgumentError:
+        # No device can have such an id or such a secret.
+        raise HTTPProblem(AuthenticationError("the id or the secret is invalid")) from None
+    except HomeAgentError as error:
+        raise as_http(error) from error
+    if checked.device is None:
+        raise HTTPProblem(AuthenticationError("the secret is wrong, or the device does not exist"))
+    if not checked:
+        raise HTTPProblem(AccessDeniedError(f"the device is {checked.status}"), detail=REFUSALS[checked.status])
+    return checked.device
+
+
+CurrentDevice = Annotated[Device, Security(current_device)]
+"""Dependency: the approved device that sent the request."""
+
+
+def require_role(*roles: Role) -> Callable[[Device], Awaitable[Device]]:
+    """Return a dependency that returns the device of the request if the device has one of the roles.
+
+    Use it as `Annotated[Device, Depends(require_role(Role.ADMIN))]`. For another device the reply has status 403.
+    """
+    allowed = frozenset(map(Role, roles))
+
+    async def check(device: CurrentDevice) -> Device:
+        if device.role not in allowed:
+            raise HTTPProblem(
+                AccessDeniedError("the role of the device does not suffice"),
+                detail="The role of the device does not allow this request.",
+            )
+        return device
+
+    return check
+
+
+@clears_locals
+def _credentials(headers: list[str]) -> tuple[str, SecretStr] | None:
+    """Return the id and the secret of the header Authorization, or None if the header is absent or malformed."""
+    if len(headers) != 1 or len(headers[0]) > _LONGEST_HEADER:
+        return None
+    scheme, _, value = headers[0].partition(" ")
+    try:
+        if scheme.lower() == "bearer":
+            id_part, _, secret_part = value.strip().partition(".")
+            device_id, secret = (_decoded(part, b"-_") for part in (id_part, secret_part))
+        elif scheme.lower() == "basic":
+            user, _, secret = _decoded(value.strip(), b"+/").partition(":")
+            device_id = unquote(user, errors="strict")
+        else:
+            return None
+    except ValueError:  # also the errors of base64 and UTF-8
+        return None
+    return device_id, SecretStr(secret)
+
+
+def _decoded(text: str, alternatives: bytes) -> str:
+    # Do not require the padding, because RFC 7515, appendix C, leaves the padding out.
+    unpadded = text.rstrip("=")
+    return base64.b64decode(unpadded + "=" * (-len(unpadded) % 4), alternatives, validate=True).decode()

@@ -1,0 +1,98 @@
+"""Open the database when the application starts, and close the database when the application ends."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from datetime import timedelta
+from os import PathLike
+from typing import Annotated, Any, TypeVar
+
+import anyio
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends
+from fastapi.responses import JSONResponse
+from sqlalchemy import URL
+from starlette.applications import Starlette
+from starlette.requests import HTTPConnection
+
+from homeagent.database import Database
+from homeagent.engine.target import conceal
+from homeagent.errors import DatabaseError, UnitStateError
+from homeagent.fastapi.problems import HTTPProblem
+
+__all__ = ["DatabaseDep", "get_database", "health_router", "lifespan"]
+
+App = TypeVar("App", bound=Starlette)
+
+
+def lifespan(
+    target: str | PathLike[str] | URL | Database | None = None,
+    *,
+    then: Callable[[App], AbstractAsyncContextManager[Any]] | None = None,
+    sweep_every: timedelta | None = timedelta(minutes=5),
+    **options: Any,
+) -> Callable[[App], AbstractAsyncContextManager[Any]]:
+    """Return the argument `lifespan=` of `FastAPI`. Each worker process opens the database when the worker starts.
+
+    Args:
+        target: target of `Database.open`, or an open database, which the lifespan does not close.
+        then: lifespan of the application, which begins after the database was opened and ends before the database is
+            closed. `get_database(app)` returns the database there.
+        sweep_every: time between two sweeps in the background. With None, the lifespan does not sweep.
+        options: arguments of `Database.open`, such as `unit=`.
+    """
+    given = target if isinstance(target, Database) else conceal(target)
+    del target
+
+    @asynccontextmanager
+    async def run(app: App) -> AsyncIterator[Any]:
+        database = given if isinstance(given, Database) else await run_sync(lambda: _open(given, options))
+        try:
+            app.state.homeagent_database = database
+            with nullcontext() if sweep_every is None else database.sweeper(sweep_every):
+                async with nullcontext() if then is None else then(app) as state:
+                    yield state
+        finally:
+            if database is not given:
+                with anyio.CancelScope(shield=True):
+                    await run_sync(database.close)
+
+    return run
+
+
+def _open(given: Any, options: dict[str, Any]) -> Database:
+    target = given.get_secret_value() if hasattr(given, "get_secret_value") else given
+    return Database.open(target, **options)
+
+
+async def get_database(connection: HTTPConnection) -> Database:
+    """Return the open database of the application. In tests, replace this dependency by `app.dependency_overrides`.
+
+    Raises:
+        UnitStateError: if the application runs without its lifespan.
+    """
+    database: Database | None = getattr(connection.app.state, "homeagent_database", None)
+    if database is None:
+        raise UnitStateError(
+            "the application has no open database: pass FastAPI(lifespan=homeagent.fastapi.lifespan(…)), and run a "
+            "TestClient in a with block"
+        )
+    return database
+
+
+DatabaseDep = Annotated[Database, Depends(get_database)]
+"""Dependency: the open database of the application."""
+
+health_router = APIRouter()
+"""Router with `GET /health`, which has the status 200 if the database answers, and else 503."""
+
+
+@health_router.get("/health")
+def health(database: DatabaseDep) -> JSONResponse:
+    """Check that the database answers."""
+    try:
+        database.ping()
+    except DatabaseError as error:
+        raise HTTPProblem(error, 503, "The database does not answer.") from error
+    return JSONResponse({"status": "ok"})

@@ -1,0 +1,249 @@
+"""Run an effect once for each Idempotency-Key of a device (draft-ietf-httpapi-idempotency-key-header)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from functools import partial
+from inspect import isawaitable, iscoroutinefunction
+from secrets import token_urlsafe
+from typing import Annotated, Any
+
+from anyio.to_thread import run_sync
+from fastapi import Depends, Header, HTTPException, Request, Response
+from fastapi.encoders import jsonable_encoder
+from pydantic import JsonValue
+from starlette.datastructures import UploadFile
+
+from homeagent.callables import check_function
+from homeagent.database import Database
+from homeagent.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    HomeAgentError,
+    IdempotencyError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from homeagent.fastapi.authentication import current_device
+from homeagent.fastapi.lifespan import DatabaseDep
+from homeagent.fastapi.problems import HTTPProblem, as_http, problem_response
+from homeagent.idempotency import OnAbandoned
+from homeagent.models.device import Device
+from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
+
+__all__ = ["Once", "idempotent", "params_of", "route_of"]
+
+_QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')  # a String of RFC 8941, section 3.3.3
+
+# The effect decided on these errors, so the reply is known. After another error the outcome is unknown.
+_KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError)
+
+Effect = Callable[[Attempt], Any]
+
+
+class Once:
+    """Run the effect of a request once. A retry gets the status and the body of the first answer.
+
+    The arguments of the constructor are those of `Database.arun_once`, and `stored`. For a request without a key,
+    `stored` is False.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        response: Response,
+        scope: IdempotencyScope,
+        *,
+        stored: bool,
+        params: JsonValue,
+        lease: timedelta,
+        ttl: timedelta,
+        on_abandoned: OnAbandoned,
+    ) -> None:
+        self._database = database
+        self._response = response
+        self._scope = scope
+        self._stored = stored
+        self._params = params
+        self._lease = lease
+        self._ttl = ttl
+        self._on_abandoned = on_abandoned
+        self._first: Any = None
+
+    async def __call__(self, effect: Effect) -> Any:
+        """Run the effect, or return the answer of the first request with this key.
+
+        Args:
+            effect: function that gets the attempt. A coroutine function runs in the event loop, and another function
+                in a worker thread. The function returns JSON, a model, or a Response. An HTTPException with a status
+                below 500, and an error such as `AgentNotFoundError`, is also an answer, which retries get again.
+
+        Returns:
+            Value for `return` in the route: the effect's JSON, or a Response.
+
+        Raises:
+            HTTPProblem: with status 409 if another request with this key is in progress or its outcome is unknown, with
+                422 if the key was used for another request or the effect raised `EffectFailedError`, with 503 if the
+                effect raised `EffectNotStartedError`.
+        """
+        check_function(effect, "effect")
+        run = partial(self._run, effect)
+        try:
+            if not self._stored:
+                outcome = Outcome(value=await run(self._unstored_attempt()), replayed=False, attempt=1)
+            else:
+                again = self._on_abandoned
+                outcome = await self._database.arun_once(
+                    self._scope,
+                    run,
+                    params=self._params,
+                    lease=self._lease,
+                    ttl=self._ttl,
+                    on_abandoned=partial(self._run, again) if callable(again) else again,
+                )
+        except HomeAgentError as error:
+            raise as_http(error) from error
+        return self._answer(outcome)
+
+    async def _run(self, effect: Effect, attempt: Attempt) -> JsonValue:
+        """Run the effect, and return its answer in the form that is stored."""
+        try:
+            if iscoroutinefunction(effect):
+                value = await effect(attempt)
+            else:
+                value = await run_sync(effect, attempt)
+                value = await value if isawaitable(value) else value
+        except (HTTPException, *_KNOWN) as error:
+            if isinstance(error, HTTPException) and error.status_code >= 500:
+                raise
+            value = problem_response(error)
+        self._first = value
+        if not isinstance(value, Response):
+            self._first = jsonable_encoder(value)
+            return {"status": self._response.status_code, "value": self._first}
+        # A streamed body can't be stored: `arun_once` then records the outcome without a value.
+        body: Any = bytes(value.body).decode("latin-1") if isinstance(getattr(value, "body", None), bytes) else value
+        return {"status": value.status_code, "body": body, "type": value.headers.get("content-type")}
+
+    def _answer(self, outcome: Outcome) -> Any:
+        if not outcome.replayed:
+            return self._first
+        if outcome.omitted or not isinstance(outcome.value, dict):
+            raise HTTPProblem(
+                IdempotencyError(
+                    "the answer is not stored", device_id=self._scope.device_id, method=self._scope.method
+                ),
+                detail="The request took effect. Its answer was too large to be stored.",
+            )
+        stored: dict[str, Any] = outcome.value
+        if "body" in stored:
+            response = Response(stored["body"].encode("latin-1"), stored["status"], media_type=stored["type"])
+            response.headers["Idempotency-Replayed"] = "true"
+            return response
+        if stored["status"] is not None:
+            self._response.status_code = stored["status"]
+        self._response.headers["Idempotency-Replayed"] = "true"
+        return stored["value"]
+
+    def _unstored_attempt(self) -> Attempt:
+        """Return an attempt for a request without a key."""
+        expires_at = self._database._clock() + self._ttl
+        token = token_urlsafe(32)
+        return Attempt(1, token, self._scope, expires_at, expires_at, self._ttl, token)
+
+
+def idempotent(
+    required: bool = True,
+    *,
+    lease: timedelta = timedelta(minutes=1),
+    ttl: timedelta = timedelta(hours=24),
+    on_abandoned: OnAbandoned = "refuse",
+    device: Callable[..., Any] = current_device,
+) -> Callable[..., Awaitable[Once]]:
+    """Return a dependency for `Annotated[Once, Depends(idempotent())]`, which reads the header Idempotency-Key.
+
+    The key belongs to the device, the method and the path of the route. A retry must have the same path parameters,
+    query and body.
+
+    Args:
+        required: whether a request without a key gets a reply with status 400. If False, the effect of such a request
+            runs without a record.
+        lease: see `Database.run_once`.
+        ttl: time for which a retry gets the answer.
+        on_abandoned: see `Database.run_once`. The function can be a coroutine function.
+        device: dependency that returns the device of the request.
+    """
+
+    async def once(
+        request: Request,
+        response: Response,
+        database: DatabaseDep,
+        idempotency_key: Annotated[str | None, Header(description="Key of the call, the same in each retry.")] = None,
+        caller: Device = Depends(device),  # the annotation of a closure can't name `device`
+    ) -> Once:
+        keys = request.headers.getlist("idempotency-key")
+        if not keys and required:
+            raise _refused("The header Idempotency-Key is required.")
+        if len(keys) > 1:
+            raise _refused("The header Idempotency-Key must be sent once.")
+        try:
+            key = _key_of(keys[0]) if keys else token_urlsafe(16)
+            scope = IdempotencyScope(device_id=caller.id, method=route_of(request), key=key)
+        except InvalidArgumentError:
+            raise _refused("The header Idempotency-Key is invalid.") from None
+        return Once(
+            database,
+            response,
+            scope,
+            stored=bool(keys),
+            params=await params_of(request),
+            lease=lease,
+            ttl=ttl,
+            on_abandoned=on_abandoned,
+        )
+
+    return once
+
+
+def _refused(detail: str) -> HTTPProblem:
+    return HTTPProblem(InvalidArgumentError(detail), 400, detail)
+
+
+def _key_of(header: str) -> str:
+    """Return the key of the header: the String of RFC 8941 that the draft demands, or the plain text of other APIs."""
+    quoted = _QUOTED.fullmatch(header)
+    return header if quoted is None else re.sub(r'\\(["\\])', r"\1", quoted[1])
+
+
+def route_of(request: Request) -> str:
+    """Return the method and the path of the route, such as `POST /doors/{door}/open`."""
+    # The path of a mounted application counts, and the prefix that a proxy removed does not.
+    root: str = request.scope.get("root_path", "")
+    prefix = root.removeprefix(request.scope.get("app_root_path", root))
+    return f"{request.method} {prefix}{request.scope['route'].path}"
+
+
+async def params_of(request: Request) -> JsonValue:
+    """Return the values that a retry must repeat: path parameters, query and a hash of the body."""
+    if getattr(request, "_form", None) is not None:
+        # FastAPI has parsed the body of a form, and the bytes are gone.
+        form = [[name, await _text_of(value)] for name, value in (await request.form()).multi_items()]
+        body: JsonValue = [list(pair) for pair in form]
+    else:
+        body = hashlib.sha256(await request.body()).hexdigest()
+    return {
+        "path": {name: str(value) for name, value in request.path_params.items()},
+        "query": [list(pair) for pair in sorted(request.query_params.multi_items())],
+        "body": body,
+    }
+
+
+async def _text_of(value: UploadFile | str) -> str:
+    if isinstance(value, str):
+        return value
+    digest = hashlib.sha256(await value.read()).hexdigest()
+    await value.seek(0)
+    return digest

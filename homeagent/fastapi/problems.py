@@ -1,0 +1,296 @@
+"""Replies for errors, as problem details (RFC 9457). No reply shows a secret, an input or the name of a file.
+
+The texts are for clients. The messages of homeagent's errors are for operators, and name commands, paths and ids.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request, Response, WebSocket, WebSocketDisconnect
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field, JsonValue
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.websockets import WebSocketState
+
+from homeagent.errors import (
+    AccessDeniedError,
+    AgentExistsError,
+    AgentInUseError,
+    AgentNotFoundError,
+    AlreadyExistsError,
+    ApprovalChangedError,
+    AuthenticationError,
+    ConflictError,
+    ConnectionLostError,
+    DatabaseBusyError,
+    DatabaseClosedError,
+    DeviceExistsError,
+    DeviceNotApprovedError,
+    DeviceNotFoundError,
+    DiskFullError,
+    EffectFailedError,
+    EffectNotStartedError,
+    FingerprintMismatchError,
+    HandshakeError,
+    HomeAgentError,
+    IdempotencyError,
+    IdempotencyInProgressError,
+    InvalidArgumentError,
+    LastAdminError,
+    LeaseLostError,
+    LimitError,
+    NotFoundError,
+    OutcomeUnknownError,
+    PendingLimitError,
+    SessionExistsError,
+    SessionNotFoundError,
+    TooManyAttemptsError,
+)
+
+__all__ = [
+    "ErrorReply",
+    "HTTPProblem",
+    "as_http",
+    "error_replies",
+    "install_error_handlers",
+    "problem_response",
+    "status_of",
+]
+
+logger = logging.getLogger("homeagent")
+
+PROBLEM = "application/problem+json"
+
+CHALLENGE = 'Bearer realm="homeagent", Basic realm="homeagent", charset="UTF-8"'
+"""Value of the header WWW-Authenticate (RFC 9110, section 11.6.1)."""
+
+_RETRY_AFTER = 1
+"""Value of the header Retry-After for an error without a known time, in seconds."""
+
+# The status and the text of each error. An error without an entry has those of its base class.
+_ANSWERS: dict[type[BaseException], tuple[int, str]] = {
+    HomeAgentError: (500, "The server could not handle the request."),
+    InvalidArgumentError: (422, "A value in the request is not allowed."),
+    AuthenticationError: (401, "The credentials are absent or wrong."),
+    AccessDeniedError: (403, "The device has no access."),
+    HandshakeError: (400, "The handshake failed."),
+    NotFoundError: (404, "The object does not exist."),
+    DeviceNotFoundError: (404, "The device does not exist."),
+    AgentNotFoundError: (404, "The agent does not exist."),
+    SessionNotFoundError: (404, "The session does not exist."),
+    AlreadyExistsError: (409, "The object exists already."),
+    DeviceExistsError: (409, "A device with this id exists already."),
+    AgentExistsError: (409, "An agent with this id exists already."),
+    SessionExistsError: (409, "A session with this id exists already."),
+    ConflictError: (409, "The present state of the data does not allow the change."),
+    AgentInUseError: (409, "The agent still has sessions."),
+    LastAdminError: (409, "The device is the last approved administrator."),
+    ApprovalChangedError: (409, "The device has changed since it was shown: read the device again."),
+    DeviceNotApprovedError: (409, "The device is not approved."),
+    LimitError: (409, "The maximum number of stored objects of this kind is reached: try again later."),
+    PendingLimitError: (409, "Too many devices wait for approval: try again later."),
+    TooManyAttemptsError: (429, "Too many attempts: try again later."),
+    IdempotencyError: (409, "The idempotency key can't be used now."),
+    IdempotencyInProgressError: (409, "A request with this idempotency key is in progress: try again later."),
+    FingerprintMismatchError: (422, "This idempotency key was used for another request: send a new key."),
+    OutcomeUnknownError: (409, "It is unknown whether the first request with this idempotency key took effect."),
+    LeaseLostError: (409, "It is unknown whether the request took effect: another request took over its key."),
+    EffectFailedError: (422, "The effect failed, and fails again with the same idempotency key."),
+    EffectNotStartedError: (503, "The effect did not begin: try again later."),
+    DatabaseBusyError: (503, "The database is busy: try again later."),
+    ConnectionLostError: (503, "The database is busy: try again later."),
+    DatabaseClosedError: (503, "The database is not available now."),
+    DiskFullError: (503, "The database is not available now."),
+}
+_RETRYABLE = (DatabaseBusyError, ConnectionLostError, EffectNotStartedError)
+
+
+class InvalidValue(BaseModel):
+    """A value of a request that was refused. The value itself is not shown."""
+
+    type: str = Field(description="Pydantic's name of the kind of error.")
+    loc: list[str | int] = Field(description="Place of the value in the request.")
+    msg: str = Field(description="Reason of the refusal.")
+
+
+class ErrorReply(BaseModel):
+    """Problem details (RFC 9457), the body of each error reply."""
+
+    type: str = Field(default="about:blank", description="Always `about:blank`: `error` names the kind of error.")
+    title: str = Field(description="Name of the status.")
+    status: int = Field(description="HTTP status.")
+    detail: str = Field(description="Reason, for the client.")
+    error: str = Field(description="Name of the error's class, for homeagent's errors that of homeagent.errors.")
+    errors: list[InvalidValue] | None = Field(default=None, description="Values of the request that were refused.")
+    data: JsonValue = Field(default=None, description="The application's own description of the failure.")
+
+
+def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the argument `responses=` of a FastAPI route. The OpenAPI document then lists these error statuses."""
+    return {status: {"model": ErrorReply} for status in statuses}
+
+
+class HTTPProblem(HTTPException):
+    """An error of homeagent with its status and headers, which FastAPI also answers without homeagent's handlers."""
+
+    def __init__(self, error: HomeAgentError, status: int | None = None, detail: str | None = None) -> None:
+        self.reply, headers = _problem_of(error)
+        if status is not None:
+            self.reply = self.reply.model_copy(update={"status": status, "title": _title(status)})
+        if detail is not None:
+            self.reply = self.reply.model_copy(update={"detail": detail})
+        super().__init__(self.reply.status, self.reply.detail, headers)
+
+
+def as_http(error: HomeAgentError) -> Exception:
+    """Return the error as an `HTTPProblem`. An error with status 500 is returned unchanged, because it must be logged.
+
+    A dependency raises the result, so that its replies have the right status also without `install_error_handlers`.
+    """
+    return error if status_of(error) == 500 else HTTPProblem(error)
+
+
+def status_of(error: HomeAgentError) -> int:
+    """Return the HTTP status of the reply for an error."""
+    return _answer_for(error)[0]
+
+
+def problem_response(error: Exception) -> JSONResponse:
+    """Return the reply for an error of homeagent, an HTTPException or a RequestValidationError."""
+    if isinstance(error, HTTPProblem):
+        reply, headers = error.reply, dict(error.headers or {})
+    else:
+        reply, headers = _problem_of(error)
+    content = reply.model_dump(mode="json", exclude_none=True)
+    return JSONResponse(content, reply.status, headers, media_type=PROBLEM)
+
+
+def _answer_for(error: Exception) -> tuple[int, str]:
+    return next(_ANSWERS[kind] for kind in type(error).__mro__ if kind in _ANSWERS)
+
+
+def _title(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Error"
+
+
+def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
+    """Return the body and the headers of the reply for an error."""
+    headers: dict[str, str] = {}
+    errors: list[InvalidValue] | None = None
+    data: JsonValue = None
+    if isinstance(error, RequestValidationError):
+        status, detail = 422, "The request is invalid."
+        errors = [InvalidValue(type=each["type"], loc=list(each["loc"]), msg=_reason(each)) for each in error.errors()]
+    elif isinstance(error, StarletteHTTPException):
+        headers.update(error.headers or {})
+        # FastAPI's HTTPException takes any JSON as its detail.
+        given: Any = error.detail
+        status, detail = error.status_code, given if isinstance(given, str) else _title(error.status_code)
+        data = None if isinstance(given, str) else given
+    else:
+        status, detail = _answer_for(error)
+    if isinstance(error, (IdempotencyInProgressError, TooManyAttemptsError)):
+        # Round up to whole seconds, because an early retry would be refused again.
+        headers["Retry-After"] = str(max(0, math.ceil(error.retry_after.total_seconds())))
+    elif isinstance(error, _RETRYABLE):
+        headers["Retry-After"] = str(_RETRY_AFTER)
+    elif isinstance(error, AuthenticationError):
+        headers["WWW-Authenticate"] = CHALLENGE
+    elif isinstance(error, EffectFailedError):
+        data = error.detail
+        if error.replayed:
+            headers["Idempotency-Replayed"] = "true"
+    name = type(error).__name__
+    reply = ErrorReply(title=_title(status), status=status, detail=detail, error=name, errors=errors, data=data)
+    return reply, headers
+
+
+def _reason(line: Mapping[str, Any]) -> str:
+    # Pydantic repeats the input in this message, and in no other message of its own.
+    return "Input tag is not one of the expected tags" if line["type"] == "union_tag_invalid" else str(line["msg"])
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Install error handlers in an application. The handlers turn errors into problem details (`ErrorReply`).
+
+    | error | status |
+    |---|---|
+    | `AuthenticationError`, `AccessDeniedError` | 401, 403 |
+    | `NotFoundError` | 404 |
+    | `AlreadyExistsError`, `ConflictError`, `IdempotencyError` | 409 |
+    | `InvalidArgumentError`, `FingerprintMismatchError`, `EffectFailedError`, `RequestValidationError` | 422 |
+    | `TooManyAttemptsError` | 429 |
+    | other errors of homeagent, which are logged | 500 |
+    | `DatabaseBusyError`, `ConnectionLostError`, `EffectNotStartedError` | 503 |
+    | `DatabaseClosedError`, `DiskFullError` | 503 |
+
+    If a retry can succeed, the reply has the header Retry-After (RFC 9110, section 10.2.3). The handlers also answer
+    FastAPI's `HTTPException` and `RequestValidationError`. FastAPI's own reply for the latter repeats the input, which
+    can be a secret. The OpenAPI document describes the replies.
+
+    Args:
+        app: the application. Existing handlers of the application for these errors are replaced.
+    """
+    answer: Any = _answer  # Starlette has one type for handlers of requests, and another type for WebSockets
+    for kind in (HomeAgentError, StarletteHTTPException, RequestValidationError):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(WebSocketDisconnect, _ignore)
+    original = app.openapi
+    app.openapi = lambda: _document_problems(original())  # type: ignore[method-assign]  # FastAPI documents this way
+
+
+# Do not make the handler a plain function. Starlette would run a plain function in the thread pool, which can be full.
+async def _answer(connection: Request | WebSocket, error: Exception) -> Response | None:
+    response: Response = problem_response(error)
+    if response.status_code == 500 and isinstance(error, HomeAgentError):
+        logger.error(
+            "a request failed: %s",
+            type(error).__name__,
+            exc_info=error,
+            extra={"event": "request_failed", "error": type(error).__name__},
+        )
+    if isinstance(connection, WebSocket) and connection.application_state is not WebSocketState.CONNECTING:
+        if connection.application_state is WebSocketState.CONNECTED:
+            await connection.close(1011)
+        return None
+    if response.status_code < 200 or response.status_code in {204, 205, 304}:
+        return Response(status_code=response.status_code, headers=getattr(error, "headers", None))
+    return response
+
+
+async def _ignore(connection: Request | WebSocket, error: Exception) -> None:
+    """Do nothing after a client has closed its WebSocket. The server would log a traceback."""
+
+
+def _document_problems(document: dict[str, Any]) -> dict[str, Any]:
+    """Describe the problem details in an OpenAPI document. A second call changes nothing."""
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    schema = ErrorReply.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas.update({**schema.pop("$defs"), "ErrorReply": schema})
+    reference = {"$ref": "#/components/schemas/ErrorReply"}
+    replaced = (reference, {"$ref": "#/components/schemas/HTTPValidationError"})
+    for operation in _operations(document):
+        responses = operation["responses"]
+        for response in responses.values():
+            content = response.get("content", {})
+            if content.get("application/json", {}).get("schema") in replaced:
+                del content["application/json"]
+                content[PROBLEM] = {"schema": reference}
+        responses.setdefault("default", {"description": "Error", "content": {PROBLEM: {"schema": reference}}})
+    if schemas.pop("HTTPValidationError", None) is not None:
+        schemas.pop("ValidationError", None)
+    return document
+
+
+def _operations(document: dict[str, Any]) -> list[dict[str, Any]]:
+    paths: list[dict[str, Any]] = list(document.get("paths", {}).values())
+    return [each for path in paths for each in path.values() if isinstance(each, dict) and "responses" in each]

@@ -1,0 +1,176 @@
+"""Accept the messages of a sender that signs as Standard Webhooks says (https://www.standardwebhooks.com)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from fastapi import Request, Response
+from pydantic import SecretBytes, SecretStr
+
+from homeagent.errors import AuthenticationError, CorruptDatabaseError, HomeAgentError, InvalidArgumentError
+from homeagent.fastapi.lifespan import DatabaseDep
+from homeagent.fastapi.once import Once, route_of
+from homeagent.fastapi.problems import HTTPProblem, as_http
+from homeagent.idempotency import OnAbandoned
+from homeagent.models.idempotency_key import IdempotencyScope
+from homeagent.models.types import check_duration, check_identifier
+from homeagent.stores.nonces import FIND_RECORD
+from homeagent.unit_of_work import UnitOfWork
+
+__all__ = ["Webhook", "signed_webhook"]
+
+_PREFIX = "whsec_"
+_MIN_KEY_BYTES = 24  # the specification's minimum
+
+
+class Webhook(Once):
+    """A message whose signature and time were checked. Call the object to handle the message once.
+
+    A sender repeats a message with the same id, and an attacker can repeat a message while its time is accepted. Both
+    get the answer of the first message, and the effect does not run again.
+
+    Attributes:
+        id: id of the message.
+        sent_at: time at which the sender signed the message.
+        body: bytes of the message.
+    """
+
+    id: str
+    sent_at: datetime
+    body: bytes
+
+    def json(self) -> Any:
+        """Return the body as JSON.
+
+        Raises:
+            HTTPProblem: with status 422 if the body is not JSON.
+        """
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            raise HTTPProblem(InvalidArgumentError("the body is not JSON"), detail="The body is not JSON.") from None
+
+
+def signed_webhook(
+    secret: SecretStr | str | Sequence[SecretStr | str],
+    *,
+    sender: str,
+    tolerance: timedelta = timedelta(minutes=5),
+    lease: timedelta = timedelta(minutes=1),
+    ttl: timedelta = timedelta(hours=24),
+    on_abandoned: OnAbandoned = "refuse",
+) -> Callable[..., Awaitable[Webhook]]:
+    """Return a dependency for `Annotated[Webhook, Depends(signed_webhook(secret, sender=…))]`.
+
+    A message with a wrong signature, or with a time outside of the tolerance, gets a reply with status 401.
+
+    Args:
+        secret: secret `whsec_…` that the sender gave, or several secrets during a rotation.
+        sender: id under which the messages are stored. No device may have this id.
+        tolerance: longest difference between the signed time and the present.
+        lease: see `Database.run_once`.
+        ttl: time for which a repetition gets the first answer, more than twice the tolerance.
+        on_abandoned: see `Database.run_once`.
+
+    Raises:
+        InvalidArgumentError: if a secret is malformed or shorter than 24 bytes, or `ttl` is too short.
+    """
+    secrets = [secret] if isinstance(secret, (SecretStr, str)) else list(secret)
+    keys = [_key_of(each) for each in secrets]
+    check_identifier(sender, "sender")
+    if not keys:
+        raise InvalidArgumentError("signed_webhook needs a secret")
+    if ttl <= 2 * check_duration(tolerance, "tolerance"):
+        raise InvalidArgumentError(
+            "ttl must be more than twice the tolerance: otherwise an old message is accepted again"
+        )
+
+    async def webhook(request: Request, response: Response, database: DatabaseDep) -> Webhook:
+        message_id, sent_at, body = await _read(request, keys)
+        try:
+            fresh = await database.arun(lambda unit: _is_fresh(unit, sent_at, tolerance), read_only=True)
+            scope = IdempotencyScope(device_id=sender, method=route_of(request), key=message_id)
+        except InvalidArgumentError:
+            raise _refused() from None
+        except HomeAgentError as error:
+            raise as_http(error) from error
+        if not fresh:
+            raise _refused()
+        found = Webhook(
+            database,
+            response,
+            scope,
+            stored=True,
+            params=hashlib.sha256(body).hexdigest(),
+            lease=lease,
+            ttl=ttl,
+            on_abandoned=on_abandoned,
+        )
+        found.id, found.sent_at, found.body = message_id, sent_at, body
+        return found
+
+    return webhook
+
+
+async def _read(request: Request, keys: list[SecretBytes]) -> tuple[str, datetime, bytes]:
+    """Return the id, the time and the body of a message with a right signature. Refuse any other message."""
+    message_id, timestamp, signatures = (
+        request.headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature")
+    )
+    body = await request.body()
+    signed = f"{message_id}.{timestamp}.".encode() + body
+    # Compare all signatures, so that the time does not depend on the position of the right signature.
+    right = [_is_signed(key, signed, each) for key in keys for each in signatures.split(" ")]
+    sent_at = _time_of(timestamp)
+    if not any(right) or sent_at is None:
+        raise _refused()
+    return message_id, sent_at, body
+
+
+def _refused() -> HTTPProblem:
+    problem = HTTPProblem(AuthenticationError("the signature or the time of the message is wrong"))
+    problem.headers = {"WWW-Authenticate": "Webhook"}
+    return problem
+
+
+def _key_of(secret: SecretStr | str) -> SecretBytes:
+    text = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
+    try:
+        key = base64.b64decode(text.removeprefix(_PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    del text
+    if len(key) < _MIN_KEY_BYTES:
+        raise InvalidArgumentError(f"the secret must be {_PREFIX} and the base64 of at least {_MIN_KEY_BYTES} bytes")
+    return SecretBytes(key)
+
+
+def _is_signed(key: SecretBytes, message: bytes, signature: str) -> bool:
+    expected = base64.b64encode(hmac.digest(key.get_secret_value(), message, "sha256"))
+    return hmac.compare_digest(b"v1," + expected, signature.encode())
+
+
+def _time_of(timestamp: str) -> datetime | None:
+    return datetime.fromtimestamp(int(timestamp), UTC) if re.fullmatch("[0-9]{1,11}", timestamp) else None
+
+
+def _is_fresh(unit: UnitOfWork, sent_at: datetime, tolerance: timedelta) -> bool:
+    """Return whether the store still knows the key of a message that was signed at this time.
+
+    A restore can remove the key of a message that was handled before the restore.
+    """
+    record = unit.one(FIND_RECORD)
+    if record is None:
+        raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")
+    restored_at = record[1]
+    if restored_at is not None and sent_at - restored_at <= tolerance:
+        return False
+    return abs(unit.now() - sent_at) < tolerance

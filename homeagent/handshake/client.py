@@ -1,0 +1,98 @@
+"""The device's side of the handshake. The module docstring of `homeagent.handshake` has the messages.
+
+With the library `websockets`, a device connects in a few lines:
+
+    async with websockets.connect("wss://gateway.example/ws") as socket:
+        await authenticate("phone", secret, send=socket.send, receive=socket.recv)
+        await socket.send("…")
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import partial
+from secrets import token_urlsafe
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio.to_thread import run_sync
+
+from homeagent.clock import Clock, system_clock
+from homeagent.errors import AccessDeniedError, AuthenticationError, HandshakeError, InvalidArgumentError
+from homeagent.frame_locals import clears_locals
+from homeagent.handshake import messages
+from homeagent.handshake.messages import Receive, Send
+from homeagent.scram import ProofParameters, derive_proof_keys, proof_message
+
+if TYPE_CHECKING:
+    from pydantic import SecretStr
+
+__all__ = ["authenticate"]
+
+_REFUSALS = {"AuthenticationError": AuthenticationError, "AccessDeniedError": AccessDeniedError}
+
+
+@clears_locals
+async def authenticate(
+    device_id: str,
+    secret: SecretStr | str,
+    *,
+    send: Send,
+    receive: Receive,
+    time_limit: timedelta = timedelta(seconds=10),
+    skew: timedelta = timedelta(minutes=5),
+    clock: Clock = system_clock,
+) -> None:
+    """Prove the secret of a device to the gateway, and check that the gateway knows the device.
+
+    Args:
+        device_id: id of the device.
+        secret: generated secret of the device. A secret that a person chose has no proofs.
+        send: function that sends a text frame.
+        receive: function that receives a frame. It should raise an error for a closed connection.
+        time_limit: longest duration of the whole handshake.
+        skew: largest difference between the clocks that the gateway accepts.
+        clock: clock of the device.
+
+    Raises:
+        AuthenticationError: if the gateway does not accept the proof.
+        AccessDeniedError: if the device is pending or revoked. The message says which.
+        HandshakeError: if the time limit is over, the clocks differ too much, a message is invalid, or the gateway
+            does not have the verifier of the secret. Close the connection.
+    """
+    try:
+        with anyio.fail_after(time_limit.total_seconds()):
+            await _authenticate(device_id, secret, send, receive, skew, clock)
+    except TimeoutError as error:
+        raise HandshakeError(f"the handshake took longer than {time_limit.total_seconds():g} s") from error
+
+
+async def _authenticate(
+    device_id: str, secret: SecretStr | str, send: Send, receive: Receive, skew: timedelta, clock: Clock
+) -> None:
+    await send(messages.write(type="hello", device_id=device_id))
+    challenge = _expect(await receive(), "challenge")
+    difference = messages.time_of(challenge) - clock()
+    if abs(difference) > skew:
+        raise HandshakeError(f"the clocks of gateway and device differ by {difference}: set the clock of the device")
+    try:
+        parameters = ProofParameters(messages.bytes_of(challenge, "salt"), messages.field(challenge, "iterations", int))
+    except InvalidArgumentError as error:
+        raise HandshakeError(f"the gateway sent invalid parameters: {error}") from None
+    keys = await run_sync(partial(derive_proof_keys, secret, parameters))
+    own, now = token_urlsafe(24), clock()
+    nonce = f"{messages.field(challenge, 'challenge', str)}.{own}"
+    message = proof_message(device_id=device_id, nonce=nonce, timestamp=now)
+    await send(messages.write(type="proof", nonce=own, time=now, proof=keys.prove(message)))
+    welcome = _expect(await receive(), "welcome")
+    if not keys.recognises(message, messages.bytes_of(welcome, "signature")):
+        raise HandshakeError("the gateway does not have the verifier of this device: check the address of the gateway")
+
+
+def _expect(message: object, kind: str) -> dict[str, Any]:
+    """Return the fields of a message, or raise the error that the gateway sent."""
+    fields = messages.read(message, kind, "refused")
+    if fields["type"] == "refused":
+        error, detail = messages.field(fields, "error", str), messages.field(fields, "detail", str)
+        raise _REFUSALS.get(error, HandshakeError)(detail)
+    return fields

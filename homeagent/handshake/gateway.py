@@ -1,0 +1,137 @@
+"""The gateway's side of the handshake."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from secrets import token_urlsafe
+from typing import TYPE_CHECKING
+
+import anyio
+
+from homeagent.errors import AccessDeniedError, AuthenticationError, HandshakeError, InvalidArgumentError
+from homeagent.frame_locals import clears_locals
+from homeagent.handshake import messages
+from homeagent.handshake.messages import Receive, Send
+from homeagent.models.device import Device, DeviceStatus
+from homeagent.scram import proof_message, server_signature
+
+if TYPE_CHECKING:
+    from homeagent.database import Database
+    from homeagent.unit_of_work import UnitOfWork
+
+__all__ = ["REFUSALS", "Admission", "authenticate_device", "recheck"]
+
+REFUSALS = {
+    "pending": "The device waits for an administrator's approval: try again after the approval.",
+    "revoked": "An administrator withdrew the approval of the device.",
+}
+"""Texts for a device that has the right secret and no approval, by status."""
+
+_DENIED = "the proof is wrong, the time differs too much, or the device does not exist"
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A device that proved its secret and was approved.
+
+    Attributes:
+        device: the device.
+        verifier: verifier of the secret that was proved. A rotation of the secret changes the verifier.
+    """
+
+    device: Device
+    verifier: str = field(repr=False)
+
+
+@clears_locals
+async def authenticate_device(
+    database: Database,
+    *,
+    send: Send,
+    receive: Receive,
+    time_limit: timedelta = timedelta(seconds=10),
+    skew: timedelta = timedelta(minutes=5),
+) -> Admission:
+    """Run the gateway's side of a handshake. A refused device gets a message with the reason.
+
+    Args:
+        database: the open database.
+        send: function that sends a text frame.
+        receive: function that receives a frame. It should raise an error for a closed connection.
+        time_limit: longest duration of the whole handshake.
+        skew: allowed difference between the device's clock and the gateway's clock.
+
+    Raises:
+        AuthenticationError: if the proof or the time is wrong, or the device does not exist, with the same text.
+        AccessDeniedError: if the proof is right, and the device is pending or revoked.
+        HandshakeError: if a message is invalid, or the time limit is over.
+        HomeAgentError: if the database could not be read.
+    """
+    try:
+        with anyio.fail_after(time_limit.total_seconds()):
+            return await _authenticate(database, send, receive, skew)
+    except TimeoutError as error:
+        raise HandshakeError(f"the handshake took longer than {time_limit.total_seconds():g} s") from error
+    except (AuthenticationError, AccessDeniedError, HandshakeError) as error:
+        await send(messages.write(type="refused", error=type(error).__name__, detail=str(error)))
+        raise
+
+
+async def _authenticate(database: Database, send: Send, receive: Receive, skew: timedelta) -> Admission:
+    hello = messages.read(await receive(), "hello")
+    device_id = messages.field(hello, "device_id", str)
+    challenge = token_urlsafe(24)
+    try:
+        parameters = await database.aproof_parameters(device_id)
+    except InvalidArgumentError:
+        raise HandshakeError("the id of the device is invalid") from None
+    await send(
+        messages.write(
+            type="challenge",
+            challenge=challenge,
+            salt=parameters.salt,
+            iterations=parameters.iterations,
+            time=await database.arun(lambda unit: unit.now(), read_only=True),
+        )
+    )
+    answer = messages.read(await receive(), "proof")
+    nonce = f"{challenge}.{messages.field(answer, 'nonce', str)}"
+    signed_at, proof = messages.time_of(answer), messages.bytes_of(answer, "proof")
+    try:
+        checked = await database.acheck_proof(device_id, nonce=nonce, timestamp=signed_at, proof=proof)
+    except InvalidArgumentError:
+        raise HandshakeError("the nonce of the device is invalid") from None
+    if checked.device is None:
+        raise AuthenticationError(_DENIED)
+
+    def admit(unit: UnitOfWork) -> Device | None:
+        fresh = signed_at - unit.now() <= skew and unit.nonces.consume(device_id, nonce, expires_at=signed_at + skew)
+        return unit.devices.find_by_id(device_id) if fresh else None
+
+    device, verifier = await database.arun(admit), checked.device.proof_verifier
+    if device is None or verifier is None or device.proof_verifier != verifier:
+        raise AuthenticationError(_DENIED)
+    _require_approval(device)
+    message = proof_message(device_id=device_id, nonce=nonce, timestamp=signed_at)
+    await send(messages.write(type="welcome", signature=server_signature(verifier, message)))
+    return Admission(device, verifier)
+
+
+async def recheck(database: Database, admission: Admission) -> None:
+    """Check that an admitted device still has access. Call this after each change of the device.
+
+    Raises:
+        AuthenticationError: if the device was deleted, or its secret was replaced.
+        AccessDeniedError: if the device is not approved any more.
+    """
+    device_id = admission.device.id
+    device = await database.arun(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
+    if device is None or device.proof_verifier != admission.verifier:
+        raise AuthenticationError("the device was deleted, or its secret was replaced")
+    _require_approval(device)
+
+
+def _require_approval(device: Device) -> None:
+    if device.status is not DeviceStatus.APPROVED:
+        raise AccessDeniedError(REFUSALS[device.status.value])

@@ -1,0 +1,90 @@
+"""Messages of the handshake: JSON objects of limited size."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+from homeagent.errors import HandshakeError
+
+__all__ = ["MAX_MESSAGE", "Receive", "Send", "bytes_of", "field", "read", "text_of", "time_of", "write"]
+
+MAX_MESSAGE = 8_192
+"""Maximum size of a message in bytes. The connection must have its own limit for the bytes that it buffers."""
+
+Send = Callable[[str], Awaitable[Any]]
+"""Function that sends a text frame, such as `websocket.send_text` of Starlette or `send` of websockets."""
+
+Receive = Callable[[], Awaitable[Any]]
+"""Function that receives a frame, such as `websocket.receive_text` of Starlette or `recv` of websockets."""
+
+T = TypeVar("T")
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
+_LATEST = (datetime(9999, 1, 1, tzinfo=UTC) - _EPOCH) // _MILLISECOND
+
+
+def write(**fields: str | int | bytes | datetime) -> str:
+    """Return a message. Bytes become base64, and a time becomes the milliseconds since 1970."""
+    return json.dumps({name: _plain(value) for name, value in fields.items()}, ensure_ascii=False)
+
+
+def _plain(value: str | int | bytes | datetime) -> str | int:
+    if isinstance(value, datetime):
+        return (value - _EPOCH) // _MILLISECOND
+    return text_of(value) if isinstance(value, bytes) else value
+
+
+def text_of(value: bytes) -> str:
+    """Return the base64 of a value."""
+    return base64.b64encode(value).decode()
+
+
+def read(message: object, *kinds: str) -> dict[str, Any]:
+    """Return the fields of a message of one of the kinds.
+
+    Raises:
+        HandshakeError: if the message is not text, is too large, is not a JSON object, or has another type.
+    """
+    if not isinstance(message, str) or len(message.encode("utf-8", "replace")) > MAX_MESSAGE:
+        raise HandshakeError(f"a message of a handshake is text of at most {MAX_MESSAGE:,} bytes")
+    try:
+        fields = json.loads(message)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict) or fields.get("type") not in kinds:
+        raise HandshakeError(f"the handshake expects a message of the type {' or '.join(kinds)}")
+    return fields
+
+
+def field(fields: dict[str, Any], name: str, kind: type[T]) -> T:
+    """Return a field of a message.
+
+    Raises:
+        HandshakeError: if the field is absent or has another type.
+    """
+    value = fields.get(name)
+    if type(value) is not kind:
+        raise HandshakeError(f"the field {name!r} of the handshake must be {kind.__name__}")
+    return value
+
+
+def bytes_of(fields: dict[str, Any], name: str) -> bytes:
+    """Return a field in base64 as bytes. The errors are those of `field`."""
+    try:
+        return base64.b64decode(field(fields, name, str), validate=True)
+    except (binascii.Error, ValueError):
+        raise HandshakeError(f"the field {name!r} of the handshake must be base64") from None
+
+
+def time_of(fields: dict[str, Any]) -> datetime:
+    """Return the field `time` as a timestamp. The errors are those of `field`."""
+    milliseconds = field(fields, "time", int)
+    if not 0 <= milliseconds <= _LATEST:
+        raise HandshakeError("the field 'time' of the handshake must be milliseconds since 1970")
+    return _EPOCH + milliseconds * _MILLISECOND

@@ -1,0 +1,243 @@
+"""The lifespan, the health route and the authentication of devices. Nobody without an approved device gets in."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import pytest
+from fastapi import Depends, FastAPI
+from pydantic import SecretStr
+
+from homeagent import Database, Device, DevicePair, Limits, Role, errors
+from homeagent.fastapi import (
+    CurrentDevice,
+    DatabaseDep,
+    bearer_token,
+    get_database,
+    health_router,
+    install_error_handlers,
+    lifespan,
+    require_role,
+)
+from homeagent.testing import DatabaseFactory
+from tests.asgi import Client
+
+PASSWORD = "pass:wörd 8"
+
+
+def basic(device_id: str, secret: str) -> str:
+    """Return the header of Basic authentication for a device."""
+    return "Basic " + base64.b64encode(f"{quote(device_id, safe='')}:{secret}".encode()).decode()
+
+
+def make_app() -> FastAPI:
+    """Return an application with a route for every device and a route for administrators."""
+    app = FastAPI()
+    install_error_handlers(app)
+    app.include_router(health_router)
+
+    @app.get("/me")
+    async def me(device: CurrentDevice) -> str:
+        return device.id
+
+    @app.get("/admin")
+    async def admin(device: Annotated[Device, Depends(require_role(Role.ADMIN))]) -> str:
+        return device.id
+
+    return app
+
+
+@pytest.fixture
+def database(homeagent_factory: DatabaseFactory) -> Database:
+    """A store with an approved client, whose id has characters that need an escape, and a person's secret."""
+    database = homeagent_factory(limits=Limits(failed_checks_per_minute=2))
+    database.pair(DevicePair(id="klaus:é", role=Role.CLIENT, shared_secret=SecretStr(PASSWORD)))
+    database.devices.approve("klaus:é")
+    return database
+
+
+@pytest.fixture
+def client(database: Database) -> Client:
+    """A client of the application."""
+    return Client(make_app(), database)
+
+
+def generated(database: Database, device_id: str, *, approve: bool = True, role: Role = Role.CLIENT) -> str:
+    """Pair a device, and return the text for the header Authorization."""
+    secret = database.pair(DevicePair(id=device_id, role=role)).shared_secret
+    if approve:
+        database.devices.approve(device_id)
+    return "Bearer " + bearer_token(device_id, secret)
+
+
+def test_both_schemes(client: Client, database: Database) -> None:
+    """Bearer has id and secret in base64url; Basic has the percent-encoded id, and the secret may have a colon."""
+    assert client.get("/me", headers={"Authorization": basic("klaus:é", PASSWORD)}).json() == "klaus:é"
+    token = generated(database, "lamp")
+    assert client.get("/me", headers={"Authorization": token}).json() == "lamp"
+    assert client.get("/me", headers={"Authorization": token.replace("Bearer", "bEARER")}).json() == "lamp"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "Bearer",
+        "Bearer x",
+        "Bearer ünï",
+        "Bearer bGFtcA.%%",
+        "Bearer bGFtcA.//8",
+        "Bearer " + bearer_token("lamp", "wrong"),
+        "Bearer " + bearer_token("klaus:é", "a wrong secret"),
+        "Bearer " + bearer_token("nobody", "a wrong secret"),
+        "Bearer " + bearer_token("a\nb", "a wrong secret"),
+        "Bearer " + bearer_token("lamp", ""),
+        "Bearer " + "a" * 9000,
+        "Basic !!!",
+        "Basic " + base64.b64encode(b"lamp").decode(),
+        "Basic " + base64.b64encode(b"%ff:x").decode(),
+        "Digest lamp",
+    ],
+)
+def test_wrong_credentials_get_the_same_reply(client: Client, database: Database, header: str) -> None:
+    """Absent, malformed and wrong credentials, and an unknown device, get the same reply."""
+    generated(database, "lamp")
+    without = client.get("/me")
+    assert (without.status_code, without.json()["error"]) == (401, "AuthenticationError")
+    assert without.headers["www-authenticate"].startswith("Bearer ")
+    response = client.get("/me", headers=[("Authorization", header.encode())] if header else None)
+    assert (response.status_code, response.text) == (401, without.text)
+
+
+def test_two_headers_are_refused(client: Client, database: Database) -> None:
+    """If a request has two headers with credentials, neither counts."""
+    token = generated(database, "lamp")
+    assert client.get("/me", headers=[("Authorization", token), ("Authorization", token)]).status_code == 401
+
+
+def test_pending_and_revoked_devices_learn_their_state(client: Client, database: Database) -> None:
+    """A pending or revoked device with the right secret is refused and learns why; with a wrong secret it doesn't."""
+    token = generated(database, "lamp", approve=False)
+    waiting = client.get("/me", headers={"Authorization": token})
+    assert (waiting.status_code, waiting.json()["error"]) == (403, "AccessDeniedError")
+    assert "waits for an administrator's approval" in waiting.json()["detail"]
+    database.devices.approve("lamp")
+    assert client.get("/me", headers={"Authorization": token}).status_code == 200
+    database.devices.revoke("lamp")
+    revoked = client.get("/me", headers={"Authorization": token})
+    assert (revoked.status_code, "withdrew" in revoked.json()["detail"]) == (403, True)
+    wrong = client.get("/me", headers={"Authorization": "Bearer " + bearer_token("lamp", "wrong")})
+    assert (wrong.status_code, wrong.text) == (401, client.get("/me").text)
+
+
+def test_a_role_is_required(client: Client, database: Database) -> None:
+    """A client's role does not open an administrator's route."""
+    refused = client.get("/admin", headers={"Authorization": generated(database, "lamp")})
+    assert (refused.status_code, refused.json()["error"]) == (403, "AccessDeniedError")
+    admin = generated(database, "boss", role=Role.ADMIN)
+    assert client.get("/admin", headers={"Authorization": admin}).json() == "boss"
+
+
+def test_too_many_attempts(client: Client) -> None:
+    """After too many failed checks the reply has the status 429 and the time to wait."""
+    headers = {"Authorization": basic("klaus:é", "a wrong secret")}
+    replies = [client.get("/me", headers=headers) for _ in range(3)]
+    assert [reply.status_code for reply in replies] == [401, 401, 429]
+    assert int(replies[2].headers["retry-after"]) > 0
+
+
+def test_status_without_handlers(database: Database) -> None:
+    """An application that does not install the error handlers refuses with the same status."""
+    app = make_app()
+    app.exception_handlers.clear()
+    refused = Client(app, database).get("/me")
+    assert (refused.status_code, refused.headers["www-authenticate"][:6]) == (401, "Bearer")
+
+
+def test_documented_schemes(client: Client) -> None:
+    """The OpenAPI document names both schemes as alternatives."""
+    document = client.get("/openapi.json").json()
+    assert document["paths"]["/me"]["get"]["security"] == [{"device-bearer": []}, {"device-basic": []}]
+    assert set(document["components"]["securitySchemes"]) == {"device-bearer", "device-basic"}
+
+
+def test_the_check_does_not_block_the_event_loop(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a slow hash is computed, the event loop runs other tasks."""
+    app, began, go_on = make_app(), threading.Event(), threading.Event()
+    original = database._pairing.check_secret
+
+    def slow(*arguments: Any) -> Any:
+        began.set()
+        assert go_on.wait(30)
+        return original(*arguments)
+
+    monkeypatch.setattr(database._pairing, "check_secret", slow)
+
+    async def ask() -> int:
+        import httpx
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+            task = asyncio.create_task(client.get("/me", headers={"Authorization": basic("klaus:é", PASSWORD)}))
+            await asyncio.to_thread(began.wait, 30)
+            go_on.set()
+            return (await task).status_code
+
+    app.state.homeagent_database = database
+    assert asyncio.run(ask()) == 200
+
+
+def test_lifespan_opens_sweeps_and_closes(tmp_path: Path) -> None:
+    """The lifespan opens the database, runs the application's own lifespan inside, and closes the database."""
+    events: list[str] = []
+
+    @asynccontextmanager
+    async def own(app: FastAPI) -> AsyncIterator[dict[str, str]]:
+        app.state.homeagent_database.ping()
+        events.append("begin")
+        yield {"name": "hub"}
+        app.state.homeagent_database.ping()
+        events.append("end")
+
+    app = FastAPI(lifespan=lifespan(tmp_path / "hub.db", then=own, pool_size=3))
+
+    @app.get("/")
+    def status(database: DatabaseDep) -> bool:
+        return database._sweepers[0].running
+
+    async def serve() -> Database:
+        async with app.router.lifespan_context(app):
+            running = await asyncio.to_thread(lambda: Client(app).get("/").json())
+            assert running is True
+            database: Database = app.state.homeagent_database
+            return database
+
+    database = asyncio.run(serve())
+    assert events == ["begin", "end"]
+    with pytest.raises(errors.DatabaseClosedError):
+        database.ping()
+
+
+def test_a_missing_lifespan_is_named() -> None:
+    """If the application runs without the lifespan, the error says so; a test can replace the dependency."""
+    app = FastAPI()
+    app.include_router(health_router)
+    with pytest.raises(errors.UnitStateError, match="no open database: pass FastAPI"):
+        Client(app).get("/health")
+    with Database.open(":memory:") as database:
+        app.dependency_overrides[get_database] = lambda: database
+        assert Client(app).get("/health").json() == {"status": "ok"}
+
+
+def test_health(client: Client, database: Database) -> None:
+    """The health route is open to all, and has the status 503 if the database does not answer."""
+    assert client.get("/health").status_code == 200
+    database.close()
+    closed = client.get("/health")
+    assert (closed.status_code, closed.json()["detail"]) == (503, "The database does not answer.")

@@ -1,0 +1,321 @@
+"""The header Idempotency-Key, and signed webhooks: an effect happens once, and a retry gets the first answer."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import json
+import re
+from datetime import timedelta
+from typing import Annotated, Any
+
+import httpx
+import pytest
+from fastapi import Depends, FastAPI, File, Form, HTTPException, UploadFile
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, SecretStr
+
+from homeagent import Attempt, Database, DevicePair, Role, errors
+from homeagent.fastapi import (
+    CurrentDevice,
+    Once,
+    Webhook,
+    bearer_token,
+    idempotent,
+    install_error_handlers,
+    signed_webhook,
+)
+from homeagent.testing import FakeClock
+from tests.asgi import Client
+from tests.conftest import ROOT
+
+Key = Annotated[Once, Depends(idempotent())]
+
+
+class Door(BaseModel):
+    name: str
+    count: int
+
+
+class House:
+    """The effects of the application, with a count of their runs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.keys: list[str] = []
+
+    async def open(self, name: str, key: str) -> Door:
+        self.count += 1
+        self.keys.append(key)
+        return Door(name=name, count=self.count)
+
+    def close(self, attempt: Attempt) -> dict[str, Any]:
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()  # a plain function does not block the event loop
+        self.count += 1
+        return {"count": self.count}
+
+    def fail(self, error: Exception) -> None:
+        self.count += 1
+        raise error
+
+
+def make_app(house: House) -> FastAPI:
+    """Return an application whose effects are counted."""
+    app = FastAPI()
+    install_error_handlers(app)
+
+    @app.post("/doors/{door}/open")
+    async def open_door(door: str, device: CurrentDevice, once: Key) -> Any:
+        return await once(lambda attempt: house.open(door, attempt.downstream_key))
+
+    @app.post("/doors/{door}/close", status_code=202)
+    async def close_door(door: str, once: Annotated[Once, Depends(idempotent(required=False))]) -> dict[str, Any]:
+        answer: dict[str, Any] = await once(house.close)
+        return answer
+
+    @app.post("/created")
+    async def created(once: Key) -> Any:
+        return await once(lambda attempt: JSONResponse(house.close(attempt), 201))
+
+    @app.post("/text")
+    async def text(once: Key) -> Any:
+        return await once(lambda attempt: PlainTextResponse(f"n° {house.close(attempt)['count']}", 203))
+
+    @app.post("/stream")
+    async def stream(once: Key) -> Any:
+        return await once(lambda attempt: StreamingResponse(iter([str(house.close(attempt))])))
+
+    @app.post("/fail/{kind}")
+    async def fail(kind: str, once: Key) -> Any:
+        failures: dict[str, Exception] = {
+            "http": HTTPException(404, "no such door"),
+            "absent": errors.AgentNotFoundError("private"),
+            "failed": errors.EffectFailedError({"jammed": True}),
+            "later": errors.EffectNotStartedError("private"),
+            "crash": RuntimeError("private"),
+        }
+        return await once(lambda attempt: house.fail(failures[kind]))
+
+    return app
+
+
+@pytest.fixture
+def house() -> House:
+    """The application's effects."""
+    return House()
+
+
+@pytest.fixture
+def client(homeagent_database: Database, house: House) -> Client:
+    """A client of the application with the credentials of an approved device."""
+    secrets = {}
+    for name in ("phone", "tablet"):
+        secrets[name] = homeagent_database.pair(DevicePair(id=name, role=Role.CLIENT)).shared_secret
+        homeagent_database.devices.approve(name)
+    client = Client(make_app(house), homeagent_database, raises=False)
+    client.headers["Authorization"] = "Bearer " + bearer_token("phone", secrets["phone"])
+    client.headers["X-Tablet"] = "Bearer " + bearer_token("tablet", secrets["tablet"])
+    return client
+
+
+def post(client: Client, path: str, key: str | None = "k-1", **request: Any) -> httpx.Response:
+    """Send a request with a key."""
+    headers = {**request.pop("headers", {}), **({} if key is None else {"Idempotency-Key": key})}
+    return client.post(path, headers=headers, **request)
+
+
+def test_a_retry_gets_the_first_answer(client: Client, house: House) -> None:
+    """The effect runs once for a key; a retry gets the same status and body, and the header says that it is one."""
+    first, retry = post(client, "/doors/front/open"), post(client, "/doors/front/open", '"k-1"')
+    assert first.json() == retry.json() == {"name": "front", "count": 1}
+    assert "idempotency-replayed" not in first.headers
+    assert retry.headers["idempotency-replayed"] == "true"
+    assert post(client, "/doors/front/open", "k-2").json()["count"] == 2
+    assert len(set(house.keys)) == 2
+    for path, status in (("/doors/front/close", 202), ("/created", 201), ("/text", 203)):
+        first, retry = post(client, path), post(client, path)
+        assert (first.status_code, first.content) == (retry.status_code, retry.content)
+        assert first.headers["content-type"] == retry.headers["content-type"]
+        assert (first.status_code, retry.headers["idempotency-replayed"]) == (status, "true")
+
+
+def test_keys_belong_to_a_device_and_a_route(client: Client, house: House) -> None:
+    """Another device, and another route, can use the same key for their own effects."""
+    tablet = client.headers["X-Tablet"]
+    assert post(client, "/doors/front/open").json()["count"] == 1
+    assert post(client, "/doors/front/open", headers={"Authorization": tablet}).json()["count"] == 2
+    assert post(client, "/created").json()["count"] == 3
+
+
+@pytest.mark.parametrize("key", [None, "", "a\x7fb", "k" * 2000])
+def test_an_absent_or_invalid_key(client: Client, house: House, key: str | None) -> None:
+    """Without a valid key the request is refused, if the route requires a key."""
+    response = post(client, "/created", key)
+    assert (response.status_code, response.json()["error"]) == (400, "InvalidArgumentError")
+    assert house.count == 0
+    twice = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+    assert client.post("/created", headers=twice).status_code == 400
+    if key is None:
+        assert [post(client, "/doors/front/close", key).json()["count"] for _ in range(2)] == [1, 2]
+
+
+def test_another_request_under_the_same_key(client: Client, house: House) -> None:
+    """If the body, the query or the path differs, the key is refused."""
+    assert post(client, "/doors/front/open", json={"a": 1}).status_code == 200
+    for path, value in (("/doors/front/open", 2), ("/doors/back/open", 1), ("/doors/front/open?x=1", 1)):
+        response = post(client, path, json={"a": value})
+        assert (response.status_code, response.json()["error"]) == (422, "FingerprintMismatchError")
+    assert house.count == 1
+
+
+def test_forms(client: Client, house: House) -> None:
+    """The fields and the files of a form count as its body, and the route can still read them."""
+    pytest.importorskip("python_multipart")
+
+    @client.app.post("/form")
+    async def form(once: Key, name: Annotated[str, Form()], photo: Annotated[UploadFile, File()]) -> Any:
+        content = await photo.read()
+        return await once(lambda attempt: {"size": len(content), **house.close(attempt)})
+
+    photos = [{"photo": ("p.png", content)} for content in (b"abc", b"abc", b"d")]
+    answers = [post(client, "/form", data={"name": "x"}, files=photo) for photo in photos]
+    assert [answer.status_code for answer in answers] == [200, 200, 422]
+    assert answers[1].json() == {"size": 3, "count": 1}
+
+
+def test_failures(client: Client, house: House) -> None:
+    """A known failure is an answer that retries get again. `EffectNotStartedError` frees the key."""
+    for number, (kind, status) in enumerate({"http": 404, "absent": 404, "failed": 422}.items(), 1):
+        first, retry = (post(client, f"/fail/{kind}", kind) for _ in range(2))
+        assert (first.status_code, first.content) == (status, retry.content) == (retry.status_code, first.content)
+        assert first.headers["content-type"] == retry.headers["content-type"] == "application/problem+json"
+        assert retry.headers["idempotency-replayed"] == "true"
+        assert house.count == number
+    assert first.json()["data"] == {"jammed": True}
+    later = [post(client, "/fail/later", "later") for _ in range(2)]
+    assert [(each.status_code, each.headers["retry-after"]) for each in later] == [(503, "1")] * 2
+    assert house.count == 5
+
+
+def test_an_unknown_outcome(client: Client, house: House, homeagent_clock: FakeClock) -> None:
+    """After a crash of the effect, a retry is told to wait, and later that the outcome is unknown."""
+    assert post(client, "/fail/crash").status_code == 500
+    waiting = post(client, "/fail/crash")
+    assert (waiting.status_code, waiting.headers["retry-after"]) == (409, "60")
+    homeagent_clock.advance(timedelta(minutes=2))
+    unknown = post(client, "/fail/crash")
+    assert (unknown.status_code, unknown.json()["error"]) == (409, "OutcomeUnknownError")
+    assert house.count == 1
+
+
+def test_an_answer_that_cannot_be_stored(client: Client, house: House) -> None:
+    """The first request gets a streamed answer, and a retry learns that the effect took place."""
+    assert post(client, "/stream").text == "{'count': 1}"
+    retry = post(client, "/stream")
+    assert (retry.status_code, retry.json()["error"]) == (409, "IdempotencyError")
+    assert house.count == 1
+
+
+# Webhooks
+
+SECRET = "whsec_" + base64.b64encode(bytes(range(24))).decode()
+OTHER = "whsec_" + base64.b64encode(bytes(24)).decode()
+
+
+def sign(secret: str, message_id: str, at: int, body: bytes) -> dict[str, str]:
+    """Return the headers of a message, as the specification of Standard Webhooks says."""
+    key = base64.b64decode(secret.removeprefix("whsec_"))
+    digest = hmac.digest(key, f"{message_id}.{at}.".encode() + body, "sha256")
+    signature = "v1," + base64.b64encode(digest).decode()
+    return {"webhook-id": message_id, "webhook-timestamp": str(at), "webhook-signature": signature}
+
+
+@pytest.fixture
+def hooks(homeagent_database: Database, house: House) -> Client:
+    """A client of an application that accepts webhooks."""
+    app = FastAPI()
+    install_error_handlers(app)
+
+    @app.post("/hook")
+    async def hook(webhook: Annotated[Webhook, Depends(signed_webhook([OTHER, SECRET], sender="bell"))]) -> Any:
+        return await webhook(lambda attempt: {"rung": webhook.json()["rung"], **house.close(attempt)})
+
+    return Client(app, homeagent_database)
+
+
+def test_a_webhook_is_handled_once(hooks: Client, house: House, homeagent_clock: FakeClock) -> None:
+    """A signed message is handled once: a replay, and a later repetition by the sender, get the first answer."""
+    body, now = b'{"rung": 1}', int(homeagent_clock().timestamp())
+    headers = sign(SECRET, "m-1", now, body)
+    first = hooks.post("/hook", content=body, headers=headers)
+    assert (first.status_code, first.json()) == (200, {"rung": 1, "count": 1})
+    replay = hooks.post("/hook", content=body, headers=headers)
+    assert (replay.content, replay.headers["idempotency-replayed"]) == (first.content, "true")
+    homeagent_clock.advance(timedelta(hours=1))
+    assert hooks.post("/hook", content=body, headers=headers).status_code == 401
+    repeated = hooks.post("/hook", content=body, headers=sign(SECRET, "m-1", now + 3600, body))
+    assert (repeated.content, house.count) == (first.content, 1)
+    rotated = sign(OTHER, "m-2", now + 3600, body)
+    rotated["webhook-signature"] = f"v1a,xyz {rotated['webhook-signature']}"
+    assert hooks.post("/hook", content=body, headers=rotated).json()["count"] == 2
+
+
+def test_forged_webhooks(hooks: Client, house: House, homeagent_clock: FakeClock) -> None:
+    """A changed body, id, time or signature, an old or a future time, and absent headers get the same refusal."""
+    body, now = b'{"rung": 1}', int(homeagent_clock().timestamp())
+    right = sign(SECRET, "m-1", now, body)
+    attempts = [
+        (b'{"rung": 2}', right),
+        (body, {**right, "webhook-id": "m-2"}),
+        (body, {**right, "webhook-timestamp": str(now + 1)}),
+        (body, {**right, "webhook-signature": "v1," + "A" * 43 + "="}),
+        (body, {**right, "webhook-signature": right["webhook-signature"].replace("v1,", "v1a,")}),
+        (body, sign("whsec_" + "A" * 32 + "AAAA", "m-1", now, b"x")),
+        (body, sign(SECRET, "m-1", now - 301, body)),
+        (body, sign(SECRET, "m-1", now + 301, body)),
+        (body, sign(SECRET, "", now, body)),
+        (body, {**right, "webhook-timestamp": "٣"}),
+        (body, {}),
+    ]
+    replies = [
+        hooks.post("/hook", content=content, headers={name: value.encode() for name, value in headers.items()})
+        for content, headers in attempts
+    ]
+    assert {reply.status_code for reply in replies} == {401}
+    assert len({reply.text for reply in replies}) == 1
+    assert house.count == 0
+    assert json.loads(replies[0].text)["error"] == "AuthenticationError"
+
+
+def test_invalid_webhook_settings() -> None:
+    """A secret that is short or malformed, no secret, and a short time of the records are refused at once."""
+    secrets: list[Any] = ["whsec_", "whsec_%%%", "whsec_" + base64.b64encode(bytes(23)).decode(), []]
+    for secret in secrets:
+        with pytest.raises(errors.InvalidArgumentError):
+            signed_webhook(secret, sender="bell")
+    with pytest.raises(errors.InvalidArgumentError, match="ttl must be more than twice"):
+        signed_webhook(SECRET, sender="bell", ttl=timedelta(minutes=10))
+
+
+def test_the_guide(homeagent_database: Database, homeagent_clock: FakeClock) -> None:
+    """The application of the guide answers as the guide says."""
+    page = (ROOT / "docs" / "fastapi.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {"secret": SECRET}
+    for block in re.findall("^```py\n(.*?)^```$", page, re.M | re.S):
+        exec(block, names)  # noqa: S102  the guide's own code
+    client = Client(names["app"], homeagent_database)
+    paired = homeagent_database.pair(
+        DevicePair(id="anna", role=Role.ADMIN, shared_secret=SecretStr("a secret of anna"))
+    )
+    homeagent_database.devices.approve("anna")
+    homeagent_database.pair(DevicePair(id="lamp", role=Role.NODE))
+    token = bearer_token("anna", paired.shared_secret)
+    token = client.post("/sign-in/browser", headers={"Authorization": f"Bearer {token}"}).json()["token"]
+    client.headers["Authorization"] = f"Bearer {token}"
+    assert post(client, "/doors/front/open").json() == {"opened": "front"}
+    assert client.post("/devices/lamp/approve").json() == {"changed": True}
+    headers = sign(SECRET, "m-1", int(homeagent_clock().timestamp()), b'{"door": "front"}')
+    assert client.post("/bell", content=b'{"door": "front"}', headers=headers).json() == {"rung": "front"}
+    assert client.get("/health").status_code == 200
