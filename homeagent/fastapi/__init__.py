@@ -7,6 +7,7 @@
 | `CurrentDevice`, `require_role` | dependencies: the approved device that sent the request |
 | `idempotent`, `Once` | run an effect once for each Idempotency-Key of a device |
 | `signed_webhook`, `Webhook` | the same for the messages of a Standard Webhooks sender |
+| `accept_device` | accept a WebSocket from a device, until the device loses its access |
 | `install_error_handlers`, `ErrorReply`, `error_replies` | problem details (RFC 9457) for each error |
 | `health_router` | `GET /health` |
 """
@@ -16,6 +17,7 @@ from homeagent.fastapi.lifespan import DatabaseDep, get_database, health_router,
 from homeagent.fastapi.once import Once, idempotent
 from homeagent.fastapi.problems import ErrorReply, error_replies, install_error_handlers
 from homeagent.fastapi.webhooks import Webhook, signed_webhook
+from homeagent.fastapi.websocket import accept_device
 
 __all__ = [
     "CurrentDevice",
@@ -23,6 +25,7 @@ __all__ = [
     "ErrorReply",
     "Once",
     "Webhook",
+    "accept_device",
     "bearer_token",
     "current_device",
     "error_replies",

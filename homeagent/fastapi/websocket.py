@@ -1,0 +1,135 @@
+"""Accept WebSockets of devices, until the device loses its access.
+
+| close code | reason |
+|---|---|
+| 4400 | a message of the handshake was invalid |
+| 4401 | the proof or the time was wrong, or the device does not exist; later: deleted, or its secret was replaced |
+| 4403 | the device is pending or revoked |
+| 4408 | the handshake took too long |
+| 1013 | the database is busy, or a limit is reached: try again later |
+| 1011 | the database or its feed of changes could not be read |
+
+The handshake does not depend on the address, so a reverse proxy may end the TLS connection. The proxy must pass on the
+headers `Upgrade` and `Connection`, and must use a longer idle timeout than the server's pings (uvicorn: 20 s).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import anyio
+from anyio.to_thread import run_sync
+from fastapi import WebSocket, WebSocketDisconnect, WebSocketException
+
+from homeagent.database import Database
+from homeagent.errors import (
+    AccessDeniedError,
+    AuthenticationError,
+    ConnectionLostError,
+    DatabaseBusyError,
+    DatabaseClosedError,
+    HandshakeError,
+    HomeAgentError,
+    LimitError,
+    TooManyAttemptsError,
+)
+from homeagent.handshake import Admission, authenticate_device, recheck
+from homeagent.models.device import Device
+
+__all__ = ["accept_device"]
+
+logger = logging.getLogger("homeagent")
+
+
+@asynccontextmanager
+async def accept_device(
+    websocket: WebSocket,
+    database: Database,
+    *,
+    time_limit: timedelta = timedelta(seconds=10),
+    skew: timedelta = timedelta(minutes=5),
+) -> AsyncIterator[Device]:
+    """Accept a WebSocket, run the handshake, and yield the approved device.
+
+    If the device is revoked or deleted, if its secret is replaced, or if the changes can't be read, the block is
+    cancelled and the WebSocket is closed. The table of this module has the close codes.
+
+    Args:
+        websocket: WebSocket that was not accepted yet.
+        database: the open database.
+        time_limit: longest duration of the handshake.
+        skew: allowed difference between the device's clock and the gateway's clock.
+
+    Raises:
+        WebSocketException: if the device has no access, or loses its access. Starlette then closes the WebSocket.
+        WebSocketDisconnect: if the device closed the WebSocket during the handshake.
+    """
+    # Subscribe before the handshake reads the approval. Otherwise a revocation between the two would be missed.
+    changes = await run_sync(database.watch_devices)  # type: ignore[attr-defined]
+    await websocket.accept()
+
+    async def receive() -> object:
+        message = await websocket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1005), message.get("reason"))
+        return message.get("text")
+
+    try:
+        admission = await authenticate_device(
+            database, send=websocket.send_text, receive=receive, time_limit=time_limit, skew=skew
+        )
+    except HomeAgentError as error:
+        raise _closing(error) from error
+    ended: list[HomeAgentError] = []
+    failure: Exception | None = None
+    async with anyio.create_task_group() as group:
+
+        async def watch() -> None:
+            ended.append(await _end_of_access(database, admission, changes))
+            group.cancel_scope.cancel()
+
+        group.start_soon(watch)
+        try:
+            yield admission.device
+        except Exception as error:  # noqa: BLE001  raised again below, because the task group would wrap the error
+            failure = error
+        group.cancel_scope.cancel()
+    if ended:
+        raise _closing(ended[0]) from ended[0]
+    if failure is not None:
+        raise failure
+
+
+async def _end_of_access(database: Database, admission: Admission, changes: AsyncIterator[Any]) -> HomeAgentError:
+    """Wait until the device has no access any more or the changes can't be read, and return the reason."""
+    try:
+        async for change in changes:
+            # A change without an id is a reset: the device can have changed in the meantime.
+            if change.device_id in {admission.device.id, None}:
+                await recheck(database, admission)
+    except HomeAgentError as error:
+        return error
+    return DatabaseClosedError("the changes of the devices have ended")
+
+
+def _closing(error: HomeAgentError) -> WebSocketException:
+    """Return the exception with which Starlette closes the WebSocket."""
+    if isinstance(error, HandshakeError):
+        return WebSocketException(4408 if isinstance(error.__cause__, TimeoutError) else 4400, str(error))
+    if isinstance(error, AuthenticationError):
+        return WebSocketException(4401, str(error))
+    if isinstance(error, AccessDeniedError):
+        return WebSocketException(4403, str(error))
+    if isinstance(error, (DatabaseBusyError, ConnectionLostError, LimitError, TooManyAttemptsError)):
+        return WebSocketException(1013, "try again later")
+    logger.error(
+        "a WebSocket was closed: %s",
+        type(error).__name__,
+        exc_info=error,
+        extra={"event": "websocket_closed", "error": type(error).__name__},
+    )
+    return WebSocketException(1011, "the server could not check the device")
