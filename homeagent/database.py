@@ -25,9 +25,16 @@ from homeagent.database_maintenance import DatabaseMaintenance
 from homeagent.device_changes import DeviceChanges, DeviceWatcher
 from homeagent.device_secrets import DeviceSecrets
 from homeagent.engine.engine import Engine
-from homeagent.engine.postgresql.engine import POOL_SIZE
-from homeagent.engine.sqlite.engine import Durability
 from homeagent.engine.target import conceal
+from homeagent.environment import (
+    BUSY_TIMEOUT,
+    DURABILITY,
+    POOL_SIZE,
+    Durability,
+    busy_timeout_or_default,
+    durability_or_default,
+    pool_size_or_default,
+)
 from homeagent.errors import InvalidArgumentError
 from homeagent.frame_locals import clears_locals
 from homeagent.idempotency import ARUN_ONCE, LeaseTimer, OnAbandoned, OnceCall, arun_once, run_once
@@ -97,8 +104,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         target: str | PathLike[str] | URL | None = None,
         *,
         clock: Clock = system_clock,
-        busy_timeout: timedelta = timedelta(seconds=30),
-        durability: Durability = "full",
+        busy_timeout: timedelta = BUSY_TIMEOUT,
+        durability: Durability = DURABILITY,
         migrate: bool = True,
         pool_size: int = POOL_SIZE,
         unit: type[V] | None = None,
@@ -108,6 +115,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         limits: Limits = _DEFAULT_LIMITS,
     ) -> Database[V]:
         """Open a database. Create or upgrade its schema first if necessary.
+
+        The environment can set the arguments that the caller leaves out (see `homeagent.environment`).
 
         Args:
             target: path, URL, or `":memory:"` for a private temporary database. None means the value of the environment
@@ -135,7 +144,9 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         """
         given = conceal(target)
         del target
-        busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
+        busy_timeout = check_wait(busy_timeout_or_default(busy_timeout), "busy_timeout", zero=True)
+        durability = durability_or_default(durability)
+        pool_size = pool_size_or_default(pool_size)
         check_function(clock, "clock")
         if not isinstance(limits, Limits):
             raise InvalidArgumentError(f"limits must be Limits(…), not {type(limits).__name__}")

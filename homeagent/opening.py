@@ -13,8 +13,9 @@ from homeagent.engine.engine import Engine
 from homeagent.engine.files.directories import prepare_directory
 from homeagent.engine.files.filesystems import refuse_network_filesystem
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
-from homeagent.engine.sqlite.engine import Durability, SQLiteEngine
+from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.target import Given, resolve_target
+from homeagent.environment import Durability
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.application import Application
 from homeagent.migrations.sqlite import open_sqlite
@@ -39,8 +40,6 @@ def open_engine(
 
     If the schema cannot be used, `open_engine` closes the engine and raises the error.
     """
-    if durability not in ("full", "normal"):
-        raise InvalidArgumentError("durability must be 'full' or 'normal'")
     if check_limit(pool_size, "pool_size") > 1000:
         raise InvalidArgumentError("pool_size must be 1 to 1000")
     application = Application.of(migrations, acknowledged)

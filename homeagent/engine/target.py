@@ -103,7 +103,12 @@ def resolve_target(target: Given) -> Target:
             server's URL contains a byte that is not UTF-8, or a host or a port that can't exist. The message does not
             show the URL or the address, which can contain a password.
     """
-    found = _read(target)
+    try:
+        found = _read(target)
+    except InvalidArgumentError as error:
+        found = error
+    if isinstance(found, InvalidArgumentError) and target is None and os.environ.get(ENVIRONMENT_VARIABLE):
+        raise InvalidArgumentError(f"the value of {ENVIRONMENT_VARIABLE} is invalid: {found}")
     # Do not raise the error in `_read`, because a local variable of the frame of `_read` holds the password.
     if isinstance(found, InvalidArgumentError):
         raise found

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
 
-__all__ = ["POOL_SIZE", "PostgreSQLEngine"]
-
-POOL_SIZE = 10
+__all__ = ["PostgreSQLEngine"]
 
 # Limits on the wait for a host that does not answer, in seconds, and in milliseconds for `tcp_user_timeout`. By default
 # libpq waits without a limit to connect, sends the first keepalive after two hours, and waits about 15 minutes on Linux
@@ -75,7 +73,7 @@ class PostgreSQLEngine(Engine):
     write_connection_type = PostgreSQLConnection
     read_connection_type = PostgreSQLConnection
 
-    def __init__(self, url: URL, *, busy_timeout: timedelta, pool_size: int = POOL_SIZE) -> None:
+    def __init__(self, url: URL, *, busy_timeout: timedelta, pool_size: int = 10) -> None:
         try:
             import psycopg
         except ImportError:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import apsw
@@ -38,6 +38,7 @@ from homeagent.engine.sqlite.foreign_access import guard_of, open_guarded
 from homeagent.engine.sqlite.lock_wait import LockWait
 from homeagent.engine.sqlite.open_statements import end_with_transactions
 from homeagent.engine.sqlite.write_ahead_log import has_frames
+from homeagent.environment import Durability
 from homeagent.errors import (
     CorruptDatabaseError,
     DatabaseError,
@@ -54,9 +55,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("homeagent")
 
-__all__ = ["APPLICATION_ID", "Durability", "SQLiteEngine", "lock_path", "sidecar_lock"]
-
-Durability = Literal["full", "normal"]
+__all__ = ["APPLICATION_ID", "SQLiteEngine", "lock_path", "sidecar_lock"]
 
 APPLICATION_ID = 0x48414731
 """The text `HAG1`, in each homeagent database's header (https://sqlite.org/pragma.html#pragma_application_id)."""

@@ -1,0 +1,82 @@
+"""Settings from the environment, for arguments of `Database.open` that the caller leaves out.
+
+| variable | argument | value |
+|---|---|---|
+| `HOMEAGENT_DATABASE` | `target` | path or URL |
+| `HOMEAGENT_DURABILITY` | `durability` | `full` or `normal` |
+| `HOMEAGENT_BUSY_TIMEOUT` | `busy_timeout` | seconds, such as `30` or `0.5` |
+| `HOMEAGENT_POOL_SIZE` | `pool_size` | whole number from 1 to 1,000 |
+
+An argument wins over its variable, even if the argument has the default value. An empty variable counts as absent.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import timedelta
+from typing import Literal, cast
+
+from homeagent.errors import InvalidArgumentError
+
+__all__ = [
+    "BUSY_TIMEOUT",
+    "DURABILITY",
+    "MAX_POOL_SIZE",
+    "POOL_SIZE",
+    "Durability",
+    "busy_timeout_or_default",
+    "durability_or_default",
+    "pool_size_or_default",
+]
+
+Durability = Literal["full", "normal"]
+
+MAX_POOL_SIZE = 1000
+
+
+class _Text(str):
+    """A default value. The object differs from each `str` that a caller can pass."""
+
+    __slots__ = ()
+
+
+class _Number(int):
+    """A default value. The object differs from each `int` that a caller can pass."""
+
+    __slots__ = ()
+
+
+# The defaults in the signature of `Database.open`. Compare by identity: the caller can pass an equal value.
+BUSY_TIMEOUT = timedelta(seconds=30)
+DURABILITY = cast("Durability", _Text("full"))
+POOL_SIZE: int = _Number(10)
+
+
+def busy_timeout_or_default(given: timedelta) -> timedelta:
+    """Return the argument, or the value of `HOMEAGENT_BUSY_TIMEOUT` if the caller left the argument out."""
+    text = os.environ.get("HOMEAGENT_BUSY_TIMEOUT") if given is BUSY_TIMEOUT else None
+    if not text:
+        return given
+    if re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,6})?", text) is None:
+        raise InvalidArgumentError("HOMEAGENT_BUSY_TIMEOUT must be a number of seconds, such as 30 or 0.5")
+    return timedelta(seconds=float(text))
+
+
+def durability_or_default(given: Durability) -> Durability:
+    """Return the argument, or the value of `HOMEAGENT_DURABILITY` if the caller left the argument out."""
+    text = (os.environ.get("HOMEAGENT_DURABILITY") if given is DURABILITY else None) or given
+    if text not in ("full", "normal"):
+        name = "durability" if text is given else "HOMEAGENT_DURABILITY"
+        raise InvalidArgumentError(f"{name} must be 'full' or 'normal'")
+    return "full" if text == "full" else "normal"
+
+
+def pool_size_or_default(given: int) -> int:
+    """Return the argument, or the value of `HOMEAGENT_POOL_SIZE` if the caller left the argument out."""
+    if given is not POOL_SIZE:
+        return given
+    text = os.environ.get("HOMEAGENT_POOL_SIZE") or str(int(given))
+    if re.fullmatch("[0-9]{1,4}", text) is None or not 1 <= int(text) <= MAX_POOL_SIZE:
+        raise InvalidArgumentError(f"HOMEAGENT_POOL_SIZE must be a whole number from 1 to {MAX_POOL_SIZE:,}")
+    return int(text)
