@@ -79,6 +79,11 @@ def make_app(house: House) -> FastAPI:
     async def created(once: Key) -> Any:
         return await once(lambda attempt: JSONResponse(house.close(attempt), 201))
 
+    @app.post("/twice")
+    async def twice(once: Key) -> Any:
+        await once(house.close)
+        return await once(house.close)
+
     @app.post("/text")
     async def text(once: Key) -> Any:
         return await once(lambda attempt: PlainTextResponse(f"n° {house.close(attempt)['count']}", 203))
@@ -207,6 +212,12 @@ def test_an_unknown_outcome(client: Client, house: House, homeagent_clock: FakeC
     homeagent_clock.advance(timedelta(minutes=2))
     unknown = post(client, "/fail/crash")
     assert (unknown.status_code, unknown.json()["error"]) == (409, "OutcomeUnknownError")
+    assert house.count == 1
+
+
+def test_two_effects_of_a_request(client: Client, house: House) -> None:
+    """A second call for the same request is refused, because it would get the outcome of the first effect."""
+    assert post(client, "/twice").status_code == 500
     assert house.count == 1
 
 

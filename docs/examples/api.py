@@ -1,16 +1,17 @@
-"""Serve the store over HTTP. Requests and replies are homeagent's models. Each handler opens its own unit of work.
+"""Serve the store over HTTP. Requests and replies are homeagent's models, and each call of a store is a separate unit.
 
     uvicorn --factory docs.examples.api:create_app
 
-This example does not authenticate its callers. Add authentication first, because every caller can approve devices.
+Each device may pair. Approve the first administrator with `homeagent devices approve`. Administrators manage devices
+and agents, and every approved device uses sessions.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from os import PathLike
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Response
 from pydantic import AwareDatetime, BaseModel
 
 from homeagent import (
@@ -26,7 +27,25 @@ from homeagent import (
     DeviceUpdate,
     Role,
 )
-from homeagent.fastapi import error_replies, install_error_handlers
+from homeagent.fastapi import (
+    DatabaseDep,
+    current_device,
+    error_replies,
+    health_router,
+    install_error_handlers,
+    lifespan,
+    require_role,
+)
+
+for_all = APIRouter()
+for_devices = APIRouter(dependencies=[Depends(current_device)], responses=error_replies(401, 403, 404, 409, 429, 503))
+for_admins = APIRouter(
+    dependencies=[Depends(require_role(Role.ADMIN))], responses=error_replies(401, 403, 404, 409, 429, 503)
+)
+
+# Starlette decodes `%2F` before it searches the route. So the id is the last part of each route, as a `:path`.
+
+Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
 class PairReply(BaseModel):
@@ -43,158 +62,132 @@ class Changed(BaseModel):
     changed: bool
 
 
-def create_app(database: Database | None = None) -> FastAPI:
-    """Return the application.
+@for_all.post("/devices", status_code=201, responses=error_replies(409, 429, 503))
+def pair(request: DevicePair, response: Response, database: DatabaseDep) -> PairReply:
+    paired = database.pair(request)
+    made = paired.shared_secret.get_secret_value() if request.shared_secret is None else None
+    response.headers["Cache-Control"] = "no-store"
+    return PairReply(device=DevicePublic.model_validate(paired.device), shared_secret=made)
 
-    Args:
-        database: the store. The application does not close this database. If None, the application opens the default
-            database, and closes that database at the end.
-    """
-    opened = database is None
-    store = Database.open() if database is None else database
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        if opened:
-            store.close()
+@for_admins.get("/devices", response_model=list[DevicePublic])
+def list_devices(
+    database: DatabaseDep,
+    role: Role | None = None,
+    status: DeviceStatus | None = None,
+    limit: Limit = 100,
+    after: str | None = None,
+) -> Any:
+    return database.devices.list(role=role, status=status, limit=limit, after=after)
 
-    app = FastAPI(title="HomeAgent", lifespan=lifespan)
+
+@for_admins.get("/devices/{device_id:path}", response_model=DevicePublic)
+def get_device(device_id: str, database: DatabaseDep) -> Any:
+    return database.devices.get(device_id)
+
+
+@for_admins.patch("/devices/{device_id:path}", response_model=DevicePublic)
+def update_device(device_id: str, changes: DeviceUpdate, database: DatabaseDep) -> Any:
+    return database.devices.update(device_id, changes)
+
+
+@for_admins.post("/devices/approve/{device_id:path}")
+def approve_device(
+    device_id: str,
+    database: DatabaseDep,
+    expected_role: Role,
+    expected_paired_at: AwareDatetime,
+    expected_status: DeviceStatus = DeviceStatus.PENDING,
+) -> Changed:
+    # The `expected_` arguments hold the state that the admin saw. If this state has changed, because the device was
+    # replaced or revoked, the reply has status 409.
+    changed = database.devices.approve(
+        device_id,
+        expected_role=expected_role,
+        expected_paired_at=expected_paired_at,
+        expected_status=expected_status,
+    )
+    return Changed(changed=changed)
+
+
+@for_admins.post("/devices/revoke/{device_id:path}")
+def revoke_device(device_id: str, database: DatabaseDep, reason: str | None = None, force: bool = False) -> Changed:
+    return Changed(changed=database.devices.revoke(device_id, reason=reason, force=force))
+
+
+@for_admins.post("/agents", status_code=201, response_model=AgentPublic)
+def create_agent(request: AgentCreate, database: DatabaseDep) -> Any:
+    return database.agents.create(request)
+
+
+@for_devices.get("/agents", response_model=list[AgentPublic])
+def list_agents(database: DatabaseDep, limit: Limit = 100, after: str | None = None) -> Any:
+    return database.agents.list(limit=limit, after=after)
+
+
+@for_devices.get("/agents/{agent_id:path}", response_model=AgentPublic)
+def get_agent(agent_id: str, database: DatabaseDep) -> Any:
+    return database.agents.get(agent_id)
+
+
+@for_admins.patch("/agents/{agent_id:path}", response_model=AgentPublic)
+def update_agent(agent_id: str, changes: AgentUpdate, database: DatabaseDep) -> Any:
+    return database.agents.update(agent_id, changes)
+
+
+@for_admins.delete("/agents/{agent_id:path}")
+def delete_agent(agent_id: str, database: DatabaseDep, delete_sessions: bool = False) -> Changed:
+    return Changed(changed=database.agents.delete(agent_id, delete_sessions=delete_sessions))
+
+
+@for_devices.post("/sessions", status_code=201, response_model=AgentSessionPublic)
+def create_session(request: AgentSessionCreate, database: DatabaseDep) -> Any:
+    return database.sessions.create(request)
+
+
+@for_devices.post("/sessions/resolve", response_model=AgentSessionPublic)
+def resolve_session(
+    agent_id: str, database: DatabaseDep, sender_id: str | None = None, channel_id: str | None = None
+) -> Any:
+    return database.sessions.resolve(agent_id=agent_id, sender_id=sender_id, channel_id=channel_id)
+
+
+@for_devices.get("/sessions", response_model=list[AgentSessionPublic])
+def list_sessions(
+    database: DatabaseDep,
+    agent_id: str | None = None,
+    sender_id: str | None = None,
+    channel_id: str | None = None,
+    limit: Limit = 100,
+    after: str | None = None,
+    after_active_at: AwareDatetime | None = None,
+) -> Any:
+    last = None if after is None else database.sessions.get(after)
+    if last is not None and after_active_at is not None:
+        # The previous page ended at this time. The session may have been active since then.
+        last = last.model_copy(update={"last_active_at": after_active_at})
+    return database.sessions.list(
+        agent_id=agent_id, sender_id=sender_id, channel_id=channel_id, limit=limit, after=last
+    )
+
+
+@for_devices.get("/sessions/{session_id:path}", response_model=AgentSessionPublic)
+def get_session(session_id: str, database: DatabaseDep) -> Any:
+    return database.sessions.get(session_id)
+
+
+@for_devices.post("/sessions/touch/{session_id:path}")
+def touch_session(session_id: str, database: DatabaseDep) -> Changed:
+    # A block is one unit: the session that was found can't be deleted before it is touched.
+    with database.unit_of_work() as unit:
+        unit.sessions.get(session_id)
+        return Changed(changed=unit.sessions.touch(session_id))
+
+
+def create_app(target: str | PathLike[str] | Database | None = None) -> FastAPI:
+    """Return the application, which opens the database of `target`, or uses an open database."""
+    app = FastAPI(title="HomeAgent", lifespan=lifespan(target))
     install_error_handlers(app)
-    _add_devices(app, store)
-    _add_agents(app, store)
-    _add_sessions(app, store)
+    for router in (for_all, for_devices, for_admins, health_router):
+        app.include_router(router)
     return app
-
-
-# FastAPI runs plain functions in its thread pool. Do not open the unit in a dependency: the unit would stay open while
-# FastAPI sends the reply.
-
-# Starlette decodes `%2F` before it searches the route. So the id is the last part of each route, as a `:path`.
-
-LIMIT = Query(default=100, ge=1, le=1000)
-
-
-def _add_devices(app: FastAPI, database: Database) -> None:
-    @app.post("/devices", status_code=201, responses=error_replies(409, 429, 503))
-    def pair(request: DevicePair, response: Response) -> PairReply:
-        paired = database.pair(request)
-        made = paired.shared_secret.get_secret_value() if request.shared_secret is None else None
-        response.headers["Cache-Control"] = "no-store"
-        return PairReply(device=DevicePublic.model_validate(paired.device), shared_secret=made)
-
-    @app.get("/devices", response_model=list[DevicePublic])
-    def list_devices(
-        role: Role | None = None, status: DeviceStatus | None = None, limit: int = LIMIT, after: str | None = None
-    ) -> list[DevicePublic]:
-        with database.unit_of_work(read_only=True) as unit:
-            found = unit.devices.list(role=role, status=status, limit=limit, after=after)
-        return [DevicePublic.model_validate(device) for device in found]
-
-    @app.get("/devices/{device_id:path}", responses=error_replies(404))
-    def get_device(device_id: str) -> DevicePublic:
-        with database.unit_of_work(read_only=True) as unit:
-            return DevicePublic.model_validate(unit.devices.get(device_id))
-
-    @app.patch("/devices/{device_id:path}", responses=error_replies(404, 503))
-    def update_device(device_id: str, changes: DeviceUpdate) -> DevicePublic:
-        with database.unit_of_work() as unit:
-            return DevicePublic.model_validate(unit.devices.update(device_id, changes))
-
-    @app.post("/devices/approve/{device_id:path}", responses=error_replies(404, 409, 503))
-    def approve_device(
-        device_id: str,
-        expected_role: Role,
-        expected_paired_at: AwareDatetime,
-        expected_status: DeviceStatus = DeviceStatus.PENDING,
-    ) -> Changed:
-        # The `expected_` arguments hold the state that the admin saw. If this state has changed, because the device
-        # was replaced or revoked, the reply has status 409.
-        with database.unit_of_work() as unit:
-            changed = unit.devices.approve(
-                device_id,
-                expected_role=expected_role,
-                expected_paired_at=expected_paired_at,
-                expected_status=expected_status,
-            )
-        return Changed(changed=changed)
-
-    @app.post("/devices/revoke/{device_id:path}", responses=error_replies(404, 409, 503))
-    def revoke_device(device_id: str, reason: str | None = None, force: bool = False) -> Changed:
-        with database.unit_of_work() as unit:
-            changed = unit.devices.revoke(device_id, reason=reason, force=force)
-        return Changed(changed=changed)
-
-
-def _add_agents(app: FastAPI, database: Database) -> None:
-    @app.post("/agents", status_code=201, responses=error_replies(409, 503))
-    def create_agent(request: AgentCreate) -> AgentPublic:
-        with database.unit_of_work() as unit:
-            return AgentPublic.model_validate(unit.agents.create(request))
-
-    @app.get("/agents")
-    def list_agents(limit: int = LIMIT, after: str | None = None) -> list[AgentPublic]:
-        with database.unit_of_work(read_only=True) as unit:
-            found = unit.agents.list(limit=limit, after=after)
-        return [AgentPublic.model_validate(agent) for agent in found]
-
-    @app.get("/agents/{agent_id:path}", responses=error_replies(404))
-    def get_agent(agent_id: str) -> AgentPublic:
-        with database.unit_of_work(read_only=True) as unit:
-            return AgentPublic.model_validate(unit.agents.get(agent_id))
-
-    @app.patch("/agents/{agent_id:path}", responses=error_replies(404, 503))
-    def update_agent(agent_id: str, changes: AgentUpdate) -> AgentPublic:
-        with database.unit_of_work() as unit:
-            return AgentPublic.model_validate(unit.agents.update(agent_id, changes))
-
-    @app.delete("/agents/{agent_id:path}", responses=error_replies(409, 503))
-    def delete_agent(agent_id: str, delete_sessions: bool = False) -> Changed:
-        with database.unit_of_work() as unit:
-            changed = unit.agents.delete(agent_id, delete_sessions=delete_sessions)
-        return Changed(changed=changed)
-
-
-def _add_sessions(app: FastAPI, database: Database) -> None:
-    @app.post("/sessions", status_code=201, responses=error_replies(404, 409, 503))
-    def create_session(request: AgentSessionCreate) -> AgentSessionPublic:
-        with database.unit_of_work() as unit:
-            return AgentSessionPublic.model_validate(unit.sessions.create(request))
-
-    @app.post("/sessions/resolve", responses=error_replies(404, 503))
-    def resolve_session(
-        agent_id: str, sender_id: str | None = None, channel_id: str | None = None
-    ) -> AgentSessionPublic:
-        with database.unit_of_work() as unit:
-            session = unit.sessions.resolve(agent_id=agent_id, sender_id=sender_id, channel_id=channel_id)
-            return AgentSessionPublic.model_validate(session)
-
-    @app.get("/sessions", responses=error_replies(404))
-    def list_sessions(
-        agent_id: str | None = None,
-        sender_id: str | None = None,
-        channel_id: str | None = None,
-        limit: int = LIMIT,
-        after: str | None = None,
-        after_active_at: AwareDatetime | None = None,
-    ) -> list[AgentSessionPublic]:
-        with database.unit_of_work(read_only=True) as unit:
-            last = None if after is None else unit.sessions.get(after)
-            if last is not None and after_active_at is not None:
-                # The previous page ended at this time. The session may have been active since then.
-                last = last.model_copy(update={"last_active_at": after_active_at})
-            found = unit.sessions.list(
-                agent_id=agent_id, sender_id=sender_id, channel_id=channel_id, limit=limit, after=last
-            )
-        return [AgentSessionPublic.model_validate(session) for session in found]
-
-    @app.get("/sessions/{session_id:path}", responses=error_replies(404))
-    def get_session(session_id: str) -> AgentSessionPublic:
-        with database.unit_of_work(read_only=True) as unit:
-            return AgentSessionPublic.model_validate(unit.sessions.get(session_id))
-
-    @app.post("/sessions/touch/{session_id:path}", responses=error_replies(404, 503))
-    def touch_session(session_id: str) -> Changed:
-        with database.unit_of_work() as unit:
-            unit.sessions.get(session_id)
-            return Changed(changed=unit.sessions.touch(session_id))

@@ -120,10 +120,8 @@ class Gateway:
         if event["device"] not in self._known and not self._welcome(event["device"]):
             self.tally.unapproved_refused += 1
             return
-        # Consume the nonce in a separate unit, because a later error must not roll the nonce back.
-        with self.database.unit_of_work() as unit:
-            fresh = unit.nonces.consume(event["device"], event["nonce"], expires_at=now + NONCE_LIFE)
-        if fresh:
+        # This call is a separate unit, because a later error must not roll the nonce back.
+        if self.database.nonces.consume(event["device"], event["nonce"], expires_at=now + NONCE_LIFE):
             with self.database.unit_of_work() as unit:
                 self._answer(unit, event)
         else:
@@ -131,22 +129,20 @@ class Gateway:
 
     def _welcome(self, device_id: str) -> bool:
         """Pair and approve a new device, and return whether the device is approved."""
-        with self.database.unit_of_work(read_only=True) as unit:
-            device = unit.devices.find_by_id(device_id)
+        device = self.database.devices.find_by_id(device_id)
         if device is None:
             # A real gateway returns `shared_secret` to the device.
             device = self.database.pair(DevicePair(id=device_id, role=Role.CLIENT)).device
             self.tally.paired += 1
         if not device.approved:
             try:
-                with self.database.unit_of_work() as unit:
-                    # Approve only the device that was read above, and only while it is pending.
-                    unit.devices.approve(
-                        device_id,
-                        expected_role=Role.CLIENT,
-                        expected_secret_hash=device.shared_secret_hash,
-                        expected_status=DeviceStatus.PENDING,
-                    )
+                # Approve only the device that was read above, and only while it is pending.
+                self.database.devices.approve(
+                    device_id,
+                    expected_role=Role.CLIENT,
+                    expected_secret_hash=device.shared_secret_hash,
+                    expected_status=DeviceStatus.PENDING,
+                )
             except errors.ApprovalChangedError:
                 return False
         self._known.add(device_id)

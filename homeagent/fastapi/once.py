@@ -26,6 +26,7 @@ from homeagent.errors import (
     IdempotencyError,
     InvalidArgumentError,
     NotFoundError,
+    UnitStateError,
 )
 from homeagent.fastapi.authentication import current_device
 from homeagent.fastapi.lifespan import DatabaseDep
@@ -72,6 +73,7 @@ class Once:
         self._ttl = ttl
         self._on_abandoned = on_abandoned
         self._first: Any = None
+        self._is_called = False
 
     async def __call__(self, effect: Effect) -> Any:
         """Run the effect, or return the answer of the first request with this key.
@@ -88,8 +90,13 @@ class Once:
             HTTPProblem: with status 409 if another request with this key is in progress or its outcome is unknown, with
                 422 if the key was used for another request or the effect raised `EffectFailedError`, with 503 if the
                 effect raised `EffectNotStartedError`.
+            UnitStateError: if the object was called before.
         """
         check_function(effect, "effect")
+        if self._is_called:
+            # The second call would return the outcome of the first effect.
+            raise UnitStateError("a request has one effect: call the object once, and do all work in one function")
+        self._is_called = True
         run = partial(self._run, effect)
         try:
             if not self._stored:

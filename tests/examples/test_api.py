@@ -17,7 +17,8 @@ import httpx
 import pytest
 import uvicorn
 
-from homeagent import Database, errors
+from homeagent import Database, DevicePair, Role, errors
+from homeagent.fastapi import bearer_token
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "api.py"
 SECRET = "correct horse battery staple"
@@ -49,7 +50,9 @@ def bodies() -> list[str]:
 
 @pytest.fixture
 def api(database: Database, bodies: list[str]) -> Iterator[httpx.Client]:
-    """A client of a running server."""
+    """A client of a running server, with the credentials of an administrator."""
+    boss = database.pair(DevicePair(id="boss", role=Role.ADMIN))
+    database.devices.approve("boss")
     app = load_example().create_app(database)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", lifespan="on"))
@@ -64,6 +67,7 @@ def api(database: Database, bodies: list[str]) -> Iterator[httpx.Client]:
     try:
         with httpx.Client(
             base_url=f"http://127.0.0.1:{port}",
+            headers={"Authorization": f"Bearer {bearer_token('boss', boss.shared_secret)}"},
             timeout=30,
             limits=httpx.Limits(max_connections=100),
             event_hooks={"response": [keep]},
@@ -90,7 +94,7 @@ def test_devices(api: httpx.Client) -> None:
     assert (other.status_code, other.json()["error"]) == (409, "ApprovalChangedError")
     assert api.post("/devices/approve/lamp", params=seen).json() == {"changed": True}
     assert api.post("/devices/approve/lamp", params=seen).json() == {"changed": False}
-    assert [found["id"] for found in api.get("/devices", params={"status": "approved"}).json()] == ["lamp"]
+    assert [found["id"] for found in api.get("/devices", params={"status": "approved"}).json()] == ["boss", "lamp"]
 
     assert api.patch("/devices/lamp", json={"metadata": None}).json()["metadata"] is None
     assert api.post("/devices/revoke/lamp", params={"reason": "lost"}).json() == {"changed": True}
@@ -154,20 +158,41 @@ def test_an_id_is_one_encoded_part_of_the_path(api: httpx.Client, identifier: st
         ("POST", "/sessions/touch/nothing", 404, "SessionNotFoundError"),
         ("POST", "/sessions/resolve?agent_id=nobody", 404, "AgentNotFoundError"),
         ("GET", "/devices/..%0A", 404, "DeviceNotFoundError"),
-        ("GET", "/sessions?limit=0", 422, None),
-        ("POST", "/devices/approve/x?expected_role=node&expected_paired_at=2026-01-01T00:00:00", 422, None),
+        ("GET", "/sessions?limit=0", 422, "RequestValidationError"),
+        (
+            "POST",
+            "/devices/approve/x?expected_role=node&expected_paired_at=2026-01-01T00:00:00",
+            422,
+            "RequestValidationError",
+        ),
     ],
 )
-def test_refusals(api: httpx.Client, method: str, path: str, status: int, error: str | None) -> None:
-    """An absent row is a 404 and a bad argument a 422, each in its documented form."""
+def test_refusals(api: httpx.Client, method: str, path: str, status: int, error: str) -> None:
+    """An absent row is a 404 and a bad argument a 422, each as problem details."""
     response = api.request(method, path, json={} if method == "PATCH" else None)
-    assert response.status_code == status
-    if error is None:
-        assert all(set(line) == {"type", "loc", "msg"} for line in response.json()["detail"])
-        assert response.json()["detail"]
-    else:
-        assert response.json()["error"] == error
-        assert response.json()["detail"]
+    assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
+    assert response.json()["error"] == error
+    assert response.json()["detail"]
+    assert all(set(line) == {"type", "loc", "msg"} for line in response.json().get("errors", []))
+
+
+def test_who_may_call(api: httpx.Client, database: Database) -> None:
+    """Every path except pairing and the health check needs an approved device, and most need an administrator."""
+    client = database.pair(DevicePair(id="phone", role=Role.CLIENT))
+    phone = {"Authorization": f"Bearer {bearer_token('phone', client.shared_secret)}"}
+    paths = api.get("/openapi.json").json()["paths"]
+    calls = [(method, path) for path, methods in paths.items() for method in methods]
+    is_open = {("post", "/devices"), ("get", "/health")}
+    for headers, status in (({"Authorization": ""}, 401), (phone, 403)):
+        answers = {call: api.request(*call, headers=headers).status_code for call in calls if call not in is_open}
+        assert set(answers.values()) == {status}, answers
+    database.devices.approve("phone")
+    allowed = {call for call in calls if api.request(*call, headers=phone).status_code != 403}
+    assert {path for _, path in allowed - is_open} == {
+        "/agents", "/agents/{agent_id}", "/sessions", "/sessions/{session_id}", "/sessions/touch/{session_id}",
+        "/sessions/resolve",
+    }  # fmt: skip
+    assert {method for method, path in allowed if path.startswith("/agents")} == {"get"}
 
 
 def test_a_refused_request_is_not_echoed(api: httpx.Client, bodies: list[str]) -> None:
@@ -186,16 +211,16 @@ def test_a_refused_request_is_not_echoed(api: httpx.Client, bodies: list[str]) -
     )
     assert broken.status_code == 422
     assert SECRET not in "".join(bodies)
-    assert api.get("/devices").json() == []
+    assert [device["id"] for device in api.get("/devices").json()] == ["boss"]
 
 
 def test_busy(api: httpx.Client, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the database stays busy, the response is a 503 with the time for a retry, and names no file."""
 
-    def busy(*, read_only: bool = False) -> None:
+    def busy(*arguments: object, **named: object) -> None:
         raise errors.DatabaseBusyError("/srv/private.db is locked")
 
-    monkeypatch.setattr(database, "unit_of_work", busy)
+    monkeypatch.setattr(type(database.devices), "list", busy)
     response = api.get("/devices")
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert "private" not in response.text
@@ -226,7 +251,7 @@ def test_a_hundred_concurrent_requests(api: httpx.Client) -> None:
         "list": [200] * 25,
     }
     assert len({body["session_id"] for kind, _, body in answers if kind == "resolve"}) == 1
-    assert len(api.get("/devices").json()) == 25
+    assert len(api.get("/devices").json()) == 26
 
 
 def test_no_hash_and_no_secret_is_returned(api: httpx.Client, database: Database, bodies: list[str]) -> None:
