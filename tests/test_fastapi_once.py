@@ -326,7 +326,7 @@ def test_the_guide(homeagent_database: Database, homeagent_clock: FakeClock) -> 
     token = client.post("/sign-in/browser", headers={"Authorization": f"Bearer {token}"}).json()["token"]
     client.headers["Authorization"] = f"Bearer {token}"
     assert post(client, "/doors/front/open").json() == {"opened": "front"}
-    assert client.post("/devices/lamp/approve").json() == {"changed": True}
+    assert client.post("/devices/approve/lamp").json() == {"changed": True}
     headers = sign(SECRET, "m-1", int(homeagent_clock().timestamp()), b'{"door": "front"}')
     assert client.post("/bell", content=b'{"door": "front"}', headers=headers).json() == {"rung": "front"}
     assert client.get("/health").status_code == 200

@@ -113,7 +113,7 @@ def test_who_stays_out(handshake: Any, homeagent_database: Database) -> None:
     pair(homeagent_database, "waiting", approve=False)
     homeagent_database.pair(DevicePair(id="anna", role=Role.ADMIN, shared_secret=SecretStr("a chosen secret")))
     homeagent_database.devices.approve("anna")
-    wrong = [("phone", "ha1_" + "A" * 43), ("nobody", secret), ("anna", "a chosen secret")]
+    wrong = [("phone", "ha1_" + "A" * 43), ("nobody", secret), ("a\nb", secret), ("anna", "a chosen secret")]
     refusals = []
     for device_id, presented in wrong:
         (device, gateway), sent = handshake(device_id, presented)
@@ -206,8 +206,6 @@ HELLO = '{"type": "hello", "device_id": "phone"}'
         ['{"type": "proof"}'],
         ['{"type": "hello"}'],
         ['{"type": "hello", "device_id": 7}'],
-        ['{"type": "hello", "device_id": "a\\nb"}'],
-        ['{"type": "hello", "device_id": "\\ud800"}'],
         [HELLO + " " * MAX_MESSAGE],
         [HELLO, '{"type": "proof", "nonce": "n", "time": 1, "proof": "%"}'],
         [HELLO, '{"type": "proof", "nonce": "n", "time": true, "proof": ""}'],

@@ -82,10 +82,7 @@ async def _authenticate(database: Database, send: Send, receive: Receive, skew: 
     hello = messages.read(await receive(), "hello")
     device_id = messages.field(hello, "device_id", str)
     challenge = token_urlsafe(24)
-    try:
-        parameters = await database.aproof_parameters(device_id)
-    except InvalidArgumentError:
-        raise HandshakeError("the id of the device is invalid") from None
+    parameters = await database.aproof_parameters(device_id)
     await send(
         messages.write(
             type="challenge",
