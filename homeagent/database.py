@@ -32,8 +32,6 @@ from homeagent.environment import (
     POOL_SIZE,
     Durability,
     busy_timeout_or_default,
-    durability_or_default,
-    pool_size_or_default,
 )
 from homeagent.errors import InvalidArgumentError
 from homeagent.frame_locals import clears_locals
@@ -114,9 +112,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         acknowledged: Collection[str] = (),
         limits: Limits = _DEFAULT_LIMITS,
     ) -> Database[V]:
-        """Open a database. Create or upgrade its schema first if necessary.
-
-        The environment can set the arguments that the caller leaves out (see `homeagent.environment`).
+        """Open a database. Create or upgrade its schema first if necessary (see `homeagent.environment` for defaults).
 
         Args:
             target: path, URL, or `":memory:"` for a private temporary database. None means the value of the environment
@@ -145,8 +141,6 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         given = conceal(target)
         del target
         busy_timeout = check_wait(busy_timeout_or_default(busy_timeout), "busy_timeout", zero=True)
-        durability = durability_or_default(durability)
-        pool_size = pool_size_or_default(pool_size)
         check_function(clock, "clock")
         if not isinstance(limits, Limits):
             raise InvalidArgumentError(f"limits must be Limits(…), not {type(limits).__name__}")
@@ -163,78 +157,6 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             acknowledged=acknowledged,
         )
         return Database(engine, clock=clock, busy_timeout=busy_timeout, limits=limits, unit=kind)
-
-    @staticmethod
-    def restore(
-        backup: str | PathLike[str],
-        target: str | PathLike[str] | URL | None = None,
-        *,
-        clock: Clock = system_clock,
-        busy_timeout: timedelta = timedelta(seconds=5),
-        acknowledged: Collection[str] = (),
-    ) -> maintenance.RestoreReport:
-        """Replace a closed database by a backup, and keep the old database in quarantine.
-
-        The backup is verified and upgraded to this version's schema first. The restore begins a new epoch, in which
-        the replay guard refuses all messages that were signed earlier. After a crash, either the old or the new
-        database is in place.
-
-        Args:
-            backup: file that `backup` made, or a copy of a closed database. If the backup has a manifest file, the
-                size, SHA-256 and row counts in the manifest are compared with the backup.
-            target: database to replace, in the same form as for `open`. The database can be damaged or absent.
-            clock: clock for the start of the new epoch. The clock must be right, because the replay guard compares
-                the time of each message with the start of the epoch.
-            busy_timeout: longest wait for a process that has the target open.
-            acknowledged: names of the application's triggers on homeagent's tables, as for `open`.
-
-        Returns:
-            Report of the restore, with the path of the old database.
-
-        Raises:
-            InvalidArgumentError: if the backup is absent or is the target, or if the target is not a file.
-            DatabaseBusyError: if a process has the target or the backup open. On Linux the message names the process.
-            CorruptDatabaseError: if the backup is damaged.
-            SchemaTooNewError: if a newer version of homeagent made the backup.
-            SchemaChangedError: if the backup's schema was changed by hand, for example by a trigger on the devices.
-            ForeignDatabaseError: if the backup or the target belongs to another application.
-            DatabaseError: if another step failed. If the last step failed, the next call of `open` finishes the
-                restore. After a failure of an earlier step, the target is unchanged.
-        """
-        from homeagent.maintenance.restore import restore
-
-        given = conceal(target)
-        del target
-        return restore(backup, given, clock=clock, busy_timeout=busy_timeout, acknowledged=acknowledged)
-
-    @staticmethod
-    def begin_epoch(
-        target: str | PathLike[str] | URL | None = None,
-        *,
-        clock: Clock = system_clock,
-        busy_timeout: timedelta = timedelta(seconds=5),
-    ) -> maintenance.EpochReport:
-        """Begin a new epoch after the database was set back without `restore`. No process may have the database open.
-
-        Call `begin_epoch` after you restored the database with PostgreSQL's tools, or from a snapshot of a disk or a
-        virtual machine. Such a database has lost the nonces that were consumed after the backup. In the new epoch the
-        replay guard refuses the messages of these nonces.
-
-        Args:
-            target: database, in the same form as for `open`.
-            clock: clock for the start of the epoch.
-            busy_timeout: longest wait for a process that has the database open.
-
-        Raises:
-            DatabaseBusyError: if a process has the database open. That process would continue in the old epoch.
-            SchemaOutdatedError: if the database is absent, or has the schema of an older version.
-            DatabaseError: if the database cannot be opened for another reason.
-        """
-        from homeagent.maintenance.epochs import begin_epoch
-
-        given = conceal(target)
-        del target
-        return begin_epoch(given, clock=clock, busy_timeout=busy_timeout)
 
     def close(self) -> None:
         """Stop the sweepers, end the iterators of device changes, and close every connection.

@@ -1,4 +1,4 @@
-"""Methods of `Database` for maintenance: sweeps, backups, copies, the doctor, counters and status."""
+"""Methods of `Database` for maintenance: sweeps, backups, restores, copies, the doctor, counters and status."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from homeagent import maintenance
-from homeagent.clock import Clock
+from homeagent.clock import Clock, system_clock
 from homeagent.engine.engine import Engine
+from homeagent.engine.target import conceal
 from homeagent.errors import CorruptDatabaseError, DatabaseClosedError, InvalidArgumentError
 from homeagent.frame_locals import clears_locals
 from homeagent.models.limits import Limits
@@ -21,6 +22,8 @@ from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
+    from sqlalchemy import URL
+
     from homeagent.maintenance.content_check import ContentCheck
 
 __all__ = ["DatabaseMaintenance"]
@@ -250,6 +253,80 @@ class DatabaseMaintenance:
 
         with UnitOfWork(self._settings, read_only=True) as unit:
             return report_status(self._engine, unit)
+
+    # Methods for a database that no process has open
+
+    @staticmethod
+    def restore(
+        backup: str | PathLike[str],
+        target: str | PathLike[str] | URL | None = None,
+        *,
+        clock: Clock = system_clock,
+        busy_timeout: timedelta = timedelta(seconds=5),
+        acknowledged: Collection[str] = (),
+    ) -> maintenance.RestoreReport:
+        """Replace a closed database by a backup, and keep the old database in quarantine.
+
+        The backup is verified and upgraded to this version's schema first. The restore begins a new epoch, in which
+        the replay guard refuses all messages that were signed earlier. After a crash, either the old or the new
+        database is in place.
+
+        Args:
+            backup: file that `backup` made, or a copy of a closed database. If the backup has a manifest file, the
+                size, SHA-256 and row counts in the manifest are compared with the backup.
+            target: database to replace, in the same form as for `open`. The database can be damaged or absent.
+            clock: clock for the start of the new epoch. The clock must be right, because the replay guard compares
+                the time of each message with the start of the epoch.
+            busy_timeout: longest wait for a process that has the target open.
+            acknowledged: names of the application's triggers on homeagent's tables, as for `open`.
+
+        Returns:
+            Report of the restore, with the path of the old database.
+
+        Raises:
+            InvalidArgumentError: if the backup is absent or is the target, or if the target is not a file.
+            DatabaseBusyError: if a process has the target or the backup open. On Linux the message names the process.
+            CorruptDatabaseError: if the backup is damaged.
+            SchemaTooNewError: if a newer version of homeagent made the backup.
+            SchemaChangedError: if the backup's schema was changed by hand, for example by a trigger on the devices.
+            ForeignDatabaseError: if the backup or the target belongs to another application.
+            DatabaseError: if another step failed. If the last step failed, the next call of `open` finishes the
+                restore. After a failure of an earlier step, the target is unchanged.
+        """
+        from homeagent.maintenance.restore import restore
+
+        given = conceal(target)
+        del target
+        return restore(backup, given, clock=clock, busy_timeout=busy_timeout, acknowledged=acknowledged)
+
+    @staticmethod
+    def begin_epoch(
+        target: str | PathLike[str] | URL | None = None,
+        *,
+        clock: Clock = system_clock,
+        busy_timeout: timedelta = timedelta(seconds=5),
+    ) -> maintenance.EpochReport:
+        """Begin a new epoch after the database was set back without `restore`. No process may have the database open.
+
+        Call `begin_epoch` after you restored the database with PostgreSQL's tools, or from a snapshot of a disk or a
+        virtual machine. Such a database has lost the nonces that were consumed after the backup. In the new epoch the
+        replay guard refuses the messages of these nonces.
+
+        Args:
+            target: database, in the same form as for `open`.
+            clock: clock for the start of the epoch.
+            busy_timeout: longest wait for a process that has the database open.
+
+        Raises:
+            DatabaseBusyError: if a process has the database open. That process would continue in the old epoch.
+            SchemaOutdatedError: if the database is absent, or has the schema of an older version.
+            DatabaseError: if the database cannot be opened for another reason.
+        """
+        from homeagent.maintenance.epochs import begin_epoch
+
+        given = conceal(target)
+        del target
+        return begin_epoch(given, clock=clock, busy_timeout=busy_timeout)
 
 
 def _names_of_tables(given: Collection[str]) -> frozenset[str]:

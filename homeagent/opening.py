@@ -15,7 +15,7 @@ from homeagent.engine.files.filesystems import refuse_network_filesystem
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.target import Given, resolve_target
-from homeagent.environment import Durability
+from homeagent.environment import Durability, durability_or_default, pool_size_or_default
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.application import Application
 from homeagent.migrations.sqlite import open_sqlite
@@ -40,6 +40,7 @@ def open_engine(
 
     If the schema cannot be used, `open_engine` closes the engine and raises the error.
     """
+    durability, pool_size = durability_or_default(durability), pool_size_or_default(pool_size)
     if check_limit(pool_size, "pool_size") > 1000:
         raise InvalidArgumentError("pool_size must be 1 to 1000")
     application = Application.of(migrations, acknowledged)

@@ -69,7 +69,7 @@ async def accept_device(
         WebSocketDisconnect: if the device closed the WebSocket during the handshake.
     """
     # Subscribe before the handshake reads the approval. Otherwise a revocation between the two would be missed.
-    changes = await run_sync(database.watch_devices)  # type: ignore[attr-defined]
+    changes = await run_sync(database.watch_devices)
     await websocket.accept()
 
     async def receive() -> object:
