@@ -289,9 +289,10 @@ class SchemaOutdatedError(DatabaseError):
             message = f"there is no database yet{place} (this version needs schema revision {needed!r})"
         else:
             message = f"the database is at schema revision {revision!r} and this version needs {needed!r}"
-        is_absent = revision is None and application is None
-        remedy = "check the name, or create it with 'homeagent init'" if is_absent else "run 'homeagent migrate'"
-        super().__init__(f"{message}: {remedy}{' or with' if is_absent else ', or open it with'} migrate=True")
+        remedy = "run 'homeagent migrate', or open it with migrate=True"
+        if revision is None and application is None:
+            remedy = "check the name, or create it with 'homeagent init' or with migrate=True"
+        super().__init__(f"{message}: {remedy}")
 
 
 class SchemaChangedError(DatabaseError):

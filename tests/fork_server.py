@@ -32,7 +32,13 @@ ROOT = Path(__file__).parent.parent
 # Read at import, because the test of the first request may have changed the environment
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 # What most children import; the package imports some of these modules only when it needs them
-_MODULES = ("alembic.context", "homeagent.cli", "homeagent.credentials.hashing", "homeagent.file_names", "psycopg")
+_MODULES = (
+    "alembic.context",
+    "homeagent.cli.commands",
+    "homeagent.credentials.hashing",
+    "homeagent.file_names",
+    "psycopg",
+)
 # The child's program runs in the module `__main__` of the server, which defines no names
 _SERVE = "exec(__import__('tests.fork_server', fromlist=['serve']).serve())"
 COMMAND = "from homeagent.cli import main\nmain()"

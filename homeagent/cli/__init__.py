@@ -1,11 +1,38 @@
 """The command line. Each command or group of commands has a module. The module `application` holds common parts.
 
 The exit status is 0 for success, 1 for a refused operation, and 2 for wrong usage. A refused operation prints one line
-on standard error.
+on standard error, which is a JSON object if the arguments contain --json.
 """
 
-# Each import adds the commands of a module. The order of the imports is the order of the commands in the help.
-from homeagent.cli import schema, migrations, status, doctor, sweep, backup, restore, epoch, copy, devices, keys  # isort: skip  # noqa: F401
-from homeagent.cli.application import app, main
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+from homeagent.lazy_import import lazy_names
+
+if TYPE_CHECKING:
+    from homeagent.cli.commands import app
 
 __all__ = ["app", "main"]
+
+if not TYPE_CHECKING:
+    __getattr__ = lazy_names(__name__, {"app": "commands"})
+
+
+def main() -> None:
+    """Run the command in `sys.argv`, and exit with the status of the command."""
+    # Ctrl-C raises KeyboardInterrupt only while the command runs. During the imports and the exit of the interpreter,
+    # Ctrl-C ends the process at once, because Python would print a traceback.
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_default:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from homeagent.cli.commands import run
+
+    if is_default:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        run()
+    finally:
+        if is_default:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,22 +1,27 @@
-"""Common parts of all commands: exit status, output of errors and warnings, and the option --database."""
+"""Common parts of all commands: common options, exit status, and the output of errors and warnings."""
 
 from __future__ import annotations
 
 import io
+import json
 import logging
+import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from homeagent.cli.operator_texts import operator_text
 from homeagent.cli.visible_text import escape_words
 from homeagent.errors import HomeAgentError
 
-__all__ = ["DatabaseOption", "app", "group", "main"]
+__all__ = ["Common", "DatabaseOption", "JsonOption", "YesOption", "app", "confirm", "group", "run"]
 
 # This class is Click's UsageError. Newer versions of Typer contain a copy of Click, and older versions depend on Click.
 _UsageError: Any = typer.BadParameter.__base__
@@ -24,32 +29,87 @@ _UsageError: Any = typer.BadParameter.__base__
 _CREDENTIALS = re.compile(r"://\S*@|((?:password|passwd)=)[^&\s]*", re.IGNORECASE)
 
 
+@dataclass
+class Common:
+    """Values of the common options, which can stand before or after the name of the command.
+
+    Attributes:
+        database: the --database option nearest to the command, or None.
+        as_json: whether the arguments contain --json. Errors are then JSON too, even if an option before is wrong.
+    """
+
+    database: str | None = None
+    as_json: bool = False
+
+
 class _Commands(TyperGroup):
     """A group of commands. A refused operation prints one line and exits with status 1. Usage errors hide passwords."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        with _hide_credentials():
+        if ctx.parent is None:
+            options = args[: args.index("--")] if "--" in args else args
+            ctx.obj = Common(as_json="--json" in options)
+        with _reported_errors(ctx.obj):
+            if ctx.obj.as_json and not args:
+                ctx.fail("Missing command.")  # else Typer prints the help as the error
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        if ctx.parent is not None:
-            return super().invoke(ctx)
-        try:
-            with _hide_credentials(), _print_warnings_on_success():
+        with _reported_errors(ctx.obj):
+            if ctx.parent is not None:
                 return super().invoke(ctx)
-        except HomeAgentError as error:
-            typer.echo(f"homeagent: {_one_line(str(error))}", err=True)
-            raise typer.Exit(1) from None
+            with _printed_warnings(ctx.obj):
+                return super().invoke(ctx)
 
 
 @contextmanager
-def _hide_credentials() -> Iterator[None]:
-    # A usage error repeats the argument, which can be a database URL in the wrong position.
+def _reported_errors(common: Common) -> Iterator[None]:
     try:
         yield
     except _UsageError as error:
+        # A usage error repeats the argument, which can be a database URL in the wrong position.
         error.message = _CREDENTIALS.sub(lambda found: f"{found[1]}***" if found[1] else "://***@", error.message)
-        raise
+        if not common.as_json:
+            raise
+        _print_message(common, error.format_message(), error="UsageError")
+        raise typer.Exit(error.exit_code) from None
+    except HomeAgentError as error:
+        _print_message(common, operator_text(error), error=type(error).__name__, details=_details(error))
+        raise typer.Exit(1) from None
+    except OSError as error:
+        # The library raises HomeAgentError, so an OSError without a file's name is an error of the standard output.
+        if error.filename is not None:
+            raise
+        _discard_output()
+        if not isinstance(error, BrokenPipeError):
+            text = f"the output could not be written ({error.strerror}): the command may have done its work already"
+            _print_message(common, text, error="OutputError")
+        raise typer.Exit(1) from None
+
+
+def _print_message(common: Common, text: str, **facts: object) -> None:
+    line = escape_words(" ".join(text.split()))
+    if common.as_json:
+        typer.echo(json.dumps({**facts, "message": line}), err=True)
+    else:
+        typer.echo(f"homeagent: {line}" if "error" in facts else f"homeagent: warning: {line}", err=True)
+
+
+def _details(error: HomeAgentError) -> dict[str, object]:
+    """Return the attributes of an error that JSON can hold, such as the ids of rows."""
+    details: dict[str, object] = {}
+    for name, value in vars(error).items():
+        if isinstance(value, (str, int, float, timedelta)):
+            details[name] = value.total_seconds() if isinstance(value, timedelta) else value
+    return details
+
+
+def _discard_output() -> None:
+    """Write the rest of the standard output to /dev/null, else the interpreter would fail at its exit."""
+    with suppress(OSError, ValueError):  # ValueError: the output is not a file, for example in a test
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 class _WarningBuffer(logging.Handler):
@@ -62,7 +122,7 @@ class _WarningBuffer(logging.Handler):
 
 
 @contextmanager
-def _print_warnings_on_success() -> Iterator[None]:
+def _printed_warnings(common: Common) -> Iterator[None]:
     # A refused operation must print exactly one line, so print the warnings only after a success.
     buffer = _WarningBuffer()
     logger = logging.getLogger("homeagent")
@@ -72,20 +132,28 @@ def _print_warnings_on_success() -> Iterator[None]:
     finally:
         logger.removeHandler(buffer)
     for record in buffer.records:
-        typer.echo(f"homeagent: warning: {_one_line(record.getMessage())}", err=True)
+        _print_message(common, record.getMessage(), warning=getattr(record, "event", "warning"))
 
 
-def _one_line(text: str) -> str:
-    return escape_words(" ".join(text.split()))
-
-
-def main() -> None:
+def run() -> None:
     """Run the command in `sys.argv`, and exit with the status of the command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Print characters outside the terminal's encoding as escapes instead of raising UnicodeEncodeError.
             stream.reconfigure(errors="backslashreplace")
     app(prog_name="homeagent")
+
+
+def _named_database(context: typer.Context, database: str | None) -> str | None:
+    common: Common = context.obj
+    if database is not None:
+        common.database = database
+    return common.database
+
+
+def _as_json(context: typer.Context) -> bool:
+    common: Common = context.obj
+    return common.as_json
 
 
 DatabaseOption = Annotated[
@@ -95,13 +163,49 @@ DatabaseOption = Annotated[
         metavar="TARGET",
         help="SQLite file or PostgreSQL URL. Default: $HOMEAGENT_DATABASE, else ~/.homeagent/homeagent.db.",
         show_default=False,
+        callback=_named_database,
     ),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, also for an error.", callback=_as_json)]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+
+def confirm(
+    context: typer.Context,
+    question: str,
+    *,
+    yes: bool,
+    show: Callable[[], object] | None = None,
+    only_at_terminal: bool = False,
+) -> None:
+    """Ask a question on standard error, and end the command with status 1 if the answer is not yes.
+
+    Args:
+        context: context of the command.
+        question: what the command will do.
+        yes: whether the operator passed --yes. Then do not ask.
+        show: function that is called before the question, and prints on standard error what the command will change.
+        only_at_terminal: do not ask a program. Otherwise a program must answer or pass --yes.
+    """
+    if yes or (only_at_terminal and not _is_at_terminal()):
+        return
+    if context.obj.as_json:
+        raise typer.BadParameter("with --json the command can't ask: pass --yes.")
+    if sys.stdin is None:
+        raise typer.Abort
+    if show is not None:
+        show()
+    typer.confirm(question, abort=True, err=True)
+
+
+def _is_at_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
 
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     # An error other than HomeAgentError is a bug. Print the plain traceback, because Typer's traceback would show local
     # variables.
     pretty_exceptions_enable=False,
@@ -118,8 +222,8 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _before_command(
-    context: typer.Context,
     database: DatabaseOption = None,
+    as_json: JsonOption = False,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
@@ -128,20 +232,18 @@ def _before_command(
 
     Exit status: 0 for success, 1 for a refused operation with the reason on standard error, 2 for wrong usage.
     """
-    context.obj = database
 
 
 def group(name: str, *, help: str) -> typer.Typer:
     """Add a group of commands, such as `devices`.
 
-    The option --database can also stand before the commands of the group.
+    The options --database and --json can also stand before the commands of the group.
     """
     commands = typer.Typer(cls=_Commands, no_args_is_help=True, help=help)
     app.add_typer(commands, name=name)
 
     @commands.callback()
-    def before_command(context: typer.Context, database: DatabaseOption = None) -> None:
-        if database is not None:
-            context.obj = database
+    def before_command(database: DatabaseOption = None, as_json: JsonOption = False) -> None:
+        pass
 
     return commands

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from homeagent.cli.application import app
+from homeagent.cli.application import JsonOption, app
 from homeagent.cli.migrations import import_tables
 from homeagent.cli.opening import AcknowledgeOption, MigrationsOption
-from homeagent.cli.output import JsonOption, console_for, count, print_json
+from homeagent.cli.output import count, print_json
 from homeagent.database import Database
 from homeagent.engine.target import Target, resolve_target
 from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
@@ -53,7 +53,7 @@ def copy(
     Tables of an application are copied too. If TARGET does not have the tables yet, name the application's revisions by
     --migrations.
     """
-    if context.obj is not None:
+    if context.obj.database is not None:
         raise typer.BadParameter("copy takes SOURCE and TARGET: leave out --database.")
     origin, destination = _named(source), _named(target)
     import_tables(migrations)
@@ -93,13 +93,16 @@ def _open_target(target: str, migrations: str | None) -> Database:
 @contextmanager
 def _shown_progress(*, hidden: bool) -> Iterator[_Report | None]:
     """Show a progress bar for each step on standard error if standard error is a terminal."""
-    console = console_for(error=True)
-    if hidden or not console.is_terminal:
+    if hidden or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
+    # Import lazily, because no other command draws a bar.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=console) as shown:
+    with Progress(*columns, console=Console(stderr=True)) as shown:
 
         def report(done: CopyProgress) -> None:
             if done.step not in bars:

@@ -1,52 +1,41 @@
-"""The commands `homeagent devices`, which list, approve, revoke and delete devices."""
+"""The commands `homeagent devices` that list devices, and decide on their access."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from homeagent.cli.application import DatabaseOption, group
+from homeagent.cli.application import DatabaseOption, JsonOption, YesOption, confirm, group
+from homeagent.cli.device_output import (
+    HEADINGS,
+    DeviceArgument,
+    public,
+    refuse_change,
+    report_change,
+    row_of,
+    show_device,
+    timestamp_argument,
+)
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import JsonOption, console_for, count, facts_table, format_timestamp, grid, print_json
-from homeagent.cli.visible_text import identity, quoted
+from homeagent.cli.output import Format, FormatOption, count, print_json, print_table
 from homeagent.database import Database
 from homeagent.models.device import Device, DeviceStatus, Role
-from homeagent.models.schemas import DevicePublic
 from homeagent.models.types import MAX_LIMIT, MILLISECOND, check_timestamp, earlier
+from homeagent.unit_of_work import UnitOfWork
 
-devices = group("devices", help="List, approve, revoke and delete devices.")
+devices = group("devices", help="Pair, list, approve, revoke and delete devices.")
 
 _SHOWN = 20  # number of devices that `delete` shows before the confirmation
-
-
-def _timestamp_argument(text: str | None) -> str | None:
-    if text is not None:
-        try:
-            aware = datetime.fromisoformat(text).tzinfo is not None
-        except ValueError:
-            aware = False
-        if not aware:
-            raise typer.BadParameter("must be a timestamp with an offset, such as 2030-01-31T12:00:00.000Z.")
-    return text
-
-
-DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="Id of the device.", show_default=False)]
 
 
 class _Order(StrEnum):
     ID = "id"
     PAIRED_AT = "paired_at"
-
-
-def _public(device: Device) -> dict[str, Any]:
-    shown = DevicePublic.model_validate(device, from_attributes=True)
-    return shown.model_dump(mode="json", by_alias=True)
 
 
 @devices.command("list")
@@ -59,7 +48,7 @@ def list_devices(
     seen_before: Annotated[
         str | None,
         typer.Option(
-            callback=_timestamp_argument,
+            callback=timestamp_argument,
             metavar="TIMESTAMP",
             help="Only devices that were last seen before this time.",
             show_default=False,
@@ -70,6 +59,7 @@ def list_devices(
     after: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="Last id of the previous page.", show_default=False)
     ] = None,
+    form: FormatOption = Format.TABLE,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -84,24 +74,22 @@ def list_devices(
             after=after,
         )
     if as_json:
-        print_json([_public(device) for device in page])
+        print_json([public(device) for device in page])
     else:
-        console_for().print(_table_of(page))
+        print_table(HEADINGS, map(row_of, page), form=form)
 
 
-def _table_of(page: Sequence[Device]) -> Table:
-    table = grid(header=True)
-    for heading in ("Device", "Role", "Status", "Paired at", "Last seen at"):
-        table.add_column(heading, overflow="fold")
-    for device in page:
-        table.add_row(
-            identity(device.id),
-            device.role,
-            device.status,
-            format_timestamp(device.paired_at),
-            format_timestamp(device.last_seen_at),
-        )
-    return table
+@devices.command()
+def show(
+    context: typer.Context, device_id: DeviceArgument, database: DatabaseOption = None, as_json: JsonOption = False
+) -> None:
+    """Show a device."""
+    with open_named(context, database) as opened:
+        device = opened.devices.get(device_id)
+    if as_json:
+        print_json(public(device))
+    else:
+        show_device(device, error=False)
 
 
 @devices.command()
@@ -114,7 +102,7 @@ def approve(
     paired_at: Annotated[
         str | None,
         typer.Option(
-            callback=_timestamp_argument,
+            callback=timestamp_argument,
             metavar="TIMESTAMP",
             help="Refuse the approval if the device was paired at another time.",
             show_default=False,
@@ -146,8 +134,8 @@ def approve(
         raise typer.BadParameter("--yes needs --role and --paired-at, as 'devices list --json' prints them.")
     with open_named(context, database) as opened:
         seen = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
-        if not yes and not seen.approved:
-            _ask(seen)
+        show = partial(show_device, seen, error=True)
+        confirm(context, "Approve this device?", yes=yes or seen.approved, show=show)
         changed = opened.run(
             lambda unit: unit.devices.approve(
                 device_id,
@@ -159,25 +147,7 @@ def approve(
             )
         )
         now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
-    _report_change(now, changed=changed, word="approved", as_json=as_json)
-
-
-def _ask(device: Device) -> None:
-    # Standard output is for results only.
-    console = console_for(error=True)
-    facts = {
-        "Device": identity(device.id),
-        "Role": str(device.role),
-        "Status": str(device.status),
-        "Paired at": format_timestamp(device.paired_at),
-        "Last seen at": format_timestamp(device.last_seen_at),
-        "Metadata": json.dumps(device.metadata_),
-    }
-    if device.revoked_at is not None:
-        facts["Revoked at"] = format_timestamp(device.revoked_at)
-        facts["Reason"] = identity(device.revoked_reason) if device.revoked_reason else "none given"
-    console.print(facts_table(facts))
-    typer.confirm("Approve this device?", abort=True, err=True)
+    report_change(now, changed=changed, word="approved", as_json=as_json)
 
 
 @devices.command()
@@ -195,68 +165,84 @@ def revoke(
     with open_named(context, database) as opened:
         changed = opened.run(lambda unit: unit.devices.revoke(device_id, reason=reason, force=force))
         now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
-    _report_change(now, changed=changed, word="revoked", as_json=as_json)
+    report_change(now, changed=changed, word="revoked", as_json=as_json)
 
 
 @devices.command()
 def delete(
     context: typer.Context,
+    device_id: Annotated[
+        str | None, typer.Argument(metavar="[DEVICE]", help="Id of the device.", show_default=False)
+    ] = None,
+    pending: Annotated[bool, typer.Option("--pending", help="Delete pending devices. Needs --before.")] = False,
     before: Annotated[
-        str,
+        str | None,
         typer.Option(
-            callback=_timestamp_argument,
+            callback=timestamp_argument,
             metavar="TIMESTAMP",
-            help="Delete the devices that were paired before this time.",
+            help="Delete the pending devices that were paired before this time.",
             show_default=False,
         ),
-    ],
-    pending: Annotated[
-        bool, typer.Option("--pending", help="Delete only pending devices. Required, to name the kind of devices.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Delete even the last approved admin.")] = False,
+    yes: YesOption = False,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete the pending devices that were paired before a time.
+    """Delete a device, or the pending devices that were paired before a time.
 
-    The command shows the devices and asks for a confirmation. A device that is approved or revoked before the answer is
-    not deleted.
+    The command shows the devices and asks for a confirmation. If the device changes before the answer, the deletion is
+    refused. A pending device that is approved or revoked before the answer is not deleted.
     """
-    if not pending:
-        raise typer.BadParameter("name the kind of devices by --pending.")
-    # The time of the method is inclusive.
-    until = earlier(check_timestamp(datetime.fromisoformat(before), "before"), MILLISECOND)
-    with open_named(context, database) as opened:
-        if not yes:
-            _ask_to_delete(opened, until)
-        deleted = 0
-        while batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until)):
-            deleted += batch
+    if device_id is not None:
+        if pending or before is not None:
+            raise typer.BadParameter("name either a device, or --pending with --before.")
+        with open_named(context, database) as opened:
+            deleted = _delete_one(context, opened, device_id, force=force, yes=yes)
+        word = "device"
+    else:
+        if not pending or before is None or force:
+            raise typer.BadParameter("name a device, or name the kind of devices by --pending with --before.")
+        # The time of the method is inclusive.
+        until = earlier(check_timestamp(datetime.fromisoformat(before), "before"), MILLISECOND)
+        with open_named(context, database) as opened:
+            deleted = _delete_pending(context, opened, until, yes=yes)
+        word = "pending device"
     if as_json:
         print_json({"deleted": deleted})
     else:
-        typer.echo(f"Deleted {count(deleted, 'pending device')}.")
+        typer.echo(f"Deleted {count(deleted, word)}.")
 
 
-def _ask_to_delete(opened: Database, until: datetime) -> None:
-    found: list[Device] = []
-    page: Sequence[Device] = ()
-    while page := opened.devices.list(
-        status=DeviceStatus.PENDING, order="paired_at", limit=1000, after=page[-1] if page else None
-    ):
-        found += [device for device in page if device.paired_at <= until]
-    # Standard output is for results only.
-    console = console_for(error=True)
-    console.print(_table_of(found[:_SHOWN]))
-    if len(found) > _SHOWN:
-        console.print(f"and {count(len(found) - _SHOWN, 'other device')}")
-    typer.confirm(f"Delete {count(len(found), 'pending device')}?", abort=True, err=True)
+def _delete_one(context: typer.Context, opened: Database, device_id: str, *, force: bool, yes: bool) -> int:
+    seen = opened.devices.get(device_id)
+    show = partial(show_device, seen, error=True)
+    confirm(context, "Delete this device and its idempotency keys?", yes=yes, show=show)
+
+    def work(unit: UnitOfWork) -> bool:
+        refuse_change(seen, unit.devices.get(device_id))
+        return unit.devices.delete(device_id, force=force)
+
+    return int(opened.run(work))
 
 
-def _report_change(device: Device, *, changed: bool, word: str, as_json: bool) -> None:
-    if as_json:
-        print_json({"changed": changed, "device": _public(device)})
-    elif changed:
-        typer.echo(f"{word.capitalize()} {quoted(device.id)}, {device.role}.")
-    else:
-        typer.echo(f"{quoted(device.id)} is {word} already: nothing to do.")
+def _delete_pending(context: typer.Context, opened: Database, until: datetime, *, yes: bool) -> int:
+    if not yes:
+        found: list[Device] = []
+        page: Sequence[Device] = ()
+        while page := opened.devices.list(
+            status=DeviceStatus.PENDING, order="paired_at", limit=1000, after=page[-1] if page else None
+        ):
+            found += [device for device in page if device.paired_at <= until]
+
+        def show() -> None:
+            # Standard output is for results only.
+            print_table(HEADINGS, map(row_of, found[:_SHOWN]), error=True)
+            if len(found) > _SHOWN:
+                typer.echo(f"and {count(len(found) - _SHOWN, 'other device')}", err=True)
+
+        confirm(context, f"Delete {count(len(found), 'pending device')}?", yes=False, show=show)
+    deleted = 0
+    while batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until)):
+        deleted += batch
+    return deleted

@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from homeagent.cli.application import DatabaseOption, app
+from homeagent.cli.application import DatabaseOption, JsonOption, app
 from homeagent.cli.opening import AcknowledgeOption, target_of
-from homeagent.cli.output import JsonOption, console_for, grid, print_json
+from homeagent.cli.output import print_facts, print_json
 from homeagent.cli.visible_text import escape_words
 from homeagent.errors import InvalidArgumentError
 from homeagent.maintenance.doctor import Diagnosis, Finding, Severity, diagnose
 
-_STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.CRITICAL: "bold red"}
+_COLOURS = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.CRITICAL: "red"}
 
 
 @app.command()
@@ -50,22 +49,22 @@ def doctor(
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    console = console_for()
     for repair in diagnosis.repairs:
-        console.print(f"Repaired, {repair.check}: {repair.action}.", style="green")
-    table = grid()
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
+        typer.secho(f"Repaired, {repair.check}: {repair.action}.", fg="green")
+    facts: list[tuple[str, str]] = []
+    colours: dict[str, str] = {}
+    width = max((len(finding.check) for finding in diagnosis.findings), default=0)
     for finding in diagnosis.findings:
-        table.add_row(Text(finding.severity, style=_STYLES[finding.severity]), finding.check, _finding_text(finding))
+        label = f"{finding.severity:<8}  {finding.check:<{width}}"
+        facts.append((label, _finding_text(finding)))
+        colours[label] = _COLOURS[finding.severity]
+    print_facts(facts, colours=colours)
     for reason in dict.fromkeys(diagnosis.not_checked.values()):
         checks = [check for check, why in diagnosis.not_checked.items() if why == reason]
-        table.add_row(Text("not checked", style="dim"), "", f"{', '.join(checks)}: {reason}.")
-    console.print(table)
+        print_facts([("not checked", f"{', '.join(checks)}: {reason}.")])
     bad = sum(finding.severity is not Severity.OK for finding in diagnosis.findings)
     verdict = "All is well" if not bad else f"{bad} of {len(diagnosis.findings)} checks found something"
-    console.print(f"\n{diagnosis.location}: {verdict}.", style=_STYLES[diagnosis.severity])
+    typer.secho(f"\n{diagnosis.location}: {verdict}.", fg=_COLOURS[diagnosis.severity])
 
 
 def _finding_text(finding: Finding) -> str:

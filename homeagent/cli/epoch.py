@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, app
+from homeagent.cli.application import DatabaseOption, JsonOption, app
 from homeagent.cli.opening import target_of
-from homeagent.cli.output import JsonOption, format_timestamp, print_json
+from homeagent.cli.output import format_timestamp, print_json
 from homeagent.database import Database
 
 

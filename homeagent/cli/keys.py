@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, group
+from homeagent.cli.application import DatabaseOption, JsonOption, YesOption, confirm, group
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import JsonOption, console_for, format_timestamp, grid, print_json
-from homeagent.cli.visible_text import identity
+from homeagent.cli.output import Format, FormatOption, print_json, print_table
+from homeagent.cli.request import json_argument
+from homeagent.cli.visible_text import quoted
 from homeagent.models.idempotency_key import IdempotencyScope
 from homeagent.models.types import MAX_LIMIT
 
@@ -25,6 +25,7 @@ KeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="Key that the de
 def abandoned(
     context: typer.Context,
     limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="Maximum number of keys.")] = 100,
+    form: FormatOption = Format.TABLE,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -39,19 +40,8 @@ def abandoned(
         shown = {"device_id", "method", "key", "attempt", "created_at", "lease_expires_at", "downstream_key"}
         print_json([row.model_dump(mode="json", include=shown) for row in rows])
         return
-    table = grid(header=True)
-    for heading in ("Device", "Method", "Key", "Attempt", "Begun at", "Abandoned at"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(
-            identity(row.device_id),
-            identity(row.method),
-            identity(row.key),
-            str(row.attempt),
-            format_timestamp(row.created_at),
-            format_timestamp(row.lease_expires_at),
-        )
-    console_for().print(table)
+    cells = [(row.device_id, row.method, row.key, row.attempt, row.created_at, row.lease_expires_at) for row in rows]
+    print_table(("Device", "Method", "Key", "Attempt", "Begun at", "Abandoned at"), cells, form=form)
 
 
 @keys.command()
@@ -63,15 +53,18 @@ def resolve(
     result: Annotated[
         str, typer.Argument(metavar="RESULT", help="Return value of the effect, as JSON.", show_default=False)
     ],
+    yes: YesOption = False,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Record that the effect took place. Retries return RESULT from now on."""
-    try:
-        value = json.loads(result)
-    except (ValueError, RecursionError):
-        raise typer.BadParameter("RESULT must be JSON, such as null or '{\"id\": 7}'.") from None
+    """Record that the effect took place. Retries return RESULT from now on.
+
+    At a terminal the command asks for a confirmation.
+    """
+    value = json_argument(result, "RESULT")
     scope = IdempotencyScope.of_record(device_id, method, key)
+    effect = f"{quoted(method)} by {quoted(device_id)}, key {quoted(key)}"
+    confirm(context, f"Record that {effect}, took place with this result?", yes=yes, only_at_terminal=True)
     with open_named(context, database) as opened:
         changed = opened.run(lambda unit: unit.idempotency_keys.resolve(scope, value))
     _report_settled(changed=changed, done="Resolved: retries return this result.", as_json=as_json)
@@ -83,11 +76,17 @@ def forget(
     device_id: DeviceArgument,
     method: MethodArgument,
     key: KeyArgument,
+    yes: YesOption = False,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Record that the effect did not take place. The next call runs the effect."""
+    """Record that the effect did not take place. The next call runs the effect.
+
+    At a terminal the command asks for a confirmation.
+    """
     scope = IdempotencyScope.of_record(device_id, method, key)
+    effect = f"{quoted(method)} by {quoted(device_id)}, key {quoted(key)}"
+    confirm(context, f"Let the next call run {effect}, again?", yes=yes, only_at_terminal=True)
     with open_named(context, database) as opened:
         changed = opened.run(lambda unit: unit.idempotency_keys.forget(scope))
     _report_settled(changed=changed, done="Forgotten: the next call runs the effect.", as_json=as_json)

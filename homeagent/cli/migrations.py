@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import group
+from homeagent.cli.application import JsonOption, group
 from homeagent.cli.opening import MigrationsOption
+from homeagent.cli.output import print_json
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.application import Application
 
@@ -49,11 +50,12 @@ def new(
         typer.Option("--package", help="Package with the tables. Default: the package of --migrations."),
     ] = None,
     empty: Annotated[bool, typer.Option("--empty", help="Write a revision that you complete by hand.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare the application's tables with its revisions, and write the next revision.
 
     The command creates the folder if necessary, and needs no database. Read the revision before you use it.
-    Database.open(migrations=...) runs the revision at the next start.
+    The application runs the revision at its next start.
     """
     if migrations is None:
         raise typer.BadParameter("name the folder of the revisions: --migrations PACKAGE:FOLDER.")
@@ -63,7 +65,9 @@ def new(
         raise typer.BadParameter("name the package with the tables: --package PACKAGE.")
     (folder / "versions").mkdir(parents=True, exist_ok=True)
     script = _write(Application.of(migrations), folder, package, message, empty=empty)
-    if script is None:
+    if as_json:
+        print_json({"script": None if script is None else str(script)})
+    elif script is None:
         typer.echo("The revisions create all tables already: no revision was written. An empty one needs --empty.")
     else:
         typer.echo(f"Wrote {script}. Read the revision before you use it.")

@@ -43,7 +43,7 @@ AcknowledgeOption = Annotated[
 
 def target_of(context: typer.Context, database: str | None) -> str | None:
     """Return the --database option of the command or, if absent, the option before the command."""
-    named_before: str | None = context.obj
+    named_before: str | None = context.obj.database
     return named_before if database is None else database
 
 

@@ -1,18 +1,52 @@
-"""Output of the commands, as tables for people and as JSON for programs."""
+"""Output of the commands: tables and lines for people, tab-separated values and JSON for programs.
+
+At a terminal, a table that is wider than the terminal is printed as one block of lines for each row. A long text is
+broken between words. A word that is wider than the terminal is broken after a hyphen, slash, dot, colon or underscore.
+In a pipe or a file, each row is one line.
+"""
 
 from __future__ import annotations
 
 import json
-from datetime import datetime
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-__all__ = ["JsonOption", "console_for", "count", "facts_table", "format_timestamp", "grid", "print_json"]
+from homeagent.cli.visible_text import identity
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+__all__ = [
+    "Format",
+    "FormatOption",
+    "count",
+    "format_timestamp",
+    "print_facts",
+    "print_json",
+    "print_table",
+]
+
+
+_LEAST = 24  # number of columns that a long text needs next to its name
+
+
+class Format(StrEnum):
+    """Form of a list for people or for programs."""
+
+    TABLE = "table"
+    TSV = "tsv"
+
+
+FormatOption = Annotated[
+    Format,
+    typer.Option(
+        "--format", help="Form of the list; tsv prints tab-separated values, with times in UTC and a line of names."
+    ),
+]
 
 
 def print_json(value: object) -> None:
@@ -22,31 +56,127 @@ def print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def console_for(*, error: bool = False) -> Console:
-    """Return a console on standard output, or on standard error if `error` is true."""
-    # Stored values can contain Rich markup, so print the values literally.
-    return Console(stderr=error, markup=False, highlight=False, emoji=False)
+def print_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    form: Format = Format.TABLE,
+    error: bool = False,
+) -> None:
+    """Print a table of texts, numbers and timestamps on standard output, or on standard error if `error` is true."""
+    if form is Format.TSV:
+        names = [heading.lower().replace(" ", "_") for heading in headings]
+        for row in (names, *rows):
+            typer.echo("\t".join(map(_value, row)))
+        return
+    rows = list(rows)
+    cells = [list(map(_cell, row)) for row in rows]
+    widths = [max(map(_width, column)) for column in zip(headings, *cells, strict=True)]
+    available = _terminal_width(error=error)
+    if available is not None and sum(widths) + 2 * (len(widths) - 1) > available:
+        for number, line in enumerate(cells):
+            if number:
+                typer.echo(err=error)
+            print_facts(zip(headings, line, strict=True), error=error)
+        return
+    numeric = [any(isinstance(row[column], int) for row in rows) for column in range(len(headings))]
+    typer.echo(typer.style(_aligned(headings, widths, numeric), bold=True), err=error)
+    for line in cells:
+        typer.echo(_aligned(line, widths, numeric), err=error)
 
 
-def grid(*, header: bool = False) -> Table:
-    """Return an empty table without lines."""
-    return Table(box=None, show_header=header, pad_edge=False, header_style="bold")
+def _aligned(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
+    padded = []
+    for cell, width, right in zip(cells, widths, numeric, strict=True):
+        space = " " * (width - _width(cell))
+        padded.append(space + cell if right else cell + space)
+    return "  ".join(padded).rstrip(" ")
 
 
-def facts_table(facts: dict[str, str]) -> Table:
-    """Return a table of names and values."""
-    table = grid()
-    table.add_column(style="bold", no_wrap=True)
-    # Fold long values. The operator decides by the id, so print the whole id at any width.
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name, value)
-    return table
+def print_facts(
+    facts: Iterable[tuple[str, str]], *, colours: Mapping[str, str] | None = None, error: bool = False
+) -> None:
+    """Print names and values. A line of a value that begins with a space is not broken.
+
+    Args:
+        facts: pairs of a name and a value. A value can have several lines.
+        colours: colours of names. A name without a colour is bold.
+        error: whether to print on standard error.
+    """
+    facts = list(facts)
+    longest = max((_width(name) for name, _ in facts), default=0)
+    available = _terminal_width(error=error)
+    for name, value in facts:
+        colour = (colours or {}).get(name)
+        label = typer.style(name, fg=colour, bold=True if colour is None else None)
+        space, lines = " " * (longest + 2 - _width(name)), value.split("\n")
+        indent = longest + 2
+        if available is not None:
+            parts = [_parts(line, available - 2) for line in lines]
+            words = [part.rstrip() for line in parts for part in line if not part.startswith(" ")]
+            # The value needs room for its widest word, and for several words of a long text.
+            room = max([min(_LEAST, _width(value)), *map(_width, words)])
+            if room > available - indent:
+                # Print the value below its name.
+                space, indent = "\n  ", 2
+            lines = [text for line in parts for text in _joined(line, available - indent)]
+        typer.echo(label + space + ("\n" + " " * indent).join(lines), err=error)
+
+
+def _parts(text: str, width: int) -> list[str]:
+    """Split a text into words. A word wider than `width` is split after hyphens, slashes, dots, colons, underscores."""
+    if text.startswith(" "):
+        return [text]
+    parts: list[str] = []
+    for word in re.findall(r"\S+\s*", text):
+        parts += [word] if _width(word.rstrip()) <= width else re.findall(r"[^/._:-]*(?:[/._:-]+|$)", word)
+    return parts
+
+
+def _joined(parts: Iterable[str], width: int) -> list[str]:
+    """Join the parts of a text to lines of at most `width` cells. A wider part has a line of its own."""
+    lines = [""]
+    for part in parts:
+        if lines[-1] and _width(lines[-1]) + _width(part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return [line.rstrip() for line in lines]
+
+
+def _width(text: str) -> int:
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _terminal_width(*, error: bool) -> int | None:
+    """Return the number of columns of the terminal, or None if the stream is not a terminal."""
+    stream = sys.stderr if error else sys.stdout
+    return shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
+
+
+def _cell(value: object) -> str:
+    """Return a value for people."""
+    if isinstance(value, datetime):
+        return format_timestamp(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "-" if value is None else identity(str(value))
+
+
+def _value(value: object) -> str:
+    """Return a value for programs: a tab, a line break and other control characters are escaped."""
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    text = "" if value is None else str(value).replace("\\", r"\\")
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def format_timestamp(value: datetime | None) -> str:
-    """Return a timestamp as text, or `never` for None."""
-    return "never" if value is None else value.isoformat(sep=" ", timespec="milliseconds")
+    """Return a timestamp in local time with the offset of the zone, or `never` for None."""
+    return "never" if value is None else value.astimezone().isoformat(sep=" ", timespec="milliseconds")
 
 
 def count(number: int, noun: str) -> str:

@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, app
+from homeagent.cli.application import DatabaseOption, JsonOption, YesOption, app, confirm
 from homeagent.cli.opening import AcknowledgeOption, target_of
-from homeagent.cli.output import JsonOption, format_timestamp, print_json
+from homeagent.cli.output import format_timestamp, print_json
 from homeagent.cli.visible_text import quoted
 from homeagent.database import Database
+from homeagent.engine.target import resolve_target
 
 
 @app.command()
@@ -21,14 +22,18 @@ def restore(
         typer.Argument(metavar="BACKUP", help="Backup to restore. The command does not change it.", show_default=False),
     ],
     acknowledge: AcknowledgeOption = None,
+    yes: YesOption = False,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Replace the database by a backup, and keep the old database in quarantine.
 
+    At a terminal the command asks for a confirmation.
     First stop the gateway, and check that the system's clock is right. The command verifies the backup and begins a new
     epoch. Gateways then refuse messages that were signed before the restore.
     """
+    location = resolve_target(target_of(context, database)).location
+    confirm(context, f"Replace {location} by {backup}?", yes=yes, only_at_terminal=True)
     report = Database.restore(backup, target_of(context, database), acknowledged=acknowledge or ())
     if as_json:
         print_json(report.model_dump(mode="json"))

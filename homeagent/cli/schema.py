@@ -8,9 +8,9 @@ from pathlib import Path
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, app
+from homeagent.cli.application import DatabaseOption, JsonOption, app
 from homeagent.cli.opening import AcknowledgeOption, MigrationsOption, target_of
-from homeagent.cli.output import JsonOption, print_json
+from homeagent.cli.output import print_json
 from homeagent.database import Database
 from homeagent.engine.target import resolve_target
 from homeagent.errors import InvalidArgumentError, SchemaOutdatedError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, app
+from homeagent.cli.application import DatabaseOption, JsonOption, app
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import JsonOption, console_for, count, facts_table, format_timestamp, grid, print_json
+from homeagent.cli.output import count, format_timestamp, print_facts, print_json, print_table
 from homeagent.maintenance.status import DatabaseStatus
 
 
@@ -21,23 +21,17 @@ def status(context: typer.Context, database: DatabaseOption = None, as_json: Jso
     if as_json:
         print_json(found.model_dump(mode="json"))
         return
-    console = console_for()
-    console.print(facts_table(_summary(found)))
-    rows = grid(header=True)
-    rows.add_column("Table")
-    rows.add_column("Rows", justify="right")
-    rows.add_column("Expired, to be swept", justify="right")
-    for name, number in found.rows.items():
-        rows.add_row(name, f"{number:,}", f"{found.expired[name]:,}" if name in found.expired else "")
-    console.print()
-    console.print(rows)
+    print_facts(_summary(found).items())
+    rows = [(name, number, found.expired.get(name)) for name, number in found.rows.items()]
+    typer.echo()
+    print_table(("Table", "Rows", "Expired, to be swept"), rows)
     # These counters belong to this process only. A gateway reads its own counters by `Database.counters()`.
     counters = {name: value for name, value in found.counters.model_dump(mode="json").items() if value is not None}
     sections = (("Pragmas", found.pragmas), ("File modes", found.file_modes), ("Counters of this command", counters))
     for title, facts in sections:
         if facts:
-            console.print(f"\n{title}", style="bold")
-            console.print(facts_table({name: str(value) for name, value in facts.items()}))
+            typer.echo("\n" + typer.style(title, bold=True))
+            print_facts((name, str(value)) for name, value in facts.items())
 
 
 def _summary(found: DatabaseStatus) -> dict[str, str]:

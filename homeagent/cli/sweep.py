@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, app
+from homeagent.cli.application import DatabaseOption, JsonOption, app
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import JsonOption, count, print_json
+from homeagent.cli.output import count, print_json
 from homeagent.models.types import MAX_LIMIT
 
 _LONGEST_BUDGET = 366 * 24 * 3600.0

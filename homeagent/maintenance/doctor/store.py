@@ -349,7 +349,7 @@ def _check_backlog(collector: Collector, connection: Connection) -> None:
         "expired_backlog",
         f"Expired rows that wait to be swept: {nonces + keys:,}.",
         "no process sweeps, so the database only grows; expired rows count as absent all the same",
-        "sweep now, and run database.sweeper() in the gateway",
+        "sweep now, and let the gateway sweep in the background",
         "homeagent sweep",
         nonces=nonces,
         keys=keys,

@@ -1,0 +1,42 @@
+"""Texts of errors for operators. The messages of `homeagent.errors` name methods and arguments for Python programs."""
+
+from __future__ import annotations
+
+from homeagent.errors import HomeAgentError
+
+__all__ = ["PHRASES", "operator_text"]
+
+PHRASES = {
+    "or find its id with agents.list()": "or find its id by 'homeagent agents list'",
+    "create it, or call sessions.resolve()": "find its id by 'homeagent sessions list'",
+    "or call rotate_secret()": "or give it a new secret by 'homeagent devices rotate'",
+    "change it with agents.update()": "change it by 'homeagent agents update'",
+    "or use delete_sessions=True": "or pass --with-sessions",
+    "move() or delete() that session": "move or delete that session",
+    "or pass force=True": "or pass --force",
+    "with expected_status=REVOKED or --status revoked": "with --status revoked",
+    "pass live=True (--live)": "pass --live",
+    "or raise Limits.pending_devices": "or let the gateway raise its limit",
+    " or with migrate=True": "",
+    ", or open it with migrate=True": "",
+    "open it without read_only=True to write": "use a command that writes",
+    "Make that unit of work shorter, or raise busy_timeout": "Try again, or stop that process",
+    "End long transactions and open the database again, or raise busy_timeout": "End long transactions, then try again",
+    "by another process for longer than busy_timeout": "by another process for too long",
+    ", or use run(…, idempotent=True) for a unit that may be committed twice": "",
+    "; to read without writing, open a unit with read_only=True": "",
+    "begin it with ./ or pass a Path": "begin it with ./",
+    "lower pool_size": "stop some of the programs that use the server",
+    "use Database.doctor()": "name a file or a server's URL",
+    "raise Limits.longest_ttl": "let the gateway raise its limit",
+    "run the unit again": "run the command again",
+}
+"""Phrases of messages for Python programs, and the texts that replace the phrases for an operator."""
+
+
+def operator_text(error: HomeAgentError) -> str:
+    """Return the message of an error for an operator, who uses commands and options."""
+    text = str(error)
+    for phrase, replacement in PHRASES.items():
+        text = text.replace(phrase, replacement)
+    return text
