@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqlalchemy import URL
+
 from homeagent import maintenance
 from homeagent.clock import Clock, system_clock
 from homeagent.engine.engine import Engine
@@ -22,8 +24,6 @@ from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
-    from sqlalchemy import URL
-
     from homeagent.maintenance.content_check import ContentCheck
 
 __all__ = ["DatabaseMaintenance"]

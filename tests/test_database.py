@@ -323,7 +323,7 @@ def test_run_repeats_only_transient_errors_until_its_deadline(target: str, clock
         runs.append("")
         raise error
 
-    with Database.open(target, clock=clock, busy_timeout=timedelta(milliseconds=50)) as database:
+    with Database.open(target, clock=clock, busy_timeout=timedelta(milliseconds=300)) as database:
         error: Exception = TransientError("again")
         with pytest.raises(DatabaseBusyError):
             database.run(fail)

@@ -60,6 +60,9 @@ ACTS: dict[str, Act] = {
     "devices.count_pending": lambda u, a: u.devices.count_pending(limit=1),
     "devices.require_pending_room": lambda u, a: u.devices.require_pending_room(9),
     "devices.delete_pending": lambda u, a: u.devices.delete_pending(paired_before=START),
+    "devices.changes": lambda u, a: u.devices.changes(after=0),
+    "devices.newest_change": lambda u, a: u.devices.newest_change(),
+    "devices.delete_changes": lambda u, a: u.devices.delete_changes(before=START),
     "devices.get": lambda u, a: u.devices.get("lamp"),
     "devices.list": lambda u, a: u.devices.list(),
     "devices.update": lambda u, a: u.devices.update("lamp", DeviceUpdate(metadata={"a": 1})),
@@ -94,6 +97,7 @@ ACTS: dict[str, Act] = {
     ),
     "nonces.consume": lambda u, a: u.nonces.consume("lamp", "n2", expires_at=START + HOUR),
     "nonces.consume_signed": lambda u, a: u.nonces.consume_signed("lamp", "n3", signed_at=START, skew=HOUR),
+    "nonces.forget": lambda u, a: u.nonces.forget("lamp"),
     "nonces.find": lambda u, a: u.nonces.find("lamp", "n"),
     "nonces.delete_expired": lambda u, a: u.nonces.delete_expired(),
     "idempotency_keys.insert": lambda u, a: u.idempotency_keys.insert(SCOPE, 1, ttl=HOUR),
@@ -131,7 +135,7 @@ def test_no_method_is_missing() -> None:
     assert set(ACTS) == there
 
 
-READS = frozenset(name for name in ACTS if name.partition(".")[2].startswith(("find", "get", "list")))
+READS = frozenset(name for name in ACTS if name.partition(".")[2].startswith(("find", "get", "list", "changes")))
 
 # In exclusive locking mode SQLite also blocks readers: https://sqlite.org/pragma.html#pragma_locking_mode
 HOLD = """
@@ -197,7 +201,9 @@ def locked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         database, attempt = prepare(where)
         before = dump(database)
         with closing(psycopg.connect(where)) as other:
-            other.execute("LOCK TABLE devices, agents, sessions, nonces, idempotency_keys IN ACCESS EXCLUSIVE MODE")
+            other.execute(
+                "LOCK TABLE devices, device_changes, agents, sessions, nonces, idempotency_keys IN ACCESS EXCLUSIVE MODE"
+            )
             yield Locked(database, attempt)
             other.rollback()
     assert dump(database) == before

@@ -38,9 +38,9 @@ def test_units_are_counted_by_how_they_ended(database: Database, clock: FakeCloc
     assert database.sweep().nonces == 1
     after = counters.snapshot()
     assert after.reads - before.reads == 1
-    assert after.commits - before.commits == 6  # a sweep has three batches here
+    assert after.commits - before.commits == 7  # a sweep has four batches here
     assert after.rollbacks - before.rollbacks == 3
-    assert after.units - before.units == 10
+    assert after.units - before.units == 11
     assert (after.retries, after.sweeps, after.swept) == (1, 1, 1)
 
 

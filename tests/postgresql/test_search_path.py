@@ -105,7 +105,7 @@ def test_first_schema_is_used(target: str, by: str) -> None:
                 assert unit.session.connection().execute(text("SELECT count(*) FROM things")).scalar() == 0
     rows = diagnose(url).finding("rows")
     assert rows is not None
-    assert rows.facts["rows"] == 2  # the device, and the row of the table `store`
+    assert rows.facts["rows"] == 4  # the device, the row of the table `store`, and two rows of the change feed
     with Database.open(in_schema(target, "public")) as public:
         assert public.run(listed) == []
 
