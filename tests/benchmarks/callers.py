@@ -22,7 +22,7 @@ __all__ = ["measure"]
 
 CROWDED = "nonce consume, device with 5,000 nonces"
 ONCE = "run_once with an empty effect"
-LONE = "run with only one caller"
+LONE = "database.run() with only one caller"
 TASKS = "durable commits of 256 asyncio callers"
 THREADS = "durable commits of 64 threads"
 SWEEP = "p99 of a write during a sweep"

@@ -24,7 +24,7 @@ from tests.benchmarks.operations import BASELINE
 __all__ = ["measure"]
 
 EIGHT = "p99 of a write among 8 writing processes"
-KILLED = "open after kill -9 left a WAL of 16 MB"
+KILLED = "open a database with a WAL of 16 MB, after kill -9"
 START = "import homeagent and open"
 
 EMPTY = Filled(devices=0, agents=0, sessions=0, keys=0)
