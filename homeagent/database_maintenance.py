@@ -101,7 +101,7 @@ class DatabaseMaintenance:
                 CorruptDatabaseError.
 
         Raises:
-            DatabaseError: if `backups` is given and the database is on PostgreSQL.
+            DatabaseError: if the argument `backups` is given and the database is on PostgreSQL.
             DatabaseClosedError: if the database was closed.
         """
         from homeagent.maintenance.sweep import Sweeper

@@ -152,7 +152,7 @@ class LastAdminError(ConflictError):
 
 
 class ApprovalChangedError(ConflictError):
-    """The device has changed since the administrator read the device. The attribute `changed` names the field."""
+    """The device has changed since the administrator read the device. The changed field is the attribute `changed`."""
 
     def __init__(self, device_id: str, changed: str) -> None:
         self.device_id = device_id
@@ -170,7 +170,7 @@ class DeviceNotApprovedError(ConflictError):
 
 
 class LimitError(ConflictError):
-    """The store has the maximum number of rows of a kind. The attribute `limit` is the maximum number."""
+    """The store has the maximum number of rows of a kind. This number is the attribute `limit`."""
 
     def __init__(self, message: str, *, limit: int) -> None:
         self.limit = limit

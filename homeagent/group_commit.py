@@ -72,7 +72,7 @@ class GroupCommit:
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
         settings = self._settings
-        settings.engine.pool(read_only=False)  # raises in a forked child
+        settings.engine.pool(read_only=False)  # In a forked child, this call raises DatabaseClosedError.
         if get_ident() in settings.writing:
             refuse_nesting()
         # After a batch of several units, other callers are likely. Queue the call, which can then share a commit.
@@ -108,7 +108,7 @@ class GroupCommit:
         caller waits for the unit's end.
 
         Raises:
-            DatabaseBusyError, DatabaseClosedError: in the same cases as `run`.
+            DatabaseBusyError, DatabaseClosedError: in the same cases as for `run()`.
             DatabaseError: if no thread can be started. No change was made.
         """
         self._settings.engine.pool(read_only=False)
@@ -130,7 +130,8 @@ class GroupCommit:
                 raise
             cancellation = error
             if not call.is_over:
-                # The cancellation ended the future. Only this thread resolves futures, so the new future is resolved.
+                # The cancellation ended the future, so wait for a second future. `_resolve()` also runs in this thread,
+                # and so ends the second future.
                 call.future = loop.create_future()
                 cancellation = await shielded_wait(call.future) or error
         finally:
@@ -209,7 +210,7 @@ class GroupCommit:
             while (call := self._next()) is not None:
                 call.error = DatabaseClosedError(_CLOSED)
                 self._deliver(self._move([call], DONE))
-            self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # wakes the writer thread, and does not run
+            self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # This call wakes the writer thread.
             thread, timeout = self._thread, self._settings.timeout
         if thread is None or thread is threading.current_thread():
             return
@@ -277,7 +278,9 @@ class GroupCommit:
             self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
     def _run_units(self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall]) -> None:
-        """Run units in savepoints until the queue is empty or the batch is full. Add each call to the list `shared`."""
+        """Run units in savepoints until the queue is empty or the batch is full. Append each call to the argument
+        `shared`.
+        """
         connection = transaction._require_connection()
         # A batch may take a quarter of the timeout, because the first callers also wait for the commit.
         end = monotonic() + min(_MAX_BATCH_SECONDS, self._settings.timeout / 4)
@@ -338,8 +341,10 @@ class GroupCommit:
             try:
                 loop.call_soon_threadsafe(_resolve, waiting)
             except RuntimeError:
-                self._loops.pop(loop, None)  # the loop was closed, so no coroutine waits
-            except Exception as error:  # noqa: BLE001  after a MemoryError, `_check_loop` wakes the callers
+                # The loop was closed, so no coroutine waits.
+                self._loops.pop(loop, None)
+            except Exception as error:  # noqa: BLE001
+                # After a MemoryError, `_check_loop()` wakes the callers.
                 _log(error)
 
     def _occupation(self, holder: int) -> str | None:

@@ -1,7 +1,7 @@
 """Run a side effect once. Commit a claim, run the effect outside of any transaction, and commit the outcome.
 
-If the process ends between the two commits, the outcome of the effect is unknown. The next call then does as its
-argument `on_abandoned` says, and by default raises `OutcomeUnknownError` without running the effect again.
+If the process ends between the two commits, the outcome of the effect is unknown. By default, the next call then raises
+`OutcomeUnknownError` without running the effect again. The argument `on_abandoned` chooses another action.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class OnceCall:
     ) -> OnceCall:
         """Check the arguments, and compute the fingerprint of the parameters.
 
-        The argument `instead` is the remedy in the error message for a coroutine function. With None, coroutine
+        The error message for a coroutine function names the remedy (the argument `instead`). With None, coroutine
         functions are allowed.
         """
         check_function(effect, "effect", coroutine=instead)
@@ -116,10 +116,10 @@ class _Once:
     """A unit of work that ends an attempt. After a commit with an unknown outcome, the unit can safely run again.
 
     Args:
-        attempt: the attempt to end.
+        attempt: attempt that the unit ends.
         write: function that records the outcome or releases the key.
-        leaves_record: whether `write` leaves a record of this attempt. If `leaves_record` is False, a lost lease in
-            the second run counts as success, because the first run has released the key.
+        leaves_record: whether a record of this attempt remains after the unit. If False, a lost lease in the second run
+            counts as success, because the first run has released the key.
     """
 
     def __init__(
@@ -313,7 +313,7 @@ class _AsyncUnits:
         if self._claimed is not None:
             # Ignore an error, because the claim ends anyway when its lease expires.
             with suppress(HomeAgentError):
-                # `substitute` did not run, so the outcome of an earlier attempt is still unknown.
+                # The function `substitute()` did not run, so the outcome of an earlier attempt is still unknown.
                 await self.release(self._claimed, none_began=False)
 
     async def release(self, attempt: Attempt, *, none_began: bool) -> None:

@@ -67,7 +67,7 @@ class Pairing:
     def pair(self, request: DevicePair) -> PairedDevice:
         """Add a pending device (see `Database.pair`)."""
         check_kind(request, DevicePair, "request")
-        # Check before the slow hash, so that a refusal costs no hash. `create` and `require_pending_room` check again.
+        # Check before the slow hash, so that a refusal costs no hash. The unit checks again.
         if self._find_device(request.id) is not None:
             raise DeviceExistsError(request.id)
         limit = self._max_pending
@@ -94,8 +94,8 @@ class Pairing:
                 return device
             except DeviceExistsError:
                 stored = unit.devices.find_by_id(create.id)
-                # If the hash and the verifier are the same, this unit has run before and the connection was then lost.
-                # The hash or the verifier has a random salt, so another call can't have the same pair.
+                # If the stored hash and verifier are this call's, an earlier run of this unit stored the device. The
+                # hash or the verifier has a random salt, so another call can't have the same pair.
                 if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
                     raise
                 return stored
@@ -244,7 +244,7 @@ class Pairing:
                     previous_until=later(self._clock(), overlap, "overlap") if overlap and new != old else None,
                 )
 
-            # If another caller has rotated the secret in the meantime, begin again, with that caller's hash as `old`.
+            # If another caller has rotated the secret in the meantime, begin again with that caller's hash.
             if self._runner.run(replace, idempotent=True):
                 return secret
 

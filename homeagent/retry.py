@@ -61,7 +61,7 @@ class Runner:
             time.sleep(pause)
 
     async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Do the same as `run`, without blocking the event loop (see `Database.arun`)."""
+        """Do the same as `run()`, without blocking the event loop (see `Database.arun`)."""
         await checkpoint_if_cancelled()
         if self._group_commit is None or read_only or not _under_asyncio():
             return await _in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent))
@@ -75,12 +75,12 @@ class Runner:
             await asyncio.sleep(pause)
 
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
-        """Call `work` in a worker thread. Wait for the end of `work` even if the caller is cancelled meanwhile.
+        """Call the function `work()` in a worker thread. Wait for its end even if the caller is cancelled meanwhile.
 
         Args:
             work: function that can block.
-            slow: whether `work` computes a slow hash. Slow hashes have their own worker threads, because otherwise
-                units and fast checks would wait for a free thread.
+            slow: whether the function computes a slow hash. Slow hashes have their own worker threads, because
+                otherwise units and fast checks would wait for a free thread.
         """
         await checkpoint_if_cancelled()
         return await _in_thread(work, slow=slow)
@@ -136,7 +136,7 @@ _WORKERS = 64
 
 
 async def _in_thread(work: Callable[[], T], *, slow: bool = False) -> T:
-    """Call `work` in a worker thread (see `Runner.in_thread`)."""
+    """Call the function `work()` in a worker thread (see `Runner.in_thread`)."""
     import anyio.to_thread
 
     from homeagent.cancellation import call_in_thread

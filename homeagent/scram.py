@@ -326,8 +326,9 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
 def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> ProofParameters:
     """Return the salt and iterations that a gateway sends to a caller with this id.
 
-    If the verifier is None or damaged, the answer is made up with `key` (see `fake_parameters`). The function always
-    makes up an answer and parses a verifier, and therefore takes the same time for an absent device.
+    If the verifier is None or damaged, the function derives an answer from the argument `key` (see `fake_parameters`).
+    The function always makes up an answer and parses a verifier, and therefore takes the same time for an absent
+    device.
     """
     made_up = fake_parameters(device_id, key)
     parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
@@ -356,8 +357,7 @@ def check_server_signature(
 ) -> bool:
     """Return True if the signature was made with the verifier of the secret. The device calls this function.
 
-    The arguments `parameters` and `message` are those of the proof. If the signature does not have 32 bytes, it is
-    wrong.
+    Pass the parameters and the message of the proof. If the signature does not have 32 bytes, it is wrong.
 
     Raises:
         InvalidArgumentError: if the secret is invalid. The message does not show the secret.

@@ -175,7 +175,7 @@ def _value(value: object) -> str:
 
 
 def format_timestamp(value: datetime | None) -> str:
-    """Return a timestamp in local time with the offset of the zone, or `never` for None."""
+    """Return a timestamp in local time with the offset of the zone. For None, return the text "never"."""
     return "never" if value is None else value.astimezone().isoformat(sep=" ", timespec="milliseconds")
 
 

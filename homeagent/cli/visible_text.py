@@ -8,7 +8,7 @@ characters:
 - a character that NFKC changes, such as a fullwidth letter;
 - punctuation or a mathematical sign outside of ASCII, such as a dash that looks like a hyphen;
 - a combining mark at the beginning;
-- a Latin letter from U+0180 on whose base is not an ASCII letter, such as U+0261, which looks like `g`;
+- a Latin letter from U+0180 onwards that has no ASCII base letter, such as U+0261, which looks like `g`;
 - a character of another script than the main script of the text.
 
 The script of a letter, mark or digit is the first word of the Unicode name. Han, kana, bopomofo and hangul count as one

@@ -44,24 +44,27 @@ def _age(begun: _Moment, now: _Moment) -> timedelta:
 
 @dataclass(slots=True)
 class CheckAttempt:
-    """One check of a secret. Set `failed` if the secret is wrong. A check with a right secret does not count."""
+    """One check of a secret. The caller sets the attribute `failed` to True if the secret is wrong. A check with a
+    right secret does not count.
+    """
 
     failed: bool = False
 
 
 class FailedChecks:
-    """Counts the failed checks of each id, and refuses checks of an id with `per_minute` failures within a minute.
+    """Counts the failed checks of each id. After too many failures of an id within a minute, refuses its checks.
 
     The counts are in the memory of one process. A check counts from its start, so concurrent checks can't exceed the
     limit. If the check does not fail, it is removed from the count.
 
-    If `most_ids` ids have failures within the last minute, a new id replaces the id with the fewest failures. To remove
-    a count of 30, an attacker needs 30 failed checks of all other ids within a minute, which takes 300,000 slow hashes,
-    far more than one process computes. If a new id replaced the oldest id, 10,000 slow hashes would be enough.
+    The object counts the failures of a limited number of ids (`most_ids`). Beyond this number, a new id replaces the id
+    with the fewest failures. An attacker could try to remove the count of an id with 30 failures. The attack needs 30
+    failures of every other counted id within a minute. These are 300,000 slow hashes, far more than one process
+    computes. If a new id replaced the oldest id, 10,000 slow hashes would be enough.
 
     A minute ends when the wall clock or the monotonic clock has moved by a minute. If the wall clock stands still or is
-    set back, a device is therefore not refused for longer. If the wall clock is set forward, an attacker gets
-    `per_minute` more guesses.
+    set back, a device is therefore not refused for longer. If the wall clock is set forward, an attacker gets the
+    guesses of one more minute.
 
     Args:
         clock: the database's clock.
@@ -89,7 +92,8 @@ class FailedChecks:
         """Count a check of this id while the block runs. If the check failed, keep the count after the block.
 
         Raises:
-            TooManyAttemptsError: if `per_minute` checks of the id failed within the last minute or are running.
+            TooManyAttemptsError: if the id has reached the limit `per_minute`. Failed checks of the last minute and
+                running checks count.
         """
         if len(device_id) > _LONGEST_ID:
             device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"

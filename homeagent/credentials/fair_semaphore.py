@@ -19,9 +19,9 @@ _RETRY_AFTER = timedelta(seconds=1)
 
 
 class FairSemaphore:
-    """A semaphore that at most `places` callers can hold at the same time.
+    """A semaphore that a limited number of callers can hold at the same time.
 
-    The number `places` is 1 or more. In a forked child all places are free.
+    The argument `places` is this number, which is 1 or more. In a forked child all places are free.
     """
 
     def __init__(self, places: int) -> None:
@@ -89,7 +89,7 @@ class FairSemaphore:
             False if no place became free in time.
 
         Raises:
-            TooManyAttemptsError: if no place is free and `most_waiting` callers wait already.
+            TooManyAttemptsError: if no place is free, and as many callers as `most_waiting` allows wait already.
         """
         taken = self._acquire(timeout, most_waiting)
         try:

@@ -116,7 +116,7 @@ _MAX_STORED = 2
 
 @dataclass(frozen=True, slots=True)
 class SecretMatch:
-    """The result of a check. It counts as true if a stored hash matched, as in `if check_secret(...):`."""
+    """The result of a check. The result counts as true in an `if` statement if a stored hash matched."""
 
     matched: int | None = None
     """Index of the matching stored hash, or None if no hash matched."""
@@ -127,7 +127,7 @@ class SecretMatch:
     """
 
     def __bool__(self) -> bool:
-        # Do not test `matched` for truth, because index 0 is a match.
+        # Compare the index `matched` with None, because index 0 is a match.
         return self.matched is not None
 
 
@@ -189,7 +189,7 @@ class SecretHasher:
                 hashes, the new hash takes over the salt of the stored hash, so one run checks both hashes. A check then
                 takes no longer, and the duration of a check does not reveal the rotation. RFC 9106 section 3.1 asks for
                 a salt for each password, so that one guess can't be tried on many accounts. Here both hashes belong to
-                one device. Pass None for `beside` if the old secret becomes invalid at once.
+                one device. If the old secret becomes invalid at once, pass `beside=None`.
             waiting: maximum number of waiting callers of this hasher, including this caller.
 
         Returns:
@@ -198,7 +198,7 @@ class SecretHasher:
 
         Raises:
             InvalidArgumentError: if the secret is unusable. The message does not show the secret.
-            TooManyAttemptsError: if `waiting` callers already wait. A generated secret does not raise this error.
+            TooManyAttemptsError: if too many callers already wait. A generated secret does not raise this error.
             DatabaseBusyError: if no run could start within `timeout`. Try again later.
             MemoryError: if the system did not give Argon2 enough memory or threads.
         """
@@ -227,7 +227,7 @@ class SecretHasher:
 
         Raises:
             InvalidArgumentError: if `stored` has more than 2 hashes, or is a string.
-            TooManyAttemptsError: if `waiting` callers already wait. A generated secret does not raise this error.
+            TooManyAttemptsError: if too many callers already wait. A generated secret does not raise this error.
             DatabaseBusyError: if no run could start within `timeout`. Try again later.
             MemoryError: if the system did not give Argon2 enough memory or threads.
         """
@@ -312,8 +312,8 @@ _default = SecretHasher()
 def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
     """Return a hash of a secret for storing. Arguments, result and errors are those of `SecretHasher.hash`.
 
-    The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. The argument `waiting` is
-    the number of callers that can wait at the same time in the whole process.
+    The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. At most as many callers as
+    the argument `waiting` says can wait at the same time in the whole process.
     """
     return _default.hash(secret, beside=beside, waiting=waiting)
 
@@ -321,7 +321,7 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
 def check_secret(secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
     """Check a presented secret. Arguments, result and errors are those of `SecretHasher.check`.
 
-    The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. The argument `waiting` is
-    the number of callers that can wait at the same time in the whole process.
+    The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. At most as many callers as
+    the argument `waiting` says can wait at the same time in the whole process.
     """
     return _default.check(secret, stored, waiting=waiting)

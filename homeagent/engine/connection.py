@@ -171,8 +171,8 @@ class StoreConnection:
             return  # the transaction belongs to the parent process
         if self._root is not None:
             root, self._root = self._root, None
-            # After a failed flush of an ORM session, SQLAlchemy has already rolled back `root`. After a failed COMMIT,
-            # SQLAlchemy's connection still has the transaction.
+            # After a failed flush of an ORM session, SQLAlchemy has already rolled back the root transaction. After a
+            # failed COMMIT, SQLAlchemy's connection still has the transaction.
             if self._connection.get_transaction() is root:
                 root.rollback()
         if self.in_transaction:
@@ -295,7 +295,9 @@ class StoreConnection:
         raise failure
 
     def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
-        """Run one reading statement outside a unit. The argument `act` names the method of this class that runs it."""
+        """Run one reading statement outside a unit. The argument `act` is the name of this class's method that runs the
+        statement.
+        """
         self.check_file()
         return self.one(statement, parameters) if act == "one" else self.all(statement, parameters)
 
@@ -363,7 +365,7 @@ class StoreConnection:
         raise failure
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
-        """Insert rows. The argument `into` is the SQL text `table (columns)`, and `width` is the number of columns."""
+        """Insert rows. `into="table (columns)"` is the target, and `width` is the number of columns."""
         places = ", ".join("?" * width)
         self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names from the models
 

@@ -142,7 +142,7 @@ class Counters:
 
 def _percentile(values: deque[N], percent: int) -> N | None:
     """Return a percentile by the nearest-rank method; None if there are no values."""
-    # Do not sort the deque itself, because another thread can append to the deque. The call of `list` copies the deque
-    # in one step.
+    # Do not sort the deque itself, because another thread can append to the deque. The call `list(values)` copies the
+    # deque in one step.
     ordered = sorted(list(values))  # noqa: C414
     return ordered[(len(ordered) * percent - 1) // 100] if ordered else None

@@ -36,7 +36,7 @@ class _Forkable(Protocol):
         """Close idle connections. A connection that remains open counts as in use."""
 
     def after_fork_in_child(self) -> None:
-        """Make inherited connections unusable, and call `inherit` for a file that was in use."""
+        """Make inherited connections unusable, and call `inherit()` for a file that was in use."""
 
 
 _known: weakref.WeakSet[_Forkable] = weakref.WeakSet()

@@ -42,7 +42,7 @@ class ConnectionPool(Generic[T]):
 
     Args:
         size: maximum number of resources. A pool of size 1 is a lock.
-        make: function that creates a resource. If `make` raises an error, `acquire` raises the same error.
+        make: function that creates a resource. The method `acquire()` passes on an error of this function.
         name: name of a resource in the message of a timeout, such as "the write lock".
         waited: function to call after each wait, also if the wait timed out. Its argument is the wait in seconds.
     """
@@ -209,7 +209,7 @@ class ConnectionPool(Generic[T]):
                 self._count -= 1
 
     def close(self) -> None:
-        """Close the resources that no thread holds. Waiting and later calls of `acquire` raise `DatabaseClosedError`.
+        """Close the resources that no thread holds. Waiting and later callers of `acquire()` get DatabaseClosedError.
 
         A held resource is closed when its holder releases it.
         """

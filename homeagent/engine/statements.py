@@ -87,7 +87,7 @@ class Compiled(Generic[R]):
         self._dialect = dialect
 
     def unreadable(self, rows: Sequence[Row], parameters: Parameters) -> CorruptDatabaseError:
-        """Return an error that names the first unreadable value. Call this method after `load` raised an error."""
+        """Return an error that names the first unreadable value. Call this method after an error of `load()`."""
         for row in rows:
             for place, (column, value) in enumerate(zip(self.columns, row, strict=True)):
                 convert = _processor(column, self._dialect)

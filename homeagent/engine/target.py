@@ -98,10 +98,10 @@ def resolve_target(target: Given) -> Target:
             also a path. A SecretStr counts as a str.
 
     Raises:
-        InvalidArgumentError: if the target is empty, contains a control character, or names a directory; if a str looks
-            like a server's address or is a SQLite URI; if a URL can't be read or names an unsupported engine; or if a
-            server's URL contains a byte that is not UTF-8, or a host or a port that can't exist. The message does not
-            show the URL or the address, which can contain a password.
+        InvalidArgumentError: if the target is empty, contains a control character, or names a directory. The same error
+            refuses a str that looks like a server's address, and a SQLite URI. A URL must be readable and name a
+            supported engine. A server's URL must be UTF-8 and have a possible host and port. The message does not show
+            the URL or the address, which can contain a password.
     """
     try:
         found = _read(target)

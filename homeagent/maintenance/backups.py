@@ -35,7 +35,9 @@ _LOCK = ".homeagent-backups.lock"
 
 
 def require_file(engine: Engine) -> SQLiteEngine:
-    """Return the engine if the database is a SQLite file. For PostgreSQL raise DatabaseError, which names its tools."""
+    """Return the engine if the database is a SQLite file. For PostgreSQL raise DatabaseError, which names PostgreSQL's
+    tools.
+    """
     if not isinstance(engine, SQLiteEngine):
         raise DatabaseError(
             "a PostgreSQL database is backed up with its own tools: pg_dump for one database, pg_basebackup and an "
@@ -232,7 +234,7 @@ def _write_note(database: Path, backup: Path) -> None:
     try:
         remember_backup(database, backup)
     except HomeAgentError as error:
-        # The backup is valid without the note, which only lets an error about a damaged database name the backup.
+        # The backup is valid without the note. Only error messages about a damaged database use the note.
         logger.warning(
             "could not write the path of the last backup to a note next to the database: %s",
             error,

@@ -25,8 +25,8 @@ logger = logging.getLogger("homeagent")
 class ContentCheck:
     """Checks the content of an open SQLite database periodically.
 
-    Each table is checked with its indexes in one read-only unit. The first check is due at once. The argument `every`
-    is the pause between two checks. If a check exceeds the time budget, the next check continues with the remaining
+    Each table is checked with its indexes in one read-only unit. The first check is due at once. The pause between two
+    checks is the argument `every`. If a check exceeds the time budget, the next check continues with the remaining
     tables. On PostgreSQL the method `run_if_due` does nothing.
     """
 

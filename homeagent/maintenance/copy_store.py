@@ -65,7 +65,7 @@ class CopyProgress:
     """Progress of a copy.
 
     Attributes:
-        step: the current step. The step `copying` comes first, then the step `comparing`.
+        step: the text "copying" in the first step, or "comparing" in the second step.
         table: name of the current table.
         rows: number of rows of all tables that this step has processed.
         total: number of rows that this step will have processed at its end.

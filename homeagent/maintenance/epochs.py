@@ -43,8 +43,8 @@ class EpochReport(BaseModel):
     Attributes:
         location: path of the file, or URL of the server without the password.
         epoch: number of the epoch.
-        restored_at: start of the epoch. A replay guard refuses a message that was signed before this time, or less than
-            `skew` after this time.
+        restored_at: start of the epoch. A replay guard refuses a message that was signed at or before this time plus
+            the skew.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -83,7 +83,7 @@ def _in_file(path: Path, now: datetime, timeout: timedelta) -> int:
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
                 pass  # only check, because SQLite would drop these locks when it closes the file.
-            # Pass temporary=True, because `alone` already holds the in-use lock.
+            # Pass temporary=True, because the caller already holds the in-use lock.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:
                 with engine.translated(), engine.connect() as connection, connection.begin():

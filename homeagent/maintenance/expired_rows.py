@@ -147,7 +147,7 @@ class ExpiredRows:
         return deleted
 
     def _times(self) -> dict[str, datetime]:
-        """Return parameters: the current time `now`, and `before`, the time before which rows are deleted."""
+        """Return the two times that are parameters of the statements."""
         now = read_clock(self._settings.clock)
         return {"now": now, "before": earlier(now, self._grace)}
 

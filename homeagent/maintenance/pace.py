@@ -18,7 +18,7 @@ _LONGEST_PAUSE = 0.25
 
 
 class Pace:
-    """Chooses the sizes of a sweep's batches and the pauses between them. The argument `most` limits a batch."""
+    """Chooses the sizes of a sweep's batches and the pauses between them. A batch has at most `most` rows."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -41,5 +41,5 @@ class Pace:
         return self.rest_after(held) if contended else _SHORTEST_PAUSE
 
     def rest_after(self, held: float) -> float:
-        """Return the pause, in seconds, after the sweep held the write lock for `held` seconds while writers waited."""
+        """Return the pause after a batch, in seconds. The batch held the write lock for the time `held`."""
         return min(max(held * _PAUSE_FACTOR, _SHORTEST_PAUSE), _LONGEST_PAUSE)

@@ -96,17 +96,17 @@ class DatabaseCounters(BaseModel):
 
     @property
     def lane_waits(self) -> int:
-        """Return `pool_waits`. This property is the old name."""
+        """Return `pool_waits`, whose earlier name was `lane_waits`."""
         return self.pool_waits
 
     @property
     def lane_wait_p50(self) -> float | None:
-        """Return `pool_wait_p50`. This property is the old name."""
+        """Return `pool_wait_p50`, whose earlier name was `lane_wait_p50`."""
         return self.pool_wait_p50
 
     @property
     def lane_wait_p99(self) -> float | None:
-        """Return `pool_wait_p99`. This property is the old name."""
+        """Return `pool_wait_p99`, whose earlier name was `lane_wait_p99`."""
         return self.pool_wait_p99
 
 

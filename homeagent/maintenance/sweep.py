@@ -44,7 +44,8 @@ class BackupSchedule:
             If `keep` is None, all backups are kept.
 
     Raises:
-        InvalidArgumentError: if `every` is not above zero, `keep` is below 1, or `directory` is a server's address.
+        InvalidArgumentError: if the interval is not above zero, if fewer than 1 backup would be kept, or if the
+            directory is a server's address.
     """
 
     directory: str | os.PathLike[str]

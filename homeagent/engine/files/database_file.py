@@ -230,14 +230,15 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
 
 
 def atomic_replace(source: Path, target: Path) -> None:
-    """Move the file `source` over the file `target`. After a power cut `target` is either the old or the new file.
+    """Replace the file at the path `target` by the file at the path `source`. After a power cut, the path `target`
+    names either the old or the new file.
 
-    Both paths must be in one file system. No connection of this process may have `source` open. The caller must remove
-    the sidecar files of `target`, because SQLite would replay a stale WAL over the new database.
+    Both paths must be in one file system. No connection of this process may have the new file (`source`) open. The
+    caller must remove the sidecar files of `target`, because SQLite would replay a stale WAL over the new database.
 
     Raises:
         InsecureFileError, ForeignDatabaseError: if `source` is a link, is not a regular file or can't be made private.
-        DatabaseError: if `source` is missing or can't be moved. The file `target` is unchanged.
+        DatabaseError: if the new file is missing or can't be moved. The old file is unchanged.
     """
     if judge_file(source, is_database=False) is None:
         raise DatabaseError(f"there is no {quoted(source)} to put in the place of {quoted(target)}: make it first")

@@ -64,7 +64,7 @@ def prepare_directory(directory: Path) -> DirectoryReport:
             try:
                 step.mkdir(DIRECTORY_MODE)
             except FileExistsError:
-                continue  # another process created the directory, or the name is a broken link: the lines below check
+                continue  # The check after the loop refuses a broken link.
             if not _is_private_directory(step):
                 change_mode(step, DIRECTORY_MODE)  # a umask can also remove bits of the owner
                 if not _is_private_directory(step):

@@ -38,8 +38,9 @@ class FileIdentityCheck:
         on_moved: function to call before `DatabaseMovedError` is raised.
 
     Attributes:
-        due: value of `monotonic` after which the last check counts as too old. The code that begins a unit compares
-            `due` with the clock, and calls `after_begin` only if necessary, because each call takes time.
+        due: time, on the clock `monotonic()`, after which the last check counts as too old. The code that begins a unit
+            compares this time with the clock, and calls `after_begin()` only if necessary, because each call takes
+            time.
     """
 
     def __init__(
@@ -88,8 +89,8 @@ class FileIdentityCheck:
         """Check the files after a connection was opened and has read. The first call records the file's identity.
 
         Args:
-            beside: if True, also record the identities of the WAL and the WAL index. The caller must then call
-                `disconnected` later.
+            beside: if True, also record the identities of the WAL and the WAL index. The caller must later call
+                `disconnected()`.
 
         Raises:
             DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
@@ -126,7 +127,7 @@ class FileIdentityCheck:
             self._check(beside=False)
 
     def find_moved(self, *, beside: bool = False) -> DatabaseMovedError | None:
-        """Return an error if the file was deleted or replaced. If `beside` is True, check the WAL and its index too."""
+        """Return an error if the file was deleted or replaced. With `beside=True`, check the WAL and its index too."""
         try:
             self._check(beside=beside)
         except DatabaseMovedError as moved:

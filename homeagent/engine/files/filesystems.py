@@ -56,7 +56,8 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
         point = _unescaped(fields.split()[4])
         if place.is_relative_to(point):
             # Prefer a mount with the path's device, because a later mount can hide a mount with a longer path. On Btrfs
-            # the two devices differ. Otherwise prefer the longest path and, of two mounts on one path, the later mount.
+            # the device of the path differs from the device of its mount. Otherwise prefer the longest path and, of two
+            # mounts on one path, the later mount.
             rank = (fields.split()[2].decode() == device, len(point))
             if found is None or rank >= found[:2]:
                 found = (*rank, rest.split()[0].decode("ascii", "replace"))

@@ -24,9 +24,9 @@ __all__ = ["FileLock"]
 class FileLock:
     """A lock on a separate file next to the database, between threads and between processes.
 
-    The method `acquire` creates a missing file with mode 0600. The file is not deleted, because a process that waits on
-    a deleted file and a process that creates a new file would both hold the lock. The system releases the lock when the
-    process ends. A child made by `fork` does not hold the lock. A holder can write a short text, the marker, to the
+    The method `acquire()` creates a missing file with mode 0600. The file is not deleted, because a process that waits
+    on a deleted file and a process that creates a new file would both hold the lock. The system releases the lock when
+    the process ends. A child made by `fork` does not hold the lock. A holder can write a short text, the marker, to the
     file for the next holder.
 
     The lock is a `flock` lock. Unlike SQLite's POSIX locks, a `flock` lock works between threads of one process, and
@@ -34,7 +34,7 @@ class FileLock:
 
     Args:
         path: path of the lock file. The directory must exist.
-        timeout: longest wait of `acquire`. With a timeout of zero, `acquire` tries once.
+        timeout: longest wait for the lock. If the timeout is zero, `acquire()` makes one attempt.
         shared: whether the lock is shared. A shared lock allows other shared holders, and excludes exclusive holders.
         writable: False for a file that can be read-only or belong to another application. The mode of the file then
             stays unchanged, and no marker can be written.
@@ -113,7 +113,8 @@ class FileLock:
     def withdraw(self) -> None:
         """Release the lock. Remove an empty file if this object created the file and no other process has locked it.
 
-        A waiting process checks that the locked file still has its name. If not, it opens the path again.
+        A waiting process checks that the locked file still has its name. If the file has lost its name, the process
+        opens the path again.
         """
         descriptor = self._while_held()
         if self._made:

@@ -39,7 +39,7 @@ _FATAL_ERROR = 7
 class PostgreSQLConnection(StoreConnection):
     """A connection to a server. The server can end the connection at any time, and can become a standby.
 
-    The arguments are the same as for `StoreConnection`. One message sends all statements of `begin`.
+    The arguments are the same as for `StoreConnection`. The method `begin()` sends all its statements in one message.
     """
 
     __slots__ = ("_begin_message", "_begun", "_has_listeners", "_lost", "_pooled", "_send", "_warnings")

@@ -80,7 +80,8 @@ class PostgreSQLEngine(Engine):
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
-        # The engine needs the server's warning that a standby may lack a commit. A role's setting could hide it.
+        # The engine needs the server's warning that a standby may lack a commit. A role's setting could hide this
+        # warning.
         self._settings = [f"lock_timeout = {busy_ms}", "client_min_messages = warning"]
         self.search_schema: str | None = None
         """SQL setting that limits the search to the schema of homeagent's tables; None if no schema was found."""
@@ -126,7 +127,9 @@ class PostgreSQLEngine(Engine):
             connection.execute("; ".join(f"SET {setting}" for setting in self._settings))
 
     def _fix_search_path(self, connection: Any) -> None:
-        """Make every transaction search only the schemas of the present `search_path`, and temporary tables last."""
+        """Make every transaction search only the schemas that are in the `search_path` now, and search temporary tables
+        last.
+        """
         cursor = connection.execute(_SEARCH_PATH)
         while cursor.description is None:
             cursor.nextset()
@@ -250,7 +253,7 @@ def _remove_private(error: BaseException) -> None:
         error.constraint = refused_by(error)  # type: ignore[attr-defined]  # set here, read by refused_by
         error.args = (named(error)[2:] or "the server's message is withheld",)
         # The attribute `_info` contains the server's message, and `_pgconn` the parameters of a failed connection.
-        error._info = error._pgconn = None  # type: ignore[attr-defined]  # psycopg's own attributes
+        error._info = error._pgconn = None  # type: ignore[attr-defined]
 
 
 def _on_error(context: ExceptionContext) -> BaseException | None:

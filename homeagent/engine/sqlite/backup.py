@@ -43,8 +43,8 @@ __all__ = ["Contents", "backup_name", "discard", "has_broken_reference", "read_c
 
 logger = logging.getLogger("homeagent")
 
-_STEP = 2000  # number of pages to copy between two calls of `stop`, within milliseconds.
-_INSTRUCTIONS = 100_000  # Number of instructions of SQLite's virtual machine between two calls of `stop`.
+_STEP = 2000  # Number of pages to copy between two calls of `stop()`. A copy takes at most some milliseconds.
+_INSTRUCTIONS = 100_000  # Number of instructions of SQLite's virtual machine between two calls of `stop()`.
 
 # A test whether a copy can grow writes `_PROBES` pieces of `_PROBE` bytes, in total one page of SQLite's largest size.
 _PROBE, _PROBES = 4096, 16
@@ -81,14 +81,14 @@ def write_backup(
 
     The copy is in rollback mode and needs no WAL, so the copy can be opened on a read-only medium.
 
-    The argument `partial` is the path of the copy until the copy is verified. The paths `target` and `partial` must be
-    in the same existing directory. The function `stop` is called repeatedly, and cancels the backup by returning True.
+    Until the copy is verified, its path is the argument `partial`. This path and the path `target` must be in the same
+    existing directory. The backup calls `stop()` repeatedly, and ends if a call returns True.
 
     Raises:
         InvalidArgumentError: if `target` exists and `replace` is False.
         CorruptDatabaseError: if the database is damaged. The damaged copy is removed.
         DiskFullError, ReadOnlyError, DatabaseError: if the copy can't be written.
-        BackupStoppedError: if `stop` returned True.
+        BackupStoppedError: if `stop()` returned True.
     """
     if not replace and os.path.lexists(target):
         raise InvalidArgumentError(f"{quoted(target)} exists already: name another file, or replace the old one")
@@ -141,7 +141,7 @@ def discard(partial: Path) -> None:
 def read_contents(raw: Any, version_table: str) -> Contents:
     """Read the row counts, revision and epoch of a database. The rows of `version_table` are not counted.
 
-    The driver's connection `raw` must be in a transaction, unless no other connection writes to the file.
+    If another connection can write to the file, the driver's connection (`raw`) must be in a transaction.
     """
     tables = [
         str(row[0])

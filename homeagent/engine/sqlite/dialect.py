@@ -118,7 +118,7 @@ class Cursor(_Cursor):
             return self._changed
         if not self.is_write:
             return -1
-        # After a change of the schema, `changes` still returns the number for the previous statement.
+        # After a change of the schema, the method `changes()` still returns the number for the previous statement.
         return self.connection.changes() if self.connection.total_changes() != self.changes_before else 0
 
     @property
@@ -127,7 +127,7 @@ class Cursor(_Cursor):
         return self.connection.last_insert_rowid()
 
     def fetchmany(self, size: int | None = None) -> list[Any]:
-        """Return at most `size` rows. The default of `size` is the attribute `arraysize`."""
+        """Return at most `size` rows. Without this argument, return at most `arraysize` rows."""
         rows = []
         for _ in range(self.arraysize if size is None else size):
             row = self.fetchone()
@@ -277,7 +277,7 @@ class Dialect(SQLiteDialect):
     supports_statement_cache = True
     returns_native_bytes = True
     # SQLAlchemy chooses an error by the driver's class name (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
-    dbapi_exception_translation_map = {  # noqa: RUF012  SQLAlchemy declares an attribute of instances
+    dbapi_exception_translation_map = {  # noqa: RUF012
         "ConstraintError": "IntegrityError",
         "MismatchError": "IntegrityError",
         "TooBigError": "DataError",
@@ -311,7 +311,7 @@ class Dialect(SQLiteDialect):
         return SingletonThreadPool if url.database in (None, "", ":memory:") else QueuePool
 
     def create_connect_args(self, url: URL) -> tuple[Sequence[str], dict[str, Any]]:
-        """Return the arguments of `connect` for a URL. Options come from the URL's query."""
+        """Return the arguments of the method `connect()` for a URL. Options come from the URL's query."""
         options: dict[str, Any] = dict(url.query)
         for name, kind in (("uri", bool), ("create", bool), ("timeout", float)):
             util.coerce_kw_type(options, name, kind)

@@ -219,8 +219,9 @@ class SQLiteEngine(Engine):
             connection = sa_engine.connect()
         try:
             with self.translated():
-                connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE 0")  # takes the snapshot
-            self._open.add(connection.connection.driver_connection)  # type: ignore[arg-type]  # SQLAlchemy: may be None
+                # SQLite takes the snapshot at this read.
+                connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE 0")
+            self._open.add(connection.connection.driver_connection)  # type: ignore[arg-type]
             self.identity_check.connected()
         except BaseException:
             connection.close()
@@ -246,7 +247,7 @@ class SQLiteEngine(Engine):
         """Make a reader's connection read-only. Install `LockWait` on a writer's connection."""
         raw: Any = connection.connection.driver_connection
         with self.translated():
-            raw.execute("SELECT 1 FROM sqlite_master WHERE 0")  # opens the WAL index
+            raw.execute("SELECT 1 FROM sqlite_master WHERE 0")  # This statement makes SQLite open the WAL index.
         if self.identity_check.identity is not None:
             guard_of(self.path, self.identity_check.identity).hold()
         if read_only:

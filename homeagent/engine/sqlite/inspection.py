@@ -72,8 +72,8 @@ def inspect_sqlite(
         path: path of the file.
         watch: statement timeout.
         assume_closed: if False, take locks even without a WAL, because a process can be opening the file.
-        is_closed: True if no process of homeagent had the file open a moment ago. If False, a WAL with an index is read
-            through the index even without frames, because an open database can add a frame at any time.
+        is_closed: True if no process of homeagent had the file open a moment ago. If False, a WAL without frames is
+            also read through its index, because an open database can add a frame at any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -151,8 +151,8 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
     table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). Also return True if
     SQLite can't compile the statements, for example because an application's function is missing.
 
-    The names in `tables` are in lower case. The argument `kind` is `trigger` or `view`. The argument `on` is the
-    trigger's table or, for a view, the view's own name.
+    The names in `tables` are in lower case. For a trigger, pass `kind="trigger"` and its table as `on`. For a view,
+    pass `kind="view"` and the view's own name as `on`.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []

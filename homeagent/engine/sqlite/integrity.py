@@ -94,7 +94,8 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
 
 
 def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
-    """Check a file's content with SQLite, as thoroughly as its size allows. Skip a large file unless `always` is True.
+    """Check a file's content with SQLite, as thoroughly as its size allows. A large file is checked only with
+    `always=True`.
 
     Raises:
         CorruptDatabaseError: if the check found damage.

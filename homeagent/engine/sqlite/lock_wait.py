@@ -23,7 +23,7 @@ _PAUSE = (0.001, 0.005)
 
 
 class LockWait:
-    """Busy handler (https://sqlite.org/c3ref/busy_handler.html), which calls `began` at the start of each wait."""
+    """Busy handler (https://sqlite.org/c3ref/busy_handler.html), which calls `began()` at the start of each wait."""
 
     def __init__(self, timeout: float, began: Callable[[], object]) -> None:
         self._timeout = timeout

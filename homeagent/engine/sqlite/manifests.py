@@ -45,7 +45,7 @@ class Manifest(BaseModel):
 
     Attributes:
         format: version of the manifest's format.
-        kind: `upgrade` for a copy that was made before a schema upgrade; `backup` for any other backup.
+        kind: the text "upgrade" for a copy that was made before a schema upgrade, or "backup" for any other backup.
         database: absolute path of the source database.
         taken_at: time of the backup, by the database's clock.
         schema_revision: schema revision; None for a file without homeagent's tables.
@@ -80,8 +80,8 @@ def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None
 
     Args:
         backup: path of the backup.
-        database: path of the source database, or of the target of a restore. The directory of `database` decides which
-            owners are trusted. The default is the path `backup`.
+        database: path of the source database, or of the target of a restore. The directory of this path decides which
+            owners are trusted. The default is the path of the backup.
 
     Raises:
         InsecureFileError: if the manifest has a second hard link, or belongs to a user who is not in `backup_owners` of

@@ -2,8 +2,8 @@
 
 SQLite treats the first WAL frame with a wrong checksum as the end of the WAL, and so discards a commit that a crash
 interrupted. But if the WAL was damaged or truncated later, SQLite silently discards complete commits
-(https://sqlite.org/fileformat2.html#walformat, section 4.2). Two traces of lost commits remain. The first trace is a
-frame after the damage that ends a commit. The second trace is the WAL index (-shm), which a killed process leaves
+(https://sqlite.org/fileformat2.html#walformat, section 4.2). Two traces of lost commits remain. The first trace is the
+last frame of a commit, after the damaged place. The second trace is the WAL index (-shm), which a killed process leaves
 behind with the number of committed frames (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
 
 No other process may have the database open. This process must not have the database open, because closing the WAL index
@@ -68,8 +68,8 @@ def has_frames(path: Path) -> bool:
     """Return whether SQLite would read a frame of this database's WAL. The database may be open.
 
     A process that is killed in its first commit leaves a WAL with only a header. A full disk can leave a part of a
-    header. SQLite ignores a WAL without frames, except on an only connection with `readonly_shm=1`. This connection
-    fails with SQLITE_PROTOCOL after 10 seconds if the header is damaged, or if the WAL has only a header.
+    header. SQLite ignores such a WAL. But if no other connection is open, a connection with `readonly_shm=1` fails with
+    SQLITE_PROTOCOL after 10 seconds.
     """
     log = sidecars(path)[0]
     with explained("read", log):

@@ -74,7 +74,9 @@ def diagnose(
 
 
 def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: bool, fix: bool) -> Diagnosis:
-    """Check a database that this process has open, as `Database.doctor` documents. `read` opens a read-only unit."""
+    """Check a database that this process has open, as `Database.doctor` documents. The function `read()` begins a
+    read-only unit.
+    """
     if not isinstance(engine, SQLiteEngine):
         return _diagnose(
             Target(url=engine.sa_engine.url),

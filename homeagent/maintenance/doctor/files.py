@@ -56,7 +56,7 @@ def database_files(path: Path) -> Files:
             try:
                 found[entry] = entry.lstat()
             except OSError:
-                continue  # the file was removed after iterdir(), or is unreadable: the check `database` reports that
+                continue  # The `database` check reports an unreadable file.
     return found
 
 

@@ -126,8 +126,8 @@ class Diagnosis(BaseModel):
         thorough: whether the diagnosis was thorough.
         severity: worst severity of all findings.
         findings: one finding for each completed check, in the order of `CHECKS`.
-        not_checked: by name of a check that did not run or did not complete, the reason.
-        repairs: repairs that the doctor made before the final checks. Empty if `fix` was False.
+        not_checked: reason why a check did not run or complete, by the check's name.
+        repairs: repairs that the doctor made before the final checks. The tuple is empty if the call had `fix=False`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -155,7 +155,7 @@ class Collector:
     """Findings collector for one database.
 
     Several findings of a check are combined into one finding with the worst severity. The summary of the worst finding
-    comes first. The argument `watch` interrupts statements at the time limit.
+    comes first. At the time limit, the object `watch` interrupts a statement.
     """
 
     def __init__(self, now: datetime, *, thorough: bool, watch: Stopwatch) -> None:
@@ -201,13 +201,13 @@ class Collector:
         earlier = self.findings.get(check)
         self.findings[check] = finding if earlier is None else _combined(earlier, finding)
 
-    # Methods that call `add` with a fixed severity.
+    # Each of these methods calls `add()` with its own severity.
     ok = partialmethod(add, Severity.OK)
     warn = partialmethod(add, Severity.WARNING)
     critical = partialmethod(add, Severity.CRITICAL)
 
     def skip(self, reason: str, *checks: str) -> None:
-        """Record the reason why checks did not run. Ignore a check that has a finding or an earlier reason."""
+        """Record the reason why checks did not run. Skip a check that already has a finding or a reason."""
         for check in checks:
             if check not in self.findings:
                 self.not_checked.setdefault(check, reason)
@@ -216,8 +216,8 @@ class Collector:
     def attempt(self, check: str, *, on: Connection | None = None) -> Iterator[None]:
         """Run a check in the block. If the check raises an error, report a finding instead, so later checks still run.
 
-        After a failed statement PostgreSQL refuses all others in the transaction. Therefore each check runs in a
-        savepoint of the connection `on`.
+        After a failed statement PostgreSQL refuses all others in the transaction. Therefore each check runs in its own
+        savepoint.
         """
         self.watch.start()
         guarded = on is not None and on.dialect.name == "postgresql"

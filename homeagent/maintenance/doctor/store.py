@@ -1,7 +1,7 @@
 """Check the revision, the schema and the rows of a readable store, on SQLite and PostgreSQL.
 
-The findings contain numbers of rows, and only the check `rows` names rows. Findings do not contain secrets, hashes,
-nonces, keys or results.
+The findings contain numbers of rows. Only the `rows` check reports single rows. Findings do not contain secrets,
+hashes, nonces, keys or results.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _read(
     """
     columns = list(described.columns)
     names = [c.name for c in columns]
-    # A finding shows the device of a nonce or an idempotency key, because nonces and keys are secret.
+    # For a nonce or an idempotency key, a finding shows only the device, because the nonce or key is secret.
     named = names.index(naming_column(described))
     tests = [_test(c, connection.dialect) for c in columns]
     count, faults = 0, []
@@ -286,7 +286,7 @@ def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
     holders = holders.order_by(_session.last_active_at.desc(), _session.session_id.desc())
     for session_id, stored, *route in connection.execute(holders, execution_options={"yield_per": _PAGE}):
         if not all(value is None or isinstance(value, str) for value in route):
-            continue  # the check `rows` reports such a row
+            continue  # The `rows` check reports such a row.
         right = route_key(*route)
         if stored != right:
             yield session_id, right
