@@ -7,8 +7,7 @@ The whole of such a file:
 
     run_environment(context, package="hub")
 
-The name of this module is `homeagent.alembic`. It does not replace the package `alembic`, because all imports of
-homeagent are absolute.
+The module `homeagent.alembic` does not replace the package `alembic`, because all imports of homeagent are absolute.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
         name: name of the object.
         type_: kind of the object, such as `table` or `index`.
         reflected: whether the object was read from the database.
-        compare_to: object that Alembic compares with `object`, or None.
+        compare_to: object that Alembic compares with the argument `object`, or None.
     """
     table = object if type_ == "table" else getattr(object, "table", None)
     return table is None or table.name not in TABLES or table.schema is not None
@@ -161,7 +160,7 @@ def _upgrade_lock(engine: Engine) -> Any:
 
 @contextmanager
 def _without_foreign_keys(connection: Connection) -> Iterator[None]:
-    """Switch foreign keys off. While they are on, rebuilding a table deletes the rows that refer to the table."""
+    """Switch foreign keys off. Otherwise rebuilding a table deletes the rows that refer to the table."""
     if connection.dialect.name != "sqlite":
         yield
         return

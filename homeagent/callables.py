@@ -35,7 +35,7 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
 
 
 def refuse_coroutine(value: T, what: str, remedy: str) -> T:
-    """Return `value`, the return value of a function. Raise InvalidArgumentError if `value` is a coroutine."""
+    """Return a function's return value. If the value is a coroutine, raise InvalidArgumentError."""
     if iscoroutine(value):
         value.close()  # prevents Python's warning "never awaited"
         raise InvalidArgumentError(f"{what} returned a coroutine, which is not awaited here: {remedy}")
@@ -43,9 +43,9 @@ def refuse_coroutine(value: T, what: str, remedy: str) -> T:
 
 
 def refuse_coroutine_function(function: object, value: T, what: str, remedy: str) -> T:
-    """Return `value`, the return value of `function`. Raise InvalidArgumentError if `function` is a coroutine function.
+    """Return the return value of a function. If the function is a coroutine function, raise InvalidArgumentError.
 
-    If `function` is an ordinary function, `value` can be a coroutine, which the caller awaits.
+    If the function is an ordinary function, the value can be a coroutine, which the caller awaits.
     """
     # Check the type of `value` first, because every unit makes this check and the check is cheap.
     if isinstance(value, CoroutineType) and iscoroutinefunction(function):

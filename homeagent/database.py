@@ -77,7 +77,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     The type parameter is the class of the units. A `Database[HubUnit]` is also a `Database`.
 
     A forked child process must open the database again. Open a database with `Database.open`. Close the database with
-    `close`, or use a `with` block.
+    `close()`, or use a `with` block.
     """
 
     def __init__(self, engine: Engine, *, clock: Clock, busy_timeout: timedelta, limits: Limits, unit: type[U]) -> None:
@@ -120,7 +120,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             clock: function that returns the current time. Each store method calls `clock` once.
             busy_timeout: longest wait of a unit for the write lock or a connection. A value over 24 days counts as 24
                 days.
-            durability: with `full`, every commit is synced to the disk. With `normal`, a power cut can lose the last
+            durability: with "full", every commit is synced to the disk. With "normal", a power cut can lose the last
                 commits, and an attacker can replay a message if the commit of the message's nonce was lost.
             migrate: whether to create or upgrade the schema. A file that holds data is backed up before an upgrade.
             pool_size: maximum number of writing units at the same time on PostgreSQL, 1 to 1,000. The same number
@@ -161,7 +161,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def close(self) -> None:
         """Stop the sweepers, end the iterators of device changes, and close every connection.
 
-        Later calls of all methods except `close` raise DatabaseClosedError.
+        Later calls of all methods except `close()` raise DatabaseClosedError.
         """
         if self._engine.is_forked_copy:
             return  # Do not take the mutex in a forked child, because a thread of the parent can hold the mutex.
@@ -192,7 +192,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
     @cached_property
     def devices(self) -> DeviceStore:
-        """The store of devices. Each call is a separate unit (see `store`)."""
+        """The store of devices. Each call is a separate unit (see `Database.store`)."""
         return self.store(DeviceStore)
 
     @cached_property
@@ -219,8 +219,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         """Return a store whose every method call is a separate unit of work.
 
         A read is one statement in autocommit mode and takes no lock. If a write depends on a read, use a unit of work
-        for both. A write goes through `run`. If the thread already has an open write unit, a write raises
-        UnitStateError.
+        for both. A write uses `run()`. If the thread already has an open write unit, a write raises UnitStateError.
 
         A method of an own store with several statements runs in one unit. homeagent learns about the second statement
         when the method sends it, and then calls the method again in the unit.
@@ -229,7 +228,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             kind: class of the store, such as `DeviceStore`, or the application's own store.
 
         Raises:
-            InvalidArgumentError: if `kind` is not the class of a store.
+            InvalidArgumentError: if the argument `kind` is not the class of a store.
         """
         if not isinstance(kind, type) or not issubclass(kind, Store):
             raise InvalidArgumentError("kind must be the class of a store, such as homeagent.stores.DeviceStore")
@@ -298,17 +297,17 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         unit of that function is undone. If the shared commit fails, each unit runs again in its own transaction.
 
         Args:
-            work: function of the unit. `run` can call `work` several times, so `work` must have no side effect outside
-                the unit.
+            work: function of the unit. The database can call this function several times, so the function must have no
+                side effect outside the unit.
             read_only: see `unit_of_work`.
-            idempotent: whether two runs of `work` have the same result as one run. If True, `work` also runs again
-                after the connection was lost during COMMIT.
+            idempotent: whether two runs of the function have the same result as one run. If True, the function also
+                runs again after the connection was lost during COMMIT.
 
         Returns:
-            Return value of `work`, after the commit.
+            Return value of the function, after the commit.
 
         Raises:
-            InvalidArgumentError: if `work` is a coroutine function. No change was made.
+            InvalidArgumentError: if the function is a coroutine function. No change was made.
             DatabaseBusyError: if the database was busy for the whole `busy_timeout`, or if another function delayed
                 the shared commit for the whole `busy_timeout`. No change was made.
             ConnectionLostError: if the server was not reachable within `busy_timeout`. No change was made.
@@ -317,7 +316,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         return self._runner.run(_on_unit(work), read_only=read_only, idempotent=idempotent)
 
     async def arun(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Do the same as `run` for a coroutine, under asyncio or trio. The function `work` runs in another thread.
+        """Do the same as `run()` for a coroutine, under asyncio or trio. The function runs in another thread.
 
         If the caller is cancelled under asyncio before the unit begins, the unit does not run. If the unit has begun,
         a cancelled caller still waits for the end of the unit.
@@ -325,11 +324,11 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         Args:
             work: ordinary function, which runs with the caller's context variables.
             read_only: see `unit_of_work`.
-            idempotent: see `run`.
+            idempotent: see `run()`.
 
         Raises:
             InvalidArgumentError, DatabaseBusyError, ConnectionLostError, CommitUnknownError: in the same cases as
-                `run`.
+                `run()`.
         """
         return await self._runner.arun(_on_unit(work), read_only=read_only, idempotent=idempotent)
 
@@ -357,18 +356,18 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
                 `attempt.downstream_key` to another service. If the function raises EffectFailedError, the error is
                 stored and replayed. If the function raises EffectNotStartedError, the key is free again. After any
                 other exception the outcome is unknown.
-            params: parameters of the call. If the same key is used with other parameters, `run_once` raises
+            params: parameters of the call. If the same key is used with other parameters, `run_once()` raises
                 FingerprintMismatchError.
             lease: time without a renewal after which an attempt counts as abandoned.
             ttl: time for which the outcome is replayed.
-            on_abandoned: action after an abandoned attempt. The values are `refuse`, `rerun`, or a function that gets
+            on_abandoned: action after an abandoned attempt. The values are "refuse", "rerun", or a function that gets
                 the new attempt and returns the outcome.
 
         Raises:
-            InvalidArgumentError: if an argument is invalid. For a coroutine function, use `arun_once`.
+            InvalidArgumentError: if an argument is invalid. For a coroutine function, use `arun_once()`.
             FingerprintMismatchError: if the key was used with other parameters.
             IdempotencyInProgressError: if another caller runs the effect now. Try again after `retry_after`.
-            OutcomeUnknownError: if an attempt was abandoned, and `on_abandoned` is `refuse`.
+            OutcomeUnknownError: if an attempt was abandoned, and the action is "refuse".
             LeaseLostError: if the effect ran, but another caller took the key over or deleted the key meanwhile.
             EffectFailedError, EffectNotStartedError: if the effect raised this error.
         """
@@ -394,7 +393,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         ttl: timedelta = timedelta(hours=24),
         on_abandoned: OnAbandoned = "refuse",
     ) -> Outcome:
-        """Do the same as `run_once` for an effect that is a coroutine function, under asyncio or trio.
+        """Do the same as `run_once()` for an effect that is a coroutine function, under asyncio or trio.
 
         If the caller is cancelled, the effect is also cancelled. If the outcome is already known, it is still recorded.
         """

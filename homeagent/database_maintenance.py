@@ -54,12 +54,12 @@ class DatabaseMaintenance:
         """Delete expired nonces and idempotency keys, old device changes, and devices that waited for too long.
 
         A pending device is deleted after `Limits.pending_ttl`, and a device change after `Limits.changes_kept`. Each
-        batch is small, and therefore other writers wait only briefly. While other writers wait, `sweep` uses smaller
+        batch is small, and therefore other writers wait only briefly. While other writers wait, `sweep()` uses smaller
         batches and longer pauses.
 
         Args:
             batch_size: maximum number of rows that one unit deletes.
-            time_budget: maximum duration. With None, `sweep` continues until no such row is left.
+            time_budget: maximum duration. With None, `sweep()` continues until no such row is left.
         """
         return self._sweep(batch_size=batch_size, time_budget=time_budget)
 

@@ -65,21 +65,21 @@ class DeviceSecrets:
 
     @clears_locals
     async def apair(self, request: models.DevicePair) -> models.PairedDevice:
-        """Do the same as `pair` under asyncio or trio, without blocking the event loop."""
+        """Do the same as `pair()` under asyncio or trio, without blocking the event loop."""
         return await self._pairing.apair(request)
 
     @clears_locals
     def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
         """Return the device if it is approved and the secret is right, else None.
 
-        The method `check_secret` also returns whether a device with the right secret is pending or revoked.
+        The method `check_secret()` also returns whether a device with the right secret is pending or revoked.
 
         Args:
             device_id: presented id.
             shared_secret: presented secret. During the overlap of a rotation the old secret is also right.
 
         Raises:
-            TooManyAttemptsError, DatabaseBusyError: in the same cases as `check_secret`.
+            TooManyAttemptsError, DatabaseBusyError: in the same cases as `check_secret()`.
         """
         return self._pairing.verify_secret(device_id, shared_secret)
 
@@ -108,9 +108,9 @@ class DeviceSecrets:
 
     @clears_locals
     async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
-        """Do the same as `check_secret` under asyncio or trio, without blocking the event loop.
+        """Do the same as `check_secret()` under asyncio or trio, without blocking the event loop.
 
-        Slow hashes have their own worker threads. Therefore `arun` and checks without a slow hash never wait for a
+        Slow hashes have their own worker threads. Therefore `arun()` and checks without a slow hash never wait for a
         thread that computes a slow hash.
         """
         return await self._pairing.acheck_secret(device_id, shared_secret)
@@ -119,7 +119,7 @@ class DeviceSecrets:
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
         """Return the device if it is approved and the proof was made with its secret, else None.
 
-        The method `check_proof` also returns whether a device with a right proof is pending or revoked.
+        The method `check_proof()` also returns whether a device with a right proof is pending or revoked.
 
         The function `homeagent.scram.make_proof` makes a proof. A proof is SCRAM's client proof (RFC 5802, section 3)
         over the device's id, the nonce and the timestamp. The gateway stores a verifier, with which proofs can be
@@ -142,7 +142,7 @@ class DeviceSecrets:
     def check_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> models.SecretCheck:
         """Return whether the proof is right, and whether the device is approved, pending or revoked.
 
-        The arguments are those of `verify_proof`.
+        The arguments are those of `verify_proof()`.
 
         Returns:
             Result of the check, which is true only if the proof is right and the device is approved. If the proof is
@@ -150,7 +150,7 @@ class DeviceSecrets:
             attribute `device` is None.
 
         Raises:
-            InvalidArgumentError: in the same cases as `verify_proof`.
+            InvalidArgumentError: in the same cases as `verify_proof()`.
         """
         return self._pairing.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
@@ -158,7 +158,7 @@ class DeviceSecrets:
     async def acheck_proof(
         self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes
     ) -> models.SecretCheck:
-        """Do the same as `check_proof` under asyncio or trio, without blocking the event loop."""
+        """Do the same as `check_proof()` under asyncio or trio, without blocking the event loop."""
         return await self._pairing.acheck_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
     def proof_parameters(self, device_id: str) -> models.ProofParameters:
@@ -204,5 +204,5 @@ class DeviceSecrets:
     async def arotate_secret(
         self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
     ) -> SecretStr:
-        """Do the same as `rotate_secret` under asyncio or trio, without blocking the event loop."""
+        """Do the same as `rotate_secret()` under asyncio or trio, without blocking the event loop."""
         return await self._pairing.arotate_secret(device_id, shared_secret, overlap=overlap)

@@ -72,7 +72,7 @@ class SessionNotFoundError(NotFoundError):
 
 
 class AlreadyExistsError(HomeAgentError):
-    """A `create` or `insert` found a row with the same identity, and did not change the row."""
+    """A row with the same identity exists already. The method did not change the row."""
 
 
 class DeviceExistsError(AlreadyExistsError):

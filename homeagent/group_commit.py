@@ -357,7 +357,7 @@ class GroupCommit:
 
 
 def _resolve(calls: list[QueuedCall]) -> None:
-    """Wake the coroutines that wait for the calls. Call `_resolve` in the thread of the coroutines' event loop."""
+    """Wake the coroutines that wait for the calls. Call `_resolve()` in the thread of the coroutines' event loop."""
     for call in calls:
         if call.future is not None and not call.future.done():
             call.future.set_result(None)

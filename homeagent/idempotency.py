@@ -58,7 +58,7 @@ _SHORTEST_PERIOD = 0.05
 
 @dataclass(frozen=True, slots=True)
 class OnceCall:
-    """The arguments of one `run_once` call. The fingerprint is computed before the effect can change the parameters."""
+    """The arguments of `run_once()`. The fingerprint is computed before the effect can change the parameters."""
 
     scope: IdempotencyScope
     fingerprint: str
@@ -243,7 +243,7 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
     Args:
         run: function that runs a unit of work in the same way as `Database.run`.
         timer: timer that renews the lease while the effect runs.
-        call: checked arguments of `run_once`.
+        call: checked arguments of `run_once()`.
         effect: function that gets the attempt and returns the result.
     """
     is_substituted = False
@@ -283,7 +283,7 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
 
 
 class _AsyncUnits:
-    """The units of work of one `arun_once` call, which claim the key, record the outcome or release the key.
+    """The units of work of one `arun_once()` call, which claim the key, record the outcome or release the key.
 
     Attributes:
         substitute: the `on_abandoned` function, which runs instead of the effect if an earlier attempt was abandoned.

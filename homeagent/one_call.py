@@ -1,7 +1,7 @@
 """Stores that belong to a database, such as `database.devices`. Each method call is a separate unit of work.
 
-A method with the decorator `reading` runs its statement in autocommit mode, without BEGIN and COMMIT. A method with the
-decorator `writing` goes through `Runner.run`, with batches and retries.
+A method with the decorator `@reading` runs its statement in autocommit mode, without BEGIN and COMMIT. A method with
+the decorator `@writing` uses `Runner.run`, with batches and retries.
 
 A method without a decorator belongs to a store of the application. Its first statement runs in autocommit mode if the
 statement only reads. If the method sends another statement, or writes, the method is called again in a unit.

@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 500
 
 
 class UnitSession(Session):
-    """The ORM session of a unit. Its `commit` only flushes, and its `rollback` rolls the whole unit back."""
+    """The ORM session of a unit. The method `commit()` only flushes, and `rollback()` rolls the whole unit back."""
 
     def __init__(self, unit: Transaction, connection: StoreConnection) -> None:
         super().__init__(

@@ -118,18 +118,18 @@ class Pairing:
         return checked
 
     async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
-        """Run `check_secret` without blocking the event loop."""
+        """Run `check_secret()` without blocking the event loop."""
         check = partial(self.check_secret, device_id, shared_secret)
         return await self._runner.in_thread(check, slow=needs_slow_hash(shared_secret))
 
     async def apair(self, request: DevicePair) -> PairedDevice:
-        """Run `pair` without blocking the event loop."""
+        """Run `pair()` without blocking the event loop."""
         return await self._runner.in_thread(partial(self.pair, request), slow=True)
 
     async def arotate_secret(
         self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
     ) -> SecretStr:
-        """Run `rotate_secret` without blocking the event loop."""
+        """Run `rotate_secret()` without blocking the event loop."""
         return await self._runner.in_thread(
             partial(self.rotate_secret, device_id, shared_secret, overlap=overlap), slow=True
         )
@@ -190,7 +190,7 @@ class Pairing:
         return checked.device if checked else None
 
     async def acheck_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> SecretCheck:
-        """Run `check_proof` without blocking the event loop."""
+        """Run `check_proof()` without blocking the event loop."""
         check = partial(self.check_proof, device_id, nonce=nonce, timestamp=timestamp, proof=proof)
         return await self._runner.in_thread(check, slow=False)
 

@@ -6,7 +6,7 @@ The computation is SCRAM (RFC 5802 section 3, with SHA-256 from RFC 7677) withou
 2. The device asks for salt and iterations. The method `Database.proof_parameters` answers for every id.
 3. The device makes a proof for its id, a new nonce and the time (`proof_message`, `make_proof`). The device sends the
    id, the nonce, the time and the proof.
-4. The gateway checks the proof (`check_proof`), consumes the nonce, and sends the result of `server_signature`. The
+4. The gateway checks the proof (`check_proof()`), consumes the nonce, and sends the result of `server_signature`. The
    signature shows the device that the gateway has the verifier (`check_server_signature`).
 
 | attacker has | attacker can |
@@ -214,8 +214,8 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
     """Return a made-up salt and number of iterations for an absent device. The answer looks like a real answer.
 
     For the same arguments the result is the same. By default the iterations are those of a generated secret, because
-    `Database.pair` and `rotate_secret` store verifiers of generated secrets only. A caller that asks several times can
-    learn whether a device exists, because a real answer changes with the secret, and a made-up answer changes only
+    `Database.pair` and `rotate_secret()` store verifiers of generated secrets only. A caller that asks several times
+    can learn whether a device exists, because a real answer changes with the secret, and a made-up answer changes only
     with the key.
 
     Args:
@@ -339,7 +339,7 @@ def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> Proof
 def server_signature(verifier: str, message: bytes) -> bytes:
     """Sign the message of a proof, so that the device can check the gateway. The gateway calls this function.
 
-    Send the signature only after `check_proof` has returned True, because an attacker can use the signature to check
+    Send the signature only after `check_proof()` has returned True, because an attacker can use the signature to check
     guesses at a human's secret.
 
     Returns:

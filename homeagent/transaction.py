@@ -6,7 +6,7 @@ A unit has one of these states.
 |---|---|---|
 | NEW | OPEN | the `with` block is entered, the unit has got a connection, and the transaction has begun |
 | NEW | OPEN | the unit has joined the transaction of a batch (`homeagent.group_commit`) |
-| OPEN | ROLLED_BACK | the caller calls `rollback`, or the ORM session rolls the whole transaction back |
+| OPEN | ROLLED_BACK | the caller calls `rollback()`, or the ORM session rolls the whole transaction back |
 | OPEN | FINISHED | the `with` block has ended, and the transaction was committed, or rolled back after an exception |
 | ROLLED_BACK | FINISHED | the `with` block has ended, and the unit has released the connection |
 | OPEN, ROLLED_BACK | FINISHED | the unit has left the transaction of the batch |
@@ -63,7 +63,9 @@ def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
 
 
 def refuse_nesting() -> NoReturn:
-    """Raise UnitStateError for a second write unit in a thread, because it would wait for the first unit for ever."""
+    """Raise UnitStateError for a second write unit in a thread, because the second unit would wait for the first unit
+    for ever.
+    """
     raise UnitStateError(
         "this thread already has an open write unit: use that unit or end it first; "
         "to be able to undo a part of a unit, use savepoint()"
@@ -111,7 +113,7 @@ class Transaction:
         if not self.read_only:
             self._owner = get_ident()
             if self._owner in settings.writing:
-                settings.engine.pool(read_only=False)  # raises DatabaseClosedError in a forked child
+                settings.engine.pool(read_only=False)  # In a forked child, this call raises DatabaseClosedError.
                 refuse_nesting()
         try:
             if not self.read_only:
@@ -163,7 +165,7 @@ class Transaction:
                 notify()
 
     def _roll_back(self, error: BaseException | None) -> None:
-        # After a call of `rollback`, the connection must still be released, and a second ROLLBACK has no effect.
+        # After a call of `rollback()`, the connection must still be released, and a second ROLLBACK has no effect.
         connection = self._connection
         if connection is None:
             return
@@ -268,7 +270,7 @@ class Transaction:
     def _end_after_rollback(self, *, part: bool = False) -> None:
         """Move the unit to ROLLED_BACK after the ORM session has rolled back.
 
-        If `part` is True, the session may have rolled back to a savepoint only. Then the unit stays OPEN.
+        With `part=True`, the session may have rolled back to a savepoint only. Then the unit stays OPEN.
         """
         connection = self._connection
         if self._state is not OPEN or connection is None:

@@ -88,13 +88,14 @@ class UnitOfWork(Transaction):
             connection.release_savepoint(name)
 
     def after_commit(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once after the commit, in the order of registration. A rollback discards `callback`.
+        """Call the function `callback()` once after the commit, in the order of registration. A rollback discards the
+        callback.
 
         If a callback raises an exception, the exception is logged and affects neither the commit nor the caller.
 
         Raises:
             UnitStateError: if the unit has ended.
-            InvalidArgumentError: if `callback` can't be called, or is a coroutine function.
+            InvalidArgumentError: if the callback can't be called, or is a coroutine function.
         """
         self._require_connection()
         check_function(callback, "callback", coroutine="await it after the unit")
@@ -138,7 +139,7 @@ class UnitOfWork(Transaction):
         Args:
             scope: identity of the call.
             effect: function that gets the attempt, uses this unit and returns any JSON value.
-            params: parameters of the call. If the same key is used with other parameters, `run_once` raises
+            params: parameters of the call. If the same key is used with other parameters, `run_once()` raises
                 FingerprintMismatchError.
             ttl: time for which the outcome is replayed.
 

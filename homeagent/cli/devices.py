@@ -30,7 +30,7 @@ from homeagent.unit_of_work import UnitOfWork
 
 devices = group("devices", help="Pair, list, approve, revoke and delete devices.")
 
-_SHOWN = 20  # number of devices that `delete` shows before the confirmation
+_SHOWN = 20  # number of devices that the command shows before the confirmation
 
 
 class _Order(StrEnum):

@@ -139,8 +139,8 @@ class Statement(Generic[R]):
     the key that the database assigns.
 
     Args:
-        make: expression of the statement or, for an upsert, a function that gets the dialect's `insert` and returns the
-            expression. Values that differ between calls are `bindparam`s.
+        make: expression of the statement or, for an upsert, a function that gets the dialect's `insert()` and returns
+            the expression. Values that differ between calls are `bindparam`s.
         lock: if True, a SELECT in a write unit locks its rows until the unit ends. SQLite does not lock rows.
         returning: model class of the rows that a writing statement returns; None if the statement returns no rows.
 

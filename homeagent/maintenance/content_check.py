@@ -46,7 +46,7 @@ class ContentCheck:
         self._left: list[str] = []
 
     def run_if_due(self, stop: Callable[[], bool]) -> None:
-        """If a check is due, check the remaining tables until `stop` returns True.
+        """If a check is due, check the remaining tables until `stop()` returns True.
 
         If the database is damaged, raise CorruptDatabaseError. Later units also raise this error.
         """

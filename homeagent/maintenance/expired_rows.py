@@ -94,7 +94,7 @@ class ExpiredRows:
         self.skipped: Counter[str] = Counter()
 
     def delete(self, limit: int) -> Batch:
-        """Delete the next batch, which has at most `limit` rows."""
+        """Delete the next batch. The argument `limit` is the maximum number of its rows."""
         if self._after is None:
             try:
                 with UnitOfWork(self._settings, read_only=False) as unit:

@@ -120,8 +120,8 @@ class DatabaseStatus(BaseModel):
         driver: Python package of the driver, `apsw` or `psycopg`.
         driver_version: version of the driver.
         schema_revision: revision of the schema.
-        epoch: number of the epoch, which begins with 1. A restore or `begin_epoch` increments the epoch. After a change
-            of the epoch, the application must read cached data again.
+        epoch: number of the epoch, which begins with 1. A restore or `begin_epoch()` increments the epoch. After a
+            change of the epoch, the application must read cached data again.
         restored_at: start of the epoch. None in the first epoch.
         durability: the durability `full` or `normal`. None for a server, because the server's configuration decides.
         pragmas: values of SQLite's settings on the writing connection, by name.

@@ -117,7 +117,7 @@ def sweep(
     skipped: Counter[str] = Counter()
 
     def paused(seconds: float) -> bool:
-        """Pause, and return True. Return False if the pause would exceed the budget, or if `stop` is set."""
+        """Pause, and return True. Return False if the pause would exceed the budget, or if the event `stop` is set."""
         return (deadline is None or monotonic() + seconds < deadline) and not stopped.wait(seconds)
 
     done = True
@@ -201,7 +201,7 @@ class Sweeper:
             self._stop = threading.Event()
             thread = threading.Thread(target=self._loop, args=(self._stop,), name="homeagent-sweeper", daemon=True)
             thread.start()
-            # Store the thread only after `start`, because a thread that the system did not start can't be joined.
+            # Store the thread only after `start()`, because a thread that the system did not start can't be joined.
             self._thread = thread
 
     def stop(self) -> None:

@@ -83,7 +83,7 @@ class Application:
         """Find the revisions that the argument `migrations` of `Database.open` names.
 
         Raises:
-            InvalidArgumentError: the package or the folder is missing, or its scripts are not one line of revisions.
+            InvalidArgumentError: the package or the folder is missing, or the revisions do not form one sequence.
         """
         triggers = _names(acknowledged)
         if given is None:
@@ -291,7 +291,7 @@ class _Guard:
         if self.refused is not None:
             raise RevisionFailedError(self.refused)
         if self._outside is not None and self._left_transaction:
-            with self._outside():  # commits the revision, because its statements outside the transaction stay
+            with self._outside():  # Commit the revision, because its statements outside the transaction stay.
                 self._left_transaction = False
 
     def autocommit(self) -> AbstractContextManager[None]:

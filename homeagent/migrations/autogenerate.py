@@ -70,7 +70,8 @@ def options(
         return kind != "table" or name in tables
 
     return {
-        # The list has no naming convention, so pass the metadata itself if there is no other.
+        # Alembic takes the naming convention of a single metadata, but a list has no convention. So do not put a single
+        # metadata into a list.
         "target_metadata": [metadata, *more] if more else metadata,
         "version_table": version_table,
         "transactional_ddl": True,
@@ -140,7 +141,8 @@ def render_revision(application: Application, tables: Collection[str]) -> dict[s
     """Compare tables with the application's revisions, and return the texts of a new revision.
 
     Returns:
-        The texts `imports`, `upgrade` and `downgrade`. None if the revisions create the tables already.
+        Three texts: the imports, and the bodies of the functions `upgrade()` and `downgrade()`. None if the revisions
+        create the tables already.
     """
     with scratch_database(application) as connection:
         chosen = options("sqlite", tables, version_table=APPLICATION_VERSION_TABLE)

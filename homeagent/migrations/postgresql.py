@@ -43,8 +43,10 @@ if TYPE_CHECKING:
 
 __all__ = ["open_postgresql", "refuse_second_store"]
 
-_ADVISORY_LOCK = 0x686F6D656167656E  # bytes of "homeagen". Each host that upgrades takes this lock
-_OUTSIDE_LOCK = _ADVISORY_LOCK + 1  # a host holds this lock while a revision runs outside a transaction
+# Each host that upgrades takes this lock. The number is the bytes of "homeagen".
+_ADVISORY_LOCK = 0x686F6D656167656E
+# A host holds this lock while a revision runs outside a transaction.
+_OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
 # Longest wait of a revision for a table's lock, in seconds. After this time the whole upgrade is rolled back and tried
 # again, because readers and writers of the table wait behind a waiting revision.
@@ -71,9 +73,9 @@ _NO_APPLICATION = Application()
 def open_postgresql(
     engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bool, application: Application = _NO_APPLICATION
 ) -> None:
-    """If `migrate` is True, bring the schema to this version's revision, one host at a time.
+    """With `migrate=True`, bring the schema to this version's revision, one host at a time.
 
-    If `migrate` is False, the schema must be up to date. The argument `timeout` is the longest wait for another host
+    With `migrate=False`, the schema must be up to date. The argument `timeout` is the longest wait for another host
     that upgrades the schema, and for units that hold locks of its tables. The application's revisions run after
     homeagent's.
 

@@ -36,7 +36,7 @@ class Difference:
     """One difference between the schema and the schema of homeagent's revisions.
 
     A difference is grave if homeagent may fail, or accept values that homeagent must refuse. The attribute `command` is
-    the SQL statement that undoes the change. It is None if one statement is not enough.
+    the SQL statement that undoes the change. If one statement is not enough, this attribute is None.
 
     A trigger, a view or an index that only uses homeagent's tables can belong to the application. Then the attribute
     `kind` is the kind of the object. The attribute `trigger` is the name of any trigger that is not homeagent's.
@@ -53,7 +53,8 @@ class Difference:
 class _Part(NamedTuple):
     """A column, constraint, index or storage option of a table, with its normalised SQL text.
 
-    A strict part can refuse a row that homeagent inserts. Examples are a unique index and a column without default.
+    The attribute `strict` is True if the part can refuse a row that homeagent inserts. Examples are a unique index and
+    a column without a default.
     """
 
     definition: str
@@ -72,8 +73,8 @@ def refuse_changed_schema(
     """Refuse a schema with a grave difference, because the rows of such a database can't be trusted.
 
     Only the doctor reports differences that are not grave, such as a view or a plain index. On PostgreSQL this function
-    searches only for triggers and rules on homeagent's tables. The connection must be in a transaction. A trigger with
-    a name in `acknowledged` is accepted.
+    searches only for triggers and rules on homeagent's tables. The connection must be in a transaction. A trigger is
+    accepted if the argument `acknowledged` contains its name.
 
     Raises:
         SchemaChangedError: the schema has a grave difference.

@@ -66,9 +66,9 @@ def open_sqlite(
 ) -> None:
     """Check the file, and bring it to WAL mode and to this version's revision.
 
-    The argument `timeout` is the longest wait for another process that creates or upgrades the file. If `migrate` is
-    False, the schema must be up to date. A temporary file is private to the caller, so the file needs no in-use lock
-    and no backup. The application's revisions run after homeagent's.
+    The argument `timeout` is the longest wait for another process that creates or upgrades the file. With
+    `migrate=False`, the schema must be up to date. A temporary file is private to the caller, so the file needs no
+    in-use lock and no backup. The application's revisions run after homeagent's.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError, ForeignDatabaseError,
@@ -138,11 +138,11 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
     """Identify a file before the first lock is taken, and return True.
 
     Return False in two cases: a restore was interrupted, or the file is damaged and a restore may be replacing it. Then
-    the caller takes the in-use lock and calls `identify` again.
+    the caller takes the in-use lock and calls `identify()` again.
     """
     intent = database_file.look_at(in_use_path(engine.path))
     if intent is not None and intent.st_size:
-        return False  # `identify` would refuse a second hard link that the restore added
+        return False  # `identify()` would refuse a second hard link that the restore added
     try:
         identify(engine)
     except CorruptDatabaseError:
@@ -394,11 +394,11 @@ def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path:
     target = path.with_name(backup_name(path, revision, now))
     partial = target.with_name(target.name + PARTIAL)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.backup{PARTIAL}"):
-        discard(stale)  # a killed upgrade left the file. No other upgrade runs, because this one has the lock
+        discard(stale)  # A killed upgrade left the file. No other upgrade runs under the lock.
     try:
         write_backup(engine, target, partial=partial, version_table=VERSION_TABLE, taken_at=now, kind="upgrade")
     except (CorruptDatabaseError, DatabaseBusyError, DiskFullError, ReadOnlyError):
-        raise  # these errors say what to do
+        raise  # These errors name the remedy.
     except HomeAgentError as error:
         raise MigrationError(f"the schema was not upgraded, since its backup can't be made: {error}") from None
     return target

@@ -71,7 +71,9 @@ def _without_input(error: ValidationError) -> ValidationError:
 
 
 def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
-    """Validate `data` by `handler`. If the data is invalid, raise a ValidationError that does not contain the data."""
+    """Validate the data by the function `handler()`. If the data is invalid, raise a ValidationError that does not
+    contain the data.
+    """
     try:
         return handler(data)
     except ValidationError as error:
@@ -162,7 +164,7 @@ def _check_table_name(model: type, name: str) -> None:
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(Field, FieldInfo))
 class _TableType(SQLModelMetaclass):
-    """Metaclass of `Table`. It checks the name of an own table before SQLAlchemy adds the table to the metadata."""
+    """Metaclass of `Table`, which checks the name of an own table before SQLAlchemy adds the table to the metadata."""
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> None:
         if is_table_model_class(cls) and _is_own(cls) and not any(map(is_table_model_class, bases)):
@@ -256,8 +258,8 @@ class Table(Model, metaclass=_TableType):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # A store sets only the fields of a loaded instance. To set Pydantic's attributes, which are equal in all
-            # loaded instances, took a third of the time of creating an instance.
+            # A store sets only the fields of a loaded instance. Setting Pydantic's attributes took a third of the time
+            # of creating an instance. The attributes are equal in all loaded instances.
             if name == "__pydantic_fields_set__":
                 # Create SQLAlchemy's state first, because an instance with this attribute does not count as loaded.
                 getattr(self, "_sa_instance_state", None)
@@ -269,9 +271,10 @@ class Table(Model, metaclass=_TableType):
             return super().__getattr__(name)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a new, transient, validated instance. The values in `update` replace the values of this instance.
+        """Return a new, transient, validated instance. The values of the argument `update` replace the values of this
+        instance.
 
-        If `deep` is True, values of JSON columns are also copied.
+        With `deep=True`, values of JSON columns are also copied.
         """
         # Pydantic's method would copy `__dict__` with the state that binds the instance to an ORM session.
         values = {name: getattr(self, name) for name in type(self).model_fields}
@@ -300,14 +303,15 @@ def _is_loaded(instance: Table) -> bool:
     return False
 
 
-# This function reads Pydantic's attribute, which a constructor sets, and a store that loads an instance does not set.
+# This function reads Pydantic's attribute. A constructor sets the attribute. A store that loads an instance does not
+# set the attribute.
 _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 
 class _StateOnDemand:
     """SQLAlchemy's state of a loaded instance, created at the first use by the ORM.
 
-    To create the state takes longer than all other steps of loading, and the ORM uses few instances. A constructed
+    Creating the state takes longer than all other steps of loading, and the ORM uses few instances. A constructed
     instance has a state in `__dict__`, which has precedence over this descriptor.
     """
 
@@ -319,7 +323,7 @@ class _StateOnDemand:
         values = instance.__dict__
         names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
         state.key = mapper.identity_key_from_primary_key(tuple(values[name] for name in names))
-        # Because of `setdefault`, two threads at the same time get the same state.
+        # Because of the method `setdefault()`, two threads at the same time get the same state.
         stored: InstanceState[Any] = values.setdefault("_sa_instance_state", state)
         return stored
 

@@ -3,11 +3,11 @@
 | state | event | next state |
 |---|---|---|
 | no row | `Database.pair` or `devices.create` adds the device | pending |
-| pending | `devices.approve` | approved |
-| pending | `devices.revoke` | revoked |
+| pending | `devices.approve()` | approved |
+| pending | `devices.revoke()` | revoked |
 | pending for longer than `Limits.pending_ttl` | a sweep deletes the row | no row |
-| approved | `devices.revoke`, or `uow.session` sets `approved` to False | revoked |
-| revoked | `devices.approve` with `expected_status=DeviceStatus.REVOKED` | approved |
+| approved | `devices.revoke()`, or `uow.session` sets `approved` to False | revoked |
+| revoked | `devices.approve()` with `expected_status=DeviceStatus.REVOKED` | approved |
 | any | `devices.delete` | no row |
 
 The property `Device.status` computes the state from `approved`, `approved_at` and `revoked_at`.
@@ -141,7 +141,7 @@ class Device(Table, table=True):
 @event.listens_for(Device, "before_insert")
 @event.listens_for(Device, "before_update")
 def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device) -> None:
-    """If the ORM changes `approved`, set the same columns as `devices.approve` and `devices.revoke`."""
+    """If the ORM changes `approved`, set the same columns as `devices.approve()` and `devices.revoke()`."""
     attributes = inspect(device).attrs
     if not attributes["approved"].history.has_changes():
         return

@@ -3,7 +3,7 @@
 | state | event | next state |
 |---|---|---|
 | no row | an attempt claims the key | in progress |
-| no row | `insert` stores a result | completed |
+| no row | `insert()` stores a result | completed |
 | in progress | the effect returns, or an operator resolves the abandoned key | completed |
 | in progress | the effect fails for good | failed |
 | in progress, lease expired | an attempt with `rerun=True` takes over the key | in progress |
@@ -11,7 +11,7 @@
 | in progress | an attempt releases the key, and an earlier attempt was abandoned | in progress, lease expired |
 | in progress, lease expired | an operator forgets the abandoned key | no row |
 | completed or failed, and expired | an attempt claims the key | in progress |
-| completed or failed, and expired | `insert` stores a result | completed |
+| completed or failed, and expired | `insert()` stores a result | completed |
 | completed or failed, and expired | a sweep deletes the row | no row |
 | completed or failed | `Database.pair` pairs a new device with the id | no row |
 | any | `devices.delete` deletes the device | no row |
@@ -161,7 +161,7 @@ class IdempotencyScope:
     def of_record(cls, device_id: str, method: str, key: str) -> Self:
         """Return the scope of a stored record, whose texts can break the rules for new texts.
 
-        The scope can find and settle the record, but `insert` and `claim` refuse the scope.
+        The scope can find and settle the record, but `insert()` and `claim()` refuse the scope.
         """
         scope = object.__new__(cls)
         _set_device_id(scope, check_searched(device_id, "device_id"))

@@ -162,7 +162,7 @@ class SecretCheck:
     The result counts as true only if the device is approved and the secret is right.
 
     Attributes:
-        status: status of the device if the secret is right. The status is `denied` if the secret is wrong or the device
+        status: status of the device if the secret is right. The status is "denied" if the secret is wrong or the device
             is absent.
         device: the device; None if the secret is wrong.
     """
@@ -187,7 +187,7 @@ class AgentSessionCreate(MetadataSchema):
 class AgentSessionUpdate(MetadataSchema):
     """Request to change a session. Fields that are left out keep their values.
 
-    To change the agent, sender or channel, call `sessions.move`.
+    To change the agent, sender or channel, call `sessions.move()`.
     """
 
     metadata_: Json = Field(default=None, alias="metadata")

@@ -121,7 +121,7 @@ def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSess
 @event.listens_for(AgentSession, "after_insert")
 @event.listens_for(AgentSession, "after_update")
 def _take_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Set the session's new route unless another session has the route, as `sessions.create` does."""
+    """Set the session's new route unless another session has the route, as `sessions.create()` does."""
     if not _changes_route(session):
         return
     table: Any = mapper.local_table

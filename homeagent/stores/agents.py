@@ -91,7 +91,7 @@ class AgentStore(Store):
 
     @reading
     def get(self, agent_id: str) -> Agent:
-        """Return the agent as `find_by_id` does, or raise AgentNotFoundError if the agent does not exist."""
+        """Return the agent as `find_by_id()` does, or raise AgentNotFoundError if the agent does not exist."""
         agent = self._unit.one(_FIND, id=self._searched(agent_id, "agent_id"))
         if agent is None:
             raise AgentNotFoundError(agent_id)
@@ -113,7 +113,8 @@ class AgentStore(Store):
 
     @writing()
     def update(self, agent_id: str, changes: models.AgentUpdate) -> Agent:
-        """Set the fields that `changes` contains, and return the changed agent. The other fields keep their values.
+        """Set the fields that the request `changes` contains, and return the changed agent. The other fields keep their
+        values.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
@@ -141,7 +142,7 @@ class AgentStore(Store):
             False if the agent did not exist.
 
         Raises:
-            AgentInUseError: if the agent has sessions, and `delete_sessions` is False.
+            AgentInUseError: if the agent has sessions, except with `delete_sessions=True`.
         """
         # Lock the agent first. A session that another unit added before the lock is counted here. A unit that adds a
         # session later waits for the lock, and then finds no agent.

@@ -75,7 +75,7 @@ class DeviceStore(DeviceFeed):
 
     @reading
     def get(self, device_id: str) -> Device:
-        """Return the device as `find_by_id` does, or raise DeviceNotFoundError if the device does not exist."""
+        """Return the device as `find_by_id()` does, or raise DeviceNotFoundError if the device does not exist."""
         device = self._unit.one(statements.FIND, id=self._searched(device_id, "device_id"))
         if device is None:
             raise DeviceNotFoundError(device_id)
@@ -110,7 +110,7 @@ class DeviceStore(DeviceFeed):
 
     @reading
     def count_pending(self, *, limit: int) -> int:
-        """Return the number of pending devices. The count stops at `limit`, which must be 1 or more.
+        """Return the number of pending devices. The count stops at the argument `limit`, which must be 1 or more.
 
         A device that has been pending for longer than `Limits.pending_ttl` does not count, even before a sweep.
         """
@@ -119,7 +119,7 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def require_pending_room(self, limit: int) -> None:
-        """Raise PendingLimitError if more than `limit` devices are pending.
+        """Raise PendingLimitError if more devices are pending than the argument `limit` allows.
 
         Other pairings wait until this unit ends.
         """
@@ -129,7 +129,8 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def delete_pending(self, *, paired_before: datetime, limit: int = 100) -> int:
-        """Delete at most `limit` pending devices that were paired at `paired_before` or earlier, oldest first.
+        """Delete pending devices that were paired at `paired_before` or earlier, oldest first. The argument `limit` is
+        the maximum number.
 
         Returns:
             The number of deleted devices.
@@ -155,15 +156,15 @@ class DeviceStore(DeviceFeed):
             approved: True selects approved devices, False selects unapproved devices. Default: both.
             role: role of the selected devices. Default: all roles.
             status: status of the selected devices. Default: all.
-            seen_before: selects the devices that were last seen before this time. A device that was never seen is not
-                selected. Default: all devices.
+            seen_before: selects the devices that were last seen before this time. Default: all devices. Without this
+                argument, also devices without such a time are selected.
             order: "id" (default), or "paired_at" for the newest first.
             limit: maximum number of devices, 1 or more.
             after: last device on the previous page, or its id. Default: the first page.
 
         Raises:
-            DeviceNotFoundError: if `order` is "paired_at", and `after` is the id of a device that does not exist. Pass
-                the device instead of its id.
+            DeviceNotFoundError: if the order is "paired_at", and the argument `after` is the id of an absent device.
+                Pass the device instead of its id.
         """
         if approved is not None and not isinstance(approved, bool):
             raise InvalidArgumentError("approved must be True, False or None")
@@ -195,7 +196,7 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def update(self, device_id: str, changes: models.DeviceUpdate) -> Device:
-        """Set the fields that `changes` contains, and return the changed device.
+        """Set the fields that the request `changes` contains, and return the changed device.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
@@ -227,8 +228,8 @@ class DeviceStore(DeviceFeed):
             device_id: id of a pending or revoked device.
             expected_role: role that the device must have. Default: any role.
             expected_secret_hash: hash that the device's secret must have. Default: any hash.
-            expected_paired_at: time at which the device must have been paired. The time differs if another device was
-                paired with the same id. Default: any time.
+            expected_paired_at: time at which the device must have been paired. Default: any time. A second pairing with
+                the same id changes the time.
             expected_status: status that a device without approval must have. Default: pending. To approve a revoked
                 device, pass `DeviceStatus.REVOKED`.
 
@@ -266,18 +267,18 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def revoke(self, device_id: str, *, reason: str | None = None, force: bool = False) -> bool:
-        """Revoke a device, which then has no access until `approve` is called.
+        """Revoke a device, which then has no access until `approve()` is called.
 
         The nonces and idempotency keys of the device stay.
 
-        The argument `reason` is a text for administrators.
+        Pass a text for administrators as `reason`.
 
         Returns:
             False if the device was already revoked. In that case the row is not changed.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
-            LastAdminError: if the device is the last approved admin, and `force` is False.
+            LastAdminError: if the device is the last approved admin, except with `force=True`.
         """
         if reason is not None:
             check_name(reason, "reason")
@@ -314,7 +315,7 @@ class DeviceStore(DeviceFeed):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return two values: whether `update_last_seen` has no row to write, and the result of that call."""
+        """Return two values: whether `update_last_seen()` has no row to write, and the result of that call."""
         device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
         return self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device, before=before) is None, False
@@ -325,9 +326,9 @@ class DeviceStore(DeviceFeed):
     ) -> bool:
         """Store the time at which a device was last seen.
 
-        The argument `at` is that time. If `at` is None (the default) or later than now, the current time is stored. The
-        row is changed only if the stored time is earlier by `granularity` or more. Return False if the row was not
-        changed, or if the device does not exist.
+        Pass this time as `at`. If the time is None (the default) or later than now, the current time is stored. The row
+        is changed only if the stored time is earlier by at least the argument `granularity`. Return False if the row
+        was not changed, or if the device does not exist.
         """
         device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)
@@ -348,7 +349,7 @@ class DeviceStore(DeviceFeed):
             False if the device did not exist.
 
         Raises:
-            LastAdminError: if the device is the last approved admin, and `force` is False.
+            LastAdminError: if the device is the last approved admin, except with `force=True`.
         """
         device = self._searched(device_id, "device_id")
         self._require_another_admin(device_id, force=force)

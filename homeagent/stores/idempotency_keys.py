@@ -112,7 +112,9 @@ class IdempotencyKeyStore(Store):
         }
 
     def _require_room(self, scope: IdempotencyScope, now: datetime) -> None:
-        """Raise KeyLimitError if the scope has no record that has not expired, and the device has no room for one."""
+        """Raise KeyLimitError if the scope has no record that has not expired, and the device has no room for a new
+        record.
+        """
         limit = self._unit.settings.limits.keys_per_device
         device_id = scope.device_id
 
@@ -128,7 +130,7 @@ class IdempotencyKeyStore(Store):
         ):
             raise KeyLimitError(device_id, limit)
 
-    # The following methods are the steps of `run_once`.
+    # The following methods are the steps of `run_once()`.
 
     @writing()
     @clears_locals
@@ -158,7 +160,7 @@ class IdempotencyKeyStore(Store):
         Raises:
             FingerprintMismatchError: if the key was used with other parameters.
             IdempotencyInProgressError: if another attempt has a lease that has not expired.
-            OutcomeUnknownError: if an attempt was abandoned, and `rerun` is False.
+            OutcomeUnknownError: if an attempt was abandoned, except with `rerun=True`.
             EffectFailedError: if the effect has failed for good. The error contains the stored detail.
             KeyLimitError: if the key is new, and the device has `Limits.keys_per_device` keys that have not expired.
         """
@@ -205,7 +207,7 @@ class IdempotencyKeyStore(Store):
     ) -> Attempt:
         """Return the next attempt of a key in progress.
 
-        Raise an error unless the present attempt is abandoned and `rerun` is True.
+        Raise an error if the present attempt is not abandoned, or if the caller did not pass `rerun=True`.
         """
         if row.owner == owner:
             # The caller has already committed this claim, but did not get the result of the commit.
@@ -327,7 +329,9 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
-        """Return at most `limit` records of abandoned attempts. The attempt whose lease expired first comes first."""
+        """Return records of abandoned attempts. The argument `limit` is the maximum number. The attempt whose lease
+        expired first comes first.
+        """
         return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=check_limit(limit))
 
     @writing()
@@ -385,7 +389,9 @@ class IdempotencyKeyStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete at most `limit` expired records, oldest first, and return the number of deleted records."""
+        """Delete expired records, oldest first, and return the number of deleted records. The argument `limit` is the
+        maximum.
+        """
         return self._unit.write(statements.DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
 
 

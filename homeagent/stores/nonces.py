@@ -123,7 +123,7 @@ class NonceStore(Store):
 
         Raises:
             NonceLimitError: if the nonce is new and the device is at the limit. The store does not delete an older
-                nonce instead, because that nonce could then be used again. An operator can call `forget`.
+                nonce instead, because that nonce could then be used again. An operator can call `forget()`.
             InvalidArgumentError: if `expires_at` is more than `Limits.longest_ttl` ahead.
         """
         check_identifier(device_id, "device_id")
@@ -162,10 +162,10 @@ class NonceStore(Store):
             nonce: nonce of the signed message.
             signed_at: timestamp of the signed message.
             skew: allowed difference between the signer's clock and the gateway's clock.
-            limit: see `consume`.
+            limit: see `consume()`.
 
         Raises:
-            NonceLimitError: see `consume`.
+            NonceLimitError: see `consume()`.
             InvalidArgumentError: if `skew` is longer than `Limits.longest_ttl`.
         """
         check_identifier(device_id, "device_id")
@@ -179,7 +179,8 @@ class NonceStore(Store):
         if signed_at - now > skew:
             return Freshness.FUTURE
         restored_at = self._restored_at()
-        # If a nonce was consumed before the restore, the timestamp of its message is at most `skew` after the restore.
+        # If a nonce was consumed before the restore, the timestamp of its message is at most the skew after the
+        # restore.
         if restored_at is not None and signed_at - restored_at <= skew:
             return Freshness.STALE
         fresh = self._consume(device_id, nonce, expires_at, now, limit)
@@ -219,7 +220,9 @@ class NonceStore(Store):
         nonces are kept first, or the device reaches the limit again.
 
         The rows of the released nonces stay until the nonces expire. So a message with a released nonce is still a
-        replay: `consume` returns False, and `consume_signed` returns `REPLAYED`. The table can then hold more nonces of
+        replay. For this message, `consume()` returns False, and `consume_signed()` returns `REPLAYED`. The table can
+        then hold more
+            nonces of
         the device than the limit allows.
         """
         device = self._searched(device_id, "device_id")
@@ -227,7 +230,8 @@ class NonceStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete at most `limit` nonces that expired `NONCE_GRACE` ago or earlier, oldest first.
+        """Delete nonces that expired `NONCE_GRACE` ago or earlier, oldest first. The argument `limit` is the maximum
+        number.
 
         Returns the number of deleted nonces.
         """
@@ -240,9 +244,9 @@ class ReplayGuard:
     """Accept each signed message once, and only while the message is fresh.
 
     Args:
-        skew: allowed difference between a device's clock and the gateway's clock. A message is fresh from `skew` before
-            the signed timestamp until `skew` after the signed timestamp. The nonce is stored until the end of that
-            period.
+        skew: allowed difference between a device's clock and the gateway's clock. A message is fresh from the skew
+            before the signed timestamp until the skew after the signed timestamp. The nonce is stored until the end of
+            that period.
         limit: maximum number of a device's nonces, if it is lower than `Limits.nonces_per_device`. Expired nonces do
             not count.
 

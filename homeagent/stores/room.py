@@ -1,6 +1,6 @@
 """A limit of the rows of one device, which the store counts only at intervals.
 
-To count 10,000 rows takes as long as 40 inserts. So a process that has counted gets a grant: it can add several rows of
+Counting 10,000 rows takes as long as 40 inserts. So a process that has counted gets a grant: it can add several rows of
 the device without another count. The grant is an eighth of the room that was left, but at most a fiftieth of the limit.
 
 Why several processes never store more than twice the limit: a process that counts gets a grant only if fewer rows than
@@ -46,7 +46,7 @@ def has_room(unit: Unit, kind: str, device_id: str, limit: int, count: Callable[
     grants: dict[tuple[str, str, int], Iterator[int]] = unit.settings.memory.setdefault("grants", {})
     # The key contains the limit, because the room differs for each limit.
     key = (kind, device_id, limit)
-    # Each call of `next` takes a row from the grant. Two threads can't take the same row, because `next` is atomic.
+    # Each call of `next()` takes a row from the grant. Two threads can't take the same row, because `next()` is atomic.
     if key in grants and next(grants[key], None) is not None:
         return True
     granted = _grant(limit, count())

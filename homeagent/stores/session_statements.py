@@ -34,7 +34,7 @@ _agents: Any = Agent.__table__.c
 
 FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
 BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
-# `move` does not lock the holder. Otherwise two units that move sessions to each other's route would deadlock.
+# `move()` does not lock the holder. Otherwise two units that move sessions to each other's route would deadlock.
 BY_ROUTE_UNLOCKED = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")))
 # This statement locks the agent's row until the end of the unit, so that no other unit can delete the agent before the
 # session is added.

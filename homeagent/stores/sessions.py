@@ -1,15 +1,15 @@
 """The store of sessions.
 
-At most one session holds a route, which is the session that `resolve` returns. A route without a holder is free.
+At most one session holds a route, which is the session that `resolve()` returns. A route without a holder is free.
 
 | event | holder of the route afterwards |
 |---|---|
-| `start` | the new session |
-| `create`, or a flush of `uow.session` that adds a session or moves a session to a free route | that session |
-| `resolve` on a free route | the last active session, or a new session if the route has none |
-| `move` to a free route | the moved session; its old route goes to the last active session that remains |
-| `index` | the last active session |
-| `delete`, or a flush of `uow.session` deletes or moves the holder | none: the route is free |
+| `start()` | the new session |
+| `create()`, or a flush of `uow.session` that adds a session or moves a session to a free route | that session |
+| `resolve()` on a free route | the last active session, or a new session if the route has none |
+| `move()` to a free route | the moved session; its old route goes to the last active session that remains |
+| `index()` | the last active session |
+| `delete()`, or a flush of `uow.session` deletes or moves the holder | none: the route is free |
 
 If sessions were active at the same time, the session that was created later counts as the last active. If these times
 are also equal, the session with the greater id does.
@@ -56,7 +56,7 @@ def _route_of(agent_id: str, sender_id: str | None, channel_id: str | None) -> P
 
 
 def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None) -> Parameters:
-    """Return the parameters as `_route_of` does. If a part of the route is not a text, raise InvalidArgumentError."""
+    """Return the parameters as `_route_of()` does. If a part of the route is not a text, raise InvalidArgumentError."""
     check_searched(agent_id, "agent_id")
     for value, what in ((sender_id, "sender_id"), (channel_id, "channel_id")):
         if value is not None:
@@ -75,7 +75,7 @@ def _shape(route: Parameters) -> dict[str, bool]:
 
 
 class SessionStore(Store):
-    """Store of sessions. The table is an index of the transcripts, and `index` rebuilds it from the transcripts."""
+    """Store of sessions. The table is an index of the transcripts, and `index()` rebuilds it from the transcripts."""
 
     __slots__ = ()
 
@@ -121,7 +121,7 @@ class SessionStore(Store):
 
     @reading
     def get(self, session_id: str) -> AgentSession:
-        """Return the session as `find_by_id` does, or raise SessionNotFoundError if the session does not exist."""
+        """Return the session as `find_by_id()` does, or raise SessionNotFoundError if the session does not exist."""
         session = self._unit.one(statements.FIND, id=self._searched(session_id, "session_id"))
         if session is None:
             raise SessionNotFoundError(session_id)
@@ -130,7 +130,7 @@ class SessionStore(Store):
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
-        """Return two values: whether `resolve` has no row to write, and the result of `resolve` in that case."""
+        """Return two values: whether `resolve()` has no row to write, and the result of `resolve()` in that case."""
         route = _searched_route(agent_id, sender_id, channel_id)
         session = self._unit.one(statements.BY_ROUTE, route=route["route"])
         return session is not None and _is_on(session, route), session
@@ -182,7 +182,7 @@ class SessionStore(Store):
     def start(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
         """Begin a new conversation: add a session that holds the route, even if another session held the route.
 
-        The other session stays in the lists, and `get` still returns that session by its id.
+        The other session stays in the lists, and `get()` still returns that session by its id.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
@@ -223,7 +223,7 @@ class SessionStore(Store):
             AgentNotFoundError: if the new agent does not exist.
             RouteTakenError: if another session holds the new route. The attribute `session_id` is the other session.
         """
-        # Lock the agent before the session, as `agents.delete` does. Otherwise the two methods could deadlock.
+        # Lock the agent before the session, as `agents.delete()` does. Otherwise the two methods could deadlock.
         agent = (
             None if agent_id is ... else self._unit.one(statements.AGENT, agent_id=self._searched(agent_id, "agent_id"))
         )
@@ -292,15 +292,15 @@ class SessionStore(Store):
     def touch(self, session_id: str, at: datetime | None = None) -> bool:
         """Store the time of a session's last activity.
 
-        The argument `at` is that time. If `at` is None (the default) or later than now, the current time is stored.
-        Return False if the stored time is not earlier, or if the session does not exist.
+        Pass this time as `at`. If the time is None (the default) or later than now, the current time is stored. Return
+        False if the stored time is not earlier, or if the session does not exist.
         """
         session = self._searched(session_id, "session_id")
         return self._unit.write(statements.TOUCH, id=session, at=not_after(self._unit.now(), at, "at")) > 0
 
     @writing()
     def update(self, session_id: str, changes: models.AgentSessionUpdate) -> AgentSession:
-        """Set the fields that `changes` contains, and return the changed session.
+        """Set the fields that the request `changes` contains, and return the changed session.
 
         Raises:
             SessionNotFoundError: if the session does not exist.
@@ -319,7 +319,7 @@ class SessionStore(Store):
     def delete(self, session_id: str) -> bool:
         """Delete a session but not its transcript. Return False if the session did not exist.
 
-        If the session held its route, the next `resolve` gives the route to the last active session that remains.
+        If the session held its route, the next `resolve()` gives the route to the last active session that remains.
         """
         return self._unit.write(statements.DELETE, id=self._searched(session_id, "session_id")) > 0
 
@@ -385,7 +385,7 @@ class SessionStore(Store):
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
         """Check the sessions of a batch and yield the parameters of each session.
 
-        Add the id of each existing agent to `known`.
+        Add the id of each existing agent to the set `known`.
         """
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):

@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def check_kind(value: T, kind: type[T], what: str) -> T:
-    """Return `value` if the value is an instance of `kind`.
+    """Return the value if it is an instance of the class `kind`.
 
     Raise InvalidArgumentError for any other value, such as a dict.
     """
@@ -76,8 +76,9 @@ class Access:
 
     Attributes:
         kind: see `Kind`.
-        unless: function for a method that does not always write, else None. The function has the same arguments and
-            only reads. It returns two values: whether no write is needed, and the result of the method in that case.
+        unless: function for a method that does not always write, else None. The function only reads, and has the
+            method's arguments. The function returns two values: whether no write is needed, and the result of the
+            method in that case.
     """
 
     class Kind(Enum):
@@ -109,8 +110,8 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
     """Declare a store's method as writing.
 
     Args:
-        unless: function that finds out whether a write is needed, as `Access` explains. Default: the method always
-            writes.
+        unless: function that finds out whether a write is needed, as the class `Access` explains. Default: the method
+            always writes.
         stream: whether the method reads an iterable, which a second run would find empty.
     """
 
@@ -124,8 +125,8 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
 class Store:
     """Base class of the stores. A store is bound to one unit, and its methods fail after the end of the unit.
 
-    An application derives a class for each of its own tables. The methods run the application's `Statement`s by `unit`.
-    A subclass of `UnitOfWork` names the store in an annotation, such as `messages: MessageStore`.
+    An application derives a class for each of its own tables. The methods of this class run statements by the attribute
+    `unit`. A subclass of `UnitOfWork` names the store in an annotation, such as `messages: MessageStore`.
 
     `Database.store` returns the store for calls without a unit. Each call of a public method is then a separate unit. A
     method that sends a single SELECT takes no lock. If a method sends a second statement or writes, homeagent calls the
@@ -143,7 +144,7 @@ class Store:
         return self._unit
 
     def _searched(self, value: str, what: str) -> str | None:
-        """Return a text to search for. Return None, which equals no stored value, if the database can't hold the text.
+        """Return the text for a search. Return None, which equals no stored value, if the database can't hold the text.
 
         No database can hold a lone surrogate, and PostgreSQL can't hold NUL. So a search for such a text finds no row.
         """
@@ -155,7 +156,7 @@ class Store:
         return None if "\0" in value and self._unit.settings.engine.dialect_name == "postgresql" else value
 
     def _check_ttl(self, ttl: timedelta, what: str) -> timedelta:
-        """Return a duration of more than zero that is at most `Limits.longest_ttl`."""
+        """Return the duration if it is more than zero and at most `Limits.longest_ttl`."""
         longest = self._unit.settings.limits.longest_ttl
         if check_duration(ttl, what) > longest:
             raise InvalidArgumentError(f"{what} is {ttl}, over {longest}: shorten it, or raise Limits.longest_ttl")

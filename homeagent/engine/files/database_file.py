@@ -74,7 +74,7 @@ _ATTEMPTS = 10
 def locate_file(path: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a database file. Expand `~`, and follow symbolic links among the directories.
 
-    The last component is not resolved, so that `inspect_file` can still refuse a link there. A link to a directory is
+    The last component is not resolved, so that `inspect_file()` can still refuse a link there. A link to a directory is
     legitimate, because /tmp is a link on macOS and a home directory can be on another volume. The file need not exist.
 
     Raises:
@@ -121,7 +121,7 @@ class FileState(NamedTuple):
     Attributes:
         path: the file.
         size: size in bytes, which is 0 for a database that was created but not yet initialised.
-        mode: permission bits, after a possible repair by `inspect_file`.
+        mode: permission bits, after a possible repair by `inspect_file()`.
         uid: user id of the owner.
         device, inode: identity of the file, which does not change if the file is renamed.
         repaired_from: permission bits before the repair; None if no repair was necessary.
@@ -166,12 +166,12 @@ def inspect_file(path: Path) -> FileState | None:
 
 
 def secure_sidecars(path: Path) -> list[FileState]:
-    """Inspect each existing sidecar file of a database as `inspect_file` does. Return the states of these files.
+    """Inspect each existing sidecar file of a database as `inspect_file()` does. Return the states of these files.
 
     SQLite sets the mode of a sidecar file only on creation, and a sidecar file can be older than the database.
 
     Raises:
-        InsecureFileError, ForeignDatabaseError, DatabaseError: for the same reasons as in `inspect_file`.
+        InsecureFileError, ForeignDatabaseError, DatabaseError: for the same reasons as in `inspect_file()`.
     """
     states = [judge_file(sidecar, is_database=False) for sidecar in sidecars(path)]
     return [state for state in states if state is not None]
@@ -314,7 +314,7 @@ def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
 
 
 def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, repair: bool = True) -> FileState | None:
-    """Inspect a file in the same way as `inspect_file`. The file need not be a database.
+    """Inspect a file in the same way as `inspect_file()`. The file need not be a database.
 
     Args:
         path: path of the file.

@@ -75,7 +75,7 @@ class FileLock:
 
         Raises:
             DatabaseBusyError: if another thread or process still holds the lock after the timeout.
-            InsecureFileError, ForeignDatabaseError: if `inspect_file` would refuse the lock file.
+            InsecureFileError, ForeignDatabaseError: if `inspect_file()` would refuse the lock file.
             DatabaseError: if this object already holds the lock, or if the file can't be created, opened or locked.
         """
         if self._descriptor is not None:

@@ -224,14 +224,14 @@ class Connection(_Connection):
         return True
 
     def rollback(self) -> None:
-        """Roll back the transaction, if there is one. See `confine` for a part of a transaction."""
+        """Roll back the transaction, if there is one. See `confine()` for a part of a transaction."""
         if self.in_transaction:
             self.execute("ROLLBACK" if self._savepoint is None else f"ROLLBACK TO SAVEPOINT {self._savepoint}")
 
     def confine(self, savepoint: str | None) -> None:
         """Confine the caller to a savepoint of the transaction. If `savepoint` is None, end the confinement.
 
-        In the confinement, `rollback` rolls back to the savepoint. A COMMIT fails, also as SQL text, and SQLite rolls
+        In the confinement, `rollback()` rolls back to the savepoint. A COMMIT fails, also as SQL text, and SQLite rolls
         the whole transaction back (https://sqlite.org/c3ref/commit_hook.html).
         """
         self._savepoint = savepoint

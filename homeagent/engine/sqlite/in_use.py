@@ -39,7 +39,7 @@ def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
 
     Raises:
         DatabaseBusyError: if another process still restores the database after `timeout`.
-        DatabaseError: if `inspect_file` refuses the lock file, or if an interrupted restore can't be finished.
+        DatabaseError: if `inspect_file()` refuses the lock file, or if an interrupted restore can't be finished.
     """
     path = in_use_path(database)
     while True:

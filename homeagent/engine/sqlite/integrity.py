@@ -36,7 +36,7 @@ logger = logging.getLogger("homeagent")
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
 
-# Number of instructions of SQLite's virtual machine between two calls of `give_up`. They take at most milliseconds.
+# Number of instructions of SQLite's virtual machine between two calls of `give_up()`. They take at most milliseconds.
 _INSTRUCTIONS = 100_000
 
 
@@ -116,7 +116,8 @@ def check_table(engine: SQLiteEngine, table: str, *, give_up: Callable[[], bool]
     """Check a table of the schema, and its indexes, in a read-only unit. Damage marks the database as corrupt.
 
     Returns:
-        False if `give_up` returned True and therefore ended the check. SQLite calls `give_up` every few milliseconds.
+        False if `give_up()` returned True and therefore ended the check. SQLite calls `give_up()` every few
+        milliseconds.
 
     Raises:
         CorruptDatabaseError: if the table is damaged. Later units raise the same error until the database is reopened.

@@ -108,8 +108,8 @@ def write_manifest(backup: Path, manifest: Manifest) -> None:
 def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
     """Return the backups in a directory, oldest first. Leave out a backup whose size differs from the manifest.
 
-    Do not open the backups, because `restore` checks the content. Also leave out a backup that `restore` would refuse
-    because of the owner or a second hard link. An unreadable directory counts as empty.
+    Do not open the backups, because `restore()` checks the content. Also leave out a backup that `restore()` would
+    refuse because of the owner or a second hard link. An unreadable directory counts as empty.
     """
     found: list[tuple[Path, Manifest]] = []
     with suppress(OSError, HomeAgentError):
@@ -127,7 +127,7 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
 
 
 def newest_backup(database: Path) -> Path | None:
-    """Return the newest backup of a database (a path from `locate_file`); None if no backup is found.
+    """Return the newest backup of a database (a path from `locate_file()`); None if no backup is found.
 
     Search the directory of the database and the directory of the last backup. The database need not exist.
     """

@@ -44,11 +44,11 @@ _check_json = TypeAdapter(JsonValue, config=ConfigDict(allow_inf_nan=False)).val
 
 
 def encode_json(value: JsonValue, what: str = "JSON", *, limit: int = MAX_JSON_BYTES) -> str:
-    """Return `value` as JSON text. Key order, numbers and Unicode do not change.
+    """Return the value as JSON text. Key order, numbers and Unicode do not change.
 
     Raises:
-        InvalidArgumentError: if `value` is not a JSON value, or if its text has over `limit` bytes. For example, a set,
-            a key that is not text, NaN, a lone surrogate and a cycle are not JSON.
+        InvalidArgumentError: if the value is not a JSON value, or if its text has more bytes than the limit. For
+            example, a set, a key that is not text, NaN, a lone surrogate and a cycle are not JSON.
     """
     if value is None or value is True or value is False:
         return "null" if value is None else "true" if value else "false"
@@ -81,7 +81,7 @@ def decode_json(text: str) -> Any:
 
 
 def _within(limit: int) -> AfterValidator:
-    """Return a validator of JSON values with at most `limit` bytes of text."""
+    """Return a validator of JSON values. The argument `limit` is the maximum number of bytes of the text."""
 
     def check(value: JsonValue) -> JsonValue:
         if value is not None:

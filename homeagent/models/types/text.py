@@ -59,7 +59,7 @@ _EMOJI_STYLES = frozenset("\ufe0e\ufe0f")
 
 
 def _check_text(value: str, what: str, octets: int) -> str:
-    """Return `value` if it has 1 to `octets` bytes of UTF-8 and no control character or lone surrogate."""
+    """Return the value if it has 1 to `octets` bytes of UTF-8 and no control character or lone surrogate."""
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
     # Look at the characters first, because a lone surrogate has no UTF-8. Do not look at a text that is too long.
@@ -127,7 +127,7 @@ def _is_letter_or_emoji(character: str) -> bool:
 
 
 def check_identifier(value: str, what: str = "an id") -> str:
-    """Return `value` if it is a valid id of a new device or agent, else raise InvalidArgumentError.
+    """Return the value if it is a valid id of a new device or agent, else raise InvalidArgumentError.
 
     An id has 1 to 512 bytes of UTF-8. An id can contain `/`, but not a backslash, a control character or an invisible
     character, and no segment between slashes is `.` or `..`. The joiners U+200C and U+200D are allowed between letters
@@ -137,7 +137,7 @@ def check_identifier(value: str, what: str = "an id") -> str:
 
 
 def check_session_id(value: str, what: str = "an id") -> str:
-    """Return `value` if it is a valid id of a new session, else raise InvalidArgumentError.
+    """Return the value if it is a valid id of a new session, else raise InvalidArgumentError.
 
     The rules are those of `check_identifier`, but the id can have up to 1,024 bytes.
     """
@@ -145,7 +145,7 @@ def check_session_id(value: str, what: str = "an id") -> str:
 
 
 def check_label(value: str, what: str = "a label") -> str:
-    """Return `value` if it is valid as a new key, nonce, sender or channel, else raise InvalidArgumentError.
+    """Return the value if it is valid as a new key, nonce, sender or channel, else raise InvalidArgumentError.
 
     A label has 1 to 1,024 bytes of UTF-8 and no control character. Invisible characters are allowed, because a
     telephone number that was copied from an address book can contain bidirectional marks.
@@ -156,12 +156,12 @@ def check_label(value: str, what: str = "a label") -> str:
 
 
 def check_optional_label(value: str | None, what: str) -> str | None:
-    """Return `value` if the value is None or passes `check_label`."""
+    """Return the value if the value is None or passes `check_label`."""
     return None if value is None else check_label(value, what)
 
 
 def check_name(value: str, what: str = "a name") -> str:
-    """Return `value` if it is valid as a new method, name, reason or hash, else raise InvalidArgumentError.
+    """Return the value if it is valid as a new method, name, reason or hash, else raise InvalidArgumentError.
 
     A name has 1 to 512 bytes of UTF-8, no control character, and no bidirectional control.
     """
@@ -174,7 +174,7 @@ def check_name(value: str, what: str = "a name") -> str:
 
 
 def check_searched(value: str, what: str) -> str:
-    """Return `value` if it is a str, else raise InvalidArgumentError.
+    """Return the value if it is a str, else raise InvalidArgumentError.
 
     A search accepts every str, because a row of an earlier version, or of another program, can break the rules for new
     texts.

@@ -37,13 +37,13 @@ LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
 _ZERO = timedelta(0)
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _CACHED_TIMESTAMPS = 8192
-# Each unit floors the clock. To subtract one of these durations takes a quarter of the time of
+# Each unit floors the clock. Subtracting one of these durations takes a quarter of the time of
 # `replace(microsecond=…)`.
 _MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))
 
 
 def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
-    """Return `value` in UTC, floored to whole milliseconds.
+    """Return the value in UTC, floored to whole milliseconds.
 
     Raises:
         InvalidArgumentError: if `value` has no time zone, or is outside the years 1 to 9999 in UTC.
@@ -62,16 +62,17 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
 
 
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
-    """Return `value` in UTC, floored to whole milliseconds, or `now` if `value` is None or later than `now`.
+    """Return the value in UTC, floored to whole milliseconds, or the current time if the value is None or later than
+    now.
 
-    Use this function for the time of a past event. If `value` is later than `now`, the clock of the caller is ahead.
-    The errors are those of `check_timestamp`.
+    Use this function for the time of a past event. If the value is later than the current time, the clock of the caller
+    is ahead. The errors are those of `check_timestamp`.
     """
     return now if value is None else min(check_timestamp(value, what), now)
 
 
 def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Return `value` if the duration is long enough. The minimum is a millisecond, or zero if `zero` is True.
+    """Return the value if the duration is long enough. The minimum is a millisecond, or zero with `zero=True`.
 
     Raises:
         InvalidArgumentError: if the duration is shorter, or `value` is not a timedelta.
@@ -84,7 +85,7 @@ def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timede
 
 
 def check_wait(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Check `value` by `check_duration`. Return `value`, or `LONGEST_WAIT` if `value` is longer."""
+    """Check `value` by `check_duration`. Return the value, or `LONGEST_WAIT` if `value` is longer."""
     return min(check_duration(value, what, zero=zero), LONGEST_WAIT)
 
 
