@@ -3,8 +3,8 @@
     python docs/examples/gateway.py [--trace FILE] [--database FILE]
 
 Without `--database` the example uses a temporary database. A second run with the same `--database` starts its clock at
-the beginning of the trace again. The store then refuses the messages whose nonces are still stored. It accepts the
-messages whose nonces were swept, but with a real clock these messages would be too old.
+the beginning of the trace again. The store then refuses the messages whose nonces are still stored. The store accepts
+the messages whose nonces were swept, but with a real clock these messages would be too old.
 
 The trace has no signatures. A real gateway calls `verify_secret` or `verify_proof` before it consumes a nonce.
 """
