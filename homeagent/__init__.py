@@ -1,7 +1,7 @@
 """The operational store of a home agent gateway, in one SQLite file or on PostgreSQL.
 
-It holds agents, sessions, devices, used nonces and idempotency keys. `Database.open` is the entry point. The names in
-`__all__` of this package, of `homeagent.errors` and of `homeagent.stores` are public.
+The store holds agents, sessions, devices, used nonces and idempotency keys. `Database.open` is the entry point. The
+names in `__all__` of this package, of `homeagent.errors` and of `homeagent.stores` are public.
 """
 
 from typing import TYPE_CHECKING

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
-    """Return the argument `function` if `function` can be called.
+    """Return the function if it can be called.
 
     Args:
         function: function that a caller passed.
@@ -22,7 +22,7 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
         coroutine: remedy in the error message for a coroutine function; None if coroutine functions are accepted.
 
     Raises:
-        InvalidArgumentError: if `function` can't be called, is a generator function, or is a coroutine function and
+        InvalidArgumentError: if the function can't be called, is a generator function, or is a coroutine function and
             `coroutine` is not None.
     """
     if not callable(function):
@@ -37,7 +37,7 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
 def refuse_coroutine(value: T, what: str, remedy: str) -> T:
     """Return a function's return value. If the value is a coroutine, raise InvalidArgumentError."""
     if iscoroutine(value):
-        value.close()  # prevents Python's warning "never awaited"
+        value.close()  # This call prevents Python's warning "never awaited".
         raise InvalidArgumentError(f"{what} returned a coroutine, which is not awaited here: {remedy}")
     return value
 

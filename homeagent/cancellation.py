@@ -16,14 +16,16 @@ T = TypeVar("T")
 
 
 async def call_in_thread(act: Callable[[], T], *, limiter: anyio.CapacityLimiter | None = None) -> T:
-    """Call the function `act` in a worker thread, and wait for the end. Return the value or raise the error of `act`.
+    """Call the function `act()` in a worker thread, and wait for its end. Return the value or raise the error of the
+    function.
 
     Args:
         act: function that can block.
         limiter: limiter of the number of worker threads. None means AnyIO's default limiter.
 
     Raises:
-        asyncio.CancelledError: if the caller was cancelled meanwhile. The function `act` has ended, or will not start.
+        asyncio.CancelledError: if the caller was cancelled meanwhile. The function `act()` has ended, or will not
+            start.
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
@@ -51,7 +53,7 @@ async def call_in_thread(act: Callable[[], T], *, limiter: anyio.CapacityLimiter
             cancellation = await shielded_wait(ended) or cancellation
     if cancellation is not None:
         if not task.cancelled():
-            task.exception()  # prevents asyncio's log message "exception was never retrieved"
+            task.exception()  # This call prevents asyncio's log message "exception was never retrieved".
         raise cancellation
     return task.result()
 

@@ -188,7 +188,7 @@ class DatabaseMaintenance:
 
         Args:
             target: open database at the same revision, without devices, agents, sessions, nonces or idempotency keys.
-            live: whether other units may write to the source during the copy. If `live` is True, the target gets the
+            live: whether other units may write to the source during the copy. With `live=True`, the target gets the
                 source's state at the beginning of the copy, which is enough for a trial. For a migration, stop all
                 writers first.
             leave: names of the application's tables that are not copied.
@@ -199,7 +199,7 @@ class DatabaseMaintenance:
 
         Raises:
             TargetNotEmptyError: if the target holds data.
-            SourceChangedError: if the source changed during the copy and `live` is False.
+            SourceChangedError: if the source changed during the copy, except with `live=True`.
             InvalidArgumentError: if source and target are the same database, or if the target lacks a table of the
                 application. The message names the table.
             SchemaOutdatedError, SchemaTooNewError: if the source or the target has the schema of another version.
@@ -226,7 +226,7 @@ class DatabaseMaintenance:
 
         Args:
             thorough: whether to make the long checks also.
-            fix: whether to make the repairs that lose no data. If `fix` is False, the doctor changes no file.
+            fix: whether to make the repairs that lose no data. With `fix=False`, the doctor changes no file.
 
         Returns:
             Findings with their remedies, and the repairs.

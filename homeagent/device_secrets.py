@@ -96,7 +96,7 @@ class DeviceSecrets:
 
         Returns:
             Result of the check, which is true only if the secret is right and the device is approved. If the secret is
-            wrong or the device is absent, the attribute `status` is `denied` and the attribute `device` is None.
+            wrong or the device is absent, the attribute `status` is "denied" and the attribute `device` is None.
 
         Raises:
             TooManyAttemptsError: if `Limits.failed_checks_per_minute` checks of this id failed within a minute in this
@@ -146,7 +146,7 @@ class DeviceSecrets:
 
         Returns:
             Result of the check, which is true only if the proof is right and the device is approved. If the proof is
-            wrong, the device is absent or the device has no verifier, the attribute `status` is `denied` and the
+            wrong, the device is absent or the device has no verifier, the attribute `status` is "denied" and the
             attribute `device` is None.
 
         Raises:

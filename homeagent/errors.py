@@ -255,7 +255,7 @@ class CommitUnknownError(DatabaseError):
 
 
 class SchemaTooNewError(DatabaseError):
-    """A newer version of this package, or of `application`, upgraded the database. The database was not changed."""
+    """A newer version of homeagent or of the application upgraded the database. The database was not changed."""
 
     def __init__(self, revision: str, *, known: str, application: str | None = None) -> None:
         self.revision = revision

@@ -149,7 +149,7 @@ class GroupCommit:
     def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
         """Check the timeouts of an event loop's calls. Repeat the check until the event loop has no call left."""
         wait = min(map(self._check, calls), default=0)
-        _resolve([call for call in calls if call.is_over])  # in case `_deliver` could not notify the event loop
+        _resolve([call for call in calls if call.is_over])  # `_deliver()` may have failed to notify the event loop.
         if calls:
             loop.call_later(wait, self._check_loop, loop, calls)
         else:

@@ -81,8 +81,8 @@ class OnceCall:
     ) -> OnceCall:
         """Check the arguments, and compute the fingerprint of the parameters.
 
-        The error message for a coroutine function names the remedy (the argument `instead`). With None, coroutine
-        functions are allowed.
+        The error message for a coroutine function contains a remedy, which is the argument `instead`. With None,
+        coroutine functions are allowed.
         """
         check_function(effect, "effect", coroutine=instead)
         if callable(on_abandoned):

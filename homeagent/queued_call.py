@@ -73,7 +73,7 @@ class QueuedCall:
             try:
                 raise self.error
             finally:
-                self.error = None  # avoids a reference cycle, because the traceback refers to this call
+                self.error = None  # The traceback refers to this call, so the error would form a reference cycle.
         return self.value
 
     def __str__(self) -> str:

@@ -3,7 +3,7 @@
 Failed checks of unknown ids also count, so a refusal does not reveal whether a device exists. Checks of generated
 secrets do not count and are not refused, because a generated secret can't be guessed.
 
-A successful check does not reset the count. Otherwise each success would give an attacker `per_minute` more guesses.
+A successful check does not reset the count. Otherwise each success would give an attacker as many guesses again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ __all__ = ["FAILED_CHECKS_PER_MINUTE", "CheckAttempt", "FailedChecks"]
 FAILED_CHECKS_PER_MINUTE = 30
 _MINUTE = timedelta(minutes=1)
 _MOST_IDS = 10_000
-# No device that this version creates has a longer id. A caller can present an id of any length, so the counter must not
-# keep the id itself.
+# No new device has a longer id. A caller can present an id of any length, so the counter must not keep the id itself.
 _LONGEST_ID = 512
 
 # All instances share one lock, so that a forked child can replace the lock. Each call holds the lock for microseconds.
@@ -92,8 +91,8 @@ class FailedChecks:
         """Count a check of this id while the block runs. If the check failed, keep the count after the block.
 
         Raises:
-            TooManyAttemptsError: if the id has reached the limit `per_minute`. Failed checks of the last minute and
-                running checks count.
+            TooManyAttemptsError: if the id has reached the limit of checks (`per_minute`). Failed checks of the last
+                minute and running checks count.
         """
         if len(device_id) > _LONGEST_ID:
             device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"

@@ -83,7 +83,7 @@ class FairSemaphore:
 
         Args:
             timeout: maximum wait for a place, in seconds.
-            most_waiting: maximum number of waiting callers, including this caller. It is 0 or more.
+            most_waiting: maximum number of waiting callers, including this caller, 0 or more.
 
         Returns:
             False if no place became free in time.

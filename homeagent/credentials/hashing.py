@@ -226,7 +226,7 @@ class SecretHasher:
             waiting: maximum number of waiting callers of this hasher, including this caller.
 
         Raises:
-            InvalidArgumentError: if `stored` has more than 2 hashes, or is a string.
+            InvalidArgumentError: if more than 2 hashes are stored, or if the argument is a string.
             TooManyAttemptsError: if too many callers already wait. A generated secret does not raise this error.
             DatabaseBusyError: if no run could start within `timeout`. Try again later.
             MemoryError: if the system did not give Argon2 enough memory or threads.
@@ -312,8 +312,8 @@ _default = SecretHasher()
 def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
     """Return a hash of a secret for storing. Arguments, result and errors are those of `SecretHasher.hash`.
 
-    The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. At most as many callers as
-    the argument `waiting` says can wait at the same time in the whole process.
+    The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. The maximum number of
+    waiting callers in the whole process is the argument `waiting`.
     """
     return _default.hash(secret, beside=beside, waiting=waiting)
 
@@ -321,7 +321,7 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
 def check_secret(secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
     """Check a presented secret. Arguments, result and errors are those of `SecretHasher.check`.
 
-    The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. At most as many callers as
-    the argument `waiting` says can wait at the same time in the whole process.
+    The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. The maximum number of
+    waiting callers in the whole process is the argument `waiting`.
     """
     return _default.check(secret, stored, waiting=waiting)

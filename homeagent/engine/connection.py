@@ -211,7 +211,8 @@ class StoreConnection:
         self._raw.confine(savepoint)
 
     def release_orm(self, *, keep: bool) -> None:
-        """End the confinement by `confine_orm`. End the savepoints that the unit left open in SQLAlchemy's connection.
+        """End the confinement by `confine_orm()`. End the savepoints that the unit left open in SQLAlchemy's
+        connection.
 
         Args:
             keep: whether to keep the changes in these savepoints.
@@ -365,7 +366,7 @@ class StoreConnection:
         raise failure
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
-        """Insert rows. `into="table (columns)"` is the target, and `width` is the number of columns."""
+        """Insert rows. The argument `into` has the form "table (columns)", and `width` is the number of columns."""
         places = ", ".join("?" * width)
         self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names from the models
 

@@ -108,7 +108,7 @@ class Engine(ABC):
         return self.sa_engine.dialect.name
 
     def pool(self, *, read_only: bool) -> ConnectionPool[StoreConnection]:
-        """If `read_only` is True, return the pool of connections for reading; otherwise the pool for writing."""
+        """Return the pool of connections for reading if `read_only=True`, otherwise the pool for writing."""
         if self.is_forked_copy:
             raise _invalidated()
         return self.readers if read_only else self.writers

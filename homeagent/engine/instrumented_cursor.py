@@ -67,7 +67,7 @@ class FailureContext(ExceptionContext):
 class InstrumentedCursor:
     """A driver's cursor that calls the connection's listeners.
 
-    The function `translate` converts an exception of a class in `driver_errors` to homeagent's error.
+    The function `translate()` converts an exception of a class in `driver_errors` to homeagent's error.
     """
 
     def __init__(

@@ -122,7 +122,7 @@ class ConnectionPool(Generic[T]):
         return resource
 
     def _wait(self, waiter: _Waiter[T], timeout: float) -> bool:
-        """Wait until `waiter` is served. Return True if the waiter may create a resource.
+        """Wait until the waiter is served. Return True if the waiter may create a resource.
 
         Return False if the waiter got a resource, and also if the pool was closed.
         """
@@ -195,7 +195,7 @@ class ConnectionPool(Generic[T]):
     def _free_place(self, resource: T | None = None) -> None:
         """Let the next waiter create a resource.
 
-        The caller has removed `resource` from the pool. If `resource` is None, the caller could not create a resource.
+        The caller has removed the resource from the pool. With `resource=None`, the caller could not create a resource.
         """
         with self.mutex:
             if resource is not None:

@@ -133,10 +133,10 @@ _READING = (Select, CompoundSelect)
 class Statement(Generic[R]):
     """One SQL statement with the type of its results.
 
-    Define a statement once, for example in a module. It is compiled at its first use on each engine. A SELECT of one
-    model gives instances of the model, which must derive from `homeagent.Table`. A SELECT of one column gives values,
-    and a SELECT of several columns gives tuples. An INSERT without `values` has a parameter for each column, except for
-    the key that the database assigns.
+    Define a statement once, for example in a module. Each engine compiles the statement at its first use. A SELECT of
+    one model gives instances of the model, which must derive from `homeagent.Table`. A SELECT of one column gives
+    values, and a SELECT of several columns gives tuples. An INSERT without `values` has a parameter for each column,
+    except for the key that the database assigns.
 
     Args:
         make: expression of the statement or, for an upsert, a function that gets the dialect's `insert()` and returns
@@ -182,7 +182,7 @@ class Statement(Generic[R]):
         return not self.lock and isinstance(self._make, _READING)
 
     def compiled(self, dialect: Dialect, *, read_only: bool = False) -> Compiled[R]:
-        """Return the compiled statement for a dialect. If `read_only` is True, the SQL has no row locks."""
+        """Return the compiled statement for a dialect. With `read_only=True`, the SQL has no row locks."""
         key = (dialect.name, read_only)
         try:
             return self._cache[key]

@@ -71,7 +71,8 @@ def back_up(
         stop: function that is called repeatedly. If it returns True, the backup is cancelled.
 
     Raises:
-        InvalidArgumentError: if the destination exists and `replace` is False, or if it can't be a backup.
+        InvalidArgumentError: if the destination exists, except with `replace=True`. Also if the destination can't be a
+            backup.
         CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: if the backup failed. No part remains.
     """
     engine = require_file(engine)

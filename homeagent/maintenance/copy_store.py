@@ -187,16 +187,16 @@ def copy_store(
 ) -> CopyReport:
     """Copy all rows of a store into an empty store, and compare the two before the commit.
 
-    The argument `engines` contains the engine of the source and the engine of the target. If `live` is True, other
-    units can change the source during the copy, and the copy contains the state at its start. The application's tables
-    with names in `leave` are not copied. The function `progress` is called after each page of rows.
+    The argument `engines` contains the engine of the source and the engine of the target. With `live=True`, other units
+    can change the source during the copy, and the copy contains the state at its start. The application's tables in the
+    argument `leave` are not copied. The function `progress()` is called after each page of rows.
 
     Raises:
         InvalidArgumentError: source and target are the same database, or the target lacks a table of the application.
         SchemaOutdatedError, SchemaTooNewError: the source or the target is not at this version's revision.
         SchemaChangedError: the schema of the source or the target was changed by hand.
         TargetNotEmptyError: the target has rows.
-        SourceChangedError: the source was changed during the copy, and `live` is False.
+        SourceChangedError: the source was changed during the copy, except with `live=True`.
         CorruptDatabaseError: the source has a value that homeagent's stores do not write.
         DatabaseError: the rows read back from the target differ from the copied rows.
     """
@@ -288,7 +288,7 @@ def _first_difference(
 
 def _require_present_schema(unit: UnitOfWork) -> None:
     revision = revision_of(unit.session.connection())
-    # A newer schema may have columns that this version would not copy.
+    # A newer schema may have columns that this version of homeagent would not copy.
     if revision is not None and revision > REVISION:
         raise SchemaTooNewError(revision, known=REVISION)
     if revision != REVISION:

@@ -137,7 +137,8 @@ def plan_own_tables(
     """Return the application's tables to copy, in the order of their foreign keys.
 
     Raises:
-        InvalidArgumentError: the target lacks a table, or has another form of a table, that is not in `leave`.
+        InvalidArgumentError: the target lacks a table, or has another form of the table. Tables in the argument `leave`
+            are skipped.
         TargetNotEmptyError: a table of the target has rows.
     """
     found = set(own_tables(source))

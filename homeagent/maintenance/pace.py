@@ -18,7 +18,9 @@ _LONGEST_PAUSE = 0.25
 
 
 class Pace:
-    """Chooses the sizes of a sweep's batches and the pauses between them. A batch has at most `most` rows."""
+    """Chooses the sizes of a sweep's batches and the pauses between them. The maximum number of a batch's rows is the
+    argument `most`.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -41,5 +43,7 @@ class Pace:
         return self.rest_after(held) if contended else _SHORTEST_PAUSE
 
     def rest_after(self, held: float) -> float:
-        """Return the pause after a batch, in seconds. The batch held the write lock for the time `held`."""
+        """Return the pause after a batch, in seconds. The argument `held` is the time for which the batch held the
+        write lock.
+        """
         return min(max(held * _PAUSE_FACTOR, _SHORTEST_PAUSE), _LONGEST_PAUSE)

@@ -46,7 +46,7 @@ class LastFault(BaseModel):
 
     Attributes:
         kind: name of the error's class, such as `DiskFullError`.
-        message: message of the error. It contains no values of rows.
+        message: message of the error, without values of rows.
         at: time of the error, from the system's clock.
     """
 
@@ -123,7 +123,7 @@ class DatabaseStatus(BaseModel):
         epoch: number of the epoch, which begins with 1. A restore or `begin_epoch()` increments the epoch. After a
             change of the epoch, the application must read cached data again.
         restored_at: start of the epoch. None in the first epoch.
-        durability: the durability `full` or `normal`. None for a server, because the server's configuration decides.
+        durability: the durability "full" or "normal". None for a server, because the server's configuration decides.
         pragmas: values of SQLite's settings on the writing connection, by name.
         file_modes: permission bits of the directory and of each database file, in octal, by file name.
         rows: number of rows by table name. The application's tables follow homeagent's tables.

@@ -41,7 +41,7 @@ class BackupSchedule:
         every: maximum age of the newest backup. The age is computed from the backup's manifest, so restarts and several
             processes with the same schedule make no additional backups.
         keep: number of this database's backups to keep. Older backups are removed after a new backup is verified.
-            If `keep` is None, all backups are kept.
+            With `keep=None`, all backups are kept.
 
     Raises:
         InvalidArgumentError: if the interval is not above zero, if fewer than 1 backup would be kept, or if the
@@ -100,8 +100,8 @@ def sweep(
 
     The argument `batch_size` is the maximum number of rows of a batch. If the time budget is used up, or the event
     `stop` is set, the sweep ends early. The argument `pending_ttl` is the longest time for which a device may wait for
-    its approval. If `pending_ttl` is None, the sweep deletes no device. The argument `changes_kept` is the time for
-    which the sweep keeps device changes. If `changes_kept` is None, the sweep keeps all changes.
+    its approval. With `pending_ttl=None`, the sweep deletes no device. The argument `changes_kept` is the time for
+    which the sweep keeps device changes. With `changes_kept=None`, the sweep keeps all changes.
     """
     check_limit(batch_size, "batch_size")
     deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()

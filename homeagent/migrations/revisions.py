@@ -1,4 +1,5 @@
-"""Read the revision of a schema, decide whether this version can use the schema, and run the missing revisions.
+"""Read the revision of a schema, decide whether this version of homeagent can use the schema, and run the missing
+revisions.
 
 For an up-to-date database one SELECT is enough, and Alembic is not imported, because the import takes 80 ms.
 
@@ -108,7 +109,7 @@ def script_directory() -> Traversable:
 def alembic_config(connection: Connection | None = None) -> Config:
     """Return Alembic's configuration for a command on homeagent's revisions. The scripts must not be in a zip file.
 
-    If `connection` is None, the script `env.py` chooses the database.
+    With `connection=None`, the script `env.py` chooses the database.
     """
     from alembic.config import Config
 
@@ -199,11 +200,12 @@ def server_triggers(revision: str) -> dict[str, str]:
 
 
 def suits(connection: Connection, revision: str | None) -> bool:
-    """Return whether this version works with the schema, or False if the schema must be created or upgraded.
+    """Return whether this version of homeagent works with the schema, or False if the schema must be created or
+    upgraded.
 
-    The schema can be at this version's revision or at a compatible newer revision. A newer version stores the oldest
-    compatible revision in the column `store.oldest_revision`. If the schema is newer and not compatible, raise
-    SchemaTooNewError.
+    The schema can be at this version's revision or at a compatible newer revision. A newer version of homeagent stores
+    the oldest compatible revision in the column `store.oldest_revision`. If the schema is newer and not compatible,
+    raise SchemaTooNewError.
     """
     if revision is None or revision == REVISION:
         return revision is not None
@@ -213,7 +215,7 @@ def suits(connection: Connection, revision: str | None) -> bool:
     if "store" not in tables(connection):
         raise SchemaTooNewError(revision, known=REVISION)
     oldest = connection.execute(text("SELECT oldest_revision FROM store")).scalar()
-    # The newest known revision is this version's revision, so a known `oldest` is compatible.
+    # The newest known revision is this version's revision, so a revision that this version knows is compatible.
     if oldest not in known:
         raise SchemaTooNewError(revision, known=REVISION)
     logger.info(

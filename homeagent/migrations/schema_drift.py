@@ -78,7 +78,7 @@ def refuse_changed_schema(
 
     Raises:
         SchemaChangedError: the schema has a grave difference.
-        SchemaTooNewError: this version does not know the revision.
+        SchemaTooNewError: this version of homeagent does not know the revision.
     """
     if revision not in known_revisions():
         raise SchemaTooNewError(revision, known=REVISION)

@@ -193,8 +193,8 @@ def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bo
 def _look_up(connection: Connection, application: Application) -> tuple[str | None, bool, bool]:
     """Return the revision of the schema.
 
-    Also return whether this version works with the schema without an upgrade, and whether a revision of the application
-    is missing.
+    Also return whether this version of homeagent works with the schema without an upgrade, and whether a revision of
+    the application is missing.
     """
     # Use a deferred BEGIN, because the engine's `_on_begin` would wait for the write lock.
     raw: Any = connection.connection.driver_connection
@@ -275,7 +275,7 @@ def _make_or_upgrade(
 def _upgrade(
     engine: SQLiteEngine, connection: Connection, application: Application, backup_clock: Clock | None
 ) -> None:
-    """Run the missing revisions in one transaction, after a backup. If `backup_clock` is None, make no backup."""
+    """Run the missing revisions in one transaction, after a backup. With `backup_clock=None`, make no backup."""
     path = engine.path
     backup: Path | None = None
     revision: str | None = None

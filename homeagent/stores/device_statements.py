@@ -132,7 +132,7 @@ APPROVE = Statement[Device](
         approved_at=bindparam("now"),
         revoked_at=None,
         revoked_reason=None,
-        # An unapproved device can have a previous secret, which an earlier version or `uow.session` wrote.
+        # An unapproved device can have a previous secret, which an earlier version of homeagent or `uow.session` wrote.
         previous_secret_hash=None,
         previous_secret_expires_at=None,
     )

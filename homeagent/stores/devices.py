@@ -129,8 +129,8 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def delete_pending(self, *, paired_before: datetime, limit: int = 100) -> int:
-        """Delete pending devices that were paired at `paired_before` or earlier, oldest first. The argument `limit` is
-        the maximum number.
+        """Delete pending devices that were paired at `paired_before` or earlier, oldest first. The maximum number of
+        deleted devices is the argument `limit`.
 
         Returns:
             The number of deleted devices.

@@ -302,7 +302,8 @@ class IdempotencyKeyStore(Store):
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
         """Release a key. Call this method only if the attempt's effect did not begin.
 
-        The record is deleted in two cases: if the attempt is the first attempt, or if `none_began` is True. By
+        The record is deleted in two cases: if the attempt is the first attempt, or if the caller passed
+            `none_began=True`. By
         `none_began=True`, the caller states that no earlier attempt began its effect. In all other cases the outcome of
         an earlier attempt is unknown, so the record stays and counts as abandoned again.
 
@@ -329,8 +330,8 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
-        """Return records of abandoned attempts. The argument `limit` is the maximum number. The attempt whose lease
-        expired first comes first.
+        """Return records of abandoned attempts. The maximum number of records is the argument `limit`. The attempt
+        whose lease expired first comes first.
         """
         return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=check_limit(limit))
 
@@ -389,8 +390,8 @@ class IdempotencyKeyStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete expired records, oldest first, and return the number of deleted records. The argument `limit` is the
-        maximum.
+        """Delete expired records, oldest first, and return the number of deleted records. The maximum is the argument
+        `limit`.
         """
         return self._unit.write(statements.DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
 

@@ -230,8 +230,8 @@ class NonceStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete nonces that expired `NONCE_GRACE` ago or earlier, oldest first. The argument `limit` is the maximum
-        number.
+        """Delete nonces that expired `NONCE_GRACE` ago or earlier, oldest first. The maximum number of deleted nonces
+        is the argument `limit`.
 
         Returns the number of deleted nonces.
         """

@@ -188,7 +188,7 @@ def refuse_orphaned_log(path: Path) -> None:
         CorruptDatabaseError: if the WAL has content, and the database is missing or empty.
     """
     log = sidecars(path)[0]
-    # Do not swap the two calls of `_size`. If another process creates the database now, the database gets content
+    # Do not swap the two calls of `_size()`. If another process creates the database now, the database gets content
     # before the WAL does.
     if _size(log) and not _size(path):
         raise CorruptDatabaseError(

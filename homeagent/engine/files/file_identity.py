@@ -116,7 +116,7 @@ class FileIdentityCheck:
         self.due = self.monotonic() + _INTERVAL
 
     def before_commit(self) -> None:
-        """Check the files if the last check is too old. If `strict` is True, always check the database's file.
+        """Check the files if the last check is too old. With `strict=True`, always check the database's file.
 
         Raises:
             DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
@@ -137,7 +137,7 @@ class FileIdentityCheck:
         return None
 
     def _check(self, *, beside: bool = True, remember: bool = True) -> None:
-        """Compare each file's identity with its recorded identity. Call `on_moved` before raising an error."""
+        """Compare each file's identity with its recorded identity. Call `on_moved()` before raising an error."""
         try:
             self._compare(beside=beside, remember=remember)
         except DatabaseMovedError:

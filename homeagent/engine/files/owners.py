@@ -46,8 +46,8 @@ def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | No
     Args:
         descriptor: descriptor of the new file. Do not use the name, because another file could have the name by now.
         directory: path or descriptor of the file's directory.
-        database: source database, if the file is a copy in another directory. If backups of the owner of `directory`
-            are not trusted, root keeps the copy, because the owner could change the copy and read all devices.
+        database: source database, if the file is a copy in another directory. If backups of the directory's owner are
+            not trusted, root keeps the copy, because the owner could change the copy and read all devices.
     """
     if os.geteuid() != 0:
         return

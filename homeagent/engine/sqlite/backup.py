@@ -85,7 +85,7 @@ def write_backup(
     existing directory. The backup calls `stop()` repeatedly, and ends if a call returns True.
 
     Raises:
-        InvalidArgumentError: if `target` exists and `replace` is False.
+        InvalidArgumentError: if the target exists, except with `replace=True`.
         CorruptDatabaseError: if the database is damaged. The damaged copy is removed.
         DiskFullError, ReadOnlyError, DatabaseError: if the copy can't be written.
         BackupStoppedError: if `stop()` returned True.

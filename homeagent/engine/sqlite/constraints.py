@@ -40,7 +40,7 @@ class _ForeignKey(NamedTuple):
 
 
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
-    """Return the error for a change that a constraint refused; None if `error` has another cause.
+    """Return the error for a change that a constraint refused; None if the error has another cause.
 
     The argument `statement` is the failed SQL text. If a deferred foreign key failed, `statement` is None or COMMIT.
     """

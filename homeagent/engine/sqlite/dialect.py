@@ -180,7 +180,7 @@ class Connection(_Connection):
             self.commit_by(self.execute)
 
     def commit_by(self, execute: Callable[[str], object]) -> None:
-        """Send COMMIT with the function `execute`. If COMMIT fails, overwrite the failed commit in the WAL.
+        """Send COMMIT with the function `execute()`. If COMMIT fails, overwrite the failed commit in the WAL.
 
         Raises:
             CommitUnknownError: if the failed commit could not be overwritten.
@@ -229,7 +229,7 @@ class Connection(_Connection):
             self.execute("ROLLBACK" if self._savepoint is None else f"ROLLBACK TO SAVEPOINT {self._savepoint}")
 
     def confine(self, savepoint: str | None) -> None:
-        """Confine the caller to a savepoint of the transaction. If `savepoint` is None, end the confinement.
+        """Confine the caller to a savepoint of the transaction. With `savepoint=None`, end the confinement.
 
         In the confinement, `rollback()` rolls back to the savepoint. A COMMIT fails, also as SQL text, and SQLite rolls
         the whole transaction back (https://sqlite.org/c3ref/commit_hook.html).

@@ -1,4 +1,4 @@
-"""The SQLite engine. It checks that a file belongs to homeagent, and opens each connection with the same pragmas."""
+"""The SQLite engine, which checks that a file belongs to homeagent, and opens each connection with the same pragmas."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
 class SQLiteEngine(Engine):
     """Engine of one SQLite file with one writer. Each reader sees a snapshot.
 
-    With the durability `full` each commit is synced. With the durability `normal` a power cut can lose the last
+    With the durability "full", each commit is synced. With the durability "normal", a power cut can lose the last
     commits. If the argument `temporary` is True, the engine removes the file's directory when the engine is closed.
     """
 

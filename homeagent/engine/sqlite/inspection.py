@@ -151,8 +151,8 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
     table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). Also return True if
     SQLite can't compile the statements, for example because an application's function is missing.
 
-    The names in `tables` are in lower case. For a trigger, pass `kind="trigger"` and its table as `on`. For a view,
-    pass `kind="view"` and the view's own name as `on`.
+    The names in `tables` are in lower case. For a trigger, pass `kind="trigger"` and its table as the argument `on`.
+    For a view, pass `kind="view"` and the view's own name as the argument `on`.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []

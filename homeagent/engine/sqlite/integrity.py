@@ -36,7 +36,8 @@ logger = logging.getLogger("homeagent")
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
 
-# Number of instructions of SQLite's virtual machine between two calls of `give_up()`. They take at most milliseconds.
+# Number of instructions of SQLite's virtual machine between two calls of `give_up()`. These instructions take a few
+# milliseconds at most.
 _INSTRUCTIONS = 100_000
 
 

@@ -83,7 +83,7 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
 
     Raises:
         InsecureFileError, ForeignDatabaseError: if another user put a file at the path of the new database.
-        CorruptDatabaseError: if this version does not understand the marker.
+        CorruptDatabaseError: if this version of homeagent does not understand the marker.
         DatabaseError: if a step failed. A second call tries again.
     """
     intent = lock.read_marker()

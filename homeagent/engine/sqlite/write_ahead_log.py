@@ -50,7 +50,7 @@ class LostCommits(NamedTuple):
     Attributes:
         problem: description of the damage, without a remedy.
         frames: number of frames that SQLite would still read.
-        by_power_cut: whether a power cut can be the cause, if the durability was `normal`.
+        by_power_cut: whether a power cut can be the cause, if the durability was "normal".
     """
 
     problem: str

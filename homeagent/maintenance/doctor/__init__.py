@@ -1,4 +1,6 @@
-"""The doctor checks a database without changing it, and reports problems and remedies. It repairs only on request."""
+"""The doctor checks a database without changing it, and reports problems and remedies. The doctor repairs only on
+request.
+"""
 
 from homeagent.maintenance.doctor.diagnosis import diagnose
 from homeagent.maintenance.doctor.report import CHECKS, Diagnosis, Finding, Repair, Severity

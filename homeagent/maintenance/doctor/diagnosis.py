@@ -47,7 +47,7 @@ def diagnose(
 ) -> Diagnosis:
     """Check a database in any state, and report problems with their remedies.
 
-    If `fix` is False, no file and no row changes. A missing, damaged, too old or too new database is a finding, not an
+    With `fix=False`, no file and no row changes. A missing, damaged, too old or too new database is a finding, not an
     error. Findings do not contain secrets, hashes, nonces, idempotency keys or results.
 
     Args:
@@ -55,7 +55,7 @@ def diagnose(
             open, use `Database.doctor`.
         clock: clock of the store.
         thorough: whether to run SQLite's full integrity check without a time limit. The full check also compares the
-            indexes with their tables. If `thorough` is False, a check that takes longer than 10 seconds is stopped and
+            indexes with their tables. With `thorough=False`, a check that takes longer than 10 seconds is stopped and
             listed in `not_checked`.
         fix: whether to repair problems that can be repaired without loss. These are modes of homeagent's files, partial
             copies older than a day, the backlog of expired rows, hashes of expired secrets, route keys of sessions, the

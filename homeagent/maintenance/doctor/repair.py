@@ -75,7 +75,7 @@ _HANDS_OFF = (
 def repair(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine | None) -> list[Repair]:
     """Make the repairs that are safe with these findings. Return all repairs, also those that failed.
 
-    If `engine` is None, open the database for the repairs.
+    With `engine=None`, open the database for the repairs.
     """
     done: list[Repair] = []
     found = {finding.check: finding for finding in diagnosis.findings}

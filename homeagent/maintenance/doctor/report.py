@@ -155,7 +155,7 @@ class Collector:
     """Findings collector for one database.
 
     Several findings of a check are combined into one finding with the worst severity. The summary of the worst finding
-    comes first. At the time limit, the object `watch` interrupts a statement.
+    comes first. At the time limit, the stopwatch (`watch`) interrupts a statement.
     """
 
     def __init__(self, now: datetime, *, thorough: bool, watch: Stopwatch) -> None:

@@ -62,7 +62,8 @@ The database's clock can set the column `device_changes.at`.
 
 
 def check_store(collector: Collector, connection: Connection) -> None:
-    """Run all checks of a store. If this version can't use the schema's revision, run only the check of the revision.
+    """Run all checks of a store. If this version of homeagent can't use the schema's revision, run only the check of
+    the revision.
 
     All checks must see the same snapshot, so the connection must be in a transaction with one snapshot.
     """
@@ -148,8 +149,8 @@ def _read(
 ) -> tuple[int, list[str]]:
     """Read the stored values of all rows of a table. Return the number of rows, and a description of each bad row.
 
-    The function `watch` returns True after the time limit. If `undecoded` is True, texts are read as bytes. If it is
-    False, the driver raises an error for a page with invalid UTF-8.
+    The function `watch()` returns True after the time limit. With `undecoded=True`, texts are read as bytes. Otherwise
+    the driver raises an error for a page with invalid UTF-8.
     """
     columns = list(described.columns)
     names = [c.name for c in columns]

@@ -176,8 +176,7 @@ def check_name(value: str, what: str = "a name") -> str:
 def check_searched(value: str, what: str) -> str:
     """Return the value if it is a str, else raise InvalidArgumentError.
 
-    A search accepts every str, because a row of an earlier version, or of another program, can break the rules for new
-    texts.
+    A search accepts every str, because an older row, or a row of another program, can break the rules for new texts.
     """
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
