@@ -30,8 +30,8 @@ class HomeAgentError(Exception):
     """Base class of all errors of this package."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        # By default, pickle would call `__init__` with the message, but the `__init__` of most classes takes ids.
-        # Therefore restore the error with `__new__` and the attributes, without `__init__`.
+        # By default, pickle would call `__init__()` with the message, but most classes take ids instead. Therefore
+        # create the error by `__new__()`, and set the attributes.
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
@@ -123,7 +123,7 @@ class EffectFailedError(HomeAgentError):
 
     Args:
         detail: JSON value that is stored.
-        replayed: whether the error was read from the store, and the effect did not run now.
+        replayed: whether the error was read from the store. If True, this call did not run the effect.
     """
 
     def __init__(self, detail: JsonValue = None, *, replayed: bool = False) -> None:
@@ -133,4 +133,6 @@ class EffectFailedError(HomeAgentError):
 
 
 class EffectNotStartedError(HomeAgentError):
-    """An effect raises this error if the effect did not begin. The key is free again, and the next call can run it."""
+    """An effect raises this error if the effect did not begin. The key is free again, so the next call can run the
+    effect.
+    """

@@ -272,13 +272,13 @@ class DatabaseMaintenance:
         database is in place.
 
         Args:
-            backup: file that `backup` made, or a copy of a closed database. If the backup has a manifest file, the
-                size, SHA-256 and row counts in the manifest are compared with the backup.
-            target: database to replace, in the same form as for `open`. The database can be damaged or absent.
+            backup: file that `Database.backup` made, or a copy of a closed database. If the backup has a manifest file,
+                the size, SHA-256 and row counts in the manifest are compared with the backup.
+            target: database to replace, in the same form as for `Database.open`. The database can be damaged or absent.
             clock: clock for the start of the new epoch. The clock must be right, because the replay guard compares
                 the time of each message with the start of the epoch.
             busy_timeout: longest wait for a process that has the target open.
-            acknowledged: names of the application's triggers on homeagent's tables, as for `open`.
+            acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open`.
 
         Returns:
             Report of the restore, with the path of the old database.
@@ -290,8 +290,8 @@ class DatabaseMaintenance:
             SchemaTooNewError: if a newer version of homeagent made the backup.
             SchemaChangedError: if the backup's schema was changed by hand, for example by a trigger on the devices.
             ForeignDatabaseError: if the backup or the target belongs to another application.
-            DatabaseError: if another step failed. If the last step failed, the next call of `open` finishes the
-                restore. After a failure of an earlier step, the target is unchanged.
+            DatabaseError: if another step failed. If the last step failed, the next call of `Database.open` finishes
+                the restore. After a failure of an earlier step, the target is unchanged.
         """
         from homeagent.maintenance.restore import restore
 
@@ -306,20 +306,21 @@ class DatabaseMaintenance:
         clock: Clock = system_clock,
         busy_timeout: timedelta = timedelta(seconds=5),
     ) -> maintenance.EpochReport:
-        """Begin a new epoch after the database was set back without `restore`. No process may have the database open.
+        """Begin a new epoch after another program restored an older state of the database. No process may have the
+        database open.
 
-        Call `begin_epoch` after you restored the database with PostgreSQL's tools, or from a snapshot of a disk or a
+        Call `begin_epoch()` after you restored the database with PostgreSQL's tools, or from a snapshot of a disk or a
         virtual machine. Such a database has lost the nonces that were consumed after the backup. In the new epoch the
         replay guard refuses the messages of these nonces.
 
         Args:
-            target: database, in the same form as for `open`.
+            target: database, in the same form as for `Database.open`.
             clock: clock for the start of the epoch.
             busy_timeout: longest wait for a process that has the database open.
 
         Raises:
             DatabaseBusyError: if a process has the database open. That process would continue in the old epoch.
-            SchemaOutdatedError: if the database is absent, or has the schema of an older version.
+            SchemaOutdatedError: if the database is absent, or has an older schema.
             DatabaseError: if the database cannot be opened for another reason.
         """
         from homeagent.maintenance.epochs import begin_epoch

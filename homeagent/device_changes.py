@@ -153,7 +153,7 @@ class DeviceWatcher:
 
     Args:
         engine: engine that opens the thread's connection.
-        timeout: longest time for which `close` waits for the thread, in seconds.
+        timeout: longest time for which `close()` waits for the thread, in seconds.
         monotonic: clock, in seconds.
     """
 

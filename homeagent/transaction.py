@@ -228,7 +228,7 @@ class Transaction:
                         engine.discard_free()
             finally:
                 # Do not discard the id before the write lock is released. In between, a signal handler could open a
-                # write unit. That unit would wait for its own thread, but must raise UnitStateError.
+                # write unit. The second unit would wait for its own thread, but must raise UnitStateError.
                 if not self.read_only:
                     settings.writing.discard(self._owner)
 

@@ -69,7 +69,7 @@ def _is_mistakable(character: str, main: str | None) -> bool:
 
 
 def _escape(text: str) -> str:
-    """Return the text with an escape for each character that could be mistaken. The text may be empty."""
+    """Return the text with an escape for each character that looks like another character. The text may be empty."""
     if text.isascii() and text.isprintable():
         return text
     main = _main_script(text)

@@ -131,7 +131,7 @@ class Once:
         if not isinstance(value, Response):
             self._first = jsonable_encoder(value)
             return {"status": self._response.status_code, "value": self._first}
-        # A streamed body can't be stored: `arun_once` then records the outcome without a value.
+        # A streamed body can't be stored: `arun_once()` then records the outcome without a value.
         body: Any = bytes(value.body).decode("latin-1") if isinstance(getattr(value, "body", None), bytes) else value
         return {"status": value.status_code, "body": body, "type": value.headers.get("content-type")}
 

@@ -318,7 +318,9 @@ class Dialect(SQLiteDialect):
         return [url.database or ":memory:"], options
 
     def on_connect(self) -> Callable[[Any], None]:
-        """Return a function that adds the SQL function `regexp` to a new connection. `regexp_match` needs `regexp`."""
+        """Return a function that adds the SQL function `regexp()` to a new connection. SQLAlchemy's `regexp_match()`
+        uses this function.
+        """
 
         def prepare(connection: Connection) -> None:
             connection.create_scalar_function("regexp", _regexp, 2, deterministic=True)

@@ -72,8 +72,8 @@ def inspect_sqlite(
         path: path of the file.
         watch: statement timeout.
         assume_closed: if False, take locks even without a WAL, because a process can be opening the file.
-        is_closed: True if no process of homeagent had the file open a moment ago. If False, a WAL without frames is
-            also read through its index, because an open database can add a frame at any time.
+        is_closed: True if no process of homeagent had the file open a moment ago. If False, read a WAL without frames
+            through its index, because an open database can add a frame at any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None

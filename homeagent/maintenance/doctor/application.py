@@ -1,4 +1,4 @@
-"""Check the schema and the application's own tables, and tell the application's objects from damage.
+"""Check the schema and the application's own tables, and distinguish the application's objects from damage.
 
 A trigger, an index or a view of the application that uses homeagent's tables is not damage, but can disturb an upgrade.
 Each kind has a separate remedy. A trigger that can change rows of homeagent's tables counts as damage until the

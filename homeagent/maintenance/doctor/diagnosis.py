@@ -47,8 +47,8 @@ def diagnose(
 ) -> Diagnosis:
     """Check a database in any state, and report problems with their remedies.
 
-    With `fix=False`, no file and no row changes. A missing, damaged, too old or too new database is a finding, not an
-    error. Findings do not contain secrets, hashes, nonces, idempotency keys or results.
+    With `fix=False`, the doctor does not change a file or a row. A missing, damaged, too old or too new database is a
+    finding, not an error. Findings do not contain secrets, hashes, nonces, idempotency keys or results.
 
     Args:
         target: None, a path or a URL, with the same meaning as for `Database.open`. If this process has the database
