@@ -71,7 +71,7 @@ class _Subscription:
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
-        """Return the next change. If no change waits, remember the function `wake`, and return None."""
+        """Return the next change. If no change waits, remember the function `wake()`, and return None."""
         with self._mutex:
             if self._changes:
                 return self._changes.popleft()
@@ -101,7 +101,7 @@ class _Subscription:
 class DeviceChanges(AsyncIterator["DeviceChange"]):
     """Asynchronous iterator of device changes, for one task at a time, under asyncio or trio.
 
-    A cancelled wait loses no change. The method `aclose` ends the iteration. An iterator that is no longer referenced
+    A cancelled wait loses no change. The method `aclose()` ends the iteration. An iterator that is no longer referenced
     also ends.
     """
 

@@ -83,7 +83,8 @@ CurrentDevice = Annotated[Device, Security(current_device)]
 def require_role(*roles: Role) -> Callable[[Device], Awaitable[Device]]:
     """Return a dependency that returns the device of the request if the device has one of the roles.
 
-    Use it as `Annotated[Device, Depends(require_role(Role.ADMIN))]`. For another device the reply has status 403.
+    Use the dependency as `Annotated[Device, Depends(require_role(Role.ADMIN))]`. For another device the reply has
+    status 403.
     """
     allowed = frozenset(map(Role, roles))
 

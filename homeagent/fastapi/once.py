@@ -48,8 +48,8 @@ Effect = Callable[[Attempt], Any]
 class Once:
     """Run the effect of a request once. A retry gets the status and the body of the first answer.
 
-    The arguments of the constructor are those of `Database.arun_once`, and `stored`. For a request without a key,
-    `stored` is False.
+    The arguments of the constructor are those of `Database.arun_once`, and `stored`. For a request without a key, the
+    attribute `stored` is False.
     """
 
     def __init__(

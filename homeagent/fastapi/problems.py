@@ -73,7 +73,7 @@ CHALLENGE = 'Bearer realm="homeagent", Basic realm="homeagent", charset="UTF-8"'
 _RETRY_AFTER = 1
 """Value of the header Retry-After for an error without a known time, in seconds."""
 
-# The status and the text of each error. An error without an entry has those of its base class.
+# The status and the text of each error. An error without an entry has the status and text of its base class.
 _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     HomeAgentError: (500, "The server could not handle the request."),
     InvalidArgumentError: (422, "A value in the request is not allowed."),

@@ -68,7 +68,7 @@ async def accept_device(
         WebSocketException: if the device has no access, or loses its access. Starlette then closes the WebSocket.
         WebSocketDisconnect: if the device closed the WebSocket during the handshake.
     """
-    # Subscribe before the handshake reads the approval. Otherwise a revocation between the two would be missed.
+    # Subscribe before the handshake reads the approval. Otherwise a revocation between these steps would be missed.
     changes = await run_sync(database.watch_devices)
     await websocket.accept()
 

@@ -49,14 +49,14 @@ async def authenticate(
         device_id: id of the device.
         secret: generated secret of the device. A secret that a person chose has no proofs.
         send: function that sends a text frame.
-        receive: function that receives a frame. It should raise an error for a closed connection.
+        receive: function that receives a frame. The function should raise an error for a closed connection.
         time_limit: longest duration of the whole handshake.
         skew: largest difference between the clocks that the gateway accepts.
         clock: clock of the device.
 
     Raises:
         AuthenticationError: if the gateway does not accept the proof.
-        AccessDeniedError: if the device is pending or revoked. The message says which.
+        AccessDeniedError: if the device is pending or revoked. The message names the reason.
         HandshakeError: if the time limit is over, the clocks differ too much, a message is invalid, or the gateway
             does not have the verifier of the secret. Close the connection.
     """

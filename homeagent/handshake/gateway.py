@@ -58,7 +58,7 @@ async def authenticate_device(
     Args:
         database: the open database.
         send: function that sends a text frame.
-        receive: function that receives a frame. It should raise an error for a closed connection.
+        receive: function that receives a frame. The function should raise an error for a closed connection.
         time_limit: longest duration of the whole handshake.
         skew: allowed difference between the device's clock and the gateway's clock.
 
@@ -116,7 +116,7 @@ async def _authenticate(database: Database, send: Send, receive: Receive, skew: 
 
 
 async def recheck(database: Database, admission: Admission) -> None:
-    """Check that an admitted device still has access. Call this after each change of the device.
+    """Check that an admitted device still has access. Call this method after each change of the device.
 
     Raises:
         AuthenticationError: if the device was deleted, or its secret was replaced.

@@ -75,7 +75,7 @@ def field(fields: dict[str, Any], name: str, kind: type[T]) -> T:
 
 
 def bytes_of(fields: dict[str, Any], name: str) -> bytes:
-    """Return a field in base64 as bytes. The errors are those of `field`."""
+    """Return a field in base64 as bytes. The errors are those of `field()`."""
     try:
         return base64.b64decode(field(fields, name, str), validate=True)
     except (binascii.Error, ValueError):
@@ -83,7 +83,7 @@ def bytes_of(fields: dict[str, Any], name: str) -> bytes:
 
 
 def time_of(fields: dict[str, Any]) -> datetime:
-    """Return the field `time` as a timestamp. The errors are those of `field`."""
+    """Return the value of the field `time` as a timestamp. The errors are those of `field()`."""
     milliseconds = field(fields, "time", int)
     if not 0 <= milliseconds <= _LATEST:
         raise HandshakeError("the field 'time' of the handshake must be milliseconds since 1970")
