@@ -188,7 +188,7 @@ class DeviceSecrets:
 
         Args:
             device_id: id of the device. The rotation does not change the device's role and approval.
-            shared_secret: chosen secret. With None, a secret is generated.
+            shared_secret: chosen secret. With None, homeagent generates a secret.
             overlap: time for which the old secret is also right, by default 0. If an earlier rotation has an overlap,
                 that overlap ends at once.
 

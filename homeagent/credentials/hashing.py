@@ -312,8 +312,8 @@ _default = SecretHasher()
 def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
     """Return a hash of a secret for storing. Arguments, result and errors are those of `SecretHasher.hash`.
 
-    The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. The maximum number of
-    waiting callers in the whole process is the argument `waiting`.
+    The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. With `waiting=16`, at most
+    16 callers can wait at the same time in the whole process.
     """
     return _default.hash(secret, beside=beside, waiting=waiting)
 
@@ -321,7 +321,7 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
 def check_secret(secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
     """Check a presented secret. Arguments, result and errors are those of `SecretHasher.check`.
 
-    The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. The maximum number of
-    waiting callers in the whole process is the argument `waiting`.
+    The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. With `waiting=16`, at most
+    16 callers can wait at the same time in the whole process.
     """
     return _default.check(secret, stored, waiting=waiting)

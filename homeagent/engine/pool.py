@@ -224,7 +224,7 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def busy(self, timeout: float) -> DatabaseBusyError:
-        """Return the error for a caller that has waited `timeout` seconds; the message names the holders."""
+        """Return the error for a caller that has waited too long; the message names the holders."""
         with self.mutex:
             return self._busy(timeout)
 

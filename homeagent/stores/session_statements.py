@@ -115,7 +115,9 @@ INDEX = Statement[AgentSession](
 
 
 def _activity(columns: Any) -> tuple[Any, Any, Any]:
-    """Return the values by which sessions of a route are compared. The last active session has the greatest values."""
+    """Return the values by which sessions of a route are compared. The session with the greatest values was active
+    last.
+    """
     # Do not remove `+ 0`. Otherwise SQLite reads an index of `last_active_at`, which contains the sessions of other
     # routes (test_a_route_is_searched_by_its_index).
     return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id
