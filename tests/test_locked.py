@@ -194,22 +194,23 @@ def locked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         children.close()
     else:
         url: str = request.getfixturevalue("postgres_url")
-        postgres_execute(url, f"CREATE DATABASE locked TEMPLATE {request.getfixturevalue('postgres_template')}")
+        # The name of the template is different in each xdist worker.
+        template = request.getfixturevalue("postgres_template")
+        postgres_execute(url, f"CREATE DATABASE locked_{template} TEMPLATE {template}")
         import psycopg
 
-        where = postgres_database(url, "locked")
+        where = postgres_database(url, f"locked_{template}")
         database, attempt = prepare(where)
         before = dump(database)
         with closing(psycopg.connect(where)) as other:
-            other.execute(
-                "LOCK TABLE devices, device_changes, agents, sessions, nonces, idempotency_keys IN ACCESS EXCLUSIVE MODE"
-            )
+            tables = "devices, device_changes, agents, sessions, nonces, idempotency_keys"
+            other.execute(f"LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE".encode())
             yield Locked(database, attempt)
             other.rollback()
     assert dump(database) == before
     database.close()
     if request.param == "postgresql":
-        postgres_execute(url, "DROP DATABASE locked WITH (FORCE)")
+        postgres_execute(url, f"DROP DATABASE locked_{template} WITH (FORCE)")
 
 
 @pytest.mark.parametrize("name", sorted(ACTS))
