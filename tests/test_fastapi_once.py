@@ -300,6 +300,21 @@ def test_forged_webhooks(hooks: Client, house: House, homeagent_clock: FakeClock
     assert json.loads(replies[0].text)["error"] == "AuthenticationError"
 
 
+def test_many_signatures_of_a_webhook(hooks: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway computes one signature for each secret, however many signatures a stranger sends."""
+    computed: list[int] = []
+    digest = hmac.digest
+
+    def count(key: bytes, message: bytes, name: str) -> bytes:
+        computed.append(len(message))
+        return digest(key, message, name)
+
+    headers = {**sign(SECRET, "m-1", 1, b"{}"), "webhook-signature": "v1,x " * 1000}
+    monkeypatch.setattr("homeagent.fastapi.webhooks.hmac.digest", count)
+    assert hooks.post("/hook", content=b"{}", headers=headers).status_code == 401
+    assert len(computed) == 2
+
+
 def test_invalid_webhook_settings() -> None:
     """A secret that is short or malformed, no secret, and a short time of the records are refused at once."""
     secrets: list[Any] = ["whsec_", "whsec_%%%", "whsec_" + base64.b64encode(bytes(23)).decode(), []]
