@@ -287,6 +287,7 @@ def test_forged_webhooks(hooks: Client, house: House, homeagent_clock: FakeClock
         (body, sign(SECRET, "m-1", now - 301, body)),
         (body, sign(SECRET, "m-1", now + 301, body)),
         (body, sign(SECRET, "", now, body)),
+        (b"1}", sign(SECRET, f"m-1.{now}", now, b"1}")),
         (body, {**right, "webhook-timestamp": "٣"}),
         (body, {}),
     ]
