@@ -273,6 +273,19 @@ def test_a_webhook_is_handled_once(hooks: Client, house: House, homeagent_clock:
     assert hooks.post("/hook", content=body, headers=rotated).json()["count"] == 2
 
 
+def test_a_stranger_cannot_erase_a_webhook(
+    hooks: Client, house: House, homeagent_clock: FakeClock, homeagent_database: Database
+) -> None:
+    """A replay gets the first answer, also after a device was paired under the name of the sender and deleted."""
+    body = b'{"rung": 1}'
+    headers = sign(SECRET, "m-1", int(homeagent_clock().timestamp()), body)
+    first = hooks.post("/hook", content=body, headers=headers)
+    homeagent_database.pair(DevicePair(id="bell", role=Role.CLIENT))
+    homeagent_database.devices.delete("bell")
+    assert hooks.post("/hook", content=body, headers=headers).content == first.content
+    assert house.count == 1
+
+
 def test_forged_webhooks(hooks: Client, house: House, homeagent_clock: FakeClock) -> None:
     """A changed body, id, time or signature, an old or a future time, and absent headers get the same refusal."""
     body, now = b'{"rung": 1}', int(homeagent_clock().timestamp())

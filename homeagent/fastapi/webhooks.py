@@ -29,6 +29,7 @@ __all__ = ["Webhook", "signed_webhook"]
 
 _PREFIX = "whsec_"
 _MIN_KEY_BYTES = 24  # the specification's minimum
+_OWNER_CHARACTERS = 22  # 132 random bits
 
 
 class Webhook(Once):
@@ -74,7 +75,7 @@ def signed_webhook(
 
     Args:
         secret: secret `whsec_…` that the sender gave, or several secrets during a rotation.
-        sender: id under which the messages are stored. No device may have this id.
+        sender: name of the sender, at most 489 bytes. The messages are stored under `SENDER/…` in place of a device.
         tolerance: longest difference between the signed time and the present.
         lease: see `Database.run_once`.
         ttl: time for which a repetition gets the first answer, more than twice the tolerance.
@@ -85,7 +86,7 @@ def signed_webhook(
     """
     secrets = [secret] if isinstance(secret, (SecretStr, str)) else list(secret)
     keys = [_key_of(each) for each in secrets]
-    check_identifier(sender, "sender")
+    check_identifier(f"{sender}/{'x' * _OWNER_CHARACTERS}", "sender")
     if not keys:
         raise InvalidArgumentError("signed_webhook needs a secret")
     if ttl <= 2 * check_duration(tolerance, "tolerance"):
@@ -96,8 +97,10 @@ def signed_webhook(
     async def webhook(request: Request, response: Response, database: DatabaseDep) -> Webhook:
         message_id, sent_at, body = await _read(request, keys)
         try:
-            fresh = await database.arun(lambda unit: _is_fresh(unit, sent_at, tolerance), read_only=True)
-            scope = IdempotencyScope(device_id=sender, method=route_of(request), key=message_id)
+            fresh, owner = await database.arun(
+                lambda unit: (_is_fresh(unit, sent_at, tolerance), _owner(unit, sender)), read_only=True
+            )
+            scope = IdempotencyScope(device_id=owner, method=route_of(request), key=message_id)
         except InvalidArgumentError:
             raise _refused() from None
         except HomeAgentError as error:
@@ -163,6 +166,17 @@ def _signature(key: SecretBytes, message: bytes) -> bytes:
 
 def _time_of(timestamp: str) -> datetime | None:
     return datetime.fromtimestamp(int(timestamp), UTC) if re.fullmatch("[0-9]{1,11}", timestamp) else None
+
+
+def _owner(unit: UnitOfWork, sender: str) -> str:
+    """Return the id under which the messages of a sender are stored, in place of the id of a device.
+
+    A stranger must not know the id. `Database.pair` deletes the keys of the id that it pairs, so a stranger who pairs a
+    device with the id could send a recorded message again.
+    """
+    key, _ = unit.devices.find_proof_secrets(sender)
+    digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")
+    return f"{sender}/{base64.urlsafe_b64encode(digest).decode()[:_OWNER_CHARACTERS]}"
 
 
 def _is_fresh(unit: UnitOfWork, sent_at: datetime, tolerance: timedelta) -> bool:
