@@ -234,6 +234,36 @@ def test_a_copied_store_gives_a_reset(database: Database, tmp_path: Path) -> Non
         assert len(copy.devices.list()) == 1
 
 
+WATCH = """
+import asyncio, sys
+from homeagent import Database
+
+async def main():
+    with Database.open(sys.argv[1]) as database:
+        async for change in database.watch_devices(after=int(sys.argv[2])):
+            print(change.number, change.device_id, flush=True)
+asyncio.run(main())
+"""
+
+
+def test_a_killed_watcher(database: Database, target: str, children: Children) -> None:
+    """After `kill -9` of a watching process, writers go on, and a new process continues from the last number."""
+    watcher = children.start(WATCH, target, 0)
+    add_device(database, "lamp")
+    assert watcher.stdout is not None
+    number, device_id = watcher.stdout.readline().split()
+    watcher.kill()
+    watcher.wait()
+    for name in ("phone", "clock"):
+        add_device(database, name)
+    watcher = children.start(WATCH, target, number)
+    add_device(database, "door")
+    assert watcher.stdout is not None
+    arrived = [device_id, *(watcher.stdout.readline().split()[1] for _ in range(3))]
+    assert arrived == ["lamp", "phone", "clock", "door"]
+    assert {finding.check: finding.severity.value for finding in database.doctor().findings}["database"] == "ok"
+
+
 FORK = """
 import asyncio, os, sys
 from homeagent import Database, DevicePair, Role
