@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import httpx
 import pytest
-from fastapi import Depends, FastAPI, File, Form, HTTPException, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, File, Form, HTTPException, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, SecretStr
 
@@ -152,6 +152,25 @@ def test_keys_belong_to_a_device_and_a_route(client: Client, house: House) -> No
     assert post(client, "/doors/front/open").json()["count"] == 1
     assert post(client, "/doors/front/open", headers={"Authorization": tablet}).json()["count"] == 2
     assert post(client, "/created").json()["count"] == 3
+
+
+def test_keys_under_the_prefixes_of_a_router(client: Client, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router that is included under several prefixes has several routes, each with answers of its own."""
+    router, outer = APIRouter(), APIRouter(prefix="/deep")
+
+    @router.post("/{door:path}")
+    async def open_door(door: str, once: Key) -> Any:
+        return await once(house.close)
+
+    outer.include_router(router, prefix="/er")
+    for prefix in ("/a", "/b"):
+        client.app.include_router(router, prefix=prefix)
+    client.app.include_router(outer)
+    paths = ["/a/front", "/b/front", "/deep/er/front"]
+    assert [post(client, path).json() for path in paths + paths] == [{"count": 1}, {"count": 2}, {"count": 3}] * 2
+    # If FastAPI no longer tells the whole path, the key is refused.
+    monkeypatch.setattr("homeagent.fastapi.once.route_of", lambda request: "POST /{door:path}")
+    assert [post(client, path, "k-2").status_code for path in paths] == [200, 422, 422]
 
 
 @pytest.mark.parametrize("key", [None, "", "a\x7fb", "k" * 2000])

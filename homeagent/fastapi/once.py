@@ -172,8 +172,8 @@ def idempotent(
 ) -> Callable[..., Awaitable[Once]]:
     """Return a dependency for `Annotated[Once, Depends(idempotent())]`, which reads the header Idempotency-Key.
 
-    The key belongs to the device, the method and the path of the route. A retry must have the same path parameters,
-    query and body.
+    The key belongs to the device, the method and the path of the route. A retry must have the same path, query and
+    body.
 
     Args:
         required: whether a request without a key gets a reply with status 400. If False, the effect of such a request
@@ -228,13 +228,23 @@ def _key_of(header: str) -> str:
 def route_of(request: Request) -> str:
     """Return the method and the path of the route, such as `POST /doors/{door}/open`."""
     # The path of a mounted application counts, and the prefix that a proxy removed does not.
-    root: str = request.scope.get("root_path", "")
-    prefix = root.removeprefix(request.scope.get("app_root_path", root))
-    return f"{request.method} {prefix}{request.scope['route'].path}"
+    prefix: str = request.scope.get("root_path", "").removeprefix(_outer_root(request))
+    # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's context has the whole
+    # path, but not under a public name. `params_of` therefore contains the path of the request.
+    route = request.scope["route"]
+    context = request.scope.get("fastapi", {}).get("effective_route_context")
+    whole = context if getattr(context, "original_route", None) is route else route
+    return f"{request.method} {prefix}{whole.path}"
+
+
+def _outer_root(request: Request) -> str:
+    """Return the prefix that a proxy removed, without the paths of mounted applications."""
+    root: str = request.scope.get("app_root_path", request.scope.get("root_path", ""))
+    return root
 
 
 async def params_of(request: Request) -> JsonValue:
-    """Return the values that a retry must repeat: path parameters, query and a hash of the body."""
+    """Return the values that a retry must repeat: path, query and a hash of the body."""
     if getattr(request, "_form", None) is not None:
         # FastAPI has parsed the body of a form, and the bytes are gone.
         form = [[name, await _text_of(value)] for name, value in (await request.form()).multi_items()]
@@ -242,7 +252,7 @@ async def params_of(request: Request) -> JsonValue:
     else:
         body = hashlib.sha256(await request.body()).hexdigest()
     return {
-        "path": {name: str(value) for name, value in request.path_params.items()},
+        "path": request.scope["path"].removeprefix(_outer_root(request)),
         "query": [list(pair) for pair in sorted(request.query_params.multi_items())],
         "body": body,
     }
