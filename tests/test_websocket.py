@@ -201,6 +201,25 @@ def test_a_revocation_during_the_handshake(
     assert gateway.enter("phone", pair(database), code_of) == 4403
 
 
+@pytest.mark.parametrize(("method", "code"), [("revoke", 4403), ("delete", 4401)])
+def test_a_revocation_while_the_workers_are_busy(
+    gateway: Gateway, database: Database, monkeypatch: pytest.MonkeyPatch, method: str, code: int
+) -> None:
+    """A revoked or deleted device is cut off, even if the device can't be read at that time."""
+
+    async def never(*arguments: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def wait(connection: Any) -> int:
+        await connection.send("hello")
+        await connection.recv()
+        monkeypatch.setattr("homeagent.fastapi.websocket.recheck", never)
+        await asyncio.to_thread(getattr(database.devices, method), "phone")
+        return await code_of(connection)
+
+    assert gateway.enter("phone", pair(database), wait) == code
+
+
 def test_how_a_block_ends_otherwise(gateway: Gateway, database: Database) -> None:
     """If the device leaves, or the application fails, the block gets the error unchanged."""
     secret = pair(database)

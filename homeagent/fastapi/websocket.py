@@ -37,8 +37,9 @@ from homeagent.errors import (
     LimitError,
     TooManyAttemptsError,
 )
-from homeagent.handshake import Admission, authenticate_device, recheck
+from homeagent.handshake import REFUSALS, Admission, authenticate_device, recheck
 from homeagent.models.device import Device
+from homeagent.models.device_change import DeviceChangeKind
 
 __all__ = ["accept_device"]
 
@@ -109,8 +110,15 @@ async def _end_of_access(database: Database, admission: Admission, changes: Asyn
     try:
         async for change in changes:
             # A change without an id is a reset: the device can have changed in the meantime.
-            if change.device_id in {admission.device.id, None}:
-                await recheck(database, admission)
+            if change.device_id not in {admission.device.id, None}:
+                continue
+            # After a revocation, do not read the device first. While all workers of `arun` are busy, the read would
+            # wait, and the device would stay connected (`test_a_revocation_while_the_workers_are_busy`).
+            if change.kind is DeviceChangeKind.REVOKED:
+                return AccessDeniedError(REFUSALS["revoked"])
+            if change.kind is DeviceChangeKind.DELETED:
+                return AuthenticationError("the device was deleted")
+            await recheck(database, admission)
     except HomeAgentError as error:
         return error
     return DatabaseClosedError("the changes of the devices have ended")
