@@ -369,12 +369,14 @@ def test_the_guide(homeagent_database: Database, homeagent_clock: FakeClock) -> 
         DevicePair(id="anna", role=Role.ADMIN, shared_secret=SecretStr("a secret of anna"))
     )
     homeagent_database.devices.approve("anna")
-    homeagent_database.pair(DevicePair(id="lamp", role=Role.NODE))
+    lamp = homeagent_database.pair(DevicePair(id="lamp", role=Role.NODE)).device
     token = bearer_token("anna", paired.shared_secret)
     token = client.post("/sign-in/browser", headers={"Authorization": f"Bearer {token}"}).json()["token"]
     client.headers["Authorization"] = f"Bearer {token}"
     assert post(client, "/doors/front/open").json() == {"opened": "front"}
-    assert client.post("/devices/approve/lamp").json() == {"changed": True}
+    seen = {"role": "admin", "paired_at": lamp.paired_at.isoformat()}
+    assert client.post("/devices/approve/lamp", params=seen).status_code == 409
+    assert client.post("/devices/approve/lamp", params={**seen, "role": "node"}).json() == {"changed": True}
     headers = sign(SECRET, "m-1", int(homeagent_clock().timestamp()), b'{"door": "front"}')
     assert client.post("/bell", content=b'{"door": "front"}', headers=headers).json() == {"rung": "front"}
     assert client.get("/health").status_code == 200
