@@ -107,15 +107,9 @@ def signed_webhook(
             raise as_http(error) from error
         if not fresh:
             raise _refused()
+        digest = hashlib.sha256(body).hexdigest()
         found = Webhook(
-            database,
-            response,
-            scope,
-            stored=True,
-            params=hashlib.sha256(body).hexdigest(),
-            lease=lease,
-            ttl=ttl,
-            on_abandoned=on_abandoned,
+            database, response, scope, stored=True, params=digest, lease=lease, ttl=ttl, on_abandoned=on_abandoned
         )
         found.id, found.sent_at, found.body = message_id, sent_at, body
         return found
