@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import httpx
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, File, Form, HTTPException, UploadFile
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 from pydantic import BaseModel, SecretStr
 
 from homeagent import Attempt, Database, DevicePair, Role, errors
@@ -88,6 +88,11 @@ def make_app(house: House) -> FastAPI:
     async def text(once: Key) -> Any:
         return await once(lambda attempt: PlainTextResponse(f"n° {house.close(attempt)['count']}", 203))
 
+    @app.post("/redirected")
+    async def redirected(once: Key) -> Any:
+        cookie = {"Set-Cookie": "private"}
+        return await once(lambda attempt: RedirectResponse(f"/doors/{house.close(attempt)['count']}", 303, cookie))
+
     @app.post("/stream")
     async def stream(once: Key) -> Any:
         return await once(lambda attempt: StreamingResponse(iter([str(house.close(attempt))])))
@@ -139,10 +144,12 @@ def test_a_retry_gets_the_first_answer(client: Client, house: House) -> None:
     assert retry.headers["idempotency-replayed"] == "true"
     assert post(client, "/doors/front/open", "k-2").json()["count"] == 2
     assert len(set(house.keys)) == 2
-    for path, status in (("/doors/front/close", 202), ("/created", 201), ("/text", 203)):
+    for path, status in (("/doors/front/close", 202), ("/created", 201), ("/text", 203), ("/redirected", 303)):
         first, retry = post(client, path), post(client, path)
         assert (first.status_code, first.content) == (retry.status_code, retry.content)
-        assert first.headers["content-type"] == retry.headers["content-type"]
+        for name in ("content-type", "location"):
+            assert first.headers.get(name) == retry.headers.get(name)
+        assert "set-cookie" not in retry.headers
         assert (first.status_code, retry.headers["idempotency-replayed"]) == (status, "true")
 
 

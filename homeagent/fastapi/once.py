@@ -42,6 +42,10 @@ _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')  # a String of RFC 8941, 
 # The effect decided on these errors, so the reply is known. After another error the outcome is unknown.
 _KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError)
 
+# Without these headers, a stored body or redirection has no meaning. Do not store headers such as Set-Cookie, which can
+# hold a secret.
+_KEPT_HEADERS = ("content-type", "content-encoding", "location")
+
 Effect = Callable[[Attempt], Any]
 
 
@@ -133,7 +137,8 @@ class Once:
             return {"status": self._response.status_code, "value": self._first}
         # A streamed body can't be stored: `arun_once()` then records the outcome without a value.
         body: Any = bytes(value.body).decode("latin-1") if isinstance(getattr(value, "body", None), bytes) else value
-        return {"status": value.status_code, "body": body, "type": value.headers.get("content-type")}
+        kept = {name: value.headers[name] for name in _KEPT_HEADERS if name in value.headers}
+        return {"status": value.status_code, "body": body, "headers": kept}
 
     def _answer(self, outcome: Outcome) -> Any:
         if not outcome.replayed:
@@ -147,7 +152,7 @@ class Once:
             )
         stored: dict[str, Any] = outcome.value
         if "body" in stored:
-            response = Response(stored["body"].encode("latin-1"), stored["status"], media_type=stored["type"])
+            response = Response(stored["body"].encode("latin-1"), stored["status"], stored["headers"])
             response.headers["Idempotency-Replayed"] = "true"
             return response
         if stored["status"] is not None:
