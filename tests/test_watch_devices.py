@@ -336,14 +336,20 @@ def test_four_writers(target: str, children: Children) -> None:
                 writer.stdin.write("go\n")
                 writer.stdin.flush()
             ends = asyncio.gather(*(asyncio.to_thread(writer.communicate) for writer in writers))
-            while len(seen) < 2 * 3 * rounds:
-                seen.append((await asyncio.wait_for(anext(changes), 60), time.clock_gettime(time.CLOCK_MONOTONIC)))
-                if len(seen) == 200:
-                    writers[3].kill()
+
+            async def read() -> None:
+                async for change in changes:
+                    seen.append((change, time.clock_gettime(time.CLOCK_MONOTONIC)))
+                    if len(seen) == 200:
+                        writers[3].kill()
+
+            # Read in a task: a wait for the end of the writers must not delay the last changes.
+            reading = asyncio.create_task(read())
             outputs.extend(out for out, _ in await ends)
-            newest = database.devices.changes(after=0, limit=100_000)[-1].number
-            while seen[-1][0].number < newest:
-                seen.append((await asyncio.wait_for(anext(changes), 60), time.clock_gettime(time.CLOCK_MONOTONIC)))
+            newest = await asyncio.to_thread(database.devices.newest_change)
+            async with asyncio.timeout(60):
+                await until(lambda: seen[-1][0].number == newest)
+            reading.cancel()
             assert [change.number for change, _ in seen] == [
                 change.number for change in database.devices.changes(after=0, limit=100_000)
             ]
