@@ -15,7 +15,7 @@ from sqlalchemy import CheckConstraint, bindparam, delete, func, insert, inspect
 from sqlmodel import Field, Relationship, SQLModel, select
 
 from homeagent import AgentCreate, AgentSession, Database, Statement, Store, Table, Timestamp, UnitOfWork
-from homeagent.errors import ConflictError, CorruptDatabaseError, InvalidArgumentError, UnitStateError
+from homeagent.errors import ConflictError, CorruptDatabaseError, DatabaseError, InvalidArgumentError, UnitStateError
 from tests.batches import counted_commits, run_together
 from tests.conftest import START, FakeClock, add_agent
 
@@ -294,6 +294,15 @@ def test_an_unreadable_value_names_its_row_without_a_secret(hub: Database[HubUni
             unit.all(Statement(select(Preference)))
         assert "geheim" not in str(caught.value)
         unit.rollback()
+
+
+def test_a_missing_table_names_the_remedy(target: str) -> None:
+    """If no revision created the table of a store, the error names the table and the argument `migrations`."""
+    with (
+        Database.open(target, unit=HubUnit) as database,
+        pytest.raises(DatabaseError, match=r"own_messages.*pass migrations= to Database\.open"),
+    ):
+        database.store(MessageStore).of_session("s")
 
 
 def test_a_wrong_unit_is_refused(sqlite_path: Path) -> None:

@@ -67,12 +67,18 @@ _NAMING = re.compile(
     | permission\ denied\ for\ (table|view|sequence|schema|function)\ \w+""",
     re.VERBOSE,
 )
+_MISSING = re.compile(r"no such (?:table|column): |(?:relation|column) .* does not exist")
+_MISSING_REMEDY = (
+    " (if the table is the application's, create the table by a revision, and pass migrations= to Database.open)"
+)
 
 
 def named(error: BaseException) -> str:
     """Return a colon and the database's message. Return an empty text if the message can contain a stored value."""
     first, *_ = str(error).splitlines() or [""]
-    return f": {first}" if _NAMING.fullmatch(first) else ""
+    if not _NAMING.fullmatch(first):
+        return ""
+    return f": {first}" + (_MISSING_REMEDY if _MISSING.search(first) else "")
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
