@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from typing import TYPE_CHECKING
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from pydantic import JsonValue
+
+    from homeagent.models import IdempotencyState
 
 __all__ = [
     "AccessDeniedError",
@@ -70,42 +74,64 @@ class HandshakeError(HomeAgentError):
     """A message of a handshake is invalid or late, or the other side is not the expected one."""
 
 
-class IdempotencyError(HomeAgentError):
-    """An idempotency key can't be claimed, renewed or recorded now."""
+class RefusingRecord(TypedDict, total=False):
+    """State and expiry of the stored record that refuses a claim."""
 
-    def __init__(self, message: str, *, device_id: str, method: str) -> None:
+    state: IdempotencyState
+    expires_at: datetime
+
+
+class IdempotencyError(HomeAgentError):
+    """An idempotency key can't be claimed, renewed or recorded now.
+
+    If a stored record refuses a claim, `state` and `expires_at` are those of the record. Otherwise both are None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        device_id: str,
+        method: str,
+        state: IdempotencyState | None = None,
+        expires_at: datetime | None = None,
+    ) -> None:
         self.device_id = device_id
         self.method = method
+        self.state = state
+        self.expires_at = expires_at
         super().__init__(message)
 
 
 class IdempotencyInProgressError(IdempotencyError):
     """Another caller runs the effect of this key. The caller's lease ends after the time `retry_after` (HTTP 409)."""
 
-    def __init__(self, *, device_id: str, method: str, retry_after: timedelta) -> None:
+    def __init__(
+        self, *, device_id: str, method: str, retry_after: timedelta, **record: Unpack[RefusingRecord]
+    ) -> None:
         self.retry_after = retry_after
         message = f"{method!r} of device {device_id!r} is in progress under this key: try again in "
         message += f"{max(retry_after.total_seconds(), 0):.3f} s"
-        super().__init__(message, device_id=device_id, method=method)
+        super().__init__(message, device_id=device_id, method=method, **record)
 
 
 class FingerprintMismatchError(IdempotencyError):
     """The key was used before with other parameters (HTTP status 422)."""
 
-    def __init__(self, *, device_id: str, method: str) -> None:
+    def __init__(self, *, device_id: str, method: str, **record: Unpack[RefusingRecord]) -> None:
         message = f"this key of {method!r} by device {device_id!r} was used with other parameters: "
         message += "a new call needs a new key"
-        super().__init__(message, device_id=device_id, method=method)
+        super().__init__(message, device_id=device_id, method=method, **record)
 
 
 class OutcomeUnknownError(IdempotencyError):
     """The lease of an earlier attempt expired, and it is unknown whether its effect took place."""
 
-    def __init__(self, *, device_id: str, method: str, attempt: int) -> None:
+    def __init__(self, *, device_id: str, method: str, attempt: int, **record: Unpack[RefusingRecord]) -> None:
         self.attempt = attempt
         message = f"attempt {attempt} of {method!r} by device {device_id!r} was abandoned and its outcome is unknown: "
         message += "find out, then resolve() or forget() the key, or pass on_abandoned"
-        super().__init__(message, device_id=device_id, method=method)
+        super().__init__(message, device_id=device_id, method=method, **record)
 
 
 class LeaseLostError(IdempotencyError):

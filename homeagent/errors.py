@@ -323,6 +323,11 @@ class MigrationError(DatabaseError):
         self.backup = backup
         super().__init__(message)
 
+    @property
+    def cause(self) -> BaseException | None:
+        """The exception of the failed revision; None if the database raised the exception, or no revision failed."""
+        return self.__cause__
+
 
 class ForeignAccessError(DatabaseError):
     """Another SQLite library in this process opened, or tried to open, the file of an open database."""

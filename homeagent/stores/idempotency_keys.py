@@ -165,7 +165,7 @@ class IdempotencyKeyStore(Store):
             KeyLimitError: if the key is new, and the device has `Limits.keys_per_device` keys that have not expired.
         """
         scope = _check_new(scope)
-        check_name(fingerprint, "fingerprint")
+        _check_fingerprint(fingerprint)
         now = self._unit.now()
         lease_expires_at = later(now, check_duration(lease, "lease", zero=True), "lease")
         expires_at = later(now, self._check_ttl(ttl, "ttl"), "ttl")
@@ -213,11 +213,9 @@ class IdempotencyKeyStore(Store):
             # The caller has already committed this claim, but did not get the result of the commit.
             return _attempt_of(row)
         if row.lease_expires_at is not None and row.lease_expires_at > now:
-            raise IdempotencyInProgressError(
-                device_id=scope.device_id, method=scope.method, retry_after=row.lease_expires_at - now
-            )
+            raise IdempotencyInProgressError(**_refusal(scope, row), retry_after=row.lease_expires_at - now)
         if not rerun:
-            raise OutcomeUnknownError(device_id=scope.device_id, method=scope.method, attempt=row.attempt)
+            raise OutcomeUnknownError(**_refusal(scope, row), attempt=row.attempt)
         number = row.attempt + 1
         self._unit.write(
             statements.TAKE_OVER,
@@ -378,9 +376,7 @@ class IdempotencyKeyStore(Store):
         now = self._unit.now()
         lease_end = row.lease_expires_at or now
         if lease_end > now:
-            raise IdempotencyInProgressError(
-                device_id=scope.device_id, method=scope.method, retry_after=lease_end - now
-            )
+            raise IdempotencyInProgressError(**_refusal(scope, row), retry_after=lease_end - now)
         return _attempt_of(row)
 
     @writing()
@@ -412,7 +408,7 @@ def _attempt_of(row: IdempotencyKey) -> Attempt:
 def _outcome(scope: IdempotencyScope, row: IdempotencyKey, fingerprint: str) -> Outcome | None:
     """Return the outcome of a row, or None if the row is in progress. Raise EffectFailedError for a failed effect."""
     if row.fingerprint is not None and row.fingerprint != fingerprint:
-        raise FingerprintMismatchError(device_id=scope.device_id, method=scope.method)
+        raise FingerprintMismatchError(**_refusal(scope, row))
     if row.state is IdempotencyState.FAILED:
         raise EffectFailedError(row.result, replayed=True)
     if row.state is IdempotencyState.COMPLETED:
@@ -420,8 +416,20 @@ def _outcome(scope: IdempotencyScope, row: IdempotencyKey, fingerprint: str) -> 
     return None
 
 
+def _refusal(scope: IdempotencyScope, row: IdempotencyKey) -> dict[str, Any]:
+    """Return the arguments of the error with which a record refuses a claim."""
+    found = {"state": row.state, "expires_at": row.expires_at}
+    return {"device_id": scope.device_id, "method": scope.method, **found}
+
+
 def _parameters(scope: IdempotencyScope) -> dict[str, Any]:
     return {"device_id": scope.device_id, "method": scope.method, "key": scope.key}
+
+
+def _check_fingerprint(fingerprint: str) -> None:
+    """Raise InvalidArgumentError unless the fingerprint is empty or a valid name."""
+    if fingerprint != "":
+        check_name(fingerprint, "fingerprint")
 
 
 def _check_scope(scope: IdempotencyScope) -> IdempotencyScope:

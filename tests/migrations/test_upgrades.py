@@ -92,6 +92,7 @@ def test_failed_upgrade_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert backup is not None
         assert str(backup) in str(caught.value)
         assert rows_of(backup) == before
+        assert isinstance(caught.value.cause, KeyError) == (kind == "python")
         with pytest.raises(SchemaOutdatedError):
             Database.open(path, clock=clock, migrate=False)
     with Database.open(path, clock=lambda: NOW + timedelta(seconds=1)) as database:

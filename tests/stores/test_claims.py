@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from homeagent import Attempt, Database, IdempotencyKey, IdempotencyScope, Outcome
+from homeagent import Attempt, Database, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.errors import (
     CorruptDatabaseError,
     EffectFailedError,
@@ -79,11 +79,22 @@ def test_lease_is_exact(database: Database, clock: FakeClock) -> None:
     with pytest.raises(IdempotencyInProgressError) as refusal:
         claim(database, rerun=True)
     assert refusal.value.retry_after == TICK
+    refused: IdempotencyError = refusal.value
+    assert (refused.state, refused.expires_at) == (IdempotencyState.IN_PROGRESS, first.expires_at)
     clock.advance(TICK)
-    with pytest.raises(OutcomeUnknownError):
+    with pytest.raises(OutcomeUnknownError) as unknown:
         claim(database)
+    assert (unknown.value.state, unknown.value.expires_at) == (IdempotencyState.IN_PROGRESS, first.expires_at)
     second = begin(database, rerun=True)
     assert (second.number, second.downstream_key) == (2, first.downstream_key)
+
+
+def test_an_empty_fingerprint(database: Database) -> None:
+    """A fingerprint may be empty, and another fingerprint is refused with the state and expiry of the record."""
+    first = begin(database, fingerprint="")
+    with pytest.raises(FingerprintMismatchError) as refusal:
+        claim(database)
+    assert (refusal.value.state, refusal.value.expires_at) == (IdempotencyState.IN_PROGRESS, first.expires_at)
 
 
 def test_lease_of_zero(database: Database) -> None:
