@@ -40,7 +40,8 @@ def lifespan(
         then: lifespan of the application, which begins after the database was opened and ends before the database is
             closed. `get_database(app)` returns the database there.
         sweep_every: time between two sweeps in the background. With None, the lifespan does not sweep.
-        options: arguments of `Database.open`, such as `unit=`.
+        options: arguments of `Database.open`, such as `unit=`. If the target is an open database, the options
+            have no effect.
     """
     given = target if isinstance(target, Database) else conceal(target)
     del target
