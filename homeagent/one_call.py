@@ -130,6 +130,7 @@ class _Reads:
         self._unit = unit
         self._allowed = allowed
         self.is_over = False
+        self.needed: _NeedsUnitError | None = None
         self.now = unit.now
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
@@ -146,15 +147,20 @@ class _Reads:
         if self.is_over:
             raise UnitStateError("the call of the store's method has ended: return the rows, not a generator")
         if not statement.only_reads:
-            raise _NeedsUnitError(writes=True)
+            raise self._need(writes=True)
         if self._allowed == 0:
-            raise _NeedsUnitError(writes=False)
+            raise self._need(writes=False)
         if self._allowed is not None:
             self._allowed -= 1
 
+    def _need(self, *, writes: bool) -> _NeedsUnitError:
+        # Keep the error, because the method can suppress the error by a bare `except`.
+        self.needed = _NeedsUnitError(writes=writes)
+        return self.needed
+
     def __getattr__(self, name: str) -> Any:
         # All other attributes of a unit write, or can write.
-        raise _NeedsUnitError(writes=True)
+        raise self._need(writes=True)
 
 
 def _in_unit_if_necessary(kind: type[Store], method: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,9 +175,15 @@ def _in_unit_if_necessary(kind: type[Store], method: Callable[..., Any]) -> Call
         def read(unit: AutocommitReads | UnitOfWork, allowed: int | None = None) -> Any:
             reads = _Reads(unit, allowed)
             try:
-                return method(kind(reads), *arguments, **named)
+                value = method(kind(reads), *arguments, **named)
+            except Exception:
+                if reads.needed is None:
+                    raise
             finally:
                 reads.is_over = True
+            if reads.needed is not None:
+                raise reads.needed
+            return value
 
         if any(hasattr(each, "__next__") for each in (*arguments, *named.values())):
             # Call the method once, because an iterator can be read only once.

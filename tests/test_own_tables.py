@@ -269,6 +269,23 @@ def test_each_call_of_an_own_store_is_a_unit(hub: Database[HubUnit]) -> None:
         list(store.lazily())
 
 
+class SuppressingStore(Store):
+    """A store whose method suppresses every exception of its write."""
+
+    def add(self) -> None:
+        """Write a row, and suppress any exception."""
+        try:
+            self.unit.write(ADD, session_id="s", text="kept", sent_at=self.unit.now())
+        except:  # noqa: E722  the exception that asks for a unit is not an Exception
+            return
+
+
+def test_a_method_that_suppresses_exceptions_still_writes(hub: Database[HubUnit]) -> None:
+    """A bare `except` in a method does not hide from homeagent that the method must run in a unit."""
+    hub.store(SuppressingStore).add()
+    assert [each.text for each in hub.store(MessageStore).of_session("s")] == ["kept"]
+
+
 def test_a_statement_checks_its_parameters(hub: Database[HubUnit]) -> None:
     """An absent parameter, a naive datetime and an unknown member raise InvalidArgumentError without the value."""
     set_mood = Statement[None](update(Preference).values(mood=bindparam("mood")))
