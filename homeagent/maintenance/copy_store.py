@@ -30,7 +30,7 @@ from homeagent.errors import (
     SourceChangedError,
     TargetNotEmptyError,
 )
-from homeagent.maintenance.own_tables import OwnTable, plan_own_tables
+from homeagent.maintenance.own_tables import OwnTable, late_references, plan_own_tables
 from homeagent.migrations import REVISION, revision_of
 from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.models import DATA_TABLES, SCHEMA, DeviceChange
@@ -257,10 +257,12 @@ def _copy(source: UnitOfWork, target: UnitOfWork, own: Sequence[OwnTable], steps
             table.insert(target, page)
             steps.add(table.name, len(page))
     connection = target.session.connection()
+    with late_references(connection, own):
+        for own_table in own:
+            for rows in own_table.pages(source.session.connection()):
+                own_table.insert(connection, rows)
+                steps.add(own_table.name, len(rows))
     for own_table in own:
-        for rows in own_table.pages(source.session.connection()):
-            own_table.insert(connection, rows)
-            steps.add(own_table.name, len(rows))
         if connection.dialect.name == "postgresql":
             own_table.advance_sequence(connection)
 

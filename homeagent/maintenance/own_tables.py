@@ -10,12 +10,32 @@ rows with the same keys as a page of the source are read from the target.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, Integer, MetaData, Table, func, insert, inspect, or_, select, text, tuple_
+from sqlalchemy import (
+    JSON,
+    Column,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    TypeDecorator,
+    cast,
+    func,
+    insert,
+    inspect,
+    or_,
+    select,
+    text,
+    tuple_,
+)
 from sqlmodel import AutoString
 
 from homeagent.engine.engine import Engine
@@ -33,7 +53,7 @@ from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, Timestamp
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-__all__ = ["OwnTable", "plan_own_tables"]
+__all__ = ["OwnTable", "late_references", "plan_own_tables"]
 
 PAGE = 500
 """Number of rows that a page has."""
@@ -42,6 +62,32 @@ PAGE = 500
 _STORED_ALIKE = (AutoString, EnumColumn, FlagColumn, JsonColumn, TimestampColumn)
 
 _Row = tuple[Any, ...]
+
+
+class _JsonText(TypeDecorator[str]):
+    """The text of a JSON column. A decoded value would not show NULL in place of JSON's null, and would lose digits.
+
+    Args:
+        stored: type of the column on PostgreSQL. None on SQLite, which stores JSON as text.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, stored: Any = None) -> None:
+        super().__init__()
+        self.stored = stored
+
+    def column_expression(self, column: Any) -> Any:
+        """Read the column as text."""
+        return cast(column, Text)
+
+    def bind_expression(self, bindvalue: Any) -> Any:
+        """Write the text with the type of the column."""
+        return bindvalue if self.stored is None else cast(bindvalue, self.stored)
+
+
+_parsed = partial(json.loads, parse_float=Decimal)
 
 
 @dataclass(frozen=True)
@@ -99,9 +145,23 @@ class OwnTable:
         chosen = tuple_(*key).in_(keys) if len(key) > 1 else key[0].in_([one for (one,) in keys])
         found = self._read(target, select(*self.target.c).where(chosen))
         copied = {tuple(row[place] for place in places): row for row in found}
+        return all(self._is_same(row, copied.get(one)) for one, row in zip(keys, page, strict=True))
+
+    def _is_same(self, row: _Row, other: _Row | None) -> bool:
         # NaN is not equal to itself, so compare the texts also.
+        if other is None or other == row or repr(other) == repr(row):
+            return other is not None
+        # The type jsonb, and SQLite for a number, change the text of a JSON value.
+        columns = zip(self.source.columns, self.target.columns, row, other, strict=True)
         return all(
-            (other := copied.get(one)) == row or repr(other) == repr(row) for one, row in zip(keys, page, strict=True)
+            one == two
+            or (
+                isinstance(source.type, _JsonText)
+                and isinstance(target.type, _JsonText)
+                and None not in (one, two)
+                and _parsed(one) == _parsed(two)
+            )
+            for source, target, one, two in columns
         )
 
     def _read(self, connection: Connection, rows: Any) -> list[_Row]:
@@ -125,7 +185,8 @@ class OwnTable:
             connection.execute(
                 text(
                     f"SELECT setval(pg_get_serial_sequence(:table, :name), (SELECT max({quote(name)}) FROM {table}))"  # noqa: S608  quoted
-                    f" WHERE pg_get_serial_sequence(:table, :name) IS NOT NULL AND EXISTS (SELECT FROM {table})"
+                    " WHERE pg_get_serial_sequence(:table, :name) IS NOT NULL"
+                    f" AND EXISTS (SELECT FROM {table} WHERE {quote(name)} > 0)"
                 ),
                 {"table": table, "name": name},
             )
@@ -177,6 +238,40 @@ def plan_own_tables(
     return tables
 
 
+_REFERENCES = text(
+    "SELECT c.relname, k.conname, p.relname FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid"
+    " JOIN pg_class p ON p.oid = k.confrelid WHERE k.contype = 'f' AND NOT k.condeferrable AND k.conparentid = 0"
+    " AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())"
+    " AND pg_has_role(c.relowner, 'USAGE')"
+)
+
+
+@contextmanager
+def late_references(connection: Connection, tables: Sequence[OwnTable]) -> Iterator[None]:
+    """On PostgreSQL, check foreign keys at the end of the block if a row can precede the row that it refers to.
+
+    Such a foreign key refers to the same table, or is part of a circle. Only the owner of the table can defer the
+    check. SQLite defers all foreign keys to the COMMIT.
+    """
+    if not tables or connection.dialect.name == "sqlite":
+        yield
+        return
+    place = {table.name: at for at, table in enumerate(tables)}
+    quote = connection.dialect.identifier_preparer.quote
+    late = [
+        f"ALTER TABLE {quote(child)} ALTER CONSTRAINT {quote(name)}"
+        for child, name, parent in connection.execute(_REFERENCES)
+        if child in place and place.get(parent, -1) >= place[child]
+    ]
+    for alter in late:
+        connection.execute(text(f"{alter} DEFERRABLE"))
+    connection.execute(text("SET CONSTRAINTS ALL DEFERRED"))
+    yield
+    connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+    for alter in late:
+        connection.execute(text(f"{alter} NOT DEFERRABLE"))
+
+
 def _in_order(connection: Connection, names: set[str]) -> list[str]:
     """Return the names so that each table follows the tables that its foreign keys refer to."""
     inspector = inspect(connection)
@@ -187,7 +282,7 @@ def _in_order(connection: Connection, names: set[str]) -> list[str]:
     try:
         return list(TopologicalSorter(parents).static_order())
     except CycleError:
-        return sorted(names)  # the foreign keys must be deferrable
+        return sorted(names)  # `late_references` defers the foreign keys
 
 
 def _own_table(name: str, source: Connection, target: Connection, declared: Table | None) -> OwnTable:
@@ -224,6 +319,8 @@ def _described(name: str, connection: Connection, declared: Table | None) -> Tab
             continue
         known = None if declared is None else declared.columns.get(found["name"])
         kind: Any = found["type"] if known is None or isinstance(known.type, _STORED_ALIKE) else known.type
+        if isinstance(kind, JSON) or isinstance(found["type"], JSON):
+            kind = _JsonText(found["type"] if connection.dialect.name == "postgresql" else None)
         columns.append(Column(found["name"], kind, primary_key=found["name"] in key))
     return Table(name, MetaData(), *columns)
 

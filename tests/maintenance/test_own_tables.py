@@ -128,6 +128,44 @@ def test_copy_to_another_engine_and_back(
                 source.copy_to(server)
 
 
+VALUES = (
+    'op.create_table("node", sa.Column("id", sa.Integer, primary_key=True), sa.Column("parent", sa.Integer,'
+    ' sa.ForeignKey("node.id")), sa.Column("more", sa.JSON), sa.Column("b", sa.JSON().with_variant('
+    'sa.dialects.postgresql.JSONB(), "postgresql")))'
+)
+
+
+def test_json_and_late_parents_are_copied(sqlite_path: Path, empty_postgres_url: str, tmp_path: Path) -> None:
+    """A copy keeps NULL apart from JSON's null, keeps all digits, and inserts a row before the row it refers to."""
+    folder = write_revision(tmp_path / "hub", "a1", None, f"import sqlalchemy.dialects.postgresql\n{VALUES}").parents[1]
+    rows = [
+        (-3, 0, None, '{"b":1,"a":2}'),
+        (-2, -3, "null", None),
+        (-1, -1, '{"n":  1.00000000000000000001}', "null"),
+        (0, None, "5", "[1.50]"),
+    ]
+    query = "SELECT id, parent, CAST(more AS TEXT), {} FROM node ORDER BY id"
+    with Database.open(sqlite_path, migrations=folder) as source:
+        with source.unit_of_work() as unit:
+            for row in rows:
+                unit.session.connection().exec_driver_sql("PRAGMA defer_foreign_keys=ON")
+                unit.session.connection().exec_driver_sql("INSERT INTO node VALUES (?, ?, ?, ?)", row)
+        with Database.open(empty_postgres_url, migrations=folder) as server:
+            source.copy_to(server)
+            with server.read_connection() as connection:
+                found = [tuple(row) for row in connection.execute(text(query.format("b IS NULL")))]
+                late = connection.execute(
+                    text("SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND condeferrable")
+                ).scalar()
+            assert found == [(*row[:3], row[3] is None) for row in rows]
+            assert late == 0
+            with Database.open(tmp_path / "back" / "homeagent.db", migrations=folder) as back:
+                server.copy_to(back)
+                with back.read_connection() as connection:
+                    found = [tuple(row) for row in connection.execute(text(query.format("b IS NULL")))]
+                assert found == [(*row[:3], row[3] is None) for row in rows]
+
+
 def test_unknown_tables_are_named(sqlite_path: Path, tmp_path: Path, folder: Path) -> None:
     """A copy refuses tables that the target lacks by name, unless the caller leaves them behind."""
     with Database.open(sqlite_path, migrations=folder) as source, Database.open(tmp_path / "new" / "x.db") as target:
