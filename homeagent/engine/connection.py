@@ -185,8 +185,8 @@ class StoreConnection:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the driver has noticed that the connection to the server has ended. On SQLite always False."""
-        return False
+        """Whether the connection has ended. SQLAlchemy closes a connection if an interrupt reaches its statement."""
+        return self._connection.invalidated
 
     def is_stale(self, failure: BaseException) -> bool:
         """Return whether BEGIN failed because the server ended the idle connection. On SQLite return False."""

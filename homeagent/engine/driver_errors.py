@@ -307,7 +307,7 @@ def _psycopg_error(error: BaseException) -> HomeAgentError:
     # Compare the names of DB-API's classes (PEP 249). Do not import psycopg, because a SQLite store must work without
     # psycopg.
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    if kinds & {"OverflowError", "DataError"}:
+    if kinds & {"OverflowError", "UnicodeError", "DataError"}:
         return InvalidArgumentError("a value can't be stored by PostgreSQL, such as a text with a NUL")
     if kinds & {"ProgrammingError", "NotSupportedError"}:
         return DatabaseError(f"psycopg refused the statement ({type(error).__name__})")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib import import_module
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 import homeagent
 from homeagent import AgentCreate, Database, DevicePair, Role, UnitOfWork, errors
@@ -43,17 +43,41 @@ def test_application_statement_is_not_shown(database: Database) -> None:
 
 
 @pytest.mark.parametrize("engine_name", ["postgresql"])
-def test_value_refused_by_driver_is_argument_error(database: Database) -> None:
-    """If Psycopg refuses a text with a NUL, the error reports a wrong argument and is not retried."""
+@pytest.mark.parametrize("value", ["a\0b", "\ud800"])
+def test_value_refused_by_driver_is_argument_error(database: Database, value: str) -> None:
+    """If Psycopg refuses a text with a NUL or a surrogate, the error reports a wrong argument and is not retried."""
     tries: list[int] = []
 
     def ask(unit: UnitOfWork) -> None:
         tries.append(1)
-        unit.session.connection().execute(text("SELECT :value"), {"value": "a\0b"})
+        unit.session.connection().execute(text("SELECT :value"), {"value": value})
 
     with pytest.raises(errors.InvalidArgumentError):
         database.run(ask)
     assert tries == [1]
+
+
+@pytest.mark.parametrize("raised", [KeyError, KeyboardInterrupt])
+def test_exception_of_a_listener_passes(database: Database, raised: type[BaseException]) -> None:
+    """An interrupt, or an exception of the application's listener, does not become a lost connection or a retry."""
+    tries: list[int] = []
+
+    def ask(unit: UnitOfWork) -> None:
+        def listen(*_: object) -> None:
+            tries.append(1)
+            raise raised
+
+        connection = unit.session.connection()
+        event.listen(connection, "before_cursor_execute", listen)
+        try:
+            connection.execute(text("SELECT 1"))
+        finally:
+            event.remove(connection, "before_cursor_execute", listen)
+
+    with pytest.raises(raised):
+        database.run(ask)
+    assert tries == [1]
+    database.ping()
 
 
 def test_programming_error_passes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
 from sqlalchemy import URL, event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from homeagent.engine.driver_errors import named, postgresql_error, refused_by, translated
@@ -263,6 +264,10 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     if isinstance(original, HomeAgentError):
         raise original  # The error is already translated, or was raised in a forked child.
     clear_locals(original)  # Local variables of homeagent's frames hold stored values.
+    if not isinstance(context.sqlalchemy_exception, DBAPIError) and not isinstance(
+        original, (OverflowError, UnicodeError)
+    ):
+        return None  # An interrupt, or an exception of a column type or a listener of the application.
     failure = index_error(original, context.statement) or postgresql_error(original)
     if context.connection is None:
         if isinstance(failure, ConnectionLostError):
