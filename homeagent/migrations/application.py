@@ -50,6 +50,8 @@ _LONGEST_REVISION = 32
 
 _PROTECTED = (*TABLES, VERSION_TABLE)
 
+_ENDS_TRANSACTION = re.compile(r"\s*(COMMIT|END|ABORT|ROLLBACK(?!.*\bTO\b))\b", re.IGNORECASE | re.DOTALL)
+
 Outside = Callable[[], AbstractContextManager[None]]
 """Function that commits, leaves the transaction for the time of the block, and begins a new transaction."""
 
@@ -262,9 +264,15 @@ class _Guard:
         """Whether the database is a SQLite file."""
         return self._connection.dialect.name == "sqlite"
 
-    def count(self, *_: object) -> None:
-        """Count a statement of the revision."""
+    def count(self, _connection: object, _cursor: object, statement: str, *_: object) -> None:
+        """Count a statement of the revision. Refuse a statement that ends the transaction."""
         self._statements += 1
+        if _ENDS_TRANSACTION.match(statement):
+            self.refused = (
+                "it sends COMMIT or ROLLBACK, so a later failure could not be undone. Delete the statement; for a "
+                "statement that can't run in a transaction, use op.get_context().autocommit_block()"
+            )
+            raise RevisionFailedError(self.refused)
 
     def refuse(self, table: str) -> None:
         """Remember that the revision tried to change one of homeagent's tables."""
@@ -325,14 +333,11 @@ def revision_guard(
 ) -> Iterator[_Guard]:
     """Prevent the application's revisions in the block from changing homeagent's tables."""
     guard = _Guard(connection, acknowledged, outside)
-    if guard.is_sqlite:
-        raw: Any = connection.connection.driver_connection
-        with refuse_changes(raw, _PROTECTED, acknowledged, guard.refuse):
-            yield guard
-        return
+    raw: Any = connection.connection.driver_connection
     event.listen(connection, "before_cursor_execute", guard.count)
     try:
-        yield guard
+        with refuse_changes(raw, _PROTECTED, acknowledged, guard.refuse) if guard.is_sqlite else nullcontext():
+            yield guard
     finally:
         event.remove(connection, "before_cursor_execute", guard.count)
 

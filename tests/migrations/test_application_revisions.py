@@ -152,6 +152,7 @@ def test_acknowledged_trigger(target: str, folder: Path) -> None:
         ('raise KeyError("a value")', r"the revision 'a4' of .*migrations: KeyError\)"),
         ('op.execute("INSERT INTO nowhere VALUES (1)")', "the revision 'a4' of .*no such table|'a4'.*nowhere"),
         ("op.execute(\"INSERT INTO notes (id, session_id) VALUES (1, 'no')\")", "notes"),
+        ('op.execute("COMMIT")\nop.execute("SELECT * FROM nowhere")', r"'a4' of .*it sends COMMIT or ROLLBACK"),
     ],
 )
 def test_failed_revision_is_undone(target: str, folder: Path, body: str, reason: str) -> None:
