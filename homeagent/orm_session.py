@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event, inspect, select, tuple_
 from sqlmodel import Session
 
+from homeagent.errors import UnitStateError
+
 if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
 
@@ -77,7 +79,16 @@ class UnitSession(Session):
                 self.expire(row, stale)
 
     def complete(self) -> None:
-        """Flush the pending changes, and load the expired rows, so that their objects can be used after the unit."""
+        """Flush the pending changes, and load the expired rows, so that their objects can be used after the unit.
+
+        Raises:
+            UnitStateError: if the transaction of SQLAlchemy's connection was ended, so that changes can be lost.
+        """
+        if not self._unit._require_connection().has_orm_transaction:
+            raise UnitStateError(
+                "the transaction of uow.session's connection was committed or rolled back inside the unit: use "
+                "rollback() or savepoint() of the unit instead"
+            )
         self.flush()
         expired: dict[Mapper[Any], list[Any]] = {}
         for row in self.identity_map.values():

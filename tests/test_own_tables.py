@@ -251,6 +251,23 @@ def test_own_stores_share_a_commit(sqlite_path: Path, clock: FakeClock, monkeypa
         assert isinstance(refused, ConflictError)
 
 
+def test_a_lost_transaction_is_no_success(sqlite_path: Path, clock: FakeClock) -> None:
+    """If a unit of a shared commit rolls SQLAlchemy's transaction back, only this unit raises an error."""
+
+    def lose(unit: HubUnit) -> None:
+        unit.messages.add("s", "lost")
+        transaction = unit.session.connection().get_transaction()
+        assert transaction is not None
+        transaction.rollback()
+
+    with Database.open(sqlite_path, clock=clock, unit=HubUnit) as database:
+        prepare(database)
+        works: list[Callable[[HubUnit], Any]] = [lose, lambda unit: unit.messages.add("s", "kept")]
+        lost, _ = run_together(database, works)
+        assert isinstance(lost, UnitStateError)
+        assert [each.text for each in database.store(MessageStore).of_session("s")] == ["kept"]
+
+
 def test_each_call_of_an_own_store_is_a_unit(hub: Database[HubUnit]) -> None:
     """A method of one SELECT takes no lock. A method with several statements, or a write, runs in one unit."""
     store = hub.store(MessageStore)
