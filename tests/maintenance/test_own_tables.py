@@ -260,6 +260,27 @@ def test_objects_of_the_application(target: str, folder: Path, tmp_path: Path) -
             Database.restore(backup, tmp_path / "restored" / "x.db", acknowledged=["audit"])
 
 
+def test_trigger_that_can_change_rows(target: str) -> None:
+    """A trigger of the application that can change homeagent's rows is critical, and the remedy names both choices."""
+    trigger = "CREATE TRIGGER hook BEFORE INSERT ON agents BEGIN UPDATE devices SET approved = 1; END"
+    if target.startswith("postgresql"):
+        postgres_execute(target, "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'")
+        trigger = "CREATE TRIGGER hook BEFORE INSERT ON agents FOR EACH ROW EXECUTE FUNCTION f()"
+    with Database.open(target) as database:
+        with database.unit_of_work() as unit:
+            unit.session.connection().execute(text(trigger))
+        found = database.doctor().finding("schema")
+    assert found is not None
+    assert found.severity == "critical"
+    assert found.remedy is not None
+    assert "DROP TRIGGER hook" in found.remedy
+    assert "acknowledged=['hook']" in found.remedy
+    with Database.open(target, acknowledged=["hook"]) as database:
+        found = database.doctor().finding("schema")
+    assert found is not None
+    assert found.severity == "ok"
+
+
 KINDS = {"trigger": "audit", "index": "own_index", "view": "own_view"}
 
 

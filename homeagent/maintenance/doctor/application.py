@@ -70,6 +70,10 @@ def _report_changes(collector: Collector, differences: Sequence[Difference]) -> 
         return
     grave = [difference for difference in differences if difference.grave]
     command = (grave or differences)[0].command
+    remedy = "undo the change" if command is None else f"undo the change; the first step is: {command}"
+    triggers = [difference.trigger for difference in differences if difference.trigger is not None]
+    if triggers:
+        remedy += f"; if a trigger is the application's, open the database with acknowledged={triggers!r} instead"
     collector.add(
         Severity.CRITICAL if grave else Severity.WARNING,
         "schema",
@@ -77,7 +81,7 @@ def _report_changes(collector: Collector, differences: Sequence[Difference]) -> 
         "homeagent relies on the schema: it may fail, or accept what it must refuse"
         if grave
         else "homeagent works, perhaps slowly; the next upgrade may fail or lose what was added",
-        "undo the change" if command is None else f"undo the change; the first step is: {command}",
+        remedy,
         differences=len(differences),
     )
 
