@@ -263,8 +263,7 @@ def _copy(source: UnitOfWork, target: UnitOfWork, own: Sequence[OwnTable], steps
                 own_table.insert(connection, rows)
                 steps.add(own_table.name, len(rows))
     for own_table in own:
-        if connection.dialect.name == "postgresql":
-            own_table.advance_sequence(connection)
+        own_table.advance_sequence(connection, own_table.last_number(source.session.connection()))
 
 
 def _first_difference(

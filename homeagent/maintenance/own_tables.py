@@ -175,21 +175,48 @@ class OwnTable:
                 f"row, or leave the table (leave={[self.name]!r})"
             ) from None
 
-    def advance_sequence(self, connection: Connection) -> None:
-        """Let PostgreSQL continue to number rows after the copied rows."""
-        quote = connection.dialect.identifier_preparer.quote
-        table = quote(self.name)
+    def last_number(self, source: Connection) -> int:
+        """Return the highest number that the source has assigned to a row, even if the row was deleted.
+
+        Return 0 if the source does not remember the number.
+        """
+        if source.dialect.name == "sqlite":
+            if not source.execute(_HAS_SEQUENCES).first():
+                return 0
+            return int(source.execute(_SEQUENCE, {"table": self.name}).scalar() or 0)
+        return max(
+            (int(source.execute(_LAST_VALUE, names).scalar() or 0) for names in self._numbered(source)), default=0
+        )
+
+    def _numbered(self, connection: Connection) -> Iterator[dict[str, str]]:
+        table = connection.dialect.identifier_preparer.quote(self.name)
         for name in self._key:
-            if not isinstance(self.target.c[name].type, Integer):
-                continue
-            connection.execute(
-                text(
-                    f"SELECT setval(pg_get_serial_sequence(:table, :name), (SELECT max({quote(name)}) FROM {table}))"  # noqa: S608  quoted
-                    " WHERE pg_get_serial_sequence(:table, :name) IS NOT NULL"
-                    f" AND EXISTS (SELECT FROM {table} WHERE {quote(name)} > 0)"
-                ),
-                {"table": table, "name": name},
-            )
+            if isinstance(self.target.c[name].type, Integer):
+                yield {"table": table, "name": name}
+
+    def advance_sequence(self, target: Connection, last: int) -> None:
+        """Let the target continue to number rows after the copied rows, and after the number `last`."""
+        if target.dialect.name == "sqlite":
+            # Only a table with AUTOINCREMENT does not use the numbers of deleted rows again.
+            if last and target.execute(_AUTOINCREMENT, {"table": self.name}).first():
+                target.execute(_FORGET, {"table": self.name})
+                target.execute(_REMEMBER, {"table": self.name, "last": last})
+            return
+        for names in self._numbered(target):
+            column = self.target.c[names["name"]]
+            highest = max(last, target.execute(select(func.max(column))).scalar() or 0)
+            if highest > 0:
+                target.execute(_SET_VALUE, {**names, "last": highest})
+
+
+# SQLite has the table `sqlite_sequence` only after the first table with AUTOINCREMENT was created.
+_HAS_SEQUENCES = text("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'")
+_SEQUENCE = text("SELECT seq FROM sqlite_sequence WHERE name = :table")
+_AUTOINCREMENT = text("SELECT 1 FROM sqlite_master WHERE name = :table AND upper(sql) LIKE '%AUTOINCREMENT%'")
+_FORGET = text("DELETE FROM sqlite_sequence WHERE name = :table")
+_REMEMBER = text("INSERT INTO sqlite_sequence (name, seq) VALUES (:table, :last)")
+_LAST_VALUE = text("SELECT pg_sequence_last_value(CAST(pg_get_serial_sequence(:table, :name) AS regclass))")
+_SET_VALUE = text("SELECT setval(s, :last) FROM pg_get_serial_sequence(:table, :name) AS s WHERE s IS NOT NULL")
 
 
 def plan_own_tables(

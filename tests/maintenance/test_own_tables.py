@@ -166,6 +166,30 @@ def test_json_and_late_parents_are_copied(sqlite_path: Path, empty_postgres_url:
                 assert found == [(*row[:3], row[3] is None) for row in rows]
 
 
+def test_numbers_of_deleted_rows_are_not_used_again(sqlite_path: Path, empty_postgres_url: str, tmp_path: Path) -> None:
+    """With AUTOINCREMENT, and on PostgreSQL, a row in a copy does not get the number of a row that was deleted."""
+    create = 'op.create_table("log", sa.Column("id", sa.Integer, primary_key=True), sqlite_autoincrement=True)'
+    folder = write_revision(tmp_path / "hub", "a1", None, create).parents[1]
+    add = "INSERT INTO log DEFAULT VALUES RETURNING id"
+
+    def run(database: Database, *statements: str) -> Any:
+        with database.unit_of_work() as unit:
+            *_, last = [unit.session.connection().execute(text(statement)) for statement in statements]
+            return last.scalar() if last.returns_rows else None
+
+    with (
+        Database.open(sqlite_path, migrations=folder) as source,
+        Database.open(empty_postgres_url, migrations=folder) as server,
+        Database.open(tmp_path / "back" / "homeagent.db", migrations=folder) as back,
+    ):
+        run(source, add, add, add, "DELETE FROM log WHERE id > 1")
+        source.copy_to(server)
+        assert run(server, add) == 4
+        run(server, "DELETE FROM log")
+        server.copy_to(back)
+        assert run(back, add) == 5
+
+
 def test_unknown_tables_are_named(sqlite_path: Path, tmp_path: Path, folder: Path) -> None:
     """A copy refuses tables that the target lacks by name, unless the caller leaves them behind."""
     with Database.open(sqlite_path, migrations=folder) as source, Database.open(tmp_path / "new" / "x.db") as target:
