@@ -62,7 +62,7 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
         name: name of the object.
         type_: kind of the object, such as `table` or `index`.
         reflected: whether the object was read from the database.
-        compare_to: object that Alembic compares with the argument `object`, or None.
+        compare_to: counterpart with which Alembic compares the object, or None.
     """
     table = object if type_ == "table" else getattr(object, "table", None)
     return table is None or table.name not in TABLES or table.schema is not None
@@ -71,10 +71,10 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
 def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] = ()) -> None:
     """Run the current command of Alembic on the application's tables. This call is the whole of `env.py`.
 
-    The option `-x database=TARGET` names the database. Without this option, the setting `database` of the
-    configuration names the database, or else the variable `$HOMEAGENT_DATABASE`. The function first brings homeagent's
-    own tables up to date. Without any name, the commands `revision` and `check` use a scratch database. An application
-    that calls Alembic's commands can pass a connection in `config.attributes["connection"]`.
+    The option `-x database=TARGET` names the database. Without this option, Alembic's configuration names the database,
+    by `database = TARGET`. Without this setting, the variable `$HOMEAGENT_DATABASE` names the database. The function
+    first brings homeagent's own tables up to date. Without any name, the commands `revision` and `check` use a scratch
+    database. An application that calls Alembic's commands can pass a connection in `config.attributes["connection"]`.
 
     Autogenerate compares only the tables whose classes are defined in `package`. All modules of the package are
     imported for this purpose.

@@ -4,8 +4,8 @@ One thread for each `Database` reads the feed, however many iterators there are.
 iterator and ends with the last. The feed itself is in the database, so the thread keeps only the number of the last
 change that it has delivered to each iterator.
 
-If the thread can't read the feed for `PATIENCE` seconds, each iterator raises an error by its own clock. Do not leave
-this decision to the thread: a statement on a lost connection can block the thread for longer
+Each iterator checks the time since the last successful read of the feed, and raises an error after `PATIENCE` seconds.
+Do not leave this decision to the thread: a statement on a lost connection can block the thread for longer
 (`test_a_server_that_does_not_answer_ends_the_iterator`).
 """
 
@@ -67,7 +67,7 @@ class _Subscription:
 
     @property
     def has_room(self) -> bool:
-        """Whether a further page of changes can wait."""
+        """Whether the iterator can store another page of changes."""
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
@@ -314,7 +314,7 @@ class DeviceWatcher:
             os.read(self._pipe[0], 1)
             if not self._is_closed:
                 time.sleep(max(began + _PAUSE - monotonic(), 0))
-            # Do not reset the flag later than the next read of the feed, which must see the commit.
+            # Do not move this line after the next read of the feed: the thread would miss a commit in between.
             self._is_notified = False
 
 

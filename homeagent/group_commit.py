@@ -75,7 +75,8 @@ class GroupCommit:
         settings.engine.pool(read_only=False)  # In a forked child, this call raises DatabaseClosedError.
         if get_ident() in settings.writing:
             refuse_nesting()
-        # After a batch of several units, other callers are likely. Queue the call, which can then share a commit.
+        # If the last batch had several units, other threads probably call this method too. Queue the call, which can
+        # then share a commit.
         if settings.writing or self._is_contended or not self._queue.empty():
             call = QueuedCall(work)
             call.woken.acquire()

@@ -1,7 +1,7 @@
 """pytest plugin with a clock that the test moves and with fresh databases.
 
-An installed homeagent registers the plugin. The plugin imports the rest of homeagent when a test uses a fixture, so
-other test runs do not start later.
+An installed homeagent registers the plugin. The plugin imports the rest of homeagent when a test uses a fixture, and so
+does not slow the start of other test runs.
 
 | fixture | value | override the fixture to |
 |---|---|---|

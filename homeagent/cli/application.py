@@ -35,7 +35,8 @@ class Common:
 
     Attributes:
         database: the --database option nearest to the command, or None.
-        as_json: whether the arguments contain --json. Errors are then JSON too, even if an option before is wrong.
+        as_json: whether the arguments contain --json. Errors are then JSON too, even if an option to the left of --json
+            is wrong.
     """
 
     database: str | None = None
@@ -185,7 +186,7 @@ def confirm(
         question: what the command will do.
         yes: whether the operator passed --yes. Then do not ask.
         show: function that is called before the question, and prints on standard error what the command will change.
-        only_at_terminal: do not ask a program. Otherwise a program must answer or pass --yes.
+        only_at_terminal: whether only a person at a terminal is asked. Otherwise a program must answer or pass --yes.
     """
     if yes or (only_at_terminal and not _is_at_terminal()):
         return

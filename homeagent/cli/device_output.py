@@ -1,4 +1,4 @@
-"""Arguments and output that the commands `homeagent devices` share."""
+"""Common arguments and output of the commands in the group `homeagent devices`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands `homeagent devices` that list devices, and decide on their access."""
+"""Commands of the group `homeagent devices`: list devices, and decide on their access."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def delete(
     else:
         if not pending or before is None or force:
             raise typer.BadParameter("name a device, or name the kind of devices by --pending with --before.")
-        # The time of the method is inclusive.
+        # Unlike --before, the method also deletes a device that was paired at exactly the given time.
         until = earlier(check_timestamp(datetime.fromisoformat(before), "before"), MILLISECOND)
         with open_named(context, database) as opened:
             deleted = _delete_pending(context, opened, until, yes=yes)

@@ -1,4 +1,4 @@
-"""The commands `homeagent keys`, which settle the idempotency keys with an abandoned attempt."""
+"""Commands of the group `homeagent keys`: list and settle the abandoned attempts of idempotency keys."""
 
 from __future__ import annotations
 

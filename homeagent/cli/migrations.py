@@ -93,7 +93,7 @@ def _application_tables(package: str, folder: Path) -> Collection[str]:
 
 
 def _named_folder(migrations: str) -> tuple[str, Path]:
-    """Return the package that --migrations names, which can be empty, and the folder."""
+    """Return the package and the folder in the value of --migrations. The package can be empty."""
     named, _, inner = migrations.rpartition(":")
     return named, _directory_of(named) / inner if named else Path(inner)
 

@@ -87,7 +87,7 @@ def quoted(text: str) -> str:
 
 
 def identity(text: str) -> str:
-    """Return an id, or another short text, for printing. The text is in quotes if it could be mistaken."""
+    """Return an id or another short text for printing, in quotes if the text could be mistaken for another."""
     shown = quoted(text)
     is_plain = shown == f"'{text}'" and text == text.strip() and unicodedata.is_normalized("NFC", text)
     return text if is_plain and not text.startswith('"') else shown

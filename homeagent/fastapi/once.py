@@ -39,7 +39,7 @@ __all__ = ["Once", "idempotent", "params_of", "route_of"]
 
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')  # a String of RFC 8941, section 3.3.3
 
-# The effect decided on these errors, so the reply is known. After another error the outcome is unknown.
+# The effect itself raises these errors, so the reply is known. After another error the outcome is unknown.
 _KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError)
 
 # Without these headers, a stored body or redirection has no meaning. Do not store headers such as Set-Cookie, which can
@@ -52,8 +52,8 @@ Effect = Callable[[Attempt], Any]
 class Once:
     """Run the effect of a request once. A retry gets the status and the body of the first answer.
 
-    The arguments of the constructor are those of `Database.arun_once`, and `stored`. For a request without a key, the
-    attribute `stored` is False.
+    The constructor has the arguments of `Database.arun_once`, and the argument `stored=`. Pass `stored=False` for a
+    request without a key.
     """
 
     def __init__(

@@ -63,7 +63,8 @@ async def authenticate_device(
         skew: allowed difference between the device's clock and the gateway's clock.
 
     Raises:
-        AuthenticationError: if the proof or the time is wrong, or the device does not exist, with the same text.
+        AuthenticationError: if the proof or the time is wrong, or the device does not exist. All three errors have the
+            same text.
         AccessDeniedError: if the proof is right, and the device is pending or revoked.
         HandshakeError: if a message is invalid, or the time limit is over.
         HomeAgentError: if the database could not be read.

@@ -94,7 +94,7 @@ class ExpiredRows:
         self.skipped: Counter[str] = Counter()
 
     def delete(self, limit: int) -> Batch:
-        """Delete the next batch. The maximum number of rows in the batch is the argument `limit`."""
+        """Delete the next batch, with at most the given number of rows."""
         if self._after is None:
             try:
                 with UnitOfWork(self._settings, read_only=False) as unit:

@@ -82,7 +82,7 @@ class Application:
 
     @classmethod
     def of(cls, given: str | os.PathLike[str] | None, acknowledged: Collection[str] = ()) -> Application:
-        """Find the revisions that the argument `migrations` of `Database.open` names.
+        """Find the revisions that `Database.open(migrations=…)` names.
 
         Raises:
             InvalidArgumentError: the package or the folder is missing, or the revisions do not form one sequence.
@@ -283,7 +283,7 @@ class _Guard:
         )
 
     def begin(self, revision: str) -> None:
-        """Note that a revision begins."""
+        """Store the id of the revision that begins, and prepare `check()`."""
         self.revision = revision
         if not self.is_sqlite:
             self._before = _postgresql_state(self._connection, self._acknowledged)

@@ -128,9 +128,9 @@ def open_postgresql(
 def refuse_second_store(connection: Connection) -> None:
     """Refuse a store in the schema with the name of the role if a later schema of the `search_path` also has a store.
 
-    By default PostgreSQL searches the schema with the name of the role before `public`. A role with the right CREATE on
-    the database can create this schema, with tables that contain an approved device. The next start would use these
-    tables.
+    By default PostgreSQL first searches a schema that has the same name as the role, and then `public`. A role with the
+    right CREATE on the database can create this schema, with tables that contain an approved device. The next start
+    would use these tables.
 
     Raises:
         InvalidArgumentError: the search_path contains `"$user"`, and two of its schemas have a store.
@@ -204,7 +204,7 @@ def _make_or_upgrade(
 def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left: int) -> Iterator[None]:
     """Commit, run the block without a transaction, and begin a new transaction with the same locks and settings.
 
-    In the block this host holds `_OUTSIDE_LOCK`, which belongs to the session. Do not hold `_ADVISORY_LOCK` in the
+    Inside the block, this host holds the session-level lock `_OUTSIDE_LOCK`. Do not hold `_ADVISORY_LOCK` in the
     block: a host that waits for this lock has a snapshot, and CREATE INDEX CONCURRENTLY waits for all snapshots.
 
     Raises:

@@ -239,7 +239,7 @@ def reason_of(error: Exception) -> str:
 
 
 def upgrade(connection: Connection, to: str = "head") -> None:
-    """Run homeagent's missing revisions, up to the revision that the argument `to` names. The caller holds the lock for
+    """Run homeagent's missing revisions, up to and including the given revision. The caller holds the lock for
     upgrades.
     """
     run_revisions(connection, _scripts(), version_table=VERSION_TABLE, to=to)

@@ -39,8 +39,9 @@ class Difference:
     the SQL statement that undoes the change. If one statement is not enough, this attribute is None.
 
     A trigger, a view or an index that only uses homeagent's tables can belong to the application. Then the attribute
-    `kind` is the kind of the object. The attribute `trigger` is the name of any trigger that is not homeagent's.
-    Copies, restores and upgrades refuse such a trigger unless the application acknowledged its name.
+    `kind` is the kind of the object. If the difference is a trigger that is not homeagent's, the attribute `trigger` is
+    the name of the trigger. Copies, restores and upgrades refuse such a trigger unless the application acknowledged its
+    name.
     """
 
     text: str
@@ -233,8 +234,8 @@ def _sqlite_leftovers(connection: Connection) -> list[Difference]:
 
 
 _QUOTED_OR_BLANK = re.compile(
-    r"""('(?:[^']|'')*')"""  # a text, which stays unchanged
-    r'''|"((?:[^"]|"")*)"'''  # a name
+    r"""('(?:[^']|'')*')"""  # A text literal stays unchanged.
+    r'''|"((?:[^"]|"")*)"'''  # This group is a quoted name.
     r"|(?:\s|/\*.*?\*/|--[^\n]*)+",
     re.DOTALL,
 )

@@ -367,7 +367,7 @@ def _has_tables(connection: Connection) -> bool:
 def _verify(connection: Connection, broken_before: Counter[tuple[str, str]], backup: Path | None) -> None:
     """Raise MigrationError if the upgrade left a broken reference, or ended at another revision.
 
-    A reference of one of the application's tables may be broken as often as before the upgrade.
+    In the application's tables, the function accepts as many broken references as before the upgrade.
     """
     broken = broken_references(connection)
     worse = [keys for keys, rows in broken.items() if keys[0] in TABLES or rows > broken_before[keys]]

@@ -113,8 +113,7 @@ class AgentStore(Store):
 
     @writing()
     def update(self, agent_id: str, changes: models.AgentUpdate) -> Agent:
-        """Set the fields that the request `changes` contains, and return the changed agent. The other fields keep their
-        values.
+        """Set the fields that the request contains, and return the changed agent. The other fields keep their values.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.

@@ -26,8 +26,8 @@ _after = bindparam("after", type_=_columns.number.type)
 _is_kept = select(constant(1, _columns.number.type)).where(_columns.number == _after).exists()
 
 NEWEST = Statement[int](select(func.max(_columns.number)))
-# The first selected row is the row `after` itself. If the feed does not contain this row, the statement selects only
-# the newest row.
+# The first selected row has the given number. If the feed does not contain this row, the statement selects only the
+# newest row.
 CHANGES = Statement[DeviceChange](
     select(DeviceChange)
     .where(_columns.number >= case((_is_kept, _after), else_=_newest))
@@ -48,7 +48,7 @@ DELETE_OLD = Statement[DeviceChange](
 
 
 def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
-    """Return the changes after the number `after`, from the rows of the statement `CHANGES`.
+    """Return the changes that follow a number, from the rows of the statement `CHANGES`.
 
     If the feed does not contain the number, return one change of the kind `reset` with the newest number.
     """
@@ -58,7 +58,7 @@ def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
 
 
 def check_number(after: int) -> int:
-    """Return `after` if it is a possible number of a device change, else raise InvalidArgumentError."""
+    """Return the argument if it is a possible number of a device change, else raise InvalidArgumentError."""
     if type(after) is not int or not 0 <= after < 2**63:
         raise InvalidArgumentError("after must be the number of a device change: a whole number, 0 or more")
     return after
@@ -73,8 +73,8 @@ class DeviceFeed(Store):
     def changes(self, *, after: int = 0, limit: int = 100) -> Sequence[DeviceChange]:
         """Return the device changes after a number, oldest first.
 
-        If the feed no longer contains the number `after`, or if the store was restored, the result is one change of the
-        kind `reset`. Then read all devices again, and continue with the number of this change.
+        If the feed no longer contains this number, or if the store was restored, the result is one change of the kind
+        `reset`. Then read all devices again, and continue with the number of this change.
 
         Args:
             after: number of the last change that the caller has read. A new feed begins after the number 0.
@@ -90,9 +90,9 @@ class DeviceFeed(Store):
 
     @writing()
     def delete_changes(self, *, before: datetime, limit: int = 100) -> int:
-        """Delete at most `limit` changes from the beginning of the feed, until the first change after `before`.
+        """Delete the oldest changes, and stop at the first change that is later than the given time.
 
-        The newest change always stays.
+        The maximum number of deleted changes is `limit=`. The newest change always stays.
 
         Returns:
             The number of deleted changes.

@@ -59,8 +59,8 @@ def _for_every_id(*columns: Any) -> Any:
     return select(*columns).select_from(one_row.outerjoin(Device.__table__, _columns.id == bindparam("id")))
 
 
-# Do not select the column `proof_verifier` in this statement. The column comes after the column `metadata`, and SQLite
-# takes longer to read a column after a longer value.
+# Do not select the column `proof_verifier` in this statement. In each row the value of `metadata` comes before this
+# column, and SQLite takes longer to read a column after a longer value.
 SECRET_HASHES = Statement[tuple[str, str | None, datetime | None]](
     _for_every_id(
         func.coalesce(_columns.shared_secret_hash, constant("", _columns.shared_secret_hash.type)),

@@ -110,7 +110,7 @@ class DeviceStore(DeviceFeed):
 
     @reading
     def count_pending(self, *, limit: int) -> int:
-        """Return the number of pending devices. The count stops at the argument `limit`, which must be 1 or more.
+        """Return the number of pending devices. The count stops at the given maximum, which must be 1 or more.
 
         A device that has been pending for longer than `Limits.pending_ttl` does not count, even before a sweep.
         """
@@ -130,7 +130,7 @@ class DeviceStore(DeviceFeed):
     @writing()
     def delete_pending(self, *, paired_before: datetime, limit: int = 100) -> int:
         """Delete pending devices that were paired at `paired_before` or earlier, oldest first. The maximum number of
-        deleted devices is the argument `limit`.
+        deleted devices is `limit=`.
 
         Returns:
             The number of deleted devices.
@@ -163,8 +163,8 @@ class DeviceStore(DeviceFeed):
             after: last device on the previous page, or its id. Default: the first page.
 
         Raises:
-            DeviceNotFoundError: if the order is "paired_at", and the argument `after` is the id of an absent device.
-                Pass the device instead of its id.
+            DeviceNotFoundError: if the order is "paired_at", and `after=` is the id of an absent device. Pass the
+                device instead of its id.
         """
         if approved is not None and not isinstance(approved, bool):
             raise InvalidArgumentError("approved must be True, False or None")
@@ -196,7 +196,7 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def update(self, device_id: str, changes: models.DeviceUpdate) -> Device:
-        """Set the fields that the request `changes` contains, and return the changed device.
+        """Set the fields that the request contains, and return the changed device.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
@@ -326,9 +326,9 @@ class DeviceStore(DeviceFeed):
     ) -> bool:
         """Store the time at which a device was last seen.
 
-        Pass this time as `at`. If the time is None (the default) or later than now, the current time is stored. The row
-        is changed only if the stored time is earlier by at least the argument `granularity`. Return False if the row
-        was not changed, or if the device does not exist.
+        Pass this time by `at=…`. If the time is None (the default) or later than now, the current time is stored. The
+        row is changed only if the stored time is earlier by at least the granularity. Return False if the row was not
+        changed, or if the device does not exist.
         """
         device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)

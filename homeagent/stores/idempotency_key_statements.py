@@ -30,8 +30,8 @@ _NOT_EXPIRED = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
 EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
 """SQL condition for the records that count as absent and that a sweep deletes."""
 
-# Count all rows in the index of the primary key. To find out which rows have expired, SQLite would read each row up to
-# its column `expires_at`, which follows the result.
+# Count all rows in the index of the primary key. To find out which rows have expired, SQLite would also read
+# the long column `result`, because the column `expires_at` comes after the column `result`.
 COUNT = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(_columns.device_id == bindparam("device_id"))
 )

@@ -112,9 +112,7 @@ class IdempotencyKeyStore(Store):
         }
 
     def _require_room(self, scope: IdempotencyScope, now: datetime) -> None:
-        """Raise KeyLimitError if the scope has no record that has not expired, and the device has no room for a new
-        record.
-        """
+        """Raise KeyLimitError if the device has no room for a new record, unless the scope has an unexpired record."""
         limit = self._unit.settings.limits.keys_per_device
         device_id = scope.device_id
 
@@ -122,7 +120,8 @@ class IdempotencyKeyStore(Store):
             stored = self._unit.one(statements.COUNT, device_id=device_id) or 0
             if stored < limit:
                 return stored
-            # Only now is it worth the time to leave out the expired rows, which a sweep has not deleted yet.
+            # Subtract the expired rows, which a sweep has not deleted yet. Below the limit, this slower count is not
+            # needed.
             return stored - (self._unit.one(statements.COUNT_EXPIRED_OF_DEVICE, device_id=device_id, now=now) or 0)
 
         if not has_room(self._unit, "idempotency_keys", device_id, limit, count) and (
@@ -258,7 +257,7 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def fail(self, attempt: Attempt, error: JsonValue) -> bool:
-        """Record that the effect failed for good. Retries raise an error with the detail `error`."""
+        """Record that the effect failed for good. A retry raises `EffectFailedError` with the given detail."""
         check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.FAILED, error, recorded_by=attempt.owner)
 
@@ -328,8 +327,8 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
-        """Return records of abandoned attempts. The maximum number of records is the argument `limit`. The attempt
-        whose lease expired first comes first.
+        """Return records of abandoned attempts. The maximum number of records is `limit=`. The attempt whose lease
+        expired first comes first.
         """
         return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=check_limit(limit))
 
@@ -386,9 +385,7 @@ class IdempotencyKeyStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete expired records, oldest first, and return the number of deleted records. The maximum is the argument
-        `limit`.
-        """
+        """Delete expired records, oldest first, and return the number of deleted records. The maximum is `limit=`."""
         return self._unit.write(statements.DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
 
 
@@ -439,7 +436,7 @@ def _check_scope(scope: IdempotencyScope) -> IdempotencyScope:
 
 
 def _check_new(scope: IdempotencyScope) -> IdempotencyScope:
-    """Return a scope for a new record. Check the texts again, because `IdempotencyScope.of_record` did not."""
+    """Return a scope for a new record. Check the texts, because `IdempotencyScope.of_record` accepts invalid texts."""
     _check_scope(scope)
     check_identifier(scope.device_id, "device_id")
     check_name(scope.method, "method")

@@ -179,8 +179,7 @@ class NonceStore(Store):
         if signed_at - now > skew:
             return Freshness.FUTURE
         restored_at = self._restored_at()
-        # If a nonce was consumed before the restore, the timestamp of its message is at most the skew after the
-        # restore.
+        # A message whose nonce was consumed before the restore has a timestamp of at most `restored_at + skew`.
         if restored_at is not None and signed_at - restored_at <= skew:
             return Freshness.STALE
         fresh = self._consume(device_id, nonce, expires_at, now, limit)
@@ -216,8 +215,8 @@ class NonceStore(Store):
     def forget(self, device_id: str) -> int:
         """Release the nonces of a device from its limit, and return the number of released nonces.
 
-        Call this method if a device is at its limit and its nonces expire too late. Shorten the time for which new
-        nonces are kept first, or the device reaches the limit again.
+        Call this method if a device is at its limit and its nonces expire too late. First shorten the time for which
+        new nonces are kept. Otherwise the device reaches the limit again.
 
         The rows of the released nonces stay until the nonces expire. So a message with a released nonce is still a
         replay. For this message, `consume()` returns False, and `consume_signed()` returns `REPLAYED`. The table can
@@ -231,7 +230,7 @@ class NonceStore(Store):
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
         """Delete nonces that expired `NONCE_GRACE` ago or earlier, oldest first. The maximum number of deleted nonces
-        is the argument `limit`.
+        is `limit=`.
 
         Returns the number of deleted nonces.
         """
@@ -244,9 +243,8 @@ class ReplayGuard:
     """Accept each signed message once, and only while the message is fresh.
 
     Args:
-        skew: allowed difference between a device's clock and the gateway's clock. A message is fresh from the skew
-            before the signed timestamp until the skew after the signed timestamp. The nonce is stored until the end of
-            that period.
+        skew: allowed difference between a device's clock and the gateway's clock. A message is fresh from
+            `signed_at - skew` until `signed_at + skew`. The nonce is stored until the end of that period.
         limit: maximum number of a device's nonces, if it is lower than `Limits.nonces_per_device`. Expired nonces do
             not count.
 

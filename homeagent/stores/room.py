@@ -5,12 +5,11 @@ the device without another count. The grant is an eighth of the room that was le
 
 Why several processes never store more than twice the limit: a process that counts gets a grant only if fewer rows than
 the limit are stored. After the last such count, each process can use up only the rest of its own grant, which is less
-than a fiftieth of the limit. So 49 processes together stay below twice the limit, even if each of them has kept an
-unused grant since it counted an empty table. On SQLite, a count and its row are in one transaction, and no other
+than a fiftieth of the limit. So 49 processes together stay below twice the limit, even if each process still has the
+rest of a grant from a count of an empty table. On SQLite, a count and its row are in one transaction, and no other
 writer can add a row in between. On PostgreSQL, a transaction that counts does not see the rows of transactions that
-have not committed. If a count grants only one row, because the limit is low or little room is left, the transaction
-therefore takes a lock of the device first, and counts again. Otherwise each open transaction can exceed the limit by
-one row.
+have not committed. A count can grant only one row, if the limit is low or little room is left. The transaction then
+takes a lock of the device, and counts again. Otherwise each open transaction can exceed the limit by one row.
 """
 
 from __future__ import annotations

@@ -292,15 +292,15 @@ class SessionStore(Store):
     def touch(self, session_id: str, at: datetime | None = None) -> bool:
         """Store the time of a session's last activity.
 
-        Pass this time as `at`. If the time is None (the default) or later than now, the current time is stored. Return
-        False if the stored time is not earlier, or if the session does not exist.
+        Pass this time by `at=…`. If the time is None (the default) or later than now, the current time is stored.
+        Return False if the stored time is not earlier, or if the session does not exist.
         """
         session = self._searched(session_id, "session_id")
         return self._unit.write(statements.TOUCH, id=session, at=not_after(self._unit.now(), at, "at")) > 0
 
     @writing()
     def update(self, session_id: str, changes: models.AgentSessionUpdate) -> AgentSession:
-        """Set the fields that the request `changes` contains, and return the changed session.
+        """Set the fields that the request contains, and return the changed session.
 
         Raises:
             SessionNotFoundError: if the session does not exist.
@@ -363,7 +363,8 @@ class SessionStore(Store):
     def _index_rows(self, rows: Sequence[Parameters]) -> bool:
         """Write a batch. Return False, without a change, if another transaction took a route at the same time.
 
-        A new session takes a free route. Pass the last active sessions first, so that few sessions lose a route again.
+        A new session takes a free route. Pass the sessions in descending order of `last_active_at`, so that few
+        sessions get a route and lose the route again.
         """
         routes: dict[tuple[bool, bool], dict[str, Parameters]] = {}
         for row in rows:
@@ -385,7 +386,7 @@ class SessionStore(Store):
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
         """Check the sessions of a batch and yield the parameters of each session.
 
-        Add the id of each existing agent to the set `known`.
+        Add the id of each existing agent to the set of known agents.
         """
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):

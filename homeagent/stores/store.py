@@ -34,9 +34,9 @@ def check_kind(value: T, kind: type[T], what: str) -> T:
 
 
 class Unit(Protocol):
-    """The part of a unit of work that stores use. Each method raises UnitStateError after the unit has ended.
+    """The methods of a unit of work that a store calls. Each method raises UnitStateError after the unit has ended.
 
-    The keyword arguments of a method are the parameters of the statement, which are the names of its `bindparam`s. An
+    Pass the value of each `bindparam` of the statement as a keyword argument with the name of the `bindparam`. An
     absent parameter raises InvalidArgumentError, and a row that a constraint refuses raises ConflictError.
     """
 
@@ -56,7 +56,7 @@ class Unit(Protocol):
         """Run a statement once for each set of parameters. Return the number of changed rows."""
 
     def savepoint(self) -> AbstractContextManager[None]:
-        """Return a `with` block. An exception that leaves the block undoes only the changes of the block."""
+        """Return a savepoint for `with`. An exception that leaves the block undoes only the changes of the block."""
 
     def now(self) -> datetime:
         """Return the current time as a timestamp in UTC, floored to milliseconds."""
@@ -76,9 +76,9 @@ class Access:
 
     Attributes:
         kind: see `Kind`.
-        unless: function for a method that does not always write, else None. The function only reads, and has the
-            method's arguments. The function returns two values: whether no write is needed, and the result of the
-            method in that case.
+        unless: function that finds out before a call whether a write is needed, or None if the method always writes.
+            The function only reads, and has the method's arguments. The function returns two values: whether no write
+            is needed, and the result of the method in that case.
     """
 
     class Kind(Enum):
@@ -125,8 +125,8 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
 class Store:
     """Base class of the stores. A store is bound to one unit, and its methods fail after the end of the unit.
 
-    An application derives a class for each of its own tables. The methods of this class run statements by the attribute
-    `unit`. A subclass of `UnitOfWork` names the store in an annotation, such as `messages: MessageStore`.
+    An application derives a class for each of its own tables. The methods of this class run statements by `self.unit`.
+    A subclass of `UnitOfWork` names the store in an annotation, such as `messages: MessageStore`.
 
     `Database.store` returns the store for calls without a unit. Each call of a public method is then a separate unit. A
     method that sends a single SELECT takes no lock. If a method sends a second statement or writes, homeagent calls the
