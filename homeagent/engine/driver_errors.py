@@ -37,7 +37,7 @@ __all__ = [
     "commit_unknown",
     "connection_lost",
     "constraint_conflict",
-    "named",
+    "message_with_name",
     "naming_statement",
     "postgresql_error",
     "refused_by",
@@ -73,12 +73,18 @@ _MISSING_REMEDY = (
 )
 
 
-def named(error: BaseException) -> str:
-    """Return a colon and the database's message. Return an empty text if the message can contain a stored value."""
+def message_with_name(error: BaseException) -> str:
+    """Return the database's message. Return an empty text if the message can contain a stored value."""
     first, *_ = str(error).splitlines() or [""]
-    if not _NAMING.fullmatch(first):
+    return first if _NAMING.fullmatch(first) else ""
+
+
+def named(error: BaseException) -> str:
+    """Return a colon, the message as `message_with_name` does, and a remedy. Return an empty text for no message."""
+    message = message_with_name(error)
+    if not message:
         return ""
-    return f": {first}" + (_MISSING_REMEDY if _MISSING.search(first) else "")
+    return f": {message}" + (_MISSING_REMEDY if _MISSING.search(message) else "")
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:

@@ -18,7 +18,7 @@ from sqlalchemy import URL, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from homeagent.engine.driver_errors import named, postgresql_error, refused_by, translated
+from homeagent.engine.driver_errors import message_with_name, postgresql_error, refused_by, translated
 from homeagent.engine.engine import Engine
 from homeagent.engine.instrumented_cursor import FailureContext
 from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
@@ -252,7 +252,7 @@ def _remove_private(error: BaseException) -> None:
     """Remove the password and the server's message, which can show a row, from an exception of psycopg."""
     if hasattr(error, "sqlstate"):
         error.constraint = refused_by(error)  # type: ignore[attr-defined]  # set here, read by refused_by
-        error.args = (named(error)[2:] or "the server's message is withheld",)
+        error.args = (message_with_name(error) or "the server's message is withheld",)
         # The attribute `_info` contains the server's message, and `_pgconn` the parameters of a failed connection.
         error._info = error._pgconn = None  # type: ignore[attr-defined]
 
