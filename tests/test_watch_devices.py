@@ -192,6 +192,8 @@ def test_an_unreadable_feed_raises_an_error(
         undo()
         add_device(database, "lamp")
         assert await waiting == [("lamp", "paired")]
+        # The thread delivers the change before it clears the error of the first interruption.
+        await until(lambda: database._device_watcher._error is None)
         waiting = asyncio.create_task(following(changes))
         undo = make_unreadable(target, url)
         await until(lambda: database._device_watcher._error is not None)
