@@ -188,7 +188,7 @@ class NonceStore(Store):
     def _restored_at(self) -> datetime | None:
         """Return the time of the last restore. The method reads the time once for each connection.
 
-        No epoch begins while a connection is open. Do not keep the time after the connection has closed. A PostgreSQL
+        No epoch begins while a connection is open. When the connection closes, forget the time. A PostgreSQL
         server that is restored closes all connections, and the gateway must then read the time again.
         """
         memory = self._unit.connection_memory

@@ -277,6 +277,7 @@ class Dialect(SQLiteDialect):
     supports_statement_cache = True
     returns_native_bytes = True
     # SQLAlchemy chooses an error by the driver's class name (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
+    # The base class declares this attribute as a plain dictionary, not as a ClassVar.
     dbapi_exception_translation_map = {  # noqa: RUF012
         "ConstraintError": "IntegrityError",
         "MismatchError": "IntegrityError",
