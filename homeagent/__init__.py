@@ -94,8 +94,8 @@ __all__ = [
     "safe_filename",
 ]
 
-# Import each name at first use. The pytest plugin `homeagent.testing` is imported in every test run of an environment,
-# and must not import the rest of the package with it.
+# Import each public name only when a program first uses the name. The pytest plugin `homeagent.testing` is imported in
+# every test run of an environment, and must not import the rest of the package with it.
 _LAZY = {
     **dict.fromkeys(("Agent", "AgentSession", "Attempt", "Device", "DeviceStatus", "IdempotencyKey"), "models"),
     **dict.fromkeys(("IdempotencyScope", "IdempotencyState", "Nonce", "Outcome", "Role"), "models"),
@@ -123,11 +123,11 @@ _MODULES = ("errors", "maintenance", "models", "stores")
 """Modules that are attributes after `import homeagent`."""
 
 
-# Hide `__getattr__` from type checkers: with it they would accept any misspelt name.
+# Hide `__getattr__` from type checkers, because it would make them accept any misspelt name.
 if not TYPE_CHECKING:
 
     def __getattr__(name):
-        # Do not use `lazy_names` here, because pytest asks for more names, and would import another module.
+        # Do not use the function `lazy_names()` here. It would import another module for names that pytest asks for.
         from importlib import import_module
 
         if name in _MODULES:

@@ -1,6 +1,6 @@
 """Functions for the file `env.py` of an application that runs Alembic's commands on its own tables.
 
-The whole of such a file:
+A complete `env.py` has these lines:
 
     from alembic import context
     from homeagent.alembic import run_environment
@@ -61,7 +61,7 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
         object: object of SQLAlchemy, such as a `Table` or a `Column`.
         name: name of the object.
         type_: kind of the object, such as `table` or `index`.
-        reflected: whether the object was read from the database.
+        reflected: True if the object was read from the database.
         compare_to: counterpart with which Alembic compares the object, or None.
     """
     table = object if type_ == "table" else getattr(object, "table", None)
@@ -69,15 +69,16 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
 
 
 def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] = ()) -> None:
-    """Run the current command of Alembic on the application's tables. This call is the whole of `env.py`.
+    """Run the current command of Alembic on the application's tables. The file `env.py` needs only this call.
 
-    The option `-x database=TARGET` names the database. Without this option, Alembic's configuration names the database,
-    by `database = TARGET`. Without this setting, the variable `$HOMEAGENT_DATABASE` names the database. The function
-    first brings homeagent's own tables up to date. Without any name, the commands `revision` and `check` use a scratch
-    database. An application that calls Alembic's commands can pass a connection in `config.attributes["connection"]`.
+    The option `-x database=TARGET` names the database. Without `-x`, Alembic's configuration names the database by the
+    line `database = TARGET`. If both are absent, the environment variable `$HOMEAGENT_DATABASE` names the database. The
+    function first brings homeagent's own tables up to date. If no database is named, Alembic's commands `revision` and
+    `check` use a scratch database. An application that calls Alembic's commands can pass a connection in
+    `config.attributes["connection"]`.
 
-    Autogenerate compares only the tables whose classes are defined in `package`. All modules of the package are
-    imported for this purpose.
+    Autogenerate compares only the tables whose classes are defined in the application's package. The function imports
+    all modules of the package to find these classes.
 
     Args:
         context: the module `alembic.context`.

@@ -40,7 +40,7 @@ class HomeAgentError(Exception):
 
 
 class InvalidArgumentError(HomeAgentError, ValueError):
-    """An argument is invalid. The method did not read or write the database."""
+    """An argument is invalid. The method that raises this error did not read or write the database."""
 
 
 class UnitStateError(HomeAgentError):
@@ -48,7 +48,8 @@ class UnitStateError(HomeAgentError):
 
 
 class TooManyAttemptsError(HomeAgentError):
-    """Too many secret checks of this id failed, or too many slow hashes wait. No hash was computed (HTTP status 429).
+    """Too many secret checks of this id failed, or too many slow hashes wait. The check computed no hash (HTTP status
+    429).
 
     The attribute `retry_after` is the time to wait. The attribute `device_id` is None if too many slow hashes wait.
     """
@@ -71,7 +72,7 @@ class AccessDeniedError(HomeAgentError):
 
 
 class HandshakeError(HomeAgentError):
-    """A message of a handshake is invalid or late, or the other side is not the expected one."""
+    """A message of a handshake is invalid or late, or another device or gateway sent the message."""
 
 
 class RefusingRecord(TypedDict, total=False):
@@ -84,7 +85,8 @@ class RefusingRecord(TypedDict, total=False):
 class IdempotencyError(HomeAgentError):
     """An idempotency key can't be claimed, renewed or recorded now.
 
-    If a stored record refuses a claim, `state` and `expires_at` are those of the record. Otherwise both are None.
+    If a stored record refuses a claim, `state` and `expires_at` are those of the record. Otherwise `state` and
+    `expires_at` are None.
     """
 
     def __init__(
@@ -135,7 +137,7 @@ class OutcomeUnknownError(IdempotencyError):
 
 
 class LeaseLostError(IdempotencyError):
-    """The attempt no longer owns its key. The store was not changed."""
+    """The attempt no longer owns its key. The refused call did not change the store."""
 
     def __init__(self, *, device_id: str, method: str, attempt: int) -> None:
         self.attempt = attempt
@@ -149,7 +151,7 @@ class EffectFailedError(HomeAgentError):
 
     Args:
         detail: JSON value that is stored.
-        replayed: whether the error was read from the store. If True, this call did not run the effect.
+        replayed: True if the error was read from the store. In this case the call did not run the effect.
     """
 
     def __init__(self, detail: JsonValue = None, *, replayed: bool = False) -> None:
@@ -159,6 +161,6 @@ class EffectFailedError(HomeAgentError):
 
 
 class EffectNotStartedError(HomeAgentError):
-    """An effect raises this error if the effect did not begin. The key is free again, so the next call can run the
-    effect.
+    """An effect raises this error if the effect did not begin. The idempotency key is free again, so the next call can
+    run the effect.
     """

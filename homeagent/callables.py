@@ -1,4 +1,4 @@
-"""Checks of functions that callers pass as arguments. Some checks refuse coroutine functions."""
+"""Checks of functions that callers pass as arguments."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
         coroutine: remedy in the error message for a coroutine function; None if coroutine functions are accepted.
 
     Raises:
-        InvalidArgumentError: if the function can't be called, is a generator function, or is a coroutine function and
-            `coroutine` is not None.
+        InvalidArgumentError: if the argument can't be called or is a generator function. A coroutine function also
+            raises the error if the argument `coroutine` is a text.
     """
     if not callable(function):
         raise InvalidArgumentError(f"{what} must be a function, not {type(function).__name__}")
@@ -35,19 +35,19 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
 
 
 def refuse_coroutine(value: T, what: str, remedy: str) -> T:
-    """Return a function's return value. If the value is a coroutine, raise InvalidArgumentError."""
+    """Return the value that a function returned. If the value is a coroutine, raise InvalidArgumentError."""
     if iscoroutine(value):
-        value.close()  # This call prevents Python's warning "never awaited".
+        value.close()  # The method close() prevents Python's warning "never awaited".
         raise InvalidArgumentError(f"{what} returned a coroutine, which is not awaited here: {remedy}")
     return value
 
 
 def refuse_coroutine_function(function: object, value: T, what: str, remedy: str) -> T:
-    """Return the return value of a function. If the function is a coroutine function, raise InvalidArgumentError.
+    """Return the value that a function returned. If the function is a coroutine function, raise InvalidArgumentError.
 
     If the function is an ordinary function, the value can be a coroutine, which the caller awaits.
     """
-    # Check the type of `value` first, because every unit makes this check and the check is cheap.
+    # Check the type of `value` first, because this check is cheap and every unit of work makes it.
     if isinstance(value, CoroutineType) and iscoroutinefunction(function):
         value.close()
         raise InvalidArgumentError(f"{what} is a coroutine function, which is not awaited here: {remedy}")

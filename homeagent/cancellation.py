@@ -24,8 +24,8 @@ async def call_in_thread(act: Callable[[], T], *, limiter: anyio.CapacityLimiter
         limiter: limiter of the number of worker threads. None means AnyIO's default limiter.
 
     Raises:
-        asyncio.CancelledError: if the caller was cancelled meanwhile. The function `act()` has ended, or will not
-            start.
+        asyncio.CancelledError: if the caller was cancelled meanwhile. At this time the function `act()` has ended, or
+            will not start.
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
@@ -46,20 +46,23 @@ async def call_in_thread(act: Callable[[], T], *, limiter: anyio.CapacityLimiter
     task = asyncio.ensure_future(anyio.to_thread.run_sync(whole, limiter=limiter))
     cancellation = await shielded_wait(task)
     if task.cancelled():
-        # When `asyncio.run()` ends, it cancels all tasks, and also this task. The thread does not stop.
+        # When `asyncio.run()` ends, it cancels all tasks, also the task that waits for the thread. A cancellation does
+        # not stop the thread.
         with mutex:
             given_up = not begun
         if begun:
             cancellation = await shielded_wait(ended) or cancellation
     if cancellation is not None:
         if not task.cancelled():
-            task.exception()  # This call prevents asyncio's log message "exception was never retrieved".
+            task.exception()  # Retrieving the exception prevents asyncio's log message "exception was never retrieved".
         raise cancellation
     return task.result()
 
 
 async def shielded_wait(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait until a task is done. Return None, or the last cancellation if the caller was cancelled meanwhile."""
+    """Wait until a task is done. If the caller was cancelled during the wait, return the last cancellation. Otherwise
+    return None.
+    """
     cancellation: asyncio.CancelledError | None = None
     # AnyIO's scope shields only from AnyIO's cancellation. The `while` loop also shields from `Task.cancel()`, which
     # `asyncio.timeout()` calls.

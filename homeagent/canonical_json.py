@@ -1,4 +1,4 @@
-"""Canonical JSON. Equal parameters have the same text, and therefore the same fingerprint.
+"""Canonical JSON. Equal parameters have the same canonical text, and therefore the same fingerprint.
 
 The format is that of RFC 8785 (JSON Canonicalization Scheme). The text has no white space, keys are in the order of
 their UTF-16 code units, and numbers have the format of ECMAScript. One rule is different from the RFC: an int keeps all
@@ -43,7 +43,9 @@ def canonical_json(value: JsonValue) -> str:
 
 
 def fingerprint_of(params: JsonValue) -> str:
-    """Return the SHA-256 of `canonical_json(params)`, in hexadecimal. The errors are those of `canonical_json`."""
+    """Return the SHA-256 of `canonical_json(params)`, in hexadecimal. The function raises the same errors as
+    `canonical_json()`.
+    """
     return hashlib.sha256(canonical_json(params).encode()).hexdigest()
 
 

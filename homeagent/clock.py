@@ -1,4 +1,4 @@
-"""The wall clock, which each store method reads once, and the monotonic clock for waits and timeouts."""
+"""The module has the wall clock, which each store method reads once, and the monotonic clock for waits and timeouts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def system_clock() -> datetime:
 
 
 def _renew_lock() -> None:
-    # A thread of the parent process can have held the lock at the time of the fork.
+    # A forked child gets a new lock, because a thread of the parent process can have held the lock during the fork.
     global _lock
     _lock = threading.RLock()
 

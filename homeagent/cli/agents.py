@@ -58,7 +58,7 @@ def create(
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add an agent. The command does not create the directory."""
+    """Add an agent. The command does not create the workspace directory."""
     values = {"id": agent_id, "name": name, "workspace_path": workspace, "config": json_argument(config, "--config")}
     with open_named(context, database) as opened:
         agent = opened.agents.create(request(AgentCreate, **values))
@@ -111,7 +111,7 @@ def update(
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Change an agent. The values of options that are left out stay; --config null clears the configuration."""
+    """Change an agent. Only the values of the given options change; --config null clears the configuration."""
     given = {"name": name, "workspace_path": workspace, "config": config}
     values = {field: value for field, value in given.items() if value is not None}
     if not values:
@@ -134,7 +134,7 @@ def delete(
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete an agent. The files in its workspace stay.
+    """Delete an agent. The files in the agent's workspace stay.
 
     The command shows the agent and asks for a confirmation.
     """

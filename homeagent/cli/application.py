@@ -23,7 +23,8 @@ from homeagent.errors import HomeAgentError
 
 __all__ = ["Common", "DatabaseOption", "JsonOption", "YesOption", "app", "confirm", "group", "run"]
 
-# This class is Click's UsageError. Newer versions of Typer contain a copy of Click, and older versions depend on Click.
+# `_UsageError` is Click's class UsageError. Newer versions of Typer contain a copy of Click, and older versions depend
+# on Click.
 _UsageError: Any = typer.BadParameter.__base__
 
 _CREDENTIALS = re.compile(r"://\S*@|((?:password|passwd)=)[^&\s]*", re.IGNORECASE)
@@ -35,8 +36,8 @@ class Common:
 
     Attributes:
         database: the --database option nearest to the command, or None.
-        as_json: whether the arguments contain --json. Errors are then JSON too, even if an option to the left of --json
-            is wrong.
+        as_json: True if the arguments contain `--json`. With `--json` errors are JSON too, even if an option to the
+            left of `--json` is wrong.
     """
 
     database: str | None = None
@@ -52,7 +53,7 @@ class _Commands(TyperGroup):
             ctx.obj = Common(as_json="--json" in options)
         with _reported_errors(ctx.obj):
             if ctx.obj.as_json and not args:
-                ctx.fail("Missing command.")  # else Typer prints the help as the error
+                ctx.fail("Missing command.")  # otherwise Typer prints the help instead of an error
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -68,7 +69,7 @@ def _reported_errors(common: Common) -> Iterator[None]:
     try:
         yield
     except _UsageError as error:
-        # A usage error repeats the argument, which can be a database URL in the wrong position.
+        # The message of a usage error repeats the argument, which can be a database URL in the wrong position.
         error.message = _CREDENTIALS.sub(lambda found: f"{found[1]}***" if found[1] else "://***@", error.message)
         if not common.as_json:
             raise
@@ -106,8 +107,8 @@ def _details(error: HomeAgentError) -> dict[str, object]:
 
 
 def _discard_output() -> None:
-    """Write the rest of the standard output to /dev/null, else the interpreter would fail at its exit."""
-    with suppress(OSError, ValueError):  # ValueError: the output is not a file, for example in a test
+    """Write the rest of the standard output to /dev/null. Otherwise the interpreter would fail at its exit."""
+    with suppress(OSError, ValueError):  # ValueError is raised if the output is not a file, for example in a test
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
@@ -183,10 +184,11 @@ def confirm(
 
     Args:
         context: context of the command.
-        question: what the command will do.
-        yes: whether the operator passed --yes. Then do not ask.
+        question: description of the planned change.
+        yes: True if the operator passed `--yes`. With True, the function does not ask.
         show: function that is called before the question, and prints on standard error what the command will change.
-        only_at_terminal: whether only a person at a terminal is asked. Otherwise a program must answer or pass --yes.
+        only_at_terminal: True if the function asks only a person at a terminal. With False, a program must answer or
+            pass `--yes`.
     """
     if yes or (only_at_terminal and not _is_at_terminal()):
         return

@@ -40,8 +40,8 @@ def backup(
 ) -> None:
     """Copy the database while other processes use it.
 
-    The command verifies the copy before the copy gets its final name, so a partial backup never has that name. A
-    manifest next to the backup, with .json after its name, records time, revision, rows, size and SHA-256.
+    The copy gets its final name only after the command has verified it. A manifest next to the backup, with .json after
+    its name, records time, revision, rows, size and SHA-256.
     """
     from homeagent.engine.sqlite.manifests import manifest_path, read_manifest
 

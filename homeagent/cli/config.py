@@ -41,7 +41,7 @@ def config(
     settings = [("database", target.location, source)]
     settings.append(("engine", "sqlite" if target.url is None else "postgresql", source))
     if target.url is not None:
-        # The client library reads these variables. A password is not shown.
+        # PostgreSQL's client library also reads variables such as PGHOST. A password is not shown.
         settings += [
             (name, "set" if name == "PGPASSWORD" else value, f"${name}")
             for name, value in sorted(os.environ.items())

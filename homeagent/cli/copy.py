@@ -83,8 +83,7 @@ def _open_target(target: str, migrations: str | None) -> Database:
     try:
         return Database.open(target, migrate=False, migrations=migrations)
     except SchemaOutdatedError as outdated:
-        # Do not upgrade an existing store. The store holds data, so the copy would be refused, but only after the
-        # upgrade.
+        # Do not upgrade an existing target. A target with data would be upgraded, and then the copy would be refused.
         if outdated.revision is not None:
             raise
     return Database.open(target, migrations=migrations)

@@ -73,7 +73,7 @@ def rotate(
 ) -> None:
     """Give a device a new secret, and print the secret once.
 
-    The command shows the device and asks for a confirmation, because the old secret stops to work.
+    The command shows the device and asks for a confirmation, because the old secret becomes invalid.
     """
     with open_named(context, database) as opened:
         seen = opened.devices.get(device_id)

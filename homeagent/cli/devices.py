@@ -128,7 +128,7 @@ def approve(
     """Approve a device.
 
     The command shows the device and asks for a confirmation. If the role, secret, time of pairing or status of the
-    device changes before the answer, the approval is refused.
+    device changes before the operator answers, the command approves nothing.
     """
     if yes and (role is None or paired_at is None):
         raise typer.BadParameter("--yes needs --role and --paired-at, as 'devices list --json' prints them.")
@@ -142,7 +142,8 @@ def approve(
                 expected_role=role or seen.role,
                 expected_secret_hash=seen.shared_secret_hash,
                 expected_paired_at=datetime.fromisoformat(paired_at) if paired_at else seen.paired_at,
-                # Another administrator can revoke the device before the answer. With --yes, nothing was shown.
+                # Without `--yes`, compare the status, because another administrator can revoke the device before the
+                # answer.
                 expected_status=status if yes else status or seen.status,
             )
         )
@@ -191,8 +192,9 @@ def delete(
 ) -> None:
     """Delete a device, or the pending devices that were paired before a time.
 
-    The command shows the devices and asks for a confirmation. If the device changes before the answer, the deletion is
-    refused. A pending device that is approved or revoked before the answer is not deleted.
+    The command shows the devices and asks for a confirmation. If the device changes before the operator answers, the
+    command does not delete the device. The command does not delete a pending device that is approved or revoked before
+    the operator answers.
     """
     if device_id is not None:
         if pending or before is not None:
@@ -203,7 +205,8 @@ def delete(
     else:
         if not pending or before is None or force:
             raise typer.BadParameter("name a device, or name the kind of devices by --pending with --before.")
-        # Unlike --before, the method also deletes a device that was paired at exactly the given time.
+        # The store's method also deletes a device that was paired exactly at its time argument; `--before` excludes
+        # such a device.
         until = earlier(check_timestamp(datetime.fromisoformat(before), "before"), MILLISECOND)
         with open_named(context, database) as opened:
             deleted = _delete_pending(context, opened, until, yes=yes)

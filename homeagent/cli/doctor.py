@@ -39,7 +39,8 @@ def doctor(
     try:
         diagnosis = diagnose(target_of(context, database), thorough=thorough, fix=fix, acknowledged=acknowledge or ())
     except InvalidArgumentError as error:
-        # Exit with status 2. Status 1 means a refused operation for other commands, but warnings for the doctor.
+        # Exit with status 2. Exit status 1 of the doctor means warnings; for other commands it means a refused
+        # operation.
         raise typer.BadParameter(str(error)) from None
     if as_json:
         print_json(diagnosis.model_dump(mode="json"))

@@ -15,7 +15,7 @@ def begin_epoch(context: typer.Context, database: DatabaseOption = None, as_json
     """Begin a new epoch after the database was restored by other means than 'homeagent restore'.
 
     Examples of other means are a server's own tools and a snapshot of a disk or of a virtual machine. Stop the gateways
-    first. Gateways then refuse messages that were signed before the new epoch, the same as after 'homeagent restore'.
+    first. In the new epoch, gateways refuse messages that were signed before its beginning.
     """
     report = Database.begin_epoch(target_of(context, database))
     if as_json:

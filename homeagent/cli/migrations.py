@@ -74,7 +74,8 @@ def new(
 
 
 def import_tables(migrations: str | None) -> None:
-    """Import the tables of the package that --migrations names. The column types of the tables are then known."""
+    """Import the tables of the package that --migrations names. The import makes the column types of the tables known.
+    """
     named, folder = _named_folder(migrations or "")
     if named:
         _application_tables(named, folder)
@@ -93,7 +94,7 @@ def _application_tables(package: str, folder: Path) -> Collection[str]:
 
 
 def _named_folder(migrations: str) -> tuple[str, Path]:
-    """Return the package and the folder in the value of --migrations. The package can be empty."""
+    """Return the package and the folder in the value of --migrations. The name of the package can be empty."""
     named, _, inner = migrations.rpartition(":")
     return named, _directory_of(named) / inner if named else Path(inner)
 
@@ -126,7 +127,8 @@ def _write(application: Application, folder: Path, package: str, message: str, *
         rendered = render_revision(application, tables)
         if rendered is None:
             return None
-        # Alembic adds comments that ask the developer to adjust the revision. The command says so in its output.
+        # Remove Alembic's comments that ask the developer to adjust the revision, because the command prints this
+        # advice.
         texts = {name: re.sub(r" *# ###.*\n?", "", text).rstrip() for name, text in rendered.items()}
         texts["imports"] += "\n" if texts["imports"] else ""
     revision = rev_id()

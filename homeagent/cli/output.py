@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-_LEAST = 24  # number of columns that a long text needs next to its name
+_LEAST = 24  # least width of the column for a long text
 
 
 class Format(StrEnum):
@@ -96,12 +96,12 @@ def _aligned(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool
 def print_facts(
     facts: Iterable[tuple[str, str]], *, colours: Mapping[str, str] | None = None, error: bool = False
 ) -> None:
-    """Print names and values. A line of a value that begins with a space is not broken.
+    """Print names and values. A line that begins with a space is not broken.
 
     Args:
         facts: pairs of a name and a value. A value can have several lines.
         colours: colours of names. A name without a colour is bold.
-        error: whether to print on standard error.
+        error: True to print on standard error instead of standard output.
     """
     facts = list(facts)
     longest = max((_width(name) for name, _ in facts), default=0)
@@ -114,7 +114,7 @@ def print_facts(
         if available is not None:
             parts = [_parts(line, available - 2) for line in lines]
             words = [part.rstrip() for line in parts for part in line if not part.startswith(" ")]
-            # The value needs room for its widest word, and for several words of a long text.
+            # The column of the value must have room for its widest word, and for several words of a long text.
             room = max([min(_LEAST, _width(value)), *map(_width, words)])
             if room > available - indent:
                 # Print the value below its name.
@@ -124,7 +124,9 @@ def print_facts(
 
 
 def _parts(text: str, width: int) -> list[str]:
-    """Split a text into words. A word wider than `width` is split after hyphens, slashes, dots, colons, underscores."""
+    """Split a text into words. A word wider than the argument `width` is split after hyphens, slashes, dots, colons,
+    underscores.
+    """
     if text.startswith(" "):
         return [text]
     parts: list[str] = []
@@ -134,7 +136,9 @@ def _parts(text: str, width: int) -> list[str]:
 
 
 def _joined(parts: Iterable[str], width: int) -> list[str]:
-    """Join the parts of a text to lines of at most `width` cells. A wider part has a line of its own."""
+    """Join the parts of a text to lines of at most `width` cells. A part wider than `width` cells has a line of its
+    own.
+    """
     lines = [""]
     for part in parts:
         if lines[-1] and _width(lines[-1]) + _width(part.rstrip()) > width:

@@ -18,7 +18,7 @@ def request(model: type[M], **values: Any) -> M:
     try:
         return model(**values)
     except ValidationError as error:
-        # Do not show the input, which can be long or contain control characters.
+        # Do not show the invalid value, which can be long or contain control characters.
         texts = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors(include_input=False)]
         raise typer.BadParameter("; ".join(texts)) from None
 

@@ -55,8 +55,7 @@ def _bring_up_to_date(target: str | None, migrations: str | None, acknowledged: 
         else:
             application = outdated.needed
     before = _backups(where.path)
-    # Do not skip this call for a current schema, because opening with `migrate` also repairs the modes of directories
-    # and files.
+    # Call `Database.open()` also for a current schema, because the call repairs the modes of directories and files.
     Database.open(target, migrations=migrations, acknowledged=acknowledged).close()
     made = sorted(_backups(where.path) - before)
     return _Upgrade(
@@ -92,7 +91,7 @@ def init(
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Create the database, or upgrade an existing database. A second run changes no data."""
+    """Create the database, or upgrade an existing database. If the schema is current, the command changes no data."""
     _report_upgrade(context, database, migrations, (), as_json=as_json)
 
 

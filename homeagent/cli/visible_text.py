@@ -34,7 +34,9 @@ _EAST_ASIAN = frozenset({"BOPOMOFO", "CJK", "HANGUL", "HIRAGANA", "IDEOGRAPHIC",
 
 
 def _script(character: str) -> str | None:
-    """Return the script of a letter, mark or digit; None for an ASCII digit, a shared mark or another character."""
+    """Return the script of a letter, mark or digit. For an ASCII digit, a shared mark and any other character, return
+    None.
+    """
     if not unicodedata.category(character).startswith(("L", "M", "N")) or character in "0123456789":
         return None
     script = re.split("[ -]", unicodedata.name(character, "UNKNOWN"), maxsplit=1)[0]
@@ -44,13 +46,15 @@ def _script(character: str) -> str | None:
 
 
 def _main_script(text: str) -> str | None:
-    """Return Latin if the text has Latin letters, else the most frequent script, or None without a script."""
+    """Return Latin if the text has Latin letters, and otherwise its most frequent script. If no character has a script,
+    return None.
+    """
     scripts = Counter(script for character in text if (script := _script(character)) is not None)
     return "LATIN" if "LATIN" in scripts else scripts.most_common(1)[0][0] if scripts else None
 
 
 def _is_mistakable(character: str, main: str | None) -> bool:
-    """Return whether the character is replaced by an escape in a text with this main script."""
+    """Return True if a text with this main script must show the character as an escape."""
     if character.isascii():
         return not character.isprintable()
     if (
@@ -79,7 +83,7 @@ def _escape(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return an id in quotes. The name of the main script follows if the script is not Latin."""
+    """Return an id in quotes. If the main script is not Latin, append its name."""
     # Double the backslashes first, because a backslash in the id must not look like an escape.
     shown = _escape(text.replace("\\", "\\\\").replace("'", "\\'"))
     main = _main_script(text)
@@ -87,7 +91,7 @@ def quoted(text: str) -> str:
 
 
 def identity(text: str) -> str:
-    """Return an id or another short text for printing, in quotes if the text could be mistaken for another."""
+    """Return an id or another short text for printing. If the text could be mistaken for another, it is in quotes."""
     shown = quoted(text)
     is_plain = shown == f"'{text}'" and text == text.strip() and unicodedata.is_normalized("NFC", text)
     return text if is_plain and not text.startswith('"') else shown

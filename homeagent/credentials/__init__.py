@@ -1,6 +1,6 @@
 """Format, hashing and checks of the secrets of devices. This package does not use the database.
 
-There are two kinds of secrets, and the text of a secret alone decides its kind:
+A secret is of one of two kinds, which its text alone decides:
 
 - A *generated* secret, which `generate_secret` returns, has 256 random bits and can't be guessed. The database stores a
   SHA-256 of the secret.
@@ -8,8 +8,8 @@ There are two kinds of secrets, and the text of a secret alone decides its kind:
   9106). The default costs are the RFC's second recommended option, with 64 MiB.
 
 The duration of a check therefore depends only on the presented secret, with one exception (see `SecretHasher.check`).
-The duration does not reveal whether the device exists, which kind of secret the device has, or whether an older secret
-is valid.
+The duration of a check does not reveal whether the device exists, which kind of secret it has, or whether an older
+secret is valid.
 
 `homeagent.scram` lets a device prove a secret without sending the secret.
 """

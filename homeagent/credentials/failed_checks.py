@@ -3,7 +3,8 @@
 Failed checks of unknown ids also count, so a refusal does not reveal whether a device exists. Checks of generated
 secrets do not count and are not refused, because a generated secret can't be guessed.
 
-A successful check does not reset the count. Otherwise each success would give an attacker as many guesses again.
+A successful check does not reset the count of failures. If success reset the count, each success of the device would
+allow an attacker 30 more guesses.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ __all__ = ["FAILED_CHECKS_PER_MINUTE", "CheckAttempt", "FailedChecks"]
 FAILED_CHECKS_PER_MINUTE = 30
 _MINUTE = timedelta(minutes=1)
 _MOST_IDS = 10_000
-# No new device has a longer id. A caller can present an id of any length, so the counter must not keep the id itself.
+# No new device has an id of more than 512 characters. A caller can present an id of any length, so the counter must not
+# keep the id itself.
 _LONGEST_ID = 512
 
-# All instances share one lock, so that a forked child can replace the lock. Each call holds the lock for microseconds.
-# The lock is reentrant, because a signal handler can check a secret while its thread holds the lock.
+# All instances share one lock, so that a forked child can replace the lock. A call holds the lock only for
+# microseconds. The lock is reentrant, because a signal handler can check a secret while its thread holds the lock.
 _lock = threading.RLock()
 
 
@@ -37,7 +39,7 @@ _Moment = tuple[datetime, float]
 
 
 def _age(begun: _Moment, now: _Moment) -> timedelta:
-    # Use the clock that moved further, as `FailedChecks` explains.
+    # Use the clock that moved further, as the class `FailedChecks` explains.
     return max(now[0] - begun[0], timedelta(seconds=now[1] - begun[1]))
 
 
@@ -51,15 +53,17 @@ class CheckAttempt:
 
 
 class FailedChecks:
-    """Counts the failed checks of each id. After too many failures of an id within a minute, refuses its checks.
+    """Counts the failed checks of each device id. After too many failed checks of an id within a minute, further checks
+    of this id are refused.
 
     The counts are in the memory of one process. A check counts from its start, so concurrent checks can't exceed the
     limit. If the check does not fail, it is removed from the count.
 
-    The object counts the failures of a limited number of ids (`most_ids`). Beyond this number, a new id replaces the id
-    with the fewest failures. An attacker could try to remove the count of an id with 30 failures. The attack needs 30
-    failures of every other counted id within a minute. These are 300,000 slow hashes, far more than one process
-    computes. If a new id replaced the oldest id, 10,000 slow hashes would be enough.
+    The object counts the failures of a limited number of ids (`most_ids`). If `most_ids` ids are counted, a new id
+    replaces the id with the fewest failures. To remove the count of an id with 30 failures, an attacker needs 30
+    failures of every other counted id within a minute. With 10,000 ids this takes 300,000 slow hashes, far more than
+    one process computes in a minute. If a new id replaced the oldest id, an attacker would need only 10,000 slow
+    hashes.
 
     A minute ends when the wall clock or the monotonic clock has moved by a minute. If the wall clock stands still or is
     set back, a device is therefore not refused for longer. If the wall clock is set forward, an attacker gets the
@@ -88,10 +92,10 @@ class FailedChecks:
 
     @contextmanager
     def attempt(self, device_id: str) -> Iterator[CheckAttempt]:
-        """Count a check of this id while the block runs. If the check failed, keep the count after the block.
+        """Count a check of this id while the block runs. Keep the count after the block only if the check failed.
 
         Raises:
-            TooManyAttemptsError: if the id has reached the limit of checks (`per_minute`). Failed checks of the last
+            TooManyAttemptsError: if the id has reached the limit of `per_minute` checks. Failed checks of the last
                 minute and running checks count.
         """
         if len(device_id) > _LONGEST_ID:

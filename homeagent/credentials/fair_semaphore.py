@@ -21,7 +21,7 @@ _RETRY_AFTER = timedelta(seconds=1)
 class FairSemaphore:
     """A semaphore that a limited number of callers can hold at the same time.
 
-    The argument `places` is this number, which is 1 or more. In a forked child all places are free.
+    The argument `places` is the maximum number of holders, 1 or more. In a forked child all places are free.
     """
 
     def __init__(self, places: int) -> None:
@@ -41,7 +41,7 @@ class FairSemaphore:
         return len(self._queue)
 
     def _release(self) -> None:
-        """Free a place, or hand the place over to the first waiting caller."""
+        """Give the caller's place to the first waiting caller, or free the place if no caller waits."""
         with self._lock:
             if self._queue:
                 self._queue.popleft().set()
@@ -49,7 +49,7 @@ class FairSemaphore:
                 self._free += 1
 
     def _leave_queue(self, handed_over: threading.Event) -> bool:
-        """Leave the queue. Return False if another caller has already handed over a place."""
+        """Leave the queue. Return False if another caller has already handed a place to the waiting caller."""
         with self._lock:
             if handed_over.is_set():
                 return False
@@ -89,7 +89,7 @@ class FairSemaphore:
             False if no place became free in time.
 
         Raises:
-            TooManyAttemptsError: if no place is free, and as many callers as `most_waiting` allows wait already.
+            TooManyAttemptsError: if no place is free, and `most_waiting` callers already wait.
         """
         taken = self._acquire(timeout, most_waiting)
         try:
@@ -107,5 +107,5 @@ def _free_all_places() -> None:
         semaphore._reset()
 
 
-# The threads of the parent do not exist in a forked child, so they can't release their places there.
+# A forked child frees all places, because the parent's threads do not exist there and cannot free them.
 os.register_at_fork(after_in_child=_free_all_places)

@@ -68,7 +68,7 @@ class _Costs:
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """The inputs of an Argon2 digest except the secret. One run checks all hashes with the same recipe."""
+    """The inputs of an Argon2 digest except the secret. One Argon2 run checks all hashes with the same inputs."""
 
     costs: _Costs
     salt: bytes
@@ -109,7 +109,7 @@ def _sha256(text: str) -> str:
     return "sha256$" + hashlib.sha256(text.encode()).hexdigest()
 
 
-# For an unknown device a generated secret is compared with this hash, so that the check takes the same time.
+# A generated secret of an unknown device is compared with this constant hash, so the check takes the same time.
 _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 _MAX_STORED = 2
 
@@ -127,7 +127,7 @@ class SecretMatch:
     """
 
     def __bool__(self) -> bool:
-        # Compare the index `matched` with None, because index 0 is a match.
+        # Compare `matched` with None, because a match at index 0 would count as false.
         return self.matched is not None
 
 
@@ -136,7 +136,7 @@ class SecretHasher:
     """Hashes and checks secrets. The arguments set the costs of an Argon2 run and the number of concurrent runs.
 
     The default costs are those of argon2-cffi, the second recommended option of RFC 9106 section 4. A hash with other
-    costs still matches. A check with the right secret then returns a replacement.
+    costs still matches. A check with the right secret returns a new hash in its place.
 
     Args:
         time_cost: number of passes over the memory, 1 to 64.
@@ -144,7 +144,8 @@ class SecretHasher:
         parallelism: lanes (threads) of one run, 1 to 64.
         concurrency: maximum number of concurrent Argon2 runs, which together use at most `concurrency * memory_cost`.
             The default is the number of processors, at most 4.
-        timeout: maximum time for which a caller waits for a run. The callers run in the order of arrival.
+        timeout: maximum time for which a caller waits for a run. Waiting callers get a run in the order of their
+            arrival.
 
     Raises:
         InvalidArgumentError: if an argument is out of its bounds.
@@ -186,20 +187,21 @@ class SecretHasher:
             secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8 and no control character. The text is not
                 normalised.
             beside: stored hash that stays valid together with the new hash during a rotation. If both are Argon2
-                hashes, the new hash takes over the salt of the stored hash, so one run checks both hashes. A check then
-                takes no longer, and the duration of a check does not reveal the rotation. RFC 9106 section 3.1 asks for
-                a salt for each password, so that one guess can't be tried on many accounts. Here both hashes belong to
-                one device. If the old secret becomes invalid at once, pass `beside=None`.
+                hashes, the new hash takes over the salt of the stored hash, so one run checks both hashes. As a result,
+                the duration of a check does not reveal that a rotation is in progress. RFC 9106 section 3.1 asks for a
+                salt for each password, so that one guess can't be tried on many accounts. This reason does not apply to
+                two hashes of one device. If the old secret becomes invalid at once, pass None.
             waiting: maximum number of waiting callers of this hasher, including this caller.
 
         Returns:
             A text of at most 256 characters. For a generated secret, the text is `sha256$` and 64 hex digits. For any
-            other secret, the text is Argon2's text form, `$argon2id$v=19$…`.
+            other secret, the text has Argon2's format `$argon2id$v=19$…`.
 
         Raises:
-            InvalidArgumentError: if the secret is unusable. The message does not show the secret.
-            TooManyAttemptsError: if too many callers already wait. A generated secret does not raise this error.
-            DatabaseBusyError: if no run could start within `timeout`. Try again later.
+            InvalidArgumentError: if the secret is unusable. The error message does not show the secret.
+            TooManyAttemptsError: if too many callers already wait. A check of a generated secret does not raise this
+                error.
+            DatabaseBusyError: if no Argon2 run could start within the argument `timeout`. Try again later.
             MemoryError: if the system did not give Argon2 enough memory or threads.
         """
         text = secret_text(secret)
@@ -212,11 +214,12 @@ class SecretHasher:
     def check(self, secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
         """Check a presented secret against the stored hashes of one device.
 
-        The duration depends only on the presented secret. A generated secret takes one SHA-256, an unusable secret
-        takes no hash, and any other secret takes one Argon2 run. The duration is the same for an unknown device.
+        The duration of a check depends only on the presented secret. A generated secret takes one SHA-256, an unusable
+        secret takes no hash, and any other secret takes one Argon2 run. A check for an unknown device takes as long as
+        a check for a known device.
 
-        There is one exception. A stored hash with other costs needs a run with those costs, and a second hash with
-        another salt needs a second run. After the caller stored the `replacement`, one run is enough.
+        The only exceptions are a stored hash with other costs, and a second hash with another salt, which needs a
+        second run. After the caller has stored the replacement hash, one Argon2 run is enough.
 
         Args:
             secret: presented secret, of any length.
@@ -226,9 +229,10 @@ class SecretHasher:
             waiting: maximum number of waiting callers of this hasher, including this caller.
 
         Raises:
-            InvalidArgumentError: if more than 2 hashes are stored, or if the argument is a string.
-            TooManyAttemptsError: if too many callers already wait. A generated secret does not raise this error.
-            DatabaseBusyError: if no run could start within `timeout`. Try again later.
+            InvalidArgumentError: if the argument `stored` has more than 2 hashes, or is a string.
+            TooManyAttemptsError: if too many callers already wait. A check of a generated secret does not raise this
+                error.
+            DatabaseBusyError: if no Argon2 run could start within the argument `timeout`. Try again later.
             MemoryError: if the system did not give Argon2 enough memory or threads.
         """
         if isinstance(stored, str) or len(stored) > _MAX_STORED:
@@ -241,16 +245,17 @@ class SecretHasher:
     def _check_generated(self, text: str, stored: Sequence[str]) -> SecretMatch:
         presented = _sha256(text).encode()
         hashes = [*stored, _DECOY_HASH, _DECOY_HASH][:_MAX_STORED]
-        # Compare bytes, because `compare_digest` raises an error for text outside ASCII. Encode with "replace", because
-        # a stored surrogate must not raise an error.
+        # Compare bytes, because `compare_digest` raises an error for text outside ASCII. Encode with the error handler
+        # `replace`, because a surrogate in a stored hash must not raise an error.
         same = [hmac.compare_digest(presented, one.encode(errors="replace")) for one in hashes]
         return SecretMatch(next((index for index, yes in enumerate(same[: len(stored)]) if yes), None))
 
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         hashes = [_parse_argon2(one) for one in stored]
         if not any(hashes):
-            _parse_argon2(self._decoy_text)  # without these 30 µs, an unknown device's check would be faster.
-        # The dictionary is used as an ordered set. If there is no Argon2 hash, run Argon2 for the decoy.
+            _parse_argon2(self._decoy_text)  # a check for an unknown device must also spend the 30 µs of parsing.
+        # The dictionary `recipes` is used as an ordered set. If the device has no Argon2 hash, run Argon2 with the
+        # costs of the decoy hash.
         recipes = dict.fromkeys(one.recipe for one in hashes if one is not None) or {self._decoy: None}
         digests = {recipe: self._run(text, recipe, waiting) for recipe in recipes}
         same = [one is not None and hmac.compare_digest(digests[one.recipe], one.digest) for one in hashes]
@@ -263,7 +268,7 @@ class SecretHasher:
         others = [one for index, one in enumerate(stored) if index != matched]
         replacement = None
         # The secret was right, so accept the device even if no run for the new hash can start. The next check tries
-        # again.
+        # again to make a new hash.
         with suppress(DatabaseBusyError, TooManyAttemptsError):
             replacement = self.hash(text, beside=others[0] if others else None, waiting=waiting)
         return SecretMatch(matched, replacement)
@@ -297,7 +302,7 @@ class SecretHasher:
                     type=Type.ID,
                 )
             except HashingError as error:
-                # The costs were checked before, so only memory or threads can be missing.
+                # The costs are valid, so Argon2 can fail only for lack of memory or threads.
                 raise MemoryError(
                     f"Argon2id could not run with {costs.memory_cost:,} KiB and {costs.parallelism} lane(s) ({error}): "
                     "give the process more memory, or lower memory_cost"
@@ -310,7 +315,8 @@ _default = SecretHasher()
 
 @clears_locals
 def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
-    """Return a hash of a secret for storing. Arguments, result and errors are those of `SecretHasher.hash`.
+    """Return a hash of a secret for storing. The arguments, the result and the errors are the same as those of the
+    method `SecretHasher.hash()`.
 
     The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. With `waiting=16`, at most
     16 callers can wait at the same time in the whole process.
@@ -319,7 +325,8 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
 
 
 def check_secret(secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
-    """Check a presented secret. Arguments, result and errors are those of `SecretHasher.check`.
+    """Check a presented secret. The arguments, the result and the errors are the same as those of the method
+    `SecretHasher.check()`.
 
     The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. With `waiting=16`, at most
     16 callers can wait at the same time in the whole process.

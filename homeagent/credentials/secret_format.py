@@ -37,7 +37,9 @@ _UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def reveal(secret: SecretStr | str) -> str:
-    """Return the text of a secret without checking the text. Raise InvalidArgumentError for a value of another type."""
+    """Return the text of a secret without checking whether the secret is usable. Raise InvalidArgumentError for a value
+    of another type.
+    """
     if isinstance(secret, str):
         return secret
     from pydantic import SecretStr
@@ -48,7 +50,8 @@ def reveal(secret: SecretStr | str) -> str:
 
 
 def what_is_wrong(text: str) -> str | None:
-    """Return the reason if the text is not a usable secret, else None. The reason does not show the text."""
+    """Return the reason if the text is not a usable secret, and otherwise None. The reason does not contain the text.
+    """
     if not 1 <= len(text) <= MAX_SECRET_CHARACTERS:
         return f"a secret must have 1 to {MAX_SECRET_CHARACTERS} characters, and this has {len(text)}"
     if _UNUSABLE.search(text):
@@ -59,7 +62,9 @@ def what_is_wrong(text: str) -> str | None:
 
 
 def secret_text(secret: SecretStr | str) -> str:
-    """Return the text of a usable secret, else raise InvalidArgumentError. The message does not show the secret."""
+    """Return the text of a usable secret. For any other text, raise InvalidArgumentError. The error message does not
+    show the secret.
+    """
     text = reveal(secret)
     problem = what_is_wrong(text)
     if problem is not None:
@@ -81,22 +86,22 @@ def generate_secret() -> SecretStr:
 
     Returns:
         A text of 52 characters. After the prefix `ha1_`, the text has 32 random bytes and a CRC-32 in base64url (RFC
-        4648 section 5). The CRC-32 is computed over the prefix and the random bytes. The function `is_generated`
-        recognises the secret by the CRC-32.
+        4648 section 5). The CRC-32 is computed over the prefix and the random bytes. The function `is_generated()`
+        recognises a generated secret by the CRC-32.
     """
     from pydantic import SecretStr
 
     random = secrets.token_bytes(_RANDOM_BYTES)
-    # 36 bytes make exactly 48 characters, so the same bytes have no second spelling.
+    # In base64url, 36 bytes are exactly 48 characters, so no other text decodes to the same bytes.
     return SecretStr(_GENERATED_PREFIX + base64.urlsafe_b64encode(random + _checksum(random)).decode())
 
 
 def is_generated(secret: SecretStr | str) -> bool:
-    """Return whether a secret has the format of `generate_secret`.
+    """Return True if a secret has the format of the function `generate_secret()`.
 
-    If another text has the same prefix, length and alphabet, its checksum matches with a probability of 1 in 2**32. Do
-    not create secrets in this format by other means. Such a secret is stored as a SHA-256, which is safe only for 256
-    random bits.
+    A text that a person chose in the same format has a matching checksum with a probability of 1 in 2**32. Do not
+    create secrets in this format by other means. A secret in this format is stored as a SHA-256, which is safe only for
+    256 random bits.
     """
     found = _GENERATED.fullmatch(reveal(secret))
     if found is None:
