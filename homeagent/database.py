@@ -122,7 +122,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
                 days.
             durability: with "full", every commit is synced to the disk. With "normal", a power cut can lose the last
                 commits, and an attacker can replay a message if the commit of the message's nonce was lost.
-            migrate: whether to create or upgrade the schema. A file that holds data is backed up before an upgrade.
+            migrate: True to create or upgrade the schema. A file that holds data is backed up before an upgrade.
             pool_size: maximum number of writing units at the same time on PostgreSQL, 1 to 1,000. The same number
                 of reading units can run at the same time. SQLite ignores `pool_size` because SQLite has one writer.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
@@ -275,7 +275,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         At the end of the block the unit commits. If an exception leaves the block, the unit rolls back.
 
         Args:
-            read_only: whether the unit only reads, from one snapshot. Read-only units and writers do not wait for each
+            read_only: True if the unit only reads, from one snapshot. Read-only units and writers do not wait for each
                 other.
 
         Raises (when the block is entered):
@@ -300,7 +300,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             work: function of the unit. The database can call this function several times, so the function must have no
                 side effect outside the unit.
             read_only: see `unit_of_work`.
-            idempotent: whether two runs of the function have the same result as one run. If True, the function also
+            idempotent: True if two runs of the function have the same result as one run. If True, the function also
                 runs again after the connection was lost during COMMIT.
 
         Returns:

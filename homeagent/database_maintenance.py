@@ -145,7 +145,7 @@ class DatabaseMaintenance:
                 0700 is created.
             keep: number of this database's backups to keep in the directory. Older backups are deleted. Files without a
                 manifest, copies made by upgrades and backups of other databases do not count and are not deleted.
-            replace: whether to replace an existing file.
+            replace: True to replace an existing file.
 
         Returns:
             Path of the backup.
@@ -188,7 +188,7 @@ class DatabaseMaintenance:
 
         Args:
             target: open database at the same revision, without devices, agents, sessions, nonces or idempotency keys.
-            live: whether other units may write to the source during the copy. With `live=True`, the target gets the
+            live: True if other units may write to the source during the copy. With `live=True`, the target gets the
                 source's state at the beginning of the copy, which is enough for a trial. For a migration, stop all
                 writers first.
             leave: names of the application's tables that are not copied.
@@ -225,8 +225,8 @@ class DatabaseMaintenance:
         """Inspect the open database in the same way as `homeagent.diagnose`, with the clock of this database.
 
         Args:
-            thorough: whether to make the long checks also.
-            fix: whether to make the repairs that lose no data. With `fix=False`, the doctor changes no file.
+            thorough: True to make the long checks also.
+            fix: True to make the repairs that lose no data. With `fix=False`, the doctor changes no file.
 
         Returns:
             Findings with their remedies, and the repairs.

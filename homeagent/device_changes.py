@@ -62,12 +62,12 @@ class _Subscription:
         self._wake: Callable[[], object] | None = None
         self.position = after
         self.is_behind = True
-        """Whether the feed can have further changes that the thread has not read for this iterator."""
+        """True if the feed can have further changes that the thread has not read for this iterator."""
         self.is_closed = False
 
     @property
     def has_room(self) -> bool:
-        """Whether the iterator can store another page of changes."""
+        """True if the iterator can store another page of changes."""
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:

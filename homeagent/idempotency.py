@@ -118,7 +118,7 @@ class _Once:
     Args:
         attempt: attempt that the unit ends.
         write: function that records the outcome or releases the key.
-        leaves_record: whether a record of this attempt remains after the unit. If False, a lost lease in the second run
+        leaves_record: True if a record of this attempt remains after the unit. If False, a lost lease in the second run
             counts as success, because the first run has released the key.
     """
 

@@ -111,7 +111,7 @@ class _NeedsUnitError(BaseException):
     """Raised if a method must be called again in a unit.
 
     Attributes:
-        writes: whether the unit must be able to write.
+        writes: True if the unit must be able to write.
     """
 
     def __init__(self, *, writes: bool) -> None:

@@ -109,7 +109,7 @@ def _after_rollback(session: UnitSession) -> None:
 
 
 def _is_changed(table: Any, target: str, cascade: str | None) -> bool:
-    """Return whether a statement on one table (`target`) can change rows of another table (`table`).
+    """Return True if a statement on one table (`target`) can change rows of another table (`table`).
 
     Args:
         table: table of an object.

@@ -64,7 +64,7 @@ class QueuedCall:
 
     @property
     def is_over(self) -> bool:
-        """Whether the caller must stop waiting."""
+        """True if the caller must stop waiting."""
         return self.state is DONE or self.state is ALONE or self.state is LEFT
 
     def outcome(self) -> Any:

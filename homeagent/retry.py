@@ -79,7 +79,7 @@ class Runner:
 
         Args:
             work: function that can block.
-            slow: whether the function computes a slow hash. Slow hashes have their own worker threads, because
+            slow: True if the function computes a slow hash. Slow hashes have their own worker threads, because
                 otherwise units and fast checks would wait for a free thread.
         """
         await checkpoint_if_cancelled()
@@ -123,7 +123,7 @@ class _Retries:
 
 
 def _under_asyncio() -> bool:
-    """Return whether the caller is an asyncio task. Return False under trio or without an event loop."""
+    """Return True if the caller is an asyncio task. Return False under trio or without an event loop."""
     try:
         return asyncio.current_task() is not None
     except RuntimeError:

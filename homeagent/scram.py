@@ -302,7 +302,7 @@ _DECOY_VERIFIER_TEXT = _format_verifier(
 
 
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
-    """Return whether a proof for the message was made with the secret of the verifier. The gateway calls this function.
+    """Return True if a proof for the message was made with the secret of the verifier. The gateway calls this function.
 
     The function always parses a verifier and computes two hashes, and therefore takes the same time for a right proof,
     a wrong proof and an absent device. Also check the timestamp and consume the nonce, because an attacker could send

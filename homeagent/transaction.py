@@ -77,7 +77,7 @@ class Transaction:
 
     Args:
         settings: settings of the database's units.
-        read_only: whether the unit only reads, from one snapshot.
+        read_only: True if the unit only reads, from one snapshot.
         timeout: longest wait for a connection, in seconds. None means the timeout of the settings.
     """
 
@@ -298,7 +298,7 @@ class Transaction:
         """End a unit that has joined a batch. Return the callbacks that must be called after the commit.
 
         Args:
-            keep: whether the changes of the unit stay in the transaction.
+            keep: True if the changes of the unit stay in the transaction.
         """
         connection, self._connection = self._connection, None
         session, self._session = self._session, None

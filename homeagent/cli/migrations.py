@@ -74,7 +74,8 @@ def new(
 
 
 def import_tables(migrations: str | None) -> None:
-    """Import the tables of the package that --migrations names. The import makes the column types of the tables known.
+    """Import the tables of the package that --migrations names. As a result, the column types of the tables are
+    known.
     """
     named, folder = _named_folder(migrations or "")
     if named:

@@ -50,8 +50,7 @@ def reveal(secret: SecretStr | str) -> str:
 
 
 def what_is_wrong(text: str) -> str | None:
-    """Return the reason if the text is not a usable secret, and otherwise None. The reason does not contain the text.
-    """
+    """Return the reason why the text is not a usable secret, or None. The reason does not contain the text."""
     if not 1 <= len(text) <= MAX_SECRET_CHARACTERS:
         return f"a secret must have 1 to {MAX_SECRET_CHARACTERS} characters, and this has {len(text)}"
     if _UNUSABLE.search(text):

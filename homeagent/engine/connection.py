@@ -155,7 +155,7 @@ class StoreConnection:
         except self._driver_errors as error:
             failure = self._refused(error, "COMMIT")
         except ConnectionLostError as error:
-            failure = error  # an event listener of SQLAlchemy's engine has already translated this error
+            failure = error  # a listener of SQLAlchemy has already translated the driver's exception
         else:
             return
         if isinstance(failure, ConnectionLostError) and not self.read_only:
@@ -180,12 +180,14 @@ class StoreConnection:
 
     @property
     def in_transaction(self) -> bool:
-        """Whether the driver's connection is inside a transaction."""
+        """True if the driver's connection is inside a transaction."""
         return bool(self._raw.in_transaction)
 
     @property
     def is_lost(self) -> bool:
-        """Whether the connection has ended. SQLAlchemy closes a connection if an interrupt reaches its statement."""
+        """True if the connection has ended. SQLAlchemy closes a connection if a KeyboardInterrupt occurs during a
+        statement.
+        """
         return self._connection.invalidated
 
     def is_stale(self, failure: BaseException) -> bool:
@@ -200,22 +202,22 @@ class StoreConnection:
 
     @property
     def has_orm_transaction(self) -> bool:
-        """Whether the root transaction of SQLAlchemy's connection is active."""
+        """True if the root transaction of SQLAlchemy's connection is active."""
         return self._root is not None and self._root.is_active
 
     def confine_orm(self, savepoint: str) -> None:
         """Confine SQLAlchemy's transaction to a savepoint, because other units share the transaction (SQLite only).
 
-        A rollback by SQLAlchemy then rolls back to the savepoint. A COMMIT fails, and SQLite rolls everything back.
+        After this call, a rollback by SQLAlchemy rolls back only to the savepoint. A COMMIT by SQLAlchemy fails, and
+        SQLite rolls back the whole transaction.
         """
         self._raw.confine(savepoint)
 
     def release_orm(self, *, keep: bool) -> None:
-        """End the confinement by `confine_orm()`. End the savepoints that the unit left open in SQLAlchemy's
-        connection.
+        """Undo `confine_orm()`. End the savepoints that the unit left open in SQLAlchemy's connection.
 
         Args:
-            keep: whether to keep the changes in these savepoints.
+            keep: True to keep the changes that were made in the savepoints.
         """
         try:
             if not self.in_transaction:
@@ -252,7 +254,7 @@ class StoreConnection:
         raise failure
 
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
-        """Return homeagent's error for an exception of the driver. The message of some errors contains `sql`."""
+        """Return homeagent's error for an exception of the driver. The message of some errors contains the SQL text."""
         return naming_statement(self._translate(error), sql)
 
     def _compile(self, statement: Statement[R]) -> Compiled[R]:
@@ -261,7 +263,7 @@ class StoreConnection:
         return compiled
 
     def one(self, statement: Statement[R], parameters: Parameters) -> R | None:
-        """Run a statement. Return the first row as an object; None if the statement returns no row."""
+        """Run a statement. Return the first row as an object. If the statement returns no row, return None."""
         compiled = self._compiled.get(statement) or self._compile(statement)
         if compiled.writes and self.read_only:
             raise _read_only()
@@ -296,17 +298,17 @@ class StoreConnection:
         raise failure
 
     def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
-        """Run one reading statement outside a unit. The argument `act` is the name of this class's method that runs the
-        statement.
+        """Run one reading statement outside a unit. The argument `act` names the method that runs the statement,
+        `one()` or `all()`.
         """
         self.check_file()
         return self.one(statement, parameters) if act == "one" else self.all(statement, parameters)
 
     def look_for_commits(self) -> tuple[bool, int | None]:
-        """Return whether another connection can have committed since the last call.
+        """Return a tuple. Its first value is True if another connection can have committed since the last call of this
+        method.
 
-        The second value is the descriptor of a file that becomes readable after such a commit. It is None if there is
-        no such file.
+        The second value is the descriptor of a file that becomes readable after a commit, or None.
         """
         return True, None
 
@@ -366,7 +368,9 @@ class StoreConnection:
         raise failure
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
-        """Insert rows. The argument `into` has the form "table (columns)", and `width` is the number of columns."""
+        """Insert rows. The argument `into` has the form "table (columns)", and the argument `width` is the number of
+        columns.
+        """
         places = ", ".join("?" * width)
         self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names from the models
 
@@ -381,20 +385,23 @@ class StoreConnection:
         _keep_forever(self._raw)
         self._identity_check = None
         self._raw, self._cursor, self._execute = gone, gone, gone
-        # An ORM session does not use `_raw`. So replace the driver's connection inside SQLAlchemy's connection too.
+        # An ORM session does not use the attribute `_raw`. Therefore replace the driver's connection inside
+        # SQLAlchemy's connection too.
         fairy: Any = self._connection.connection
         fairy.dbapi_connection = gone
 
     def close(self) -> None:
-        """Close the connection. The database rolls back an open transaction."""
+        """Close the connection. The database rolls back a transaction that is still open."""
         if self.is_lost:
-            # Without this call, SQLAlchemy would try to roll back on the lost connection, and would log an error.
+            # Otherwise SQLAlchemy would try to roll back on the lost connection, and would log an error.
             self._connection.invalidate()
         self._connection.close()
 
 
 class _ClosedAfterFork:
-    """Replaces the parent's connection and cursor in a forked child. Each method raises `DatabaseClosedError`."""
+    """In a forked child, an object of this class replaces the parent's connection and cursor. Each method of the
+    replacement raises `DatabaseClosedError`.
+    """
 
     in_transaction = False
     closed = False
@@ -412,7 +419,7 @@ _kept: list[Any] = []
 
 
 def _keep_forever(connection: object) -> None:
-    """Prevent an object from being freed, even while the interpreter shuts down."""
+    """Keep an object in memory, even while the interpreter shuts down."""
     _kept.append(connection)
     try:
         import ctypes

@@ -1,4 +1,4 @@
-"""Counters of one open database, cheap enough to update in every unit of work.
+"""Counters of one open database. An update of a counter is cheap enough for every unit of work.
 
 The counters are plain integers without a lock. CPython switches threads only at calls and backward jumps, and `x += 1`
 on an attribute in `__slots__` contains neither. Bounded queues hold the last waits and group sizes.
@@ -36,10 +36,10 @@ class LastError(NamedTuple):
 class CountersSnapshot(NamedTuple):
     """Counters since the database was opened.
 
-    A percentile covers the last 1,024 values, and is None if there are no values.
+    A percentile is computed from the last 1,024 values. Without values it is None.
 
     Attributes:
-        units: number of ended units, the sum of `reads`, `commits` and `rollbacks`.
+        units: number of ended units, which is the sum of reads, commits and rollbacks.
         reads: number of read-only units.
         commits: number of committed write units. Several units can share one commit.
         rollbacks: number of write units that were rolled back.
@@ -115,7 +115,9 @@ class Counters:
         self.swept += rows
 
     def faulted(self, error: BaseException) -> None:
-        """Keep a `DatabaseError` as the engine's last error. Ignore other errors, such as an invalid argument."""
+        """Keep a `DatabaseError` as the engine's last error. Ignore an error of any other class, such as an invalid
+        argument.
+        """
         if isinstance(error, DatabaseError):
             self._last_error = LastError(type(error).__name__, str(error), datetime.now(UTC))
 

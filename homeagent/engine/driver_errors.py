@@ -74,13 +74,17 @@ _MISSING_REMEDY = (
 
 
 def message_with_name(error: BaseException) -> str:
-    """Return the database's message. Return an empty text if the message can contain a stored value."""
+    """Return the database's message. If the database's message can contain a stored value, return an empty text
+    instead.
+    """
     first, *_ = str(error).splitlines() or [""]
     return first if _NAMING.fullmatch(first) else ""
 
 
 def named(error: BaseException) -> str:
-    """Return a colon, the message as `message_with_name` does, and a remedy. Return an empty text for no message."""
+    """Return the text of `message_with_name()` after a colon, with a remedy. If that text is empty, return an empty
+    text.
+    """
     message = message_with_name(error)
     if not message:
         return ""
@@ -88,7 +92,8 @@ def named(error: BaseException) -> str:
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
-    """Add the SQL text to a plain `DatabaseError`. Return an error of any other class unchanged.
+    """Add the SQL text of the statement to an error of the class DatabaseError. Return an error of any other class,
+    also of a subclass, unchanged.
 
     Args:
         error: error that a statement of homeagent caused.
@@ -110,7 +115,7 @@ def commit_unknown(cause: str = "the connection was lost in the middle of COMMIT
     """Return the error for a COMMIT whose result is unknown.
 
     Args:
-        cause: reason why the result is unknown, as a clause for the message.
+        cause: reason why the result of the COMMIT is unknown, as a clause of the message.
     """
     return CommitUnknownError(
         f"{cause}, so it is unknown whether the unit was committed: check whether its rows exist before you repeat it, "
@@ -203,7 +208,7 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
 }
 
 
-# Exceptions that apsw or Python raises before or after SQLite runs a statement, so without a result code of SQLite.
+# Exceptions without a result code of SQLite. Either apsw or Python raises them before or after SQLite runs a statement.
 _DRIVER_ERRORS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
     apsw.ConnectionClosedError: (DatabaseClosedError, "the database was closed: open it again"),
     apsw.CursorClosedError: (DatabaseClosedError, "the database was closed: open it again"),
@@ -220,7 +225,8 @@ def sqlite_error(error: BaseException) -> HomeAgentError:
         if isinstance(error, UnicodeError):
             # Remove the stored text from the driver's exception, because SQLAlchemy keeps the exception as a cause.
             error.args = ()
-            error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]  # both have it
+            # UnicodeEncodeError and UnicodeDecodeError have the attribute `object`.
+            error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
         for driver_error, (kind, message) in _DRIVER_ERRORS.items():
             if isinstance(error, driver_error):
                 return kind(message)
@@ -266,7 +272,8 @@ def refused_by(error: BaseException) -> tuple[str | None, str | None]:
 
 
 def postgresql_error(error: BaseException) -> HomeAgentError:
-    """Return homeagent's error for an exception of psycopg. The server's error code (SQLSTATE) decides its class.
+    """Return homeagent's error for an exception of psycopg. The server's error code (SQLSTATE) decides the error's
+    class.
 
     Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
     """
@@ -322,7 +329,7 @@ def _psycopg_error(error: BaseException) -> HomeAgentError:
 
 @contextmanager
 def translated(driver_errors: tuple[type[BaseException], ...], translate: Translate) -> Iterator[None]:
-    """If the block raises a driver's exception, raise homeagent's error instead, without a cause or context."""
+    """If the block raises an exception of the driver, raise homeagent's error instead, without a cause or context."""
     translation: HomeAgentError | None = None
     try:
         yield

@@ -98,7 +98,7 @@ class Engine(ABC):
         """Function that each unit calls after its commit; None if no thread reads the feed of device changes."""
         self._closed = False
         self.is_forked_copy = False
-        """Whether a fork copied this object into a child process. The child can't use the copy."""
+        """True if a fork copied this object into a child process. The child can't use the copy."""
         _engines.add(self)
         register(self)
 
@@ -116,8 +116,8 @@ class Engine(ABC):
     def begin(self, *, read_only: bool, timeout: float) -> StoreConnection:
         """Take a connection from its pool, begin a transaction, and return the connection.
 
-        If the server has ended an idle connection, close all idle connections and try again with the next connection.
-        The second try is safe, because only BEGIN was sent.
+        If the server has ended an idle connection, close all idle connections and try again with the next connection. A
+        second try is safe, because only BEGIN was sent on the ended connection.
 
         Args:
             read_only: True if the unit of work only reads.
@@ -128,7 +128,7 @@ class Engine(ABC):
             DatabaseClosedError: if the database was closed, or was opened before the process was forked.
             ConnectionLostError: if the server can't be reached.
         """
-        # Do not call `self.pool()` here, because the function call would cost time in every unit.
+        # Do not call the method `self.pool()` here, because the call would cost time in every unit.
         if self.is_forked_copy:
             raise _invalidated()
         pool = self.readers if read_only else self.writers
@@ -137,8 +137,8 @@ class Engine(ABC):
             try:
                 connection.begin()
             except BaseException as error:
-                # Keep the connection open. The system keeps a deleted file while a connection has the file open, so the
-                # administrator can still restore the file.
+                # Keep this connection open. While a connection has a deleted file open, the system keeps the file, and
+                # the administrator can restore it.
                 if isinstance(error, (DatabaseBusyError, DatabaseMovedError)) and not connection.in_transaction:
                     pool.release(connection)
                     raise
@@ -148,7 +148,8 @@ class Engine(ABC):
                     raise
             else:
                 return connection
-            # Each pass closes at least one idle connection. The loop ends at the latest with the first new connection.
+            # Each pass of the loop closes at least one idle connection. The loop ends at the latest with the first new
+            # connection.
             self.discard_free()
 
     def read_alone(
@@ -237,7 +238,7 @@ class Engine(ABC):
             connection.needs_reconnect = True
 
     def discard_free(self) -> None:
-        """Close the connections that no unit uses. Later units open new connections."""
+        """Close the connections that no unit uses. Units that begin later open new connections."""
         self.writers.discard_free()
         self.readers.discard_free()
 
@@ -262,10 +263,10 @@ class Engine(ABC):
 
     @abstractmethod
     def prepare_connection(self, connection: sqlalchemy.Connection, *, read_only: bool) -> None:
-        """Change the settings of a new connection that depend on `read_only`."""
+        """Change the settings that a read-only and a writing connection have different."""
 
     def close(self) -> None:
-        """Close every connection. A second call has no effect."""
+        """Close every connection. A second call of the method has no effect."""
         if self._closed:
             return
         self._closed = True
@@ -281,11 +282,13 @@ class Engine(ABC):
 
     @abstractmethod
     def after_close(self) -> None:
-        """Release resources such as lock files. Call this method after the last connection was closed."""
+        """Release resources such as lock files. Call the method after the last connection was closed."""
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return `feed_mutex`, and the mutexes of the connection pools. The caller holds the mutexes during a fork."""
-        # The thread that holds `feed_mutex` takes the mutexes of its pool, so take `feed_mutex` first.
+        """Return the mutex `feed_mutex`, and the mutexes of the connection pools. The caller holds the mutexes during a
+        fork.
+        """
+        # Take the mutex `feed_mutex` first, because its holder then takes the mutexes of a pool.
         pools = self.writers, self.readers
         return self.feed_mutex, *(pool.making for pool in pools), *(pool.mutex for pool in pools)
 
@@ -294,7 +297,7 @@ class Engine(ABC):
         """Close the connections that a forked child must not inherit."""
 
     def after_fork_in_child(self) -> None:
-        """Make the connections unusable in a forked child, because the connections belong to the parent."""
+        """Make the connections unusable in a forked child, because they belong to the parent process."""
         for connection in list(self._connections):
             connection.invalidate()
 

@@ -2,12 +2,13 @@
 
 A child process does not inherit file locks, but inherits the memory in which SQLite records the parent's locks. A new
 connection of the child would rely on locks that the child does not hold, and the parent could delete the WAL
-(https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_). So each engine closes its
-idle connections before a fork. If a unit of work uses a connection during the fork, the child refuses to open the file.
+(https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_). Therefore each engine
+closes its idle connections before a fork. If a unit of work uses a connection during the fork, the child refuses to
+open the file.
 
-The forking thread holds the mutexes of all connection pools during the fork. Do not release the mutexes earlier:
-another thread would open a new connection at that moment, and the child would wait forever for a lock of SQLite that
-the other thread holds (`test_forks_under_load`).
+The forking thread holds the mutexes of all connection pools during the fork. Do not release the mutexes earlier.
+Another thread could open a connection during the fork and hold a lock of SQLite, for which the child would wait forever
+(`test_forks_under_load`).
 """
 
 from __future__ import annotations
@@ -33,23 +34,24 @@ class _Forkable(Protocol):
         """Return the locks without which no other thread can take or return a connection."""
 
     def before_fork(self) -> None:
-        """Close idle connections. A connection that remains open counts as in use."""
+        """Close idle connections. A connection that is still open after this call counts as in use."""
 
     def after_fork_in_child(self) -> None:
-        """Make inherited connections unusable, and call `inherit()` for a file that was in use."""
+        """In a forked child, make inherited connections unusable, and call `inherit()` for a file that was in use."""
 
 
 _known: weakref.WeakSet[_Forkable] = weakref.WeakSet()
 _inherited: set[tuple[int, int]] = set()
 
-# A forking thread holds this lock. Two threads that fork at the same time would wait for each other's mutexes. The list
-# `_held` has an element for each running fork, because a signal handler can fork during a fork of its thread.
+# A thread holds this lock while it forks. Without the lock, two threads that fork at the same time would wait for each
+# other's mutexes. The list `_held` has an element for each running fork, because a signal handler can fork while its
+# thread forks.
 _forking = threading.RLock()
 _held: list[list[threading.RLock]] = []
 
 
 def register(engine: _Forkable) -> None:
-    """Call the engine's methods at every fork, until the engine is garbage-collected."""
+    """Register an engine, whose methods are then called at every fork until the engine is garbage-collected."""
     _known.add(engine)
 
 
@@ -89,7 +91,8 @@ def _after() -> None:
 
 def _after_in_child() -> None:
     engines = list(_known)
-    # Mark all engines before the second loop, because an error in that loop must not leave a usable engine.
+    # Mark all engines as forked before the second loop, because an error in the second loop must not leave a usable
+    # engine.
     for engine in engines:
         engine.is_forked_copy = True
     try:

@@ -1,9 +1,9 @@
 """Call the listeners of SQLAlchemy's engine events for statements that bypass SQLAlchemy.
 
 A store's statements run on the driver's cursor, so listeners such as OpenTelemetry's would miss the statements. If
-there are listeners when a connection is created, the connection's cursor is wrapped. The wrapper calls the listeners
-in the same order and with the same arguments as SQLAlchemy (https://docs.sqlalchemy.org/en/21/core/events.html). But
-the wrapper hides all parameters, and passes homeagent's error instead of the driver's error.
+there are listeners when a connection is created, the connection's cursor is wrapped. The wrapper calls the listeners in
+the same order and with the same arguments as SQLAlchemy (https://docs.sqlalchemy.org/en/21/core/events.html). Unlike
+SQLAlchemy, the wrapper hides all parameters, and passes homeagent's error instead of the driver's error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def has_listeners(connection: Connection) -> bool:
 
 
 class _Execution(ExecutionContext):
-    """Context of one statement. Listeners can add attributes to the context, such as a span."""
+    """The context of one statement, as SQLAlchemy's listeners expect it. Listeners can add attributes to the context of
+    a statement, such as a span.
+    """
 
     def __init__(self, connection: Connection, cursor: Any, statement: str, *, many: bool) -> None:
         self.engine = connection.engine
@@ -67,7 +69,8 @@ class FailureContext(ExceptionContext):
 class InstrumentedCursor:
     """A driver's cursor that calls the connection's listeners.
 
-    The function `translate()` converts an exception of a class in `driver_errors` to homeagent's error.
+    The function `translate()` converts an exception of the driver to homeagent's error. The argument `driver_errors`
+    lists the classes of these exceptions.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class InstrumentedCursor:
         return self._run(statement, lambda statement: self._cursor.execute(statement, *parameters))
 
     def executemany(self, statement: str, parameters: Any) -> Any:
-        """Run a statement once for each set of parameters."""
+        """Run one statement repeatedly, with each set of parameters."""
         return self._run(statement, lambda statement: self._cursor.executemany(statement, parameters), many=True)
 
     @contextmanager

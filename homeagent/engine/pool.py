@@ -1,8 +1,8 @@
 """A fair (first in, first out) connection pool. With size 1 the pool is the write lock.
 
-`threading.Lock` is not fair: a thread can release the lock and take it again before a waiting thread runs. In a trial,
-a sweep starved the writers for 400 ms. SQLite's busy handler is not fair either. The pool passes a released connection
-to the thread with the longest wait.
+The class `threading.Lock` is not fair, because a thread can release the lock and take it again before a waiting thread
+runs. In a trial with `threading.Lock`, the writers waited 400 ms for a sweep. SQLite's busy handler is not fair either.
+The pool passes a released connection to the thread with the longest wait.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ class _Waiter(Generic[T]):
 
 
 class ConnectionPool(Generic[T]):
-    """A bounded set of resources, created on demand and kept. The thread with the longest wait gets the next resource.
+    """A bounded set of resources, which the pool creates on demand and keeps. The thread with the longest wait gets the
+    next resource.
 
     Args:
         size: maximum number of resources. A pool of size 1 is a lock.
-        make: function that creates a resource. The method `acquire()` passes on an error of this function.
+        make: function that creates a resource. The method `acquire()` raises the errors of this function.
         name: name of a resource in the message of a timeout, such as "the write lock".
-        waited: function to call after each wait, also if the wait timed out. Its argument is the wait in seconds.
+        waited: function that `acquire()` calls after each wait, also after a timeout, with the duration of the wait in
+            seconds.
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class ConnectionPool(Generic[T]):
         self._make = make
         self._name = name
         self._waited = waited
-        # Do not use a plain Lock: a signal handler may use the database while the interrupted thread holds the mutex.
+        # Use a reentrant lock, because a signal handler can use the database while the interrupted thread holds the
+        # mutex.
         self.mutex = threading.RLock()
-        # A thread holds this lock while it creates a resource, so that a fork can wait until the resource is complete.
+        # A thread holds the lock `making` while it creates a resource, so a fork waits until the resource is complete.
         self.making = threading.RLock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()
@@ -84,7 +87,8 @@ class ConnectionPool(Generic[T]):
         waiter: _Waiter[T] | None = None
         has_place = False
         # CPython runs a signal handler only after a call or a jump back. Do not add a call between the line that takes
-        # a resource and the line that records the holder, or the interrupt tests of tests/engine/test_pool.py fail.
+        # a resource and the line that records the holder. Otherwise the interrupt tests of tests/engine/test_pool.py
+        # fail.
         try:
             with self.mutex:
                 if self._closed:
@@ -122,9 +126,10 @@ class ConnectionPool(Generic[T]):
         return resource
 
     def _wait(self, waiter: _Waiter[T], timeout: float) -> bool:
-        """Wait until the waiter is served. Return True if the waiter may create a resource.
+        """Wait until another thread passes a resource, or the right to create a resource, to the waiter. Return True if
+        the waiter may create a resource.
 
-        Return False if the waiter got a resource, and also if the pool was closed.
+        Return False if the waiter got a resource, or if the pool was closed.
         """
         self.waits += 1
         since = monotonic()
@@ -135,13 +140,15 @@ class ConnectionPool(Generic[T]):
                 self._waited(monotonic() - since)
         if not given:
             with self.mutex:
-                # If the waiter is no longer in the queue, another thread served it between the timeout and this line.
+                # A waiter that is no longer in the queue got a resource after its timeout.
                 if waiter in self._waiters:
                     raise self._busy(timeout)
         return waiter.has_place
 
     def _leave_queue(self, waiter: _Waiter[T]) -> None:
-        """Remove a waiter from the queue. If the waiter was already served, serve the next waiter instead."""
+        """Remove a waiter from the queue. If another thread has already passed a resource to the waiter, pass this
+        resource to the next waiter.
+        """
         with self.mutex:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
@@ -172,7 +179,7 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def release_own(self, resource: T) -> None:
-        """After an interrupt, release a resource if this thread still holds the resource. Otherwise do nothing."""
+        """Release the resource if the calling thread still holds it after an interrupt. Otherwise do nothing."""
         holder = self._held.get(resource)
         if holder is not None and holder[0] == get_ident():
             self.release(resource)
@@ -193,9 +200,10 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def _free_place(self, resource: T | None = None) -> None:
-        """Let the next waiter create a resource.
+        """Let the next waiting thread create a resource.
 
-        The caller has removed the resource from the pool. With `resource=None`, the caller could not create a resource.
+        Before this call, the caller removed a resource from the pool. With `resource=None`, the caller failed to create
+        a resource.
         """
         with self.mutex:
             if resource is not None:
@@ -224,7 +232,7 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def busy(self, timeout: float) -> DatabaseBusyError:
-        """Return the error for a caller that has waited too long; the message names the holders."""
+        """Return the error for a caller that has waited too long. The message of the error names the holders."""
         with self.mutex:
             return self._busy(timeout)
 

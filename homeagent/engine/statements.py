@@ -61,7 +61,7 @@ class Compiled(Generic[R]):
         sql: SQL text, with the placeholders of the driver.
         bind: function that converts a mapping of parameters to a list of the driver's values for the placeholders.
         load: function that converts the driver's rows to a list of results.
-        writes: whether the statement changes the database.
+        writes: True if the statement changes the database.
         columns: columns of a row, in the order of the values.
         target: name of the table that the statement writes to; None if it only reads, or if the table is unknown.
         cascade: attribute of foreign keys with the action that the statement causes in other tables: `ondelete`,
@@ -178,7 +178,7 @@ class Statement(Generic[R]):
 
     @property
     def only_reads(self) -> bool:
-        """Whether the statement changes and locks no row."""
+        """True if the statement changes and locks no row."""
         return not self.lock and isinstance(self._make, _READING)
 
     def compiled(self, dialect: Dialect, *, read_only: bool = False) -> Compiled[R]:

@@ -60,7 +60,7 @@ class Target(NamedTuple):
 
     @property
     def is_temporary(self) -> bool:
-        """Whether the target is `:memory:`, a private temporary file that is deleted when the database is closed."""
+        """True if the target is `:memory:`, a private temporary file that is deleted when the database is closed."""
         return self.path is None and self.url is None
 
     @property

@@ -181,7 +181,7 @@ def idempotent(
     body.
 
     Args:
-        required: whether a request without a key gets a reply with status 400. If False, the effect of such a request
+        required: True if a request without a key gets a reply with status 400. If False, the effect of such a request
             runs without a record.
         lease: see `Database.run_once`.
         ttl: time for which a retry gets the answer.

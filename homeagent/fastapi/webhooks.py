@@ -174,7 +174,7 @@ def _owner(unit: UnitOfWork, sender: str) -> str:
 
 
 def _is_fresh(unit: UnitOfWork, sent_at: datetime, tolerance: timedelta) -> bool:
-    """Return whether the store still knows the key of a message that was signed at this time.
+    """Return True if the store still knows the key of a message that was signed at this time.
 
     A restore can remove the key of a message that was handled before the restore.
     """

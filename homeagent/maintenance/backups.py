@@ -66,7 +66,7 @@ def back_up(
         keep: number of this database's backups that stay in the directory. Older backups are removed. The number does
             not include a backup without a manifest, a backup from an upgrade, or a backup with an owner that
             `restore()` refuses. These backups are not removed.
-        replace: whether to replace an existing file.
+        replace: True to replace an existing file.
         timeout: longest wait for another backup into the same directory.
         stop: function that is called repeatedly. If it returns True, the backup is cancelled.
 

@@ -120,7 +120,7 @@ class _Table:
             rows = unit.all(self._next, limit=self.page, **{name: last[at] for name, at in self._key.items()})
 
     def holds_any(self, unit: UnitOfWork) -> bool:
-        """Return whether the table has a row."""
+        """Return True if the table has a row."""
         return unit.one(self._any) is not None
 
     def count(self, unit: UnitOfWork) -> int:

@@ -133,7 +133,7 @@ class OwnTable:
             ) from None
 
     def differs(self, source: Connection, target: Connection) -> bool:
-        """Return whether the two databases have different rows."""
+        """Return True if the two databases have different rows."""
         return self.count(source) != self.count(target) or any(
             not self._is_copied(page, target) for page in self.pages(source)
         )

@@ -70,7 +70,7 @@ def header_of(path: Path, database: Path) -> bytes:
 
 
 def is_homeagent_database(header: bytes) -> bool:
-    """Return whether the header belongs to a SQLite database of this application."""
+    """Return True if the header belongs to a SQLite database of this application."""
     return header.startswith(SQLITE_HEADER) and int.from_bytes(header[_APPLICATION_ID], "big") == APPLICATION_ID
 
 

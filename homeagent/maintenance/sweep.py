@@ -189,7 +189,7 @@ class Sweeper:
 
     @property
     def running(self) -> bool:
-        """Whether the sweeper's thread runs."""
+        """True if the sweeper's thread runs."""
         thread = self._thread
         return thread is not None and thread.is_alive()
 

@@ -110,7 +110,7 @@ class Application:
         return cls(name, scripts, heads[0] if heads else None, triggers)
 
     def is_pending(self, connection: Connection) -> bool:
-        """Return whether a revision is missing in the database.
+        """Return True if a revision is missing in the database.
 
         Raises:
             SchemaTooNewError: the version table has a revision that the application does not have.
@@ -261,7 +261,7 @@ class _Guard:
 
     @property
     def is_sqlite(self) -> bool:
-        """Whether the database is a SQLite file."""
+        """True if the database is a SQLite file."""
         return self._connection.dialect.name == "sqlite"
 
     def count(self, _connection: object, _cursor: object, statement: str, *_: object) -> None:

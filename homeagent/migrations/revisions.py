@@ -200,7 +200,7 @@ def server_triggers(revision: str) -> dict[str, str]:
 
 
 def suits(connection: Connection, revision: str | None) -> bool:
-    """Return whether this version of homeagent works with the schema, or False if the schema must be created or
+    """Return True if this version of homeagent works with the schema, or False if the schema must be created or
     upgraded.
 
     The schema can be at this version's revision or at a compatible newer revision. A newer version of homeagent stores

@@ -163,7 +163,7 @@ def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
 def _check_unclean_end(engine: SQLiteEngine) -> bool:
     """Check a file that has a WAL but is not open in any process, because the last process did not close the database.
 
-    Return whether the file was checked. Raise CorruptDatabaseError if the file is damaged or its WAL lost commits.
+    Return True if the file was checked. Raise CorruptDatabaseError if the file is damaged or its WAL lost commits.
     """
     if engine.in_use_lock is not None:
         engine.in_use_lock.release()
@@ -209,7 +209,7 @@ def _look_up(connection: Connection, application: Application) -> tuple[str | No
 
 
 def _has_marker(path: Path) -> bool:
-    """Return whether the lock file has a marker.
+    """Return True if the lock file has a marker.
 
     The marker is absent in two cases: the database was copied by hand, or a process was killed during the creation.
     """
@@ -222,7 +222,7 @@ def _has_marker(path: Path) -> bool:
 def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
     """Create a missing file and prepare its header. The caller holds `sidecar_lock`.
 
-    Return whether the lock file has a marker.
+    Return True if the lock file has a marker.
     """
     path = engine.path
     database_file.refuse_orphaned_log(path)

@@ -140,7 +140,7 @@ _RESERVED_NAMES = frozenset(
 
 
 def _is_own(model: type) -> bool:
-    """Return whether the class is a class of the application."""
+    """Return True if the class is a class of the application."""
     return not model.__module__.startswith("homeagent.")
 
 

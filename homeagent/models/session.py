@@ -105,7 +105,7 @@ _ROUTE = ("agent_id", "sender_id", "channel_id", "route_key")
 
 
 def _changes_route(session: AgentSession) -> bool:
-    """Return whether the flush changes the route of the session."""
+    """Return True if the flush changes the route of the session."""
     attributes = inspect(session).attrs
     return any(attributes[name].history.has_changes() for name in _ROUTE)
 

@@ -150,7 +150,7 @@ class IdempotencyKeyStore(Store):
             fingerprint: fingerprint of the call's parameters: see `homeagent.canonical_json.fingerprint_of`.
             lease: time after which the attempt counts as abandoned, unless renewed. Zero means an expired lease.
             ttl: time for which retries get the outcome, more than zero and at most `Limits.longest_ttl`.
-            rerun: whether the caller takes over an abandoned attempt, and runs the effect again.
+            rerun: True if the caller takes over an abandoned attempt, and runs the effect again.
             owner: random token of the caller. A second claim with the token returns the same attempt. Default: new.
 
         Returns:

@@ -33,7 +33,7 @@ _LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextex
 
 
 def has_room(unit: Unit, kind: str, device_id: str, limit: int, count: Callable[[], int]) -> bool:
-    """Return whether the device can have another row. If so, the row uses up a part of this process's grant.
+    """Return True if the device can have another row. If so, the row uses up a part of this process's grant.
 
     Args:
         unit: writing unit that adds the row.

@@ -65,7 +65,7 @@ def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None
 
 
 def _is_on(session: AgentSession, route: Parameters) -> bool:
-    """Return whether the session has this route. Do not compare the route key, which can be stale."""
+    """Return True if the session has this route. Do not compare the route key, which can be stale."""
     return all(getattr(session, name) == route[name] for name in ("agent_id", "sender_id", "channel_id"))
 
 

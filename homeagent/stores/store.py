@@ -112,7 +112,7 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
     Args:
         unless: function that finds out whether a write is needed, as the class `Access` explains. Default: the method
             always writes.
-        stream: whether the method reads an iterable, which a second run would find empty.
+        stream: True if the method reads an iterable, which a second run would find empty.
     """
 
     def declare(method: F) -> F:

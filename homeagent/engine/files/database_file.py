@@ -4,9 +4,9 @@ A user with write access to the database can approve any device, and a user with
 Each file therefore has mode 0600. This module refuses a symbolic link, a file with several hard links, and a file of
 an untrusted user (`homeagent.engine.files.owners` lists the trusted users).
 
-This module inspects an existing database by `lstat` only. Do not open a database file here, because a process that
-closes any descriptor of a file loses all POSIX locks that SQLite holds on the file
-(https://sqlite.org/howtocorrupt.html, section 2.2). Do not open the `-wal`, `-shm` and `-journal` files either.
+This module inspects an existing database by `lstat` only. Do not open a database file in this module. When a process
+closes any descriptor of a file, it loses all POSIX locks that SQLite holds on the file
+(https://sqlite.org/howtocorrupt.html, section 2.2). Do not open the files `-wal`, `-shm` and `-journal` here either.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ _ATTEMPTS = 10
 def locate_file(path: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a database file. Expand `~`, and follow symbolic links among the directories.
 
-    The last component is not resolved, so that `inspect_file()` can still refuse a link there. A link to a directory is
-    legitimate, because /tmp is a link on macOS and a home directory can be on another volume. The file need not exist.
+    The last component is not resolved, so that `inspect_file()` can refuse it if it is a link. A link to a directory is
+    legitimate, because /tmp is a link on macOS and a home directory can be on another volume. The file that the path
+    names need not exist.
 
     Raises:
         InvalidArgumentError: if `path` is not a path, is empty, contains a control character, is not UTF-8, or names
@@ -87,7 +88,7 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
     if not text:
         raise InvalidArgumentError("the path of a database is empty: name a file")
     if CONTROL_CHARACTER.search(text):
-        # A name that was read from a file together with the line break would create a new, empty database.
+        # A path that a program read from a file with its line break would create a new, empty database.
         raise InvalidArgumentError("the path holds a control character, such as a line break: remove the character")
     try:
         expanded = Path(text).expanduser()
@@ -107,7 +108,7 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
 def sidecars(path: Path) -> list[Path]:
     """Return the paths of the WAL, the WAL index and the rollback journal (https://sqlite.org/tempfiles.html).
 
-    The files need not exist.
+    The three files need not exist.
     """
     return [path.with_name(path.name + suffix) for suffix in _SIDECAR_SUFFIXES]
 
@@ -137,27 +138,28 @@ class FileState(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether the size of the file is 0."""
+        """True if the size of the file is 0."""
         return self.size == 0
 
 
 def inspect_file(path: Path) -> FileState | None:
     """Inspect a database file without opening the file. If the caller owns the file, narrow the file's mode to 0600.
 
-    A change of the mode is logged as a warning. A mode narrower than 0600 stays, because an administrator can want a
-    read-only file. An empty file always gets 0600, because a umask can have removed bits. A refused file is not
-    changed.
+    A change of the mode is logged as a warning. The function keeps a mode narrower than 0600, because an administrator
+    can want a read-only file. An empty file always gets the mode 0600, because a umask can have removed bits. A refused
+    file is not changed.
 
-    Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). SQLite then gives the
-    sidecar files to the same owner. If the mode of the owner's file is wider than 0600, root gets `InsecureFileError`,
-    because another user who controls the directory could make root change the mode of a different file.
+    Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). In this case SQLite
+    gives the sidecar files to the same owner. If the mode of the owner's file is wider than 0600, root gets
+    `InsecureFileError`, because another user who controls the directory could make root change the mode of a different
+    file.
 
     Returns:
         None if the file does not exist.
 
     Raises:
         InsecureFileError: if the file is a link, has a second hard link, belongs to another user, or can't be made
-            private; also if the process runs as root, and other users can replace files in the directory.
+            private. For root, also if other users can replace files in the directory.
         ForeignDatabaseError: if `path` is a directory, a pipe, a socket or a device.
         CorruptDatabaseError: if the file has 1 to 511 bytes, which SQLite would treat as an empty database.
         DatabaseError: if `lstat` failed.
@@ -166,12 +168,14 @@ def inspect_file(path: Path) -> FileState | None:
 
 
 def secure_sidecars(path: Path) -> list[FileState]:
-    """Inspect each existing sidecar file of a database as `inspect_file()` does. Return the states of these files.
+    """Inspect each existing sidecar file of a database in the same way as `inspect_file()`. Return the states of the
+    existing sidecar files.
 
     SQLite sets the mode of a sidecar file only on creation, and a sidecar file can be older than the database.
 
     Raises:
-        InsecureFileError, ForeignDatabaseError, DatabaseError: for the same reasons as in `inspect_file()`.
+        InsecureFileError, ForeignDatabaseError, DatabaseError: if `inspect_file()` would raise the error for a sidecar
+            file.
     """
     states = [judge_file(sidecar, is_database=False) for sidecar in sidecars(path)]
     return [state for state in states if state is not None]
@@ -182,14 +186,14 @@ def refuse_orphaned_log(path: Path) -> None:
 
     SQLite creates a WAL only after the database's header is on the disk. A WAL with content next to a missing or empty
     database means that the database was lost. SQLite would delete the WAL and start with an empty database, without any
-    revocation or nonce. The caller must hold `sidecar_lock`.
+    revocation or nonce. The caller must hold the lock `sidecar_lock`.
 
     Raises:
         CorruptDatabaseError: if the WAL has content, and the database is missing or empty.
     """
     log = sidecars(path)[0]
-    # Do not swap the two calls of `_size()`. If another process creates the database now, the database gets content
-    # before the WAL does.
+    # Do not exchange the two calls of `_size()`. If another process creates the database at the same time, the database
+    # gets content before the WAL.
     if _size(log) and not _size(path):
         raise CorruptDatabaseError(
             f"{quoted(path)} is gone or empty, but its log {quoted(log)} is not: restore a backup, "
@@ -200,8 +204,8 @@ def refuse_orphaned_log(path: Path) -> None:
 def create_file(path: Path, *, database: Path | None = None) -> bool:
     """Create an empty database file with mode 0600, under any umask.
 
-    The directory must exist. The caller must hold `sidecar_lock`. Without this lock another thread could open the file
-    before this function closes the descriptor, and SQLite would lose its locks.
+    The directory must exist. The caller must hold the lock `sidecar_lock`. Otherwise another thread could open the file
+    before this function closes its descriptor, and SQLite would lose its locks.
 
     Args:
         path: path of the new file.
@@ -212,8 +216,8 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
 
     Raises:
         InsecureFileError: if the file system does not keep modes.
-        DatabaseError: if the file can't be created. The error is `ReadOnlyError` or `DiskFullError` if the system
-            reports this cause. No file is left.
+        DatabaseError: if the file can't be created. If the system reports a full disk or a read-only file system, the
+            error is `DiskFullError` or `ReadOnlyError`. The function leaves no file behind.
     """
     with explained("create", path):
         descriptor = create_descriptor(path, database=database)
@@ -238,7 +242,7 @@ def atomic_replace(source: Path, target: Path) -> None:
 
     Raises:
         InsecureFileError, ForeignDatabaseError: if `source` is a link, is not a regular file or can't be made private.
-        DatabaseError: if the new file is missing or can't be moved. The old file is unchanged.
+        DatabaseError: if the new file is missing or can't be moved. The file at `target` is then unchanged.
     """
     if judge_file(source, is_database=False) is None:
         raise DatabaseError(f"there is no {quoted(source)} to put in the place of {quoted(target)}: make it first")
@@ -256,7 +260,7 @@ def atomic_replace(source: Path, target: Path) -> None:
 
 
 def create_descriptor(path: Path, *, database: Path | None = None) -> int | None:
-    """Create an empty file with mode 0600 and return the descriptor; None if the path already exists.
+    """Create an empty file with mode 0600 and return its descriptor. If the path already exists, return None.
 
     If root creates the file, the file is given to the owner of the directory.
 
@@ -298,7 +302,7 @@ def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
         owners: trusted user ids, from `trusted_owners` or `backup_owners`.
 
     Raises:
-        InsecureFileError: if the file has a second hard link, or belongs to a user who is not in `owners`.
+        InsecureFileError: if the file has a second hard link, or belongs to a user outside the argument `owners`.
         ForeignDatabaseError: if `path` is not a regular file.
         OSError: if the file can't be opened, or is a link.
     """
@@ -319,7 +323,7 @@ def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, r
     Args:
         path: path of the file.
         is_database: if True, refuse a file that is too short for a database, and set an empty file's mode to 0600.
-        complete_empty: if True, set the mode of an empty file to 0600.
+        complete_empty: True to set the mode of an empty file to 0600.
         repair: if False, do not change the mode, because the file can belong to another application.
     """
     repaired_from: int | None = None
@@ -348,9 +352,9 @@ def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, r
                 change_mode(path, wanted)
                 changed = os.lstat(path)
             except FileNotFoundError:
-                continue  # another process removed the file, so inspect the path again
+                continue  # another process has removed the file in between, so inspect the path again
         if identity_of(changed) != identity_of(status):
-            continue  # another process replaced the file, so inspect the new file
+            continue  # another process has replaced the file in between, so inspect the new file
         if stat.S_IMODE(changed.st_mode) != wanted:
             raise modes_not_kept(path)
         logger.warning(
@@ -375,7 +379,8 @@ def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) 
         owners: trusted user ids, from `trusted_owners` or `backup_owners`.
 
     Raises:
-        InsecureFileError: if the file is a link, has a second hard link, or belongs to a user who is not in `owners`.
+        InsecureFileError: if the file is a link, has a second hard link, or belongs to a user outside the argument
+            `owners`.
         ForeignDatabaseError: if `path` is a directory, a pipe, a socket or a device.
     """
     if stat.S_ISLNK(status.st_mode):
@@ -418,7 +423,7 @@ def _refuse(path: Path, status: os.stat_result, *, is_database: bool) -> None:
 
 
 def look_at(path: Path) -> os.stat_result | None:
-    """Return the result of `lstat`; None if the path does not exist."""
+    """Return the result of the system call `lstat`. If the path does not exist, return None."""
     with explained("inspect", path):
         try:
             return os.lstat(path)

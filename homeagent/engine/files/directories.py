@@ -26,10 +26,11 @@ class DirectoryReport(NamedTuple):
 
     Attributes:
         path: path of the directory.
-        made: directories that `prepare_directory` created, outermost first. The list can be empty.
+        made: directories that `prepare_directory` created, outermost first. If all directories existed, the list is
+            empty.
         mode: permission bits, including the sticky bit.
         uid: user id of the owner.
-        listable: whether other users can list the directory.
+        listable: True if other users can list the directory.
         problem: reason why the files are not safe from other users, with the remedy; None if the files are safe.
     """
 
@@ -49,13 +50,13 @@ def prepare_directory(directory: Path) -> DirectoryReport:
     """Create a database's directory if it is missing, and report how other users could harm an existing directory.
 
     New directories, including new parent directories, have mode 0700 under any umask. If root creates a directory, the
-    owner of the parent directory becomes the owner. An existing directory stays unchanged, because other programs can
-    rely on the mode. The logger `homeagent` emits a warning the first time that the function finds a directory unsafe.
+    owner of the parent directory becomes the owner. The function does not change an existing directory, because other
+    programs can rely on its mode. When the function first finds a directory unsafe, it logs a warning.
 
     Raises:
         InvalidArgumentError: if a component of the path is not a directory.
-        InsecureFileError: if the file system does not keep modes; also if the process runs as root, and other users can
-            replace files in the directory.
+        InsecureFileError: if the file system does not keep modes. For root, also if other users can replace files in
+            the directory.
         ReadOnlyError, DiskFullError, DatabaseError: if the directory can't be created or inspected.
     """
     made: list[Path] = []
@@ -64,9 +65,9 @@ def prepare_directory(directory: Path) -> DirectoryReport:
             try:
                 step.mkdir(DIRECTORY_MODE)
             except FileExistsError:
-                continue  # The check after the loop refuses a broken link.
+                continue  # A broken link passes the loop, and the check after it refuses the link.
             if not _is_private_directory(step):
-                change_mode(step, DIRECTORY_MODE)  # a umask can also remove bits of the owner
+                change_mode(step, DIRECTORY_MODE)  # a umask can also remove the owner's permissions
                 if not _is_private_directory(step):
                     raise modes_not_kept(step)
             _give_to_parents_owner(step)
@@ -100,7 +101,9 @@ def prepare_directory(directory: Path) -> DirectoryReport:
 
 
 def find_temporary_directory() -> Path | None:
-    """Return `TMPDIR` or a usual directory for temporary files; None if none of these directories is writable."""
+    """Return the directory in the variable TMPDIR, or a usual directory for temporary files. If no directory is
+    writable, return None.
+    """
     try:
         return Path(tempfile.gettempdir())
     except FileNotFoundError:
@@ -134,7 +137,7 @@ def _missing_directories(directory: Path) -> list[Path]:
                 missing.append(candidate)
                 continue
             except NotADirectoryError:
-                continue  # a parent is a file: the loop reaches the parent later, and then raises an error
+                continue  # a parent is a file, for which a later pass of the loop raises an error
         if not stat.S_ISDIR(status.st_mode):
             raise InvalidArgumentError(f"{quoted(candidate)} is a file, not a directory: name another path")
         refuse_replaceable(candidate)
@@ -147,8 +150,8 @@ def _give_to_parents_owner(made: Path) -> None:
     if os.geteuid() != 0:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    # Use a descriptor of the parent, because the parent's owner could replace each of the two directories by a link.
-    # The owner could still replace the new directory by another empty directory, which does no harm.
+    # Use a descriptor of the parent directory, because its owner could replace the new directory or the parent by a
+    # link. The owner could still replace the new directory by another empty directory, which does no harm.
     parent = os.open(made.parent, flags)
     try:
         descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)

@@ -1,8 +1,8 @@
 """Check that the name of a database still refers to the file that was opened.
 
-If another program deletes or replaces the file of an open database, SQLite continues to read and write the file without
-a name, and all changes are lost when the process ends (https://sqlite.org/howtocorrupt.html, section 4). In WAL mode
-SQLite does not check the name.
+Another program can delete or replace the file of an open database. SQLite then continues to use the old file, which has
+no name, and all changes are lost when the process ends (https://sqlite.org/howtocorrupt.html, section 4). In WAL mode
+SQLite does not check the name of the database file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["FileIdentityCheck"]
 
 Identity = tuple[int, int]
 
-# Seconds after which a read-only unit, or a unit whose commit a power cut can undo, checks the files again. A check
+# Interval between two checks of the files, in seconds, for read-only units and for commits without a sync. A check
 # takes a few microseconds, almost as long as a small unit of work.
 _INTERVAL = 0.01
 
@@ -38,7 +38,7 @@ class FileIdentityCheck:
         on_moved: function to call before `DatabaseMovedError` is raised.
 
     Attributes:
-        due: time, on the clock `monotonic()`, after which the last check counts as too old. The code that begins a unit
+        due: time after which the last check counts as too old, on the monotonic clock. The code that begins a unit
             compares this time with the clock, and calls `after_begin()` only if necessary, because each call takes
             time.
     """
@@ -55,7 +55,7 @@ class FileIdentityCheck:
         self._path = path
         self._strict = strict
         self.monotonic = monotonic
-        # Convert the paths to text once: a conversion at each check would take as long as the check.
+        # Convert the paths to text only once, because a conversion takes as long as a check.
         self._name = str(path)
         self._wal_files = [str(each) for each in sidecars(path)[:2]]
         self._identity: Identity | None = None
@@ -71,7 +71,7 @@ class FileIdentityCheck:
 
     @property
     def remembers_log(self) -> bool:
-        """Whether this object has recorded the identity of the WAL or of the WAL index."""
+        """True if this object has recorded the identity of the WAL or of the WAL index."""
         return bool(self._known)
 
     def before_connect(self) -> None:
@@ -89,8 +89,8 @@ class FileIdentityCheck:
         """Check the files after a connection was opened and has read. The first call records the file's identity.
 
         Args:
-            beside: if True, also record the identities of the WAL and the WAL index. The caller must later call
-                `disconnected()`.
+            beside: True to record also the identities of the WAL and the WAL index. With True, the caller must later
+                call `disconnected()`.
 
         Raises:
             DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
@@ -98,7 +98,7 @@ class FileIdentityCheck:
         if self._identity is None:
             status = self._status(self._name)
             self._identity = None if status is None else identity_of(status)
-        else:  # no check at the first connection, because SQLite can empty a new, incomplete file
+        else:  # do not check at the first connection, because SQLite can empty a new, incomplete file
             self._check(beside=beside)
 
     def disconnected(self) -> None:
@@ -116,7 +116,8 @@ class FileIdentityCheck:
         self.due = self.monotonic() + _INTERVAL
 
     def before_commit(self) -> None:
-        """Check the files if the last check is too old. With `strict=True`, always check the database's file.
+        """Check the files if the last check is too old. If the object was created with `strict=True`, always check the
+        database's file.
 
         Raises:
             DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
@@ -127,7 +128,9 @@ class FileIdentityCheck:
             self._check(beside=False)
 
     def find_moved(self, *, beside: bool = False) -> DatabaseMovedError | None:
-        """Return an error if the file was deleted or replaced. With `beside=True`, check the WAL and its index too."""
+        """Return an error if the file was deleted or replaced. With `beside=True`, also check the WAL and the WAL
+        index.
+        """
         try:
             self._check(beside=beside)
         except DatabaseMovedError as moved:
@@ -137,7 +140,9 @@ class FileIdentityCheck:
         return None
 
     def _check(self, *, beside: bool = True, remember: bool = True) -> None:
-        """Compare each file's identity with its recorded identity. Call `on_moved()` before raising an error."""
+        """Compare each file's identity with its recorded identity. Call the function `on_moved()` before raising an
+        error.
+        """
         try:
             self._compare(beside=beside, remember=remember)
         except DatabaseMovedError:
@@ -145,7 +150,7 @@ class FileIdentityCheck:
             raise
 
     def _compare(self, *, beside: bool, remember: bool) -> None:
-        # If this check raises an error, the next unit must check again.
+        # If the comparison raises an error, the next unit must check the files again.
         due, self.due = self.due, 0.0
         if self.marked_corrupt is not None:
             raise CorruptDatabaseError(self.marked_corrupt)

@@ -12,7 +12,7 @@ from homeagent.errors import DatabaseError
 __all__ = ["filesystem_kind", "is_network_filesystem", "refuse_network_filesystem"]
 
 # File systems that several kernels use at the same time, such as the kernels of a server and a client. The WAL index
-# needs memory that all connections share, which such a file system does not provide (https://sqlite.org/wal.html,
+# needs memory that all connections share. These file systems do not provide shared memory (https://sqlite.org/wal.html,
 # section 1). The kinds 9p and virtiofs are refused even if only one machine uses the file, because WAL databases were
 # corrupted on WSL 2 (9p), on gVisor (9p), and in shared folders of Docker Desktop and Podman (virtiofs).
 _NETWORK_KINDS = frozenset(
@@ -33,10 +33,11 @@ _NETWORK_KINDS = frozenset(
 
 
 def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """Return the kind of file system of a path, such as "ext4" or "nfs4". The path need not exist.
+    """Return the kind of file system of a path, such as "ext4" or "nfs4". The function also accepts a path that does
+    not exist.
 
-    Return None if the kind can't be determined, on macOS and on Linux without /proc. The argument `mount_table` is the
-    path of the kernel's list of mounts (proc_pid_mountinfo(5)).
+    On macOS, and on Linux without /proc, return None. The argument `mount_table` is the path of the kernel's list of
+    mounts (manual page proc_pid_mountinfo(5)).
     """
     try:
         table = mount_table.read_bytes()
@@ -56,8 +57,8 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
         point = _unescaped(fields.split()[4])
         if place.is_relative_to(point):
             # Prefer a mount with the path's device, because a later mount can hide a mount with a longer path. On Btrfs
-            # the device of the path differs from the device of its mount. Otherwise prefer the longest path and, of two
-            # mounts on one path, the later mount.
+            # the device of the path differs from the device of its mount. If no mount has the path's device, prefer the
+            # mount with the longest path. Of two mounts on one path, prefer the later mount.
             rank = (fields.split()[2].decode() == device, len(point))
             if found is None or rank >= found[:2]:
                 found = (*rank, rest.split()[0].decode("ascii", "replace"))
@@ -65,14 +66,14 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
 
 
 def is_network_filesystem(kind: str) -> bool:
-    """Return whether several machines, or a host and its virtual machine, share a file system of this kind."""
+    """Return True if several machines, or a host and its virtual machine, share a file system of this kind."""
     return kind.removeprefix("fuse.") in _NETWORK_KINDS
 
 
 def refuse_network_filesystem(path: Path, *, mount_table: Path = Path("/proc/self/mountinfo")) -> None:
     """Raise DatabaseError for a path on a network file system or a shared folder, where WAL does not work.
 
-    Accept a file system of unknown kind. On macOS the kind of every file system is unknown.
+    Accept a path whose kind of file system is unknown. On macOS the kind of every file system is unknown.
     """
     kind = filesystem_kind(path, mount_table=mount_table)
     if kind is not None and is_network_filesystem(kind):

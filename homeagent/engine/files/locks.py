@@ -26,8 +26,8 @@ class FileLock:
 
     The method `acquire()` creates a missing file with mode 0600. The file is not deleted, because a process that waits
     on a deleted file and a process that creates a new file would both hold the lock. The system releases the lock when
-    the process ends. A child made by `fork` does not hold the lock. A holder can write a short text, the marker, to the
-    file for the next holder.
+    the process ends. A child made by `fork` does not hold the lock. The holder of the lock can write a short text, the
+    marker, to the file for the next holder.
 
     The lock is a `flock` lock. Unlike SQLite's POSIX locks, a `flock` lock works between threads of one process, and
     closing another descriptor of the file does not drop the lock.
@@ -35,9 +35,10 @@ class FileLock:
     Args:
         path: path of the lock file. The directory must exist.
         timeout: longest wait for the lock. If the timeout is zero, `acquire()` makes one attempt.
-        shared: whether the lock is shared. A shared lock allows other shared holders, and excludes exclusive holders.
-        writable: False for a file that can be read-only or belong to another application. The mode of the file then
-            stays unchanged, and no marker can be written.
+        shared: True for a shared lock, False for an exclusive lock. A shared lock allows other shared holders, and
+            excludes exclusive holders.
+        writable: False for a file that can be read-only or belong to another application. With False, the mode of the
+            file stays unchanged, and no marker can be written.
         monotonic, pause: clock and sleep function for waiting, both in seconds.
     """
 
@@ -67,15 +68,15 @@ class FileLock:
 
     @property
     def held(self) -> bool:
-        """Whether this object holds the lock."""
+        """True if this object holds the lock."""
         return self._descriptor is not None
 
     def acquire(self) -> None:
-        """Acquire the lock. If another thread or process holds the lock, wait at most `timeout`.
+        """Acquire the lock. If another thread or process holds the lock, wait at most for the duration `timeout`.
 
         Raises:
             DatabaseBusyError: if another thread or process still holds the lock after the timeout.
-            InsecureFileError, ForeignDatabaseError: if `inspect_file()` would refuse the lock file.
+            InsecureFileError, ForeignDatabaseError: if the function `inspect_file()` would refuse the lock file.
             DatabaseError: if this object already holds the lock, or if the file can't be created, opened or locked.
         """
         if self._descriptor is not None:
@@ -97,7 +98,7 @@ class FileLock:
         """Release the lock, if this object holds the lock.
 
         Raises:
-            DatabaseError: if the system could not unlock the file. This object no longer holds the lock.
+            DatabaseError: if the system could not unlock the file. This object then counts as not holding the lock.
         """
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
@@ -105,16 +106,18 @@ class FileLock:
         _held.discard(self)
         with explained("unlock", self.path):
             try:
-                # Unlock before closing, because a child between fork and exec still has a copy of the descriptor.
+                # Unlock the file before closing the descriptor, because a child between fork and exec has a copy of the
+                # descriptor.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             finally:
                 os.close(descriptor)
 
     def withdraw(self) -> None:
-        """Release the lock. Remove an empty file if this object created the file and no other process has locked it.
+        """Release the lock. Remove the lock file if it is empty, this object created it, and no other process has
+        locked it.
 
-        A waiting process checks that the locked file still has its name. If the file has lost its name, the process
-        opens the path again.
+        After it got the lock, a waiting process checks that the path still names the locked file. If another process
+        has removed the lock file, the waiting process opens the path again.
         """
         descriptor = self._while_held()
         if self._made:
@@ -134,28 +137,30 @@ class FileLock:
         self.release()
 
     def read_marker(self) -> str | None:
-        """Return the marker that an earlier holder left; None if there is no marker. The lock must be held.
+        """Return the marker that an earlier holder of the lock left. If there is no marker, return None. The caller
+        must hold the lock.
 
         Raises:
-            DatabaseError: if the lock is not held, or if the file can't be read.
+            DatabaseError: if the caller does not hold the lock, or if the file can't be read.
         """
         descriptor = self._while_held()
         with explained("read", self.path):
             content = _read(descriptor, 4096)
         if not content:
             return None
-        # If a power cut interrupted `write_marker`, the rest of the file can be a part of an older, longer marker.
+        # If a power cut interrupted `write_marker()`, a part of an older, longer marker can follow the new marker.
         return content.split(b"\n", 1)[0].decode("utf-8", "replace")
 
     def write_marker(self, text: str) -> None:
-        """Replace the marker and sync the file to the disk. The lock must be held exclusively.
+        """Replace the marker and sync the file to the disk. The caller must hold the lock, and the lock must be
+        exclusive.
 
         Args:
             text: 1 to 200 bytes of UTF-8 without control characters.
 
         Raises:
             InvalidArgumentError: if `text` is too long, is empty or contains a control character.
-            DatabaseError: if the lock is not held or is shared, or if the file can't be written.
+            DatabaseError: if the caller does not hold an exclusive lock, or if the file can't be written.
         """
         if not text.isprintable() or not 1 <= len(content := text.encode()) <= 200:
             raise InvalidArgumentError("a marker is 1 to 200 bytes of printable text: shorten it")
@@ -164,7 +169,7 @@ class FileLock:
             raise DatabaseError(f"the lock on {quoted(self.path)} is shared: use an exclusive lock to write a marker")
         with explained("write", self.path):
             os.lseek(descriptor, 0, os.SEEK_SET)
-            # Write first and truncate afterwards, so that the file contains a marker at every moment.
+            # Write the marker first and truncate the file afterwards, so that the file always contains a marker.
             written = os.write(descriptor, content + b"\n")
             os.ftruncate(descriptor, written)
             sync(descriptor)
@@ -173,10 +178,11 @@ class FileLock:
         fsync_directory(self.path.parent)
 
     def clear_marker(self) -> None:
-        """Remove the marker and sync the file to the disk. The lock must be held exclusively.
+        """Remove the marker and sync the file to the disk. The caller must hold the lock, and the lock must be
+        exclusive.
 
         Raises:
-            DatabaseError: if the lock is not held or is shared, or if the file can't be written.
+            DatabaseError: if the caller does not hold an exclusive lock, or if the file can't be written.
         """
         descriptor = self._while_held()
         if self.shared:
@@ -186,10 +192,10 @@ class FileLock:
             sync(descriptor)
 
     def has_marker(self) -> bool:
-        """Return whether the lock file contains a marker. The lock must be held.
+        """Return True if the lock file contains a marker. The caller must hold the lock.
 
         Raises:
-            DatabaseError: if the lock is not held.
+            DatabaseError: if the caller does not hold the lock.
         """
         descriptor = self._while_held()
         with explained("inspect", self.path):
@@ -201,7 +207,9 @@ class FileLock:
         return self._descriptor
 
     def _try(self) -> bool:
-        """Open the file and try to lock the file. Each try opens the path again, because the file can be replaced."""
+        """Open the file and try to lock the file. Each try opens the path again, because another process can have
+        replaced the file.
+        """
         descriptor = self._open()
         if descriptor is None:
             return False
@@ -218,14 +226,14 @@ class FileLock:
         return locked
 
     def _open(self) -> int | None:
-        """Return a descriptor of the lock file; None if another process has just removed the file."""
+        """Return a descriptor of the lock file. If another process has just removed the file, return None."""
         with explained("open the lock file", self.path):
             descriptor = create_descriptor(self.path)
             if descriptor is not None:
                 self._made = True
                 return descriptor
-            # The mode of an empty file can be too narrow for a moment: the umask removed bits when another process
-            # created the file, and the other process has not yet restored the bits.
+            # For a moment, the mode of an empty file can be too narrow. The umask removes bits when another process
+            # creates the file, until this process restores the bits.
             repair = self._access == os.O_RDWR
             if judge_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None
@@ -242,7 +250,7 @@ class FileLock:
         return True
 
     def _is_in_place(self, descriptor: int) -> bool:
-        """Return whether the path still names the locked file. A lock on a removed file excludes no other process."""
+        """Return True if the path still names the locked file. A lock on a removed file excludes no other process."""
         status = look_at(self.path)
         return status is not None and identity_of(status) == identity_of(os.fstat(descriptor))
 
@@ -251,7 +259,8 @@ _held: set[FileLock] = set()
 
 
 def _drop_inherited_locks() -> None:
-    # A flock lock belongs to the open file. A child that kept the inherited file open could prolong the lock.
+    # A flock lock belongs to the open file and not to a process. A forked child that kept the inherited file open would
+    # also keep the lock.
     for lock in list(_held):
         descriptor, lock._descriptor = lock._descriptor, None
         if descriptor is not None:

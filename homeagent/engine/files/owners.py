@@ -6,8 +6,8 @@
 | root | root and the owner of the database's directory | the same users |
 
 The owner of a directory can replace every file in the directory, so a refusal of the owner's files would not protect
-root. If other users can write the directory, they could add a rollback journal that SQLite replays, a lock file with a
-marker, or a backup. So root also refuses a directory in which other users can replace files.
+root. Other users who can write the directory could add a rollback journal that SQLite replays, a lock file with a
+marker, or a backup. Therefore root also refuses a directory in which other users can replace files.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = ["backup_owners", "give_to_owner", "is_replaceable", "refuse_replaceab
 def trusted_owners(directory: Path) -> frozenset[int]:
     """Return the users whose files in a database's directory are trusted.
 
-    If the directory is missing, use the owner of the nearest existing parent directory. This user will own the new
-    directory.
+    If the directory is missing, use the owner of the nearest existing parent directory. The owner of the parent
+    directory will also own the new directory.
     """
     caller = os.geteuid()
     return frozenset({0, _nearest(directory).st_uid} if caller == 0 else {caller})
@@ -40,11 +40,12 @@ def backup_owners(database: Path) -> frozenset[int]:
 def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | None = None) -> None:
     """If the process runs as root, give a new file or directory to the owner of its directory.
 
-    If root kept the file, `sudo homeagent init` would lock out the directory's owner. SQLite also gives sidecar files
-    to that owner.
+    If root kept the file, the command `sudo homeagent init` would lock out the directory's owner. SQLite also gives the
+    sidecar files to the owner of the database file.
 
     Args:
-        descriptor: descriptor of the new file. Do not use the name, because another file could have the name by now.
+        descriptor: descriptor of the new file. Do not use the path instead, because the path can name another file by
+            now.
         directory: path or descriptor of the file's directory.
         database: source database, if the file is a copy in another directory. If backups of the directory's owner are
             not trusted, root keeps the copy, because the owner could change the copy and read all devices.
@@ -64,7 +65,7 @@ def is_replaceable(status: os.stat_result) -> bool:
 def refuse_replaceable(directory: Path) -> None:
     """If the process runs as root, raise InsecureFileError for a directory in which other users can replace files.
 
-    An ordinary user gets a warning instead, from `prepare_directory`.
+    An ordinary user gets a warning instead, from the function `prepare_directory()`.
     """
     if os.geteuid() != 0:
         return

@@ -16,7 +16,7 @@ DIRECTORY_MODE = 0o700
 
 
 def change_mode(path: Path, mode: int) -> None:
-    """Change the mode of a file or directory of the caller. A symbolic link is not followed.
+    """Change the mode of a file or directory of the caller. The function does not follow a symbolic link.
 
     Raises:
         InsecureFileError: if a link has replaced the file, or if the mode can't be changed.
@@ -25,13 +25,13 @@ def change_mode(path: Path, mode: int) -> None:
     try:
         path.chmod(mode, follow_symlinks=False)
     except NotImplementedError:
-        # There are two causes: the path is a link, or the C library or container can't change a mode without following
-        # links.
+        # The error has two possible causes. The path is a link, or the C library or container can't change a mode
+        # without following links.
         if stat.S_ISLNK(os.lstat(path).st_mode):
             raise InsecureFileError(f"{quoted(path)} was replaced by a symbolic link: remove it") from None
         path.chmod(mode)
     except PermissionError as error:
-        # The caller owns the file, because a file of another user was refused before.
+        # The caller of this function has already refused a file of another user.
         raise modes_not_kept(path) from error
 
 

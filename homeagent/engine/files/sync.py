@@ -24,7 +24,8 @@ def fsync_directory(directory: Path) -> None:
         try:
             sync(descriptor)
         except OSError as error:
-            # Some file systems do not support fsync for a directory (fsync(2)). SQLite also ignores this error.
+            # Some file systems do not support fsync for a directory (fsync(2)). SQLite also ignores the error of such a
+            # file system.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
@@ -32,7 +33,7 @@ def fsync_directory(directory: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Wait until all data of this file is on the disk, and not only in the drive's cache.
+    """Wait until all data of an open file is on the disk, and not only in the drive's cache.
 
     Raises:
         OSError: if the data could not be written.

@@ -29,7 +29,7 @@ _FAILED = 3
 # SQLSTATEs of the error with which a standby answers BEGIN … READ WRITE.
 _STANDBY = frozenset({"0A000", "25006"})
 
-# Key in the `memory` of a connection that listens for the notifications of the triggers.
+# Key in the dictionary `memory` of a connection that listens for the notifications of the triggers.
 _LISTENS = "listens"
 
 # Value of libpq's ExecStatusType for an error.
@@ -39,7 +39,8 @@ _FATAL_ERROR = 7
 class PostgreSQLConnection(StoreConnection):
     """A connection to a server. The server can end the connection at any time, and can become a standby.
 
-    The arguments are the same as for `StoreConnection`. The method `begin()` sends all its statements in one message.
+    The arguments are the same as for the class `StoreConnection`. The method `begin()` sends all its statements in one
+    message.
     """
 
     __slots__ = ("_begin_message", "_begun", "_has_listeners", "_lost", "_pooled", "_send", "_warnings")
@@ -48,7 +49,7 @@ class PostgreSQLConnection(StoreConnection):
         def judge(error: BaseException) -> HomeAgentError:
             failure = translate(error)
             if isinstance(failure, ConnectionLostError):
-                # The server sends this error before closing the connection. psycopg notices only the closing.
+                # The server sends an error before it closes the connection, but psycopg notices only the closing.
                 self._lost = True
             return failure
 
@@ -59,11 +60,11 @@ class PostgreSQLConnection(StoreConnection):
         self._warnings: list[str] = []
         self._raw.add_notice_handler(self._notice)
         self._begin_message = "; ".join(begin)
-        # Commands such as BEGIN use libpq's function for a message without parameters. A signal can't interrupt this
-        # function, but BEGIN and COMMIT wait only shortly. psycopg's cursor can be interrupted, but takes 12 µs longer,
-        # which is a third of the client's time for a read.
+        # For commands such as BEGIN, use libpq's function for a message without parameters. A signal can't interrupt
+        # libpq's function, but BEGIN and COMMIT wait only shortly. A signal can interrupt psycopg's cursor, but the
+        # cursor takes 12 µs longer, which is a third of the client's time for a read.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
-        # If listeners are registered, commands use the instrumented cursor, which calls the listeners.
+        # If listeners are registered, commands use the instrumented cursor, because it calls the listeners.
         self._has_listeners = isinstance(self._cursor, InstrumentedCursor)
 
     def _notice(self, notice: Any) -> None:
@@ -77,7 +78,7 @@ class PostgreSQLConnection(StoreConnection):
         """Begin a transaction.
 
         Raises:
-            ConnectionLostError: if the connection has ended. No statement of the unit was sent.
+            ConnectionLostError: if the connection has ended. In this case no statement of the unit was sent.
             StandbyError: if the unit writes, and the server accepts no writes.
         """
         failure: BaseException
@@ -117,7 +118,9 @@ class PostgreSQLConnection(StoreConnection):
         return True, self._raw.fileno()
 
     def _command(self, sql: str) -> None:
-        """Run SQL without parameters and without a result. If the server returns an error, raise psycopg's error."""
+        """Run an SQL command that has no parameters and no result. If the server returns an error, raise psycopg's
+        error.
+        """
         if self._has_listeners:
             self._execute(sql)
             return
@@ -131,13 +134,14 @@ class PostgreSQLConnection(StoreConnection):
         """Commit the transaction. The server's settings decide whether the commit survives a power cut.
 
         Raises:
-            ConnectionLostError: if the server ended the session before COMMIT was sent. The unit was not committed.
+            ConnectionLostError: if the server ended the session before homeagent sent COMMIT. In this case the server
+                did not commit the unit.
             CommitUnknownError: if the connection was lost before the server's answer, or if an administrator cancelled
                 the wait for a synchronous standby.
-            DatabaseError: if a statement of the unit had failed. The unit was not committed.
+            DatabaseError: if a statement of the unit had failed. In this case the server did not commit the unit.
         """
         if self._raw.pgconn.transaction_status == _FAILED:
-            # The server would roll back at COMMIT, and would not report an error.
+            # After a failed statement, the server would roll back at COMMIT without reporting an error.
             raise DatabaseError(
                 "a statement of this unit failed and its error was caught, after which PostgreSQL commits nothing: "
                 "let the error leave the block, or run the statement in a savepoint()"
@@ -158,18 +162,19 @@ class PostgreSQLConnection(StoreConnection):
         self._warnings.clear()
         super().commit()
         if self._warnings and not self.read_only:
-            # The server warns if an administrator cancelled the wait for a synchronous standby. Then only this server
-            # has the commit (https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION).
+            # The server warns if an administrator cancelled the wait for a synchronous standby. After such a
+            # cancellation only this server has the commit
+            # (https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION).
             raise commit_unknown()
 
     def _refuse_lost_connection(self) -> None:
-        """Raise `ConnectionLostError` if the server has ended the session. Call this method before sending COMMIT.
+        """Raise `ConnectionLostError` if the server has ended the session. Call the method before sending COMMIT.
 
-        The method reads the received data without waiting, in 1 µs.
+        The method reads only data that has already arrived, in 1 µs.
         """
         pgconn = self._raw.pgconn
         pgconn.consume_input()
-        pgconn.is_busy()  # this call parses the received data, and calls `_notice` for a notice
+        pgconn.is_busy()  # the call parses the received data, and calls `_notice()` for each notice
         if self.is_lost:
             raise connection_lost()
 
@@ -184,12 +189,14 @@ class PostgreSQLConnection(StoreConnection):
 
     @property
     def in_transaction(self) -> bool:
-        """Whether the session is inside a transaction. Also True if the state of the transaction is unknown."""
+        """True if the session is inside a transaction. The value is also True if the state of the transaction is
+        unknown.
+        """
         return bool(self._raw.pgconn.transaction_status != _IDLE)
 
     @property
     def is_lost(self) -> bool:
-        """Whether the driver or `_notice` has noticed that the connection has ended."""
+        """True if the driver or the method `_notice()` has noticed that the connection has ended."""
         return bool(self._lost or self._raw.closed)
 
     def is_stale(self, failure: BaseException) -> bool:
@@ -198,4 +205,4 @@ class PostgreSQLConnection(StoreConnection):
 
 
 def _ignore(notification: object) -> None:
-    """Do nothing. The caller reads the feed of device changes after each notification."""
+    """Do nothing. The caller of the connection reads the feed of device changes after each notification."""

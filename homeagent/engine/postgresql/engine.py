@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["PostgreSQLEngine"]
 
-# Limits on the wait for a host that does not answer, in seconds, and in milliseconds for `tcp_user_timeout`. By default
-# libpq waits without a limit to connect, sends the first keepalive after two hours, and waits about 15 minutes on Linux
-# for the acknowledgement of data (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
+# Limits on the wait for a host that does not answer. The unit of tcp_user_timeout is milliseconds; the other limits are
+# in seconds. By default libpq waits without a limit to connect, sends the first keepalive after two hours, and waits
+# about 15 minutes on Linux for the acknowledgement of data
+# (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
 _CONNECT_OPTIONS: dict[str, str] = {
     "connect_timeout": "10",  # for each host
     "keepalives_idle": "30",
@@ -44,8 +45,8 @@ _CONNECT_OPTIONS: dict[str, str] = {
     "tcp_user_timeout": "30000",
     "fallback_application_name": "homeagent",
 }
-# This option overrides the encoding that the URL, the role or the database sets. Other encodings can't represent all
-# characters, and with SQL_ASCII psycopg returns bytes.
+# The option `client_encoding` overrides the encoding that the URL, the role or the database sets. Other encodings can't
+# represent all characters, and with SQL_ASCII psycopg returns bytes.
 _ENCODING = {"client_encoding": "utf8"}
 _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "PGTARGETSESSIONATTRS"}
 
@@ -53,21 +54,23 @@ _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "P
 _READ_ONLY = "homeagent_reads"
 """Key in the `info` of a connection. The value is True if the connection's transactions are read-only."""
 
-# This SQL reads the schemas of the search_path that the URL, the role or the database sets. Another client of a pooler
-# can have set another search_path in the session, so the SQL restores the default for one transaction.
+# The SQL text reads the schemas of the search_path that the URL, the role or the database sets. Another client of a
+# pooler can have set a different search_path in the session, so the SQL text restores the default for one transaction.
 _SEARCH_PATH = "BEGIN; SET LOCAL search_path TO DEFAULT; SELECT pg_catalog.current_schemas(false); ROLLBACK"
 
 
 class PostgreSQLEngine(Engine):
     """One PostgreSQL database. Several writing units run at the same time and use row locks.
 
-    The first connection reads the schemas of the `search_path`. Every transaction of the engine uses exactly these
-    schemas. So PostgreSQL does not search a schema that another role creates later, for example under this role's name.
+    The first connection reads the schemas of the `search_path`. Every transaction of the engine uses exactly the
+    schemas that the first connection read. As a result, PostgreSQL does not search a schema that another role creates
+    later, for example under this role's name.
 
     Args:
-        url: URL of the form `postgresql+psycopg://…`. Its query can contain libpq's options.
+        url: URL of the form `postgresql+psycopg://…`. The query of the URL can contain libpq's options.
         busy_timeout: maximum wait of a statement for a lock (`lock_timeout`).
-        pool_size: maximum number of writing units at the same time. The same limit applies to reading units.
+        pool_size: maximum number of writing units at the same time. The same number of reading units can run at the
+            same time.
     """
 
     feed_interval = 0.2
@@ -97,9 +100,9 @@ class PostgreSQLEngine(Engine):
         )
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "begin", self._on_begin)
-        # Other code, such as instrumentation, can have registered an earlier listener for errors. So the listeners for
-        # execution remove stored values before SQLAlchemy calls any listener for errors. Do not raise the translated
-        # error in `_on_error`, because later listeners would not be called.
+        # Other code, such as instrumentation, can have registered an earlier listener for errors. Therefore the
+        # listeners for execution remove stored values before SQLAlchemy calls any listener for errors. Do not raise the
+        # translated error in the function `_on_error()`, because SQLAlchemy would not call later listeners.
         event.listen(sa_engine, "do_execute", _execute)
         event.listen(sa_engine, "do_executemany", _execute_many)
         event.listen(sa_engine, "handle_error", _on_error)
@@ -120,9 +123,9 @@ class PostgreSQLEngine(Engine):
         if self.search_schema is None:
             self._fix_search_path(connection)
         if pooled:
-            # The process ids differ because a pooler reports its own id. The next transaction can get another session.
-            # Do not prepare statements, which the other session can lack. Do not SET session settings, which other
-            # clients would get.
+            # A pooler is in use if the two process ids differ, because a pooler reports its own id. Behind a pooler,
+            # the next transaction can get another session. Do not prepare statements, because another session does not
+            # have them. Do not change session settings by SET, because other clients would get these settings.
             connection.prepare_threshold = None
         else:
             connection.execute("; ".join(f"SET {setting}" for setting in self._settings))
@@ -142,10 +145,10 @@ class PostgreSQLEngine(Engine):
 
     def _on_begin(self, connection: Connection) -> None:
         raw: Any = connection.connection.driver_connection
-        # If a StoreConnection has already begun the transaction, send no second BEGIN.
+        # If the class `StoreConnection` has already begun the transaction, send no second BEGIN.
         if raw.info.transaction_status == 0:
-            # Use READ COMMITTED, whatever the role's default is. After the wait for a lock, the unit must see the
-            # changes of the previous holder.
+            # Use READ COMMITTED, also if the role has another default. After the wait for a row lock, the unit must see
+            # the changes of the previous holder of the lock.
             kind = "REPEATABLE READ READ ONLY" if connection.info.get(_READ_ONLY) else "READ COMMITTED"
             raw.execute("; ".join((f"BEGIN ISOLATION LEVEL {kind}", *self._local_settings())))
 
@@ -154,13 +157,15 @@ class PostgreSQLEngine(Engine):
         try:
             return self.sa_engine.connect()
         except HomeAgentError as error:
-            failure = error  # `_on_error` has translated the error
+            failure = error  # the function `_on_error()` has already translated the error
         except self.driver_errors as error:
             failure = postgresql_error(error)
         except ValueError:
-            # `resolve_target` has checked the URL. psycopg also reads a host and a port from the environment.
+            # The function `resolve_target()` has checked the URL, but psycopg also reads a host and a port from the
+            # environment.
             failure = InvalidArgumentError("PGHOST or PGPORT has a value that psycopg can't read: correct the variable")
-        # Remove the error's cause, because the cause and the frames of SQLAlchemy and psycopg contain the password.
+        # Remove the cause of the error, because the cause and the frames of SQLAlchemy and psycopg contain the
+        # password.
         failure.__cause__ = failure.__context__ = None
         raise failure.with_traceback(None)
 
@@ -170,7 +175,7 @@ class PostgreSQLEngine(Engine):
         connection.info[_READ_ONLY] = True
         try:
             with self.translated():
-                connection.exec_driver_sql("SELECT 1")  # PostgreSQL takes the snapshot at this read, not at BEGIN
+                connection.exec_driver_sql("SELECT 1")  # PostgreSQL takes the snapshot at the first read, not at BEGIN
         except BaseException:
             connection.close()
             raise
@@ -185,16 +190,17 @@ class PostgreSQLEngine(Engine):
         return [f"SET LOCAL {setting}" for setting in self._settings]
 
     def prepare_connection(self, connection: Connection, *, read_only: bool) -> None:
-        """Do nothing, because the BEGIN of a unit sets whether the transaction can write."""
+        """Do nothing, because each BEGIN sets the access mode of its transaction."""
 
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
         """Return True and do nothing, because the server makes checkpoints itself."""
         return True
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return only the mutexes of the connection pools.
+        """Return only the mutexes of the connection pools, because a fork must not wait for the thread that reads
+        device changes.
 
-        A lost connection can block the thread that reads device changes, and a fork must not wait for this thread.
+        A lost connection can block that thread.
         """
         return super().fork_locks()[1:]
 
@@ -253,7 +259,8 @@ def _remove_private(error: BaseException) -> None:
     if hasattr(error, "sqlstate"):
         error.constraint = refused_by(error)  # type: ignore[attr-defined]  # set here, read by refused_by
         error.args = (message_with_name(error) or "the server's message is withheld",)
-        # The attribute `_info` contains the server's message, and `_pgconn` the parameters of a failed connection.
+        # The attribute `_info` contains the server's message, and the attribute `_pgconn` the parameters of a failed
+        # connection.
         error._info = error._pgconn = None  # type: ignore[attr-defined]
 
 
@@ -262,12 +269,12 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
         return None  # the instrumented cursor raises the driver's exception, which the connection translates
     original: Any = context.original_exception
     if isinstance(original, HomeAgentError):
-        raise original  # The error is already translated, or was raised in a forked child.
+        raise original  # The error was already translated, or was raised in a forked child.
     clear_locals(original)  # Local variables of homeagent's frames hold stored values.
     if not isinstance(context.sqlalchemy_exception, DBAPIError) and not isinstance(
         original, (OverflowError, UnicodeError)
     ):
-        return None  # An interrupt, or an exception of a column type or a listener of the application.
+        return None  # The exception is an interrupt, or comes from a column type or a listener of the application.
     failure = index_error(original, context.statement) or postgresql_error(original)
     if context.connection is None:
         if isinstance(failure, ConnectionLostError):
@@ -280,9 +287,9 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 
 
 def _connect_error(error: BaseException) -> ConnectionLostError:
-    """Return the error for a failed connection, with each host's reason, such as a wrong password.
+    """Return the error for a failed connection. The message has the reason for each host, such as a wrong password.
 
-    In libpq's message the reason follows the host. Leave out the text before the host, which can show options.
+    In libpq's message, the text before the host can show options, and the reason follows the host.
     """
     reasons = dict.fromkeys(re.findall(r"^.*connection to server .* failed: (.*)$", str(error), re.MULTILINE))
     shown = f" ({'; '.join(reasons)})" if reasons else ""

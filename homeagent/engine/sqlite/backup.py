@@ -43,10 +43,13 @@ __all__ = ["Contents", "backup_name", "discard", "has_broken_reference", "read_c
 
 logger = logging.getLogger("homeagent")
 
-_STEP = 2000  # Number of pages to copy between two calls of `stop()`. A copy takes at most some milliseconds.
-_INSTRUCTIONS = 100_000  # Number of instructions of SQLite's virtual machine between two calls of `stop()`.
+# Number of pages to copy between two calls of the function `stop()`. Copying these pages takes at most some
+# milliseconds.
+_STEP = 2000
+# Number of instructions of SQLite's virtual machine between two calls of the function `stop()`.
+_INSTRUCTIONS = 100_000
 
-# A test whether a copy can grow writes `_PROBES` pieces of `_PROBE` bytes, in total one page of SQLite's largest size.
+# To find out if a copy can grow, write `_PROBES` pieces of `_PROBE` bytes, in total one page of SQLite's largest size.
 _PROBE, _PROBES = 4096, 16
 
 Stop = Callable[[], bool]
@@ -62,7 +65,9 @@ class Contents:
 
 
 def backup_name(database: Path, revision: str, taken_at: datetime) -> str:
-    """Return the file name of a backup. Sorting the names of one revision's backups sorts the backups by time."""
+    """Return the file name of a backup. If the names of one revision's backups are sorted, the backups are in the order
+    of their times.
+    """
     return f"{database.name}.{revision}-{taken_at.strftime('%Y%m%dT%H%M%S%fZ')}.backup"
 
 
@@ -81,21 +86,22 @@ def write_backup(
 
     The copy is in rollback mode and needs no WAL, so the copy can be opened on a read-only medium.
 
-    Until the copy is verified, its path is the argument `partial`. This path and the path `target` must be in the same
-    existing directory. The backup calls `stop()` repeatedly, and ends if a call returns True.
+    Until the copy is verified, it is at the path `partial`. The paths `partial` and `target` must be in the same
+    existing directory. The backup calls the function `stop()` repeatedly, and ends if a call returns True.
 
     Raises:
         InvalidArgumentError: if the target exists, except with `replace=True`.
-        CorruptDatabaseError: if the database is damaged. The damaged copy is removed.
+        CorruptDatabaseError: if the database is damaged. In this case the damaged copy is removed.
         DiskFullError, ReadOnlyError, DatabaseError: if the copy can't be written.
-        BackupStoppedError: if `stop()` returned True.
+        BackupStoppedError: if the function `stop()` returned True.
     """
     if not replace and os.path.lexists(target):
         raise InvalidArgumentError(f"{quoted(target)} exists already: name another file, or replace the old one")
     if not create_file(partial, database=engine.path):
         raise DatabaseError(f"{quoted(partial)} is in the way of a backup: remove the file")
     try:
-        secure_sidecars(partial)  # otherwise SQLite could replay a journal of another user over the copy
+        # Do not skip this check: otherwise SQLite could replay a journal of another user over the copy.
+        secure_sidecars(partial)
         contents = _copy(engine, partial, version_table, stop)
         manifest = _describe(partial, engine.path, contents, taken_at=taken_at, kind=kind, stop=stop)
         write_manifest(partial, manifest)
@@ -107,8 +113,8 @@ def write_backup(
 
 
 def _put_in_place(partial: Path, target: Path, *, replace: bool) -> None:
-    # After a power cut each backup must be complete and match its manifest. So sync each step to the disk before the
-    # next step.
+    # After a power cut each backup must be complete and match its manifest. Therefore sync each step to the disk before
+    # the next step.
     with explained("put a backup in place at", target):
         if replace:
             manifest_path(target).unlink(missing_ok=True)
@@ -139,9 +145,9 @@ def discard(partial: Path) -> None:
 
 
 def read_contents(raw: Any, version_table: str) -> Contents:
-    """Read the row counts, revision and epoch of a database. The rows of `version_table` are not counted.
+    """Read the row counts, revision and epoch of a database. The rows of the table `version_table` are not counted.
 
-    If another connection can write to the file, the driver's connection (`raw`) must be in a transaction.
+    If another connection can write to the file, the connection `raw` must be in a transaction.
     """
     tables = [
         str(row[0])
@@ -164,9 +170,9 @@ def read_contents(raw: Any, version_table: str) -> Contents:
 
 
 def has_broken_reference(raw: Any) -> bool:
-    """Return whether a row of homeagent's tables refers to a missing row.
+    """Return True if a row of homeagent's tables refers to a missing row.
 
-    An orphan in a table of the application must not prevent a backup or a restore. Only log such a row.
+    An orphan in a table of the application must not prevent a backup or a restore. Such a row is only logged.
     """
     children = {str(row[0]) for row in raw.execute("PRAGMA foreign_key_check").fetchall()}
     own = sorted(children.difference(TABLES))
@@ -250,7 +256,7 @@ def _describe(
             digest.update(block)
             _raise_if_stopped(stop)
         size = file.tell()
-    # Import lazily, because this import takes longer than the other imports of the module.
+    # Import `homeagent.version` lazily, because its import takes longer than the other imports of the module.
     from homeagent.version import __version__
 
     return Manifest(
@@ -267,7 +273,8 @@ def _describe(
 
 
 def _require_room(size: int, directory: Path) -> None:
-    # Check before copying, because the directory can be on the disk of the database, and the copy must not fill it.
+    # Check the free space before copying. The directory can be on the disk of the database, and the copy must not fill
+    # it.
     with explained("check the free space of", directory):
         free = shutil.disk_usage(directory).free
     if free < size:
@@ -299,7 +306,9 @@ def _explained_copy(engine: SQLiteEngine, partial: Path, stop: Stop) -> Iterator
 
 
 def _growth_error(partial: Path) -> HomeAgentError | None:
-    """Find out why the copy can't grow: write to its end, and return the system's error or None."""
+    """Write to the end of the copy to find out why it can't grow. Return the system's error, or None after a
+    success.
+    """
     try:
         descriptor = os.open(partial, os.O_WRONLY | OPEN_FLAGS)
         try:

@@ -34,7 +34,7 @@ class SQLiteConnection(StoreConnection):
 
     def look_for_commits(self) -> tuple[bool, int | None]:
         """Compare `PRAGMA data_version`, which changes after a commit of any other connection."""
-        self.check_file()  # after the file was replaced, the version would not change
+        self.check_file()  # if the file was replaced, the data_version of the old file would not change
         version = self.execute("PRAGMA data_version").fetchall()
         known, self.memory["data_version"] = self.memory.get("data_version"), version
         return version != known, None

@@ -1,7 +1,7 @@
 """Find the constraint that refused a change.
 
-SQLite's message contains the name of a CHECK constraint, or the columns of a UNIQUE constraint. The message does not
-name a foreign key. The names of UNIQUE and foreign-key constraints are only in the text of CREATE TABLE, because no
+SQLite's message contains the name of a CHECK constraint, or the columns of a UNIQUE constraint. SQLite's message does
+not name a foreign key. The names of UNIQUE and foreign-key constraints are only in the text of CREATE TABLE, because no
 pragma returns them.
 """
 
@@ -40,9 +40,10 @@ class _ForeignKey(NamedTuple):
 
 
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
-    """Return the error for a change that a constraint refused; None if the error has another cause.
+    """Return the error for a change that a constraint refused. If the exception has another cause, return None.
 
-    The argument `statement` is the failed SQL text. If a deferred foreign key failed, `statement` is None or COMMIT.
+    The argument `statement` is the failed SQL text. For a deferred foreign key, the argument `statement` is None or
+    COMMIT.
     """
     kind = _KINDS.get(getattr(error, "extendedresult", 0))
     if kind is None:
@@ -80,7 +81,7 @@ def _tables(raw: Any) -> list[tuple[str, str]]:
 
 
 def _target(statement: str | None) -> tuple[str, str]:
-    """Return the verb and the table of a statement that writes; two empty texts for any other statement."""
+    """Return the verb and the table of a statement that writes. For any other statement, return two empty texts."""
     found = _TARGET.match(_IGNORED.sub("", statement or ""))
     return ("", "") if found is None else (found[1].upper(), _unquoted(found[2]))
 
@@ -98,7 +99,9 @@ def _table_of_check(raw: Any, check: str, statement: str | None) -> str | None:
 
 
 def _unique_name(raw: Any, table: str, columns: tuple[str, ...]) -> str | None:
-    """Return the name of the UNIQUE index, UNIQUE constraint or PRIMARY KEY on these columns; None if unknown."""
+    """Return the name of the UNIQUE index, UNIQUE constraint or PRIMARY KEY on these columns. If the name is unknown,
+    return None.
+    """
     indexes = raw.execute(
         "SELECT name FROM pragma_index_list(?) WHERE \"unique\" AND origin = 'c'", (table,)
     ).fetchall()

@@ -1,7 +1,8 @@
-"""Find out why SQLite could not read or write. SQLite does not return the error number, so repeat the system call.
+"""Find out why SQLite could not read or write. SQLite does not return the system's error number, so this module repeats
+the system call as a probe.
 
 The probes run only after an error, so the cost of the probes does not matter. If the cause has disappeared before the
-probe, the message contains only SQLite's code.
+probe, the error message contains only SQLite's code.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 def diagnosed_error(
     error: BaseException, path: Path, *, find_moved: Callable[[], DatabaseMovedError | None]
 ) -> HomeAgentError:
-    """Return homeagent's error for an exception of the SQLite driver. SQLite's code and the probes decide its class.
+    """Return homeagent's error for an exception of the SQLite driver. SQLite's code and the probes decide the class of
+    the returned error.
 
-    The function `find_moved` returns the error for a replaced or deleted file, and None for an unchanged file.
+    The argument `find_moved` is a function that returns the error for a replaced or deleted file, and None for an
+    unchanged file.
     """
     translation = sqlite_error(error)
     if isinstance(translation, CorruptDatabaseError):
@@ -113,7 +116,7 @@ def _at_size_limit(path: Path) -> bool:
 
 
 def _write_error(directory: Path) -> int | None:
-    """Write to an unnamed temporary file, and return the error number. Return None if the write succeeds."""
+    """Write to an unnamed temporary file, and return the error number. If the write succeeds, return None."""
     flag = getattr(os, "O_TMPFILE", None)
     if flag is None:
         return _space_error(directory)

@@ -1,8 +1,8 @@
 """apsw as a DB-API module, and a SQLAlchemy dialect for apsw.
 
 The driver apsw includes a current SQLite on every platform, but has no DB-API. This module adds the part of the DB-API
-(PEP 249) that SQLAlchemy and homeagent use. There are three differences from the interpreter's `sqlite3`: BEGIN is sent
-by homeagent or SQLAlchemy, a text can contain several statements, and undecodable text raises `UnicodeDecodeError`.
+(PEP 249) that SQLAlchemy and homeagent use. The module differs from the interpreter's sqlite3 in three points. It sends
+no BEGIN itself, an SQL text can contain several statements, and undecodable text raises UnicodeDecodeError.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _execute_each(
     execute: Callable[[str, Any], object], connection: _Connection, statement: str, sets: Iterable[Any]
 ) -> int:
     """Run a statement once for each set of bindings, and return the number of changed rows."""
-    # Do not use total_changes, which also counts rows that triggers and foreign keys changed. SQLAlchemy's ORM would
-    # raise StaleDataError.
+    # Do not use `total_changes`, because it also counts rows that triggers and foreign keys changed. SQLAlchemy's ORM
+    # would then raise StaleDataError.
     changed = 0
     for bindings in sets:
         rows: Any = execute(statement, bindings)
@@ -113,12 +113,13 @@ class Cursor(_Cursor):
 
     @property
     def rowcount(self) -> int:
-        """Number of rows that the last statement changed; -1 for a statement that only reads."""
+        """Number of rows that the last statement changed. For a statement that only reads, the number is -1."""
         if self._changed is not None:
             return self._changed
         if not self.is_write:
             return -1
-        # After a change of the schema, the method `changes()` still returns the number for the previous statement.
+        # After a change of the schema, the method `changes()` still returns the number of rows that the previous
+        # statement changed.
         return self.connection.changes() if self.connection.total_changes() != self.changes_before else 0
 
     @property
@@ -127,7 +128,7 @@ class Cursor(_Cursor):
         return self.connection.last_insert_rowid()
 
     def fetchmany(self, size: int | None = None) -> list[Any]:
-        """Return at most `size` rows. Without this argument, return at most `arraysize` rows."""
+        """Return at most `size` rows. If `size` is absent, return at most `arraysize` rows."""
         rows = []
         for _ in range(self.arraysize if size is None else size):
             row = self.fetchone()
@@ -149,7 +150,7 @@ class StatementCursor(_Cursor):
 
     @property
     def rowcount(self) -> int:
-        """Number of rows that the last statement changed. The number is undefined if the last statement only read."""
+        """Number of rows that the last statement changed. After a reading statement the number is undefined."""
         if self._changed is None:
             return self.connection.changes()
         changed, self._changed = self._changed, None
@@ -169,18 +170,19 @@ class Connection(_Connection):
         self.cursor_factory = Cursor
 
     def close(self, force: bool = False) -> None:
-        """Close the connection. A second call does nothing."""
+        """Close the connection. A second call of the method does nothing."""
         closing, self.closing = self.closing, nullcontext
         with closing():
             super().close(force)
 
     def commit(self) -> None:
-        """End the transaction, if there is one."""
+        """If a transaction is open, end it."""
         if self.in_transaction:
             self.commit_by(self.execute)
 
     def commit_by(self, execute: Callable[[str], object]) -> None:
-        """Send COMMIT with the function `execute()`. If COMMIT fails, overwrite the failed commit in the WAL.
+        """Commit the transaction by the function `execute()`. If the COMMIT fails, overwrite the failed commit in the
+        WAL.
 
         Raises:
             CommitUnknownError: if the failed commit could not be overwritten.
@@ -198,7 +200,7 @@ class Connection(_Connection):
         raise commit_unknown("the system failed to write the database's log in the middle of COMMIT")
 
     def _erase_failed_commit(self) -> bool:
-        """Overwrite a failed commit in the WAL with an empty commit. Return whether the write succeeded.
+        """Overwrite a failed commit in the WAL with an empty commit. Return True if the write succeeded.
 
         If only the sync failed, the WAL contains all frames of the failed commit, but the WAL index does not. If no
         checkpoint follows, a later connection could rebuild the index and recover the commit. The empty commit
@@ -210,8 +212,8 @@ class Connection(_Connection):
                 return True
             synchronous, autocheckpoint = self.pragma("synchronous"), self.pragma("wal_autocheckpoint")
             try:
-                # Do not drop the second PRAGMA, because a power cut during a checkpoint without syncs can damage the
-                # database.
+                # Keep the pragma `wal_autocheckpoint=0`, because a power cut during a checkpoint without syncs can
+                # damage the database.
                 self.execute("PRAGMA synchronous=OFF; PRAGMA wal_autocheckpoint=0")
                 self.pragma("user_version", self.pragma("user_version"))
             finally:
@@ -224,15 +226,19 @@ class Connection(_Connection):
         return True
 
     def rollback(self) -> None:
-        """Roll back the transaction, if there is one. See `confine()` for a part of a transaction."""
+        """If a transaction is open, roll it back. The method `confine()` limits the rollback to a part of the
+        transaction.
+        """
         if self.in_transaction:
             self.execute("ROLLBACK" if self._savepoint is None else f"ROLLBACK TO SAVEPOINT {self._savepoint}")
 
     def confine(self, savepoint: str | None) -> None:
-        """Confine the caller to a savepoint of the transaction. With `savepoint=None`, end the confinement.
+        """Confine later commits and rollbacks of the caller to a savepoint of the transaction. With `savepoint=None`,
+        end the confinement.
 
-        In the confinement, `rollback()` rolls back to the savepoint. A COMMIT fails, also as SQL text, and SQLite rolls
-        the whole transaction back (https://sqlite.org/c3ref/commit_hook.html).
+        During the confinement, the method `rollback()` rolls back only to the savepoint. During the confinement a
+        COMMIT fails, also as SQL text, and SQLite rolls back the whole transaction
+        (https://sqlite.org/c3ref/commit_hook.html).
         """
         self._savepoint = savepoint
         self.set_commit_hook(None if savepoint is None else lambda: True)
@@ -243,15 +249,15 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
 
     Args:
         database: path, URI (https://sqlite.org/uri.html) or `":memory:"`.
-        uri: whether `database` is a URI.
-        create: whether to create an absent file.
+        uri: True if the argument `database` is a URI.
+        create: True to create an absent file.
         timeout: longest wait of a statement for a lock, in seconds.
     """
     flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if create else 0)
     connection = Connection(database, flags | (apsw.SQLITE_OPEN_URI if uri else 0))
     connection.set_busy_timeout(int(timeout * 1000))
-    # SQLite puts the journal of a large savepoint into a temporary file (https://sqlite.org/tempfiles.html). But a
-    # container can be without a directory for temporary files.
+    # SQLite puts the journal of a large savepoint into a temporary file (https://sqlite.org/tempfiles.html). A
+    # container can lack a directory for temporary files.
     connection.execute("PRAGMA temp_store=MEMORY")
     return connection
 
@@ -308,7 +314,9 @@ class Dialect(SQLiteDialect):
 
     @classmethod
     def get_pool_class(cls, url: URL) -> type[Pool]:
-        """Return the class of SQLAlchemy's pool: one connection per thread for an in-memory database, else a queue."""
+        """Return the class of SQLAlchemy's pool. It has one connection for each thread for an in-memory database, and
+        otherwise a queue.
+        """
         return SingletonThreadPool if url.database in (None, "", ":memory:") else QueuePool
 
     def create_connect_args(self, url: URL) -> tuple[Sequence[str], dict[str, Any]]:

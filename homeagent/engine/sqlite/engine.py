@@ -360,7 +360,7 @@ class SQLiteEngine(Engine):
             )
 
     def _sqlite_will_empty(self) -> bool:
-        """Return whether the next connection will empty the file, because its first transaction was interrupted.
+        """Return True if the next connection will empty the file, because its first transaction was interrupted.
 
         After a power cut the file can contain a part of the first page. SQLite rolls the first transaction back.
         """

@@ -149,7 +149,7 @@ def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) 
         path: path of the file.
         uri: SQLite URI of the file.
         timeout: longest wait of a statement for a lock, in seconds.
-        refuse: whether to raise ForeignAccessError if code other than homeagent has the file open in this process.
+        refuse: True to raise ForeignAccessError if code other than homeagent has the file open in this process.
     """
     with _opening:
         if refuse:

@@ -45,7 +45,7 @@ class Stopwatch:
         self._limit = None if limit is None else limit.total_seconds()
         self._began = monotonic()
         self.ran_out = False
-        """Whether the timeout ended the last statement."""
+        """True if the timeout ended the last statement."""
 
     def start(self) -> None:
         """Restart the clock."""
@@ -145,7 +145,7 @@ def journal_mode(path: Path, connection: Connection) -> str | None:
 
 
 def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) -> bool:
-    """Return whether a trigger writes to one of the tables, or whether a view reads from one of the tables.
+    """Return True if a trigger writes to one of the tables, or if a view reads from one of the tables.
 
     Compile statements that fire the trigger or read the view, but do not run the statements. SQLite reports each used
     table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). Also return True if

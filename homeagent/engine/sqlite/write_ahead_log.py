@@ -50,7 +50,7 @@ class LostCommits(NamedTuple):
     Attributes:
         problem: description of the damage, without a remedy.
         frames: number of frames that SQLite would still read.
-        by_power_cut: whether a power cut can be the cause, if the durability was "normal".
+        by_power_cut: True if a power cut can be the cause, if the durability was "normal".
     """
 
     problem: str
@@ -194,7 +194,7 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
 
 
 def _is_later(salt: bytes, *, than: bytes) -> bool:
-    """Return whether the WAL was restarted after the WAL index was last written to the disk.
+    """Return True if the WAL was restarted after the WAL index was last written to the disk.
 
     SQLite does not sync the WAL index, so a power cut can leave an older index. A restart of the WAL follows a
     complete, synced checkpoint and increments the first salt (https://sqlite.org/fileformat2.html#walformat).

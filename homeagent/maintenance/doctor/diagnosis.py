@@ -54,10 +54,10 @@ def diagnose(
         target: None, a path or a URL, with the same meaning as for `Database.open`. If this process has the database
             open, use `Database.doctor`.
         clock: clock of the store.
-        thorough: whether to run SQLite's full integrity check without a time limit. The full check also compares the
+        thorough: True to run SQLite's full integrity check without a time limit. The full check also compares the
             indexes with their tables. With `thorough=False`, a check that takes longer than 10 seconds is stopped and
             listed in `not_checked`.
-        fix: whether to repair problems that can be repaired without loss. These are modes of homeagent's files, partial
+        fix: True to repair problems that can be repaired without loss. These are modes of homeagent's files, partial
             copies older than a day, the backlog of expired rows, hashes of expired secrets, route keys of sessions, the
             journal mode and the size of the WAL. The returned findings describe the database after the repair.
         acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open`.

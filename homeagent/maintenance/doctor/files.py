@@ -80,7 +80,7 @@ def stale_partials(path: Path, now: datetime) -> Files:
 
 
 def check_files(collector: Collector, path: Path) -> bool:
-    """Run all checks that do not open the database. Return whether the database may be opened."""
+    """Run all checks that do not open the database. Return True if the database may be opened."""
     with collector.attempt("backup"):
         _check_backup(collector, path)
     _check_directory(collector, path.parent)

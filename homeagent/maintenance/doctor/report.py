@@ -123,7 +123,7 @@ class Diagnosis(BaseModel):
         location: path of the file, or URL of the server without the password.
         engine: name of the engine, `sqlite` or `postgresql`.
         checked_at: time of the diagnosis, from the store's clock.
-        thorough: whether the diagnosis was thorough.
+        thorough: True if the diagnosis was thorough.
         severity: worst severity of all findings.
         findings: one finding for each completed check, in the order of `CHECKS`.
         not_checked: reason why a check did not run or complete, by the check's name.

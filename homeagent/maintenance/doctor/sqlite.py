@@ -97,7 +97,7 @@ def _check_wal(collector: Collector, path: Path) -> bool:
 
 
 def _may_hold_database(collector: Collector, path: Path) -> bool:
-    """Return whether the owners and sizes of its files allow to open the database. If False, add a finding."""
+    """Return True if the owners and sizes of its files allow to open the database. If False, add a finding."""
     log, _, journal = sidecars(path)
     lock = lock_path(path)
     try:

@@ -107,7 +107,7 @@ class JsonColumn(TypeDecorator[Any]):
     A JSON type of an engine would change the order of keys, -0.0, large integers or NUL.
 
     Args:
-        none_as_null: whether to store None as SQL NULL (default) or as the JSON text `null`.
+        none_as_null: True to store None as SQL NULL (default) or as the JSON text `null`.
         limit: maximum length of the JSON text in bytes.
     """
 

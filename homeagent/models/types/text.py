@@ -98,7 +98,7 @@ def _check_id(value: str, what: str, octets: int) -> str:
 
 
 def _is_visible(text: str, place: int) -> bool:
-    """Return whether an id can have the character at this place.
+    """Return True if an id can have the character at this place.
 
     The joiners U+200C and U+200D must be between two letters or emoji. A style of an emoji (U+FE0E or U+FE0F) must
     follow an emoji. Every other character must be visible.
