@@ -1,8 +1,8 @@
 """Declare statements as SQLAlchemy expressions, compile each statement at its first execution, and run constant SQL.
 
-For each call, SQLAlchemy would build a cache key, a context and a result object, which costs several times as much as a
-primary-key lookup. A store's statements are constant. So each statement is compiled once for each dialect, to SQL text,
-a function that converts the parameters, and a function that converts the rows.
+For each call, SQLAlchemy would build a cache key, a context and a result object. This takes several times as long as a
+lookup by the primary key. A store's statements are constant. Therefore each statement is compiled once for each
+dialect. The result is SQL text, a function that converts the parameters, and a function that converts the rows.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Compiled(Generic[R]):
         load: function that converts the driver's rows to a list of results.
         writes: True if the statement changes the database.
         columns: columns of a row, in the order of the values.
-        target: name of the table that the statement writes to; None if it only reads, or if the table is unknown.
-        cascade: attribute of foreign keys with the action that the statement causes in other tables: `ondelete`,
-            `onupdate`, or None for an INSERT.
+        target: name of the table that the statement writes to, or None for a reading statement or an unknown table.
+        cascade: name of the attribute of foreign keys that has the statement's action in other tables. It is
+            `ondelete`, `onupdate`, or None for an INSERT.
     """
 
     __slots__ = ("_dialect", "bind", "cascade", "columns", "load", "sql", "target", "writes")
@@ -133,15 +133,15 @@ _READING = (Select, CompoundSelect)
 class Statement(Generic[R]):
     """One SQL statement with the type of its results.
 
-    Define a statement once, for example in a module. Each engine compiles the statement at its first use. A SELECT of
-    one model gives instances of the model, which must derive from `homeagent.Table`. A SELECT of one column gives
-    values, and a SELECT of several columns gives tuples. An INSERT without `values` has a parameter for each column,
-    except for the key that the database assigns.
+    Create a `Statement` once, for example as a constant of a module. Each engine compiles the statement at its first
+    use. A SELECT of one model gives instances of the model, which must derive from `homeagent.Table`. A SELECT of one
+    column gives values, and a SELECT of several columns gives tuples. An INSERT without `values` has a parameter for
+    each column, except for the key that the database assigns.
 
     Args:
         make: expression of the statement or, for an upsert, a function that gets the dialect's `insert()` and returns
-            the expression. Values that differ between calls are `bindparam`s.
-        lock: if True, a SELECT in a write unit locks its rows until the unit ends. SQLite does not lock rows.
+            the expression. Values that differ between calls are SQLAlchemy's bindparam() expressions.
+        lock: True if a SELECT in a write unit locks its rows until the unit ends. SQLite does not lock rows.
         returning: model class of the rows that a writing statement returns; None if the statement returns no rows.
 
     Raises (at the first use):
@@ -216,9 +216,9 @@ def _render_constant(constant: _Constant, compiler: SQLCompiler, **options: Any)
 def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     """Return an expression that puts a constant into the text of a statement.
 
-    Otherwise SQLAlchemy would turn the constant into a parameter. Binding the constants of an INSERT took as long as
-    writing the row. Do not pass a user's value, which would become SQL. The argument `type_` is the SQLAlchemy type of
-    the stored value.
+    Without this function, SQLAlchemy would turn the constant into a parameter. Binding the constants of an INSERT as
+    parameters took as long as writing the row. Do not pass a user's value, which would become SQL. The argument `type_`
+    is the SQLAlchemy type of the stored value.
     """
     return _Constant(value, type_)
 
@@ -227,9 +227,9 @@ def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
 
 
 def _column_keys(expression: Any) -> list[str] | None:
-    """Return the columns of an INSERT without `values`: all except the key that the database assigns.
+    """Return the columns of an INSERT without values, which are all columns except a key that the database assigns.
 
-    Return None for any other statement. SQLAlchemy would also insert the key.
+    For any other statement, return None. Without this function, SQLAlchemy would also insert the key.
     """
     # These attributes have no public counterpart.
     if not isinstance(expression, Insert) or expression._values or expression._multi_values or expression.select:
@@ -320,7 +320,9 @@ def _loader(expression: Any, dialect: Dialect) -> Loader:
 
 
 def _columns(expression: Any, returning: type[Table] | None) -> list[Any]:
-    """Return the columns of a statement's rows, in their order; an empty list if the statement returns no rows."""
+    """Return the columns of a statement's rows, in their order. If the statement returns no rows, return an
+    empty list.
+    """
     described = getattr(expression, "column_descriptions", None) or []
     if returning is None and len(described) == 1 and isinstance(described[0]["expr"], type):
         returning = described[0]["expr"]
@@ -334,7 +336,7 @@ _set_dict: Any = BaseModel.__dict__["__dict__"].__set__
 
 
 def as_loaded(model: type[M], values: dict[str, Any]) -> M:
-    """Return a model instance for a row that was just written. A SELECT would load the same instance.
+    """Return a model instance for a row that was just written. The instance equals the result of a SELECT of the row.
 
     Args:
         model: model class of the table.
@@ -348,11 +350,11 @@ def as_loaded(model: type[M], values: dict[str, Any]) -> M:
 
 @cache
 def _model_loader(model: type[Table], dialect: Dialect) -> Loader:
-    """Generate a function that converts rows to instances of `model`, which are detached from any session.
+    """Generate a function that converts rows to detached instances of the class `model`.
 
     SQLAlchemy adds the identity key when the instance is first used. The instance has no pending change, so
     `session.add` attaches the instance and `session.merge` finds its row. Loading one session took 0.45 µs. Adding
-    SQLAlchemy's state at once took 1.9 µs, `model_construct` 3.0 µs, and validation 18 µs.
+    SQLAlchemy's state at once took 1.9 µs, the method `model_construct()` 3.0 µs, and validation 18 µs.
     """
     if not issubclass(model, Table):
         raise InvalidArgumentError(

@@ -77,10 +77,10 @@ def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
 
 
 class SQLiteEngine(Engine):
-    """Engine of one SQLite file with one writer. Each reader sees a snapshot.
+    """Engine of one SQLite file with one writer. Each reading connection sees a snapshot.
 
     With the durability "full", each commit is synced. With the durability "normal", a power cut can lose the last
-    commits. If the argument `temporary` is True, the engine removes the file's directory when the engine is closed.
+    commits. With `temporary=True`, the engine removes the file's directory when the engine is closed.
     """
 
     # Small units share a commit, because SQLite allows one writer, and a sync takes many times as long as a small unit.
@@ -116,10 +116,11 @@ class SQLiteEngine(Engine):
             translate=self.translate_error,
             writers=1,
             readers=READERS,
-            # After a deferred BEGIN the first write would ignore busy_timeout and fail at once, if another process has
-            # written since the BEGIN (https://sqlite.org/lang_transaction.html).
+            # After a deferred BEGIN, the first write would fail at once if another process has written since the BEGIN
+            # (https://sqlite.org/lang_transaction.html).
             begin_write=("BEGIN IMMEDIATE",),
-            # SQLite takes the snapshot at the first read, not at BEGIN. A read of no rows leaves no open statement.
+            # SQLite takes the snapshot at the first read, not at BEGIN. The query has no rows, so no statement stays
+            # open.
             begin_read=("BEGIN; SELECT 1 FROM sqlite_master WHERE 0",),
             watch=self.identity_check,
         )
@@ -140,7 +141,7 @@ class SQLiteEngine(Engine):
 
     def _on_begin(self, connection: Connection) -> None:
         raw: Any = connection.connection.driver_connection
-        # If a StoreConnection has already begun the transaction, send no second BEGIN.
+        # If the class `StoreConnection` has already begun the transaction, send no second BEGIN.
         if not raw.in_transaction:
             with self.translated():
                 raw.execute("BEGIN" if raw.readonly("main") else "BEGIN IMMEDIATE")
@@ -153,24 +154,26 @@ class SQLiteEngine(Engine):
         try:
             moved = self.identity_check.find_moved(beside=True)
         except HomeAgentError as error:
-            moved = error  # the files can't be inspected, so leave the files unchanged
+            moved = error  # if the files can't be inspected, leave the files unchanged
             self._keep_from_checkpoints()
         self._open.discard(connection)
         if moved is None and not self._open:
             self.identity_check.disconnected()
-        elif self.identity_check.remembers_log and not self._open:  # remember the WAL, to refuse another WAL later
+        # Keep the identity of the WAL, to refuse a different WAL later.
+        elif self.identity_check.remembers_log and not self._open:
             logger.error("%s", moved, extra={"event": "closed_without_checkpoint", "path": str(self.path)})
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry) -> None:
         with closing(connection.cursor()) as cursor:
-            # Set busy_timeout first, because the other pragmas can have to wait for a lock.
+            # Set the pragma busy_timeout first, because the other pragmas can wait for a lock.
             cursor.execute(f"PRAGMA busy_timeout={self._busy_ms}")
             cursor.execute("PRAGMA foreign_keys=ON")
             cursor.execute(f"PRAGMA synchronous={self.durability.upper()}")
             cursor.execute("PRAGMA trusted_schema=OFF")
             cursor.execute("PRAGMA cell_size_check=ON")
             cursor.execute(f"PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}")
-        self._open.add(connection)  # count only now: before the first read, SQLite could still delete the WAL
+        # Count the connection only after its first read, because SQLite could delete the WAL before it.
+        self._open.add(connection)
 
     def _keep_from_checkpoints(self) -> None:
         """Configure all connections not to copy the WAL into the file at close, because the file was replaced."""
@@ -184,14 +187,15 @@ class SQLiteEngine(Engine):
         return self._busy_ms / 1000
 
     def connect(self) -> Connection:
-        """Return a new connection. The caller closes the connection."""
-        # Check before and after opening. Opening a replaced file would apply the old database's WAL to the new file.
+        """Return a new connection. The caller must close the connection."""
+        # Check the identity of the file before and after opening it. Opening a replaced file would apply the old
+        # database's WAL to the new file.
         self.identity_check.before_connect()
         try:
             with self.translated():
                 connection = self.sa_engine.connect()
         except HomeAgentError as error:
-            # Remove the driver's exception, to which SQLAlchemy's error refers.
+            # Remove the driver's exception from the traceback, because SQLAlchemy's error refers to it.
             error.__cause__ = error.__context__ = None
             raise
         try:
@@ -202,7 +206,7 @@ class SQLiteEngine(Engine):
         return connection
 
     def open_read_connection(self) -> Connection:
-        """Return a new read-only connection with a snapshot. ATTACH is denied on the connection."""
+        """Return a new read-only connection with a snapshot. On this connection SQLite refuses ATTACH."""
 
         def open_file() -> DriverConnection:
             raw = self._open_existing("mode=ro")
@@ -219,7 +223,7 @@ class SQLiteEngine(Engine):
             connection = sa_engine.connect()
         try:
             with self.translated():
-                # SQLite takes the snapshot at this read.
+                # SQLite takes the snapshot at the first read.
                 connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE 0")
             self._open.add(connection.connection.driver_connection)  # type: ignore[arg-type]
             self.identity_check.connected()
@@ -230,10 +234,12 @@ class SQLiteEngine(Engine):
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Yield a new connection in a read transaction. The transaction neither waits for a writer nor blocks one."""
+        """Yield a new connection in a read transaction. The transaction neither waits for a writer nor blocks a
+        writer.
+        """
         with self.connect() as connection:
             raw: Any = connection.connection.driver_connection
-            # Do not use SQLAlchemy's begin, because `_on_begin` would take the write lock.
+            # Do not call SQLAlchemy's method `begin()`, because the listener `_on_begin()` would take the write lock.
             with self.translated():
                 raw.execute("BEGIN")
             try:
@@ -244,10 +250,10 @@ class SQLiteEngine(Engine):
                     raw.execute("ROLLBACK")
 
     def prepare_connection(self, connection: Connection, *, read_only: bool) -> None:
-        """Make a reader's connection read-only. Install `LockWait` on a writer's connection."""
+        """Make a reader's connection read-only. Install the busy handler `LockWait` on a writer's connection."""
         raw: Any = connection.connection.driver_connection
         with self.translated():
-            raw.execute("SELECT 1 FROM sqlite_master WHERE 0")  # This statement makes SQLite open the WAL index.
+            raw.execute("SELECT 1 FROM sqlite_master WHERE 0")  # SQLite opens the WAL index at the first read.
         if self.identity_check.identity is not None:
             guard_of(self.path, self.identity_check.identity).hold()
         if read_only:
@@ -277,8 +283,8 @@ class SQLiteEngine(Engine):
             if truncate:
                 self._wait_for_locks(connection.driver_connection, timeout)
                 ((blocked, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                # Commit, so that the WAL gets a header again. Otherwise a power cut could leave an empty WAL and an
-                # older WAL index, which together look like a WAL that lost commits.
+                # Make an empty commit, which gives the truncated WAL a header again. A power cut could leave an empty
+                # WAL and an older WAL index, which would look like a WAL that lost commits.
                 connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 self._wait_for_locks(connection.driver_connection, self.busy_seconds)
             else:
@@ -296,9 +302,11 @@ class SQLiteEngine(Engine):
             yield
 
     def prepare_header(self) -> None:
-        """Write the application id into an empty file, and switch to WAL mode. The caller must hold `sidecar_lock`.
+        """Write the application id into an empty file, and switch to WAL mode. The caller must hold the lock
+        `sidecar_lock`.
 
-        In rollback mode the id is written to the file itself, so each homeagent database that is not empty has the id.
+        In rollback mode SQLite writes the application id to the file itself, so each homeagent database that is not
+        empty has the id.
         """
         with self.translated(), closing(self._open_bare()) as raw:
             if not self.path.stat().st_size:
@@ -311,14 +319,14 @@ class SQLiteEngine(Engine):
             )
 
     def _switch_to_wal(self, raw: Any) -> str:
-        """Try to switch to WAL mode for up to busy_timeout, and return the journal mode afterwards."""
+        """Try to switch to WAL mode, for at most `busy_timeout`. Return the journal mode after the last try."""
         deadline = monotonic() + self._busy_ms / 1000
         while True:
             try:
                 return str(raw.execute("PRAGMA journal_mode=WAL").get)
             except apsw.BusyError:
-                # SQLite needs an exclusive lock here and does not call the busy handler. Another process holds a lock
-                # for a moment while the process reads the revision of the file in rollback mode.
+                # To change the journal mode, SQLite needs an exclusive lock, and does not call the busy handler.
+                # Another process can hold a lock for a moment while it reads the revision of a file in rollback mode.
                 if monotonic() >= deadline:
                     raise
             time.sleep(_WAL_PAUSE)
@@ -351,7 +359,7 @@ class SQLiteEngine(Engine):
         except CorruptDatabaseError:
             if self._sqlite_will_empty():
                 return
-            # A header that another process is writing can look damaged, so read the header again with the lock.
+            # While another process writes the header, it can look damaged, so take the lock and read the header again.
             found = self._application_id_while_locked()
         if found != APPLICATION_ID:
             raise ForeignDatabaseError(
@@ -362,7 +370,8 @@ class SQLiteEngine(Engine):
     def _sqlite_will_empty(self) -> bool:
         """Return True if the next connection will empty the file, because its first transaction was interrupted.
 
-        After a power cut the file can contain a part of the first page. SQLite rolls the first transaction back.
+        After a power cut the file can contain a part of the first page. SQLite rolls back the first transaction of such
+        a file.
         """
         lock = database_file.look_at(lock_path(self.path))
         journal = database_file.sidecars(self.path)[2]
@@ -379,13 +388,13 @@ class SQLiteEngine(Engine):
 
     def _application_id_while_locked(self) -> int:
         if database_file.look_at(database_file.sidecars(self.path)[1]) is not None and has_frames(self.path):
-            # This connection takes SQLite's locks, but can't write the file or the WAL index. Do not open the
-            # connection if the WAL has no frames, because SQLite would create a WAL.
+            # A connection with `readonly_shm=1` takes SQLite's locks, but can't write the file or the WAL index. Do not
+            # open the connection if the WAL has no frames, because SQLite would create a WAL.
             return self._application_id("readonly_shm=1")
         lock = FileLock(lock_path(self.path), timeout=timedelta(milliseconds=self._busy_ms), writable=False)
         if database_file.look_at(lock.path) is None:
             return self._application_id("immutable=1")
-        with lock:  # a process that creates the database holds this lock
+        with lock:  # wait for a process that creates the database and holds the lock
             return self._application_id("immutable=1")
 
     def _application_id(self, option: str) -> int:
@@ -398,7 +407,7 @@ class SQLiteEngine(Engine):
             return None  # the instrumented cursor raises the driver's exception, which the connection translates
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
-            raise context.original_exception  # The error comes from `_ClosedAfterFork` in a forked child.
+            raise context.original_exception  # In a forked child, the class `_ClosedAfterFork` raises this error.
         clear_locals(original)  # Local variables of homeagent's frames hold stored values.
         # Before a statement runs, a column type of the application can raise an exception of Python.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
@@ -416,7 +425,9 @@ class SQLiteEngine(Engine):
             self.feed_connections.discard_free()
 
     def after_fork_in_child(self) -> None:
-        """Invalidate the connections. If the parent was using the file, refuse to open the file in this process."""
+        """Invalidate the connections. If a unit of the parent used the file during the fork, the child refuses to open
+        the file.
+        """
         if len(self._open) and self.identity_check.identity is not None:
             inherit(self.identity_check.identity)
         super().after_fork_in_child()
@@ -438,7 +449,7 @@ class SQLiteEngine(Engine):
 
     @classmethod
     def temporary(cls, *, busy_timeout: timedelta, durability: Durability) -> SQLiteEngine:
-        """Return an engine for `:memory:`. The database is a private file, which `after_close` deletes."""
+        """Return an engine for `:memory:`. The database is a private file, which the method `after_close()` deletes."""
         directory = make_temporary_directory()
         try:
             path = directory / "homeagent.db"

@@ -1,8 +1,8 @@
 """Protect an open database from a second SQLite library in the same process.
 
-POSIX locks belong to a process. If another library of the process, such as the interpreter's `sqlite3`, closes a
-descriptor of the database, the process loses the locks of homeagent's connections, and other processes may delete the
-WAL (https://sqlite.org/howtocorrupt.html, section 2.2). There are two measures:
+POSIX locks belong to a process. If another library, such as the interpreter's sqlite3, closes a descriptor of the
+database, the process loses the locks of homeagent's connections. Other processes may then delete the WAL
+(https://sqlite.org/howtocorrupt.html, section 2.2). This module takes two measures:
 
 - On Linux, read locks on open file descriptions (`F_OFD_SETLK`) protect the file and the WAL index. The read locks
   survive the close of another descriptor, and show another library that the database is still open.
@@ -31,14 +31,14 @@ __all__ = ["FileGuard", "guard_of", "open_guarded"]
 
 Identity = tuple[int, int]
 
-# SQLite's SHARED range in the database file, and the byte of the WAL index that each process with a connection has
-# locked for reading. The file os_unix.c has the values as SHARED_FIRST, SHARED_SIZE and UNIX_SHM_DMS.
+# SQLite's SHARED range in the database file, and the byte of the WAL index on which each process with a connection has
+# a read lock. SQLite's source os_unix.c defines the values as SHARED_FIRST, SHARED_SIZE and UNIX_SHM_DMS.
 _SHARED_RANGE = (0x40000002, 510)
 _WAL_INDEX_BYTE = (128, 1)
 
 _DESCRIPTORS = Path("/proc/self/fd")
 
-# Also check the platform, because `_lock` packs Linux's layout of struct flock.
+# Also check the platform, because the function `_lock()` packs Linux's layout of struct flock.
 _HAS_OFD_LOCKS = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
 
@@ -55,14 +55,17 @@ class FileGuard:
         self._is_closed = False
 
     def opened(self) -> bool:
-        """Count a new connection. Return False if the last connection was closed and this guard is no longer in use."""
+        """Count a new connection. Return False if the guard is no longer in use, because its last connection was
+        closed.
+        """
         with self._mutex:
             self._connections += not self._is_closed
             return not self._is_closed
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Count a connection that is closed in the block. Raise DatabaseError if a file can't be unlocked or closed.
+        """Count a connection as closed after the block, which closes it. Raise DatabaseError if a file can't be
+        unlocked or closed.
 
         Release the locks before the last connection is closed, because the close locks the file to checkpoint the WAL.
         Do not close the descriptors before the connection, because SQLite would lose its own locks.
@@ -86,7 +89,9 @@ class FileGuard:
                 raise failure
 
     def hold(self) -> None:
-        """Take the locks if a connection is open. Call this method after a read, which creates the WAL index."""
+        """If a connection is open, take the read locks. Call the method after a read, because a read creates the WAL
+        index.
+        """
         with self._mutex:
             if self._holds or not self._connections:
                 return
@@ -97,14 +102,14 @@ class FileGuard:
                     if look_at(path) is None:
                         return  # a read-only file, for which SQLite creates no WAL index
                     with explained("lock", path):
-                        # Keep the descriptor open if the next step fails. A close would drop SQLite's own locks.
+                        # If locking fails, keep the descriptor open, because closing it would drop SQLite's own locks.
                         if number == len(self._descriptors):
                             self._descriptors.append(os.open(path, os.O_RDONLY | OPEN_FLAGS))
                         _lock(self._descriptors[number], fcntl.F_RDLCK, *span)
             self._holds = True
 
     def _release(self) -> OSError | None:
-        """Release the locks. Return the last error, for the caller to raise after the connection is closed."""
+        """Release the locks. Return the last error, which the caller must raise after it has closed the connection."""
         failure = None
         for descriptor in self._descriptors:
             try:
@@ -115,9 +120,10 @@ class FileGuard:
         return failure
 
     def forget(self) -> None:
-        """Close the descriptors. Do not call this method while a connection is open, except in a forked child."""
+        """Close the descriptors. While a connection is open, only a forked child may call the method."""
         descriptors, self._descriptors = self._descriptors, []
-        with ExitStack() as closing:  # if one descriptor can't be closed, the stack still closes the other descriptors
+        # If one descriptor can't be closed, the ExitStack still closes the other descriptors.
+        with ExitStack() as closing:
             for descriptor in descriptors:
                 closing.callback(os.close, descriptor)
 
@@ -127,14 +133,15 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# Hold this lock while opening and counting a connection, or another thread takes the descriptor for a foreign one.
+# Hold the lock while opening and counting a connection. Otherwise another thread would mistake its descriptor for
+# foreign code.
 _opening = threading.RLock()
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}
 
 
 def guard_of(path: Path, identity: Identity) -> FileGuard:
-    """Return the guard of a file. All databases of this process share the guard."""
+    """Return the object that holds the locks of a file. All `Database` objects of this process share this object."""
     with _registry:
         guard = _guards.get(identity)
         if guard is None:
@@ -143,7 +150,7 @@ def guard_of(path: Path, identity: Identity) -> FileGuard:
 
 
 def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) -> Connection:
-    """Open an existing database. The file's guard counts the connection until the connection is closed.
+    """Open an existing database. The guard of the file counts the connection until the connection is closed.
 
     Args:
         path: path of the file.
@@ -167,7 +174,7 @@ def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) 
 def _refuse_foreign_descriptors(path: Path) -> None:
     """Raise ForeignAccessError if code other than homeagent has the file open in this process.
 
-    A foreign descriptor can't be detected in two cases: there is no /proc, or homeagent already has the file open.
+    The function can't detect foreign code if the system has no /proc, or if homeagent already has the file open.
     """
     status = look_at(path)
     if status is None or identity_of(status) in _guards:
@@ -176,7 +183,7 @@ def _refuse_foreign_descriptors(path: Path) -> None:
         return
     with explained("look into", _DESCRIPTORS):
         for link in _DESCRIPTORS.iterdir():
-            with suppress(OSError):  # the descriptor was closed after the directory was listed
+            with suppress(OSError):  # the descriptor was closed after the directory of descriptors was listed
                 if identity_of(link.stat()) == identity_of(status):
                     raise ForeignAccessError(
                         f"this process has {quoted(path)} open already, as descriptor {link.name}, but not through "

@@ -34,12 +34,13 @@ def in_use_path(database: Path) -> Path:
 def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
     """Take the shared in-use lock, for the caller to hold until the last connection is closed.
 
-    Finish an interrupted restore first. Return None if the lock file can't be created because the directory is not
-    writable. In such a directory no restore can replace a file, and SQLite can't write.
+    Finish an interrupted restore first. If the lock file can't be created because the directory is not writable, return
+    None. In a directory that is not writable, no restore can replace a file, and SQLite can't write.
 
     Raises:
-        DatabaseBusyError: if another process still restores the database after `timeout`.
-        DatabaseError: if `inspect_file()` refuses the lock file, or if an interrupted restore can't be finished.
+        DatabaseBusyError: if another process still restores the database after the wait `timeout`.
+        DatabaseError: if the function `inspect_file()` refuses the lock file, or if an interrupted restore can't be
+            finished.
     """
     path = in_use_path(database)
     while True:
@@ -54,7 +55,7 @@ def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
             raise
         if not lock.has_marker():
             return lock
-        # Finishing a restore needs the exclusive lock, which proves that no other process has the database open.
+        # To finish a restore, take the exclusive lock. It proves that no other process has the database open.
         lock.release()
         with FileLock(path, timeout=timeout) as exclusive:
             finish_replacement(exclusive, database, timeout=timeout)
@@ -67,8 +68,8 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
     Finish an interrupted restore first. The directory must exist. The database can be absent or damaged.
 
     Raises:
-        DatabaseBusyError: if a process still has the database open after `timeout`. On Linux the message names the
-            process.
+        DatabaseBusyError: if a process still has the database open after the wait `timeout`. On Linux the error message
+            names the process.
     """
     lock = FileLock(in_use_path(database), timeout=timeout)
     try:
@@ -86,10 +87,10 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
 
 @contextmanager
 def kept_from_sqlite(database: Path) -> Iterator[None]:
-    """Keep programs that use SQLite from opening the file during the block. Do nothing if the file is missing.
+    """Keep programs that use SQLite from opening the file during the block. If the file is missing, do nothing.
 
     If another program has the file open, raise DatabaseBusyError. This process must not have the file open through
-    SQLite, because closing the descriptor of this function drops SQLite's locks, and SQLite's close drops this lock.
+    SQLite. Otherwise SQLite and this function would drop each other's locks when they close their descriptors.
     """
     with explained("open", database):
         try:
@@ -114,7 +115,7 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
 
 
 def _holders(path: Path) -> str:
-    """Return text for an error message: the processes that, by /proc/locks, hold a lock on the file (proc_locks(5))."""
+    """Return a text that names the processes with a lock on the file, from /proc/locks (manual page proc_locks(5))."""
     try:
         inode = path.stat().st_ino
         lines = Path("/proc/locks").read_text().splitlines()

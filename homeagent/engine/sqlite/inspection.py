@@ -1,4 +1,4 @@
-"""Read a SQLite file without changing the file, the WAL or the modes of the two.
+"""Read a SQLite file without changing the file, its WAL or the modes of both files.
 
 An ordinary connection could destroy data of a damaged file, because the close of the last connection moves the WAL's
 content into the file and removes the WAL.
@@ -34,12 +34,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Stopwatch", "inspect_sqlite", "journal_mode", "reaches", "scratch_sqlite"]
 
-# Number of instructions of SQLite's virtual machine between two checks of the clock. They take under a millisecond.
+# Number of instructions of SQLite's virtual machine between two checks of the clock. These instructions take less than
+# a millisecond.
 _INSTRUCTIONS = 10_000
 
 
 class Stopwatch:
-    """Statement timeout, as a progress handler for SQLite. A limit of None means no timeout."""
+    """A statement timeout, which is a progress handler for SQLite. A limit of None means no timeout."""
 
     def __init__(self, limit: timedelta | None) -> None:
         self._limit = None if limit is None else limit.total_seconds()
@@ -53,7 +54,7 @@ class Stopwatch:
         self.ran_out = False
 
     def __call__(self) -> bool:
-        """Return True if the statement has reached the limit. SQLite then ends the statement."""
+        """Return True if the statement has reached the limit. After True, SQLite ends the statement."""
         if self._limit is not None and monotonic() - self._began > self._limit:
             self.ran_out = True
         return self.ran_out
@@ -66,14 +67,14 @@ def inspect_sqlite(
     """Open an existing file for reading. All statements see one snapshot.
 
     If the WAL has no frames, the database file is complete and is read without a lock. If the WAL has frames, SQLite
-    reads the WAL through the WAL index (-shm), and creates a missing index. No other file is created.
+    reads the WAL through the WAL index (-shm), and creates a missing index. SQLite creates no other file.
 
     Args:
         path: path of the file.
         watch: statement timeout.
-        assume_closed: if False, take locks even without a WAL, because a process can be opening the file.
-        is_closed: True if no process of homeagent had the file open a moment ago. If False, read a WAL without frames
-            through its index, because an open database can add a frame at any time.
+        assume_closed: False to take locks even without a WAL, because a process can be opening the file.
+        is_closed: True if no process of homeagent had the file open a moment ago. With False, SQLite reads a WAL
+            without frames through its index, because an open database can add a frame at any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -87,14 +88,14 @@ def inspect_sqlite(
         connection = _open(path, options.pop(0), watch)
         try:
             with translated(DRIVER_ERRORS, sqlite_error):
-                # The first read takes the snapshot. Do not begin earlier, because a listener of the host application
-                # can run a PRAGMA on each new connection, and SQLite refuses some PRAGMAs in a transaction.
+                # The first read takes the snapshot. Do not begin the transaction earlier. A listener of the host
+                # application can run a PRAGMA on each new connection, and SQLite refuses some PRAGMAs in a transaction.
                 raw: Any = connection.connection.driver_connection
                 raw.execute("BEGIN")
                 raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
             break
         except ReadOnlyError:
-            # Another process is writing, and a read-only WAL index has no room for another reader.
+            # Another process is writing, and a read-only WAL index has no free slot for another reader.
             connection.close()
             if not options:
                 raise
@@ -126,7 +127,9 @@ def _open(path: Path, option: str, watch: Stopwatch) -> Connection:
 
 
 def journal_mode(path: Path, connection: Connection) -> str | None:
-    """Return the journal mode of a file that `inspect_sqlite` opened; None if the mode can't be determined."""
+    """Return the journal mode of a file that `inspect_sqlite()` opened. If the mode can't be determined, return
+    None.
+    """
     mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
     if mode == "wal":
         return mode
@@ -148,11 +151,11 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
     """Return True if a trigger writes to one of the tables, or if a view reads from one of the tables.
 
     Compile statements that fire the trigger or read the view, but do not run the statements. SQLite reports each used
-    table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). Also return True if
-    SQLite can't compile the statements, for example because an application's function is missing.
+    table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile
+    the statements, for example because an application's function is missing, also return True.
 
-    The names in `tables` are in lower case. For a trigger, pass `kind="trigger"` and its table as the argument `on`.
-    For a view, pass `kind="view"` and the view's own name as the argument `on`.
+    The argument `tables` has names in lower case. For a trigger, pass `kind="trigger"`, and pass its table as the
+    argument `on`. For a view, pass `kind="view"`, and pass the view's own name as the argument `on`.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []

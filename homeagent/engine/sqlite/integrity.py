@@ -36,8 +36,8 @@ logger = logging.getLogger("homeagent")
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
 
-# Number of instructions of SQLite's virtual machine between two calls of `give_up()`. These instructions take a few
-# milliseconds at most.
+# Number of instructions of SQLite's virtual machine between two calls of the function `give_up()`. These instructions
+# take a few milliseconds at most.
 _INSTRUCTIONS = 100_000
 
 
@@ -47,7 +47,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
     Do not use an ordinary connection, because its close would move the WAL's content into the database.
 
     Returns:
-        True if `check_content` accepted the file; False if there is no WAL to check.
+        True if the function `check_content()` accepted the file. False if the database has no WAL to check.
 
     Raises:
         CorruptDatabaseError: if the file is damaged, or if the WAL lost commits.
@@ -100,9 +100,9 @@ def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
 
     Raises:
         CorruptDatabaseError: if the check found damage.
-        Exception: if SQLite can't read the file. The exception is the driver's error.
+        Exception: if SQLite can't read the file. In this case the exception is the driver's error.
     """
-    # Do not use the size of the file, because the WAL can contain more pages.
+    # Compute the size from the number of pages, because the WAL can contain more pages than the file.
     size = raw.pragma("page_count") * raw.pragma("page_size")
     if size <= FULL_CHECK_BYTES:
         found = raw.execute("PRAGMA integrity_check(1)").fetchall()
@@ -114,11 +114,12 @@ def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
 
 
 def check_table(engine: SQLiteEngine, table: str, *, give_up: Callable[[], bool]) -> bool:
-    """Check a table of the schema, and its indexes, in a read-only unit. Damage marks the database as corrupt.
+    """Check a table of the schema, and its indexes, in a read-only unit. If the check finds damage, the database is
+    marked as corrupt.
 
     Returns:
-        False if `give_up()` returned True and therefore ended the check. SQLite calls `give_up()` every few
-        milliseconds.
+        False if the function `give_up()` ended the check by returning True. SQLite calls the function `give_up()` every
+        few milliseconds.
 
     Raises:
         CorruptDatabaseError: if the table is damaged. Later units raise the same error until the database is reopened.

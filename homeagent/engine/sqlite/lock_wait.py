@@ -1,11 +1,11 @@
 """Wait for the write lock of another process. Frequent tries get the lock even if a process writes without pause.
 
 SQLite's own busy handler tries again after 1, 2, 5, 10, ... and at last every 100 ms. A process that commits and begins
-again at once leaves the lock free only for short moments, and SQLite's busy handler seldom tries in such a moment. In a
-test with eight writing processes, some waited for seconds. A process that tries every few milliseconds gets the lock.
-With more frequent tries the lock moves between processes more often, which slows all writes. On a busy machine, pauses
-of 0.5 to 2 ms raised the 99th percentile of the write times of eight processes two to five times. On a quiet machine
-there was no difference.
+again at once leaves the lock free only for short moments. SQLite's busy handler seldom tries in such a moment. In a
+test with eight writing processes, some processes waited for seconds. A process that tries every few milliseconds gets
+the lock. With more frequent tries the lock moves between processes more often, which slows all writes. On a busy
+machine, pauses of 0.5 to 2 ms raised the 99th percentile of the write times of eight processes two to five times. On a
+quiet machine, such pauses made no difference.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _PAUSE = (0.001, 0.005)
 
 
 class LockWait:
-    """Busy handler (https://sqlite.org/c3ref/busy_handler.html), which calls `began()` at the start of each wait."""
+    """A busy handler for SQLite (https://sqlite.org/c3ref/busy_handler.html). At the start of each wait it calls the
+    function `began()`.
+    """
 
     def __init__(self, timeout: float, began: Callable[[], object]) -> None:
         self._timeout = timeout
@@ -31,7 +33,7 @@ class LockWait:
         self._since = 0.0
 
     def __call__(self, attempts: int) -> bool:
-        """Pause before the next try. Return False if the wait has reached `timeout`, in seconds."""
+        """Pause before the next try. Return False if the wait has reached the duration `timeout`, in seconds."""
         now = monotonic()
         if attempts == 0:
             self._since = now

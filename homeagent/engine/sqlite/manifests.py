@@ -41,7 +41,7 @@ _LARGEST = 64 * 1024  # maximum size in bytes; a manifest has a few hundred byte
 
 
 class Manifest(BaseModel):
-    """State of a backup at the time of its verification.
+    """The content of a manifest: the state of a backup at the time of its verification.
 
     Attributes:
         format: version of the manifest's format.
@@ -71,21 +71,21 @@ class Manifest(BaseModel):
 
 
 def manifest_path(backup: Path) -> Path:
-    """Return the path of a backup's manifest, whether the manifest exists or not."""
+    """Return the path of a backup's manifest. The manifest need not exist."""
     return backup.with_name(backup.name + ".json")
 
 
 def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None:
-    """Return the manifest of a backup; None if the manifest does not exist.
+    """Return the manifest of a backup. If the manifest does not exist, return None.
 
     Args:
         backup: path of the backup.
-        database: path of the source database, or of the target of a restore. The directory of this path decides which
-            owners are trusted. The default is the path of the backup.
+        database: path of the source database, or of the target of a restore. The directory of the database decides
+            which owners are trusted. By default it is the path of the backup.
 
     Raises:
-        InsecureFileError: if the manifest has a second hard link, or belongs to a user who is not in `backup_owners` of
-            `database`.
+        InsecureFileError: if the manifest has a second hard link, or belongs to a user whose backups are not trusted
+            (see `backup_owners()`).
         CorruptDatabaseError: if the manifest can't be read, or is invalid.
     """
     path = manifest_path(backup)
@@ -108,8 +108,9 @@ def write_manifest(backup: Path, manifest: Manifest) -> None:
 def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
     """Return the backups in a directory, oldest first. Leave out a backup whose size differs from the manifest.
 
-    Do not open the backups, because `restore()` checks the content. Also leave out a backup that `restore()` would
-    refuse because of the owner or a second hard link. An unreadable directory counts as empty.
+    Do not open the backups, because the function `restore()` checks their content. Leave out a backup that the function
+    `restore()` would refuse because of its owner or a second hard link. A directory that cannot be read counts as
+    empty.
     """
     found: list[tuple[Path, Manifest]] = []
     with suppress(OSError, HomeAgentError):
@@ -127,17 +128,18 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
 
 
 def newest_backup(database: Path) -> Path | None:
-    """Return the newest backup of a database (a path from `locate_file()`); None if no backup is found.
+    """Return the path of the newest backup of a database, or None. The argument is a path from `locate_file()`.
 
-    Search the directory of the database and the directory of the last backup. The database need not exist.
+    Search the directory of the database and the directory of the last backup. The database itself need not exist.
     """
-    # In the database's own directory compare only the file name, because the directory can have been moved.
+    # In the database's own directory, compare only the name of the source database, because the directory can have been
+    # moved.
     found = [entry for entry in backups_in(database.parent, database) if Path(entry[1].database).name == database.name]
     last = remembered_backup(database)
     if last is not None and last.parent != database.parent:
         found += [entry for entry in backups_in(last.parent, database) if entry[1].database == str(database)]
     now = system_clock()
-    # A backup with a future time was made while the clock was ahead, and can be older than all other backups.
+    # A backup with a time in the future was made while the clock was wrong, and can be older than all other backups.
     newest = max(found, key=lambda entry: (entry[1].taken_at <= now, entry[1].taken_at, entry[0]), default=None)
     return None if newest is None else newest[0]
 
@@ -153,7 +155,7 @@ def note_path(database: Path) -> Path:
 
 
 def remembered_backup(database: Path) -> Path | None:
-    """Return the path of the last backup of a database; None if there is no readable note."""
+    """Return the path of the last backup of a database. If no note can be read, return None."""
     try:
         return Path(os.fsdecode(_read(note_path(database), backup_owners(database)).rstrip(b"\n")))
     except (OSError, ValueError, HomeAgentError):

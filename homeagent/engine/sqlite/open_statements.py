@@ -1,7 +1,7 @@
 """Close the unfinished statements of an ORM session at the end of its transaction.
 
-In SQLite a statement with unfetched rows outlives COMMIT and ROLLBACK, and keeps the read snapshot. So the next unit of
-work on the connection would read old rows, and could not write after a commit of another process.
+In SQLite a statement with unfetched rows outlives COMMIT and ROLLBACK, and keeps the read snapshot. Therefore the next
+unit of work on the connection would read old rows, and could not write after a commit of another process.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def end_with_transactions(connection: Connection) -> None:
     connection.info[_KEY] = cursors
 
     def note(connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        # Leave out a store's cursor, because the connection uses the cursor again. An instrumented cursor also calls
-        # this function.
+        # Do not close a store's cursor, because the connection uses the cursor again. The instrumented cursor also
+        # calls this listener.
         if isinstance(context, DefaultExecutionContext):
             cursors.add(cursor)
 

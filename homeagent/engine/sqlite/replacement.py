@@ -1,9 +1,9 @@
 """Replace a database atomically. After a crash at any moment either the old or the new database is complete.
 
-A replacement changes the database file and its WAL, and no file system changes two files in one step. Between the two
-steps SQLite would replay the old WAL over the new file, or read the old file without its last commits. So homeagent
-first writes its intent as a marker to the in-use lock file, which every `Database.open` locks. If the marker is there,
-the next opener finishes the replacement before it opens the database.
+A replacement changes the database file and its WAL, but no file system can change two files in one step. Between the
+two steps SQLite would replay the old WAL over the new file, or read the old file without its last commits. Therefore
+homeagent first writes its intent as a marker to the in-use lock file, which every `Database.open()` locks. If the lock
+file has this marker, the next `Database.open()` first finishes the replacement.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ __all__ = [
     "replace_database",
 ]
 
-# A complete text ends with the word "end". If the word is missing, a power cut interrupted the write of the text, and
-# no file was moved yet.
+# A complete marker ends with the word "end". If this word is missing, a power cut interrupted the write of the marker,
+# and no file was moved yet.
 _INTENT = r"swap (\w+) (\d+) end"
 _MARKER = r"initialised, epoch (\d+)"
 
 
 def new_path(database: Path, stamp: str) -> Path:
-    """Return the path of the new database before the replacement."""
+    """Return the path at which the new database is before the replacement."""
     return database.with_name(f"{database.name}.{stamp}.restoring")
 
 
 def quarantine_path(database: Path, stamp: str) -> Path:
-    """Return the path of the old database after the replacement. The old sidecar files get the same prefix."""
+    """Return the path at which the old database is after the replacement. The old sidecar files get the same prefix as
+    the old database.
+    """
     return database.with_name(f"{database.name}.{stamp}.quarantine")
 
 
@@ -52,7 +54,7 @@ def marker_of_epoch(epoch: int) -> str:
 
 
 def epoch_of_marker(marker: str | None) -> int:
-    """Return the epoch in a lock file's marker, also for a damaged database; 0 if no database was created here."""
+    """Return the epoch in a lock file's marker, also for a damaged database. If the file has no marker, return 0."""
     if marker is None:
         return 0
     found = re.fullmatch(_MARKER, marker)
@@ -63,28 +65,29 @@ def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, 
     """Move the file at `new_path` to the database's path, and the old files to `quarantine_path`.
 
     Args:
-        lock: the in-use lock, held exclusively.
+        lock: the in-use lock, which the caller holds exclusively.
         database: path of the database file, which need not exist.
-        stamp: letters and digits that distinguish this replacement from others.
+        stamp: letters and digits that distinguish this replacement from other replacements.
         epoch: epoch of the new database.
-        timeout: longest wait for `sidecar_lock`, which a process that creates the database also takes.
+        timeout: longest wait for the lock `sidecar_lock`, which a process that creates the database also takes.
 
     Raises:
-        DatabaseError: if a step failed. The next process that opens the database finishes the replacement.
+        DatabaseError: if a step of the replacement failed. The next process that opens the database finishes the
+            replacement.
     """
     lock.write_marker(f"swap {stamp} {epoch} end")
     finish_replacement(lock, database, timeout=timeout)
 
 
 def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) -> None:
-    """Finish the replacement that the lock file's marker describes. Do nothing if there is no marker.
+    """Finish the replacement that the lock file's marker describes. If the lock file has no marker, do nothing.
 
-    The arguments are those of `replace_database`.
+    The arguments are the same as for `replace_database()`.
 
     Raises:
         InsecureFileError, ForeignDatabaseError: if another user put a file at the path of the new database.
         CorruptDatabaseError: if this version of homeagent does not understand the marker.
-        DatabaseError: if a step failed. A second call tries again.
+        DatabaseError: if a step of the replacement failed. A second call of the function tries again.
     """
     intent = lock.read_marker()
     if intent is None:
@@ -100,7 +103,7 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
         )
     stamp, epoch = found[1], int(found[2])
     new, kept = new_path(database, stamp), quarantine_path(database, stamp)
-    # Do not trust the file, because the replacement can be finished already, and another user can have created the file
+    # Check the file at `new_path`. If the replacement is already finished, another user can have created the file
     # afterwards.
     if judge_file(new, is_database=False) is not None:
         with explained("put the restored database in place at", database):
@@ -119,11 +122,11 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
 
 
 def _link_or_rename(path: Path, second: Path) -> None:
-    """Give a file a second name. On a file system without hard links rename the file."""
+    """Give a file a second name by a hard link. On a file system without hard links rename the file."""
     try:
         second.hardlink_to(path)
     except OSError as error:
-        # After a rename the database's path is absent for a moment. A process that opens the database in that moment
+        # After a rename the database's path is absent for a moment. A process that opens the database at this moment
         # finds the marker and finishes the replacement.
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
             raise

@@ -13,7 +13,7 @@ __all__ = ["refuse_changes"]
 _WRITES = frozenset({apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE, apsw.SQLITE_DROP_TABLE})
 _TRIGGERS = frozenset({apsw.SQLITE_CREATE_TRIGGER, apsw.SQLITE_DROP_TRIGGER})
 
-# For these actions the second argument is the table (https://sqlite.org/c3ref/c_alter_table.html).
+# Actions for which SQLite's second argument is the table (https://sqlite.org/c3ref/c_alter_table.html).
 _OF_TABLE = {
     apsw.SQLITE_ALTER_TABLE,
     apsw.SQLITE_CREATE_INDEX,
@@ -26,7 +26,8 @@ _OF_TABLE = {
 def refuse_changes(
     raw: Any, tables: Collection[str], triggers: Collection[str], refused: Callable[[str], None]
 ) -> Iterator[None]:
-    """In the block, refuse each statement that changes the rows, the columns, the indexes or the triggers of `tables`.
+    """While the block runs, refuse each statement that changes the rows, columns, indexes or triggers of the given
+    tables.
 
     SQLite asks the authorizer while it compiles a statement (https://sqlite.org/c3ref/set_authorizer.html), so a
     refused statement has no effect. A change of the schema through `PRAGMA writable_schema` is also refused.

@@ -1,13 +1,13 @@
 """Find committed transactions that are lost from a write-ahead log (WAL).
 
-SQLite treats the first WAL frame with a wrong checksum as the end of the WAL, and so discards a commit that a crash
-interrupted. But if the WAL was damaged or truncated later, SQLite silently discards complete commits
-(https://sqlite.org/fileformat2.html#walformat, section 4.2). Two traces of lost commits remain. The first trace is the
-last frame of a commit, after the damaged place. The second trace is the WAL index (-shm), which a killed process leaves
-behind with the number of committed frames (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
+SQLite treats the first WAL frame with a wrong checksum as the end of the WAL. In this way it discards a commit that a
+crash interrupted. But if the WAL was damaged or truncated later, SQLite silently discards complete commits
+(https://sqlite.org/fileformat2.html#walformat, section 4.2). Two traces of lost commits remain. The first trace is a
+last frame of a commit that comes after the damaged place. The second trace is the WAL index (-shm), which a killed
+process leaves behind with the number of committed frames (https://sqlite.org/walformat.html#the_wal_index_file_format,
+section 2.1).
 
-No other process may have the database open. This process must not have the database open, because closing the WAL index
-would drop this process's locks.
+No process may have the database open. In this process, closing the WAL index would drop SQLite's locks.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ _INDEX_HEADER = 48
 _INDEX = 2 * _INDEX_HEADER + 40
 _INDEX_VERSION = 3007000
 
-# The kernel writes the WAL index to the disk after half a minute. Within half a minute, the WAL can't restart more than
-# 65,536 times. The first salt is random, so the WAL of another database looks restarted with a chance of 1 in 65,536.
+# The kernel writes the WAL index to the disk within half a minute. Within this time, the WAL can't restart more than
+# 65,536 times. The first salt is random, so the WAL of a different database looks restarted with a probability of 1 in
+# 65,536.
 _MOST_RESTARTS = 2**16
 
 
@@ -50,7 +51,7 @@ class LostCommits(NamedTuple):
     Attributes:
         problem: description of the damage, without a remedy.
         frames: number of frames that SQLite would still read.
-        by_power_cut: True if a power cut can be the cause, if the durability was "normal".
+        by_power_cut: True if a power cut during the durability "normal" can be the cause.
     """
 
     problem: str
@@ -65,11 +66,11 @@ class _Index(NamedTuple):
 
 
 def has_frames(path: Path) -> bool:
-    """Return whether SQLite would read a frame of this database's WAL. The database may be open.
+    """Return whether SQLite would read a frame of this database's WAL. The caller may have the database open.
 
     A process that is killed in its first commit leaves a WAL with only a header. A full disk can leave a part of a
-    header. SQLite ignores such a WAL. But if no other connection is open, a connection with `readonly_shm=1` fails with
-    SQLITE_PROTOCOL after 10 seconds.
+    header. SQLite ignores a WAL with an incomplete or lonely header. But a connection with `readonly_shm=1` fails on
+    such a WAL after 10 seconds with SQLITE_PROTOCOL, if no other connection is open.
     """
     log = sidecars(path)[0]
     with explained("read", log):
@@ -82,14 +83,15 @@ def has_frames(path: Path) -> bool:
 
 
 def find_lost_commits(path: Path) -> LostCommits | None:
-    """Find commits that SQLite would silently discard on opening this database. Return None if none is found.
+    """Find commits that SQLite would silently discard when it opens the database. If no lost commit is found, return
+    None.
 
-    If there is no WAL index, damage in the last commit is not found, because a power cut in the middle of COMMIT would
-    leave the same content. No process may have the database open.
+    Without a WAL index, damage in the last commit is not found, because a power cut in the middle of COMMIT leaves the
+    same content. No process may have the database open.
 
     Raises:
         DatabaseError: if a file can't be read, or if the WAL can't be copied.
-        CorruptDatabaseError: if the WAL is sound, but contains an invalid first page of the database.
+        CorruptDatabaseError: if the WAL is intact, but contains an invalid first page of the database.
     """
     log, index = sidecars(path)[:2]
     known = _read_index(index)
@@ -103,9 +105,9 @@ def find_lost_commits(path: Path) -> LostCommits | None:
 
 
 class _Log(NamedTuple):
-    committed: int  # Number of frames up to the end of the last sound commit.
+    committed: int  # Number of frames up to the end of the last intact commit.
     later_commits: int  # Number of later frames of this WAL that end a commit.
-    salt: bytes | None  # None if there is no sound header
+    salt: bytes | None  # None if the WAL has no valid header
     exists: bool = True
     is_blank: bool = False  # True if the WAL is too short for a frame, or has only zeros, as after a power cut
 
@@ -153,7 +155,7 @@ def _recovered(log: Path, *, page_size: int) -> int:
 
 
 def _page_size(header: bytes) -> int | None:
-    """Return the page size in a WAL header, or None if the header is not sound."""
+    """Return the page size in a WAL header. If the header is not valid, return None."""
     if len(header) < _HEADER:
         return None
     magic, version, page_size, _, *_, first, second = struct.unpack(">8I", header)
@@ -181,7 +183,8 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
                 by_power_cut=True,
             )
     if log.salt is None:
-        # SQLite writes the header first. A power cut can't split the header, which is smaller than any sector.
+        # SQLite writes the header of a WAL first. A power cut can't split the header, because the header is smaller
+        # than any sector of a disk.
         return None if log.is_blank or not log.exists else LostCommits("the log has no sound header", 0, False)
     # A power cut can leave one unfinished commit whose last frame reached the disk before its first frame.
     if log.later_commits > 1:
@@ -203,7 +206,7 @@ def _is_later(salt: bytes, *, than: bytes) -> bool:
 
 
 def _read_index(index: Path) -> _Index | None:
-    """Return the content of the WAL index; None if the index is missing or invalid."""
+    """Return the content of the WAL index. If the index is missing or invalid, return None."""
     with explained("read", index):
         try:
             descriptor = os.open(index, os.O_RDONLY | OPEN_FLAGS)
