@@ -72,7 +72,7 @@ class SessionNotFoundError(NotFoundError):
 
 
 class AlreadyExistsError(HomeAgentError):
-    """A row with the same identity exists already. The method did not change the row."""
+    """A row with the same identity exists already. The method did not change the existing row."""
 
 
 class DeviceExistsError(AlreadyExistsError):
@@ -109,16 +109,16 @@ class IdempotencyKeyExistsError(AlreadyExistsError):
 
 
 class ConflictError(HomeAgentError):
-    """The present state of the store does not permit the change. The change was not made.
+    """The present state of the store does not permit the change. The method changed no row.
 
-    The attributes `constraint` and `kind` are None if no constraint was violated.
+    If no constraint was violated, the attributes `constraint` and `kind` are None.
 
     Attributes:
         table: name of the table. None if the table is unknown.
-        constraint: name of the violated constraint, or its columns if the constraint has no name. None if unknown, for
-            example for a foreign key on SQLite.
-        kind: `unique` (also for a primary key), `foreign_key`, `check`, `not_null`, `exclusion` (only on PostgreSQL) or
-            `datatype` (only for a STRICT table of SQLite).
+        constraint: name of the violated constraint, or its columns if the constraint has no name. None if the name is
+            unknown, for example for a foreign key on SQLite.
+        kind: kind of the constraint: `unique` (also for a primary key), `foreign_key`, `check`, `not_null`, `exclusion`
+            (only on PostgreSQL) or `datatype` (only for a STRICT table of SQLite).
     """
 
     table: str | None = None
@@ -136,7 +136,9 @@ class AgentInUseError(ConflictError):
 
 
 class RouteTakenError(ConflictError):
-    """Another session holds the new route of a moved session. The attribute `session_id` is the other session."""
+    """Another session holds the new route of a moved session. The attribute `session_id` is the id of the session that
+    holds the route.
+    """
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
@@ -152,7 +154,9 @@ class LastAdminError(ConflictError):
 
 
 class ApprovalChangedError(ConflictError):
-    """The device has changed since the administrator read the device. The changed field is the attribute `changed`."""
+    """The device has changed since the administrator read the device. The attribute `changed` names the changed
+    field.
+    """
 
     def __init__(self, device_id: str, changed: str) -> None:
         self.device_id = device_id
@@ -170,7 +174,7 @@ class DeviceNotApprovedError(ConflictError):
 
 
 class LimitError(ConflictError):
-    """The store has the maximum number of rows of a kind. This number is the attribute `limit`."""
+    """The store has the maximum number of rows of a kind. The attribute `limit` is this maximum."""
 
     def __init__(self, message: str, *, limit: int) -> None:
         self.limit = limit
@@ -199,7 +203,9 @@ class NonceLimitError(LimitError):
 
 
 class KeyLimitError(LimitError):
-    """The device already has the maximum number of idempotency keys that have not expired. The effect did not begin."""
+    """The device already has the maximum number of idempotency keys that have not expired. The effect of the call did
+    not begin.
+    """
 
     def __init__(self, device_id: str, limit: int) -> None:
         self.device_id = device_id
@@ -208,7 +214,7 @@ class KeyLimitError(LimitError):
 
 
 class TargetNotEmptyError(ConflictError):
-    """The target of a copy is not empty. The target was not changed."""
+    """The target of a copy is not empty. The copy did not change the target."""
 
     def __init__(self, table: str) -> None:
         self.table = table
@@ -231,7 +237,7 @@ class DatabaseError(HomeAgentError):
 
 
 class DatabaseBusyError(DatabaseError):
-    """Another unit held the database for longer than `busy_timeout`, or all retries within `busy_timeout` failed."""
+    """Another unit held the database for longer than the `busy_timeout`, or all retries within this time failed."""
 
 
 class TransientError(DatabaseBusyError):
@@ -242,7 +248,7 @@ class TransientError(DatabaseBusyError):
 
 
 class ConnectionLostError(DatabaseError):
-    """The server can't be reached, or the connection ended. The unit was not committed."""
+    """The server can't be reached, or the connection ended. The database did not commit the unit."""
 
 
 class CommitUnknownError(DatabaseError):
@@ -255,7 +261,9 @@ class CommitUnknownError(DatabaseError):
 
 
 class SchemaTooNewError(DatabaseError):
-    """A newer version of homeagent or of the application upgraded the database. The database was not changed."""
+    """A newer version of homeagent or of the application upgraded the database. The call did not change the
+    database.
+    """
 
     def __init__(self, revision: str, *, known: str, application: str | None = None) -> None:
         self.revision = revision
@@ -269,10 +277,11 @@ class SchemaTooNewError(DatabaseError):
 
 
 class SchemaOutdatedError(DatabaseError):
-    """The database does not exist or needs an upgrade, and `migrate=False` forbids both steps.
+    """The database does not exist or needs an upgrade, and `migrate=False` forbids both the creation and the upgrade.
 
     If the database does not exist, the attribute `location` is the path, or the URL without the password. If only the
-    application's own revisions are missing, `application` is the application's name. Otherwise both are None.
+    application's own revisions are missing, the attribute `application` is the name of the application. In other cases
+    these attributes are None.
     """
 
     def __init__(
@@ -298,8 +307,8 @@ class SchemaOutdatedError(DatabaseError):
 class SchemaChangedError(DatabaseError):
     """The schema was changed by other statements than homeagent's revisions, so the rows can be inconsistent.
 
-    A restore, a copy or an upgrade raises the error and does not change the database. The attribute `changes` has one
-    sentence for each change. The sentence names the table and the trigger, index, column or view.
+    A restore, a copy and an upgrade raise this error and do not change the database. The attribute `changes` has one
+    sentence for each change. Each sentence names the table and the trigger, index, column or view.
     """
 
     def __init__(self, changes: list[str], *, location: str, command: str | None) -> None:
@@ -325,7 +334,9 @@ class MigrationError(DatabaseError):
 
     @property
     def cause(self) -> BaseException | None:
-        """The exception of the failed revision; None if the database raised the exception, or no revision failed."""
+        """The exception of the failed revision. If the database raised the exception, or no revision failed, the
+        attribute is None.
+        """
         return self.__cause__
 
 
@@ -342,26 +353,30 @@ class CorruptDatabaseError(DatabaseError):
 
 
 class DatabaseMovedError(CorruptDatabaseError):
-    """The file or its WAL was deleted, moved or replaced while the database was open. The unit was not committed.
+    """The file or its WAL was deleted, moved or replaced while the database was open. The database did not commit the
+    unit.
 
-    Units succeed again after the same file is put back. To use another file, open the database again.
+    After the administrator has put the same file back, units succeed again. To use another file, open the database
+    again.
     """
 
 
 class InsecureFileError(DatabaseError):
-    """A file or directory is not private, or is a link. Another user could replace it or read its content."""
+    """A file or directory is not private, or is a link. Another user could replace the file or read its content."""
 
 
 class DiskFullError(DatabaseError):
-    """The disk is full. The unit was rolled back. The next unit can succeed when the disk has free space again."""
+    """The disk is full. The database rolled back the unit. After the disk has free space again, the next unit can
+    succeed.
+    """
 
 
 class DatabaseIOError(DatabaseError):
-    """The operating system could not read or write a file of the database. The unit was rolled back."""
+    """The operating system could not read or write a file of the database. The database rolled back the unit."""
 
 
 class TooManyFilesError(DatabaseError):
-    """The process or the machine reached its limit of open files. The unit was rolled back."""
+    """The process or the machine reached its limit of open files. The database rolled back the unit."""
 
 
 class ReadOnlyError(DatabaseError):
@@ -369,7 +384,9 @@ class ReadOnlyError(DatabaseError):
 
 
 class StandbyError(ReadOnlyError):
-    """The server is a standby and refuses writes. The method `Database.run` runs the unit again on another server."""
+    """The PostgreSQL server is a standby and refuses writes. The method `Database.run` runs the unit again on another
+    server.
+    """
 
     def __init__(self) -> None:
         message = "the PostgreSQL server is a standby and takes no writes: name all hosts in the URL, with "

@@ -9,8 +9,8 @@ from homeagent.errors import InvalidArgumentError
 
 __all__ = ["safe_filename"]
 
-# Ids in lower case only, because a file system can ignore case. Ids in ASCII only, because a file system can normalise
-# Unicode.
+# Ids that contain only lower-case letters, because a file system can ignore case. Ids that contain only ASCII
+# characters, because a file system can normalise Unicode.
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9._-]{0,126}[a-z0-9]|[a-z0-9]")
 _OTHER = re.compile(r"[^a-z0-9_-]+")
 _PREFIX = 100
@@ -24,7 +24,7 @@ def safe_filename(identifier: str) -> str:
     on a file system that ignores case or normalises Unicode. The same id has the same file name in every release.
 
     Args:
-        identifier: any id that a row can hold.
+        identifier: id of a row in the store.
 
     Returns:
         File name of 1 to 165 bytes of ASCII, without `/` and without a leading or trailing dot.

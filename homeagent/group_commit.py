@@ -29,7 +29,7 @@ __all__ = ["GroupCommit"]
 
 T = TypeVar("T")
 
-# A batch has these limits because units in `with` blocks also need the write lock.
+# Limits of a batch, because units in `with` blocks also need the write lock.
 _MAX_BATCH_UNITS = 256
 _MAX_BATCH_SECONDS = 0.01
 _MIN_CHECK_INTERVAL = 0.005
@@ -42,7 +42,7 @@ logger = logging.getLogger("homeagent")
 
 
 class _NotSharedError(BaseException):
-    """Raised in two cases: the caller of a unit has left, or the shared transaction was rolled back."""
+    """The call can't be part of the shared commit, because its caller has left or the transaction was rolled back."""
 
 
 class GroupCommit:
@@ -66,17 +66,17 @@ class GroupCommit:
         """Run a function as a unit, in this thread or in the writer thread, and return the function's value.
 
         Raises:
-            DatabaseBusyError: if the function was not called, or its batch was not committed, within `busy_timeout`.
-                No change was made.
+            DatabaseBusyError: if the function was not called, or its batch was not committed, within the
+                `busy_timeout`. In this case the call changed no row.
             UnitStateError: if this thread already has an open write unit.
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
         settings = self._settings
-        settings.engine.pool(read_only=False)  # In a forked child, this call raises DatabaseClosedError.
+        settings.engine.pool(read_only=False)  # in a forked child, the method pool() raises DatabaseClosedError
         if get_ident() in settings.writing:
             refuse_nesting()
-        # If the last batch had several units, other threads probably call this method too. Queue the call, which can
-        # then share a commit.
+        # If the last batch had several units, other threads probably also call `run()` now. Queue the call, so that it
+        # can share a commit.
         if settings.writing or self._is_contended or not self._queue.empty():
             call = QueuedCall(work)
             call.woken.acquire()
@@ -86,7 +86,8 @@ class GroupCommit:
                 while not call.is_over and not call.woken.acquire(timeout=wait):
                     wait = self._check(call)
             except BaseException:
-                # The error is, for example, an interrupt. If the function has begun, the unit still ends normally.
+                # The error can be an interrupt, for example. If the call's function has begun, its unit still ends
+                # normally.
                 self._leave(call)
                 raise
             if call.state is not ALONE:
@@ -98,19 +99,19 @@ class GroupCommit:
     def _run_alone(self, work: Callable[[UnitOfWork], T]) -> T:
         """Run a function as a unit in this thread, in its own transaction."""
         with self._settings.unit(self._settings, read_only=False) as unit:
-            # Do not return inside the block, or test_an_interrupt_anywhere_in_a_call_holds_nobody_up fails.
+            # Do not return inside the block, because `test_an_interrupt_anywhere_in_a_call_holds_nobody_up` would fail.
             value = work(unit)
         return value
 
     async def arun(self, work: Callable[[UnitOfWork], T]) -> T:
         """Run a function as a unit for an asyncio coroutine, in the writer thread, and return the function's value.
 
-        If the caller is cancelled before the unit begins, the call leaves the queue. If the unit has begun, a cancelled
-        caller waits for the unit's end.
+        If the caller is cancelled before the unit begins, the call is removed from the queue. After the unit has begun,
+        a cancelled caller waits for the end of the unit.
 
         Raises:
-            DatabaseBusyError, DatabaseClosedError: in the same cases as for `run()`.
-            DatabaseError: if no thread can be started. No change was made.
+            DatabaseBusyError, DatabaseClosedError: in the same cases as for `GroupCommit.run()`.
+            DatabaseError: if no thread can be started. In this case the call changed no row.
         """
         self._settings.engine.pool(read_only=False)
         loop = asyncio.get_running_loop()
@@ -131,8 +132,8 @@ class GroupCommit:
                 raise
             cancellation = error
             if not call.is_over:
-                # The cancellation ended the future, so wait for a second future. `_resolve()` also runs in this thread,
-                # and so ends the second future.
+                # The cancellation ended the first future, so wait for a second future. The function `_resolve()` runs
+                # in the same thread, and therefore ends the second future.
                 call.future = loop.create_future()
                 cancellation = await shielded_wait(call.future) or error
         finally:
@@ -140,7 +141,8 @@ class GroupCommit:
         if call.state is ALONE and cancellation is None:
             return await call_in_thread(partial(self._run_alone, work))
         if call.callbacks:
-            # Call the callbacks in another thread. Callbacks can use the database and would block the event loop.
+            # Call the callbacks in another thread. The callbacks can use the database, which would block the event
+            # loop.
             await call_in_thread(partial(call_back, call.callbacks))
         if cancellation is not None:
             raise cancellation
@@ -148,22 +150,24 @@ class GroupCommit:
         return value
 
     def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
-        """Check the timeouts of an event loop's calls. Repeat the check until the event loop has no call left."""
+        """Check the timeouts of an event loop's calls. Repeat the check while the event loop has a waiting call."""
         wait = min(map(self._check, calls), default=0)
-        _resolve([call for call in calls if call.is_over])  # `_deliver()` may have failed to notify the event loop.
+        # Check regularly, because the method `_deliver()` can have failed to notify the event loop.
+        _resolve([call for call in calls if call.is_over])
         if calls:
             loop.call_later(wait, self._check_loop, loop, calls)
         else:
             self._loops.pop(loop, None)
 
     def _check(self, call: QueuedCall) -> float:
-        """Move a call to LEFT if the call has waited for the whole timeout.
+        """If a call has waited for the whole timeout, move the call to the state LEFT.
 
-        The time in which the function runs does not count. Return the time until the next check, in seconds.
+        The time in which the call's function runs does not count as waiting. Return the time until the next check of
+        the call, in seconds.
         """
         remaining = timeout = self._settings.timeout
         with self._mutex:
-            # If there is no batch, the writer thread takes the queued call in a moment.
+            # If no batch runs, the writer thread soon takes the queued call.
             if call.state is ENDED or (call.state is QUEUED and self._batch):
                 remaining = call.since + timeout - monotonic()
                 if remaining <= 0:
@@ -175,7 +179,7 @@ class GroupCommit:
         return max(remaining, _MIN_CHECK_INTERVAL)
 
     def _leave(self, call: QueuedCall) -> bool:
-        """Move a call to LEFT and return True. Return False if the call's function has begun."""
+        """Move a call to the state LEFT, and return True. If the call's function has begun, return False."""
         with self._mutex:
             if call.state is QUEUED or call.state is STARTING:
                 call.state = LEFT
@@ -191,7 +195,8 @@ class GroupCommit:
                 try:
                     self._thread.start()
                 except BaseException as error:
-                    self._thread = None  # An interrupt can come after the thread's start. Then `_write` ends at once.
+                    # After an interrupt, the thread can have started. The method `_write()` then ends at once.
+                    self._thread = None
                     if not isinstance(error, Exception):
                         raise
                     call.error = DatabaseError(
@@ -204,14 +209,14 @@ class GroupCommit:
     def close(self) -> None:
         """End the queued calls with DatabaseClosedError. Wait for the writer thread, for at most `busy_timeout`.
 
-        The caller must have closed the connection pools. If a function runs now, its unit is still committed.
+        The caller must have closed the connection pools. If a function runs at this time, its unit is still committed.
         """
         with self._mutex:
             self._is_closed = True
             while (call := self._next()) is not None:
                 call.error = DatabaseClosedError(_CLOSED)
                 self._deliver(self._move([call], DONE))
-            self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # This call wakes the writer thread.
+            self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # an empty call wakes the writer thread
             thread, timeout = self._thread, self._settings.timeout
         if thread is None or thread is threading.current_thread():
             return
@@ -258,7 +263,8 @@ class GroupCommit:
         try:
             with transaction:
                 self._run_units(first, transaction, shared)
-                # Do not commit the unit of a caller that has left, because its error says that no change was made.
+                # Do not commit the unit of a caller that has left, because the caller's error says that no row was
+                # changed.
                 if len(self._move(shared, COMMITTING)) < len(shared):
                     raise _NotSharedError
                 if all(call.error is not None for call in shared):
@@ -269,7 +275,7 @@ class GroupCommit:
             else:
                 shared, alone = [], shared
         try:
-            # `UnitOfWork` has already counted one commit or one rollback for the whole batch.
+            # The class UnitOfWork has already counted one commit or one rollback for the whole batch.
             counters, kept = self._settings.engine.counters, sum(call.error is None for call in shared)
             counters.commits += max(kept - 1, 0)
             counters.rollbacks += len(shared) - max(kept, 1)
@@ -279,7 +285,7 @@ class GroupCommit:
             self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
     def _run_units(self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall]) -> None:
-        """Run units in savepoints until the queue is empty or the batch is full. Append each call to the argument
+        """Run units in savepoints until the queue is empty or the batch is full. Append the calls to the list
         `shared`.
         """
         connection = transaction._require_connection()
@@ -307,7 +313,8 @@ class GroupCommit:
                 call.callbacks = unit._leave(keep=call.error is None)
                 call.since, call.state = monotonic(), ENDED
                 if not connection.in_transaction:
-                    # On a full disk, for example, SQLite rolls back (https://sqlite.org/lang_transaction.html, 3).
+                    # For example, SQLite rolls back the transaction on a full disk
+                    # (https://sqlite.org/lang_transaction.html, section 3).
                     raise _NotSharedError
             is_full = len(self._batch) >= _MAX_BATCH_UNITS or monotonic() >= end
             call = None if is_full else self._next()
@@ -320,7 +327,7 @@ class GroupCommit:
             return None
 
     def _move(self, calls: list[QueuedCall], state: CallState) -> list[QueuedCall]:
-        """Move the calls that are not over to another state, and return the moved calls."""
+        """Move the calls that have not ended to another state, and return the moved calls."""
         now = monotonic()
         with self._mutex:
             moved = [call for call in calls if not call.is_over]
@@ -342,7 +349,7 @@ class GroupCommit:
             try:
                 loop.call_soon_threadsafe(_resolve, waiting)
             except RuntimeError:
-                # The loop was closed, so no coroutine waits.
+                # The event loop was closed, so no coroutine waits.
                 self._loops.pop(loop, None)
             except Exception as error:  # noqa: BLE001
                 # After a MemoryError, `_check_loop()` wakes the callers.
@@ -351,14 +358,16 @@ class GroupCommit:
     def _occupation(self, holder: int) -> str | None:
         """Name the function that the writer thread runs, for error messages about the write lock.
 
-        Return None if the writer thread runs no function.
+        If the writer thread runs no function, return None.
         """
         running = next((call for call in reversed(self._batch) if call.state is RUNNING), None)
         return None if running is None else f"{running} since {monotonic() - running.since:.3f} s"
 
 
 def _resolve(calls: list[QueuedCall]) -> None:
-    """Wake the coroutines that wait for the calls. Call `_resolve()` in the thread of the coroutines' event loop."""
+    """Wake the coroutines that wait for the end of the calls. Call `_resolve()` in the thread of the coroutines' event
+    loop.
+    """
     for call in calls:
         if call.future is not None and not call.future.done():
             call.future.set_result(None)

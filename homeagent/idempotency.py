@@ -1,7 +1,8 @@
 """Run a side effect once. Commit a claim, run the effect outside of any transaction, and commit the outcome.
 
-If the process ends between the two commits, the outcome of the effect is unknown. By default, the next call then raises
-`OutcomeUnknownError` without running the effect again. The argument `on_abandoned` chooses another action.
+If the process ends between the two commits, the outcome of the effect is unknown. By default, the next call with the
+key raises `OutcomeUnknownError` without running the effect again. The argument `on_abandoned` chooses a different
+action for the next call.
 """
 
 from __future__ import annotations
@@ -44,21 +45,24 @@ ARUN_ONCE = "call arun_once"
 
 T = TypeVar("T")
 
-# Types of `Database.run` and `Database.arun`, called with `idempotent=True`. Such a call can run a unit twice.
+# Types of `Database.run` and `Database.arun`, called with `idempotent=True`. With this argument, a call can run a unit
+# twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
 
 logger = logging.getLogger("homeagent")
 
-# Shortest time between two renewals, in seconds. The usual time is a third of the lease, so the attempt keeps its lease
-# even if two renewals fail.
+# Shortest time between two renewals, in seconds. A renewal is due after a third of the lease, so the attempt keeps its
+# lease even if two renewals fail.
 _SHORTEST_PERIOD = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class OnceCall:
-    """The arguments of `run_once()`. The fingerprint is computed before the effect can change the parameters."""
+    """The arguments of `run_once()`. The fingerprint of the parameters is computed before the effect can change
+    them.
+    """
 
     scope: IdempotencyScope
     fingerprint: str
@@ -81,8 +85,8 @@ class OnceCall:
     ) -> OnceCall:
         """Check the arguments, and compute the fingerprint of the parameters.
 
-        The error message for a coroutine function contains a remedy, which is the argument `instead`. With None,
-        coroutine functions are allowed.
+        The argument `instead` is the remedy in the error message for a coroutine function. With `instead=None`,
+        coroutine functions are accepted.
         """
         check_function(effect, "effect", coroutine=instead)
         if callable(on_abandoned):
@@ -118,8 +122,8 @@ class _Once:
     Args:
         attempt: attempt that the unit ends.
         write: function that records the outcome or releases the key.
-        leaves_record: True if a record of this attempt remains after the unit. If False, a lost lease in the second run
-            counts as success, because the first run has released the key.
+        leaves_record: True if the unit leaves a record of the attempt in the store. With False, a lost lease in the
+            second run counts as success, because the first run has released the key.
     """
 
     def __init__(
@@ -156,8 +160,8 @@ class _Lease:
 class LeaseTimer:
     """A thread that renews the leases of one database's running effects.
 
-    The thread sleeps until the earliest renewal is due, and ends if no effect runs then. The end of an effect does not
-    wake the thread, and therefore many short effects use the same thread.
+    The thread sleeps until the earliest renewal is due. If no effect runs at this time, the thread ends. The end of an
+    effect does not wake the thread, so many short effects use the same thread.
 
     Args:
         run: function that runs a unit of work in the same way as `Database.run`.
@@ -180,18 +184,19 @@ class LeaseTimer:
         lease = _Lease(call, attempt, monotonic() + call.period)
         with self._changed:
             if self._thread is None:
-                # If the effect ends before the thread starts, the thread has no lease and ends at this time.
+                # If the effect ends before the thread starts, the thread finds no lease and ends at once.
                 self._wakes = lease.due
                 self._thread = threading.Thread(target=self._keep, name="homeagent-lease", daemon=True)
                 try:
                     self._thread.start()
                 except BaseException:
-                    self._thread = None  # a thread that has started in spite of the error ends at once
+                    self._thread = None  # if the thread has started in spite of the error, it ends at once
                     raise
             self._leases.add(lease)
             if lease.due < self._wakes:
                 self._changed.notify()
-        # Do not take the lock in the returned function. If the effect forks, the lock can stay locked in the child.
+        # Do not take the lock in the function that stops the renewals. If the effect forks, the lock can stay locked in
+        # the forked child.
         return partial(self._leases.discard, lease)
 
     def close(self) -> None:
@@ -217,7 +222,7 @@ class LeaseTimer:
             lease.due = monotonic() + lease.call.period
 
     def _next(self) -> _Lease | None:
-        """Wait until a lease is due, and return the lease. Return None if the thread must end."""
+        """Wait until the renewal of a lease is due, and return the lease. If the thread must end, return None."""
         with self._changed:
             while self._thread is threading.current_thread():
                 lease = min([*self._leases], key=lambda lease: lease.due, default=None)
@@ -233,7 +238,7 @@ class LeaseTimer:
             return None
 
     def _renew(self, lease: _Lease, unit: UnitOfWork) -> None:
-        if lease in self._leases:  # the effect can have ended while this unit waited for the write lock
+        if lease in self._leases:  # the effect can have ended while the unit of the renewal waited for the write lock
             lease.call.renew(unit, lease.attempt)
 
 
@@ -243,7 +248,7 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
     Args:
         run: function that runs a unit of work in the same way as `Database.run`.
         timer: timer that renews the lease while the effect runs.
-        call: checked arguments of `run_once()`.
+        call: arguments of `run_once()`, which were checked.
         effect: function that gets the attempt and returns the result.
     """
     is_substituted = False
@@ -261,7 +266,8 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
     try:
         end = timer.renew(call, attempt)
     except RuntimeError:
-        # The thread cannot be started, so the effect has not begun. Release the key, or it would count as abandoned.
+        # The thread cannot be started, so the effect has not begun. Release the key, because the attempt would
+        # otherwise count as abandoned.
         run(_Once(attempt, lambda keys: keys.release(attempt), leaves_record=False))
         raise
     try:
@@ -286,8 +292,8 @@ class _AsyncUnits:
     """The units of work of one `arun_once()` call, which claim the key, record the outcome or release the key.
 
     Attributes:
-        substitute: the `on_abandoned` function, which runs instead of the effect if an earlier attempt was abandoned.
-            None if no earlier attempt was abandoned.
+        substitute: function of the argument `on_abandoned`, which runs instead of the effect if an earlier attempt was
+            abandoned. None if no earlier attempt was abandoned.
     """
 
     def __init__(self, arun: ARun, call: OnceCall) -> None:
@@ -309,11 +315,14 @@ class _AsyncUnits:
         return claimed
 
     async def release_claim(self) -> None:
-        """Release a claimed key, because the key must not count as abandoned. The effect must not have begun."""
+        """Release a claimed key, because the key must not count as abandoned. The caller must not have begun the
+        effect.
+        """
         if self._claimed is not None:
-            # Ignore an error, because the claim ends anyway when its lease expires.
+            # Ignore an error of the release, because the claim also ends when its lease expires.
             with suppress(HomeAgentError):
-                # The function `substitute()` did not run, so the outcome of an earlier attempt is still unknown.
+                # The function of the argument `on_abandoned` did not run, so the outcome of an earlier attempt is still
+                # unknown.
                 await self.release(self._claimed, none_began=False)
 
     async def release(self, attempt: Attempt, *, none_began: bool) -> None:
@@ -322,14 +331,17 @@ class _AsyncUnits:
     async def record(
         self, attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
     ) -> Any:
-        """Run a unit to its end, even if the caller is cancelled meanwhile. Then raise the cancellation."""
+        """Run a unit to its end, even if the caller is cancelled meanwhile. After the end of the unit, raise the
+        cancellation.
+        """
         import anyio
 
         cancelled = anyio.get_cancelled_exc_class()
         work = _Once(attempt, write, leaves_record=leaves_record)
         cancellation: BaseException | None = None
-        # AnyIO's scope does not shield from `Task.cancel()`. A cancellation can remove the unit from the queue, or come
-        # after the unit's commit. In both cases run the unit again, because a second run of `_Once` is safe.
+        # AnyIO's scope does not shield from `Task.cancel()`, so handle such a cancellation here. A cancellation can
+        # remove the unit from the queue, or come after the unit's commit. Run the unit again after a cancellation,
+        # because a second run of the class `_Once` is safe.
         with anyio.CancelScope(shield=True):
             while True:
                 try:
@@ -349,7 +361,7 @@ class _AsyncUnits:
     async def _claim(self, *, rerun: bool) -> Attempt | Outcome:
         def claim(unit: UnitOfWork) -> Attempt | Outcome:
             claimed = self._call.claim(unit, rerun=rerun)
-            # Do not set `_claimed` after the call of `_arun`, because a cancelled caller does not get the unit's value.
+            # Set the attribute `_claimed` inside the unit, because a cancelled caller does not get the unit's value.
             self._claimed = claimed if isinstance(claimed, Attempt) else None
             return claimed
 
@@ -362,7 +374,8 @@ async def arun_once(
 ) -> Outcome:
     """Run a coroutine function as an effect once (see `Database.arun_once`).
 
-    If the caller is cancelled, the effect is also cancelled. If the outcome is already known, it is still recorded.
+    If the caller is cancelled, the effect is also cancelled. If the outcome is already known at the cancellation, it is
+    still recorded.
     """
     import anyio
     from anyio.lowlevel import checkpoint_if_cancelled

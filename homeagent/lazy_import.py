@@ -1,6 +1,6 @@
-"""Lazy import of a package's names. A process that does not use the names starts sooner.
+"""Lazy import of a package's names. A process that does not use these names starts sooner.
 
-Python can still evaluate annotations such as `models.AgentCreate`.
+Python can still evaluate annotations that contain such names, for example `models.AgentCreate`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ __all__ = ["lazy_names"]
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a function `__getattr__` for a package (PEP 562). The function imports each name at first use.
+    """Return a function `__getattr__` for a package (PEP 562). The returned function imports a name when a program
+    first uses it.
 
     Args:
         package: name of the package.

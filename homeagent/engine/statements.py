@@ -71,7 +71,7 @@ class Compiled(Generic[R]):
     __slots__ = ("_dialect", "bind", "cascade", "columns", "load", "sql", "target", "writes")
 
     def __init__(self, expression: Executable, dialect: Dialect, returning: type[Table] | None = None) -> None:
-        # Every Executable here is a ClauseElement.
+        # Each expression of a `Statement` is also a ClauseElement, which has the method compile().
         compiled: Any = expression.compile(dialect=dialect, column_keys=_column_keys(expression))  # type: ignore[attr-defined]
         if compiled.post_compile_params or compiled.literal_execute_params:
             raise TypeError(f"this statement needs its parameters to be compiled: {expression}")
@@ -87,7 +87,9 @@ class Compiled(Generic[R]):
         self._dialect = dialect
 
     def unreadable(self, rows: Sequence[Row], parameters: Parameters) -> CorruptDatabaseError:
-        """Return an error that names the first unreadable value. Call this method after an error of `load()`."""
+        """Return an error that names the first unreadable value. Call the method after an error of the function
+        `load()`.
+        """
         for row in rows:
             for place, (column, value) in enumerate(zip(self.columns, row, strict=True)):
                 convert = _processor(column, self._dialect)
@@ -107,10 +109,10 @@ class Compiled(Generic[R]):
         """Return the error for an unreadable value.
 
         Args:
-            place: index of the value's column in the row; None if unknown.
-            row: the row; empty if unknown.
+            place: index of the value's column in the row, or None if the index is unknown.
+            row: row that contains the value; empty if the row is unknown.
             parameters: parameters of the statement, which can contain the key of the row.
-            what: text that follows the name of the column in the message, and says what is wrong with the value.
+            what: description of the error, which follows the name of the column in the message.
         """
         column = None if place is None else self.columns[place]
         tables: list[Any] = [getattr(each, "table", None) for each in (column, *self.columns)]
@@ -123,7 +125,7 @@ class Compiled(Generic[R]):
         keys = [by_name.get(name), *(parameters.get(each) for each in (name, "id", f"{table.name[:-1]}_id"))]
         key = next((key for key in keys if key is not None), None)
         if table.name not in TABLES and not isinstance(key, int):
-            key = None  # the key of an own table can be a secret
+            key = None  # the key of a row in an application's table can be a secret
         return unreadable_in(table, column.name if isinstance(column, ColumnClause) else None, key, what)
 
 
@@ -182,7 +184,7 @@ class Statement(Generic[R]):
         return not self.lock and isinstance(self._make, _READING)
 
     def compiled(self, dialect: Dialect, *, read_only: bool = False) -> Compiled[R]:
-        """Return the compiled statement for a dialect. With `read_only=True`, the SQL has no row locks."""
+        """Return the compiled statement for a dialect. With `read_only=True`, the SQL text has no row locks."""
         key = (dialect.name, read_only)
         try:
             return self._cache[key]
@@ -192,7 +194,7 @@ class Statement(Generic[R]):
                 expression = expression.with_for_update()
             if self._returning is not None:
                 expression = expression.returning(*self._returning.__table__.columns)
-            # Two threads can compile the statement at the same time. The two results are equal.
+            # Two threads can compile the same statement at the same time, with equal results.
             compiled = self._cache[key] = Compiled[R](expression, dialect, self._returning)
             return compiled
 
@@ -231,7 +233,7 @@ def _column_keys(expression: Any) -> list[str] | None:
 
     For any other statement, return None. Without this function, SQLAlchemy would also insert the key.
     """
-    # These attributes have no public counterpart.
+    # SQLAlchemy has no public attributes for the values of an INSERT.
     if not isinstance(expression, Insert) or expression._values or expression._multi_values or expression.select:
         return None
     table: Any = expression.table
@@ -264,7 +266,7 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
         names.append(parameter.key)
         convert: Any = parameter.type.dialect_impl(dialect).bind_processor(dialect)
         if not parameter.required and parameter.key not in defaults:
-            # A constant of the expression, such as the False in `approved == False`.
+            # The parameter is a constant of the expression, such as False in `approved == False`.
             constant = parameter.effective_value
             constants[parameter.key] = convert(constant) if convert else constant
         elif convert is not None:

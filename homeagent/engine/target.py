@@ -28,8 +28,8 @@ __all__ = [
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
-# A server's address that does not have the form of a URL. If the address were used as a path, homeagent would create a
-# new, empty store, and messages would show the server's password. Examples are libpq's "host=… password=…",
+# A server's address that does not have the form of a URL. If homeagent used such an address as a path, it would create
+# a new, empty store, and messages would show the server's password. Examples are libpq's "host=… password=…",
 # "postgresql:/…", "user:password@host/…", "host:5432", "sqlite:x.db", "//host:5432", "user@host/…" and "postgres//…".
 _ADDRESS = re.compile(
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
@@ -53,7 +53,7 @@ _SHOWN_OPTIONS = frozenset({"host", "hostaddr", "port", "sslmode", "target_sessi
 
 
 class Target(NamedTuple):
-    """The path of a SQLite file or the URL of a server. For `:memory:` both attributes are None."""
+    """The path of a SQLite file or the URL of a server. For `:memory:` the attributes `path` and `url` are None."""
 
     path: Path | None = None
     url: URL | None = None
@@ -72,7 +72,7 @@ class Target(NamedTuple):
 
 
 def presentable_url(url: URL) -> str:
-    """Return a server's URL without its password and with the options in `_SHOWN_OPTIONS` only.
+    """Return a server's URL without its password, and only with the options that `_SHOWN_OPTIONS` lists.
 
     The library libpq also accepts passwords as options (https://www.postgresql.org/docs/current/libpq-connect.html).
     """
@@ -83,7 +83,7 @@ def presentable_url(url: URL) -> str:
 def conceal(target: str | os.PathLike[str] | URL | None) -> Given:
     """Wrap the target, so that a recorded traceback with local variables does not show a password.
 
-    Each public method calls this function first, and then deletes the method's own argument.
+    Each public method first calls `hidden()`, and then deletes its own argument.
     """
     return SecretStr(target) if isinstance(target, str) else target
 
@@ -95,13 +95,13 @@ def resolve_target(target: Given) -> Target:
         target: a path, `":memory:"`, or a URL such as `sqlite:///relative.db`, `sqlite:////absolute.db` or
             `postgresql+psycopg://…`. None means `$HOMEAGENT_DATABASE` or, if that variable is not set,
             `~/.homeagent/homeagent.db`. A PathLike is always a path. A str that begins with `/`, `./`, `../` or `~/` is
-            also a path. A SecretStr counts as a str.
+            also a path. A Pydantic SecretStr is treated as a str.
 
     Raises:
-        InvalidArgumentError: if the target is empty, contains a control character, or names a directory. The same error
-            refuses a str that looks like a server's address, and a SQLite URI. A URL must be readable and name a
-            supported engine. A server's URL must be UTF-8 and have a possible host and port. The message does not show
-            the URL or the address, which can contain a password.
+        InvalidArgumentError: if the target is empty, contains a control character, or names a directory. A str that
+            looks like a server's address, and a SQLite URI, also raise the error. A URL must have a valid form and name
+            a supported engine. A server's URL must be UTF-8 and have a possible host and port. The error message does
+            not show the URL or the address, which can contain a password.
     """
     try:
         found = _read(target)
@@ -109,7 +109,7 @@ def resolve_target(target: Given) -> Target:
         found = error
     if isinstance(found, InvalidArgumentError) and target is None and os.environ.get(ENVIRONMENT_VARIABLE):
         raise InvalidArgumentError(f"the value of {ENVIRONMENT_VARIABLE} is invalid: {found}")
-    # Do not raise the error in `_read`, because a local variable of the frame of `_read` holds the password.
+    # Do not raise the error in the function `_read()`, because a local variable of its frame holds the password.
     if isinstance(found, InvalidArgumentError):
         raise found
     return found
@@ -141,8 +141,8 @@ def refuse_address(path: object) -> None:
     """Check that a path is not the address of a server.
 
     Raises:
-        InvalidArgumentError: if `path` looks like an address or is a SQLite URI. The message does not show `path`,
-            which can contain a password.
+        InvalidArgumentError: if `path` looks like an address or is a SQLite URI. The error message does not show the
+            argument `path`, which can contain a password.
     """
     if _is_address(path):
         raise InvalidArgumentError(_IS_ADDRESS)

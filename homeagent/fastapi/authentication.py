@@ -53,11 +53,11 @@ async def current_device(
     _bearer: Annotated[None, Security(_BEARER)],
     _basic: Annotated[None, Security(_BASIC)],
 ) -> Device:
-    """Return the approved device that sent the request. The check does not block the event loop.
+    """Return the approved device that sent the request. The check of the secret does not block the event loop.
 
     Raises:
-        HTTPProblem: with status 401 if the credentials are absent or wrong, with the same text in each case; with 403
-            if the secret is right and the device is pending or revoked; with 429 after too many failed checks.
+        HTTPProblem: with status 401 and always the same text if the credentials are absent or wrong. With 403 if the
+            secret is right, but the device is pending or revoked. With 429 after too many failed checks.
     """
     presented = _credentials(connection.headers.getlist("authorization"))
     if presented is None:
@@ -65,7 +65,7 @@ async def current_device(
     try:
         checked = await database.acheck_secret(*presented)
     except InvalidArgumentError:
-        # No device can have such an id or such a secret.
+        # The presented id or secret is invalid, so no device can have it.
         raise HTTPProblem(AuthenticationError("the id or the secret is invalid")) from None
     except HomeAgentError as error:
         raise as_http(error) from error
@@ -83,8 +83,8 @@ CurrentDevice = Annotated[Device, Security(current_device)]
 def require_role(*roles: Role) -> Callable[[Device], Awaitable[Device]]:
     """Return a dependency that returns the device of the request if the device has one of the roles.
 
-    Use the dependency as `Annotated[Device, Depends(require_role(Role.ADMIN))]`. For another device the reply has
-    status 403.
+    Use the dependency as `Annotated[Device, Depends(require_role(Role.ADMIN))]`. If the device has none of the roles,
+    the reply has status 403.
     """
     allowed = frozenset(map(Role, roles))
 
@@ -114,12 +114,12 @@ def _credentials(headers: list[str]) -> tuple[str, SecretStr] | None:
             device_id = unquote(user, errors="strict")
         else:
             return None
-    except ValueError:  # also the errors of base64 and UTF-8
+    except ValueError:  # invalid base64 and invalid UTF-8 also raise ValueError
         return None
     return device_id, SecretStr(secret)
 
 
 def _decoded(text: str, alternatives: bytes) -> str:
-    # Do not require the padding, because RFC 7515, appendix C, leaves the padding out.
+    # Do not require the padding of base64url, because RFC 7515, appendix C, leaves the padding out.
     unpadded = text.rstrip("=")
     return base64.b64decode(unpadded + "=" * (-len(unpadded) % 4), alternatives, validate=True).decode()

@@ -33,12 +33,13 @@ def lifespan(
     sweep_every: timedelta | None = timedelta(minutes=5),
     **options: Any,
 ) -> Callable[[App], AbstractAsyncContextManager[Any]]:
-    """Return the argument `lifespan=` of `FastAPI`. Each worker process opens the database when the worker starts.
+    """Return a lifespan for the argument `lifespan=` of FastAPI. Each worker process opens the database when the worker
+    starts.
 
     Args:
         target: target of `Database.open`, or an open database, which the lifespan does not close.
-        then: lifespan of the application, which begins after the database was opened and ends before the database is
-            closed. `get_database(app)` returns the database there.
+        then: lifespan of the application. It begins after the database was opened, and ends before the database is
+            closed. In this lifespan, `get_database(app)` returns the database.
         sweep_every: time between two sweeps in the background. With None, the lifespan does not sweep.
         options: arguments of `Database.open`, such as `unit=`. If the target is an open database, the options
             have no effect.
@@ -68,7 +69,8 @@ def _open(given: Any, options: dict[str, Any]) -> Database:
 
 
 async def get_database(connection: HTTPConnection) -> Database:
-    """Return the open database of the application. In tests, replace this dependency by `app.dependency_overrides`.
+    """Return the open database of the application. Tests can replace the dependency by FastAPI's
+    `app.dependency_overrides`.
 
     Raises:
         UnitStateError: if the application runs without its lifespan.

@@ -39,21 +39,21 @@ __all__ = ["Once", "idempotent", "params_of", "route_of"]
 
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')  # a String of RFC 8941, section 3.3.3
 
-# The effect itself raises these errors, so the reply is known. After another error the outcome is unknown.
+# If the effect raises one of these errors, the reply is known. After any other error the outcome is unknown.
 _KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError)
 
-# Without these headers, a stored body or redirection has no meaning. Do not store headers such as Set-Cookie, which can
-# hold a secret.
+# Store the headers without which a stored body or redirection has no meaning. Do not store headers such as Set-Cookie,
+# which can hold a secret.
 _KEPT_HEADERS = ("content-type", "content-encoding", "location")
 
 Effect = Callable[[Attempt], Any]
 
 
 class Once:
-    """Run the effect of a request once. A retry gets the status and the body of the first answer.
+    """Run the effect of a request once. A retry of the request gets the status and the body of the first answer.
 
-    The constructor has the arguments of `Database.arun_once`, and the argument `stored=`. Pass `stored=False` for a
-    request without a key.
+    The constructor has the arguments of `Database.arun_once()`, and the argument `stored=`. For a request without a
+    key, pass `stored=False`.
     """
 
     def __init__(
@@ -83,22 +83,22 @@ class Once:
         """Run the effect, or return the answer of the first request with this key.
 
         Args:
-            effect: function that gets the attempt. A coroutine function runs in the event loop, and another function
-                in a worker thread. The function returns JSON, a model, or a Response. An HTTPException with a status
-                below 500, and an error such as `AgentNotFoundError`, is also an answer, which retries get again.
+            effect: function that gets the attempt. A coroutine function runs in the event loop, and another function in
+                a worker thread. The function returns JSON, a model, or a Response. An HTTPException with a status below
+                500, and an error such as `AgentNotFoundError`, is also stored as the answer for retries.
 
         Returns:
-            Value for `return` in the route: the effect's JSON, or a Response.
+            Value for `return` in the route: JSON value or Response of the effect.
 
         Raises:
-            HTTPProblem: with status 409 if another request with this key is in progress or its outcome is unknown, with
-                422 if the key was used for another request or the effect raised `EffectFailedError`, with 503 if the
+            HTTPProblem: with status 409 if another request with this key is in progress or its outcome is unknown. With
+                422 if the key was used for another request or the effect raised `EffectFailedError`. With 503 if the
                 effect raised `EffectNotStartedError`.
-            UnitStateError: if the object was called before.
+            UnitStateError: if the `Once` object was called before.
         """
         check_function(effect, "effect")
         if self._is_called:
-            # The second call would return the outcome of the first effect.
+            # A second call with the same key would return the outcome of the first effect.
             raise UnitStateError("a request has one effect: call the object once, and do all work in one function")
         self._is_called = True
         run = partial(self._run, effect)
@@ -135,7 +135,7 @@ class Once:
         if not isinstance(value, Response):
             self._first = jsonable_encoder(value)
             return {"status": self._response.status_code, "value": self._first}
-        # A streamed body can't be stored: `arun_once()` then records the outcome without a value.
+        # A streamed body can't be stored, so `arun_once()` records its outcome without a value.
         body: Any = bytes(value.body).decode("latin-1") if isinstance(getattr(value, "body", None), bytes) else value
         kept = {name: value.headers[name] for name in _KEPT_HEADERS if name in value.headers}
         return {"status": value.status_code, "body": body, "headers": kept}
@@ -181,11 +181,12 @@ def idempotent(
     body.
 
     Args:
-        required: True if a request without a key gets a reply with status 400. If False, the effect of such a request
-            runs without a record.
-        lease: see `Database.run_once`.
+        required: True to answer a request without a key with status 400. With False, the effect of a request without a
+            key runs without a record.
+        lease: the same as for `Database.run_once()`.
         ttl: time for which a retry gets the answer.
-        on_abandoned: see `Database.run_once`. The function can be a coroutine function.
+        on_abandoned: the same as for `Database.run_once()`. The argument `on_abandoned` can also be a coroutine
+            function.
         device: dependency that returns the device of the request.
     """
 
@@ -194,7 +195,7 @@ def idempotent(
         response: Response,
         database: DatabaseDep,
         idempotency_key: Annotated[str | None, Header(description="Key of the call, the same in each retry.")] = None,
-        caller: Device = Depends(device),  # the annotation of a closure can't name `device`
+        caller: Device = Depends(device),  # an annotation in the closure can't refer to the argument `device`
     ) -> Once:
         keys = request.headers.getlist("idempotency-key")
         if not keys and required:
@@ -225,17 +226,19 @@ def _refused(detail: str) -> HTTPProblem:
 
 
 def _key_of(header: str) -> str:
-    """Return the key of the header: the String of RFC 8941 that the draft demands, or the plain text of other APIs."""
+    """Return the key in the header. The key is a String of RFC 8941, as the draft demands, or plain text, as in other
+    APIs.
+    """
     quoted = _QUOTED.fullmatch(header)
     return header if quoted is None else re.sub(r'\\(["\\])', r"\1", quoted[1])
 
 
 def route_of(request: Request) -> str:
     """Return the method and the path of the route, such as `POST /doors/{door}/open`."""
-    # The path of a mounted application counts, and the prefix that a proxy removed does not.
+    # Keep the path of a mounted application, and leave out the prefix that a proxy removed.
     prefix: str = request.scope.get("root_path", "").removeprefix(_outer_root(request))
     # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's context has the whole
-    # path, but not under a public name. `params_of` therefore contains the path of the request.
+    # path, but under no public name, so the function `params_of()` returns the path of the request.
     route = request.scope["route"]
     context = request.scope.get("fastapi", {}).get("effective_route_context")
     whole = context if getattr(context, "original_route", None) is route else route
@@ -251,7 +254,7 @@ def _outer_root(request: Request) -> str:
 async def params_of(request: Request) -> JsonValue:
     """Return the values that a retry must repeat: path, query and a hash of the body."""
     if getattr(request, "_form", None) is not None:
-        # FastAPI has parsed the body of a form, and the bytes are gone.
+        # FastAPI has already parsed the body of the form, so its bytes are no longer available.
         form = [[name, await _text_of(value)] for name, value in (await request.form()).multi_items()]
         body: JsonValue = [list(pair) for pair in form]
     else:

@@ -1,6 +1,7 @@
 """Replies for errors, as problem details (RFC 9457). No reply shows a secret, an input or the name of a file.
 
-The texts are for clients. The messages of homeagent's errors are for operators, and name commands, paths and ids.
+The texts of the replies are for clients. The messages of homeagent's errors are for operators, and name commands, paths
+and ids.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ _RETRYABLE = (DatabaseBusyError, ConnectionLostError, EffectNotStartedError)
 
 
 class InvalidValue(BaseModel):
-    """A value of a request that was refused. The value itself is not shown."""
+    """A value of a request that was refused. The reply does not show the value itself."""
 
     type: str = Field(description="Pydantic's name of the kind of error.")
     loc: list[str | int] = Field(description="Place of the value in the request.")
@@ -132,12 +133,14 @@ class ErrorReply(BaseModel):
 
 
 def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the argument `responses=` of a FastAPI route. The OpenAPI document then lists these error statuses."""
+    """Return the argument `responses=` of a FastAPI route. With this argument, the OpenAPI document lists the error
+    statuses of the route.
+    """
     return {status: {"model": ErrorReply} for status in statuses}
 
 
 class HTTPProblem(HTTPException):
-    """An error of homeagent with its status and headers, which FastAPI also answers without homeagent's handlers."""
+    """An error of homeagent with its status and headers. FastAPI can answer it also without homeagent's handlers."""
 
     def __init__(self, error: HomeAgentError, status: int | None = None, detail: str | None = None) -> None:
         self.reply, headers = _problem_of(error)
@@ -149,9 +152,11 @@ class HTTPProblem(HTTPException):
 
 
 def as_http(error: HomeAgentError) -> Exception:
-    """Return the error as an `HTTPProblem`. An error with status 500 is returned unchanged, because it must be logged.
+    """Return homeagent's error as an `HTTPProblem`. An error with status 500 is returned unchanged, because it must be
+    logged.
 
-    A dependency raises the result, so that its replies have the right status also without `install_error_handlers`.
+    A dependency raises the returned error, so its replies have the right status even without
+    `install_error_handlers()`.
     """
     return error if status_of(error) == 500 else HTTPProblem(error)
 
@@ -192,7 +197,7 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
         errors = [InvalidValue(type=each["type"], loc=list(each["loc"]), msg=_reason(each)) for each in error.errors()]
     elif isinstance(error, StarletteHTTPException):
         headers.update(error.headers or {})
-        # FastAPI's HTTPException takes any JSON as its detail.
+        # FastAPI's HTTPException accepts any JSON value as its detail.
         given: Any = error.detail
         status, detail = error.status_code, given if isinstance(given, str) else _title(error.status_code)
         data = None if isinstance(given, str) else given
@@ -215,7 +220,7 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
 
 
 def _reason(line: Mapping[str, Any]) -> str:
-    # Pydantic repeats the input in this message, and in no other message of its own.
+    # Replace this message, because it is the only message in which Pydantic repeats the input.
     return "Input tag is not one of the expected tags" if line["type"] == "union_tag_invalid" else str(line["msg"])
 
 
@@ -234,13 +239,14 @@ def install_error_handlers(app: FastAPI) -> None:
     | `DatabaseClosedError`, `DiskFullError` | 503 |
 
     If a retry can succeed, the reply has the header Retry-After (RFC 9110, section 10.2.3). The handlers also answer
-    FastAPI's `HTTPException` and `RequestValidationError`. FastAPI's own reply for the latter repeats the input, which
-    can be a secret. The OpenAPI document describes the replies.
+    FastAPI's `HTTPException` and `RequestValidationError`. FastAPI's own reply for a RequestValidationError repeats the
+    input, which can be a secret. The OpenAPI document describes the replies.
 
     Args:
-        app: the application. Existing handlers of the application for these errors are replaced.
+        app: the application. The handlers replace the application's existing handlers for these errors.
     """
-    answer: Any = _answer  # Starlette has one type for handlers of requests, and another type for WebSockets
+    # Starlette has one type for handlers of requests, and another type for handlers of WebSockets.
+    answer: Any = _answer
     for kind in (HomeAgentError, StarletteHTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(WebSocketDisconnect, _ignore)
@@ -248,7 +254,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.openapi = lambda: _document_problems(original())  # type: ignore[method-assign]  # FastAPI documents this way
 
 
-# Do not make the handler a plain function. Starlette would run a plain function in the thread pool, which can be full.
+# Do not make the handler a plain function, because Starlette would run it in the thread pool, which can be full.
 async def _answer(connection: Request | WebSocket, error: Exception) -> Response | None:
     response: Response = problem_response(error)
     if response.status_code == 500 and isinstance(error, HomeAgentError):
@@ -268,11 +274,11 @@ async def _answer(connection: Request | WebSocket, error: Exception) -> Response
 
 
 async def _ignore(connection: Request | WebSocket, error: Exception) -> None:
-    """Do nothing after a client has closed its WebSocket. The server would log a traceback."""
+    """After a client has closed its WebSocket, do nothing, because the server would log a traceback."""
 
 
 def _document_problems(document: dict[str, Any]) -> dict[str, Any]:
-    """Describe the problem details in an OpenAPI document. A second call changes nothing."""
+    """Describe the problem details in an OpenAPI document. A second call for the same application changes nothing."""
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schema = ErrorReply.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas.update({**schema.pop("$defs"), "ErrorReply": schema})

@@ -33,10 +33,10 @@ _OWNER_CHARACTERS = 22  # 132 random bits
 
 
 class Webhook(Once):
-    """A message whose signature and time were checked. Call the object to handle the message once.
+    """A message whose signature and time were checked. Call the object with a function that handles the message once.
 
-    A sender repeats a message with the same id, and an attacker can repeat a message while its time is accepted. Both
-    get the answer of the first message, and the effect does not run again.
+    A sender repeats a message with the same id, and an attacker can repeat a message while its time is accepted. Each
+    repetition gets the answer of the first message, and the effect does not run again.
 
     Attributes:
         id: id of the message.
@@ -75,11 +75,12 @@ def signed_webhook(
 
     Args:
         secret: secret `whsec_…` that the sender gave, or several secrets during a rotation.
-        sender: name of the sender, at most 489 bytes. The messages are stored under `SENDER/…` in place of a device.
+        sender: name of the sender, at most 489 bytes. The keys of the messages are stored under `SENDER/…` instead of a
+            device id.
         tolerance: longest difference between the signed time and the present.
-        lease: see `Database.run_once`.
+        lease: the same as for `Database.run_once()`.
         ttl: time for which a repetition gets the first answer, more than twice the tolerance.
-        on_abandoned: see `Database.run_once`.
+        on_abandoned: the same as for `Database.run_once()`.
 
     Raises:
         InvalidArgumentError: if a secret is malformed or shorter than 24 bytes, or `ttl` is too short.
@@ -118,19 +119,22 @@ def signed_webhook(
 
 
 async def _read(request: Request, keys: list[SecretBytes]) -> tuple[str, datetime, bytes]:
-    """Return the id, the time and the body of a message with a right signature. Refuse any other message."""
+    """Return the id, the time and the body of a message with a right signature. Refuse a message with a wrong
+    signature.
+    """
     message_id, timestamp, signatures = (
         request.headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature")
     )
     body = await request.body()
     signed = f"{message_id}.{timestamp}.".encode() + body
-    # Compute one signature for each key. The header can have thousands of signatures, and the body can be large.
+    # Compute one signature for each key. Otherwise a header with thousands of signatures and a large body would take
+    # too long.
     expected = [_signature(key, signed) for key in keys]
     # Compare all signatures, so that the time does not depend on the position of the right signature.
     right = [hmac.compare_digest(each.encode(), one) for each in signatures.split(" ") for one in expected]
     sent_at = _time_of(timestamp)
-    # The specification forbids a full stop in the id. With a full stop, a signed text could be split in another way: as
-    # a message with another id and another body, which would be handled again.
+    # The specification forbids a full stop in the id of a message. With a full stop, a signed text could also be read
+    # as a message with another id and another body, which would be handled again.
     if not any(right) or sent_at is None or "." in message_id:
         raise _refused()
     return message_id, sent_at, body
@@ -165,8 +169,8 @@ def _time_of(timestamp: str) -> datetime | None:
 def _owner(unit: UnitOfWork, sender: str) -> str:
     """Return the id under which the messages of a sender are stored, in place of the id of a device.
 
-    A stranger must not know the id. `Database.pair` deletes the keys of the id that it pairs, so a stranger who pairs a
-    device with the id could send a recorded message again.
+    A stranger must not know this id. `Database.pair()` deletes the idempotency keys of the paired id. A stranger who
+    pairs a device with this id could then send a recorded message again.
     """
     key, _ = unit.devices.find_proof_secrets(sender)
     digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")

@@ -57,7 +57,7 @@ async def accept_device(
     """Accept a WebSocket, run the handshake, and yield the approved device.
 
     If the device is revoked or deleted, if its secret is replaced, or if the changes can't be read, the block is
-    cancelled and the WebSocket is closed. The table of this module has the close codes.
+    cancelled and the WebSocket is closed. The docstring of the module lists the close codes.
 
     Args:
         websocket: WebSocket that was not accepted yet.
@@ -66,10 +66,12 @@ async def accept_device(
         skew: allowed difference between the device's clock and the gateway's clock.
 
     Raises:
-        WebSocketException: if the device has no access, or loses its access. Starlette then closes the WebSocket.
+        WebSocketException: if the device has no access, or loses its access. After this exception Starlette closes the
+            WebSocket.
         WebSocketDisconnect: if the device closed the WebSocket during the handshake.
     """
-    # Subscribe before the handshake reads the approval. Otherwise a revocation between these steps would be missed.
+    # Subscribe to the device changes before the handshake reads the approval. Otherwise a revocation between the two
+    # steps would be missed.
     changes = await run_sync(database.watch_devices)
     await websocket.accept()
 
@@ -106,14 +108,15 @@ async def accept_device(
 
 
 async def _end_of_access(database: Database, admission: Admission, changes: AsyncIterator[Any]) -> HomeAgentError:
-    """Wait until the device has no access any more or the changes can't be read, and return the reason."""
+    """Wait until the device loses its access, or until the device changes can't be read. Return the reason."""
     try:
         async for change in changes:
-            # A change without an id is a reset: the device can have changed in the meantime.
+            # A change without an id is a reset, after which the device can have changed.
             if change.device_id not in {admission.device.id, None}:
                 continue
-            # After a revocation, do not read the device first. While all workers of `arun` are busy, the read would
-            # wait, and the device would stay connected (`test_a_revocation_while_the_workers_are_busy`).
+            # After a revocation, close the WebSocket without reading the device first. While all worker threads of
+            # `arun()` are busy, the read would wait, and the device would stay connected
+            # (`test_a_revocation_while_the_workers_are_busy`).
             if change.kind is DeviceChangeKind.REVOKED:
                 return AccessDeniedError(REFUSALS["revoked"])
             if change.kind is DeviceChangeKind.DELETED:

@@ -1,4 +1,4 @@
-"""The device's side of the handshake. The module docstring of `homeagent.handshake` has the messages.
+"""The device's side of the handshake. The docstring of `homeagent.handshake` describes the messages.
 
 With the library `websockets`, a device connects in a few lines:
 
@@ -47,7 +47,7 @@ async def authenticate(
 
     Args:
         device_id: id of the device.
-        secret: generated secret of the device. A secret that a person chose has no proofs.
+        secret: generated secret of the device. A device cannot make proofs with a secret that a person chose.
         send: function that sends a text frame.
         receive: function that receives a frame. The function should raise an error for a closed connection.
         time_limit: longest duration of the whole handshake.
@@ -56,9 +56,9 @@ async def authenticate(
 
     Raises:
         AuthenticationError: if the gateway does not accept the proof.
-        AccessDeniedError: if the device is pending or revoked. The message names the reason.
-        HandshakeError: if the time limit is over, the clocks differ too much, a message is invalid, or the gateway
-            does not have the verifier of the secret. Close the connection.
+        AccessDeniedError: if the device is pending or revoked. The error message names the reason.
+        HandshakeError: if the time limit is over, the clocks differ too much, or a message is invalid. Also if the
+            gateway does not have the verifier of the secret. Close the connection.
     """
     try:
         with anyio.fail_after(time_limit.total_seconds()):

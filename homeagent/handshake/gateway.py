@@ -37,7 +37,7 @@ class Admission:
 
     Attributes:
         device: the device.
-        verifier: verifier of the secret that was proved. A rotation of the secret changes the verifier.
+        verifier: verifier of the secret that was proved. A rotation of the device's secret changes the verifier.
     """
 
     device: Device
@@ -53,7 +53,7 @@ async def authenticate_device(
     time_limit: timedelta = timedelta(seconds=10),
     skew: timedelta = timedelta(minutes=5),
 ) -> Admission:
-    """Run the gateway's side of a handshake. A refused device gets a message with the reason.
+    """Run the gateway's side of a handshake. If the gateway refuses the device, it sends a message with the reason.
 
     Args:
         database: the open database.
@@ -63,8 +63,8 @@ async def authenticate_device(
         skew: allowed difference between the device's clock and the gateway's clock.
 
     Raises:
-        AuthenticationError: if the proof or the time is wrong, or the device does not exist. All three errors have the
-            same text.
+        AuthenticationError: if the proof or the time is wrong, or the device does not exist. In each of these cases the
+            error has the same text.
         AccessDeniedError: if the proof is right, and the device is pending or revoked.
         HandshakeError: if a message is invalid, or the time limit is over.
         HomeAgentError: if the database could not be read.
@@ -117,11 +117,11 @@ async def _authenticate(database: Database, send: Send, receive: Receive, skew: 
 
 
 async def recheck(database: Database, admission: Admission) -> None:
-    """Check that an admitted device still has access. Call this method after each change of the device.
+    """Check that an admitted device still has access. Call the method after each change of the device.
 
     Raises:
         AuthenticationError: if the device was deleted, or its secret was replaced.
-        AccessDeniedError: if the device is not approved any more.
+        AccessDeniedError: if the device is no longer approved.
     """
     device_id = admission.device.id
     device = await database.arun(lambda unit: unit.devices.find_by_id(device_id), read_only=True)

@@ -30,7 +30,7 @@ _LATEST = (datetime(9999, 1, 1, tzinfo=UTC) - _EPOCH) // _MILLISECOND
 
 
 def write(**fields: str | int | bytes | datetime) -> str:
-    """Return a message. Bytes become base64, and a time becomes the milliseconds since 1970."""
+    """Return a message. In a message, bytes are base64, and a time is a number of milliseconds since 1970."""
     return json.dumps({name: _plain(value) for name, value in fields.items()}, ensure_ascii=False)
 
 
@@ -49,7 +49,7 @@ def read(message: object, *kinds: str) -> dict[str, Any]:
     """Return the fields of a message of one of the kinds.
 
     Raises:
-        HandshakeError: if the message is not text, is too large, is not a JSON object, or has another type.
+        HandshakeError: if the message is not a text with a JSON object, is too large, or is of a different kind.
     """
     if not isinstance(message, str) or len(message.encode("utf-8", "replace")) > MAX_MESSAGE:
         raise HandshakeError(f"a message of a handshake is text of at most {MAX_MESSAGE:,} bytes")
@@ -66,7 +66,7 @@ def field(fields: dict[str, Any], name: str, kind: type[T]) -> T:
     """Return a field of a message.
 
     Raises:
-        HandshakeError: if the field is absent or has another type.
+        HandshakeError: if the field is absent or has a wrong type.
     """
     value = fields.get(name)
     if type(value) is not kind:
@@ -75,7 +75,7 @@ def field(fields: dict[str, Any], name: str, kind: type[T]) -> T:
 
 
 def bytes_of(fields: dict[str, Any], name: str) -> bytes:
-    """Return a field in base64 as bytes. The errors are those of `field()`."""
+    """Return a field in base64 as bytes. The method raises the same errors as the method `field()`."""
     try:
         return base64.b64decode(field(fields, name, str), validate=True)
     except (binascii.Error, ValueError):
@@ -83,7 +83,9 @@ def bytes_of(fields: dict[str, Any], name: str) -> bytes:
 
 
 def time_of(fields: dict[str, Any]) -> datetime:
-    """Return the value of the field `time` as a timestamp. The errors are those of `field()`."""
+    """Return the value of the field `time` as a timestamp. The method raises the same errors as the method
+    `field()`.
+    """
     milliseconds = field(fields, "time", int)
     if not 0 <= milliseconds <= _LATEST:
         raise HandshakeError("the field 'time' of the handshake must be milliseconds since 1970")

@@ -35,8 +35,8 @@ _LOCK = ".homeagent-backups.lock"
 
 
 def require_file(engine: Engine) -> SQLiteEngine:
-    """Return the engine if the database is a SQLite file. For PostgreSQL raise DatabaseError, which names PostgreSQL's
-    tools.
+    """Return the engine if the database is a SQLite file. For PostgreSQL, raise DatabaseError with a message that names
+    PostgreSQL's tools.
     """
     if not isinstance(engine, SQLiteEngine):
         raise DatabaseError(
@@ -61,18 +61,19 @@ def back_up(
     Args:
         engine: engine of the source database.
         destination: an existing directory, a path with a final slash for a directory to create, or the path of a new
-            file. In a directory the backup's name contains the schema revision and the time.
+            file. In a directory, the name of the new backup contains the schema revision and the time.
         clock: clock for the time of the backup.
-        keep: number of this database's backups that stay in the directory. Older backups are removed. The number does
-            not include a backup without a manifest, a backup from an upgrade, or a backup with an owner that
-            `restore()` refuses. These backups are not removed.
+        keep: number of this database's backups that stay in the directory. Backups beyond this number are removed, the
+            oldest first. The number does not include a backup without a manifest, a backup from an upgrade, or a backup
+            whose owner `restore()` would refuse. Backups that are not counted are not removed.
         replace: True to replace an existing file.
         timeout: longest wait for another backup into the same directory.
-        stop: function that is called repeatedly. If it returns True, the backup is cancelled.
+        stop: function that is called repeatedly during the backup. If the function returns True, the backup is
+            cancelled.
 
     Raises:
-        InvalidArgumentError: if the destination exists, except with `replace=True`. Also if the destination can't be a
-            backup.
+        InvalidArgumentError: if the destination exists, except with `replace=True`. Also if a backup can't have this
+            path.
         CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: if the backup failed. No part remains.
     """
     engine = require_file(engine)
@@ -95,7 +96,9 @@ def back_up(
 
 
 def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, stop: Stop) -> Path | None:
-    """Make a scheduled backup, and return its path. Return None if no backup is due or another process makes one."""
+    """Make a scheduled backup, and return its path. If no backup is due, or another process makes the backup, return
+    None.
+    """
     engine = require_file(engine)
     directory = locate_file(schedule.directory)
     if not _is_due(engine.path, directory, schedule, clock()):
@@ -107,7 +110,7 @@ def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, st
     except DatabaseBusyError:
         return None
     try:
-        # Check again: another process may have made the backup before this process got the lock.
+        # Check again with the lock, because another process can have made the backup in between.
         if not _is_due(engine.path, directory, schedule, clock()):
             return None
         return _make_in(directory, engine, clock=clock, keep=schedule.keep, stop=stop)
@@ -116,7 +119,9 @@ def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, st
 
 
 def back_up_on_schedule(engine: Engine, schedule: BackupSchedule, *, clock: Clock, stop: Stop) -> None:
-    """Make a scheduled backup if it is due. Log a failure, so that the caller's sweep continues."""
+    """Make a scheduled backup if it is due. If the backup fails, log the error, so that the caller's sweep
+    continues.
+    """
     try:
         back_up_if_due(engine, schedule, clock=clock, stop=stop)
     except HomeAgentError as error:
@@ -163,7 +168,7 @@ def _make(
 
 
 def _is_due(database: Path, directory: Path, schedule: BackupSchedule, now: datetime) -> bool:
-    # Ignore a backup with a future time. Such a backup was made while the clock was ahead.
+    # Ignore a backup with a time in the future, which was made while the clock was wrong.
     ages = [now - manifest.taken_at for _, manifest in _backups_of(database, directory) if manifest.taken_at <= now]
     return not ages or min(ages) >= schedule.every
 
@@ -184,7 +189,7 @@ def _partial(target: Path) -> Path:
 
 
 def _free_name(path: Path) -> Path:
-    """Return the path. If a file with this name exists, add a number to the name."""
+    """Return the path. If a file with the new backup's name exists, add a number to the name."""
     free, number = path, 1
     while os.path.lexists(free):
         number += 1
@@ -197,7 +202,7 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
     if target in own:
         raise InvalidArgumentError(f"{quoted(target)} belongs to the database itself: name another file")
     for sidecar in sidecars(target):
-        # This sidecar belongs to another database. SQLite would apply the sidecar to a backup with this name.
+        # An existing sidecar file belongs to another database, and SQLite would apply it to a backup with this name.
         if os.path.lexists(sidecar):
             raise InvalidArgumentError(
                 f"{quoted(target)} is a database that is open or was not closed cleanly, since {quoted(sidecar)} "
@@ -206,7 +211,9 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
 
 
 def _remove_stale(directory: Path, database: Path) -> None:
-    """Remove incomplete files of killed backups. The caller holds the directory's lock, so no other backup runs."""
+    """Remove incomplete files of killed backups. The caller holds the lock of the directory, so no other backup
+    runs.
+    """
     with explained("look into the directory", directory):
         names = [entry.name for entry in os.scandir(directory)]
     for name in names:
@@ -217,7 +224,7 @@ def _remove_stale(directory: Path, database: Path) -> None:
 def _remove_oldest(made: Path, manifest: Manifest, keep: int) -> None:
     # Keep the new backup, even if the clock was set back and the backup looks like the oldest.
     found = [entry for entry in _backups_of(Path(manifest.database), made.parent) if entry[0] != made]
-    # Remove backups with a future time first. Otherwise they would count as the newest backups and displace others.
+    # Remove backups with a time in the future first, because they would always count as the newest backups.
     others = [backup for backup, _ in sorted(found, key=lambda entry: entry[1].taken_at <= manifest.taken_at)]
     for backup in others[: max(len(others) - (keep - 1), 0)]:
         with explained("remove the old backup", backup):
@@ -235,7 +242,8 @@ def _write_note(database: Path, backup: Path) -> None:
     try:
         remember_backup(database, backup)
     except HomeAgentError as error:
-        # The backup is valid without the note. Only error messages about a damaged database use the note.
+        # A backup is valid without the note about the last backup. The note is used only for error messages about a
+        # damaged database.
         logger.warning(
             "could not write the path of the last backup to a note next to the database: %s",
             error,

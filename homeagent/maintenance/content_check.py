@@ -25,9 +25,9 @@ logger = logging.getLogger("homeagent")
 class ContentCheck:
     """Checks the content of an open SQLite database periodically.
 
-    Each table is checked with its indexes in one read-only unit. The first check is due at once. The pause between two
-    checks is the argument `every`. If a check exceeds the time budget, the next check continues with the remaining
-    tables. On PostgreSQL the method `run_if_due` does nothing.
+    Each table is checked with its indexes in one read-only unit. The first check of a database is due at once. The
+    argument `every` is the pause between two checks. If a check exceeds the time budget, the next check continues with
+    the remaining tables. On PostgreSQL the method `run_if_due()` does nothing.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class ContentCheck:
         self._left: list[str] = []
 
     def run_if_due(self, stop: Callable[[], bool]) -> None:
-        """If a check is due, check the remaining tables until `stop()` returns True.
+        """If a check is due, check the remaining tables until the function `stop()` returns True.
 
-        If the database is damaged, raise CorruptDatabaseError. Later units also raise this error.
+        If the database is damaged, raise CorruptDatabaseError. Units that begin later also raise this error.
         """
         engine = self._engine
         now = self._monotonic()

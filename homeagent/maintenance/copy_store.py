@@ -51,7 +51,7 @@ class CopyReport(BaseModel):
 
     Attributes:
         rows: number of copied rows by table name, including the application's tables.
-        left: names of the application's tables that were left behind.
+        left: names of the application's tables that were not copied.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -84,7 +84,7 @@ Report = Callable[[CopyProgress], object]
 
 
 class _Table:
-    """A table of homeagent. Its methods read and write stored values, without the models' types."""
+    """A table of homeagent. The methods of this class read and write stored values, without the models' types."""
 
     def __init__(self, described: Any) -> None:
         self.name: str = described.name
@@ -146,7 +146,7 @@ class _Table:
         unit.insert_rows(self.name, self.columns, rows)
 
     def _check_kinds(self, kinds: tuple[type, ...], row: Row) -> None:
-        # A SQLite column accepts values of any type, and psycopg would write some of them as text.
+        # A column of SQLite accepts values of any type, and psycopg would write some of these values as text.
         for name, kind, allowed in zip(self.columns, kinds, self._kinds, strict=True):
             if kind not in allowed:
                 raise self._unsound(row, name, f"a value of type {kind.__name__}")
@@ -168,8 +168,8 @@ def _stored_kind(of_column: Any) -> type:
 
 @cache
 def _tables() -> tuple[_Table, ...]:
-    # Do not copy the feed of device changes. The target's triggers add a change for each copied device. The row of the
-    # table `store` comes later, and restarts the feed.
+    # Do not copy the feed of device changes, because the target's triggers add a change for each copied device. The row
+    # of the table `store`, which is copied later, restarts the feed of device changes.
     return tuple(_Table(table) for table in SCHEMA if table is not DeviceChange.__table__)
 
 
@@ -185,11 +185,11 @@ def copy_store(
     leave: Collection[str] = (),
     progress: Report | None,
 ) -> CopyReport:
-    """Copy all rows of a store into an empty store, and compare the two before the commit.
+    """Copy all rows of a store into an empty store, and compare both stores before the commit.
 
     The argument `engines` contains the engine of the source and the engine of the target. With `live=True`, other units
-    can change the source during the copy, and the copy contains the state at its start. The application's tables in the
-    argument `leave` are not copied. The function `progress()` is called after each page of rows.
+    can change the source during the copy, which then contains the state at its beginning. The argument `leave` names
+    the application's tables that are not copied. After each page of rows, the copy calls the function `progress()`.
 
     Raises:
         InvalidArgumentError: source and target are the same database, or the target lacks a table of the application.
@@ -219,7 +219,7 @@ def copy_store(
         if live:
             differing = _first_difference(source, target, own, steps)
         else:
-            # Compare with a new snapshot, because the target lacks rows that were written to the source meanwhile.
+            # Compare the target with a new snapshot of the source, to find rows that were written during the copy.
             with open_source() as later:
                 differing = _first_difference(later, target, own, steps)
             if differing is not None and _first_difference(source, target, own) is None:
@@ -242,7 +242,7 @@ class _Steps:
         self._rows = 0
 
     def add(self, table: str, rows: int) -> None:
-        """Add processed rows of a table."""
+        """Add a number of processed rows of a table."""
         self._rows += rows
         if self._report is not None:
             self._report(CopyProgress(self._step, table, self._rows, self._total))
@@ -251,7 +251,8 @@ class _Steps:
 def _copy(source: UnitOfWork, target: UnitOfWork, own: Sequence[OwnTable], steps: _Steps) -> None:
     for table in _tables():
         if table.name not in DATA_TABLES:
-            # Replace the rows that the revisions inserted, so the target continues with the epoch of the source.
+            # Replace the rows that the revisions inserted in the target, so that it continues with the epoch of the
+            # source.
             table.clear(target)
         for page in table.pages(source):
             table.insert(target, page)
@@ -269,7 +270,7 @@ def _copy(source: UnitOfWork, target: UnitOfWork, own: Sequence[OwnTable], steps
 def _first_difference(
     source: UnitOfWork, target: UnitOfWork, own: Sequence[OwnTable], steps: _Steps | None = None
 ) -> str | None:
-    """Return the name of the first table whose rows differ. Return None if all rows are the same."""
+    """Return the name of the first table whose rows differ. If all rows are the same, return None."""
     for table in _tables():
         for original, copied in zip_longest(table.pages(source), table.pages(target)):
             if original != copied:
@@ -310,8 +311,8 @@ def _refuse_same_database(engines: tuple[Engine, Engine], source: UnitOfWork, ta
 
 def _same_schema(source: UnitOfWork, target: UnitOfWork) -> bool:
     # Do not compare URLs, because a server can have several names, and a name can lead to several servers. An advisory
-    # lock is unique in a database, so only a session of the same database can find the key locked:
-    # https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS
+    # lock belongs to one database, so only a session of the same database can find the key locked
+    # (https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS).
     key = secrets.randbits(63)
     query = text("SELECT pg_try_advisory_xact_lock(:key), current_schema()")
     _, target_schema = target.session.connection().execute(query, {"key": key}).one()
@@ -320,7 +321,7 @@ def _same_schema(source: UnitOfWork, target: UnitOfWork) -> bool:
 
 
 def _keep_writers_out(engine: Engine, target: UnitOfWork, own: Sequence[OwnTable]) -> None:
-    # On SQLite the write unit excludes other writers. On PostgreSQL this lock excludes writers, but not readers.
+    # On SQLite the write unit excludes other writers. On PostgreSQL the table lock excludes writers, but not readers.
     if not isinstance(engine, SQLiteEngine):
         connection = target.session.connection()
         connection.execute(text(f"LOCK TABLE {', '.join(_quoted(connection, own))} IN EXCLUSIVE MODE"))

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EpochReport", "begin_epoch"]
 
-# Count homeagent's sessions, because they hold the old epoch in memory. Do not count poolers and other programs.
+# Count homeagent's sessions, because they hold the old epoch in memory. Do not count the sessions of poolers and other
+# programs.
 _OTHERS = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     " AND application_name = 'homeagent'"
@@ -43,8 +44,8 @@ class EpochReport(BaseModel):
     Attributes:
         location: path of the file, or URL of the server without the password.
         epoch: number of the epoch.
-        restored_at: start of the epoch. A replay guard refuses a message that was signed at or before this time plus
-            the skew.
+        restored_at: start of the epoch. A replay guard refuses each message whose time is not later than the start of
+            the epoch plus the skew.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -58,7 +59,7 @@ def begin_epoch(target: Given, *, clock: Clock, busy_timeout: timedelta) -> Epoc
     """Begin a new epoch of a store that no process has open.
 
     Raises:
-        DatabaseBusyError: if another process still has the database open after `busy_timeout`. The process would
+        DatabaseBusyError: if another process still has the database open after the `busy_timeout`. That process would
             continue in the old epoch.
         SchemaOutdatedError: if the database is absent, or has an older schema.
     """
@@ -82,7 +83,7 @@ def _in_file(path: Path, now: datetime, timeout: timedelta) -> int:
         identify_or_wait(engine)
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
-                pass  # only check, because SQLite would drop these locks when it closes the file.
+                pass  # only check for other programs, because SQLite would drop these locks when it closes the file
             # Pass temporary=True, because the caller already holds the in-use lock.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:
@@ -99,7 +100,7 @@ def _on_server(url: URL, now: datetime, timeout: timedelta) -> int:
     try:
         open_postgresql(engine, timeout=timeout, migrate=False)
         with engine.translated(), engine.connect() as connection, connection.begin():
-            # A session that connects after the count waits for this lock before it reads the epoch.
+            # A session that connects after the count waits for the lock before it reads the epoch.
             connection.execute(text(f"LOCK TABLE {store_table.name} IN ACCESS EXCLUSIVE MODE"))
             others = int(connection.execute(text(_OTHERS)).scalar_one())
             if others:

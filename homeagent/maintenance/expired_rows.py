@@ -1,9 +1,9 @@
 """Delete the expired rows of one table in batches, and skip rows that a constraint of an application's table keeps.
 
 A foreign key of an application's table can refer to a nonce or an idempotency key. At first, one statement deletes a
-batch. After a constraint has refused a batch, the following batches delete each row in a separate savepoint. Each of
-these batches starts after the last row of the batch before, so a sweep tries each skipped row only once. If a
-constraint refuses a page at COMMIT, each half of the page is deleted in a separate unit of work.
+batch. After a constraint has refused a batch, the following batches delete each row in a separate savepoint. Such a
+batch starts after the last row of the previous batch, so a sweep tries to delete each skipped row only once. If a
+constraint refuses a batch at COMMIT, each half of the batch is deleted in a separate unit of work.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ _FIRST = datetime.min.replace(tzinfo=UTC)
 
 
 class _Statements:
-    """Two statements for one table: the first reads the expired rows in pages, the second deletes one row."""
+    """Two statements for one table. The first statement reads the expired rows in pages, and the second deletes one
+    row.
+    """
 
     def __init__(self, model: Any, expired: ColumnElement[bool], time: str = "expires_at") -> None:
         table = model.__table__
@@ -64,7 +66,7 @@ class Batch(NamedTuple):
 
     Attributes:
         deleted: number of deleted rows.
-        found: number of deleted and skipped rows. A number below the limit means that no other expired row is left.
+        found: number of deleted and skipped rows. If the number is below the limit, no other expired row is left.
         worked: duration of the statements, in seconds.
         held: time for which the batch held the write lock, including the commit, in seconds.
     """
@@ -104,7 +106,7 @@ class ExpiredRows:
                 return Batch(count, count, worked, self._monotonic() - begun)
             except ConflictError:
                 if self._statements is None:
-                    raise  # a change that stays would hide the later changes that were deleted
+                    raise  # do not skip a device change, which would hide the deletion of later changes
                 self._after = self._statements.first
         with UnitOfWork(self._settings, read_only=True) as unit:
             rows = unit.all(self._statements.page, **self._after, **self._times(), limit=limit)
@@ -147,7 +149,7 @@ class ExpiredRows:
         return deleted
 
     def _times(self) -> dict[str, datetime]:
-        """Return the two times that are parameters of the statements."""
+        """Return the parameters of the statements, which are two times."""
         now = read_clock(self._settings.clock)
         return {"now": now, "before": earlier(now, self._grace)}
 

@@ -1,11 +1,12 @@
 """Copy the application's own tables, and compare the copied rows with the source.
 
-The tables are read from both databases. A table is copied if both databases have it with the same columns. The values
-pass through the column types of the application's models, or else through the types that SQLAlchemy finds in the
-database, because the engines store some types differently: SQLite stores a timestamp as text.
+The tables are read from both databases. A table is copied if both databases have it with the same columns. The engines
+store some types differently; for example, SQLite stores a timestamp as text. Therefore the values are converted by the
+column types of the application's models. If a table has no model, they are converted by the types that SQLAlchemy finds
+in the database.
 
 The engines can order text keys differently. Therefore the rows are not compared in the order of the keys. Instead, the
-rows with the same keys as a page of the source are read from the target.
+comparison reads a page of rows from the source, and the rows with the same keys from the target.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ _Row = tuple[Any, ...]
 
 
 class _JsonText(TypeDecorator[str]):
-    """The text of a JSON column. A decoded value would not show NULL in place of JSON's null, and would lose digits.
+    """A column type that reads JSON as text. A decoded value would not distinguish NULL from JSON's null, and would
+    lose digits.
 
     Args:
         stored: type of the column on PostgreSQL. None on SQLite, which stores JSON as text.
@@ -79,11 +81,11 @@ class _JsonText(TypeDecorator[str]):
         self.stored = stored
 
     def column_expression(self, column: Any) -> Any:
-        """Read the column as text."""
+        """Read the JSON column as text."""
         return cast(column, Text)
 
     def bind_expression(self, bindvalue: Any) -> Any:
-        """Write the text with the type of the column."""
+        """Write the JSON text with the type of the column."""
         return bindvalue if self.stored is None else cast(bindvalue, self.stored)
 
 
@@ -148,10 +150,10 @@ class OwnTable:
         return all(self._is_same(row, copied.get(one)) for one, row in zip(keys, page, strict=True))
 
     def _is_same(self, row: _Row, other: _Row | None) -> bool:
-        # NaN is not equal to itself, so compare the texts also.
+        # The value NaN is not equal to itself, so compare the texts also.
         if other is None or other == row or repr(other) == repr(row):
             return other is not None
-        # The type jsonb, and SQLite for a number, change the text of a JSON value.
+        # PostgreSQL's type jsonb changes the text of a JSON value, and SQLite changes the text of a number.
         columns = zip(self.source.columns, self.target.columns, row, other, strict=True)
         return all(
             one == two
@@ -178,7 +180,7 @@ class OwnTable:
     def last_number(self, source: Connection) -> int:
         """Return the highest number that the source has assigned to a row, even if the row was deleted.
 
-        Return 0 if the source does not remember the number.
+        If the source does not remember this number, return 0.
         """
         if source.dialect.name == "sqlite":
             if not source.execute(_HAS_SEQUENCES).first():
@@ -195,7 +197,7 @@ class OwnTable:
                 yield {"table": table, "name": name}
 
     def advance_sequence(self, target: Connection, last: int) -> None:
-        """Let the target continue to number rows after the copied rows, and after the number `last`."""
+        """Let the target assign to new rows only numbers above the copied rows and above the argument `last`."""
         if target.dialect.name == "sqlite":
             # Only a table with AUTOINCREMENT does not use the numbers of deleted rows again.
             if last and target.execute(_AUTOINCREMENT, {"table": self.name}).first():
@@ -225,8 +227,8 @@ def plan_own_tables(
     """Return the application's tables to copy, in the order of their foreign keys.
 
     Raises:
-        InvalidArgumentError: the target lacks a table, or has another form of the table. Tables in the argument `leave`
-            are skipped.
+        InvalidArgumentError: the target lacks a table, or its table has other columns. The argument `leave` names
+            tables to skip.
         TargetNotEmptyError: a table of the target has rows.
     """
     found = set(own_tables(source))
@@ -277,8 +279,8 @@ _REFERENCES = text(
 def late_references(connection: Connection, tables: Sequence[OwnTable]) -> Iterator[None]:
     """On PostgreSQL, check foreign keys at the end of the block if a row can precede the row that it refers to.
 
-    Such a foreign key refers to the same table, or is part of a circle. Only the owner of the table can defer the
-    check. SQLite defers all foreign keys to the COMMIT.
+    Such a foreign key refers to its own table, or is part of a circle of tables. Only the owner of the table can defer
+    the check. SQLite defers all foreign keys to the COMMIT.
     """
     if not tables or connection.dialect.name == "sqlite":
         yield
@@ -300,7 +302,7 @@ def late_references(connection: Connection, tables: Sequence[OwnTable]) -> Itera
 
 
 def _in_order(connection: Connection, names: set[str]) -> list[str]:
-    """Return the names so that each table follows the tables that its foreign keys refer to."""
+    """Return the names in an order in which each table follows the tables that its foreign keys refer to."""
     inspector = inspect(connection)
     parents = {
         name: {key["referred_table"] for key in inspector.get_foreign_keys(name)} & names - {name}
@@ -309,7 +311,7 @@ def _in_order(connection: Connection, names: set[str]) -> list[str]:
     try:
         return list(TopologicalSorter(parents).static_order())
     except CycleError:
-        return sorted(names)  # `late_references` defers the foreign keys
+        return sorted(names)  # the function `late_references()` defers the foreign keys
 
 
 def _own_table(name: str, source: Connection, target: Connection, declared: Table | None) -> OwnTable:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 __all__ = ["Pace"]
 
-# Longest time in which a batch may find and delete its rows while writers wait, in seconds. The commit does not count,
-# because the time of a commit hardly depends on the number of rows.
+# Longest time in which a batch may find and delete its rows while writers wait, in seconds. This time does not include
+# the commit, whose duration hardly depends on the number of rows.
 _LONGEST_WORK = 0.004
 _FEWEST_ROWS = 10
 
-# Pauses after a batch, in seconds. Without contention the pause is short but not zero, because this process does not
-# notice a wait in another process. After contention the pause is a multiple of the time for which the batch held the
-# write lock.
+# Pauses after a batch, in seconds. Without contention the pause is short but not zero, because a process does not
+# notice writers that wait in another process. After contention the pause is a multiple of the time for which the batch
+# held the write lock.
 _SHORTEST_PAUSE = 0.001
 _PAUSE_FACTOR = 4
 _LONGEST_PAUSE = 0.25
 
 
 class Pace:
-    """Chooses the sizes of a sweep's batches and the pauses between them. The maximum number of a batch's rows is the
-    argument `most`.
+    """Chooses the sizes of a sweep's batches and the pauses between them. The argument `most` is the maximum number of
+    rows of a batch.
     """
 
     def __init__(self, most: int) -> None:

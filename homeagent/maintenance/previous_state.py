@@ -18,14 +18,16 @@ __all__ = ["PreviousState", "read_previous_state"]
 
 @dataclass(frozen=True, slots=True)
 class PreviousState:
-    """Epoch and devices of the old database. An unknown epoch is 0, and unknown devices are None."""
+    """Epoch and devices of the old database. If the epoch is unknown, it is 0. If the devices are unknown, they are
+    None.
+    """
 
     epoch: int
     devices: Devices | None
 
 
 def read_previous_state(database: Path) -> PreviousState:
-    """Read a copy of the old database, because closing the original would checkpoint and remove its WAL."""
+    """Read a copy of the old database, because SQLite would checkpoint and remove the original's WAL at close."""
     if not os.path.lexists(database):
         return PreviousState(0, None)
     copy = database.with_name(f"{database.name}.before.restoring")
@@ -40,7 +42,7 @@ def read_previous_state(database: Path) -> PreviousState:
             with suppress(*DRIVER_ERRORS, TypeError, ValueError):  # the file is damaged, or its revision has no epoch
                 epoch = int(raw.execute("SELECT epoch FROM store").get)
             return PreviousState(epoch, devices_of(raw))
-    except (*DRIVER_ERRORS, DatabaseError, TypeError, ValueError):  # damage, or a disk error
+    except (*DRIVER_ERRORS, DatabaseError, TypeError, ValueError):  # the database is damaged, or the disk failed
         return PreviousState(epoch, None)
     finally:
         discard(copy)

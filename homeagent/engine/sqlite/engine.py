@@ -195,7 +195,7 @@ class SQLiteEngine(Engine):
             with self.translated():
                 connection = self.sa_engine.connect()
         except HomeAgentError as error:
-            # Remove the driver's exception from the traceback, because SQLAlchemy's error refers to it.
+            # Remove the driver's exception, which is the cause of SQLAlchemy's error.
             error.__cause__ = error.__context__ = None
             raise
         try:

@@ -1,8 +1,8 @@
 """Check the schema and the application's own tables, and distinguish the application's objects from damage.
 
 A trigger, an index or a view of the application that uses homeagent's tables is not damage, but can disturb an upgrade.
-Each kind has a separate remedy. A trigger that can change rows of homeagent's tables counts as damage until the
-application acknowledges the trigger by its name.
+Each kind of object has a separate remedy. A trigger that can change rows of homeagent's tables counts as damage until
+the application acknowledges the trigger by its name.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def check_schema(collector: Collector, connection: Connection) -> None:
             )
     if accepted:
         listed = ", ".join(str(difference.trigger) for difference in accepted)
-        # The fact is also in a finding that is not OK, which omits this summary.
+        # If the check also finds a problem, its finding omits this summary, but keeps the figure `acknowledged`.
         collector.ok("schema", f"Acknowledged triggers of the application: {listed}.", acknowledged=listed)
 
 
@@ -107,7 +107,7 @@ def check_application(collector: Collector, connection: Connection) -> None:
 
 
 def report_orphans(collector: Collector, broken: Counter[tuple[str, str]]) -> None:
-    """Report rows of the application's tables that refer to a missing row, by the names of the two tables."""
+    """Report rows of the application's tables that refer to a missing row. The report has the names of both tables."""
     if not broken:
         return
     shown = "; ".join(f"from {child} to {parent}: {rows:,}" for (child, parent), rows in sorted(broken.items()))

@@ -51,16 +51,17 @@ def diagnose(
     finding, not an error. Findings do not contain secrets, hashes, nonces, idempotency keys or results.
 
     Args:
-        target: None, a path or a URL, with the same meaning as for `Database.open`. If this process has the database
-            open, use `Database.doctor`.
+        target: database to check, in the same form as for `Database.open()`. If the calling process has the database
+            open, call `Database.doctor()` instead.
         clock: clock of the store.
         thorough: True to run SQLite's full integrity check without a time limit. The full check also compares the
             indexes with their tables. With `thorough=False`, a check that takes longer than 10 seconds is stopped and
-            listed in `not_checked`.
-        fix: True to repair problems that can be repaired without loss. These are modes of homeagent's files, partial
-            copies older than a day, the backlog of expired rows, hashes of expired secrets, route keys of sessions, the
-            journal mode and the size of the WAL. The returned findings describe the database after the repair.
-        acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open`.
+            listed in the attribute `not_checked`.
+        fix: True to repair problems that can be repaired without loss. The doctor can repair modes of homeagent's
+            files, partial copies older than a day, the backlog of expired rows, hashes of expired secrets, route keys
+            of sessions, the journal mode and the size of the WAL. The returned findings describe the database after the
+            repair.
+        acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open()`.
 
     Raises:
         InvalidArgumentError: `target` is invalid, or names a temporary database.
@@ -74,8 +75,8 @@ def diagnose(
 
 
 def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: bool, fix: bool) -> Diagnosis:
-    """Check a database that this process has open, as `Database.doctor` documents. The function `read()` begins a
-    read-only unit.
+    """Check a database that the calling process has open (see `Database.doctor()`). The argument `read` is a function
+    that begins a read-only unit.
     """
     if not isinstance(engine, SQLiteEngine):
         return _diagnose(
@@ -101,7 +102,9 @@ def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: boo
 
 @contextmanager
 def _reading(read: OpenUnit) -> Iterator[None]:
-    """Hold a read-only unit open in the block. If the unit can't be opened, continue, and the checks find the cause."""
+    """Hold a read-only unit open while the block runs. If the unit can't be opened, continue without the unit, because
+    the checks find the cause.
+    """
     with ExitStack() as stack:
         try:
             stack.enter_context(read())

@@ -1,7 +1,7 @@
 """Check a SQLite database without opening it: names, owners, modes, leftovers, backups, file system, free space.
 
-Do not open the database file here, but use `lstat`. Closing the file would release the locks that SQLite holds on the
-file in this process (see `homeagent.engine.files.database_file`).
+Do not open the database file in this module, but use `lstat`. Closing the file would release the locks that SQLite
+holds on the file in this process (see `homeagent.engine.files.database_file`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def database_files(path: Path) -> Files:
             try:
                 found[entry] = entry.lstat()
             except OSError:
-                continue  # The `database` check reports an unreadable file.
+                continue  # The check `database` reports a file that cannot be read.
     return found
 
 
@@ -80,7 +80,7 @@ def stale_partials(path: Path, now: datetime) -> Files:
 
 
 def check_files(collector: Collector, path: Path) -> bool:
-    """Run all checks that do not open the database. Return True if the database may be opened."""
+    """Run all checks that do not open the database. Return True if the doctor may open the database."""
     with collector.attempt("backup"):
         _check_backup(collector, path)
     _check_directory(collector, path.parent)
@@ -125,7 +125,7 @@ def _check_directory(collector: Collector, directory: Path) -> None:
         if critical
         else "other users can put files next to the database; homeagent refuses such files",
         "keep the database in your own directory, in which no other user can write",
-        # Do not suggest to change the mode of a sticky directory, such as /tmp, because it is meant for all users.
+        # Do not suggest a different mode for a sticky directory such as /tmp, which is meant for all users.
         f"chmod go-w {named}" if is_replaceable(status) else f"ls -ld {named}",
         mode=f"{mode:04o}",
         uid=status.st_uid,
@@ -229,7 +229,7 @@ def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
         old=len(old),
         halves=len(halves),
     )
-    if in_use_lock is not None and in_use_lock.st_size:  # content describes an unfinished restore
+    if in_use_lock is not None and in_use_lock.st_size:  # the content of the lock file describes an unfinished restore
         summary = "A restore was interrupted and is not finished."
         meaning = "the next program that opens the database finishes the restore first"
         remedy = "open the database once"
@@ -250,7 +250,7 @@ def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
 
 
 def _stamp(file: Path, pattern: Path) -> datetime | None:
-    """Return the time in the name of a file that a restore created. Return None for any other file."""
+    """Return the time in the name of a file that a restore created. If the file has any other name, return None."""
     before, _, after = pattern.name.partition("*")
     # The -wal and -shm files of a quarantine have the same name with a suffix.
     found = re.fullmatch(rf"{re.escape(before)}(\d{{8}}T\d{{12}}Z)(_\d+)?{re.escape(after)}(-\w+)?", file.name)
@@ -261,7 +261,7 @@ def _check_backup(collector: Collector, path: Path) -> None:
     backup = newest_backup(path)
     manifest = None if backup is None else read_manifest(backup, path)
     if backup is None or manifest is None:
-        # A warning would be wrong, because another tool may make backups in another place.
+        # Do not report a warning, because another tool can make backups in a different place.
         collector.ok("backup", "No backup is known: 'homeagent backup' makes a backup.", age_seconds=None)
         return
     database = shlex.quote(str(path))

@@ -58,7 +58,8 @@ _TAKE_ROUTE = Statement[AgentSession](
     .values(route_key=bindparam("route"))
 )
 
-# If one of these checks is critical, do not change rows, because the rows may be damaged or the clock may be wrong.
+# Checks that forbid a change of rows if their finding is critical, because rows can be damaged or the clock can be
+# wrong.
 _HANDS_OFF = (
     "database",
     "integrity",
@@ -73,14 +74,14 @@ _HANDS_OFF = (
 
 
 def repair(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine | None) -> list[Repair]:
-    """Make the repairs that are safe with these findings. Return all repairs, also those that failed.
+    """Make the repairs that the findings of the diagnosis allow. Return all repairs, including failed repairs.
 
-    With `engine=None`, open the database for the repairs.
+    With `engine=None`, the function opens the database for the repairs.
     """
     done: list[Repair] = []
     found = {finding.check: finding for finding in diagnosis.findings}
     bad = {check: finding.severity for check, finding in found.items() if finding.severity is not Severity.OK}
-    # Do not change a file, or files next to it, if the file may belong to another application.
+    # If the database file can belong to another application, do not change it or the files next to it.
     if target.path is not None and bad.get("database") is not Severity.CRITICAL:
         with _noted(done, "files"):
             _make_private(target.path, done)

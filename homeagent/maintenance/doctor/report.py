@@ -79,16 +79,16 @@ class Severity(StrEnum):
 
 
 class Finding(BaseModel):
-    """Result of one check.
+    """Result of one check of the doctor.
 
     Attributes:
         check: name of the check, one of `CHECKS`.
-        severity: severity of the finding.
+        severity: severity of the reported finding.
         summary: description of the state.
         meaning: consequence of a problem.
-        remedy: action for the administrator. None if no action is necessary.
-        command: command for the remedy or for its first step. None if no command applies.
-        facts: figures by name, such as counts, bytes and seconds. They contain no value of a row.
+        remedy: action for the administrator. None if the administrator need not act.
+        command: command for the remedy or for its first step. None if the remedy needs no command.
+        facts: figures by name, such as counts, bytes and seconds. The figures contain no value of a row.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -127,7 +127,7 @@ class Diagnosis(BaseModel):
         severity: worst severity of all findings.
         findings: one finding for each completed check, in the order of `CHECKS`.
         not_checked: reason why a check did not run or complete, by the check's name.
-        repairs: repairs that the doctor made before the final checks. The tuple is empty if the call had `fix=False`.
+        repairs: repairs that the doctor made before the final checks. With `fix=False` the tuple is empty.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -147,15 +147,16 @@ class Diagnosis(BaseModel):
         return self.severity.exit_status
 
     def finding(self, check: str) -> Finding | None:
-        """Return the finding of a check. Return None if the check did not run or did not complete."""
+        """Return the finding of a check. If the check did not run or did not complete, return None."""
         return next((finding for finding in self.findings if finding.check == check), None)
 
 
 class Collector:
     """Findings collector for one database.
 
-    Several findings of a check are combined into one finding with the worst severity. The summary of the worst finding
-    comes first. At the time limit, the stopwatch (`watch`) interrupts a statement.
+    Several findings of a check are combined into one finding with the worst severity. In the combined finding, the
+    summary of the worst finding comes first. The argument `watch` is a stopwatch, which interrupts a statement at the
+    time limit.
     """
 
     def __init__(self, now: datetime, *, thorough: bool, watch: Stopwatch) -> None:
@@ -181,7 +182,7 @@ class Collector:
         command: str | None = None,
         **facts: Fact,
     ) -> None:
-        """Add a finding with these fields. If the severity is OK, omit meaning, remedy and command."""
+        """Add a finding with the given fields. If the severity is OK, omit meaning, remedy and command."""
         if severity is Severity.OK:
             meaning = remedy = command = None
         if remedy is RESTORE:
@@ -201,13 +202,15 @@ class Collector:
         earlier = self.findings.get(check)
         self.findings[check] = finding if earlier is None else _combined(earlier, finding)
 
-    # Each of these methods calls `add()` with its own severity.
+    # Each of these methods calls the method `add()` with its own severity.
     ok = partialmethod(add, Severity.OK)
     warn = partialmethod(add, Severity.WARNING)
     critical = partialmethod(add, Severity.CRITICAL)
 
     def skip(self, reason: str, *checks: str) -> None:
-        """Record the reason why checks did not run. Skip a check that already has a finding or a reason."""
+        """Record the reason why the named checks did not run. Leave out a check that already has a finding or a
+        reason.
+        """
         for check in checks:
             if check not in self.findings:
                 self.not_checked.setdefault(check, reason)
@@ -216,8 +219,8 @@ class Collector:
     def attempt(self, check: str, *, on: Connection | None = None) -> Iterator[None]:
         """Run a check in the block. If the check raises an error, report a finding instead, so later checks still run.
 
-        After a failed statement PostgreSQL refuses all others in the transaction. Therefore each check runs in its own
-        savepoint.
+        After a failed statement, PostgreSQL refuses all other statements of the transaction. Therefore each check runs
+        in its own savepoint.
         """
         self.watch.start()
         guarded = on is not None and on.dialect.name == "postgresql"

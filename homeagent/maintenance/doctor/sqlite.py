@@ -52,14 +52,14 @@ def check_sqlite(collector: Collector, path: Path) -> None:
         inside = [finding.severity for check, finding in collector.findings.items() if finding != before.get(check)]
         if Severity.CRITICAL in inside and look_at(sidecars(path)[0]) is not None:
             # Another process has opened the database during the checks. If a file is read without locks during a write,
-            # the file looks damaged. So check again with locks.
+            # the file looks damaged. Therefore check the file again with locks.
             collector.findings, collector.not_checked = before, skipped
             _check_inside(collector, path, assume_closed=False, is_closed=is_closed)
     collector.skip("the database can't be opened", *_INSIDE)
 
 
 def _check_wal(collector: Collector, path: Path) -> bool:
-    """Check the WAL. Return whether it is certain that no homeagent process has the database open."""
+    """Check the WAL. Return True if certainly no process of homeagent has the database open."""
     log, index, _ = sidecars(path)
     state = look_at(log)
     size = 0 if state is None else state.st_size
@@ -73,9 +73,10 @@ def _check_wal(collector: Collector, path: Path) -> bool:
         return False
     in_use = look_at(in_use_path(path))
     if in_use is None or in_use.st_mode & 0o777 != FILE_MODE:
-        # Do not take this lock: that would create the file or change its mode, and the doctor must not modify files.
+        # Do not take the in-use lock, because this would create its file or change the mode. The doctor must not modify
+        # files.
         collector.skip("the 'database in use' lock file is missing or not private", "wal")
-        return in_use is None  # while the database is open, this file exists
+        return in_use is None  # while a process has the database open, the lock file exists
     try:
         with FileLock(in_use_path(path), timeout=timedelta(0)):
             lost = find_lost_commits(path)
@@ -97,7 +98,7 @@ def _check_wal(collector: Collector, path: Path) -> bool:
 
 
 def _may_hold_database(collector: Collector, path: Path) -> bool:
-    """Return True if the owners and sizes of its files allow to open the database. If False, add a finding."""
+    """Return True if the owners and sizes of its files allow to open the database. Otherwise add a finding."""
     log, _, journal = sidecars(path)
     lock = lock_path(path)
     try:
@@ -173,7 +174,7 @@ def _check_open(collector: Collector, path: Path, connection: Connection) -> Non
 
 def _check_journal_mode(collector: Collector, path: Path, connection: Connection) -> None:
     mode = journal_mode(path, connection)
-    # The mode is None if this process has the file open, and then the file is in WAL mode.
+    # If the calling process has the file open, the function journal_mode() returns None, and the file is in WAL mode.
     if mode in ("wal", None):
         return
     summary = f"The journal mode is {mode!r} and not 'wal'."

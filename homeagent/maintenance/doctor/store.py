@@ -1,6 +1,6 @@
 """Check the revision, the schema and the rows of a readable store, on SQLite and PostgreSQL.
 
-The findings contain numbers of rows. Only the `rows` check reports single rows. Findings do not contain secrets,
+The findings contain numbers of rows. Only the check `rows` reports single rows. Findings do not contain secrets,
 hashes, nonces, keys or results.
 """
 
@@ -149,8 +149,8 @@ def _read(
 ) -> tuple[int, list[str]]:
     """Read the stored values of all rows of a table. Return the number of rows, and a description of each bad row.
 
-    The function `watch()` returns True after the time limit. With `undecoded=True`, texts are read as bytes. Otherwise
-    the driver raises an error for a page with invalid UTF-8.
+    After the time limit, the function `watch()` returns True. With `undecoded=True`, texts are read as bytes. Without
+    this argument, the driver raises an error for a page with invalid UTF-8.
     """
     columns = list(described.columns)
     names = [c.name for c in columns]
@@ -200,7 +200,7 @@ def _decoded(kind: str, value: Any) -> Any:
 def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | None]:
     """Return a function that describes the problem of a stored value of this column.
 
-    The function returns None for a valid value.
+    For a valid value, the returned function returns None.
     """
     kind: Any = getattr(described.type, "impl_instance", described.type)
     stored: type = kind.python_type
@@ -283,11 +283,11 @@ def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
     """
     columns = (_session.session_id, _session.route_key, _session.agent_id, _session.sender_id, _session.channel_id)
     holders = select(*columns).where(_session.route_key.is_not(None))
-    # The session that was active last comes first. If two sessions have the same route, the first one gets the route.
+    # The rows are ordered, because of two sessions with the same route the one that was active last gets the route.
     holders = holders.order_by(_session.last_active_at.desc(), _session.session_id.desc())
     for session_id, stored, *route in connection.execute(holders, execution_options={"yield_per": _PAGE}):
         if not all(value is None or isinstance(value, str) for value in route):
-            continue  # The `rows` check reports such a row.
+            continue  # The check `rows` reports a row with such a value.
         right = route_key(*route)
         if stored != right:
             yield session_id, right
