@@ -3,8 +3,8 @@
 A method with the decorator `@reading` runs its statement in autocommit mode, without BEGIN and COMMIT. A method with
 the decorator `@writing` uses `Runner.run`, with batches and retries.
 
-A method without a decorator belongs to a store of the application. Its first statement runs in autocommit mode if the
-statement only reads. If the method sends another statement, or writes, the method is called again in a unit.
+A method without a decorator belongs to a store of the application. The first statement of the method runs in autocommit
+mode if it only reads. If such a method writes or sends a second statement, homeagent calls the method again in a unit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ S = TypeVar("S", bound=Store)
 
 
 def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
-    """Return a store of the class `kind`. The store is bound to a database, not to a unit."""
+    """Return a store of the class that the argument `kind` names. The returned store is bound to a database, not to a
+    unit.
+    """
     store: S = _one_call_type(kind)(AutocommitReads(settings, runner))  # type: ignore[arg-type]  # a class is hashable
     return store
 
@@ -44,7 +46,7 @@ class AutocommitReads:
         self.runner = runner
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a statement, and return the object of the first row. Return None if there is no row."""
+        """Run a statement, and return the object of the first row. If the statement returns no row, return None."""
         settings = self.settings
         try:
             return settings.engine.read_alone("one", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
@@ -72,7 +74,7 @@ class AutocommitReads:
 def _one_call_type(kind: type[Store]) -> Any:
     """Return a subclass of a store. In the subclass, each writing method runs in a new unit of work.
 
-    The declared reading methods are inherited.
+    Methods with the decorator `@reading` are inherited.
     """
     methods: dict[str, Any] = {"__slots__": ()}
     for name in dir(kind):
@@ -92,7 +94,7 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         database: AutocommitReads = self._unit
         if access.kind is Access.Kind.STREAM:
-            # Do not run this unit again after an error, because an iterable can be read only once.
+            # Do not run the unit again after an error, because an iterable can be read only once.
             with database.settings.unit(database.settings, read_only=False) as unit:
                 return method(kind(unit), *arguments, **named)
         if access.unless is not None:
@@ -108,7 +110,7 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
 
 
 class _NeedsUnitError(BaseException):
-    """Raised if a method must be called again in a unit.
+    """The method must be called again in a unit.
 
     Attributes:
         writes: True if the unit must be able to write.
@@ -119,11 +121,11 @@ class _NeedsUnitError(BaseException):
 
 
 class _Reads:
-    """A replacement for the unit, as long as a method only reads.
+    """A replacement for the unit while a method only reads.
 
     Args:
         unit: unit or connection that runs the statements.
-        allowed: maximum number of statements; None for any number.
+        allowed: maximum number of statements, or None for no limit.
     """
 
     def __init__(self, unit: AutocommitReads | UnitOfWork, allowed: int | None) -> None:
@@ -134,7 +136,7 @@ class _Reads:
         self.now = unit.now
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a statement, and return the object of the first row. Return None if there is no row."""
+        """Run a statement, and return the object of the first row. If the statement returns no row, return None."""
         self._check(statement)
         return self._unit.one(statement, **parameters)
 
@@ -154,12 +156,12 @@ class _Reads:
             self._allowed -= 1
 
     def _need(self, *, writes: bool) -> _NeedsUnitError:
-        # Keep the error, because the method can suppress the error by a bare `except`.
+        # Keep the error, because the method can suppress it by a bare `except`.
         self.needed = _NeedsUnitError(writes=writes)
         return self.needed
 
     def __getattr__(self, name: str) -> Any:
-        # All other attributes of a unit write, or can write.
+        # All other attributes of a unit of work can write.
         raise self._need(writes=True)
 
 
@@ -186,7 +188,7 @@ def _in_unit_if_necessary(kind: type[Store], method: Callable[..., Any]) -> Call
             return value
 
         if any(hasattr(each, "__next__") for each in (*arguments, *named.values())):
-            # Call the method once, because an iterator can be read only once.
+            # Call the method only once, because an iterator can be read only once.
             with database.settings.unit(database.settings, read_only=False) as unit:
                 return write(unit)
         try:

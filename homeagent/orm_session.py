@@ -23,7 +23,9 @@ _ROWS_AT_ONCE = 500
 
 
 class UnitSession(Session):
-    """The ORM session of a unit. The method `commit()` only flushes, and `rollback()` rolls the whole unit back."""
+    """The ORM session of a unit. The method `commit()` only flushes, and the method `rollback()` rolls back the whole
+    unit.
+    """
 
     def __init__(self, unit: Transaction, connection: StoreConnection) -> None:
         super().__init__(
@@ -44,14 +46,14 @@ class UnitSession(Session):
         return super().get_bind(*args, **kwargs)
 
     def commit(self) -> None:
-        """Flush the pending changes. The unit commits at its end."""
+        """Flush the pending changes. The unit of work commits at its end."""
         self._unit._require_connection()
         self.flush()
 
     def rollback(self) -> None:
-        """Roll the unit back."""
+        """Roll back the unit of work."""
         super().rollback()
-        # SQLAlchemy's method has no effect if the session sent no statement. But a store can have written.
+        # SQLAlchemy's method has no effect if the session sent no statement, but a store can have written.
         self._unit._end_after_rollback()
 
     def expire_written(self, statement: Statement[Any]) -> None:
@@ -104,7 +106,7 @@ class UnitSession(Session):
 
 @event.listens_for(UnitSession, "after_rollback")
 def _after_rollback(session: UnitSession) -> None:
-    """End the unit if its whole transaction was rolled back, for example because a flush failed."""
+    """If the whole transaction was rolled back, for example because a flush failed, end the unit."""
     session._unit._end_after_rollback(part=True)
 
 
@@ -114,7 +116,7 @@ def _is_changed(table: Any, target: str, cascade: str | None) -> bool:
     Args:
         table: table of an object.
         target: name of the table that the statement inserts into, updates or deletes from.
-        cascade: attribute of a foreign key with the action that the statement causes: `ondelete` or `onupdate`. None
+        cascade: name of the attribute of a foreign key that has the statement's action, `ondelete` or `onupdate`. None
             for an INSERT.
     """
     if table.fullname == target:

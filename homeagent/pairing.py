@@ -1,7 +1,7 @@
 """Operations on the secrets of devices: pair, check and rotate.
 
-Do not compute a slow hash inside a unit of work, because other writers would wait. Compute the slow hash before or
-after the unit.
+Do not compute a slow hash inside a unit of work, because other writers would wait. Compute a slow hash before or after
+the unit of work.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _DENIED = SecretCheck("denied")
 
 
 class Pairing:
-    """Implementation of those methods of `Database` that use the secrets of devices."""
+    """Implementation of the methods of `Database` that use the secrets of devices."""
 
     def __init__(self, runner: Runner, clock: Clock, limits: Limits) -> None:
         self._runner = runner
@@ -67,7 +67,8 @@ class Pairing:
     def pair(self, request: DevicePair) -> PairedDevice:
         """Add a pending device (see `Database.pair`)."""
         check_kind(request, DevicePair, "request")
-        # Check before the slow hash, so that a refusal costs no hash. The unit checks again.
+        # Check the id and the limit before the slow hash, so that a refusal costs no hash. The unit of work checks
+        # again.
         if self._find_device(request.id) is not None:
             raise DeviceExistsError(request.id)
         limit = self._max_pending
@@ -85,17 +86,17 @@ class Pairing:
         def add(unit: UnitOfWork) -> Device:
             try:
                 device = unit.devices.create(create)
-                # Make this check after the insert. If the unit runs again after a commit with an unknown outcome, the
-                # unit must find its own device before this check.
+                # Check the limit after the insert. If the unit runs again after a commit with an unknown outcome, the
+                # insert must find the unit's own device first.
                 unit.devices.require_pending_room(limit)
-                # A deleted device with the same id can have left idempotency keys. Keep a key in progress, because this
-                # key can belong to the call that pairs the new device.
+                # A deleted device with the same id can have left idempotency keys. Do not delete a key in progress,
+                # because it can belong to the call that pairs the new device.
                 unit.idempotency_keys.delete_ended(create.id)
                 return device
             except DeviceExistsError:
                 stored = unit.devices.find_by_id(create.id)
-                # If the stored hash and verifier are this call's, an earlier run of this unit stored the device. The
-                # hash or the verifier has a random salt, so another call can't have the same pair.
+                # If the stored hash and verifier are equal to the new hash and verifier, an earlier run of the unit
+                # stored the device. The hash or the verifier has a random salt, so no other call has the same pair.
                 if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
                     raise
                 return stored
@@ -155,20 +156,22 @@ class Pairing:
                     self._rehash(device_id, stored[0], match.replacement)
                 return SecretCheck(device.status.value, device)
             if device.shared_secret_hash == stored[0]:
-                return _DENIED  # the previous secret has become invalid during the check.
-            # Check again, because another caller has replaced the hash. The new hash can be a hash of the same secret.
+                return _DENIED  # the previous secret became invalid during the check
+            # Check the secret again, because another caller has replaced the hash. The replaced hash can be a hash of
+            # the same secret.
 
     def _find_device(self, device_id: str) -> Device | None:
         return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
 
     def _rehash(self, device_id: str, old: str, new: str) -> None:
-        """Store a hash with newer parameters. After an error only log a warning, because the secret is right."""
+        """Store a hash that has newer parameters. After an error only log a warning, because the secret is right."""
         try:
             self._runner.run(
                 lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
                 idempotent=True,
             )
-        except (DatabaseError, UnitStateError) as error:  # UnitStateError if the thread has an open write unit
+        # UnitStateError is raised if the thread has an open write unit.
+        except (DatabaseError, UnitStateError) as error:
             logger.warning(
                 "a hash could not be replaced by a hash with newer parameters; the next check tries again: %s",
                 error,
@@ -181,7 +184,7 @@ class Pairing:
         return parameters_for(_encodable(device_id), verifier, key=key.encode())
 
     async def aproof_parameters(self, device_id: str) -> ProofParameters:
-        """Run `proof_parameters` without blocking the event loop."""
+        """Run `proof_parameters()` without blocking the event loop."""
         return await self._runner.in_thread(partial(self.proof_parameters, device_id), slow=False)
 
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
@@ -222,7 +225,7 @@ class Pairing:
             if current is None:
                 raise DeviceNotFoundError(device_id)
             if overlap and not current.approved:
-                raise DeviceNotApprovedError(device_id)  # checked before the slow hash, and again in `set_secret`
+                raise DeviceNotApprovedError(device_id)  # check before the slow hash, and again in set_secret()
             old = current.shared_secret_hash
             # During an overlap, a check of a secret must compute only one slow hash, so both stored hashes need the
             # same salt. Without an overlap, the new hash gets a new salt.
@@ -234,7 +237,7 @@ class Pairing:
                 if device is None:
                     raise DeviceNotFoundError(device_id)
                 if new != old and _hash_and_verifier(device) == (new, verifier):
-                    return True  # this unit has run before, and the connection was lost during the commit
+                    return True  # the unit has run before, and the connection was lost during the commit
                 return unit.devices.set_secret(
                     device_id,
                     expected_secret_hash=old,
@@ -258,7 +261,7 @@ def _make_verifier(secret: SecretStr) -> str | None:
 
 
 def _encodable(device_id: str) -> str:
-    """Return the id, with another character for each lone surrogate. No device has an id with a lone surrogate."""
+    """Return the id with each lone surrogate replaced. No device has an id with a lone surrogate."""
     return device_id.encode(errors="replace").decode()
 
 

@@ -67,9 +67,9 @@ class RestoreReport(BaseModel):
         schema_revision: schema revision after the restore.
         rows: number of rows of each table, including the application's tables.
         readmitted_devices: ids of approved devices that had no approval or another role before the restore. Such a
-            device was revoked, deleted or paired again after the backup. None if the old database was unreadable.
+            device was revoked, deleted or paired again after the backup. None if the old database could not be read.
         old_secret_devices: ids of approved devices whose secret changed after the backup, so the restored secret is an
-            older one. None if the old database was unreadable.
+            older one. None if the old database could not be read.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -97,7 +97,7 @@ def restore(
 ) -> RestoreReport:
     """Replace a database that no process has open by a backup, and keep the old database in quarantine.
 
-    The method `Database.restore` documents the arguments, the report and all other errors.
+    The docstring of `Database.restore()` describes the arguments, the report and all other errors.
 
     Raises:
         InsecureFileError: if the backup, its manifest or the target is a link, has a second hard link, or has an owner
@@ -194,10 +194,10 @@ def _source(backup: str | os.PathLike[str], database: Path) -> Path:
 
 @contextmanager
 def _not_in_use(source: Path) -> Iterator[None]:
-    """Refuse a file that a process has open, and prevent homeagent from opening the file in the block.
+    """Refuse a file that a process has open. While the block runs, prevent homeagent from opening the file.
 
-    In the block the caller can read the file's bytes. If this process had the file open through SQLite, closing the
-    caller's descriptor would drop SQLite's locks.
+    During the block the caller can read the bytes of the file. The file must be closed because the caller would drop
+    SQLite's locks when it closes its descriptor.
     """
     lock: FileLock | None = None
     if os.path.lexists(in_use_path(source)):
@@ -211,7 +211,7 @@ def _not_in_use(source: Path) -> Iterator[None]:
             f"{quoted(source)} is open: close the database first, or back it up and restore the backup"
         ) from None
     try:
-        if os.access(source, os.W_OK):  # no process can change a file on a read-only medium
+        if os.access(source, os.W_OK):  # skip the check on a read-only medium, because no process can change the file
             with kept_from_sqlite(source):
                 pass
         yield
@@ -238,7 +238,7 @@ def _check_header(source: Path, database: Path, manifest: Manifest | None) -> No
 
 
 def _marker(database: Path, timeout: timedelta) -> str | None:
-    # Release the lock after the read, because other processes take the in-use lock before this lock.
+    # Release the lock after reading the marker, because other processes take the in-use lock first and then this lock.
     with sidecar_lock(database, timeout=timeout) as lock:
         return lock.read_marker()
 
@@ -247,7 +247,7 @@ def _identify_target(database: Path) -> None:
     """Refuse another application's file before a lock file is created next to it."""
     state = judge_file(database, is_database=False, repair=False)
     if state is None or state.is_empty or any(map(_has_content, (lock_path(database), in_use_path(database)))):
-        return  # if a lock file has content, `_refuse_target` decides later.
+        return  # if a lock file has content, the function `_refuse_target()` checks the target later
     # Read the header through SQLite, because another thread may have the file open.
     engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
     try:
@@ -264,10 +264,12 @@ def _has_content(path: Path) -> bool:
 
 
 def _refuse_target(database: Path, marker: str | None) -> None:
-    """Refuse an insecure file, and a file that is not homeagent's. The caller holds the in-use lock exclusively."""
+    """Refuse an insecure target file, and a target file that is not homeagent's. The caller holds the in-use lock
+    exclusively.
+    """
     state = judge_file(database, is_database=False, repair=False)
-    # If the lock file has a marker, homeagent created a database here. Then a file without homeagent's header is this
-    # database in a damaged state, which the restore may replace.
+    # If the lock file has a marker, homeagent created a database here. In this case a file without homeagent's header
+    # is a damaged homeagent database, which the restore may replace.
     if (
         state is not None
         and not state.is_empty

@@ -62,8 +62,8 @@ Devices = dict[str, tuple[str | None, str]]
 def header_of(path: Path, database: Path) -> bytes:
     """Return the first 100 bytes of a file. This process must not have the file open through SQLite.
 
-    Raise InsecureFileError if the file is a link, has a second hard link, or has an owner that is not in
-    `backup_owners(database)`.
+    Raise InsecureFileError if the file is a link, has a second hard link, or has an owner whose backups are not
+    trusted.
     """
     with explained("read", path), open_to_read(path, backup_owners(database)) as file:
         return file.read(_HEADER_SIZE)
@@ -102,13 +102,15 @@ def stage(
     restored_at: datetime,
     known_epoch: int,
 ) -> Staged:
-    """Prepare the new database as one complete file at `new_path`. If a step fails, remove the file."""
+    """Prepare the new database as one complete file at `new_path`. If a step of the preparation fails, remove
+    the file.
+    """
     for stale in database.parent.glob(f"{glob.escape(database.name)}.*.restoring"):
-        discard(stale)  # left by a restore that was killed before it wrote its marker
+        discard(stale)  # a restore that was killed before it wrote its marker left this file
     new = new_path(database, stamp)
     try:
         _copy(source, new, manifest, database=database)
-        secure_sidecars(new)  # another user's journal must not be replayed
+        secure_sidecars(new)  # SQLite must not replay another user's journal
         engine = SQLiteEngine(new, busy_timeout=timedelta(0), durability="full")
         try:
             with translated(engine.driver_errors, lambda error: _restore_error(error, source)):
@@ -162,7 +164,7 @@ def _copy(source: Path, new: Path, manifest: Manifest | None, *, database: Path)
 def copy_file(source: Path, new: Path, *, database: Path) -> str:
     """Copy a database or a backup to a new private file, and return the SHA-256.
 
-    The function refuses the same insecure source files as `header_of`.
+    The function refuses the same insecure source files as the function `header_of()`.
     """
     digest = hashlib.sha256()
     with explained("copy the backup to", new):

@@ -42,7 +42,7 @@ _PRAGMAS = (
 
 
 class LastFault(BaseModel):
-    """The last error of the engine. An error that refuses a call of the application does not count.
+    """The last error of the engine. An error that refuses an invalid call of the application is not recorded.
 
     Attributes:
         kind: name of the error's class, such as `DiskFullError`.
@@ -63,10 +63,11 @@ class DatabaseCounters(BaseModel):
     Attributes:
         units: number of ended units, which is the sum of `reads`, `commits` and `rollbacks`.
         reads: number of ended read-only units.
-        commits: number of committed write units. Each unit of a batch counts.
+        commits: number of committed write units. The number includes each unit of a batch.
         rollbacks: number of write units that were rolled back.
         retries: number of times that a unit was run again.
-        pool_waits: number of waits for a connection of the pool. A writer waits for the write lock.
+        pool_waits: number of waits for a connection of the pool. On SQLite it includes the waits of writers for the
+            write lock.
         pool_wait_p50: median of the last 1,024 waits, in seconds. None if no caller waited.
         pool_wait_p99: 99th percentile of the last 1,024 waits, in seconds. None if no caller waited.
         groups: number of batches. A batch is a commit of two or more units together.
@@ -96,17 +97,17 @@ class DatabaseCounters(BaseModel):
 
     @property
     def lane_waits(self) -> int:
-        """Return `pool_waits`, whose earlier name was `lane_waits`."""
+        """Return the field `pool_waits`. The earlier name of the field is `lane_waits`."""
         return self.pool_waits
 
     @property
     def lane_wait_p50(self) -> float | None:
-        """Return `pool_wait_p50`, whose earlier name was `lane_wait_p50`."""
+        """Return the field `pool_wait_p50`. The earlier name of the field is `lane_wait_p50`."""
         return self.pool_wait_p50
 
     @property
     def lane_wait_p99(self) -> float | None:
-        """Return `pool_wait_p99`, whose earlier name was `lane_wait_p99`."""
+        """Return the field `pool_wait_p99`. The earlier name of the field is `lane_wait_p99`."""
         return self.pool_wait_p99
 
 
@@ -116,20 +117,21 @@ class DatabaseStatus(BaseModel):
     Attributes:
         engine: name of the engine, `sqlite` or `postgresql`.
         location: path of the file, or URL of the server without the password.
-        engine_version: version of SQLite or of the server.
+        engine_version: version of SQLite or of the PostgreSQL server.
         driver: Python package of the driver, `apsw` or `psycopg`.
         driver_version: version of the driver.
         schema_revision: revision of the schema.
-        epoch: number of the epoch, which begins with 1. A restore or `begin_epoch()` increments the epoch. After a
-            change of the epoch, the application must read cached data again.
+        epoch: number of the epoch, which begins with 1. A restore or `begin_epoch()` increments the epoch. When the
+            epoch changes, the application must read cached data again.
         restored_at: start of the epoch. None in the first epoch.
-        durability: the durability "full" or "normal". None for a server, because the server's configuration decides.
+        durability: the durability "full" or "normal". None for a PostgreSQL server, whose configuration decides about
+            syncs.
         pragmas: values of SQLite's settings on the writing connection, by name.
         file_modes: permission bits of the directory and of each database file, in octal, by file name.
         rows: number of rows by table name. The application's tables follow homeagent's tables.
         application_revision: revision of the application's own tables. None if the application has no revisions.
         expired: number of expired rows that a sweep has not deleted, by table name.
-        wal_bytes: size of the write-ahead log in bytes. None for a server.
+        wal_bytes: size of the write-ahead log in bytes. None for a PostgreSQL server.
         counters: counters of the database in this process since it was opened.
     """
 

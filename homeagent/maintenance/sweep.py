@@ -40,12 +40,12 @@ class BackupSchedule:
         directory: directory for the backups. If the directory is missing, it is created with mode 0700.
         every: maximum age of the newest backup. The age is computed from the backup's manifest, so restarts and several
             processes with the same schedule make no additional backups.
-        keep: number of this database's backups to keep. Older backups are removed after a new backup is verified.
-            With `keep=None`, all backups are kept.
+        keep: number of this database's backups to keep. Older backups are removed after a new backup is verified. With
+            `keep=None`, no backup is removed.
 
     Raises:
-        InvalidArgumentError: if the interval is not above zero, if fewer than 1 backup would be kept, or if the
-            directory is a server's address.
+        InvalidArgumentError: if `every` is not above zero, if `keep` is below 1, or if the directory is a server's
+            address.
     """
 
     directory: str | os.PathLike[str]
@@ -67,9 +67,9 @@ class SweepReport(BaseModel):
         idempotency_keys: number of deleted idempotency keys.
         pending_devices: number of deleted devices that had waited too long for their approval.
         device_changes: number of deleted rows of the feed of device changes.
-        more: True if the sweep ended early. Expired rows may then remain.
-        skipped: number of expired rows that a constraint of an application's table keeps. These rows count as absent,
-            and the next sweep tries to delete them again.
+        more: True if the sweep ended early. In this case, expired rows can remain.
+        skipped: number of expired rows that a constraint of an application's table keeps. The skipped rows count as
+            absent, and the next sweep tries to delete them again.
         constraints: names of the constraints that keep expired rows, with the names of their tables.
     """
 
@@ -117,7 +117,9 @@ def sweep(
     skipped: Counter[str] = Counter()
 
     def paused(seconds: float) -> bool:
-        """Pause, and return True. Return False if the pause would exceed the budget, or if the event `stop` is set."""
+        """Pause between two batches, and return True. If the pause would exceed the time budget, or if the event `stop`
+        is set, return False.
+        """
         return (deadline is None or monotonic() + seconds < deadline) and not stopped.wait(seconds)
 
     done = True
@@ -140,7 +142,9 @@ def _delete(
     paused: Callable[[float], bool],
     monotonic: Callable[[], float],
 ) -> tuple[int, bool]:
-    """Delete expired rows of a table. Return the number of deleted rows, and True if the time was enough for all."""
+    """Delete expired rows of a table. Return the number of deleted rows, and True if the time was enough for all
+    expired rows.
+    """
     engine = settings.engine
     deleted = in_log = 0
     while True:
@@ -172,11 +176,12 @@ def _log_skipped(report: SweepReport) -> None:
 
 
 class Sweeper:
-    """Sweeps periodically in a daemon thread. An error is logged, and the thread continues.
+    """Sweeps periodically in a daemon thread. If a sweep raises an error, the thread logs the error and continues.
 
     Args:
-        run: function that sweeps once. Its argument is an event, and the function ends early if the event is set.
-        every: pause between two sweeps, at most 24 days. The first sweep starts at once.
+        run: function that sweeps once. The argument of this function is an event. If the event is set, the function
+            ends early.
+        every: pause between two sweeps, at most 24 days. The first sweep starts without a pause.
     """
 
     def __init__(self, run: Callable[[threading.Event], SweepReport], every: timedelta) -> None:
@@ -201,11 +206,11 @@ class Sweeper:
             self._stop = threading.Event()
             thread = threading.Thread(target=self._loop, args=(self._stop,), name="homeagent-sweeper", daemon=True)
             thread.start()
-            # Store the thread only after `start()`, because a thread that the system did not start can't be joined.
+            # Store the thread only after its start, because a thread that the system could not start can't be joined.
             self._thread = thread
 
     def stop(self) -> None:
-        """Stop the thread, and wait until the current batch ends. Do nothing if the sweeper does not run."""
+        """Stop the thread, and wait until the current batch ends. If the sweeper does not run, do nothing."""
         with self._mutex:
             thread, self._thread = self._thread, None
             self._stop.set()

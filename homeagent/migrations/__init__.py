@@ -1,4 +1,4 @@
-"""Schema migrations: find the revisions, lock, back up, upgrade and verify. There is a module for each engine."""
+"""Schema migrations: find the revisions, lock, back up, upgrade and verify. Each engine has a module."""
 
 from homeagent.migrations.revisions import REVISION, VERSION_TABLE, alembic_config, revision_of
 

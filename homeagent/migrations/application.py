@@ -1,11 +1,12 @@
 """Find and run the application's own Alembic revisions, after homeagent's revisions.
 
-The folder of the revisions is an Alembic script location: the scripts are in its folder `versions`. Neither `env.py`
-nor `alembic.ini` is needed. `Application.of` reads the identifiers from the syntax tree of each script, so that opening
-an up-to-date database does not import Alembic.
+The folder of the revisions is a script location of Alembic, so the scripts are in its subfolder `versions`. The
+application needs no `env.py` and no `alembic.ini`. The method `Application.of()` reads the identifiers from the syntax
+tree of each script. Therefore homeagent need not import Alembic to open an up-to-date database.
 
 A revision must not change homeagent's tables, because homeagent's own revisions rely on their structure. On SQLite an
-authorizer refuses such a statement. On PostgreSQL the catalogue is compared before and after each revision.
+authorizer refuses a statement that changes homeagent's tables. On PostgreSQL, homeagent compares the catalogue before
+and after each revision.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ __all__ = ["Application", "revision_guard"]
 
 _PACKAGE = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^:]+)")
 
-# PostgreSQL could not store a longer identifier in the version table that Alembic creates.
+# On PostgreSQL, the version table that Alembic creates has no space for a longer identifier.
 _LONGEST_REVISION = 32
 
 _PROTECTED = (*TABLES, VERSION_TABLE)
@@ -66,12 +67,12 @@ class _Script:
 
 @dataclass(frozen=True)
 class Application:
-    """The application's revisions. Without revisions, no method changes a database.
+    """The application's revisions. If the application has no revisions, no method of the class changes a database.
 
     Attributes:
-        name: name of the package, or path of the folder, for errors.
-        scripts: the scripts by revision.
-        head: newest revision. None if there are no revisions.
+        name: name of the package or path of the folder, for error messages.
+        scripts: scripts of the revisions, by their identifiers.
+        head: newest revision. None if the application has no revisions.
         acknowledged: names of the application's triggers on homeagent's tables.
     """
 
@@ -82,7 +83,7 @@ class Application:
 
     @classmethod
     def of(cls, given: str | os.PathLike[str] | None, acknowledged: Collection[str] = ()) -> Application:
-        """Find the revisions that `Database.open(migrations=…)` names.
+        """Find the revisions that the argument `migrations=` of `Database.open()` names.
 
         Raises:
             InvalidArgumentError: the package or the folder is missing, or the revisions do not form one sequence.
@@ -134,8 +135,8 @@ class Application:
         """Run the missing revisions in the current transaction. The caller holds the lock for upgrades.
 
         Args:
-            connection: connection in a transaction. On SQLite foreign keys are switched off.
-            outside: for PostgreSQL, the block for statements that can't run in a transaction.
+            connection: connection in a transaction. On SQLite the foreign keys of the connection are switched off.
+            outside: context manager for statements that can't run in a transaction (only PostgreSQL).
 
         Raises:
             RevisionFailedError: a revision failed, or changed homeagent's tables.
@@ -239,9 +240,6 @@ def _constants(module: ast.Module) -> Iterator[tuple[str, Any]]:
                     yield one.id, ast.literal_eval(its_value)
 
 
-# Protection of homeagent's tables
-
-
 class _Guard:
     """State of one run of the application's revisions."""
 
@@ -265,7 +263,7 @@ class _Guard:
         return self._connection.dialect.name == "sqlite"
 
     def count(self, _connection: object, _cursor: object, statement: str, *_: object) -> None:
-        """Count a statement of the revision. Refuse a statement that ends the transaction."""
+        """Count a statement of the current revision. Refuse a statement that would end the transaction."""
         self._statements += 1
         if _ENDS_TRANSACTION.match(statement):
             self.refused = (
@@ -283,7 +281,7 @@ class _Guard:
         )
 
     def begin(self, revision: str) -> None:
-        """Store the id of the revision that begins, and prepare `check()`."""
+        """Store the id of the revision that begins, and prepare the method `check()`."""
         self.revision = revision
         if not self.is_sqlite:
             self._before = _postgresql_state(self._connection, self._acknowledged)
@@ -299,11 +297,14 @@ class _Guard:
         if self.refused is not None:
             raise RevisionFailedError(self.refused)
         if self._outside is not None and self._left_transaction:
-            with self._outside():  # Commit the revision, because its statements outside the transaction stay.
+            # Commit the revision, because the effects of its statements outside the transaction stay.
+            with self._outside():
                 self._left_transaction = False
 
     def autocommit(self) -> AbstractContextManager[None]:
-        """Return the block of Alembic's `autocommit_block`. On SQLite the block does nothing."""
+        """Return the context manager that replaces Alembic's method `autocommit_block()`. On SQLite this context
+        manager does nothing.
+        """
         return nullcontext() if self._outside is None else self._autocommit(self._outside)
 
     @contextmanager
@@ -318,7 +319,7 @@ class _Guard:
         self._left_transaction = True
         with outside():
             yield
-        # COMMIT has reset the counters of written rows.
+        # The COMMIT has reset the counters of written rows.
         before, after = self._before, _postgresql_state(self._connection, self._acknowledged)
         self._before = after
         changed = sorted(name for name in before if before[name][0] != after.get(name, ("", 0))[0])
@@ -331,7 +332,7 @@ class _Guard:
 def revision_guard(
     connection: Connection, acknowledged: frozenset[str], outside: Outside | None = None
 ) -> Iterator[_Guard]:
-    """Prevent the application's revisions in the block from changing homeagent's tables."""
+    """While the block runs, prevent the application's revisions from changing homeagent's tables."""
     guard = _Guard(connection, acknowledged, outside)
     raw: Any = connection.connection.driver_connection
     event.listen(connection, "before_cursor_execute", guard.count)
@@ -342,8 +343,8 @@ def revision_guard(
         event.remove(connection, "before_cursor_execute", guard.count)
 
 
-# The structure of each table as one text, and the number of rows that the transaction has written to it.
-# `relfilenode` shows TRUNCATE and a rewrite of the table.
+# The query returns the structure of each table as one text, and the number of rows that the transaction has written to
+# the table. The column relfilenode shows a TRUNCATE or a rewrite of the table.
 _STATE = text(
     "SELECT c.relname, concat_ws(' ', c.oid, c.relfilenode, c.relowner, c.relrowsecurity,"
     " (SELECT string_agg(concat_ws(' ', attname, atttypid, atttypmod, attnotnull, attisdropped,"

@@ -34,7 +34,7 @@ __all__ = ["application_tables", "options", "render_item", "render_revision", "s
 def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
     """Render homeagent's column types as plain types, because a revision must not change with the package.
 
-    Import the module of any other type that is not SQLAlchemy's.
+    For any other type that is not SQLAlchemy's, the revision imports the module of the type.
     """
     if kind != "type":
         return False
@@ -58,7 +58,7 @@ def options(
 
     Args:
         dialect_name: name of the engine, `sqlite` or `postgresql`.
-        tables: names of the tables to compare. Alembic neither compares nor drops any other table.
+        tables: names of the tables to compare. Alembic ignores tables with other names.
         version_table: name of the version table.
         more: metadata of tables that do not derive from `homeagent.Table`.
     """
@@ -70,8 +70,8 @@ def options(
         return kind != "table" or name in tables
 
     return {
-        # Alembic takes the naming convention of a single metadata, but a list has no convention. So do not put a single
-        # metadata into a list.
+        # Alembic uses the naming convention of a single metadata, but it uses no convention for a list. Therefore do
+        # not put a single metadata into a list.
         "target_metadata": [metadata, *more] if more else metadata,
         "version_table": version_table,
         "transactional_ddl": True,
@@ -89,12 +89,12 @@ def options(
 def application_tables(package: str, *, more: Sequence[MetaData] = (), scripts: Path | None = None) -> frozenset[str]:
     """Import all modules of a package, and return the names of the tables whose classes the package defines.
 
-    A module that is not imported would hide its tables, and Alembic would not compare these tables.
+    Alembic cannot see the tables of a module that is not imported.
 
     Args:
         package: name of the package, or of a module.
-        more: metadata whose tables are added.
-        scripts: folder of the revisions. Its modules are not imported.
+        more: other metadata whose tables are also compared.
+        scripts: folder of the revisions. The modules in this folder are not imported.
     """
     _import_modules(package, scripts)
     homeagents = {table.name for table in SCHEMA}
@@ -117,7 +117,7 @@ def _import_modules(name: str, scripts: Path | None) -> None:
 
 @contextmanager
 def scratch_database(application: Application | None = None) -> Iterator[Connection]:
-    """Open a private SQLite database with homeagent's tables and the application's, without foreign keys."""
+    """Open a private SQLite database with the tables of homeagent and of the application, without foreign keys."""
     with tempfile.TemporaryDirectory() as directory:
         engine = SQLiteEngine(Path(directory) / "scratch.db", busy_timeout=timedelta(0), durability="normal")
         try:
@@ -141,8 +141,8 @@ def render_revision(application: Application, tables: Collection[str]) -> dict[s
     """Compare tables with the application's revisions, and return the texts of a new revision.
 
     Returns:
-        Three texts: the imports, and the bodies of the functions `upgrade()` and `downgrade()`. None if the revisions
-        create the tables already.
+        Three texts: the texts of the imports, and of the bodies of the functions `upgrade()` and `downgrade()`. None if
+            the existing revisions already create the tables.
     """
     with scratch_database(application) as connection:
         chosen = options("sqlite", tables, version_table=APPLICATION_VERSION_TABLE)

@@ -43,22 +43,23 @@ if TYPE_CHECKING:
 
 __all__ = ["open_postgresql", "refuse_second_store"]
 
-# Each host that upgrades takes this lock. The number is the bytes of "homeagen".
+# Key of the advisory lock that each host takes before an upgrade. The number consists of the bytes of the text
+# "homeagen".
 _ADVISORY_LOCK = 0x686F6D656167656E
-# A host holds this lock while a revision runs outside a transaction.
+# Key of the advisory lock that a host holds while a revision runs outside a transaction.
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
-# Longest wait of a revision for a table's lock, in seconds. After this time the whole upgrade is rolled back and tried
-# again, because readers and writers of the table wait behind a waiting revision.
+# Longest wait of a revision for a table's lock, in seconds. After this wait the whole upgrade is rolled back and tried
+# again, because readers and writers of the table wait behind the revision.
 _TABLE_LOCK_PATIENCE = 2
 
-# Longest time for a statement of a revision. The time is limited, because a revision holds locks.
+# Longest time for a statement of a revision. This time is limited, because a revision holds locks.
 _STATEMENT_PATIENCE = timedelta(minutes=15)
 
 _STATEMENT_CANCELLED = "57014"
 
-# The engine replaces the current search_path. The column `reset_val` still has the search_path of the URL, the role or
-# the database.
+# The engine replaces the current search_path. The column reset_val of pg_settings still has the search_path of the URL,
+# the role or the database.
 _OTHER_STORES = text(
     "SELECT schemaname FROM pg_catalog.pg_tables WHERE tablename = :name AND schemaname = ANY (current_schemas(false))"
     " AND schemaname <> current_schema() AND current_schema() = current_user"
@@ -73,15 +74,15 @@ _NO_APPLICATION = Application()
 def open_postgresql(
     engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bool, application: Application = _NO_APPLICATION
 ) -> None:
-    """With `migrate=True`, bring the schema to this version's revision, one host at a time.
+    """With `migrate=True`, bring the schema to the revision of this version of homeagent, one host at a time.
 
     With `migrate=False`, the schema must be up to date. The argument `timeout` is the longest wait for another host
-    that upgrades the schema, and for units that hold locks of its tables. The application's revisions run after
-    homeagent's.
+    that upgrades the schema. It is also the longest wait for units that hold locks of the tables. The application's
+    revisions run after homeagent's.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError: the schema
-            can't be used or upgraded. A failed upgrade is undone.
+            can't be used or upgraded. If the upgrade fails, the database undoes it.
     """
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
@@ -129,8 +130,8 @@ def refuse_second_store(connection: Connection) -> None:
     """Refuse a store in the schema with the name of the role if a later schema of the `search_path` also has a store.
 
     By default PostgreSQL first searches a schema that has the same name as the role, and then `public`. A role with the
-    right CREATE on the database can create this schema, with tables that contain an approved device. The next start
-    would use these tables.
+    right CREATE on the database can create this schema, with tables that contain an approved device. The next start of
+    homeagent would use the tables of this role.
 
     Raises:
         InvalidArgumentError: the search_path contains `"$user"`, and two of its schemas have a store.
@@ -145,7 +146,9 @@ def refuse_second_store(connection: Connection) -> None:
 
 
 def _views(connection: Connection) -> str:
-    """Return a hint if the application's views read homeagent's tables. PostgreSQL then refuses some changes."""
+    """Return a hint if the application's views read homeagent's tables. PostgreSQL refuses some changes of a table that
+    a view reads.
+    """
     with connection.begin():
         names = sorted({difference.text for difference in views_of_tables(connection)})
     hint = ": PostgreSQL can refuse to change such a table. Drop the view, upgrade, and create the view again"
@@ -177,7 +180,7 @@ def _make_or_upgrade(
     if suitable and not application.is_pending(connection):
         return
     if not connection.execute(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _OUTSIDE_LOCK}).scalar_one():
-        # Do not wait for this lock: CREATE INDEX CONCURRENTLY of the other host would wait for this transaction.
+        # Do not wait for the lock, because CREATE INDEX CONCURRENTLY of another host would wait for this transaction.
         raise TransientError("another host runs a revision outside a transaction")
     if connection.execute(text("SELECT current_schema()")).scalar_one() is None:
         raise InvalidArgumentError(
@@ -202,10 +205,12 @@ def _make_or_upgrade(
 
 @contextmanager
 def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left: int) -> Iterator[None]:
-    """Commit, run the block without a transaction, and begin a new transaction with the same locks and settings.
+    """Commit the transaction, run the block without a transaction, and begin a new transaction with the same locks and
+    settings.
 
-    Inside the block, this host holds the session-level lock `_OUTSIDE_LOCK`. Do not hold `_ADVISORY_LOCK` in the
-    block: a host that waits for this lock has a snapshot, and CREATE INDEX CONCURRENTLY waits for all snapshots.
+    During the block, this host holds the lock `_OUTSIDE_LOCK`, which belongs to the session. Do not hold the lock
+    `_ADVISORY_LOCK` during the block. A host that waits for this lock has a snapshot, and CREATE INDEX CONCURRENTLY
+    waits for all snapshots.
 
     Raises:
         MigrationError: a pooler is in use, which can give each statement another session.
@@ -216,7 +221,7 @@ def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left:
             "database once with a URL that leads directly to the server"
         )
     raw: Any = connection.connection.driver_connection
-    # Use the driver's connection, because SQLAlchemy does not know that the transaction ends here.
+    # Use the driver's connection, because SQLAlchemy must not notice the end of the transaction.
     raw.execute(f"SELECT pg_advisory_lock({_OUTSIDE_LOCK})")
     if engine.search_schema is not None:
         raw.execute(f"SET {engine.search_schema}")

@@ -1,8 +1,8 @@
 """Find the view or the trigger of an application that an upgrade of a SQLite file would break.
 
-SQLite checks all views and triggers when a revision renames a rebuilt table
-(https://sqlite.org/lang_altertable.html), and then the upgrade fails. Therefore the revisions first run on a scratch
-database in memory with the schema of the file, but without rows. The file is not changed.
+When a revision renames a rebuilt table, SQLite checks all views and triggers, and a broken view or trigger makes the
+upgrade fail (https://sqlite.org/lang_altertable.html). Therefore the revisions first run on a scratch database in
+memory with the schema of the file, but without rows. The rehearsal does not change the file.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ def refuse_broken_objects(connection: Connection, revision: str, location: str) 
 
     Args:
         connection: connection to the file, in a transaction.
-        revision: revision of the file.
-        location: name of the file, for the error.
+        revision: schema revision of the file.
+        location: name of the file, for the error message.
     """
     query = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite~_%' ESCAPE '~' ORDER BY "
-    # A view can refer to later views. A trigger needs its table.
+    # Create the tables first and the triggers last, because a view can refer to a later view, and a trigger needs its
+    # table.
     order = "CASE type WHEN 'table' THEN 1 WHEN 'view' THEN 2 ELSE 3 END, rowid"
     statements = [str(row[0]) for row in connection.exec_driver_sql(query + order)]
     if not any(re.match(r"\s*CREATE\s+(TEMP\w*\s+)?(VIEW|TRIGGER)\b", sql, re.IGNORECASE) for sql in statements):

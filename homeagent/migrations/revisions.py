@@ -1,11 +1,11 @@
 """Read the revision of a schema, decide whether this version of homeagent can use the schema, and run the missing
 revisions.
 
-For an up-to-date database one SELECT is enough, and Alembic is not imported, because the import takes 80 ms.
+For an up-to-date database, homeagent runs only one SELECT and does not import Alembic, whose import takes 80 ms.
 
-The application may be running an Alembic command. Therefore the function `upgrade` does not change Alembic's globals
-`alembic.context` and `alembic.op`. It does not run `env.py`, and each script gets a separate `op`. The scripts are read
-as resources, so they can be in a zip file.
+The application can run a command of Alembic at the same time. Therefore the function `upgrade()` does not change
+Alembic's global objects `alembic.context` and `alembic.op`. The function does not run `env.py`, and gives each script a
+separate object `op`. The scripts are read as resources, so they can be in a zip file.
 """
 
 from __future__ import annotations
@@ -91,12 +91,14 @@ SPEAK_FOR_THEMSELVES = (
 
 
 class RevisionFailedError(Exception):
-    """A revision of the application failed. The text names the revision. The caller raises a MigrationError."""
+    """A revision of the application failed. The text of the error names the revision. The caller of the function raises
+    a MigrationError instead.
+    """
 
 
 def script_directory() -> Traversable:
     """Return the directory of `env.py` and the revisions. In a checkout the directory is `alembic/`."""
-    from importlib.resources import files  # lazy import: slow and rarely needed
+    from importlib.resources import files  # import lazily, because the import is slow and rarely needed
 
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
     for candidate in candidates:
@@ -107,7 +109,8 @@ def script_directory() -> Traversable:
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
-    """Return Alembic's configuration for a command on homeagent's revisions. The scripts must not be in a zip file.
+    """Return Alembic's configuration for a command on homeagent's revisions. The scripts of the revisions must not be
+    in a zip file.
 
     With `connection=None`, the script `env.py` chooses the database.
     """
@@ -148,20 +151,20 @@ def tables(connection: Connection) -> set[str]:
 
 
 def broken_references(connection: Connection) -> Counter[tuple[str, str]]:
-    """Return the number of rows of a SQLite file that refer to a missing row, by the names of the two tables."""
+    """Count the rows of a SQLite file that refer to a missing row. Return the numbers by the names of both tables."""
     rows = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
     return Counter((str(child), str(parent)) for child, _, parent, _ in rows)
 
 
 def own_tables(connection: Connection) -> list[str]:
-    """Return the names of the application's tables, without its version table, in alphabetical order."""
+    """Return the names of the application's tables in alphabetical order, without the version table."""
     others = tables(connection) - {*TABLES, VERSION_TABLE, APPLICATION_VERSION_TABLE}
     # Litestream creates its tables in each database that it replicates.
     return sorted(name for name in others if not name.startswith("_litestream_"))
 
 
 def revision_of(connection: Connection) -> str | None:
-    """Return the revision of the schema. Return None if the version table does not exist."""
+    """Return the revision of the schema. If the version table does not exist, return None."""
     if VERSION_TABLE not in tables(connection):
         return None
     rows = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).fetchall()  # noqa: S608  a constant
@@ -173,21 +176,21 @@ def revision_of(connection: Connection) -> str | None:
 
 
 def stored_revisions(connection: Connection, table: str) -> set[str]:
-    """Return the revisions in a version table. Return an empty set if the table does not exist."""
+    """Return the revisions in a version table. If the version table does not exist, return an empty set."""
     if table not in tables(connection):
         return set()
     return {str(row[0]) for row in connection.execute(text(f"SELECT version_num FROM {table}"))}  # noqa: S608  a constant
 
 
 def known_revisions() -> set[str]:
-    """Return the revisions whose scripts this version has."""
+    """Return the revisions whose scripts this version of homeagent contains."""
     return {script.revision for script in _scripts()}
 
 
 def server_triggers(revision: str) -> dict[str, str]:
     """Return homeagent's triggers at a revision on PostgreSQL, by name.
 
-    A definition is the text of the trigger, as `pg_get_triggerdef` returns the text, and the body of the function.
+    The definition of a trigger is the text that pg_get_triggerdef() returns, and the body of the trigger's function.
     """
     found: dict[str, str] = {}
     for script in _scripts():
@@ -200,12 +203,12 @@ def server_triggers(revision: str) -> dict[str, str]:
 
 
 def suits(connection: Connection, revision: str | None) -> bool:
-    """Return True if this version of homeagent works with the schema, or False if the schema must be created or
-    upgraded.
+    """Return True if this version of homeagent works with the schema. If the schema must be created or upgraded, return
+    False.
 
-    The schema can be at this version's revision or at a compatible newer revision. A newer version of homeagent stores
-    the oldest compatible revision in the column `store.oldest_revision`. If the schema is newer and not compatible,
-    raise SchemaTooNewError.
+    This version of homeagent works with its own revision, and with a newer compatible revision. A newer version of
+    homeagent stores the oldest compatible revision in the column `store.oldest_revision`. If the schema is newer and
+    not compatible, raise SchemaTooNewError.
     """
     if revision is None or revision == REVISION:
         return revision is not None
@@ -215,7 +218,8 @@ def suits(connection: Connection, revision: str | None) -> bool:
     if "store" not in tables(connection):
         raise SchemaTooNewError(revision, known=REVISION)
     oldest = connection.execute(text("SELECT oldest_revision FROM store")).scalar()
-    # The newest known revision is this version's revision, so a revision that this version knows is compatible.
+    # A revision that this version of homeagent knows is its own revision or an older revision, and therefore
+    # compatible.
     if oldest not in known:
         raise SchemaTooNewError(revision, known=REVISION)
     logger.info(
@@ -228,7 +232,7 @@ def suits(connection: Connection, revision: str | None) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the cause for the text of a MigrationError.
+    """Return the cause of a failure, for the text of a MigrationError.
 
     For an error of another package, return only the name of its class, because its message can contain row values.
     """
@@ -259,10 +263,10 @@ def run_revisions(
 
     Args:
         connection: connection in a transaction.
-        modules: modules of all revisions. Each module gets a separate `op`.
+        modules: modules of all revisions. Each module gets a separate object `op` of Alembic.
         version_table: name of the version table.
         to: newest revision to run.
-        autocommit: function that Alembic's `autocommit_block` calls.
+        autocommit: function that Alembic's method `autocommit_block()` calls.
         before: function that is called before each revision.
         after: function that is called after each revision.
     """

@@ -1,8 +1,8 @@
 """Compare the schema of a database with the schema of homeagent's revisions, without writing to the database.
 
 On SQLite the revisions run on a scratch database in memory. Then the SQL texts of both schemas are compared, because no
-pragma shows a CHECK. On PostgreSQL a scratch schema would need write access, so the models are compared with the
-server's catalogue.
+pragma shows a CHECK constraint. On PostgreSQL a scratch schema would need write access, so the models are compared with
+the server's catalogue.
 
 The application's tables, indexes, triggers and views are allowed, with two exceptions. A trigger that changes
 homeagent's tables is a difference, because the trigger can approve a device. A view that reads homeagent's tables is a
@@ -36,12 +36,11 @@ class Difference:
     """One difference between the schema and the schema of homeagent's revisions.
 
     A difference is grave if homeagent may fail, or accept values that homeagent must refuse. The attribute `command` is
-    the SQL statement that undoes the change. If one statement is not enough, this attribute is None.
+    the SQL statement that undoes the change. If one statement is not enough, the attribute `command` is None.
 
-    A trigger, a view or an index that only uses homeagent's tables can belong to the application. Then the attribute
-    `kind` is the kind of the object. If the difference is a trigger that is not homeagent's, the attribute `trigger` is
-    the name of the trigger. Copies, restores and upgrades refuse such a trigger unless the application acknowledged its
-    name.
+    A trigger, a view or an index that only uses homeagent's tables can belong to the application. For such an object,
+    the attribute `kind` is its kind. For a trigger that is not homeagent's, the attribute `trigger` is its name.
+    Copies, restores and upgrades refuse such a trigger unless the application acknowledged its name.
     """
 
     text: str
@@ -64,7 +63,7 @@ class _Part(NamedTuple):
     sql: str | None = None
 
 
-# The parts of all tables, by table name and part name.
+# The columns, constraints, indexes and options of all tables, by table name and part name.
 _Tables = dict[str, dict[str, _Part]]
 
 
@@ -73,9 +72,9 @@ def refuse_changed_schema(
 ) -> None:
     """Refuse a schema with a grave difference, because the rows of such a database can't be trusted.
 
-    Only the doctor reports differences that are not grave, such as a view or a plain index. On PostgreSQL this function
-    searches only for triggers and rules on homeagent's tables. The connection must be in a transaction. A trigger is
-    accepted if the argument `acknowledged` contains its name.
+    Only the doctor reports differences that are not grave, such as a view or a plain index. On PostgreSQL, the function
+    searches only for triggers and rules on homeagent's tables. The argument `connection` must be in a transaction. If
+    the argument `acknowledged` contains the name of a trigger, the function accepts the trigger.
 
     Raises:
         SchemaChangedError: the schema has a grave difference.
@@ -142,7 +141,9 @@ def _name(name: str) -> str:
 
 
 class _Expected(NamedTuple):
-    """Schema of a revision: the tables by name, and the normalised SQL of triggers and views by name."""
+    """The schema of a revision. It has the tables by name, and the normalised SQL text of triggers and views by
+    name.
+    """
 
     tables: _Tables
     others: dict[str, str]
@@ -171,7 +172,7 @@ def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Diffe
             continue
         command = f"DROP {kind.upper()} {_name(name)}"
         uses = mention.search(sql) is not None and reaches(raw, expected.tables, kind=kind, name=name, on=on)
-        # Compare in lower case, because SQLite stores the table name as the author of the trigger wrote the name.
+        # Compare names in lower case, because SQLite stores the name of a table as the author of the trigger wrote it.
         if kind == "trigger" and on.lower() in expected.tables:
             what = f"trigger {name} of {on.lower()} is not homeagent's"
             yield Difference(what, True, command, None if uses else "trigger", name)
@@ -219,7 +220,7 @@ def _sqlite_parts(table: str, sql: str) -> Iterator[tuple[str, _Part]]:
 
 
 def _sqlite_leftovers(connection: Connection) -> list[Difference]:
-    # Alembic's batch mode builds a table under such a temporary name, and renames the table at the end.
+    # Alembic's batch mode builds a table under a temporary name, and renames the table at the end.
     found = connection.exec_driver_sql(
         "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE '~_alembic~_tmp~_%' ESCAPE '~'"
     )
@@ -234,8 +235,8 @@ def _sqlite_leftovers(connection: Connection) -> list[Difference]:
 
 
 _QUOTED_OR_BLANK = re.compile(
-    r"""('(?:[^']|'')*')"""  # A text literal stays unchanged.
-    r'''|"((?:[^"]|"")*)"'''  # This group is a quoted name.
+    r"""('(?:[^']|'')*')"""  # The first group of the pattern is a text literal, which stays unchanged.
+    r'''|"((?:[^"]|"")*)"'''  # The second group of the pattern is a quoted name.
     r"|(?:\s|/\*.*?\*/|--[^\n]*)+",
     re.DOTALL,
 )

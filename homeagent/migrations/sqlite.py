@@ -64,7 +64,7 @@ def open_sqlite(
     temporary: bool,
     application: Application = _NO_APPLICATION,
 ) -> None:
-    """Check the file, and bring it to WAL mode and to this version's revision.
+    """Check the file, and bring it to WAL mode and to the revision of this version of homeagent.
 
     The argument `timeout` is the longest wait for another process that creates or upgrades the file. With
     `migrate=False`, the schema must be up to date. A temporary file is private to the caller, so the file needs no
@@ -72,13 +72,14 @@ def open_sqlite(
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError, ForeignDatabaseError,
-        CorruptDatabaseError, InsecureFileError, DatabaseBusyError: the file can't be used. Its content is unchanged.
+        CorruptDatabaseError, InsecureFileError, DatabaseBusyError: the file can't be used. In this case the content of
+        the file is unchanged.
     """
     try:
         _open_sqlite(engine, application, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
     except BaseException:
         if engine.in_use_lock is not None and engine.in_use_lock.held:
-            engine.in_use_lock.withdraw()  # remove a new lock file next to a refused file
+            engine.in_use_lock.withdraw()  # remove the new lock file, because the database file was refused
         raise
 
 
@@ -88,7 +89,7 @@ def _open_sqlite(
     path = engine.path
     identified = identify_or_wait(engine)
     if not temporary and in_use_path(path).exists():
-        # Finish an interrupted restore first.
+        # Take the in-use lock first, which also finishes an interrupted restore.
         engine.keep_in_use_lock(hold_in_use_lock(path, timeout=timeout))
     state = identify(engine) if not identified else database_file.judge_file(path, is_database=True, repair=False)
     if state is not None and not state.is_empty:
@@ -110,14 +111,16 @@ def _open_sqlite(
             from homeagent.migrations.schema_drift import refuse_changed_schema
 
             with engine.reading() as connection:
-                # Read the revision and the schema in one snapshot, because another process can upgrade the file now.
+                # Read the revision and the schema in one snapshot, because another process can upgrade the file at the
+                # same time.
                 revision = revision_of(connection)
                 if revision is not None and not suits(connection, revision):
                     refuse_changed_schema(connection, revision, quoted(path), application.acknowledged)
                     refuse_broken_objects(connection, revision, quoted(path))
     elif not migrate:
         if not temporary and _has_marker(path):
-            raise corrupt_after_all(path)  # "no schema yet" would invite the administrator to create a new one
+            # An error about a missing schema would invite the administrator to create a new database.
+            raise corrupt_after_all(path)
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     else:
         _hold_in_use_lock(engine, timeout=timeout, temporary=temporary)
@@ -127,7 +130,9 @@ def _open_sqlite(
 
 
 def identify(engine: SQLiteEngine) -> database_file.FileState | None:
-    """Return the state of a file without changing the file. If its content is not homeagent's, raise an error."""
+    """Return the state of a file without changing the file. If the content of the file is not homeagent's, raise an
+    error.
+    """
     state = database_file.judge_file(engine.path, is_database=True, repair=False)
     if state is not None and not state.is_empty:
         engine.refuse_foreign()
@@ -137,12 +142,12 @@ def identify(engine: SQLiteEngine) -> database_file.FileState | None:
 def identify_or_wait(engine: SQLiteEngine) -> bool:
     """Identify a file before the first lock is taken, and return True.
 
-    Return False in two cases: a restore was interrupted, or the file is damaged and a restore may be replacing it. Then
-    the caller takes the in-use lock and calls `identify()` again.
+    Return False if a restore was interrupted. Also return False if the file is damaged, because a restore can be
+    replacing it. After False, the caller takes the in-use lock and calls `identify()` again.
     """
     intent = database_file.look_at(in_use_path(engine.path))
     if intent is not None and intent.st_size:
-        return False  # `identify()` would refuse a second hard link that the restore added
+        return False  # the function `identify()` would refuse a second hard link that the restore added
     try:
         identify(engine)
     except CorruptDatabaseError:
@@ -153,7 +158,9 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
 
 
 def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
-    """Bring a private file to this version's revision without a backup. The errors are those of `open_sqlite`."""
+    """Bring a private file to the revision of this version of homeagent, without a backup. The function raises the same
+    errors as `open_sqlite()`.
+    """
     try:
         open_sqlite(engine, clock=clock, timeout=timedelta(0), migrate=True, temporary=True)
     finally:
@@ -161,7 +168,8 @@ def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
 
 
 def _check_unclean_end(engine: SQLiteEngine) -> bool:
-    """Check a file that has a WAL but is not open in any process, because the last process did not close the database.
+    """Check a file that has a WAL although no process has the file open, because the last process did not close the
+    database.
 
     Return True if the file was checked. Raise CorruptDatabaseError if the file is damaged or its WAL lost commits.
     """
@@ -169,14 +177,14 @@ def _check_unclean_end(engine: SQLiteEngine) -> bool:
         engine.in_use_lock.release()
         engine.in_use_lock = None
     if not os.access(engine.path.parent, os.W_OK):
-        return False  # SQLite also can't write the files
+        return False  # if the directory is read-only, SQLite can't write the files either
     lock = FileLock(in_use_path(engine.path), timeout=timedelta(0))
     try:
         lock.acquire()
     except DatabaseBusyError:
         return False  # another process has the database open and uses the WAL
     try:
-        # A marker means an interrupted restore, which must be finished first.
+        # If the lock file has a marker, an interrupted restore must be finished first.
         is_checked = not lock.has_marker() and refuse_unclean_damage(engine)
     except BaseException:
         lock.withdraw()
@@ -193,10 +201,10 @@ def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bo
 def _look_up(connection: Connection, application: Application) -> tuple[str | None, bool, bool]:
     """Return the revision of the schema.
 
-    Also return whether this version of homeagent works with the schema without an upgrade, and whether a revision of
-    the application is missing.
+    Return two further values: whether this version of homeagent works with the schema without an upgrade, and whether a
+    revision of the application is missing.
     """
-    # Use a deferred BEGIN, because the engine's `_on_begin` would wait for the write lock.
+    # Use a deferred BEGIN, because the engine's listener `_on_begin()` would wait for the write lock.
     raw: Any = connection.connection.driver_connection
     raw.execute("BEGIN")
     try:
@@ -211,7 +219,7 @@ def _look_up(connection: Connection, application: Application) -> tuple[str | No
 def _has_marker(path: Path) -> bool:
     """Return True if the lock file has a marker.
 
-    The marker is absent in two cases: the database was copied by hand, or a process was killed during the creation.
+    The marker is absent if the database was copied by hand, or if a process was killed during the creation.
     """
     try:
         return lock_path(path).lstat().st_size > 0
@@ -220,21 +228,21 @@ def _has_marker(path: Path) -> bool:
 
 
 def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
-    """Create a missing file and prepare its header. The caller holds `sidecar_lock`.
+    """Create a missing file and prepare its header. The caller must hold the lock `sidecar_lock`.
 
     Return True if the lock file has a marker.
     """
     path = engine.path
     database_file.refuse_orphaned_log(path)
     state = identify(engine)
-    # The marker proves that a database was created here, so do not treat an emptied database as a new file.
+    # If the lock file has a marker, a database was created here, so do not treat an empty file as a new database.
     initialised = lock.read_marker() is not None
     if initialised and (state is None or state.is_empty):
         raise corrupt_after_all(path)
     if state is None:
         database_file.create_file(path)
     database_file.inspect_file(path)
-    database_file.secure_sidecars(path)  # another user's journal must not be replayed
+    database_file.secure_sidecars(path)  # SQLite must not replay another user's journal
     engine.prepare_header()
     return initialised
 
@@ -242,14 +250,16 @@ def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
 def _make_or_upgrade(
     engine: SQLiteEngine, lock: FileLock, application: Application, *, clock: Clock, temporary: bool
 ) -> None:
-    """Create or upgrade the schema, unless another process has done so already. The caller holds `sidecar_lock`."""
+    """Create or upgrade the schema, unless another process has done so already. The caller must hold the lock
+    `sidecar_lock`.
+    """
     path = engine.path
     initialised = _prepare_file(engine, lock)
     with engine.translated(), engine.connect() as connection:
         raw: Any = connection.connection.driver_connection
         revision, suitable, pending = _look_up(connection, application)
         if revision is not None and not initialised and not temporary:
-            # Write the marker before the upgrade. If the disk is full, the schema then stays unchanged.
+            # Write the marker before the upgrade, because a full disk then leaves the schema unchanged.
             lock.write_marker("initialised")
             initialised = True
         if suitable and not pending:
@@ -260,7 +270,7 @@ def _make_or_upgrade(
                 "the newest good backup"
             )
         # While foreign keys are on, rebuilding a table fails, or deletes the rows that refer to the table. Set the
-        # pragma before the transaction, because the pragma has no effect inside a transaction.
+        # pragma foreign_keys before the transaction, because it has no effect inside a transaction.
         raw.execute("PRAGMA foreign_keys=OFF")
         # Overwrite the pages of a table that a revision recreates, because the old rows contain hashes.
         raw.execute("PRAGMA secure_delete=ON")
@@ -281,7 +291,7 @@ def _upgrade(
     revision: str | None = None
     try:
         with connection.begin():
-            # The transaction holds the write lock after BEGIN IMMEDIATE, so the revision can't change any more.
+            # After BEGIN IMMEDIATE the transaction holds the write lock, so no other process can change the revision.
             revision = revision_of(connection)
             suitable = suits(connection, revision)
             if suitable and not application.is_pending(connection):
@@ -349,7 +359,7 @@ def _refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
 
 
 def _text(kind: str, value: bytes | None) -> str | bytes | None:
-    """Return a stored text as `str`. Return `bytes` for a BLOB, and for text that is not UTF-8."""
+    """Return a stored text as `str`. For a BLOB, and for text that is not UTF-8, return bytes."""
     if value is None or kind == "blob":
         return value
     try:
@@ -394,11 +404,12 @@ def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path:
     target = path.with_name(backup_name(path, revision, now))
     partial = target.with_name(target.name + PARTIAL)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.backup{PARTIAL}"):
-        discard(stale)  # A killed upgrade left the file. No other upgrade runs under the lock.
+        # An upgrade that was killed left this file, because no other upgrade runs under the lock.
+        discard(stale)
     try:
         write_backup(engine, target, partial=partial, version_table=VERSION_TABLE, taken_at=now, kind="upgrade")
     except (CorruptDatabaseError, DatabaseBusyError, DiskFullError, ReadOnlyError):
-        raise  # These errors name the remedy.
+        raise  # the messages of these errors already name the remedy
     except HomeAgentError as error:
         raise MigrationError(f"the schema was not upgraded, since its backup can't be made: {error}") from None
     return target

@@ -1,6 +1,7 @@
-"""Six table models, which are also Pydantic models, and the table `store`, whose only row describes the database.
+"""The package has six table models, which are also Pydantic models, and the table `store`, whose only row describes the
+database.
 
-The models of requests and replies are in `schemas`.
+The module `schemas` has the models of requests and replies.
 """
 
 from typing import Any

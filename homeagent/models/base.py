@@ -1,7 +1,7 @@
 """Base classes of the models. The classes validate each construction and assignment, with errors that hide the input.
 
-Do not add `from __future__ import annotations` to a module of models. Pydantic and SQLAlchemy would then evaluate each
-annotation again for each subclass, which adds a twelfth to the import time of the models.
+Do not add `from __future__ import annotations` to a module of models. With this import, Pydantic and SQLAlchemy would
+evaluate each annotation again for each subclass, and importing the models would take a twelfth longer.
 """
 
 import copy
@@ -18,9 +18,9 @@ from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.state import InstanceState
 from sqlmodel import Field, SQLModel
 
-# These names are private to SQLModel and have no public counterpart. `SQLModelConfig` is the type of the configuration.
-# The context variable `finish_init` is False while SQLModel itself builds and validates an instance. The function
-# `is_table_model_class` tests for `table=True`.
+# The imported names are private to SQLModel, which has no public counterpart. `SQLModelConfig` is the type of the
+# configuration. The context variable `finish_init` is False while SQLModel itself builds and validates an instance. The
+# function `is_table_model_class()` returns True for a class with `table=True`.
 from sqlmodel._compat import SQLModelConfig, finish_init, is_table_model_class
 from sqlmodel.main import FieldInfo, SQLModelMetaclass
 
@@ -46,15 +46,16 @@ metadata = MetaData(
 _registry = registry(metadata=metadata)
 
 
-# A validator can raise an error whose type is not in this set. The type's name is not enough to build this error again.
+# Pydantic can build an error again from its type if the type is in this set. A validator can also raise errors of other
+# types.
 _KNOWN_ERRORS = frozenset(get_args(ErrorType))
 
 
 def _without_input(error: ValidationError) -> ValidationError:
     """Return the error without the input, which may be a secret.
 
-    `hide_input_in_errors` removes the input only from the message. But FastAPI sends the result of `errors()` in the
-    reply with status 422.
+    Pydantic's setting `hide_input_in_errors` removes the input only from the message. But FastAPI sends the result of
+    the method `errors()` in the reply with status 422.
     """
     lines: list[InitErrorDetails] = []
     for line in error.errors(include_url=False, include_input=False):
@@ -71,22 +72,21 @@ def _without_input(error: ValidationError) -> ValidationError:
 
 
 def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
-    """Validate the data by the function `handler()`. If the data is invalid, raise a ValidationError that does not
-    contain the data.
-    """
+    """Validate the data by the function `handler()`. For invalid data, raise a ValidationError without the data."""
     try:
         return handler(data)
     except ValidationError as error:
         without_input = _without_input(error)
-    # Do not raise inside `except`, because the original error, which shows the input, would become the context.
+    # Do not raise the new error inside the except block, because its context would be the original error, which shows
+    # the input.
     raise without_input
 
 
 class Model(SQLModel, registry=_registry):
     """Base of all models. A model refuses unknown fields, and validates assignments as well as constructions."""
 
-    # Describe fields by `description=`. To find docstrings of attributes, Pydantic would parse the source of each
-    # class, which takes a tenth of the start time.
+    # Describe the fields of a model by `description=`. If docstrings described the fields, Pydantic would parse the
+    # source of each class, which takes a tenth of the start time.
     model_config = SQLModelConfig(
         extra="forbid",
         validate_assignment=True,
@@ -112,7 +112,7 @@ class Model(SQLModel, registry=_registry):
 class PartialIndex(Index):
     """An index of the rows that match a condition, on both engines.
 
-    Do not use `Index(…, postgresql_where=…)`: SQLAlchemy would import its PostgreSQL package in every process.
+    Do not use `Index(…, postgresql_where=…)`, because SQLAlchemy would import its PostgreSQL package in every process.
     """
 
     def __init__(self, name: str, *columns: str, where: TextClause) -> None:
@@ -121,7 +121,7 @@ class PartialIndex(Index):
 
     @cached_property
     def dialect_options(self) -> Any:
-        """The condition of the index, as an option for each engine."""
+        """Return the condition of the index as the options of both engines."""
         options = super().dialect_options
         for dialect in ("sqlite", "postgresql"):
             options[dialect]["where"] = self._where
@@ -131,8 +131,8 @@ class PartialIndex(Index):
 RESERVED_PREFIX = "homeagent_"
 """Prefix of the names of tables that homeagent reserves."""
 
-# homeagent's tables without the reserved prefix, the next tables of that kind, and the version tables. SQLite ignores
-# the case of a name.
+# Reserved names without the prefix, which are homeagent's tables and the version tables. SQLite ignores the case of a
+# name.
 _RESERVED_NAMES = frozenset(
     {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
     | {"device_changes", "application_schema_version", "alembic_version"}
@@ -173,24 +173,24 @@ class _TableType(SQLModelMetaclass):
 
 
 class Table(Model, metaclass=_TableType):
-    """Base class of table models. An application derives its own tables from this class, with `table=True`.
+    """Base class of table models. An application derives its own tables from this class with the argument `table=True`.
 
     SQLModel does not validate a model with `table=True`. This class validates an instance on construction and on
-    assignment. An invalid assignment does not change the old value. A loaded instance is not validated, because the
+    assignment. An invalid assignment leaves the old value of the field. A loaded instance is not validated, because the
     stored values were validated before.
 
     Both engines store the same values in the same order. A field of type `str` is a TEXT column that is compared by
     bytes, `int` has 64 bits, `Timestamp` is stored in milliseconds, a `StrEnum` as its value, and `dict`, `list` or
-    Pydantic's `JsonValue` as JSON text of at most 256 KiB. For other types, SQLModel chooses the column type. A field's
-    `sa_type` or `sa_column` has precedence.
+    Pydantic's `JsonValue` as JSON text of at most 256 KiB. For other types, SQLModel chooses the column type. The
+    arguments `sa_type` and `sa_column` of a field have precedence.
 
     Constraints and indexes without a name get one, such as `fk_messages_session_id_sessions`. A foreign key can refer
     to homeagent's tables by name, such as `Field(foreign_key="sessions.session_id", ondelete="CASCADE")`.
 
     Raises (when the class is defined):
-        InvalidArgumentError: in three cases: the name of the table is reserved, another class has the same table name,
-            or a field is a datetime without the checks of `Timestamp`. The names of homeagent's tables and names that
-            begin with `homeagent_` are reserved.
+        InvalidArgumentError: if the name of the table is reserved, another class has the same table name, or a field is
+            a datetime without the checks of the type `Timestamp`. The names of homeagent's tables and names that begin
+            with `homeagent_` are reserved.
         TypeError: if the class derives from a table of homeagent.
     """
 
@@ -223,8 +223,8 @@ class Table(Model, metaclass=_TableType):
             super().__init__(**data)
             return
         related = {name: data.pop(name) for name in type(self).__sqlmodel_relationships__ if name in data}
-        # The validator writes the fields directly into `__dict__`, without SQLAlchemy's instrumentation. Restore the
-        # old `__dict__` afterwards, and set each field through the instrumentation.
+        # The validator writes the fields directly into `__dict__`, without SQLAlchemy's instrumentation. After the
+        # validation, restore the old `__dict__`, and set each field through the instrumentation.
         kept = self.__dict__.copy()
         type(self).__pydantic_validator__.validate_python(data, self_instance=self)
         values, fields_set = self.__dict__, self.__pydantic_fields_set__
@@ -239,11 +239,11 @@ class Table(Model, metaclass=_TableType):
         if name not in type(self).model_fields or not finish_init.get():
             super().__setattr__(name, value)
             return
-        # Create SQLAlchemy's state now, because an instance with the attribute `__pydantic_fields_set__`, which the
-        # code below sets, does not count as loaded.
+        # Create SQLAlchemy's state before the attribute `__pydantic_fields_set__`, because an instance with this
+        # attribute does not count as loaded.
         getattr(self, "_sa_instance_state", None)
-        # Do not copy the dictionary. Pydantic replaces `__dict__`, and a flush that calls a listener of `before_update`
-        # writes the values of the old dictionary (test_a_listener_of_a_flush_assigns).
+        # Do not copy the dictionary `__dict__`. Pydantic replaces `__dict__`, and a flush that calls a listener of
+        # `before_update` writes the values of the old dictionary (test_a_listener_of_a_flush_assigns).
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -259,9 +259,10 @@ class Table(Model, metaclass=_TableType):
 
         def __getattr__(self, name: str) -> Any:
             # A store sets only the fields of a loaded instance. Setting Pydantic's attributes took a third of the time
-            # of creating an instance. The attributes are equal in all loaded instances.
+            # of creating an instance. Pydantic's attributes are equal in all loaded instances.
             if name == "__pydantic_fields_set__":
-                # Create SQLAlchemy's state first, because an instance with this attribute does not count as loaded.
+                # Create SQLAlchemy's state first, because an instance with the attribute `__pydantic_fields_set__` does
+                # not count as loaded.
                 getattr(self, "_sa_instance_state", None)
                 fields_set = set(type(self).model_fields)
                 object.__setattr__(self, name, fields_set)
@@ -271,8 +272,8 @@ class Table(Model, metaclass=_TableType):
             return super().__getattr__(name)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a new, transient, validated instance. The values of the argument `update` replace the values of this
-        instance.
+        """Return a new, transient, validated instance. The argument `update` contains values that replace values of
+        this instance.
 
         With `deep=True`, values of JSON columns are also copied.
         """
@@ -295,7 +296,9 @@ class Table(Model, metaclass=_TableType):
 
 
 def _is_loaded(instance: Table) -> bool:
-    """Return True if a store loaded the instance and `model_fields_set` was neither read nor set since then."""
+    """Return True if a store loaded the instance, and the attribute `model_fields_set` was neither read nor set
+    afterwards.
+    """
     try:
         _get_fields_set(instance)
     except AttributeError:
@@ -303,16 +306,16 @@ def _is_loaded(instance: Table) -> bool:
     return False
 
 
-# This function reads Pydantic's attribute. A constructor sets the attribute. A store that loads an instance does not
-# set the attribute.
+# The function `_get_fields_set()` reads Pydantic's attribute, which a constructor sets and a loading store does not
+# set.
 _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 
 class _StateOnDemand:
-    """SQLAlchemy's state of a loaded instance, created at the first use by the ORM.
+    """A descriptor that creates SQLAlchemy's state of a loaded instance at its first use by the ORM.
 
     Creating the state takes longer than all other steps of loading, and the ORM uses few instances. A constructed
-    instance has a state in `__dict__`, which has precedence over this descriptor.
+    instance has a state in `__dict__`, which has precedence over the descriptor.
     """
 
     def __get__(self, instance: Table | None, owner: type[Table]) -> InstanceState[Any]:
@@ -323,10 +326,10 @@ class _StateOnDemand:
         values = instance.__dict__
         names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
         state.key = mapper.identity_key_from_primary_key(tuple(values[name] for name in names))
-        # Because of the method `setdefault()`, two threads at the same time get the same state.
+        # If two threads create the state at the same time, the method `setdefault()` gives both threads the same state.
         stored: InstanceState[Any] = values.setdefault("_sa_instance_state", state)
         return stored
 
 
-# Do not set this attribute in the body of the class, because Pydantic would treat the name as a private attribute.
+# Do not set `_sa_instance_state` in the body of the class, because Pydantic would treat it as a private attribute.
 Table._sa_instance_state = _StateOnDemand()

@@ -10,7 +10,7 @@
 | revoked | `devices.approve()` with `expected_status=DeviceStatus.REVOKED` | approved |
 | any | `devices.delete` | no row |
 
-The property `Device.status` computes the state from `approved`, `approved_at` and `revoked_at`.
+The property `Device.status` computes the state from the columns `approved`, `approved_at` and `revoked_at`.
 """
 
 from datetime import datetime
@@ -39,7 +39,7 @@ __all__ = ["PENDING", "Device", "DeviceStatus", "Role"]
 
 
 class Role(StrEnum):
-    """Role of a device. The device chooses the role when the device pairs, and the role does not change later."""
+    """Role of a device. The device chooses its role when it pairs, and the role does not change later."""
 
     CLIENT = "client"
     NODE = "node"
@@ -47,15 +47,15 @@ class Role(StrEnum):
 
 
 class DeviceStatus(StrEnum):
-    """State of a device: see the table in the docstring of this module."""
+    """State of a device. The docstring of this module has a table of the states."""
 
     PENDING = "pending"
     APPROVED = "approved"
     REVOKED = "revoked"
 
 
-# Do not reword the condition, because SQLite uses the partial index only for a query with the same terms
-# (https://sqlite.org/partialindex.html, section 3; test_the_index_counts).
+# Do not reword the condition of the partial index, because SQLite uses the index only for a query with the same terms
+# (https://sqlite.org/partialindex.html, section 3; `test_the_index_counts`).
 PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
 """SQL condition for the pending devices."""
 
@@ -63,15 +63,15 @@ PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
 class Device(Table, table=True):
     """A row of the table `devices`.
 
-    Use the schemas, not this model, for requests and replies. With this model, a client could set `approved`.
+    Do not use this model for requests, because a client could set the field `approved`. Use the schemas instead.
     """
 
     __tablename__ = "devices"
     __table_args__ = (
         CheckConstraint("role IN ('client', 'node', 'admin')", name="role"),
         CheckConstraint("approved IN (0, 1)", name="approved"),
-        # The index contains the columns of the condition. Otherwise SQLite would read each whole row, including
-        # `metadata`, to count the pending devices.
+        # The index contains the columns of the condition, so SQLite counts the pending devices without reading whole
+        # rows with their metadata.
         PartialIndex("idx_devices_pending", "paired_at", "approved", "approved_at", "revoked_at", where=PENDING),
     )
 
@@ -133,7 +133,7 @@ class Device(Table, table=True):
         """State of the device: pending, approved or revoked."""
         if self.approved:
             return DeviceStatus.APPROVED
-        # An UPDATE in `uow.session` can withdraw an approval and set no time of revocation.
+        # An UPDATE by `uow.session` can withdraw an approval without a time of revocation.
         was_approved = self.approved_at is not None
         return DeviceStatus.REVOKED if was_approved or self.revoked_at is not None else DeviceStatus.PENDING
 
@@ -141,12 +141,14 @@ class Device(Table, table=True):
 @event.listens_for(Device, "before_insert")
 @event.listens_for(Device, "before_update")
 def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device) -> None:
-    """If the ORM changes `approved`, set the same columns as `devices.approve()` and `devices.revoke()`."""
+    """If the ORM changes the column `approved`, set the same columns as the methods `devices.approve()` and
+    `devices.revoke()`.
+    """
     attributes = inspect(device).attrs
     if not attributes["approved"].history.has_changes():
         return
     columns: Any = mapper.local_table.c
-    # SQLAlchemy does not load an expired attribute before a new value is set, so the history can lack the old value.
+    # SQLAlchemy does not load an expired attribute before a new value is set, so its history can lack the old value.
     stored = connection.execute(select(columns.approved).where(columns.id == device.id)).scalar()
     if device.approved == (stored is True):
         return

@@ -1,7 +1,7 @@
 """The feed of device changes, which triggers of the schema write in the order of the commits.
 
 A reader of the feed keeps the number of the last change that it has read, and later asks for the changes after this
-number. If the feed no longer contains this number, the reader must read all devices again.
+number. If the feed no longer contains the reader's number, the reader must read all devices again.
 """
 
 from enum import StrEnum
@@ -18,7 +18,7 @@ __all__ = ["DeviceChange", "DeviceChangeKind"]
 class DeviceChangeKind(StrEnum):
     """Kind of a device change.
 
-    One UPDATE can cause several changes, but only an UPDATE without another kind is `updated`.
+    One UPDATE can cause several changes. The kind `updated` is only for an UPDATE without a change of another kind.
     """
 
     PAIRED = "paired"
@@ -33,7 +33,7 @@ class DeviceChangeKind(StrEnum):
 
 
 class DeviceChange(Table, table=True):
-    """A row of the table `device_changes`. A later commit has a greater number."""
+    """A row of the table `device_changes`. A change of a later commit has a greater number."""
 
     __tablename__ = "device_changes"
     __table_args__ = (

@@ -70,7 +70,7 @@ class IdempotencyKey(Table, table=True):
         PrimaryKeyConstraint("device_id", "method", "key", name="pk_idempotency_keys"),
         CheckConstraint("state IN ('in_progress', 'completed', 'failed')", name="state"),
         Index("idx_idempotency_expires", "expires_at"),
-        # This index serves the list of abandoned keys. Few rows are in progress, so the index is small.
+        # An index for the list of abandoned keys. Few keys are in progress, so the index is small.
         PartialIndex("idx_idempotency_lease", "lease_expires_at", where=text("state = 'in_progress'")),
     )
 
@@ -134,19 +134,20 @@ class IdempotencyKey(Table, table=True):
 class IdempotencyScope:
     """The identity of a call: device, method, and the key that the device chose.
 
-    An invalid value raises InvalidArgumentError. Do not join the three values into one text, because values that
-    contain the separator would collide.
+    An invalid device, method or key raises InvalidArgumentError. Do not join the three values into one text, because
+    values that contain the separator would collide.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    # If the scope is a field of a model or a request body, Pydantic validates these annotations and does not call
+    # If the scope is a field of a model or a request body, Pydantic validates the annotations and does not call
     # `__init__`.
     device_id: Identifier
     method: Name
     key: Label = field(repr=False)
 
-    # Every unit with a key calls this method. The generated `__init__` of a frozen dataclass takes three times as long.
+    # Every unit with an idempotency key calls this method. The `__init__` that a frozen dataclass generates would take
+    # three times as long.
     def __init__(self, device_id: str, method: str, key: str) -> None:
         try:
             _set_device_id(self, check_identifier(device_id, "device_id"))
@@ -161,7 +162,7 @@ class IdempotencyScope:
     def of_record(cls, device_id: str, method: str, key: str) -> Self:
         """Return the scope of a stored record, whose texts can break the rules for new texts.
 
-        The scope can find and settle the record, but `insert()` and `claim()` refuse the scope.
+        The returned scope can find and settle the record, but the methods `insert()` and `claim()` refuse it.
         """
         scope = object.__new__(cls)
         _set_device_id(scope, check_searched(device_id, "device_id"))
@@ -171,7 +172,7 @@ class IdempotencyScope:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Return the default schema, with errors that do not show the input."""
+        """Return Pydantic's default schema, with errors that do not show the input."""
         return no_info_wrap_validator_function(hide_input, handler(source))
 
 
@@ -183,16 +184,17 @@ _set_key = _SLOTS["key"].__set__
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The right to run the effect of an idempotency key one time. The right ends with the lease.
+    """The right to run the effect of an idempotency key one time. The right ends when the lease ends.
 
     Attributes:
-        number: number of the attempt, from 1. An attempt that takes over an abandoned attempt has the next number.
+        number: number of the attempt, which begins with 1. An attempt that takes over an abandoned attempt has the next
+            number.
         downstream_key: idempotency key to pass to another service. All attempts of a key have the same downstream key.
         scope: device, method and key of the call.
-        lease_expires_at: end of the lease. From this time on, the attempt counts as abandoned.
+        lease_expires_at: end of the lease. After the lease, the attempt counts as abandoned.
         expires_at: end of the time in which a repeated call gets the stored outcome.
-        ttl: time for which a repeated call gets the stored outcome. If the outcome is recorded after `expires_at`, this
-            time starts at the recording.
+        ttl: time for which a repeated call gets the stored outcome. If the outcome is recorded after `expires_at`, the
+            time `ttl` begins at the recording.
         owner: random token of this attempt.
     """
 
@@ -213,8 +215,8 @@ class Outcome:
         value: return value of the effect, after a round trip through JSON.
         replayed: True if the outcome was read from the store, and this call did not run the effect.
         attempt: number of the attempt that recorded the outcome.
-        omitted: True if the return value could not be stored, because the value is over 1 MiB or not JSON. Only the
-            first caller gets the value. A replay has the value None.
+        omitted: True if the return value could not be stored, because the value is over 1 MiB or not JSON. In this case
+            only the first caller gets the return value. For a replay, `value` is None.
     """
 
     value: JsonValue = field(repr=False)

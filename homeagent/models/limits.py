@@ -13,22 +13,23 @@ __all__ = ["Limits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Limits on what devices and strangers can create or use up.
+    """Limits on the rows that devices can create, and on the work that strangers can cause.
 
     The number of pending devices is exact. The numbers of nonces and keys are exact if one process uses a SQLite file.
-    Otherwise up to 49 processes together store less than twice as many (see `homeagent.stores.room`). If a database
-    already has more rows than a limit allows, the rows stay.
+    Several processes, up to 49, together store less than twice as many nonces and keys (see `homeagent.stores.room`).
+    If a database already has more rows than a limit allows, the rows stay.
 
     Args:
         pending_devices: maximum number of pending devices. If the limit is reached, `Database.pair` raises
-            PendingLimitError. With 0, no device can pair.
+            PendingLimitError. If the limit is 0, no device can pair.
         pending_ttl: time after which a sweep deletes a pending device.
-        nonces_per_device: maximum number of nonces of a device, 1 or more. Expired nonces do not count.
-        keys_per_device: maximum number of idempotency keys of a device, 1 or more. Expired keys do not count.
+        nonces_per_device: maximum number of nonces of a device, 1 or more. The number does not include expired nonces.
+        keys_per_device: maximum number of idempotency keys of a device, 1 or more. The number does not include expired
+            keys.
         longest_ttl: longest time for which a method keeps a nonce or an idempotency key.
         waiting_hashes: maximum number of slow hashes that wait in one process, 1 or more.
         failed_checks_per_minute: maximum number of failed checks of one device id per minute in one process, 1 or more.
-        changes_kept: time after which a sweep deletes a device change. The newest change always stays.
+        changes_kept: time after which a sweep deletes a device change. A sweep keeps the newest device change.
 
     Raises:
         InvalidArgumentError: if a value is out of range.

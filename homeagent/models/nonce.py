@@ -17,11 +17,12 @@ class Nonce(Table, table=True):
 
     __tablename__ = "nonces"
     __table_args__ = (
-        # A nonce is unique for each device. Otherwise one device could consume the nonces of another device.
+        # A nonce is unique for each device. If nonces were unique for all devices, one device could consume the nonces
+        # of another device.
         PrimaryKeyConstraint("device_id", "nonce", name="pk_nonces"),
         Index("idx_nonces_expires", "expires_at"),
-        # The primary key is most of the row, so a rowid (https://sqlite.org/withoutrowid.html) would cost: an insert
-        # with a rowid takes 1.25 times as long.
+        # The table has no rowid (https://sqlite.org/withoutrowid.html), because the primary key is most of a row. An
+        # insert with a rowid takes 1.25 times as long.
         {"sqlite_with_rowid": False},
     )
 

@@ -11,8 +11,8 @@ __all__ = ["MIN_ITERATIONS", "ProofParameters"]
 MIN_ITERATIONS = 4_096
 """Minimum number of iterations in RFC 7677 section 4. It is enough for a generated secret, which can't be guessed."""
 
-# A proof with this number of iterations takes a few seconds. A gateway that asks for more iterations could keep the
-# device busy.
+# A proof with the maximum number of iterations takes a few seconds. A gateway that asks for more iterations than this
+# maximum could keep the device busy.
 _MAX_ITERATIONS = 10_000_000
 _MIN_SALT_BYTES = 8
 _MAX_SALT_BYTES = 64
@@ -20,14 +20,14 @@ _MAX_SALT_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class ProofParameters:
-    """Parameters of a device's proofs. The parameters are public: the gateway sends them to any caller.
+    """Parameters of a device's proofs. The parameters are public, because the gateway sends them to any caller.
 
     Args:
         salt: random value of 8 to 64 bytes.
         iterations: number of rounds of PBKDF2 (RFC 8018), from 4,096 to 10,000,000.
 
     Raises:
-        InvalidArgumentError: if a value is out of range or has another type.
+        InvalidArgumentError: if a value is out of range or has a wrong type.
     """
 
     salt: bytes

@@ -38,7 +38,8 @@ __all__ = [
 ]
 
 
-# The alias `metadata_` comes first, because validation from a row would otherwise read SQLAlchemy's MetaData.
+# The alias `metadata_` comes first, because validation from a row would otherwise read SQLAlchemy's attribute
+# `metadata`.
 PublicMetadata = Annotated[
     Json, PlainField(validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata")
 ]
@@ -51,20 +52,20 @@ class Schema(Model):
 class MetadataSchema(Schema):
     """A schema with a field for the application's metadata.
 
-    The name of the field is `metadata_`, because SQLAlchemy uses the attribute `metadata` of a class. The alias is
-    `metadata`.
+    The name of the field is `metadata_`, because SQLAlchemy uses the attribute `metadata` of a class. The alias of the
+    field is `metadata`.
     """
 
-    # This property hides a class variable of SQLModel. SQLAlchemy does not read that variable for a class without a
-    # table.
+    # This property hides a class variable of SQLModel. SQLAlchemy does not read the class variable for a class without
+    # a table.
     @property
     def metadata(self) -> Any:  # type: ignore[override]  # see above
-        """The value of `metadata_`."""
+        """The value of the field `metadata_`."""
         return self.metadata_  # type: ignore[attr-defined]  # every subclass declares the field
 
 
 class AgentCreate(Schema):
-    """Request to create an agent. The model can be a request body."""
+    """Request to create an agent. An application can use this model as a request body."""
 
     id: Identifier
     name: Name
@@ -73,13 +74,13 @@ class AgentCreate(Schema):
 
 
 class AgentUpdate(Schema):
-    """Request to change an agent. The model can be a request body.
+    """Request to change an agent. An application can use this model as a request body.
 
-    Fields that are left out keep their values. The value `config=None` clears the configuration.
+    Fields that the request leaves out keep their values. The value None of the field `config` clears the configuration.
     """
 
-    # The default None means "left out", and Pydantic does not validate the default. Pydantic refuses a null in the
-    # request.
+    # The default None means that the request leaves out the field. Pydantic does not validate a default. Pydantic
+    # refuses a null in the request.
     name: Name = Field(default=None)
     workspace_path: WorkspacePath = Field(default=None)
     config: Json = None
@@ -111,7 +112,9 @@ class DevicePair(MetadataSchema):
 
 
 class DeviceCreate(MetadataSchema):
-    """Request to create a device whose secret is already hashed. As a request body, use `DevicePair` instead."""
+    """Request to create a device whose secret is already hashed. For a request body, use the class `DevicePair`
+    instead.
+    """
 
     id: Identifier
     role: Role
@@ -121,7 +124,7 @@ class DeviceCreate(MetadataSchema):
 
 
 class DeviceUpdate(MetadataSchema):
-    """Request to change a device. Fields that are left out keep their values. The role can't be changed."""
+    """Request to change a device. Fields that the request leaves out keep their values. The role can't be changed."""
 
     metadata_: Json = Field(default=None, alias="metadata")
 
@@ -146,7 +149,7 @@ class PairedDevice(BaseModel):
 
     Attributes:
         device: the stored device, which is not approved yet.
-        shared_secret: secret from the request, or the generated secret if the request had none.
+        shared_secret: secret of the request, or the generated secret if the request had no secret.
     """
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
@@ -159,12 +162,12 @@ class PairedDevice(BaseModel):
 class SecretCheck:
     """The result of a check of a secret.
 
-    The result counts as true only if the device is approved and the secret is right.
+    In an if statement, the result counts as true only if the device is approved and the secret is right.
 
     Attributes:
         status: status of the device if the secret is right. The status is "denied" if the secret is wrong or the device
             is absent.
-        device: the device; None if the secret is wrong.
+        device: device with the presented id; None if the secret is wrong.
     """
 
     status: Literal["approved", "pending", "revoked", "denied"]
@@ -175,7 +178,7 @@ class SecretCheck:
 
 
 class AgentSessionCreate(MetadataSchema):
-    """Request to create a session. The model can be a request body."""
+    """Request to create a session. An application can use this model as a request body."""
 
     session_id: SessionId = Field(default_factory=new_session_id, description="If left out, a new UUIDv7.")
     agent_id: Identifier
@@ -185,7 +188,7 @@ class AgentSessionCreate(MetadataSchema):
 
 
 class AgentSessionUpdate(MetadataSchema):
-    """Request to change a session. Fields that are left out keep their values.
+    """Request to change a session. Fields that the request leaves out keep their values.
 
     To change the agent, sender or channel, call `sessions.move()`.
     """

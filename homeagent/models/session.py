@@ -46,8 +46,8 @@ def new_session_id() -> str:
 def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
     """Return the SHA-256 of a JSON array with the route of a session: the agent, the sender and the channel.
 
-    A unique index on the three columns would not work, because two NULLs count as different. The JSON array separates
-    the values, whatever characters the values contain.
+    A unique index on the three columns would not work, because two NULL values count as different. The JSON array
+    separates the three values even if they contain separators.
     """
     sender = "null" if sender_id is None else encode_basestring(sender_id)
     channel = "null" if channel_id is None else encode_basestring(channel_id)
@@ -63,12 +63,12 @@ class AgentSession(Table, table=True):
     __table_args__ = (
         Index("idx_sessions_agent", "agent_id"),
         Index("idx_sessions_sender", "sender_id"),
-        # Each of the next four indexes serves the pages of a list, ordered by last activity and id.
+        # The next four indexes are for the pages of lists, in the order of last activity and id.
         Index("idx_sessions_active", "last_active_at", "session_id"),
         Index("idx_sessions_agent_active", "agent_id", "last_active_at", "session_id"),
         Index("idx_sessions_sender_active", "sender_id", "last_active_at", "session_id"),
         Index("idx_sessions_channel_active", "channel_id", "last_active_at", "session_id"),
-        # This index serves the search for the last active session of a route.
+        # An index for the search for the last active session of a route.
         Index("idx_sessions_agent_sender_channel", "agent_id", "sender_id", "channel_id"),
         Index(ROUTE_INDEX, "route_key", unique=True),
     )
@@ -98,7 +98,7 @@ class AgentSession(Table, table=True):
     metadata_: Json = Field(default=None, alias="metadata", sa_column=Column("metadata", JsonColumn))
 
 
-# The events below set the route of sessions that `uow.session` writes. The statements of the stores set the route
+# The mapper events set the route of sessions that `uow.session` writes. The statements of the stores set the route
 # themselves, and do not raise mapper events.
 
 _ROUTE = ("agent_id", "sender_id", "channel_id", "route_key")
@@ -113,7 +113,9 @@ def _changes_route(session: AgentSession) -> bool:
 @event.listens_for(AgentSession, "before_insert")
 @event.listens_for(AgentSession, "before_update")
 def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Clear the route of a session that the ORM adds or moves. Another row can still have that route."""
+    """Clear the route of a session that the ORM adds or moves. Another session can still have the new route in the
+    database.
+    """
     if _changes_route(session):
         session.route_key = None
 
@@ -121,7 +123,9 @@ def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSess
 @event.listens_for(AgentSession, "after_insert")
 @event.listens_for(AgentSession, "after_update")
 def _take_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Set the session's new route unless another session has the route, as `sessions.create()` does."""
+    """Set the session's new route unless another session has the route. The method `sessions.create()` does the
+    same.
+    """
     if not _changes_route(session):
         return
     table: Any = mapper.local_table
@@ -132,6 +136,6 @@ def _take_route(mapper: Mapper[Any], connection: Connection, session: AgentSessi
         with connection.begin_nested():
             taken = connection.execute(take.values(route_key=route)).rowcount > 0
     except ConflictError:
-        taken = False  # on PostgreSQL, another transaction took the route while this statement waited
+        taken = False  # on PostgreSQL, another transaction took the route while the statement waited
     if taken:
         set_committed_value(session, "route_key", route)

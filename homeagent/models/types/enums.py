@@ -17,11 +17,11 @@ __all__ = ["EnumColumn", "FlagColumn"]
 class EnumColumn(TypeDecorator[StrEnum]):
     """Column type for a StrEnum, which stores a member as the text of its value.
 
-    SQLAlchemy's Enum would store the member's name.
+    SQLAlchemy's column type Enum would store the name of a member instead of its value.
 
     Args:
         kind: the StrEnum. If a stored text is not the value of a member, loading raises an error. A CHECK constraint
-            also forbids such a text.
+            also forbids other texts.
     """
 
     impl = Text
@@ -34,7 +34,9 @@ class EnumColumn(TypeDecorator[StrEnum]):
         self._stored: dict[Any, str] = {member.value: member.value for member in kind}
 
     def convert_bound(self, value: StrEnum | str) -> str:
-        """Return the value of a member. A member is also a key of the dictionary, because it equals its value."""
+        """Return the value of a member. A member is also a key of the dictionary, because a StrEnum member equals its
+        value.
+        """
         try:
             return self._stored[value]
         except (KeyError, TypeError):
@@ -59,11 +61,12 @@ class _Flags(dict[Any, bool]):
 
 
 class FlagColumn(TypeDecorator[bool]):
-    """Column type for a bool, stored as INTEGER 0 or 1. SQLAlchemy's Boolean would declare the column BOOLEAN.
+    """Column type for a bool, stored as INTEGER 0 or 1. SQLAlchemy's column type Boolean would declare the column as
+    BOOLEAN.
 
     Args:
-        otherwise: result of loading any other stored value. Another program can store such a value, for example a text
-            or the number 2. Choose the safe result.
+        otherwise: result of loading a stored value other than 0 and 1. Another program can store a different value, for
+            example a text or the number 2. Choose the safe result as this argument.
     """
 
     impl = Integer

@@ -35,16 +35,17 @@ MAX_PAIRING_JSON_BYTES = 16 * 1024
 MAX_RESULT_BYTES = 1024 * 1024
 """Maximum length of the JSON text of a result."""
 
-# Python can refuse to read an integer with more digits than this number (sys.set_int_max_str_digits).
+# Python can refuse to read an integer with more digits than this number (function sys.set_int_max_str_digits()).
 _READABLE_DIGITS = sys.int_info.str_digits_check_threshold
 
-# Call the validator of pydantic_core directly. For a small value, a call through TypeAdapter takes longer than the
-# validation.
+# Call the validator of pydantic_core directly, because a call through TypeAdapter takes longer than the validation of a
+# small value.
 _check_json = TypeAdapter(JsonValue, config=ConfigDict(allow_inf_nan=False)).validator.validate_python
 
 
 def encode_json(value: JsonValue, what: str = "JSON", *, limit: int = MAX_JSON_BYTES) -> str:
-    """Return the value as JSON text. Key order, numbers and Unicode do not change.
+    """Return the value as JSON text. In the text, the order of keys, the numbers and the Unicode characters do not
+    change.
 
     Raises:
         InvalidArgumentError: if the value is not a JSON value, or if its text has more bytes than the limit. For
@@ -53,14 +54,14 @@ def encode_json(value: JsonValue, what: str = "JSON", *, limit: int = MAX_JSON_B
     if value is None or value is True or value is False:
         return "null" if value is None else "true" if value else "false"
     try:
-        # Refuse values that would change in a round trip. For example, `to_json` writes the key 1 as "1", and a tuple
-        # as a list.
+        # Refuse values that would change in a round trip. For example, the function `to_json()` writes the key 1 as
+        # "1", and a tuple as a list.
         _check_json(value, strict=True)
         encoded = to_json(value)
         if len(encoded) > _READABLE_DIGITS:
             json.loads(encoded)
     except (ValidationError, ValueError, RecursionError):
-        # Do not chain the cause, because the cause shows the value, which can be a secret.
+        # Do not chain the original error, because it shows the value, which can be a secret.
         raise InvalidArgumentError(
             f"{what} must be plain JSON: None, bool, int, finite float, text, lists and dicts with text keys"
         ) from None
@@ -70,13 +71,13 @@ def encode_json(value: JsonValue, what: str = "JSON", *, limit: int = MAX_JSON_B
 
 
 def decode_json(text: str) -> Any:
-    """Return the value of JSON text, or raise ValueError if `text` is not JSON."""
+    """Return the value of a JSON text. If the text is not JSON, raise ValueError."""
     if not isinstance(text, (str, bytes)):
         raise ValueError("JSON is stored as text")
     try:
         return from_json(text, cache_strings="keys")
     except ValueError:
-        # The function `from_json` reads at most 200 nested levels, but `encode_json` accepts 254 levels.
+        # The function `from_json()` reads at most 200 nested levels, but `encode_json()` accepts 254 levels.
         return json.loads(text)
 
 
@@ -104,7 +105,7 @@ ResultJson = Annotated[JsonValue, _within(MAX_RESULT_BYTES)]
 class JsonColumn(TypeDecorator[Any]):
     """Column type for JSON, stored as text on both engines.
 
-    A JSON type of an engine would change the order of keys, -0.0, large integers or NUL.
+    A database's own JSON type would change the order of keys, -0.0, large integers or NUL characters.
 
     Args:
         none_as_null: True to store None as SQL NULL (default) or as the JSON text `null`.

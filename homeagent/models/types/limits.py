@@ -10,7 +10,7 @@ MAX_LIMIT = 2**31 - 1
 
 
 def check_limit(value: int, what: str = "limit") -> int:
-    """Return the value if it is an int from 1 to `MAX_LIMIT`, else raise InvalidArgumentError."""
+    """Return the value if it is an int from 1 to `MAX_LIMIT`. Otherwise raise InvalidArgumentError."""
     if type(value) is not int or not 1 <= value <= MAX_LIMIT:
         raise InvalidArgumentError(f"{what} must be a whole number from 1 to {MAX_LIMIT:,}")
     return value

@@ -13,8 +13,9 @@ from pydantic_core import PydanticUndefined
 from sqlalchemy import BigInteger, Integer
 from sqlalchemy.types import TypeEngine
 
-# These two names have no public counterpart in SQLModel. The class `FieldInfoMetadata` holds the arguments of
-# SQLModel's `Field`. The function `get_sa_type_from_field` returns the type of a field without None and annotations.
+# SQLModel has no public counterparts of the two imported names. The class `FieldInfoMetadata` holds the arguments of
+# SQLModel's function `Field()`. The function `get_sa_type_from_field` returns the type of a field without None and
+# annotations.
 from sqlmodel._compat import get_sa_type_from_field
 from sqlmodel.main import FieldInfoMetadata
 
@@ -28,13 +29,13 @@ __all__ = ["choose_column_type"]
 
 
 def choose_column_type(field: FieldInfo, what: str) -> None:
-    """Set the column type of a field, if the field's definition does not set `sa_type` or `sa_column`.
+    """Set the column type of a field if its definition has neither `sa_type` nor `sa_column`.
 
-    Both engines then store the same values in the same order. For other types than those of `_column_type`, SQLModel
-    chooses the column type.
+    With these column types, both engines store the same values in the same order. If `_column_type()` does not know the
+    type of the field, SQLModel chooses the column type.
 
     Raises:
-        InvalidArgumentError: if the field is a datetime without the checks of `Timestamp`.
+        InvalidArgumentError: if the field is a datetime without the checks of the type `Timestamp`.
     """
     given = next((each for each in field.metadata if isinstance(each, FieldInfoMetadata)), None)
     if given is not None and not (given.sa_type is given.sa_column is PydanticUndefined):
@@ -63,7 +64,7 @@ def _column_type(kind: Any, field: FieldInfo, what: str) -> TypeEngine[Any] | No
     if issubclass(kind, str):
         return text_column()
     if issubclass(kind, int):
-        # PostgreSQL's INTEGER has 32 bits. SQLite's key must be INTEGER, or SQLite does not assign the key.
+        # PostgreSQL's INTEGER has 32 bits. SQLite assigns a primary key only if its type is INTEGER.
         return BigInteger().with_variant(Integer(), "sqlite")
     if issubclass(kind, datetime):
         if TIMESTAMP_CHECK not in _parts(field.rebuild_annotation()):

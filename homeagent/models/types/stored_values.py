@@ -25,7 +25,7 @@ _REMEDY = (
 def naming_column(table: Table) -> str:
     """Return the name of the column that identifies a row in an error message.
 
-    The column is `device_id` if the table has that column, else the primary key.
+    This column is `device_id` if the table has such a column, and otherwise the primary key.
 
     The keys of nonces and idempotency keys are secret, so an error must not show the keys.
     """
@@ -40,18 +40,19 @@ def unreadable() -> CorruptDatabaseError:
 def unreadable_in(
     table: Table, column: str | None, key: object, what: str = "holds a value that can't be read"
 ) -> CorruptDatabaseError:
-    """Return the error for an unreadable value. The message does not show the value.
+    """Return the error for an unreadable value. The error message does not show the value.
 
-    The argument `key` is the row's value in `naming_column`. The arguments `column` and `key` are None if unknown.
+    The argument `key` is the row's value in the column of `naming_column()`. If the column or the key is unknown, the
+    arguments `column` and `key` are None.
     """
     row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
     return CorruptDatabaseError(f"{table.name}{'' if column is None else f'.{column}'} {what}{row}; {_REMEDY}")
 
 
 def loaded(convert: Callable[[Any], T], value: Any) -> T:
-    """Convert a stored value. Raise CorruptDatabaseError if the value is unreadable."""
+    """Convert a stored value to a Python value. Raise CorruptDatabaseError if the value is unreadable."""
     try:
         return convert(value)
     except UNREADABLE:
-        # Do not chain the cause, because the error of json shows the text, which can be a secret.
+        # Do not chain the original error, because an error of the module json shows the text, which can be a secret.
         raise unreadable() from None

@@ -59,10 +59,11 @@ _EMOJI_STYLES = frozenset("\ufe0e\ufe0f")
 
 
 def _check_text(value: str, what: str, octets: int) -> str:
-    """Return the value if it has 1 to `octets` bytes of UTF-8 and no control character or lone surrogate."""
+    """Return the value if it has 1 to `octets` bytes of UTF-8, no control character and no lone surrogate."""
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
-    # Look at the characters first, because a lone surrogate has no UTF-8. Do not look at a text that is too long.
+    # Check the characters before the length in bytes, because a lone surrogate has no UTF-8. Do not check the
+    # characters of a text that is too long.
     if 1 <= len(value) <= octets:
         if not value.isprintable() and any(unicodedata.category(each) in _REFUSED_CATEGORIES for each in value):
             raise InvalidArgumentError(f"{what} has a control character or a lone surrogate: remove it")
@@ -73,14 +74,14 @@ def _check_text(value: str, what: str, octets: int) -> str:
     )
 
 
-# Caches of valid ids from recent checks. A gateway uses the same few ids again and again.
+# Caches of ids that were valid in recent checks. A gateway uses the same few ids again and again.
 _valid: dict[int, set[str]] = {MAX_ID_BYTES: set(), MAX_LABEL_BYTES: set()}
 _VALID_KEPT = 8192
 
 
 def _check_id(value: str, what: str, octets: int) -> str:
     valid = _valid[octets]
-    # Look up only a str, because an object of another type can be unhashable or can compare equal to a str.
+    # Search the cache only for a str, because an object of another type can be unhashable, or equal to a str.
     if value.__class__ is str and value in valid:
         return value
     _check_text(value, what, octets)
@@ -98,16 +99,16 @@ def _check_id(value: str, what: str, octets: int) -> str:
 
 
 def _is_visible(text: str, place: int) -> bool:
-    """Return True if an id can have the character at this place.
+    """Return True if an id can have the character at this place of the text.
 
-    The joiners U+200C and U+200D must be between two letters or emoji. A style of an emoji (U+FE0E or U+FE0F) must
+    The joiners U+200C and U+200D must be between two letters or emoji. A variation selector (U+FE0E or U+FE0F) must
     follow an emoji. Every other character must be visible.
     """
     character = text[place]
     if not INVISIBLE.match(character) and unicodedata.category(character) != "Cf":
         return True
     if character in _JOINERS:
-        # A letter can have marks, such as the virama, and an emoji can have a style and a colour of the skin.
+        # A letter can have marks, such as the virama. An emoji can have a variation selector and a colour of the skin.
         before = next((each for each in reversed(text[:place]) if not _is_modifier(each)), "")
         return _is_letter_or_emoji(before) and _is_letter_or_emoji(text[place + 1 : place + 2])
     return character in _EMOJI_STYLES and place > 0 and _is_emoji(text[place - 1])
@@ -118,7 +119,7 @@ def _is_modifier(character: str) -> bool:
 
 
 def _is_emoji(character: str) -> bool:
-    # The category of U+2194, which is also an emoji, is Sm.
+    # The Unicode category of U+2194, which is also an emoji, is Sm.
     return character == "\u2194" or unicodedata.category(character) == "So"
 
 
@@ -127,7 +128,7 @@ def _is_letter_or_emoji(character: str) -> bool:
 
 
 def check_identifier(value: str, what: str = "an id") -> str:
-    """Return the value if it is a valid id of a new device or agent, else raise InvalidArgumentError.
+    """Return the value if it is a valid id of a new device or agent. Otherwise raise InvalidArgumentError.
 
     An id has 1 to 512 bytes of UTF-8. An id can contain `/`, but not a backslash, a control character or an invisible
     character, and no segment between slashes is `.` or `..`. The joiners U+200C and U+200D are allowed between letters
@@ -137,15 +138,15 @@ def check_identifier(value: str, what: str = "an id") -> str:
 
 
 def check_session_id(value: str, what: str = "an id") -> str:
-    """Return the value if it is a valid id of a new session, else raise InvalidArgumentError.
+    """Return the value if it is a valid id of a new session. Otherwise raise InvalidArgumentError.
 
-    The rules are those of `check_identifier`, but the id can have up to 1,024 bytes.
+    The rules are the same as for `check_identifier()`, but the id can have up to 1,024 bytes.
     """
     return _check_id(value, what, MAX_LABEL_BYTES)
 
 
 def check_label(value: str, what: str = "a label") -> str:
-    """Return the value if it is valid as a new key, nonce, sender or channel, else raise InvalidArgumentError.
+    """Return the value if it is valid as a new key, nonce, sender or channel. Otherwise raise InvalidArgumentError.
 
     A label has 1 to 1,024 bytes of UTF-8 and no control character. Invisible characters are allowed, because a
     telephone number that was copied from an address book can contain bidirectional marks.
@@ -156,12 +157,12 @@ def check_label(value: str, what: str = "a label") -> str:
 
 
 def check_optional_label(value: str | None, what: str) -> str | None:
-    """Return the value if the value is None or passes `check_label`."""
+    """Return the value if it is None or passes the check `check_label()`."""
     return None if value is None else check_label(value, what)
 
 
 def check_name(value: str, what: str = "a name") -> str:
-    """Return the value if it is valid as a new method, name, reason or hash, else raise InvalidArgumentError.
+    """Return the value if it is valid as a new method, name, reason or hash. Otherwise raise InvalidArgumentError.
 
     A name has 1 to 512 bytes of UTF-8, no control character, and no bidirectional control.
     """
@@ -174,9 +175,9 @@ def check_name(value: str, what: str = "a name") -> str:
 
 
 def check_searched(value: str, what: str) -> str:
-    """Return the value if it is a str, else raise InvalidArgumentError.
+    """Return the value if it is a str. Otherwise raise InvalidArgumentError.
 
-    A search accepts every str, because an older row, or a row of another program, can break the rules for new texts.
+    A search accepts every str, because rows of earlier versions or other programs can break the rules for new texts.
     """
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
@@ -188,7 +189,9 @@ MIN_SECRET_CHARACTERS = 8
 
 
 def check_new_secret(secret: SecretStr) -> SecretStr:
-    """Return a new secret of a device if it is a `SecretStr` and long enough, else raise InvalidArgumentError."""
+    """Return the value if it is a SecretStr that is long enough for a new secret. Otherwise raise
+    InvalidArgumentError.
+    """
     if not isinstance(secret, SecretStr):
         raise InvalidArgumentError(f"a secret must be a SecretStr, not {type(secret).__name__}")
     if len(secret) < MIN_SECRET_CHARACTERS:
@@ -203,7 +206,8 @@ def _check_path(value: str) -> str:
     return _check_text(value, "a workspace path", 4096)
 
 
-# Pydantic calls a validator with one argument or two, and the second argument of the checks has another meaning.
+# Wrap the checks, because Pydantic could pass a second argument to a validator, and the second argument of the checks
+# has another meaning.
 
 
 def _as_identifier(value: str) -> str:

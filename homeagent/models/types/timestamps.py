@@ -37,7 +37,7 @@ LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
 _ZERO = timedelta(0)
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _CACHED_TIMESTAMPS = 8192
-# Each unit floors the clock. Subtracting one of these durations takes a quarter of the time of
+# Each unit of work floors the time of the clock. Subtracting a prepared duration takes a quarter of the time of
 # `replace(microsecond=…)`.
 _MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))
 
@@ -65,17 +65,18 @@ def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
     """Return the value in UTC, floored to whole milliseconds, or the current time if the value is None or later than
     now.
 
-    Use this function for the time of a past event. If the value is later than the current time, the clock of the caller
-    is ahead. The errors are those of `check_timestamp`.
+    The function is for the time of a past event. A later value shows that the clock of the caller is ahead. The
+    function raises the same errors as `check_timestamp()`.
     """
     return now if value is None else min(check_timestamp(value, what), now)
 
 
 def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Return the value if the duration is long enough. The minimum is a millisecond, or zero with `zero=True`.
+    """Return the value if it is a duration that is long enough. The shortest valid duration is a millisecond, or zero
+    with `zero=True`.
 
     Raises:
-        InvalidArgumentError: if the duration is shorter, or `value` is not a timedelta.
+        InvalidArgumentError: if the duration is too short, or the value is not a timedelta.
     """
     if not isinstance(value, timedelta):
         raise InvalidArgumentError(f"{what} must be a timedelta, not {type(value).__name__}")
@@ -85,7 +86,7 @@ def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timede
 
 
 def check_wait(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Check `value` by `check_duration`. Return the value, or `LONGEST_WAIT` if `value` is longer."""
+    """Check the value by the function `check_duration()`. Return the value, but at most `LONGEST_WAIT`."""
     return min(check_duration(value, what, zero=zero), LONGEST_WAIT)
 
 
@@ -119,7 +120,7 @@ def _as_timestamp(value: datetime) -> datetime:
 
 
 def _refuse_number(value: object) -> object:
-    # Pydantic would read a number as seconds or as milliseconds, depending on the size of the number.
+    # Refuse numbers, because Pydantic reads a large number as milliseconds and a small number as seconds.
     if isinstance(value, (int, float)):
         raise ValueError("must be an aware datetime or its ISO 8601 text, not a number")
     return value
@@ -138,7 +139,7 @@ In a `Table`, the column stores whole milliseconds since 1970, as INTEGER on SQL
 def _timestamp_of(milliseconds: float) -> datetime:
     """Return the timestamp of a stored value.
 
-    Raise ValueError for a text or a BLOB, which another program can store.
+    For a text or a BLOB, which another program can store, raise ValueError.
     """
     if not isinstance(milliseconds, (int, float)):
         raise ValueError("a timestamp is stored as a number")
@@ -148,7 +149,7 @@ def _timestamp_of(milliseconds: float) -> datetime:
 class _TimestampCache(dict[int, datetime]):
     """Cache of loaded timestamps by milliseconds, for pages that are read repeatedly.
 
-    A hit takes a fifth of the time that a new timestamp takes. A miss takes twice that time.
+    A hit in the cache takes a fifth of the time of creating a new timestamp, and a miss takes twice that time.
     """
 
     def __missing__(self, milliseconds: int) -> datetime:
@@ -159,7 +160,9 @@ class _TimestampCache(dict[int, datetime]):
 
 
 class TimestampColumn(TypeDecorator[datetime]):
-    """Column type for a timestamp in milliseconds since 1970. It is INTEGER on SQLite and BIGINT on PostgreSQL."""
+    """Column type for a timestamp in milliseconds since 1970. The column is INTEGER on SQLite and BIGINT on
+    PostgreSQL.
+    """
 
     impl = BigInteger
     cache_ok = True
@@ -173,11 +176,12 @@ class TimestampColumn(TypeDecorator[datetime]):
         return None if value is None else self.convert_bound(value)
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
-        """Return the timestamp of these milliseconds, in UTC."""
+        """Return the timestamp of a number of milliseconds, in UTC."""
         return None if value is None else loaded(self.convert_loaded, value)
 
-    # The code generated for each statement reads these attributes and bypasses SQLAlchemy's layers. For a statement
-    # with many rows, the code uses `loaded_values`. The values are not None.
+    # The code that is generated for each statement reads these attributes of the column type, and bypasses SQLAlchemy's
+    # layers. For a statement with many rows, the generated code uses the function `loaded_values()`. None of the values
+    # is None.
 
     @staticmethod
     def convert_bound(value: datetime) -> int:
@@ -190,7 +194,7 @@ class TimestampColumn(TypeDecorator[datetime]):
 
     @staticmethod
     def convert_loaded(value: int) -> datetime:
-        """Return the timestamp of these milliseconds, in UTC."""
+        """Return the timestamp of a number of milliseconds, in UTC."""
         return _timestamp_of(value)
 
     loaded_values = _TimestampCache()
