@@ -74,7 +74,7 @@ V = TypeVar("V", bound=UnitOfWork, default=UnitOfWork)
 class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     """An open operational store. All threads of a process can share one `Database`.
 
-    The type parameter is the class of the units. A `Database[HubUnit]` is also a `Database`.
+    The type parameter is the class of the units. An object of the type `Database[HubUnit]` is also a `Database`.
 
     A forked child process must open the database again. Open a database with `Database.open`. Close the database with
     `close()`, or use a `with` block.
@@ -112,30 +112,35 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         acknowledged: Collection[str] = (),
         limits: Limits = _DEFAULT_LIMITS,
     ) -> Database[V]:
-        """Open a database. Create or upgrade its schema first if necessary (see `homeagent.environment` for defaults).
+        """Open a database. If necessary, first create or upgrade its schema. The module `homeagent.environment` has the
+        defaults of some arguments.
 
         Args:
-            target: path, URL, or `":memory:"` for a private temporary database. None means the value of the environment
-                variable `HOMEAGENT_DATABASE`. If the variable is not set, None means `~/.homeagent/homeagent.db`.
-            clock: function that returns the current time. Each store method calls `clock` once.
-            busy_timeout: longest wait of a unit for the write lock or a connection. A value over 24 days counts as 24
-                days.
-            durability: with "full", every commit is synced to the disk. With "normal", a power cut can lose the last
-                commits, and an attacker can replay a message if the commit of the message's nonce was lost.
+            target: path, URL, or `":memory:"` for a private temporary database. With None, the target is the value of
+                the environment variable `HOMEAGENT_DATABASE`. If the variable is not set, the target is
+                `~/.homeagent/homeagent.db`.
+            clock: function that returns the current time. Each store method calls this function once.
+            busy_timeout: longest wait of a unit for the write lock or a connection. A wait of over 24 days is shortened
+                to 24 days.
+            durability: level of durability. With "full", every commit is synced to the disk. With "normal", a power cut
+                can lose the last commits. An attacker can then replay a message whose nonce was lost.
             migrate: True to create or upgrade the schema. A file that holds data is backed up before an upgrade.
-            pool_size: maximum number of writing units at the same time on PostgreSQL, 1 to 1,000. The same number
-                of reading units can run at the same time. SQLite ignores `pool_size` because SQLite has one writer.
+            pool_size: maximum number of writing units at the same time on PostgreSQL, 1 to 1,000. The same number of
+                reading units can run at the same time as the writing units. SQLite ignores `pool_size` because SQLite
+                has one writer.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
-            migrations: the application's own Alembic revisions, which run last, as `"package:folder"` or as a path.
+            migrations: the application's own Alembic revisions, as "package:folder" or as a path. They run after
+                homeagent's revisions.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
-            acknowledged: names of the application's triggers on homeagent's tables. Only these triggers are accepted.
+            acknowledged: names of the application's triggers on homeagent's tables. The checks of the schema accept
+                only triggers with these names.
             limits: limits of the rows that devices can create, and of the work that strangers can cause.
 
         Raises:
             InvalidArgumentError: if `target` or another argument is invalid.
             SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
-            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file cannot be used. The file was not
-                changed.
+            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file cannot be used. In this case
+                `Database.open()` did not change the file.
             DatabaseError: if the database cannot be opened for another reason.
         """
         given = conceal(target)
@@ -192,40 +197,42 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
     @cached_property
     def devices(self) -> DeviceStore:
-        """The store of devices. Each call is a separate unit (see `Database.store`)."""
+        """The store of devices. Each call of a method is a separate unit (see `Database.store()`)."""
         return self.store(DeviceStore)
 
     @cached_property
     def agents(self) -> AgentStore:
-        """The store of agents. Each call is a separate unit."""
+        """The store of agents. Each call of a method is a separate unit."""
         return self.store(AgentStore)
 
     @cached_property
     def sessions(self) -> SessionStore:
-        """The store of sessions. Each call is a separate unit."""
+        """The store of sessions. Each call of a method is a separate unit."""
         return self.store(SessionStore)
 
     @cached_property
     def nonces(self) -> NonceStore:
-        """The store of consumed nonces. Each call is a separate unit, so a consumed nonce cannot be rolled back."""
+        """The store of consumed nonces. Each call of a method is a separate unit, so a consumed nonce cannot be rolled
+        back.
+        """
         return self.store(NonceStore)
 
     @cached_property
     def idempotency_keys(self) -> IdempotencyKeyStore:
-        """The store of idempotency keys. Each call is a separate unit."""
+        """The store of idempotency keys. Each call of a method is a separate unit."""
         return self.store(IdempotencyKeyStore)
 
     def store(self, kind: type[S]) -> S:
-        """Return a store whose every method call is a separate unit of work.
+        """Return a store that runs each call of a method as a separate unit of work.
 
-        A read is one statement in autocommit mode and takes no lock. If a write depends on a read, use a unit of work
-        for both. A write uses `run()`. If the thread already has an open write unit, a write raises UnitStateError.
+        A reading method of the store is one statement in autocommit mode and takes no lock. If a write depends on a
+        read, use a unit of work for both. A writing method uses `Database.run()`. If the thread already has an open
+        write unit, a writing method raises `UnitStateError`.
 
-        A method of an own store with several statements runs in one unit. homeagent learns about the second statement
-        when the method sends it, and then calls the method again in the unit.
+        If a method of an application's store sends a second statement, homeagent calls the method again in one unit.
 
         Args:
-            kind: class of the store, such as `DeviceStore`, or the application's own store.
+            kind: class of the store, such as `DeviceStore` or a store of the application.
 
         Raises:
             InvalidArgumentError: if the argument `kind` is not the class of a store.
@@ -239,14 +246,15 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
         The iterator gets a change within 0.3 s of the commit, under asyncio or trio. One task at a time can use the
         iterator. If the feed lacks changes, because they were deleted or the store was restored, the iterator gets a
-        change of the kind `reset`. Then read all devices again. The method `aclose` of the iterator ends the iteration.
+        change of the kind `reset`. After this change, read all devices again. The method `aclose()` of the iterator
+        ends the iteration.
 
         Args:
-            after: number of the last change that the caller has read. Default: the newest change at the time of the
-                call. `watch_devices` then reads this number from the database.
+            after: number of the last change that the caller has read. By default, `watch_devices()` reads the number of
+                the newest change from the database.
 
         Raises:
-            InvalidArgumentError: if `after` is not a number of a change.
+            InvalidArgumentError: if the argument `after` is not a number of a change.
             DatabaseError: if the database cannot be read. The iterator raises this error if the feed could not be read
                 for 5 s.
             DatabaseClosedError: if the database was closed, or was opened before a fork. A waiting iterator also raises
@@ -262,7 +270,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         two such connections can be in use at the same time.
 
         Raises (when the block is entered):
-            DatabaseBusyError: if both connections are in use for the whole `busy_timeout`.
+            DatabaseBusyError: if both read-only connections are in use for the whole `busy_timeout`.
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
         return self._engine.read_connection(self._timeout)
@@ -279,7 +287,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
                 other.
 
         Raises (when the block is entered):
-            DatabaseBusyError: if the unit did not get the write lock or a connection within `busy_timeout`.
+            DatabaseBusyError: if the unit did not get the write lock or a connection within the `busy_timeout`.
             UnitStateError: if this thread already has an open write unit.
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
@@ -288,9 +296,9 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def run(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Call your function inside a unit of work, and call the function again after an error that a retry can solve.
 
-        Such errors are a busy database, a serialization failure, a deadlock, a connection that was lost before
-        COMMIT was sent, and a server that restarts or fails over. The pauses between tries grow. The last try begins
-        before `busy_timeout` is over.
+        A retry can solve the errors of a busy database, a serialization failure, a deadlock, a connection that was lost
+        before COMMIT was sent, and a server that restarts or fails over. The pauses between tries grow. The last try
+        begins before the `busy_timeout` is over.
 
         On SQLite, waiting write units share one commit, and each unit has a savepoint. The database's writer thread
         calls the functions, with the context variables of their callers. If a function raises an exception, only the
@@ -299,36 +307,38 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         Args:
             work: function of the unit. The database can call this function several times, so the function must have no
                 side effect outside the unit.
-            read_only: see `unit_of_work`.
-            idempotent: True if two runs of the function have the same result as one run. If True, the function also
+            read_only: the same as for `unit_of_work()`.
+            idempotent: True if two runs of the function have the same result as one run. With True, the function also
                 runs again after the connection was lost during COMMIT.
 
         Returns:
             Return value of the function, after the commit.
 
         Raises:
-            InvalidArgumentError: if the function is a coroutine function. No change was made.
-            DatabaseBusyError: if the database was busy for the whole `busy_timeout`, or if another function delayed
-                the shared commit for the whole `busy_timeout`. No change was made.
-            ConnectionLostError: if the server was not reachable within `busy_timeout`. No change was made.
-            CommitUnknownError: if the connection was lost during COMMIT. Check whether the commit took place.
+            InvalidArgumentError: if the argument is a coroutine function. In this case the call changed no row.
+            DatabaseBusyError: if the database was busy for the whole `busy_timeout`, or if another function delayed the
+                shared commit for this time. In this case the call changed no row.
+            ConnectionLostError: if the server was not reachable within the `busy_timeout`. In this case the call
+                changed no row.
+            CommitUnknownError: if the connection was lost during COMMIT. Check whether the commit took place before you
+                repeat the call.
         """
         return self._runner.run(_on_unit(work), read_only=read_only, idempotent=idempotent)
 
     async def arun(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Do the same as `run()` for a coroutine, under asyncio or trio. The function runs in another thread.
+        """Do the same as `Database.run()` for a coroutine, under asyncio or trio. The function runs in another thread.
 
         If the caller is cancelled under asyncio before the unit begins, the unit does not run. If the unit has begun,
         a cancelled caller still waits for the end of the unit.
 
         Args:
             work: ordinary function, which runs with the caller's context variables.
-            read_only: see `unit_of_work`.
-            idempotent: see `run()`.
+            read_only: the same as for `unit_of_work()`.
+            idempotent: the same as for the method `run()`.
 
         Raises:
-            InvalidArgumentError, DatabaseBusyError, ConnectionLostError, CommitUnknownError: in the same cases as
-                `run()`.
+            InvalidArgumentError, DatabaseBusyError, ConnectionLostError, CommitUnknownError: in the same cases as for
+                `Database.run()`.
         """
         return await self._runner.arun(_on_unit(work), read_only=read_only, idempotent=idempotent)
 
@@ -352,24 +362,24 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
         Args:
             scope: identity of the call, which consists of the device, the method and the key that the device chose.
-            effect: function that gets the attempt and returns any JSON value. The function can pass
-                `attempt.downstream_key` to another service. If the function raises EffectFailedError, the error is
-                stored and replayed. If the function raises EffectNotStartedError, the key is free again. After any
-                other exception the outcome is unknown.
+            effect: function that gets the attempt and returns any JSON value. The function can pass the text
+                `attempt.downstream_key` to another service. If the function raises `EffectFailedError`, the error is
+                stored, and later calls raise it. If the function raises `EffectNotStartedError`, the key is free again.
+                After any other exception of the function, the outcome is unknown.
             params: parameters of the call. If the same key is used with other parameters, `run_once()` raises
                 FingerprintMismatchError.
             lease: time without a renewal after which an attempt counts as abandoned.
             ttl: time for which the outcome is replayed.
-            on_abandoned: action after an abandoned attempt. The values are "refuse", "rerun", or a function that gets
-                the new attempt and returns the outcome.
+            on_abandoned: action if an earlier attempt of the key was abandoned. The action is "refuse", "rerun", or a
+                function that gets the new attempt and returns the outcome.
 
         Raises:
-            InvalidArgumentError: if an argument is invalid. For a coroutine function, use `arun_once()`.
+            InvalidArgumentError: if an argument is invalid. For a coroutine function, use the method `arun_once()`.
             FingerprintMismatchError: if the key was used with other parameters.
-            IdempotencyInProgressError: if another caller runs the effect now. Try again after `retry_after`.
-            OutcomeUnknownError: if an attempt was abandoned, and the action is "refuse".
-            LeaseLostError: if the effect ran, but another caller took the key over or deleted the key meanwhile.
-            EffectFailedError, EffectNotStartedError: if the effect raised this error.
+            IdempotencyInProgressError: if another caller runs the effect now. Try again after the time `retry_after`.
+            OutcomeUnknownError: if an earlier attempt was abandoned, and the argument `on_abandoned` is "refuse".
+            LeaseLostError: if the effect ran, but another caller took over or deleted the key in the meantime.
+            EffectFailedError, EffectNotStartedError: if the effect of this key raised the error.
         """
         call = OnceCall.of(
             scope,
@@ -395,12 +405,13 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     ) -> Outcome:
         """Do the same as `run_once()` for an effect that is a coroutine function, under asyncio or trio.
 
-        If the caller is cancelled, the effect is also cancelled. If the outcome is already known, it is still recorded.
+        If the caller is cancelled, the effect is also cancelled. If the outcome is already known at the cancellation,
+        it is still recorded.
         """
         call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned, effect=effect)
         return await arun_once(partial(self._runner.arun, idempotent=True), self._lease_timer, call, effect)
 
 
 def _on_unit(work: Callable[[U], T]) -> Callable[[UnitOfWork], T]:
-    """Return the function with the type that the runner expects. The runner calls the function with a `U`."""
+    """Return the function with the type that the class `Runner` expects, which calls it with a unit of the class U."""
     return cast("Callable[[UnitOfWork], T]", work)

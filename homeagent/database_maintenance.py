@@ -42,7 +42,7 @@ class DatabaseMaintenance:
     _closed: bool
 
     def ping(self) -> None:
-        """Check that the database answers. The check reads the only row of the table `store`, without a lock.
+        """Check that the database answers. The method reads the only row of the table `store`, without a lock.
 
         Raises:
             DatabaseError: if the database cannot be read, was moved or is closed.
@@ -59,7 +59,7 @@ class DatabaseMaintenance:
 
         Args:
             batch_size: maximum number of rows that one unit deletes.
-            time_budget: maximum duration. With None, `sweep()` continues until no such row is left.
+            time_budget: maximum duration. With None, the sweep continues until no expired row is left.
         """
         return self._sweep(batch_size=batch_size, time_budget=time_budget)
 
@@ -93,15 +93,15 @@ class DatabaseMaintenance:
         `Database.close` stops the thread.
 
         Args:
-            every: time between two sweeps, at most 24 days. The first sweep begins at once.
-            backups: schedule of backups, which the thread makes after a sweep. With None, the thread makes no backups.
-                A failed backup is logged and tried again after the next sweep.
-            check_every: time between two checks of a SQLite file's content, which the thread makes after a sweep. With
-                None, the thread makes no checks. If a check finds damage, every later unit of this database raises
-                CorruptDatabaseError.
+            every: time between two sweeps, at most 24 days. The first sweep begins when the thread starts.
+            backups: schedule of the backups that the thread makes after a sweep. With None, the thread makes no
+                backups. A failed backup is logged and tried again after the next sweep.
+            check_every: time between two checks of the content of a SQLite file. The thread makes a check after a
+                sweep. With None, the thread makes no checks. If a check finds damage, every later unit of this database
+                raises CorruptDatabaseError.
 
         Raises:
-            DatabaseError: if the argument `backups` is given and the database is on PostgreSQL.
+            DatabaseError: if the argument `backups` is given, and the database is on PostgreSQL.
             DatabaseClosedError: if the database was closed.
         """
         from homeagent.maintenance.sweep import Sweeper
@@ -133,7 +133,8 @@ class DatabaseMaintenance:
         return sweeper
 
     def backup(self, destination: str | PathLike[str], *, keep: int | None = None, replace: bool = False) -> Path:
-        """Make a verified backup of one snapshot while other units write. The file never appears before it is complete.
+        """Make a verified backup of one snapshot while other units write. The backup gets its name only after it is
+        complete.
 
         The backup is a single file with mode 0600, and can be opened on a read-only medium. The manifest file
         `<backup>.json` is next to the backup and has the time, the schema's revision, the number of rows of each table,
@@ -143,8 +144,9 @@ class DatabaseMaintenance:
             destination: path of a new file, or of a directory. In a directory, the name of the new file contains the
                 schema's revision and the time. If the path has a final slash and does not exist, a directory with mode
                 0700 is created.
-            keep: number of this database's backups to keep in the directory. Older backups are deleted. Files without a
-                manifest, copies made by upgrades and backups of other databases do not count and are not deleted.
+            keep: number of this database's backups to keep in the directory. Backups beyond this number are deleted,
+                the oldest first. Files without a manifest, copies made by upgrades and backups of other databases do
+                not count and are not deleted.
             replace: True to replace an existing file.
 
         Returns:
@@ -153,9 +155,9 @@ class DatabaseMaintenance:
         Raises:
             InvalidArgumentError: if the destination exists or cannot be a backup.
             CorruptDatabaseError: if the database is damaged.
-            DiskFullError, ReadOnlyError, InsecureFileError, DatabaseError: if the backup cannot be written. No part of
-                the backup is left behind, and no older backup was deleted.
-            DatabaseError: if the database is on PostgreSQL. The message names PostgreSQL's own tools.
+            DiskFullError, ReadOnlyError, InsecureFileError, DatabaseError: if the backup cannot be written. In this
+                case no part of the new backup is left behind, and no older backup was deleted.
+            DatabaseError: if the database is on PostgreSQL. The error message names PostgreSQL's own tools.
         """
         from homeagent.maintenance.backups import back_up
 
@@ -182,15 +184,15 @@ class DatabaseMaintenance:
     ) -> maintenance.CopyReport:
         """Copy the whole store into an empty store, for example from SQLite to PostgreSQL. The source does not change.
 
-        The copy is one transaction on the target. Every row is compared with the source before the commit. After an
-        error the target is still empty, and the copy can be repeated. The application's own tables are also copied, if
-        the target was opened with the application's `migrations`.
+        The copy is one transaction on the target database. Every row is compared with the source before the commit.
+        After an error the target is still empty, and the caller can repeat the copy. The application's own tables are
+        also copied, if the target was opened with the application's `migrations`.
 
         Args:
             target: open database at the same revision, without devices, agents, sessions, nonces or idempotency keys.
             live: True if other units may write to the source during the copy. With `live=True`, the target gets the
-                source's state at the beginning of the copy, which is enough for a trial. For a migration, stop all
-                writers first.
+                state of the source at the beginning of the copy, which is enough for a trial. To move a store to
+                another database, stop all writers first.
             leave: names of the application's tables that are not copied.
             progress: function that is called after each page of rows.
 
@@ -201,9 +203,9 @@ class DatabaseMaintenance:
             TargetNotEmptyError: if the target holds data.
             SourceChangedError: if the source changed during the copy, except with `live=True`.
             InvalidArgumentError: if source and target are the same database, or if the target lacks a table of the
-                application. The message names the table.
+                application. The error message names the missing table.
             SchemaOutdatedError, SchemaTooNewError: if the source or the target has the schema of another version.
-            SchemaChangedError: if a schema was changed by hand. On PostgreSQL only triggers and rules are found.
+            SchemaChangedError: if a schema was changed by hand. On PostgreSQL the check finds only triggers and rules.
             CorruptDatabaseError: if the source holds a value that no store writes.
         """
         from homeagent.maintenance.copy_store import copy_store
@@ -222,14 +224,15 @@ class DatabaseMaintenance:
         )
 
     def doctor(self, *, thorough: bool = False, fix: bool = False) -> maintenance.Diagnosis:
-        """Inspect the open database in the same way as `homeagent.diagnose`, with the clock of this database.
+        """Inspect the open database in the same way as the function `homeagent.diagnose()`, with the clock of this
+        database.
 
         Args:
-            thorough: True to make the long checks also.
+            thorough: True to make also the checks that take long.
             fix: True to make the repairs that lose no data. With `fix=False`, the doctor changes no file.
 
         Returns:
-            Findings with their remedies, and the repairs.
+            Report with the findings, their remedies and the repairs.
         """
         from homeagent.maintenance.doctor.diagnosis import diagnose_open
 
@@ -242,7 +245,9 @@ class DatabaseMaintenance:
         )
 
     def counters(self) -> maintenance.DatabaseCounters:
-        """Return this process's counters since the database was opened. The call is cheap enough for every second."""
+        """Return this process's counters since the database was opened. The call is so cheap that a program can make it
+        every second.
+        """
         from homeagent.maintenance.status import report_counters
 
         return report_counters(self._engine)
@@ -272,26 +277,27 @@ class DatabaseMaintenance:
         database is in place.
 
         Args:
-            backup: file that `Database.backup` made, or a copy of a closed database. If the backup has a manifest file,
-                the size, SHA-256 and row counts in the manifest are compared with the backup.
+            backup: file that `Database.backup()` made, or a copy of a closed database. If the backup has a manifest
+                file, the size, SHA-256 and row counts in the manifest are compared with the backup.
             target: database to replace, in the same form as for `Database.open`. The database can be damaged or absent.
             clock: clock for the start of the new epoch. The clock must be right, because the replay guard compares
                 the time of each message with the start of the epoch.
             busy_timeout: longest wait for a process that has the target open.
-            acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open`.
+            acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open()`.
 
         Returns:
             Report of the restore, with the path of the old database.
 
         Raises:
             InvalidArgumentError: if the backup is absent or is the target, or if the target is not a file.
-            DatabaseBusyError: if a process has the target or the backup open. On Linux the message names the process.
+            DatabaseBusyError: if a process has the target or the backup open. On Linux the error message names the
+                process.
             CorruptDatabaseError: if the backup is damaged.
             SchemaTooNewError: if a newer version of homeagent made the backup.
             SchemaChangedError: if the backup's schema was changed by hand, for example by a trigger on the devices.
             ForeignDatabaseError: if the backup or the target belongs to another application.
-            DatabaseError: if another step failed. If the last step failed, the next call of `Database.open` finishes
-                the restore. After a failure of an earlier step, the target is unchanged.
+            DatabaseError: if any other step of the restore failed. If the last step failed, the next call of
+                `Database.open()` finishes the restore. After a failure of an earlier step, the target is unchanged.
         """
         from homeagent.maintenance.restore import restore
 
@@ -309,9 +315,9 @@ class DatabaseMaintenance:
         """Begin a new epoch after another program restored an older state of the database. No process may have the
         database open.
 
-        Call `begin_epoch()` after you restored the database with PostgreSQL's tools, or from a snapshot of a disk or a
-        virtual machine. Such a database has lost the nonces that were consumed after the backup. In the new epoch the
-        replay guard refuses the messages of these nonces.
+        Call `begin_epoch()` after you have restored the database with PostgreSQL's tools, or from a snapshot of a disk
+        or a virtual machine. The restored database lacks the nonces that were consumed after the backup. In the new
+        epoch, the replay guard refuses the messages of the lost nonces.
 
         Args:
             target: database, in the same form as for `Database.open`.
@@ -319,7 +325,7 @@ class DatabaseMaintenance:
             busy_timeout: longest wait for a process that has the database open.
 
         Raises:
-            DatabaseBusyError: if a process has the database open. That process would continue in the old epoch.
+            DatabaseBusyError: if a process has the database open. This process would continue in the old epoch.
             SchemaOutdatedError: if the database is absent, or has an older schema.
             DatabaseError: if the database cannot be opened for another reason.
         """

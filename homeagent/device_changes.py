@@ -1,11 +1,11 @@
 """Deliver device changes to asynchronous iterators, as described in `Database.watch_devices`.
 
-One thread for each `Database` reads the feed, however many iterators there are. The thread starts with the first
-iterator and ends with the last. The feed itself is in the database, so the thread keeps only the number of the last
-change that it has delivered to each iterator.
+One thread for each `Database` reads the feed, however many iterators there are. The thread starts when the first
+iterator is created, and ends with the last iterator. The feed itself is in the database, so the thread keeps only the
+number of the last change that it has delivered to each iterator.
 
 Each iterator checks the time since the last successful read of the feed, and raises an error after `PATIENCE` seconds.
-Do not leave this decision to the thread: a statement on a lost connection can block the thread for longer
+Do not leave this check to the thread, because a statement on a lost connection can block the thread for longer
 (`test_a_server_that_does_not_answer_ends_the_iterator`).
 """
 
@@ -46,7 +46,7 @@ PATIENCE = 5.0
 _PAGE = 100
 _WAITING = 1000
 
-# Shortest time between two reads, in seconds. Without this limit, the thread would read the feed for each commit of the
+# Shortest time between two reads, in seconds. Without a pause, the thread would read the feed for each commit of the
 # process.
 _PAUSE = 0.005
 
@@ -54,7 +54,7 @@ _CLOSED = "the database was closed, or was opened before the process was forked:
 
 
 class _Subscription:
-    """Changes that wait for one iterator, and the number of the last of these changes."""
+    """The changes that wait for one iterator, and the number of the last of these changes."""
 
     def __init__(self, after: int) -> None:
         self._mutex = threading.Lock()
@@ -71,7 +71,7 @@ class _Subscription:
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
-        """Return the next change. If no change waits, remember the function `wake()`, and return None."""
+        """Return the next change. If no change waits, store the function `wake()`, and return None."""
         with self._mutex:
             if self._changes:
                 return self._changes.popleft()
@@ -88,21 +88,21 @@ class _Subscription:
             self.wake()
 
     def wake(self) -> None:
-        """Wake the iterator. If its event loop was closed, close the subscription."""
+        """Wake the iterator. If the event loop of the iterator was closed, close the subscription."""
         with self._mutex:
             wake, self._wake = self._wake, None
         if wake is not None:
             try:
                 wake()
-            except RuntimeError:  # asyncio and trio raise this error, because the loop has ended
+            except RuntimeError:  # asyncio and trio raise RuntimeError, because the event loop has ended
                 self.is_closed = True
 
 
 class DeviceChanges(AsyncIterator["DeviceChange"]):
     """Asynchronous iterator of device changes, for one task at a time, under asyncio or trio.
 
-    A cancelled wait loses no change. The method `aclose()` ends the iteration. An iterator that is no longer referenced
-    also ends.
+    A cancelled wait loses no change. The method `aclose()` ends the iteration. If a program no longer refers to an
+    iterator, the iterator ends too.
     """
 
     def __init__(self, watcher: DeviceWatcher, after: int) -> None:
@@ -134,16 +134,17 @@ class DeviceChanges(AsyncIterator["DeviceChange"]):
         self._watcher.notify()
 
     def __del__(self) -> None:
-        # Do not call a function that takes a mutex, because the garbage collector can run in any function.
+        # Do not call a function that takes a mutex, because the garbage collector can call this method inside any
+        # function.
         self._subscription.is_closed = True
 
 
 def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
-    """Return a function with which another thread can call a function in the event loop of this task."""
+    """Return a function that another thread calls to run a function in the event loop of this task."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:
-        import trio  # lazy import: an application without trio need not have the package
+        import trio  # import lazily, because an application can lack the package trio
 
         return trio.lowlevel.current_trio_token().run_sync_soon
 
@@ -194,7 +195,8 @@ class DeviceWatcher:
         if self._pipe is None:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
-            # Do not close the pipe earlier. A thread that commits could write into another file with the same number.
+            # Close the pipe only when this object is freed. Otherwise a committing thread could write into another file
+            # that has the same descriptor.
             weakref.finalize(self, _close, self._pipe).atexit = False  # the thread runs until the process ends
         self._read_at, self._error = self._monotonic(), None
         self._thread = threading.Thread(target=self._run, name="homeagent-device-changes", daemon=True)
@@ -206,7 +208,7 @@ class DeviceWatcher:
         self._engine.on_commit = self.notify
 
     def seconds_left(self, subscription: _Subscription) -> float:
-        """Return the time after which the iterator must call this method again.
+        """Return the time after which the iterator must call the method again.
 
         Raises:
             DatabaseError: if the thread could not read the feed for `PATIENCE` seconds.
@@ -221,7 +223,7 @@ class DeviceWatcher:
         ) from self._error
 
     def notify(self) -> None:
-        """Make the thread read the feed now. A commit of this process calls this method."""
+        """Make the thread read the feed without a further pause. Each commit of this process calls the method."""
         if self._pipe is not None and not self._is_notified:
             self._is_notified = True
             os.write(self._pipe[1], b"\0")
@@ -314,7 +316,7 @@ class DeviceWatcher:
             os.read(self._pipe[0], 1)
             if not self._is_closed:
                 time.sleep(max(began + _PAUSE - monotonic(), 0))
-            # Do not move this line after the next read of the feed: the thread would miss a commit in between.
+            # Do not move this line after the next read of the feed, because the thread would miss a commit in between.
             self._is_notified = False
 
 

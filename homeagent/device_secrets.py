@@ -33,10 +33,11 @@ class DeviceSecrets:
     @property
     def _pairing(self) -> Pairing:
         if self._made_pairing is None:
-            # Import lazily, because a process that checks no secret then starts sooner.
+            # Import `homeagent.pairing` lazily, because a process that checks no secret then starts sooner.
             from homeagent.pairing import Pairing
 
-            # Do not create a second `Pairing` in another thread. Each `Pairing` would count failed checks separately.
+            # Do not create a second `Pairing` object in another thread, because each object would count failed checks
+            # separately.
             with self._mutex:
                 if self._made_pairing is None:
                     self._made_pairing = Pairing(self._runner, self._clock, self._limits)
@@ -44,19 +45,20 @@ class DeviceSecrets:
 
     @clears_locals
     def pair(self, request: models.DevicePair) -> models.PairedDevice:
-        """Add a device, which is pending until an administrator approves the device. Store only a hash of the secret.
+        """Add a device, which is pending until an administrator approves the device. The store gets only a hash of the
+        secret.
 
         If an earlier device with this id left idempotency keys, the keys are deleted.
 
         Args:
             request: id, role and metadata of the device, and optionally a chosen secret. If the request has no secret,
-                a secret of 256 random bits is generated.
+                homeagent generates a secret of 256 random bits.
 
         Returns:
             Device and secret. The secret cannot be read again later.
 
         Raises:
-            DeviceExistsError: if a device with this id exists. From this error the caller learns that the id exists.
+            DeviceExistsError: if a device with this id exists. The error tells the caller that the id exists.
             PendingLimitError: if `Limits.pending_devices` devices already wait for approval.
             InvalidArgumentError: if the secret is too long or has a control character.
             TooManyAttemptsError: if the secret was chosen, and `Limits.waiting_hashes` slow hashes already wait.
@@ -65,7 +67,7 @@ class DeviceSecrets:
 
     @clears_locals
     async def apair(self, request: models.DevicePair) -> models.PairedDevice:
-        """Do the same as `pair()` under asyncio or trio, without blocking the event loop."""
+        """Do the same as the method `pair()` under asyncio or trio, without blocking the event loop."""
         return await self._pairing.apair(request)
 
     @clears_locals
@@ -76,10 +78,10 @@ class DeviceSecrets:
 
         Args:
             device_id: presented id.
-            shared_secret: presented secret. During the overlap of a rotation the old secret is also right.
+            shared_secret: presented secret. During the overlap of a rotation, the old secret is right too.
 
         Raises:
-            TooManyAttemptsError, DatabaseBusyError: in the same cases as `check_secret()`.
+            TooManyAttemptsError, DatabaseBusyError: in the same cases as for `check_secret()`.
         """
         return self._pairing.verify_secret(device_id, shared_secret)
 
@@ -92,16 +94,17 @@ class DeviceSecrets:
 
         Args:
             device_id: presented id.
-            shared_secret: presented secret. During the overlap of a rotation the old secret is also right.
+            shared_secret: presented secret. During the overlap of a rotation, the old secret is right too.
 
         Returns:
-            Result of the check, which is true only if the secret is right and the device is approved. If the secret is
-            wrong or the device is absent, the attribute `status` is "denied" and the attribute `device` is None.
+            Result of the check. In an if statement it is true only if the secret is right and the device is approved.
+            If the secret is wrong or the device is absent, the attribute `status` of the result is "denied" and the
+            attribute `device` is None.
 
         Raises:
             TooManyAttemptsError: if `Limits.failed_checks_per_minute` checks of this id failed within a minute in this
-                process, or if `Limits.waiting_hashes` slow hashes already wait. No hash was computed. The right secret
-                is also refused, but a secret in the generated form is always checked.
+                process, or if `Limits.waiting_hashes` slow hashes already wait. In this case no hash was computed. In
+                this case even the right secret is refused. A secret in the form of generated secrets is always checked.
             DatabaseBusyError: if the slow hash could not begin within 30 seconds.
         """
         return self._pairing.check_secret(device_id, shared_secret)
@@ -110,7 +113,7 @@ class DeviceSecrets:
     async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
         """Do the same as `check_secret()` under asyncio or trio, without blocking the event loop.
 
-        Slow hashes have their own worker threads. Therefore `arun()` and checks without a slow hash never wait for a
+        Slow hashes have their own worker threads. Therefore `arun()` and checks without a slow hash do not wait for a
         thread that computes a slow hash.
         """
         return await self._pairing.acheck_secret(device_id, shared_secret)
@@ -133,8 +136,8 @@ class DeviceSecrets:
             proof: 32 bytes. A proof of another length is wrong.
 
         Raises:
-            InvalidArgumentError: if the nonce has a form that `nonces.consume` refuses, the timestamp has no time zone,
-                or the proof is not `bytes`. This check of the arguments does not depend on the device.
+            InvalidArgumentError: if the nonce has a form that `nonces.consume()` refuses, the timestamp has no time
+                zone, or the proof is not bytes. The check of the arguments does not depend on the device.
         """
         return self._pairing.verify_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
@@ -142,15 +145,15 @@ class DeviceSecrets:
     def check_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> models.SecretCheck:
         """Return whether the proof is right, and whether the device is approved, pending or revoked.
 
-        The arguments are those of `verify_proof()`.
+        The arguments are the same as for `verify_proof()`.
 
         Returns:
-            Result of the check, which is true only if the proof is right and the device is approved. If the proof is
-            wrong, the device is absent or the device has no verifier, the attribute `status` is "denied" and the
+            Result of the check. In an if statement it is true only if the proof is right and the device is approved. If
+            the proof is wrong, the device is absent or it has no verifier, the attribute `status` is "denied" and the
             attribute `device` is None.
 
         Raises:
-            InvalidArgumentError: in the same cases as `verify_proof()`.
+            InvalidArgumentError: in the same cases as for `verify_proof()`.
         """
         return self._pairing.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
@@ -162,11 +165,12 @@ class DeviceSecrets:
         return await self._pairing.acheck_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
 
     def proof_parameters(self, device_id: str) -> models.ProofParameters:
-        """Return the salt and the number of iterations with which a device makes proofs. The answer is not secret.
+        """Return the salt and the number of iterations with which a device makes proofs. The salt and the number of
+        iterations are not secret.
 
-        If the device is absent or has no verifier, the answer is derived from the id and a key of the store. A derived
-        answer takes as long as a stored answer, and is the same in all processes and after a restore. A caller can
-        learn only from a change of the answer that a device was paired or deleted, or that its secret was rotated.
+        If the device is absent or has no verifier, the method derives an answer from the id and a key of the store. A
+        derived answer takes as long as a stored answer, and is the same in all processes and after a restore. Only from
+        a change of the answer, a caller can learn that a device was paired or deleted, or that its secret was rotated.
 
         Args:
             device_id: presented id.
@@ -177,7 +181,7 @@ class DeviceSecrets:
         return self._pairing.proof_parameters(device_id)
 
     async def aproof_parameters(self, device_id: str) -> models.ProofParameters:
-        """Do the same as `proof_parameters` under asyncio or trio, without blocking the event loop."""
+        """Do the same as `proof_parameters()` under asyncio or trio, without blocking the event loop."""
         return await self._pairing.aproof_parameters(device_id)
 
     @clears_locals
@@ -188,13 +192,13 @@ class DeviceSecrets:
 
         Args:
             device_id: id of the device. The rotation does not change the device's role and approval.
-            shared_secret: chosen secret. With None, homeagent generates a secret.
-            overlap: time for which the old secret is also right, by default 0. If an earlier rotation has an overlap,
-                that overlap ends at once.
+            shared_secret: chosen secret. If `secret` is None, homeagent generates a secret.
+            overlap: time for which the old secret stays right too, by default 0. If an earlier rotation still has an
+                overlap, its overlap ends at once.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
-            DeviceNotApprovedError: if `overlap` is above 0 and the device is pending or revoked.
+            DeviceNotApprovedError: if the argument `overlap` is above 0, and the device is pending or revoked.
             InvalidArgumentError: if the secret has fewer than 8 characters, is too long or has a control character.
             TooManyAttemptsError: if the secret was chosen, and `Limits.waiting_hashes` slow hashes already wait.
         """

@@ -247,7 +247,7 @@ class Pairing:
                     previous_until=later(self._clock(), overlap, "overlap") if overlap and new != old else None,
                 )
 
-            # If another caller has rotated the secret in the meantime, begin again with that caller's hash.
+            # If another caller has rotated the secret in the meantime, begin again with the new hash.
             if self._runner.run(replace, idempotent=True):
                 return secret
 

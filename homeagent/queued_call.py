@@ -1,6 +1,7 @@
 """A call in the queue of the group commit, with the call's function, state and outcome.
 
-A call has one of these states. The caller moves its call to LEFT. The writer thread makes most other moves.
+The following table has the states of a call. The caller moves its call to the state LEFT. The writer thread makes most
+other changes of the state.
 
 | from | to | when |
 |---|---|---|
@@ -64,7 +65,7 @@ class QueuedCall:
 
     @property
     def is_over(self) -> bool:
-        """True if the caller must stop waiting."""
+        """True if the caller must stop waiting for the call."""
         return self.state is DONE or self.state is ALONE or self.state is LEFT
 
     def outcome(self) -> Any:
@@ -73,7 +74,9 @@ class QueuedCall:
             try:
                 raise self.error
             finally:
-                self.error = None  # The traceback refers to this call, so the error would form a reference cycle.
+                # Remove the error from the call, because the traceback of the error refers to the call, which would
+                # form a reference cycle.
+                self.error = None
         return self.value
 
     def __str__(self) -> str:

@@ -1,8 +1,8 @@
 """Run functions as units of work, and run a unit again after an error if a second run is safe.
 
-In two cases the unit was rolled back and can run again: after a conflict with another unit, and if the connection was
-lost before COMMIT was sent. If the connection was lost after COMMIT was sent, the outcome of the commit is unknown.
-Then the unit runs again only if the caller has passed `idempotent=True`.
+After a conflict with another unit, the database has rolled back the unit, so it can run again. It can also run again if
+the connection was lost before COMMIT was sent. If the connection was lost after COMMIT was sent, the outcome of the
+commit is unknown. After an unknown outcome, the unit runs again only if the caller has passed `idempotent=True`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ T = TypeVar("T")
 RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)
 """Errors after which a unit can run again. After CommitUnknownError, only an idempotent unit can run again."""
 
-# Upper bounds of the first and of the longest pause before a retry, in seconds. Each pause is random.
+# Upper bounds of the first and of the longest pause before a retry, in seconds. Each pause is random, up to its bound.
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
 
 class Runner:
-    """Runs functions as units of work of one database. The retries of a unit end after `settings.timeout`."""
+    """Runs functions as units of work of one database. The retries of a unit end after the time `settings.timeout`."""
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
@@ -75,7 +75,8 @@ class Runner:
             await asyncio.sleep(pause)
 
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
-        """Call the function `work()` in a worker thread. Wait for its end even if the caller is cancelled meanwhile.
+        """Call the function `work()` in a worker thread. Wait for the end of the call even if the caller is cancelled
+        meanwhile.
 
         Args:
             work: function that can block.
@@ -108,14 +109,15 @@ class _Retries:
         self._unknown: CommitUnknownError | None = None
 
     def pause_after(self, error: HomeAgentError) -> float:
-        """Return the pause before the next try, in seconds. Raise the unit's error if the unit must not run again."""
+        """Return the pause before the next try, in seconds. If the unit must not run again, raise its error."""
         if isinstance(error, CommitUnknownError):
             if not self._idempotent:
                 raise error
             self._unknown = error
         pause = random.uniform(0, self._bound)  # noqa: S311  the pause separates callers and is not a secret
         if monotonic() + pause >= self._deadline:
-            # The error of a later try does not show that the outcome of an earlier commit is unknown.
+            # Raise the error of the commit with unknown outcome, because the error of a later try does not show that
+            # the outcome is unknown.
             raise self._unknown or error
         self._bound = min(self._bound * 2, _LONGEST_PAUSE)
         self._settings.engine.counters.retries += 1
@@ -123,14 +125,14 @@ class _Retries:
 
 
 def _under_asyncio() -> bool:
-    """Return True if the caller is an asyncio task. Return False under trio or without an event loop."""
+    """Return True if the caller is an asyncio task. Under trio, or without an event loop, return False."""
     try:
         return asyncio.current_task() is not None
     except RuntimeError:
         return False
 
 
-# Number of worker threads for units in each event loop. The same number of additional threads compute slow hashes. Do
+# Number of worker threads for units in each event loop. The same number of additional threads computes slow hashes. Do
 # not use AnyIO's default limiter, which is for the application.
 _WORKERS = 64
 
@@ -148,7 +150,7 @@ async def _in_thread(work: Callable[[], T], *, slow: bool = False) -> T:
 
 
 def _worker_limiter(name: str) -> CapacityLimiter:
-    """Return the event loop's limiter with this name. Create the limiter at first use."""
+    """Return the limiter of the event loop that has the given name. At its first use, create the limiter."""
     from anyio import CapacityLimiter
     from anyio.lowlevel import RunVar
 

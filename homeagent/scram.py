@@ -1,13 +1,16 @@
 """Proofs. A device proves that it has a secret, without sending the secret. The module does not use a database.
 
-The computation is SCRAM (RFC 5802 section 3, with SHA-256 from RFC 7677) without the messages of SCRAM:
+The computation is the same as in SCRAM (RFC 5802 section 3, with SHA-256 from RFC 7677), but the messages are
+different:
 
-1. At pairing, the gateway stores the result of `make_verifier(secret)`. The verifier does not contain the secret.
-2. The device asks for salt and iterations. The method `Database.proof_parameters` answers for every id.
-3. The device makes a proof for its id, a new nonce and the time (`proof_message`, `make_proof`). The device sends the
-   id, the nonce, the time and the proof.
-4. The gateway checks the proof (`check_proof()`), consumes the nonce, and sends the result of `server_signature`. The
-   signature shows the device that the gateway has the verifier (`check_server_signature`).
+1. At pairing, the gateway stores a verifier, which is the result of `make_verifier(secret)`. A verifier does not
+   contain the secret.
+2. The device asks the gateway for salt and iterations. The method `Database.proof_parameters()` has an answer for every
+   id.
+3. The device makes a proof for its id, a new nonce and the time, by the functions `proof_message()` and `make_proof()`.
+   The device sends the id, the nonce, the time and the proof.
+4. The gateway checks the proof by `check_proof()`, consumes the nonce, and sends the result of `server_signature()`.
+   The device checks the signature by `check_server_signature()`. The signature shows that the gateway has the verifier.
 
 | attacker has | attacker can |
 |---|---|
@@ -54,8 +57,8 @@ __all__ = [
 ]
 
 _GENERATED_ITERATIONS = MIN_ITERATIONS
-# An attacker can guess a human's secret. OWASP's Password Storage Cheat Sheet recommends this number of iterations for
-# PBKDF2 with HMAC-SHA-256.
+# An attacker can guess a human's secret. OWASP's Password Storage Cheat Sheet recommends 600,000 iterations for PBKDF2
+# with HMAC-SHA-256.
 _HUMAN_ITERATIONS = 600_000
 _SALT_BYTES = 16
 
@@ -76,7 +79,7 @@ def _xor(left: bytes, right: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ProofKeys:
-    """The two keys that are derived from a secret and proof parameters. Both keys must be kept secret.
+    """The two keys that are derived from a secret and its proof parameters. Both keys must be kept secret.
 
     A device can keep the keys in memory (RFC 5802 section 5.1), and make many proofs with the same keys.
     """
@@ -86,7 +89,7 @@ class ProofKeys:
 
     @property
     def stored_key(self) -> bytes:
-        """SHA-256 of the client key. The gateway stores this value."""
+        """SHA-256 of the client key. The gateway stores the hash of the client key."""
         return hashlib.sha256(self.client_key).digest()
 
     def prove(self, message: bytes) -> bytes:
@@ -105,14 +108,16 @@ def derive_proof_keys(
     """Derive the keys of a secret, in about 2 ms for 4,096 iterations and in about 0.2 s for 600,000 iterations.
 
     Args:
-        secret: the secret. The step SASLprep of RFC 5802 is left out: SASLprep changes only non-ASCII characters.
+        secret: the secret. The function leaves out the step SASLprep of RFC 5802, which changes only non-ASCII
+            characters.
         parameters: parameters of the verifier, from the gateway.
-        minimum_iterations: minimum that the device accepts. If the device knows the iterations of the verifier, pass
-            that number. With few iterations, a false gateway could cheaply guess a human's secret.
+        minimum_iterations: minimum number of iterations that the device accepts. If the device knows the iterations of
+            the verifier, pass that number. With a low number of iterations, a false gateway could cheaply guess a
+            human's secret.
 
     Raises:
         InvalidArgumentError: if the secret is invalid, or if the gateway asks for fewer iterations than
-            `minimum_iterations`. The message does not show the secret.
+            `minimum_iterations`. The error message does not show the secret.
     """
     if parameters.iterations < minimum_iterations:
         raise InvalidArgumentError(
@@ -144,7 +149,7 @@ def _format_verifier(parameters: ProofParameters, stored_key: bytes, server_key:
 
 
 def _parse_verifier(verifier: str) -> _Verifier | None:
-    """Return the parts of a verifier, or None if the verifier is damaged."""
+    """Return the parts of a verifier, or None if the argument `verifier` is damaged."""
     found = _VERIFIER.fullmatch(verifier)
     if found is None:
         return None
@@ -152,7 +157,7 @@ def _parse_verifier(verifier: str) -> _Verifier | None:
         salt, stored_key, server_key = (base64.b64decode(part) for part in found.groups()[1:])
         parameters = ProofParameters(salt, int(found[1]))
     except ValueError:
-        # The padding of base64 is incomplete, or a parameter is out of range.
+        # ValueError is raised if the padding of base64 is incomplete, or if a parameter is out of range.
         return None
     # Accept only the canonical text, because several base64 texts decode to the same bytes (RFC 4648 section 3.5).
     canonical = _format_verifier(parameters, stored_key, server_key) == verifier
@@ -175,21 +180,22 @@ def _require_verifier(verifier: str) -> _Verifier:
 
 @clears_locals
 def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, salt: bytes | None = None) -> str:
-    """Make the verifier with which a gateway checks proofs of a secret. The verifier does not contain the secret.
+    """Make the verifier with which a gateway checks proofs of a secret. A verifier does not contain the secret.
 
     Args:
         secret: secret of 1 to 512 characters and at most 1,024 bytes of UTF-8, without control characters.
         iterations: iterations of PBKDF2, 4,096 to 10,000,000. By default, the number is 4,096 for a generated secret
-            (about 2 ms), and 600,000 for any other secret (about 0.2 s). With another number, `fake_parameters` can't
-            hide which devices exist.
+            (about 2 ms), and 600,000 for any other secret (about 0.2 s). With any other number, the function
+            `fake_parameters()` can't hide which devices exist.
         salt: salt of 8 to 64 bytes, by default 16 random bytes.
 
     Returns:
-        `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`, at most 256 characters. Salt and keys are in
-        base64. PostgreSQL stores passwords in the same format (manual, catalogue `pg_authid`).
+        Text of the form `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`, at most 256 characters. The salt
+        and the keys are in base64. PostgreSQL stores passwords in the same format (see pg_authid in PostgreSQL's
+        manual).
 
     Raises:
-        InvalidArgumentError: if an argument is out of range. The message does not show the secret.
+        InvalidArgumentError: if an argument is out of range. The error message does not show the secret.
     """
     if iterations is None:
         iterations = _GENERATED_ITERATIONS if is_generated(secret) else _HUMAN_ITERATIONS
@@ -202,7 +208,8 @@ def verifier_parameters(verifier: str) -> ProofParameters:
     """Return the salt and iterations of a verifier, which the gateway sends to the device.
 
     Raises:
-        InvalidArgumentError: if `verifier` is damaged or None. The message does not show the verifier.
+        InvalidArgumentError: if the argument `verifier` is damaged or None. The error message does not show the
+            verifier.
     """
     return _require_verifier(verifier).parameters
 
@@ -211,19 +218,20 @@ _PROCESS_KEY = secrets.token_bytes(_KEY_BYTES)
 
 
 def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: float = 0.0) -> ProofParameters:
-    """Return a made-up salt and number of iterations for an absent device. The answer looks like a real answer.
+    """Return a made-up salt and number of iterations for an absent device. The made-up answer looks like the answer for
+    an existing device.
 
-    For the same arguments the result is the same. By default the iterations are those of a generated secret, because
-    `Database.pair` and `rotate_secret()` store verifiers of generated secrets only. A caller that asks several times
-    can learn whether a device exists, because a real answer changes with the secret, and a made-up answer changes only
-    with the key.
+    The same arguments always give the same result. By default the iterations are the same as for a generated secret,
+    because `Database.pair()` and `rotate_secret()` store only verifiers of generated secrets. A real answer changes
+    with the secret, but a made-up answer changes only with the key. From such a change a caller can learn that a device
+    exists.
 
     Args:
         device_id: id in the request.
         key: at least 16 random bytes, by default a key of this process. Keep the key private, and do not change the
             key. A new key would change all made-up answers, but no real answer.
         human_share: share of the ids that get the iterations of a human's secret, 0 to 1. The default 0 is right if the
-            gateway makes verifiers of generated secrets only.
+            gateway makes only verifiers of generated secrets.
 
     Raises:
         InvalidArgumentError: if the key is too short, the share is out of range, or the id has a lone surrogate.
@@ -244,7 +252,7 @@ def _canonical(values: list[str | int]) -> bytes:
     """Return the canonical JSON text (RFC 8785) of a list of texts and integers."""
     text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
     if any("\ud800" <= character <= "\udfff" for character in text):
-        # Do not leave the check to `encode()`, because the UnicodeEncodeError would contain the nonce.
+        # Do not leave the check of the texts to `encode()`, because its UnicodeEncodeError would contain the nonce.
         raise InvalidArgumentError("a lone surrogate has no UTF-8: remove the surrogate from the id or the nonce")
     return text.encode()
 
@@ -254,12 +262,12 @@ def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
     """Return the message of a proof. The device and the gateway compute the message from the same values.
 
     The message is the JSON array `["homeagent-proof-1", device_id, nonce, milliseconds]` in UTF-8, without spaces and
-    unnecessary escapes. This is the form of RFC 8785 (JSON Canonicalization Scheme) and of JavaScript's
-    `JSON.stringify`.
+    unnecessary escapes. RFC 8785 (JSON Canonicalization Scheme) and JavaScript's JSON.stringify() use the same form.
 
     Args:
         device_id: id of the device.
-        nonce: new nonce for each proof. The gateway consumes the nonce with `nonces.consume` after the check.
+        nonce: new nonce for each proof. After the check of the proof, the gateway consumes the nonce by
+            `nonces.consume()`.
         timestamp: aware datetime, which is floored to milliseconds.
 
     Raises:
@@ -278,11 +286,11 @@ def make_proof(
     *,
     minimum_iterations: int = MIN_ITERATIONS,
 ) -> bytes:
-    """Make a proof of a secret. The device calls this function.
+    """Make a proof of a secret. The function is for the device.
 
-    The argument `message` is the result of `proof_message`. The other arguments and the errors are those of
-    `derive_proof_keys`. For several proofs, or for a proof and the check of a signature, derive the keys only once, and
-    use `ProofKeys`.
+    The argument `message` is the result of `proof_message()`. The other arguments and the errors are the same as for
+    `derive_proof_keys()`. To make several proofs, or to check a signature too, derive the keys once and use the class
+    `ProofKeys`.
 
     Returns:
         Proof of 32 bytes.
@@ -290,7 +298,7 @@ def make_proof(
     return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
 
 
-# If a device has no verifier or a damaged verifier, a check uses this substitute, so the check takes the same time.
+# A check of a device without a valid verifier uses this substitute, so that it takes the same time.
 _DECOY_VERIFIER = _Verifier(
     ProofParameters(secrets.token_bytes(_SALT_BYTES), _GENERATED_ITERATIONS),
     secrets.token_bytes(_KEY_BYTES),
@@ -302,16 +310,16 @@ _DECOY_VERIFIER_TEXT = _format_verifier(
 
 
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
-    """Return True if a proof for the message was made with the secret of the verifier. The gateway calls this function.
+    """Return True if a proof for the message was made with the secret of the verifier. The function is for the gateway.
 
-    The function always parses a verifier and computes two hashes, and therefore takes the same time for a right proof,
-    a wrong proof and an absent device. Also check the timestamp and consume the nonce, because an attacker could send
-    an old proof again.
+    The function always parses a verifier and computes two hashes. Therefore it takes the same time for a right proof, a
+    wrong proof and an absent device. Also check the timestamp and consume the nonce, because an attacker could send an
+    old proof again.
 
     Args:
         verifier: verifier of the device. If the verifier is None or damaged, every proof is wrong.
-        message: result of `proof_message`. The gateway must compute the message, and must not accept the message from
-            the device.
+        message: result of the function `proof_message()`. The gateway must compute the message, and must not accept the
+            message from the device.
         proof: 32 bytes. A proof of another length is wrong.
     """
     parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
@@ -326,9 +334,8 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
 def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> ProofParameters:
     """Return the salt and iterations that a gateway sends to a caller with this id.
 
-    If the verifier is None or damaged, the function derives an answer from the argument `key` (see `fake_parameters`).
-    The function always makes up an answer and parses a verifier, and therefore takes the same time for an absent
-    device.
+    If the verifier is None or damaged, the function derives an answer from the argument `key` by `fake_parameters()`.
+    The function always makes up an answer and parses a verifier. Therefore it takes the same time for an absent device.
     """
     made_up = fake_parameters(device_id, key)
     parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
@@ -337,7 +344,7 @@ def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> Proof
 
 @clears_locals
 def server_signature(verifier: str, message: bytes) -> bytes:
-    """Sign the message of a proof, so that the device can check the gateway. The gateway calls this function.
+    """Sign the message of a proof, so that the device can check the gateway. The function is for the gateway.
 
     Send the signature only after `check_proof()` has returned True, because an attacker can use the signature to check
     guesses at a human's secret.
@@ -346,7 +353,7 @@ def server_signature(verifier: str, message: bytes) -> bytes:
         Signature of 32 bytes, the ServerSignature of RFC 5802 section 3.
 
     Raises:
-        InvalidArgumentError: if the verifier is damaged. The message does not show the verifier.
+        InvalidArgumentError: if the argument `verifier` is damaged. The error message does not show the verifier.
     """
     return _hmac_sha256(_require_verifier(verifier).server_key, message)
 
@@ -355,11 +362,12 @@ def server_signature(verifier: str, message: bytes) -> bytes:
 def check_server_signature(
     secret: SecretStr | str, parameters: ProofParameters, message: bytes, signature: bytes
 ) -> bool:
-    """Return True if the signature was made with the verifier of the secret. The device calls this function.
+    """Return True if the signature was made with the verifier of the secret. The function is for the device.
 
-    Pass the parameters and the message of the proof. If the signature does not have 32 bytes, it is wrong.
+    Pass the parameters and the message with which the proof was made. A signature of another length than 32 bytes is
+    wrong.
 
     Raises:
-        InvalidArgumentError: if the secret is invalid. The message does not show the secret.
+        InvalidArgumentError: if the secret is invalid. The error message does not show the secret.
     """
     return derive_proof_keys(secret, parameters).recognises(message, signature)

@@ -1,7 +1,7 @@
 """pytest plugin with a clock that the test moves and with fresh databases.
 
-An installed homeagent registers the plugin. The plugin imports the rest of homeagent when a test uses a fixture, and so
-does not slow the start of other test runs.
+If homeagent is installed, pytest loads the plugin. The plugin imports the rest of homeagent only when a test uses a
+fixture, so it does not slow the start of other test runs.
 
 | fixture | value | override the fixture to |
 |---|---|---|
@@ -11,7 +11,7 @@ does not slow the start of other test runs.
 | `homeagent_options` | arguments of `Database.open` for all these databases | name the unit and the migrations |
 | `homeagent_server` | URL of a PostgreSQL server, or None for SQLite | choose the engine for a part of the tests |
 
-The URL is the value of the option `--homeagent-postgresql`. The role of the URL must be allowed to create databases.
+The option `--homeagent-postgresql` has the URL. The role of the URL must be allowed to create databases.
 """
 
 from __future__ import annotations
@@ -54,14 +54,16 @@ class FakeClock:
 
         Args:
             duration: time to add.
-            units: arguments of `timedelta`, such as `minutes=5`, if `duration` is left out.
+            units: arguments of timedelta, such as `minutes=5`, if the argument `duration` is absent.
         """
         self.now += timedelta(**units) if duration is None else duration
         return self.now
 
 
 class _Templates:
-    """Closed databases with a schema and without rows. A copy of a template takes less time than a migration."""
+    """Template databases, which are closed and have a schema but no rows. Copying a template takes less time than a
+    migration.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -69,7 +71,7 @@ class _Templates:
         self._made: dict[tuple[str | None, str], Any] = {}
 
     def copy(self, server: str | None, options: dict[str, Any]) -> Path | URL:
-        """Return the path or the URL of a new database with the schema of these options."""
+        """Return the path or the URL of a new database with the schema that the options need."""
         from homeagent.database import Database
 
         schema = {name: options[name] for name in _SCHEMA_OPTIONS if name in options}
@@ -92,13 +94,13 @@ class _Templates:
         return _create_database(server, template=made.database)
 
     def _new_directory(self) -> Path:
-        # pytest's `mktemp` would read the whole directory for each number.
+        # Do not use pytest's function mktemp(), which would read the whole directory for each number.
         directory = self._directory / str(next(self._numbers))
         directory.mkdir(mode=0o700)
         return directory
 
     def close(self) -> None:
-        """Drop the templates on servers. pytest deletes the files."""
+        """Drop the template databases on servers. The files are deleted by pytest."""
         for (server, _), made in self._made.items():
             if server is not None:
                 _drop_database(server, made)
@@ -119,9 +121,9 @@ class DatabaseFactory:
 
         Args:
             server: URL of a PostgreSQL server. The default is the value of the fixture `homeagent_server`.
-            options: arguments of `Database.open`, such as `unit=` and `migrations=`, which replace those of the fixture
-                `homeagent_options`. Without another value, the clock is `homeagent_clock` and the durability is
-                `normal`, because no test needs its rows after a power cut.
+            options: arguments of `Database.open()`, such as `unit=` and `migrations=`, which replace the arguments of
+                the fixture `homeagent_options`. By default the clock is the fixture `homeagent_clock`. The default
+                durability is `normal`, because no test needs its rows after a power cut.
         """
         from homeagent.database import Database
 
@@ -179,13 +181,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def homeagent_clock() -> FakeClock:
-    """A clock at `START`, which stands still until the test calls `advance`."""
+    """A clock that stands still at the time `START` until the test calls its method advance()."""
     return FakeClock()
 
 
 @pytest.fixture
 def homeagent_options() -> dict[str, Any]:
-    """The application's arguments of `Database.open`, by default none."""
+    """The arguments with which the application calls `Database.open()`. By default there are none."""
     return {}
 
 
@@ -210,7 +212,7 @@ def homeagent_factory(
     homeagent_options: dict[str, Any],
     homeagent_server: str | None,
 ) -> Iterator[DatabaseFactory]:
-    """A function that opens further databases, also with other options and on another server."""
+    """A function that opens further databases. The test can pass other options and another server."""
     options = {"clock": homeagent_clock, "durability": "normal", **homeagent_options}
     factory = DatabaseFactory(_homeagent_templates, options, homeagent_server)
     yield factory

@@ -1,6 +1,6 @@
 """The transaction of a unit of work, from the begin to the commit or rollback, and the release of the connection.
 
-A unit has one of these states.
+The following table has the states of a unit of work.
 
 | from | to | when |
 |---|---|---|
@@ -44,7 +44,8 @@ __all__ = [
 logger = logging.getLogger("homeagent")
 
 UnitState = Enum("UnitState", ["NEW", "OPEN", "ROLLED_BACK", "FINISHED"])
-# Every statement compares the state. Reading a module's global is faster than reading `UnitState.OPEN`.
+# Use global names for the states, because every statement compares the state. Reading a global name is faster than
+# reading `UnitState.OPEN`.
 NEW, OPEN, ROLLED_BACK, FINISHED = UnitState
 
 SAVEPOINT = "homeagent_group"
@@ -63,8 +64,8 @@ def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
 
 
 def refuse_nesting() -> NoReturn:
-    """Raise UnitStateError for a second write unit in a thread, because the second unit would wait for the first unit
-    for ever.
+    """Raise UnitStateError for a second write unit in a thread, because the second unit would wait forever for the
+    first unit.
     """
     raise UnitStateError(
         "this thread already has an open write unit: use that unit or end it first; "
@@ -78,7 +79,7 @@ class Transaction:
     Args:
         settings: settings of the database's units.
         read_only: True if the unit only reads, from one snapshot.
-        timeout: longest wait for a connection, in seconds. None means the timeout of the settings.
+        timeout: longest wait for a connection, in seconds. With None, the timeout is that of the settings.
     """
 
     __slots__ = (
@@ -113,7 +114,7 @@ class Transaction:
         if not self.read_only:
             self._owner = get_ident()
             if self._owner in settings.writing:
-                settings.engine.pool(read_only=False)  # In a forked child, this call raises DatabaseClosedError.
+                settings.engine.pool(read_only=False)  # In a forked child, the method raises DatabaseClosedError.
                 refuse_nesting()
         try:
             if not self.read_only:
@@ -165,7 +166,8 @@ class Transaction:
                 notify()
 
     def _roll_back(self, error: BaseException | None) -> None:
-        # After a call of `rollback()`, the connection must still be released, and a second ROLLBACK has no effect.
+        # After a call of the method `rollback()`, the connection must still be released. A second ROLLBACK has no
+        # effect.
         connection = self._connection
         if connection is None:
             return
@@ -183,9 +185,9 @@ class Transaction:
             self._end(connection, sound=sound)
 
     def _undo(self, connection: StoreConnection) -> bool:
-        """Roll back, and return whether the connection is still usable.
+        """Roll back, and return True if the connection is still usable.
 
-        If the connection is not usable, the database itself rolls the transaction back.
+        If the connection is not usable, the database itself rolls back the transaction.
         """
         if connection.is_lost:
             return False
@@ -206,7 +208,7 @@ class Transaction:
         settings = self._settings
         engine = settings.engine
         pool = engine.readers if self.read_only else engine.writers
-        # Do not keep the session in the attribute, because unit and session form a reference cycle.
+        # Do not keep the ORM session in an attribute, because the unit and the session form a reference cycle.
         session, self._session = self._session, None
         try:
             if session is not None:
@@ -227,13 +229,13 @@ class Transaction:
                     if connection.needs_reconnect:
                         engine.discard_free()
             finally:
-                # Do not discard the id before the write lock is released. In between, a signal handler could open a
-                # write unit. The second unit would wait for its own thread, but must raise UnitStateError.
+                # Do not discard the id of the thread before the write lock is released. Otherwise a signal handler
+                # could open a second write unit in between, which would wait for its own thread.
                 if not self.read_only:
                     settings.writing.discard(self._owner)
 
     def _require_connection(self) -> StoreConnection:
-        """Return the connection if the unit is OPEN. Raise UnitStateError if the unit is not OPEN."""
+        """Return the connection if the unit is in the state OPEN. In any other state, raise UnitStateError."""
         connection = self._connection
         if connection is None or self._state is not OPEN:
             if self._state is ROLLED_BACK and connection is not None:
@@ -246,7 +248,8 @@ class Transaction:
         return read_clock(self._settings.clock)
 
     def rollback(self) -> None:
-        """Roll back now. At the end of the `with` block, the unit does not commit. A second call has no effect.
+        """Roll back now. At the end of the `with` block, the unit does not commit. A second call of the method has no
+        effect.
 
         Raises:
             UnitStateError: if the unit has ended.
@@ -259,7 +262,7 @@ class Transaction:
         self._undo_changes(connection)
 
     def _undo_changes(self, connection: StoreConnection) -> None:
-        """Roll back the changes of this unit, and move the unit to ROLLED_BACK."""
+        """Roll back the changes of this unit, and move the unit to the state ROLLED_BACK."""
         if not self._has_joined:
             connection.rollback()
         elif connection.in_transaction:
@@ -268,9 +271,10 @@ class Transaction:
         self._state = ROLLED_BACK
 
     def _end_after_rollback(self, *, part: bool = False) -> None:
-        """Move the unit to ROLLED_BACK after the ORM session has rolled back.
+        """Move the unit to the state ROLLED_BACK after the ORM session has rolled back.
 
-        With `part=True`, the session may have rolled back to a savepoint only. Then the unit stays OPEN.
+        With `part=True`, the session can have rolled back only to a savepoint. In this case the unit stays in the state
+        OPEN.
         """
         connection = self._connection
         if self._state is not OPEN or connection is None:
@@ -283,14 +287,14 @@ class Transaction:
     def _join(self, connection: StoreConnection) -> Self:
         """Begin the unit in a savepoint of the open transaction of a batch, and return the unit.
 
-        Use this method instead of a `with` block.
+        The method replaces the `with` block of the unit.
         """
         connection.savepoint(SAVEPOINT)
         self._connection, self._has_joined, self._state = connection, True, OPEN
         return self
 
     def _complete(self) -> None:
-        """Write the pending changes of the ORM session. Call this method if the function of the unit has returned."""
+        """Write the pending changes of the ORM session. Call the method after the function of the unit has returned."""
         if self._session is not None and self._state is OPEN:
             self._session.complete()
 
@@ -310,7 +314,7 @@ class Transaction:
                 connection.release_orm(keep=keep and is_open)
             finally:
                 session.close()
-        # If SQLite has rolled the whole transaction back, the savepoint does not exist any more.
+        # If SQLite has rolled back the whole transaction, the savepoint no longer exists.
         if is_open and connection.in_transaction:
             (connection.release_savepoint if keep else connection.rollback_to_savepoint)(SAVEPOINT)
         return self._after_commit if keep else None

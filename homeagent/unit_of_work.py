@@ -39,20 +39,22 @@ _NO_COROUTINE = "use an ordinary function for the work in this database, and awa
 class UnitOfWork(Transaction):
     """One transaction. The unit commits at the end of the `with` block, or rolls back if an exception leaves the block.
 
-    Get a unit from `Database.unit_of_work`, and use it only inside its `with` block.
+    Get a unit from `Database.unit_of_work()`, and use it only inside its `with` block.
 
-    An application can derive a class with its own stores, and pass the class to `Database.open`. The class annotates
-    each store, such as `messages: MessageStore`. The unit makes the store at each use.
+    An application can derive a class with its own stores, and pass the class to `Database.open`. The derived class
+    annotates each store, for example `messages: MessageStore`. The unit creates a store at each use.
 
     Attributes:
-        devices, agents, sessions, nonces, idempotency_keys: the stores, bound to this unit.
+        devices, agents, sessions, nonces, idempotency_keys: stores that are bound to this unit.
     """
 
     __slots__ = ()
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
-        """Return a `with` block for a part of the unit. An exception that leaves the block undoes only this part."""
+        """Return a context manager for a part of the unit. If an exception leaves its `with` block, only the changes of
+        the block are undone.
+        """
         connection = self._require_connection()
         self._savepoints += 1
         name = f"homeagent_{self._savepoints}"
@@ -78,7 +80,7 @@ class UnitOfWork(Transaction):
                     nested.rollback()
                 else:
                     if self._session is not None:
-                        # The session was opened inside the block, so the rollback can also undo the session's objects.
+                        # If the session was opened inside the block, the rollback can also undo the session's objects.
                         self._session.expunge_all()
                     connection.rollback_to_savepoint(name)
                 if self._after_commit is not None:
@@ -88,8 +90,8 @@ class UnitOfWork(Transaction):
             connection.release_savepoint(name)
 
     def after_commit(self, callback: Callable[[], object]) -> None:
-        """Call the function `callback()` once after the commit, in the order of registration. A rollback discards the
-        callback.
+        """Call the function `callback()` once after the commit, in the order of registration. If the unit rolls back,
+        it discards the callback.
 
         If a callback raises an exception, the exception is logged and affects neither the commit nor the caller.
 
@@ -109,12 +111,12 @@ class UnitOfWork(Transaction):
 
         The unit flushes the session before a store's statement. After a store's write, the unit expires the session's
         objects of the tables that the statement can have changed. Therefore the session and the stores see the same
-        data. The session's `commit()` only flushes, and the session's `rollback()` rolls the unit back. After the end
-        of the unit, the session raises UnitStateError, but its objects can be used.
+        data. The session's method `commit()` only flushes, and its method `rollback()` rolls back the unit. After the
+        end of the unit, the session raises UnitStateError, but its objects can be used.
         """
         connection = self._require_connection()
         if self._session is None:
-            # Import lazily, because most units use no session.
+            # Import the session's class lazily, because most units use no session.
             from homeagent.orm_session import UnitSession
 
             if self._has_joined:
@@ -131,10 +133,10 @@ class UnitOfWork(Transaction):
         params: JsonValue = None,
         ttl: timedelta = timedelta(hours=24),
     ) -> Outcome:
-        """Run an effect inside this database once. The key, the effect and the result are committed together.
+        """Run an effect on this database once. The key, the effect and the result are committed together.
 
-        If the effect raises an exception, the effect is undone and the key is free. But if the effect raises
-        EffectFailedError, and the caller catches the error inside the unit and commits, the error is stored.
+        If the effect raises an exception, its changes are undone and the key is free. But an `EffectFailedError` is
+        stored if the caller catches the error inside the unit and commits.
 
         Args:
             scope: identity of the call.
@@ -146,7 +148,7 @@ class UnitOfWork(Transaction):
         Raises:
             InvalidArgumentError: if an argument is invalid, for example a coroutine function.
             FingerprintMismatchError, IdempotencyInProgressError, OutcomeUnknownError, EffectFailedError: in the same
-                cases as `IdempotencyKeyStore.claim`.
+                cases as `IdempotencyKeyStore.claim()`.
         """
         check_function(effect, "effect", coroutine=_NO_COROUTINE)
         fingerprint = fingerprint_of(params)
@@ -167,7 +169,7 @@ class UnitOfWork(Transaction):
             raise failure
         return Outcome(value=value, replayed=False, attempt=claimed.number, omitted=not stored)
 
-    # Stores. Do not keep a store in an attribute, because unit and store would form a reference cycle.
+    # Stores. Do not keep a store in an attribute, because the unit and the store would form a reference cycle.
 
     @property
     def devices(self) -> DeviceStore:
@@ -197,7 +199,9 @@ class UnitOfWork(Transaction):
     # Methods for the stores
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a store's statement, and return the object of the first row. Return None if there is no row."""
+        """Run a store's statement, and return the object of the first row. If the statement returns no row, return
+        None.
+        """
         connection = self._connection
         if connection is None or self._state is not OPEN:
             connection = self._require_connection()
@@ -240,7 +244,9 @@ class UnitOfWork(Transaction):
                 self._session.expire_written(statement)
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a store's writing statement with RETURNING. Return the object of the first row, or None without a row."""
+        """Run a store's writing statement with RETURNING. Return the object of the first row. If the statement returns
+        no row, return None.
+        """
         connection = self._require_connection()
         if self._session is not None:
             self._session.flush()
@@ -291,14 +297,14 @@ def add_stores(kind: type[U]) -> type[U]:
     """Add a property for each store that a subclass of `UnitOfWork` annotates, and return the class.
 
     Raises:
-        InvalidArgumentError: if `kind` is not a subclass of `UnitOfWork`, or if an annotation is not a subclass of
-            `Store`, or if `UnitOfWork` has the annotated name.
+        InvalidArgumentError: if the class is not a subclass of `UnitOfWork`, an annotation is not a subclass of
+            `Store`, or `UnitOfWork` already has the annotated name.
     """
     if not isinstance(kind, type) or not issubclass(kind, UnitOfWork):
         raise InvalidArgumentError("unit must be a subclass of UnitOfWork")
     own = [base for base in kind.__mro__ if not issubclass(UnitOfWork, base)]
     try:
-        # Collect the names first, because `get_type_hints` also returns the annotations of UnitOfWork.
+        # Collect the names first, because the function `get_type_hints()` also returns the annotations of `UnitOfWork`.
         names = {name for base in own for name in get_annotations(base)}
         types = get_type_hints(kind) if names else {}
     except NameError as error:

@@ -22,11 +22,12 @@ class UnitSettings:
     """Settings and state that all units of one database share.
 
     Args:
-        engine: engine that gives the connections.
+        engine: engine from which the units get their connections.
         clock: clock that each store method reads once.
         timeout: longest wait of a unit for a connection, in seconds.
         unit: class of the units that the application gets.
-        limits: limits of the rows that devices can create. Default: the defaults of `Limits`.
+        limits: limits of the rows that devices can create. Without this argument, the defaults of the class `Limits`
+            apply.
 
     Attributes:
         memory: values that the stores keep between units.

@@ -1,4 +1,6 @@
-"""Version of the installed package. The import takes 1 to 2 ms, so the package imports this module lazily."""
+"""Version of the installed package. Importing importlib.metadata takes 1 to 2 ms, so the package imports this module
+lazily.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -7,4 +9,4 @@ __all__ = ["__version__"]
 try:
     __version__ = version("homeagent")
 except PackageNotFoundError:
-    __version__ = "unknown"  # the package runs from a folder and is not installed
+    __version__ = "unknown"  # the package is used from a folder and is not installed

@@ -66,7 +66,8 @@ class AgentStore(Store):
         """Add an agent.
 
         Raises:
-            AgentExistsError: if an agent with this id already exists. The existing agent is not changed.
+            AgentExistsError: if an agent with this id already exists. In this case the store does not change the
+                existing agent.
         """
         check_kind(agent, models.AgentCreate, "agent")
         created = self._unit.write_one(
@@ -85,13 +86,13 @@ class AgentStore(Store):
     def find_by_id(self, agent_id: str) -> Agent | None:
         """Return the agent, or None if the agent does not exist.
 
-        In a write unit, no other writer can change the row until the unit ends.
+        If the unit writes, no other writer can change the agent until the unit ends.
         """
         return self._unit.one(_FIND, id=self._searched(agent_id, "agent_id"))
 
     @reading
     def get(self, agent_id: str) -> Agent:
-        """Return the agent as `find_by_id()` does, or raise AgentNotFoundError if the agent does not exist."""
+        """Return the agent in the same way as `find_by_id()`. For an absent agent, raise `AgentNotFoundError`."""
         agent = self._unit.one(_FIND, id=self._searched(agent_id, "agent_id"))
         if agent is None:
             raise AgentNotFoundError(agent_id)
@@ -103,7 +104,7 @@ class AgentStore(Store):
 
         Args:
             limit: maximum number of agents, 1 or more.
-            after: id of the last agent on the previous page. Default: the first page.
+            after: id of the last agent on the previous page. Without this argument, the method returns the first page.
         """
         return self._unit.all(
             _list(after=after is not None),
@@ -113,7 +114,8 @@ class AgentStore(Store):
 
     @writing()
     def update(self, agent_id: str, changes: models.AgentUpdate) -> Agent:
-        """Set the fields that the request contains, and return the changed agent. The other fields keep their values.
+        """Set the fields that the request contains, and return the changed agent. Fields that the request does not
+        contain keep their values.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
@@ -135,7 +137,7 @@ class AgentStore(Store):
     def delete(self, agent_id: str, *, delete_sessions: bool = False) -> bool:
         """Delete an agent.
 
-        With `delete_sessions=True`, also delete the agent's sessions. The files in the workspace stay.
+        With `delete_sessions=True`, also delete the agent's sessions. The files in the agent's workspace stay.
 
         Returns:
             False if the agent did not exist.
@@ -143,8 +145,8 @@ class AgentStore(Store):
         Raises:
             AgentInUseError: if the agent has sessions, except with `delete_sessions=True`.
         """
-        # Lock the agent first. A session that another unit added before the lock is counted here. A unit that adds a
-        # session later waits for the lock, and then finds no agent.
+        # Lock the agent before counting its sessions. The count then includes a session that another unit added before
+        # the lock. A unit that adds a session later waits for the lock, and then finds no agent.
         if self._unit.one(_LOCK, id=self._searched(agent_id, "agent_id")) is None:
             return False
         if delete_sessions:

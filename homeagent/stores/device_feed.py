@@ -26,8 +26,8 @@ _after = bindparam("after", type_=_columns.number.type)
 _is_kept = select(constant(1, _columns.number.type)).where(_columns.number == _after).exists()
 
 NEWEST = Statement[int](select(func.max(_columns.number)))
-# The first selected row has the given number. If the feed does not contain this row, the statement selects only the
-# newest row.
+# The first selected row has the given number. If the feed does not contain the row with this number, the statement
+# selects only the newest row.
 CHANGES = Statement[DeviceChange](
     select(DeviceChange)
     .where(_columns.number >= case((_is_kept, _after), else_=_newest))
@@ -58,7 +58,7 @@ def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
 
 
 def check_number(after: int) -> int:
-    """Return the argument if it is a possible number of a device change, else raise InvalidArgumentError."""
+    """Return the argument if it is a possible number of a device change. Otherwise raise InvalidArgumentError."""
     if type(after) is not int or not 0 <= after < 2**63:
         raise InvalidArgumentError("after must be the number of a device change: a whole number, 0 or more")
     return after
@@ -74,10 +74,10 @@ class DeviceFeed(Store):
         """Return the device changes after a number, oldest first.
 
         If the feed no longer contains this number, or if the store was restored, the result is one change of the kind
-        `reset`. Then read all devices again, and continue with the number of this change.
+        `reset`. After a reset, read all devices again, and continue with the number of the reset.
 
         Args:
-            after: number of the last change that the caller has read. A new feed begins after the number 0.
+            after: number of the last change that the caller has read. For a new feed, pass 0.
             limit: maximum number of changes, 1 or more.
         """
         rows = self._unit.all(CHANGES, after=check_number(after), limit=check_limit(limit) + 1)
@@ -92,7 +92,7 @@ class DeviceFeed(Store):
     def delete_changes(self, *, before: datetime, limit: int = 100) -> int:
         """Delete the oldest changes, and stop at the first change that is later than the given time.
 
-        The maximum number of deleted changes is `limit=`. The newest change always stays.
+        The argument `limit` is the maximum number of deleted changes. The method does not delete the newest change.
 
         Returns:
             The number of deleted changes.

@@ -15,10 +15,10 @@ from homeagent.models.store_record import store_table
 
 
 class SecretHashes(NamedTuple):
-    """The hashes of a device's secrets. The fields have the same names as in `Device`.
+    """The hashes of a device's secrets. The fields have the same names as in the class `Device`.
 
-    If the device does not exist, `shared_secret_hash` is an empty text, which matches no secret, and the other fields
-    are None.
+    If the device does not exist, the field `shared_secret_hash` is an empty text, which matches no secret. The other
+    fields are then None.
     """
 
     shared_secret_hash: str
@@ -59,8 +59,8 @@ def _for_every_id(*columns: Any) -> Any:
     return select(*columns).select_from(one_row.outerjoin(Device.__table__, _columns.id == bindparam("id")))
 
 
-# Do not select the column `proof_verifier` in this statement. In each row the value of `metadata` comes before this
-# column, and SQLite takes longer to read a column after a longer value.
+# Do not select the column `proof_verifier` in this statement. SQLite takes longer to read a column after a long value,
+# and the value of the column metadata comes before proof_verifier.
 SECRET_HASHES = Statement[tuple[str, str | None, datetime | None]](
     _for_every_id(
         func.coalesce(_columns.shared_secret_hash, constant("", _columns.shared_secret_hash.type)),
@@ -76,15 +76,15 @@ PROOF_SECRETS = Statement[tuple[str | None, str | None]](
 )
 COUNT_PENDING = Statement[int](
     select(func.count()).select_from(
-        # The statement reads only columns of the index.
+        # The statement reads only columns that the index contains.
         select(_columns.paired_at)
         .where(PENDING, _columns.paired_at > bindparam("before"))
         .limit(bindparam("limit"))
         .subquery()
     )
 )
-# On PostgreSQL, two pairings at the same time do not see each other's device. Because of this lock, the second pairing
-# waits until the unit of the first pairing has ended, and then counts both devices.
+# On PostgreSQL, two pairings at the same time do not see each other's device. With the lock, the second pairing waits
+# until the unit of the first pairing has ended, and then counts both devices.
 LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
 OVERDUE: Any = _columns.paired_at <= bindparam("before")
 """SQL condition for the pending devices that a sweep deletes.
@@ -149,7 +149,7 @@ REVOKE = Statement[Device](
     )
 )
 # The database compares the columns, and therefore homeagent does not convert the stored values. An unreadable value
-# must not prevent an approval or a revocation. The result of a comparison with None is None.
+# must not prevent an approval or a revocation. In SQL, the result of a comparison with NULL is NULL.
 STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]](
     select(
         _columns.approved,
@@ -164,8 +164,8 @@ STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]
 IS_ADMIN = Statement[bool](
     select(_columns.role == constant(Role.ADMIN, _columns.role.type)).where(_columns.id == bindparam("device_id"))
 )
-# This statement locks all approved admins in a fixed order. If two admins revoke each other at the same time, the
-# second revocation waits for the first revocation, and then finds only one approved admin.
+# The statement locks all approved admins in a fixed order. If two admins revoke each other at the same time, the second
+# revocation waits for the first. It then finds only one approved admin.
 APPROVED_ADMINS = Statement[bool](
     select(_columns.id == bindparam("device_id")).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
     lock=True,
@@ -205,7 +205,9 @@ def page_of(
     newest_first: bool,
     after: bool,
 ) -> Statement[Device]:
-    """Return the statement that selects a page of devices with these conditions, ordered by id or time of pairing."""
+    """Return the statement that selects a page of devices with the given conditions, in the order of id or time of
+    pairing.
+    """
     conditions = []
     if approved is not None:
         conditions.append(_APPROVED if approved else _UNAPPROVED)

@@ -49,7 +49,8 @@ class DeviceStore(DeviceFeed):
         """Add an unapproved device whose secret is already hashed. To add a device with a secret, use `Database.pair`.
 
         Raises:
-            DeviceExistsError: if a device with this id already exists. The existing device is not changed.
+            DeviceExistsError: if a device with this id already exists. In this case the store does not change the
+                existing device.
         """
         check_kind(device, models.DeviceCreate, "device")
         created = self._unit.write_one(
@@ -69,13 +70,13 @@ class DeviceStore(DeviceFeed):
     def find_by_id(self, device_id: str) -> Device | None:
         """Return the device, or None if the device does not exist.
 
-        In a write unit, no other writer can change the row until the unit ends.
+        If the unit writes, no other writer can change the device until the unit ends.
         """
         return self._unit.one(statements.FIND, id=self._searched(device_id, "device_id"))
 
     @reading
     def get(self, device_id: str) -> Device:
-        """Return the device as `find_by_id()` does, or raise DeviceNotFoundError if the device does not exist."""
+        """Return the device in the same way as `find_by_id()`. For an absent device, raise `DeviceNotFoundError`."""
         device = self._unit.one(statements.FIND, id=self._searched(device_id, "device_id"))
         if device is None:
             raise DeviceNotFoundError(device_id)
@@ -83,7 +84,7 @@ class DeviceStore(DeviceFeed):
 
     @reading
     def find_secret_hashes(self, device_id: str) -> SecretHashes:
-        """Return the hashes of the device's secrets. The call takes the same time if the device does not exist."""
+        """Return the hashes of the device's secrets. For a device that does not exist, the call takes the same time."""
         row = self._unit.one(statements.SECRET_HASHES, id=self._searched(device_id, "device_id"))
         assert row is not None  # noqa: S101  the outer join has a row for every id
         return SecretHashes(*row)
@@ -97,7 +98,8 @@ class DeviceStore(DeviceFeed):
     def find_proof_secrets(self, device_id: str) -> tuple[str, str | None]:
         """Return the store's proof key, and the device's verifier.
 
-        The verifier is None if the device does not exist or has no verifier. The call takes the same time in each case.
+        The verifier is None if the device does not exist or has no verifier. The call takes the same time whether the
+        device exists or not.
 
         Raises:
             CorruptDatabaseError: if the store has no proof key.
@@ -110,7 +112,7 @@ class DeviceStore(DeviceFeed):
 
     @reading
     def count_pending(self, *, limit: int) -> int:
-        """Return the number of pending devices. The count stops at the given maximum, which must be 1 or more.
+        """Return the number of pending devices. The count stops at the argument `limit`, which must be 1 or more.
 
         A device that has been pending for longer than `Limits.pending_ttl` does not count, even before a sweep.
         """
@@ -119,9 +121,9 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def require_pending_room(self, limit: int) -> None:
-        """Raise PendingLimitError if more devices are pending than the argument `limit` allows.
+        """If more devices are pending than the argument `limit` allows, raise `PendingLimitError`.
 
-        Other pairings wait until this unit ends.
+        Pairings in other units wait until this unit ends.
         """
         self._unit.one(statements.LOCK_STORE)
         if self.count_pending(limit=limit + 1) > limit:
@@ -129,8 +131,8 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def delete_pending(self, *, paired_before: datetime, limit: int = 100) -> int:
-        """Delete pending devices that were paired at `paired_before` or earlier, oldest first. The maximum number of
-        deleted devices is `limit=`.
+        """Delete pending devices that were paired at `paired_before` or earlier, oldest first. The argument `limit` is
+        the maximum number of deleted devices.
 
         Returns:
             The number of deleted devices.
@@ -153,18 +155,19 @@ class DeviceStore(DeviceFeed):
         """Return a page of devices.
 
         Args:
-            approved: True selects approved devices, False selects unapproved devices. Default: both.
+            approved: True to select approved devices, False to select unapproved devices. Default: both.
             role: role of the selected devices. Default: all roles.
             status: status of the selected devices. Default: all.
-            seen_before: selects the devices that were last seen before this time. Default: all devices. Without this
-                argument, also devices without such a time are selected.
+            seen_before: latest time at which a returned device was last seen, exclusive. Without this argument, the
+                method also returns devices that were never seen.
             order: "id" (default), or "paired_at" for the newest first.
             limit: maximum number of devices, 1 or more.
-            after: last device on the previous page, or its id. Default: the first page.
+            after: last device on the previous page, or its id. Without this argument, the method returns the first
+                page.
 
         Raises:
-            DeviceNotFoundError: if the order is "paired_at", and `after=` is the id of an absent device. Pass the
-                device instead of its id.
+            DeviceNotFoundError: if the order is "paired_at", and the argument `after` is the id of an absent device. In
+                this case pass the device instead of its id.
         """
         if approved is not None and not isinstance(approved, bool):
             raise InvalidArgumentError("approved must be True, False or None")
@@ -229,12 +232,12 @@ class DeviceStore(DeviceFeed):
             expected_role: role that the device must have. Default: any role.
             expected_secret_hash: hash that the device's secret must have. Default: any hash.
             expected_paired_at: time at which the device must have been paired. Default: any time. A second pairing with
-                the same id changes the time.
+                the same id changes this time.
             expected_status: status that a device without approval must have. Default: pending. To approve a revoked
                 device, pass `DeviceStatus.REVOKED`.
 
         Returns:
-            False if the device was already approved. In that case the row is not changed.
+            False if the device was already approved. In this case the store does not change the device.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
@@ -267,14 +270,14 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def revoke(self, device_id: str, *, reason: str | None = None, force: bool = False) -> bool:
-        """Revoke a device, which then has no access until `approve()` is called.
+        """Revoke a device, which then has no access until the method `approve()` is called.
 
         The nonces and idempotency keys of the device stay.
 
-        Pass a text for administrators as `reason`.
+        The argument `reason` is a text for administrators.
 
         Returns:
-            False if the device was already revoked. In that case the row is not changed.
+            False if the device was already revoked. In this case the store does not change the device.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
@@ -299,7 +302,7 @@ class DeviceStore(DeviceFeed):
     ) -> DeviceState:
         """Return the state of a device, and compare the device with the arguments that are not None.
 
-        In a write unit, the row is locked until the unit ends.
+        If the unit writes, the row is locked until the unit ends.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
@@ -315,7 +318,9 @@ class DeviceStore(DeviceFeed):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return two values: whether `update_last_seen()` has no row to write, and the result of that call."""
+        """Return a tuple. Its first value is True if `update_last_seen()` would write no row, and its second value is
+        the result of such a call.
+        """
         device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
         return self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device, before=before) is None, False
@@ -326,9 +331,9 @@ class DeviceStore(DeviceFeed):
     ) -> bool:
         """Store the time at which a device was last seen.
 
-        Pass this time by `at=…`. If the time is None (the default) or later than now, the current time is stored. The
-        row is changed only if the stored time is earlier by at least the granularity. Return False if the row was not
-        changed, or if the device does not exist.
+        The argument `at` is this time. If `at` is None or later than the current time, the method stores the current
+        time. The row is changed only if the stored time is earlier by at least the granularity. If the row was not
+        changed, or if the device does not exist, return False.
         """
         device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)
@@ -338,7 +343,8 @@ class DeviceStore(DeviceFeed):
         """Return the timestamp to store, and the latest stored time that this timestamp replaces."""
         check_duration(granularity, "granularity", zero=True)
         at = not_after(self._unit.now(), at, "at")
-        # Use at least a millisecond. With a granularity of zero, each call would write an equal timestamp again.
+        # Use a granularity of at least a millisecond. With a granularity of zero, each call would write an equal
+        # timestamp again.
         return at, earlier(at, max(granularity, MILLISECOND))
 
     @writing()
@@ -369,7 +375,8 @@ class DeviceStore(DeviceFeed):
         proof_verifier: str | None,
         previous_until: datetime | None = None,
     ) -> bool:
-        """Replace the hash of the secret if the stored hash is the expected hash. See also `Database.rotate_secret`.
+        """Replace the hash of the secret if the stored hash is the expected hash. The method `Database.rotate_secret()`
+        also computes the new hash.
 
         Args:
             device_id: id of the device.
@@ -379,11 +386,12 @@ class DeviceStore(DeviceFeed):
             previous_until: end of the overlap, during which the old secret also works. Default: no overlap.
 
         Returns:
-            False if the device does not exist, or has another hash.
+            False if the device does not exist, or has a different hash.
 
         Raises:
-            DeviceNotApprovedError: if `previous_until` is given, and the device is pending or revoked.
-            InvalidArgumentError: if a hash or the verifier is not a valid text, or `previous_until` has no time zone.
+            DeviceNotApprovedError: if the argument `previous_until` is given, and the device is pending or revoked.
+            InvalidArgumentError: if a hash or the verifier is not a valid text, or if `previous_until` has no time
+                zone.
         """
         values = {
             "device_id": self._searched(device_id, "device_id"),
@@ -405,7 +413,7 @@ class DeviceStore(DeviceFeed):
     def rehash_secret(self, device_id: str, *, expected_secret_hash: str, secret_hash: str) -> bool:
         """Replace the hash by a hash of the same secret with newer parameters.
 
-        Return False if the stored hash is not `expected_secret_hash`.
+        If the stored hash differs from `expected_secret_hash`, return False.
         """
         return (
             self._unit.write(
@@ -430,7 +438,7 @@ E = TypeVar("E", Role, DeviceStatus)
 
 
 def _member(kind: type[E], value: E, what: str) -> E:
-    """Return the member of the enum for `value`, which is a member or the text of a member."""
+    """Return the member of the enum for a value that is a member or the text of a member."""
     try:
         return kind(value)
     except ValueError:

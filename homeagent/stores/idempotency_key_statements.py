@@ -23,20 +23,21 @@ _SAME_SCOPE = and_(
     _columns.method == bindparam("method"),
     _columns.key == bindparam("key"),
 )
-# A row in progress does not expire. A row with an invalid state does not expire either. If such a row were deleted, the
-# effect could run twice.
+# A row in progress does not expire. A row with an invalid state does not expire either, because the effect could run
+# twice after its deletion.
 _ENDED = or_(_columns.state == _COMPLETED, _columns.state == _FAILED)
 _NOT_EXPIRED = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
 EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
 """SQL condition for the records that count as absent and that a sweep deletes."""
 
-# Count all rows in the index of the primary key. To find out which rows have expired, SQLite would also read
-# the long column `result`, because the column `expires_at` comes after the column `result`.
+# Count all rows in the index of the primary key. To count only unexpired rows, SQLite would also read the long column
+# `result`, because the column `expires_at` comes after it.
 COUNT = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(_columns.device_id == bindparam("device_id"))
 )
-# An expression is not an indexed column. So the engine uses the index of `expires_at`, which has few expired rows,
-# and not the primary key with all rows of the device (test_expired_keys_are_counted_by_the_index).
+# Keep the expression `device_id + ""`, because no index contains an expression. Otherwise the engine would use the
+# primary key and not the index of `expires_at`, which has few expired rows
+# (`test_expired_keys_are_counted_by_the_index`).
 COUNT_EXPIRED_OF_DEVICE = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(EXPIRED, _columns.device_id + "" == bindparam("device_id"))
 )
@@ -46,7 +47,7 @@ INSERT = Statement[IdempotencyKey](
             device_id=bindparam("device_id"),
             method=bindparam("method"),
             key=bindparam("key"),
-            # The store has already encoded the result, in order to check the result.
+            # The store passes the result as encoded text, because it had to encode the result to check it.
             result=bindparam("json", type_=Text),
             created_at=bindparam("now"),
             expires_at=bindparam("expires_at"),
@@ -56,7 +57,8 @@ INSERT = Statement[IdempotencyKey](
         )
     ).on_conflict_do_update(
         index_elements=["device_id", "method", "key"],
-        # An expired record counts as absent even before a sweep deletes the record. Therefore replace each column.
+        # An expired record counts as absent even before a sweep deletes the record. Therefore a new claim replaces each
+        # column of an expired record.
         set_={
             "result": statement.excluded.result,
             "created_at": statement.excluded.created_at,
@@ -97,7 +99,7 @@ CLAIM = Statement[IdempotencyKey](
     )
 )
 ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
-# The fence is an SQL condition. An attempt can change a key only while the attempt owns the key.
+# The fence is an SQL condition: an attempt can change a key only while the attempt owns the key.
 _OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bindparam("old_owner"))
 TAKE_OVER = Statement[IdempotencyKey](
     update(IdempotencyKey)
@@ -112,7 +114,7 @@ RECORD = Statement[IdempotencyKey](
     .where(_OWNED)
     .values(
         state=bindparam("state"),
-        # The store has already encoded the result, in order to check the result.
+        # The store passes the result as encoded text, because it had to encode the result to check it.
         result=bindparam("json", type_=Text),
         omitted=bindparam("omitted"),
         expires_at=bindparam("expires_at"),

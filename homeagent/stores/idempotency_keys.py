@@ -56,7 +56,8 @@ class IdempotencyKeyStore(Store):
             ttl: time for which retries get the result, more than zero and at most `Limits.longest_ttl`.
 
         Raises:
-            IdempotencyKeyExistsError: if the key has a record that has not expired. The existing record is not changed.
+            IdempotencyKeyExistsError: if the key has a record that has not expired. In this case the store does not
+                change the existing record.
             KeyLimitError: if the device has `Limits.keys_per_device` records that have not expired.
             InvalidArgumentError: if the result is too large or not JSON, or `ttl` is out of range.
         """
@@ -120,8 +121,8 @@ class IdempotencyKeyStore(Store):
             stored = self._unit.one(statements.COUNT, device_id=device_id) or 0
             if stored < limit:
                 return stored
-            # Subtract the expired rows, which a sweep has not deleted yet. Below the limit, this slower count is not
-            # needed.
+            # Subtract the number of expired rows that a sweep has not deleted yet. Make the slower count only at the
+            # limit.
             return stored - (self._unit.one(statements.COUNT_EXPIRED_OF_DEVICE, device_id=device_id, now=now) or 0)
 
         if not has_room(self._unit, "idempotency_keys", device_id, limit, count) and (
@@ -129,7 +130,7 @@ class IdempotencyKeyStore(Store):
         ):
             raise KeyLimitError(device_id, limit)
 
-    # The following methods are the steps of `run_once()`.
+    # Steps of `run_once()`
 
     @writing()
     @clears_locals
@@ -147,20 +148,23 @@ class IdempotencyKeyStore(Store):
 
         Args:
             scope: device, method and key of the call.
-            fingerprint: fingerprint of the call's parameters: see `homeagent.canonical_json.fingerprint_of`.
-            lease: time after which the attempt counts as abandoned, unless renewed. Zero means an expired lease.
+            fingerprint: fingerprint of the call's parameters, such as the result of
+                `homeagent.canonical_json.fingerprint_of()`.
+            lease: time after which the attempt counts as abandoned, unless the caller renews the lease. With zero, the
+                lease has already expired.
             ttl: time for which retries get the outcome, more than zero and at most `Limits.longest_ttl`.
             rerun: True if the caller takes over an abandoned attempt, and runs the effect again.
-            owner: random token of the caller. A second claim with the token returns the same attempt. Default: new.
+            owner: random token of the caller. A second claim with the same token returns the same attempt. Default:
+                new.
 
         Returns:
-            An Attempt if the caller must run the effect, or the Outcome if the effect has completed.
+            An `Attempt` if the caller must run the effect, or the `Outcome` if the effect has completed.
 
         Raises:
             FingerprintMismatchError: if the key was used with other parameters.
             IdempotencyInProgressError: if another attempt has a lease that has not expired.
             OutcomeUnknownError: if an attempt was abandoned, except with `rerun=True`.
-            EffectFailedError: if the effect has failed for good. The error contains the stored detail.
+            EffectFailedError: if the effect has failed for good. The error contains the stored detail of the failure.
             KeyLimitError: if the key is new, and the device has `Limits.keys_per_device` keys that have not expired.
         """
         scope = _check_new(scope)
@@ -181,7 +185,7 @@ class IdempotencyKeyStore(Store):
             downstream_key=downstream_key,
         ):
             row = self._unit.one(statements.ANY, **_parameters(scope))
-            if row is not None:  # if the record was deleted in between, claim again
+            if row is not None:  # if the record was deleted between the two statements, claim again
                 outcome = _outcome(scope, row, fingerprint)
                 return outcome or self._take_over(scope, row, now, lease_expires_at, owner=owner, rerun=rerun)
         return Attempt(
@@ -206,10 +210,10 @@ class IdempotencyKeyStore(Store):
     ) -> Attempt:
         """Return the next attempt of a key in progress.
 
-        Raise an error if the present attempt is not abandoned, or if the caller did not pass `rerun=True`.
+        If the present attempt is not abandoned, or if the caller did not pass `rerun=True`, raise an error.
         """
         if row.owner == owner:
-            # The caller has already committed this claim, but did not get the result of the commit.
+            # The caller has already committed the same claim, but did not get the result of the commit.
             return _attempt_of(row)
         if row.lease_expires_at is not None and row.lease_expires_at > now:
             raise IdempotencyInProgressError(**_refusal(scope, row), retry_after=row.lease_expires_at - now)
@@ -229,10 +233,11 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
-        """Set the end of the lease to the current time plus `lease`, and return the attempt with the new lease.
+        """Set the end of the lease to the current time plus the argument `lease`. Return the attempt with the new
+        lease.
 
         Raises:
-            LeaseLostError: if the attempt no longer owns the key. In that case the record is not changed.
+            LeaseLostError: if the attempt no longer owns the key. In this case the store does not change the record.
         """
         check_kind(attempt, Attempt, "attempt")
         until = later(self._unit.now(), check_duration(lease, "lease", zero=True), "lease")
@@ -245,11 +250,11 @@ class IdempotencyKeyStore(Store):
         """Record the result of the effect, so that a retry gets the same result.
 
         Returns:
-            False if the result is not JSON or is over 1 MiB. Because the effect has taken place, the record is still
-            stored, but without the result and with `omitted` set to True.
+            False if the result is not JSON or is over 1 MiB. The effect has taken place, so the record is still stored,
+            but without the result and with `omitted=True`.
 
         Raises:
-            LeaseLostError: if the attempt no longer owns the key. In that case the record is not changed.
+            LeaseLostError: if the attempt no longer owns the key. In this case the store does not change the record.
         """
         check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=attempt.owner)
@@ -264,10 +269,9 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def find_recorded(self, attempt: Attempt) -> IdempotencyKey | None:
-        """Return the outcome that this attempt has recorded, or None if the attempt has recorded no outcome.
+        """Return the outcome that the attempt has recorded. If the attempt has recorded no outcome, return None.
 
-        If the connection was lost during the commit, the caller uses this method to find out whether the commit took
-        place.
+        After a commit with an unknown outcome, the caller uses the method to find out if the commit took place.
         """
         check_kind(attempt, Attempt, "attempt")
         row = self._unit.one(statements.ANY, **_parameters(attempt.scope))
@@ -275,7 +279,7 @@ class IdempotencyKeyStore(Store):
         return row if own else None
 
     def _record(self, attempt: Attempt, state: IdempotencyState, result: JsonValue, *, recorded_by: str | None) -> bool:
-        """Record an outcome and return whether the result could be stored."""
+        """Record an outcome, and return True if the result could be stored."""
         try:
             json, omitted = encode_json(result, limit=MAX_RESULT_BYTES), False
         except InvalidArgumentError:
@@ -297,15 +301,14 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
-        """Release a key. Call this method only if the attempt's effect did not begin.
+        """Release a key. Call the method only if the effect of the attempt did not begin.
 
-        The record is deleted in two cases: if the attempt is the first attempt, or if the caller passed
-            `none_began=True`. By
+        The method deletes the record if the attempt is the first attempt, or if the caller passed `none_began=True`. By
         `none_began=True`, the caller states that no earlier attempt began its effect. In all other cases the outcome of
         an earlier attempt is unknown, so the record stays and counts as abandoned again.
 
         Raises:
-            LeaseLostError: if the attempt no longer owns the key. In that case the record is not changed.
+            LeaseLostError: if the attempt no longer owns the key. In this case the store does not change the record.
         """
         check_kind(attempt, Attempt, "attempt")
         if attempt.number == 1 or none_began:
@@ -314,21 +317,21 @@ class IdempotencyKeyStore(Store):
             self._write_fenced(statements.RENEW, attempt, lease_expires_at=self._unit.now())
 
     def _write_fenced(self, statement: Statement[IdempotencyKey], attempt: Attempt, **parameters: Any) -> None:
-        """Run a statement whose condition contains the fence.
+        """Run a statement that changes a key only while the attempt owns the key.
 
-        Raise LeaseLostError if the attempt does not own the key.
+        If the attempt does not own the key, raise `LeaseLostError`.
         """
         if not self._unit.write(statement, **_parameters(attempt.scope), old_owner=attempt.owner, **parameters):
             scope = attempt.scope
             raise LeaseLostError(device_id=scope.device_id, method=scope.method, attempt=attempt.number)
 
-    # Operators settle abandoned attempts with the following methods.
+    # Methods with which operators settle abandoned attempts
 
     @reading
     @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
-        """Return records of abandoned attempts. The maximum number of records is `limit=`. The attempt whose lease
-        expired first comes first.
+        """Return records of abandoned attempts. The argument `limit` is the maximum number of records. The order is the
+        order in which the leases expired.
         """
         return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=check_limit(limit))
 
@@ -367,7 +370,7 @@ class IdempotencyKeyStore(Store):
     def _find_abandoned(self, scope: IdempotencyScope) -> Attempt | None:
         """Return the abandoned attempt, or None if the key is not in progress.
 
-        Raise IdempotencyInProgressError if the lease has not expired.
+        If the lease has not expired, raise `IdempotencyInProgressError`.
         """
         row = self._unit.one(statements.ANY, **self._search(scope))
         if row is None or row.state is not IdempotencyState.IN_PROGRESS:
@@ -385,7 +388,9 @@ class IdempotencyKeyStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete expired records, oldest first, and return the number of deleted records. The maximum is `limit=`."""
+        """Delete expired records, oldest first, and return the number of deleted records. The argument `limit` is the
+        maximum number of deleted records.
+        """
         return self._unit.write(statements.DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
 
 
@@ -436,7 +441,9 @@ def _check_scope(scope: IdempotencyScope) -> IdempotencyScope:
 
 
 def _check_new(scope: IdempotencyScope) -> IdempotencyScope:
-    """Return a scope for a new record. Check the texts, because `IdempotencyScope.of_record` accepts invalid texts."""
+    """Return a scope for a new record. Check the texts, because the method `IdempotencyScope.of_record()` accepts
+    invalid texts.
+    """
     _check_scope(scope)
     check_identifier(scope.device_id, "device_id")
     check_name(scope.method, "method")

@@ -55,7 +55,7 @@ _FIND = Statement[Nonce](
         _columns.expires_at > bindparam("now"),
     )
 )
-# The value of `created_at` of a nonce that an operator released from the limit.
+# Value of the column `created_at` of a nonce that an operator released from the limit.
 _RELEASED = constant(0, Integer())
 _COUNTED = (
     _columns.device_id == bindparam("device_id"),
@@ -67,7 +67,7 @@ _RELEASE = Statement[Nonce](update(Nonce).where(*_COUNTED).values(created_at=_RE
 EXPIRED: Any = _columns.expires_at <= bindparam("before")
 """SQL condition for the nonces that a sweep deletes. The parameter `before` is the current time minus `NONCE_GRACE`."""
 
-# On PostgreSQL, two hosts can sweep at the same time. Because of SKIP LOCKED, each sweep then deletes other rows.
+# On PostgreSQL, two hosts can sweep at the same time. SKIP LOCKED makes each of them delete different rows.
 _DELETE_EXPIRED = Statement[Nonce](
     delete(Nonce).where(
         tuple_(_columns.device_id, _columns.nonce).in_(
@@ -86,7 +86,7 @@ FIND_RECORD = Statement[tuple[int, datetime | None]](select(store_table.c.epoch,
 
 
 class Freshness(StrEnum):
-    """Result of the check of a signed message. Accept a message only if the result is `FRESH`."""
+    """Result of the check of a signed message. Accept a message only if the result of the check is FRESH."""
 
     FRESH = "fresh"
     STALE = "stale"
@@ -107,23 +107,24 @@ class NonceStore(Store):
     def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int | None = None) -> bool:
         """Consume a nonce. Of several calls with the same nonce, only one call returns True.
 
-        Call this method in a unit of its own, after the check of the signature and before the device gets access. If
-        the unit did other work too, a rollback of that work would make the nonce usable again.
+        Call the method in a separate unit, after the check of the signature and before the device gets access. In a
+        unit with other work, a rollback of the work would make the nonce usable again.
 
         Args:
-            device_id: id of the signer. Each device has its own nonces.
+            device_id: id of the signer. Two devices can use the same nonce.
             nonce: nonce of the signed message.
-            expires_at: signed timestamp plus the allowed skew. From that time on, the message is too old.
-            limit: maximum number of the device's nonces, if it is lower than `Limits.nonces_per_device`. Expired nonces
-                do not count. Several processes together can store up to twice as many (see `homeagent.stores.room`).
+            expires_at: signed timestamp plus the allowed skew. At this time the message becomes too old.
+            limit: maximum number of the device's nonces, if it is lower than `Limits.nonces_per_device`. The number
+                does not include expired nonces. Several processes together can store up to twice as many nonces (see
+                `homeagent.stores.room`).
 
         Returns:
-            False if the nonce was used before, even if the device is at the limit. Also False if `expires_at` has
-            passed.
+            False if the nonce was used before, even if the device is at the limit. Also False if the time `expires_at`
+            has passed.
 
         Raises:
             NonceLimitError: if the nonce is new and the device is at the limit. The store does not delete an older
-                nonce instead, because that nonce could then be used again. An operator can call `forget()`.
+                nonce instead, because a deleted nonce could be used again. An operator can call the method `forget()`.
             InvalidArgumentError: if `expires_at` is more than `Limits.longest_ttl` ahead.
         """
         check_identifier(device_id, "device_id")
@@ -155,7 +156,7 @@ class NonceStore(Store):
     def consume_signed(
         self, device_id: str, nonce: str, *, signed_at: datetime, skew: timedelta, limit: int | None = None
     ) -> Freshness:
-        """Check the timestamp of a signed message and consume the nonce. The method reads the clock once.
+        """Check the timestamp of a signed message and consume the nonce. The method reads the clock only once.
 
         Args:
             device_id: id of the signer.
@@ -166,7 +167,7 @@ class NonceStore(Store):
 
         Raises:
             NonceLimitError: see `consume()`.
-            InvalidArgumentError: if `skew` is longer than `Limits.longest_ttl`.
+            InvalidArgumentError: if the argument `skew` is longer than `Limits.longest_ttl`.
         """
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
@@ -179,17 +180,18 @@ class NonceStore(Store):
         if signed_at - now > skew:
             return Freshness.FUTURE
         restored_at = self._restored_at()
-        # A message whose nonce was consumed before the restore has a timestamp of at most `restored_at + skew`.
+        # If a nonce was consumed before the restore, the timestamp of its message is at most `restored_at + skew`.
         if restored_at is not None and signed_at - restored_at <= skew:
             return Freshness.STALE
         fresh = self._consume(device_id, nonce, expires_at, now, limit)
         return Freshness.FRESH if fresh else Freshness.REPLAYED
 
     def _restored_at(self) -> datetime | None:
-        """Return the time of the last restore. The method reads the time once for each connection.
+        """Return the time of the last restore. The method reads this time once for each connection, because no epoch
+        begins while a connection is open.
 
-        No epoch begins while a connection is open. When the connection closes, forget the time. A PostgreSQL
-        server that is restored closes all connections, and the gateway must then read the time again.
+        When the connection is closed, the store forgets the time of the restore. A PostgreSQL server closes all
+        connections before a restore, so the gateway reads the time again.
         """
         memory = self._unit.connection_memory
         if "restored_at" not in memory:
@@ -215,22 +217,20 @@ class NonceStore(Store):
     def forget(self, device_id: str) -> int:
         """Release the nonces of a device from its limit, and return the number of released nonces.
 
-        Call this method if a device is at its limit and its nonces expire too late. First shorten the time for which
-        new nonces are kept. Otherwise the device reaches the limit again.
+        Call the method if a device is at its limit and its nonces expire too late. First shorten the time for which new
+        nonces are kept, because the device would otherwise reach the limit again.
 
-        The rows of the released nonces stay until the nonces expire. So a message with a released nonce is still a
-        replay. For this message, `consume()` returns False, and `consume_signed()` returns `REPLAYED`. The table can
-        then hold more
-            nonces of
-        the device than the limit allows.
+        The rows of the released nonces stay until the nonces expire. A message with a released nonce is still a replay,
+        for which `consume()` returns False and `consume_signed()` returns REPLAYED. After the call, the table can have
+        more nonces of the device than the limit allows.
         """
         device = self._searched(device_id, "device_id")
         return self._unit.write(_RELEASE, device_id=device, now=self._unit.now())
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete nonces that expired `NONCE_GRACE` ago or earlier, oldest first. The maximum number of deleted nonces
-        is `limit=`.
+        """Delete nonces whose expiry is at least the time `NONCE_GRACE` ago, oldest first. The argument `limit` is the
+        maximum number of deleted nonces.
 
         Returns the number of deleted nonces.
         """
@@ -243,13 +243,13 @@ class ReplayGuard:
     """Accept each signed message once, and only while the message is fresh.
 
     Args:
-        skew: allowed difference between a device's clock and the gateway's clock. A message is fresh from
-            `signed_at - skew` until `signed_at + skew`. The nonce is stored until the end of that period.
-        limit: maximum number of a device's nonces, if it is lower than `Limits.nonces_per_device`. Expired nonces do
-            not count.
+        skew: allowed difference between a device's clock and the gateway's clock. A message is fresh for this
+            time before and after its timestamp. The store keeps the nonce until the message is no longer fresh.
+        limit: maximum number of a device's nonces, if it is lower than `Limits.nonces_per_device`. The number does not
+            include expired nonces.
 
     Raises:
-        InvalidArgumentError: if the skew is not more than zero, or the limit is less than 1.
+        InvalidArgumentError: if the argument `skew` is not more than zero, or the argument `limit` is less than 1.
     """
 
     def __init__(self, *, skew: timedelta = timedelta(minutes=5), limit: int | None = None) -> None:
@@ -258,8 +258,8 @@ class ReplayGuard:
 
     @clears_locals
     def check(self, nonces: NonceStore, device_id: str, nonce: str, *, signed_at: datetime) -> Freshness:
-        """Check a message by `nonces.consume_signed`, with the skew and the limit of the guard.
+        """Check a message by `nonces.consume_signed()`, with the `skew` and the `limit` of the guard.
 
-        Call this method in a unit of its own, after the check of the signature.
+        Call the method in a separate unit, after the check of the signature.
         """
         return nonces.consume_signed(device_id, nonce, signed_at=signed_at, skew=self.skew, limit=self.limit)

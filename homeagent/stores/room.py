@@ -1,15 +1,17 @@
 """A limit of the rows of one device, which the store counts only at intervals.
 
-Counting 10,000 rows takes as long as 40 inserts. So a process that has counted gets a grant: it can add several rows of
-the device without another count. The grant is an eighth of the room that was left, but at most a fiftieth of the limit.
+Counting 10,000 rows takes as long as 40 inserts. Therefore a process that has counted may add several rows of the
+device without another count. The number of these rows is the grant. The grant is an eighth of the number of rows that
+may still be added, but at most a fiftieth of the limit.
 
-Why several processes never store more than twice the limit: a process that counts gets a grant only if fewer rows than
-the limit are stored. After the last such count, each process can use up only the rest of its own grant, which is less
-than a fiftieth of the limit. So 49 processes together stay below twice the limit, even if each process still has the
-rest of a grant from a count of an empty table. On SQLite, a count and its row are in one transaction, and no other
+Several processes together do not store more than twice the limit, because a process gets a grant only if fewer rows
+than the limit are stored. When the limit is reached, each process can use up only the rest of its own grant, which is
+less than a fiftieth of the limit. Therefore 49 processes together stay below twice the limit, even if each process has
+the rest of a grant from an empty table. On SQLite, a process counts and adds its row in one transaction, and no other
 writer can add a row in between. On PostgreSQL, a transaction that counts does not see the rows of transactions that
-have not committed. A count can grant only one row, if the limit is low or little room is left. The transaction then
-takes a lock of the device, and counts again. Otherwise each open transaction can exceed the limit by one row.
+have not committed. If the limit is low, or few rows may still be added, the grant can be only one row. In this case the
+transaction takes a lock for the device, and counts again. Without the lock, each open transaction could exceed the
+limit by one row.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ __all__ = ["has_room"]
 
 _MOST_GRANTS = 10_000
 
-# PostgreSQL ends the lock with the transaction.
+# PostgreSQL releases this lock at the end of the transaction.
 _LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("device_id"), 0))))
 
 
 def has_room(unit: Unit, kind: str, device_id: str, limit: int, count: Callable[[], int]) -> bool:
-    """Return True if the device can have another row. If so, the row uses up a part of this process's grant.
+    """Return True if the device can have another row. In this case the new row uses up a part of the process's grant.
 
     Args:
         unit: writing unit that adds the row.
@@ -43,9 +45,10 @@ def has_room(unit: Unit, kind: str, device_id: str, limit: int, count: Callable[
         count: function that counts the device's rows.
     """
     grants: dict[tuple[str, str, int], Iterator[int]] = unit.settings.memory.setdefault("grants", {})
-    # The key contains the limit, because the room differs for each limit.
+    # The key of the dictionary contains the limit, because each limit has separate grants.
     key = (kind, device_id, limit)
-    # Each call of `next()` takes a row from the grant. Two threads can't take the same row, because `next()` is atomic.
+    # Each call of the function `next()` takes a row from the grant. Two threads can't take the same row, because the
+    # function `next()` is atomic.
     if key in grants and next(grants[key], None) is not None:
         return True
     granted = _grant(limit, count())
@@ -54,7 +57,7 @@ def has_room(unit: Unit, kind: str, device_id: str, limit: int, count: Callable[
         granted = _grant(limit, count())
     if len(grants) >= _MOST_GRANTS:
         grants.clear()
-    grants[key] = iter(range(granted - 1))  # this call uses up the first row
+    grants[key] = iter(range(granted - 1))  # the current call uses up the first row of the grant
     return granted > 0
 
 

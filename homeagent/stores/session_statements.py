@@ -1,6 +1,7 @@
 """SQL of the store of sessions.
 
-The parameters `agent_id`, `sender_id` and `channel_id` are a route, and the parameter `route` is the key of that route.
+In these statements, the parameters `agent_id`, `sender_id` and `channel_id` are a route. The parameter `route` is the
+key of the route.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ _agents: Any = Agent.__table__.c
 
 FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
 BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
-# `move()` does not lock the holder. Otherwise two units that move sessions to each other's route would deadlock.
+# The method `move()` does not lock the holder of the new route. With such a lock, two units that move sessions to each
+# other's route would deadlock.
 BY_ROUTE_UNLOCKED = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")))
-# This statement locks the agent's row until the end of the unit, so that no other unit can delete the agent before the
-# session is added.
+# The statement locks the row of the agent until the end of the unit, so that no other unit can delete the agent before
+# the session is added.
 AGENT = Statement[str](
     select(_agents.id).where(_agents.id == bindparam("agent_id")).with_for_update(read=True, key_share=True)
 )
@@ -50,7 +52,7 @@ _VALUES: dict[str, Any] = {
     "last_active_at": bindparam("last_active_at"),
     "metadata": bindparam("metadata_"),
 }
-# The clause has no `index_elements`, so it applies to a conflict of the id and to a conflict of the route.
+# The ON CONFLICT clause has no index_elements, so it applies to a conflict of the id and to a conflict of the route.
 CREATE = Statement[AgentSession](
     lambda insert: insert(_table).values({**_VALUES, "route_key": bindparam("route")}).on_conflict_do_nothing(),
     returning=AgentSession,
@@ -81,13 +83,14 @@ RELEASE = Statement[AgentSession](
 
 # Routes
 
-# The session has the route of the parameters. The stored route key is not compared, because the key can be stale.
+# Condition that a session has the route in the parameters. The condition does not compare the stored route key, because
+# the key can be stale.
 _IS_ON_ROUTE: Any = and_(
     _columns.agent_id == bindparam("agent_id"),
     _columns.sender_id.is_not_distinct_from(bindparam("sender_id")),
     _columns.channel_id.is_not_distinct_from(bindparam("channel_id")),
 )
-# An UPDATE of many rows in `uow.session`, or another program, can change a session without changing the route key.
+# An UPDATE of many rows by `uow.session`, or another program, can change a session without changing its route key.
 RELEASE_STALE = Statement[AgentSession](
     update(AgentSession).where(_columns.route_key == bindparam("route"), not_(_IS_ON_ROUTE)).values(route_key=None)
 )
@@ -115,16 +118,16 @@ INDEX = Statement[AgentSession](
 
 
 def _activity(columns: Any) -> tuple[Any, Any, Any]:
-    """Return the values by which sessions of a route are compared. The session with the greatest values was active
-    last.
+    """Return the values by which sessions of a route are compared. The session with the greatest of these values was
+    active last.
     """
-    # Do not remove `+ 0`. Otherwise SQLite reads an index of `last_active_at`, which contains the sessions of other
-    # routes (test_a_route_is_searched_by_its_index).
+    # Do not remove `+ 0`. Otherwise SQLite would read an index of `last_active_at`, which contains the sessions of
+    # other routes (`test_a_route_is_searched_by_its_index`).
     return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id
 
 
 def _last_active(*conditions: Any, has_sender: bool, has_channel: bool) -> Any:
-    # Do not merge the variants. PostgreSQL uses no index for IS NOT DISTINCT FROM.
+    # Do not merge the variants, because PostgreSQL uses no index for IS NOT DISTINCT FROM.
     return (
         select(_others.c.session_id)
         .where(
@@ -176,7 +179,7 @@ def release_earlier(*, has_sender: bool, has_channel: bool) -> Statement[AgentSe
 
 @cache
 def page_of(*, agent: bool, sender: bool, channel: bool, after: bool) -> Statement[AgentSession]:
-    """Return the statement that lists a page of sessions. The arguments say which filters the statement has."""
+    """Return the statement that lists a page of sessions. The arguments decide which filters the statement has."""
     conditions: list[Any] = []
     if agent:
         conditions.append(_columns.agent_id == bindparam("agent_id"))

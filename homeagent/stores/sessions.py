@@ -1,6 +1,6 @@
 """The store of sessions.
 
-At most one session holds a route, which is the session that `resolve()` returns. A route without a holder is free.
+At most one session holds a route. The method `resolve()` returns this session. A route without a holder is free.
 
 | event | holder of the route afterwards |
 |---|---|
@@ -11,8 +11,8 @@ At most one session holds a route, which is the session that `resolve()` returns
 | `index()` | the last active session |
 | `delete()`, or a flush of `uow.session` deletes or moves the holder | none: the route is free |
 
-If sessions were active at the same time, the session that was created later counts as the last active. If these times
-are also equal, the session with the greater id does.
+If sessions were active at the same time, the session that was created later counts as the last active. If the times of
+creation are also equal, the session with the greater id counts as the last active.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def _route_of(agent_id: str, sender_id: str | None, channel_id: str | None) -> P
 
 
 def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None) -> Parameters:
-    """Return the parameters as `_route_of()` does. If a part of the route is not a text, raise InvalidArgumentError."""
+    """Return the same parameters as the function `_route_of()`. If a part of the route is not a text, raise
+    InvalidArgumentError.
+    """
     check_searched(agent_id, "agent_id")
     for value, what in ((sender_id, "sender_id"), (channel_id, "channel_id")):
         if value is not None:
@@ -65,7 +67,7 @@ def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None
 
 
 def _is_on(session: AgentSession, route: Parameters) -> bool:
-    """Return True if the session has this route. Do not compare the route key, which can be stale."""
+    """Return True if the session has this route. Do not compare the route keys, because a key can be stale."""
     return all(getattr(session, name) == route[name] for name in ("agent_id", "sender_id", "channel_id"))
 
 
@@ -75,7 +77,9 @@ def _shape(route: Parameters) -> dict[str, bool]:
 
 
 class SessionStore(Store):
-    """Store of sessions. The table is an index of the transcripts, and `index()` rebuilds it from the transcripts."""
+    """Store of sessions. The table is an index of the transcripts. The method `index()` rebuilds the table from the
+    transcripts.
+    """
 
     __slots__ = ()
 
@@ -84,7 +88,8 @@ class SessionStore(Store):
         """Add a session. The session takes the route of its agent, sender and channel if no session holds the route.
 
         Raises:
-            SessionExistsError: if a session with this id already exists. The existing session is not changed.
+            SessionExistsError: if a session with this id already exists. In this case the store does not change the
+                existing session.
             AgentNotFoundError: if the agent does not exist.
         """
         check_kind(session, models.AgentSessionCreate, "session")
@@ -101,7 +106,7 @@ class SessionStore(Store):
         return created
 
     def _insert(self, route: Parameters, session_id: str, metadata: JsonValue = None) -> AgentSession | None:
-        """Add a session that holds the route. Return None if the id exists or another session holds the route."""
+        """Add a session that holds the route. If the id exists or another session holds the route, return None."""
         now = self._unit.now()
         return self._unit.write_one(
             statements.CREATE, session_id=session_id, metadata_=metadata, created_at=now, last_active_at=now, **route
@@ -115,13 +120,13 @@ class SessionStore(Store):
     def find_by_id(self, session_id: str) -> AgentSession | None:
         """Return the session, or None if the session does not exist.
 
-        In a write unit, no other writer can change the row until the unit ends.
+        If the unit writes, no other writer can change the session until the unit ends.
         """
         return self._unit.one(statements.FIND, id=self._searched(session_id, "session_id"))
 
     @reading
     def get(self, session_id: str) -> AgentSession:
-        """Return the session as `find_by_id()` does, or raise SessionNotFoundError if the session does not exist."""
+        """Return the session in the same way as `find_by_id()`. For an absent session, raise `SessionNotFoundError`."""
         session = self._unit.one(statements.FIND, id=self._searched(session_id, "session_id"))
         if session is None:
             raise SessionNotFoundError(session_id)
@@ -130,7 +135,9 @@ class SessionStore(Store):
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
-        """Return two values: whether `resolve()` has no row to write, and the result of `resolve()` in that case."""
+        """Return a tuple. Its first value is True if `resolve()` would write no row, and its second value is the result
+        of such a call.
+        """
         route = _searched_route(agent_id, sender_id, channel_id)
         session = self._unit.one(statements.BY_ROUTE, route=route["route"])
         return session is not None and _is_on(session, route), session
@@ -142,15 +149,15 @@ class SessionStore(Store):
         If no session holds the route, the last active session of the route takes the route. If the route has no
         session, create one session.
 
-        Callers that run at the same time get the same session. A route can lack a sender or a channel. The returned
-        session has the given agent, sender and channel, even if `uow.session` has changed rows.
+        Callers that run at the same time get the same session. A route need not have a sender or a channel. The
+        returned session has the given agent, sender and channel, even if `uow.session` has changed rows.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
         """
         route = _searched_route(agent_id, sender_id, channel_id)
-        # Another caller can take the route, or delete or move a session of the route, between two statements. The next
-        # round of the loop reads the route again.
+        # Another caller can take the route, or delete or move a session of the route, between two statements. In this
+        # case the next round of the loop reads the route again.
         while True:
             session = self._unit.one(statements.BY_ROUTE, route=route["route"])
             if session is not None and _is_on(session, route):
@@ -166,9 +173,9 @@ class SessionStore(Store):
                 return created
 
     def _take(self, statement: Statement[AgentSession], route: Parameters) -> bool:
-        """Run a statement that sets the key of a route, and return whether a row was changed.
+        """Run a statement that sets the key of a route, and return True if a row was changed.
 
-        Return False if another transaction has taken the route at the same time, which is possible on PostgreSQL.
+        On PostgreSQL, another transaction can take the route at the same time. In this case return False.
         """
         try:
             with self._unit.savepoint():
@@ -182,7 +189,7 @@ class SessionStore(Store):
     def start(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
         """Begin a new conversation: add a session that holds the route, even if another session held the route.
 
-        The other session stays in the lists, and `get()` still returns that session by its id.
+        A session that held the route before stays in the lists, and the method `get()` still returns it by its id.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
@@ -193,7 +200,7 @@ class SessionStore(Store):
         self._require_agent(agent_id)
         while True:
             self._unit.write(statements.RELEASE, route=route["route"])
-            # If no row was inserted, another caller has taken the route since the release.
+            # If no row was inserted, another caller took the route after its release.
             started = self._insert(route, new_session_id())
             if started is not None:
                 return started
@@ -209,8 +216,8 @@ class SessionStore(Store):
     ) -> AgentSession:
         """Give a session another agent, sender or channel, and return the session, which then holds the new route.
 
-        If the session held its old route, the last active session that remains on the old route takes that route. A
-        move to the session's own route takes the route if no session holds the route.
+        If the session held its old route, the last active session that remains on the old route becomes its holder. If
+        the new route equals the session's own route and has no holder, the session becomes its holder.
 
         Args:
             session_id: id of the session.
@@ -221,9 +228,11 @@ class SessionStore(Store):
         Raises:
             SessionNotFoundError: if the session does not exist.
             AgentNotFoundError: if the new agent does not exist.
-            RouteTakenError: if another session holds the new route. The attribute `session_id` is the other session.
+            RouteTakenError: if another session holds the new route. The attribute `session_id` is the id of the session
+                that holds the route.
         """
-        # Lock the agent before the session, as `agents.delete()` does. Otherwise the two methods could deadlock.
+        # Lock the agent before the session, in the same order as the method `agents.delete()`. With different orders
+        # the two methods could deadlock.
         agent = (
             None if agent_id is ... else self._unit.one(statements.AGENT, agent_id=self._searched(agent_id, "agent_id"))
         )
@@ -267,8 +276,9 @@ class SessionStore(Store):
             sender_id: sender of the selected sessions. Default: all senders.
             channel_id: channel of the selected sessions. Default: all channels.
             limit: maximum number of sessions, 1 or more.
-            after: last session of the previous page. Default: the first page. If a session is added or touched between
-                two calls, the next page still neither repeats nor skips other sessions.
+            after: last session of the previous page. Without this argument, the method returns the first page. If a
+                session is added or becomes active between two calls, the next page neither repeats nor skips other
+                sessions.
         """
         if after is not None and not isinstance(after, AgentSession):
             raise InvalidArgumentError("after must be the last session of the page before")
@@ -292,8 +302,8 @@ class SessionStore(Store):
     def touch(self, session_id: str, at: datetime | None = None) -> bool:
         """Store the time of a session's last activity.
 
-        Pass this time by `at=…`. If the time is None (the default) or later than now, the current time is stored.
-        Return False if the stored time is not earlier, or if the session does not exist.
+        The argument `at` is this time. If `at` is None or later than the current time, the method stores the current
+        time. If the stored time is not earlier, or if the session does not exist, return False.
         """
         session = self._searched(session_id, "session_id")
         return self._unit.write(statements.TOUCH, id=session, at=not_after(self._unit.now(), at, "at")) > 0
@@ -317,9 +327,10 @@ class SessionStore(Store):
 
     @writing()
     def delete(self, session_id: str) -> bool:
-        """Delete a session but not its transcript. Return False if the session did not exist.
+        """Delete a session but not its transcript. If the session did not exist, return False.
 
-        If the session held its route, the next `resolve()` gives the route to the last active session that remains.
+        If the session held its route, the next call of `resolve()` gives the route to the last active session that
+        remains.
         """
         return self._unit.write(statements.DELETE, id=self._searched(session_id, "session_id")) > 0
 
@@ -327,22 +338,23 @@ class SessionStore(Store):
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
         """Add many sessions, or move the last activity of existing sessions forward.
 
-        Use this method to rebuild the index of transcripts.
+        The method is for rebuilding the index of transcripts.
 
-        An existing session keeps the agent, sender, channel, time of creation and metadata. The route of each given
-        session goes to the last active session of the route, whatever the order of the sessions.
+        An existing session keeps the agent, sender, channel, time of creation and metadata. The last active session of
+        each route becomes its holder, in whatever order the sessions are given.
 
         Args:
             sessions: transient instances. The method reads the instances in batches to limit the memory. If
-                `created_at` or `last_active_at` is later than now, the current time is stored instead.
+                `created_at` or `last_active_at` is later than the current time, the method stores the current time
+                instead.
             progress: function that is called after each batch with the number of sessions so far.
 
         Returns:
             The number of sessions.
 
         Raises:
-            InvalidArgumentError: if an item is not a session. Roll the unit back, because earlier batches are already
-                written.
+            InvalidArgumentError: if an item is not a session. In this case roll back the unit, because earlier batches
+                are already written.
             AgentNotFoundError: if a session's agent does not exist.
         """
         known: set[str] = set()
@@ -350,8 +362,8 @@ class SessionStore(Store):
         iterator = iter(sessions)
         total = 0
         while batch := list(islice(iterator, _INDEX_BATCH)):
-            # Do not pass the generator itself. The generator reads agents, and no other statement can run during
-            # `write_many`.
+            # Pass a list and not the generator, because the generator reads agents, and no other statement can run
+            # during `write_many()`.
             rows = sorted(self._rows(batch, total, known, now), key=itemgetter("last_active_at"), reverse=True)
             while not self._index_rows(rows):
                 pass  # on PostgreSQL another transaction took a route at the same time
@@ -361,10 +373,10 @@ class SessionStore(Store):
         return total
 
     def _index_rows(self, rows: Sequence[Parameters]) -> bool:
-        """Write a batch. Return False, without a change, if another transaction took a route at the same time.
+        """Write a batch. If another transaction took a route at the same time, change nothing and return False.
 
-        A new session takes a free route. Pass the sessions in descending order of `last_active_at`, so that few
-        sessions get a route and lose the route again.
+        If the route of a new session is free, the session takes the route. Pass the sessions in descending order of
+        `last_active_at`, so that few sessions lose their routes again.
         """
         routes: dict[tuple[bool, bool], dict[str, Parameters]] = {}
         for row in rows:

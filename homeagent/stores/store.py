@@ -26,7 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def check_kind(value: T, kind: type[T], what: str) -> T:
     """Return the value if it is an instance of the class `kind`.
 
-    Raise InvalidArgumentError for any other value, such as a dict.
+    For any other value, such as a dict, raise InvalidArgumentError.
     """
     if not isinstance(value, kind):
         raise InvalidArgumentError(f"{what} must be {kind.__name__}(…), not {type(value).__name__}")
@@ -36,8 +36,8 @@ def check_kind(value: T, kind: type[T], what: str) -> T:
 class Unit(Protocol):
     """The methods of a unit of work that a store calls. Each method raises UnitStateError after the unit has ended.
 
-    Pass the value of each `bindparam` of the statement as a keyword argument with the name of the `bindparam`. An
-    absent parameter raises InvalidArgumentError, and a row that a constraint refuses raises ConflictError.
+    Pass the value of each parameter of the statement as a keyword argument with the name of its bindparam(). If a
+    parameter is absent, the method raises InvalidArgumentError. If a constraint refuses a row, it raises ConflictError.
     """
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
@@ -50,13 +50,17 @@ class Unit(Protocol):
         """Run an INSERT, UPDATE or DELETE. Return the number of changed rows."""
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a statement with `returning=`. Return the first changed row, or None if no row was changed."""
+        """Run a writing statement that returns rows. If no row was changed, return None, and otherwise the first
+        changed row.
+        """
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
         """Run a statement once for each set of parameters. Return the number of changed rows."""
 
     def savepoint(self) -> AbstractContextManager[None]:
-        """Return a savepoint for `with`. An exception that leaves the block undoes only the changes of the block."""
+        """Return a savepoint for a `with` block. An exception that leaves the block undoes only the changes of the
+        block.
+        """
 
     def now(self) -> datetime:
         """Return the current time as a timestamp in UTC, floored to milliseconds."""
@@ -67,7 +71,9 @@ class Unit(Protocol):
 
     @property
     def connection_memory(self) -> dict[str, Any]:
-        """Memory for the unit's connection. Keep only values that can't change while the connection is open."""
+        """Memory for the unit's connection. Keep in this memory only values that can't change while the connection is
+        open.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +82,13 @@ class Access:
 
     Attributes:
         kind: see `Kind`.
-        unless: function that finds out before a call whether a write is needed, or None if the method always writes.
-            The function only reads, and has the method's arguments. The function returns two values: whether no write
-            is needed, and the result of the method in that case.
+        unless: function that finds out before a call if the method would write a row, or None if the method always
+            writes. This function only reads, and has the arguments of the method. The function returns a tuple. The
+            first value is True if no write is needed, and the second value is the result of the method in that case.
     """
 
     class Kind(Enum):
-        """How a method runs if it is called outside of a unit."""
+        """Declaration how a method runs if it is called outside of a unit."""
 
         READ = auto()
         """The method runs one statement that reads."""
@@ -110,9 +116,9 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
     """Declare a store's method as writing.
 
     Args:
-        unless: function that finds out whether a write is needed, as the class `Access` explains. Default: the method
-            always writes.
-        stream: True if the method reads an iterable, which a second run would find empty.
+        unless: function that finds out if a write is needed, as the class `Access` explains. Without this argument, the
+            method always writes.
+        stream: True if the method consumes an iterator, which a second run would find empty.
     """
 
     def declare(method: F) -> F:
@@ -125,12 +131,12 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
 class Store:
     """Base class of the stores. A store is bound to one unit, and its methods fail after the end of the unit.
 
-    An application derives a class for each of its own tables. The methods of this class run statements by `self.unit`.
-    A subclass of `UnitOfWork` names the store in an annotation, such as `messages: MessageStore`.
+    An application derives a class for each of its own tables. The methods of a store run statements by the attribute
+    `self.unit`. A subclass of `UnitOfWork` names the store in an annotation, such as `messages: MessageStore`.
 
-    `Database.store` returns the store for calls without a unit. Each call of a public method is then a separate unit. A
-    method that sends a single SELECT takes no lock. If a method sends a second statement or writes, homeagent calls the
-    method again in a unit of work, so the method must have no side effect outside the unit.
+    The method `Database.store()` returns a store for calls without a unit. Each call of a public method of this store
+    is a separate unit. A method that sends a single SELECT takes no lock. If a method sends a second statement or
+    writes, homeagent calls the method again in a unit of work, so the method must have no side effect outside the unit.
     """
 
     __slots__ = ("_unit",)
@@ -140,15 +146,16 @@ class Store:
 
     @property
     def unit(self) -> Unit:
-        """The unit of work, which runs statements and returns the time."""
+        """The unit of work of the store, which runs statements and returns the time."""
         return self._unit
 
     def _searched(self, value: str, what: str) -> str | None:
-        """Return the text for a search. Return None, which equals no stored value, if the database can't hold the text.
+        """Return the text for a search. If the database can't hold the text, return None, which equals no stored value.
 
-        No database can hold a lone surrogate, and PostgreSQL can't hold NUL. So a search for such a text finds no row.
+        No database can hold a lone surrogate, and PostgreSQL can't hold NUL. Therefore a search for such a text finds
+        no row.
         """
-        # The method `isprintable` returns False for each text with a lone surrogate or NUL.
+        # The method `isprintable()` returns False for each text with a lone surrogate or NUL.
         if check_searched(value, what).isprintable():
             return value
         if any("\ud800" <= character <= "\udfff" for character in value):
