@@ -112,35 +112,30 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         acknowledged: Collection[str] = (),
         limits: Limits = _DEFAULT_LIMITS,
     ) -> Database[V]:
-        """Open a database. If necessary, first create or upgrade its schema. The module `homeagent.environment` has the
-        defaults of some arguments.
+        """Open a database. If necessary, create or upgrade its schema.
 
         Args:
-            target: path, URL, or `":memory:"` for a private temporary database. With None, the target is the value of
-                the environment variable `HOMEAGENT_DATABASE`. If the variable is not set, the target is
-                `~/.homeagent/homeagent.db`.
+            target: path, URL, or `":memory:"` for a private temporary database. The default is the environment
+                variable `HOMEAGENT_DATABASE` or, without it, `~/.homeagent/homeagent.db`.
             clock: function that returns the current time. Each store method calls this function once.
-            busy_timeout: longest wait of a unit for the write lock or a connection. A wait of over 24 days is shortened
-                to 24 days.
-            durability: level of durability. With "full", every commit is synced to the disk. With "normal", a power cut
-                can lose the last commits. An attacker can then replay a message whose nonce was lost.
+            busy_timeout: longest wait of a unit for the write lock or a connection, shortened to 24 days.
+            durability: with "full", every commit is synced to the disk. With "normal", a power cut can lose the last
+                commits. An attacker can then replay a message whose nonce was lost.
             migrate: True to create or upgrade the schema. A file that holds data is backed up before an upgrade.
-            pool_size: maximum number of writing units at the same time on PostgreSQL, 1 to 1,000. The same number of
-                reading units can run at the same time as the writing units. SQLite ignores `pool_size` because SQLite
-                has one writer.
+            pool_size: maximum number of writing units at the same time on PostgreSQL, 1 to 1,000. The same limit
+                applies to reading units. SQLite ignores `pool_size`.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
-            migrations: the application's own Alembic revisions, as "package:folder" or as a path. They run after
+            migrations: the application's own Alembic revisions, as "package:folder" or a path, which run after
                 homeagent's revisions.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
-            acknowledged: names of the application's triggers on homeagent's tables. The checks of the schema accept
-                only triggers with these names.
+            acknowledged: names of the application's triggers on homeagent's tables. Only these triggers are accepted.
             limits: limits of the rows that devices can create, and of the work that strangers can cause.
 
         Raises:
             InvalidArgumentError: if `target` or another argument is invalid.
             SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
-            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file cannot be used. In this case
-                `Database.open()` did not change the file.
+            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file, which was not changed,
+                cannot be used.
             DatabaseError: if the database cannot be opened for another reason.
         """
         given = conceal(target)

@@ -56,8 +56,7 @@ class IdempotencyKeyStore(Store):
             ttl: time for which retries get the result, more than zero and at most `Limits.longest_ttl`.
 
         Raises:
-            IdempotencyKeyExistsError: if the key has a record that has not expired. In this case the store does not
-                change the existing record.
+            IdempotencyKeyExistsError: if the key has a record that has not expired. The existing record stays.
             KeyLimitError: if the device has `Limits.keys_per_device` records that have not expired.
             InvalidArgumentError: if the result is too large or not JSON, or `ttl` is out of range.
         """
@@ -148,14 +147,11 @@ class IdempotencyKeyStore(Store):
 
         Args:
             scope: device, method and key of the call.
-            fingerprint: fingerprint of the call's parameters, such as the result of
-                `homeagent.canonical_json.fingerprint_of()`.
-            lease: time after which the attempt counts as abandoned, unless the caller renews the lease. With zero, the
-                lease has already expired.
+            fingerprint: fingerprint of the call's parameters, for example by `canonical_json.fingerprint_of()`.
+            lease: time after which an attempt without renewal counts as abandoned. A lease of zero has already expired.
             ttl: time for which retries get the outcome, more than zero and at most `Limits.longest_ttl`.
             rerun: True if the caller takes over an abandoned attempt, and runs the effect again.
-            owner: random token of the caller. A second claim with the same token returns the same attempt. Default:
-                new.
+            owner: random token of the caller. A second claim with the same token returns the same attempt.
 
         Returns:
             An `Attempt` if the caller must run the effect, or the `Outcome` if the effect has completed.
@@ -237,7 +233,7 @@ class IdempotencyKeyStore(Store):
         lease.
 
         Raises:
-            LeaseLostError: if the attempt no longer owns the key. In this case the store does not change the record.
+            LeaseLostError: if the attempt no longer owns the key. The record stays.
         """
         check_kind(attempt, Attempt, "attempt")
         until = later(self._unit.now(), check_duration(lease, "lease", zero=True), "lease")
@@ -254,7 +250,7 @@ class IdempotencyKeyStore(Store):
             but without the result and with `omitted=True`.
 
         Raises:
-            LeaseLostError: if the attempt no longer owns the key. In this case the store does not change the record.
+            LeaseLostError: if the attempt no longer owns the key. The record stays.
         """
         check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=attempt.owner)
@@ -308,7 +304,7 @@ class IdempotencyKeyStore(Store):
         an earlier attempt is unknown, so the record stays and counts as abandoned again.
 
         Raises:
-            LeaseLostError: if the attempt no longer owns the key. In this case the store does not change the record.
+            LeaseLostError: if the attempt no longer owns the key. The record stays.
         """
         check_kind(attempt, Attempt, "attempt")
         if attempt.number == 1 or none_began:
@@ -388,8 +384,8 @@ class IdempotencyKeyStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete expired records, oldest first, and return the number of deleted records. The argument `limit` is the
-        maximum number of deleted records.
+        """Delete expired records, oldest first, and return the number of deleted records. The argument `limit` is their
+        maximum.
         """
         return self._unit.write(statements.DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
 

@@ -119,8 +119,7 @@ class SQLiteEngine(Engine):
             # After a deferred BEGIN, the first write would fail at once if another process has written since the BEGIN
             # (https://sqlite.org/lang_transaction.html).
             begin_write=("BEGIN IMMEDIATE",),
-            # SQLite takes the snapshot at the first read, not at BEGIN. The query has no rows, so no statement stays
-            # open.
+            # SQLite takes the snapshot at the first read, not at BEGIN.
             begin_read=("BEGIN; SELECT 1 FROM sqlite_master WHERE 0",),
             watch=self.identity_check,
         )
@@ -159,21 +158,19 @@ class SQLiteEngine(Engine):
         self._open.discard(connection)
         if moved is None and not self._open:
             self.identity_check.disconnected()
-        # Keep the identity of the WAL, to refuse a different WAL later.
-        elif self.identity_check.remembers_log and not self._open:
+        elif self.identity_check.remembers_log and not self._open:  # keep the WAL's identity, to refuse another WAL
             logger.error("%s", moved, extra={"event": "closed_without_checkpoint", "path": str(self.path)})
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry) -> None:
         with closing(connection.cursor()) as cursor:
-            # Set the pragma busy_timeout first, because the other pragmas can wait for a lock.
+            # The other pragmas can wait for a lock, so set busy_timeout first.
             cursor.execute(f"PRAGMA busy_timeout={self._busy_ms}")
             cursor.execute("PRAGMA foreign_keys=ON")
             cursor.execute(f"PRAGMA synchronous={self.durability.upper()}")
             cursor.execute("PRAGMA trusted_schema=OFF")
             cursor.execute("PRAGMA cell_size_check=ON")
             cursor.execute(f"PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}")
-        # Count the connection only after its first read, because SQLite could delete the WAL before it.
-        self._open.add(connection)
+        self._open.add(connection)  # after the first read, because SQLite could delete the WAL before the read
 
     def _keep_from_checkpoints(self) -> None:
         """Configure all connections not to copy the WAL into the file at close, because the file was replaced."""
@@ -188,8 +185,7 @@ class SQLiteEngine(Engine):
 
     def connect(self) -> Connection:
         """Return a new connection. The caller must close the connection."""
-        # Check the identity of the file before and after opening it. Opening a replaced file would apply the old
-        # database's WAL to the new file.
+        # Check the file before and after opening, because a replaced file would get the old database's WAL.
         self.identity_check.before_connect()
         try:
             with self.translated():
@@ -234,9 +230,7 @@ class SQLiteEngine(Engine):
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Yield a new connection in a read transaction. The transaction neither waits for a writer nor blocks a
-        writer.
-        """
+        """Yield a new connection in a read transaction. It does not block writers."""
         with self.connect() as connection:
             raw: Any = connection.connection.driver_connection
             # Do not call SQLAlchemy's method `begin()`, because the listener `_on_begin()` would take the write lock.
@@ -302,11 +296,9 @@ class SQLiteEngine(Engine):
             yield
 
     def prepare_header(self) -> None:
-        """Write the application id into an empty file, and switch to WAL mode. The caller must hold the lock
-        `sidecar_lock`.
+        """Write the application id into an empty file, and switch to WAL mode. The caller must hold `sidecar_lock`.
 
-        In rollback mode SQLite writes the application id to the file itself, so each homeagent database that is not
-        empty has the id.
+        In rollback mode SQLite writes the id to the file itself, so each homeagent database with content has the id.
         """
         with self.translated(), closing(self._open_bare()) as raw:
             if not self.path.stat().st_size:
@@ -359,7 +351,7 @@ class SQLiteEngine(Engine):
         except CorruptDatabaseError:
             if self._sqlite_will_empty():
                 return
-            # While another process writes the header, it can look damaged, so take the lock and read the header again.
+            # While another process writes the header, it can look damaged. Take the lock and read the header again.
             found = self._application_id_while_locked()
         if found != APPLICATION_ID:
             raise ForeignDatabaseError(
@@ -370,8 +362,7 @@ class SQLiteEngine(Engine):
     def _sqlite_will_empty(self) -> bool:
         """Return True if the next connection will empty the file, because its first transaction was interrupted.
 
-        After a power cut the file can contain a part of the first page. SQLite rolls back the first transaction of such
-        a file.
+        After a power cut the file can contain a part of the first page, which SQLite rolls back.
         """
         lock = database_file.look_at(lock_path(self.path))
         journal = database_file.sidecars(self.path)[2]
@@ -425,9 +416,7 @@ class SQLiteEngine(Engine):
             self.feed_connections.discard_free()
 
     def after_fork_in_child(self) -> None:
-        """Invalidate the connections. If a unit of the parent used the file during the fork, the child refuses to open
-        the file.
-        """
+        """Invalidate the connections. If a unit of the parent used the file, refuse to open the file in the child."""
         if len(self._open) and self.identity_check.identity is not None:
             inherit(self.identity_check.identity)
         super().after_fork_in_child()
