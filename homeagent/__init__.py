@@ -127,7 +127,8 @@ _MODULES = ("errors", "maintenance", "models", "stores")
 if not TYPE_CHECKING:
 
     def __getattr__(name):
-        # Do not use the function `lazy_names()` here. It would import another module for names that pytest asks for.
+        # Do not use the function `lazy_names()` here, because it would import another module for names that pytest asks
+        # for.
         from importlib import import_module
 
         if name in _MODULES:

@@ -161,7 +161,7 @@ def _upgrade_lock(engine: Engine) -> Any:
 
 @contextmanager
 def _without_foreign_keys(connection: Connection) -> Iterator[None]:
-    """Switch foreign keys off. Otherwise rebuilding a table deletes the rows that refer to the table."""
+    """Switch foreign keys off, because rebuilding a table would otherwise delete the rows that refer to the table."""
     if connection.dialect.name != "sqlite":
         yield
         return

@@ -325,7 +325,7 @@ class DatabaseMaintenance:
             busy_timeout: longest wait for a process that has the database open.
 
         Raises:
-            DatabaseBusyError: if a process has the database open. This process would continue in the old epoch.
+            DatabaseBusyError: if a process has the database open, because it would continue in the old epoch.
             SchemaOutdatedError: if the database is absent, or has an older schema.
             DatabaseError: if the database cannot be opened for another reason.
         """

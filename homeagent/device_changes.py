@@ -195,8 +195,8 @@ class DeviceWatcher:
         if self._pipe is None:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
-            # Close the pipe only when this object is freed. Otherwise a committing thread could write into another file
-            # that has the same descriptor.
+            # Close the pipe only when this object is freed, because a committing thread could otherwise write into
+            # another file with the same descriptor.
             weakref.finalize(self, _close, self._pipe).atexit = False  # the thread runs until the process ends
         self._read_at, self._error = self._monotonic(), None
         self._thread = threading.Thread(target=self._run, name="homeagent-device-changes", daemon=True)

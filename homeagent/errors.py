@@ -109,7 +109,7 @@ class IdempotencyKeyExistsError(AlreadyExistsError):
 
 
 class ConflictError(HomeAgentError):
-    """The present state of the store does not permit the change. The method changed no row.
+    """The present state of the store does not permit the change. The method that raises this error changed no row.
 
     If no constraint was violated, the attributes `constraint` and `kind` are None.
 

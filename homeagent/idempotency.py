@@ -85,7 +85,7 @@ class OnceCall:
     ) -> OnceCall:
         """Check the arguments, and compute the fingerprint of the parameters.
 
-        The argument `instead` is the remedy in the error message for a coroutine function. With `instead=None`,
+        The argument `instead` is the remedy that the error message for a coroutine function names. With `instead=None`,
         coroutine functions are accepted.
         """
         check_function(effect, "effect", coroutine=instead)

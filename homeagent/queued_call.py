@@ -1,7 +1,7 @@
 """A call in the queue of the group commit, with the call's function, state and outcome.
 
-The following table has the states of a call. The caller moves its call to the state LEFT. The writer thread makes most
-other changes of the state.
+The following table has the states of a call. The caller of a call moves it to the state LEFT. The writer thread makes
+most other changes of the state.
 
 | from | to | when |
 |---|---|---|

@@ -1,8 +1,8 @@
 """Run functions as units of work, and run a unit again after an error if a second run is safe.
 
-After a conflict with another unit, the database has rolled back the unit, so it can run again. It can also run again if
-the connection was lost before COMMIT was sent. If the connection was lost after COMMIT was sent, the outcome of the
-commit is unknown. After an unknown outcome, the unit runs again only if the caller has passed `idempotent=True`.
+A unit can run again after a conflict with another unit, or if the connection was lost before COMMIT was sent, because
+the database has rolled it back. If the connection was lost after COMMIT was sent, the outcome of the commit is unknown.
+After an unknown outcome, the unit runs again only if the caller has passed `idempotent=True`.
 """
 
 from __future__ import annotations

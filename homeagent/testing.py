@@ -100,7 +100,7 @@ class _Templates:
         return directory
 
     def close(self) -> None:
-        """Drop the template databases on servers. The files are deleted by pytest."""
+        """Drop the template databases on servers; pytest deletes the files."""
         for (server, _), made in self._made.items():
             if server is not None:
                 _drop_database(server, made)
@@ -187,7 +187,7 @@ def homeagent_clock() -> FakeClock:
 
 @pytest.fixture
 def homeagent_options() -> dict[str, Any]:
-    """The arguments with which the application calls `Database.open()`. By default there are none."""
+    """The arguments with which the application calls `Database.open()`, by default none."""
     return {}
 
 

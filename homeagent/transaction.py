@@ -166,7 +166,7 @@ class Transaction:
                 notify()
 
     def _roll_back(self, error: BaseException | None) -> None:
-        # After a call of the method `rollback()`, the connection must still be released. A second ROLLBACK has no
+        # After a call of the method `rollback()`, the connection must still be released, and a second ROLLBACK has no
         # effect.
         connection = self._connection
         if connection is None:

@@ -107,7 +107,7 @@ def _details(error: HomeAgentError) -> dict[str, object]:
 
 
 def _discard_output() -> None:
-    """Write the rest of the standard output to /dev/null. Otherwise the interpreter would fail at its exit."""
+    """Write the rest of the standard output to /dev/null, because the interpreter would otherwise fail at its exit."""
     with suppress(OSError, ValueError):  # ValueError is raised if the output is not a file, for example in a test
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

@@ -57,7 +57,7 @@ def resolve(
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Record that the effect took place. Retries return RESULT from now on.
+    """Record that the effect took place. Later retries return RESULT.
 
     At a terminal the command asks for a confirmation.
     """
@@ -80,7 +80,7 @@ def forget(
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Record that the effect did not take place. The next call runs the effect.
+    """Record that the effect did not take place. The next call with the key runs the effect.
 
     At a terminal the command asks for a confirmation.
     """

@@ -25,7 +25,7 @@ def status(context: typer.Context, database: DatabaseOption = None, as_json: Jso
     rows = [(name, number, found.expired.get(name)) for name, number in found.rows.items()]
     typer.echo()
     print_table(("Table", "Rows", "Expired, to be swept"), rows)
-    # These counters count only the work of the command's process. A gateway reads its own counters by
+    # The printed counters count only the work of the command's process. A gateway reads its own counters by
     # `Database.counters()`.
     counters = {name: value for name, value in found.counters.model_dump(mode="json").items() if value is not None}
     sections = (("Pragmas", found.pragmas), ("File modes", found.file_modes), ("Counters of this command", counters))

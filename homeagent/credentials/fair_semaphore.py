@@ -71,8 +71,8 @@ class FairSemaphore:
         try:
             return handed_over.wait(timeout) or not self._leave_queue(handed_over)
         except BaseException:
-            # After Ctrl-C during the wait, release a place that was handed over. Otherwise no caller could take the
-            # place again.
+            # After Ctrl-C during the wait, release a place that was handed over, because no caller could otherwise take
+            # it again.
             if not self._leave_queue(handed_over):
                 self._release()
             raise

@@ -184,13 +184,13 @@ class SecretHasher:
         """Return a hash of a secret for storing.
 
         Args:
-            secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8 and no control character. The text is not
-                normalised.
+            secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8 and no control character. The text of the
+                secret is not normalised.
             beside: stored hash that stays valid together with the new hash during a rotation. If both are Argon2
                 hashes, the new hash takes over the salt of the stored hash, so one run checks both hashes. As a result,
                 the duration of a check does not reveal that a rotation is in progress. RFC 9106 section 3.1 asks for a
-                salt for each password, so that one guess can't be tried on many accounts. This reason does not apply to
-                two hashes of one device. If the old secret becomes invalid at once, pass None.
+                salt for each password, so that one guess can't be tried on many accounts, but both hashes belong to one
+                device. If the old secret becomes invalid at once, pass None.
             waiting: maximum number of waiting callers of this hasher, including this caller.
 
         Returns:
@@ -309,7 +309,7 @@ class SecretHasher:
                 ) from error
 
 
-# The whole process uses one hasher, so that `concurrency` limits all callers.
+# The whole process uses one hasher, so that the argument `concurrency` limits all callers.
 _default = SecretHasher()
 
 

@@ -1,4 +1,4 @@
-"""A long-lived database connection. It runs precompiled statements; an ORM session can be bound to the connection."""
+"""A long-lived database connection, which runs precompiled statements, and to which an ORM session can be bound."""
 
 from __future__ import annotations
 

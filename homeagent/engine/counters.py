@@ -36,7 +36,7 @@ class LastError(NamedTuple):
 class CountersSnapshot(NamedTuple):
     """Counters since the database was opened.
 
-    A percentile is computed from the last 1,024 values. Without values it is None.
+    A percentile is computed from the last 1,024 values, and is None without values.
 
     Attributes:
         units: number of ended units, which is the sum of reads, commits and rollbacks.

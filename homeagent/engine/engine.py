@@ -137,8 +137,8 @@ class Engine(ABC):
             try:
                 connection.begin()
             except BaseException as error:
-                # Keep this connection open. While a connection has a deleted file open, the system keeps the file, and
-                # the administrator can restore it.
+                # Keep the connection to a deleted file open. While a connection has a deleted file open, the system
+                # keeps the file, and the administrator can restore it.
                 if isinstance(error, (DatabaseBusyError, DatabaseMovedError)) and not connection.in_transaction:
                     pool.release(connection)
                     raise

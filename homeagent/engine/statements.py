@@ -1,6 +1,6 @@
 """Declare statements as SQLAlchemy expressions, compile each statement at its first execution, and run constant SQL.
 
-For each call, SQLAlchemy would build a cache key, a context and a result object. This takes several times as long as a
+For each call, SQLAlchemy would build a cache key, a context and a result object, which takes several times as long as a
 lookup by the primary key. A store's statements are constant. Therefore each statement is compiled once for each
 dialect. The result is SQL text, a function that converts the parameters, and a function that converts the rows.
 """
@@ -64,8 +64,8 @@ class Compiled(Generic[R]):
         writes: True if the statement changes the database.
         columns: columns of a row, in the order of the values.
         target: name of the table that the statement writes to, or None for a reading statement or an unknown table.
-        cascade: name of the attribute of foreign keys that has the statement's action in other tables. It is
-            `ondelete`, `onupdate`, or None for an INSERT.
+        cascade: attribute of foreign keys with the statement's action in other tables: `ondelete`, `onupdate`, or None
+            for an INSERT.
     """
 
     __slots__ = ("_dialect", "bind", "cascade", "columns", "load", "sql", "target", "writes")

@@ -38,8 +38,8 @@ def lifespan(
 
     Args:
         target: target of `Database.open`, or an open database, which the lifespan does not close.
-        then: lifespan of the application. It begins after the database was opened, and ends before the database is
-            closed. In this lifespan, `get_database(app)` returns the database.
+        then: lifespan of the application. This lifespan begins after the database was opened, and ends before the
+            database is closed. In this lifespan, `get_database(app)` returns the database.
         sweep_every: time between two sweeps in the background. With None, the lifespan does not sweep.
         options: arguments of `Database.open`, such as `unit=`. If the target is an open database, the options
             have no effect.

@@ -28,7 +28,7 @@ from homeagent.unit_of_work import UnitOfWork
 __all__ = ["Webhook", "signed_webhook"]
 
 _PREFIX = "whsec_"
-_MIN_KEY_BYTES = 24  # the specification's minimum
+_MIN_KEY_BYTES = 24  # minimum of the specification.
 _OWNER_CHARACTERS = 22  # 132 random bits
 
 
@@ -127,8 +127,7 @@ async def _read(request: Request, keys: list[SecretBytes]) -> tuple[str, datetim
     )
     body = await request.body()
     signed = f"{message_id}.{timestamp}.".encode() + body
-    # Compute one signature for each key. Otherwise a header with thousands of signatures and a large body would take
-    # too long.
+    # Compute one signature for each key, because a header can have thousands of signatures, and the body can be large.
     expected = [_signature(key, signed) for key in keys]
     # Compare all signatures, so that the time does not depend on the position of the right signature.
     right = [hmac.compare_digest(each.encode(), one) for each in signatures.split(" ") for one in expected]

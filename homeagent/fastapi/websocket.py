@@ -70,8 +70,8 @@ async def accept_device(
             WebSocket.
         WebSocketDisconnect: if the device closed the WebSocket during the handshake.
     """
-    # Subscribe to the device changes before the handshake reads the approval. Otherwise a revocation between the two
-    # steps would be missed.
+    # Subscribe to the device changes before the handshake reads the approval, to notice a revocation between the two
+    # steps.
     changes = await run_sync(database.watch_devices)
     await websocket.accept()
 

@@ -77,8 +77,7 @@ def open_postgresql(
     """With `migrate=True`, bring the schema to the revision of this version of homeagent, one host at a time.
 
     With `migrate=False`, the schema must be up to date. The argument `timeout` is the longest wait for another host
-    that upgrades the schema. It is also the longest wait for units that hold locks of the tables. The application's
-    revisions run after homeagent's.
+    that upgrades the schema, and for units that lock its tables. The application's revisions run after homeagent's.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError: the schema

@@ -141,9 +141,7 @@ def _name(name: str) -> str:
 
 
 class _Expected(NamedTuple):
-    """The schema of a revision. It has the tables by name, and the normalised SQL text of triggers and views by
-    name.
-    """
+    """The schema of a revision: its tables by name, and the normalised SQL text of its triggers and views by name."""
 
     tables: _Tables
     others: dict[str, str]

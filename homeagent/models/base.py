@@ -206,7 +206,7 @@ class Table(Model, metaclass=_TableType):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raise TypeError for a subclass of a table of homeagent.
 
-        The subclass would contain private fields, such as hashes.
+        A subclass of a table would contain private fields, such as hashes.
 
         SQLModel would also add the fields of the subclass to the parent's table.
         """

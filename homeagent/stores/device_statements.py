@@ -165,7 +165,7 @@ IS_ADMIN = Statement[bool](
     select(_columns.role == constant(Role.ADMIN, _columns.role.type)).where(_columns.id == bindparam("device_id"))
 )
 # The statement locks all approved admins in a fixed order. If two admins revoke each other at the same time, the second
-# revocation waits for the first. It then finds only one approved admin.
+# revocation waits for the first, and then finds only one approved admin.
 APPROVED_ADMINS = Statement[bool](
     select(_columns.id == bindparam("device_id")).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
     lock=True,

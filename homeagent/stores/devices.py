@@ -331,9 +331,9 @@ class DeviceStore(DeviceFeed):
     ) -> bool:
         """Store the time at which a device was last seen.
 
-        The argument `at` is this time. If `at` is None or later than the current time, the method stores the current
-        time. The row is changed only if the stored time is earlier by at least the granularity. If the row was not
-        changed, or if the device does not exist, return False.
+        The argument `at` is the time of the last contact. If `at` is None or later than the current time, the method
+        stores the current time. The row is changed only if the stored time is earlier by at least the granularity. If
+        the row was not changed, or if the device does not exist, return False.
         """
         device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)

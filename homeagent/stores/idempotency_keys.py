@@ -384,8 +384,8 @@ class IdempotencyKeyStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete expired records, oldest first, and return the number of deleted records. The argument `limit` is their
-        maximum.
+        """Delete expired records, oldest first, and return the number of deleted records. The argument `limit` is the
+        maximum number of records.
         """
         return self._unit.write(statements.DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
 

@@ -1,6 +1,6 @@
 """The store of sessions.
 
-At most one session holds a route. The method `resolve()` returns this session. A route without a holder is free.
+At most one session holds a route, and the method `resolve()` returns this session. A route without a holder is free.
 
 | event | holder of the route afterwards |
 |---|---|
@@ -175,7 +175,7 @@ class SessionStore(Store):
     def _take(self, statement: Statement[AgentSession], route: Parameters) -> bool:
         """Run a statement that sets the key of a route, and return True if a row was changed.
 
-        On PostgreSQL, another transaction can take the route at the same time. In this case return False.
+        If another transaction takes the route at the same time, which is possible on PostgreSQL, return False.
         """
         try:
             with self._unit.savepoint():
@@ -302,8 +302,8 @@ class SessionStore(Store):
     def touch(self, session_id: str, at: datetime | None = None) -> bool:
         """Store the time of a session's last activity.
 
-        The argument `at` is this time. If `at` is None or later than the current time, the method stores the current
-        time. If the stored time is not earlier, or if the session does not exist, return False.
+        The argument `at` is the time of the activity. If `at` is None or later than the current time, the method stores
+        the current time. If the stored time is not earlier, or if the session does not exist, return False.
         """
         session = self._searched(session_id, "session_id")
         return self._unit.write(statements.TOUCH, id=session, at=not_after(self._unit.now(), at, "at")) > 0

@@ -83,8 +83,8 @@ class Access:
     Attributes:
         kind: see `Kind`.
         unless: function that finds out before a call if the method would write a row, or None if the method always
-            writes. This function only reads, and has the arguments of the method. The function returns a tuple. The
-            first value is True if no write is needed, and the second value is the result of the method in that case.
+            writes. This function only reads, and has the arguments of the method. The function returns True if no write
+            is needed, and the result of the method in that case.
     """
 
     class Kind(Enum):

@@ -146,8 +146,8 @@ def inspect_file(path: Path) -> FileState | None:
     """Inspect a database file without opening the file. If the caller owns the file, narrow the file's mode to 0600.
 
     A change of the mode is logged as a warning. The function keeps a mode narrower than 0600, because an administrator
-    can want a read-only file. An empty file always gets the mode 0600, because a umask can have removed bits. A refused
-    file is not changed.
+    can want a read-only file. An empty file always gets the mode 0600, because a umask can have removed bits. The
+    function does not change a file that it refuses.
 
     Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). In this case SQLite
     gives the sidecar files to the same owner. If the mode of the owner's file is wider than 0600, root gets
@@ -242,7 +242,8 @@ def atomic_replace(source: Path, target: Path) -> None:
 
     Raises:
         InsecureFileError, ForeignDatabaseError: if `source` is a link, is not a regular file or can't be made private.
-        DatabaseError: if the new file is missing or can't be moved. The file at `target` is then unchanged.
+        DatabaseError: if the new file is missing or can't be moved. In this case the file at the path `target` is
+            unchanged.
     """
     if judge_file(source, is_database=False) is None:
         raise DatabaseError(f"there is no {quoted(source)} to put in the place of {quoted(target)}: make it first")

@@ -12,9 +12,9 @@ from homeagent.errors import DatabaseError
 __all__ = ["filesystem_kind", "is_network_filesystem", "refuse_network_filesystem"]
 
 # File systems that several kernels use at the same time, such as the kernels of a server and a client. The WAL index
-# needs memory that all connections share. These file systems do not provide shared memory (https://sqlite.org/wal.html,
-# section 1). The kinds 9p and virtiofs are refused even if only one machine uses the file, because WAL databases were
-# corrupted on WSL 2 (9p), on gVisor (9p), and in shared folders of Docker Desktop and Podman (virtiofs).
+# needs memory that all connections share, which these file systems do not provide (https://sqlite.org/wal.html, section
+# 1). The kinds 9p and virtiofs are refused even if only one machine uses the file, because WAL databases were corrupted
+# on WSL 2 (9p), on gVisor (9p), and in shared folders of Docker Desktop and Podman (virtiofs).
 _NETWORK_KINDS = frozenset(
     {
         "9p", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "cvfs", "davfs", "fakeowner", "glusterfs", "gpfs",

@@ -98,7 +98,7 @@ class FileLock:
         """Release the lock, if this object holds the lock.
 
         Raises:
-            DatabaseError: if the system could not unlock the file. This object then counts as not holding the lock.
+            DatabaseError: if the system could not unlock the file. The object then no longer holds the lock.
         """
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:

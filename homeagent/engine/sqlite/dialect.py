@@ -1,8 +1,8 @@
 """apsw as a DB-API module, and a SQLAlchemy dialect for apsw.
 
 The driver apsw includes a current SQLite on every platform, but has no DB-API. This module adds the part of the DB-API
-(PEP 249) that SQLAlchemy and homeagent use. The module differs from the interpreter's sqlite3 in three points. It sends
-no BEGIN itself, an SQL text can contain several statements, and undecodable text raises UnicodeDecodeError.
+(PEP 249) that SQLAlchemy and homeagent use. Unlike the interpreter's sqlite3, the module sends no BEGIN itself, an SQL
+text can contain several statements, and undecodable text raises UnicodeDecodeError.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ class Cursor(_Cursor):
 
     @property
     def rowcount(self) -> int:
-        """Number of rows that the last statement changed. For a statement that only reads, the number is -1."""
+        """Number of rows that the last statement changed. For a statement that only reads, the number of changed rows
+        is -1.
+        """
         if self._changed is not None:
             return self._changed
         if not self.is_write:
@@ -150,7 +152,7 @@ class StatementCursor(_Cursor):
 
     @property
     def rowcount(self) -> int:
-        """Number of rows that the last statement changed. After a reading statement the number is undefined."""
+        """Number of rows that the last statement changed. After a reading statement, this number is undefined."""
         if self._changed is None:
             return self.connection.changes()
         changed, self._changed = self._changed, None
@@ -314,8 +316,8 @@ class Dialect(SQLiteDialect):
 
     @classmethod
     def get_pool_class(cls, url: URL) -> type[Pool]:
-        """Return the class of SQLAlchemy's pool. It has one connection for each thread for an in-memory database, and
-        otherwise a queue.
+        """Return the class of SQLAlchemy's pool, which has one connection for each thread for an in-memory database,
+        and otherwise a queue.
         """
         return SingletonThreadPool if url.database in (None, "", ":memory:") else QueuePool
 

@@ -230,7 +230,7 @@ class SQLiteEngine(Engine):
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Yield a new connection in a read transaction. It does not block writers."""
+        """Yield a new connection in a read transaction. This transaction does not block writers."""
         with self.connect() as connection:
             raw: Any = connection.connection.driver_connection
             # Do not call SQLAlchemy's method `begin()`, because the listener `_on_begin()` would take the write lock.
@@ -409,7 +409,7 @@ class SQLiteEngine(Engine):
         return conflict or self.translate_error(original)
 
     def before_fork(self) -> None:
-        """Close idle connections, so that a child does not inherit SQLite's locks. Connections of units stay open."""
+        """Close the connections that no unit uses, so that a forked child does not inherit SQLite's locks."""
         # If closing a connection fails, the connection counts as in use.
         with suppress(HomeAgentError, *self.driver_errors):
             self.discard_free()

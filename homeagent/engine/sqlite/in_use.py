@@ -55,7 +55,7 @@ def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
             raise
         if not lock.has_marker():
             return lock
-        # To finish a restore, take the exclusive lock. It proves that no other process has the database open.
+        # To finish a restore, take the exclusive lock, which proves that no other process has the database open.
         lock.release()
         with FileLock(path, timeout=timeout) as exclusive:
             finish_replacement(exclusive, database, timeout=timeout)

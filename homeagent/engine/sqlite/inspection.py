@@ -54,7 +54,7 @@ class Stopwatch:
         self.ran_out = False
 
     def __call__(self) -> bool:
-        """Return True if the statement has reached the limit. After True, SQLite ends the statement."""
+        """Return True if the statement has reached the limit. In this case SQLite ends the statement."""
         if self._limit is not None and monotonic() - self._began > self._limit:
             self.ran_out = True
         return self.ran_out

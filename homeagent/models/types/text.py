@@ -157,7 +157,7 @@ def check_label(value: str, what: str = "a label") -> str:
 
 
 def check_optional_label(value: str | None, what: str) -> str | None:
-    """Return the value if it is None or passes the check `check_label()`."""
+    """Return the value if it is None or passes `check_label()`."""
     return None if value is None else check_label(value, what)
 
 
