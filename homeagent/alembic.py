@@ -41,7 +41,7 @@ _WAIT = timedelta(seconds=30)
 
 
 def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | None]) -> bool:
-    """Return False for homeagent's tables and their parts. Pass this function to `context.configure`.
+    """Return False for homeagent's tables and their parts. Pass the function to Alembic's `context.configure`.
 
     Args:
         name: name of the object in the database.
@@ -53,7 +53,7 @@ def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | 
 
 
 def include_object(object: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
-    """Return False for homeagent's tables and their parts. Pass this function to `context.configure`.
+    """Return False for homeagent's tables and their parts. Pass the function to Alembic's `context.configure`.
 
     homeagent's tables are in the metadata of `homeagent.Table`, so that foreign keys can refer to the tables by name.
 
@@ -72,13 +72,13 @@ def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] 
     """Run the current command of Alembic on the application's tables. The file `env.py` needs only this call.
 
     The option `-x database=TARGET` names the database. Without `-x`, Alembic's configuration names the database by the
-    line `database = TARGET`. If both are absent, the environment variable `$HOMEAGENT_DATABASE` names the database. The
-    function first brings homeagent's own tables up to date. If no database is named, Alembic's commands `revision` and
-    `check` use a scratch database. An application that calls Alembic's commands can pass a connection in
-    `config.attributes["connection"]`.
+    line `database = TARGET`. If no option and no setting names a database, the environment variable
+    `$HOMEAGENT_DATABASE` names the database. The function first brings homeagent's own tables up to date. If no
+    database is named, Alembic's commands `revision` and `check` use a scratch database. An application that calls
+    Alembic's commands can pass a connection in `config.attributes["connection"]`.
 
     Autogenerate compares only the tables whose classes are defined in the application's package. The function imports
-    all modules of the package to find these classes.
+    all modules of the package.
 
     Args:
         context: the module `alembic.context`.

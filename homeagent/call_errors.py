@@ -85,7 +85,7 @@ class RefusingRecord(TypedDict, total=False):
 class IdempotencyError(HomeAgentError):
     """An idempotency key can't be claimed, renewed or recorded now.
 
-    If a stored record refuses a claim, `state` and `expires_at` are those of the record. Otherwise `state` and
+    If a stored record refuses a claim, `state` and `expires_at` are those of the record. In other cases, `state` and
     `expires_at` are None.
     """
 
@@ -151,7 +151,7 @@ class EffectFailedError(HomeAgentError):
 
     Args:
         detail: JSON value that is stored.
-        replayed: True if the error was read from the store. In this case the call did not run the effect.
+        replayed: True if the error was read from the store. If True, the call did not run the effect.
     """
 
     def __init__(self, detail: JsonValue = None, *, replayed: bool = False) -> None:

@@ -24,8 +24,8 @@ async def call_in_thread(act: Callable[[], T], *, limiter: anyio.CapacityLimiter
         limiter: limiter of the number of worker threads. None means AnyIO's default limiter.
 
     Raises:
-        asyncio.CancelledError: if the caller was cancelled meanwhile. At this time the function `act()` has ended, or
-            will not start.
+        asyncio.CancelledError: if the caller was cancelled meanwhile. When the error is raised, the function `act()`
+            has ended, or will not start.
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()

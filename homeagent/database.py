@@ -241,8 +241,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
         The iterator gets a change within 0.3 s of the commit, under asyncio or trio. One task at a time can use the
         iterator. If the feed lacks changes, because they were deleted or the store was restored, the iterator gets a
-        change of the kind `reset`. After this change, read all devices again. The method `aclose()` of the iterator
-        ends the iteration.
+        change of the kind `reset`. After a change of the kind `reset`, read all devices again. The method `aclose()` of
+        the iterator ends the iteration.
 
         Args:
             after: number of the last change that the caller has read. By default, `watch_devices()` reads the number of
@@ -310,11 +310,10 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             Return value of the function, after the commit.
 
         Raises:
-            InvalidArgumentError: if the argument is a coroutine function. In this case the call changed no row.
-            DatabaseBusyError: if the database was busy for the whole `busy_timeout`, or if another function delayed the
-                shared commit for this time. In this case the call changed no row.
-            ConnectionLostError: if the server was not reachable within the `busy_timeout`. In this case the call
-                changed no row.
+            InvalidArgumentError: if the argument is a coroutine function.
+            DatabaseBusyError: if the database was busy, or if another function delayed the shared commit, for the whole
+                `busy_timeout`. The call changed no row.
+            ConnectionLostError: if the server was not reachable within the `busy_timeout`. The call changed no row.
             CommitUnknownError: if the connection was lost during COMMIT. Check whether the commit took place before you
                 repeat the call.
         """

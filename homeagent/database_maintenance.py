@@ -155,8 +155,8 @@ class DatabaseMaintenance:
         Raises:
             InvalidArgumentError: if the destination exists or cannot be a backup.
             CorruptDatabaseError: if the database is damaged.
-            DiskFullError, ReadOnlyError, InsecureFileError, DatabaseError: if the backup cannot be written. In this
-                case no part of the new backup is left behind, and no older backup was deleted.
+            DiskFullError, ReadOnlyError, InsecureFileError, DatabaseError: if the backup cannot be written. After the
+                error, no part of the new backup is left behind, and no older backup was deleted.
             DatabaseError: if the database is on PostgreSQL. The error message names PostgreSQL's own tools.
         """
         from homeagent.maintenance.backups import back_up

@@ -103,8 +103,8 @@ class DeviceSecrets:
 
         Raises:
             TooManyAttemptsError: if `Limits.failed_checks_per_minute` checks of this id failed within a minute in this
-                process, or if `Limits.waiting_hashes` slow hashes already wait. In this case no hash was computed. In
-                this case even the right secret is refused. A secret in the form of generated secrets is always checked.
+                process, or if `Limits.waiting_hashes` slow hashes already wait. Beyond these limits even the right
+                secret is refused. A secret in the form of generated secrets is always checked.
             DatabaseBusyError: if the slow hash could not begin within 30 seconds.
         """
         return self._pairing.check_secret(device_id, shared_secret)
@@ -126,8 +126,8 @@ class DeviceSecrets:
 
         The function `homeagent.scram.make_proof` makes a proof. A proof is SCRAM's client proof (RFC 5802, section 3)
         over the device's id, the nonce and the timestamp. The gateway stores a verifier, with which proofs can be
-        checked but not made. Consume the nonce after this check and before you grant access. After a rotation, proofs
-        with the old secret are wrong at once.
+        checked but not made. Consume the nonce after the check of the proof and before you grant access. After a
+        rotation, proofs with the old secret are wrong at once.
 
         Args:
             device_id: presented id.

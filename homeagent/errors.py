@@ -174,7 +174,7 @@ class DeviceNotApprovedError(ConflictError):
 
 
 class LimitError(ConflictError):
-    """The store has the maximum number of rows of a kind. The attribute `limit` is this maximum."""
+    """The store has the maximum number of rows of a kind. The attribute `limit` is the maximum number."""
 
     def __init__(self, message: str, *, limit: int) -> None:
         self.limit = limit
@@ -281,7 +281,7 @@ class SchemaOutdatedError(DatabaseError):
 
     If the database does not exist, the attribute `location` is the path, or the URL without the password. If only the
     application's own revisions are missing, the attribute `application` is the name of the application. In other cases
-    these attributes are None.
+    `location` and `application` are None.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ class GroupCommit:
 
         Raises:
             DatabaseBusyError: if the function was not called, or its batch was not committed, within the
-                `busy_timeout`. In this case the call changed no row.
+                `busy_timeout`.
             UnitStateError: if this thread already has an open write unit.
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
@@ -111,7 +111,7 @@ class GroupCommit:
 
         Raises:
             DatabaseBusyError, DatabaseClosedError: in the same cases as for `GroupCommit.run()`.
-            DatabaseError: if no thread can be started. In this case the call changed no row.
+            DatabaseError: if no thread can be started. The call changed no row.
         """
         self._settings.engine.pool(read_only=False)
         loop = asyncio.get_running_loop()
@@ -209,7 +209,8 @@ class GroupCommit:
     def close(self) -> None:
         """End the queued calls with DatabaseClosedError. Wait for the writer thread, for at most `busy_timeout`.
 
-        The caller must have closed the connection pools. If a function runs at this time, its unit is still committed.
+        The caller must have closed the connection pools. A function that runs during this call is not interrupted, and
+        its unit is still committed.
         """
         with self._mutex:
             self._is_closed = True

@@ -45,8 +45,8 @@ ARUN_ONCE = "call arun_once"
 
 T = TypeVar("T")
 
-# Types of `Database.run` and `Database.arun`, called with `idempotent=True`. With this argument, a call can run a unit
-# twice.
+# Types of `Database.run` and `Database.arun`, called with `idempotent=True`. A call with `idempotent=True` can run a
+# unit twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
@@ -160,8 +160,8 @@ class _Lease:
 class LeaseTimer:
     """A thread that renews the leases of one database's running effects.
 
-    The thread sleeps until the earliest renewal is due. If no effect runs at this time, the thread ends. The end of an
-    effect does not wake the thread, so many short effects use the same thread.
+    The thread sleeps until the earliest renewal is due. If no effect runs when the thread wakes, the thread ends. The
+    end of an effect does not wake the thread, so many short effects use the same thread.
 
     Args:
         run: function that runs a unit of work in the same way as `Database.run`.

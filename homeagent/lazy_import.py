@@ -1,4 +1,4 @@
-"""Lazy import of a package's names. A process that does not use these names starts sooner.
+"""Lazy import of a package's names. A process that does not use the names starts sooner.
 
 Python can still evaluate annotations that contain such names, for example `models.AgentCreate`.
 """

@@ -39,7 +39,9 @@ def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
 
 
 class AutocommitReads:
-    """A replacement for the unit in a one-call store. Each read is one statement in autocommit mode, without a lock."""
+    """A replacement for the unit of work in a store whose calls are separate units. Each read is one statement in
+    autocommit mode, without a lock.
+    """
 
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
         self.settings = settings

@@ -229,8 +229,8 @@ class Transaction:
                     if connection.needs_reconnect:
                         engine.discard_free()
             finally:
-                # Do not discard the id of the thread before the write lock is released. Otherwise a signal handler
-                # could open a second write unit in between, which would wait for its own thread.
+                # Do not discard the id of the thread before the write lock is released, because a signal handler could
+                # open a second write unit in between, which would wait for its own thread.
                 if not self.read_only:
                     settings.writing.discard(self._owner)
 
@@ -273,8 +273,8 @@ class Transaction:
     def _end_after_rollback(self, *, part: bool = False) -> None:
         """Move the unit to the state ROLLED_BACK after the ORM session has rolled back.
 
-        With `part=True`, the session can have rolled back only to a savepoint. In this case the unit stays in the state
-        OPEN.
+        With `part=True`, the session can have rolled back only to a savepoint. After such a partial rollback, the unit
+        stays in the state OPEN.
         """
         connection = self._connection
         if self._state is not OPEN or connection is None:

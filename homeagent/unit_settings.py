@@ -26,8 +26,7 @@ class UnitSettings:
         clock: clock that each store method reads once.
         timeout: longest wait of a unit for a connection, in seconds.
         unit: class of the units that the application gets.
-        limits: limits of the rows that devices can create. Without this argument, the defaults of the class `Limits`
-            apply.
+        limits: limits of the rows that devices can create. By default, the defaults of the class `Limits` apply.
 
     Attributes:
         memory: values that the stores keep between units.

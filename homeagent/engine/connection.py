@@ -208,8 +208,8 @@ class StoreConnection:
     def confine_orm(self, savepoint: str) -> None:
         """Confine SQLAlchemy's transaction to a savepoint, because other units share the transaction (SQLite only).
 
-        After this call, a rollback by SQLAlchemy rolls back only to the savepoint. A COMMIT by SQLAlchemy fails, and
-        SQLite rolls back the whole transaction.
+        After `confine_orm()`, a rollback by SQLAlchemy rolls back only to the savepoint. A COMMIT by SQLAlchemy fails,
+        and SQLite rolls back the whole transaction.
         """
         self._raw.confine(savepoint)
 
@@ -393,7 +393,7 @@ class StoreConnection:
     def close(self) -> None:
         """Close the connection. The database rolls back a transaction that is still open."""
         if self.is_lost:
-            # Otherwise SQLAlchemy would try to roll back on the lost connection, and would log an error.
+            # Invalidate a lost connection, on which SQLAlchemy would try to roll back, and would log an error.
             self._connection.invalidate()
         self._connection.close()
 

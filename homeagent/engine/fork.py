@@ -34,7 +34,7 @@ class _Forkable(Protocol):
         """Return the locks without which no other thread can take or return a connection."""
 
     def before_fork(self) -> None:
-        """Close idle connections. A connection that is still open after this call counts as in use."""
+        """Close idle connections. A connection that stays open counts as in use."""
 
     def after_fork_in_child(self) -> None:
         """In a forked child, make inherited connections unusable, and call `inherit()` for a file that was in use."""

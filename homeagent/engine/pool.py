@@ -87,8 +87,8 @@ class ConnectionPool(Generic[T]):
         waiter: _Waiter[T] | None = None
         has_place = False
         # CPython runs a signal handler only after a call or a jump back. Do not add a call between the line that takes
-        # a resource and the line that records the holder. Otherwise the interrupt tests of tests/engine/test_pool.py
-        # fail.
+        # a resource and the line that records the holder, because the interrupt tests of tests/engine/test_pool.py
+        # would fail.
         try:
             with self.mutex:
                 if self._closed:
@@ -202,8 +202,8 @@ class ConnectionPool(Generic[T]):
     def _free_place(self, resource: T | None = None) -> None:
         """Let the next waiting thread create a resource.
 
-        Before this call, the caller removed a resource from the pool. With `resource=None`, the caller failed to create
-        a resource.
+        The caller has already removed a resource from the pool. With `resource=None`, the caller failed to create a
+        resource.
         """
         with self.mutex:
             if resource is not None:

@@ -218,7 +218,7 @@ def _render_constant(constant: _Constant, compiler: SQLCompiler, **options: Any)
 def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     """Return an expression that puts a constant into the text of a statement.
 
-    Without this function, SQLAlchemy would turn the constant into a parameter. Binding the constants of an INSERT as
+    If the constant were a plain value, SQLAlchemy would turn it into a parameter. Binding the constants of an INSERT as
     parameters took as long as writing the row. Do not pass a user's value, which would become SQL. The argument `type_`
     is the SQLAlchemy type of the stored value.
     """
@@ -231,7 +231,7 @@ def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
 def _column_keys(expression: Any) -> list[str] | None:
     """Return the columns of an INSERT without values, which are all columns except a key that the database assigns.
 
-    For any other statement, return None. Without this function, SQLAlchemy would also insert the key.
+    For any other statement, return None. By default, SQLAlchemy would also insert the key.
     """
     # SQLAlchemy has no public attributes for the values of an INSERT.
     if not isinstance(expression, Insert) or expression._values or expression._multi_values or expression.select:

@@ -39,7 +39,7 @@ __all__ = ["Once", "idempotent", "params_of", "route_of"]
 
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')  # a String of RFC 8941, section 3.3.3
 
-# If the effect raises one of these errors, the reply is known. After any other error the outcome is unknown.
+# Errors of an effect for which the reply is known. After any other error the outcome is unknown.
 _KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError)
 
 # Store the headers without which a stored body or redirection has no meaning. Do not store headers such as Set-Cookie,

@@ -133,8 +133,8 @@ class ErrorReply(BaseModel):
 
 
 def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the argument `responses=` of a FastAPI route. With this argument, the OpenAPI document lists the error
-    statuses of the route.
+    """Return the argument `responses=` of a FastAPI route. With this value of `responses=`, the OpenAPI document lists
+    the error statuses of the route.
     """
     return {status: {"model": ErrorReply} for status in statuses}
 

@@ -66,8 +66,8 @@ async def accept_device(
         skew: allowed difference between the device's clock and the gateway's clock.
 
     Raises:
-        WebSocketException: if the device has no access, or loses its access. After this exception Starlette closes the
-            WebSocket.
+        WebSocketException: if the device has no access, or loses its access. Starlette closes the WebSocket after a
+            WebSocketException.
         WebSocketDisconnect: if the device closed the WebSocket during the handshake.
     """
     # Subscribe to the device changes before the handshake reads the approval, to notice a revocation between the two

@@ -63,8 +63,8 @@ async def authenticate_device(
         skew: allowed difference between the device's clock and the gateway's clock.
 
     Raises:
-        AuthenticationError: if the proof or the time is wrong, or the device does not exist. In each of these cases the
-            error has the same text.
+        AuthenticationError: if the proof or the time is wrong, or the device does not exist. The text of the error does
+            not show the cause.
         AccessDeniedError: if the proof is right, and the device is pending or revoked.
         HandshakeError: if a message is invalid, or the time limit is over.
         HomeAgentError: if the database could not be read.

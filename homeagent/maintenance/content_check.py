@@ -48,7 +48,8 @@ class ContentCheck:
     def run_if_due(self, stop: Callable[[], bool]) -> None:
         """If a check is due, check the remaining tables until the function `stop()` returns True.
 
-        If the database is damaged, raise CorruptDatabaseError. Units that begin later also raise this error.
+        If the database is damaged, raise CorruptDatabaseError. Later units of the database also raise
+        CorruptDatabaseError.
         """
         engine = self._engine
         now = self._monotonic()

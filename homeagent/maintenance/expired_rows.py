@@ -1,7 +1,7 @@
 """Delete the expired rows of one table in batches, and skip rows that a constraint of an application's table keeps.
 
 A foreign key of an application's table can refer to a nonce or an idempotency key. At first, one statement deletes a
-batch. After a constraint has refused a batch, the following batches delete each row in a separate savepoint. Such a
+batch. After a constraint has refused a batch, the following batches delete each row in a separate savepoint. A later
 batch starts after the last row of the previous batch, so a sweep tries to delete each skipped row only once. If a
 constraint refuses a batch at COMMIT, each half of the batch is deleted in a separate unit of work.
 """

@@ -180,7 +180,7 @@ class OwnTable:
     def last_number(self, source: Connection) -> int:
         """Return the highest number that the source has assigned to a row, even if the row was deleted.
 
-        If the source does not remember this number, return 0.
+        If the source does not remember the highest number, return 0.
         """
         if source.dialect.name == "sqlite":
             if not source.execute(_HAS_SEQUENCES).first():
@@ -279,8 +279,8 @@ _REFERENCES = text(
 def late_references(connection: Connection, tables: Sequence[OwnTable]) -> Iterator[None]:
     """On PostgreSQL, check foreign keys at the end of the block if a row can precede the row that it refers to.
 
-    Such a foreign key refers to its own table, or is part of a circle of tables. Only the owner of the table can defer
-    the check. SQLite defers all foreign keys to the COMMIT.
+    A row can precede the row that it refers to if a foreign key refers to its own table, or is part of a circle of
+    tables. Only the owner of the table can defer the check. SQLite defers all foreign keys to the COMMIT.
     """
     if not tables or connection.dialect.name == "sqlite":
         yield

@@ -1,8 +1,8 @@
 """Restore a backup: check and upgrade a copy, replace the database, and keep the old database in quarantine.
 
 The backup lacks all later changes, such as consumed nonces, revocations and results. Therefore a restore begins a new
-epoch and stores the time of its start. The replay guard refuses messages signed before this time, because the nonces of
-such messages may have been consumed.
+epoch and stores the time of its start. The replay guard refuses messages that were signed before the start of the
+epoch, because their nonces may have been consumed.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class RestoreReport(BaseModel):
         upgraded_from: schema revision of the backup. None if no upgrade was necessary.
         schema_revision: schema revision after the restore.
         rows: number of rows of each table, including the application's tables.
-        readmitted_devices: ids of approved devices that had no approval or another role before the restore. Such a
-            device was revoked, deleted or paired again after the backup. None if the old database could not be read.
+        readmitted_devices: ids of approved devices that had no approval or another role before the restore. A device in
+            this list was revoked, deleted or paired again after the backup. None if the old database could not be read.
         old_secret_devices: ids of approved devices whose secret changed after the backup, so the restored secret is an
             older one. None if the old database could not be read.
     """
@@ -268,8 +268,8 @@ def _refuse_target(database: Path, marker: str | None) -> None:
     exclusively.
     """
     state = judge_file(database, is_database=False, repair=False)
-    # If the lock file has a marker, homeagent created a database here. In this case a file without homeagent's header
-    # is a damaged homeagent database, which the restore may replace.
+    # If the lock file has a marker, homeagent created a database here. A file without homeagent's header is then a
+    # damaged homeagent database, which the restore may replace.
     if (
         state is not None
         and not state.is_empty

@@ -67,7 +67,7 @@ class SweepReport(BaseModel):
         idempotency_keys: number of deleted idempotency keys.
         pending_devices: number of deleted devices that had waited too long for their approval.
         device_changes: number of deleted rows of the feed of device changes.
-        more: True if the sweep ended early. In this case, expired rows can remain.
+        more: True if the sweep ended early. After an early end, expired rows can remain.
         skipped: number of expired rows that a constraint of an application's table keeps. The skipped rows count as
             absent, and the next sweep tries to delete them again.
         constraints: names of the constraints that keep expired rows, with the names of their tables.
@@ -179,8 +179,7 @@ class Sweeper:
     """Sweeps periodically in a daemon thread. If a sweep raises an error, the thread logs the error and continues.
 
     Args:
-        run: function that sweeps once. The argument of this function is an event. If the event is set, the function
-            ends early.
+        run: function that sweeps once. It gets an event, and ends early if the event is set.
         every: pause between two sweeps, at most 24 days. The first sweep starts without a pause.
     """
 

@@ -49,11 +49,11 @@ _ADVISORY_LOCK = 0x686F6D656167656E
 # Key of the advisory lock that a host holds while a revision runs outside a transaction.
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
-# Longest wait of a revision for a table's lock, in seconds. After this wait the whole upgrade is rolled back and tried
-# again, because readers and writers of the table wait behind the revision.
+# Longest wait of a revision for a table's lock, in seconds. After the longest wait, the whole upgrade is rolled back
+# and tried again, because readers and writers of the table wait behind the revision.
 _TABLE_LOCK_PATIENCE = 2
 
-# Longest time for a statement of a revision. This time is limited, because a revision holds locks.
+# Longest time for a statement of a revision.
 _STATEMENT_PATIENCE = timedelta(minutes=15)
 
 _STATEMENT_CANCELLED = "57014"

@@ -38,9 +38,10 @@ class Difference:
     A difference is grave if homeagent may fail, or accept values that homeagent must refuse. The attribute `command` is
     the SQL statement that undoes the change. If one statement is not enough, the attribute `command` is None.
 
-    A trigger, a view or an index that only uses homeagent's tables can belong to the application. For such an object,
-    the attribute `kind` is its kind. For a trigger that is not homeagent's, the attribute `trigger` is its name.
-    Copies, restores and upgrades refuse such a trigger unless the application acknowledged its name.
+    A trigger, a view or an index that only uses homeagent's tables can belong to the application. For an object that
+    can belong to the application, the attribute `kind` is its kind. For a trigger that is not homeagent's, the
+    attribute `trigger` is its name. Copies, restores and upgrades refuse such a trigger unless the application
+    acknowledged its name.
     """
 
     text: str

@@ -72,8 +72,8 @@ def open_sqlite(
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError, ForeignDatabaseError,
-        CorruptDatabaseError, InsecureFileError, DatabaseBusyError: the file can't be used. In this case the content of
-        the file is unchanged.
+        CorruptDatabaseError, InsecureFileError, DatabaseBusyError: the file can't be used. The content of the file is
+        then unchanged.
     """
     try:
         _open_sqlite(engine, application, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)

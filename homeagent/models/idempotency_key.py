@@ -215,8 +215,8 @@ class Outcome:
         value: return value of the effect, after a round trip through JSON.
         replayed: True if the outcome was read from the store, and this call did not run the effect.
         attempt: number of the attempt that recorded the outcome.
-        omitted: True if the return value could not be stored, because the value is over 1 MiB or not JSON. In this case
-            only the first caller gets the return value. For a replay, `value` is None.
+        omitted: True if the return value could not be stored, because the value is over 1 MiB or not JSON. Only the
+            first caller gets a return value that could not be stored. For a replay, `value` is None.
     """
 
     value: JsonValue = field(repr=False)

@@ -66,8 +66,7 @@ class AgentStore(Store):
         """Add an agent.
 
         Raises:
-            AgentExistsError: if an agent with this id already exists. In this case the store does not change the
-                existing agent.
+            AgentExistsError: if an agent with this id already exists.
         """
         check_kind(agent, models.AgentCreate, "agent")
         created = self._unit.write_one(
@@ -104,7 +103,7 @@ class AgentStore(Store):
 
         Args:
             limit: maximum number of agents, 1 or more.
-            after: id of the last agent on the previous page. Without this argument, the method returns the first page.
+            after: id of the last agent on the previous page. By default, the method returns the first page.
         """
         return self._unit.all(
             _list(after=after is not None),

@@ -49,8 +49,7 @@ class DeviceStore(DeviceFeed):
         """Add an unapproved device whose secret is already hashed. To add a device with a secret, use `Database.pair`.
 
         Raises:
-            DeviceExistsError: if a device with this id already exists. In this case the store does not change the
-                existing device.
+            DeviceExistsError: if a device with this id already exists.
         """
         check_kind(device, models.DeviceCreate, "device")
         created = self._unit.write_one(
@@ -158,16 +157,15 @@ class DeviceStore(DeviceFeed):
             approved: True to select approved devices, False to select unapproved devices. Default: both.
             role: role of the selected devices. Default: all roles.
             status: status of the selected devices. Default: all.
-            seen_before: latest time at which a returned device was last seen, exclusive. Without this argument, the
+            seen_before: latest time at which a returned device was last seen, exclusive. Without `seen_before`, the
                 method also returns devices that were never seen.
             order: "id" (default), or "paired_at" for the newest first.
             limit: maximum number of devices, 1 or more.
-            after: last device on the previous page, or its id. Without this argument, the method returns the first
-                page.
+            after: last device on the previous page, or its id. By default, the method returns the first page.
 
         Raises:
-            DeviceNotFoundError: if the order is "paired_at", and the argument `after` is the id of an absent device. In
-                this case pass the device instead of its id.
+            DeviceNotFoundError: if the order is "paired_at", and the argument `after` is the id of an absent device. If
+                the device was deleted, pass the device instead of its id.
         """
         if approved is not None and not isinstance(approved, bool):
             raise InvalidArgumentError("approved must be True, False or None")
@@ -232,12 +230,12 @@ class DeviceStore(DeviceFeed):
             expected_role: role that the device must have. Default: any role.
             expected_secret_hash: hash that the device's secret must have. Default: any hash.
             expected_paired_at: time at which the device must have been paired. Default: any time. A second pairing with
-                the same id changes this time.
+                the same id changes the time of pairing.
             expected_status: status that a device without approval must have. Default: pending. To approve a revoked
                 device, pass `DeviceStatus.REVOKED`.
 
         Returns:
-            False if the device was already approved. In this case the store does not change the device.
+            False if the device was already approved.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
@@ -277,7 +275,7 @@ class DeviceStore(DeviceFeed):
         The argument `reason` is a text for administrators.
 
         Returns:
-            False if the device was already revoked. In this case the store does not change the device.
+            False if the device was already revoked.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.

@@ -35,9 +35,8 @@ EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
 COUNT = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(_columns.device_id == bindparam("device_id"))
 )
-# Keep the expression `device_id + ""`, because no index contains an expression. Otherwise the engine would use the
-# primary key and not the index of `expires_at`, which has few expired rows
-# (`test_expired_keys_are_counted_by_the_index`).
+# Keep the expression `device_id + ""`, which no index contains, because the engine would otherwise use the primary key
+# and not the index of `expires_at` (`test_expired_keys_are_counted_by_the_index`).
 COUNT_EXPIRED_OF_DEVICE = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(EXPIRED, _columns.device_id + "" == bindparam("device_id"))
 )

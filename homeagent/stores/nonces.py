@@ -113,7 +113,7 @@ class NonceStore(Store):
         Args:
             device_id: id of the signer. Two devices can use the same nonce.
             nonce: nonce of the signed message.
-            expires_at: signed timestamp plus the allowed skew. At this time the message becomes too old.
+            expires_at: signed timestamp plus the allowed skew. At the time `expires_at` the message becomes too old.
             limit: maximum number of the device's nonces, if it is lower than `Limits.nonces_per_device`. The number
                 does not include expired nonces. Several processes together can store up to twice as many nonces (see
                 `homeagent.stores.room`).
@@ -187,8 +187,8 @@ class NonceStore(Store):
         return Freshness.FRESH if fresh else Freshness.REPLAYED
 
     def _restored_at(self) -> datetime | None:
-        """Return the time of the last restore. The method reads this time once for each connection, because no epoch
-        begins while a connection is open.
+        """Return the time of the last restore. The method reads the time of the restore once for each connection,
+        because no epoch begins while a connection is open.
 
         When the connection is closed, the store forgets the time of the restore. A PostgreSQL server closes all
         connections before a restore, so the gateway reads the time again.
@@ -243,8 +243,9 @@ class ReplayGuard:
     """Accept each signed message once, and only while the message is fresh.
 
     Args:
-        skew: allowed difference between a device's clock and the gateway's clock. A message is fresh for this
-            time before and after its timestamp. The store keeps the nonce until the message is no longer fresh.
+        skew: allowed difference between a device's clock and the gateway's clock. A message is fresh from its timestamp
+            minus the skew until its timestamp plus the skew. The store keeps the nonce until the message is no longer
+            fresh.
         limit: maximum number of a device's nonces, if it is lower than `Limits.nonces_per_device`. The number does not
             include expired nonces.
 

@@ -9,9 +9,9 @@ than the limit are stored. When the limit is reached, each process can use up on
 less than a fiftieth of the limit. Therefore 49 processes together stay below twice the limit, even if each process has
 the rest of a grant from an empty table. On SQLite, a process counts and adds its row in one transaction, and no other
 writer can add a row in between. On PostgreSQL, a transaction that counts does not see the rows of transactions that
-have not committed. If the limit is low, or few rows may still be added, the grant can be only one row. In this case the
-transaction takes a lock for the device, and counts again. Without the lock, each open transaction could exceed the
-limit by one row.
+have not committed. If the limit is low, or few rows may still be added, the grant can be only one row. For a grant of
+one row, the transaction takes a lock for the device, and counts again. Without the lock, each open transaction could
+exceed the limit by one row.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = ["has_room"]
 
 _MOST_GRANTS = 10_000
 
-# PostgreSQL releases this lock at the end of the transaction.
+# PostgreSQL releases the advisory lock of the device at the end of the transaction.
 _LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("device_id"), 0))))
 
 
 def has_room(unit: Unit, kind: str, device_id: str, limit: int, count: Callable[[], int]) -> bool:
-    """Return True if the device can have another row. In this case the new row uses up a part of the process's grant.
+    """Return True if the device can have another row. If True, the new row uses up a part of the process's grant.
 
     Args:
         unit: writing unit that adds the row.

@@ -121,8 +121,8 @@ def _activity(columns: Any) -> tuple[Any, Any, Any]:
     """Return the values by which sessions of a route are compared. The session with the greatest of these values was
     active last.
     """
-    # Do not remove `+ 0`. Otherwise SQLite would read an index of `last_active_at`, which contains the sessions of
-    # other routes (`test_a_route_is_searched_by_its_index`).
+    # Do not remove `+ 0`, because SQLite would read an index of `last_active_at`, which contains the sessions of other
+    # routes (`test_a_route_is_searched_by_its_index`).
     return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id
 
 

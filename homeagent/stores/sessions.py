@@ -88,8 +88,7 @@ class SessionStore(Store):
         """Add a session. The session takes the route of its agent, sender and channel if no session holds the route.
 
         Raises:
-            SessionExistsError: if a session with this id already exists. In this case the store does not change the
-                existing session.
+            SessionExistsError: if a session with this id already exists.
             AgentNotFoundError: if the agent does not exist.
         """
         check_kind(session, models.AgentSessionCreate, "session")
@@ -156,8 +155,7 @@ class SessionStore(Store):
             AgentNotFoundError: if the agent does not exist.
         """
         route = _searched_route(agent_id, sender_id, channel_id)
-        # Another caller can take the route, or delete or move a session of the route, between two statements. In this
-        # case the next round of the loop reads the route again.
+        # Another caller can take the route, or delete or move a session of the route, between two statements.
         while True:
             session = self._unit.one(statements.BY_ROUTE, route=route["route"])
             if session is not None and _is_on(session, route):
@@ -276,9 +274,8 @@ class SessionStore(Store):
             sender_id: sender of the selected sessions. Default: all senders.
             channel_id: channel of the selected sessions. Default: all channels.
             limit: maximum number of sessions, 1 or more.
-            after: last session of the previous page. Without this argument, the method returns the first page. If a
-                session is added or becomes active between two calls, the next page neither repeats nor skips other
-                sessions.
+            after: last session of the previous page. By default, the method returns the first page. If a session is
+                added or becomes active between two calls, the next page neither repeats nor skips other sessions.
         """
         if after is not None and not isinstance(after, AgentSession):
             raise InvalidArgumentError("after must be the last session of the page before")
@@ -353,8 +350,8 @@ class SessionStore(Store):
             The number of sessions.
 
         Raises:
-            InvalidArgumentError: if an item is not a session. In this case roll back the unit, because earlier batches
-                are already written.
+            InvalidArgumentError: if an item is not a session. After this error roll back the unit, because earlier
+                batches are already written.
             AgentNotFoundError: if a session's agent does not exist.
         """
         known: set[str] = set()

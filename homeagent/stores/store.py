@@ -83,8 +83,8 @@ class Access:
     Attributes:
         kind: see `Kind`.
         unless: function that finds out before a call if the method would write a row, or None if the method always
-            writes. This function only reads, and has the arguments of the method. The function returns True if no write
-            is needed, and the result of the method in that case.
+            writes. The argument `unless` is a function that only reads, and has the arguments of the method. The
+            function returns True if no write is needed, and the result of the method in that case.
     """
 
     class Kind(Enum):
@@ -116,7 +116,7 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
     """Declare a store's method as writing.
 
     Args:
-        unless: function that finds out if a write is needed, as the class `Access` explains. Without this argument, the
+        unless: function that finds out if a write is needed, as the class `Access` explains. Without `unless`, the
             method always writes.
         stream: True if the method consumes an iterator, which a second run would find empty.
     """

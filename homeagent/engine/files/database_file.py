@@ -149,10 +149,10 @@ def inspect_file(path: Path) -> FileState | None:
     can want a read-only file. An empty file always gets the mode 0600, because a umask can have removed bits. The
     function does not change a file that it refuses.
 
-    Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). In this case SQLite
-    gives the sidecar files to the same owner. If the mode of the owner's file is wider than 0600, root gets
-    `InsecureFileError`, because another user who controls the directory could make root change the mode of a different
-    file.
+    Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). If root opens a
+    database, SQLite gives the sidecar files to the owner of the database file. If the mode of the owner's file is wider
+    than 0600, root gets `InsecureFileError`, because another user who controls the directory could make root change the
+    mode of a different file.
 
     Returns:
         None if the file does not exist.
@@ -186,7 +186,7 @@ def refuse_orphaned_log(path: Path) -> None:
 
     SQLite creates a WAL only after the database's header is on the disk. A WAL with content next to a missing or empty
     database means that the database was lost. SQLite would delete the WAL and start with an empty database, without any
-    revocation or nonce. The caller must hold the lock `sidecar_lock`.
+    revocation or nonce. The caller must hold `sidecar_lock`.
 
     Raises:
         CorruptDatabaseError: if the WAL has content, and the database is missing or empty.
@@ -204,8 +204,8 @@ def refuse_orphaned_log(path: Path) -> None:
 def create_file(path: Path, *, database: Path | None = None) -> bool:
     """Create an empty database file with mode 0600, under any umask.
 
-    The directory must exist. The caller must hold the lock `sidecar_lock`. Otherwise another thread could open the file
-    before this function closes its descriptor, and SQLite would lose its locks.
+    The directory must exist. The caller must hold `sidecar_lock`. Without `sidecar_lock`, another thread could open the
+    file before this function closes its descriptor, and SQLite would lose its locks.
 
     Args:
         path: path of the new file.
@@ -242,8 +242,7 @@ def atomic_replace(source: Path, target: Path) -> None:
 
     Raises:
         InsecureFileError, ForeignDatabaseError: if `source` is a link, is not a regular file or can't be made private.
-        DatabaseError: if the new file is missing or can't be moved. In this case the file at the path `target` is
-            unchanged.
+        DatabaseError: if the new file is missing or can't be moved. The file at the path `target` is then unchanged.
     """
     if judge_file(source, is_database=False) is None:
         raise DatabaseError(f"there is no {quoted(source)} to put in the place of {quoted(target)}: make it first")

@@ -78,7 +78,7 @@ class PostgreSQLConnection(StoreConnection):
         """Begin a transaction.
 
         Raises:
-            ConnectionLostError: if the connection has ended. In this case no statement of the unit was sent.
+            ConnectionLostError: if the connection has ended. No statement of the unit was sent.
             StandbyError: if the unit writes, and the server accepts no writes.
         """
         failure: BaseException
@@ -134,11 +134,11 @@ class PostgreSQLConnection(StoreConnection):
         """Commit the transaction. The server's settings decide whether the commit survives a power cut.
 
         Raises:
-            ConnectionLostError: if the server ended the session before homeagent sent COMMIT. In this case the server
-                did not commit the unit.
+            ConnectionLostError: if the server ended the session before homeagent sent COMMIT. The server did not commit
+                the unit.
             CommitUnknownError: if the connection was lost before the server's answer, or if an administrator cancelled
                 the wait for a synchronous standby.
-            DatabaseError: if a statement of the unit had failed. In this case the server did not commit the unit.
+            DatabaseError: if a statement of the unit had failed. The server did not commit the unit.
         """
         if self._raw.pgconn.transaction_status == _FAILED:
             # After a failed statement, the server would roll back at COMMIT without reporting an error.
@@ -162,8 +162,8 @@ class PostgreSQLConnection(StoreConnection):
         self._warnings.clear()
         super().commit()
         if self._warnings and not self.read_only:
-            # The server warns if an administrator cancelled the wait for a synchronous standby. After such a
-            # cancellation only this server has the commit
+            # The server warns if an administrator cancelled the wait for a synchronous standby. After the cancellation
+            # only the primary has the commit
             # (https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION).
             raise commit_unknown()
 

@@ -91,7 +91,7 @@ def write_backup(
 
     Raises:
         InvalidArgumentError: if the target exists, except with `replace=True`.
-        CorruptDatabaseError: if the database is damaged. In this case the damaged copy is removed.
+        CorruptDatabaseError: if the database is damaged. The damaged copy is removed.
         DiskFullError, ReadOnlyError, DatabaseError: if the copy can't be written.
         BackupStoppedError: if the function `stop()` returned True.
     """
@@ -100,7 +100,7 @@ def write_backup(
     if not create_file(partial, database=engine.path):
         raise DatabaseError(f"{quoted(partial)} is in the way of a backup: remove the file")
     try:
-        # Do not skip this check: otherwise SQLite could replay a journal of another user over the copy.
+        # Check the sidecar files, because SQLite could replay a journal of another user over the copy.
         secure_sidecars(partial)
         contents = _copy(engine, partial, version_table, stop)
         manifest = _describe(partial, engine.path, contents, taken_at=taken_at, kind=kind, stop=stop)
@@ -172,7 +172,8 @@ def read_contents(raw: Any, version_table: str) -> Contents:
 def has_broken_reference(raw: Any) -> bool:
     """Return True if a row of homeagent's tables refers to a missing row.
 
-    An orphan in a table of the application must not prevent a backup or a restore. Such a row is only logged.
+    An orphan in a table of the application must not prevent a backup or a restore. An orphan in a table of the
+    application is only logged.
     """
     children = {str(row[0]) for row in raw.execute("PRAGMA foreign_key_check").fetchall()}
     own = sorted(children.difference(TABLES))
@@ -249,7 +250,7 @@ def _describe(
 ) -> Manifest:
     """Sync the copy to the disk, read back every byte, and return the manifest."""
     digest = hashlib.sha256()
-    # No connection may have the copy open, because closing this descriptor would drop SQLite's locks.
+    # No connection may have the copy open, because closing the descriptor of the copy would drop SQLite's locks.
     with explained("read back a backup at", partial), os.fdopen(os.open(partial, os.O_RDWR | OPEN_FLAGS), "rb") as file:
         sync(file.fileno())
         while block := file.read(1 << 20):

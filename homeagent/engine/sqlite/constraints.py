@@ -99,8 +99,8 @@ def _table_of_check(raw: Any, check: str, statement: str | None) -> str | None:
 
 
 def _unique_name(raw: Any, table: str, columns: tuple[str, ...]) -> str | None:
-    """Return the name of the UNIQUE index, UNIQUE constraint or PRIMARY KEY on these columns. If the name is unknown,
-    return None.
+    """Return the name of the UNIQUE index, UNIQUE constraint or PRIMARY KEY on the given columns. If the name is
+    unknown, return None.
     """
     indexes = raw.execute(
         "SELECT name FROM pragma_index_list(?) WHERE \"unique\" AND origin = 'c'", (table,)

@@ -152,7 +152,9 @@ class StatementCursor(_Cursor):
 
     @property
     def rowcount(self) -> int:
-        """Number of rows that the last statement changed. After a reading statement, this number is undefined."""
+        """Number of rows that the last statement changed. After a reading statement, the number of changed rows is
+        undefined.
+        """
         if self._changed is None:
             return self.connection.changes()
         changed, self._changed = self._changed, None

@@ -133,8 +133,8 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# Hold the lock while opening and counting a connection. Otherwise another thread would mistake its descriptor for
-# foreign code.
+# Hold the lock while opening and counting a connection, because another thread would mistake an uncounted descriptor
+# for foreign code.
 _opening = threading.RLock()
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}

@@ -90,7 +90,7 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
     """Keep programs that use SQLite from opening the file during the block. If the file is missing, do nothing.
 
     If another program has the file open, raise DatabaseBusyError. This process must not have the file open through
-    SQLite. Otherwise SQLite and this function would drop each other's locks when they close their descriptors.
+    SQLite, because SQLite and this function would drop each other's locks at close.
     """
     with explained("open", database):
         try:

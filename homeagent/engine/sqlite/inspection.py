@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Stopwatch", "inspect_sqlite", "journal_mode", "reaches", "scratch_sqlite"]
 
-# Number of instructions of SQLite's virtual machine between two checks of the clock. These instructions take less than
-# a millisecond.
+# Number of instructions of SQLite's virtual machine between two checks of the clock.
 _INSTRUCTIONS = 10_000
 
 
@@ -54,7 +53,7 @@ class Stopwatch:
         self.ran_out = False
 
     def __call__(self) -> bool:
-        """Return True if the statement has reached the limit. In this case SQLite ends the statement."""
+        """Return True if the statement has reached the limit. If the result is True, SQLite ends the statement."""
         if self._limit is not None and monotonic() - self._began > self._limit:
             self.ran_out = True
         return self.ran_out

@@ -36,8 +36,7 @@ logger = logging.getLogger("homeagent")
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
 
-# Number of instructions of SQLite's virtual machine between two calls of the function `give_up()`. These instructions
-# take a few milliseconds at most.
+# Number of instructions of SQLite's virtual machine between two calls of the function `give_up()`.
 _INSTRUCTIONS = 100_000
 
 
@@ -100,7 +99,7 @@ def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
 
     Raises:
         CorruptDatabaseError: if the check found damage.
-        Exception: if SQLite can't read the file. In this case the exception is the driver's error.
+        Exception: if SQLite can't read the file.
     """
     # Compute the size from the number of pages, because the WAL can contain more pages than the file.
     size = raw.pragma("page_count") * raw.pragma("page_size")

@@ -30,8 +30,8 @@ __all__ = [
     "replace_database",
 ]
 
-# A complete marker ends with the word "end". Without this word, a power cut interrupted the write of the marker, and no
-# file was moved yet.
+# A complete marker ends with the word "end". Without the word "end", a power cut interrupted the write of the marker,
+# and no file was moved yet.
 _INTENT = r"swap (\w+) (\d+) end"
 _MARKER = r"initialised, epoch (\d+)"
 

@@ -39,9 +39,9 @@ _INDEX_HEADER = 48
 _INDEX = 2 * _INDEX_HEADER + 40
 _INDEX_VERSION = 3007000
 
-# The kernel writes the WAL index to the disk within half a minute. Within this time, the WAL can't restart more than
-# 65,536 times. The first salt is random, so the WAL of a different database looks restarted with a probability of 1 in
-# 65,536.
+# The kernel writes the WAL index to the disk within half a minute. Within half a minute, the WAL can't restart more
+# than 65,536 times. The first salt is random, so the WAL of a different database looks restarted with a probability of
+# 1 in 65,536.
 _MOST_RESTARTS = 2**16
 
 

@@ -202,7 +202,7 @@ class Collector:
         earlier = self.findings.get(check)
         self.findings[check] = finding if earlier is None else _combined(earlier, finding)
 
-    # Each of these methods calls the method `add()` with its own severity.
+    # The methods ok(), warn() and critical() call the method `add()` with their severity.
     ok = partialmethod(add, Severity.OK)
     warn = partialmethod(add, Severity.WARNING)
     critical = partialmethod(add, Severity.CRITICAL)

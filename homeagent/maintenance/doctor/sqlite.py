@@ -98,7 +98,9 @@ def _check_wal(collector: Collector, path: Path) -> bool:
 
 
 def _may_hold_database(collector: Collector, path: Path) -> bool:
-    """Return True if the owners and sizes of its files allow to open the database. Otherwise add a finding."""
+    """Return True if the owners and sizes of its files allow to open the database. If the doctor must not open the
+    database, add a finding.
+    """
     log, _, journal = sidecars(path)
     lock = lock_path(path)
     try:

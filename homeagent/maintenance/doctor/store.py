@@ -150,7 +150,7 @@ def _read(
     """Read the stored values of all rows of a table. Return the number of rows, and a description of each bad row.
 
     After the time limit, the function `watch()` returns True. With `undecoded=True`, texts are read as bytes. Without
-    this argument, the driver raises an error for a page with invalid UTF-8.
+    `undecoded=True`, the driver raises an error for a page with invalid UTF-8.
     """
     columns = list(described.columns)
     names = [c.name for c in columns]

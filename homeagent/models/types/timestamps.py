@@ -65,7 +65,7 @@ def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
     """Return the value in UTC, floored to whole milliseconds, or the current time if the value is None or later than
     now.
 
-    The function is for the time of a past event. A later value shows that the clock of the caller is ahead. The
+    The function is for the time of a past event. If the value is later than now, the clock of the caller is ahead. The
     function raises the same errors as `check_timestamp()`.
     """
     return now if value is None else min(check_timestamp(value, what), now)
