@@ -34,8 +34,8 @@ class HomeAgentError(Exception):
     """Base class of all errors of this package."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        # By default, pickle would call `__init__()` with the message, but most classes take ids instead. Therefore
-        # create the error by `__new__()`, and set the attributes.
+        # By default, pickle would call `__init__` with the message, but the errors take ids instead of a message.
+        # Therefore create the error by `__new__()`, and set the attributes.
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
 

@@ -22,8 +22,8 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
         coroutine: remedy in the error message for a coroutine function; None if coroutine functions are accepted.
 
     Raises:
-        InvalidArgumentError: if the argument can't be called or is a generator function. A coroutine function also
-            raises the error if the argument `coroutine` is a text.
+        InvalidArgumentError: if the argument can't be called or is a generator function. Also if the argument is a
+            coroutine function, and the argument `coroutine` is a text.
     """
     if not callable(function):
         raise InvalidArgumentError(f"{what} must be a function, not {type(function).__name__}")

@@ -118,7 +118,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             target: path, URL, or `":memory:"` for a private temporary database. The default is the environment
                 variable `HOMEAGENT_DATABASE` or, without it, `~/.homeagent/homeagent.db`.
             clock: function that returns the current time. Each store method calls this function once.
-            busy_timeout: longest wait of a unit for the write lock or a connection, shortened to 24 days.
+            busy_timeout: longest wait of a unit for the write lock or a connection. A value over 24 days counts as 24
+                days.
             durability: with "full", every commit is synced to the disk. With "normal", a power cut can lose the last
                 commits. An attacker can then replay a message whose nonce was lost.
             migrate: True to create or upgrade the schema. A file that holds data is backed up before an upgrade.
@@ -128,14 +129,13 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             migrations: the application's own Alembic revisions, as "package:folder" or a path, which run after
                 homeagent's revisions.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
-            acknowledged: names of the application's triggers on homeagent's tables. Only these triggers are accepted.
+            acknowledged: names of the application's triggers on homeagent's tables. Only such triggers are accepted.
             limits: limits of the rows that devices can create, and of the work that strangers can cause.
 
         Raises:
             InvalidArgumentError: if `target` or another argument is invalid.
             SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
-            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file, which was not changed,
-                cannot be used.
+            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file is refused. It stays unchanged.
             DatabaseError: if the database cannot be opened for another reason.
         """
         given = conceal(target)
@@ -262,7 +262,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         """Return a read-only connection for reports, pandas or ad-hoc SQL. Use the connection in a `with` block.
 
         The connection reads one snapshot until a commit or rollback. On SQLite, the connection refuses ATTACH. At most
-        two such connections can be in use at the same time.
+        two connections for reports can be in use at the same time.
 
         Raises (when the block is entered):
             DatabaseBusyError: if both read-only connections are in use for the whole `busy_timeout`.

@@ -144,9 +144,8 @@ class DatabaseMaintenance:
             destination: path of a new file, or of a directory. In a directory, the name of the new file contains the
                 schema's revision and the time. If the path has a final slash and does not exist, a directory with mode
                 0700 is created.
-            keep: number of this database's backups to keep in the directory. Backups beyond this number are deleted,
-                the oldest first. Files without a manifest, copies made by upgrades and backups of other databases do
-                not count and are not deleted.
+            keep: number of this database's backups to keep in the directory. Older backups are deleted. Files without a
+                manifest, copies made by upgrades and backups of other databases do not count and are not deleted.
             replace: True to replace an existing file.
 
         Returns:

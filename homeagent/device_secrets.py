@@ -169,8 +169,9 @@ class DeviceSecrets:
         iterations are not secret.
 
         If the device is absent or has no verifier, the method derives an answer from the id and a key of the store. A
-        derived answer takes as long as a stored answer, and is the same in all processes and after a restore. Only from
-        a change of the answer, a caller can learn that a device was paired or deleted, or that its secret was rotated.
+        derived answer takes as long as a stored answer, and is the same in all processes and after a restore. If the
+        answer for an id changes, a caller can learn that a device was paired or deleted, or that its secret was
+        rotated.
 
         Args:
             device_id: presented id.

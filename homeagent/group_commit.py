@@ -195,7 +195,8 @@ class GroupCommit:
                 try:
                     self._thread.start()
                 except BaseException as error:
-                    # After an interrupt, the thread can have started. The method `_write()` then ends at once.
+                    # After an interrupt, the thread can have started. If the thread has started, the method `_write()`
+                    # ends at once.
                     self._thread = None
                     if not isinstance(error, Exception):
                         raise

@@ -339,7 +339,7 @@ class _AsyncUnits:
         cancelled = anyio.get_cancelled_exc_class()
         work = _Once(attempt, write, leaves_record=leaves_record)
         cancellation: BaseException | None = None
-        # AnyIO's scope does not shield from `Task.cancel()`, so handle such a cancellation here. A cancellation can
+        # AnyIO's scope does not shield from `Task.cancel()`, so handle its CancelledError here. A cancellation can
         # remove the unit from the queue, or come after the unit's commit. Run the unit again after a cancellation,
         # because a second run of the class `_Once` is safe.
         with anyio.CancelScope(shield=True):

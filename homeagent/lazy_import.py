@@ -1,6 +1,6 @@
 """Lazy import of a package's names. A process that does not use the names starts sooner.
 
-Python can still evaluate annotations that contain such names, for example `models.AgentCreate`.
+Python can still evaluate annotations that contain lazy names, for example `models.AgentCreate`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A method with the decorator `@reading` runs its statement in autocommit mode, wi
 the decorator `@writing` uses `Runner.run`, with batches and retries.
 
 A method without a decorator belongs to a store of the application. The first statement of the method runs in autocommit
-mode if it only reads. If such a method writes or sends a second statement, homeagent calls the method again in a unit.
+mode if it only reads. If a method without a decorator writes or sends a second statement, homeagent calls the method
+again in a unit.
 """
 
 from __future__ import annotations

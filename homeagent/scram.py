@@ -223,8 +223,8 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
 
     The same arguments always give the same result. By default the iterations are the same as for a generated secret,
     because `Database.pair()` and `rotate_secret()` store only verifiers of generated secrets. A real answer changes
-    with the secret, but a made-up answer changes only with the key. From such a change a caller can learn that a device
-    exists.
+    with the secret, but a made-up answer changes only with the key. From a change that comes with a rotation, a caller
+    can learn that a device exists.
 
     Args:
         device_id: id in the request.
@@ -286,7 +286,7 @@ def make_proof(
     *,
     minimum_iterations: int = MIN_ITERATIONS,
 ) -> bytes:
-    """Make a proof of a secret. The function is for the device.
+    """Make a proof of a secret. A device calls the function.
 
     The argument `message` is the result of `proof_message()`. The other arguments and the errors are the same as for
     `derive_proof_keys()`. To make several proofs, or to check a signature too, derive the keys once and use the class
@@ -310,11 +310,11 @@ _DECOY_VERIFIER_TEXT = _format_verifier(
 
 
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
-    """Return True if a proof for the message was made with the secret of the verifier. The function is for the gateway.
+    """Return True if a proof for the message was made with the secret of the verifier. A gateway calls the function.
 
-    The function always parses a verifier and computes two hashes. Therefore it takes the same time for a right proof, a
-    wrong proof and an absent device. Also check the timestamp and consume the nonce, because an attacker could send an
-    old proof again.
+    The function always parses a verifier and computes two hashes, so a right proof, a wrong proof and an absent device
+    take the same time. Also check the timestamp and consume the nonce, because an attacker could send an old proof
+    again.
 
     Args:
         verifier: verifier of the device. If the verifier is None or damaged, every proof is wrong.
@@ -335,7 +335,7 @@ def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> Proof
     """Return the salt and iterations that a gateway sends to a caller with this id.
 
     If the verifier is None or damaged, the function derives an answer from the argument `key` by `fake_parameters()`.
-    The function always makes up an answer and parses a verifier. Therefore it takes the same time for an absent device.
+    The function always makes up an answer and parses a verifier, so an absent device takes the same time.
     """
     made_up = fake_parameters(device_id, key)
     parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
@@ -344,7 +344,7 @@ def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> Proof
 
 @clears_locals
 def server_signature(verifier: str, message: bytes) -> bytes:
-    """Sign the message of a proof, so that the device can check the gateway. The function is for the gateway.
+    """Sign the message of a proof, so that the device can check the gateway. A gateway calls the function.
 
     Send the signature only after `check_proof()` has returned True, because an attacker can use the signature to check
     guesses at a human's secret.
@@ -362,7 +362,7 @@ def server_signature(verifier: str, message: bytes) -> bytes:
 def check_server_signature(
     secret: SecretStr | str, parameters: ProofParameters, message: bytes, signature: bytes
 ) -> bool:
-    """Return True if the signature was made with the verifier of the secret. The function is for the device.
+    """Return True if the signature was made with the verifier of the secret. A device calls the function.
 
     Pass the parameters and the message with which the proof was made. A signature of another length than 32 bytes is
     wrong.

@@ -79,7 +79,7 @@ class Transaction:
     Args:
         settings: settings of the database's units.
         read_only: True if the unit only reads, from one snapshot.
-        timeout: longest wait for a connection, in seconds. With None, the timeout is that of the settings.
+        timeout: longest wait for a connection, in seconds. With None, the timeout of the settings applies.
     """
 
     __slots__ = (

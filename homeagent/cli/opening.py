@@ -42,7 +42,7 @@ AcknowledgeOption = Annotated[
 
 
 def target_of(context: typer.Context, database: str | None) -> str | None:
-    """Return the option `--database` of the command. If it is absent, return the same option before the command."""
+    """Return the option `--database` of the command or, if it is absent, the same option before the command."""
     named_before: str | None = context.obj.database
     return named_before if database is None else database
 

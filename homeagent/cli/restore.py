@@ -28,9 +28,9 @@ def restore(
 ) -> None:
     """Replace the database by a backup, and keep the old database in quarantine.
 
-    At a terminal the command asks for a confirmation.
-    First stop the gateway, and check that the system's clock is right. The command verifies the backup and begins a new
-    epoch. Gateways then refuse messages that were signed before the restore.
+    At a terminal the command asks for a confirmation. First stop the gateway, and check that the system's clock is
+    right. The command verifies the backup and begins a new epoch. After a restore, gateways refuse messages that were
+    signed before the restore.
     """
     location = resolve_target(target_of(context, database)).location
     confirm(context, f"Replace {location} by {backup}?", yes=yes, only_at_terminal=True)

@@ -99,7 +99,8 @@ def move(
 ) -> None:
     """Give a session another agent, sender or channel.
 
-    The next message on the new route then continues the session. The command changes only the given parts of the route.
+    After the move, the next message on the new route continues the session. The command changes only the given parts of
+    the route.
     """
     if (sender is not None and no_sender) or (channel is not None and no_channel):
         raise typer.BadParameter("--no-sender and --sender, or --no-channel and --channel, exclude each other.")

@@ -186,11 +186,11 @@ class SecretHasher:
         Args:
             secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8 and no control character. The text of the
                 secret is not normalised.
-            beside: stored hash that stays valid together with the new hash during a rotation. If both are Argon2
-                hashes, the new hash takes over the salt of the stored hash, so one run checks both hashes. As a result,
-                the duration of a check does not reveal that a rotation is in progress. RFC 9106 section 3.1 asks for a
-                salt for each password, so that one guess can't be tried on many accounts, but both hashes belong to one
-                device. If the old secret becomes invalid at once, pass None.
+            beside: stored hash that stays valid together with the new hash during a rotation. If the old and the new
+                hash are Argon2 hashes, the new hash takes over the old salt, so one run checks both hashes. As a
+                result, the duration of a check does not reveal that a rotation is in progress. RFC 9106 section 3.1
+                asks for a salt for each password, so that one guess can't be tried on many accounts, but both hashes
+                belong to one device. If the old secret becomes invalid at once, pass None.
             waiting: maximum number of waiting callers of this hasher, including this caller.
 
         Returns:

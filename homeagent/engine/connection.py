@@ -191,7 +191,9 @@ class StoreConnection:
         return self._connection.invalidated
 
     def is_stale(self, failure: BaseException) -> bool:
-        """Return whether BEGIN failed because the server ended the idle connection. On SQLite return False."""
+        """Return whether BEGIN failed because the server ended the idle connection. On SQLite, return False, because a
+        file has no server.
+        """
         return False
 
     def orm_connection(self) -> Connection:

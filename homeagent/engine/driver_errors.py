@@ -208,7 +208,7 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
 }
 
 
-# Exceptions without a result code of SQLite. Either apsw or Python raises them before or after SQLite runs a statement.
+# Exceptions without a result code of SQLite, which apsw or Python raises before or after SQLite runs a statement.
 _DRIVER_ERRORS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
     apsw.ConnectionClosedError: (DatabaseClosedError, "the database was closed: open it again"),
     apsw.CursorClosedError: (DatabaseClosedError, "the database was closed: open it again"),

@@ -248,7 +248,7 @@ class Engine(ABC):
 
     @abstractmethod
     def open_read_connection(self) -> sqlalchemy.Connection:
-        """Return a new read-only connection. All statements of its transaction read one snapshot."""
+        """Return a new read-only connection. All statements of the connection's transaction read one snapshot."""
 
     @contextmanager
     def read_connection(self, timeout: float) -> Iterator[sqlalchemy.Connection]:
@@ -263,7 +263,7 @@ class Engine(ABC):
 
     @abstractmethod
     def prepare_connection(self, connection: sqlalchemy.Connection, *, read_only: bool) -> None:
-        """Change the settings that a read-only and a writing connection have different."""
+        """Change the settings that differ between read-only and writing connections."""
 
     def close(self) -> None:
         """Close every connection. A second call of the method has no effect."""

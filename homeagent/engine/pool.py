@@ -185,7 +185,9 @@ class ConnectionPool(Generic[T]):
             self.release(resource)
 
     def discard(self, resource: T) -> None:
-        """Close a resource that must not be used again. The pool can then create another resource."""
+        """Close a resource that must not be used again. In place of the closed resource, the pool can create another
+        resource.
+        """
         try:
             resource.close()
         finally:

@@ -169,7 +169,7 @@ def _owner(unit: UnitOfWork, sender: str) -> str:
     """Return the id under which the messages of a sender are stored, in place of the id of a device.
 
     A stranger must not know this id. `Database.pair()` deletes the idempotency keys of the paired id. A stranger who
-    pairs a device with this id could then send a recorded message again.
+    pairs a device with this id could afterwards send a recorded message again.
     """
     key, _ = unit.devices.find_proof_secrets(sender)
     digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")

@@ -83,9 +83,7 @@ def bytes_of(fields: dict[str, Any], name: str) -> bytes:
 
 
 def time_of(fields: dict[str, Any]) -> datetime:
-    """Return the value of the field `time` as a timestamp. The method raises the same errors as the method
-    `field()`.
-    """
+    """Return the value of the field "time" as a timestamp, or raise the errors of the method `field()`."""
     milliseconds = field(fields, "time", int)
     if not 0 <= milliseconds <= _LATEST:
         raise HandshakeError("the field 'time' of the handshake must be milliseconds since 1970")

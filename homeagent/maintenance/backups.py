@@ -63,17 +63,17 @@ def back_up(
         destination: an existing directory, a path with a final slash for a directory to create, or the path of a new
             file. In a directory, the name of the new backup contains the schema revision and the time.
         clock: clock for the time of the backup.
-        keep: number of this database's backups that stay in the directory. Backups beyond this number are removed, the
-            oldest first. The number does not include a backup without a manifest, a backup from an upgrade, or a backup
-            whose owner `restore()` would refuse. Backups that are not counted are not removed.
+        keep: number of this database's backups that stay in the directory. Older backups are removed. The number does
+            not include a backup without a manifest, a backup from an upgrade, or a backup whose owner `restore()` would
+            refuse. Backups that are not counted are not removed.
         replace: True to replace an existing file.
         timeout: longest wait for another backup into the same directory.
         stop: function that is called repeatedly during the backup. If the function returns True, the backup is
             cancelled.
 
     Raises:
-        InvalidArgumentError: if the destination exists, except with `replace=True`. Also if a backup can't have this
-            path.
+        InvalidArgumentError: if the destination exists, except with `replace=True`. Also if the destination can't be
+            the path of a backup.
         CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: if the backup failed. No part remains.
     """
     engine = require_file(engine)

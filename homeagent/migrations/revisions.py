@@ -102,7 +102,8 @@ def script_directory() -> Traversable:
 
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
     for candidate in candidates:
-        # Next to an installed package, `alembic` is the Alembic library, which has no env.py in its top directory.
+        # For an installed package, the folder alembic next to it is the Alembic library, which has no env.py in its top
+        # directory.
         if (candidate / "env.py").is_file():
             return candidate
     raise MigrationError("this installation has no migrations: install homeagent anew")

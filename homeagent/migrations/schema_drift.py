@@ -40,8 +40,8 @@ class Difference:
 
     A trigger, a view or an index that only uses homeagent's tables can belong to the application. For an object that
     can belong to the application, the attribute `kind` is its kind. For a trigger that is not homeagent's, the
-    attribute `trigger` is its name. Copies, restores and upgrades refuse such a trigger unless the application
-    acknowledged its name.
+    attribute `trigger` is its name. Copies, restores and upgrades refuse a trigger that is not homeagent's, unless the
+    application acknowledged its name.
     """
 
     text: str
@@ -71,7 +71,7 @@ _Tables = dict[str, dict[str, _Part]]
 def refuse_changed_schema(
     connection: Connection, revision: str, location: str, acknowledged: Container[str] = ()
 ) -> None:
-    """Refuse a schema with a grave difference, because the rows of such a database can't be trusted.
+    """Refuse a schema with a grave difference, because the rows of the database can't be trusted.
 
     Only the doctor reports differences that are not grave, such as a view or a plain index. On PostgreSQL, the function
     searches only for triggers and rules on homeagent's tables. The argument `connection` must be in a transaction. If

@@ -72,8 +72,8 @@ def open_sqlite(
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError, ForeignDatabaseError,
-        CorruptDatabaseError, InsecureFileError, DatabaseBusyError: the file can't be used. The content of the file is
-        then unchanged.
+        CorruptDatabaseError, InsecureFileError, DatabaseBusyError: the file can't be used. The content of a refused
+        file is unchanged.
     """
     try:
         _open_sqlite(engine, application, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
@@ -341,7 +341,7 @@ _CONVERTED = (
 def _refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
     """Raise MigrationError if a row has a BLOB, or text that is not UTF-8, in a column that a later revision converts.
 
-    PostgreSQL needs no such check, because it can't store such values in a text column.
+    PostgreSQL needs no check, because it can't store a BLOB or invalid UTF-8 in a text column.
     """
     for later, table, columns in _CONVERTED:
         if later <= revision:

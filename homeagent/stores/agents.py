@@ -144,8 +144,8 @@ class AgentStore(Store):
         Raises:
             AgentInUseError: if the agent has sessions, except with `delete_sessions=True`.
         """
-        # Lock the agent before counting its sessions. The count then includes a session that another unit added before
-        # the lock. A unit that adds a session later waits for the lock, and then finds no agent.
+        # Lock the agent before counting its sessions. With the lock, the count includes a session that another unit has
+        # just added. A unit that adds a session later waits for the lock, and then finds no agent.
         if self._unit.one(_LOCK, id=self._searched(agent_id, "agent_id")) is None:
             return False
         if delete_sessions:

@@ -18,7 +18,7 @@ class SecretHashes(NamedTuple):
     """The hashes of a device's secrets. The fields have the same names as in the class `Device`.
 
     If the device does not exist, the field `shared_secret_hash` is an empty text, which matches no secret. The other
-    fields are then None.
+    fields of an absent device are None.
     """
 
     shared_secret_hash: str

@@ -67,7 +67,7 @@ _RELEASE = Statement[Nonce](update(Nonce).where(*_COUNTED).values(created_at=_RE
 EXPIRED: Any = _columns.expires_at <= bindparam("before")
 """SQL condition for the nonces that a sweep deletes. The parameter `before` is the current time minus `NONCE_GRACE`."""
 
-# On PostgreSQL, two hosts can sweep at the same time. SKIP LOCKED makes each of them delete different rows.
+# On PostgreSQL, two hosts can sweep at the same time. SKIP LOCKED makes the two sweeps delete different rows.
 _DELETE_EXPIRED = Statement[Nonce](
     delete(Nonce).where(
         tuple_(_columns.device_id, _columns.nonce).in_(

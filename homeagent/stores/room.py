@@ -35,7 +35,7 @@ _LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextex
 
 
 def has_room(unit: Unit, kind: str, device_id: str, limit: int, count: Callable[[], int]) -> bool:
-    """Return True if the device can have another row. If True, the new row uses up a part of the process's grant.
+    """Return True if the device can have another row. The new row then uses up a part of the process's grant.
 
     Args:
         unit: writing unit that adds the row.

@@ -229,8 +229,8 @@ class SessionStore(Store):
             RouteTakenError: if another session holds the new route. The attribute `session_id` is the id of the session
                 that holds the route.
         """
-        # Lock the agent before the session, in the same order as the method `agents.delete()`. With different orders
-        # the two methods could deadlock.
+        # Lock the agent before the session, in the same order as the method `agents.delete()`. With different orders of
+        # locks, the two methods could deadlock.
         agent = (
             None if agent_id is ... else self._unit.one(statements.AGENT, agent_id=self._searched(agent_id, "agent_id"))
         )

@@ -152,8 +152,8 @@ class Store:
     def _searched(self, value: str, what: str) -> str | None:
         """Return the text for a search. If the database can't hold the text, return None, which equals no stored value.
 
-        No database can hold a lone surrogate, and PostgreSQL can't hold NUL. Therefore a search for such a text finds
-        no row.
+        No database can hold a lone surrogate, and PostgreSQL can't hold NUL. A search for a text that the database
+        can't hold finds no row.
         """
         # The method `isprintable()` returns False for each text with a lone surrogate or NUL.
         if check_searched(value, what).isprintable():

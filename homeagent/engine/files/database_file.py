@@ -242,7 +242,7 @@ def atomic_replace(source: Path, target: Path) -> None:
 
     Raises:
         InsecureFileError, ForeignDatabaseError: if `source` is a link, is not a regular file or can't be made private.
-        DatabaseError: if the new file is missing or can't be moved. The file at the path `target` is then unchanged.
+        DatabaseError: if the new file is missing or can't be moved. The old file at the path `target` is unchanged.
     """
     if judge_file(source, is_database=False) is None:
         raise DatabaseError(f"there is no {quoted(source)} to put in the place of {quoted(target)}: make it first")

@@ -98,7 +98,8 @@ class FileLock:
         """Release the lock, if this object holds the lock.
 
         Raises:
-            DatabaseError: if the system could not unlock the file. The object then no longer holds the lock.
+            DatabaseError: if the system could not unlock the file. After this error the object no longer holds the
+                lock.
         """
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:

@@ -73,8 +73,8 @@ def _execute_each(
     execute: Callable[[str, Any], object], connection: _Connection, statement: str, sets: Iterable[Any]
 ) -> int:
     """Run a statement once for each set of bindings, and return the number of changed rows."""
-    # Do not use `total_changes`, because it also counts rows that triggers and foreign keys changed. SQLAlchemy's ORM
-    # would then raise StaleDataError.
+    # Do not use `total_changes`, because it also counts rows that triggers and foreign keys changed. With
+    # `total_changes`, SQLAlchemy's ORM would raise StaleDataError.
     changed = 0
     for bindings in sets:
         rows: Any = execute(statement, bindings)

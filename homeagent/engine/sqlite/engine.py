@@ -170,7 +170,7 @@ class SQLiteEngine(Engine):
             cursor.execute("PRAGMA trusted_schema=OFF")
             cursor.execute("PRAGMA cell_size_check=ON")
             cursor.execute(f"PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}")
-        self._open.add(connection)  # after the first read, because SQLite could delete the WAL before the read
+        self._open.add(connection)  # SQLite could delete the WAL before the first read
 
     def _keep_from_checkpoints(self) -> None:
         """Configure all connections not to copy the WAL into the file at close, because the file was replaced."""

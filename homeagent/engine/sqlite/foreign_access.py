@@ -1,8 +1,8 @@
 """Protect an open database from a second SQLite library in the same process.
 
 POSIX locks belong to a process. If another library, such as the interpreter's sqlite3, closes a descriptor of the
-database, the process loses the locks of homeagent's connections. Other processes may then delete the WAL
-(https://sqlite.org/howtocorrupt.html, section 2.2). This module takes two measures:
+database, the process loses the locks of homeagent's connections. Without these locks, other processes may delete the
+WAL (https://sqlite.org/howtocorrupt.html, section 2.2). This module takes two measures:
 
 - On Linux, read locks on open file descriptions (`F_OFD_SETLK`) protect the file and the WAL index. The read locks
   survive the close of another descriptor, and show another library that the database is still open.
@@ -64,8 +64,8 @@ class FileGuard:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Count a connection as closed after the block, which closes it. Raise DatabaseError if a file can't be
-        unlocked or closed.
+        """Run a block that closes a connection, and then count the connection as closed. Raise DatabaseError if a file
+        can't be unlocked or closed.
 
         Release the locks before the last connection is closed, because the close locks the file to checkpoint the WAL.
         Do not close the descriptors before the connection, because SQLite would lose its own locks.

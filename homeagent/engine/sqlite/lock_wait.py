@@ -1,11 +1,11 @@
 """Wait for the write lock of another process. Frequent tries get the lock even if a process writes without pause.
 
 SQLite's own busy handler tries again after 1, 2, 5, 10, ... and at last every 100 ms. A process that commits and begins
-again at once leaves the lock free only for short moments. SQLite's busy handler seldom tries in such a moment. In a
-test with eight writing processes, some processes waited for seconds. A process that tries every few milliseconds gets
-the lock. With more frequent tries the lock moves between processes more often, which slows all writes. On a busy
-machine, pauses of 0.5 to 2 ms raised the 99th percentile of the write times of eight processes two to five times. On a
-quiet machine, such pauses made no difference.
+again at once leaves the lock free only for short moments. SQLite's busy handler seldom tries in one of these short
+moments. In a test with eight writing processes, some processes waited for seconds. A process that tries every few
+milliseconds gets the lock. With more frequent tries the lock moves between processes more often, which slows all
+writes. On a busy machine, pauses of 0.5 to 2 ms raised the 99th percentile of the write times of eight processes two to
+five times. On a quiet machine, pauses of 0.5 to 2 ms made no difference.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ def has_frames(path: Path) -> bool:
     """Return whether SQLite would read a frame of this database's WAL. The caller may have the database open.
 
     A process that is killed in its first commit leaves a WAL with only a header. A full disk can leave a part of a
-    header. SQLite ignores a WAL with an incomplete or lonely header. But a connection with `readonly_shm=1` fails on
-    such a WAL after 10 seconds with SQLITE_PROTOCOL, if no other connection is open.
+    header. SQLite ignores a WAL without frames. But if no other connection is open, a connection with `readonly_shm=1`
+    fails on a WAL without frames after 10 seconds (SQLITE_PROTOCOL).
     """
     log = sidecars(path)[0]
     with explained("read", log):

@@ -1,6 +1,6 @@
 """Check the revision, the schema and the rows of a readable store, on SQLite and PostgreSQL.
 
-The findings contain numbers of rows. Only the check `rows` reports single rows. Findings do not contain secrets,
+The findings contain numbers of rows. Only the check named `rows` reports single rows. Findings do not contain secrets,
 hashes, nonces, keys or results.
 """
 
@@ -287,7 +287,7 @@ def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
     holders = holders.order_by(_session.last_active_at.desc(), _session.session_id.desc())
     for session_id, stored, *route in connection.execute(holders, execution_options={"yield_per": _PAGE}):
         if not all(value is None or isinstance(value, str) for value in route):
-            continue  # The check `rows` reports a row with such a value.
+            continue  # The check named `rows` reports a row with a value that is not a text.
         right = route_key(*route)
         if stored != right:
             yield session_id, right
