@@ -209,3 +209,8 @@ def run(
             child.kill()
             raise
     return subprocess.CompletedProcess(program, child.returncode, output, errors)
+
+
+def run_command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command `homeagent` with these arguments in a child."""
+    return run(COMMAND, *arguments, **options)

@@ -25,20 +25,14 @@ from homeagent.cli.visible_text import escape_words, identity
 from homeagent.engine.files import database_file as files
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.migrations import REVISION, alembic_config
+from tests import fork_server
 
 runner = CliRunner()
 
 
 def _run(*arguments: str, environment: dict[str, str] | None = None) -> Any:
     inherited = {name: value for name, value in os.environ.items() if name != "HOMEAGENT_DATABASE"}
-    return subprocess.run(
-        [sys.executable, "-m", "homeagent", *arguments],
-        env=inherited | {"PYTHONPATH": str(Path(__file__).parents[1])} | (environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return fork_server.run_command(*arguments, environment=inherited | (environment or {}))
 
 
 def _invoke(*arguments: str | Path, input: str | None = None) -> Result:
@@ -62,11 +56,11 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ready(path: Path) -> Path:
+def ready(sqlite_path: Path) -> Path:
     """Create a database with an admin device that waits for approval."""
-    with Database.open(path) as database:
+    with Database.open(sqlite_path) as database:
         database.pair(DevicePair.model_validate({"id": "desk", "role": "admin", "metadata": {"os": "[bold]x"}}))
-    return path
+    return sqlite_path
 
 
 # Create and upgrade
@@ -331,17 +325,8 @@ def test_approve_keeps_a_device_revoked_meanwhile(ready: Path, status: str, monk
 @pytest.mark.parametrize("act", ["revoke", "delete and pair again"])
 def test_a_yes_to_a_changed_device_is_refused(ready: Path, act: str) -> None:
     """If another process revokes or replaces the device while `approve` asks, a yes is refused."""
-    command = [sys.executable, "-m", "homeagent", "devices", "approve", "desk", "--database", str(ready)]
-    asking = subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    asking = fork_server.Child(fork_server.COMMAND, "devices", "approve", "desk", "--database", ready)
     try:
-        assert asking.stderr is not None
         shown = ""
         while "Approve this device?" not in shown:
             read = asking.stderr.read(1)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from typer.testing import CliRunner, Result
 from homeagent import Database, DevicePair
 from homeagent.cli import app
 from homeagent.migrations import REVISION
-from tests.conftest import add_agent
+from tests import fork_server
+from tests.conftest import add_agent, copy_template
 
 runner = CliRunner()
 
@@ -25,19 +24,15 @@ def _invoke(*arguments: str | Path) -> Result:
     return runner.invoke(app, [str(argument) for argument in arguments])
 
 
-def _arguments(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-W", "error", "-m", "homeagent", "copy", *map(str, arguments)]
-
-
 def _rows(target: str | Path) -> dict[str, int]:
     with Database.open(target, migrate=False) as database:
         return database.status().rows
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(sqlite_template: Path, tmp_path: Path) -> Path:
     """A store with a device, in a file that no connection has open."""
-    path = tmp_path / "source" / "h.db"
+    path = copy_template(sqlite_template, tmp_path / "source")
     with Database.open(path) as database:
         database.pair(DevicePair.model_validate({"id": "desk", "role": "admin"}))
     return path
@@ -70,7 +65,7 @@ def test_copy_to_a_server_and_back(source: Path, empty_postgres_url: str, tmp_pa
 def test_a_process_prints_one_line(source: Path, tmp_path: Path) -> None:
     """If standard error is not a terminal, `copy` draws no progress bar on it."""
     target = tmp_path / "target" / "h.db"
-    done = subprocess.run(_arguments(source, target), capture_output=True, text=True, timeout=60, check=False)
+    done = fork_server.run_command("copy", source, target)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"Copied {source} to {target}: 1 row, the same on both sides.\n"
 
@@ -94,13 +89,14 @@ def test_progress_is_shown_on_a_terminal(source: Path, tmp_path: Path, as_json: 
     ours, theirs = pty.openpty()
     try:
         environment = {name: value for name, value in os.environ.items() if name not in {"NO_COLOR", "TERM"}}
-        process = subprocess.Popen(
-            _arguments(source, tmp_path / "target" / "h.db", *(["--json"] if as_json else [])),
-            stdout=subprocess.PIPE,
-            stderr=theirs,
-            text=True,
-            env=environment | {"TERM": "xterm", "COLUMNS": "100"},
+        process = fork_server.Child(
+            f"import os, sys\nos.dup2(os.open(sys.argv.pop(1), os.O_RDWR | os.O_NOCTTY), 2)\n{fork_server.COMMAND}",
+            os.ttyname(theirs),
+            "copy",
+            *(source, tmp_path / "target" / "h.db", *(["--json"] if as_json else [])),
+            environment=environment | {"TERM": "xterm", "COLUMNS": "100"},
         )
+        out, _ = process.communicate(timeout=60)
     finally:
         os.close(theirs)
     shown = b""
@@ -113,7 +109,6 @@ def test_progress_is_shown_on_a_terminal(source: Path, tmp_path: Path, as_json: 
             break
         shown += part
     os.close(ours)
-    out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, shown
     assert "21 rows" in out or json.loads(out)["rows"]["agents"] == 20
     if as_json:

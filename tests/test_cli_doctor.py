@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from homeagent import Database, DevicePair, Role
 from homeagent.cli import app
 from homeagent.maintenance import Diagnosis
 from homeagent.maintenance.doctor import CHECKS, files
+from tests import fork_server
 
 runner = CliRunner()
 
@@ -32,14 +30,7 @@ def test_the_status_shows_the_worst_finding(path: Path) -> None:
     statuses = []
     for mode in (0o600, 0o640, 0o666):
         path.chmod(mode)
-        done = subprocess.run(
-            [sys.executable, "-m", "homeagent", "--database", path, "doctor", "--json"],
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = fork_server.run_command("--database", path, "doctor", "--json")
         found = Diagnosis.model_validate_json(done.stdout)
         assert (done.returncode, done.stderr) == (found.exit_status, "")
         # If the temporary directory is in memory, the doctor gives a further warning.

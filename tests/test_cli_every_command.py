@@ -187,6 +187,7 @@ def test_an_interrupt_during_imports_prints_no_traceback(module: str) -> None:
     """If Ctrl-C comes while Python imports a module, the process ends at once by the signal."""
     program = f"""
 import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a run of the tests in the background ignores the signal
 class Interrupt:
     def find_spec(name, *_):
         if name == {module!r}:

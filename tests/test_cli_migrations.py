@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests import fork_server
 
 TABLES = """
 from uuid import UUID
@@ -35,17 +33,13 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+# The entry '' of the search path is the working directory, which the command itself has to add
+IN_DIRECTORY = f"import os, sys\nos.chdir(sys.argv.pop(1))\nsys.path.remove('')\n{fork_server.COMMAND}"
+
+
 def run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in the application's directory."""
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "homeagent", *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=project,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=120,
-    )
+    return fork_server.run(IN_DIRECTORY, project, *arguments)
 
 
 def test_application_without_alembic(project: Path) -> None:
