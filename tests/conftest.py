@@ -43,16 +43,6 @@ _SHARED = Path("/dev/shm")  # noqa: S108  each user creates a private directory 
 MEMORY = _SHARED if os.access(_SHARED, os.W_OK) and shutil.disk_usage(_SHARED).free > 2 * 1024**3 else None
 
 
-@pytest.fixture
-def tmp_path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """The directory of a test: in memory if the test has the mark `in_memory`, because a sync takes milliseconds."""
-    if MEMORY is None or request.node.get_closest_marker("in_memory") is None:
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(prefix="homeagent-", dir=MEMORY) as directory:
-        yield Path(directory)
-
-
 # SQLite
 
 
@@ -93,10 +83,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 _server_directory = pytest.StashKey[Path]()
+_files = pytest.StashKey[Path]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the directory for the PostgreSQL server of the run, which starts only if a test needs a server."""
+    """Put the files of all tests in memory, and set the directory for a server, which starts if a test needs it."""
     programs: Path | None = config.getoption("--postgresql-bin")
     if programs is not None and not (programs / "pg_ctl").is_file():
         raise pytest.UsageError(f"--postgresql-bin: there is no pg_ctl in {programs}")
@@ -104,6 +95,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if workerinput is not None:
         config.stash[_server_directory] = Path(workerinput["server_directory"])
         return
+    if config.option.basetemp is None and MEMORY is not None:
+        # A sync takes milliseconds on a disk, and tests wait for tens of thousands of syncs.
+        config.option.basetemp = config.stash[_files] = Path(tempfile.mkdtemp(prefix="homeagent-tests-", dir=MEMORY))
     # Not below pytest's directories: if pytest runs as root, the server runs as another user and must reach its own
     directory = _new_directory()
     # In memory, to create and drop a test's database takes a quarter of the CPU time.
@@ -126,6 +120,8 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Stop the fork server of this process, and the PostgreSQL server when the whole run is over."""
     fork_server.stop()
+    if _files in config.stash:
+        shutil.rmtree(config.stash[_files], ignore_errors=True)
     directory = config.stash.get(_server_directory, None)
     if directory is None or hasattr(config, "workerinput"):
         return
@@ -192,22 +188,34 @@ def postgres_execute(url: str, statement: str) -> None:
         connection.execute(statement.encode())
 
 
+Administer = Callable[[str], object]
+
+
 @pytest.fixture(scope="session")
-def postgres_template(postgres_url: str) -> str:
+def administer(postgres_url: str) -> Iterator[Administer]:
+    """A function that runs one statement, on a connection for all tests: a new one costs the server 7 ms of CPU."""
+    import psycopg
+
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        yield lambda statement: connection.execute(statement.encode())
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_url: str, administer: Administer) -> str:
     """The name of a migrated and empty database on the server. Tests copy the database and do not connect to it."""
     name = f"template_{_WORKER}"
-    postgres_execute(postgres_url, f"CREATE DATABASE {name}")
+    administer(f"CREATE DATABASE {name}")
     Database.open(postgres_database(postgres_url, name)).close()
     return name
 
 
 @pytest.fixture
-def empty_postgres_url(postgres_url: str) -> Iterator[str]:
+def empty_postgres_url(postgres_url: str, administer: Administer) -> Iterator[str]:
     """The URL of a fresh database without any table."""
     name = f"empty_{_WORKER}_{next(_numbers)}"
-    postgres_execute(postgres_url, f"CREATE DATABASE {name}")
+    administer(f"CREATE DATABASE {name}")
     yield postgres_database(postgres_url, name)
-    postgres_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+    administer(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 # Either engine
@@ -226,11 +234,12 @@ def target(engine_name: str, request: pytest.FixtureRequest) -> Iterator[str]:
         yield str(request.getfixturevalue("sqlite_path"))
         return
     url: str = request.getfixturevalue("postgres_url")
+    administer: Administer = request.getfixturevalue("administer")
     template: str = request.getfixturevalue("postgres_template")
     name = f"test_{_WORKER}_{next(_numbers)}"
-    postgres_execute(url, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
+    administer(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
     yield postgres_database(url, name)
-    postgres_execute(url, f"DROP DATABASE {name} WITH (FORCE)")
+    administer(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture

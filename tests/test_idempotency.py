@@ -32,8 +32,6 @@ from homeagent.idempotency import OnceCall
 from homeagent.stores import IdempotencyKeyStore
 from tests.conftest import Children, FakeClock, add_device
 
-pytestmark = pytest.mark.in_memory
-
 SCOPE = IdempotencyScope("lamp", "orders.create", "k-1")
 MINUTE = timedelta(minutes=1)
 BACKENDS = pytest.mark.parametrize("backend", ["asyncio", "trio"])

@@ -18,8 +18,6 @@ from homeagent import Database
 if TYPE_CHECKING:
     from tests.conftest import Children
 
-pytestmark = pytest.mark.in_memory
-
 # Four kinds of units; each writes a row and its twin, and prints its name after the commit.
 LOAD = """
 import os, random, sys

@@ -15,8 +15,6 @@ import pytest
 
 from tests.conftest import START, Children
 
-pytestmark = pytest.mark.in_memory
-
 # Each start sets the service's clock an hour ahead of the previous start, so that old leases have expired.
 SERVICE = """
 import json, os, socket, sys

@@ -14,8 +14,6 @@ from homeagent.errors import AgentNotFoundError, ApprovalChangedError, DeviceNot
 from homeagent.models.session import route_key
 from tests.conftest import START, Children, FakeClock, add_agent, add_device, dump
 
-pytestmark = pytest.mark.in_memory
-
 READY = """
 import sys
 from datetime import UTC, datetime, timedelta

@@ -36,9 +36,9 @@ def load_example() -> Any:
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
+def database(sqlite_path: Path) -> Iterator[Database]:
     """The store behind the API."""
-    with Database.open(tmp_path / "api.db", busy_timeout=timedelta(seconds=20)) as database:
+    with Database.open(sqlite_path, busy_timeout=timedelta(seconds=20)) as database:
         yield database
 
 

@@ -10,8 +10,6 @@ import pytest
 from homeagent import Database, DevicePair, DeviceStatus, Role
 from tests import fork_server
 
-pytestmark = pytest.mark.in_memory
-
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "gateway.py"
 TRACE = ROOT / "tests" / "fixtures" / "gateway.jsonl.gz"

@@ -50,8 +50,6 @@ from homeagent.models.session import route_key
 from homeagent.stores.nonces import NONCE_GRACE
 from tests.conftest import FakeClock
 
-pytestmark = pytest.mark.in_memory
-
 MS = timedelta(milliseconds=1)
 MINUTE = timedelta(minutes=1)
 
