@@ -43,6 +43,14 @@ _SHARED = Path("/dev/shm")  # noqa: S108  each user creates a private directory 
 MEMORY = _SHARED if os.access(_SHARED, os.W_OK) and shutil.disk_usage(_SHARED).free > 2 * 1024**3 else None
 
 
+@pytest.fixture
+def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the doctor find a file system on a disk: it warns if the file system is in memory, as here."""
+    from homeagent.maintenance.doctor import files
+
+    monkeypatch.setattr(files, "filesystem_kind", lambda path: "ext4")
+
+
 # SQLite
 
 

@@ -12,16 +12,15 @@ from typer.testing import CliRunner
 from homeagent import Database, DevicePair, Role
 from homeagent.cli import app
 from homeagent.maintenance import Diagnosis
-from homeagent.maintenance.doctor import CHECKS, files
+from homeagent.maintenance.doctor import CHECKS
 from tests import fork_server
 
 runner = CliRunner()
 
 
 @pytest.fixture
-def path(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def path(sqlite_path: Path, on_a_disk: None) -> Path:
     """A fresh, migrated file on a file system that the doctor treats as a disk."""
-    monkeypatch.setattr(files, "filesystem_kind", lambda path: "ext4")
     return sqlite_path
 
 

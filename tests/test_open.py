@@ -583,6 +583,7 @@ def half_made(path: Path, first_page: bytes) -> None:
         path.with_name(name).chmod(0o600)
 
 
+@pytest.mark.usefixtures("on_a_disk")
 @pytest.mark.parametrize("part", ["whole", "begun", "not written"])
 def test_a_first_transaction_that_was_cut_off(tmp_path: Path, path: Path, part: str) -> None:
     """If the first transaction was cut off, opening creates the database again, whatever its first page holds."""

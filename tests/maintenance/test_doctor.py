@@ -98,10 +98,7 @@ def run(finding: Finding) -> None:
         subprocess.run([program, *arguments], check=True, capture_output=True, timeout=60)
 
 
-@pytest.fixture(autouse=True)
-def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Report a file system on a disk, even if the temporary directory is in memory, which another test covers."""
-    monkeypatch.setattr(files, "filesystem_kind", lambda path: "ext4")
+pytestmark = pytest.mark.usefixtures("on_a_disk")
 
 
 @pytest.fixture
