@@ -1,8 +1,8 @@
 """Run a side effect once. Commit a claim, run the effect outside of any transaction, and commit the outcome.
 
 If the process ends between the two commits, the outcome of the effect is unknown. By default, the next call with the
-key raises `OutcomeUnknownError` without running the effect again. The argument `on_abandoned` chooses a different
-action for the next call.
+key raises `OutcomeUnknownError` without running the effect again. The argument `on_abandoned` chooses the action of a
+call that follows an abandoned attempt.
 """
 
 from __future__ import annotations

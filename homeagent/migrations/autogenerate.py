@@ -94,7 +94,7 @@ def application_tables(package: str, *, more: Sequence[MetaData] = (), scripts: 
     Args:
         package: name of the package, or of a module.
         more: other metadata whose tables are also compared.
-        scripts: folder of the revisions. The modules in this folder are not imported.
+        scripts: folder of the revisions. The modules in the folder of the revisions are not imported.
     """
     _import_modules(package, scripts)
     homeagents = {table.name for table in SCHEMA}

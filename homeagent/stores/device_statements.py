@@ -83,8 +83,8 @@ COUNT_PENDING = Statement[int](
         .subquery()
     )
 )
-# On PostgreSQL, two pairings at the same time do not see each other's device. With the lock, the second pairing waits
-# until the unit of the first pairing has ended, and then counts both devices.
+# On PostgreSQL, two pairings at the same time do not see each other's device. With this lock of the store's row, the
+# second of two pairings waits until the first unit has ended, and then counts both devices.
 LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
 OVERDUE: Any = _columns.paired_at <= bindparam("before")
 """SQL condition for the pending devices that a sweep deletes.

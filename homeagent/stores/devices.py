@@ -83,7 +83,7 @@ class DeviceStore(DeviceFeed):
 
     @reading
     def find_secret_hashes(self, device_id: str) -> SecretHashes:
-        """Return the hashes of the device's secrets. For a device that does not exist, the call takes the same time."""
+        """Return the hashes of the device's secrets. An absent and a stored device take the same time."""
         row = self._unit.one(statements.SECRET_HASHES, id=self._searched(device_id, "device_id"))
         assert row is not None  # noqa: S101  the outer join has a row for every id
         return SecretHashes(*row)

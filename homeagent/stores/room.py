@@ -1,8 +1,8 @@
 """A limit of the rows of one device, which the store counts only at intervals.
 
-Counting 10,000 rows takes as long as 40 inserts. Therefore a process that has counted may add several rows of the
-device without another count. The number of these rows is the grant. The grant is an eighth of the number of rows that
-may still be added, but at most a fiftieth of the limit.
+Counting 10,000 rows takes as long as 40 inserts. Therefore a process that has counted the rows of a device may add
+several rows without another count. The number of these rows is the grant. The grant is an eighth of the number of rows
+that may still be added, but at most a fiftieth of the limit.
 
 Several processes together do not store more than twice the limit, because a process gets a grant only if fewer rows
 than the limit are stored. When the limit is reached, each process can use up only the rest of its own grant, which is

@@ -200,7 +200,7 @@ class PostgreSQLEngine(Engine):
         """Return only the mutexes of the connection pools, because a fork must not wait for the thread that reads
         device changes.
 
-        A lost connection can block that thread.
+        A lost connection can block the thread that reads device changes.
         """
         return super().fork_locks()[1:]
 

@@ -3,7 +3,7 @@
 A replacement changes the database file and its WAL, but no file system can change two files in one step. Between the
 two steps SQLite would replay the old WAL over the new file, or read the old file without its last commits. Therefore
 homeagent first writes its intent as a marker to the in-use lock file, which every `Database.open()` locks. If the lock
-file has this marker, the next `Database.open()` first finishes the replacement.
+file has a marker of a replacement, the next `Database.open()` first finishes the replacement.
 """
 
 from __future__ import annotations
