@@ -23,11 +23,22 @@ class Agent(Table, table=True):
 
     __tablename__ = "agents"
 
-    id: Identifier = Field(sa_column=Column("id", text_column(), primary_key=True, nullable=False))
-    name: Name = Field(sa_column=Column("name", text_column(), nullable=False))
+    id: Identifier = Field(
+        sa_column=Column("id", text_column(), primary_key=True, nullable=False),
+        description="Name of the agent for programs, such as `butler`.",
+    )
+    name: Name = Field(
+        sa_column=Column("name", text_column(), nullable=False), description="Name of the agent for people."
+    )
     workspace_path: WorkspacePath = Field(
         sa_column=Column("workspace_path", text_column(), nullable=False),
         description="Directory on the owner's machine. homeagent stores the path and does not open the directory.",
     )
-    created_at: Timestamp = Field(sa_column=Column("created_at", TimestampColumn, nullable=False))
-    config: Json = Field(default=None, sa_column=Column("config", JsonColumn))
+    created_at: Timestamp = Field(
+        sa_column=Column("created_at", TimestampColumn, nullable=False), description="Time of the creation."
+    )
+    config: Json = Field(
+        default=None,
+        sa_column=Column("config", JsonColumn),
+        description="Configuration that the application defines, as JSON.",
+    )

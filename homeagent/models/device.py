@@ -75,8 +75,14 @@ class Device(Table, table=True):
         PartialIndex("idx_devices_pending", "paired_at", "approved", "approved_at", "revoked_at", where=PENDING),
     )
 
-    id: Identifier = Field(sa_column=Column("id", text_column(), primary_key=True, nullable=False))
-    role: Role = Field(sa_column=Column("role", EnumColumn(Role), nullable=False))
+    id: Identifier = Field(
+        sa_column=Column("id", text_column(), primary_key=True, nullable=False),
+        description="Id that the device chose when it paired.",
+    )
+    role: Role = Field(
+        sa_column=Column("role", EnumColumn(Role), nullable=False),
+        description="Role that the device chose when it paired.",
+    )
     shared_secret_hash: Name = Field(
         repr=False,
         exclude=True,
@@ -84,15 +90,24 @@ class Device(Table, table=True):
         description="Hash of the present secret, with a prefix for the kind of hash. Not in the repr or in a dump.",
     )
     approved: bool = Field(
-        default=False, sa_column=Column("approved", FlagColumn, nullable=False, server_default=text("0"))
+        default=False,
+        sa_column=Column("approved", FlagColumn, nullable=False, server_default=text("0")),
+        description="Whether the device has access.",
     )
-    paired_at: Timestamp = Field(sa_column=Column("paired_at", TimestampColumn, nullable=False))
+    paired_at: Timestamp = Field(
+        sa_column=Column("paired_at", TimestampColumn, nullable=False), description="Time of the pairing."
+    )
     last_seen_at: Timestamp | None = Field(
         default=None,
         sa_column=Column("last_seen_at", TimestampColumn),
         description="Null until the device is seen for the first time. Written at most once a minute.",
     )
-    metadata_: Json = Field(default=None, alias="metadata", sa_column=Column("metadata", JsonColumn))
+    metadata_: Json = Field(
+        default=None,
+        alias="metadata",
+        sa_column=Column("metadata", JsonColumn),
+        description="Data of the application, as JSON.",
+    )
     approved_at: Timestamp | None = Field(
         default=None,
         sa_column=Column("approved_at", TimestampColumn),
@@ -103,7 +118,11 @@ class Device(Table, table=True):
         sa_column=Column("revoked_at", TimestampColumn),
         description="Time of the revocation. Null without a revocation, or after a later approval.",
     )
-    revoked_reason: Name | None = Field(default=None, sa_column=Column("revoked_reason", text_column()))
+    revoked_reason: Name | None = Field(
+        default=None,
+        sa_column=Column("revoked_reason", text_column()),
+        description="Reason that the administrator gave for the revocation.",
+    )
     previous_secret_hash: Name | None = Field(
         default=None,
         repr=False,

@@ -48,12 +48,15 @@ class DeviceChange(Table, table=True):
             primary_key=True,
             autoincrement=False,
             nullable=False,
-        )
+        ),
+        description="Number of the change. A later commit has a greater number.",
     )
     device_id: Identifier | None = Field(
         default=None, sa_column=Column("device_id", text_column()), description="Null for the kind `reset`."
     )
-    kind: DeviceChangeKind = Field(sa_column=Column("kind", EnumColumn(DeviceChangeKind), nullable=False))
+    kind: DeviceChangeKind = Field(
+        sa_column=Column("kind", EnumColumn(DeviceChangeKind), nullable=False), description="Kind of the change."
+    )
     at: Timestamp = Field(
         sa_column=Column("at", TimestampColumn, nullable=False),
         description="Time of the change, as the device's row states it, else by the database's clock.",

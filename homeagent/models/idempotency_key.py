@@ -74,9 +74,17 @@ class IdempotencyKey(Table, table=True):
         PartialIndex("idx_idempotency_lease", "lease_expires_at", where=text("state = 'in_progress'")),
     )
 
-    key: Label = Field(repr=False, sa_column=Column("key", text_column(), nullable=False))
-    method: Name = Field(sa_column=Column("method", text_column(), nullable=False))
-    device_id: Identifier = Field(sa_column=Column("device_id", text_column(), nullable=False))
+    key: Label = Field(
+        repr=False,
+        sa_column=Column("key", text_column(), nullable=False),
+        description="Key that the caller chose for one call.",
+    )
+    method: Name = Field(
+        sa_column=Column("method", text_column(), nullable=False), description="Method that the caller called."
+    )
+    device_id: Identifier = Field(
+        sa_column=Column("device_id", text_column(), nullable=False), description="Device that called the method."
+    )
     result: ResultJson = Field(
         repr=False,
         sa_column=Column("result", JsonColumn(none_as_null=False, limit=MAX_RESULT_BYTES), nullable=False),
@@ -85,7 +93,10 @@ class IdempotencyKey(Table, table=True):
             " is true."
         ),
     )
-    created_at: Timestamp = Field(sa_column=Column("created_at", TimestampColumn, nullable=False))
+    created_at: Timestamp = Field(
+        sa_column=Column("created_at", TimestampColumn, nullable=False),
+        description="Time of the claim, or of the insertion.",
+    )
     expires_at: Timestamp = Field(
         sa_column=Column("expires_at", TimestampColumn, nullable=False),
         description=("The record has expired from this timestamp on. A record in progress does not expire."),
@@ -93,6 +104,7 @@ class IdempotencyKey(Table, table=True):
     state: IdempotencyState = Field(
         default=IdempotencyState.COMPLETED,
         sa_column=Column("state", EnumColumn(IdempotencyState), nullable=False, server_default=text("'completed'")),
+        description="State of the call: see the diagram in the page on idempotency.",
     )
     fingerprint: Name | None = Field(
         default=None,

@@ -26,8 +26,14 @@ class Nonce(Table, table=True):
         {"sqlite_with_rowid": False},
     )
 
-    nonce: Label = Field(repr=False, sa_column=Column("nonce", text_column(), nullable=False))
-    device_id: Identifier = Field(sa_column=Column("device_id", text_column(), nullable=False))
+    nonce: Label = Field(
+        repr=False,
+        sa_column=Column("nonce", text_column(), nullable=False),
+        description="Value that the device signed.",
+    )
+    device_id: Identifier = Field(
+        sa_column=Column("device_id", text_column(), nullable=False), description="Device that signed the value."
+    )
     created_at: Timestamp = Field(
         sa_column=Column("created_at", TimestampColumn, nullable=False),
         description="Time of the use. 1970-01-01 if an operator released the nonce from the limit by `forget`.",

@@ -73,8 +73,14 @@ class AgentSession(Table, table=True):
         Index(ROUTE_INDEX, "route_key", unique=True),
     )
 
-    session_id: SessionId = Field(sa_column=Column("session_id", text_column(), primary_key=True, nullable=False))
-    agent_id: Identifier = Field(sa_column=Column("agent_id", text_column(), ForeignKey("agents.id"), nullable=False))
+    session_id: SessionId = Field(
+        sa_column=Column("session_id", text_column(), primary_key=True, nullable=False),
+        description="Id of the conversation, and of its transcript.",
+    )
+    agent_id: Identifier = Field(
+        sa_column=Column("agent_id", text_column(), ForeignKey("agents.id"), nullable=False),
+        description="Agent that has the conversation.",
+    )
     sender_id: Label | None = Field(
         default=None,
         sa_column=Column("sender_id", text_column()),
@@ -83,8 +89,13 @@ class AgentSession(Table, table=True):
     channel_id: Label | None = Field(
         default=None, sa_column=Column("channel_id", text_column()), description="Null for a session without a channel."
     )
-    created_at: Timestamp = Field(sa_column=Column("created_at", TimestampColumn, nullable=False))
-    last_active_at: Timestamp = Field(sa_column=Column("last_active_at", TimestampColumn, nullable=False))
+    created_at: Timestamp = Field(
+        sa_column=Column("created_at", TimestampColumn, nullable=False),
+        description="Time at which the conversation began.",
+    )
+    last_active_at: Timestamp = Field(
+        sa_column=Column("last_active_at", TimestampColumn, nullable=False), description="Time of the last message."
+    )
     route_key: Name | None = Field(
         default=None,
         repr=False,
@@ -95,7 +106,12 @@ class AgentSession(Table, table=True):
             " its route."
         ),
     )
-    metadata_: Json = Field(default=None, alias="metadata", sa_column=Column("metadata", JsonColumn))
+    metadata_: Json = Field(
+        default=None,
+        alias="metadata",
+        sa_column=Column("metadata", JsonColumn),
+        description="Data of the application, as JSON, such as a title or token counts.",
+    )
 
 
 # The mapper events set the route of sessions that `uow.session` writes. The statements of the stores set the route

@@ -7,20 +7,37 @@ from homeagent.models.types import TimestampColumn, text_column
 
 __all__ = ["store_table"]
 
-# The table has no model, because only homeagent reads the row. Creating a model class takes longer than all uses of the
-# row.
+# The table has no model, because only homeagent reads the row. Creating the class of a model takes longer than all uses
+# of the row.
 store_table = Table(
     "store",
     metadata,
-    Column("id", Integer, primary_key=True, autoincrement=False),
-    # The epoch is a counter from 1, which a restore increments. A value that was read in an earlier epoch can be wrong.
-    Column("epoch", Integer, server_default=text("1"), nullable=False),
-    # The time at which the epoch began. In the first epoch the time is null.
-    Column("restored_at", TimestampColumn),
-    # Oldest revision whose code can use the schema. A revision that only adds to the schema does not change the value.
-    Column("oldest_revision", text_column(), nullable=False),
-    # Random key, from which `Database.proof_parameters` derives the answers for absent devices.
-    Column("proof_key", text_column()),
+    Column("id", Integer, primary_key=True, autoincrement=False, info={"description": "Always 1."}),
+    Column(
+        "epoch",
+        Integer,
+        server_default=text("1"),
+        nullable=False,
+        info={
+            "description": "Counter from 1 that a restore increments. A value read in an earlier epoch can be wrong."
+        },
+    ),
+    Column(
+        "restored_at",
+        TimestampColumn,
+        info={"description": "Time at which the epoch began. Null in the first epoch."},
+    ),
+    Column(
+        "oldest_revision",
+        text_column(),
+        nullable=False,
+        info={"description": "Oldest revision whose code can use the schema. An addition does not change the value."},
+    ),
+    Column(
+        "proof_key",
+        text_column(),
+        info={"description": "Random key of the answers of `Database.proof_parameters` for absent devices."},
+    ),
     CheckConstraint("id = 1", name="single"),
     CheckConstraint("epoch >= 1", name="epoch"),
 )

@@ -1,0 +1,2 @@
+// A reader without a mouse can scroll a wide code block or table only if the element takes the focus.
+document.querySelectorAll("pre > code, .md-typeset table").forEach((element) => (element.tabIndex = 0));
