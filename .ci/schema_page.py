@@ -74,8 +74,8 @@ def section(table: Table) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     meanings = descriptions(table)
     for column in table.columns:
-        null = "yes" if column.nullable else "no"
-        yield f"| `{column.name}` | {type_name(column, 'SQLite')} | {type_name(column, 'PostgreSQL')} | {null} | {meanings[column.name]} |"
+        types = " | ".join(type_name(column, engine) for engine in ENGINES)
+        yield f"| `{column.name}` | {types} | {'yes' if column.nullable else 'no'} | {meanings[column.name]} |"
     yield ""
     yield f"- Primary key: {names(table.primary_key.columns)}"
     for index in sorted(table.indexes, key=lambda index: str(index.name)):
