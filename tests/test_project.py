@@ -163,7 +163,10 @@ def test_every_promised_python_is_tested() -> None:
 def test_every_dependency_has_a_lower_bound() -> None:
     """Each dependency has a lower bound, as otherwise only its newest release would be tested."""
     extras = PROJECT["optional-dependencies"]
-    requirements = [*PROJECT["dependencies"], *(text for name in extras if name not in ("docs", "lint") for text in extras[name])]
+    requirements = [
+        *PROJECT["dependencies"],
+        *(text for name in extras if name not in ("docs", "lint") for text in extras[name]),
+    ]
     foreign = [text.partition(";")[0] for text in requirements if not text.startswith("homeagent[")]
     assert [text for text in foreign if ">=" not in text] == []
 
