@@ -7,12 +7,13 @@ import base64
 import hmac
 import json
 import re
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Annotated, Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, File, Form, HTTPException, UploadFile
+from fastapi import APIRouter, Body, Depends, FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 from pydantic import BaseModel, SecretStr
 
@@ -199,6 +200,36 @@ def test_another_request_under_the_same_key(client: Client, house: House) -> Non
         response = post(client, path, json={"a": value})
         assert (response.status_code, response.json()["error"]) == (422, "FingerprintMismatchError")
     assert house.count == 1
+
+
+def test_the_size_of_a_body(client: Client, hooks: Client, house: House) -> None:
+    """A body over the maximum is refused before the whole body was read, and the route can read a smaller body."""
+
+    @client.app.post("/size")
+    async def size(request: Request, once: Annotated[Once, Depends(idempotent(max_body=100))]) -> Any:
+        read = len(await request.body())
+        return await once(lambda attempt: {"size": read})
+
+    @client.app.post("/declared")
+    async def declared(body: Annotated[str, Body()], once: Annotated[Once, Depends(idempotent(max_body=100))]) -> Any:
+        return await once(house.close)
+
+    sent: list[int] = []
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            sent.append(64)
+            yield b"x" * 64
+
+    assert post(client, "/size", content=b"x" * 100).json() == {"size": 100}
+    refusals = [
+        post(client, "/size", content=endless()),
+        post(client, "/declared", json="x" * 100),
+        hooks.post("/hook", content=b"x" * (1024 * 1024 + 1), headers={"webhook-id": "m"}),
+    ]
+    assert [(each.status_code, each.json()["error"]) for each in refusals] == [(413, "InvalidArgumentError")] * 3
+    assert refusals[0].json()["detail"] == "The body has more than 100 bytes."
+    assert (len(sent), house.count) == (2, 0)
 
 
 def test_forms(client: Client, house: House) -> None:

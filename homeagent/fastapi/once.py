@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from datetime import timedelta
 from functools import partial
 from inspect import isawaitable, iscoroutinefunction
@@ -35,7 +36,10 @@ from homeagent.idempotency import OnAbandoned
 from homeagent.models.device import Device
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 
-__all__ = ["Once", "idempotent", "params_of", "route_of"]
+__all__ = ["MAX_BODY", "Once", "idempotent", "params_of", "read_body", "route_of"]
+
+MAX_BODY = 1024 * 1024
+"""Default of the largest body in bytes, which is also nginx's default."""
 
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')  # a String of RFC 8941, section 3.3.3
 
@@ -174,6 +178,7 @@ def idempotent(
     ttl: timedelta = timedelta(hours=24),
     on_abandoned: OnAbandoned = "refuse",
     device: Callable[..., Any] = current_device,
+    max_body: int = MAX_BODY,
 ) -> Callable[..., Awaitable[Once]]:
     """Return a dependency for `Annotated[Once, Depends(idempotent())]`, which reads the header Idempotency-Key.
 
@@ -188,6 +193,9 @@ def idempotent(
         on_abandoned: the same as for `Database.run_once()`. The argument `on_abandoned` can also be a coroutine
             function.
         device: dependency that returns the device of the request.
+        max_body: largest body in bytes, 1 MiB by default. For a larger body the reply has status 413. If the route
+            declares a form or a model, FastAPI reads the whole body before this dependency: also set FastAPI's own
+            `max_body_size`.
     """
 
     async def once(
@@ -212,7 +220,7 @@ def idempotent(
             response,
             scope,
             stored=bool(keys),
-            params=await params_of(request),
+            params=await params_of(request, max_body),
             lease=lease,
             ttl=ttl,
             on_abandoned=on_abandoned,
@@ -251,14 +259,33 @@ def _outer_root(request: Request) -> str:
     return root
 
 
-async def params_of(request: Request) -> JsonValue:
+async def read_body(request: Request, max_body: int) -> bytes:
+    """Return the body of a request. The route can read the body again.
+
+    Raises:
+        HTTPProblem: with status 413 if the body has more bytes than `max_body`.
+    """
+    chunks, size = [], 0
+    async with aclosing(request.stream()) as stream:
+        async for chunk in stream:
+            size += len(chunk)
+            if size > max_body:
+                detail = f"The body has more than {max_body:,} bytes."
+                raise HTTPProblem(InvalidArgumentError(detail), 413, detail)
+            chunks.append(chunk)
+    # `Request.body` also stores the body here. Starlette has no public way to keep a body that was read by `stream`.
+    request._body = b"".join(chunks)
+    return request._body
+
+
+async def params_of(request: Request, max_body: int) -> JsonValue:
     """Return the values that a retry must repeat: path, query and a hash of the body."""
     if getattr(request, "_form", None) is not None:
         # FastAPI has already parsed the body of the form, so its bytes are no longer available.
         form = [[name, await _text_of(value)] for name, value in (await request.form()).multi_items()]
         body: JsonValue = [list(pair) for pair in form]
     else:
-        body = hashlib.sha256(await request.body()).hexdigest()
+        body = hashlib.sha256(await read_body(request, max_body)).hexdigest()
     return {
         "path": request.scope["path"].removeprefix(_outer_root(request)),
         "query": [list(pair) for pair in sorted(request.query_params.multi_items())],

@@ -17,7 +17,7 @@ from pydantic import SecretBytes, SecretStr
 
 from homeagent.errors import AuthenticationError, CorruptDatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.fastapi.lifespan import DatabaseDep
-from homeagent.fastapi.once import Once, route_of
+from homeagent.fastapi.once import MAX_BODY, Once, read_body, route_of
 from homeagent.fastapi.problems import HTTPProblem, as_http
 from homeagent.idempotency import OnAbandoned
 from homeagent.models.idempotency_key import IdempotencyScope
@@ -68,6 +68,7 @@ def signed_webhook(
     lease: timedelta = timedelta(minutes=1),
     ttl: timedelta = timedelta(hours=24),
     on_abandoned: OnAbandoned = "refuse",
+    max_body: int = MAX_BODY,
 ) -> Callable[..., Awaitable[Webhook]]:
     """Return a dependency for `Annotated[Webhook, Depends(signed_webhook(secret, sender=…))]`.
 
@@ -81,6 +82,7 @@ def signed_webhook(
         lease: the same as for `Database.run_once()`.
         ttl: time for which a repetition gets the first answer, more than twice the tolerance.
         on_abandoned: the same as for `Database.run_once()`.
+        max_body: largest message in bytes, 1 MiB by default. For a larger message the reply has status 413.
 
     Raises:
         InvalidArgumentError: if a secret is malformed or shorter than 24 bytes, or `ttl` is too short.
@@ -96,7 +98,7 @@ def signed_webhook(
         )
 
     async def webhook(request: Request, response: Response, database: DatabaseDep) -> Webhook:
-        message_id, sent_at, body = await _read(request, keys)
+        message_id, sent_at, body = await _read(request, keys, max_body)
         try:
             fresh, owner = await database.arun(
                 lambda unit: (_is_fresh(unit, sent_at, tolerance), _owner(unit, sender)), read_only=True
@@ -118,14 +120,14 @@ def signed_webhook(
     return webhook
 
 
-async def _read(request: Request, keys: list[SecretBytes]) -> tuple[str, datetime, bytes]:
+async def _read(request: Request, keys: list[SecretBytes], max_body: int) -> tuple[str, datetime, bytes]:
     """Return the id, the time and the body of a message with a right signature. Refuse a message with a wrong
     signature.
     """
     message_id, timestamp, signatures = (
         request.headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature")
     )
-    body = await request.body()
+    body = await read_body(request, max_body)
     signed = f"{message_id}.{timestamp}.".encode() + body
     # Compute one signature for each key, because a header can have thousands of signatures, and the body can be large.
     expected = [_signature(key, signed) for key in keys]
