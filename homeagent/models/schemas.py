@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, SecretStr
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, SecretStr, WithJsonSchema
 from pydantic import Field as PlainField
 from sqlmodel import Field
 
@@ -11,6 +11,7 @@ from homeagent.models.base import Model
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.session import new_session_id
 from homeagent.models.types import (
+    MIN_SECRET_CHARACTERS,
     Identifier,
     Json,
     Label,
@@ -42,6 +43,13 @@ __all__ = [
 # `metadata`.
 PublicMetadata = Annotated[
     Json, PlainField(validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata")
+]
+
+
+ChosenSecret = Annotated[
+    SecretStr,
+    AfterValidator(check_new_secret),
+    WithJsonSchema({"type": "string", "minLength": MIN_SECRET_CHARACTERS, "writeOnly": True, "format": "password"}),
 ]
 
 
@@ -104,7 +112,7 @@ class DevicePair(MetadataSchema):
 
     id: Identifier
     role: Role
-    shared_secret: Annotated[SecretStr, AfterValidator(check_new_secret)] | None = Field(
+    shared_secret: ChosenSecret | None = Field(
         default=None,
         description="Secret that a person chose. If left out, the reply returns a new secret of 256 bits once.",
     )

@@ -21,6 +21,7 @@ from homeagent.models.types.stored_values import UNREADABLE, loaded, naming_colu
 from homeagent.models.types.text import (
     INVISIBLE,
     MAX_ID_BYTES,
+    MIN_SECRET_CHARACTERS,
     Identifier,
     Label,
     Name,
@@ -60,6 +61,7 @@ __all__ = [
     "MAX_PAIRING_JSON_BYTES",
     "MAX_RESULT_BYTES",
     "MILLISECOND",
+    "MIN_SECRET_CHARACTERS",
     "UNREADABLE",
     "EnumColumn",
     "FlagColumn",

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from typing import Annotated
 
-from pydantic import AfterValidator, SecretStr
+from pydantic import AfterValidator, SecretStr, WithJsonSchema
 from sqlalchemy import Text
 from sqlalchemy.types import TypeEngine
 
@@ -15,6 +15,7 @@ from homeagent.errors import InvalidArgumentError
 __all__ = [
     "INVISIBLE",
     "MAX_ID_BYTES",
+    "MIN_SECRET_CHARACTERS",
     "Identifier",
     "Label",
     "Name",
@@ -226,19 +227,28 @@ def _as_name(value: str) -> str:
     return check_name(value)
 
 
-Identifier = Annotated[str, AfterValidator(_as_identifier)]
+def _described(octets: int, *, refused: str = "") -> WithJsonSchema:
+    """Return the JSON schema of a text. JSON Schema can't express the other rules, such as the length in bytes."""
+    pattern = f"^[^\\u0000-\\u001f\\u007f-\\u009f\\u2028\\u2029{refused}]*$"
+    return WithJsonSchema({"type": "string", "minLength": 1, "maxLength": octets, "pattern": pattern})
+
+
+_ID = r"\\"  # an id has no backslash
+_NAME = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # the bidirectional controls
+
+Identifier = Annotated[str, AfterValidator(_as_identifier), _described(MAX_ID_BYTES, refused=_ID)]
 """The id of a device or agent: see `check_identifier`."""
 
-SessionId = Annotated[str, AfterValidator(_as_session_id)]
+SessionId = Annotated[str, AfterValidator(_as_session_id), _described(MAX_LABEL_BYTES, refused=_ID)]
 """The id of a session: see `check_session_id`."""
 
-Label = Annotated[str, AfterValidator(_as_label)]
+Label = Annotated[str, AfterValidator(_as_label), _described(MAX_LABEL_BYTES)]
 """A key, nonce, sender or channel: see `check_label`."""
 
-Name = Annotated[str, AfterValidator(_as_name)]
+Name = Annotated[str, AfterValidator(_as_name), _described(MAX_ID_BYTES, refused=_NAME)]
 """A method, name, reason or hash: see `check_name`."""
 
-WorkspacePath = Annotated[str, AfterValidator(_check_path)]
+WorkspacePath = Annotated[str, AfterValidator(_check_path), _described(4096)]
 """The path of a directory, 1 to 4,096 bytes. homeagent stores the path and does not open the directory."""
 
 

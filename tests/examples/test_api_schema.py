@@ -1,0 +1,74 @@
+"""The replies of `docs/examples/api.py` follow its OpenAPI document, for generated requests.
+
+The tests need the extra `test-schema`. They are a separate step of `.ci/run`, because they take longer than all other
+tests.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from homeagent import AgentCreate, Database, DevicePair, Limits, Role
+from homeagent.fastapi import bearer_token
+from tests.examples.test_api import load_example
+
+schemathesis = pytest.importorskip("schemathesis", reason="the extra test-schema is not installed")
+
+# Rules for texts that JSON Schema can't express. Only these rules may refuse a request that the document allows.
+INEXPRESSIBLE = re.compile("bytes of UTF-8|an invisible character|a segment|a lone surrogate|must be JSON|a date")
+
+
+def is_explained(failure: Exception, response: Any) -> bool:
+    """Return whether a refusal is due to a rule that the document can't express."""
+    if type(failure).__name__ != "RejectedPositiveData" or response.status_code != 422:
+        return False
+    reply = response.json()
+    if reply["error"] == "InvalidArgumentError":
+        return True  # the method of a store checks the query parameters, and the document has their type only
+    return all(INEXPRESSIBLE.search(each["msg"]) for each in reply["errors"])
+
+
+@pytest.mark.parametrize("cases", [500, pytest.param(5000, marks=pytest.mark.slow)])
+def test_replies_follow_the_document(cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every reply has a documented status and body, none has status 5xx, and each route checks the credentials."""
+    monkeypatch.chdir(tmp_path)  # schemathesis reads a configuration from the working directory
+    # The check of invalid credentials sends wrong secrets again and again.
+    limits = Limits(failed_checks_per_minute=1_000_000, pending_devices=100_000)
+    counts: dict[int, int] = {}
+    failures: list[str] = []
+    with Database.open(tmp_path / "api.db", durability="normal", limits=limits) as database:
+        boss = database.pair(DevicePair(id="boss", role=Role.ADMIN))
+        database.devices.approve("boss")
+        database.agents.create(AgentCreate(id="0", name="Zero", workspace_path="/srv"))  # an id that is often generated
+        headers = {"Authorization": f"Bearer {bearer_token('boss', boss.shared_secret)}"}
+        document = schemathesis.openapi.from_asgi("/openapi.json", load_example().create_app(database))
+
+        def check(case: Any) -> None:
+            response = case.call(headers=headers)
+            counts[response.status_code] = counts.get(response.status_code, 0) + 1
+            try:
+                case.validate_response(response, headers=headers)
+            except* schemathesis.core.failures.Failure as group:
+                found = [each for each in group.exceptions if not is_explained(each, response)]
+                failures.extend(f"{each}\n{case.as_curl_command()}\n{response.text}" for each in found)
+
+        options: dict[str, Any] = {"deadline": None, "database": None, "phases": [Phase.generate]}
+        number = 0
+        while sum(counts.values()) < cases and not failures:
+            number += 1
+            for result in document.get_all_operations():
+                operation = result.ok()
+                # A request without any parameter can't be invalid.
+                modes = [
+                    mode for mode in schemathesis.GenerationMode if operation.path != "/health" or mode.is_positive
+                ]
+                for mode in modes:
+                    run: Any = given(operation.as_strategy(generation_mode=mode))(check)
+                    seed(number)(settings(max_examples=16, suppress_health_check=list(HealthCheck), **options)(run))()
+    assert failures == [], "\n\n".join(failures[:5])
+    assert {200, 201, 404, 409, 422} <= set(counts), counts
