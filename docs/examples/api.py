@@ -1,22 +1,24 @@
 """Serve the store over HTTP. Requests and replies are homeagent's models, and each call of a store is a separate unit.
 
-    uvicorn --factory docs.examples.api:create_app
+    uvicorn --factory --app-dir docs/examples api:create_app
 
 Each device may pair. Approve the first administrator with `homeagent devices approve`. Administrators manage devices
-and agents, and every approved device uses sessions.
+and agents, and every approved device uses sessions, over HTTP or over a WebSocket.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from os import PathLike
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Response, WebSocket
 from pydantic import AwareDatetime, BaseModel
 
 from homeagent import (
     AgentCreate,
     AgentPublic,
+    AgentSession,
     AgentSessionCreate,
     AgentSessionPublic,
     AgentUpdate,
@@ -26,9 +28,11 @@ from homeagent import (
     DeviceStatus,
     DeviceUpdate,
     Role,
+    UnitOfWork,
 )
 from homeagent.fastapi import (
     DatabaseDep,
+    accept_device,
     current_device,
     error_replies,
     health_router,
@@ -182,6 +186,19 @@ def touch_session(session_id: str, database: DatabaseDep) -> Changed:
     with database.unit_of_work() as unit:
         unit.sessions.get(session_id)
         return Changed(changed=unit.sessions.touch(session_id))
+
+
+@for_all.websocket("/ws")
+async def resolve_sessions(websocket: WebSocket, database: DatabaseDep) -> None:
+    """Answer each message of a device, which is the id of an agent, with the device's session with this agent."""
+    async with accept_device(websocket, database) as device:
+        async for agent_id in websocket.iter_text():
+            session = await database.arun(partial(find_session, agent_id=agent_id, device_id=device.id))
+            await websocket.send_text(AgentSessionPublic.model_validate(session).model_dump_json(by_alias=True))
+
+
+def find_session(unit: UnitOfWork, *, agent_id: str, device_id: str) -> AgentSession:
+    return unit.sessions.resolve(agent_id=agent_id, sender_id=device_id)
 
 
 def create_app(target: str | PathLike[str] | Database | None = None) -> FastAPI:

@@ -37,7 +37,8 @@ def lifespan(
     starts.
 
     Args:
-        target: target of `Database.open`, or an open database, which the lifespan does not close.
+        target: target of `Database.open`, or an open database, which the lifespan does not close. If this database
+            was opened before the server forked this process, the lifespan raises DatabaseClosedError.
         then: lifespan of the application. This lifespan begins after the database was opened, and ends before the
             database is closed. In this lifespan, `get_database(app)` returns the database.
         sweep_every: time between two sweeps in the background. With None, the lifespan does not sweep.
@@ -50,6 +51,8 @@ def lifespan(
     @asynccontextmanager
     async def run(app: App) -> AsyncIterator[Any]:
         database = given if isinstance(given, Database) else await run_sync(lambda: _open(given, options))
+        # A database that was opened before a fork is closed in the child. Then do not start: every request would fail.
+        await run_sync(database.ping)
         try:
             app.state.homeagent_database = database
             with nullcontext() if sweep_every is None else database.sweeper(sweep_every):

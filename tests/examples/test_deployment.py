@@ -1,0 +1,223 @@
+"""The API of `docs/examples/api.py`, deployed by uvicorn, gunicorn, a container file and a systemd unit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from pydantic import SecretStr
+
+from homeagent import AgentCreate, Database, DevicePair, Role
+from homeagent.handshake.client import authenticate
+from tests import fork_server
+from tests.conftest import ROOT
+
+EXAMPLES = ROOT / "docs" / "examples"
+CONTAINER = (EXAMPLES / "Containerfile").read_text(encoding="utf-8")
+UVICORN = ["-m", "uvicorn", "--factory", "api:create_app", "--workers", "2"]
+GUNICORN = ["-m", "gunicorn", "--preload", "--workers", "2", "--worker-class", "uvicorn_worker.UvicornWorker"]
+
+needs_gunicorn = pytest.mark.skipif(find_spec("uvicorn_worker") is None, reason="gunicorn is not installed")
+
+Serve = Callable[..., "Server"]
+
+
+class Server:
+    """A running server with several processes.
+
+    Attributes:
+        process: process that starts the workers.
+        port: port on 127.0.0.1.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+        self.process = process
+        self.port = port
+
+    def wait(self) -> None:
+        """Wait until the health route answers, or raise an error with the output of a server that has ended."""
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=30) as reply:
+                    assert json.load(reply) == {"status": "ok"}
+                    return
+            except OSError:
+                assert self.process.poll() is None, self.process.communicate()[0]
+
+    def workers(self) -> dict[int, int]:
+        """Return the number of accepted connections of each worker process."""
+        counts = {}
+        for child in psutil.Process(self.process.pid).children():
+            connections = [each for each in child.net_connections("tcp") if each.status == psutil.CONN_ESTABLISHED]
+            counts[child.pid] = sum(each.laddr.port == self.port for each in connections)
+        return counts
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """The database of the servers, with an agent."""
+    target = tmp_path / "data" / "homeagent.db"
+    with Database.open(target) as database:
+        database.agents.create(AgentCreate(id="butler", name="Butler", workspace_path="/srv"))
+    return target
+
+
+@pytest.fixture
+def serve(target: Path, tmp_path: Path) -> Iterator[Serve]:
+    """Start a server in the directory of the examples. The server inherits the listening socket."""
+    started: list[tuple[subprocess.Popen[str], socket.socket]] = []
+
+    def start(arguments: list[str], directory: Path = EXAMPLES) -> Server:
+        listening = socket.create_server(("127.0.0.1", 0))
+        number = str(listening.fileno())
+        bind = [f"fd://{number}"] if "gunicorn" in arguments else [number]
+        process = subprocess.Popen(
+            [sys.executable, *arguments, "--bind" if "gunicorn" in arguments else "--fd", *bind],
+            cwd=directory,
+            env={
+                **os.environ,
+                "HOME": str(tmp_path),
+                "HOMEAGENT_DATABASE": str(target),
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{directory}",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            pass_fds=[listening.fileno()],
+        )
+        started.append((process, listening))
+        return Server(process, listening.getsockname()[1])
+
+    yield start
+    for process, listening in started:
+        listening.close()
+        process.terminate()
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def pair(target: Path, device_id: str) -> SecretStr:
+    """Pair and approve a device, and return its secret."""
+    with Database.open(target) as database:
+        secret = database.pair(DevicePair(id=device_id, role=Role.CLIENT)).shared_secret
+        database.devices.approve(device_id)
+        return secret
+
+
+async def hold(server: Server, stack: AsyncExitStack, device_id: str, secret: SecretStr) -> list[Any]:
+    """Open WebSockets as a device until each of two workers has at least one, and return the connections."""
+    from websockets.asyncio.client import connect
+
+    connections: list[Any] = []
+    before = server.workers()
+    while sum(count > before.get(pid, 0) for pid, count in server.workers().items()) < 2:
+        connection = await stack.enter_async_context(connect(f"ws://127.0.0.1:{server.port}/ws", proxy=None))
+        await authenticate(device_id, secret, send=connection.send, receive=connection.recv)
+        connections.append(connection)
+        await connection.send("butler")
+        assert json.loads(await connection.recv())["sender_id"] == device_id
+        assert len(connections) < 100
+    return connections
+
+
+async def revoke_one(server: Server, target: Path, device_id: str) -> float:
+    """Revoke a connected device by the command line, and return the seconds until the last connection was closed."""
+    secret = pair(target, device_id)
+    async with AsyncExitStack() as stack:
+        connections = await hold(server, stack, device_id, secret)
+
+        async def closed(connection: Any) -> float:
+            await connection.wait_closed()
+            assert connection.close_code == 4403
+            return time.time()
+
+        command = ["devices", "revoke", device_id, "--database", str(target)]
+        waiting = asyncio.gather(*map(closed, connections))
+        done = await asyncio.to_thread(fork_server.run, fork_server.COMMAND, *command)
+        assert done.returncode == 0, done.stderr
+        times = await asyncio.wait_for(waiting, 30)
+    with Database.open(target) as database:
+        revoked_at = database.devices.get(device_id).revoked_at
+    assert revoked_at is not None
+    return max(times) - revoked_at.timestamp()
+
+
+def test_uvicorn_with_two_workers(serve: Serve, target: Path) -> None:
+    """`homeagent devices revoke` closes a device's WebSockets in both workers of uvicorn within 0.5 s.
+
+    The server is that of the container file, whose health check succeeds while the server runs.
+    """
+    pytest.importorskip("websockets")
+    check, command = (json.loads(found) for found in re.findall(r"^(?:.* )?CMD (\[.*\])$", CONTAINER, re.M))
+    assert command[: len(UVICORN) + 1] == ["python", *UVICORN]
+    server = serve(UVICORN)
+    server.wait()
+    # The best of three attempts, because other processes of the machine can delay each attempt.
+    delays: list[float] = []
+    while len(delays) < 3 and not any(delay < 0.5 for delay in delays):
+        delays.append(asyncio.run(revoke_one(server, target, f"phone-{len(delays)}")))
+    assert min(delays) < 0.5, delays
+    program = check[2].replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+    assert program != check[2]
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    server.process.terminate()
+    server.process.communicate(timeout=60)
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode != 0
+
+
+@needs_gunicorn
+def test_gunicorn_with_preload(serve: Serve, target: Path) -> None:
+    """With `--preload` the application is imported before the fork, and each worker opens the database."""
+    server = serve([*GUNICORN, "api:create_app()"])
+    server.wait()
+    secret = pair(target, "phone")
+
+    async def connect_to_both() -> None:
+        async with AsyncExitStack() as stack:
+            await hold(server, stack, "phone", secret)
+
+    asyncio.run(connect_to_both())
+
+
+@needs_gunicorn
+def test_a_database_that_was_opened_before_the_fork(serve: Serve, target: Path, tmp_path: Path) -> None:
+    """If the application opens the database at its import, the workers of gunicorn do not start, and say why."""
+    (tmp_path / "early.py").write_text(
+        "from fastapi import FastAPI\n"
+        "from homeagent import Database\n"
+        "from homeagent.fastapi import lifespan\n"
+        "app = FastAPI(lifespan=lifespan(Database.open()))\n"
+    )
+    output, _ = serve([*GUNICORN, "early:app"], tmp_path).process.communicate(timeout=60)
+    assert "homeagent.errors.DatabaseClosedError" in output
+    assert "Worker failed to boot" in output
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_the_systemd_unit(tmp_path: Path) -> None:
+    """The command systemd-analyze accepts the unit without a warning, and rates its exposure as low."""
+    unit = tmp_path / "homeagent-gateway.service"
+    text = (EXAMPLES / unit.name).read_text(encoding="utf-8")
+    assert " ".join(UVICORN) in text
+    unit.write_text(text.replace("/opt/gateway/.venv/bin/python", sys.executable), encoding="utf-8")
+    for options in (["verify"], ["security", "--offline=true", "--threshold=20"]):
+        done = subprocess.run(["systemd-analyze", *options, str(unit)], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
