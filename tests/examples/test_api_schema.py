@@ -57,7 +57,13 @@ def test_replies_follow_the_document(cases: int, tmp_path: Path, monkeypatch: py
                 found = [each for each in group.exceptions if not is_explained(each, response)]
                 failures.extend(f"{each}\n{case.as_curl_command()}\n{response.text}" for each in found)
 
-        options: dict[str, Any] = {"deadline": None, "database": None, "phases": [Phase.generate]}
+        limits_of_run = settings(
+            max_examples=16,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
         number = 0
         while sum(counts.values()) < cases and not failures:
             number += 1
@@ -68,7 +74,9 @@ def test_replies_follow_the_document(cases: int, tmp_path: Path, monkeypatch: py
                     mode for mode in schemathesis.GenerationMode if operation.path != "/health" or mode.is_positive
                 ]
                 for mode in modes:
-                    run: Any = given(operation.as_strategy(generation_mode=mode))(check)
-                    seed(number)(settings(max_examples=16, suppress_health_check=list(HealthCheck), **options)(run))()
+                    run: Any = check
+                    for decorate in (given(operation.as_strategy(generation_mode=mode)), limits_of_run, seed(number)):
+                        run = decorate(run)
+                    run()
     assert failures == [], "\n\n".join(failures[:5])
     assert {200, 201, 404, 409, 422} <= set(counts), counts
