@@ -55,7 +55,8 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
         if not separator:
             continue
         point = _unescaped(fields.split()[4])
-        if place.is_relative_to(point):
+        # Compare texts: Path.is_relative_to takes a tenth of the time in which a database opens.
+        if f"{place}/".startswith(f"{point.rstrip('/')}/"):
             # Prefer a mount with the path's device, because a later mount can hide a mount with a longer path. On Btrfs
             # the device of the path differs from the device of its mount. If no mount has the path's device, prefer the
             # mount with the longest path. Of two mounts on one path, prefer the later mount.
