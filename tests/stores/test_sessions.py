@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import permutations, product
 from typing import Any
 
+import apsw
 import pytest
 from pydantic import ValidationError
 from sqlalchemy import update
@@ -554,6 +555,26 @@ def test_sessions_of_other_gateways(database: Database, shape: str) -> None:
     assert database.sessions.index(rows) == len(rows)
     assert database.sessions.resolve(**route) == started
     assert {row.session_id for row in database.sessions.list()} == {row.session_id for row in (*rows, started)}
+
+
+def test_a_page_is_planned_once(sqlite_database: Database) -> None:
+    """SQLite does not plan the statement of a page again for another value of a parameter. SQLite only."""
+    actions: list[int] = []
+
+    def note(operation: int, *names: str | None) -> int:
+        actions.append(operation)
+        return int(apsw.SQLITE_OK)
+
+    with sqlite_database.unit_of_work() as unit:
+        raw: Any = unit._require_connection().driver_connection
+        raw.authorizer = note  # SQLite calls the authorizer while it plans a statement.
+        planned = []
+        for limit in (5, 6):
+            unit.sessions.list(limit=limit)
+            planned.append(len(actions))
+        raw.authorizer = None
+    assert planned[0] > 0
+    assert planned[1] == planned[0]
 
 
 def test_a_route_is_searched_by_its_index(sqlite_database: Database) -> None:
