@@ -59,7 +59,7 @@ class Compiled(Generic[R]):
 
     Attributes:
         sql: SQL text, with the placeholders of the driver.
-        bind: function that converts a mapping of parameters to a list of the driver's values for the placeholders.
+        bind: function that converts a mapping of parameters to a tuple of the driver's values for the placeholders.
         load: function that converts the driver's rows to a list of results.
         writes: True if the statement changes the database.
         columns: columns of a row, in the order of the values.
@@ -256,40 +256,52 @@ def _same(value: Any) -> Any:
 
 
 def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], Row]:
-    """Return a function that converts a mapping of parameters to a list of values, in the order of the placeholders."""
-    names: list[str] = []
-    constants: dict[str, Any] = {}
+    """Generate a function that converts a mapping of parameters to the values of the placeholders, in their order.
+
+    A function with a loop over the parameters takes three times as long.
+    """
     defaults = _defaults(compiled)
-    conversions: list[tuple[int, Callable[[Any], Any], bool]] = []
+    namespace: dict[str, Any] = {"_missing": _missing}
+    given: dict[str, str] = {}
+    values = []
     for index, name in enumerate(compiled.positiontup or ()):
         parameter = compiled.binds[name]
-        names.append(parameter.key)
         convert: Any = parameter.type.dialect_impl(dialect).bind_processor(dialect)
         if not parameter.required and parameter.key not in defaults:
             # The parameter is a constant of the expression, such as False in `approved == False`.
             constant = parameter.effective_value
-            constants[parameter.key] = convert(constant) if convert else constant
-        elif convert is not None:
-            # Call the type's conversion directly, because SQLAlchemy's layers cost more than the conversion.
-            direct = getattr(parameter.type, "convert_bound", None)
-            conversions.append((index, direct or convert, direct is None))
+            namespace[f"constant{index}"] = convert(constant) if convert else constant
+            values.append(f"constant{index}")
+            continue
+        # Call the type's conversion directly, because SQLAlchemy's layers cost more than the conversion.
+        direct = getattr(parameter.type, "convert_bound", None)
+        namespace[f"convert{index}"] = convert and (direct or convert)
+        namespace[f"default{index}"] = defaults.get(parameter.key)
+        key = f"given[{parameter.key!r}]"
+        if parameter.key in defaults:
+            key += f" if {parameter.key!r} in given else default{index}()"
+        value = given.setdefault(key, f"value{len(given)}")
+        if convert is None:
+            values.append(value)
+        elif direct is None:
+            values.append(f"convert{index}({value})")
+        else:
+            values.append(f"None if {value} is None else convert{index}({value})")
+    # Do not convert inside `try`, because a conversion can also raise KeyError.
+    source = f"""
+def bind(given):
+    try:
+        {"; ".join(f"{value} = {key}" for key, value in given.items()) or "pass"}
+    except KeyError as error:
+        raise _missing(error) from None
+    return ({"".join(f"{value}, " for value in values)})
+"""
+    exec(source, namespace)  # noqa: S102  built from the names of parameters only
+    return namespace["bind"]  # type: ignore[no-any-return]
 
-    has_more = bool(constants or defaults)
 
-    def bind(parameters: Parameters) -> Row:
-        if has_more:
-            parameters = {**{name: make() for name, make in defaults.items()}, **parameters, **constants}
-        try:
-            values = list(map(parameters.__getitem__, names))
-        except KeyError as error:
-            raise InvalidArgumentError(f"the statement needs a value for the parameter {error.args[0]!r}") from None
-        for index, convert, takes_none in conversions:
-            value = values[index]
-            if takes_none or value is not None:
-                values[index] = convert(value)
-        return values
-
-    return bind
+def _missing(error: KeyError) -> InvalidArgumentError:
+    return InvalidArgumentError(f"the statement needs a value for the parameter {error.args[0]!r}")
 
 
 # Rows
@@ -381,8 +393,12 @@ def _model_loader(model: type[Table], dialect: Dialect) -> Loader:
     row = "".join(f"c{index}, " for index in range(len(items)))
     source = f"""
 def load(rows):
-    # `set_dict` returns None.
-    return [each for {row}in rows for each in (new(model),) if set_dict(each, {{{", ".join(items)}}}) is None]
+    loaded = []
+    for {row}in rows:
+        each = new(model)
+        set_dict(each, {{{", ".join(items)}}})
+        loaded.append(each)
+    return loaded
 """
     exec(source, namespace)  # noqa: S102  built from the names of columns only
     return namespace["load"]  # type: ignore[no-any-return]
