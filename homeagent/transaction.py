@@ -80,6 +80,9 @@ class Transaction:
         settings: settings of the database's units.
         read_only: True if the unit only reads, from one snapshot.
         timeout: longest wait for a connection, in seconds. With None, the timeout of the settings applies.
+
+    Attributes:
+        settings: settings of the database's units, and the values that the stores keep between units.
     """
 
     __slots__ = (
@@ -89,14 +92,14 @@ class Transaction:
         "_owner",
         "_savepoints",
         "_session",
-        "_settings",
         "_state",
         "_timeout",
         "read_only",
+        "settings",
     )
 
     def __init__(self, settings: UnitSettings, *, read_only: bool, timeout: float | None = None) -> None:
-        self._settings = settings
+        self.settings = settings
         self._timeout = settings.timeout if timeout is None else timeout
         self.read_only = read_only
         self._state = NEW
@@ -110,7 +113,7 @@ class Transaction:
     def __enter__(self) -> Self:
         if self._state is not NEW:
             raise UnitStateError("this unit of work was used before: open another one with unit_of_work()")
-        settings = self._settings
+        settings = self.settings
         if not self.read_only:
             self._owner = get_ident()
             if self._owner in settings.writing:
@@ -130,20 +133,18 @@ class Transaction:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._connection is None:
+        connection = self._connection
+        if connection is None:
             return
         if kind is None and self._state is OPEN:
-            self._commit()
+            self._commit(connection)
             if self._after_commit is not None:
                 call_back(self._after_commit)
         else:
-            self._roll_back(error)
+            self._roll_back(connection, error)
 
-    def _commit(self) -> None:
-        connection = self._connection
-        if connection is None or self._state is not OPEN:
-            connection = self._require_connection()
-        counters = self._settings.engine.counters
+    def _commit(self, connection: StoreConnection) -> None:
+        counters = self.settings.engine.counters
         sound = False
         try:
             if self._session is not None:
@@ -161,17 +162,14 @@ class Transaction:
             counters.reads += 1
         else:
             counters.commits += 1
-            notify = self._settings.engine.on_commit
+            notify = self.settings.engine.on_commit
             if notify is not None:
                 notify()
 
-    def _roll_back(self, error: BaseException | None) -> None:
+    def _roll_back(self, connection: StoreConnection, error: BaseException | None) -> None:
         # After a call of the method `rollback()`, the connection must still be released, and a second ROLLBACK has no
         # effect.
-        connection = self._connection
-        if connection is None:
-            return
-        counters = self._settings.engine.counters
+        counters = self.settings.engine.counters
         if error is not None:
             counters.faulted(error)
         if self.read_only:
@@ -205,7 +203,7 @@ class Transaction:
     def _end(self, connection: StoreConnection, *, sound: bool) -> None:
         self._state = FINISHED
         self._connection = None
-        settings = self._settings
+        settings = self.settings
         engine = settings.engine
         pool = engine.readers if self.read_only else engine.writers
         # Do not keep the ORM session in an attribute, because the unit and the session form a reference cycle.
@@ -245,7 +243,7 @@ class Transaction:
 
     def now(self) -> datetime:
         """Return the time of the clock, as a timestamp in UTC, floored to milliseconds."""
-        return read_clock(self._settings.clock)
+        return read_clock(self.settings.clock)
 
     def rollback(self) -> None:
         """Roll back now. At the end of the `with` block, the unit does not commit. A second call of the method has no

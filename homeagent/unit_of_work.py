@@ -23,7 +23,6 @@ from homeagent.stores.nonces import NonceStore
 from homeagent.stores.sessions import SessionStore
 from homeagent.stores.store import Store
 from homeagent.transaction import OPEN, SAVEPOINT, Transaction
-from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
     from sqlmodel import Session
@@ -281,11 +280,6 @@ class UnitOfWork(Transaction):
         if self._session is not None:
             self._session.flush()
         connection.insert_rows(table, columns, rows)
-
-    @property
-    def settings(self) -> UnitSettings:
-        """Settings that all units of one `Database` share, and the values that its stores keep between units."""
-        return self._settings
 
     @property
     def connection_memory(self) -> dict[str, Any]:

@@ -151,9 +151,9 @@ class StoreConnection:
                 self._root.commit()
                 self._root = None
             else:
-                self._send_commit()
+                self._execute("COMMIT")
         except self._driver_errors as error:
-            failure = self._refused(error, "COMMIT")
+            failure = self._commit_failure(error)
         except ConnectionLostError as error:
             failure = error  # a listener of SQLAlchemy has already translated the driver's exception
         else:
@@ -162,8 +162,9 @@ class StoreConnection:
             failure = commit_unknown()
         raise failure
 
-    def _send_commit(self) -> None:
-        self._execute("COMMIT")
+    def _commit_failure(self, error: BaseException) -> HomeAgentError:
+        """Return homeagent's error for an exception that COMMIT raised."""
+        return self._refused(error, "COMMIT")
 
     def rollback(self) -> None:
         """Roll back the transaction. Do nothing if there is no transaction, or if the process was forked."""
@@ -303,7 +304,9 @@ class StoreConnection:
         """Run one reading statement outside a unit. The argument `act` names the method that runs the statement,
         `one()` or `all()`.
         """
-        self.check_file()
+        check = self._identity_check
+        if check is not None and check.monotonic() >= check.due:
+            check.after_begin()
         return self.one(statement, parameters) if act == "one" else self.all(statement, parameters)
 
     def look_for_commits(self) -> tuple[bool, int | None]:

@@ -40,6 +40,9 @@ class Unit(Protocol):
     parameter is absent, the method raises InvalidArgumentError. If a constraint refuses a row, it raises ConflictError.
     """
 
+    settings: UnitSettings
+    """Settings of one `Database`, and the memory that the stores of all units share."""
+
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
         """Run a SELECT. Return the result of the first row, or None if there is no row."""
 
@@ -64,10 +67,6 @@ class Unit(Protocol):
 
     def now(self) -> datetime:
         """Return the current time as a timestamp in UTC, floored to milliseconds."""
-
-    @property
-    def settings(self) -> UnitSettings:
-        """Settings of one `Database`, and the memory that the stores of all units share."""
 
     @property
     def connection_memory(self) -> dict[str, Any]:
@@ -156,8 +155,9 @@ class Store:
         can't hold finds no row.
         """
         # The method `isprintable()` returns False for each text with a lone surrogate or NUL.
-        if check_searched(value, what).isprintable():
+        if value.__class__ is str and value.isprintable():
             return value
+        check_searched(value, what)
         if any("\ud800" <= character <= "\udfff" for character in value):
             return None
         return None if "\0" in value and self._unit.settings.engine.dialect_name == "postgresql" else value

@@ -26,8 +26,10 @@ class SQLiteConnection(StoreConnection):
     def _open_cursor(raw: Any) -> StatementCursor:
         return StatementCursor(raw)
 
-    def _send_commit(self) -> None:
-        self._raw.commit_by(self._execute)
+    def _commit_failure(self, error: BaseException) -> HomeAgentError:
+        # A commit of SQLAlchemy's transaction calls `Connection.commit()`, which has already handled the failure.
+        unknown = self._raw.after_failed_commit(error) if self._root is None else None
+        return unknown or super()._commit_failure(error)
 
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
         return named_conflict(self._raw, error, sql) or super()._refused(error, sql)

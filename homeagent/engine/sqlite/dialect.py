@@ -22,6 +22,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool
 
 from homeagent.engine.driver_errors import commit_unknown
+from homeagent.errors import HomeAgentError
 
 __all__ = [
     "APSW_VERSION",
@@ -181,27 +182,29 @@ class Connection(_Connection):
 
     def commit(self) -> None:
         """If a transaction is open, end it."""
-        if self.in_transaction:
-            self.commit_by(self.execute)
-
-    def commit_by(self, execute: Callable[[str], object]) -> None:
-        """Commit the transaction by the function `execute()`. If the COMMIT fails, overwrite the failed commit in the
-        WAL.
-
-        Raises:
-            CommitUnknownError: if the failed commit could not be overwritten.
-        """
+        if not self.in_transaction:
+            return
         try:
-            execute("COMMIT")
+            self.execute("COMMIT")
         except Exception as error:
-            # If COMMIT failed before a write, the transaction is still open. If a write failed, the WAL contains only a
-            # part of the transaction.
-            is_whole = not self.in_transaction and getattr(error, "extendedresult", 0) not in _NOT_IN_WAL
-            if not is_whole or self._erase_failed_commit():
+            unknown = self.after_failed_commit(error)
+            if unknown is None:
                 raise
         else:
             return
-        raise commit_unknown("the system failed to write the database's log in the middle of COMMIT")
+        raise unknown
+
+    def after_failed_commit(self, error: BaseException) -> HomeAgentError | None:
+        """Overwrite a failed commit in the WAL. If that is not possible, return a CommitUnknownError.
+
+        The argument `error` is the exception that COMMIT raised.
+        """
+        # If COMMIT failed before a write, the transaction is still open. If a write failed, the WAL contains only a
+        # part of the transaction.
+        is_whole = not self.in_transaction and getattr(error, "extendedresult", 0) not in _NOT_IN_WAL
+        if not is_whole or self._erase_failed_commit():
+            return None
+        return commit_unknown("the system failed to write the database's log in the middle of COMMIT")
 
     def _erase_failed_commit(self) -> bool:
         """Overwrite a failed commit in the WAL with an empty commit. Return True if the write succeeded.
