@@ -17,10 +17,11 @@
 | any | `devices.delete` deletes the device | no row |
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, JsonValue
 from pydantic_core import CoreSchema
@@ -176,16 +177,24 @@ class IdempotencyScope:
 
         The returned scope can find and settle the record, but the methods `insert()` and `claim()` refuse it.
         """
-        scope = object.__new__(cls)
+        with suppress(InvalidArgumentError):
+            return cls(device_id, method, key)
+        scope: Any = object.__new__(_RecordedScope)
         _set_device_id(scope, check_searched(device_id, "device_id"))
         _set_method(scope, check_searched(method, "method"))
         _set_key(scope, check_searched(key, "key"))
-        return scope
+        return cast("Self", scope)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Return Pydantic's default schema, with errors that do not show the input."""
         return no_info_wrap_validator_function(hide_input, handler(source))
+
+
+class _RecordedScope(IdempotencyScope):
+    """The scope of a stored record with an invalid text. Each instance of `IdempotencyScope` itself is valid."""
+
+    __slots__ = ()
 
 
 _SLOTS: dict[str, Any] = dict(vars(IdempotencyScope))

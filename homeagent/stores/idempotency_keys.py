@@ -105,6 +105,8 @@ class IdempotencyKeyStore(Store):
     def _search(self, scope: IdempotencyScope) -> dict[str, Any]:
         """Return the parameters of a search for the record of a scope."""
         _check_scope(scope)
+        if type(scope) is IdempotencyScope:
+            return _parameters(scope)
         return {
             "device_id": self._searched(scope.device_id, "device_id"),
             "method": self._searched(scope.method, "method"),
@@ -437,10 +439,10 @@ def _check_scope(scope: IdempotencyScope) -> IdempotencyScope:
 
 
 def _check_new(scope: IdempotencyScope) -> IdempotencyScope:
-    """Return a scope for a new record. Check the texts, because the method `IdempotencyScope.of_record()` accepts
-    invalid texts.
-    """
+    """Return a scope for a new record. Check the texts of a scope from `IdempotencyScope.of_record()`."""
     _check_scope(scope)
+    if type(scope) is IdempotencyScope:
+        return scope
     check_identifier(scope.device_id, "device_id")
     check_name(scope.method, "method")
     check_label(scope.key, "key")

@@ -135,6 +135,8 @@ def check_identifier(value: str, what: str = "an id") -> str:
     character, and no segment between slashes is `.` or `..`. The joiners U+200C and U+200D are allowed between letters
     or emoji.
     """
+    if value.__class__ is str and value in _valid[MAX_ID_BYTES]:
+        return value
     return _check_id(value, what, MAX_ID_BYTES)
 
 
