@@ -13,7 +13,7 @@ from datetime import timedelta
 from functools import cached_property, partial
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self
 
 from pydantic import JsonValue
 from sqlalchemy import URL, Connection, MetaData
@@ -317,7 +317,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             CommitUnknownError: if the connection was lost during COMMIT. Check whether the commit took place before you
                 repeat the call.
         """
-        return self._runner.run(_on_unit(work), read_only=read_only, idempotent=idempotent)
+        return self._runner.run(work, read_only=read_only, idempotent=idempotent)  # type: ignore[arg-type]  # a unit is a U
 
     async def arun(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Do the same as `Database.run()` for a coroutine, under asyncio or trio. The function runs in another thread.
@@ -334,7 +334,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             InvalidArgumentError, DatabaseBusyError, ConnectionLostError, CommitUnknownError: in the same cases as for
                 `Database.run()`.
         """
-        return await self._runner.arun(_on_unit(work), read_only=read_only, idempotent=idempotent)
+        return await self._runner.arun(work, read_only=read_only, idempotent=idempotent)  # type: ignore[arg-type]
 
     # Effects that happen once
 
@@ -404,8 +404,3 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         """
         call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned, effect=effect)
         return await arun_once(partial(self._runner.arun, idempotent=True), self._lease_timer, call, effect)
-
-
-def _on_unit(work: Callable[[U], T]) -> Callable[[UnitOfWork], T]:
-    """Return the function with the type that the class `Runner` expects, which calls it with a unit of the class U."""
-    return cast("Callable[[UnitOfWork], T]", work)

@@ -83,7 +83,7 @@ class GroupCommit:
             try:
                 self._submit(call)
                 wait = max(settings.timeout, _MIN_CHECK_INTERVAL)
-                while not call.is_over and not call.woken.acquire(timeout=wait):
+                while not call.state.is_over and not call.woken.acquire(timeout=wait):
                     wait = self._check(call)
             except BaseException:
                 # The error can be an interrupt, for example. If the call's function has begun, its unit still ends
@@ -125,13 +125,13 @@ class GroupCommit:
         cancellation: asyncio.CancelledError | None = None
         try:
             self._submit(call)
-            if not call.is_over:
+            if not call.state.is_over:
                 await future
         except BaseException as error:
             if self._leave(call) or not isinstance(error, asyncio.CancelledError):
                 raise
             cancellation = error
-            if not call.is_over:
+            if not call.state.is_over:
                 # The cancellation ended the first future, so wait for a second future. The function `_resolve()` runs
                 # in the same thread, and therefore ends the second future.
                 call.future = loop.create_future()
@@ -153,7 +153,7 @@ class GroupCommit:
         """Check the timeouts of an event loop's calls. Repeat the check while the event loop has a waiting call."""
         wait = min(map(self._check, calls), default=0)
         # Check regularly, because the method `_deliver()` can have failed to notify the event loop.
-        _resolve([call for call in calls if call.is_over])
+        _resolve([call for call in calls if call.state.is_over])
         if calls:
             loop.call_later(wait, self._check_loop, loop, calls)
         else:
@@ -248,7 +248,7 @@ class GroupCommit:
             except BaseException as error:  # noqa: BLE001  the callers rely on this thread
                 _log(error)
                 for call in self._batch:
-                    if not call.is_over:
+                    if not call.state.is_over:
                         call.error = error
                 self._deliver(self._move(self._batch, DONE))
             self._is_contended = len(self._batch) > 1
@@ -298,7 +298,7 @@ class GroupCommit:
             now = monotonic()
             waited = now - call.since
             with self._mutex:
-                is_waiting = not call.is_over
+                is_waiting = not call.state.is_over
                 if is_waiting:
                     call.since, call.state = now, RUNNING
             if is_waiting:
@@ -332,7 +332,7 @@ class GroupCommit:
         """Move the calls that have not ended to another state, and return the moved calls."""
         now = monotonic()
         with self._mutex:
-            moved = [call for call in calls if not call.is_over]
+            moved = [call for call in calls if not call.state.is_over]
             for call in moved:
                 if state is ALONE:
                     call.error = call.callbacks = None

@@ -26,7 +26,7 @@ import threading
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, auto
 from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,24 @@ if TYPE_CHECKING:
 
 __all__ = ["ALONE", "COMMITTING", "DONE", "ENDED", "LEFT", "QUEUED", "RUNNING", "STARTING", "CallState", "QueuedCall"]
 
-CallState = Enum("CallState", ["QUEUED", "STARTING", "RUNNING", "ENDED", "COMMITTING", "DONE", "ALONE", "LEFT"])
+
+class CallState(Enum):
+    """State of a call: see the table in the docstring of this module."""
+
+    QUEUED = auto()
+    STARTING = auto()
+    RUNNING = auto()
+    ENDED = auto()
+    COMMITTING = auto()
+    DONE = auto()
+    ALONE = auto()
+    LEFT = auto()
+
+    def __init__(self, _: int) -> None:
+        self.is_over = self.name in ("DONE", "ALONE", "LEFT")
+        """True if the caller must stop waiting for the call."""
+
+
 # Use global names for the states, because reading `CallState.QUEUED` takes ten times as long.
 QUEUED, STARTING, RUNNING, ENDED, COMMITTING, DONE, ALONE, LEFT = CallState
 
@@ -62,11 +79,6 @@ class QueuedCall:
     value: Any = None
     error: BaseException | None = None
     callbacks: list[Callable[[], object]] | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """True if the caller must stop waiting for the call."""
-        return self.state is DONE or self.state is ALONE or self.state is LEFT
 
     def outcome(self) -> Any:
         """Return the function's value, or raise its error."""
