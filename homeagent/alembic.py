@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import MetaData
 
@@ -31,6 +31,8 @@ from homeagent.opening import open_engine
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
+
+    from homeagent.engine.postgresql.engine import PostgreSQLEngine
 
 __all__ = ["TABLES", "include_name", "include_object", "run_environment"]
 
@@ -155,8 +157,12 @@ def _connection(
             engine.close()
 
 
-def _upgrade_lock(engine: Engine) -> Any:
-    return sidecar_lock(engine.path, timeout=_WAIT) if isinstance(engine, SQLiteEngine) else nullcontext()
+def _upgrade_lock(engine: Engine) -> AbstractContextManager[object]:
+    if isinstance(engine, SQLiteEngine):
+        return sidecar_lock(engine.path, timeout=_WAIT)
+    from homeagent.migrations.postgresql import upgrade_lock
+
+    return upgrade_lock(cast("PostgreSQLEngine", engine), _WAIT)
 
 
 @contextmanager

@@ -41,12 +41,13 @@ if TYPE_CHECKING:
 
     from homeagent.engine.postgresql.engine import PostgreSQLEngine
 
-__all__ = ["open_postgresql", "refuse_second_store"]
+__all__ = ["open_postgresql", "refuse_second_store", "upgrade_lock"]
 
 # Key of the advisory lock that each host takes before an upgrade. The number consists of the bytes of the text
 # "homeagen".
 _ADVISORY_LOCK = 0x686F6D656167656E
-# Key of the advisory lock that a host holds while a revision runs outside a transaction.
+# Key of the advisory lock that a host also holds during an upgrade, for example while a revision runs outside a
+# transaction. A command of Alembic holds only the lock with this key.
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
 # Longest wait of a revision for a table's lock, in seconds. After the longest wait, the whole upgrade is rolled back
@@ -200,6 +201,30 @@ def _make_or_upgrade(
     application.upgrade(connection, lambda: _outside_transaction(engine, connection, left))
     # COMMIT can wait longer than a statement, for example for a standby.
     connection.execute(text("SET LOCAL statement_timeout = 0"))
+
+
+@contextmanager
+def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]:
+    """Prevent upgrades by other hosts and by other commands of Alembic during the block.
+
+    Raises:
+        DatabaseBusyError: an upgrade has held the lock for longer than `timeout`.
+    """
+    deadline = monotonic() + timeout.total_seconds()
+    with engine.translated(), engine.connect() as connection:
+        while True:
+            # The transaction is in READ COMMITTED, so it has no snapshot between two statements, and CREATE INDEX
+            # CONCURRENTLY in the block does not wait for it. For the same reason do not wait inside a statement.
+            with connection.begin():
+                connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+                if connection.execute(text(f"SELECT pg_try_advisory_xact_lock({_OUTSIDE_LOCK})")).scalar_one():
+                    yield
+                    return
+            if monotonic() >= deadline:
+                raise DatabaseBusyError(
+                    f"the schema could not be locked within {timeout}: another host or command upgrades it. Try again"
+                )
+            time.sleep(random.uniform(0, _PAUSE))  # noqa: S311  spreads the attempts of several hosts; not a secret
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from alembic.util import CommandError
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
+import homeagent.alembic
 from alembic import command
 from homeagent import Database
 from homeagent.alembic import TABLES, include_name, include_object
+from homeagent.errors import DatabaseBusyError
+from homeagent.migrations import postgresql
 from homeagent.models import SCHEMA, metadata
 from tests.conftest import add_agent
-from tests.migrations.old_databases import fetch, is_sound, old_database
+from tests.migrations.old_databases import fetch, is_sound, old_database, server
 from tests.migrations.own_revisions import write_revision
 
 MODELS = """
@@ -133,6 +137,22 @@ def test_change_of_a_table_of_homeagent(target: str, make_hub: Any) -> None:
         command.upgrade(hub.config, "head")
     with Database.open(target) as database:
         assert [agent.id for agent in database.agents.list()] == []
+
+
+def test_lock_of_postgresql(empty_postgres_url: str, make_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On PostgreSQL a command of Alembic waits for an upgrade by another host, and makes another host wait."""
+    hub = make_hub(empty_postgres_url)
+    Database.open(empty_postgres_url).close()
+    monkeypatch.setattr(homeagent.alembic, "_WAIT", timedelta(milliseconds=100))
+    take = f"SELECT pg_try_advisory_lock({postgresql._OUTSIDE_LOCK})"
+    write_revision(
+        hub.package / "migrations", "b1", None, f'assert not op.get_bind().exec_driver_sql("{take}").scalar()'
+    )
+    with server(empty_postgres_url).connect() as other:
+        assert other.exec_driver_sql(take).scalar_one()
+        with pytest.raises(DatabaseBusyError, match="another host or command upgrades it"):
+            command.upgrade(hub.config, "head")
+    command.upgrade(hub.config, "head")
 
 
 def test_connection_of_a_unit(sqlite_path: Path, make_hub: Any) -> None:
