@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -83,3 +84,18 @@ def test_mistakes(project: Path) -> None:
     assert empty.returncode == 0, empty.stderr
     (script,) = (project / "plain" / "versions").iterdir()
     assert "    pass" in script.read_text()
+
+
+@pytest.mark.parametrize("part", ["the folder", "the script"])
+def test_unwritable_folder(project: Path, part: str) -> None:
+    """If the folder or the script can't be created, the command prints one line with the remedy, and exits with 1."""
+    (project / "plain").mkdir()
+    if part == "the folder":
+        (project / "plain" / "versions").touch()
+    elif Path("/proc/self").exists():
+        (project / "plain" / "versions").symlink_to("/proc")  # a directory in which root can't create a file either
+    else:
+        pytest.skip("needs a directory in which no user can create a file")
+    refused = run(project, "migrations", "new", "--empty", "-m", "x", "--migrations", "plain", "--package", "hub")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert re.fullmatch(r"homeagent: [^\n]*'plain/versions[^\n]*\n", refused.stderr), refused.stderr

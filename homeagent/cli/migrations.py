@@ -13,6 +13,7 @@ import typer
 from homeagent.cli.application import JsonOption, group
 from homeagent.cli.opening import MigrationsOption
 from homeagent.cli.output import print_json
+from homeagent.engine.files.system_errors import explained
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.application import Application
 
@@ -63,7 +64,8 @@ def new(
     package = package or named
     if not package:
         raise typer.BadParameter("name the package with the tables: --package PACKAGE.")
-    (folder / "versions").mkdir(parents=True, exist_ok=True)
+    with explained("create the folder", folder / "versions"):
+        (folder / "versions").mkdir(parents=True, exist_ok=True)
     script = _write(Application.of(migrations), folder, package, message, empty=empty)
     if as_json:
         print_json({"script": None if script is None else str(script)})
@@ -140,6 +142,6 @@ def _write(application: Application, folder: Path, package: str, message: str, *
         parent=application.head,
         **texts,
     )
-    with script.open("x", encoding="utf-8") as file:
+    with explained("write", script), script.open("x", encoding="utf-8") as file:
         file.write(content)
     return script
