@@ -1,4 +1,4 @@
-"""Find the view or the trigger of an application that an upgrade of a SQLite file would break.
+"""Keep the application's objects during an upgrade of a SQLite file, or name the object that prevents the upgrade.
 
 When a revision renames a rebuilt table, SQLite checks all views and triggers, and a broken view or trigger makes the
 upgrade fail (https://sqlite.org/lang_altertable.html). Therefore the revisions first run on a scratch database in
@@ -8,35 +8,44 @@ memory with the schema of the file, but without rows. The rehearsal does not cha
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from homeagent.engine.sqlite.inspection import scratch_sqlite
 from homeagent.errors import MigrationError
 from homeagent.migrations.revisions import upgrade
+from homeagent.migrations.schema_drift import homeagents_objects
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-__all__ = ["refuse_broken_objects"]
+__all__ = ["kept_objects", "refuse_broken_objects"]
 
-_CULPRIT = re.compile(r"error in (view|trigger) (.+?)(?: after \w+)?:")
+_CULPRIT = re.compile(
+    r"error in (?P<broken>view|trigger) (?P<name>.+?)(?: after \w+)?:"
+    r"|into (?P<column>generated column) \"(?P<column_name>.+)\""
+    r"|(?P<taken>table|index|view|trigger) (?P<taken_name>.+) already exists"
+)
 
 
 def refuse_broken_objects(connection: Connection, revision: str, location: str) -> None:
-    """Raise MigrationError if the upgrade would break a view or a trigger.
+    """Raise MigrationError if the upgrade would break a view or a trigger, or if an object has the name of a new one.
 
     Args:
         connection: connection to the file, in a transaction.
         revision: schema revision of the file.
         location: name of the file, for the error message.
     """
-    query = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite~_%' ESCAPE '~' ORDER BY "
+    # SQLite creates the shadow tables together with their virtual table.
+    query = (
+        "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
+        " AND name NOT IN (SELECT name FROM pragma_table_list WHERE type = 'shadow') ORDER BY "
+    )
     # Create the tables first and the triggers last, because a view can refer to a later view, and a trigger needs its
     # table.
     order = "CASE type WHEN 'table' THEN 1 WHEN 'view' THEN 2 ELSE 3 END, rowid"
     statements = [str(row[0]) for row in connection.exec_driver_sql(query + order)]
-    if not any(re.match(r"\s*CREATE\s+(TEMP\w*\s+)?(VIEW|TRIGGER)\b", sql, re.IGNORECASE) for sql in statements):
-        return
     found = None
     with scratch_sqlite() as scratch:
         try:
@@ -50,9 +59,33 @@ def refuse_broken_objects(connection: Connection, revision: str, location: str) 
         except Exception as error:  # noqa: BLE001  the upgrade of the file raises any other error
             found = _CULPRIT.search(str(getattr(error, "orig", error)))
     if found is not None:
-        kind, name = found[1], found[2]
-        raise MigrationError(
-            f"upgrading {location} from {revision!r} would break the application's {kind} {name}, which uses "
-            f"homeagent's tables: drop the {kind}, open the database again, and then create the {kind} again. Nothing "
-            "was changed"
-        )
+        kind, name = (part for part in found.groups() if part is not None)
+        problem = f"would break the application's {kind} {name}, which uses homeagent's tables"
+        remedy = f"drop the {kind}, open the database again, and then create the {kind} again"
+        if found["taken"]:
+            problem = f"needs the name of the application's {kind} {name}"
+            remedy = f"give the {kind} another name, and open the database again"
+        raise MigrationError(f"upgrading {location} from {revision!r} {problem}: {remedy}. Nothing was changed")
+
+
+@contextmanager
+def kept_objects(connection: Connection, revision: str) -> Iterator[None]:
+    """Create the application's indexes and triggers again if a revision in the block loses or changes them.
+
+    Alembic's batch mode loses the triggers of a table and the indexes on expressions when it rebuilds the table. It
+    creates other indexes again without collations and without DESC.
+
+    Args:
+        connection: connection to a SQLite file, in a transaction.
+        revision: revision of the file, to which homeagent's own objects belong.
+    """
+    query = "SELECT type, name, sql FROM sqlite_master WHERE type IN ('index', 'trigger') AND sql IS NOT NULL"
+    before = {name: (kind, sql) for kind, name, sql in connection.exec_driver_sql(f"{query} ORDER BY rowid")}
+    yield
+    after = {name: sql for _, name, sql in connection.exec_driver_sql(query)}
+    homeagents = homeagents_objects(revision)
+    for name, (kind, sql) in before.items():
+        if name not in homeagents and after.get(name) != sql:
+            quoted = name.replace('"', '""')
+            connection.exec_driver_sql(f'DROP {kind.upper()} IF EXISTS "{quoted}"')
+            connection.exec_driver_sql(sql)

@@ -28,7 +28,7 @@ from homeagent.models import SCHEMA, TABLES
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Table
 
-__all__ = ["Difference", "refuse_changed_schema", "schema_differences", "views_of_tables"]
+__all__ = ["Difference", "homeagents_objects", "refuse_changed_schema", "schema_differences", "views_of_tables"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,13 @@ def schema_differences(connection: Connection) -> list[Difference]:
         *_postgresql_triggers(connection, REVISION),
         *views_of_tables(connection),
     ]
+
+
+def homeagents_objects(revision: str) -> set[str]:
+    """Return the names of homeagent's indexes and triggers on SQLite at a revision."""
+    expected = _sqlite_expected(revision)
+    indexes = {part.index_name for parts in expected.tables.values() for part in parts.values() if part.index_name}
+    return indexes | expected.others.keys()
 
 
 def _compare(wanted: _Tables, found: _Tables) -> Iterator[Difference]:

@@ -302,7 +302,7 @@ def _upgrade(
                 backup = _back_up(engine, revision, backup_clock)
             broken = broken_references(connection)
             if not suitable:
-                upgrade(connection)
+                _run_revisions(connection, revision)
             application.upgrade(connection)
             _verify(connection, broken, backup)
     except SPEAK_FOR_THEMSELVES:
@@ -328,6 +328,16 @@ def _upgrade(
             "application_revision": application.head,
         },
     )
+
+
+def _run_revisions(connection: Connection, revision: str | None) -> None:
+    if revision is None:
+        upgrade(connection)
+        return
+    from homeagent.migrations.rehearsal import kept_objects
+
+    with kept_objects(connection, revision):
+        upgrade(connection)
 
 
 # Each entry has a revision, a table, and the text columns that the revision reads into Python. The first column is the
