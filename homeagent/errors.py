@@ -322,6 +322,22 @@ class SchemaChangedError(DatabaseError):
         )
 
 
+class IncompatibleRevisionError(DatabaseError):
+    """A revision of the application breaks code of the version before (see `homeagent.testing.check_revisions`).
+
+    The attribute `revision` is the revision. The attribute `problems` has one text for each change that breaks old
+    code. The text names the table or column and the remedy.
+    """
+
+    def __init__(self, revision: str, *, application: str, problems: list[str]) -> None:
+        self.revision = revision
+        self.application = application
+        self.problems = problems
+        super().__init__(
+            f"the revision {revision!r} of {application} breaks code of the version before: {'; '.join(problems)}"
+        )
+
+
 class MigrationError(DatabaseError):
     """An upgrade failed and was rolled back.
 

@@ -32,7 +32,7 @@ def open_engine(
     durability: Durability,
     migrate: bool,
     pool_size: int,
-    migrations: str | PathLike[str] | None = None,
+    migrations: str | PathLike[str] | Application | None = None,
     metadata: Sequence[MetaData] = (),
     acknowledged: Collection[str] = (),
 ) -> Engine:

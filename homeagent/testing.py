@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +29,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    import os
+
     from sqlalchemy import URL
 
     from homeagent.database import Database
+    from homeagent.engine.engine import Engine
 
-__all__ = ["START", "DatabaseFactory", "FakeClock"]
+__all__ = ["START", "DatabaseFactory", "FakeClock", "check_revisions"]
 
 START = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 """Time at which a `FakeClock` begins."""
@@ -143,6 +148,67 @@ class DatabaseFactory:
             database.close()
         for server, url in self._on_servers:
             _drop_database(server, url)
+
+
+def check_revisions(
+    migrations: str | os.PathLike[str],
+    *,
+    server: str | None = None,
+    acknowledged: Collection[str] = (),
+    accepted: Collection[str] = (),
+) -> None:
+    """Raise an error if a revision of the application breaks code of the version before.
+
+    While hosts are upgraded one after the other, old code uses the new schema. So a revision must only expand the
+    schema. The function runs the revisions one by one on an empty database, and compares the schemas. A revision that
+    declares `oldest_revision = "…"` in its module may drop what code for that revision and later does not use.
+
+    Args:
+        migrations: the revisions, as for `Database.open`.
+        server: URL of a PostgreSQL server on which the function creates a database, as for `homeagent_server`. None
+            means a SQLite file.
+        acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open`.
+        accepted: names of new CHECK constraints, and of new triggers on existing tables, that old code satisfies.
+
+    Raises:
+        IncompatibleRevisionError: if a revision breaks old code. The error names the revision, the changes and the
+            remedies.
+        InvalidArgumentError: if the revisions do not form one sequence, for example if they have several heads.
+        MigrationError: if a revision fails, or changes homeagent's tables.
+    """
+    from homeagent.clock import system_clock
+    from homeagent.migrations.application import Application
+    from homeagent.migrations.expansion import check_expansion
+    from homeagent.opening import open_engine
+
+    with _scratch_target(server) as target:
+
+        def open_step(step: Application) -> Engine:
+            return open_engine(
+                target,
+                clock=system_clock,
+                busy_timeout=timedelta(seconds=30),
+                durability="normal",
+                migrate=True,
+                pool_size=1,
+                migrations=step,
+            )
+
+        check_expansion(Application.of(migrations, acknowledged), open_step, accepted)
+
+
+@contextmanager
+def _scratch_target(server: str | None) -> Iterator[Path | URL]:
+    """Yield the path or the URL of an empty database, which is deleted at the end of the block."""
+    if server is None:
+        with tempfile.TemporaryDirectory(prefix="homeagent-") as directory:
+            yield Path(directory) / "scratch.db"
+        return
+    url = _create_database(server)
+    try:
+        yield url
+    finally:
+        _drop_database(server, url)
 
 
 def _create_database(server: str, *, template: str | None = None) -> URL:

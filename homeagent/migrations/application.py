@@ -82,12 +82,14 @@ class Application:
     acknowledged: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, given: str | os.PathLike[str] | None, acknowledged: Collection[str] = ()) -> Application:
+    def of(cls, given: str | os.PathLike[str] | Application | None, acknowledged: Collection[str] = ()) -> Application:
         """Find the revisions that the argument `migrations=` of `Database.open()` names.
 
         Raises:
             InvalidArgumentError: the package or the folder is missing, or the revisions do not form one sequence.
         """
+        if isinstance(given, Application):
+            return given
         triggers = _names(acknowledged)
         if given is None:
             return cls(acknowledged=triggers)
@@ -150,6 +152,7 @@ class Application:
                     connection,
                     modules,
                     version_table=APPLICATION_VERSION_TABLE,
+                    to=str(self.head),
                     autocommit=guard.autocommit,
                     before=guard.begin,
                     after=guard.check,
