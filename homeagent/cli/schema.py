@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, app
+from homeagent.cli.application import DatabaseOption, JsonOption, YesOption, app, confirm
 from homeagent.cli.opening import AcknowledgeOption, MigrationsOption, target_of
 from homeagent.cli.output import print_json
+from homeagent.cli.visible_text import escape_words
 from homeagent.database import Database
 from homeagent.engine.target import resolve_target
 from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
+from homeagent.maintenance.adoption import AdoptionReport, preview_adoption
+from homeagent.maintenance.adoption import adopt as take_over
 from homeagent.migrations import REVISION
 
 
@@ -88,11 +92,58 @@ def _backups(path: Path | None) -> set[Path]:
 def init(
     context: typer.Context,
     migrations: MigrationsOption = None,
+    acknowledge: AcknowledgeOption = None,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Add homeagent's tables to a database of an application, after a question.")
+    ] = False,
+    yes: YesOption = False,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Create the database, or upgrade an existing database. If the schema is current, the command changes no data."""
-    _report_upgrade(context, database, migrations, (), as_json=as_json)
+    """Create the database, or upgrade an existing database. If the schema is current, the command
+    changes no data.
+
+    With --adopt, the database can already have tables of an application. First stop the application. The command shows
+    a report and asks. It copies a SQLite file before the first change.
+    """
+    if not adopt or not _adopt(context, target_of(context, database), migrations, acknowledge or (), yes=yes):
+        _report_upgrade(context, database, migrations, acknowledge or (), as_json=as_json)
+
+
+def _adopt(
+    context: typer.Context, target: str | None, migrations: str | None, acknowledged: Collection[str], *, yes: bool
+) -> bool:
+    """Adopt the database if necessary, and return whether the command did so."""
+    found = preview_adoption(target, migrations=migrations, acknowledged=acknowledged)
+    if found is None:
+        return False
+    confirm(context, f"Adopt {found.location}?", yes=yes, show=lambda: typer.echo("\n".join(_changes(found)), err=True))
+    done = take_over(target, found, migrations=migrations, acknowledged=acknowledged)
+    if context.obj.as_json:
+        print_json({"action": "adopted", "schema_revision": REVISION, **done.model_dump(mode="json")})
+        return True
+    if yes:  # otherwise the report is above the question
+        typer.echo("\n".join(_changes(done)))
+    kept = f" A copy from before is in {done.backup}." if done.backup else ""
+    typer.echo(f"Adopted {done.location} at schema revision {REVISION}.{kept}")
+    return True
+
+
+def _changes(report: AdoptionReport) -> Iterator[str]:
+    """Yield one line for each part of a report."""
+
+    def listed(counts: dict[str, int]) -> str:
+        return ", ".join(f"{escape_words(name)} ({rows:,} rows)" for name, rows in counts.items()) or "none"
+
+    yield f"Tables that stay the application's: {listed(report.tables)}"
+    if report.converted:
+        yield f"Tables that become homeagent's: {listed(report.converted)}"
+    if report.moved:
+        yield f"New tables for rows without a key: {listed(report.moved)}"
+    if report.application_revision is not None:
+        yield f"Revision of the application, from alembic_version: {report.application_revision}"
+    if report.application_id:
+        yield f"Application id of the file, which homeagent replaces: {report.application_id:#x}"
 
 
 @app.command()

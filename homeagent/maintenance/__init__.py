@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from homeagent.lazy_import import lazy_names
 
 if TYPE_CHECKING:
+    from homeagent.maintenance.adoption import AdoptionReport, adopt, preview_adoption
     from homeagent.maintenance.copy_store import CopyProgress, CopyReport
     from homeagent.maintenance.doctor import Diagnosis, Finding
     from homeagent.maintenance.epochs import EpochReport
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from homeagent.maintenance.sweep import BackupSchedule, Sweeper, SweepReport
 
 __all__ = [
+    "AdoptionReport",
     "BackupSchedule",
     "CopyProgress",
     "CopyReport",
@@ -24,9 +26,12 @@ __all__ = [
     "RestoreReport",
     "SweepReport",
     "Sweeper",
+    "adopt",
+    "preview_adoption",
 ]
 
 _LAZY = {
+    "AdoptionReport": "adoption",
     "BackupSchedule": "sweep",
     "CopyProgress": "copy_store",
     "CopyReport": "copy_store",
@@ -38,6 +43,8 @@ _LAZY = {
     "RestoreReport": "restore",
     "SweepReport": "sweep",
     "Sweeper": "sweep",
+    "adopt": "adoption",
+    "preview_adoption": "adoption",
 }
 
 # Hide `__getattr__` from type checkers, because with this function they would accept any misspelt name.

@@ -34,6 +34,7 @@ from homeagent.migrations.revisions import (
     reason_of,
     run_revisions,
     stored_revisions,
+    tables,
 )
 from homeagent.models import TABLES
 
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-__all__ = ["Application", "revision_guard"]
+__all__ = ["ALEMBIC_TABLE", "Application", "revision_guard"]
+
+ALEMBIC_TABLE = "alembic_version"
+"""Version table of Alembic in an application that did not use homeagent (https://alembic.sqlalchemy.org)."""
 
 _PACKAGE = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^:]+)")
 
@@ -74,12 +78,14 @@ class Application:
         scripts: scripts of the revisions, by their identifiers.
         head: newest revision. None if the application has no revisions.
         acknowledged: names of the application's triggers on homeagent's tables.
+        adopts: whether `upgrade` renames `alembic_version` to the version table of the application.
     """
 
     name: str = ""
     scripts: dict[str, _Script] = field(default_factory=dict)
     head: str | None = None
     acknowledged: frozenset[str] = frozenset()
+    adopts: bool = False
 
     @classmethod
     def of(cls, given: str | os.PathLike[str] | Application | None, acknowledged: Collection[str] = ()) -> Application:
@@ -126,6 +132,20 @@ class Application:
             raise SchemaTooNewError(unknown[0], known=str(self.head), application=self.name)
         return stored != ({self.head} if self.head else set())
 
+    def adopted_revisions(self, connection: Connection) -> set[str]:
+        """Return the revisions in Alembic's own version table, if `upgrade` will rename the table.
+
+        Raises:
+            SchemaTooNewError: the table has a revision that the application does not have.
+        """
+        if not self.adopts or not self.scripts or APPLICATION_VERSION_TABLE in tables(connection):
+            return set()
+        stored = stored_revisions(connection, ALEMBIC_TABLE)
+        unknown = sorted(stored - self.scripts.keys())
+        if unknown:
+            raise SchemaTooNewError(unknown[0], known=str(self.head), application=self.name)
+        return stored
+
     def outdated(self, connection: Connection) -> SchemaOutdatedError:
         """Return the error for a database that lacks a revision."""
         stored = stored_revisions(connection, APPLICATION_VERSION_TABLE)
@@ -143,6 +163,8 @@ class Application:
         Raises:
             RevisionFailedError: a revision failed, or changed homeagent's tables.
         """
+        if self.adopted_revisions(connection):
+            connection.exec_driver_sql(f"ALTER TABLE {ALEMBIC_TABLE} RENAME TO {APPLICATION_VERSION_TABLE}")
         if not self.is_pending(connection):
             return
         modules = [loaded(script.file) for script in self.scripts.values()]

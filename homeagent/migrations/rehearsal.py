@@ -8,13 +8,13 @@ memory with the schema of the file, but without rows. The rehearsal does not cha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from homeagent.engine.sqlite.inspection import scratch_sqlite
-from homeagent.errors import MigrationError
-from homeagent.migrations.revisions import upgrade
+from homeagent.errors import MigrationError, SchemaChangedError
+from homeagent.migrations.revisions import VERSION_TABLE, revision_of, upgrade
 from homeagent.migrations.schema_drift import homeagents_objects
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ _CULPRIT = re.compile(
 )
 
 
-def refuse_broken_objects(connection: Connection, revision: str, location: str) -> None:
+def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Connection], None] = upgrade) -> None:
     """Raise MigrationError if the upgrade would break a view or a trigger, or if an object has the name of a new one.
 
     Args:
         connection: connection to the file, in a transaction.
-        revision: schema revision of the file.
-        location: name of the file, for the error message.
+        act: description of the upgrade for the error, such as "upgrading 'homeagent.db' from '0001'".
+        run: function that upgrades the scratch database. A SchemaChangedError of the function is raised.
     """
     # SQLite creates the shadow tables together with their virtual table.
     query = (
@@ -52,10 +52,12 @@ def refuse_broken_objects(connection: Connection, revision: str, location: str) 
             with scratch.begin():
                 for sql in statements:
                     scratch.exec_driver_sql(sql)
-                versions = connection.exec_driver_sql("SELECT version_num FROM homeagent_schema_version").all()
-                for (version,) in versions:
-                    scratch.exec_driver_sql("INSERT INTO homeagent_schema_version VALUES (?)", (version,))
-                upgrade(scratch)
+                revision = revision_of(connection)
+                if revision is not None:
+                    scratch.exec_driver_sql(f"INSERT INTO {VERSION_TABLE} VALUES (?)", (revision,))  # noqa: S608  a constant
+                run(scratch)
+        except SchemaChangedError:
+            raise
         except Exception as error:  # noqa: BLE001  the upgrade of the file raises any other error
             found = _CULPRIT.search(str(getattr(error, "orig", error)))
     if found is not None:
@@ -65,7 +67,7 @@ def refuse_broken_objects(connection: Connection, revision: str, location: str) 
         if found["taken"]:
             problem = f"needs the name of the application's {kind} {name}"
             remedy = f"give the {kind} another name, and open the database again"
-        raise MigrationError(f"upgrading {location} from {revision!r} {problem}: {remedy}. Nothing was changed")
+        raise MigrationError(f"{act} {problem}: {remedy}. Nothing was changed")
 
 
 @contextmanager

@@ -6,9 +6,12 @@ import glob
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from homeagent.engine.files import database_file
 from homeagent.engine.files.locks import FileLock
@@ -47,7 +50,15 @@ if TYPE_CHECKING:
     from homeagent.clock import Clock
     from homeagent.engine.sqlite.engine import SQLiteEngine
 
-__all__ = ["identify_or_wait", "open_sqlite", "upgrade_copy"]
+__all__ = [
+    "back_up",
+    "identify_or_wait",
+    "open_sqlite",
+    "refuse_unconvertible_rows",
+    "undone_on_failure",
+    "upgrade_copy",
+    "verify_upgrade",
+]
 
 logger = logging.getLogger("homeagent")
 
@@ -116,7 +127,7 @@ def _open_sqlite(
                 revision = revision_of(connection)
                 if revision is not None and not suits(connection, revision):
                     refuse_changed_schema(connection, revision, quoted(path), application.acknowledged)
-                    refuse_broken_objects(connection, revision, quoted(path))
+                    refuse_broken_objects(connection, f"upgrading {quoted(path)} from {revision!r}")
     elif not migrate:
         if not temporary and _has_marker(path):
             # An error about a missing schema would invite the administrator to create a new database.
@@ -287,33 +298,22 @@ def _upgrade(
 ) -> None:
     """Run the missing revisions in one transaction, after a backup. With `backup_clock=None`, make no backup."""
     path = engine.path
-    backup: Path | None = None
-    revision: str | None = None
-    try:
-        with connection.begin():
-            # After BEGIN IMMEDIATE the transaction holds the write lock, so no other process can change the revision.
-            revision = revision_of(connection)
-            suitable = suits(connection, revision)
-            if suitable and not application.is_pending(connection):
-                return
-            if revision is not None and not suitable:
-                _refuse_unconvertible_rows(connection, revision)
-            if revision is not None and backup_clock is not None:
-                backup = _back_up(engine, revision, backup_clock)
-            broken = broken_references(connection)
-            if not suitable:
-                _run_revisions(connection, revision)
-            application.upgrade(connection)
-            _verify(connection, broken, backup)
-    except SPEAK_FOR_THEMSELVES:
-        raise
-    except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back
-        cause = error.__cause__ if isinstance(error, RevisionFailedError) else error
-        raise MigrationError(
-            f"upgrading {path} from {revision!r} failed and was undone ({reason_of(error)}): "
-            f"the schema is unchanged; the backup is {backup or 'not needed'}",
-            backup=backup,
-        ) from (None if isinstance(cause, engine.driver_errors) else cause)
+    with undone_on_failure(engine, f"upgrading {path}") as attempt, connection.begin():
+        # After BEGIN IMMEDIATE the transaction holds the write lock, so no other process can change the revision.
+        revision = revision_of(connection)
+        attempt.act = f"upgrading {path} from {revision!r}"
+        suitable = suits(connection, revision)
+        if suitable and not application.is_pending(connection):
+            return
+        if revision is not None and not suitable:
+            refuse_unconvertible_rows(connection, revision)
+        if revision is not None and backup_clock is not None:
+            attempt.backup = back_up(engine, revision, backup_clock)
+        broken = broken_references(connection)
+        if not suitable:
+            _run_revisions(connection, revision)
+        application.upgrade(connection)
+        verify_upgrade(connection, broken, attempt.backup)
     logger.info(
         "upgraded the schema of %s to revision %s (from %s)%s",
         path,
@@ -328,6 +328,32 @@ def _upgrade(
             "application_revision": application.head,
         },
     )
+
+
+@dataclass
+class _Attempt:
+    act: str
+    backup: Path | None = None
+
+
+@contextmanager
+def undone_on_failure(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
+    """Raise MigrationError if the transaction in the block fails with an error that does not explain itself.
+
+    The block sets the attribute `backup` of the yielded object to the path of the backup.
+    """
+    attempt = _Attempt(act)
+    try:
+        yield attempt
+    except SPEAK_FOR_THEMSELVES:
+        raise
+    except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back
+        cause = error.__cause__ if isinstance(error, RevisionFailedError) else error
+        raise MigrationError(
+            f"{attempt.act} failed and was undone ({reason_of(error)}): "
+            f"the schema is unchanged; the backup is {attempt.backup or 'not needed'}",
+            backup=attempt.backup,
+        ) from (None if isinstance(cause, engine.driver_errors) else cause)
 
 
 def _run_revisions(connection: Connection, revision: str | None) -> None:
@@ -348,7 +374,7 @@ _CONVERTED = (
 )
 
 
-def _refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
+def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
     """Raise MigrationError if a row has a BLOB, or text that is not UTF-8, in a column that a later revision converts.
 
     PostgreSQL needs no check, because it can't store a BLOB or invalid UTF-8 in a text column.
@@ -384,7 +410,7 @@ def _has_tables(connection: Connection) -> bool:
     return found
 
 
-def _verify(connection: Connection, broken_before: Counter[tuple[str, str]], backup: Path | None) -> None:
+def verify_upgrade(connection: Connection, broken_before: Counter[tuple[str, str]], backup: Path | None) -> None:
     """Raise MigrationError if the upgrade left a broken reference, or ended at another revision.
 
     In the application's tables, the function accepts as many broken references as before the upgrade.
@@ -405,7 +431,9 @@ def _verify(connection: Connection, broken_before: Counter[tuple[str, str]], bac
     )
 
 
-def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path:
+def back_up(
+    engine: SQLiteEngine, revision: str, clock: Clock, kind: Literal["upgrade", "adoption"] = "upgrade"
+) -> Path:
     """Back up the last commit over another connection, because the upgrade's connection is in a write transaction."""
     from homeagent.engine.sqlite.backup import backup_name, discard, write_backup
     from homeagent.engine.sqlite.manifests import PARTIAL
@@ -417,7 +445,7 @@ def _back_up(engine: SQLiteEngine, revision: str, clock: Clock) -> Path:
         # An upgrade that was killed left this file, because no other upgrade runs under the lock.
         discard(stale)
     try:
-        write_backup(engine, target, partial=partial, version_table=VERSION_TABLE, taken_at=now, kind="upgrade")
+        write_backup(engine, target, partial=partial, version_table=VERSION_TABLE, taken_at=now, kind=kind)
     except (CorruptDatabaseError, DatabaseBusyError, DiskFullError, ReadOnlyError):
         raise  # the messages of these errors already name the remedy
     except HomeAgentError as error:

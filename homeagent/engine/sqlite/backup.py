@@ -78,7 +78,7 @@ def write_backup(
     partial: Path,
     version_table: str,
     taken_at: datetime,
-    kind: Literal["backup", "upgrade"],
+    kind: Literal["backup", "upgrade", "adoption"],
     replace: bool = False,
     stop: Stop = lambda: False,
 ) -> Manifest:
@@ -102,7 +102,7 @@ def write_backup(
     try:
         # Check the sidecar files, because SQLite could replay a journal of another user over the copy.
         secure_sidecars(partial)
-        contents = _copy(engine, partial, version_table, stop)
+        contents = _copy(engine, partial, version_table, stop, needs_schema=kind != "adoption")
         manifest = _describe(partial, engine.path, contents, taken_at=taken_at, kind=kind, stop=stop)
         write_manifest(partial, manifest)
         _put_in_place(partial, target, replace=replace)
@@ -186,7 +186,7 @@ def has_broken_reference(raw: Any) -> bool:
     return not children.isdisjoint(TABLES)
 
 
-def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop) -> Contents:
+def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop, *, needs_schema: bool) -> Contents:
     with (
         _explained_copy(engine, partial, stop),
         closing(engine.open_source()) as source,
@@ -208,7 +208,7 @@ def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop) -
         source.execute("ROLLBACK")
         # The copied header still says that the database is in WAL mode.
         copy.execute("PRAGMA journal_mode=DELETE")
-        _verify(engine.path, copy, contents, version_table)
+        _verify(engine.path, copy, contents, version_table, needs_schema=needs_schema)
     return contents
 
 
@@ -221,7 +221,7 @@ def _stopped() -> BackupStoppedError:
     return BackupStoppedError("the backup was stopped before it was complete: the partial copy was removed")
 
 
-def _verify(source: Path, copy: Any, expected: Contents, version_table: str) -> None:
+def _verify(source: Path, copy: Any, expected: Contents, version_table: str, *, needs_schema: bool) -> None:
     verdict = str(copy.execute("PRAGMA integrity_check(1)").get)
     if verdict != "ok":
         problem = verdict.splitlines()[0]
@@ -229,7 +229,7 @@ def _verify(source: Path, copy: Any, expected: Contents, version_table: str) -> 
         problem = "a row refers to a row that does not exist"
     elif read_contents(copy, version_table) != expected:
         problem = "the row counts of the copy and of the snapshot differ"
-    elif expected.revision is None:
+    elif needs_schema and expected.revision is None:
         problem = "the schema is missing"
     else:
         return
@@ -245,7 +245,7 @@ def _describe(
     contents: Contents,
     *,
     taken_at: datetime,
-    kind: Literal["backup", "upgrade"],
+    kind: Literal["backup", "upgrade", "adoption"],
     stop: Stop,
 ) -> Manifest:
     """Sync the copy to the disk, read back every byte, and return the manifest."""

@@ -355,8 +355,8 @@ class SQLiteEngine(Engine):
             found = self._application_id_while_locked()
         if found != APPLICATION_ID:
             raise ForeignDatabaseError(
-                f"{self.path} is another application's SQLite database (application_id {found:#x}): "
-                "name another path; the file was not changed"
+                f"{self.path} is another application's SQLite database (application_id {found:#x}): name another path, "
+                "or add homeagent's tables with 'homeagent init --adopt'; the file was not changed"
             )
 
     def _sqlite_will_empty(self) -> bool:

@@ -45,7 +45,8 @@ class Manifest(BaseModel):
 
     Attributes:
         format: version of the manifest's format.
-        kind: the text "upgrade" for a copy that was made before a schema upgrade, or "backup" for any other backup.
+        kind: the text "upgrade" for a copy that was made before a schema upgrade, "adoption" for a copy of another
+            application's file before its adoption, or "backup" for any other backup.
         database: absolute path of the source database.
         taken_at: time of the backup, by the database's clock.
         schema_revision: schema revision; None for a file without homeagent's tables.
@@ -59,7 +60,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     format: Literal[1] = 1
-    kind: Literal["backup", "upgrade"] = "backup"
+    kind: Literal["backup", "upgrade", "adoption"] = "backup"
     database: str
     taken_at: AwareDatetime
     schema_revision: str | None
@@ -109,8 +110,8 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
     """Return the backups in a directory, oldest first. Leave out a backup whose size differs from the manifest.
 
     Do not open the backups, because the function `restore()` checks their content. Leave out a backup that the function
-    `restore()` would refuse because of its owner or a second hard link. A directory that cannot be read counts as
-    empty.
+    `restore()` would refuse because of its owner or a second hard link, and the copy of an adopted file. A directory
+    that cannot be read counts as empty.
     """
     found: list[tuple[Path, Manifest]] = []
     with suppress(OSError, HomeAgentError):
@@ -122,7 +123,7 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
                 manifest, backup = Manifest.model_validate_json(_read(path, owners)), path.with_suffix("")
                 status = backup.lstat()
                 refuse_insecure(backup, status, owners)
-                if status.st_size == manifest.size:
+                if status.st_size == manifest.size and manifest.kind != "adoption":
                     found.append((backup, manifest))
     return sorted(found, key=lambda entry: (entry[1].taken_at, entry[0].name))
 

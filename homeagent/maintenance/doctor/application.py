@@ -34,8 +34,8 @@ _OBJECTS = {
         "if an upgrade fails, drop the view ({command}), upgrade, and create the view again",
     ),
     "index": (
-        "each write also changes the index; an upgrade that rebuilds the table drops the index",
-        "create the index again after an upgrade, or drop it: {command}",
+        "each write also changes the index",
+        "if no query needs the index, drop the index: {command}",
     ),
 }
 

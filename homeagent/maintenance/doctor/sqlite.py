@@ -149,7 +149,8 @@ def _check_inside(collector: Collector, path: Path, *, assume_closed: bool, is_c
             else:
                 summary = f"{str(path)!r} is another application's SQLite database (application_id {found:#x})."
                 meaning = "homeagent refuses it"
-                collector.critical("database", summary, meaning, "name another path", application_id=found)
+                remedy = "name another path, or add homeagent's tables with 'homeagent init --adopt'"
+                collector.critical("database", summary, meaning, remedy, application_id=found)
     except CorruptDatabaseError as error:
         collector.critical("database", f"{str(path)!r} can't be read.", str(error), RESTORE)
     except HomeAgentError as error:

@@ -1,0 +1,349 @@
+"""Adopt a database that an application created before homeagent: add homeagent's tables next to the application's.
+
+A SQLite file can also contain the tables of the first version that another program created, without names of
+constraints and with NULL in primary keys. These tables become homeagent's tables. A row without a key moves to a table
+of its own, because no homeagent table accepts the row.
+
+`preview_adoption` only reads. `adopt` takes the report that the administrator confirmed, and refuses a database that
+has changed since. On SQLite the changes are one transaction after a backup. The application id is part of the
+transaction, so after a kill the file belongs either to the application or to homeagent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from contextlib import closing
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import text
+
+from homeagent.clock import system_clock
+from homeagent.engine.files.database_file import judge_file, look_at, sidecars
+from homeagent.engine.files.directories import prepare_directory
+from homeagent.engine.files.filesystems import refuse_network_filesystem
+from homeagent.engine.files.system_errors import quoted
+from homeagent.engine.postgresql.engine import PostgreSQLEngine
+from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine, sidecar_lock
+from homeagent.engine.sqlite.in_use import kept_from_sqlite
+from homeagent.engine.sqlite.inspection import Stopwatch, inspect_sqlite
+from homeagent.engine.target import Target, conceal, resolve_target
+from homeagent.environment import BUSY_TIMEOUT
+from homeagent.errors import DatabaseBusyError, ForeignDatabaseError, InvalidArgumentError
+from homeagent.migrations.application import ALEMBIC_TABLE, Application
+from homeagent.migrations.postgresql import open_postgresql
+from homeagent.migrations.rehearsal import kept_objects, refuse_broken_objects
+from homeagent.migrations.revisions import (
+    REVISION,
+    broken_references,
+    own_tables,
+    revision_of,
+    tables,
+    upgrade,
+)
+from homeagent.migrations.schema_drift import refuse_changed_schema
+from homeagent.migrations.sqlite import (
+    back_up,
+    open_sqlite,
+    refuse_unconvertible_rows,
+    undone_on_failure,
+    verify_upgrade,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL, Connection
+
+    from homeagent.clock import Clock
+
+__all__ = ["AdoptionReport", "adopt", "preview_adoption"]
+
+_FIRST = "0001"
+_FIRST_TABLES = {
+    "agents": ("id", "name", "workspace_path", "created_at", "config"),
+    "devices": ("id", "role", "shared_secret_hash", "approved", "paired_at", "last_seen_at", "metadata"),
+    "idempotency_keys": ("key", "method", "device_id", "result", "created_at", "expires_at"),
+    "nonces": ("nonce", "device_id", "created_at", "expires_at"),
+    "sessions": ("session_id", "agent_id", "sender_id", "channel_id", "created_at", "last_active_at"),
+}
+"""Columns of the tables of revision 0001. The first column is the key."""
+
+
+class AdoptionReport(BaseModel):
+    """State of a database before its adoption, and the changes that the adoption makes.
+
+    Attributes:
+        location: path of the file, or URL of the server without its password.
+        tables: number of rows of each table that stays the application's.
+        converted: number of rows of each table that becomes homeagent's, without the moved rows.
+        moved: number of rows without a key that move to a new table, by the name of the new table.
+        application_id: application id of the SQLite file, which the adoption replaces. None on PostgreSQL.
+        application_revision: revision in Alembic's table `alembic_version`, which becomes the version table of the
+            application's own revisions. None if the table stays the application's.
+        backup: path of the copy that the adoption made first. None before the adoption, and on PostgreSQL.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    location: str
+    tables: dict[str, int]
+    converted: dict[str, int] = {}
+    moved: dict[str, int] = {}
+    application_id: int | None = None
+    application_revision: str | None = None
+    backup: Path | None = None
+
+
+def preview_adoption(
+    target: str | os.PathLike[str] | URL | None,
+    *,
+    migrations: str | os.PathLike[str] | None = None,
+    acknowledged: Collection[str] = (),
+    busy_timeout: timedelta = BUSY_TIMEOUT,
+) -> AdoptionReport | None:
+    """Report what an adoption would change, and change nothing.
+
+    If a program was killed while it wrote, SQLite first undoes its transaction.
+
+    Args:
+        target: path of a SQLite file, or URL of a PostgreSQL database.
+        migrations: the application's revisions, as for `Database.open`.
+        acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open`.
+        busy_timeout: longest wait for a lock of PostgreSQL.
+
+    Returns:
+        None if the database does not exist or needs no adoption.
+
+    Raises:
+        ForeignDatabaseError: if a table has the name of a homeagent table and other columns.
+        MigrationError, SchemaChangedError: if an object of the application prevents the adoption.
+        DatabaseError: if the database can't be read.
+    """
+    given = conceal(target)
+    del target
+    application, where = _application(migrations, acknowledged), resolve_target(given)
+    if where.url is not None:
+        engine = PostgreSQLEngine(where.url, busy_timeout=busy_timeout)
+        try:
+            with engine.translated(), engine.connect() as connection, connection.begin():
+                return _examine(connection, application, where.location)
+        finally:
+            engine.close()
+    path = _path_of(where)
+    state = judge_file(path, is_database=False, repair=False)
+    if state is None or state.is_empty:
+        return None
+    for sidecar in sidecars(path):
+        judge_file(sidecar, is_database=False, repair=False)
+    if look_at(sidecars(path)[2]) is not None:
+        _roll_back(path, busy_timeout)
+    with inspect_sqlite(path, watch=Stopwatch(None)) as connection:
+        report = _examine(connection, application, where.location)
+        if report is not None and report.application_id != APPLICATION_ID:
+
+            def rehearse(scratch: Connection) -> None:
+                _add_tables(scratch, report)
+                refuse_changed_schema(scratch, REVISION, quoted(path), acknowledged)
+
+            refuse_broken_objects(connection, f"adopting {quoted(path)}", rehearse)
+        return report
+
+
+def adopt(
+    target: str | os.PathLike[str] | URL | None,
+    report: AdoptionReport,
+    *,
+    migrations: str | os.PathLike[str] | None = None,
+    acknowledged: Collection[str] = (),
+    clock: Clock = system_clock,
+    busy_timeout: timedelta = BUSY_TIMEOUT,
+) -> AdoptionReport:
+    """Make a backup of the database, and bring the database to this version's schema.
+
+    Stop the application first. The errors of `preview_adoption` are possible too.
+
+    Args:
+        target: path of a SQLite file, or URL of a PostgreSQL database.
+        report: report of `preview_adoption`, which the administrator has confirmed.
+        migrations: the application's revisions, as for `Database.open`. The missing revisions run last.
+        acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open`.
+        clock: function that returns the time of the backup.
+        busy_timeout: longest wait for another process or for a lock.
+
+    Returns:
+        The report with the path of the backup.
+
+    Raises:
+        DatabaseBusyError: if the database has changed since the report, or another program has the database open.
+            Nothing was changed.
+        MigrationError: if the adoption failed. The adoption was undone.
+    """
+    given = conceal(target)
+    del target
+    application, where = _application(migrations, acknowledged), resolve_target(given)
+    if where.url is not None:
+        server = PostgreSQLEngine(where.url, busy_timeout=busy_timeout)
+        try:
+            open_postgresql(server, timeout=busy_timeout, migrate=True, application=application)
+        finally:
+            server.close()
+        return report
+    path = _path_of(where)
+    prepare_directory(path.parent)
+    refuse_network_filesystem(path)
+    if report.application_id != APPLICATION_ID:
+        report = _adopt_file(path, report, application, clock, busy_timeout)
+    engine = SQLiteEngine(path, busy_timeout=busy_timeout, durability="full")
+    try:
+        open_sqlite(engine, clock=clock, timeout=busy_timeout, migrate=True, temporary=False, application=application)
+    finally:
+        engine.close()
+    return report
+
+
+def _application(migrations: str | os.PathLike[str] | None, acknowledged: Collection[str]) -> Application:
+    return replace(Application.of(migrations, acknowledged), adopts=True)
+
+
+def _path_of(where: Target) -> Path:
+    if where.path is None:
+        raise InvalidArgumentError("a temporary database needs no adoption: name a file or a server's URL")
+    return where.path
+
+
+def _examine(connection: Connection, application: Application, location: str) -> AdoptionReport | None:
+    """Read the report from a database, or return None if the database needs no adoption."""
+    is_sqlite = connection.dialect.name == "sqlite"
+    application_id = connection.exec_driver_sql("PRAGMA application_id").scalar_one() if is_sqlite else None
+    adopted = ", ".join(sorted(application.adopted_revisions(connection))) or None
+    revision = revision_of(connection)
+    is_homeagents = application_id == APPLICATION_ID if is_sqlite else revision is not None
+    if is_homeagents and adopted is None:
+        return None
+    found = tables(connection)
+    old = [] if revision is not None or not is_sqlite else sorted(_FIRST_TABLES.keys() & found)
+    moved: dict[str, int] = {}
+    converted: dict[str, int] = {}
+    for table in old:
+        columns = [row[1] for row in connection.exec_driver_sql(f"PRAGMA table_xinfo({table})")]
+        if sorted(columns) != sorted(_FIRST_TABLES[table]):
+            raise ForeignDatabaseError(
+                f"the table {table} in {location} has the name of homeagent's table, but other columns: give the table "
+                "another name, or name another database. Nothing was changed"
+            )
+        key = _FIRST_TABLES[table][0]
+        query = f"SELECT count(*), count({key}) FROM {table}"  # noqa: S608  constants
+        rows, converted[table] = connection.execute(text(query)).one()
+        if rows > converted[table]:
+            moved[_free_name(f"{table}_without_key", found)] = rows - converted[table]
+    if old:
+        _refuse_orphans(connection, location)
+    return AdoptionReport(
+        location=location,
+        tables={
+            name: _count(connection, name)
+            for name in own_tables(connection)
+            if name not in (*old, adopted and ALEMBIC_TABLE)
+        },
+        converted=converted,
+        moved=moved,
+        application_id=application_id,
+        application_revision=adopted,
+    )
+
+
+def _roll_back(path: Path, timeout: timedelta) -> None:
+    """Let SQLite undo a transaction that a killed program left, as each program does that opens the file."""
+    engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
+    try:
+        with engine.translated(), closing(engine.open_source()) as raw:
+            raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
+    finally:
+        engine.close()
+
+
+def _free_name(name: str, taken: Collection[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _count(connection: Connection, table: str) -> int:
+    escaped = table.replace('"', '""')
+    return int(connection.exec_driver_sql(f'SELECT count(*) FROM "{escaped}"').scalar_one())  # noqa: S608  a name, escaped
+
+
+def _refuse_orphans(connection: Connection, location: str) -> None:
+    for (child, parent), rows in broken_references(connection).items():
+        if child in _FIRST_TABLES:
+            raise ForeignDatabaseError(
+                f"{rows:,} rows of {child} in {location} refer to rows of {parent} that do not exist: create the "
+                "missing rows, or delete the rows that refer to them. Nothing was changed"
+            )
+
+
+def _adopt_file(
+    path: Path, report: AdoptionReport, application: Application, clock: Clock, timeout: timedelta
+) -> AdoptionReport:
+    judge_file(path, is_database=True, repair=False)
+    with sidecar_lock(path, timeout=timeout):
+        with kept_from_sqlite(path):
+            pass  # only check, because SQLite would drop these locks when it closes the file
+        engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
+        try:
+            with engine.translated(), closing(engine.open_source()) as raw:
+                # Without a WAL, the commit writes the application id to the file itself.
+                raw.execute("PRAGMA journal_mode=DELETE")
+            with engine.translated(), engine.connect() as connection:
+                driver: Any = connection.connection.driver_connection
+                driver.execute("PRAGMA foreign_keys=OFF")
+                driver.execute("PRAGMA secure_delete=ON")
+                with undone_on_failure(engine, f"adopting {quoted(path)}") as attempt, connection.begin():
+                    if _examine(connection, application, report.location) != report:
+                        raise DatabaseBusyError(
+                            f"{quoted(path)} has changed since the report: stop the application that uses the file, "
+                            "and begin again. Nothing was changed"
+                        )
+                    attempt.backup = back_up(engine, "adoption", clock, kind="adoption")
+                    broken = broken_references(connection)
+                    _add_tables(connection, report)
+                    application.upgrade(connection)
+                    verify_upgrade(connection, broken, attempt.backup)
+                    refuse_changed_schema(connection, REVISION, quoted(path), application.acknowledged)
+                    connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
+        finally:
+            engine.close()
+    return report.model_copy(update={"backup": attempt.backup})
+
+
+def _add_tables(connection: Connection, report: AdoptionReport) -> None:
+    """Create homeagent's tables, and convert the tables of the first version."""
+    revision = revision_of(connection)
+    with kept_objects(connection, revision or _FIRST):
+        if revision is None:
+            _convert(connection, report)
+        upgrade(connection)
+
+
+def _convert(connection: Connection, report: AdoptionReport) -> None:
+    """Bring the database to revision 0001."""
+    execute = connection.exec_driver_sql
+    for table in report.converted:
+        # Do not rename the table, because SQLite would change the references in views and other tables.
+        execute(f"CREATE TABLE _adopted_{table} AS SELECT * FROM {table}")  # noqa: S608  constants
+        execute(f"DROP TABLE {table}")
+    upgrade(connection, _FIRST)
+    for table in report.converted:
+        columns = ", ".join(_FIRST_TABLES[table])
+        key = _FIRST_TABLES[table][0]
+        execute(
+            f"INSERT INTO {table} ({columns}) SELECT {columns} FROM _adopted_{table} WHERE {key} IS NOT NULL"  # noqa: S608
+        )
+        name = next((name for name in report.moved if name.startswith(f"{table}_without_key")), None)
+        if name is not None:
+            execute(f"CREATE TABLE {name} AS SELECT * FROM _adopted_{table} WHERE {key} IS NULL")  # noqa: S608
+        execute(f"DROP TABLE _adopted_{table}")
+    refuse_unconvertible_rows(connection, _FIRST)

@@ -1,0 +1,286 @@
+"""`homeagent init --adopt`: an application's database that is older than homeagent."""
+
+from __future__ import annotations
+
+import json
+import signal
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from homeagent import Database
+from homeagent.cli import app
+from homeagent.errors import DatabaseBusyError, DatabaseError, ForeignDatabaseError
+from homeagent.maintenance import adopt, preview_adoption
+from homeagent.migrations import REVISION
+from tests import fork_server
+from tests.conftest import postgres_execute
+from tests.migrations.old_databases import fetch, is_sound, rows_of, sqlite
+from tests.migrations.own_revisions import write_revision
+from tests.test_foreign_files import state_of
+
+# The first version's schema as another program created it: no constraint has a name, and a key can be NULL.
+FIRST_VERSION = """
+CREATE TABLE devices (id TEXT PRIMARY KEY, role TEXT NOT NULL CHECK(role IN ('client', 'node', 'admin')),
+  shared_secret_hash TEXT NOT NULL, approved INTEGER NOT NULL DEFAULT 0, paired_at INTEGER NOT NULL,
+  last_seen_at INTEGER, metadata TEXT);
+CREATE TABLE agents (id TEXT PRIMARY KEY, name TEXT NOT NULL, workspace_path TEXT NOT NULL,
+  created_at INTEGER NOT NULL, config TEXT);
+CREATE TABLE sessions (session_id TEXT PRIMARY KEY, agent_id TEXT NOT NULL REFERENCES agents(id), sender_id TEXT,
+  channel_id TEXT, created_at INTEGER NOT NULL, last_active_at INTEGER NOT NULL);
+CREATE INDEX idx_sessions_agent ON sessions(agent_id);
+CREATE INDEX idx_sessions_sender ON sessions(sender_id);
+CREATE TABLE nonces (nonce TEXT PRIMARY KEY, device_id TEXT NOT NULL, created_at INTEGER NOT NULL,
+  expires_at INTEGER NOT NULL);
+CREATE INDEX idx_nonces_expires ON nonces(expires_at);
+CREATE TABLE idempotency_keys (key TEXT PRIMARY KEY, method TEXT NOT NULL, device_id TEXT NOT NULL,
+  result TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL);
+CREATE INDEX idx_idempotency_expires ON idempotency_keys(expires_at);
+INSERT INTO agents VALUES ('ada', 'Ada', '/srv/ada', 1, '{}');
+INSERT INTO devices VALUES ('lamp', 'node', 'hash', 1, 1, NULL, NULL), (NULL, 'node', 'hash', 1, 1, NULL, NULL),
+  (NULL, 'admin', 'hash', 1, 1, NULL, NULL);
+INSERT INTO sessions VALUES ('s-1', 'ada', 'anna', NULL, 1, 2);
+INSERT INTO nonces VALUES ('n-1', 'lamp', 1, 2), (NULL, 'lamp', 1, 2);
+INSERT INTO idempotency_keys VALUES ('k-1', 'open', 'lamp', 'null', 1, 2);
+"""
+OWN = """
+CREATE TABLE notes (id INTEGER PRIMARY KEY, session_id TEXT REFERENCES sessions(session_id), words TEXT);
+INSERT INTO notes VALUES (1, 's-1', 'kept');
+CREATE VIRTUAL TABLE search USING fts5 (words);
+CREATE INDEX own_roles ON devices (lower(role), paired_at DESC);
+CREATE VIEW own_lamps AS SELECT id FROM devices WHERE role = 'node';
+CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY);
+INSERT INTO alembic_version VALUES ('a1');
+"""
+MOVED = {"devices_without_key": 2, "nonces_without_key": 1}
+
+
+def write(path: Path, script: str) -> Path:
+    """Run the statements of a script on a file, and return the path of the file."""
+    with closing(sqlite(path)) as raw:
+        raw.execute(script).fetchall()
+    return path
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file of another program with the tables of the first version and with own tables."""
+    (tmp_path / "private").mkdir(mode=0o700)
+    path = write(tmp_path / "private" / "hub.db", FIRST_VERSION + OWN)
+    path.chmod(0o644)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of the application's revisions. The first revision has run before the adoption."""
+    folder = tmp_path / "migrations"
+    write_revision(folder, "a1", None, 'raise AssertionError("the revision runs again")')
+    write_revision(folder, "a2", "a1", 'op.add_column("notes", sa.Column("stars", sa.Integer))')
+    return folder
+
+
+def init(target: object, *arguments: object, answer: str | None = None) -> Result:
+    """Run `homeagent init --adopt`."""
+    given = ["--database", str(target), "init", "--adopt", *map(str, arguments)]
+    return CliRunner().invoke(app, given, input=answer)
+
+
+def test_a_file_of_the_first_version(file: Path, folder: Path) -> None:
+    """The confirmed adoption keeps every row, moves rows without a key, and the other commands accept the file."""
+    before, content = state_of(file.parent), rows_of(file)
+    for migrate in (True, False):
+        with pytest.raises(ForeignDatabaseError, match="homeagent init --adopt"):
+            Database.open(file, migrate=migrate)
+    for answer in ("n\n", "\n"):
+        refused = init(file, "--migrations", folder, answer=answer)
+        assert refused.exit_code == 1
+        assert "devices_without_key (2 rows), nonces_without_key (1 rows)" in refused.stderr
+    assert init(file, "--json").exit_code == 2
+    assert state_of(file.parent) == before
+    done = init(file, "--yes", "--json", "--migrations", folder)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert (report["action"], report["moved"], report["application_revision"]) == ("adopted", MOVED, "a1")
+    assert report["converted"] == {"agents": 1, "devices": 1, "idempotency_keys": 1, "nonces": 1, "sessions": 1}
+    assert report["tables"]["notes"] == 1
+    assert rows_of(Path(report["backup"])) == content
+    after = rows_of(file)
+    assert [row["role"] for row in after["devices_without_key"]] == ["admin", "node"]
+    assert [row["id"] for row in after["devices"]] == ["lamp"]
+    assert fetch(file, "SELECT * FROM notes") == [(1, "s-1", "kept", None)]
+    assert fetch(file, "SELECT id FROM own_lamps") == [("lamp",)]
+    assert fetch(file, "SELECT count(*) FROM sqlite_master WHERE sql LIKE '%lower(role), paired_at DESC%'") == [(1,)]
+    with Database.open(file, migrations=folder) as database:
+        assert database.status().application_revision == "a2"
+        assert database.devices.get("lamp").role == "node"
+        assert database.sessions.get("s-1").sender_id == "anna"
+        assert not [finding for finding in database.doctor().findings if finding.severity == "critical"]
+        database.backup(file.with_name("new.backup"))
+    Database.restore(file.with_name("new.backup"), file)
+    assert fetch(file, "SELECT count(*) FROM devices_without_key") == [(2,)]
+    with pytest.raises(ForeignDatabaseError):
+        Database.restore(report["backup"], file)
+    assert preview_adoption(file, migrations=folder) is None
+    assert "nothing to do" in init(file, "--migrations", folder).stdout
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+def test_own_tables_only(tmp_path: Path, mode: str) -> None:
+    """A file without homeagent's tables is adopted in each journal mode, and a missing file is created."""
+    path = write(
+        tmp_path / "hub.db", f"PRAGMA journal_mode={mode}; PRAGMA application_id=7; {OWN.split('CREATE IND')[0]}"
+    )
+    done = init(path, "--yes")
+    assert done.exit_code == 0, done.output
+    assert "Application id of the file, which homeagent replaces: 0x7" in done.stdout
+    with Database.open(path) as database:
+        assert database.status().rows["notes"] == 1
+    assert fetch(path, "PRAGMA foreign_key_check") == [("notes", 1, "sessions", 0)]
+    assert init(tmp_path / "new" / "hub.db").exit_code == 0
+
+
+def test_a_file_that_lost_its_application_id(tmp_path: Path) -> None:
+    """A homeagent file that another tool loaded from SQL statements is adopted with its rows and revision."""
+    path = tmp_path / "hub.db"
+    with Database.open(path) as database, database.unit_of_work() as unit:
+        unit.nonces.consume("lamp", "n-1", expires_at=unit.now() + timedelta(days=1))
+    path.with_name("hub.db.lock").unlink()
+    write(path, "PRAGMA journal_mode=DELETE; PRAGMA application_id=0")
+    assert init(path, "--yes").exit_code == 0
+    with Database.open(path) as database:
+        assert database.status().rows["nonces"] == 1
+
+
+REFUSED: dict[str, tuple[str, type[DatabaseError]]] = {
+    "table sessions in .* other columns": ("ALTER TABLE sessions ADD COLUMN own TEXT", DatabaseError),
+    "trigger audit of devices is not homeagent's": (
+        "CREATE TRIGGER audit AFTER INSERT ON devices BEGIN SELECT 1; END",
+        DatabaseError,
+    ),
+    "application's view counts, which": ("CREATE VIEW counts AS SELECT count(*) FROM nonces", DatabaseError),
+    "needs the name of the application's table store": ("CREATE TABLE store (id)", DatabaseError),
+    "1 rows of sessions in .* refer to rows of agents": ("DELETE FROM agents", ForeignDatabaseError),
+}
+
+
+@pytest.mark.parametrize("problem", REFUSED)
+def test_what_prevents_an_adoption_is_named(file: Path, problem: str) -> None:
+    """An object or a row that prevents the adoption is named before the question, and no file changes."""
+    statement, kind = REFUSED[problem]
+    write(file, f"PRAGMA foreign_keys=OFF; {statement}")
+    before = state_of(file.parent)
+    with pytest.raises(kind, match=problem):
+        preview_adoption(file)
+    assert init(file, "--yes").exit_code == 1
+    assert state_of(file.parent) == before
+
+
+CHANGES = {
+    "has changed since the report": "INSERT INTO notes VALUES (2, NULL, 'new')",
+    "another program has .* open|locked by another process": "BEGIN IMMEDIATE",
+}
+
+
+@pytest.mark.parametrize("problem", CHANGES)
+def test_a_file_in_use(file: Path, problem: str) -> None:
+    """If another program changes or locks the file after the report, nothing is adopted."""
+    report = preview_adoption(file)
+    assert report is not None
+    program = "import sqlite3, sys; raw = sqlite3.connect(sys.argv[1], isolation_level=None); raw.execute(sys.argv[2])"
+    hold = "; print('ready', flush=True); sys.stdin.read()"
+    with fork_server.Child(program + hold, file, CHANGES[problem]) as other:
+        assert other.stdout.readline() == "ready\n"
+        with pytest.raises(DatabaseBusyError, match=problem):
+            adopt(file, report)
+        other.communicate("")
+    assert fetch(file, "PRAGMA application_id") == [(0,)]
+    assert fetch(file, "SELECT count(*) FROM devices") == [(3,)]
+
+
+def test_an_odd_row_is_undone(file: Path) -> None:
+    """If homeagent can't convert a row, the error names the row, and the adoption is undone."""
+    write(file, "UPDATE sessions SET sender_id = x'00ff'")
+    before = rows_of(file)
+    refused = init(file, "--yes")
+    assert refused.exit_code == 1
+    assert "can't convert sessions.sender_id in the row with session_id 's-1'" in refused.stderr
+    assert rows_of(file) == before
+
+
+def test_postgresql(empty_postgres_url: str, folder: Path) -> None:
+    """On PostgreSQL the version table of Alembic becomes the application's, and only missing revisions run."""
+    postgres_execute(empty_postgres_url, "CREATE TABLE notes (id INTEGER PRIMARY KEY)")
+    postgres_execute(empty_postgres_url, "CREATE TABLE alembic_version (version_num VARCHAR(32) PRIMARY KEY)")
+    postgres_execute(empty_postgres_url, "INSERT INTO alembic_version VALUES ('a1')")
+    refused = init(empty_postgres_url, "--migrations", folder, answer="n\n")
+    assert "notes (0 rows)" in refused.stderr
+    assert "from alembic_version: a1" in refused.stderr
+    report = preview_adoption(empty_postgres_url, migrations=folder)
+    assert report is not None
+    adopt(empty_postgres_url, report, migrations=folder)
+    Database.open(empty_postgres_url, migrations=folder, migrate=False).close()
+    postgres_execute(empty_postgres_url, "SELECT stars FROM notes")
+    assert preview_adoption(empty_postgres_url, migrations=folder) is None
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from sqlalchemy import Engine, event
+import alembic.command, alembic.autogenerate
+from homeagent.maintenance import adopt, preview_adoption
+
+source, directory, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+left = 0
+
+def count(statement):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+event.listen(Engine, "connect", lambda connection, record: connection.trace_v2(1, count))
+for number in range(0, 10_000, step):
+    path = directory / str(number) / "hub.db"
+    path.parent.mkdir(mode=0o700)
+    shutil.copyfile(source, path)
+    child = os.fork()
+    if not child:
+        left = 10_000
+        report = preview_adoption(path)
+        left = number
+        adopt(path, report)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(number, status, flush=True)
+    if status != -signal.SIGKILL:
+        break
+"""
+
+
+@pytest.mark.in_memory
+@pytest.mark.parametrize("step", [17, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_at_any_statement(file: Path, tmp_path: Path, step: int) -> None:
+    """If the adoption is killed at any statement, the old or the new file is there, and the next one succeeds."""
+    done = fork_server.run(KILLED, file, tmp_path, step, timeout=280)
+    ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert [status for _, status in ends] == [-signal.SIGKILL] * (len(ends) - 1) + [0], done.stderr
+    assert len(ends) * step > 60
+    found, content = [], rows_of(file)
+    for number, _ in ends:
+        path = tmp_path / str(number) / "hub.db"
+        is_adopted = fetch(path, "PRAGMA application_id") != [(0,)]
+        found.append(is_adopted)
+        assert is_adopted or rows_of(path) == content
+        again = init(path, "--yes")
+        assert again.exit_code == 0, again.output
+        with Database.open(path) as database:
+            assert database.status().schema_revision == REVISION
+        assert fetch(path, "SELECT count(*) FROM devices_without_key") == [(2,)]
+        assert is_sound(path)
+    assert found == sorted(found)
+    assert set(found) == {False, True}
