@@ -263,7 +263,7 @@ for number in range(0, 10_000, step):
 
 
 @pytest.mark.in_memory
-@pytest.mark.parametrize("step", [17, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [50, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_at_any_statement(file: Path, tmp_path: Path, step: int) -> None:
     """If the adoption is killed at any statement, the old or the new file is there, and the next one succeeds."""
     done = fork_server.run(KILLED, file, tmp_path, step, timeout=280)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,9 @@ from sqlalchemy import text
 from homeagent import Database
 from homeagent.errors import InvalidArgumentError, MigrationError, SchemaOutdatedError, SchemaTooNewError
 from homeagent.migrations import REVISION
+from tests import fork_server
 from tests.conftest import Children, add_agent, postgres_execute
-from tests.migrations.old_databases import CHECKOUT, clock, fetch, is_sound, old_database, rows_of
+from tests.migrations.old_databases import clock, fetch, is_sound, old_database, rows_of
 from tests.migrations.own_revisions import CREATE, write_revision, write_revisions
 
 
@@ -263,7 +261,7 @@ from sqlalchemy import Engine, event
 import alembic.command, alembic.autogenerate
 from homeagent import Database
 
-source, directory, folder, first, step = sys.argv[1], Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:])
+source, directory, folder, step = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 left = 0
 
 def count(statement):
@@ -273,7 +271,7 @@ def count(statement):
         os.kill(os.getpid(), signal.SIGKILL)
 
 event.listen(Engine, "connect", lambda connection, record: connection.trace_v2(1, count))
-for number in range(first, 10_000, step):
+for number in range(0, 10_000, step):
     path = directory / str(number) / "homeagent.db"
     path.parent.mkdir(mode=0o700)
     shutil.copyfile(source, path)
@@ -296,14 +294,7 @@ def test_killed_at_any_statement(tmp_path: Path, folder: Path, step: int) -> Non
     source = tmp_path / "source" / "homeagent.db"
     source.parent.mkdir(mode=0o700)
     Database.open(source).close()
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(source), str(tmp_path), str(folder), "0", str(step)],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        timeout=240,
-    )
+    done = fork_server.run(KILLED, source, tmp_path, folder, step, timeout=240)
     ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert [status for _, status in ends[:-1]] == [-signal.SIGKILL] * (len(ends) - 1), done.stderr
     assert ends[-1][1] == 0, done.stderr
