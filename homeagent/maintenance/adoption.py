@@ -36,7 +36,7 @@ from homeagent.environment import BUSY_TIMEOUT
 from homeagent.errors import DatabaseBusyError, ForeignDatabaseError, InvalidArgumentError
 from homeagent.migrations.application import ALEMBIC_TABLE, Application
 from homeagent.migrations.postgresql import open_postgresql
-from homeagent.migrations.rehearsal import kept_objects, refuse_broken_objects
+from homeagent.migrations.rehearsal import kept_objects, refuse_broken_objects, refuse_unconvertible_rows
 from homeagent.migrations.revisions import (
     REVISION,
     broken_references,
@@ -49,7 +49,6 @@ from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.migrations.sqlite import (
     back_up,
     open_sqlite,
-    refuse_unconvertible_rows,
     undone_on_failure,
     verify_upgrade,
 )

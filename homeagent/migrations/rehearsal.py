@@ -1,4 +1,4 @@
-"""Keep the application's objects during an upgrade of a SQLite file, or name the object that prevents the upgrade.
+"""Keep the application's objects during an upgrade of a SQLite file, or name the object or row that prevents it.
 
 When a revision renames a rebuilt table, SQLite checks all views and triggers, and a broken view or trigger makes the
 upgrade fail (https://sqlite.org/lang_altertable.html). Therefore the revisions first run on a scratch database in
@@ -20,7 +20,7 @@ from homeagent.migrations.schema_drift import homeagents_objects
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-__all__ = ["kept_objects", "refuse_broken_objects"]
+__all__ = ["kept_objects", "refuse_broken_objects", "refuse_unconvertible_rows"]
 
 _CULPRIT = re.compile(
     r"error in (?P<broken>view|trigger) (?P<name>.+?)(?: after \w+)?:"
@@ -68,6 +68,44 @@ def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Conne
             problem = f"needs the name of the application's {kind} {name}"
             remedy = f"give the {kind} another name, and open the database again"
         raise MigrationError(f"{act} {problem}: {remedy}. Nothing was changed")
+
+
+# Each entry has a revision, a table, and the text columns that the revision reads into Python. The first column is the
+# key of the table.
+_CONVERTED = (
+    ("0003", "sessions", ("session_id", "agent_id", "sender_id", "channel_id")),
+    ("0006", "devices", ("id",)),
+)
+
+
+def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
+    """Raise MigrationError if a row has a BLOB, or text that is not UTF-8, in a column that a later revision converts.
+
+    PostgreSQL needs no check, because it can't store a BLOB or invalid UTF-8 in a text column.
+    """
+    for later, table, columns in _CONVERTED:
+        if later <= revision:
+            continue
+        parts = ", ".join(f"typeof({name}), CAST({name} AS BLOB)" for name in columns)
+        for row in connection.exec_driver_sql(f"SELECT {parts} FROM {table}"):  # noqa: S608  constants
+            texts = [_text(kind, value) for kind, value in zip(row[::2], row[1::2], strict=True)]
+            bad = [name for name, value in zip(columns, texts, strict=True) if isinstance(value, bytes)]
+            if bad:
+                raise MigrationError(
+                    f"upgrading from {revision!r} can't convert {table}.{bad[0]} in the row with {columns[0]} "
+                    f"{texts[0]!r}: the value is a BLOB, or text that is not UTF-8. Correct or delete the row with "
+                    "another program, then open the database again. The database was not changed"
+                )
+
+
+def _text(kind: str, value: bytes | None) -> str | bytes | None:
+    """Return a stored text as `str`. For a BLOB, and for text that is not UTF-8, return bytes."""
+    if value is None or kind == "blob":
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 @contextmanager

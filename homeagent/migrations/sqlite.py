@@ -54,7 +54,6 @@ __all__ = [
     "back_up",
     "identify_or_wait",
     "open_sqlite",
-    "refuse_unconvertible_rows",
     "undone_on_failure",
     "upgrade_copy",
     "verify_upgrade",
@@ -306,6 +305,8 @@ def _upgrade(
         if suitable and not application.is_pending(connection):
             return
         if revision is not None and not suitable:
+            from homeagent.migrations.rehearsal import refuse_unconvertible_rows
+
             refuse_unconvertible_rows(connection, revision)
         if revision is not None and backup_clock is not None:
             attempt.backup = back_up(engine, revision, backup_clock)
@@ -364,44 +365,6 @@ def _run_revisions(connection: Connection, revision: str | None) -> None:
 
     with kept_objects(connection, revision):
         upgrade(connection)
-
-
-# Each entry has a revision, a table, and the text columns that the revision reads into Python. The first column is the
-# key of the table.
-_CONVERTED = (
-    ("0003", "sessions", ("session_id", "agent_id", "sender_id", "channel_id")),
-    ("0006", "devices", ("id",)),
-)
-
-
-def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
-    """Raise MigrationError if a row has a BLOB, or text that is not UTF-8, in a column that a later revision converts.
-
-    PostgreSQL needs no check, because it can't store a BLOB or invalid UTF-8 in a text column.
-    """
-    for later, table, columns in _CONVERTED:
-        if later <= revision:
-            continue
-        parts = ", ".join(f"typeof({name}), CAST({name} AS BLOB)" for name in columns)
-        for row in connection.exec_driver_sql(f"SELECT {parts} FROM {table}"):  # noqa: S608  constants
-            texts = [_text(kind, value) for kind, value in zip(row[::2], row[1::2], strict=True)]
-            bad = [name for name, value in zip(columns, texts, strict=True) if isinstance(value, bytes)]
-            if bad:
-                raise MigrationError(
-                    f"upgrading from {revision!r} can't convert {table}.{bad[0]} in the row with {columns[0]} "
-                    f"{texts[0]!r}: the value is a BLOB, or text that is not UTF-8. Correct or delete the row with "
-                    "another program, then open the database again. The database was not changed"
-                )
-
-
-def _text(kind: str, value: bytes | None) -> str | bytes | None:
-    """Return a stored text as `str`. For a BLOB, and for text that is not UTF-8, return bytes."""
-    if value is None or kind == "blob":
-        return value
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value
 
 
 def _has_tables(connection: Connection) -> bool:
