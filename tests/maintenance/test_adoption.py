@@ -262,7 +262,6 @@ for number in range(0, 10_000, step):
 """
 
 
-@pytest.mark.in_memory
 @pytest.mark.parametrize("step", [50, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_at_any_statement(file: Path, tmp_path: Path, step: int) -> None:
     """If the adoption is killed at any statement, the old or the new file is there, and the next one succeeds."""
