@@ -109,7 +109,7 @@ def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] 
     with _connection(context, given, target, metadata) as connection:
         configure(connection.dialect.name, connection=connection)
         if given is None and target is None and context.get_context().opts["fn"].__name__ != "retrieve_migrations":
-            raise _command_error("name the database: -x database=TARGET, or ${ENVIRONMENT_VARIABLE}")
+            raise _command_error(f"name the database: -x database=TARGET, or ${ENVIRONMENT_VARIABLE}")
         _run(context, connection)
 
 
@@ -120,8 +120,9 @@ def _command_error(message: str) -> Exception:
 
 
 def _target(context: Any) -> str | None:
-    named = context.get_x_argument(as_dictionary=True).get("database") or context.config.get_main_option("database")
-    return named or os.environ.get(ENVIRONMENT_VARIABLE)
+    named = context.get_x_argument(as_dictionary=True).get("database")
+    # Unlike `get_main_option`, this method also reads pyproject.toml, and alembic.ini need not exist.
+    return named or context.config.get_alembic_option("database") or os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 @contextmanager
