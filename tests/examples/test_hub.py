@@ -1,17 +1,28 @@
-"""The application in `docs/examples/hub`: its own tests, and the application under load in a real server."""
+"""The application in `docs/examples/hub`: its own tests, and the application in a real server with 100 devices."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
+from pydantic import SecretStr
+from sqlalchemy import text
 
+from homeagent import Database, DevicePair, Role
+from homeagent.handshake.client import authenticate
 from tests.conftest import ROOT
 
 EXAMPLE = ROOT / "docs" / "examples" / "hub"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+MESSAGES = 5
 
 
 def test_the_tests_of_the_example(engine_name: str, request: pytest.FixtureRequest) -> None:
@@ -30,3 +41,82 @@ def test_the_tests_of_the_example(engine_name: str, request: pytest.FixtureReque
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout
+
+
+@pytest.fixture
+def port(target: str) -> Iterator[int]:
+    """The port of the example, which runs under uvicorn in a separate process."""
+    # A client can connect before the server is ready, because the socket listens already.
+    with socket.create_server(("127.0.0.1", 0), backlog=200) as listening:
+        descriptor = listening.fileno()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "uvicorn", "--factory", "hub.app:create_app", f"--fd={descriptor}"],
+            pass_fds=[descriptor],
+            cwd=EXAMPLE,
+            env={**ENVIRONMENT, "HOMEAGENT_DATABASE": target},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            yield int(listening.getsockname()[1])
+            process.terminate()
+            output, _ = process.communicate(timeout=30)
+            assert "Traceback" not in output, output
+            assert "Application shutdown complete" in output, output
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def pair(database: Database, count: int) -> dict[str, SecretStr]:
+    """Pair and approve devices, and return their secrets."""
+    secrets = {}
+    for device_id in (f"device-{number}" for number in range(count)):
+        secrets[device_id] = database.pair(DevicePair(id=device_id, role=Role.CLIENT)).shared_secret
+        database.devices.approve(device_id)
+    return secrets
+
+
+async def send_messages(connection: Any) -> list[Any]:
+    """Send the messages of a device and then the last message again. Return the replies."""
+    replies = []
+    for number in [*range(MESSAGES), MESSAGES - 1]:
+        await connection.send(json.dumps({"key": f"k-{number}", "text": f"message {number}"}))
+        replies.append(json.loads(await connection.recv()))
+    return replies
+
+
+async def use(port: int, database: Database, secrets: dict[str, SecretStr]) -> list[list[Any]]:
+    """Connect all devices, let them send at the same time, and revoke a device. Return the replies of each device."""
+    from websockets.asyncio.client import connect
+
+    async with AsyncExitStack() as stack:
+
+        async def enter(device_id: str) -> Any:
+            address = f"ws://127.0.0.1:{port}/ws"
+            connection = await stack.enter_async_context(connect(address, proxy=None, open_timeout=60))
+            await authenticate(device_id, secrets[device_id], send=connection.send, receive=connection.recv)
+            return connection
+
+        connections = await asyncio.gather(*map(enter, secrets))
+        replies = await asyncio.gather(*map(send_messages, connections))
+        await asyncio.to_thread(database.devices.revoke, "device-0")
+        await asyncio.wait_for(connections[0].wait_closed(), 10)
+        assert connections[0].close_code == 4403
+        await connections[1].send(json.dumps({"key": "later", "text": "still connected"}))
+        assert "id" in json.loads(await connections[1].recv())
+    return replies
+
+
+@pytest.mark.parametrize("devices", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_devices_of_a_server(port: int, target: str, devices: int) -> None:
+    """The messages of many devices are stored once each. A revocation closes only the connection of its device."""
+    pytest.importorskip("websockets")
+    with Database.open(target) as database:
+        replies = asyncio.run(asyncio.wait_for(use(port, database, pair(database, devices)), 100))
+        assert all(each[-1] == each[-2] for each in replies)
+        ids = {reply["id"] for each in replies for reply in each}
+        assert len(ids) == MESSAGES * devices
+        with database.read_connection() as connection:
+            assert connection.execute(text("SELECT count(*) FROM messages")).scalar() == len(ids) + 1
