@@ -272,7 +272,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
     # Units of work
 
-    def unit_of_work(self, *, read_only: bool = False) -> U:
+    def unit_of_work(self, *, read_only: bool = False) -> AbstractContextManager[U, None]:
         """Return a unit of work, which is one transaction. Use the unit in a `with` block.
 
         At the end of the block the unit commits. If an exception leaves the block, the unit rolls back.
@@ -286,7 +286,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             UnitStateError: if this thread already has an open write unit.
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
-        return self._unit(self._settings, read_only=read_only)
+        # mypy does not see that the method `__enter__` of a `U` returns a `U`.
+        return self._unit(self._settings, read_only=read_only)  # type: ignore[return-value]
 
     def run(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Call your function inside a unit of work, and call the function again after an error that a retry can solve.

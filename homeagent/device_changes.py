@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PATIENCE", "DeviceChanges", "DeviceWatcher"]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 PATIENCE = 5.0
 """Time without a successful read of the feed after which an iterator raises an error, in seconds."""
@@ -60,10 +60,10 @@ class _Subscription:
         self._mutex = threading.Lock()
         self._changes: deque[DeviceChange] = deque()
         self._wake: Callable[[], object] | None = None
-        self.position = after
-        self.is_behind = True
+        self.position: int = after
+        self.is_behind: bool = True
         """True if the feed can have further changes that the thread has not read for this iterator."""
-        self.is_closed = False
+        self.is_closed: bool = False
 
     @property
     def has_room(self) -> bool:

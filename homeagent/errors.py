@@ -217,7 +217,7 @@ class TargetNotEmptyError(ConflictError):
     """The target of a copy is not empty. The copy did not change the target."""
 
     def __init__(self, table: str) -> None:
-        self.table = table
+        self.table: str = table
         super().__init__(f"the target holds {table} already: name an empty database, or one that doesn't exist yet")
 
 
@@ -225,7 +225,7 @@ class SourceChangedError(ConflictError):
     """Another process or thread wrote to the store during a copy, so the copy was not made."""
 
     def __init__(self, table: str) -> None:
-        self.table = table
+        self.table: str = table
         super().__init__(
             f"{table} of the source was written while it was copied: stop every gateway and sweeper that uses it, "
             "then copy again; for a trial, pass live=True (--live) to copy the state at the beginning"

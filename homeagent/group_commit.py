@@ -38,7 +38,7 @@ _IDLE = 5.0
 """Time without a call after which the writer thread ends, in seconds. The next call starts a new thread."""
 _CLOSED = "the database was closed: open it again"
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 
 class _NotSharedError(BaseException):

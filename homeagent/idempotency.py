@@ -51,7 +51,7 @@ Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 # Shortest time between two renewals, in seconds. A renewal is due after a third of the lease, so the attempt keeps its
 # lease even if two renewals fail.

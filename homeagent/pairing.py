@@ -49,7 +49,7 @@ from homeagent.unit_of_work import UnitOfWork
 
 __all__ = ["PairedDevice", "Pairing"]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 _DENIED = SecretCheck("denied")
 

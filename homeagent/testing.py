@@ -48,7 +48,7 @@ class FakeClock:
     """A clock that shows the same time until a test moves the clock."""
 
     def __init__(self, now: datetime = START) -> None:
-        self.now = now
+        self.now: datetime = now
 
     def __call__(self) -> datetime:
         """Return the time of the clock."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from enum import Enum
+from enum import Enum, auto
 from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
@@ -41,9 +41,18 @@ __all__ = [
     "refuse_nesting",
 ]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
-UnitState = Enum("UnitState", ["NEW", "OPEN", "ROLLED_BACK", "FINISHED"])
+
+class UnitState(Enum):
+    """State of a unit, as the table of this module describes."""
+
+    NEW = auto()
+    OPEN = auto()
+    ROLLED_BACK = auto()
+    FINISHED = auto()
+
+
 # Use global names for the states, because every statement compares the state. Reading a global name is faster than
 # reading `UnitState.OPEN`.
 NEW, OPEN, ROLLED_BACK, FINISHED = UnitState
@@ -101,7 +110,7 @@ class Transaction:
     def __init__(self, settings: UnitSettings, *, read_only: bool, timeout: float | None = None) -> None:
         self.settings = settings
         self._timeout = settings.timeout if timeout is None else timeout
-        self.read_only = read_only
+        self.read_only: bool = read_only
         self._state = NEW
         self._connection: StoreConnection | None = None
         self._has_joined = False

@@ -38,11 +38,11 @@ class UnitSettings:
     def __init__(
         self, engine: Engine, clock: Clock, timeout: float, unit: type[UnitOfWork], limits: Limits = _DEFAULT_LIMITS
     ) -> None:
-        self.engine = engine
-        self.clock = clock
-        self.timeout = timeout
-        self.unit = unit
-        self.limits = limits
+        self.engine: Engine = engine
+        self.clock: Clock = clock
+        self.timeout: float = timeout
+        self.unit: type[UnitOfWork] = unit
+        self.limits: Limits = limits
         self.memory: dict[str, Any] = {}
         self.writing: set[int] = set()
 

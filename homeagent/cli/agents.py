@@ -18,7 +18,7 @@ from homeagent.models.agent import Agent
 from homeagent.models.schemas import AgentCreate, AgentPublic, AgentUpdate
 from homeagent.models.types import MAX_LIMIT
 
-agents = group("agents", help="Create, list, change and delete agents.")
+agents: typer.Typer = group("agents", help="Create, list, change and delete agents.")
 
 AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", help="Id of the agent.", show_default=False)]
 ConfigOption = Annotated[

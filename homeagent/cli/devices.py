@@ -28,7 +28,7 @@ from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.types import MAX_LIMIT, MILLISECOND, check_timestamp, earlier
 from homeagent.unit_of_work import UnitOfWork
 
-devices = group("devices", help="Pair, list, approve, revoke and delete devices.")
+devices: typer.Typer = group("devices", help="Pair, list, approve, revoke and delete devices.")
 
 _SHOWN = 20  # number of devices that the command shows before the confirmation
 

@@ -14,7 +14,7 @@ from homeagent.cli.visible_text import quoted
 from homeagent.models.idempotency_key import IdempotencyScope
 from homeagent.models.types import MAX_LIMIT
 
-keys = group("keys", help="Settle the idempotency keys with an abandoned attempt.")
+keys: typer.Typer = group("keys", help="Settle the idempotency keys with an abandoned attempt.")
 
 DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="Id of the device.", show_default=False)]
 MethodArgument = Annotated[str, typer.Argument(metavar="METHOD", help="Name of the method.", show_default=False)]

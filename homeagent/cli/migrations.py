@@ -19,7 +19,7 @@ from homeagent.migrations.application import Application
 
 __all__ = ["import_tables"]
 
-migrations = group("migrations", help="Write revisions of an application's own tables.")
+migrations: typer.Typer = group("migrations", help="Write revisions of an application's own tables.")
 
 _TEMPLATE = '''"""{message}."""
 

@@ -10,7 +10,7 @@ from homeagent.cli.opening import open_named
 from homeagent.cli.output import count, print_json
 from homeagent.cli.visible_text import quoted
 
-nonces = group("nonces", help="Release the nonces of a device that is at its limit.")
+nonces: typer.Typer = group("nonces", help="Release the nonces of a device that is at its limit.")
 
 
 @nonces.command()

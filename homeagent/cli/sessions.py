@@ -18,7 +18,7 @@ from homeagent.models.session import AgentSession
 from homeagent.models.types import MAX_LIMIT
 from homeagent.unit_of_work import UnitOfWork
 
-sessions = group("sessions", help="List, move and delete sessions, which are an index of the transcripts.")
+sessions: typer.Typer = group("sessions", help="List, move and delete sessions, which are an index of the transcripts.")
 
 SessionArgument = Annotated[str, typer.Argument(metavar="SESSION", help="Id of the session.", show_default=False)]
 

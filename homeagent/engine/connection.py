@@ -68,12 +68,12 @@ class StoreConnection:
         self._connection = connection
         self._dialect: Dialect = connection.dialect
         self._begin = tuple(begin)
-        self.read_only = read_only
+        self.read_only: bool = read_only
         self._compiled = compiled
         self._driver_errors = driver_errors
         self._translate = translate
         self._identity_check = watch
-        self.needs_reconnect = False
+        self.needs_reconnect: bool = False
         """True if the connection must be replaced after a failure of the system. The engine sets this attribute."""
         raw: Any = connection.connection.driver_connection
         self._raw = raw

@@ -87,14 +87,14 @@ class Counters:
     )
 
     def __init__(self) -> None:
-        self.reads = 0
-        self.commits = 0
-        self.rollbacks = 0
-        self.retries = 0
-        self.pool_waits = 0
-        self.groups = 0
-        self.sweeps = 0
-        self.swept = 0
+        self.reads: int = 0
+        self.commits: int = 0
+        self.rollbacks: int = 0
+        self.retries: int = 0
+        self.pool_waits: int = 0
+        self.groups: int = 0
+        self.sweeps: int = 0
+        self.swept: int = 0
         self._waits: deque[float] = deque(maxlen=_RECENT)
         self._group_sizes: deque[int] = deque(maxlen=_RECENT)
         self._last_error: LastError | None = None

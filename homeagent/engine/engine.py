@@ -75,7 +75,7 @@ class Engine(ABC):
         self._connections: weakref.WeakSet[StoreConnection] = weakref.WeakSet()
         self._begin = {False: tuple(begin_write), True: tuple(begin_read)}
         self._compiled: dict[bool, dict[Statement[Any], Compiled[Any]]] = {False: {}, True: {}}
-        self.counters = Counters()
+        self.counters: Counters = Counters()
         waited = self.counters.waited
         self.writers: ConnectionPool[StoreConnection] = ConnectionPool(
             writers,
@@ -92,7 +92,7 @@ class Engine(ABC):
         self.feed_connections: ConnectionPool[StoreConnection] = ConnectionPool(
             1, lambda: self._connection(read_only=True), name="the connection that reads device changes"
         )
-        self.feed_mutex = threading.RLock()
+        self.feed_mutex: threading.RLock = threading.RLock()
         """Mutex that the thread holds while it uses the connection for the feed of device changes."""
         self.on_commit: Callable[[], object] | None = None
         """Function that each unit calls after its commit; None if no thread reads the feed of device changes."""

@@ -16,7 +16,8 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import ExecutionContext
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Dialect, Engine
+    from sqlalchemy.exc import StatementError
 
     from homeagent.engine.driver_errors import Translate
 
@@ -35,32 +36,32 @@ class _Execution(ExecutionContext):
     """
 
     def __init__(self, connection: Connection, cursor: Any, statement: str, *, many: bool) -> None:
-        self.engine = connection.engine
-        self.connection = connection
+        self.engine: Engine = connection.engine
+        self.connection: Connection = connection
         self.root_connection = connection
-        self.dialect = connection.dialect
-        self.cursor = cursor
-        self.compiled = None
-        self.statement = statement
-        self.parameters = []
+        self.dialect: Dialect = connection.dialect
+        self.cursor: Any = cursor
+        self.compiled: Any = None
+        self.statement: str = statement
+        self.parameters: Any = []
         self.executemany = many
-        self.execution_options = connection.get_execution_options()
+        self.execution_options: Any = connection.get_execution_options()
 
 
 class FailureContext(ExceptionContext):
     """Context of a failed statement, with homeagent's error, which contains no values."""
 
     def __init__(self, execution: _Execution, error: BaseException) -> None:
-        self.connection = execution.root_connection
-        self.engine = execution.engine
-        self.dialect = execution.dialect
-        self.cursor = execution.cursor
-        self.statement = execution.statement
-        self.parameters = None
+        self.connection: Connection = execution.root_connection
+        self.engine: Engine = execution.engine
+        self.dialect: Dialect = execution.dialect
+        self.cursor: Any = execution.cursor
+        self.statement: str | None = execution.statement
+        self.parameters: Any = None
         self.original_exception = error
-        self.sqlalchemy_exception = None
-        self.chained_exception = None
-        self.execution_context = execution
+        self.sqlalchemy_exception: StatementError | None = None
+        self.chained_exception: BaseException | None = None
+        self.execution_context: ExecutionContext | None = execution
         self.is_disconnect = False
         self.invalidate_pool_on_disconnect = False
         self.is_pre_ping = False

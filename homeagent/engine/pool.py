@@ -58,9 +58,9 @@ class ConnectionPool(Generic[T]):
         self._waited = waited
         # Use a reentrant lock, because a signal handler can use the database while the interrupted thread holds the
         # mutex.
-        self.mutex = threading.RLock()
+        self.mutex: threading.RLock = threading.RLock()
         # A thread holds the lock `making` while it creates a resource, so a fork waits until the resource is complete.
-        self.making = threading.RLock()
+        self.making: threading.RLock = threading.RLock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()
         self._count = 0
@@ -68,7 +68,7 @@ class ConnectionPool(Generic[T]):
         self._held: dict[T, tuple[int, float]] = {}
         self.occupation: Callable[[int], str | None] | None = None
         """Function from a holder's thread id to the name of the thread's work; None if the thread runs its own unit."""
-        self.waits = 0
+        self.waits: int = 0
         """Number of callers that had to wait."""
 
     def acquire(self, timeout: float) -> T:

@@ -76,14 +76,14 @@ class Compiled(Generic[R]):
         if compiled.post_compile_params or compiled.literal_execute_params:
             raise TypeError(f"this statement needs its parameters to be compiled: {expression}")
         self.sql: str = compiled.string
-        self.writes = not isinstance(expression, _READING)
+        self.writes: bool = not isinstance(expression, _READING)
         self.bind: Callable[[Parameters], Row] = _binder(compiled, dialect)
         self.load: Callable[[Sequence[Row]], list[R]] = (
             _loader(expression, dialect) if returning is None else _model_loader(returning, dialect)
         )
-        self.columns = _columns(expression, returning)
+        self.columns: list[Any] = _columns(expression, returning)
         self.target: str | None = getattr(getattr(expression, "table", None), "fullname", None)
-        self.cascade = {"delete": "ondelete", "update": "onupdate"}.get(expression.__visit_name__)
+        self.cascade: str | None = {"delete": "ondelete", "update": "onupdate"}.get(expression.__visit_name__)
         self._dialect = dialect
 
     def unreadable(self, rows: Sequence[Row], parameters: Parameters) -> CorruptDatabaseError:
@@ -175,7 +175,7 @@ class Statement(Generic[R]):
     ) -> None:
         self._make = make
         self._returning = returning
-        self.lock = lock
+        self.lock: bool = lock
         self._cache: dict[tuple[str, bool], Compiled[R]] = {}
 
     @property

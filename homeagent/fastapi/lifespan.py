@@ -90,7 +90,7 @@ async def get_database(connection: HTTPConnection) -> Database:
 DatabaseDep = Annotated[Database, Depends(get_database)]
 """Dependency: the open database of the application."""
 
-health_router = APIRouter()
+health_router: APIRouter = APIRouter()
 """Router with `GET /health`, which has the status 200 if the database answers, and else 503."""
 
 

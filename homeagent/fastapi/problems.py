@@ -64,7 +64,7 @@ __all__ = [
     "status_of",
 ]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 PROBLEM = "application/problem+json"
 
@@ -141,6 +141,8 @@ def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 class HTTPProblem(HTTPException):
     """An error of homeagent with its status and headers. FastAPI can answer it also without homeagent's handlers."""
+
+    reply: ErrorReply
 
     def __init__(self, error: HomeAgentError, status: int | None = None, detail: str | None = None) -> None:
         self.reply, headers = _problem_of(error)

@@ -43,7 +43,7 @@ from homeagent.models.device_change import DeviceChangeKind
 
 __all__ = ["accept_device"]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 
 @asynccontextmanager

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["back_up", "back_up_if_due", "back_up_on_schedule", "require_file"]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 _LOCK = ".homeagent-backups.lock"
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ContentCheck"]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 
 class ContentCheck:

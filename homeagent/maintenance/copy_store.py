@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, bindparam, column, delete, func, select, text, tuple_
@@ -54,7 +55,7 @@ class CopyReport(BaseModel):
         left: names of the application's tables that were not copied.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     rows: dict[str, int]
     left: list[str] = []
@@ -178,8 +179,8 @@ def _tables() -> tuple[_Table, ...]:
 
 def copy_store(
     engines: tuple[Engine, Engine],
-    open_source: Callable[[], UnitOfWork],
-    open_target: Callable[[], UnitOfWork],
+    open_source: Callable[[], AbstractContextManager[UnitOfWork]],
+    open_target: Callable[[], AbstractContextManager[UnitOfWork]],
     *,
     live: bool,
     leave: Collection[str] = (),

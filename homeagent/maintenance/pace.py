@@ -25,7 +25,7 @@ class Pace:
     def __init__(self, most: int) -> None:
         self._most = most
         self._fewest = min(_FEWEST_ROWS, most)
-        self.rows = most
+        self.rows: int = most
         """Number of rows of the next batch."""
 
     def after_batch(self, *, worked: float, held: float, contended: bool) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RestoreReport", "restore"]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 
 class RestoreReport(BaseModel):
@@ -72,7 +72,7 @@ class RestoreReport(BaseModel):
             older one. None if the old database could not be read.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     database: Path
     backup: Path

@@ -6,7 +6,7 @@ import stat
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import text
@@ -50,7 +50,7 @@ class LastFault(BaseModel):
         at: time of the error, from the system's clock.
     """
 
-    model_config = ConfigDict(frozen=True, from_attributes=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, from_attributes=True)
 
     kind: str
     message: str
@@ -78,7 +78,7 @@ class DatabaseCounters(BaseModel):
         last_error: last error of the engine. None before the first error.
     """
 
-    model_config = ConfigDict(frozen=True, from_attributes=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, from_attributes=True)
 
     units: int = 0
     reads: int = 0
@@ -135,7 +135,7 @@ class DatabaseStatus(BaseModel):
         counters: counters of the database in this process since it was opened.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     engine: str
     location: str

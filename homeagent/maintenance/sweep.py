@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,7 +25,7 @@ from homeagent.unit_settings import UnitSettings
 
 __all__ = ["BackupSchedule", "SweepReport", "Sweeper", "sweep"]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 # Number of deleted rows after which the sweep empties the WAL if other writers wait. Most deleted rows are in separate
 # pages. If the WAL reached a thousand pages, SQLite would run a checkpoint during a commit.
@@ -73,7 +73,7 @@ class SweepReport(BaseModel):
         constraints: names of the constraints that keep expired rows, with the names of their tables.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     nonces: int = 0
     idempotency_keys: int = 0

@@ -73,7 +73,7 @@ VERSION_TABLE = "homeagent_schema_version"
 APPLICATION_VERSION_TABLE = "application_schema_version"
 """Version table of the application's own revisions."""
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 SPEAK_FOR_THEMSELVES = (
     ConnectionLostError,

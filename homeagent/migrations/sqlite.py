@@ -59,7 +59,7 @@ __all__ = [
     "verify_upgrade",
 ]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 
 _NO_APPLICATION = Application()

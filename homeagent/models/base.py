@@ -31,7 +31,7 @@ __all__ = ["RESERVED_PREFIX", "Model", "PartialIndex", "Table", "hide_input", "m
 
 T = TypeVar("T")
 
-metadata = MetaData(
+metadata: MetaData = MetaData(
     # Alembic can change only a constraint with a name.
     naming_convention={
         "ix": "idx_%(table_name)s_%(column_0_N_name)s",
@@ -87,7 +87,7 @@ class Model(SQLModel, registry=_registry):
 
     # Describe the fields of a model by `description=`. If docstrings described the fields, Pydantic would parse the
     # source of each class, which takes a tenth of the start time.
-    model_config = SQLModelConfig(
+    model_config: ClassVar[SQLModelConfig] = SQLModelConfig(
         extra="forbid",
         validate_assignment=True,
         validate_by_name=True,
@@ -195,6 +195,11 @@ class Table(Model, metaclass=_TableType):
     """
 
     __table__: ClassVar[Any]
+
+    if TYPE_CHECKING:
+        # SQLAlchemy would look up the value of a declaration that is executed.
+        __tablename__: ClassVar[str]
+        __table_args__: ClassVar[Any]
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

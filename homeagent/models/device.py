@@ -15,7 +15,7 @@ The property `Device.status` computes the state from the columns `approved`, `ap
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import CheckConstraint, Column, Connection, event, inspect, select, text
 from sqlalchemy.orm import Mapper, object_session
@@ -67,7 +67,7 @@ class Device(Table, table=True):
     """
 
     __tablename__ = "devices"
-    __table_args__ = (
+    __table_args__: ClassVar[Any] = (
         CheckConstraint("role IN ('client', 'node', 'admin')", name="role"),
         CheckConstraint("approved IN (0, 1)", name="approved"),
         # The index contains the columns of the condition, so SQLite counts the pending devices without reading whole

@@ -5,6 +5,7 @@ number. If the feed no longer contains the reader's number, the reader must read
 """
 
 from enum import StrEnum
+from typing import Any, ClassVar
 
 from sqlalchemy import BigInteger, CheckConstraint, Column, Integer
 from sqlmodel import Field
@@ -36,7 +37,7 @@ class DeviceChange(Table, table=True):
     """A row of the table `device_changes`. A change of a later commit has a greater number."""
 
     __tablename__ = "device_changes"
-    __table_args__ = (
+    __table_args__: ClassVar[Any] = (
         CheckConstraint(f"kind IN ({', '.join(repr(kind.value) for kind in DeviceChangeKind)})", name="kind"),
         {"sqlite_autoincrement": True},
     )

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, JsonValue
 from pydantic_core import CoreSchema
@@ -67,7 +67,7 @@ class IdempotencyKey(Table, table=True):
     """A row of the table `idempotency_keys`. Each combination of device, method and key has at most one row."""
 
     __tablename__ = "idempotency_keys"
-    __table_args__ = (
+    __table_args__: ClassVar[Any] = (
         PrimaryKeyConstraint("device_id", "method", "key", name="pk_idempotency_keys"),
         CheckConstraint("state IN ('in_progress', 'completed', 'failed')", name="state"),
         Index("idx_idempotency_expires", "expires_at"),
@@ -151,7 +151,7 @@ class IdempotencyScope:
     values that contain the separator would collide.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     # If the scope is a field of a model or a request body, Pydantic validates the annotations and does not call
     # `__init__`.

@@ -1,5 +1,7 @@
 """A nonce is a value that a device signs and uses once. A message with a consumed nonce is a replay."""
 
+from typing import Any, ClassVar
+
 from sqlalchemy import Column, Index, PrimaryKeyConstraint
 from sqlmodel import Field
 
@@ -16,7 +18,7 @@ class Nonce(Table, table=True):
     """
 
     __tablename__ = "nonces"
-    __table_args__ = (
+    __table_args__: ClassVar[Any] = (
         # A nonce is unique for each device. If nonces were unique for all devices, one device could consume the nonces
         # of another device.
         PrimaryKeyConstraint("device_id", "nonce", name="pk_nonces"),

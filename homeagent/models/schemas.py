@@ -1,7 +1,7 @@
 """Schemas, which are Pydantic models of requests and replies. A request creates or changes a row."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, SecretStr, WithJsonSchema
 from pydantic import Field as PlainField
@@ -160,7 +160,7 @@ class PairedDevice(BaseModel):
         shared_secret: secret of the request, or the generated secret if the request had no secret.
     """
 
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     device: Device
     shared_secret: SecretStr

@@ -5,7 +5,7 @@ import os
 import time
 import uuid
 from json.encoder import encode_basestring
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import Column, Connection, ForeignKey, Index, event, exists, inspect, update
 from sqlalchemy.orm import Mapper
@@ -60,7 +60,7 @@ class AgentSession(Table, table=True):
     """A row of the table `sessions`."""
 
     __tablename__ = "sessions"
-    __table_args__ = (
+    __table_args__: ClassVar[Any] = (
         Index("idx_sessions_agent", "agent_id"),
         Index("idx_sessions_sender", "sender_id"),
         # The next four indexes are for the pages of lists, in the order of last activity and id.

@@ -9,7 +9,7 @@ __all__ = ["store_table"]
 
 # The table has no model, because only homeagent reads the row. Creating the class of a model takes longer than all uses
 # of the row.
-store_table = Table(
+store_table: Table = Table(
     "store",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False, info={"description": "Always 1."}),

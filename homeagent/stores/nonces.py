@@ -254,8 +254,8 @@ class ReplayGuard:
     """
 
     def __init__(self, *, skew: timedelta = timedelta(minutes=5), limit: int | None = None) -> None:
-        self.skew = check_duration(skew, "skew")
-        self.limit = None if limit is None else check_limit(limit)
+        self.skew: timedelta = check_duration(skew, "skew")
+        self.limit: int | None = None if limit is None else check_limit(limit)
 
     @clears_locals
     def check(self, nonces: NonceStore, device_id: str, nonce: str, *, signed_at: datetime) -> Freshness:

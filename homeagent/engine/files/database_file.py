@@ -51,7 +51,7 @@ __all__ = [
     "sidecars",
 ]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 # The smallest database has one page of the smallest size (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite
 # treats a shorter file as an empty database, and would silently drop all revocations and nonces.

@@ -18,7 +18,7 @@ from homeagent.errors import DatabaseError, InvalidArgumentError
 
 __all__ = ["DirectoryReport", "find_temporary_directory", "make_temporary_directory", "prepare_directory"]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 
 class DirectoryReport(NamedTuple):

@@ -60,7 +60,7 @@ class FileIdentityCheck:
         self._wal_files = [str(each) for each in sidecars(path)[:2]]
         self._identity: Identity | None = None
         self._known: dict[str, Identity] = {}
-        self.due = 0.0
+        self.due: float = 0.0
         self.marked_corrupt: str | None = None
         """Message of the `CorruptDatabaseError` that every check raises; None if no damage was found."""
 

@@ -73,9 +73,9 @@ class PostgreSQLEngine(Engine):
             same time.
     """
 
-    feed_interval = 0.2
-    write_connection_type = PostgreSQLConnection
-    read_connection_type = PostgreSQLConnection
+    feed_interval: float = 0.2
+    write_connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
+    read_connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
 
     def __init__(self, url: URL, *, busy_timeout: timedelta, pool_size: int = 10) -> None:
         try:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Contents", "backup_name", "discard", "has_broken_reference", "read_contents", "write_backup"]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 # Number of pages to copy between two calls of the function `stop()`. Copying these pages takes at most some
 # milliseconds.

@@ -46,7 +46,7 @@ SQLITE_VERSION = apsw.sqlite_lib_version()
 apilevel = "2.0"
 threadsafety = 3
 paramstyle = "qmark"
-sqlite_version_info = tuple(map(int, SQLITE_VERSION.split(".")))
+sqlite_version_info: tuple[int, ...] = tuple(map(int, SQLITE_VERSION.split(".")))
 Binary = bytes
 Error = apsw.Error
 # apsw has one class for each of SQLite's result codes; `Dialect.dbapi_exception_translation_map` maps the classes.
@@ -95,7 +95,7 @@ class Cursor(_Cursor):
 
     def __init__(self, connection: _Connection) -> None:
         super().__init__(connection)
-        self.exec_trace = _note_description
+        self.exec_trace: Any = _note_description
 
     def execute(self, statements: str, bindings: Any = None, **options: Any) -> Cursor:
         """Run a statement."""
@@ -172,7 +172,7 @@ class Connection(_Connection):
 
     def __init__(self, filename: str, flags: int) -> None:
         super().__init__(filename, flags)
-        self.cursor_factory = Cursor
+        self.cursor_factory: Any = Cursor
 
     def close(self, force: bool = False) -> None:
         """Close the connection. A second call of the method does nothing."""
@@ -294,7 +294,7 @@ class Dialect(SQLiteDialect):
     returns_native_bytes = True
     # SQLAlchemy chooses an error by the driver's class name (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
     # The base class declares this attribute as a plain dictionary, not as a ClassVar.
-    dbapi_exception_translation_map = {  # noqa: RUF012
+    dbapi_exception_translation_map: dict[str, str] = {  # noqa: RUF012
         "ConstraintError": "IntegrityError",
         "MismatchError": "IntegrityError",
         "TooBigError": "DataError",

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 __all__ = ["APPLICATION_ID", "SQLiteEngine", "lock_path", "sidecar_lock"]
 
@@ -85,9 +85,10 @@ class SQLiteEngine(Engine):
 
     # Small units share a commit, because SQLite allows one writer, and a sync takes many times as long as a small unit.
     shares_commits = True
-    feed_interval = 0.15
-    write_connection_type = SQLiteConnection
-    read_connection_type = SQLiteConnection
+    feed_interval: float = 0.15
+    write_connection_type: type[SQLiteConnection] = SQLiteConnection
+    read_connection_type: type[SQLiteConnection] = SQLiteConnection
+    identity_check: FileIdentityCheck
 
     def __init__(self, path: Path, *, busy_timeout: timedelta, durability: Durability, temporary: bool = False) -> None:
         refuse_inherited(path)

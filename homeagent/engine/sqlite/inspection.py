@@ -44,7 +44,7 @@ class Stopwatch:
     def __init__(self, limit: timedelta | None) -> None:
         self._limit = None if limit is None else limit.total_seconds()
         self._began = monotonic()
-        self.ran_out = False
+        self.ran_out: bool = False
         """True if the timeout ended the last statement."""
 
     def start(self) -> None:

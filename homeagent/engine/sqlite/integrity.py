@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_content", "check_table", "refuse_unclean_damage"]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 # Largest sizes of a file for the full check, and for the quick check, when a database is opened. The full check takes
 # about 5 ms per MiB. The quick check takes about 1 ms per MiB, and does not compare indexes with tables. A larger file

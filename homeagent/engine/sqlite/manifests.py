@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
@@ -57,7 +57,7 @@ class Manifest(BaseModel):
         package_version: version of homeagent that made the backup.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     format: Literal[1] = 1
     kind: Literal["backup", "upgrade", "adoption"] = "backup"

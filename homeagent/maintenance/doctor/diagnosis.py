@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["diagnose", "diagnose_open"]
 
-logger = logging.getLogger("homeagent")
+logger: logging.Logger = logging.getLogger("homeagent")
 
 OpenUnit = Callable[[], AbstractContextManager[UnitOfWork]]
 

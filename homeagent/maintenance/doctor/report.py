@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
 from functools import partialmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -91,7 +91,7 @@ class Finding(BaseModel):
         facts: figures by name, such as counts, bytes and seconds. The figures contain no value of a row.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     check: str
     severity: Severity
@@ -110,7 +110,7 @@ class Repair(BaseModel):
         action: description of the repair, or of the error that prevented the repair.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     check: str
     action: str
@@ -130,7 +130,7 @@ class Diagnosis(BaseModel):
         repairs: repairs that the doctor made before the final checks. With `fix=False` the tuple is empty.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     location: str
     engine: str
@@ -203,9 +203,9 @@ class Collector:
         self.findings[check] = finding if earlier is None else _combined(earlier, finding)
 
     # The methods ok(), warn() and critical() call the method `add()` with their severity.
-    ok = partialmethod(add, Severity.OK)
-    warn = partialmethod(add, Severity.WARNING)
-    critical = partialmethod(add, Severity.CRITICAL)
+    ok: partialmethod[None] = partialmethod(add, Severity.OK)
+    warn: partialmethod[None] = partialmethod(add, Severity.WARNING)
+    critical: partialmethod[None] = partialmethod(add, Severity.CRITICAL)
 
     def skip(self, reason: str, *checks: str) -> None:
         """Record the reason why the named checks did not run. Leave out a check that already has a finding or a

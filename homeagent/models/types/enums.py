@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import Dialect, Integer, Text
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.types.stored_values import loaded
@@ -24,13 +24,13 @@ class EnumColumn(TypeDecorator[StrEnum]):
             also forbids other texts.
     """
 
-    impl = Text
-    cache_ok = True
+    impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text
+    cache_ok: bool | None = True
 
     def __init__(self, kind: type[StrEnum]) -> None:
         super().__init__()
         self.kind = kind
-        self.loaded_values = {member.value: member for member in kind}
+        self.loaded_values: dict[str, StrEnum] = {member.value: member for member in kind}
         self._stored: dict[Any, str] = {member.value: member.value for member in kind}
 
     def convert_bound(self, value: StrEnum | str) -> str:
@@ -69,13 +69,13 @@ class FlagColumn(TypeDecorator[bool]):
             example a text or the number 2. Choose the safe result as this argument.
     """
 
-    impl = Integer
-    cache_ok = True
+    impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer
+    cache_ok: bool | None = True
 
     def __init__(self, *, otherwise: bool = False) -> None:
         super().__init__()
         self.otherwise = otherwise
-        self.loaded_values = _Flags(otherwise=otherwise)
+        self.loaded_values: dict[object, bool] = _Flags(otherwise=otherwise)
 
     def process_bind_param(self, value: bool | None, dialect: Dialect) -> int | None:
         """Return 1 or 0."""

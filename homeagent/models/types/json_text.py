@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, JsonValue
 from pydantic_core import from_json, to_json
 from sqlalchemy import Dialect, Text
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.types.stored_values import loaded
@@ -110,8 +111,8 @@ class JsonColumn(TypeDecorator[Any]):
         limit: maximum length of the JSON text in bytes.
     """
 
-    impl = Text
-    cache_ok = True
+    impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text
+    cache_ok: bool | None = True
 
     def __init__(self, *, none_as_null: bool = True, limit: int = MAX_JSON_BYTES) -> None:
         super().__init__()
@@ -126,4 +127,4 @@ class JsonColumn(TypeDecorator[Any]):
         """Return the value of the stored text."""
         return None if value is None else loaded(self.convert_loaded, value)
 
-    convert_loaded = staticmethod(decode_json)
+    convert_loaded: Callable[[str], Any] = staticmethod(decode_json)

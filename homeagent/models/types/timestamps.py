@@ -164,8 +164,8 @@ class TimestampColumn(TypeDecorator[datetime]):
     PostgreSQL.
     """
 
-    impl = BigInteger
-    cache_ok = True
+    impl: TypeEngine[Any] | type[TypeEngine[Any]] = BigInteger
+    cache_ok: bool | None = True
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Return the type of 64-bit integers of the engine."""
@@ -197,4 +197,4 @@ class TimestampColumn(TypeDecorator[datetime]):
         """Return the timestamp of a number of milliseconds, in UTC."""
         return _timestamp_of(value)
 
-    loaded_values = _TimestampCache()
+    loaded_values: dict[int, datetime] = _TimestampCache()

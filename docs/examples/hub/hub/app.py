@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
@@ -111,7 +111,7 @@ def create_agent(uow: HubUnit) -> None:
 
 
 @asynccontextmanager
-async def prepare(app: FastAPI) -> AsyncIterator[None]:
+async def prepare(app: FastAPI) -> AsyncGenerator[None, None]:
     """Run the hub's own steps after the database was opened."""
     database: Database[HubUnit] = app.state.homeagent_database
     await database.arun(create_agent)
