@@ -162,6 +162,16 @@ def test_an_own_table_validates() -> None:
     assert row.sent_at == START
 
 
+def test_values_of_a_new_row() -> None:
+    """`model_values` validates as the constructor does, and returns the defaults, without an instance of the ORM."""
+    values = Preference.model_values(name="a", mood="loud", seen_at=START)
+    assert values == Preference(name="a", mood=Mood.LOUD, seen_at=START).model_dump()
+    assert values["mood"] is Mood.LOUD
+    for wrong in ({"name": "a", "size": 0}, {"name": "a", "colour": "red"}, {}):
+        with pytest.raises(ValidationError):
+            Preference.model_values(**wrong)
+
+
 def test_each_type_is_stored_and_loaded(hub: Database[HubUnit]) -> None:
     """Values of each type survive both ways, by the ORM and by a statement, and a relationship leads to the session."""
     with hub.unit_of_work() as unit:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
+from traceback import extract_tb
 from typing import Annotated
 
 import typer
@@ -90,9 +91,12 @@ def _application_tables(package: str, folder: Path) -> Collection[str]:
     try:
         return application_tables(package, scripts=folder.resolve())
     except Exception as error:
+        package_directory = str(_directory_of(package.partition(".")[0]))
+        lines = [each for each in extract_tb(error.__traceback__) if each.filename.startswith(package_directory)]
+        place = f"{lines[-1].filename}, line {lines[-1].lineno}: " if lines else ""
         raise InvalidArgumentError(
-            f"a module of the package {package!r} can't be imported ({type(error).__name__}), so its tables are "
-            "unknown: correct the module, or install what the module imports"
+            f"a module of the package {package!r} can't be imported ({place}{type(error).__name__}: {error}), so its "
+            "tables are unknown: correct the module, or install what the module imports"
         ) from error
 
 

@@ -33,8 +33,8 @@ class MessageStore(Store):
     def add(self, session_id: str, text: str) -> Message:
         """Add a message to a session, and return the stored message with its id."""
         # The model validates the values. The statement alone would not.
-        message = Message(session_id=session_id, text=text, sent_at=self.unit.now())
-        added = self.unit.write_one(ADD, **message.model_dump(exclude={"id"}))
+        values = Message.model_values(session_id=session_id, text=text, sent_at=self.unit.now())
+        added = self.unit.write_one(ADD, **values)
         assert added is not None  # an INSERT always returns its row
         return added
 
@@ -48,8 +48,7 @@ class PreferenceStore(Store):
 
     def set(self, device_id: str, name: str, value: JsonValue) -> Preference:
         """Set a preference, or replace its value."""
-        preference = Preference(device_id=device_id, name=name, value=value)
-        stored = self.unit.write_one(SET, **preference.model_dump())
+        stored = self.unit.write_one(SET, **Preference.model_values(device_id=device_id, name=name, value=value))
         assert stored is not None  # the upsert always returns its row
         return stored
 
