@@ -17,7 +17,7 @@ from fastapi import APIRouter, Body, Depends, FastAPI, File, Form, HTTPException
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 from pydantic import BaseModel, SecretStr
 
-from homeagent import Attempt, Database, DevicePair, Role, errors
+from homeagent import Attempt, Database, DevicePair, Limits, Role, errors
 from homeagent.fastapi import (
     CurrentDevice,
     Once,
@@ -27,7 +27,7 @@ from homeagent.fastapi import (
     install_error_handlers,
     signed_webhook,
 )
-from homeagent.testing import FakeClock
+from homeagent.testing import DatabaseFactory, FakeClock
 from tests.asgi import Client
 from tests.conftest import ROOT
 
@@ -103,6 +103,7 @@ def make_app(house: House) -> FastAPI:
         failures: dict[str, Exception] = {
             "http": HTTPException(404, "no such door"),
             "absent": errors.AgentNotFoundError("private"),
+            "full": errors.PendingLimitError(10),
             "failed": errors.EffectFailedError({"jammed": True}),
             "later": errors.EffectNotStartedError("private"),
             "crash": RuntimeError("private"),
@@ -249,16 +250,18 @@ def test_forms(client: Client, house: House) -> None:
 
 def test_failures(client: Client, house: House) -> None:
     """A known failure is an answer that retries get again. `EffectNotStartedError` frees the key."""
-    for number, (kind, status) in enumerate({"http": 404, "absent": 404, "failed": 422}.items(), 1):
+    for number, (kind, status) in enumerate({"http": 404, "absent": 404, "full": 409, "failed": 422}.items(), 1):
         first, retry = (post(client, f"/fail/{kind}", kind) for _ in range(2))
         assert (first.status_code, first.content) == (status, retry.content) == (retry.status_code, first.content)
         assert first.headers["content-type"] == retry.headers["content-type"] == "application/problem+json"
         assert retry.headers["idempotency-replayed"] == "true"
+        # A stored answer does not change, so the answer must not ask for the same request.
+        assert "again later" not in first.json()["detail"]
         assert house.count == number
     assert first.json()["data"] == {"jammed": True}
     later = [post(client, "/fail/later", "later") for _ in range(2)]
     assert [(each.status_code, each.headers["retry-after"]) for each in later] == [(503, "1")] * 2
-    assert house.count == 5
+    assert house.count == 6
 
 
 def test_an_unknown_outcome(client: Client, house: House, homeagent_clock: FakeClock) -> None:
@@ -270,6 +273,21 @@ def test_an_unknown_outcome(client: Client, house: House, homeagent_clock: FakeC
     unknown = post(client, "/fail/crash")
     assert (unknown.status_code, unknown.json()["error"]) == (409, "OutcomeUnknownError")
     assert house.count == 1
+
+
+def test_a_device_at_its_limit_of_keys(
+    homeagent_factory: DatabaseFactory, house: House, homeagent_clock: FakeClock
+) -> None:
+    """The refusal of a new key is not stored: the same request succeeds when an earlier key has expired."""
+    database = homeagent_factory(limits=Limits(keys_per_device=1))
+    secret = database.pair(DevicePair(id="phone", role=Role.CLIENT)).shared_secret
+    database.devices.approve("phone")
+    client = Client(make_app(house), database)
+    client.headers["Authorization"] = "Bearer " + bearer_token("phone", secret)
+    statuses = [post(client, "/doors/front/open", key).status_code for key in ("k-1", "k-2", "k-1", "k-2")]
+    assert (statuses, house.count) == ([200, 409, 200, 409], 1)
+    homeagent_clock.advance(timedelta(hours=24))
+    assert (post(client, "/doors/front/open", "k-2").status_code, house.count) == (200, 2)
 
 
 def test_two_effects_of_a_request(client: Client, house: House) -> None:

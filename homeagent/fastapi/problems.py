@@ -94,8 +94,9 @@ _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     LastAdminError: (409, "The device is the last approved administrator."),
     ApprovalChangedError: (409, "The device has changed since it was shown: read the device again."),
     DeviceNotApprovedError: (409, "The device is not approved."),
-    LimitError: (409, "The maximum number of stored objects of this kind is reached: try again later."),
-    PendingLimitError: (409, "Too many devices wait for approval: try again later."),
+    # If an effect raises these errors, the reply is stored under the idempotency key, so a retry gets the same reply.
+    LimitError: (409, "The maximum number of stored objects of this kind is reached: send a new request later."),
+    PendingLimitError: (409, "Too many devices wait for approval: send a new request later."),
     TooManyAttemptsError: (429, "Too many attempts: try again later."),
     IdempotencyError: (409, "The idempotency key can't be used now."),
     IdempotencyInProgressError: (409, "A request with this idempotency key is in progress: try again later."),
