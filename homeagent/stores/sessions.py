@@ -166,14 +166,22 @@ class SessionStore(Store):
             session = self._unit.one(statements.BY_ROUTE, route=route["route"])
             if session is not None and _is_on(session, route):
                 return session
-            check_optional_label(sender_id, "sender_id")
-            check_optional_label(channel_id, "channel_id")
             self._require_agent(agent_id)
             if session is not None:
                 self._unit.write(statements.RELEASE_STALE, **route)
-            if self._unit.one(statements.last_active(**_shape(route)), **route) is not None:
+            # No session has a text that the database can't hold.
+            is_text = None not in (
+                self._searched(sender_id or "", "sender_id"),
+                self._searched(channel_id or "", "channel_id"),
+            )
+            if is_text and self._unit.one(statements.last_active(**_shape(route)), **route) is not None:
                 self._take(statements.give(**_shape(route)), route)
-            elif (created := self._insert(route, new_session_id())) is not None:
+                continue
+            # An existing session can have a sender or channel that no new session can have.
+            check_optional_label(sender_id, "sender_id")
+            check_optional_label(channel_id, "channel_id")
+            created = self._insert(route, new_session_id())
+            if created is not None:
                 return created
 
     def _take(self, statement: Statement[AgentSession], route: Parameters) -> bool:

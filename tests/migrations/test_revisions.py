@@ -499,6 +499,85 @@ def test_routes_are_computed_again(tmp_path: Path, engine: str, request: pytest.
         assert len(holders) == len(rows)
 
 
+# Rows that an earlier release stored, and that no method would store today: ids, a result and a route that are odd. The
+# characters are in the texts themselves, because both engines must store them.
+ODD = ["a/../b", "back\\slash", "pho\u202ene", "tab\there", "x" * 600, " ", "\u200b", "o'Hara; --", "NULL"]
+LONG = json.dumps({"text": "ü" * 150_000}, ensure_ascii=False)  # 300,000 bytes
+
+
+def awkward_rows() -> list[tuple[str, dict[str, Any]]]:
+    """Return rows of version 1, each with the name of its table. Absent columns are NULL."""
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for number, odd in enumerate(ODD):
+        session = {"agent_id": odd, "created_at": number, "last_active_at": number}
+        rows += [
+            ("agents", {"id": odd, "name": odd, "workspace_path": odd, "created_at": 0}),
+            ("devices", {"id": odd, "role": "node", "shared_secret_hash": odd, "paired_at": 0, "metadata": "null"}),
+            # Three sessions of one route, and two of a route without a sender and a channel.
+            *(("sessions", {**session, "session_id": f"{odd}{n}", "sender_id": odd, "channel_id": odd}) for n in "123"),
+            *(("sessions", {**session, "session_id": f"{odd}{n}"}) for n in "45"),
+            ("nonces", {"nonce": odd, "device_id": odd, "created_at": 0, "expires_at": 4_000_000_000_000}),
+            (
+                "idempotency_keys",
+                {
+                    "key": odd,
+                    "method": odd,
+                    "device_id": odd,
+                    "result": "null" if number else LONG,
+                    "created_at": 0,
+                    "expires_at": 4_000_000_000_000,
+                },
+            ),
+        ]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("engine", "revision"),
+    [*(("sqlite", revision) for revision in REVISIONS), ("postgresql", "0001"), ("postgresql", "0007")],
+)
+def test_awkward_rows_are_kept(tmp_path: Path, request: pytest.FixtureRequest, revision: str, engine: str) -> None:
+    """An upgrade from each revision keeps rows that no method would store today, and the stores find these rows."""
+    target: Any = tmp_path / "homeagent.db"
+    if engine == "sqlite":
+        upgrade(target, revision)
+        with closing(sqlite(target)) as raw:
+            for table, row in awkward_rows():
+                marks = ", ".join("?" * len(row))
+                raw.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", list(row.values()))
+    else:
+        target = request.getfixturevalue("empty_postgres_url")
+        with server(target).begin() as connection:
+            command.upgrade(alembic_config(connection), revision)
+            for table, row in awkward_rows():
+                names, marks = ", ".join(row), ", ".join(f":{name}" for name in row)
+                connection.execute(text(f"INSERT INTO {table} ({names}) VALUES ({marks})"), row)
+    # Before revision 0009 there was no feed, and the upgrade adds no change of an old device.
+    with Database.open(target, clock=clock) as database:
+        changes = {change.device_id for change in database.devices.changes(after=0)}
+        assert changes == (set(ODD) if revision >= "0009" else set())
+        with database.unit_of_work() as unit:
+            for odd in ODD:
+                assert (unit.devices.get(odd).approved, unit.devices.get(odd).metadata_) == (False, None)
+                live = unit.sessions.resolve(agent_id=odd, sender_id=odd, channel_id=odd)
+                assert (live.session_id, unit.sessions.resolve(agent_id=odd).session_id) == (f"{odd}3", f"{odd}5")
+                record = unit.idempotency_keys.find(IdempotencyScope.of_record(odd, odd, odd))
+                assert record is not None
+                assert record.result == (json.loads(LONG) if odd == ODD[0] else None)
+                assert unit.nonces.find(odd, odd) is not None
+                assert unit.agents.get(odd).workspace_path == odd
+            connection = unit.session.connection()
+            kept = {
+                table: [dict(row) for row in connection.execute(text(f"SELECT * FROM {table}")).mappings()]
+                for table in DATA_TABLES
+            }
+        for table, found in kept.items():
+            rows = [row for name, row in awkward_rows() if name == table]
+            assert len(found) == len(rows)
+            for row in rows:
+                assert any(row.items() <= new.items() for new in found), row
+
+
 OWN_OBJECTS = [
     "ALTER TABLE devices ADD COLUMN own_room TEXT COLLATE NOCASE DEFAULT 'a (big) hall'",
     "ALTER TABLE devices ADD COLUMN own_loud TEXT GENERATED ALWAYS AS (upper(id)) VIRTUAL",

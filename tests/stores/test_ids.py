@@ -36,6 +36,9 @@ IDS = [
     "plant-7/line 2/plc:4",
     "a:1-msteams_" + "tDq9xK" * 52 + "@x",  # a conversation of Teams, which has 325 characters
     "<CAF+d=41+q/x@mail.example.org>",  # a Message-ID
+    "zigbee/0x00158d0001ab12cd",
+    "uuid:2f402f80-da50-11e1-9b23-001788255acc::upnp:rootdevice",
+    "Büro (2)/Lampe #1, warmweiß",
     "käse/家/خانه\u200cها",
     "\U0001f469\u200d\u2764\ufe0f\u200d\U0001f468",
     "...",
@@ -172,7 +175,7 @@ def test_rows_that_break_the_rules(database: Database, target: str, odd: str) ->
     write_past_checks(
         target,
         f"UPDATE devices SET id = {stored}",
-        f"UPDATE sessions SET session_id = {stored}, sender_id = {stored}",
+        f"UPDATE sessions SET session_id = {stored}, sender_id = {stored}, route_key = NULL",
         f"UPDATE nonces SET device_id = {stored}, nonce = {stored}",
         f"UPDATE idempotency_keys SET device_id = {stored}, method = {stored}, key = {stored}",
     )
@@ -187,6 +190,7 @@ def test_rows_that_break_the_rules(database: Database, target: str, odd: str) ->
         assert AgentSessionPublic.model_validate(session).sender_id == odd
         assert AgentPublic.model_validate(unit.agents.get("ada")).id == "ada"
         assert unit.sessions.list(sender_id=odd) == [session]
+        assert unit.sessions.resolve(agent_id="ada", sender_id=odd).session_id == odd
         assert unit.nonces.find(odd, odd) is not None
         (abandoned,) = unit.idempotency_keys.list_abandoned()
         scope = IdempotencyScope.of_record(abandoned.device_id, abandoned.method, abandoned.key)
