@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from itertools import permutations, product
 from typing import Any
 
@@ -487,74 +487,6 @@ def test_the_last_active_session_gets_the_route(
             assert unit.sessions.resolve(agent_id="bob", **route).agent_id == "bob"
             assert unit.sessions.get(before.session_id).route_key is None
             unit.rollback()
-
-
-def epoch(seconds: float) -> datetime:
-    """Return the timestamp of a number of seconds. The models refuse numbers, whose unit is unknown."""
-    return datetime.fromtimestamp(seconds, UTC)
-
-
-# Sessions as the files of three public gateways describe them, with other names: id, sender, channel, creation, last
-# activity and metadata. The last session of each list is the live conversation, and the files come in another order.
-SHAPES: dict[str, list[tuple[str, str | None, str | None, Any, Any, Any]]] = {
-    "JSONL with a header line, a map of routes with milliseconds": [
-        (
-            "7d1f0a52-9f0e",
-            "4711",
-            "telegram",
-            "2025-11-02T08:00:00.000Z",
-            epoch(1762070400123 / 1000),
-            {"totalTokens": 812},
-        ),
-        (
-            "0b6a7c11-2c44",
-            "4711",
-            "telegram",
-            "2025-11-03T08:00:00.000Z",
-            epoch(1762156800456 / 1000),
-            {"totalTokens": 9, "label": None},
-        ),
-    ],
-    "a file for each chat, offsets in the timestamps": [
-        (
-            "whatsapp_4917100@g.us-1",
-            None,
-            "whatsapp:4917100@g.us",
-            "2025-11-02T09:00:00.25+01:00",
-            "2025-11-02T10:00:00+01:00",
-            {},
-        ),
-        (
-            "whatsapp_4917100@g.us",
-            None,
-            "whatsapp:4917100@g.us",
-            "2025-11-01T09:00:00.25+01:00",
-            "2025-11-04T09:30:00+01:00",
-            [],
-        ),
-    ],
-    "transcripts without a sender, seconds as floats": [
-        ("cron:daily:20251102", None, None, epoch(1762070400.0), epoch(1762070460.75), "daily"),
-        ("cron:daily:20251103", None, None, epoch(1762156800.0), epoch(1762156860.75), "daily"),
-    ],
-}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_sessions_of_other_gateways(database: Database, shape: str) -> None:
-    """Sessions of public gateways are indexed, `resolve` returns the live conversation, and `start` begins another."""
-    add_agent(database)
-    names = ("session_id", "sender_id", "channel_id", "created_at", "last_active_at", "metadata")
-    rows = [AgentSession(agent_id="ada", **dict(zip(names, row, strict=True))) for row in SHAPES[shape]]
-    route = {"agent_id": "ada", "sender_id": rows[0].sender_id, "channel_id": rows[0].channel_id}
-    for order in (reversed(rows), rows):
-        assert database.sessions.index(order) == len(rows)
-        live = database.sessions.resolve(**route)
-        assert (live.session_id, live.metadata_) == (rows[-1].session_id, rows[-1].metadata_)
-    started = database.sessions.start(**route)
-    assert database.sessions.index(rows) == len(rows)
-    assert database.sessions.resolve(**route) == started
-    assert {row.session_id for row in database.sessions.list()} == {row.session_id for row in (*rows, started)}
 
 
 def test_a_page_is_planned_once(sqlite_database: Database) -> None:
