@@ -17,6 +17,7 @@ from homeagent import Database, DeviceChange, DeviceUpdate
 from homeagent.device_changes import PATIENCE, DeviceWatcher
 from homeagent.errors import DatabaseClosedError, DatabaseError
 from tests.conftest import Children, MakeDatabase, add_device, postgres_execute
+from tests.feed_load import FeedLoad
 
 THREAD = "homeagent-device-changes"
 
@@ -298,78 +299,6 @@ def test_a_fork_leaves_the_iterator_to_the_parent(target: str, children: Childre
     assert children.run(FORK, target) == "a"
 
 
-# Long runs
-
-WRITER = """
-import sys, time
-from homeagent import Database, Device, DeviceCreate, Role
-
-target, name, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
-with Database.open(target) as database:
-    print("ready", flush=True)
-    sys.stdin.readline()
-    for number in range(rounds):
-        device = f"{name}-{number}"
-        with database.unit_of_work() as unit:
-            unit.devices.create(DeviceCreate(id=device, role=Role.NODE, shared_secret_hash="h"))
-            unit.devices.approve(device)
-        print(device, time.clock_gettime(time.CLOCK_MONOTONIC), flush=True)
-        time.sleep(0.01)
-"""
-
-
-@pytest.mark.slow
-def test_four_writers(target: str, children: Children) -> None:
-    """Under four writers, of which one is killed, no change is missed, and p99 of the latency is under 0.3 s."""
-    rounds = 300
-    writers = [children.start(WRITER, target, name, rounds) for name in "abcd"]
-    seen: list[tuple[DeviceChange, float]] = []
-    outputs: list[str] = []
-
-    async def watch() -> None:
-        with Database.open(target) as database:
-            changes = database.watch_devices(after=0)
-            for writer in writers:
-                assert writer.stdout is not None
-                assert writer.stdin is not None
-                assert writer.stdout.readline() == "ready\n"
-            for writer in writers:
-                assert writer.stdin is not None
-                writer.stdin.write("go\n")
-                writer.stdin.flush()
-            ends = asyncio.gather(*(asyncio.to_thread(writer.communicate) for writer in writers))
-
-            async def read() -> None:
-                async for change in changes:
-                    seen.append((change, time.clock_gettime(time.CLOCK_MONOTONIC)))
-                    if len(seen) == 200:
-                        writers[3].kill()
-
-            # Read in a task: a wait for the end of the writers must not delay the last changes.
-            reading = asyncio.create_task(read())
-            outputs.extend(out for out, _ in await ends)
-            newest = await asyncio.to_thread(database.devices.newest_change)
-            async with asyncio.timeout(60):
-                await until(lambda: seen[-1][0].number == newest)
-            reading.cancel()
-            assert [change.number for change, _ in seen] == [
-                change.number for change in database.devices.changes(after=0, limit=100_000)
-            ]
-            stored = {device.id for device in database.devices.list(limit=100_000)}
-            assert {change.device_id for change, _ in seen} == stored
-
-    asyncio.run(watch())
-    numbers = [change.number for change, _ in seen]
-    assert numbers == sorted(set(numbers))
-    arrived = {change.device_id: at for change, at in seen if change.kind == "approved"}
-    committed = dict(line.split() for out in outputs for line in out.splitlines())
-    assert committed.keys() <= {*arrived}
-    latencies = sorted(arrived[device] - float(at) for device, at in committed.items())
-    p99 = latencies[len(latencies) * 99 // 100]
-    print(f"latency: p50 {latencies[len(latencies) // 2]:.3f} s, p99 {p99:.3f} s, of {len(latencies)} commits")  # noqa: T201  the result
-    assert p99 < 0.3
-
-
 def test_updates_of_one_device_keep_their_order(database: Database) -> None:
     """Threads that change one device at the same time leave changes with ascending numbers for each commit."""
     add_device(database, "lamp", approved=True)
@@ -400,3 +329,42 @@ def test_another_open_database_has_its_own_thread(database: Database, reopen: Ma
         assert await following(mine) == [("phone", "paired")]
 
     asyncio.run(watch())
+
+
+# Loads
+
+
+@pytest.mark.parametrize(
+    ("writers", "rounds", "changes"), [(2, 2, 10), pytest.param(4, 30, 100, marks=pytest.mark.slow)]
+)
+def test_killed_writers_and_watchers(target: str, children: Children, writers: int, rounds: int, changes: int) -> None:
+    """While writers and watchers are killed, each watcher gets each change, in order; p99 of the delay is < 0.3 s."""
+    load = FeedLoad(children, target, writers=writers)
+    load.run(rounds, changes=changes)
+    p99 = load.stop_and_check()
+    if writers == 4:
+        assert p99 < 0.3
+
+
+IDLE = """
+import asyncio, sys, time
+from homeagent import Database
+
+async def main():
+    with Database.open(sys.argv[1]) as database:
+        asyncio.ensure_future(anext(database.watch_devices()))
+        await asyncio.sleep(1)
+        began, used = time.monotonic(), time.process_time()
+        await asyncio.sleep(30)
+        print((time.process_time() - used) / (time.monotonic() - began))
+        sys.stdout.flush()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_an_idle_watcher_costs_little(target: str, children: Children) -> None:
+    """A watcher without changes uses less than 0.3% of a processor."""
+    used = float(children.run(IDLE, target))
+    print(f"an idle watcher uses {used:.3%} of a processor")  # noqa: T201  the result
+    assert used < 0.003

@@ -17,7 +17,8 @@ from sqlalchemy import text
 from homeagent import Database, DeviceUpdate
 from homeagent.device_changes import PATIENCE
 from homeagent.errors import DatabaseError
-from tests.conftest import add_device
+from tests.conftest import Children, add_device
+from tests.feed_load import FeedLoad
 from tests.postgresql.server import Server
 from tests.postgresql.test_restart import own_server
 
@@ -74,26 +75,11 @@ def test_a_role_without_rights_on_the_feed_changes_devices(database: Database, t
 
 
 @pytest.mark.slow
-def test_a_restarted_server_loses_no_change(own_server: Server) -> None:
-    """An iterator continues after each restart of the server, with all changes."""
-
-    async def watch(database: Database) -> list[str | None]:
-        changes, found = database.watch_devices(), []
-        for number in range(6):
-            waiting = asyncio.ensure_future(anext(changes))
-            await asyncio.to_thread(own_server.restart, "fast" if number % 2 else "immediate")
-            await asyncio.to_thread(database.run, lambda unit, name=f"lamp-{number}": _add(unit, name))
-            found.append((await asyncio.wait_for(waiting, 20)).device_id)
-        return found
-
-    with Database.open(own_server.url()) as database:
-        assert asyncio.run(watch(database)) == [f"lamp-{number}" for number in range(6)]
-
-
-def _add(unit: object, name: str) -> None:
-    unit.session.connection().execute(  # type: ignore[attr-defined]  # a UnitOfWork
-        text(f"INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ('{name}', 'node', 'h', 0)")
-    )
+def test_a_restarted_server_loses_no_change(own_server: Server, children: Children) -> None:
+    """While the server restarts under four writers, each watcher gets each change, in order."""
+    load = FeedLoad(children, own_server.url(), writers=4)
+    load.run(10, changes=300, disturb=lambda number: own_server.restart("fast" if number % 2 else "immediate"))
+    assert load.stop_and_check() < 0.3
 
 
 @contextmanager
