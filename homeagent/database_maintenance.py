@@ -50,7 +50,9 @@ class DatabaseMaintenance:
         if self._engine.read_alone("one", FIND_RECORD, {}, self._settings.timeout) is None:
             raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")
 
-    def sweep(self, *, batch_size: int = 100, time_budget: timedelta | None = None) -> maintenance.SweepReport:
+    def sweep(
+        self, *, batch_size: int = 100, time_budget: timedelta | None = None, dry_run: bool = False
+    ) -> maintenance.SweepReport:
         """Delete expired nonces and idempotency keys, old device changes, and devices that waited for too long.
 
         A pending device is deleted after `Limits.pending_ttl`, and a device change after `Limits.changes_kept`. Each
@@ -60,11 +62,17 @@ class DatabaseMaintenance:
         Args:
             batch_size: maximum number of rows that one unit deletes.
             time_budget: maximum duration. With None, the sweep continues until no expired row is left.
+            dry_run: True if the sweep only counts the rows. With False, the sweep deletes the rows.
         """
-        return self._sweep(batch_size=batch_size, time_budget=time_budget)
+        return self._sweep(batch_size=batch_size, time_budget=time_budget, dry_run=dry_run)
 
     def _sweep(
-        self, *, batch_size: int, time_budget: timedelta | None, stop: threading.Event | None = None
+        self,
+        *,
+        batch_size: int,
+        time_budget: timedelta | None,
+        dry_run: bool = False,
+        stop: threading.Event | None = None,
     ) -> maintenance.SweepReport:
         from homeagent.maintenance.sweep import sweep
 
@@ -74,11 +82,13 @@ class DatabaseMaintenance:
             time_budget=time_budget,
             pending_ttl=self._limits.pending_ttl,
             changes_kept=self._limits.changes_kept,
+            dry_run=dry_run,
             stop=stop,
         )
-        self._engine.counters.cleaned(
-            report.nonces + report.idempotency_keys + report.pending_devices + report.device_changes
-        )
+        if not dry_run:
+            self._engine.counters.cleaned(
+                report.nonces + report.idempotency_keys + report.pending_devices + report.device_changes
+            )
         return report
 
     def sweeper(

@@ -16,27 +16,20 @@ from typing import Any
 
 import pytest
 from sqlalchemy import make_url
-from typer.testing import CliRunner, Result
 
 from alembic import command
 from homeagent import Database, DevicePair, Role
-from homeagent.cli import app
 from homeagent.cli.visible_text import escape_words, identity
 from homeagent.engine.files import database_file as files
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.migrations import REVISION, alembic_config
 from tests import fork_server
-
-runner = CliRunner()
+from tests.command_line import invoke
 
 
 def _run(*arguments: str, environment: dict[str, str] | None = None) -> Any:
     inherited = {name: value for name, value in os.environ.items() if name != "HOMEAGENT_DATABASE"}
     return fork_server.run_command(*arguments, environment=inherited | (environment or {}))
-
-
-def _invoke(*arguments: str | Path, input: str | None = None) -> Result:
-    return runner.invoke(app, [str(argument) for argument in arguments], input=input)
 
 
 def _assert_refused(done: Any, *words: str) -> None:
@@ -89,24 +82,24 @@ def test_init_status_and_sweep_as_processes(path: Path) -> None:
 
 def test_init_is_idempotent(ready: Path) -> None:
     """If the database exists, `init` reports that the schema is up to date and keeps the stored rows."""
-    again = _invoke("init", "--database", ready)
+    again = invoke("init", "--database", ready)
     assert again.exit_code == 0
     assert again.stdout == f"{ready} is at schema revision {REVISION} already: nothing to do.\n"
-    assert json.loads(_invoke("status", "--json", "--database", ready).stdout)["rows"]["devices"] == 1
+    assert json.loads(invoke("status", "--json", "--database", ready).stdout)["rows"]["devices"] == 1
 
 
 def test_migrate_says_from_and_to_and_names_the_copy(path: Path) -> None:
     """If a file is at an older revision, `status` refuses, and `migrate` upgrades and prints the backup's path."""
     _at_revision(path, "0001")
-    refused = _invoke("status", "--database", path)
+    refused = invoke("status", "--database", path)
     assert refused.exit_code == 1
     assert "run 'homeagent migrate'" in refused.stderr
-    done = _invoke("--database", path, "migrate", "--json")
+    done = invoke("--database", path, "migrate", "--json")
     assert done.exit_code == 0
     upgrade = json.loads(done.stdout)
     assert (upgrade["action"], upgrade["from_revision"], upgrade["schema_revision"]) == ("upgraded", "0001", REVISION)
     assert Path(upgrade["backup"]).is_file()
-    assert _invoke("status", "--database", path).exit_code == 0
+    assert invoke("status", "--database", path).exit_code == 0
 
 
 def _at_revision(path: Path, revision: str) -> None:
@@ -121,7 +114,7 @@ def _at_revision(path: Path, revision: str) -> None:
 
 def test_a_temporary_database_is_not_made() -> None:
     """If the database is in memory, `init` refuses it, as the database would disappear at the end of the command."""
-    assert "name a file" in _invoke("--database", ":memory:", "init").stderr
+    assert "name a file" in invoke("--database", ":memory:", "init").stderr
 
 
 def test_a_server_is_made_and_shown_without_its_password(empty_postgres_url: str) -> None:
@@ -130,16 +123,16 @@ def test_a_server_is_made_and_shown_without_its_password(empty_postgres_url: str
     target = url.render_as_string(hide_password=False)
     actions = []
     for _ in range(2):
-        done = _invoke("init", "--json", "--database", target)
+        done = invoke("init", "--json", "--database", target)
         assert "geheim" not in done.output
         actions.append(json.loads(done.stdout)["action"])
     assert actions == ["made", "unchanged"]
-    status = _invoke("status", "--json", "--database", target)
+    status = invoke("status", "--json", "--database", target)
     assert "geheim" not in status.output
     found = json.loads(status.stdout)
     assert (found["engine"], found["schema_revision"], found["wal_bytes"]) == ("postgresql", REVISION, None)
     assert found["location"].startswith("postgresql+psycopg://")
-    shown = _invoke("status", "--database", target)
+    shown = invoke("status", "--database", target)
     assert shown.exit_code == 0
     assert "PostgreSQL 1" in shown.stdout
     assert "geheim" not in shown.output
@@ -152,7 +145,7 @@ def test_commands_create_no_absent_database(path: Path) -> None:
     """Only `init` and `migrate` create a file; other commands print a one-line error with the remedy."""
     _assert_refused(_run("status", "--database", str(path)), "homeagent init")
     for arguments in (["sweep"], ["devices", "list"], ["devices", "approve", "desk"]):
-        assert _invoke(*arguments, "--database", path).exit_code == 1
+        assert invoke(*arguments, "--database", path).exit_code == 1
     assert not path.parent.exists()
 
 
@@ -165,7 +158,7 @@ def test_a_foreign_file_a_directory_and_a_link_are_refused(tmp_path: Path) -> No
     link.symlink_to(foreign)
     for target in (foreign, tmp_path, link):
         for act in ("init", "status"):
-            done = _invoke(act, "--database", target)
+            done = invoke(act, "--database", target)
             assert done.exit_code == 1
             assert done.stdout == ""
             assert done.stderr.count("\n") == 1
@@ -221,7 +214,7 @@ def test_a_refusal_after_a_warning_is_one_line(ready: Path) -> None:
 )
 def test_wrong_usage_ends_with_2(arguments: list[str], path: Path) -> None:
     """Wrong usage ends with status 2, unlike a refusal, and creates no file."""
-    assert _invoke("--database", path, *arguments).exit_code == 2
+    assert invoke("--database", path, *arguments).exit_code == 2
     assert not path.parent.exists()
 
 
@@ -244,7 +237,7 @@ def test_wrong_usage_of_a_process_ends_with_2() -> None:
 )
 def test_no_message_shows_a_password(arguments: list[str]) -> None:
     """If a URL contains a password, no message shows the password, in whichever argument the URL is."""
-    done = _invoke(*arguments)
+    done = invoke(*arguments)
     assert done.exit_code in (1, 2)
     assert done.stderr
     assert "heim" not in done.output
@@ -266,9 +259,9 @@ def test_sweep_removes_expired_rows(ready: Path) -> None:
     with Database.open(ready, clock=lambda: long_ago) as database, database.unit_of_work() as unit:
         for number in range(5):
             unit.nonces.consume("desk", f"n{number}", expires_at=long_ago + timedelta(minutes=1))
-    waiting = json.loads(_invoke("status", "--json", "--database", ready).stdout)
+    waiting = json.loads(invoke("status", "--json", "--database", ready).stdout)
     assert waiting["expired"]["nonces"] == 5
-    swept = _invoke("sweep", "--json", "--batch-size", "2", "--time-budget", "60", "--database", ready)
+    swept = invoke("sweep", "--json", "--batch-size", "2", "--time-budget", "60", "--database", ready)
     assert json.loads(swept.stdout) == {
         "nonces": 5,
         "idempotency_keys": 0,
@@ -278,26 +271,26 @@ def test_sweep_removes_expired_rows(ready: Path) -> None:
         "skipped": 0,
         "constraints": [],
     }
-    assert _invoke("sweep", "--database", ready).stdout == "Removed 0 nonces and 0 idempotency keys.\n"
+    assert invoke("sweep", "--database", ready).stdout == "Removed 0 nonces and 0 idempotency keys.\n"
 
 
 # Devices
 
 
 def _devices(path: Path) -> Any:
-    return json.loads(_invoke("devices", "list", "--json", "--database", path).stdout)
+    return json.loads(invoke("devices", "list", "--json", "--database", path).stdout)
 
 
 def test_approve_shows_the_device_and_asks(ready: Path) -> None:
     """`approve` prints the stored device with markup unchanged; a no changes no row, and a yes approves the device."""
-    declined = _invoke("devices", "approve", "desk", "--database", ready, input="n\n")
+    declined = invoke("devices", "approve", "desk", "--database", ready, input="n\n")
     assert declined.exit_code == 1
     assert "admin" in declined.stderr
     assert "[bold]x" in declined.stderr
     assert _devices(ready)[0]["status"] == "pending"
-    assert _invoke("devices", "approve", "desk", "--database", ready, input="y\n").exit_code == 0
+    assert invoke("devices", "approve", "desk", "--database", ready, input="y\n").exit_code == 0
     assert _devices(ready)[0]["status"] == "approved"
-    assert "nothing to do" in _invoke("devices", "approve", "desk", "--database", ready).stdout
+    assert "nothing to do" in invoke("devices", "approve", "desk", "--database", ready).stdout
 
 
 @pytest.mark.parametrize("status", ["pending", "approved"])
@@ -315,7 +308,7 @@ def test_approve_keeps_a_device_revoked_meanwhile(ready: Path, status: str, monk
             return found
 
         monkeypatch.setattr(Database, "run", run_late)
-        done = _invoke("devices", "approve", "desk", "--database", ready, input="y\n")
+        done = invoke("devices", "approve", "desk", "--database", ready, input="y\n")
         monkeypatch.undo()
     assert done.exit_code == 1
     assert "another status" in done.stderr
@@ -365,9 +358,9 @@ def test_the_named_status_also_binds_the_question(ready: Path) -> None:
     with Database.open(ready) as database:
         database.run(lambda unit: unit.devices.revoke("desk"))
     approve = ["devices", "approve", "desk", "--database", str(ready)]
-    assert _invoke(*approve, "--status", "pending", input="y\n").exit_code == 1
+    assert invoke(*approve, "--status", "pending", input="y\n").exit_code == 1
     assert _devices(ready)[0]["status"] == "revoked"
-    assert _invoke(*approve, input="y\n").exit_code == 0
+    assert invoke(*approve, input="y\n").exit_code == 0
     assert _devices(ready)[0]["status"] == "approved"
 
 
@@ -375,14 +368,14 @@ def test_approve_refuses_a_device_other_than_the_listed(ready: Path) -> None:
     """If the script passes another role or pairing time than the list prints, `approve` refuses."""
     seen = _devices(ready)[0]
     approve = ["devices", "approve", "desk", "--yes", "--json", "--database", str(ready)]
-    wrong_role = _invoke(*approve, "--role", "client", "--paired-at", seen["paired_at"])
+    wrong_role = invoke(*approve, "--role", "client", "--paired-at", seen["paired_at"])
     assert wrong_role.exit_code == 1
     assert "another role" in wrong_role.stderr
-    wrong_time = _invoke(*approve, "--role", "admin", "--paired-at", "2020-01-01T00:00:00Z")
+    wrong_time = invoke(*approve, "--role", "admin", "--paired-at", "2020-01-01T00:00:00Z")
     assert wrong_time.exit_code == 1
     assert "another time of pairing" in wrong_time.stderr
     assert _devices(ready)[0]["approved"] is False
-    done = _invoke(*approve, "--role", "admin", "--paired-at", seen["paired_at"])
+    done = invoke(*approve, "--role", "admin", "--paired-at", seen["paired_at"])
     assert done.exit_code == 0
     assert json.loads(done.stdout)["changed"] is True
     assert json.loads(done.stdout)["device"]["approved"] is True
@@ -393,10 +386,10 @@ def test_an_id_that_resembles_another_is_escaped(ready: Path, lookalike: str) ->
     """If an id has invisible characters, the list and the question show escapes or quotes."""
     with Database.open(ready) as database:
         database.pair(DevicePair(id=lookalike, role=Role.ADMIN))
-    assert repr(lookalike) in _invoke("devices", "list", "--database", ready).stdout
-    asked = _invoke("devices", "approve", lookalike, "--database", ready, input="n\n")
+    assert repr(lookalike) in invoke("devices", "list", "--database", ready).stdout
+    asked = invoke("devices", "approve", lookalike, "--database", ready, input="n\n")
     assert repr(lookalike) in asked.stderr
-    assert "'desk'" not in _invoke("devices", "approve", "desk", "--database", ready, input="n\n").stderr
+    assert "'desk'" not in invoke("devices", "approve", "desk", "--database", ready, input="n\n").stderr
 
 
 @pytest.mark.parametrize(
@@ -431,7 +424,7 @@ def test_ambiguous_ids_are_escaped(text: str, shown: str) -> None:
 
 def test_ambiguous_ids_are_escaped_in_errors(ready: Path) -> None:
     """The error line of a refused operation has the same escapes, but the ellipsis of a message is not escaped."""
-    refused = _invoke("devices", "revoke", "d\u0435sk", "--database", ready)
+    refused = invoke("devices", "revoke", "d\u0435sk", "--database", ready)
     assert refused.exit_code == 1
     assert r"d\u0435sk" in refused.stderr
     assert escape_words("use run(…)") == "use run(…)"
@@ -441,8 +434,8 @@ def test_revoke_keeps_the_last_admin(ready: Path) -> None:
     """If the device is the last approved admin, `revoke` needs `--force`, and keeps the reason."""
     with Database.open(ready) as database, database.unit_of_work() as unit:
         unit.devices.approve("desk", expected_role=Role.ADMIN)
-    assert _invoke("devices", "revoke", "desk", "--database", ready).exit_code == 1
-    forced = _invoke("devices", "revoke", "desk", "--force", "--reason", "lost", "--json", "--database", ready)
+    assert invoke("devices", "revoke", "desk", "--database", ready).exit_code == 1
+    forced = invoke("devices", "revoke", "desk", "--force", "--reason", "lost", "--json", "--database", ready)
     assert forced.exit_code == 0
     assert json.loads(forced.stdout)["device"]["revoked_reason"] == "lost"
 
@@ -452,7 +445,7 @@ def test_a_device_is_listed_without_its_secret(ready: Path) -> None:
     with Database.open(ready) as database, database.unit_of_work(read_only=True) as unit:
         secret_hash = unit.devices.get("desk").shared_secret_hash
     for form in ([], ["--json"]):
-        shown = _invoke("devices", "list", *form, "--database", ready).stdout
+        shown = invoke("devices", "list", *form, "--database", ready).stdout
         assert "desk" in shown
         assert secret_hash not in shown
         assert "secret" not in shown
@@ -466,7 +459,7 @@ def test_a_device_is_listed_without_its_secret(ready: Path) -> None:
 )
 def test_help_names_the_database_option(arguments: list[str]) -> None:
     """Each command has a help text, and the help names the places of the database."""
-    shown = _invoke(*arguments, "--help")
+    shown = invoke(*arguments, "--help")
     assert shown.exit_code == 0
     # If colours are forced, as in CI, colour codes separate the dashes from the option's name.
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.stdout)

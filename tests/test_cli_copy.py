@@ -11,19 +11,12 @@ from typing import Any
 
 import pytest
 from sqlalchemy import make_url
-from typer.testing import CliRunner, Result
 
 from homeagent import Database, DevicePair
-from homeagent.cli import app
 from homeagent.migrations import REVISION
 from tests import fork_server
+from tests.command_line import invoke
 from tests.conftest import ROOT, add_agent, copy_template
-
-runner = CliRunner()
-
-
-def _invoke(*arguments: str | Path) -> Result:
-    return runner.invoke(app, [str(argument) for argument in arguments])
 
 
 def _rows(target: str | Path) -> dict[str, int]:
@@ -44,7 +37,7 @@ def test_copy_to_a_server_and_back(source: Path, empty_postgres_url: str, tmp_pa
     """`copy` copies a store to a server without tables, and from the server to a file that does not exist yet."""
     url = make_url(empty_postgres_url).set(password="geheim").update_query_dict({"sslpassword": "geheim"})
     server = url.render_as_string(hide_password=False)
-    over = _invoke("copy", source, server, "--json")
+    over = invoke("copy", source, server, "--json")
     assert over.exit_code == 0, over.output
     assert "geheim" not in over.output
     report = json.loads(over.stdout)
@@ -52,13 +45,13 @@ def test_copy_to_a_server_and_back(source: Path, empty_postgres_url: str, tmp_pa
     assert report["target"].startswith("postgresql+psycopg://")
     assert report["rows"] == {"agents": 0, "devices": 1, "idempotency_keys": 0, "nonces": 0, "sessions": 0}
     back = tmp_path / "back" / "h.db"
-    done = _invoke("copy", server, back)
+    done = invoke("copy", server, back)
     assert (done.exit_code, done.stderr) == (0, "")
     assert "geheim" not in done.output
     assert done.stdout.endswith(f"to {back}: 1 row, the same on both sides.\n")
     assert _rows(back) == _rows(source)
     assert back.stat().st_mode & 0o777 == 0o600
-    again = _invoke("copy", source, server)
+    again = invoke("copy", source, server)
     assert (again.exit_code, again.stdout) == (1, "")
     assert again.stderr.count("\n") == 1
     assert "the target holds devices already" in again.stderr
@@ -74,10 +67,10 @@ def test_a_process_prints_one_line(source: Path, tmp_path: Path) -> None:
 
 def test_a_live_copy_is_marked(source: Path, tmp_path: Path) -> None:
     """With `--live` the source may have changed, so the output does not say that both sides are the same."""
-    done = _invoke("copy", "--live", source, tmp_path / "one" / "h.db")
+    done = invoke("copy", "--live", source, tmp_path / "one" / "h.db")
     assert done.stdout.endswith(": 1 row, as it was at the beginning.\n")
-    assert json.loads(_invoke("copy", "--live", "--json", source, tmp_path / "two" / "h.db").stdout)["live"] is True
-    assert json.loads(_invoke("copy", "--json", source, tmp_path / "three" / "h.db").stdout)["live"] is False
+    assert json.loads(invoke("copy", "--live", "--json", source, tmp_path / "two" / "h.db").stdout)["live"] is True
+    assert json.loads(invoke("copy", "--json", source, tmp_path / "three" / "h.db").stdout)["live"] is False
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -129,13 +122,13 @@ def test_progress_is_shown_on_a_terminal(source: Path, tmp_path: Path, as_json: 
 def test_wrong_usage_ends_with_2(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a database is missing or an argument is extra, the status is 2, and no file is created."""
     monkeypatch.chdir(tmp_path)
-    assert _invoke("copy", *arguments).exit_code == 2
+    assert invoke("copy", *arguments).exit_code == 2
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_third_database_is_wrong_usage(source: Path, tmp_path: Path) -> None:
     """If `--database` precedes the command, the status is 2, as the option would name a third database."""
-    done = _invoke("--database", source, "copy", source, tmp_path / "two.db")
+    done = invoke("--database", source, "copy", source, tmp_path / "two.db")
     assert done.exit_code == 2
     assert "SOURCE and TARGET" in done.stderr
 
@@ -161,7 +154,7 @@ def test_refusals_are_one_line(
         path.rename(path.with_name(path.name.replace("h.db", "there.db", 1)))
     monkeypatch.chdir(source.parent)
     before = sorted(path.name for path in source.parent.iterdir())
-    done = _invoke("copy", one, two)
+    done = invoke("copy", one, two)
     assert (done.exit_code, done.stdout) == (1, ""), done.output
     assert done.stderr.count("\n") == 1
     assert "geheim" not in done.output
@@ -176,7 +169,7 @@ def test_an_old_schema_is_upgraded_by_its_owner_alone(source: Path, tmp_path: Pa
     old.write_bytes(fixture.read_bytes())
     old.chmod(0o600)
     for arguments in ([old, tmp_path / "new" / "h.db"], [source, old]):
-        done: Any = _invoke("copy", *arguments)
+        done: Any = invoke("copy", *arguments)
         assert (done.exit_code, done.stdout) == (1, "")
         assert "'0002'" in done.stderr
         assert f"needs {REVISION!r}" in done.stderr

@@ -7,15 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from homeagent import Database, DevicePair, Role
-from homeagent.cli import app
 from homeagent.maintenance import Diagnosis
 from homeagent.maintenance.doctor import CHECKS
 from tests import fork_server
-
-runner = CliRunner()
+from tests.command_line import invoke
 
 
 @pytest.fixture
@@ -43,7 +40,7 @@ def test_the_text_names_remedies(path: Path) -> None:
     """The text shows each bad finding with its meaning, remedy and command, and ends with their number."""
     with Database.open(path) as database:
         database.pair(DevicePair(id="lamp", role=Role.NODE))
-    done = runner.invoke(app, ["doctor", "--database", str(path)], env={"COLUMNS": "200"})
+    done = invoke("doctor", "--database", path, env={"COLUMNS": "200"})
     assert done.exit_code == 1
     assert "There are devices and no approved admin." in done.stdout
     assert "It means: devices can be approved or revoked only by a shell" in done.stdout
@@ -56,7 +53,7 @@ def test_the_text_names_remedies(path: Path) -> None:
 def test_fix_reports_repairs(path: Path) -> None:
     """`--fix` repairs, reports each repair, and ends with the remaining findings."""
     path.chmod(0o644)
-    done = runner.invoke(app, ["doctor", "--fix", "--database", str(path)], env={"COLUMNS": "200"})
+    done = invoke("doctor", "--fix", "--database", path, env={"COLUMNS": "200"})
     assert done.exit_code == 0
     assert "Repaired, files: gave 'homeagent.db' mode 0600; it had 0644." in done.stdout
     assert "All is well" in done.stdout
@@ -64,7 +61,7 @@ def test_fix_reports_repairs(path: Path) -> None:
 
 def test_a_missing_database_is_a_finding(tmp_path: Path) -> None:
     """If the database is missing, the JSON has a finding for it, and the doctor creates no file."""
-    done = runner.invoke(app, ["--database", str(tmp_path / "store" / "h.db"), "doctor", "--json", "--fix"])
+    done = invoke("--database", tmp_path / "store" / "h.db", "doctor", "--json", "--fix")
     assert done.exit_code == 2
     findings = {finding["check"]: finding for finding in json.loads(done.stdout)["findings"]}
     assert findings["database"]["severity"] == "critical"
@@ -75,7 +72,7 @@ def test_a_missing_database_is_a_finding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", [":memory:", "mysql://me:geheim@127.0.0.1/db", ""])
 def test_an_invalid_target_ends_with_2(target: str) -> None:
     """If the doctor can't inspect a target, the status is 2 for wrong usage, and no password is shown."""
-    done = runner.invoke(app, ["--database", target, "doctor"], env={"HOMEAGENT_DATABASE": ":memory:"})
+    done = invoke("--database", target, "doctor", env={"HOMEAGENT_DATABASE": ":memory:"})
     assert done.exit_code == 2
     assert done.stdout == ""
     assert "geheim" not in done.output

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from homeagent import Attempt, Database, IdempotencyScope
-from homeagent.cli import app
+from tests import command_line
+from tests.command_line import Result
 from tests.conftest import FakeClock
 
 SCOPES = [IdempotencyScope("lamp", "orders.create", f"key-{number}") for number in range(2)]
@@ -21,7 +21,7 @@ LIVE = IdempotencyScope("lamp", "orders.create", "live")
 
 def invoke(path: Path, *arguments: str) -> Result:
     """Run a command on a database."""
-    return CliRunner().invoke(app, ["--database", str(path), "keys", *arguments])
+    return command_line.invoke("--database", path, "keys", *arguments)
 
 
 def parts(scope: IdempotencyScope) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""The limits of `[tool.homeagent.limits]`: the checkout keeps each limit, and each script reports an excess."""
+"""The scripts in `.ci/`: the checkout keeps each limit, each script reports an excess, and the reference is current."""
 
 from __future__ import annotations
 
@@ -93,3 +93,9 @@ def test_prose_is_measured() -> None:
         "the file of the database, as open takes it.",
         "A comment of two lines is one paragraph.",
     ]
+
+
+def test_the_reference_of_the_commands_is_current() -> None:
+    """The page docs/command-line.md says what the help texts of the commands say."""
+    reference = runpy.run_path(str(ROOT / ".ci" / "reference.py"))
+    assert reference["page"]() == reference["PAGE"].read_text(encoding="utf-8"), "run python .ci/reference.py"

@@ -7,6 +7,7 @@ on standard error, which is a JSON object if the arguments contain --json.
 from __future__ import annotations
 
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 from homeagent.lazy_import import lazy_names
@@ -33,6 +34,8 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run()
+    except KeyboardInterrupt:  # Ctrl-C came before the command began or after it ended
+        sys.exit(130)
     finally:
         if is_default:
             signal.signal(signal.SIGINT, signal.SIG_DFL)

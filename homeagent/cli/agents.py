@@ -8,22 +8,29 @@ from typing import Annotated, Any
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, YesOption, confirm, group
+from homeagent.cli.application import confirm, group
+from homeagent.cli.arguments import (
+    AfterOption,
+    AgentArgument,
+    ConfigOption,
+    CreatedAtOption,
+    DryRunOption,
+    Format,
+    FormatOption,
+    LimitOption,
+    YesOption,
+    option,
+)
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import Format, FormatOption, format_timestamp, print_facts, print_json, print_table
-from homeagent.cli.request import json_argument, request
+from homeagent.cli.output import count, format_timestamp, print_facts, print_list, print_result
+from homeagent.cli.request import count_rows, json_argument, refuse_change, request, require_expected
 from homeagent.cli.visible_text import identity, quoted
-from homeagent.errors import AgentNotFoundError
 from homeagent.models.agent import Agent
 from homeagent.models.schemas import AgentCreate, AgentPublic, AgentUpdate
-from homeagent.models.types import MAX_LIMIT
+from homeagent.models.session import AgentSession
+from homeagent.unit_of_work import UnitOfWork
 
 agents: typer.Typer = group("agents", help="Create, list, change and delete agents.")
-
-AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", help="Id of the agent.", show_default=False)]
-ConfigOption = Annotated[
-    str | None, typer.Option("--config", metavar="JSON", help="Configuration of the agent.", show_default=False)
-]
 
 
 def _public(agent: Agent) -> dict[str, Any]:
@@ -41,75 +48,47 @@ def _show(agent: Agent, *, error: bool = False) -> None:
     print_facts(facts.items(), error=error)
 
 
-def _report(agent: Agent, word: str, *, as_json: bool) -> None:
-    if as_json:
-        print_json(_public(agent))
-    else:
-        typer.echo(f"{word} {quoted(agent.id)}.")
-
-
 @agents.command()
 def create(
     context: typer.Context,
     agent_id: AgentArgument,
-    name: Annotated[str, typer.Option(metavar="TEXT", help="Name for people.", show_default=False)],
-    workspace: Annotated[str, typer.Option(metavar="DIRECTORY", help="Workspace of the agent.", show_default=False)],
+    name: Annotated[str, option(metavar="TEXT", help="Name for people.")],
+    workspace: Annotated[str, option(metavar="DIRECTORY", help="Workspace of the agent.")],
     config: ConfigOption = None,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Add an agent. The command does not create the workspace directory."""
     values = {"id": agent_id, "name": name, "workspace_path": workspace, "config": json_argument(config, "--config")}
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         agent = opened.agents.create(request(AgentCreate, **values))
-    _report(agent, "Created", as_json=as_json)
+    print_result(context, _public(agent), f"Created {quoted(agent_id)}.")
 
 
 @agents.command("list")
 def list_agents(
-    context: typer.Context,
-    limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="Maximum number of agents.")] = 100,
-    after: Annotated[
-        str | None, typer.Option(metavar="AGENT", help="Last id of the previous page.", show_default=False)
-    ] = None,
-    form: FormatOption = Format.TABLE,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
+    context: typer.Context, limit: LimitOption = 100, after: AfterOption = None, form: FormatOption = Format.TABLE
 ) -> None:
     """List the agents."""
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         page = opened.agents.list(limit=limit, after=after)
-    if as_json:
-        print_json([_public(agent) for agent in page])
-        return
     rows = [(agent.id, agent.name, agent.workspace_path, agent.created_at) for agent in page]
-    print_table(("Agent", "Name", "Workspace", "Created at"), rows, form=form)
+    print_list(context, ("Agent", "Name", "Workspace", "Created at"), rows, list(map(_public, page)), form)
 
 
 @agents.command()
-def show(
-    context: typer.Context, agent_id: AgentArgument, database: DatabaseOption = None, as_json: JsonOption = False
-) -> None:
+def show(context: typer.Context, agent_id: AgentArgument) -> None:
     """Show an agent."""
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         agent = opened.agents.get(agent_id)
-    if as_json:
-        print_json(_public(agent))
-    else:
-        _show(agent)
+    print_result(context, _public(agent), partial(_show, agent))
 
 
 @agents.command()
 def update(
     context: typer.Context,
     agent_id: AgentArgument,
-    name: Annotated[str | None, typer.Option(metavar="TEXT", help="New name.", show_default=False)] = None,
-    workspace: Annotated[
-        str | None, typer.Option(metavar="DIRECTORY", help="New workspace.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, option(metavar="TEXT", help="New name.")] = None,
+    workspace: Annotated[str | None, option(metavar="DIRECTORY", help="New workspace.")] = None,
     config: ConfigOption = None,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Change an agent. Only the values of the given options change; --config null clears the configuration."""
     given = {"name": name, "workspace_path": workspace, "config": config}
@@ -118,9 +97,9 @@ def update(
         raise typer.BadParameter("name a change by --name, --workspace or --config.")
     if config is not None:
         values["config"] = json_argument(config, "--config")
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         agent = opened.agents.update(agent_id, request(AgentUpdate, **values))
-    _report(agent, "Changed", as_json=as_json)
+    print_result(context, _public(agent), f"Changed {quoted(agent_id)}.")
 
 
 @agents.command()
@@ -130,21 +109,31 @@ def delete(
     with_sessions: Annotated[
         bool, typer.Option("--with-sessions", help="Also delete the sessions of the agent.")
     ] = False,
+    created_at: CreatedAtOption = None,
+    dry_run: DryRunOption = False,
     yes: YesOption = False,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Delete an agent. The files in the agent's workspace stay.
 
-    The command shows the agent and asks for a confirmation.
+    The command shows the agent and asks for a confirmation. The option --yes needs --created-at.
     """
-    with open_named(context, database) as opened:
-        agent = opened.agents.get(agent_id)
-        question = f"Delete this agent{' and its sessions' if with_sessions else ''}?"
-        confirm(context, question, yes=yes, show=partial(_show, agent, error=True))
-        if not opened.agents.delete(agent_id, delete_sessions=with_sessions):
-            raise AgentNotFoundError(agent_id)  # another process deleted the agent in the meantime
-    if as_json:
-        print_json({"deleted": 1})
+    require_expected(yes=yes, option="--created-at", value=created_at)
+    with open_named(context) as opened:
+        seen = opened.agents.get(agent_id)
+        sessions = count_rows(opened, AgentSession.agent_id, agent_id) if with_sessions else 0
+        what = f"this agent and {count(sessions, 'session')}" if with_sessions else "this agent"
+        confirm(context, f"Delete {what}?", yes=yes, dry_run=dry_run, show=partial(_show, seen, error=True))
+
+        def work(unit: UnitOfWork) -> None:
+            now = unit.agents.get(agent_id)
+            refuse_change(f"agent {agent_id!r}", seen, now, "created_at", expected=created_at)
+            unit.agents.delete(agent_id, delete_sessions=with_sessions)
+            if dry_run:
+                unit.rollback()
+
+        opened.run(work)
+    if dry_run:
+        text = f"Would delete {quoted(agent_id)} and {count(sessions, 'session')}. Nothing was changed."
+        print_result(context, {"dry_run": True, "deleted": 1, "sessions": sessions}, text)
     else:
-        typer.echo(f"Deleted {quoted(agent_id)}.")
+        print_result(context, {"deleted": 1}, f"Deleted {quoted(agent_id)}.")

@@ -1,8 +1,7 @@
-"""Common parts of all commands: common options, exit status, and the output of errors and warnings."""
+"""Common parts of all commands: common options, exit status, questions, and the output of errors and warnings."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -15,13 +14,13 @@ from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from homeagent.cli.operator_texts import operator_text
 from homeagent.cli.visible_text import escape_words
-from homeagent.errors import HomeAgentError
+from homeagent.errors import HomeAgentError, InvalidArgumentError
 
-__all__ = ["Common", "DatabaseOption", "JsonOption", "YesOption", "app", "confirm", "group", "run"]
+__all__ = ["WithoutDatabase", "app", "confirm", "group"]
 
 # `_UsageError` is Click's class UsageError. Newer versions of Typer contain a copy of Click, and older versions depend
 # on Click.
@@ -31,7 +30,7 @@ _CREDENTIALS = re.compile(r"://\S*@|((?:password|passwd)=)[^&\s]*", re.IGNORECAS
 
 
 @dataclass
-class Common:
+class _Common:
     """Values of the common options, which can stand before or after the name of the command.
 
     Attributes:
@@ -44,13 +43,57 @@ class Common:
     as_json: bool = False
 
 
+def _name_database(context: typer.Context, database: str | None) -> None:
+    if database is not None:
+        context.obj.database = database
+
+
+def _declare(
+    database: Annotated[
+        str | None,
+        typer.Option(
+            "--database",
+            metavar="TARGET",
+            help="SQLite file or PostgreSQL URL. Default: $HOMEAGENT_DATABASE, else ~/.homeagent/homeagent.db.",
+            show_default=False,
+            expose_value=False,
+            callback=_name_database,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, also for an error.", expose_value=False)] = False,
+) -> None:
+    """Declare the common options. The functions of the commands do not take them as arguments."""
+
+
+def _common_options() -> list[Any]:
+    declared = typer.Typer(add_completion=False)
+    declared.command()(_declare)
+    return typer.main.get_command(declared).params
+
+
+_DATABASE, _JSON = _common_options()
+
+
+class WithoutDatabase(TyperCommand):
+    """A command without the option --database."""
+
+
 class _Commands(TyperGroup):
-    """A group of commands. A refused operation prints one line and exits with status 1. Usage errors hide passwords."""
+    """A group of commands with the common options.
+
+    A refused operation prints one line and exits with status 1. Usage errors hide passwords.
+    """
+
+    def __init__(self, *, commands: dict[str, Any], params: list[Any], **settings: Any) -> None:
+        super().__init__(commands=commands, params=[*params, _DATABASE, _JSON], **settings)
+        for command in commands.values():
+            if not isinstance(command, TyperGroup):
+                command.params += [_JSON] if isinstance(command, WithoutDatabase) else [_DATABASE, _JSON]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if ctx.parent is None:
             options = args[: args.index("--")] if "--" in args else args
-            ctx.obj = Common(as_json="--json" in options)
+            ctx.obj = _Common(as_json="--json" in options)
         with _reported_errors(ctx.obj):
             if ctx.obj.as_json and not args:
                 ctx.fail("Missing command.")  # otherwise Typer prints the help instead of an error
@@ -65,7 +108,7 @@ class _Commands(TyperGroup):
 
 
 @contextmanager
-def _reported_errors(common: Common) -> Iterator[None]:
+def _reported_errors(common: _Common) -> Iterator[None]:
     try:
         yield
     except _UsageError as error:
@@ -78,6 +121,10 @@ def _reported_errors(common: Common) -> Iterator[None]:
     except HomeAgentError as error:
         _print_message(common, operator_text(error), error=type(error).__name__, details=_details(error))
         raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        text = "the command was interrupted, and may have done its work already"
+        _print_message(common, text, error="Interrupted")
+        raise typer.Exit(130) from None  # a shell reports a process that Ctrl-C ended as 128 plus the signal's number
     except OSError as error:
         # The library raises HomeAgentError, so an OSError without a file's name is an error of the standard output.
         if error.filename is not None:
@@ -89,7 +136,7 @@ def _reported_errors(common: Common) -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _print_message(common: Common, text: str, **facts: object) -> None:
+def _print_message(common: _Common, text: str, **facts: object) -> None:
     line = escape_words(" ".join(text.split()))
     if common.as_json:
         typer.echo(json.dumps({**facts, "message": line}), err=True)
@@ -124,7 +171,7 @@ class _WarningBuffer(logging.Handler):
 
 
 @contextmanager
-def _printed_warnings(common: Common) -> Iterator[None]:
+def _printed_warnings(common: _Common) -> Iterator[None]:
     # A refused operation must print exactly one line, so print the warnings only after a success.
     buffer = _WarningBuffer()
     logger = logging.getLogger("homeagent")
@@ -137,46 +184,12 @@ def _printed_warnings(common: Common) -> Iterator[None]:
         _print_message(common, record.getMessage(), warning=getattr(record, "event", "warning"))
 
 
-def run() -> None:
-    """Run the command in `sys.argv`, and exit with the status of the command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # Print characters outside the terminal's encoding as escapes instead of raising UnicodeEncodeError.
-            stream.reconfigure(errors="backslashreplace")
-    app(prog_name="homeagent")
-
-
-def _named_database(context: typer.Context, database: str | None) -> str | None:
-    common: Common = context.obj
-    if database is not None:
-        common.database = database
-    return common.database
-
-
-def _as_json(context: typer.Context) -> bool:
-    common: Common = context.obj
-    return common.as_json
-
-
-DatabaseOption = Annotated[
-    str | None,
-    typer.Option(
-        "--database",
-        metavar="TARGET",
-        help="SQLite file or PostgreSQL URL. Default: $HOMEAGENT_DATABASE, else ~/.homeagent/homeagent.db.",
-        show_default=False,
-        callback=_named_database,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, also for an error.", callback=_as_json)]
-YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-
-
 def confirm(
     context: typer.Context,
     question: str,
     *,
     yes: bool,
+    dry_run: bool = False,
     show: Callable[[], object] | None = None,
     only_at_terminal: bool = False,
 ) -> None:
@@ -186,23 +199,32 @@ def confirm(
         context: context of the command.
         question: description of the planned change.
         yes: True if the operator passed `--yes`. With True, the function does not ask.
+        dry_run: True if the operator passed `--dry-run`. With True, the function shows the rows and does not ask.
         show: function that is called before the question, and prints on standard error what the command will change.
         only_at_terminal: True if the function asks only a person at a terminal. With False, a program must answer or
             pass `--yes`.
     """
-    if yes or (only_at_terminal and not _is_at_terminal()):
+    if dry_run:
+        if show is not None and not context.obj.as_json:
+            show()
+        return
+    if yes or (only_at_terminal and (sys.stdin is None or not sys.stdin.isatty())):
         return
     if context.obj.as_json:
         raise typer.BadParameter("with --json the command can't ask: pass --yes.")
     if sys.stdin is None:
-        raise typer.Abort
+        raise InvalidArgumentError("the command can't ask, because it has no standard input: pass --yes")
     if show is not None:
         show()
-    typer.confirm(question, abort=True, err=True)
-
-
-def _is_at_terminal() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty()
+    # Typer's function would print a space on standard output, which is for results only.
+    typer.echo(f"{question} [y/N]: ", nl=False, err=True)
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):
+        typer.echo(err=True)
+    if not answer:
+        raise InvalidArgumentError("the question got no answer, because the input has ended: answer y, or pass --yes")
+    if answer.strip().lower() not in {"y", "yes"}:
+        raise typer.Abort
 
 
 app: typer.Typer = typer.Typer(
@@ -225,8 +247,6 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _before_command(
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
@@ -244,9 +264,4 @@ def group(name: str, *, help: str) -> typer.Typer:
     """
     commands = typer.Typer(cls=_Commands, no_args_is_help=True, help=help)
     app.add_typer(commands, name=name)
-
-    @commands.callback()
-    def before_command(database: DatabaseOption = None, as_json: JsonOption = False) -> None:
-        pass
-
     return commands

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, app
+from homeagent.cli.application import app
+from homeagent.cli.arguments import argument
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import count, print_json
+from homeagent.cli.output import count, print_result
 from homeagent.models.types import MAX_LIMIT
 
 
@@ -17,11 +18,10 @@ def backup(
     context: typer.Context,
     destination: Annotated[
         str,
-        typer.Argument(
+        argument(
             metavar="DESTINATION",
             help="Directory, or file that does not exist. A path with a slash at the end is a directory, "
             "and is created if it does not exist.",
-            show_default=False,
         ),
     ],
     keep: Annotated[
@@ -35,8 +35,6 @@ def backup(
         ),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace DESTINATION if it is a file.")] = False,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Copy the database while other processes use it.
 
@@ -45,12 +43,10 @@ def backup(
     """
     from homeagent.engine.sqlite.manifests import manifest_path, read_manifest
 
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         made = opened.backup(destination, keep=keep, replace=replace)
     manifest = read_manifest(made)
-    if as_json:
-        facts = {} if manifest is None else manifest.model_dump(mode="json")
-        print_json({"backup": str(made), "manifest": str(manifest_path(made)), **facts})
-        return
+    facts = {} if manifest is None else manifest.model_dump(mode="json")
     size = "" if manifest is None else f", {count(manifest.size, 'byte')}"
-    typer.echo(f"Backed up to {made}{size}, verified.")
+    values = {"backup": str(made), "manifest": str(manifest_path(made)), **facts}
+    print_result(context, values, f"Backed up to {made}{size}, verified.")

@@ -1,7 +1,27 @@
 """All commands. Importing a module adds its commands, and the order of the imports is their order in the help."""
 
+import io
+import logging
+import sys
+
+import typer
+
 from homeagent.cli import schema, migrations, status, doctor, sweep, backup, restore, epoch, copy  # isort: skip  # noqa: F401
 from homeagent.cli import devices, device_secrets, agents, sessions, keys, nonces, config  # isort: skip  # noqa: F401
-from homeagent.cli.application import app, run
+from homeagent.cli.application import app
 
-__all__ = ["app", "run"]
+__all__ = ["app", "command", "run"]
+
+command = typer.main.get_command(app)
+"""The command `homeagent`, which Typer builds from the functions in 0.1 s."""
+
+
+def run() -> None:
+    """Run the command in `sys.argv`, and exit with the status of the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Print characters outside the terminal's encoding as escapes instead of raising UnicodeEncodeError.
+            stream.reconfigure(errors="backslashreplace")
+    # Without a handler, Python would print SQLAlchemy's log records on standard error, for example after Ctrl-C.
+    logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
+    command(prog_name="homeagent")

@@ -8,9 +8,10 @@ from datetime import datetime
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, app
+from homeagent.cli.application import app
+from homeagent.cli.arguments import Format, FormatOption
 from homeagent.cli.opening import target_of
-from homeagent.cli.output import Format, FormatOption, print_json, print_table
+from homeagent.cli.output import print_list
 from homeagent.engine.target import DEFAULT_PATH, ENVIRONMENT_VARIABLE, resolve_target
 from homeagent.environment import (
     BUSY_TIMEOUT,
@@ -25,14 +26,9 @@ from homeagent.version import __version__
 
 
 @app.command()
-def config(
-    context: typer.Context,
-    form: FormatOption = Format.TABLE,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+def config(context: typer.Context, form: FormatOption = Format.TABLE) -> None:
     """Show the settings of the commands, and where each setting comes from. The command opens no database."""
-    named = target_of(context, database)
+    named = target_of(context)
     target = resolve_target(named)
     if named is not None:
         source = "--database"
@@ -65,7 +61,5 @@ def config(
         ("schema revision", REVISION, "package"),
         ("python", sys.version.split()[0], sys.executable),
     ]
-    if as_json:
-        print_json([{"setting": name, "value": value, "source": source} for name, value, source in settings])
-    else:
-        print_table(("Setting", "Value", "Source"), settings, form=form)
+    values = [{"setting": name, "value": value, "source": source} for name, value, source in settings]
+    print_list(context, ("Setting", "Value", "Source"), settings, values, form)

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import JsonOption, app
+from homeagent.cli.application import WithoutDatabase, app
+from homeagent.cli.arguments import AcknowledgeOption, MigrationsOption, argument, option
 from homeagent.cli.migrations import import_tables
-from homeagent.cli.opening import AcknowledgeOption, MigrationsOption
-from homeagent.cli.output import count, print_json
+from homeagent.cli.output import count, print_result
 from homeagent.database import Database
 from homeagent.engine.target import Target, resolve_target
 from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
@@ -21,17 +21,12 @@ from homeagent.maintenance.copy_store import CopyProgress
 _Report = Callable[[CopyProgress], object]
 
 
-@app.command()
+@app.command(cls=WithoutDatabase)
 def copy(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="SQLite file or PostgreSQL URL.", show_default=False)],
+    source: Annotated[str, argument(metavar="SOURCE", help="SQLite file or PostgreSQL URL.")],
     target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="Empty PostgreSQL database, or SQLite file that is empty or absent.",
-            show_default=False,
-        ),
+        str, argument(metavar="TARGET", help="Empty PostgreSQL database, or SQLite file that is empty or absent.")
     ],
     live: Annotated[
         bool,
@@ -40,10 +35,9 @@ def copy(
     migrations: MigrationsOption = None,
     leave: Annotated[
         list[str] | None,
-        typer.Option("--leave", metavar="TABLE", help="Table of an application that is not copied. Can be repeated."),
+        option(metavar="TABLE", help="Table of an application that is not copied. Can be repeated."),
     ] = None,
     acknowledge: AcknowledgeOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Copy a whole store into an empty database. SOURCE and TARGET can have different engines.
 
@@ -60,16 +54,14 @@ def copy(
     with (
         Database.open(source, migrate=False, acknowledged=acknowledge or ()) as opened,
         _open_target(target, migrations) as empty,
-        _shown_progress(hidden=as_json) as progress,
+        _shown_progress(hidden=context.obj.as_json) as progress,
     ):
         report = opened.copy_to(empty, live=live, leave=leave or (), progress=progress)
-    where = {"source": origin.location, "target": destination.location}
-    if as_json:
-        print_json({**where, "live": live, **report.model_dump(mode="json")})
-        return
+    places = {"source": origin.location, "target": destination.location}
     same = "as it was at the beginning" if live else "the same on both sides"
     rows = count(sum(report.rows.values()), "row")
-    typer.echo(f"Copied {where['source']} to {where['target']}: {rows}, {same}.")
+    text = f"Copied {origin.location} to {destination.location}: {rows}, {same}."
+    print_result(context, {**places, "live": live, **report.model_dump(mode="json")}, text)
 
 
 def _named(target: str) -> Target:

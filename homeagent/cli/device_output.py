@@ -1,45 +1,24 @@
-"""Common arguments and output of the commands in the group `homeagent devices`."""
+"""Common output of the commands in the group `homeagent devices`."""
 
 from __future__ import annotations
 
 import json
-from datetime import datetime
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+from pydantic import SecretStr
 
-from homeagent.cli.output import format_timestamp, print_facts, print_json
+from homeagent.cli.output import format_timestamp, print_facts, print_result
 from homeagent.cli.visible_text import identity, quoted
-from homeagent.errors import ConflictError
 from homeagent.models.device import Device
 from homeagent.models.schemas import DevicePublic
 
-__all__ = [
-    "HEADINGS",
-    "DeviceArgument",
-    "public",
-    "refuse_change",
-    "report_change",
-    "row_of",
-    "show_device",
-    "timestamp_argument",
-]
-
-DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="Id of the device.", show_default=False)]
+__all__ = ["DECISIVE", "HEADINGS", "public", "report_change", "report_secret", "row_of", "show_device"]
 
 HEADINGS = ("Device", "Role", "Status", "Paired at", "Last seen at")
 
-
-def timestamp_argument(text: str | None) -> str | None:
-    """Return the value of an option if the value is a timestamp with an offset, or None."""
-    if text is not None:
-        try:
-            aware = datetime.fromisoformat(text).tzinfo is not None
-        except ValueError:
-            aware = False
-        if not aware:
-            raise typer.BadParameter("must be a timestamp with an offset, such as 2030-01-31T12:00:00.000Z.")
-    return text
+DECISIVE = ("paired_at", "status", "role", "shared_secret_hash")
+"""Columns of a device on which an operator's decision depends."""
 
 
 def public(device: Device) -> dict[str, Any]:
@@ -53,7 +32,7 @@ def row_of(device: Device) -> tuple[object, ...]:
     return device.id, device.role, device.status, device.paired_at, device.last_seen_at
 
 
-def show_device(device: Device, *, error: bool) -> None:
+def show_device(device: Device, *, error: bool = False) -> None:
     """Print a device on standard output, or on standard error if `error` is true."""
     facts = {
         "Device": identity(device.id),
@@ -73,18 +52,15 @@ def show_device(device: Device, *, error: bool) -> None:
     print_facts(facts.items(), error=error)
 
 
-def refuse_change(seen: Device, now: Device) -> None:
-    """Raise ConflictError if the device changed after the operator saw it."""
-    for name in ("status", "role", "paired_at", "shared_secret_hash"):
-        if getattr(seen, name) != getattr(now, name):
-            raise ConflictError(f"device {seen.id!r} changed after it was shown: show it again, then decide")
-
-
-def report_change(device: Device, *, changed: bool, word: str, as_json: bool) -> None:
+def report_change(context: typer.Context, device: Device, *, changed: bool, word: str) -> None:
     """Print that a device was approved or revoked, or that no change was necessary."""
-    if as_json:
-        print_json({"changed": changed, "device": public(device)})
-    elif changed:
-        typer.echo(f"{word.capitalize()} {quoted(device.id)}, {device.role}.")
-    else:
-        typer.echo(f"{quoted(device.id)} is {word} already: nothing to do.")
+    name = quoted(device.id)
+    text = f"{word.capitalize()} {name}, {device.role}." if changed else f"{name} is {word} already: nothing to do."
+    print_result(context, {"changed": changed, "device": public(device)}, text)
+
+
+def report_secret(context: typer.Context, word: str, device: Device, secret: SecretStr) -> None:
+    """Print a device with its new secret. No other command prints the secret."""
+    shown = secret.get_secret_value()
+    text = f"{word} {quoted(device.id)}, {device.role}, {device.status}.\nSecret, which is not shown again: {shown}"
+    print_result(context, {"device": public(device), "shared_secret": shown}, text)

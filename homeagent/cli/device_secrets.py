@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, YesOption, confirm
-from homeagent.cli.device_output import DeviceArgument, public, show_device
+from homeagent.cli.application import confirm
+from homeagent.cli.arguments import DeviceArgument, PairedAtOption, YesOption, choice, option
+from homeagent.cli.device_output import DECISIVE, report_secret, show_device
 from homeagent.cli.devices import devices
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import print_json
-from homeagent.cli.request import json_argument, request
-from homeagent.cli.visible_text import quoted
+from homeagent.cli.request import json_argument, refuse_change, request, require_expected
 from homeagent.models.device import Role
 from homeagent.models.schemas import DevicePair
 
@@ -23,22 +22,18 @@ from homeagent.models.schemas import DevicePair
 def pair(
     context: typer.Context,
     device_id: DeviceArgument,
-    role: Annotated[Role, typer.Option(help="Role of the device.", show_default=False)],
-    metadata: Annotated[
-        str | None, typer.Option(metavar="JSON", help="Metadata of the device.", show_default=False)
-    ] = None,
+    role: Annotated[Role, choice(Role, help="Role of the device.")],
+    metadata: Annotated[str | None, option(metavar="JSON", help="Metadata of the device.")] = None,
     approved: Annotated[
         bool, typer.Option("--approve", help="Approve the device at once, for example the first admin.")
     ] = False,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Add a device, and print its new secret once.
 
     The device is pending until 'devices approve', or gets access at once with --approve.
     """
     wanted = request(DevicePair, id=device_id, role=role, metadata=json_argument(metadata, "--metadata"))
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         paired = opened.pair(wanted)
         device = paired.device
         if approved:
@@ -46,12 +41,7 @@ def pair(
                 device_id, expected_secret_hash=device.shared_secret_hash, expected_paired_at=device.paired_at
             )
             device = opened.devices.get(device_id)
-    secret = paired.shared_secret.get_secret_value()
-    if as_json:
-        print_json({"device": public(device), "shared_secret": secret})
-        return
-    typer.echo(f"Paired {quoted(device.id)}, {device.role}, {device.status}.")
-    typer.echo(f"Secret, which is not shown again: {secret}")
+    report_secret(context, "Paired", device, paired.shared_secret)
 
 
 @devices.command()
@@ -67,24 +57,22 @@ def rotate(
             help="Time for which the old secret also works. Only for an approved device.",
         ),
     ] = 0,
+    paired_at: PairedAtOption = None,
     yes: YesOption = False,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Give a device a new secret, and print the secret once.
 
-    The command shows the device and asks for a confirmation, because the old secret becomes invalid.
+    The command shows the device and asks for a confirmation, because the old secret becomes invalid. The option
+    --yes needs --paired-at.
     """
-    with open_named(context, database) as opened:
+    require_expected(yes=yes, option="--paired-at", value=paired_at)
+    with open_named(context) as opened:
         seen = opened.devices.get(device_id)
-        question = (
-            f"Replace the secret of this device? The old secret ends {f'in {overlap:,} s' if overlap else 'at once'}."
-        )
+        end = f"in {overlap:,} s" if overlap else "at once"
+        question = f"Replace the secret of this device? The old secret ends {end}."
         confirm(context, question, yes=yes, show=partial(show_device, seen, error=True))
-        secret = opened.rotate_secret(device_id, overlap=timedelta(seconds=overlap)).get_secret_value()
+        now = opened.devices.get(device_id)
+        refuse_change(f"device {device_id!r}", seen, now, *DECISIVE, expected=paired_at)
+        secret = opened.rotate_secret(device_id, overlap=timedelta(seconds=overlap))
         device = opened.devices.get(device_id)
-    if as_json:
-        print_json({"device": public(device), "shared_secret": secret})
-        return
-    typer.echo(f"Rotated the secret of {quoted(device.id)}, {device.role}, {device.status}.")
-    typer.echo(f"Secret, which is not shown again: {secret}")
+    report_secret(context, "Rotated the secret of", device, secret)

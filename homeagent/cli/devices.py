@@ -10,22 +10,30 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, YesOption, confirm, group
-from homeagent.cli.device_output import (
-    HEADINGS,
+from homeagent.cli.application import confirm, group
+from homeagent.cli.arguments import (
+    AfterOption,
     DeviceArgument,
-    public,
-    refuse_change,
-    report_change,
-    row_of,
-    show_device,
-    timestamp_argument,
+    DryRunOption,
+    Format,
+    FormatOption,
+    LimitOption,
+    PairedAtOption,
+    YesOption,
+    argument,
+    choice,
+    option,
+    parsed_timestamp,
+    timestamp_option,
 )
+from homeagent.cli.device_output import DECISIVE, HEADINGS, public, report_change, row_of, show_device
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import Format, FormatOption, count, print_json, print_table
+from homeagent.cli.output import count, print_list, print_result, print_table
+from homeagent.cli.request import count_rows, refuse_change, require_expected
 from homeagent.database import Database
 from homeagent.models.device import Device, DeviceStatus, Role
-from homeagent.models.types import MAX_LIMIT, MILLISECOND, check_timestamp, earlier
+from homeagent.models.idempotency_key import IdempotencyKey
+from homeagent.models.types import MILLISECOND, check_timestamp, earlier
 from homeagent.unit_of_work import UnitOfWork
 
 devices: typer.Typer = group("devices", help="Pair, list, approve, revoke and delete devices.")
@@ -41,98 +49,65 @@ class _Order(StrEnum):
 @devices.command("list")
 def list_devices(
     context: typer.Context,
-    status: Annotated[
-        DeviceStatus | None, typer.Option(help="Only devices with this status.", show_default=False)
-    ] = None,
-    role: Annotated[Role | None, typer.Option(help="Only devices with this role.", show_default=False)] = None,
+    status: Annotated[DeviceStatus | None, choice(DeviceStatus, help="Only devices with this status.")] = None,
+    role: Annotated[Role | None, choice(Role, help="Only devices with this role.")] = None,
     seen_before: Annotated[
-        str | None,
-        typer.Option(
-            callback=timestamp_argument,
-            metavar="TIMESTAMP",
-            help="Only devices that were last seen before this time.",
-            show_default=False,
-        ),
+        str | None, timestamp_option(help="Only devices that were last seen before this time.")
     ] = None,
-    order: Annotated[_Order, typer.Option(help="Order of the list; paired_at lists the newest first.")] = _Order.ID,
-    limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="Maximum number of devices.")] = 100,
-    after: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="Last id of the previous page.", show_default=False)
-    ] = None,
+    order: Annotated[
+        _Order,
+        typer.Option(metavar="|".join(_Order), help="Order of the list. The order paired_at lists the newest first."),
+    ] = _Order.ID,
+    limit: LimitOption = 100,
+    after: AfterOption = None,
     form: FormatOption = Format.TABLE,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """List the devices."""
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         page = opened.devices.list(
             status=status,
             role=role,
-            seen_before=None if seen_before is None else datetime.fromisoformat(seen_before),
+            seen_before=parsed_timestamp(seen_before),
             order=order.value,
             limit=limit,
             after=after,
         )
-    if as_json:
-        print_json([public(device) for device in page])
-    else:
-        print_table(HEADINGS, map(row_of, page), form=form)
+    print_list(context, HEADINGS, map(row_of, page), list(map(public, page)), form)
 
 
 @devices.command()
-def show(
-    context: typer.Context, device_id: DeviceArgument, database: DatabaseOption = None, as_json: JsonOption = False
-) -> None:
+def show(context: typer.Context, device_id: DeviceArgument) -> None:
     """Show a device."""
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         device = opened.devices.get(device_id)
-    if as_json:
-        print_json(public(device))
-    else:
-        show_device(device, error=False)
+    print_result(context, public(device), partial(show_device, device))
 
 
 @devices.command()
 def approve(
     context: typer.Context,
     device_id: DeviceArgument,
-    role: Annotated[
-        Role | None, typer.Option(help="Refuse the approval if the device has another role.", show_default=False)
-    ] = None,
-    paired_at: Annotated[
-        str | None,
-        typer.Option(
-            callback=timestamp_argument,
-            metavar="TIMESTAMP",
-            help="Refuse the approval if the device was paired at another time.",
-            show_default=False,
-        ),
-    ] = None,
+    role: Annotated[Role | None, choice(Role, help="Refuse the approval if the device has another role.")] = None,
+    paired_at: PairedAtOption = None,
     status: Annotated[
         DeviceStatus | None,
-        typer.Option(
+        choice(
+            DeviceStatus,
             help="Refuse the approval if the device has another status. With --yes, a revoked device is approved only "
             "if you name its status.",
-            show_default=False,
         ),
     ] = None,
-    yes: Annotated[
-        bool,
-        typer.Option(
-            "--yes", help="Do not ask. Needs --role and --paired-at, and for a revoked device also --status revoked."
-        ),
-    ] = False,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
+    yes: YesOption = False,
 ) -> None:
     """Approve a device.
 
     The command shows the device and asks for a confirmation. If the role, secret, time of pairing or status of the
-    device changes before the operator answers, the command approves nothing.
+    device changes before the operator answers, the command approves nothing. The option --yes needs --role and
+    --paired-at, and for a revoked device also --status revoked.
     """
-    if yes and (role is None or paired_at is None):
-        raise typer.BadParameter("--yes needs --role and --paired-at, as 'devices list --json' prints them.")
-    with open_named(context, database) as opened:
+    require_expected(yes=yes, option="--role", value=role)
+    require_expected(yes=yes, option="--paired-at", value=paired_at)
+    with open_named(context) as opened:
         seen = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
         show = partial(show_device, seen, error=True)
         confirm(context, "Approve this device?", yes=yes or seen.approved, show=show)
@@ -141,96 +116,101 @@ def approve(
                 device_id,
                 expected_role=role or seen.role,
                 expected_secret_hash=seen.shared_secret_hash,
-                expected_paired_at=datetime.fromisoformat(paired_at) if paired_at else seen.paired_at,
+                expected_paired_at=parsed_timestamp(paired_at) or seen.paired_at,
                 # Without `--yes`, compare the status, because another administrator can revoke the device before the
                 # answer.
                 expected_status=status if yes else status or seen.status,
             )
         )
         now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
-    report_change(now, changed=changed, word="approved", as_json=as_json)
+    report_change(context, now, changed=changed, word="approved")
 
 
 @devices.command()
 def revoke(
     context: typer.Context,
     device_id: DeviceArgument,
-    reason: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Reason, stored with the device.", show_default=False)
-    ] = None,
+    reason: Annotated[str | None, option(metavar="TEXT", help="Reason, stored with the device.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Revoke even the last approved admin.")] = False,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Revoke a device, which then has no access until it is approved again."""
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         changed = opened.run(lambda unit: unit.devices.revoke(device_id, reason=reason, force=force))
         now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
-    report_change(now, changed=changed, word="revoked", as_json=as_json)
+    report_change(context, now, changed=changed, word="revoked")
 
 
 @devices.command()
 def delete(
     context: typer.Context,
-    device_id: Annotated[
-        str | None, typer.Argument(metavar="[DEVICE]", help="Id of the device.", show_default=False)
-    ] = None,
+    device_id: Annotated[str | None, argument(metavar="[DEVICE]", help="Id of the device.")] = None,
     pending: Annotated[bool, typer.Option("--pending", help="Delete pending devices. Needs --before.")] = False,
     before: Annotated[
-        str | None,
-        typer.Option(
-            callback=timestamp_argument,
-            metavar="TIMESTAMP",
-            help="Delete the pending devices that were paired before this time.",
-            show_default=False,
-        ),
+        str | None, timestamp_option(help="Delete the pending devices that were paired before this time.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Delete even the last approved admin.")] = False,
+    paired_at: PairedAtOption = None,
+    dry_run: DryRunOption = False,
     yes: YesOption = False,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Delete a device, or the pending devices that were paired before a time.
 
     The command shows the devices and asks for a confirmation. If the device changes before the operator answers, the
     command does not delete the device. The command does not delete a pending device that is approved or revoked before
-    the operator answers.
+    the operator answers. The option --yes needs --paired-at or --before.
     """
     if device_id is not None:
         if pending or before is not None:
             raise typer.BadParameter("name either a device, or --pending with --before.")
-        with open_named(context, database) as opened:
-            deleted = _delete_one(context, opened, device_id, force=force, yes=yes)
+        require_expected(yes=yes, option="--paired-at", value=paired_at)
+        with open_named(context) as opened:
+            counts = _delete_one(context, opened, device_id, paired_at, force=force, dry_run=dry_run, yes=yes)
         word = "device"
     else:
-        if not pending or before is None or force:
+        if not pending or before is None or force or paired_at is not None:
             raise typer.BadParameter("name a device, or name the kind of devices by --pending with --before.")
         # The store's method also deletes a device that was paired exactly at its time argument; `--before` excludes
         # such a device.
         until = earlier(check_timestamp(datetime.fromisoformat(before), "before"), MILLISECOND)
-        with open_named(context, database) as opened:
-            deleted = _delete_pending(context, opened, until, yes=yes)
+        with open_named(context) as opened:
+            counts = {"deleted": _delete_pending(context, opened, until, dry_run=dry_run, yes=yes)}
         word = "pending device"
-    if as_json:
-        print_json({"deleted": deleted})
+    deleted = count(counts["deleted"], word)
+    if dry_run:
+        keys = f" and {count(counts['idempotency_keys'], 'idempotency key')}" if device_id is not None else ""
+        print_result(context, {"dry_run": True, **counts}, f"Would delete {deleted}{keys}. Nothing was changed.")
     else:
-        typer.echo(f"Deleted {count(deleted, word)}.")
+        print_result(context, {"deleted": counts["deleted"]}, f"Deleted {deleted}.")
 
 
-def _delete_one(context: typer.Context, opened: Database, device_id: str, *, force: bool, yes: bool) -> int:
+def _delete_one(
+    context: typer.Context,
+    opened: Database,
+    device_id: str,
+    paired_at: str | None,
+    *,
+    force: bool,
+    dry_run: bool,
+    yes: bool,
+) -> dict[str, int]:
     seen = opened.devices.get(device_id)
-    show = partial(show_device, seen, error=True)
-    confirm(context, "Delete this device and its idempotency keys?", yes=yes, show=show)
+    keys = count_rows(opened, IdempotencyKey.device_id, device_id)
+    question = f"Delete this device and {count(keys, 'idempotency key')}?"
+    confirm(context, question, yes=yes, dry_run=dry_run, show=partial(show_device, seen, error=True))
 
-    def work(unit: UnitOfWork) -> bool:
-        refuse_change(seen, unit.devices.get(device_id))
-        return unit.devices.delete(device_id, force=force)
+    def work(unit: UnitOfWork) -> None:
+        now = unit.devices.get(device_id)
+        refuse_change(f"device {device_id!r}", seen, now, *DECISIVE, expected=paired_at)
+        unit.devices.delete(device_id, force=force)
+        if dry_run:
+            unit.rollback()
 
-    return int(opened.run(work))
+    opened.run(work)
+    return {"deleted": 1, "idempotency_keys": keys}
 
 
-def _delete_pending(context: typer.Context, opened: Database, until: datetime, *, yes: bool) -> int:
-    if not yes:
+def _delete_pending(context: typer.Context, opened: Database, until: datetime, *, dry_run: bool, yes: bool) -> int:
+    if dry_run or not yes:
         found: list[Device] = []
         page: Sequence[Device] = ()
         while page := opened.devices.list(
@@ -239,12 +219,13 @@ def _delete_pending(context: typer.Context, opened: Database, until: datetime, *
             found += [device for device in page if device.paired_at <= until]
 
         def show() -> None:
-            # Standard output is for results only.
             print_table(HEADINGS, map(row_of, found[:_SHOWN]), error=True)
             if len(found) > _SHOWN:
                 typer.echo(f"and {count(len(found) - _SHOWN, 'other device')}", err=True)
 
-        confirm(context, f"Delete {count(len(found), 'pending device')}?", yes=False, show=show)
+        confirm(context, f"Delete {count(len(found), 'pending device')}?", yes=False, dry_run=dry_run, show=show)
+        if dry_run:
+            return len(found)
     deleted = 0
     while batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until)):
         deleted += batch

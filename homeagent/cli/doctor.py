@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, app
-from homeagent.cli.opening import AcknowledgeOption, target_of
-from homeagent.cli.output import print_facts, print_json
+from homeagent.cli.application import app
+from homeagent.cli.arguments import AcknowledgeOption
+from homeagent.cli.opening import target_of
+from homeagent.cli.output import print_facts, print_result
 from homeagent.cli.visible_text import escape_words
 from homeagent.errors import InvalidArgumentError
 from homeagent.maintenance.doctor import Diagnosis, Finding, Severity, diagnose
@@ -26,8 +27,6 @@ def doctor(
         bool, typer.Option("--fix", help="Make the repairs that lose no data, and list each repair.")
     ] = False,
     acknowledge: AcknowledgeOption = None,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Check the database. For each problem, show what it means and what to do.
 
@@ -37,15 +36,12 @@ def doctor(
     Exit status: 0 without problems, 1 for warnings, 2 for critical problems.
     """
     try:
-        diagnosis = diagnose(target_of(context, database), thorough=thorough, fix=fix, acknowledged=acknowledge or ())
+        diagnosis = diagnose(target_of(context), thorough=thorough, fix=fix, acknowledged=acknowledge or ())
     except InvalidArgumentError as error:
         # Exit with status 2. Exit status 1 of the doctor means warnings; for other commands it means a refused
         # operation.
         raise typer.BadParameter(str(error)) from None
-    if as_json:
-        print_json(diagnosis.model_dump(mode="json"))
-    else:
-        _print(diagnosis)
+    print_result(context, diagnosis.model_dump(mode="json"), lambda: _print(diagnosis))
     raise typer.Exit(diagnosis.exit_status)
 
 

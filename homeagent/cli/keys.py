@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, YesOption, confirm, group
+from homeagent.cli.application import confirm, group
+from homeagent.cli.arguments import (
+    DeviceArgument,
+    Format,
+    FormatOption,
+    KeyArgument,
+    LimitOption,
+    MethodArgument,
+    YesOption,
+    argument,
+)
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import Format, FormatOption, print_json, print_table
+from homeagent.cli.output import print_list, print_result
 from homeagent.cli.request import json_argument
 from homeagent.cli.visible_text import quoted
 from homeagent.models.idempotency_key import IdempotencyScope
-from homeagent.models.types import MAX_LIMIT
+from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 
 keys: typer.Typer = group("keys", help="Settle the idempotency keys with an abandoned attempt.")
 
-DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="Id of the device.", show_default=False)]
-MethodArgument = Annotated[str, typer.Argument(metavar="METHOD", help="Name of the method.", show_default=False)]
-KeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="Key that the device chose.", show_default=False)]
-
 
 @keys.command()
-def abandoned(
-    context: typer.Context,
-    limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="Maximum number of keys.")] = 100,
-    form: FormatOption = Format.TABLE,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+def abandoned(context: typer.Context, limit: LimitOption = 100, form: FormatOption = Format.TABLE) -> None:
     """List the keys with an abandoned attempt, whose lease expired without an outcome, oldest first.
 
     Find out whether the effect took place, then run 'keys resolve' or 'keys forget' for each key.
     """
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         rows = opened.run(lambda unit: unit.idempotency_keys.list_abandoned(limit=limit), read_only=True)
-    if as_json:
-        # Do not show parameters or results, because they can be private.
-        shown = {"device_id", "method", "key", "attempt", "created_at", "lease_expires_at", "downstream_key"}
-        print_json([row.model_dump(mode="json", include=shown) for row in rows])
-        return
+    # Do not show parameters or results, because they can be private.
+    shown = {"device_id", "method", "key", "attempt", "created_at", "lease_expires_at", "downstream_key"}
+    values = [row.model_dump(mode="json", include=shown) for row in rows]
     cells = [(row.device_id, row.method, row.key, row.attempt, row.created_at, row.lease_expires_at) for row in rows]
-    print_table(("Device", "Method", "Key", "Attempt", "Begun at", "Abandoned at"), cells, form=form)
+    print_list(context, ("Device", "Method", "Key", "Attempt", "Begun at", "Abandoned at"), cells, values, form)
 
 
 @keys.command()
@@ -50,12 +49,8 @@ def resolve(
     device_id: DeviceArgument,
     method: MethodArgument,
     key: KeyArgument,
-    result: Annotated[
-        str, typer.Argument(metavar="RESULT", help="Return value of the effect, as JSON.", show_default=False)
-    ],
+    result: Annotated[str, argument(metavar="RESULT", help="Return value of the effect, as JSON.")],
     yes: YesOption = False,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Record that the effect took place. Later retries return RESULT.
 
@@ -63,37 +58,38 @@ def resolve(
     """
     value = json_argument(result, "RESULT")
     scope = IdempotencyScope.of_record(device_id, method, key)
-    effect = f"{quoted(method)} by {quoted(device_id)}, key {quoted(key)}"
-    confirm(context, f"Record that {effect}, took place with this result?", yes=yes, only_at_terminal=True)
-    with open_named(context, database) as opened:
-        changed = opened.run(lambda unit: unit.idempotency_keys.resolve(scope, value))
-    _report_settled(changed=changed, done="Resolved: retries return this result.", as_json=as_json)
+    question = "Record that {}, took place with this result?"
+    done = "Resolved: retries return this result."
+    _settle(context, scope, lambda store: store.resolve(scope, value), question, done, yes=yes)
 
 
 @keys.command()
 def forget(
-    context: typer.Context,
-    device_id: DeviceArgument,
-    method: MethodArgument,
-    key: KeyArgument,
-    yes: YesOption = False,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
+    context: typer.Context, device_id: DeviceArgument, method: MethodArgument, key: KeyArgument, yes: YesOption = False
 ) -> None:
     """Record that the effect did not take place. The next call with the key runs the effect.
 
     At a terminal the command asks for a confirmation.
     """
     scope = IdempotencyScope.of_record(device_id, method, key)
-    effect = f"{quoted(method)} by {quoted(device_id)}, key {quoted(key)}"
-    confirm(context, f"Let the next call run {effect}, again?", yes=yes, only_at_terminal=True)
-    with open_named(context, database) as opened:
-        changed = opened.run(lambda unit: unit.idempotency_keys.forget(scope))
-    _report_settled(changed=changed, done="Forgotten: the next call runs the effect.", as_json=as_json)
+    question = "Let the next call run {}, again?"
+    done = "Forgotten: the next call runs the effect."
+    _settle(context, scope, lambda store: store.forget(scope), question, done, yes=yes)
 
 
-def _report_settled(*, changed: bool, done: str, as_json: bool) -> None:
-    if as_json:
-        print_json({"changed": changed})
-    else:
-        typer.echo(done if changed else "This key has no abandoned attempt: nothing to do.")
+def _settle(
+    context: typer.Context,
+    scope: IdempotencyScope,
+    change: Callable[[IdempotencyKeyStore], bool],
+    question: str,
+    done: str,
+    *,
+    yes: bool,
+) -> None:
+    """Ask the question, in which the braces stand for the effect, change the key, and report the change."""
+    effect = f"{quoted(scope.method)} by {quoted(scope.device_id)}, key {quoted(scope.key)}"
+    confirm(context, question.format(effect), yes=yes, only_at_terminal=True)
+    with open_named(context) as opened:
+        changed = opened.run(lambda unit: change(unit.idempotency_keys))
+    text = done if changed else "This key has no abandoned attempt: nothing to do."
+    print_result(context, {"changed": changed}, text)

@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import JsonOption, group
-from homeagent.cli.opening import MigrationsOption
-from homeagent.cli.output import print_json
+from homeagent.cli.application import WithoutDatabase, group
+from homeagent.cli.arguments import MigrationsOption
+from homeagent.cli.output import print_result
 from homeagent.engine.files.system_errors import explained
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.application import Application
@@ -41,8 +41,9 @@ def downgrade() -> None:
 '''
 
 
-@migrations.command()
+@migrations.command(cls=WithoutDatabase)
 def new(
+    context: typer.Context,
     message: Annotated[
         str, typer.Option("--message", "-m", metavar="TEXT", help="Description of the change.", show_default=False)
     ],
@@ -52,7 +53,6 @@ def new(
         typer.Option("--package", help="Package with the tables. Default: the package of --migrations."),
     ] = None,
     empty: Annotated[bool, typer.Option("--empty", help="Write a revision that you complete by hand.")] = False,
-    as_json: JsonOption = False,
 ) -> None:
     """Compare the application's tables with its revisions, and write the next revision.
 
@@ -68,12 +68,10 @@ def new(
     with explained("create the folder", folder / "versions"):
         (folder / "versions").mkdir(parents=True, exist_ok=True)
     script = _write(Application.of(migrations), folder, package, message, empty=empty)
-    if as_json:
-        print_json({"script": None if script is None else str(script)})
-    elif script is None:
-        typer.echo("The revisions create all tables already: no revision was written. An empty one needs --empty.")
-    else:
-        typer.echo(f"Wrote {script}. Read the revision before you use it.")
+    text = "The revisions create all tables already: no revision was written. An empty revision needs --empty."
+    if script is not None:
+        text = f"Wrote {script}. Read the revision before you use it."
+    print_result(context, {"script": None if script is None else str(script)}, text)
 
 
 def import_tables(migrations: str | None) -> None:
@@ -146,6 +144,6 @@ def _write(application: Application, folder: Path, package: str, message: str, *
         parent=application.head,
         **texts,
     )
-    with explained("write", script), script.open("x", encoding="utf-8") as file:
+    with explained("write", script), script.open("x", encoding="utf-8", errors="backslashreplace") as file:
         file.write(content)
     return script

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, group
-from homeagent.cli.device_output import DeviceArgument
+from homeagent.cli.application import group
+from homeagent.cli.arguments import DeviceArgument
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import count, print_json
+from homeagent.cli.output import count, print_result
 from homeagent.cli.visible_text import quoted
 
 nonces: typer.Typer = group("nonces", help="Release the nonces of a device that is at its limit.")
 
 
 @nonces.command()
-def forget(
-    context: typer.Context, device_id: DeviceArgument, database: DatabaseOption = None, as_json: JsonOption = False
-) -> None:
+def forget(context: typer.Context, device_id: DeviceArgument) -> None:
     """Release the nonces of a device from its limit.
 
     First let the gateway keep nonces for a shorter time. The rows stay until the nonces expire, so a message with a
     released nonce is still refused as a replay.
     """
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         released = opened.nonces.forget(device_id)
-    if as_json:
-        print_json({"released": released})
-    else:
-        typer.echo(f"Released {count(released, 'nonce')} of {quoted(device_id)}.")
+    print_result(context, {"released": released}, f"Released {count(released, 'nonce')} of {quoted(device_id)}.")

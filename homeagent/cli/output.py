@@ -11,49 +11,37 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from enum import StrEnum
-from typing import Annotated
 
 import typer
 
+from homeagent.cli.arguments import Format
 from homeagent.cli.visible_text import identity
 
-__all__ = [
-    "Format",
-    "FormatOption",
-    "count",
-    "format_timestamp",
-    "print_facts",
-    "print_json",
-    "print_table",
-]
+__all__ = ["count", "format_timestamp", "print_facts", "print_list", "print_result", "print_table"]
 
 
 _LEAST = 24  # least width of the column for a long text
 
 
-class Format(StrEnum):
-    """Form of a list for people or for programs."""
-
-    TABLE = "table"
-    TSV = "tsv"
-
-
-FormatOption = Annotated[
-    Format,
-    typer.Option(
-        "--format", help="Form of the list; tsv prints tab-separated values, with times in UTC and a line of names."
-    ),
-]
+def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:
+    """Print a value under --json, else the text. A function instead of a text prints what people read."""
+    if context.obj.as_json:
+        # Escape characters outside ASCII, so that the output is valid in any encoding, and an id can't control the
+        # terminal.
+        typer.echo(json.dumps(value, indent=2))
+    elif isinstance(text, str):
+        typer.echo(text)
+    else:
+        text()
 
 
-def print_json(value: object) -> None:
-    """Print a value as JSON."""
-    # Escape characters outside ASCII, so that the output is valid in any encoding, and an id can't control the
-    # terminal.
-    typer.echo(json.dumps(value, indent=2))
+def print_list(
+    context: typer.Context, headings: Sequence[str], rows: Iterable[Sequence[object]], values: object, form: Format
+) -> None:
+    """Print the values of a list under --json, else its rows in the form that the operator chose."""
+    print_result(context, values, lambda: print_table(headings, rows, form=form))
 
 
 def print_table(

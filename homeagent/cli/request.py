@@ -1,4 +1,4 @@
-"""Requests to the stores, made from the arguments of a command."""
+"""Requests to the stores, made from the arguments of a command, and checks of the rows that a command changes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from typing import Any, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
+from sqlalchemy import func, select
 
-__all__ = ["json_argument", "request"]
+from homeagent.cli.arguments import parsed_timestamp
+from homeagent.database import Database
+from homeagent.errors import ConflictError
+
+__all__ = ["count_rows", "json_argument", "refuse_change", "request", "require_expected"]
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -31,3 +36,35 @@ def json_argument(text: str | None, name: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise typer.BadParameter(f"{name} must be JSON, such as null or '{{\"id\": 7}}'.") from None
+
+
+def require_expected(*, yes: bool, option: str, value: str | None) -> None:
+    """End the command as wrong usage if --yes stands without the value that identifies the row.
+
+    With --yes the command shows no row, so the option binds the decision to the row that the program has read.
+    """
+    if yes and value is None:
+        raise typer.BadParameter(f"--yes needs {option}, as the list of the rows prints it with --json.")
+
+
+def refuse_change(row: str, seen: Any, now: Any, *columns: str, expected: str | None = None) -> None:
+    """Raise ConflictError if a row changed after it was shown, or is not the expected row.
+
+    Args:
+        row: kind and id of the row, for the message.
+        seen: row that was shown.
+        now: row in the unit that changes the row.
+        columns: names of the columns that must be equal in both.
+        expected: value of the first column that the operator named, or None.
+    """
+    if parsed_timestamp(expected) not in (None, getattr(now, columns[0])):
+        raise ConflictError(f"{row} has another value of {columns[0]} than {expected}: show it again, then decide")
+    if any(getattr(seen, column) != getattr(now, column) for column in columns):
+        raise ConflictError(f"{row} changed after it was shown: show it again, then decide")
+
+
+def count_rows(opened: Database, column: Any, value: str) -> int:
+    """Return the number of rows whose column has the value."""
+    query = select(func.count()).select_from(column.class_).where(column == value)
+    found: int = opened.run(lambda unit: unit.session.execute(query).scalar_one(), read_only=True)
+    return found

@@ -6,25 +6,23 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, YesOption, app, confirm
-from homeagent.cli.opening import AcknowledgeOption, target_of
-from homeagent.cli.output import format_timestamp, print_json
+from homeagent.cli.application import app, confirm
+from homeagent.cli.arguments import AcknowledgeOption, YesOption, argument
+from homeagent.cli.opening import target_of
+from homeagent.cli.output import format_timestamp, print_result
 from homeagent.cli.visible_text import quoted
 from homeagent.database import Database
 from homeagent.engine.target import resolve_target
+from homeagent.environment import BUSY_TIMEOUT, busy_timeout_or_default
+from homeagent.maintenance import RestoreReport
 
 
 @app.command()
 def restore(
     context: typer.Context,
-    backup: Annotated[
-        str,
-        typer.Argument(metavar="BACKUP", help="Backup to restore. The command does not change it.", show_default=False),
-    ],
+    backup: Annotated[str, argument(metavar="BACKUP", help="Backup to restore. The command does not change it.")],
     acknowledge: AcknowledgeOption = None,
     yes: YesOption = False,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Replace the database by a backup, and keep the old database in quarantine.
 
@@ -32,12 +30,15 @@ def restore(
     right. The command verifies the backup and begins a new epoch. After a restore, gateways refuse messages that were
     signed before the restore.
     """
-    location = resolve_target(target_of(context, database)).location
+    location = resolve_target(target_of(context)).location
     confirm(context, f"Replace {location} by {backup}?", yes=yes, only_at_terminal=True)
-    report = Database.restore(backup, target_of(context, database), acknowledged=acknowledge or ())
-    if as_json:
-        print_json(report.model_dump(mode="json"))
-        return
+    report = Database.restore(
+        backup, target_of(context), acknowledged=acknowledge or (), busy_timeout=busy_timeout_or_default(BUSY_TIMEOUT)
+    )
+    print_result(context, report.model_dump(mode="json"), lambda: _print(report))
+
+
+def _print(report: RestoreReport) -> None:
     typer.echo(f"Restored {report.database} from {report.backup}: epoch {report.epoch} begins.")
     if report.taken_at is not None:
         typer.echo(f"The backup holds the state of {format_timestamp(report.taken_at)}.")

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, YesOption, app, confirm
-from homeagent.cli.opening import AcknowledgeOption, MigrationsOption, target_of
-from homeagent.cli.output import print_json
+from homeagent.cli.application import app, confirm
+from homeagent.cli.arguments import AcknowledgeOption, MigrationsOption, YesOption
+from homeagent.cli.opening import target_of
+from homeagent.cli.output import print_result
 from homeagent.cli.visible_text import escape_words
 from homeagent.database import Database
 from homeagent.engine.target import resolve_target
@@ -97,8 +98,6 @@ def init(
         bool, typer.Option("--adopt", help="Add homeagent's tables to a database of an application, after a question.")
     ] = False,
     yes: YesOption = False,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Create the database, or upgrade an existing database. If the schema is current, the command
     changes no data.
@@ -106,8 +105,8 @@ def init(
     With --adopt, the database can already have tables of an application. First stop the application. The command shows
     a report and asks. It copies a SQLite file before the first change.
     """
-    if not adopt or not _adopt(context, target_of(context, database), migrations, acknowledge or (), yes=yes):
-        _report_upgrade(context, database, migrations, acknowledge or (), as_json=as_json)
+    if not adopt or not _adopt(context, target_of(context), migrations, acknowledge or (), yes=yes):
+        _report_upgrade(context, migrations, acknowledge or ())
 
 
 def _adopt(
@@ -119,13 +118,11 @@ def _adopt(
         return False
     confirm(context, f"Adopt {found.location}?", yes=yes, show=lambda: typer.echo("\n".join(_changes(found)), err=True))
     done = take_over(target, found, migrations=migrations, acknowledged=acknowledged)
-    if context.obj.as_json:
-        print_json({"action": "adopted", "schema_revision": REVISION, **done.model_dump(mode="json")})
-        return True
-    if yes:  # otherwise the report is above the question
-        typer.echo("\n".join(_changes(done)))
     kept = f" A copy from before is in {done.backup}." if done.backup else ""
-    typer.echo(f"Adopted {done.location} at schema revision {REVISION}.{kept}")
+    text = f"Adopted {done.location} at schema revision {REVISION}.{kept}"
+    if yes:  # otherwise the report is above the question
+        text = "\n".join([*_changes(done), text])
+    print_result(context, {"action": "adopted", "schema_revision": REVISION, **done.model_dump(mode="json")}, text)
     return True
 
 
@@ -147,34 +144,18 @@ def _changes(report: AdoptionReport) -> Iterator[str]:
 
 
 @app.command()
-def migrate(
-    context: typer.Context,
-    migrations: MigrationsOption = None,
-    acknowledge: AcknowledgeOption = None,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+def migrate(context: typer.Context, migrations: MigrationsOption = None, acknowledge: AcknowledgeOption = None) -> None:
     """Upgrade the schema to the revision that this version of homeagent needs.
 
     If a SQLite file holds data, the command first makes a copy next to the file. A failed upgrade does not change the
     data.
     """
-    _report_upgrade(context, database, migrations, acknowledge or (), as_json=as_json)
+    _report_upgrade(context, migrations, acknowledge or ())
 
 
-def _report_upgrade(
-    context: typer.Context,
-    database: str | None,
-    migrations: str | None,
-    acknowledged: Collection[str],
-    *,
-    as_json: bool,
-) -> None:
-    upgrade = _bring_up_to_date(target_of(context, database), migrations, acknowledged)
-    if as_json:
-        shown = asdict(upgrade)
-        if upgrade.application_revision is None:
-            del shown["application_revision"]
-        print_json(shown)
-    else:
-        typer.echo(str(upgrade))
+def _report_upgrade(context: typer.Context, migrations: str | None, acknowledged: Collection[str] = ()) -> None:
+    upgrade = _bring_up_to_date(target_of(context), migrations, acknowledged)
+    shown = asdict(upgrade)
+    if upgrade.application_revision is None:
+        del shown["application_revision"]
+    print_result(context, shown, str(upgrade))

@@ -8,19 +8,26 @@ from typing import Annotated, Any
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, YesOption, confirm, group
+from homeagent.cli.application import confirm, group
+from homeagent.cli.arguments import (
+    AfterOption,
+    CreatedAtOption,
+    Format,
+    FormatOption,
+    LimitOption,
+    SessionArgument,
+    YesOption,
+    option,
+)
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import Format, FormatOption, format_timestamp, print_facts, print_json, print_table
+from homeagent.cli.output import format_timestamp, print_facts, print_list, print_result
+from homeagent.cli.request import refuse_change, require_expected
 from homeagent.cli.visible_text import identity, quoted
-from homeagent.errors import SessionNotFoundError
 from homeagent.models.schemas import AgentSessionPublic
 from homeagent.models.session import AgentSession
-from homeagent.models.types import MAX_LIMIT
 from homeagent.unit_of_work import UnitOfWork
 
 sessions: typer.Typer = group("sessions", help="List, move and delete sessions, which are an index of the transcripts.")
-
-SessionArgument = Annotated[str, typer.Argument(metavar="SESSION", help="Id of the session.", show_default=False)]
 
 
 def _public(session: AgentSession) -> dict[str, Any]:
@@ -43,16 +50,12 @@ def _show(session: AgentSession, *, error: bool = False) -> None:
 @sessions.command("list")
 def list_sessions(
     context: typer.Context,
-    agent: Annotated[str | None, typer.Option(help="Only sessions of this agent.", show_default=False)] = None,
-    sender: Annotated[str | None, typer.Option(help="Only sessions with this sender.", show_default=False)] = None,
-    channel: Annotated[str | None, typer.Option(help="Only sessions in this channel.", show_default=False)] = None,
-    limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="Maximum number of sessions.")] = 100,
-    after: Annotated[
-        str | None, typer.Option(metavar="SESSION", help="Last id of the previous page.", show_default=False)
-    ] = None,
+    agent: Annotated[str | None, option(metavar="AGENT", help="Only sessions of this agent.")] = None,
+    sender: Annotated[str | None, option(metavar="SENDER", help="Only sessions with this sender.")] = None,
+    channel: Annotated[str | None, option(metavar="CHANNEL", help="Only sessions in this channel.")] = None,
+    limit: LimitOption = 100,
+    after: AfterOption = None,
     form: FormatOption = Format.TABLE,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """List the sessions. The session with the latest activity comes first."""
 
@@ -61,41 +64,30 @@ def list_sessions(
         found = unit.sessions.list(agent_id=agent, sender_id=sender, channel_id=channel, limit=limit, after=last)
         return list(found)
 
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         page = opened.run(read, read_only=True)
-    if as_json:
-        print_json([_public(session) for session in page])
-        return
-    rows = [
-        (found.session_id, found.agent_id, found.sender_id, found.channel_id, found.last_active_at) for found in page
-    ]
-    print_table(("Session", "Agent", "Sender", "Channel", "Last active at"), rows, form=form)
+    rows = [(row.session_id, row.agent_id, row.sender_id, row.channel_id, row.last_active_at) for row in page]
+    headings = ("Session", "Agent", "Sender", "Channel", "Last active at")
+    print_list(context, headings, rows, list(map(_public, page)), form)
 
 
 @sessions.command()
-def show(
-    context: typer.Context, session_id: SessionArgument, database: DatabaseOption = None, as_json: JsonOption = False
-) -> None:
+def show(context: typer.Context, session_id: SessionArgument) -> None:
     """Show a session."""
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         session = opened.sessions.get(session_id)
-    if as_json:
-        print_json(_public(session))
-    else:
-        _show(session)
+    print_result(context, _public(session), partial(_show, session))
 
 
 @sessions.command()
 def move(
     context: typer.Context,
     session_id: SessionArgument,
-    agent: Annotated[str | None, typer.Option(metavar="AGENT", help="New agent.", show_default=False)] = None,
-    sender: Annotated[str | None, typer.Option(metavar="SENDER", help="New sender.", show_default=False)] = None,
+    agent: Annotated[str | None, option(metavar="AGENT", help="New agent.")] = None,
+    sender: Annotated[str | None, option(metavar="SENDER", help="New sender.")] = None,
     no_sender: Annotated[bool, typer.Option("--no-sender", help="Move to a route without a sender.")] = False,
-    channel: Annotated[str | None, typer.Option(metavar="CHANNEL", help="New channel.", show_default=False)] = None,
+    channel: Annotated[str | None, option(metavar="CHANNEL", help="New channel.")] = None,
     no_channel: Annotated[bool, typer.Option("--no-channel", help="Move to a route without a channel.")] = False,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Give a session another agent, sender or channel.
 
@@ -110,32 +102,31 @@ def move(
     changes |= {"channel_id": None} if no_channel else {}
     if not changes:
         raise typer.BadParameter("name a new agent, sender or channel.")
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         session = opened.sessions.move(session_id, **changes)
-    if as_json:
-        print_json(_public(session))
-    else:
-        typer.echo(f"Moved {quoted(session_id)}.")
+    print_result(context, _public(session), f"Moved {quoted(session_id)}.")
 
 
 @sessions.command()
 def delete(
     context: typer.Context,
     session_id: SessionArgument,
+    created_at: CreatedAtOption = None,
     yes: YesOption = False,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Delete a session but not its transcript.
 
-    The command shows the session and asks for a confirmation.
+    The command shows the session and asks for a confirmation. The option --yes needs --created-at.
     """
-    with open_named(context, database) as opened:
-        session = opened.sessions.get(session_id)
-        confirm(context, "Delete this session?", yes=yes, show=partial(_show, session, error=True))
-        if not opened.sessions.delete(session_id):
-            raise SessionNotFoundError(session_id)  # another process deleted the session in the meantime
-    if as_json:
-        print_json({"deleted": 1})
-    else:
-        typer.echo(f"Deleted {quoted(session_id)}.")
+    require_expected(yes=yes, option="--created-at", value=created_at)
+    with open_named(context) as opened:
+        seen = opened.sessions.get(session_id)
+        confirm(context, "Delete this session?", yes=yes, show=partial(_show, seen, error=True))
+
+        def work(unit: UnitOfWork) -> None:
+            now = unit.sessions.get(session_id)
+            refuse_change(f"session {session_id!r}", seen, now, "created_at", expected=created_at)
+            unit.sessions.delete(session_id)
+
+        opened.run(work)
+    print_result(context, {"deleted": 1}, f"Deleted {quoted(session_id)}.")

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, app
+from homeagent.cli.application import app
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import count, format_timestamp, print_facts, print_json, print_table
+from homeagent.cli.output import count, format_timestamp, print_facts, print_result, print_table
 from homeagent.maintenance.status import DatabaseStatus
 
 
 @app.command()
-def status(context: typer.Context, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
+def status(context: typer.Context) -> None:
     """Show location, engine, schema, settings, file modes and number of rows of the database.
 
     The command does not create or upgrade a database.
     """
-    with open_named(context, database) as opened:
+    with open_named(context) as opened:
         found = opened.status()
-    if as_json:
-        print_json(found.model_dump(mode="json"))
-        return
+    print_result(context, found.model_dump(mode="json"), lambda: _print(found))
+
+
+def _print(found: DatabaseStatus) -> None:
     print_facts(_summary(found).items())
     rows = [(name, number, found.expired.get(name)) for name, number in found.rows.items()]
     typer.echo()

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import DatabaseOption, JsonOption, app
+from homeagent.cli.application import app
+from homeagent.cli.arguments import DryRunOption
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import count, print_json
+from homeagent.cli.output import count, print_result
 from homeagent.models.types import MAX_LIMIT
 
 _LONGEST_BUDGET = 366 * 24 * 3600.0
@@ -38,24 +39,24 @@ def sweep(
             show_default="until all is done",
         ),
     ] = None,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Delete expired nonces and idempotency keys, old device changes, and devices that waited for over 30 days.
 
-    The command works in small transactions, so it can run at the same time as the gateway.
+    The command works in small transactions, so it can run at the same time as the gateway. With --dry-run the command
+    counts the rows and deletes none of them.
     """
-    with open_named(context, database) as opened:
-        report = opened.sweep(
-            batch_size=batch_size, time_budget=None if time_budget is None else timedelta(seconds=time_budget)
-        )
-    if as_json:
-        print_json(report.model_dump(mode="json"))
-        return
-    typer.echo(
-        f"Removed {count(report.nonces, 'nonce')} and {count(report.idempotency_keys, 'idempotency key')}"
-        + (f", and {count(report.pending_devices, 'device')} without an approval." if report.pending_devices else ".")
-        + (f" Removed {count(report.device_changes, 'old device change')}." if report.device_changes else "")
+    budget = None if time_budget is None else timedelta(seconds=time_budget)
+    with open_named(context) as opened:
+        report = opened.sweep(batch_size=batch_size, time_budget=budget, dry_run=dry_run)
+    print_result(
+        context,
+        {**({"dry_run": True} if dry_run else {}), **report.model_dump(mode="json")},
+        f"{'Would remove' if dry_run else 'Removed'} {count(report.nonces, 'nonce')} and "
+        + count(report.idempotency_keys, "idempotency key")
+        + (f", and {count(report.pending_devices, 'device')} without an approval" if report.pending_devices else "")
+        + (f", and {count(report.device_changes, 'old device change')}" if report.device_changes else "")
+        + (". Nothing was changed." if dry_run else ".")
         + (f" Skipped {count(report.skipped, 'row')}: {', '.join(report.constraints)}." if report.skipped else "")
-        + (" The time budget ended the sweep early: sweep again." if report.more else "")
+        + (" The time budget ended the sweep early: sweep again." if report.more else ""),
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, and_, bindparam, delete, select, tuple_
+from sqlalchemy import ColumnElement, and_, bindparam, delete, func, select, tuple_
 
 from homeagent.engine.statements import Statement
 from homeagent.errors import ConflictError
@@ -21,6 +21,7 @@ from homeagent.models.device import PENDING, Device
 from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.nonce import Nonce
 from homeagent.models.types import earlier
+from homeagent.stores.device_feed import COUNT_OLD
 from homeagent.stores.device_statements import OVERDUE
 from homeagent.stores.idempotency_key_statements import EXPIRED as EXPIRED_KEY
 from homeagent.stores.nonces import EXPIRED as EXPIRED_NONCE
@@ -35,9 +36,7 @@ _FIRST = datetime.min.replace(tzinfo=UTC)
 
 
 class _Statements:
-    """Two statements for one table. The first statement reads the expired rows in pages, and the second deletes one
-    row.
-    """
+    """Statements for one table, which read the expired rows in pages, delete one row, and count the expired rows."""
 
     def __init__(self, model: Any, expired: ColumnElement[bool], time: str = "expires_at") -> None:
         table = model.__table__
@@ -51,6 +50,7 @@ class _Statements:
         )
         same = and_(*(column == bindparam(column.name, type_=column.type) for column in key))
         self.delete = Statement[Any](delete(table).where(same, expired))
+        self.count = Statement[int](select(func.count()).select_from(table).where(expired))
         self.first = {column.name: _FIRST if column is table.c[time] else "" for column in order}
 
 
@@ -94,6 +94,12 @@ class ExpiredRows:
         self._monotonic = monotonic
         self._after: dict[str, Any] | None = None
         self.skipped: Counter[str] = Counter()
+
+    def count(self) -> int:
+        """Return the number of expired rows, including the rows that a constraint of an application's table keeps."""
+        with UnitOfWork(self._settings, read_only=True) as unit:
+            statement = COUNT_OLD if self._statements is None else self._statements.count
+            return unit.one(statement, **self._times()) or 0
 
     def delete(self, limit: int) -> Batch:
         """Delete the next batch, with at most the given number of rows."""

@@ -91,6 +91,7 @@ def sweep(
     time_budget: timedelta | None,
     pending_ttl: timedelta | None = None,
     changes_kept: timedelta | None = None,
+    dry_run: bool = False,
     stop: threading.Event | None = None,
     monotonic: Callable[[], float] = monotonic,
 ) -> SweepReport:
@@ -101,7 +102,8 @@ def sweep(
     The argument `batch_size` is the maximum number of rows of a batch. If the time budget is used up, or the event
     `stop` is set, the sweep ends early. The argument `pending_ttl` is the longest time for which a device may wait for
     its approval. With `pending_ttl=None`, the sweep deletes no device. The argument `changes_kept` is the time for
-    which the sweep keeps device changes. With `changes_kept=None`, the sweep keeps all changes.
+    which the sweep keeps device changes. With `changes_kept=None`, the sweep keeps all changes. With `dry_run=True`,
+    the sweep counts the rows and deletes none of them.
     """
     check_limit(batch_size, "batch_size")
     deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()
@@ -126,6 +128,9 @@ def sweep(
     for kind, grace in tables.items():
         if done and grace is not None:
             rows = ExpiredRows(settings, kind, grace, monotonic)
+            if dry_run:
+                removed[kind] = rows.count()
+                continue
             removed[kind], done = _delete(rows, settings, pace, paused, monotonic)
             skipped.update(rows.skipped)
     report = SweepReport.model_validate(

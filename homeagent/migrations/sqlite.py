@@ -222,7 +222,8 @@ def _look_up(connection: Connection, application: Application) -> tuple[str | No
         return revision, suits(connection, revision), application.is_pending(connection)
     finally:
         connection.rollback()
-        if raw.in_transaction:
+        # If Ctrl-C interrupts a statement, SQLAlchemy closes the connection.
+        if not connection.invalidated and raw.in_transaction:
             raw.execute("ROLLBACK")
 
 
@@ -287,7 +288,8 @@ def _make_or_upgrade(
         try:
             _upgrade(engine, connection, application, None if temporary else clock)
         finally:
-            raw.execute("PRAGMA foreign_keys=ON")
+            if not connection.invalidated:
+                raw.execute("PRAGMA foreign_keys=ON")
     if not initialised and not temporary:
         lock.write_marker("initialised")
 

@@ -35,14 +35,11 @@ CHANGES = Statement[DeviceChange](
     .limit(bindparam("limit"))
 )
 _first_kept = select(_columns.number).where(_columns.at > bindparam("before")).order_by(_columns.number).limit(1)
+_is_old = _columns.number < func.coalesce(_first_kept.scalar_subquery(), _newest)
+COUNT_OLD = Statement[int](select(func.count()).select_from(DeviceChange).where(_is_old))
 DELETE_OLD = Statement[DeviceChange](
     delete(DeviceChange).where(
-        _columns.number.in_(
-            select(_columns.number)
-            .where(_columns.number < func.coalesce(_first_kept.scalar_subquery(), _newest))
-            .order_by(_columns.number)
-            .limit(bindparam("limit"))
-        )
+        _columns.number.in_(select(_columns.number).where(_is_old).order_by(_columns.number).limit(bindparam("limit")))
     )
 )
 

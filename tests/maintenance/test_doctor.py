@@ -17,10 +17,8 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event, text
-from typer.testing import CliRunner
 
 from homeagent import AgentCreate, AgentSessionCreate, Database, IdempotencyScope, Role, diagnose, errors
-from homeagent.cli import app
 from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION, connect
 from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.inspection import Stopwatch
@@ -28,6 +26,7 @@ from homeagent.engine.sqlite.manifests import Manifest, read_manifest, write_man
 from homeagent.maintenance import Diagnosis
 from homeagent.maintenance.doctor import CHECKS, Finding, Severity, files
 from homeagent.migrations import REVISION
+from tests.command_line import invoke
 from tests.conftest import START, Children, FakeClock, add_agent, add_device
 from tests.migrations.old_databases import REVISIONS
 
@@ -92,7 +91,7 @@ def run(finding: Finding) -> None:
     assert finding.command is not None
     program, *arguments = shlex.split(finding.command)
     if program == "homeagent":
-        done = CliRunner().invoke(app, arguments)
+        done = invoke(*arguments)
         assert done.exit_code == 0, done.output
     else:
         subprocess.run([program, *arguments], check=True, capture_output=True, timeout=60)

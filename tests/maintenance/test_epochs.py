@@ -65,12 +65,10 @@ def test_absent_and_temporary_databases_are_refused(tmp_path: Path) -> None:
 
 def test_status_shows_the_epoch(sqlite_path: Path, clock: FakeClock) -> None:
     """After a second epoch, `homeagent status` shows the epoch. SQLite only: the output is the same for PostgreSQL."""
-    from typer.testing import CliRunner
-
-    from homeagent.cli import app
+    from tests.command_line import invoke
 
     def shown() -> str:
-        return CliRunner().invoke(app, ["status", "--database", str(sqlite_path)]).stdout
+        return invoke("status", "--database", sqlite_path).stdout
 
     assert "Epoch" not in shown()
     Database.begin_epoch(sqlite_path, clock=clock)

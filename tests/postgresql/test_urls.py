@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from sqlalchemy import URL
-from typer.testing import CliRunner
 
 from homeagent import Database, diagnose
-from homeagent.cli import app
 from homeagent.errors import ConnectionLostError, HomeAgentError, InvalidArgumentError
+from tests.command_line import invoke
 from tests.postgresql.server import free_port
 
 SECRET = "S3CRET"
@@ -73,7 +72,7 @@ def test_url_object_is_checked_too() -> None:
 def test_command_refuses_an_unreadable_url_in_one_line(command: tuple[str, ...]) -> None:
     """If the URL is unreadable, the command line prints no traceback and no password."""
     url = UNREADABLE["a password that is not UTF-8"]
-    done = CliRunner().invoke(app, [*command, url] if command[0] == "copy" else ["--database", url, *command])
+    done = invoke(*([*command, url] if command[0] == "copy" else ["--database", url, *command]))
     assert done.exit_code == (2 if command[0] == "doctor" else 1)
     assert SECRET not in done.output
     assert "UTF-8" in done.output

@@ -1,0 +1,45 @@
+"""Run the command `homeagent` in the process of a test, which takes a few milliseconds instead of a second."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+
+from homeagent.cli.commands import command
+
+
+class Result(NamedTuple):
+    """What a command printed, and its exit status."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        """The text of both streams."""
+        return self.stdout + self.stderr
+
+
+def invoke(*arguments: object, input: str | None = "", env: Mapping[str, str] | None = None) -> Result:
+    """Run a command. With `input=None` the process has no standard input. An unexpected exception reaches the test."""
+    output, errors = io.StringIO(), io.StringIO()
+    stdin = None if input is None else io.StringIO(input)
+    with ExitStack() as stack:
+        for context in (
+            redirect_stdout(output),
+            redirect_stderr(errors),
+            mock.patch.object(sys, "stdin", stdin),
+            mock.patch.dict("os.environ", env or {}),
+        ):
+            stack.enter_context(context)
+        with pytest.raises(SystemExit) as ended:
+            command(list(map(str, arguments)), prog_name="homeagent")
+    assert isinstance(ended.value.code, int)
+    return Result(ended.value.code, output.getvalue(), errors.getvalue())

@@ -1,0 +1,308 @@
+"""What an operator does with the command line: lists, decisions with a question, dry runs, and a whole day."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from homeagent import AgentCreate, AgentSessionCreate, Database, DevicePair, IdempotencyScope, Role
+from tests.command_line import invoke
+from tests.conftest import ROOT, START, Children, FakeClock
+
+LONG_ID = "kitchen-thermostat-on-the-left-side-of-the-door-to-the-garden"
+AT_START = START.isoformat()
+
+
+@pytest.fixture
+def store(sqlite_path: Path) -> Path:
+    """A closed store with a device, an agent with a session, and an idempotency key, all created at `START`."""
+    with Database.open(sqlite_path, clock=FakeClock()) as database:
+        database.pair(DevicePair(id="lamp", role=Role.NODE))
+        database.agents.create(AgentCreate(id="butler", name="Butler", workspace_path="/srv"))
+        database.sessions.create(AgentSessionCreate(session_id="talk", agent_id="butler"))
+        scope = IdempotencyScope("lamp", "play", "k1")
+        database.idempotency_keys.claim(scope, fingerprint="f", lease=timedelta(0), ttl=timedelta(days=300))
+    return sqlite_path
+
+
+# Form of the output
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_table_fits_the_terminal(store: Path, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a terminal no line is wider than the terminal, and each word of an id is whole."""
+    with Database.open(store) as database:
+        database.pair(DevicePair(id=LONG_ID, role=Role.NODE))
+    monkeypatch.setattr("homeagent.cli.output._terminal_width", lambda *, error: columns)
+    for arguments in (["devices", "list"], ["devices", "show", LONG_ID], ["status"]):
+        shown = invoke("--database", store, *arguments).stdout
+        longest = max(shown.splitlines(), key=len)
+        assert len(longest) <= columns or " " not in longest.strip(), longest
+        if "status" not in arguments:
+            assert all(word in shown for word in LONG_ID.split("-"))
+            assert LONG_ID in "".join(line.strip() for line in shown.splitlines())
+            assert re.search(r"\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", shown)
+
+
+def test_times_and_forms_of_a_list(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table has local times with the zone; tab-separated values and JSON have UTC; a pipe gets one line a row."""
+    with Database.open(store, clock=FakeClock()) as database:
+        database.pair(DevicePair(id=LONG_ID, role=Role.NODE))
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    try:
+        table = invoke("devices", "list", "--database", store).stdout.splitlines()
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert len(table) == 3
+    assert LONG_ID in table[1]
+    assert "2026-01-02 08:34:05.678+05:30" in table[2]
+    rows = [
+        line.split("\t")
+        for line in invoke("devices", "list", "--format", "tsv", "--database", store).stdout.splitlines()
+    ]
+    assert rows == [
+        ["device", "role", "status", "paired_at", "last_seen_at"],
+        [LONG_ID, "node", "pending", "2026-01-02T03:04:05.678Z", ""],
+        ["lamp", "node", "pending", "2026-01-02T03:04:05.678Z", ""],
+    ]
+
+
+# Decisions
+
+
+def test_the_first_admin_in_one_command(sqlite_path: Path) -> None:
+    """`pair --approve` prints the secret of an approved admin once; `rotate` replaces the secret after a question."""
+    paired = json.loads(
+        invoke("devices", "pair", "desk", "--role", "admin", "--approve", "--json", "--database", sqlite_path).stdout
+    )
+    assert paired["device"]["status"] == "approved"
+    rotate = ["devices", "rotate", "desk", "--database", str(sqlite_path)]
+    assert invoke(*rotate, input="n\n").exit_code == 1
+    asked = invoke(*rotate, input="y\n")
+    new = asked.stdout.split()[-1]
+    assert "The old secret ends at once." in asked.stderr
+    with Database.open(sqlite_path) as database:
+        assert database.verify_secret("desk", paired["shared_secret"]) is None
+        assert database.verify_secret("desk", new) is not None
+    again = invoke("devices", "pair", "desk", "--role", "admin", "--database", sqlite_path)
+    assert "'homeagent devices rotate'" in again.stderr
+    delete = ["devices", "delete", "desk", "--database", sqlite_path]
+    assert "or pass --force" in invoke(*delete, input="y\n").stderr
+    assert invoke(*delete, "--force", input="y\n").exit_code == 0
+
+
+DELETIONS = {
+    "devices delete": ("lamp", "node", "--paired-at"),
+    "agents delete": ("butler", "Butler", "--created-at"),
+    "sessions delete": ("talk", "butler", "--created-at"),
+}
+
+
+@pytest.mark.parametrize("command", DELETIONS)
+def test_a_deletion_shows_the_row_and_asks(store: Path, command: str) -> None:
+    """A deletion shows the row and asks; a program passes `--yes` with the time that identifies the row."""
+    name, shown, expected = DELETIONS[command]
+    delete = [*command.split(), name, "--database", str(store), *(["--with-sessions"] if name == "butler" else [])]
+    declined = invoke(*delete, input="n\n")
+    assert declined.exit_code == 1
+    assert shown in declined.stderr
+    for options, missing in (([], "--yes"), (["--yes"], expected)):
+        program = invoke(*delete, *options, "--json", input="y\n")
+        assert program.exit_code == 2
+        assert missing in json.loads(program.stderr)["message"]
+    other = invoke(*delete, "--yes", expected, "2020-01-01T00:00:00Z")
+    assert other.exit_code == 1
+    assert "show it again" in other.stderr
+    assert json.loads(invoke(*delete, "--yes", expected, AT_START, "--json").stdout) == {"deleted": 1}
+    assert json.loads(invoke(*delete, "--yes", expected, AT_START, "--json").stderr)["error"].endswith("NotFoundError")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "counts"),
+    [
+        (["devices", "delete", "lamp"], {"deleted": 1, "idempotency_keys": 1}),
+        (["devices", "delete", "--pending", "--before", "2030-01-01T00:00:00Z"], {"deleted": 1}),
+        (["agents", "delete", "butler", "--with-sessions"], {"deleted": 1, "sessions": 1}),
+        (["sweep"], {"nonces": 0, "idempotency_keys": 1, "pending_devices": 1, "device_changes": 0}),
+    ],
+    ids=str,
+)
+def test_a_dry_run_counts_and_changes_nothing(store: Path, arguments: list[str], counts: dict[str, int]) -> None:
+    """With `--dry-run` a command prints what it would delete, asks nothing, and leaves every row."""
+    with Database.open(store, clock=FakeClock()) as database:
+        scope = IdempotencyScope("other", "play", "k2")
+        database.idempotency_keys.insert(scope, None, ttl=timedelta(minutes=1))
+        before = database.status().rows
+    done = invoke(*arguments, "--dry-run", "--json", "--database", store, input=None)
+    found = json.loads(done.stdout)
+    assert found == found | {"dry_run": True, **counts}
+    shown = invoke(*arguments, "--dry-run", "--database", store, input=None)
+    assert shown.stdout.startswith("Would ")
+    assert shown.stdout.endswith("Nothing was changed.\n")
+    with Database.open(store) as database:
+        assert database.status().rows == before
+
+
+def test_a_dry_run_refuses_what_the_deletion_refuses(store: Path) -> None:
+    """If an agent has sessions, the dry run of its deletion is refused as the deletion is."""
+    refused = invoke("agents", "delete", "butler", "--dry-run", "--database", store)
+    assert refused.exit_code == 1
+    assert "or pass --with-sessions" in refused.stderr
+
+
+def test_a_device_that_changed_after_the_question_stays(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the device is approved while `delete` asks, the answer yes does not delete the device."""
+
+    def approve(*_: Any, **__: Any) -> None:
+        with Database.open(store) as other:
+            other.devices.approve("lamp")
+
+    monkeypatch.setattr("homeagent.cli.devices.confirm", approve)
+    refused = invoke("devices", "delete", "lamp", "--database", store)
+    assert refused.exit_code == 1
+    assert "changed after it was shown" in refused.stderr
+    assert invoke("devices", "show", "lamp", "--database", store).exit_code == 0
+
+
+def test_agents_are_created_and_changed(store: Path) -> None:
+    """`create` and `update` store the values; an invalid value and an agent with sessions are refused in a line."""
+    at = ["--database", str(store)]
+    made = invoke(
+        "agents", "create", "maid", "--name", "M", "--workspace", "/srv", "--config", '{"a": 1}', "--json", *at
+    )
+    assert json.loads(made.stdout)["config"] == {"a": 1}
+    assert invoke("agents", "update", "maid", "--config", "null", *at).exit_code == 0
+    changed = json.loads(invoke("agents", "show", "maid", "--json", *at).stdout)
+    assert (changed["name"], changed["config"]) == ("M", None)
+    assert invoke("agents", "update", "maid", *at).exit_code == 2
+    assert invoke("agents", "create", "x\ny", "--name", "M", "--workspace", "/srv", *at).exit_code == 2
+    in_use = invoke("agents", "delete", "butler", "--yes", "--created-at", AT_START, "--json", *at)
+    assert json.loads(in_use.stderr)["details"] == {"agent_id": "butler", "session_count": 1}
+    assert "--with-sessions" in json.loads(in_use.stderr)["message"]
+
+
+def test_sessions_are_moved(store: Path) -> None:
+    """`move` changes the given parts of the route; a route that another session holds is refused with its id."""
+    at = ["--database", str(store)]
+    move = ["sessions", "move", "talk"]
+    moved = json.loads(invoke(*move, "--sender", "anna", "--channel", "sms", "--json", *at).stdout)
+    assert (moved["agent_id"], moved["sender_id"], moved["channel_id"]) == ("butler", "anna", "sms")
+    assert invoke(*move, "--no-channel", *at).stdout == "Moved 'talk'.\n"
+    with Database.open(store) as database:
+        database.sessions.create(AgentSessionCreate(session_id="other", agent_id="butler"))
+    taken = invoke("sessions", "move", "other", "--sender", "anna", *at)
+    assert taken.exit_code == 1
+    assert "move or delete that session" in taken.stderr
+    for options in ([], ["--sender", "anna", "--no-sender"]):
+        assert invoke(*move, *options, *at).exit_code == 2
+
+
+def test_config_shows_the_source(store: Path) -> None:
+    """`config` shows the target without a password, and the option or variable that names the target."""
+    url = "postgresql://me:geheim@db.example/hub"
+    shown = invoke(
+        "config", "--json", env={"HOMEAGENT_DATABASE": url, "PGPASSWORD": "geheim", "HOMEAGENT_BUSY_TIMEOUT": "7"}
+    )
+    assert "geheim" not in shown.output
+    found = {entry["setting"]: entry for entry in json.loads(shown.stdout)}
+    assert found["database"]["value"].endswith("@db.example/hub")
+    assert found["database"]["source"] == "$HOMEAGENT_DATABASE"
+    assert found["busy timeout"] == {"setting": "busy timeout", "value": "7 s", "source": "$HOMEAGENT_BUSY_TIMEOUT"}
+    assert found["PGPASSWORD"]["value"] == "set"
+    named = json.loads(invoke("config", "--json", "--database", store).stdout)[0]
+    assert (named["value"], named["source"]) == (str(store), "--database")
+
+
+def test_nonces_forget_releases_the_limit(sqlite_path: Path) -> None:
+    """`nonces forget` prints how many nonces were released."""
+    soon = datetime.now(UTC) + timedelta(minutes=5)
+    with Database.open(sqlite_path) as database:
+        database.nonces.consume("lamp", "n1", expires_at=soon)
+    assert invoke("nonces", "forget", "lamp", "--database", sqlite_path).stdout == "Released 1 nonce of 'lamp'.\n"
+
+
+def test_the_day_of_an_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of the section in docs/operations.md work in their order, with yes as each answer."""
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8").partition("## A day of an operator")[2]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOMEAGENT_DATABASE", str(tmp_path / "store" / "h.db"))
+    lines = text.partition("```sh\n")[2].partition("```")[0].splitlines()
+    assert len(lines) > 8
+    for line in lines:
+        program, *arguments = shlex.split(line, comments=True)
+        done = invoke(*arguments, input="y\n")
+        # The doctor warns here, because the backup is the first, or the directory is in memory.
+        assert program == "homeagent"
+        assert done.exit_code == 0 or arguments == ["doctor"], done.output
+
+
+GATEWAY = """
+import sys
+import anyio
+from homeagent import Database
+
+async def main():
+    with Database.open(sys.argv[1]) as database:
+        print("ready", flush=True)
+        async for change in database.watch_devices(after=0):
+            print(change.kind, change.device_id, flush=True)
+
+anyio.run(main)
+"""
+
+
+def test_a_whole_day(tmp_path: Path, children: Children, empty_postgres_url: str) -> None:
+    """Each decision of an operator takes effect in a running gateway, and survives a restore and a move to a server."""
+    path = tmp_path / "store" / "h.db"
+
+    def run(*arguments: object) -> Any:
+        done = invoke("--json", "--database", path, *arguments, input=None)
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def status_of(secret: SecretStr | str) -> str:
+        with Database.open(path) as database:
+            return str(database.check_secret("phone", secret).status)
+
+    run("init")
+    assert run("devices", "pair", "desk", "--role", "admin", "--approve")["device"]["status"] == "approved"
+    gateway = children.start(GATEWAY, path)
+    assert gateway.stdout is not None
+    obeyed = iter(gateway.stdout.readline, "")
+    assert next(obeyed) == "ready\n"
+    with Database.open(path) as database:  # a phone asks the gateway
+        secret = database.pair(DevicePair(id="phone", role=Role.CLIENT)).shared_secret
+    (asks,) = run("devices", "list", "--status", "pending")
+    seen = ["--yes", "--paired-at", asks["paired_at"]]
+    run("devices", "approve", "phone", "--role", asks["role"], *seen)
+    assert status_of(secret) == "approved"
+    new = run("devices", "rotate", "phone", *seen)["shared_secret"]  # the phone was lost, and is replaced
+    assert (status_of(secret), status_of(new)) == ("denied", "approved")
+    with Database.open(path) as database:
+        scope = IdempotencyScope("phone", "door.open", "k1")
+        database.idempotency_keys.claim(scope, fingerprint="f", lease=timedelta(0), ttl=timedelta(days=1))
+    (key,) = run("keys", "abandoned")
+    assert run("keys", "resolve", key["device_id"], key["method"], key["key"], "null", "--yes") == {"changed": True}
+    made = run("backup", f"{tmp_path}/backups/")["backup"]
+    run("devices", "revoke", "phone", "--reason", "lost again")
+    assert status_of(new) == "revoked"
+    changes = ["paired phone", "approved phone", "rotated phone", "revoked phone"]
+    assert [next(line for line in obeyed if "phone" in line) for _ in changes] == [f"{change}\n" for change in changes]
+    gateway.kill()
+    gateway.wait()
+    assert run("restore", made, "--yes")["readmitted_devices"] == ["phone"]
+    run("devices", "revoke", "phone")
+    assert invoke("doctor", "--database", path).exit_code in {0, 1}  # a directory in memory is a warning
+    invoke("copy", path, empty_postgres_url)
+    listed = json.loads(invoke("devices", "list", "--json", "--database", empty_postgres_url).stdout)
+    assert {device["id"]: device["status"] for device in listed} == {"desk": "approved", "phone": "revoked"}
