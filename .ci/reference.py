@@ -32,7 +32,7 @@ def usage(names: str, parameters: list[Any]) -> str:
     words = [names]
     for parameter in parameters:
         if parameter.param_type_name == "argument":
-            words.append(parameter.metavar)
+            words.append(parameter.metavar if parameter.required else f"[{parameter.metavar}]")
         else:
             words.append(call(parameter) if parameter.required else f"[{call(parameter)}]")
     lines = textwrap.wrap("\0".join(words).replace(" ", "\1").replace("\0", " "), 100, break_on_hyphens=False)
@@ -50,7 +50,7 @@ def table(parameters: list[Any]) -> Iterator[str]:
     yield "|---|---|"
     for parameter in parameters:
         is_argument = parameter.param_type_name == "argument"
-        name = parameter.metavar.strip("[]") if is_argument else ", ".join(f"`{name}`" for name in parameter.opts)
+        name = parameter.metavar if is_argument else ", ".join(f"`{name}`" for name in parameter.opts)
         text = " ".join(parameter.help.split())
         if not is_argument and parameter.show_default and not parameter.is_flag:
             default = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default

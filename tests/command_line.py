@@ -27,10 +27,25 @@ class Result(NamedTuple):
         return self.stdout + self.stderr
 
 
-def invoke(*arguments: object, input: str | None = "", env: Mapping[str, str] | None = None) -> Result:
-    """Run a command. With `input=None` the process has no standard input. An unexpected exception reaches the test."""
-    output, errors = io.StringIO(), io.StringIO()
-    stdin = None if input is None else io.StringIO(input)
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def invoke(
+    *arguments: object, input: str | None = "", env: Mapping[str, str] | None = None, terminal: bool = False
+) -> Result:
+    """Run a command. An unexpected exception reaches the test.
+
+    Args:
+        arguments: arguments of the command, which are converted to text.
+        input: text on the standard input. With None the process has no standard input.
+        env: variables that are added to the environment.
+        terminal: whether the standard input and the standard error are a terminal.
+    """
+    kind = _Terminal if terminal else io.StringIO
+    output, errors = io.StringIO(), kind()
+    stdin = None if input is None else kind(input)
     with ExitStack() as stack:
         for context in (
             redirect_stdout(output),

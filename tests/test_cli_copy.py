@@ -14,7 +14,6 @@ from sqlalchemy import make_url
 
 from homeagent import Database, DevicePair
 from homeagent.migrations import REVISION
-from tests import fork_server
 from tests.command_line import invoke
 from tests.conftest import ROOT, add_agent, copy_template
 
@@ -57,14 +56,6 @@ def test_copy_to_a_server_and_back(source: Path, empty_postgres_url: str, tmp_pa
     assert "the target holds devices already" in again.stderr
 
 
-def test_a_process_prints_one_line(source: Path, tmp_path: Path) -> None:
-    """If standard error is not a terminal, `copy` draws no progress bar on it."""
-    target = tmp_path / "target" / "h.db"
-    done = fork_server.run_command("copy", source, target)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"Copied {source} to {target}: 1 row, the same on both sides.\n"
-
-
 def test_a_live_copy_is_marked(source: Path, tmp_path: Path) -> None:
     """With `--live` the source may have changed, so the output does not say that both sides are the same."""
     done = invoke("copy", "--live", source, tmp_path / "one" / "h.db")
@@ -73,46 +64,21 @@ def test_a_live_copy_is_marked(source: Path, tmp_path: Path) -> None:
     assert json.loads(invoke("copy", "--json", source, tmp_path / "three" / "h.db").stdout)["live"] is False
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_progress_is_shown_on_a_terminal(source: Path, tmp_path: Path, as_json: bool) -> None:
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=str)
+def test_progress_is_shown_on_a_terminal(source: Path, tmp_path: Path, options: list[str]) -> None:
     """If standard error is a terminal, each step shows a bar there, but not with `--json`."""
-    import pty
-
     with Database.open(source) as database:
         for number in range(20):
             add_agent(database, f"agent-{number}")
-    ours, theirs = pty.openpty()
-    try:
-        environment = {name: value for name, value in os.environ.items() if name not in {"NO_COLOR", "TERM"}}
-        process = fork_server.Child(
-            f"import os, sys\nos.dup2(os.open(sys.argv.pop(1), os.O_RDWR | os.O_NOCTTY), 2)\n{fork_server.COMMAND}",
-            os.ttyname(theirs),
-            "copy",
-            *(source, tmp_path / "target" / "h.db", *(["--json"] if as_json else [])),
-            environment=environment | {"TERM": "xterm", "COLUMNS": "100"},
-        )
-        out, _ = process.communicate(timeout=60)
-    finally:
-        os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:
-            break  # the other end is closed
-        if not part:
-            break
-        shown += part
-    os.close(ours)
-    assert process.returncode == 0, shown
-    assert "21 rows" in out or json.loads(out)["rows"]["agents"] == 20
-    if as_json:
-        assert shown == b""
+    environment = {"TERM": "xterm", "COLUMNS": "100"}
+    done = invoke("copy", source, tmp_path / "new" / "h.db", *options, env=environment, terminal=True)
+    assert done.exit_code == 0
+    if options:
+        assert done.stderr == ""
     else:
-        assert b"copying" in shown
-        assert b"comparing" in shown
-        assert b"22/22" in shown  # with the row that identifies the store
-    assert "copying" not in out
+        for text in ("copying", "comparing", "22/22"):  # with the row that identifies the store
+            assert text in done.stderr
+        assert "copying" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,21 @@ def test_a_dry_run_refuses_what_the_deletion_refuses(store: Path) -> None:
     assert "or pass --with-sessions" in refused.stderr
 
 
+def test_questions_and_progress_at_a_terminal(store: Path, tmp_path: Path) -> None:
+    """At a terminal the commands that need no answer from programs ask, and long work shows a bar."""
+    at = ["--database", store]
+    made = invoke("backup", tmp_path / "h.backup", *at, env={"TERM": "xterm"}, terminal=True)
+    assert made.exit_code == 0
+    assert "copying and verifying" in made.stderr
+    for command in (["begin-epoch"], ["restore", tmp_path / "h.backup"], ["keys", "forget", "lamp", "play", "k1"]):
+        declined = invoke(*command, *at, input="n\n", terminal=True)
+        assert (declined.exit_code, declined.stdout) == (1, "")
+        assert "? [y/N]: " in declined.stderr
+    with Database.open(store) as database:
+        assert database.status().epoch == 1
+        assert len(database.run(lambda unit: unit.idempotency_keys.list_abandoned(), read_only=True)) == 1
+
+
 def test_a_device_that_changed_after_the_question_stays(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the device is approved while `delete` asks, the answer yes does not delete the device."""
 

@@ -10,6 +10,7 @@ from homeagent.cli.application import app
 from homeagent.cli.arguments import argument
 from homeagent.cli.opening import open_named
 from homeagent.cli.output import count, print_result
+from homeagent.cli.progress import shown_activity
 from homeagent.models.types import MAX_LIMIT
 
 
@@ -43,7 +44,7 @@ def backup(
     """
     from homeagent.engine.sqlite.manifests import manifest_path, read_manifest
 
-    with open_named(context) as opened:
+    with open_named(context) as opened, shown_activity(context, "copying and verifying"):
         made = opened.backup(destination, keep=keep, replace=replace)
     manifest = read_manifest(made)
     facts = {} if manifest is None else manifest.model_dump(mode="json")

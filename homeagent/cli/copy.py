@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -13,12 +10,10 @@ from homeagent.cli.application import WithoutDatabase, app
 from homeagent.cli.arguments import AcknowledgeOption, MigrationsOption, argument, option
 from homeagent.cli.migrations import import_tables
 from homeagent.cli.output import count, print_result
+from homeagent.cli.progress import shown_progress
 from homeagent.database import Database
 from homeagent.engine.target import Target, resolve_target
 from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
-from homeagent.maintenance.copy_store import CopyProgress
-
-_Report = Callable[[CopyProgress], object]
 
 
 @app.command(cls=WithoutDatabase)
@@ -54,7 +49,7 @@ def copy(
     with (
         Database.open(source, migrate=False, acknowledged=acknowledge or ()) as opened,
         _open_target(target, migrations) as empty,
-        _shown_progress(hidden=context.obj.as_json) as progress,
+        shown_progress(context) as progress,
     ):
         report = opened.copy_to(empty, live=live, leave=leave or (), progress=progress)
     places = {"source": origin.location, "target": destination.location}
@@ -79,25 +74,3 @@ def _open_target(target: str, migrations: str | None) -> Database:
         if outdated.revision is not None:
             raise
     return Database.open(target, migrations=migrations)
-
-
-@contextmanager
-def _shown_progress(*, hidden: bool) -> Iterator[_Report | None]:
-    """Show a progress bar for each step on standard error if standard error is a terminal."""
-    if hidden or sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    # Import lazily, because no other command draws a bar.
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as shown:
-
-        def report(done: CopyProgress) -> None:
-            if done.step not in bars:
-                bars[done.step] = shown.add_task(done.step, total=done.total)
-            shown.update(bars[done.step], completed=done.rows)
-
-        yield report

@@ -143,7 +143,7 @@ def revoke(
 @devices.command()
 def delete(
     context: typer.Context,
-    device_id: Annotated[str | None, argument(metavar="[DEVICE]", help="Id of the device.")] = None,
+    device_id: Annotated[str | None, argument(metavar="DEVICE", help="Id of the device.")] = None,
     pending: Annotated[bool, typer.Option("--pending", help="Delete pending devices. Needs --before.")] = False,
     before: Annotated[
         str | None, timestamp_option(help="Delete the pending devices that were paired before this time.")

@@ -10,6 +10,7 @@ from homeagent.cli.application import app
 from homeagent.cli.arguments import AcknowledgeOption
 from homeagent.cli.opening import target_of
 from homeagent.cli.output import print_facts, print_result
+from homeagent.cli.progress import shown_activity
 from homeagent.cli.visible_text import escape_words
 from homeagent.errors import InvalidArgumentError
 from homeagent.maintenance.doctor import Diagnosis, Finding, Severity, diagnose
@@ -36,7 +37,8 @@ def doctor(
     Exit status: 0 without problems, 1 for warnings, 2 for critical problems.
     """
     try:
-        diagnosis = diagnose(target_of(context), thorough=thorough, fix=fix, acknowledged=acknowledge or ())
+        with shown_activity(context, "checking"):
+            diagnosis = diagnose(target_of(context), thorough=thorough, fix=fix, acknowledged=acknowledge or ())
     except InvalidArgumentError as error:
         # Exit with status 2. Exit status 1 of the doctor means warnings; for other commands it means a refused
         # operation.

@@ -10,6 +10,7 @@ from homeagent.cli.application import app, confirm
 from homeagent.cli.arguments import AcknowledgeOption, YesOption, argument
 from homeagent.cli.opening import target_of
 from homeagent.cli.output import format_timestamp, print_result
+from homeagent.cli.progress import shown_activity
 from homeagent.cli.visible_text import quoted
 from homeagent.database import Database
 from homeagent.engine.target import resolve_target
@@ -32,9 +33,13 @@ def restore(
     """
     location = resolve_target(target_of(context)).location
     confirm(context, f"Replace {location} by {backup}?", yes=yes, only_at_terminal=True)
-    report = Database.restore(
-        backup, target_of(context), acknowledged=acknowledge or (), busy_timeout=busy_timeout_or_default(BUSY_TIMEOUT)
-    )
+    with shown_activity(context, "verifying and restoring"):
+        report = Database.restore(
+            backup,
+            target_of(context),
+            acknowledged=acknowledge or (),
+            busy_timeout=busy_timeout_or_default(BUSY_TIMEOUT),
+        )
     print_result(context, report.model_dump(mode="json"), lambda: _print(report))
 
 

@@ -26,11 +26,8 @@ def _print(found: DatabaseStatus) -> None:
     rows = [(name, number, found.expired.get(name)) for name, number in found.rows.items()]
     typer.echo()
     print_table(("Table", "Rows", "Expired, to be swept"), rows)
-    # The printed counters count only the work of the command's process. A gateway reads its own counters by
-    # `Database.counters()`.
-    counters = {name: value for name, value in found.counters.model_dump(mode="json").items() if value is not None}
-    sections = (("Pragmas", found.pragmas), ("File modes", found.file_modes), ("Counters of this command", counters))
-    for title, facts in sections:
+    # Do not show the counters, because a gateway's counters are only in the process of the gateway.
+    for title, facts in (("Pragmas", found.pragmas), ("File modes", found.file_modes)):
         if facts:
             typer.echo("\n" + typer.style(title, bold=True))
             print_facts((name, str(value)) for name, value in facts.items())
