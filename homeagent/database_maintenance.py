@@ -257,9 +257,7 @@ class DatabaseMaintenance:
         """Return this process's counters since the database was opened. The call is so cheap that a program can make it
         every second.
         """
-        from homeagent.maintenance.status import report_counters
-
-        return report_counters(self._engine)
+        return self._engine.counters.snapshot()
 
     def status(self) -> maintenance.DatabaseStatus:
         """Return the database's path or address, engine, schema, number of rows and number of expired rows."""

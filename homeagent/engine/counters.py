@@ -8,50 +8,57 @@ from __future__ import annotations
 
 from collections import deque
 from datetime import UTC, datetime
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict
 
 from homeagent.errors import DatabaseError
 
-__all__ = ["Counters", "CountersSnapshot", "LastError"]
+__all__ = ["Counters", "DatabaseCounters", "LastFault"]
 
 _RECENT = 1024
 
 N = TypeVar("N", int, float)
 
 
-class LastError(NamedTuple):
-    """The engine's last error.
+class LastFault(BaseModel):
+    """The last error of the engine. An error that refuses an invalid call of the application is not recorded.
 
     Attributes:
         kind: name of the error's class, such as `DiskFullError`.
-        message: text of the error, which contains no stored values.
+        message: message of the error, without values of rows.
         at: time of the error, from the system's clock.
     """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     kind: str
     message: str
     at: datetime
 
 
-class CountersSnapshot(NamedTuple):
-    """Counters since the database was opened.
-
-    A percentile is computed from the last 1,024 values, and is None without values.
+class DatabaseCounters(BaseModel):
+    """Counters of one open database in this process since it was opened.
 
     Attributes:
-        units: number of ended units, which is the sum of reads, commits and rollbacks.
-        reads: number of read-only units.
-        commits: number of committed write units. Several units can share one commit.
+        units: number of ended units, which is the sum of `reads`, `commits` and `rollbacks`.
+        reads: number of ended read-only units.
+        commits: number of committed write units. The number includes each unit of a batch.
         rollbacks: number of write units that were rolled back.
         retries: number of times that a unit was run again.
-        pool_waits: number of times that a unit waited for a connection. A SQLite writer waits for the write lock.
-        pool_wait_p50, pool_wait_p99: 50th and 99th percentile of the waits for a connection, in seconds.
-        groups: number of commits that two or more units shared.
-        group_size_p50, group_size_p99: 50th and 99th percentile of the number of units in a shared commit.
+        pool_waits: number of waits for a connection of the pool. On SQLite it includes the waits of writers for the
+            write lock.
+        pool_wait_p50: median of the last 1,024 waits, in seconds. None if no caller waited.
+        pool_wait_p99: 99th percentile of the last 1,024 waits, in seconds. None if no caller waited.
+        groups: number of batches. A batch is a commit of two or more units together.
+        group_size_p50: median size of the last 1,024 batches, in units. None before the first batch.
+        group_size_p99: 99th percentile of the sizes of the last 1,024 batches, in units. None before the first batch.
         sweeps: number of ended sweeps.
-        swept: number of rows that the sweeps deleted.
-        last_error: the engine's last error; None if there was no error.
+        swept: number of rows that sweeps deleted.
+        last_error: last error of the engine. None before the first error.
     """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     units: int = 0
     reads: int = 0
@@ -66,7 +73,22 @@ class CountersSnapshot(NamedTuple):
     group_size_p99: int | None = None
     sweeps: int = 0
     swept: int = 0
-    last_error: LastError | None = None
+    last_error: LastFault | None = None
+
+    @property
+    def lane_waits(self) -> int:
+        """Return the field `pool_waits`. The earlier name of the field is `lane_waits`."""
+        return self.pool_waits
+
+    @property
+    def lane_wait_p50(self) -> float | None:
+        """Return the field `pool_wait_p50`. The earlier name of the field is `lane_wait_p50`."""
+        return self.pool_wait_p50
+
+    @property
+    def lane_wait_p99(self) -> float | None:
+        """Return the field `pool_wait_p99`. The earlier name of the field is `lane_wait_p99`."""
+        return self.pool_wait_p99
 
 
 class Counters:
@@ -97,7 +119,7 @@ class Counters:
         self.swept: int = 0
         self._waits: deque[float] = deque(maxlen=_RECENT)
         self._group_sizes: deque[int] = deque(maxlen=_RECENT)
-        self._last_error: LastError | None = None
+        self._last_error: LastFault | None = None
 
     def waited(self, seconds: float) -> None:
         """Count a wait for a connection, successful or not."""
@@ -119,12 +141,12 @@ class Counters:
         argument.
         """
         if isinstance(error, DatabaseError):
-            self._last_error = LastError(type(error).__name__, str(error), datetime.now(UTC))
+            self._last_error = LastFault(kind=type(error).__name__, message=str(error), at=datetime.now(UTC))
 
-    def snapshot(self) -> CountersSnapshot:
+    def snapshot(self) -> DatabaseCounters:
         """Return the current counters."""
         waits, sizes = self._waits, self._group_sizes
-        return CountersSnapshot(
+        return DatabaseCounters(
             units=self.reads + self.commits + self.rollbacks,
             reads=self.reads,
             commits=self.commits,

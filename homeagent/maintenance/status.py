@@ -1,4 +1,4 @@
-"""State and counters of a database for `Database.status`, `Database.counters` and `homeagent status`."""
+"""State of a database for `Database.status` and `homeagent status`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import text
 
+from homeagent.engine.counters import DatabaseCounters
 from homeagent.engine.engine import Engine
 from homeagent.engine.files.database_file import sidecars
 from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION
@@ -25,7 +26,7 @@ from homeagent.stores.nonces import COUNT_EXPIRED as EXPIRED_NONCES
 from homeagent.stores.nonces import FIND_RECORD
 from homeagent.unit_of_work import UnitOfWork
 
-__all__ = ["DatabaseCounters", "DatabaseStatus", "LastFault", "report_counters", "report_status"]
+__all__ = ["DatabaseCounters", "DatabaseStatus", "report_status"]
 
 _PRAGMAS = (
     "journal_mode",
@@ -39,76 +40,6 @@ _PRAGMAS = (
     "page_size",
     "application_id",
 )
-
-
-class LastFault(BaseModel):
-    """The last error of the engine. An error that refuses an invalid call of the application is not recorded.
-
-    Attributes:
-        kind: name of the error's class, such as `DiskFullError`.
-        message: message of the error, without values of rows.
-        at: time of the error, from the system's clock.
-    """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, from_attributes=True)
-
-    kind: str
-    message: str
-    at: datetime
-
-
-class DatabaseCounters(BaseModel):
-    """Counters of one open database in this process since it was opened.
-
-    Attributes:
-        units: number of ended units, which is the sum of `reads`, `commits` and `rollbacks`.
-        reads: number of ended read-only units.
-        commits: number of committed write units. The number includes each unit of a batch.
-        rollbacks: number of write units that were rolled back.
-        retries: number of times that a unit was run again.
-        pool_waits: number of waits for a connection of the pool. On SQLite it includes the waits of writers for the
-            write lock.
-        pool_wait_p50: median of the last 1,024 waits, in seconds. None if no caller waited.
-        pool_wait_p99: 99th percentile of the last 1,024 waits, in seconds. None if no caller waited.
-        groups: number of batches. A batch is a commit of two or more units together.
-        group_size_p50: median size of the last 1,024 batches, in units. None before the first batch.
-        group_size_p99: 99th percentile of the sizes of the last 1,024 batches, in units. None before the first batch.
-        sweeps: number of ended sweeps.
-        swept: number of rows that sweeps deleted.
-        last_error: last error of the engine. None before the first error.
-    """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, from_attributes=True)
-
-    units: int = 0
-    reads: int = 0
-    commits: int = 0
-    rollbacks: int = 0
-    retries: int = 0
-    pool_waits: int = 0
-    pool_wait_p50: float | None = None
-    pool_wait_p99: float | None = None
-    groups: int = 0
-    group_size_p50: int | None = None
-    group_size_p99: int | None = None
-    sweeps: int = 0
-    swept: int = 0
-    last_error: LastFault | None = None
-
-    @property
-    def lane_waits(self) -> int:
-        """Return the field `pool_waits`. The earlier name of the field is `lane_waits`."""
-        return self.pool_waits
-
-    @property
-    def lane_wait_p50(self) -> float | None:
-        """Return the field `pool_wait_p50`. The earlier name of the field is `lane_wait_p50`."""
-        return self.pool_wait_p50
-
-    @property
-    def lane_wait_p99(self) -> float | None:
-        """Return the field `pool_wait_p99`. The earlier name of the field is `lane_wait_p99`."""
-        return self.pool_wait_p99
 
 
 class DatabaseStatus(BaseModel):
@@ -155,11 +86,6 @@ class DatabaseStatus(BaseModel):
     counters: DatabaseCounters = DatabaseCounters()
 
 
-def report_counters(engine: Engine) -> DatabaseCounters:
-    """Return the counters of an open database."""
-    return DatabaseCounters.model_validate(engine.counters.snapshot())
-
-
 def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
     """Return the state of an open database in the snapshot of a read-only unit."""
     connection = unit.session.connection()
@@ -178,7 +104,7 @@ def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
         "schema_revision": revision_of(connection),
         "application_revision": ", ".join(sorted(stored_revisions(connection, APPLICATION_VERSION_TABLE))) or None,
         "engine": engine.dialect_name,
-        "counters": report_counters(engine),
+        "counters": engine.counters.snapshot(),
     }
     record = unit.one(FIND_RECORD)
     if record is not None:
