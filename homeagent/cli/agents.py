@@ -8,19 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from homeagent.cli import arguments
 from homeagent.cli.application import confirm, group
-from homeagent.cli.arguments import (
-    AfterOption,
-    AgentArgument,
-    ConfigOption,
-    CreatedAtOption,
-    DryRunOption,
-    Format,
-    FormatOption,
-    LimitOption,
-    YesOption,
-    option,
-)
 from homeagent.cli.opening import open_named
 from homeagent.cli.output import count, format_timestamp, print_facts, print_list, print_result
 from homeagent.cli.request import count_rows, json_argument, refuse_change, request, require_expected
@@ -51,10 +40,10 @@ def _show(agent: Agent, *, error: bool = False) -> None:
 @agents.command()
 def create(
     context: typer.Context,
-    agent_id: AgentArgument,
-    name: Annotated[str, option(metavar="TEXT", help="Name for people.")],
-    workspace: Annotated[str, option(metavar="DIRECTORY", help="Workspace of the agent.")],
-    config: ConfigOption = None,
+    agent_id: arguments.AgentArgument,
+    name: Annotated[str, arguments.option(metavar="TEXT", help="Name for people.")],
+    workspace: Annotated[str, arguments.option(metavar="DIRECTORY", help="Workspace of the agent.")],
+    config: arguments.ConfigOption = None,
 ) -> None:
     """Add an agent. The command does not create the workspace directory."""
     values = {"id": agent_id, "name": name, "workspace_path": workspace, "config": json_argument(config, "--config")}
@@ -65,7 +54,10 @@ def create(
 
 @agents.command("list")
 def list_agents(
-    context: typer.Context, limit: LimitOption = 100, after: AfterOption = None, form: FormatOption = Format.TABLE
+    context: typer.Context,
+    limit: arguments.LimitOption = 100,
+    after: arguments.AfterOption = None,
+    form: arguments.FormatOption = arguments.Format.TABLE,
 ) -> None:
     """List the agents."""
     with open_named(context) as opened:
@@ -75,7 +67,7 @@ def list_agents(
 
 
 @agents.command()
-def show(context: typer.Context, agent_id: AgentArgument) -> None:
+def show(context: typer.Context, agent_id: arguments.AgentArgument) -> None:
     """Show an agent."""
     with open_named(context) as opened:
         agent = opened.agents.get(agent_id)
@@ -85,10 +77,10 @@ def show(context: typer.Context, agent_id: AgentArgument) -> None:
 @agents.command()
 def update(
     context: typer.Context,
-    agent_id: AgentArgument,
-    name: Annotated[str | None, option(metavar="TEXT", help="New name.")] = None,
-    workspace: Annotated[str | None, option(metavar="DIRECTORY", help="New workspace.")] = None,
-    config: ConfigOption = None,
+    agent_id: arguments.AgentArgument,
+    name: Annotated[str | None, arguments.option(metavar="TEXT", help="New name.")] = None,
+    workspace: Annotated[str | None, arguments.option(metavar="DIRECTORY", help="New workspace.")] = None,
+    config: arguments.ConfigOption = None,
 ) -> None:
     """Change an agent. Only the values of the given options change; --config null clears the configuration."""
     given = {"name": name, "workspace_path": workspace, "config": config}
@@ -105,13 +97,13 @@ def update(
 @agents.command()
 def delete(
     context: typer.Context,
-    agent_id: AgentArgument,
+    agent_id: arguments.AgentArgument,
     with_sessions: Annotated[
         bool, typer.Option("--with-sessions", help="Also delete the sessions of the agent.")
     ] = False,
-    created_at: CreatedAtOption = None,
-    dry_run: DryRunOption = False,
-    yes: YesOption = False,
+    created_at: arguments.CreatedAtOption = None,
+    dry_run: arguments.DryRunOption = False,
+    yes: arguments.YesOption = False,
 ) -> None:
     """Delete an agent. The files in the agent's workspace stay.
 

@@ -12,30 +12,6 @@ import typer
 
 from homeagent.models.types import MAX_LIMIT
 
-__all__ = [
-    "AcknowledgeOption",
-    "AfterOption",
-    "AgentArgument",
-    "ConfigOption",
-    "CreatedAtOption",
-    "DeviceArgument",
-    "DryRunOption",
-    "Format",
-    "FormatOption",
-    "KeyArgument",
-    "LimitOption",
-    "MethodArgument",
-    "MigrationsOption",
-    "PairedAtOption",
-    "SessionArgument",
-    "YesOption",
-    "argument",
-    "choice",
-    "option",
-    "parsed_timestamp",
-    "timestamp_option",
-]
-
 argument = partial(typer.Argument, show_default=False)
 """An argument whose default value is not shown in the help."""
 

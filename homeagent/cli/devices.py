@@ -10,22 +10,8 @@ from typing import Annotated
 
 import typer
 
+from homeagent.cli import arguments
 from homeagent.cli.application import confirm, group
-from homeagent.cli.arguments import (
-    AfterOption,
-    DeviceArgument,
-    DryRunOption,
-    Format,
-    FormatOption,
-    LimitOption,
-    PairedAtOption,
-    YesOption,
-    argument,
-    choice,
-    option,
-    parsed_timestamp,
-    timestamp_option,
-)
 from homeagent.cli.device_output import DECISIVE, HEADINGS, public, report_change, row_of, show_device
 from homeagent.cli.opening import open_named
 from homeagent.cli.output import count, print_list, print_result, print_table
@@ -49,25 +35,27 @@ class _Order(StrEnum):
 @devices.command("list")
 def list_devices(
     context: typer.Context,
-    status: Annotated[DeviceStatus | None, choice(DeviceStatus, help="Only devices with this status.")] = None,
-    role: Annotated[Role | None, choice(Role, help="Only devices with this role.")] = None,
+    status: Annotated[
+        DeviceStatus | None, arguments.choice(DeviceStatus, help="Only devices with this status.")
+    ] = None,
+    role: Annotated[Role | None, arguments.choice(Role, help="Only devices with this role.")] = None,
     seen_before: Annotated[
-        str | None, timestamp_option(help="Only devices that were last seen before this time.")
+        str | None, arguments.timestamp_option(help="Only devices that were last seen before this time.")
     ] = None,
     order: Annotated[
         _Order,
         typer.Option(metavar="|".join(_Order), help="Order of the list. The order paired_at lists the newest first."),
     ] = _Order.ID,
-    limit: LimitOption = 100,
-    after: AfterOption = None,
-    form: FormatOption = Format.TABLE,
+    limit: arguments.LimitOption = 100,
+    after: arguments.AfterOption = None,
+    form: arguments.FormatOption = arguments.Format.TABLE,
 ) -> None:
     """List the devices."""
     with open_named(context) as opened:
         page = opened.devices.list(
             status=status,
             role=role,
-            seen_before=parsed_timestamp(seen_before),
+            seen_before=arguments.parsed_timestamp(seen_before),
             order=order.value,
             limit=limit,
             after=after,
@@ -76,7 +64,7 @@ def list_devices(
 
 
 @devices.command()
-def show(context: typer.Context, device_id: DeviceArgument) -> None:
+def show(context: typer.Context, device_id: arguments.DeviceArgument) -> None:
     """Show a device."""
     with open_named(context) as opened:
         device = opened.devices.get(device_id)
@@ -86,18 +74,20 @@ def show(context: typer.Context, device_id: DeviceArgument) -> None:
 @devices.command()
 def approve(
     context: typer.Context,
-    device_id: DeviceArgument,
-    role: Annotated[Role | None, choice(Role, help="Refuse the approval if the device has another role.")] = None,
-    paired_at: PairedAtOption = None,
+    device_id: arguments.DeviceArgument,
+    role: Annotated[
+        Role | None, arguments.choice(Role, help="Refuse the approval if the device has another role.")
+    ] = None,
+    paired_at: arguments.PairedAtOption = None,
     status: Annotated[
         DeviceStatus | None,
-        choice(
+        arguments.choice(
             DeviceStatus,
             help="Refuse the approval if the device has another status. With --yes, a revoked device is approved only "
             "if you name its status.",
         ),
     ] = None,
-    yes: YesOption = False,
+    yes: arguments.YesOption = False,
 ) -> None:
     """Approve a device.
 
@@ -116,7 +106,7 @@ def approve(
                 device_id,
                 expected_role=role or seen.role,
                 expected_secret_hash=seen.shared_secret_hash,
-                expected_paired_at=parsed_timestamp(paired_at) or seen.paired_at,
+                expected_paired_at=arguments.parsed_timestamp(paired_at) or seen.paired_at,
                 # Without `--yes`, compare the status, because another administrator can revoke the device before the
                 # answer.
                 expected_status=status if yes else status or seen.status,
@@ -129,8 +119,8 @@ def approve(
 @devices.command()
 def revoke(
     context: typer.Context,
-    device_id: DeviceArgument,
-    reason: Annotated[str | None, option(metavar="TEXT", help="Reason, stored with the device.")] = None,
+    device_id: arguments.DeviceArgument,
+    reason: Annotated[str | None, arguments.option(metavar="TEXT", help="Reason, stored with the device.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Revoke even the last approved admin.")] = False,
 ) -> None:
     """Revoke a device, which then has no access until it is approved again."""
@@ -143,15 +133,15 @@ def revoke(
 @devices.command()
 def delete(
     context: typer.Context,
-    device_id: Annotated[str | None, argument(metavar="DEVICE", help="Id of the device.")] = None,
+    device_id: Annotated[str | None, arguments.argument(metavar="DEVICE", help="Id of the device.")] = None,
     pending: Annotated[bool, typer.Option("--pending", help="Delete pending devices. Needs --before.")] = False,
     before: Annotated[
-        str | None, timestamp_option(help="Delete the pending devices that were paired before this time.")
+        str | None, arguments.timestamp_option(help="Delete the pending devices that were paired before this time.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Delete even the last approved admin.")] = False,
-    paired_at: PairedAtOption = None,
-    dry_run: DryRunOption = False,
-    yes: YesOption = False,
+    paired_at: arguments.PairedAtOption = None,
+    dry_run: arguments.DryRunOption = False,
+    yes: arguments.YesOption = False,
 ) -> None:
     """Delete a device, or the pending devices that were paired before a time.
 

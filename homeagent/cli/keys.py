@@ -7,17 +7,8 @@ from typing import Annotated
 
 import typer
 
+from homeagent.cli import arguments
 from homeagent.cli.application import confirm, group
-from homeagent.cli.arguments import (
-    DeviceArgument,
-    Format,
-    FormatOption,
-    KeyArgument,
-    LimitOption,
-    MethodArgument,
-    YesOption,
-    argument,
-)
 from homeagent.cli.opening import open_named
 from homeagent.cli.output import print_list, print_result
 from homeagent.cli.request import json_argument
@@ -29,7 +20,9 @@ keys: typer.Typer = group("keys", help="Settle the idempotency keys with an aban
 
 
 @keys.command()
-def abandoned(context: typer.Context, limit: LimitOption = 100, form: FormatOption = Format.TABLE) -> None:
+def abandoned(
+    context: typer.Context, limit: arguments.LimitOption = 100, form: arguments.FormatOption = arguments.Format.TABLE
+) -> None:
     """List the keys with an abandoned attempt, whose lease expired without an outcome, oldest first.
 
     Find out whether the effect took place, then run 'keys resolve' or 'keys forget' for each key.
@@ -46,11 +39,11 @@ def abandoned(context: typer.Context, limit: LimitOption = 100, form: FormatOpti
 @keys.command()
 def resolve(
     context: typer.Context,
-    device_id: DeviceArgument,
-    method: MethodArgument,
-    key: KeyArgument,
-    result: Annotated[str, argument(metavar="RESULT", help="Return value of the effect, as JSON.")],
-    yes: YesOption = False,
+    device_id: arguments.DeviceArgument,
+    method: arguments.MethodArgument,
+    key: arguments.KeyArgument,
+    result: Annotated[str, arguments.argument(metavar="RESULT", help="Return value of the effect, as JSON.")],
+    yes: arguments.YesOption = False,
 ) -> None:
     """Record that the effect took place. Later retries return RESULT.
 
@@ -65,7 +58,11 @@ def resolve(
 
 @keys.command()
 def forget(
-    context: typer.Context, device_id: DeviceArgument, method: MethodArgument, key: KeyArgument, yes: YesOption = False
+    context: typer.Context,
+    device_id: arguments.DeviceArgument,
+    method: arguments.MethodArgument,
+    key: arguments.KeyArgument,
+    yes: arguments.YesOption = False,
 ) -> None:
     """Record that the effect did not take place. The next call with the key runs the effect.
 

@@ -8,17 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from homeagent.cli import arguments
 from homeagent.cli.application import confirm, group
-from homeagent.cli.arguments import (
-    AfterOption,
-    CreatedAtOption,
-    Format,
-    FormatOption,
-    LimitOption,
-    SessionArgument,
-    YesOption,
-    option,
-)
 from homeagent.cli.opening import open_named
 from homeagent.cli.output import format_timestamp, print_facts, print_list, print_result
 from homeagent.cli.request import refuse_change, require_expected
@@ -50,12 +41,12 @@ def _show(session: AgentSession, *, error: bool = False) -> None:
 @sessions.command("list")
 def list_sessions(
     context: typer.Context,
-    agent: Annotated[str | None, option(metavar="AGENT", help="Only sessions of this agent.")] = None,
-    sender: Annotated[str | None, option(metavar="SENDER", help="Only sessions with this sender.")] = None,
-    channel: Annotated[str | None, option(metavar="CHANNEL", help="Only sessions in this channel.")] = None,
-    limit: LimitOption = 100,
-    after: AfterOption = None,
-    form: FormatOption = Format.TABLE,
+    agent: Annotated[str | None, arguments.option(metavar="AGENT", help="Only sessions of this agent.")] = None,
+    sender: Annotated[str | None, arguments.option(metavar="SENDER", help="Only sessions with this sender.")] = None,
+    channel: Annotated[str | None, arguments.option(metavar="CHANNEL", help="Only sessions in this channel.")] = None,
+    limit: arguments.LimitOption = 100,
+    after: arguments.AfterOption = None,
+    form: arguments.FormatOption = arguments.Format.TABLE,
 ) -> None:
     """List the sessions. The session with the latest activity comes first."""
 
@@ -72,7 +63,7 @@ def list_sessions(
 
 
 @sessions.command()
-def show(context: typer.Context, session_id: SessionArgument) -> None:
+def show(context: typer.Context, session_id: arguments.SessionArgument) -> None:
     """Show a session."""
     with open_named(context) as opened:
         session = opened.sessions.get(session_id)
@@ -82,11 +73,11 @@ def show(context: typer.Context, session_id: SessionArgument) -> None:
 @sessions.command()
 def move(
     context: typer.Context,
-    session_id: SessionArgument,
-    agent: Annotated[str | None, option(metavar="AGENT", help="New agent.")] = None,
-    sender: Annotated[str | None, option(metavar="SENDER", help="New sender.")] = None,
+    session_id: arguments.SessionArgument,
+    agent: Annotated[str | None, arguments.option(metavar="AGENT", help="New agent.")] = None,
+    sender: Annotated[str | None, arguments.option(metavar="SENDER", help="New sender.")] = None,
     no_sender: Annotated[bool, typer.Option("--no-sender", help="Move to a route without a sender.")] = False,
-    channel: Annotated[str | None, option(metavar="CHANNEL", help="New channel.")] = None,
+    channel: Annotated[str | None, arguments.option(metavar="CHANNEL", help="New channel.")] = None,
     no_channel: Annotated[bool, typer.Option("--no-channel", help="Move to a route without a channel.")] = False,
 ) -> None:
     """Give a session another agent, sender or channel.
@@ -110,9 +101,9 @@ def move(
 @sessions.command()
 def delete(
     context: typer.Context,
-    session_id: SessionArgument,
-    created_at: CreatedAtOption = None,
-    yes: YesOption = False,
+    session_id: arguments.SessionArgument,
+    created_at: arguments.CreatedAtOption = None,
+    yes: arguments.YesOption = False,
 ) -> None:
     """Delete a session but not its transcript.
 
