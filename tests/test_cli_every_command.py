@@ -290,8 +290,9 @@ def test_the_exit_of_a_process_with_a_bad_output(store: Path, output: str, lines
 
 # Ctrl-C
 
-# The child runs the command once to count the calls of the package's functions. Then the child runs the command eight
-# times on a fresh store, and sends itself the signal at another call each time.
+# The child runs the command twice, and counts the calls of the package's functions in the second run, because the first
+# run imports modules. Then the child runs the command eight times on a fresh store, and sends itself the signal at
+# another call each time.
 INTERRUPTED = """
 import contextlib, io, json, shutil, signal, sys, traceback
 from homeagent.cli.commands import run
@@ -322,7 +323,8 @@ def attempt(number, at):
         sys.settrace(None)
     return status, errors.getvalue(), calls
 
-_, _, calls = attempt(0, 0)
+attempt("first", 0)
+_, _, calls = attempt("second", 0)
 print(json.dumps([attempt(number, 2 + calls * (number - 1) // 8) for number in range(1, 9)]))
 """
 
@@ -334,7 +336,8 @@ def test_ctrl_c_at_eight_instants(name: str, prepared: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     ends = json.loads(done.stdout)
     for status, errors, _ in ends:
-        assert status in {0, 130} or (name == "doctor" and status == 1), errors
+        # If Ctrl-C comes while Alembic rebuilds a table, Alembic raises another error.
+        assert status in {0, 130} or (name == "doctor" and status == 1) or "failed and was undone" in errors, errors
         assert len(errors.splitlines()) <= 1, errors
     assert ends[0][0] == 130
 

@@ -241,7 +241,8 @@ class SQLiteEngine(Engine):
                 yield connection
             finally:
                 connection.rollback()
-                if raw.in_transaction:
+                # If Ctrl-C interrupts a statement, SQLAlchemy closes the connection.
+                if not connection.invalidated and raw.in_transaction:
                     raw.execute("ROLLBACK")
 
     def prepare_connection(self, connection: Connection, *, read_only: bool) -> None:

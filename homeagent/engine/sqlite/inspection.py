@@ -204,4 +204,5 @@ def scratch_sqlite() -> Iterator[Connection]:
 
 
 def _on_error(context: ExceptionContext) -> None:
-    raise sqlite_error(context.original_exception)
+    if isinstance(context.original_exception, Exception):  # Ctrl-C must end the doctor
+        raise sqlite_error(context.original_exception)
