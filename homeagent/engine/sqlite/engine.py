@@ -83,7 +83,7 @@ class SQLiteEngine(Engine):
     commits. With `temporary=True`, the engine removes the file's directory when the engine is closed.
     """
 
-    # Small units share a commit, because SQLite allows one writer, and a sync takes many times as long as a small unit.
+    # SQLite allows one writer, and a sync takes many times as long as a small unit, so small units share a commit.
     shares_commits = True
     feed_interval: float = 0.15
     write_connection_type: type[SQLiteConnection] = SQLiteConnection
@@ -275,8 +275,7 @@ class SQLiteEngine(Engine):
         connection = pool.acquire(timeout)
         try:
             connection.check_file()
-            # https://sqlite.org/pragma.html#pragma_wal_checkpoint
-            if truncate:
+            if truncate:  # see https://sqlite.org/pragma.html#pragma_wal_checkpoint
                 self._wait_for_locks(connection.driver_connection, timeout)
                 ((blocked, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 # Make an empty commit, which gives the truncated WAL a header again. A power cut could leave an empty
@@ -300,7 +299,7 @@ class SQLiteEngine(Engine):
     def prepare_header(self) -> None:
         """Write the application id into an empty file, and switch to WAL mode. The caller must hold `sidecar_lock`.
 
-        In rollback mode SQLite writes the id to the file itself, so each homeagent database with content has the id.
+        SQLite writes the id to the file itself in rollback mode, so each homeagent database with content has the id.
         """
         with self.translated(), closing(self._open_bare()) as raw:
             if not self.path.stat().st_size:
