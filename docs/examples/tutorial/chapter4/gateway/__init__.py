@@ -1,0 +1,1 @@
+"""A gateway for the thermometers of a house."""
