@@ -36,6 +36,7 @@ _MODULES = (
     "alembic.context",
     "homeagent.cli.commands",
     "homeagent.credentials.hashing",
+    "homeagent.fastapi",
     "homeagent.file_names",
     "psycopg",
 )

@@ -10,9 +10,10 @@ import shutil
 import signal
 import socket
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests import fork_server
@@ -71,6 +72,7 @@ class Reader:
             "NO_PROXY": "127.0.0.1",
             # The fork server makes an error of each warning, also of the advice to install httpx2 instead of httpx.
             "PYTEST_ADDOPTS": "-p homeagent.testing -p no:cacheprovider -W default",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # the plugins of this environment would take a second of each run
             "UVICORN_PORT": str(self.port),
         }
         self.server: fork_server.Child | None = None
@@ -112,8 +114,10 @@ class Reader:
         if command in {".", "pip"} or arguments[:2] == ["-m", "venv"]:
             return ""  # the tests have an environment already
         if command == "curl":
-            address = arguments[0].replace(":8000", f":{self.port}")
-            return httpx.get(address, timeout=30, trust_env=False).text
+            connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+            with closing(connection):
+                connection.request("GET", arguments[0].removeprefix("http://127.0.0.1:8000"))
+                return connection.getresponse().read().decode()
         if command == "uvicorn":
             self.stop()
             self.server = self.start("-m", "uvicorn", *arguments)
