@@ -85,8 +85,8 @@ class RefusingRecord(TypedDict, total=False):
 class IdempotencyError(HomeAgentError):
     """An idempotency key can't be claimed, renewed or recorded now.
 
-    If a stored record refuses a claim, `state` and `expires_at` are those of the record. In other cases, `state` and
-    `expires_at` are None.
+    If a stored record refuses a claim, the attributes `state` and `expires_at` have the values of the record. In other
+    cases, both attributes are None.
     """
 
     def __init__(

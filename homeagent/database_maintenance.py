@@ -301,7 +301,7 @@ class DatabaseMaintenance:
                 process.
             CorruptDatabaseError: if the backup is damaged.
             SchemaTooNewError: if a newer version of homeagent made the backup.
-            SchemaChangedError: if the backup's schema was changed by hand, for example by a trigger on the devices.
+            SchemaChangedError: if a person changed the schema of the backup, for example by adding a trigger.
             ForeignDatabaseError: if the backup or the target belongs to another application.
             DatabaseError: if any other step of the restore failed. If the last step failed, the next call of
                 `Database.open()` finishes the restore. After a failure of an earlier step, the target is unchanged.

@@ -116,8 +116,8 @@ def _is_changed(table: Any, target: str, cascade: str | None) -> bool:
     Args:
         table: table of an object.
         target: name of the table that the statement inserts into, updates or deletes from.
-        cascade: name of the attribute of a foreign key that has the statement's action, `ondelete` or `onupdate`. None
-            for an INSERT.
+        cascade: `ondelete` for a DELETE, `onupdate` for an UPDATE, None for an INSERT. A foreign key has its action in
+            the attribute with this name.
     """
     if table.fullname == target:
         return True

@@ -84,7 +84,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool
 def print_facts(
     facts: Iterable[tuple[str, str]], *, colours: Mapping[str, str] | None = None, error: bool = False
 ) -> None:
-    """Print names and values. A line that begins with a space is not broken.
+    """Print names and values. The function does not wrap a line that begins with a space.
 
     Args:
         facts: pairs of a name and a value. A value can have several lines.

@@ -218,8 +218,9 @@ class SecretHasher:
         secret takes no hash, and any other secret takes one Argon2 run. A check for an unknown device takes as long as
         a check for a known device.
 
-        The only exceptions are a stored hash with other costs, and a second hash with another salt, which needs a
-        second run. After the caller has stored the replacement hash, one Argon2 run is enough.
+        The duration differs in two cases. A stored hash can have other costs than a new hash. If the device has two
+        hashes with different salts, the check takes two Argon2 runs. After the caller has stored the replacement hash,
+        one run is enough.
 
         Args:
             secret: presented secret, of any length.

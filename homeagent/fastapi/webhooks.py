@@ -168,7 +168,7 @@ def _time_of(timestamp: str) -> datetime | None:
 
 
 def _owner(unit: UnitOfWork, sender: str) -> str:
-    """Return the id under which the messages of a sender are stored, in place of the id of a device.
+    """Return the id that the idempotency keys of a sender have as `device_id`.
 
     A stranger must not know this id. `Database.pair()` deletes the idempotency keys of the paired id. A stranger who
     pairs a device with this id could afterwards send a recorded message again.

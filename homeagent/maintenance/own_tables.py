@@ -339,7 +339,7 @@ def _own_table(name: str, source: Connection, target: Connection, declared: Tabl
 
 
 def _described(name: str, connection: Connection, declared: Table | None) -> Table:
-    """Return the table with the columns that can be written, in the order of their names."""
+    """Return a description of the table that contains only the writable columns, sorted by name."""
     inspector = inspect(connection)
     key = inspector.get_pk_constraint(name)["constrained_columns"]
     columns = []

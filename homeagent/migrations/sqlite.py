@@ -150,7 +150,7 @@ def identify(engine: SQLiteEngine) -> database_file.FileState | None:
 
 
 def identify_or_wait(engine: SQLiteEngine) -> bool:
-    """Identify a file before the first lock is taken, and return True.
+    """Identify a file before the first lock is taken, and return True if the file could be identified.
 
     Return False if a restore was interrupted. Also return False if the file is damaged, because a restore can be
     replacing it. After False, the caller takes the in-use lock and calls `identify()` again.

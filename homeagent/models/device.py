@@ -63,7 +63,7 @@ PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
 class Device(Table, table=True):
     """A row of the table `devices`.
 
-    Do not use this model for requests, because a client could set the field `approved`; use the schemas.
+    Do not use this model for requests, because a client could then set the field `approved`; use the schemas.
     """
 
     __tablename__ = "devices"

@@ -6,8 +6,8 @@ that may still be added, but at most a fiftieth of the limit.
 
 Several processes together do not store more than twice the limit, because a process gets a grant only if fewer rows
 than the limit are stored. When the limit is reached, each process can use up only the rest of its own grant, which is
-less than a fiftieth of the limit. Therefore 49 processes together stay below twice the limit, even if each process has
-the rest of a grant from an empty table. On SQLite, a process counts and adds its row in one transaction, and no other
+less than a fiftieth of the limit. Therefore 49 processes together stay below twice the limit, even if each process got
+the largest possible grant. On SQLite, a process counts and adds its row in one transaction, and no other
 writer can add a row in between. On PostgreSQL, a transaction that counts does not see the rows of transactions that
 have not committed. If the limit is low, or few rows may still be added, the grant can be only one row. For a grant of
 one row, the transaction takes a lock for the device, and counts again. Without the lock, each open transaction could

@@ -149,7 +149,7 @@ def last_active(*, has_sender: bool, has_channel: bool) -> Statement[str]:
 
 @cache
 def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
-    """Return the statement that gives a free route to its last active session.
+    """Return the statement that makes the last active session of a free route the holder of the route.
 
     On PostgreSQL the statement violates the unique index if another transaction takes the route at the same time.
     """

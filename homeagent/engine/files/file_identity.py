@@ -86,7 +86,7 @@ class FileIdentityCheck:
         self._check(beside=self.remembers_log, remember=False)
 
     def connected(self, *, beside: bool = True) -> None:
-        """Check the files after a connection was opened and has read. The first call records the file's identity.
+        """Check the files of a new connection after its first read. The first call records the file's identity.
 
         Args:
             beside: True to record also the identities of the WAL and the WAL index. With True, the caller must later
