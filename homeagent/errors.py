@@ -34,11 +34,12 @@ __all__ = [
     "DatabaseIOError", "DatabaseMovedError", "DeviceExistsError", "DeviceNotApprovedError", "DeviceNotFoundError",
     "DiskFullError", "EffectFailedError", "EffectNotStartedError", "FingerprintMismatchError", "ForeignAccessError",
     "ForeignDatabaseError", "HandshakeError", "HomeAgentError", "IdempotencyError", "IdempotencyInProgressError",
-    "IdempotencyKeyExistsError", "InsecureFileError", "InvalidArgumentError", "KeyLimitError", "LastAdminError",
-    "LeaseLostError", "LimitError", "MigrationError", "NonceLimitError", "NotFoundError", "OutcomeUnknownError",
-    "PendingLimitError", "ReadOnlyError", "RouteTakenError", "SchemaChangedError", "SchemaOutdatedError",
-    "SchemaTooNewError", "SessionExistsError", "SessionNotFoundError", "SourceChangedError", "StandbyError",
-    "TargetNotEmptyError", "TooManyAttemptsError", "TooManyFilesError", "TransientError", "UnitStateError",
+    "IdempotencyKeyExistsError", "IncompatibleRevisionError", "InsecureFileError", "InvalidArgumentError",
+    "KeyLimitError", "LastAdminError", "LeaseLostError", "LimitError", "MigrationError", "NonceLimitError",
+    "NotFoundError", "OutcomeUnknownError", "PendingLimitError", "ReadOnlyError", "RouteTakenError",
+    "SchemaChangedError", "SchemaOutdatedError", "SchemaTooNewError", "SessionExistsError", "SessionNotFoundError",
+    "SourceChangedError", "StandbyError", "TargetNotEmptyError", "TooManyAttemptsError", "TooManyFilesError",
+    "TransientError", "UnitStateError",
 ]
 # fmt: on
 

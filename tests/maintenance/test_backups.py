@@ -446,8 +446,8 @@ Database.open(':memory:').close()
 os.setuid(65534)
 with Database.open(sys.argv[1]) as database:
     for spoil in (lambda: None, lambda: os.chmod(sys.argv[2], 0o500)):
-        def verify(*arguments, verify=backup._verify, spoil=spoil):
-            verify(*arguments)
+        def verify(*arguments, verify=backup._verify, spoil=spoil, **named):
+            verify(*arguments, **named)
             spoil()
         backup._verify = verify
         try:
