@@ -51,10 +51,8 @@ class UnitSession(Session):
         self.flush()
 
     def rollback(self) -> None:
-        """Roll back the unit of work."""
-        super().rollback()
-        # SQLAlchemy's method has no effect if the session sent no statement, but a store can have written.
-        self._unit._end_after_rollback()
+        """Roll back the unit of work. SQLAlchemy's method would expire the objects, so that they could not be used."""
+        self._unit.rollback()
 
     def expire_written(self, statement: Statement[Any]) -> None:
         """Expire the objects and collections whose rows a statement of a store can have changed."""
@@ -107,7 +105,7 @@ class UnitSession(Session):
 @event.listens_for(UnitSession, "after_rollback")
 def _after_rollback(session: UnitSession) -> None:
     """If the whole transaction was rolled back, for example because a flush failed, end the unit."""
-    session._unit._end_after_rollback(part=True)
+    session._unit._end_after_rollback()
 
 
 def _is_changed(table: Any, target: str, cascade: str | None) -> bool:

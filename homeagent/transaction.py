@@ -277,16 +277,18 @@ class Transaction:
         self._after_commit = None
         self._state = ROLLED_BACK
 
-    def _end_after_rollback(self, *, part: bool = False) -> None:
-        """Move the unit to the state ROLLED_BACK after the ORM session has rolled back.
+    def _end_after_rollback(self) -> None:
+        """Move the unit to the state ROLLED_BACK if the ORM session has rolled back the whole transaction.
 
-        With `part=True`, the session can have rolled back only to a savepoint. After such a partial rollback, the unit
-        stays in the state OPEN.
+        If the session has rolled back only to a savepoint, the unit stays in the state OPEN.
         """
         connection = self._connection
         if self._state is not OPEN or connection is None:
             return
-        if not part or not connection.has_orm_transaction or not connection.in_transaction:
+        if not connection.has_orm_transaction or not connection.in_transaction:
+            if self._session is not None:
+                # SQLAlchemy expires the session's objects after this method. A detached object keeps its values.
+                self._session.expunge_all()
             self._undo_changes(connection)
 
     # A part of the transaction of a batch

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from pydantic import JsonValue, ValidationError
-from sqlalchemy import CheckConstraint, bindparam, delete, func, insert, inspect, text, update
+from sqlalchemy import (
+    CheckConstraint,
+    Float,
+    Numeric,
+    bindparam,
+    cast,
+    delete,
+    func,
+    insert,
+    inspect,
+    text,
+    type_coerce,
+    update,
+)
 from sqlmodel import Field, Relationship, SQLModel, select
 
 from homeagent import AgentCreate, AgentSession, Database, Statement, Store, Table, Timestamp, UnitOfWork
@@ -44,6 +59,7 @@ class Preference(Table, table=True):
     name: str = Field(primary_key=True)
     session_id: str | None = Field(default=None, foreign_key="sessions.session_id")
     size: int = Field(default=2**40, gt=0)
+    weight: float = 0.1
     mood: Mood = Mood.CALM
     is_on: bool = False
     seen_at: Timestamp | None = None
@@ -187,7 +203,21 @@ def test_each_type_is_stored_and_loaded(hub: Database[HubUnit]) -> None:
         Preference(name="Z", session_id="s").model_dump(),
         row.model_dump(),
     ]
-    assert (loaded[1].mood, loaded[1].is_on, loaded[1].size) == (Mood.LOUD, True, 2**40)
+    assert (loaded[1].mood, loaded[1].is_on, loaded[1].size, loaded[1].weight) == (Mood.LOUD, True, 2**40, 0.1)
+
+
+def test_numbers_have_the_declared_python_type(hub: Database[HubUnit]) -> None:
+    """A column of the type `Numeric` has a Decimal, and `Float` has a float, whatever type the driver returns."""
+    numbers = [
+        cast(2.5, Numeric(8, 2)),
+        cast(2.5, Float),
+        cast(2.5, Float(asdecimal=True)),
+        type_coerce(cast(2.5, Numeric(8, 2)), Float),
+    ]
+    with hub.unit_of_work(read_only=True) as unit:
+        row = unit.one(Statement(select(*numbers)))
+    assert row == (Decimal("2.5"), 2.5, Decimal("2.5"), 2.5)
+    assert [type(value) for value in row] == [Decimal, float, Decimal, float]
 
 
 def test_constraints_have_names() -> None:
@@ -434,6 +464,37 @@ def test_own_rows_stay_usable(hub: Database[HubUnit]) -> None:
     assert [row.text for row in rows] == ["first", "plain", "second"]
     assert [row.id for row in rows] == [1, 1, 2]
     assert all(inspect(row).detached for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["rollback", "session.rollback", "flush", "run", "arun"])
+def test_rows_stay_usable_after_a_rollback(hub: Database[HubUnit], kind: str) -> None:
+    """If a unit rolls back, the session's objects keep the values that they had before."""
+    hub.run(lambda unit: unit.session.add(message("old")))
+    rows: list[Message] = []
+
+    def work(unit: UnitOfWork) -> None:
+        rows.append(unit.session.get_one(Message, 1))
+        rows.append(message("new"))
+        unit.session.add(rows[-1])
+        unit.session.flush()
+        if kind == "flush":
+            with pytest.raises(ConflictError):
+                unit.session.add(Message(session_id="absent", text="x", sent_at=START))
+                unit.session.flush()
+        elif kind == "rollback":
+            unit.rollback()
+        else:
+            unit.session.rollback()
+
+    if kind == "arun":
+        asyncio.run(hub.arun(work))
+    elif kind == "run":
+        hub.run(work)
+    else:
+        with hub.unit_of_work() as unit:
+            work(unit)
+    assert [(row.id, row.text) for row in rows] == [(1, "old"), (2, "new")]
+    assert [each.text for each in hub.store(MessageStore).of_session("s")] == ["old"]
 
 
 def test_own_rows_show_the_writes_of_statements(hub: Database[HubUnit]) -> None:

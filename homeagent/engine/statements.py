@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
 import sqlalchemy
 from pydantic import BaseModel
-from sqlalchemy import ColumnElement, CompoundSelect, Dialect, Insert, Select, inspect
+from sqlalchemy import ColumnElement, CompoundSelect, Dialect, Float, Insert, Select, inspect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import configure_mappers
 from sqlalchemy.sql.expression import ColumnClause
@@ -307,8 +307,18 @@ def _missing(error: KeyError) -> InvalidArgumentError:
 # Rows
 
 
+# Codes of PostgreSQL's types. For a column of numbers, SQLAlchemy's dialect requires one of these codes.
+_NUMERIC, _FLOAT8 = 1700, 701
+
+
 def _processor(column: ColumnElement[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
-    return column.type.dialect_impl(dialect).result_processor(dialect, None)
+    """Return the function that converts a value of the driver, or None.
+
+    A statement is compiled before the driver reports the codes of the column types. The function for `numeric` also
+    converts `float8`, unless the column is a `Float` with Decimal values.
+    """
+    code = _FLOAT8 if isinstance(column.type, Float) and column.type.asdecimal else _NUMERIC
+    return column.type.dialect_impl(dialect).result_processor(dialect, code)
 
 
 def _loader(expression: Any, dialect: Dialect) -> Loader:
