@@ -7,6 +7,7 @@ logged, because no message contains a secret, hash, nonce, idempotency key, stor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from homeagent.call_errors import (
@@ -299,7 +300,8 @@ class SchemaOutdatedError(DatabaseError):
             message = f"there is no database yet{place} (this version needs schema revision {needed!r})"
         else:
             message = f"the database is at schema revision {revision!r} and this version needs {needed!r}"
-        remedy = "run 'homeagent migrate', or open it with migrate=True"
+        option = "" if application is None else " --migrations PACKAGE:FOLDER"
+        remedy = f"run 'homeagent migrate{option}', or open it with migrate=True"
         if revision is None and application is None:
             remedy = "check the name, or create it with 'homeagent init' or with migrate=True"
         super().__init__(f"{message}: {remedy}")
@@ -312,14 +314,16 @@ class SchemaChangedError(DatabaseError):
     sentence for each change. Each sentence names the table and the trigger, index, column or view.
     """
 
-    def __init__(self, changes: list[str], *, location: str, command: str | None) -> None:
+    def __init__(self, changes: list[str], *, location: str, command: str | None, triggers: Sequence[str] = ()) -> None:
         self.changes = changes
         self.location = location
         shown = "; ".join(changes[:10]) + ("; …" if len(changes) > 10 else "")
         first = "" if command is None else f" (the first step is: {command})"
+        accept = f"; if a trigger is the application's, pass acknowledged={list(triggers)!r} or --acknowledge instead"
         super().__init__(
-            f"the schema of {location} was changed by hand: {shown}. Undo the change{first}, then try again; for a "
-            "backup, undo the change in a copy of the file and restore the copy. Nothing was changed"
+            f"the schema of {location} was changed by hand: {shown}. Undo the change{first}, then try again"
+            f"{accept if triggers else ''}; for a backup, undo the change in a copy of the file and restore the copy. "
+            "Nothing was changed"
         )
 
 

@@ -15,6 +15,7 @@ from homeagent.cli.opening import target_of
 from homeagent.cli.output import print_result
 from homeagent.cli.visible_text import escape_words
 from homeagent.database import Database
+from homeagent.engine.sqlite.engine import APPLICATION_ID
 from homeagent.engine.target import resolve_target
 from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
 from homeagent.maintenance.adoption import AdoptionReport, preview_adoption
@@ -117,7 +118,12 @@ def _adopt(
     if found is None:
         return False
     confirm(context, f"Adopt {found.location}?", yes=yes, show=lambda: typer.echo("\n".join(_changes(found)), err=True))
+    path = resolve_target(target).path
+    before = _backups(path)
     done = take_over(target, found, migrations=migrations, acknowledged=acknowledged)
+    # A file that already has homeagent's tables gets the backup of an upgrade instead.
+    made = sorted(_backups(path) - before)
+    done = done.model_copy(update={"backup": done.backup or (made[-1] if made else None)})
     kept = f" A copy from before is in {done.backup}." if done.backup else ""
     text = f"Adopted {done.location} at schema revision {REVISION}.{kept}"
     if yes:  # otherwise the report is above the question
@@ -139,7 +145,7 @@ def _changes(report: AdoptionReport) -> Iterator[str]:
         yield f"New tables for rows without a key: {listed(report.moved)}"
     if report.application_revision is not None:
         yield f"Revision of the application, from alembic_version: {report.application_revision}"
-    if report.application_id:
+    if report.application_id not in (None, 0, APPLICATION_ID):
         yield f"Application id of the file, which homeagent replaces: {report.application_id:#x}"
 
 

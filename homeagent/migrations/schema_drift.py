@@ -90,7 +90,9 @@ def refuse_changed_schema(
     found = [difference for difference in found if difference.trigger not in acknowledged]
     if found:
         first = next((difference.command for difference in found if difference.command), None)
-        raise SchemaChangedError([difference.text for difference in found], location=location, command=first)
+        triggers = [difference.trigger for difference in found if difference.trigger is not None]
+        texts = [difference.text for difference in found]
+        raise SchemaChangedError(texts, location=location, command=first, triggers=triggers)
 
 
 def schema_differences(connection: Connection) -> list[Difference]:

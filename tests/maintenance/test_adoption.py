@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from contextlib import closing
 from datetime import timedelta
@@ -141,6 +142,16 @@ def test_own_tables_only(tmp_path: Path, mode: str) -> None:
         assert database.status().rows["notes"] == 1
     assert fetch(path, "PRAGMA foreign_key_check") == [("notes", 1, "sessions", 0)]
     assert init(tmp_path / "new" / "hub.db").exit_code == 0
+
+
+def test_revisions_of_an_adopted_file(file: Path, folder: Path) -> None:
+    """An adoption without the application's revisions can be completed by a second adoption, which names its backup."""
+    assert init(file, "--yes").exit_code == 0
+    done = init(file, "--yes", "--migrations", folder)
+    assert "Application id" not in done.stdout
+    (backup,) = re.findall(r"A copy from before is in (\S+\.backup)\.", done.stdout)
+    assert fetch(Path(backup), "SELECT version_num FROM alembic_version") == [("a1",)]
+    assert fetch(file, "SELECT version_num FROM application_schema_version") == [("a2",)]
 
 
 def test_a_file_that_lost_its_application_id(tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ def test_objects_of_the_application(target: str, folder: Path, tmp_path: Path) -
             database.copy_to(copy)
         if not target.startswith("postgresql"):
             backup = database.backup(tmp_path / "the.backup")
-            with pytest.raises(SchemaChangedError):
+            with pytest.raises(SchemaChangedError, match=r"acknowledged=\['audit'\] or --acknowledge"):
                 Database.restore(backup, tmp_path / "restored" / "x.db")
             Database.restore(backup, tmp_path / "restored" / "x.db", acknowledged=["audit"])
 

@@ -68,7 +68,7 @@ def test_current_database(target: str, folder: Path, tmp_path: Path) -> None:
     assert outdated.value.application == str(first)
     with Database.open(target, migrations=first) as database:
         add_note(database, "kept")
-    with pytest.raises(SchemaOutdatedError, match=r"is at revision 'a1' of the application .*needed is 'a3'"):
+    with pytest.raises(SchemaOutdatedError, match=r"is at revision 'a1' of .*needed is 'a3': .*migrate --migrations"):
         Database.open(target, migrations=folder, migrate=False)
     with Database.open(target, migrations=folder) as database:
         assert rows(database, "SELECT text, stars FROM notes") == [("kept", 0)]
