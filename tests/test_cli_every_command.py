@@ -150,11 +150,18 @@ def _error_of_refusal(done: Result) -> str:
 
 @every_command
 def test_help_and_wrong_usage(name: str) -> None:
-    """Each command has a help under both names that fits 40 columns; an unknown option is wrong usage, also as JSON."""
+    """Each command has a help under both names that fits 40 columns; wrong usage is one line, also as JSON."""
     narrow = {"COLUMNS": "40"}
     shown = invoke(*name.split(), "--help", env=narrow)
     assert (shown.exit_code, shown.stdout) == (0, invoke(*name.split(), "-h", env=narrow).stdout)
     assert max(map(len, shown.stdout.splitlines())) <= 40
+    assert all(
+        parameter.opts[0] in shown.stdout.split() for parameter in COMMANDS[name].params if parameter.opts[0][0] == "-"
+    )
+    first = " ".join(COMMANDS[name].help.partition("\n\n")[0].split())
+    assert first in " ".join(invoke(*name.split()[:-1], "--help", env=narrow).stdout.split())
+    line = f"homeagent: No such option: --no-such-option. Try 'homeagent {name} --help'.\n"
+    assert invoke(*name.split(), "--no-such-option").stderr == line
     for before, after in (([], ["--json"]), (["--json"], [])):
         wrong = invoke(*before, *name.split(), "--no-such-option", *after)
         assert (wrong.exit_code, wrong.stdout) == (2, "")

@@ -41,11 +41,13 @@ def test_a_table_fits_the_terminal(store: Path, columns: int, monkeypatch: pytes
     """At a terminal no line is wider than the terminal, and each word of an id is whole."""
     with Database.open(store) as database:
         database.pair(DevicePair(id=LONG_ID, role=Role.NODE))
+        database.pair(DevicePair(id="x" * 250, role=Role.NODE))
     monkeypatch.setattr("homeagent.cli.output._terminal_width", lambda *, error: columns)
     for arguments in (["devices", "list"], ["devices", "show", LONG_ID], ["status"]):
         shown = invoke("--database", store, *arguments).stdout
         longest = max(shown.splitlines(), key=len)
         assert len(longest) <= columns or " " not in longest.strip(), longest
+        assert not any(line.isspace() for line in shown.splitlines()), shown
         if "status" not in arguments:
             assert all(word in shown for word in LONG_ID.split("-"))
             assert LONG_ID in "".join(line.strip() for line in shown.splitlines())

@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -22,11 +24,10 @@ from homeagent.errors import HomeAgentError, InvalidArgumentError
 
 __all__ = ["WithoutDatabase", "app", "confirm", "group"]
 
-# `_UsageError` is Click's class UsageError. Newer versions of Typer contain a copy of Click, and older versions depend
-# on Click.
+# `_UsageError` is the class UsageError of the copy of Click that Typer contains.
 _UsageError: Any = typer.BadParameter.__base__
 
-_CREDENTIALS = re.compile(r"://\S*@|((?:password|passwd)=)[^&\s]*", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"://(?!USER@)\S*@|((?:password|passwd)=)[^&\s]*", re.IGNORECASE)
 
 
 @dataclass
@@ -78,15 +79,30 @@ class WithoutDatabase(TyperCommand):
     """A command without the option --database."""
 
 
+class _Context(typer.Context):
+    """A context whose help text fits the terminal from 40 columns on."""
+
+    def make_formatter(self) -> Any:
+        formatter: Any = super().make_formatter()
+        formatter.width = min(shutil.get_terminal_size().columns, 100)
+        formatter.write_dl = partial(formatter.write_dl, col_max=min(30, formatter.width // 3))
+        return formatter
+
+
 class _Commands(TyperGroup):
     """A group of commands with the common options.
 
-    A refused operation prints one line and exits with status 1. Usage errors hide passwords.
+    A refused operation prints one line and exits with status 1. Wrong usage prints one line without passwords, and
+    exits with status 2.
     """
+
+    context_class = _Context
 
     def __init__(self, *, commands: dict[str, Any], params: list[Any], **settings: Any) -> None:
         super().__init__(commands=commands, params=[*params, _DATABASE, _JSON], **settings)
         for command in commands.values():
+            command.context_class = _Context
+            command.short_help = " ".join(command.help.partition("\n\n")[0].split())  # not shortened in a list
             if not isinstance(command, TyperGroup):
                 command.params += [_JSON] if isinstance(command, WithoutDatabase) else [_DATABASE, _JSON]
 
@@ -95,8 +111,9 @@ class _Commands(TyperGroup):
             options = args[: args.index("--")] if "--" in args else args
             ctx.obj = _Common(as_json="--json" in options)
         with _reported_errors(ctx.obj):
-            if ctx.obj.as_json and not args:
-                ctx.fail("Missing command.")  # otherwise Typer prints the help instead of an error
+            if not args and not ctx.obj.as_json and not ctx.resilient_parsing:
+                typer.echo(ctx.get_help(), err=True)
+                raise typer.Exit(2)
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -113,13 +130,14 @@ def _reported_errors(common: _Common) -> Iterator[None]:
         yield
     except _UsageError as error:
         # The message of a usage error repeats the argument, which can be a database URL in the wrong position.
-        error.message = _CREDENTIALS.sub(lambda found: f"{found[1]}***" if found[1] else "://***@", error.message)
-        if not common.as_json:
-            raise
-        _print_message(common, error.format_message(), error="UsageError")
+        text = _CREDENTIALS.sub(lambda found: f"{found[1]}***" if found[1] else "://***@", error.format_message())
+        text = text.replace("Value error, ", "")  # Pydantic's prefix
+        text += "" if text.endswith((".", "?")) else "."
+        help = "" if error.ctx is None else f" Try '{error.ctx.command_path} --help'."
+        _print_message(common, operator_text(text) + help, error="UsageError")
         raise typer.Exit(error.exit_code) from None
     except HomeAgentError as error:
-        _print_message(common, operator_text(error), error=type(error).__name__, details=_details(error))
+        _print_message(common, operator_text(str(error)), error=type(error).__name__, details=_details(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         text = "the command was interrupted, and may have done its work already"
@@ -229,11 +247,11 @@ def confirm(
 
 app: typer.Typer = typer.Typer(
     cls=_Commands,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["--help", "-h"]},
     # An error other than HomeAgentError is a bug. Print the plain traceback, because Typer's traceback would show local
     # variables.
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # Typer's tables would shorten the names of options on a narrow terminal
 )
 
 
@@ -262,6 +280,6 @@ def group(name: str, *, help: str) -> typer.Typer:
 
     The options --database and --json can also stand before the commands of the group.
     """
-    commands = typer.Typer(cls=_Commands, no_args_is_help=True, help=help)
+    commands = typer.Typer(cls=_Commands, help=help, rich_markup_mode=None)
     app.add_typer(commands, name=name)
     return commands

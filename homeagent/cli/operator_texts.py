@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from homeagent.errors import HomeAgentError
-
 __all__ = ["PHRASES", "operator_text"]
 
 PHRASES = {
@@ -29,14 +27,15 @@ PHRASES = {
     "lower pool_size": "stop some of the programs that use the server",
     "use Database.doctor()": "name a file or a server's URL",
     "raise Limits.longest_ttl": "let the gateway raise its limit",
+    "plain JSON: None, bool, int, finite float, text, lists and dicts with text keys": "valid, and contain no NaN, "
+    "Infinity or lone surrogate",
     "run the unit again": "run the command again",
 }
 """Phrases of messages for Python programs, and the texts that replace the phrases for an operator."""
 
 
-def operator_text(error: HomeAgentError) -> str:
+def operator_text(text: str) -> str:
     """Return the message of an error for an operator, who uses commands and options."""
-    text = str(error)
     for phrase, replacement in PHRASES.items():
         text = text.replace(phrase, replacement)
     return text

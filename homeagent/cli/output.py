@@ -119,7 +119,7 @@ def _parts(text: str, width: int) -> list[str]:
         return [text]
     parts: list[str] = []
     for word in re.findall(r"\S+\s*", text):
-        parts += [word] if _width(word.rstrip()) <= width else re.findall(r"[^/._:-]*(?:[/._:-]+|$)", word)
+        parts += [word] if _width(word.rstrip()) <= width else re.findall(r"[^/._:-]+[/._:-]*|[/._:-]+", word)
     return parts
 
 
