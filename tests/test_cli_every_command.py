@@ -168,6 +168,18 @@ def test_help_and_wrong_usage(name: str) -> None:
         assert json.loads(wrong.stderr)["error"] == "UsageError"
 
 
+def test_completion_for_bash() -> None:
+    """The shell completes commands, options and values, also after --json and after an invalid value."""
+    for words, expected in (
+        ("--json devices rev", "revoke"),
+        ("devices list --limit x --sta", "--status"),
+        ("devices pair lamp --role n", "node"),
+    ):
+        env = {"_HOMEAGENT_COMPLETE": "complete_bash", "COMP_WORDS": f"homeagent {words}".replace(" ", "\n")}
+        done = invoke(env=env | {"COMP_CWORD": str(len(words.split()))})
+        assert (done.exit_code, done.stdout, done.stderr) == (0, f"{expected}\n", "")
+
+
 @every_command
 def test_odd_values(name: str, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the value of an option or argument is odd, a command that does not accept the value says so in one line."""
