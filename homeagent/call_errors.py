@@ -72,7 +72,7 @@ class AccessDeniedError(HomeAgentError):
 
 
 class HandshakeError(HomeAgentError):
-    """A message of a handshake is invalid or late, or another device or gateway sent the message."""
+    """A message of a handshake is invalid or late, or comes from a wrong device or gateway."""
 
 
 class RefusingRecord(TypedDict, total=False):

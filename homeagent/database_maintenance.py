@@ -210,7 +210,7 @@ class DatabaseMaintenance:
 
         Raises:
             TargetNotEmptyError: if the target holds data.
-            SourceChangedError: if the source changed during the copy, except with `live=True`.
+            SourceChangedError: if the source changed during the copy. With `live=True` the copy accepts changes.
             InvalidArgumentError: if source and target are the same database, or if the target lacks a table of the
                 application. The error message names the missing table.
             SchemaOutdatedError, SchemaTooNewError: if the source or the target has the schema of another version.

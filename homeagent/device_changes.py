@@ -71,7 +71,7 @@ class _Subscription:
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
-        """Return the next change. If no change waits, store the function `wake()`, and return None."""
+        """Return the next change. If there is no change, store the function `wake()`, and return None."""
         with self._mutex:
             if self._changes:
                 return self._changes.popleft()

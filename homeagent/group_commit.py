@@ -150,7 +150,7 @@ class GroupCommit:
         return value
 
     def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
-        """Check the timeouts of an event loop's calls. Repeat the check while the event loop has a waiting call."""
+        """Check the timeouts of an event loop's calls. Repeat the check until no call of the event loop waits."""
         wait = min(map(self._check, calls), default=0)
         # Check regularly, because the method `_deliver()` can have failed to notify the event loop.
         _resolve([call for call in calls if call.state.is_over])

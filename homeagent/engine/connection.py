@@ -310,10 +310,9 @@ class StoreConnection:
         return self.one(statement, parameters) if act == "one" else self.all(statement, parameters)
 
     def look_for_commits(self) -> tuple[bool, int | None]:
-        """Return a tuple. Its first value is True if another connection can have committed since the last call of this
-        method.
+        """Return True if another connection can have committed since the last call of this method.
 
-        The second value is the descriptor of a file that becomes readable after a commit, or None.
+        The method also returns the descriptor of a file that becomes readable after a commit, or None.
         """
         return True, None
 

@@ -46,8 +46,8 @@ _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')  # a String of RFC 8941, 
 # Errors of an effect for which the reply is known. After any other error the outcome is unknown.
 _KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError)
 
-# Store the headers without which a stored body or redirection has no meaning. Do not store headers such as Set-Cookie,
-# which can hold a secret.
+# Store the headers that a client needs to read a stored body or to follow a stored redirection. Do not store headers
+# such as Set-Cookie, which can hold a secret.
 _KEPT_HEADERS = ("content-type", "content-encoding", "location")
 
 Effect = Callable[[Attempt], Any]

@@ -197,7 +197,7 @@ def copy_store(
         SchemaOutdatedError, SchemaTooNewError: the source or the target is not at this version's revision.
         SchemaChangedError: the schema of the source or the target was changed by hand.
         TargetNotEmptyError: the target has rows.
-        SourceChangedError: the source was changed during the copy, except with `live=True`.
+        SourceChangedError: the source changed during the copy. With `live=True` the copy accepts changes.
         CorruptDatabaseError: the source has a value that homeagent's stores do not write.
         DatabaseError: the rows read back from the target differ from the copied rows.
     """

@@ -251,7 +251,7 @@ _QUOTED_OR_BLANK = re.compile(
 
 
 def _plain(sql: str) -> str:
-    """Return a statement without comments, quotes around names and extra spaces.
+    """Remove comments, extra spaces and the quotes around names from a statement, and return the statement.
 
     A statement can have comments, because a tracing listener of the application can add them.
     """

@@ -1,4 +1,4 @@
-"""The feed of device changes: methods of the store of devices.
+"""Methods of the store of devices that read the feed of device changes.
 
 Rows are deleted only from the beginning of the feed, and the newest row always stays. Therefore a reader has missed no
 change if the feed still contains the number of the last change that the reader has read.

@@ -44,8 +44,8 @@ class DeviceState(NamedTuple):
 _columns: Any = Device.__table__.c
 _keys: Any = IdempotencyKey.__table__.c
 
-# Do not write `approved = 0` for an unapproved device. Another program can store a value other than 0 and 1, and a
-# device with such a value would count as neither approved nor unapproved.
+# Do not write `approved = 0` for an unapproved device. Another program can store the value 2. The device would then be
+# in neither of the two groups.
 _APPROVED = _columns.approved == True  # noqa: E712  an expression
 _UNAPPROVED = _columns.approved.is_distinct_from(True)
 

@@ -316,9 +316,7 @@ class DeviceStore(DeviceFeed):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return a tuple. Its first value is True if `update_last_seen()` would write no row, and its second value is
-        the result of such a call.
-        """
+        """Return True if `update_last_seen()` has no row to write, and False, which that call would then return."""
         device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
         return self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device, before=before) is None, False

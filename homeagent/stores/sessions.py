@@ -140,8 +140,8 @@ class SessionStore(Store):
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
-        """Return a tuple. Its first value is True if `resolve()` would write no row, and its second value is the result
-        of such a call.
+        """Return whether `resolve()` can answer without a write, and the answer. Without a write, the answer is the
+        session that holds the route.
         """
         route = _searched_route(agent_id, sender_id, channel_id)
         session = self._unit.one(statements.BY_ROUTE, route=route["route"])

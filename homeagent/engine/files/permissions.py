@@ -25,8 +25,8 @@ def change_mode(path: Path, mode: int) -> None:
     try:
         path.chmod(mode, follow_symlinks=False)
     except NotImplementedError:
-        # The error has two possible causes. The path is a link, or the C library or container can't change a mode
-        # without following links.
+        # The error has two possible causes. Either the path is a symbolic link, or the system can change a mode only by
+        # following links.
         if stat.S_ISLNK(os.lstat(path).st_mode):
             raise InsecureFileError(f"{quoted(path)} was replaced by a symbolic link: remove it") from None
         path.chmod(mode)

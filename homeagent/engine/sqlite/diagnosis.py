@@ -31,7 +31,8 @@ from homeagent.errors import (
 
 __all__ = ["corrupt_after_all", "diagnosed_error", "newest_backup_hint"]
 
-# Number of bytes that a probe writes. SQLite extends the WAL index by 32 KiB at a time, so a probe must not write less.
+# Number of bytes that a probe writes. A smaller probe could fit on a disk that has no room for the WAL index, which
+# SQLite extends by 32 KiB at a time.
 _PIECE = 64 * 1024
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})

@@ -57,10 +57,9 @@ def diagnose(
         thorough: True to run SQLite's full integrity check without a time limit. The full check also compares the
             indexes with their tables. With `thorough=False`, a check that takes longer than 10 seconds is stopped and
             listed in the attribute `not_checked`.
-        fix: True to repair problems that can be repaired without loss. The doctor can repair modes of homeagent's
-            files, partial copies older than a day, the backlog of expired rows, hashes of expired secrets, route keys
-            of sessions, the journal mode and the size of the WAL. The returned findings describe the database after the
-            repair.
+        fix: True to repair problems that can be repaired without loss. The doctor corrects modes of files, route keys
+            of sessions and the journal mode. It deletes partial copies older than a day, expired rows and hashes of
+            expired secrets, and it empties the WAL. The returned findings describe the database after the repair.
         acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open()`.
 
     Raises:
