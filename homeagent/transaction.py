@@ -108,7 +108,7 @@ class Transaction:
     )
 
     def __init__(self, settings: UnitSettings, *, read_only: bool, timeout: float | None = None) -> None:
-        self.settings = settings
+        self.settings: UnitSettings = settings
         self._timeout = settings.timeout if timeout is None else timeout
         self.read_only: bool = read_only
         self._state = NEW

@@ -12,10 +12,10 @@ import typer
 
 from homeagent.models.types import MAX_LIMIT
 
-argument = partial(typer.Argument, show_default=False)
+argument: partial[Any] = partial(typer.Argument, show_default=False)
 """An argument whose default value is not shown in the help."""
 
-option = partial(typer.Option, show_default=False)
+option: partial[Any] = partial(typer.Option, show_default=False)
 """An option whose default value is not shown in the help."""
 
 
@@ -35,7 +35,7 @@ def _check_timestamp(text: str | None) -> str | None:
     return text
 
 
-timestamp_option = partial(option, callback=_check_timestamp, metavar="TIMESTAMP")
+timestamp_option: partial[Any] = partial(option, callback=_check_timestamp, metavar="TIMESTAMP")
 """An option whose value is a timestamp with an offset."""
 
 

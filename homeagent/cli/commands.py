@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+from typing import Any
 
 import typer
 
@@ -12,7 +13,7 @@ from homeagent.cli.application import app
 
 __all__ = ["app", "command", "run"]
 
-command = typer.main.get_command(app)
+command: Any = typer.main.get_command(app)
 """The command `homeagent`, which Typer builds from the functions in 0.1 s."""
 
 

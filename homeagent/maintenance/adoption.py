@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import text
@@ -85,7 +85,7 @@ class AdoptionReport(BaseModel):
         backup: path of the copy that the adoption made first. None before the adoption, and on PostgreSQL.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     location: str
     tables: dict[str, int]
