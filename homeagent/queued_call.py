@@ -52,7 +52,7 @@ class CallState(Enum):
     LEFT = auto()
 
     def __init__(self, _: int) -> None:
-        self.is_over = self.name in ("DONE", "ALONE", "LEFT")
+        self.is_over: bool = self.name in ("DONE", "ALONE", "LEFT")
         """True if the caller must stop waiting for the call."""
 
 
