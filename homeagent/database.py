@@ -335,6 +335,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             InvalidArgumentError, DatabaseBusyError, ConnectionLostError, CommitUnknownError: in the same cases as for
                 `Database.run()`.
         """
+        # A unit of the database is a `U`, as in `run()`.
         return await self._runner.arun(work, read_only=read_only, idempotent=idempotent)  # type: ignore[arg-type]
 
     # Effects that happen once

@@ -297,7 +297,7 @@ def bind(given):
     return ({"".join(f"{value}, " for value in values)})
 """
     exec(source, namespace)  # noqa: S102  built from the names of parameters only
-    return namespace["bind"]  # type: ignore[no-any-return]
+    return namespace["bind"]  # type: ignore[no-any-return]  # generated above
 
 
 def _missing(error: KeyError) -> InvalidArgumentError:

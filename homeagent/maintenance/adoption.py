@@ -336,6 +336,7 @@ def _convert(connection: Connection, report: AdoptionReport) -> None:
         execute(f"DROP TABLE {table}")
     upgrade(connection, _FIRST)
     for table in report.converted:
+        # The names are constants, or the free names of a report that was compared with the database.
         columns = ", ".join(_FIRST_TABLES[table])
         key = _FIRST_TABLES[table][0]
         execute(
