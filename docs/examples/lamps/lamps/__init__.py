@@ -1,0 +1,1 @@
+"""A small gateway: it switches lamps over HTTP and over a WebSocket."""
