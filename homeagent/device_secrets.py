@@ -187,7 +187,13 @@ class DeviceSecrets:
 
     @clears_locals
     def rotate_secret(
-        self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
+        self,
+        device_id: str,
+        shared_secret: SecretStr | None = None,
+        *,
+        overlap: timedelta = timedelta(0),
+        expected_secret_hash: str | None = None,
+        expected_paired_at: datetime | None = None,
     ) -> SecretStr:
         """Replace a device's secret, and return the new secret, which cannot be read again later.
 
@@ -196,18 +202,39 @@ class DeviceSecrets:
             shared_secret: chosen secret. If `secret` is None, homeagent generates a secret.
             overlap: time for which the old secret stays right too, by default 0. If an earlier rotation still has an
                 overlap, its overlap ends at once.
+            expected_secret_hash: hash that the old secret must have. Default: any hash.
+            expected_paired_at: time at which the device must have been paired. Default: any time.
 
         Raises:
+            ConflictError: if the old secret or the time of pairing differs from the expected value.
             DeviceNotFoundError: if the device does not exist.
             DeviceNotApprovedError: if the argument `overlap` is above 0, and the device is pending or revoked.
             InvalidArgumentError: if the secret has fewer than 8 characters, is too long or has a control character.
             TooManyAttemptsError: if the secret was chosen, and `Limits.waiting_hashes` slow hashes already wait.
         """
-        return self._pairing.rotate_secret(device_id, shared_secret, overlap=overlap)
+        return self._pairing.rotate_secret(
+            device_id,
+            shared_secret,
+            overlap=overlap,
+            expected_secret_hash=expected_secret_hash,
+            expected_paired_at=expected_paired_at,
+        )
 
     @clears_locals
     async def arotate_secret(
-        self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
+        self,
+        device_id: str,
+        shared_secret: SecretStr | None = None,
+        *,
+        overlap: timedelta = timedelta(0),
+        expected_secret_hash: str | None = None,
+        expected_paired_at: datetime | None = None,
     ) -> SecretStr:
         """Do the same as `rotate_secret()` under asyncio or trio, without blocking the event loop."""
-        return await self._pairing.arotate_secret(device_id, shared_secret, overlap=overlap)
+        return await self._pairing.arotate_secret(
+            device_id,
+            shared_secret,
+            overlap=overlap,
+            expected_secret_hash=expected_secret_hash,
+            expected_paired_at=expected_paired_at,
+        )

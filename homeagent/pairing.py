@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from datetime import datetime, timedelta
 from functools import partial
+from typing import Any
 
 from pydantic import SecretStr
 
@@ -22,6 +23,7 @@ from homeagent.credentials import (
     needs_slow_hash,
 )
 from homeagent.errors import (
+    ConflictError,
     DatabaseError,
     DeviceExistsError,
     DeviceNotApprovedError,
@@ -52,6 +54,8 @@ __all__ = ["PairedDevice", "Pairing"]
 logger: logging.Logger = logging.getLogger("homeagent")
 
 _DENIED = SecretCheck("denied")
+
+_DECIDE = "show it again, then decide. The secret was not changed"
 
 
 class Pairing:
@@ -127,13 +131,9 @@ class Pairing:
         """Run `pair()` without blocking the event loop."""
         return await self._runner.in_thread(partial(self.pair, request), slow=True)
 
-    async def arotate_secret(
-        self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
-    ) -> SecretStr:
+    async def arotate_secret(self, device_id: str, shared_secret: SecretStr | None = None, **options: Any) -> SecretStr:
         """Run `rotate_secret()` without blocking the event loop."""
-        return await self._runner.in_thread(
-            partial(self.rotate_secret, device_id, shared_secret, overlap=overlap), slow=True
-        )
+        return await self._runner.in_thread(partial(self.rotate_secret, device_id, shared_secret, **options), slow=True)
 
     def _check(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
         """Check a secret. A wrong secret costs one statement and one hash, even if the device is absent."""
@@ -215,7 +215,13 @@ class Pairing:
         return SecretCheck(device.status.value, device)
 
     def rotate_secret(
-        self, device_id: str, shared_secret: SecretStr | None = None, *, overlap: timedelta = timedelta(0)
+        self,
+        device_id: str,
+        shared_secret: SecretStr | None = None,
+        *,
+        overlap: timedelta = timedelta(0),
+        expected_secret_hash: str | None = None,
+        expected_paired_at: datetime | None = None,
     ) -> SecretStr:
         """Give a device a new secret (see `Database.rotate_secret`)."""
         check_duration(overlap, "overlap", zero=True)
@@ -238,6 +244,10 @@ class Pairing:
                     raise DeviceNotFoundError(device_id)
                 if new != old and _hash_and_verifier(device) == (new, verifier):
                     return True  # the unit has run before, and the connection was lost during the commit
+                if expected_paired_at not in (None, device.paired_at):
+                    raise ConflictError(f"device {device_id!r} was paired at another time: {_DECIDE}")
+                if expected_secret_hash not in (None, device.shared_secret_hash):
+                    raise ConflictError(f"device {device_id!r} has another secret now: {_DECIDE}")
                 return unit.devices.set_secret(
                     device_id,
                     expected_secret_hash=old,

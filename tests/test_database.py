@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from homeagent import Attempt, Database, DevicePair, DeviceStatus, IdempotencyScope, Role, UnitOfWork
 from homeagent.credentials import hashing
 from homeagent.errors import (
+    ConflictError,
     CorruptDatabaseError,
     DatabaseBusyError,
     DatabaseClosedError,
@@ -180,6 +181,32 @@ def test_a_device_revoked_during_its_rotation_gets_no_overlap(
         database.rotate_secret("lamp", overlap=MINUTE)
     database.run(lambda unit: unit.devices.approve("lamp", expected_status=DeviceStatus.REVOKED))
     assert database.verify_secret("lamp", secret) is not None
+
+
+@pytest.mark.parametrize("is_paired_again", [True, False], ids=["paired again", "rotated"])
+def test_a_rotation_expects_the_device_that_was_read(
+    database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, is_paired_again: bool
+) -> None:
+    """If the device pairs again or is rotated while the new secret is hashed, an expected value protects its secret."""
+    device = database.pair(DevicePair(id="lamp", role=Role.NODE)).device
+    others: list[SecretStr] = []
+
+    def make_verifier_late(secret: SecretStr) -> str:
+        monkeypatch.undo()
+        clock.advance(seconds=1)
+        if is_paired_again:
+            database.devices.delete("lamp")
+            others.append(database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret)
+        else:
+            others.append(database.rotate_secret("lamp"))
+        return make_verifier(secret)
+
+    monkeypatch.setattr("homeagent.pairing.make_verifier", make_verifier_late)
+    with pytest.raises(ConflictError, match="paired at another time" if is_paired_again else "another secret"):
+        database.rotate_secret(
+            "lamp", expected_secret_hash=device.shared_secret_hash, expected_paired_at=device.paired_at
+        )
+    assert database.check_secret("lamp", others[0]).status == "pending"
 
 
 def test_a_device_that_pairs_again_has_no_overlap(database: Database) -> None:

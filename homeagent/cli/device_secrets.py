@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from homeagent.cli.application import confirm
-from homeagent.cli.arguments import DeviceArgument, PairedAtOption, YesOption, choice, option
-from homeagent.cli.device_output import DECISIVE, report_secret, show_device
+from homeagent.cli.arguments import DeviceArgument, PairedAtOption, YesOption, choice, option, parsed_timestamp
+from homeagent.cli.device_output import report_secret, show_device
 from homeagent.cli.devices import devices
 from homeagent.cli.opening import open_named
-from homeagent.cli.request import json_argument, refuse_change, request, require_expected
+from homeagent.cli.request import json_argument, request, require_expected
 from homeagent.models.device import Role
 from homeagent.models.schemas import DevicePair
 
@@ -71,8 +71,11 @@ def rotate(
         end = f"in {overlap:,} s" if overlap else "at once"
         question = f"Replace the secret of this device? The old secret ends {end}."
         confirm(context, question, yes=yes, show=partial(show_device, seen, error=True))
-        now = opened.devices.get(device_id)
-        refuse_change(f"device {device_id!r}", seen, now, *DECISIVE, expected=paired_at)
-        secret = opened.rotate_secret(device_id, overlap=timedelta(seconds=overlap))
+        secret = opened.rotate_secret(
+            device_id,
+            overlap=timedelta(seconds=overlap),
+            expected_secret_hash=seen.shared_secret_hash,
+            expected_paired_at=parsed_timestamp(paired_at) or seen.paired_at,
+        )
         device = opened.devices.get(device_id)
     report_secret(context, "Rotated the secret of", device, secret)
