@@ -343,6 +343,9 @@ class _Attempt:
 def undone_on_failure(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
     """Raise MigrationError if the transaction in the block fails with an error that does not explain itself.
 
+    If Ctrl-C comes while Alembic rebuilds a table, Alembic runs another statement, and that statement fails. Then raise
+    the KeyboardInterrupt, not the error of the other statement.
+
     The block sets the attribute `backup` of the yielded object to the path of the backup.
     """
     attempt = _Attempt(act)
@@ -351,6 +354,11 @@ def undone_on_failure(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
     except SPEAK_FOR_THEMSELVES:
         raise
     except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back
+        first: BaseException | None = error
+        while isinstance(first, Exception):
+            first = first.__context__
+        if isinstance(first, KeyboardInterrupt):
+            raise first from None
         cause = error.__cause__ if isinstance(error, RevisionFailedError) else error
         raise MigrationError(
             f"{attempt.act} failed and was undone ({reason_of(error)}): "
