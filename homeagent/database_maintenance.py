@@ -276,6 +276,7 @@ class DatabaseMaintenance:
         clock: Clock = system_clock,
         busy_timeout: timedelta = timedelta(seconds=5),
         acknowledged: Collection[str] = (),
+        expected_epoch: int | None = None,
     ) -> maintenance.RestoreReport:
         """Replace a closed database by a backup, and keep the old database in quarantine.
 
@@ -291,12 +292,15 @@ class DatabaseMaintenance:
                 the time of each message with the start of the epoch.
             busy_timeout: longest wait for a process that has the target open.
             acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open()`.
+            expected_epoch: epoch that the target must have, or 0 if the target must be absent or too damaged to read
+                its epoch. Default: any epoch.
 
         Returns:
             Report of the restore, with the path of the old database.
 
         Raises:
             InvalidArgumentError: if the backup is absent or is the target, or if the target is not a file.
+            ConflictError: if the target has another epoch than the argument `expected_epoch`.
             DatabaseBusyError: if a process has the target or the backup open. On Linux the error message names the
                 process.
             CorruptDatabaseError: if the backup is damaged.
@@ -310,7 +314,14 @@ class DatabaseMaintenance:
 
         given = conceal(target)
         del target
-        return restore(backup, given, clock=clock, busy_timeout=busy_timeout, acknowledged=acknowledged)
+        return restore(
+            backup,
+            given,
+            clock=clock,
+            busy_timeout=busy_timeout,
+            acknowledged=acknowledged,
+            expected_epoch=expected_epoch,
+        )
 
     @staticmethod
     def begin_epoch(
@@ -318,6 +329,7 @@ class DatabaseMaintenance:
         *,
         clock: Clock = system_clock,
         busy_timeout: timedelta = timedelta(seconds=5),
+        expected_epoch: int | None = None,
     ) -> maintenance.EpochReport:
         """Begin a new epoch after another program restored an older state of the database. No process may have the
         database open.
@@ -330,8 +342,10 @@ class DatabaseMaintenance:
             target: database, in the same form as for `Database.open`.
             clock: clock for the start of the epoch.
             busy_timeout: longest wait for a process that has the database open.
+            expected_epoch: epoch that the database must have. Default: any epoch.
 
         Raises:
+            ConflictError: if the database has another epoch than the argument `expected_epoch`.
             DatabaseBusyError: if a process has the database open, because it would continue in the old epoch.
             SchemaOutdatedError: if the database is absent, or has an older schema.
             DatabaseError: if the database cannot be opened for another reason.
@@ -340,7 +354,7 @@ class DatabaseMaintenance:
 
         given = conceal(target)
         del target
-        return begin_epoch(given, clock=clock, busy_timeout=busy_timeout)
+        return begin_epoch(given, clock=clock, busy_timeout=busy_timeout, expected_epoch=expected_epoch)
 
 
 def _names_of_tables(given: Collection[str]) -> frozenset[str]:

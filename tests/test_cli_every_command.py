@@ -33,10 +33,12 @@ from tests.conftest import ROOT, START, FakeClock
 # Values of parameters. A new parameter with another name needs a value only if its command requires the parameter.
 VALUES = {
     "agent_id": "butler",
+    "attempt": "1",
     "backup": "BACKUP",  # a path in the directory of the store, as are STORE and NEW
     "created_at": START.isoformat(),
     "destination": "NEW",
     "device_id": "lamp",
+    "epoch": "1",
     "key": "k1",
     "message": "Nothing",
     "method": "play",
@@ -58,10 +60,10 @@ MORE = {
 }
 OPENS_NOTHING = {"config", "migrations new"}
 # Commands that create the database or replace it
-SUCCEED = {("absent", "init"), ("absent", "migrate"), ("absent", "restore"), ("newer", "restore")}
+SUCCEED = {("absent", "init"), ("absent", "migrate"), ("newer", "restore")}
 # Commands that need no write lock if the schema is up to date, by the last word of their names
 READING = {"abandoned", "backup", "config", "copy", "init", "list", "migrate", "new", "show", "status"}
-EXPECTED = {"role", "paired_at", "created_at"}  # parameters that --yes can need
+EXPECTED = {"role", "paired_at", "created_at", "attempt", "epoch"}  # parameters that --yes can need
 
 
 def _leaves(command: Any, *names: str) -> Iterator[tuple[str, Any]]:
@@ -370,7 +372,7 @@ def test_ctrl_c_while_alembic_rebuilds_a_table(tmp_path: Path, monkeypatch: pyte
             raise KeyboardInterrupt
         execute(self, cursor, statement, *rest)
 
-    execute = DefaultDialect.do_execute
+    execute: Any = DefaultDialect.do_execute
     with monkeypatch.context() as patch:
         patch.setattr(DefaultDialect, "do_execute", interrupt)
         ended = invoke("init", "--database", tmp_path / "h.db")

@@ -19,9 +19,9 @@ SCOPES = [IdempotencyScope("lamp", "orders.create", f"key-{number}") for number 
 LIVE = IdempotencyScope("lamp", "orders.create", "live")
 
 
-def invoke(path: Path, *arguments: str) -> Result:
+def invoke(path: Path, *arguments: str, input: str = "") -> Result:
     """Run a command on a database."""
-    return command_line.invoke("--database", path, "keys", *arguments)
+    return command_line.invoke("--database", path, "keys", *arguments, input=input)
 
 
 def parts(scope: IdempotencyScope) -> Sequence[str]:
@@ -76,7 +76,7 @@ def test_abandoned(path: Path) -> None:
 
 def test_resolve(path: Path) -> None:
     """If the operator resolves a key, a retry gets the operator's result, and a second resolve has no key to settle."""
-    done = invoke(path, "resolve", *parts(SCOPES[0]), '{"order": 7}', "--json")
+    done = invoke(path, "resolve", *parts(SCOPES[0]), '{"order": 7}', "--yes", "--attempt", "1", "--json")
     assert json.loads(done.stdout) == {"changed": True}
     assert call(path, SCOPES[0]) == {"order": 7}
     again = invoke(path, "resolve", *parts(SCOPES[0]), "null")
@@ -86,8 +86,43 @@ def test_resolve(path: Path) -> None:
 
 def test_forget(path: Path) -> None:
     """If the operator forgets a key, the next call runs the effect."""
-    assert invoke(path, "forget", *parts(SCOPES[1])).stdout == "Forgotten: the next call runs the effect.\n"
+    done = invoke(path, "forget", *parts(SCOPES[1]), input="y\n")
+    assert done.stdout == "Forgotten: the next call runs the effect.\n"
+    assert all(text in done.stderr for text in (*parts(SCOPES[1]), "Abandoned at", "[y/N]"))
     assert call(path, SCOPES[1]) == "ran"
+
+
+@pytest.mark.parametrize("command", [["resolve", *parts(SCOPES[0]), "1"], ["forget", *parts(SCOPES[0])]], ids=str)
+def test_nothing_changes_without_the_expected_attempt(path: Path, command: list[str]) -> None:
+    """Without the answer yes, without `--attempt` after `--yes`, or with another attempt, no row changes."""
+    for options, status, text in (
+        (["--yes"], 2, "--yes needs --attempt"),
+        (["--json"], 2, "pass --yes"),
+        (["--yes", "--attempt", "2"], 1, "another value of attempt than 2"),
+        ([], 1, "[y/N]"),
+    ):
+        refused = invoke(path, *command, *options, input="n\n")
+        assert (refused.exit_code, refused.stdout) == (status, "")
+        assert text in refused.stderr
+    assert len(json.loads(invoke(path, "abandoned", "--json").stdout)) == 2
+
+
+def test_a_later_attempt_with_the_same_number(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If another operator settles the key during the question, and a new attempt is abandoned, no row changes."""
+
+    def settle(*_: Any, yes: bool, **__: Any) -> None:
+        if yes:
+            return
+        invoke(path, "forget", *parts(SCOPES[0]), "--yes", "--attempt", "1")
+        with Database.open(path) as database:
+            database.idempotency_keys.claim(SCOPES[0], fingerprint="f", lease=timedelta(0), ttl=timedelta(days=1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("homeagent.cli.keys.confirm", settle)
+        refused = invoke(path, "forget", *parts(SCOPES[0]))
+    assert refused.exit_code == 1
+    assert "changed after it was shown" in refused.stderr
+    assert len(json.loads(invoke(path, "abandoned", "--json").stdout)) == 2
 
 
 @pytest.mark.parametrize("arguments", [["resolve", *parts(LIVE), "1"], ["forget", *parts(LIVE)]], ids=str)

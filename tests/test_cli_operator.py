@@ -163,18 +163,43 @@ def test_a_dry_run_refuses_what_the_deletion_refuses(store: Path) -> None:
 
 
 def test_questions_and_progress_at_a_terminal(store: Path, tmp_path: Path) -> None:
-    """At a terminal the commands that need no answer from programs ask, and long work shows a bar."""
+    """At a terminal and in a pipe, a command shows what it will change and asks; long work shows a bar."""
     at = ["--database", store]
     made = invoke("backup", tmp_path / "h.backup", *at, env={"TERM": "xterm"}, terminal=True)
     assert made.exit_code == 0
     assert "copying and verifying" in made.stderr
-    for command in (["begin-epoch"], ["restore", tmp_path / "h.backup"], ["keys", "forget", "lamp", "play", "k1"]):
-        declined = invoke(*command, *at, input="n\n", terminal=True)
-        assert (declined.exit_code, declined.stdout) == (1, "")
-        assert "? [y/N]: " in declined.stderr
+    for command, shown in (
+        (["begin-epoch"], ["Database", "Epoch", "Restored at", "never"]),
+        (["restore", tmp_path / "h.backup"], ["Epoch", "Devices", "Taken at", "Schema revision", "0009"]),
+        (["keys", "forget", "lamp", "play", "k1"], ["Attempt", "Abandoned at", "lamp"]),
+    ):
+        for terminal in (True, False):
+            declined = invoke(*command, *at, input="n\n", terminal=terminal)
+            assert (declined.exit_code, declined.stdout) == (1, "")
+            assert all(text in declined.stderr for text in (*shown, "? [y/N]: ")), declined.stderr
     with Database.open(store) as database:
         assert database.status().epoch == 1
         assert len(database.run(lambda unit: unit.idempotency_keys.list_abandoned(), read_only=True)) == 1
+
+
+def test_an_epoch_is_expected(store: Path, tmp_path: Path) -> None:
+    """With `--yes`, `begin-epoch` and `restore` need the epoch; 0 stands for a target without a readable epoch."""
+    invoke("backup", tmp_path / "h.backup", "--database", store)
+    for command, epoch in ((["begin-epoch"], 1), (["restore", tmp_path / "h.backup"], 2)):
+        run = [*command, "--database", store, "--yes"]
+        for options, status in (([], 2), (["--epoch", epoch + 1], 1), (["--epoch", epoch], 0), (["--epoch", epoch], 1)):
+            done = invoke(*run, *options, input=None)
+            assert done.exit_code == status, done.stderr
+            assert status == 0 or "epoch" in done.stderr
+    store.write_bytes(b"\xff" * 8192)
+    for path in (store, tmp_path / "absent.db"):
+        run = ["restore", tmp_path / "h.backup", "--database", path, "--yes", "--epoch"]
+        assert "has epoch 0, because no epoch could be read" in invoke(*run, "1").stderr
+        assert invoke(*run, "0").exit_code == 0
+        path.write_bytes(b"\xff" * 8192)
+        asked = invoke("restore", tmp_path / "h.backup", "--database", path, input="y\n")
+        assert asked.exit_code == 0
+        assert "cannot be opened" in asked.stderr
 
 
 def test_a_device_that_changed_after_the_question_stays(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +334,8 @@ def test_a_whole_day(tmp_path: Path, children: Children, empty_postgres_url: str
         scope = IdempotencyScope("phone", "door.open", "k1")
         database.idempotency_keys.claim(scope, fingerprint="f", lease=timedelta(0), ttl=timedelta(days=1))
     (key,) = run("keys", "abandoned")
-    assert run("keys", "resolve", key["device_id"], key["method"], key["key"], "null", "--yes") == {"changed": True}
+    names = [key[name] for name in ("device_id", "method", "key")]
+    assert run("keys", "resolve", *names, "null", "--yes", "--attempt", key["attempt"]) == {"changed": True}
     made = run("backup", f"{tmp_path}/backups/")["backup"]
     run("devices", "revoke", "phone", "--reason", "lost again")
     assert status_of(new) == "revoked"
@@ -317,7 +343,8 @@ def test_a_whole_day(tmp_path: Path, children: Children, empty_postgres_url: str
     assert [next(line for line in obeyed if "phone" in line) for _ in changes] == [f"{change}\n" for change in changes]
     gateway.kill()
     gateway.wait()
-    assert run("restore", made, "--yes")["readmitted_devices"] == ["phone"]
+    epoch = run("status")["epoch"]
+    assert run("restore", made, "--yes", "--epoch", epoch)["readmitted_devices"] == ["phone"]
     run("devices", "revoke", "phone")
     assert invoke("doctor", "--database", path).exit_code in {0, 1}  # a directory in memory is a warning
     invoke("copy", path, empty_postgres_url)

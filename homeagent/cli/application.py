@@ -209,7 +209,6 @@ def confirm(
     yes: bool,
     dry_run: bool = False,
     show: Callable[[], object] | None = None,
-    only_at_terminal: bool = False,
 ) -> None:
     """Ask a question on standard error, and end the command with status 1 if the answer is not yes.
 
@@ -219,14 +218,12 @@ def confirm(
         yes: True if the operator passed `--yes`. With True, the function does not ask.
         dry_run: True if the operator passed `--dry-run`. With True, the function shows the rows and does not ask.
         show: function that is called before the question, and prints on standard error what the command will change.
-        only_at_terminal: True if the function asks only a person at a terminal. With False, a program must answer or
-            pass `--yes`.
     """
     if dry_run:
         if show is not None and not context.obj.as_json:
             show()
         return
-    if yes or (only_at_terminal and (sys.stdin is None or not sys.stdin.isatty())):
+    if yes:
         return
     if context.obj.as_json:
         raise typer.BadParameter("with --json the command can't ask: pass --yes.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Annotated
 
@@ -10,13 +11,23 @@ import typer
 from homeagent.cli import arguments
 from homeagent.cli.application import confirm, group
 from homeagent.cli.opening import open_named
-from homeagent.cli.output import print_list, print_result
-from homeagent.cli.request import json_argument
-from homeagent.cli.visible_text import quoted
-from homeagent.models.idempotency_key import IdempotencyScope
+from homeagent.cli.output import print_list, print_result, print_table
+from homeagent.cli.request import json_argument, refuse_change, require_expected
+from homeagent.models.idempotency_key import IdempotencyKey, IdempotencyScope, IdempotencyState
 from homeagent.stores.idempotency_keys import IdempotencyKeyStore
+from homeagent.unit_of_work import UnitOfWork
 
 keys: typer.Typer = group("keys", help="Settle the idempotency keys with an abandoned attempt.")
+
+AttemptOption = Annotated[
+    int | None, arguments.option(metavar="NUMBER", help="Refuse the change if the key has another attempt.")
+]
+
+_HEADINGS = ("Device", "Method", "Key", "Attempt", "Begun at", "Abandoned at")
+
+
+def _row_of(row: IdempotencyKey) -> tuple[object, ...]:
+    return row.device_id, row.method, row.key, row.attempt, row.created_at, row.lease_expires_at
 
 
 @keys.command()
@@ -32,8 +43,7 @@ def abandoned(
     # Do not show parameters or results, because they can be private.
     shown = {"device_id", "method", "key", "attempt", "created_at", "lease_expires_at", "downstream_key"}
     values = [row.model_dump(mode="json", include=shown) for row in rows]
-    cells = [(row.device_id, row.method, row.key, row.attempt, row.created_at, row.lease_expires_at) for row in rows]
-    print_list(context, ("Device", "Method", "Key", "Attempt", "Begun at", "Abandoned at"), cells, values, form)
+    print_list(context, _HEADINGS, map(_row_of, rows), values, form)
 
 
 @keys.command()
@@ -43,17 +53,18 @@ def resolve(
     method: arguments.MethodArgument,
     key: arguments.KeyArgument,
     result: Annotated[str, arguments.argument(metavar="RESULT", help="Return value of the effect, as JSON.")],
+    attempt: AttemptOption = None,
     yes: arguments.YesOption = False,
 ) -> None:
     """Record that the effect took place. Later retries return RESULT.
 
-    At a terminal the command asks for a confirmation.
+    The command shows the abandoned attempt and asks for a confirmation. The option --yes needs --attempt.
     """
     value = json_argument(result, "RESULT")
     scope = IdempotencyScope.of_record(device_id, method, key)
-    question = "Record that {}, took place with this result?"
+    question = f"Record that this effect took place, with the result {json.dumps(value)}?"
     done = "Resolved: retries return this result."
-    _settle(context, scope, lambda store: store.resolve(scope, value), question, done, yes=yes)
+    _settle(context, scope, lambda store: store.resolve(scope, value), question, done, attempt=attempt, yes=yes)
 
 
 @keys.command()
@@ -62,16 +73,25 @@ def forget(
     device_id: arguments.DeviceArgument,
     method: arguments.MethodArgument,
     key: arguments.KeyArgument,
+    attempt: AttemptOption = None,
     yes: arguments.YesOption = False,
 ) -> None:
     """Record that the effect did not take place. The next call with the key runs the effect.
 
-    At a terminal the command asks for a confirmation.
+    The command shows the abandoned attempt and asks for a confirmation. The option --yes needs --attempt.
     """
     scope = IdempotencyScope.of_record(device_id, method, key)
-    question = "Let the next call run {}, again?"
+    question = "Let the next call run this effect again?"
     done = "Forgotten: the next call runs the effect."
-    _settle(context, scope, lambda store: store.forget(scope), question, done, yes=yes)
+    _settle(context, scope, lambda store: store.forget(scope), question, done, attempt=attempt, yes=yes)
+
+
+def _abandoned(unit: UnitOfWork, scope: IdempotencyScope) -> IdempotencyKey | None:
+    """Return the row of a key with an abandoned attempt, or None if the key has no abandoned attempt."""
+    row = unit.idempotency_keys.find(scope)
+    if row is None or row.state is not IdempotencyState.IN_PROGRESS or row.lease_expires_at is None:
+        return None
+    return row if row.lease_expires_at <= unit.now() else None
 
 
 def _settle(
@@ -81,12 +101,30 @@ def _settle(
     question: str,
     done: str,
     *,
+    attempt: int | None,
     yes: bool,
 ) -> None:
-    """Ask the question, in which the braces stand for the effect, change the key, and report the change."""
-    effect = f"{quoted(scope.method)} by {quoted(scope.device_id)}, key {quoted(scope.key)}"
-    confirm(context, question.format(effect), yes=yes, only_at_terminal=True)
+    """Show the abandoned attempt, ask the question, change the key, and report the change.
+
+    If the key has no abandoned attempt, do not ask. The function `change` then returns False, or raises an error.
+    """
+    require_expected(yes=yes, option="--attempt", value=attempt, source="as 'keys abandoned --json' prints it")
     with open_named(context) as opened:
-        changed = opened.run(lambda unit: change(unit.idempotency_keys))
+        seen = opened.run(lambda unit: _abandoned(unit, scope), read_only=True)
+
+        def show() -> None:
+            print_table(_HEADINGS, [] if seen is None else [_row_of(seen)], error=True)
+
+        confirm(context, question, yes=yes or seen is None, show=show)
+
+        def work(unit: UnitOfWork) -> bool:
+            now = _abandoned(unit, scope)
+            if now is not None:
+                # A later attempt can have the same number, but has another owner.
+                row = f"the key of {scope.method!r} by {scope.device_id!r}"
+                refuse_change(row, seen, now, "attempt", "owner", expected=attempt)
+            return change(unit.idempotency_keys)
+
+        changed = opened.run(work)
     text = done if changed else "This key has no abandoned attempt: nothing to do."
     print_result(context, {"changed": changed}, text)

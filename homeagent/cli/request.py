@@ -38,28 +38,32 @@ def json_argument(text: str | None, name: str) -> Any:
         raise typer.BadParameter(f"{name} must be JSON, such as null or '{{\"id\": 7}}'.") from None
 
 
-def require_expected(*, yes: bool, option: str, value: str | None) -> None:
+def require_expected(
+    *, yes: bool, option: str, value: object, source: str = "as the list of the rows prints it with --json"
+) -> None:
     """End the command as wrong usage if --yes stands without the value that identifies the row.
 
-    With --yes the command shows no row, so the option binds the decision to the row that the program has read.
+    With --yes the command shows no row, so the option binds the decision to the row that the program has read. The
+    argument `source` says where the operator finds the value.
     """
     if yes and value is None:
-        raise typer.BadParameter(f"--yes needs {option}, as the list of the rows prints it with --json.")
+        raise typer.BadParameter(f"--yes needs {option}, {source}.")
 
 
-def refuse_change(row: str, seen: Any, now: Any, *columns: str, expected: str | None = None) -> None:
+def refuse_change(row: str, seen: Any, now: Any, *columns: str, expected: str | int | None = None) -> None:
     """Raise ConflictError if a row changed after it was shown, or is not the expected row.
 
     Args:
         row: kind and id of the row, for the message.
-        seen: row that was shown.
+        seen: row that was shown, or None if no row was shown.
         now: row in the unit that changes the row.
         columns: names of the columns that must be equal in both.
-        expected: value of the first column that the operator named, or None.
+        expected: value of the first column that the operator named, or None. A text is a timestamp.
     """
-    if parsed_timestamp(expected) not in (None, getattr(now, columns[0])):
+    wanted = parsed_timestamp(expected) if isinstance(expected, str) else expected
+    if wanted not in (None, getattr(now, columns[0])):
         raise ConflictError(f"{row} has another value of {columns[0]} than {expected}: show it again, then decide")
-    if any(getattr(seen, column) != getattr(now, column) for column in columns):
+    if any(getattr(seen, column, None) != getattr(now, column) for column in columns):
         raise ConflictError(f"{row} changed after it was shown: show it again, then decide")
 
 

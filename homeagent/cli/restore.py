@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from homeagent.cli.application import app, confirm
-from homeagent.cli.arguments import AcknowledgeOption, YesOption, argument
-from homeagent.cli.opening import target_of
-from homeagent.cli.output import format_timestamp, print_result
+from homeagent.cli.arguments import AcknowledgeOption, YesOption, argument, option
+from homeagent.cli.opening import open_named, target_of
+from homeagent.cli.output import format_timestamp, print_facts, print_result
 from homeagent.cli.progress import shown_activity
-from homeagent.cli.visible_text import quoted
+from homeagent.cli.request import require_expected
+from homeagent.cli.visible_text import identity, quoted
 from homeagent.database import Database
-from homeagent.engine.target import resolve_target
+from homeagent.engine.sqlite.manifests import Manifest
 from homeagent.environment import BUSY_TIMEOUT, busy_timeout_or_default
-from homeagent.maintenance import RestoreReport
+from homeagent.errors import DatabaseError
+from homeagent.maintenance import DatabaseStatus, RestoreReport
+from homeagent.maintenance.restore import check_paths
 
 
 @app.command()
@@ -23,24 +29,59 @@ def restore(
     context: typer.Context,
     backup: Annotated[str, argument(metavar="BACKUP", help="Backup to restore. The command does not change it.")],
     acknowledge: AcknowledgeOption = None,
+    epoch: Annotated[
+        int | None,
+        option(
+            metavar="NUMBER",
+            help="Refuse the restore if the database has another epoch. The number is 0 for a database that is absent, "
+            "or too damaged to read its epoch.",
+        ),
+    ] = None,
     yes: YesOption = False,
 ) -> None:
     """Replace the database by a backup, and keep the old database in quarantine.
 
-    At a terminal the command asks for a confirmation. First stop the gateway, and check that the system's clock is
-    right. The command verifies the backup and begins a new epoch. After a restore, gateways refuse messages that were
-    signed before the restore.
+    First stop the gateway, and check that the system's clock is right. The command verifies the backup and begins a
+    new epoch. After a restore, gateways refuse messages that were signed before the restore. The command shows the
+    database and the backup, and asks for a confirmation. The option --yes needs --epoch.
     """
-    location = resolve_target(target_of(context)).location
-    confirm(context, f"Replace {location} by {backup}?", yes=yes, only_at_terminal=True)
+    source_of_epoch = "as 'status --json' prints it, or 0 if no epoch can be read"
+    require_expected(yes=yes, option="--epoch", value=epoch, source=source_of_epoch)
+    if not yes:
+        source, database, manifest = check_paths(backup, target_of(context))
+        try:
+            with open_named(context) as opened:
+                seen = opened.status()
+        except DatabaseError:
+            seen = None  # the restore can replace a database that cannot be opened
+        show = partial(print_facts, _facts(source, manifest, database, seen).items(), error=True)
+        confirm(context, "Replace this database by this backup?", yes=False, show=show)
+        epoch = seen.epoch if epoch is None and seen is not None else epoch
     with shown_activity(context, "verifying and restoring"):
         report = Database.restore(
             backup,
             target_of(context),
             acknowledged=acknowledge or (),
             busy_timeout=busy_timeout_or_default(BUSY_TIMEOUT),
+            expected_epoch=epoch,
         )
     print_result(context, report.model_dump(mode="json"), lambda: _print(report))
+
+
+def _facts(source: Path, manifest: Manifest | None, database: Path, seen: DatabaseStatus | None) -> dict[str, str]:
+    facts = {"Database": identity(str(database))}
+    if seen is not None:
+        facts |= {"Epoch": str(seen.epoch), "Devices": f"{seen.rows['devices']:,}"}
+    else:
+        facts["State"] = "cannot be opened" if os.path.lexists(database) else "absent"
+    facts["Backup"] = identity(str(source))
+    if manifest is None:
+        return facts | {"Manifest": "absent"}
+    return facts | {
+        "Taken at": format_timestamp(manifest.taken_at),
+        "Schema revision": str(manifest.schema_revision),
+        "Devices in backup": f"{manifest.rows.get('devices', 0):,}",
+    }
 
 
 def _print(report: RestoreReport) -> None:

@@ -14,7 +14,13 @@ from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.sqlite.in_use import alone, kept_from_sqlite
 from homeagent.engine.sqlite.replacement import epoch_of_marker, marker_of_epoch
 from homeagent.engine.target import Given, resolve_target
-from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, InvalidArgumentError, SchemaOutdatedError
+from homeagent.errors import (
+    ConflictError,
+    CorruptDatabaseError,
+    DatabaseBusyError,
+    InvalidArgumentError,
+    SchemaOutdatedError,
+)
 from homeagent.migrations import REVISION
 from homeagent.migrations.postgresql import open_postgresql
 from homeagent.migrations.sqlite import identify_or_wait, open_sqlite
@@ -55,10 +61,13 @@ class EpochReport(BaseModel):
     restored_at: datetime
 
 
-def begin_epoch(target: Given, *, clock: Clock, busy_timeout: timedelta) -> EpochReport:
+def begin_epoch(
+    target: Given, *, clock: Clock, busy_timeout: timedelta, expected_epoch: int | None = None
+) -> EpochReport:
     """Begin a new epoch of a store that no process has open.
 
     Raises:
+        ConflictError: if the store has another epoch than the argument `expected_epoch`.
         DatabaseBusyError: if another process still has the database open after the `busy_timeout`. That process would
             continue in the old epoch.
         SchemaOutdatedError: if the database is absent, or has an older schema.
@@ -67,15 +76,15 @@ def begin_epoch(target: Given, *, clock: Clock, busy_timeout: timedelta) -> Epoc
     where = resolve_target(target)
     now = check_timestamp(clock(), "the clock's time")
     if where.url is not None:
-        epoch = _on_server(where.url, now, busy_timeout)
+        epoch = _on_server(where.url, now, busy_timeout, expected_epoch)
     elif where.path is None:
         raise InvalidArgumentError("a temporary database has only one epoch: name a file, or a server's URL")
     else:
-        epoch = _in_file(where.path, now, busy_timeout)
+        epoch = _in_file(where.path, now, busy_timeout, expected_epoch)
     return EpochReport(location=where.location, epoch=epoch, restored_at=now)
 
 
-def _in_file(path: Path, now: datetime, timeout: timedelta) -> int:
+def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None) -> int:
     if not os.path.lexists(path):
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
@@ -88,14 +97,15 @@ def _in_file(path: Path, now: datetime, timeout: timedelta) -> int:
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:
                 with engine.translated(), engine.connect() as connection, connection.begin():
-                    epoch = _advance(connection, now, at_least=epoch_of_marker(lock.read_marker()))
+                    known = epoch_of_marker(lock.read_marker())
+                    epoch = _advance(connection, now, at_least=known, expected=expected)
                 lock.write_marker(marker_of_epoch(epoch))
     finally:
         engine.close()
     return epoch
 
 
-def _on_server(url: URL, now: datetime, timeout: timedelta) -> int:
+def _on_server(url: URL, now: datetime, timeout: timedelta, expected: int | None) -> int:
     engine = PostgreSQLEngine(url, busy_timeout=timeout)
     try:
         open_postgresql(engine, timeout=timeout, migrate=False)
@@ -108,15 +118,20 @@ def _on_server(url: URL, now: datetime, timeout: timedelta) -> int:
                     f"{others} session(s) of homeagent have the database open and would continue in the old epoch: "
                     "stop the gateways first"
                 )
-            return _advance(connection, now, at_least=0)
+            return _advance(connection, now, at_least=0, expected=expected)
     finally:
         engine.close()
 
 
-def _advance(connection: Connection, now: datetime, *, at_least: int) -> int:
+def _advance(connection: Connection, now: datetime, *, at_least: int, expected: int | None) -> int:
     known = connection.execute(select(store_table.c.epoch)).scalar_one_or_none()
     if known is None:
         raise CorruptDatabaseError("the table `store` has no row: restore the newest good backup")
+    if expected not in (None, known):
+        raise ConflictError(
+            f"the database has epoch {known}, but epoch {expected} was expected: check that no other program has begun "
+            "the new epoch. The database was not changed"
+        )
     epoch = max(int(known), at_least) + 1
     connection.execute(update(store_table).values(epoch=epoch, restored_at=now))
     return epoch

@@ -36,6 +36,7 @@ from homeagent.engine.sqlite.manifests import Manifest, read_manifest
 from homeagent.engine.sqlite.replacement import epoch_of_marker, quarantine_path, replace_database
 from homeagent.engine.target import Given, refuse_address, resolve_target
 from homeagent.errors import (
+    ConflictError,
     CorruptDatabaseError,
     DatabaseBusyError,
     ForeignDatabaseError,
@@ -48,7 +49,7 @@ from homeagent.models.types import check_timestamp, check_wait
 if TYPE_CHECKING:
     from homeagent.clock import Clock
 
-__all__ = ["RestoreReport", "restore"]
+__all__ = ["RestoreReport", "check_paths", "restore"]
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
@@ -94,6 +95,7 @@ def restore(
     clock: Clock,
     busy_timeout: timedelta,
     acknowledged: Collection[str] = (),
+    expected_epoch: int | None = None,
 ) -> RestoreReport:
     """Replace a database that no process has open by a backup, and keep the old database in quarantine.
 
@@ -104,9 +106,7 @@ def restore(
             that `homeagent.engine.files.owners` does not trust.
     """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
-    database = _target(target)
-    source = _source(backup, database)
-    manifest = read_manifest(source, database)
+    source, database, manifest = check_paths(backup, target)
     with _not_in_use(source):
         _check_header(source, database, manifest)
         _identify_target(database)
@@ -116,6 +116,7 @@ def restore(
             marker = _marker(database, busy_timeout)
             _refuse_target(database, marker)
             before = read_previous_state(database)
+            _refuse_other_epoch(database, before.epoch, expected_epoch)
             known_epoch = max(epoch_of_marker(marker), before.epoch)
             with kept_from_sqlite(database):
                 has_old_database = os.path.lexists(database)
@@ -164,6 +165,13 @@ def _with_old_secret(before: Devices | None, now: Devices) -> list[str] | None:
 
 
 # The arguments
+
+
+def check_paths(backup: str | os.PathLike[str], target: Given) -> tuple[Path, Path, Manifest | None]:
+    """Check the backup's path and the target's path. Return both paths and the manifest of the backup."""
+    database = _target(target)
+    source = _source(backup, database)
+    return source, database, read_manifest(source, database)
 
 
 def _target(target: Given) -> Path:
@@ -279,6 +287,15 @@ def _refuse_target(database: Path, marker: str | None) -> None:
         raise _not_homeagent(database)
     judge_file(database, is_database=False)
     secure_sidecars(database)
+
+
+def _refuse_other_epoch(database: Path, epoch: int, expected: int | None) -> None:
+    if expected not in (None, epoch):
+        reason = "" if epoch else ", because no epoch could be read"
+        raise ConflictError(
+            f"{quoted(database)} has epoch {epoch}{reason}, but epoch {expected} was expected: check that you name the "
+            "right database and its epoch. The database was not changed"
+        )
 
 
 def _not_homeagent(database: Path) -> ForeignDatabaseError:

@@ -33,6 +33,15 @@ def test_begin_epoch(target: str, clock: FakeClock) -> None:
     assert (status.epoch, status.restored_at) == (3, clock.now)
 
 
+def test_another_epoch_than_the_expected_epoch(target: str, clock: FakeClock) -> None:
+    """If the database has another epoch than the caller expected, the call raises an error and changes no row."""
+    Database.open(target, clock=clock).close()
+    for expected in (0, 2):
+        with pytest.raises(errors.ConflictError, match=f"has epoch 1, but epoch {expected} was expected"):
+            Database.begin_epoch(target, clock=clock, expected_epoch=expected)
+    assert Database.begin_epoch(target, clock=clock, expected_epoch=1).epoch == 2
+
+
 def test_open_database_is_refused(target: str, clock: FakeClock) -> None:
     """If the database is open, its process would use the old epoch: the call raises an error and changes no row."""
     with Database.open(target, clock=clock) as database:
