@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import text
 
 from homeagent.clock import system_clock
-from homeagent.engine.files.database_file import judge_file, look_at, sidecars
+from homeagent.engine.files.database_file import inspect_file, look_at, sidecars
 from homeagent.engine.files.directories import prepare_directory
 from homeagent.engine.files.filesystems import refuse_network_filesystem
 from homeagent.engine.files.system_errors import quoted
@@ -132,11 +132,11 @@ def preview_adoption(
         finally:
             engine.close()
     path = _path_of(where)
-    state = judge_file(path, is_database=False, repair=False)
-    if state is None or state.is_empty:
+    state = inspect_file(path, is_database=False, repair=False)
+    if state is None or state.st_size == 0:
         return None
     for sidecar in sidecars(path):
-        judge_file(sidecar, is_database=False, repair=False)
+        inspect_file(sidecar, is_database=False, repair=False)
     if look_at(sidecars(path)[2]) is not None:
         _roll_back(path, busy_timeout)
     with inspect_sqlite(path, watch=Stopwatch(None)) as connection:
@@ -287,7 +287,7 @@ def _refuse_orphans(connection: Connection, location: str) -> None:
 def _adopt_file(
     path: Path, report: AdoptionReport, application: Application, clock: Clock, timeout: timedelta
 ) -> AdoptionReport:
-    judge_file(path, is_database=True, repair=False)
+    inspect_file(path, repair=False)
     with sidecar_lock(path, timeout=timeout):
         with kept_from_sqlite(path):
             pass  # only check, because SQLite would drop these locks when it closes the file

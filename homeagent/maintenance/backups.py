@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from homeagent.engine.files.database_file import judge_file, locate_file, sidecars
+from homeagent.engine.files.database_file import inspect_file, locate_file, sidecars
 from homeagent.engine.files.directories import prepare_directory
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.system_errors import explained, quoted
@@ -90,7 +90,7 @@ def back_up(
             return _make_in(directory, engine, clock=clock, keep=keep, stop=stop)
         _refuse_files_in_use(engine.path, where)
         if replace:
-            judge_file(where, is_database=False, repair=False)
+            inspect_file(where, is_database=False, repair=False)
         discard(_partial(where))
         return _make(where, engine, taken_at=clock(), keep=keep, replace=replace, stop=stop)
 

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from homeagent.engine.files.database_file import (
-    judge_file,
+    inspect_file,
     locate_file,
     look_at,
     refuse_insecure,
     secure_sidecars,
+    size_of,
 )
 from homeagent.engine.files.directories import prepare_directory
 from homeagent.engine.files.filesystems import refuse_network_filesystem
@@ -253,8 +254,8 @@ def _marker(database: Path, timeout: timedelta) -> str | None:
 
 def _identify_target(database: Path) -> None:
     """Refuse another application's file before a lock file is created next to it."""
-    state = judge_file(database, is_database=False, repair=False)
-    if state is None or state.is_empty or any(map(_has_content, (lock_path(database), in_use_path(database)))):
+    state = inspect_file(database, is_database=False, repair=False)
+    if state is None or state.st_size == 0 or any(map(size_of, (lock_path(database), in_use_path(database)))):
         return  # if a lock file has content, the function `_refuse_target()` checks the target later
     # Read the header through SQLite, because another thread may have the file open.
     engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
@@ -266,26 +267,17 @@ def _identify_target(database: Path) -> None:
         engine.close()
 
 
-def _has_content(path: Path) -> bool:
-    status = look_at(path)
-    return status is not None and status.st_size > 0
-
-
 def _refuse_target(database: Path, marker: str | None) -> None:
     """Refuse an insecure target file, and a target file that is not homeagent's. The caller holds the in-use lock
     exclusively.
     """
-    state = judge_file(database, is_database=False, repair=False)
+    state = inspect_file(database, is_database=False, repair=False)
     # If the lock file has a marker, homeagent created a database here. A file without homeagent's header is then a
     # damaged homeagent database, which the restore may replace.
-    if (
-        state is not None
-        and not state.is_empty
-        and marker is None
-        and not is_homeagent_database(header_of(database, database))
-    ):
+    has_content = state is not None and state.st_size
+    if has_content and marker is None and not is_homeagent_database(header_of(database, database)):
         raise _not_homeagent(database)
-    judge_file(database, is_database=False)
+    inspect_file(database, is_database=False)
     secure_sidecars(database)
 
 

@@ -101,8 +101,8 @@ def _open_sqlite(
     if not temporary and in_use_path(path).exists():
         # Take the in-use lock first, which also finishes an interrupted restore.
         engine.keep_in_use_lock(hold_in_use_lock(path, timeout=timeout))
-    state = identify(engine) if not identified else database_file.judge_file(path, is_database=True, repair=False)
-    if state is not None and not state.is_empty:
+    state = identify(engine) if not identified else database_file.inspect_file(path, repair=False)
+    if state is not None and state.st_size:
         database_file.inspect_file(path)
         is_checked = database_file.secure_sidecars(path) and not temporary and _check_unclean_end(engine)
         _hold_in_use_lock(engine, timeout=timeout, temporary=temporary)
@@ -112,7 +112,7 @@ def _open_sqlite(
                 check_content(path, connection.connection.driver_connection)
             if suitable and pending and not migrate:
                 raise application.outdated(connection)
-        if suitable and not pending and (temporary or not migrate or _has_marker(path)):
+        if suitable and not pending and (temporary or not migrate or database_file.size_of(lock_path(path))):
             return
         if not migrate:
             raise SchemaOutdatedError(revision, needed=REVISION, location=str(path))
@@ -128,7 +128,7 @@ def _open_sqlite(
                     refuse_changed_schema(connection, revision, quoted(path), application.acknowledged)
                     refuse_broken_objects(connection, f"upgrading {quoted(path)} from {revision!r}")
     elif not migrate:
-        if not temporary and _has_marker(path):
+        if not temporary and database_file.size_of(lock_path(path)):
             # An error about a missing schema would invite the administrator to create a new database.
             raise corrupt_after_all(path)
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
@@ -139,12 +139,12 @@ def _open_sqlite(
         _make_or_upgrade(engine, lock, application, clock=clock, temporary=temporary)
 
 
-def identify(engine: SQLiteEngine) -> database_file.FileState | None:
+def identify(engine: SQLiteEngine) -> os.stat_result | None:
     """Return the state of a file without changing the file. If the content of the file is not homeagent's, raise an
     error.
     """
-    state = database_file.judge_file(engine.path, is_database=True, repair=False)
-    if state is not None and not state.is_empty:
+    state = database_file.inspect_file(engine.path, repair=False)
+    if state is not None and state.st_size:
         engine.refuse_foreign()
     return state
 
@@ -155,8 +155,7 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
     Return False if a restore was interrupted. Also return False if the file is damaged, because a restore can be
     replacing it. After False, the caller takes the in-use lock and calls `identify()` again.
     """
-    intent = database_file.look_at(in_use_path(engine.path))
-    if intent is not None and intent.st_size:
+    if database_file.size_of(in_use_path(engine.path)):
         return False  # the function `identify()` would refuse a second hard link that the restore added
     try:
         identify(engine)
@@ -227,17 +226,6 @@ def _look_up(connection: Connection, application: Application) -> tuple[str | No
             raw.execute("ROLLBACK")
 
 
-def _has_marker(path: Path) -> bool:
-    """Return True if the lock file has a marker.
-
-    The marker is absent if the database was copied by hand, or if a process was killed during the creation.
-    """
-    try:
-        return lock_path(path).lstat().st_size > 0
-    except FileNotFoundError:
-        return False
-
-
 def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
     """Create a missing file and prepare its header. The caller must hold the lock `sidecar_lock`.
 
@@ -248,7 +236,7 @@ def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
     state = identify(engine)
     # If the lock file has a marker, a database was created here, so do not treat an empty file as a new database.
     initialised = lock.read_marker() is not None
-    if initialised and (state is None or state.is_empty):
+    if initialised and (state is None or state.st_size == 0):
         raise corrupt_after_all(path)
     if state is None:
         database_file.create_file(path)

@@ -1,4 +1,4 @@
-"""Locate, inspect, create and replace the files of a SQLite database.
+"""Locate, inspect and create the files of a SQLite database.
 
 A user with write access to the database can approve any device, and a user with read access sees every device.
 Each file therefore has mode 0600. This module refuses a symbolic link, a file with several hard links, and a file of
@@ -17,11 +17,11 @@ import re
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from homeagent.engine.files.owners import give_to_owner, refuse_replaceable, trusted_owners
 from homeagent.engine.files.permissions import FILE_MODE, change_mode, modes_not_kept
-from homeagent.engine.files.sync import fsync_directory, sync
+from homeagent.engine.files.sync import fsync_directory
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import (
     CorruptDatabaseError,
@@ -35,13 +35,10 @@ __all__ = [
     "CONTROL_CHARACTER",
     "OPEN_FLAGS",
     "SMALLEST_DATABASE",
-    "FileState",
-    "atomic_replace",
     "create_descriptor",
     "create_file",
     "identity_of",
     "inspect_file",
-    "judge_file",
     "locate_file",
     "look_at",
     "open_to_read",
@@ -49,6 +46,7 @@ __all__ = [
     "refuse_orphaned_log",
     "secure_sidecars",
     "sidecars",
+    "size_of",
 ]
 
 logger: logging.Logger = logging.getLogger("homeagent")
@@ -116,60 +114,8 @@ def sidecars(path: Path) -> list[Path]:
 # Files
 
 
-class FileState(NamedTuple):
-    """State of a regular, private file that belongs to a trusted user.
-
-    Attributes:
-        path: the file.
-        size: size in bytes, which is 0 for a database that was created but not yet initialised.
-        mode: permission bits, after a possible repair by `inspect_file()`.
-        uid: user id of the owner.
-        device, inode: identity of the file, which does not change if the file is renamed.
-        repaired_from: permission bits before the repair; None if no repair was necessary.
-    """
-
-    path: Path
-    size: int
-    mode: int
-    uid: int
-    device: int
-    inode: int
-    repaired_from: int | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """True if the size of the file is 0."""
-        return self.size == 0
-
-
-def inspect_file(path: Path) -> FileState | None:
-    """Inspect a database file without opening the file. If the caller owns the file, narrow the file's mode to 0600.
-
-    A change of the mode is logged as a warning. The function keeps a mode narrower than 0600, because an administrator
-    can want a read-only file. An empty file always gets the mode 0600, because a umask can have removed bits. The
-    function does not change a file that it refuses.
-
-    Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). If root opens a
-    database, SQLite gives the sidecar files to the owner of the database file. If the mode of the owner's file is wider
-    than 0600, root gets `InsecureFileError`, because another user who controls the directory could make root change the
-    mode of a different file.
-
-    Returns:
-        None if the file does not exist.
-
-    Raises:
-        InsecureFileError: if the file is a link, has a second hard link, belongs to another user, or can't be made
-            private. For root, also if other users can replace files in the directory.
-        ForeignDatabaseError: if `path` is a directory, a pipe, a socket or a device.
-        CorruptDatabaseError: if the file has 1 to 511 bytes, which SQLite would treat as an empty database.
-        DatabaseError: if `lstat` failed.
-    """
-    return judge_file(path, is_database=True)
-
-
-def secure_sidecars(path: Path) -> list[FileState]:
-    """Inspect each existing sidecar file of a database in the same way as `inspect_file()`. Return the states of the
-    existing sidecar files.
+def secure_sidecars(path: Path) -> list[Path]:
+    """Inspect each sidecar file of a database by `inspect_file()`. Return the paths of the existing sidecar files.
 
     SQLite sets the mode of a sidecar file only on creation, and a sidecar file can be older than the database.
 
@@ -177,8 +123,7 @@ def secure_sidecars(path: Path) -> list[FileState]:
         InsecureFileError, ForeignDatabaseError, DatabaseError: if `inspect_file()` would raise the error for a sidecar
             file.
     """
-    states = [judge_file(sidecar, is_database=False) for sidecar in sidecars(path)]
-    return [state for state in states if state is not None]
+    return [sidecar for sidecar in sidecars(path) if inspect_file(sidecar, is_database=False) is not None]
 
 
 def refuse_orphaned_log(path: Path) -> None:
@@ -192,9 +137,9 @@ def refuse_orphaned_log(path: Path) -> None:
         CorruptDatabaseError: if the WAL has content, and the database is missing or empty.
     """
     log = sidecars(path)[0]
-    # Do not exchange the two calls of `_size()`. If another process creates the database at the same time, the database
-    # gets content before the WAL.
-    if _size(log) and not _size(path):
+    # Do not exchange the two calls of `size_of()`. If another process creates the database at the same time, the
+    # database gets content before the WAL.
+    if size_of(log) and not size_of(path):
         raise CorruptDatabaseError(
             f"{quoted(path)} is gone or empty, but its log {quoted(log)} is not: restore a backup, "
             "or move the log away to start with an empty database"
@@ -231,32 +176,6 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
                 path.unlink()
             raise
     return True
-
-
-def atomic_replace(source: Path, target: Path) -> None:
-    """Replace the file at the path `target` by the file at the path `source`. After a power cut, the path `target`
-    names either the old or the new file.
-
-    Both paths must be in one file system. No connection of this process may have the new file (`source`) open. The
-    caller must remove the sidecar files of `target`, because SQLite would replay a stale WAL over the new database.
-
-    Raises:
-        InsecureFileError, ForeignDatabaseError: if `source` is a link, is not a regular file or can't be made private.
-        DatabaseError: if the new file is missing or can't be moved. The old file at the path `target` is unchanged.
-    """
-    if judge_file(source, is_database=False) is None:
-        raise DatabaseError(f"there is no {quoted(source)} to put in the place of {quoted(target)}: make it first")
-    with explained("sync", source):
-        descriptor = os.open(source, os.O_RDONLY | OPEN_FLAGS)
-        try:
-            sync(descriptor)
-        finally:
-            os.close(descriptor)
-    with explained("replace", target):
-        source.replace(target)
-    fsync_directory(target.parent)
-    if source.parent != target.parent:
-        fsync_directory(source.parent)
 
 
 def create_descriptor(path: Path, *, database: Path | None = None) -> int | None:
@@ -317,16 +236,34 @@ def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
     return file
 
 
-def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, repair: bool = True) -> FileState | None:
-    """Inspect a file in the same way as `inspect_file()`. The file need not be a database.
+def inspect_file(
+    path: Path, *, is_database: bool = True, complete_empty: bool = False, repair: bool = True
+) -> os.stat_result | None:
+    """Inspect a file without opening the file. If the caller owns the file, narrow the file's mode to 0600.
+
+    A change of the mode is logged as a warning. The function keeps a mode narrower than 0600, because an administrator
+    can want a read-only file. The function does not change a file that it refuses.
+
+    Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). If its mode is wider
+    than 0600, root gets `InsecureFileError`, because the owner could make root change the mode of a different file.
 
     Args:
         path: path of the file.
-        is_database: if True, refuse a file that is too short for a database, and set an empty file's mode to 0600.
+        is_database: if True, refuse a file that is too short for a database, and set an empty file's mode to 0600,
+            because a umask can have removed bits.
         complete_empty: True to set the mode of an empty file to 0600.
         repair: if False, do not change the mode, because the file can belong to another application.
+
+    Returns:
+        Result of the system call `lstat`, after a change of the mode. None if the file does not exist.
+
+    Raises:
+        InsecureFileError: if the file is a link, has a second hard link, belongs to another user, or can't be made
+            private. For root, also if other users can replace files in the directory.
+        ForeignDatabaseError: if `path` is a directory, a pipe, a socket or a device.
+        CorruptDatabaseError: if a database has 1 to 511 bytes, which SQLite would treat as an empty database.
+        DatabaseError: if `lstat` failed.
     """
-    repaired_from: int | None = None
     for _ in range(_ATTEMPTS):
         status = look_at(path)
         if status is None:
@@ -338,15 +275,7 @@ def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, r
         if (is_database or complete_empty) and status.st_size == 0:
             wanted = FILE_MODE
         if mode == wanted or not repair:
-            return FileState(
-                path=path,
-                size=status.st_size,
-                mode=mode,
-                uid=status.st_uid,
-                device=status.st_dev,
-                inode=status.st_ino,
-                repaired_from=repaired_from,
-            )
+            return status
         with explained("make private", path):
             try:
                 change_mode(path, wanted)
@@ -364,7 +293,6 @@ def judge_file(path: Path, *, is_database: bool, complete_empty: bool = False, r
             wanted,
             extra={"event": "file_mode_repaired", "path": str(path), "mode_before": mode, "mode": wanted},
         )
-        repaired_from = mode
     raise DatabaseError(
         f"another program replaced {quoted(path)} {_ATTEMPTS} times during one inspection: stop that program"
     )
@@ -431,7 +359,8 @@ def look_at(path: Path) -> os.stat_result | None:
             return None
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes. If the path does not exist, return 0."""
     status = look_at(path)
     return 0 if status is None else status.st_size
 

@@ -1,4 +1,4 @@
-"""Create a private directory for a database, and report an existing directory that is not safe."""
+"""Create a private directory for a database, and log a warning about an existing directory that is not safe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import stat
 import tempfile
 import threading
 from pathlib import Path
-from typing import NamedTuple
 
 from homeagent.engine.files.owners import give_to_owner, is_replaceable, refuse_replaceable
 from homeagent.engine.files.permissions import DIRECTORY_MODE, change_mode, modes_not_kept
@@ -16,38 +15,17 @@ from homeagent.engine.files.sync import fsync_directory
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import DatabaseError, InvalidArgumentError
 
-__all__ = ["DirectoryReport", "find_temporary_directory", "make_temporary_directory", "prepare_directory"]
+__all__ = ["find_temporary_directory", "make_temporary_directory", "prepare_directory"]
 
 logger: logging.Logger = logging.getLogger("homeagent")
-
-
-class DirectoryReport(NamedTuple):
-    """State of a directory.
-
-    Attributes:
-        path: path of the directory.
-        made: directories that `prepare_directory` created, outermost first. If all directories existed, the list is
-            empty.
-        mode: permission bits, including the sticky bit.
-        uid: user id of the owner.
-        listable: True if other users can list the directory.
-        problem: reason why the files are not safe from other users, with the remedy; None if the files are safe.
-    """
-
-    path: Path
-    made: tuple[Path, ...]
-    mode: int
-    uid: int
-    listable: bool
-    problem: str | None
 
 
 _reported: set[Path] = set()
 _reported_lock = threading.Lock()
 
 
-def prepare_directory(directory: Path) -> DirectoryReport:
-    """Create a database's directory if it is missing, and report how other users could harm an existing directory.
+def prepare_directory(directory: Path) -> None:
+    """Create a database's directory if it is missing, and check an existing directory.
 
     New directories, including new parent directories, have mode 0700 under any umask. If root creates a directory, the
     owner of the parent directory becomes the owner. The function does not change an existing directory, because other
@@ -59,7 +37,6 @@ def prepare_directory(directory: Path) -> DirectoryReport:
             the directory.
         ReadOnlyError, DiskFullError, DatabaseError: if the directory can't be created or inspected.
     """
-    made: list[Path] = []
     for step in _missing_directories(directory):
         with explained("make the directory", step):
             try:
@@ -71,7 +48,6 @@ def prepare_directory(directory: Path) -> DirectoryReport:
                 if not _is_private_directory(step):
                     raise modes_not_kept(step)
             _give_to_parents_owner(step)
-        made.append(step)
         fsync_directory(step.parent)
     with explained("look into the directory", directory):
         try:
@@ -82,22 +58,13 @@ def prepare_directory(directory: Path) -> DirectoryReport:
             ) from None
     if not stat.S_ISDIR(status.st_mode):
         raise InvalidArgumentError(f"{quoted(directory)} is a file: name a directory")
-    report = DirectoryReport(
-        path=directory,
-        made=tuple(made),
-        mode=stat.S_IMODE(status.st_mode),
-        uid=status.st_uid,
-        listable=bool(status.st_mode & 0o044),
-        problem=_directory_problem(directory, status),
-    )
-    problem = report.problem
+    problem = _directory_problem(directory, status)
     if problem is not None:
         with _reported_lock:
             is_news = directory not in _reported
             _reported.add(directory)
         if is_news:
             logger.warning("%s", problem, extra={"event": "directory_unsafe", "path": str(directory)})
-    return report
 
 
 def find_temporary_directory() -> Path | None:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from homeagent.clock import monotonic
-from homeagent.engine.files.database_file import OPEN_FLAGS, create_descriptor, identity_of, judge_file, look_at
+from homeagent.engine.files.database_file import OPEN_FLAGS, create_descriptor, identity_of, inspect_file, look_at
 from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import DatabaseBusyError, DatabaseError, DiskFullError, InvalidArgumentError
@@ -236,7 +236,7 @@ class FileLock:
             # For a moment, the mode of an empty file can be too narrow. The umask removes bits when another process
             # creates the file, until this process restores the bits.
             repair = self._access == os.O_RDWR
-            if judge_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
+            if inspect_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None
             try:
                 return os.open(self.path, self._access | OPEN_FLAGS)

@@ -58,10 +58,6 @@ def _explain(error: OSError, act: str, path: Path) -> HomeAgentError:
                 f"can't {act} {name}: this process, or the machine, may open no more files: close some, or raise the "
                 "limit ('ulimit -n')"
             )
-        case errno.EXDEV:
-            return DatabaseError(
-                f"can't {act} {name} from another file system: put the new file into the same directory"
-            )
         case _:
             reason = os.strerror(error.errno) if error.errno is not None else type(error).__name__
             return DatabaseError(f"can't {act} {name} ({reason}): remove the cause, or name another path")

@@ -365,9 +365,8 @@ class SQLiteEngine(Engine):
 
         After a power cut the file can contain a part of the first page, which SQLite rolls back.
         """
-        lock = database_file.look_at(lock_path(self.path))
         journal = database_file.sidecars(self.path)[2]
-        if (lock is not None and lock.st_size) or database_file.look_at(journal) is None:
+        if database_file.size_of(lock_path(self.path)) or database_file.look_at(journal) is None:
             return False
         with explained("read", journal):
             descriptor = os.open(journal, os.O_RDONLY | database_file.OPEN_FLAGS)

@@ -16,7 +16,7 @@ import apsw
 
 from homeagent.clock import monotonic
 from homeagent.engine.driver_errors import RESTORE
-from homeagent.engine.files.database_file import look_at, sidecars
+from homeagent.engine.files.database_file import look_at, sidecars, size_of
 from homeagent.engine.files.system_errors import quoted
 from homeagent.engine.sqlite.diagnosis import newest_backup_hint
 from homeagent.engine.sqlite.inspection import Stopwatch, inspect_sqlite
@@ -69,8 +69,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
             lost.problem,
             extra={"event": "commits_lost", "path": str(path), "by_power_cut": lost.by_power_cut},
         )
-    state = look_at(log)
-    if state is None or not state.st_size:
+    if not size_of(log):
         return False
     began = monotonic()
     had_index = look_at(index) is not None

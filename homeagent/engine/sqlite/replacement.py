@@ -14,7 +14,7 @@ import re
 from datetime import timedelta
 from pathlib import Path
 
-from homeagent.engine.files.database_file import judge_file, sidecars
+from homeagent.engine.files.database_file import inspect_file, sidecars
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.sync import fsync_directory
 from homeagent.engine.files.system_errors import explained, quoted
@@ -105,7 +105,7 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
     new, kept = new_path(database, stamp), quarantine_path(database, stamp)
     # Check the file at `new_path`. If the replacement is already finished, another user can have created the file
     # afterwards.
-    if judge_file(new, is_database=False) is not None:
+    if inspect_file(new, is_database=False) is not None:
         with explained("put the restored database in place at", database):
             # The old file keeps its name until the new file takes this name, so the path exists at every moment.
             if os.path.lexists(database) and not os.path.lexists(kept):

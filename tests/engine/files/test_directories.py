@@ -33,10 +33,7 @@ class TestDirectories:
         directory.mkdir()
         directory.chmod(0o755)
         before = snapshot(tmp_path)
-        report = prepare_directory(directory)
-        assert (report.made, report.mode, report.uid) == ((), 0o755, os.geteuid())
-        assert report.listable
-        assert report.problem is None
+        prepare_directory(directory)
         assert snapshot(tmp_path) == before
         assert caplog.records == []
 
@@ -53,13 +50,13 @@ class TestDirectories:
             """,
             UNPRIVILEGED,
             """
-            problems = {prepare_directory(Path(sys.argv[1])).problem for _ in range(2)}
-            print(*problems)
+            for _ in range(2):
+                prepare_directory(Path(sys.argv[1]))
             """,
             arguments=[str(open_directory)],
         )
-        record, problem = output.splitlines()
-        assert record == f"homeagent WARNING {problem}"
+        [problem] = output.splitlines()
+        assert problem.startswith("homeagent WARNING ")
         assert f"{mode:04o}" in problem
         assert ("directory of your own" if mode & 0o1000 else "chmod go-w") in problem
         assert mode_of(open_directory) == mode
@@ -78,14 +75,13 @@ class TestDirectories:
         assert snapshot(tmp_path) == before
 
     @needs_root
-    def test_root_gets_a_warning_for_a_sticky_directory(self, tmp_path: Path) -> None:
+    def test_root_gets_a_warning_for_a_sticky_directory(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """In a sticky directory such as /tmp, root gets a warning: others can add files, but not rename root's."""
         directory = tmp_path / "sticky"
         directory.mkdir()
         directory.chmod(0o1777)
-        problem = prepare_directory(directory).problem
-        assert problem is not None
-        assert "put files next to the database" in problem
+        prepare_directory(directory)
+        assert "put files next to the database" in caplog.text
 
     @needs_root
     def test_directory_made_by_root_gets_the_parents_owner(self, tmp_path: Path) -> None:
@@ -93,37 +89,36 @@ class TestDirectories:
         home = tmp_path / "home"
         home.mkdir(0o700)
         os.chown(home, NOBODY, NOBODY)
-        made = prepare_directory(home / "a" / "b").made
+        prepare_directory(home / "a" / "b")
+        made = (home / "a", home / "a" / "b")
         assert [(each.stat().st_uid, each.stat().st_gid) for each in made] == [(NOBODY, NOBODY)] * 2
         assert [mode_of(each) for each in made] == [0o700, 0o700]
-        [made_by_root] = prepare_directory(tmp_path / "root").made
-        assert made_by_root.stat().st_uid == 0
+        prepare_directory(tmp_path / "root")
+        assert (tmp_path / "root").stat().st_uid == 0
 
     @needs_root
-    def test_directory_of_another_user_is_reported(self, tmp_path: Path) -> None:
+    def test_directory_of_another_user_is_reported(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """If another user owns the directory, the caller gets a warning: the owner can replace its files."""
         directory = tmp_path / "theirs"
         directory.mkdir(0o700)
         os.chown(directory, NOBODY, NOBODY)
-        problem = prepare_directory(directory).problem
-        assert problem is not None
-        assert str(NOBODY) in problem
+        prepare_directory(directory)
+        assert f"belongs to user {NOBODY}" in caplog.text
 
     def test_only_missing_directories_are_made(self, tmp_path: Path) -> None:
         """New directories below an existing parent are private (0700), and the parent keeps its mode."""
         tmp_path.chmod(0o755)
-        report = prepare_directory(tmp_path / "a" / "b")
-        assert report.made == (tmp_path / "a", tmp_path / "a" / "b")
-        assert [mode_of(made) for made in report.made] == [0o700, 0o700]
-        assert mode_of(tmp_path) == 0o755
-        assert prepare_directory(tmp_path / "a" / "b").made == ()
+        for _ in range(2):
+            prepare_directory(tmp_path / "a" / "b")
+            assert [mode_of(made) for made in (tmp_path / "a", tmp_path / "a" / "b")] == [0o700, 0o700]
+            assert mode_of(tmp_path) == 0o755
 
     def test_linked_directory_is_accepted(self, tmp_path: Path) -> None:
         """If the directory is a link to another volume, the linked directory is checked and accepted."""
         (tmp_path / "real").mkdir(0o700)
         (tmp_path / "link").symlink_to(tmp_path / "real")
-        assert prepare_directory(tmp_path / "link").mode == 0o700
-        assert prepare_directory(tmp_path / "link" / "sub").made == (tmp_path / "link" / "sub",)
+        prepare_directory(tmp_path / "link")
+        prepare_directory(tmp_path / "link" / "sub")
         assert mode_of(tmp_path / "real" / "sub") == 0o700
 
     @pytest.mark.parametrize("beneath", ["", "sub", "sub/deeper"])
@@ -145,21 +140,22 @@ class TestDirectories:
         assert snapshot(tmp_path) == before
 
     def test_directory_made_by_another_thread_is_kept(self, tmp_path: Path) -> None:
-        """If threads prepare one directory at the same time, all succeed, and one call reports the creation."""
+        """If threads prepare one directory at the same time, all succeed."""
         directory = tmp_path / "a" / "b" / "c"
         barrier = threading.Barrier(6)
-        made: list[Path] = []
+        done: list[int] = []
 
         def prepare() -> None:
             barrier.wait()
-            made.extend(prepare_directory(directory).made)
+            prepare_directory(directory)
+            done.append(mode_of(directory))
 
         threads = [threading.Thread(target=prepare) for _ in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert sorted(made) == [tmp_path / "a", tmp_path / "a" / "b", directory]
+        assert done == [0o700] * 6
 
     def test_file_system_without_modes_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """If a new directory cannot be closed to other users, an error is raised."""

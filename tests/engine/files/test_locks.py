@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from homeagent.engine.files import database_file as files
 from homeagent.engine.files import locks
 from homeagent.engine.files.locks import FileLock
 from homeagent.errors import (
@@ -266,7 +265,7 @@ class TestLocking:
     ) -> None:
         """If another program removes the lock file during the open, the next attempt creates the file again."""
         make(lock_file, b"")
-        create, judge = locks.create_descriptor, locks.judge_file
+        create, judge = locks.create_descriptor, locks.inspect_file
 
         def create_and_remove(path: Path) -> int | None:
             descriptor = create(path)
@@ -274,14 +273,14 @@ class TestLocking:
                 path.unlink()
             return descriptor
 
-        def judge_and_remove(path: Path, **options: Any) -> files.FileState | None:
+        def judge_and_remove(path: Path, **options: Any) -> os.stat_result | None:
             state = judge(path, **options)
             if state is not None and moment == "before it is opened":
                 path.unlink()
             return state
 
         monkeypatch.setattr(locks, "create_descriptor", create_and_remove)
-        monkeypatch.setattr(locks, "judge_file", judge_and_remove)
+        monkeypatch.setattr(locks, "inspect_file", judge_and_remove)
         waiting = Waiting()
         with FileLock(lock_file, monotonic=waiting.monotonic, pause=waiting.pause):
             assert lock_file.exists()
