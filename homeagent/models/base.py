@@ -204,9 +204,8 @@ class Table(Model, metaclass=_TableType):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        if _is_own(cls):
-            for name, field in cls.__pydantic_fields__.items():
-                choose_column_type(field, f"{cls.__qualname__}.{name}")
+        for name, field in cls.__pydantic_fields__.items():
+            choose_column_type(field, f"{cls.__qualname__}.{name}")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raise TypeError for a subclass of a table of homeagent.

@@ -24,15 +24,12 @@ from sqlmodel import Field
 from homeagent.clock import system_clock
 from homeagent.models.base import PartialIndex, Table
 from homeagent.models.types import (
-    EnumColumn,
     FlagColumn,
     Identifier,
     Json,
     JsonColumn,
     Name,
     Timestamp,
-    TimestampColumn,
-    text_column,
 )
 
 __all__ = ["PENDING", "Device", "DeviceStatus", "Role"]
@@ -75,18 +72,11 @@ class Device(Table, table=True):
         PartialIndex("idx_devices_pending", "paired_at", "approved", "approved_at", "revoked_at", where=PENDING),
     )
 
-    id: Identifier = Field(
-        sa_column=Column("id", text_column(), primary_key=True, nullable=False),
-        description="Id that the device chose when it paired.",
-    )
-    role: Role = Field(
-        sa_column=Column("role", EnumColumn(Role), nullable=False),
-        description="Role that the device chose when it paired.",
-    )
+    id: Identifier = Field(primary_key=True, description="Id that the device chose when it paired.")
+    role: Role = Field(description="Role that the device chose when it paired.")
     shared_secret_hash: Name = Field(
         repr=False,
         exclude=True,
-        sa_column=Column("shared_secret_hash", text_column(), nullable=False),
         description="Hash of the present secret, with a prefix for the kind of hash. Not in the repr or in a dump.",
     )
     approved: bool = Field(
@@ -94,13 +84,9 @@ class Device(Table, table=True):
         sa_column=Column("approved", FlagColumn, nullable=False, server_default=text("0")),
         description="Whether the device has access.",
     )
-    paired_at: Timestamp = Field(
-        sa_column=Column("paired_at", TimestampColumn, nullable=False), description="Time of the pairing."
-    )
+    paired_at: Timestamp = Field(description="Time of the pairing.")
     last_seen_at: Timestamp | None = Field(
-        default=None,
-        sa_column=Column("last_seen_at", TimestampColumn),
-        description="Null until the device is seen for the first time. Written at most once a minute.",
+        default=None, description="Null until the device is seen for the first time. Written at most once a minute."
     )
     metadata_: Json = Field(
         default=None,
@@ -110,40 +96,30 @@ class Device(Table, table=True):
     )
     approved_at: Timestamp | None = Field(
         default=None,
-        sa_column=Column("approved_at", TimestampColumn),
         description="Time of the last approval. Null before the first, or if an old version approved the device.",
     )
     revoked_at: Timestamp | None = Field(
-        default=None,
-        sa_column=Column("revoked_at", TimestampColumn),
-        description="Time of the revocation. Null without a revocation, or after a later approval.",
+        default=None, description="Time of the revocation. Null without a revocation, or after a later approval."
     )
     revoked_reason: Name | None = Field(
-        default=None,
-        sa_column=Column("revoked_reason", text_column()),
-        description="Reason that the administrator gave for the revocation.",
+        default=None, description="Reason that the administrator gave for the revocation."
     )
     previous_secret_hash: Name | None = Field(
         default=None,
         repr=False,
         exclude=True,
-        sa_column=Column("previous_secret_hash", text_column()),
         description=(
             "Hash of the secret before the last rotation. Null if the rotation had no overlap. The hash stays after the"
             " overlap until the next rotation, a revocation or a repair, but the secret no longer works."
         ),
     )
     previous_secret_expires_at: Timestamp | None = Field(
-        default=None,
-        exclude=True,
-        sa_column=Column("previous_secret_expires_at", TimestampColumn),
-        description="End of the overlap, during which the previous secret also works.",
+        default=None, exclude=True, description="End of the overlap, during which the previous secret also works."
     )
     proof_verifier: Name | None = Field(
         default=None,
         repr=False,
         exclude=True,
-        sa_column=Column("proof_verifier", text_column()),
         description="Verifier of the device's proofs. Null if the device can only present the secret.",
     )
 

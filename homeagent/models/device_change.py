@@ -11,7 +11,7 @@ from sqlalchemy import BigInteger, CheckConstraint, Column, Integer
 from sqlmodel import Field
 
 from homeagent.models.base import Table
-from homeagent.models.types import EnumColumn, Identifier, Timestamp, TimestampColumn, text_column
+from homeagent.models.types import Identifier, Timestamp
 
 __all__ = ["DeviceChange", "DeviceChangeKind"]
 
@@ -52,13 +52,8 @@ class DeviceChange(Table, table=True):
         ),
         description="Number of the change. A later commit has a greater number.",
     )
-    device_id: Identifier | None = Field(
-        default=None, sa_column=Column("device_id", text_column()), description="Null for the kind `reset`."
-    )
-    kind: DeviceChangeKind = Field(
-        sa_column=Column("kind", EnumColumn(DeviceChangeKind), nullable=False), description="Kind of the change."
-    )
+    device_id: Identifier | None = Field(default=None, description="Null for the kind `reset`.")
+    kind: DeviceChangeKind = Field(description="Kind of the change.")
     at: Timestamp = Field(
-        sa_column=Column("at", TimestampColumn, nullable=False),
-        description="Time of the change, as the device's row states it, else by the database's clock.",
+        description="Time of the change, as the device's row states it, else by the database's clock."
     )

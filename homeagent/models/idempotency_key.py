@@ -42,12 +42,10 @@ from homeagent.models.types import (
     Name,
     ResultJson,
     Timestamp,
-    TimestampColumn,
     check_identifier,
     check_label,
     check_name,
     check_searched,
-    text_column,
 )
 
 __all__ = ["Attempt", "IdempotencyKey", "IdempotencyScope", "IdempotencyState", "Outcome"]
@@ -75,17 +73,9 @@ class IdempotencyKey(Table, table=True):
         PartialIndex("idx_idempotency_lease", "lease_expires_at", where=text("state = 'in_progress'")),
     )
 
-    key: Label = Field(
-        repr=False,
-        sa_column=Column("key", text_column(), nullable=False),
-        description="Key that the caller chose for one call.",
-    )
-    method: Name = Field(
-        sa_column=Column("method", text_column(), nullable=False), description="Method that the caller called."
-    )
-    device_id: Identifier = Field(
-        sa_column=Column("device_id", text_column(), nullable=False), description="Device that called the method."
-    )
+    key: Label = Field(repr=False, description="Key that the caller chose for one call.")
+    method: Name = Field(description="Method that the caller called.")
+    device_id: Identifier = Field(description="Device that called the method.")
     result: ResultJson = Field(
         repr=False,
         sa_column=Column("result", JsonColumn(none_as_null=False, limit=MAX_RESULT_BYTES), nullable=False),
@@ -94,13 +84,9 @@ class IdempotencyKey(Table, table=True):
             " is true."
         ),
     )
-    created_at: Timestamp = Field(
-        sa_column=Column("created_at", TimestampColumn, nullable=False),
-        description="Time of the claim, or of the insertion.",
-    )
+    created_at: Timestamp = Field(description="Time of the claim, or of the insertion.")
     expires_at: Timestamp = Field(
-        sa_column=Column("expires_at", TimestampColumn, nullable=False),
-        description=("The record has expired from this timestamp on. A record in progress does not expire."),
+        description=("The record has expired from this timestamp on. A record in progress does not expire.")
     )
     state: IdempotencyState = Field(
         default=IdempotencyState.COMPLETED,
@@ -110,14 +96,12 @@ class IdempotencyKey(Table, table=True):
     fingerprint: Name | None = Field(
         default=None,
         repr=False,
-        sa_column=Column("fingerprint", text_column()),
         description="SHA-256 of the canonical parameters. Null if the record was inserted without parameters.",
     )
     owner: Name | None = Field(
         default=None,
         repr=False,
         exclude=True,
-        sa_column=Column("owner", text_column()),
         description="Random token of the attempt that may record or has recorded the outcome. Null without an attempt.",
     )
     attempt: int = Field(
@@ -127,13 +111,11 @@ class IdempotencyKey(Table, table=True):
     )
     lease_expires_at: Timestamp | None = Field(
         default=None,
-        sa_column=Column("lease_expires_at", TimestampColumn),
         description="From this timestamp on the attempt is abandoned unless renewed. Null after the outcome.",
     )
     downstream_key: Name | None = Field(
         default=None,
         repr=False,
-        sa_column=Column("downstream_key", text_column()),
         description="Idempotency key that each attempt passes to another service. Null if no effect was claimed.",
     )
     omitted: bool = Field(

@@ -2,11 +2,11 @@
 
 from typing import Any, ClassVar
 
-from sqlalchemy import Column, Index, PrimaryKeyConstraint
+from sqlalchemy import Index, PrimaryKeyConstraint
 from sqlmodel import Field
 
 from homeagent.models.base import Table
-from homeagent.models.types import Identifier, Label, Timestamp, TimestampColumn, text_column
+from homeagent.models.types import Identifier, Label, Timestamp
 
 __all__ = ["Nonce"]
 
@@ -28,21 +28,13 @@ class Nonce(Table, table=True):
         {"sqlite_with_rowid": False},
     )
 
-    nonce: Label = Field(
-        repr=False,
-        sa_column=Column("nonce", text_column(), nullable=False),
-        description="Value that the device signed.",
-    )
-    device_id: Identifier = Field(
-        sa_column=Column("device_id", text_column(), nullable=False), description="Device that signed the value."
-    )
+    nonce: Label = Field(repr=False, description="Value that the device signed.")
+    device_id: Identifier = Field(description="Device that signed the value.")
     created_at: Timestamp = Field(
-        sa_column=Column("created_at", TimestampColumn, nullable=False),
-        description="Time of the use. 1970-01-01 if an operator released the nonce from the limit by `forget`.",
+        description="Time of the use. 1970-01-01 if an operator released the nonce from the limit by `forget`."
     )
     expires_at: Timestamp = Field(
-        sa_column=Column("expires_at", TimestampColumn, nullable=False),
         description=(
             "The nonce has expired from this timestamp on. Its row stays for one hour, in case the clock steps back."
-        ),
+        )
     )

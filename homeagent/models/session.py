@@ -7,7 +7,7 @@ import uuid
 from json.encoder import encode_basestring
 from typing import Any, ClassVar
 
-from sqlalchemy import Column, Connection, ForeignKey, Index, event, exists, inspect, update
+from sqlalchemy import Column, Connection, Index, event, exists, inspect, update
 from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlmodel import Field
@@ -22,8 +22,6 @@ from homeagent.models.types import (
     Name,
     SessionId,
     Timestamp,
-    TimestampColumn,
-    text_column,
 )
 
 __all__ = ["ROUTE_INDEX", "AgentSession", "new_session_id", "route_key"]
@@ -73,34 +71,18 @@ class AgentSession(Table, table=True):
         Index(ROUTE_INDEX, "route_key", unique=True),
     )
 
-    session_id: SessionId = Field(
-        sa_column=Column("session_id", text_column(), primary_key=True, nullable=False),
-        description="Id of the conversation, and of its transcript.",
-    )
-    agent_id: Identifier = Field(
-        sa_column=Column("agent_id", text_column(), ForeignKey("agents.id"), nullable=False),
-        description="Agent that has the conversation.",
-    )
+    session_id: SessionId = Field(primary_key=True, description="Id of the conversation, and of its transcript.")
+    agent_id: Identifier = Field(foreign_key="agents.id", description="Agent that has the conversation.")
     sender_id: Label | None = Field(
-        default=None,
-        sa_column=Column("sender_id", text_column()),
-        description="Null for a session without a sender, such as a scheduled session.",
+        default=None, description="Null for a session without a sender, such as a scheduled session."
     )
-    channel_id: Label | None = Field(
-        default=None, sa_column=Column("channel_id", text_column()), description="Null for a session without a channel."
-    )
-    created_at: Timestamp = Field(
-        sa_column=Column("created_at", TimestampColumn, nullable=False),
-        description="Time at which the conversation began.",
-    )
-    last_active_at: Timestamp = Field(
-        sa_column=Column("last_active_at", TimestampColumn, nullable=False), description="Time of the last message."
-    )
+    channel_id: Label | None = Field(default=None, description="Null for a session without a channel.")
+    created_at: Timestamp = Field(description="Time at which the conversation began.")
+    last_active_at: Timestamp = Field(description="Time of the last message.")
     route_key: Name | None = Field(
         default=None,
         repr=False,
         exclude=True,
-        sa_column=Column("route_key", text_column()),
         description=(
             "Key of the session's route. `resolve` returns the session with the key. Null if the session does not hold"
             " its route."
