@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -21,63 +20,6 @@ from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
 from homeagent.maintenance.adoption import AdoptionReport, preview_adoption
 from homeagent.maintenance.adoption import adopt as take_over
 from homeagent.migrations import REVISION
-
-
-@dataclass(frozen=True)
-class _Upgrade:
-    location: str
-    action: str
-    from_revision: str | None
-    schema_revision: str
-    backup: str | None
-    application_revision: str | None = None
-
-    def __str__(self) -> str:
-        match self.action:
-            case "made":
-                return f"Made {self.location} at schema revision {self.schema_revision}."
-            case "upgraded":
-                kept = f" A copy from before the upgrade is in {self.backup}." if self.backup else ""
-                step = f"from schema revision {self.from_revision} to {self.schema_revision}"
-                return f"Upgraded {self.location} {step}.{kept}"
-            case "upgraded application":
-                kept = f" A copy from before the upgrade is in {self.backup}." if self.backup else ""
-                return f"Upgraded {self.location} to revision {self.application_revision} of the application.{kept}"
-            case _:
-                return f"{self.location} is at schema revision {self.schema_revision} already: nothing to do."
-
-
-def _bring_up_to_date(target: str | None, migrations: str | None, acknowledged: Collection[str]) -> _Upgrade:
-    where = resolve_target(target)
-    if where.is_temporary:
-        raise InvalidArgumentError("a temporary database ends with this command: name a file or a server's URL")
-    found: str | None = REVISION
-    application: str | None = None
-    try:
-        Database.open(target, migrate=False, migrations=migrations).close()
-    except SchemaOutdatedError as outdated:
-        if outdated.application is None:
-            found = outdated.revision
-        else:
-            application = outdated.needed
-    before = _backups(where.path)
-    # Call `Database.open()` also for a current schema, because the call repairs the modes of directories and files.
-    Database.open(target, migrations=migrations, acknowledged=acknowledged).close()
-    made = sorted(_backups(where.path) - before)
-    return _Upgrade(
-        location=where.location,
-        action="made"
-        if found is None
-        else "upgraded application"
-        if application is not None
-        else "unchanged"
-        if found == REVISION
-        else "upgraded",
-        from_revision=found,
-        schema_revision=REVISION,
-        backup=str(made[-1]) if made else None,
-        application_revision=application,
-    )
 
 
 def _backups(path: Path | None) -> set[Path]:
@@ -159,9 +101,37 @@ def migrate(context: typer.Context, migrations: MigrationsOption = None, acknowl
     _report_upgrade(context, migrations, acknowledge or ())
 
 
-def _report_upgrade(context: typer.Context, migrations: str | None, acknowledged: Collection[str] = ()) -> None:
-    upgrade = _bring_up_to_date(target_of(context), migrations, acknowledged)
-    shown = asdict(upgrade)
-    if upgrade.application_revision is None:
-        del shown["application_revision"]
-    print_result(context, shown, str(upgrade))
+def _report_upgrade(context: typer.Context, migrations: str | None, acknowledged: Collection[str]) -> None:
+    target = target_of(context)
+    where = resolve_target(target)
+    if where.is_temporary:
+        raise InvalidArgumentError("a temporary database ends with this command: name a file or a server's URL")
+    action, application = "unchanged", None
+    found: str | None = REVISION
+    try:
+        Database.open(target, migrate=False, migrations=migrations).close()
+    except SchemaOutdatedError as outdated:
+        if outdated.application is not None:
+            action, application = "upgraded application", outdated.needed
+        else:
+            action, found = "made" if outdated.revision is None else "upgraded", outdated.revision
+    before = _backups(where.path)
+    # Call `Database.open()` also for a current schema, because the call repairs the modes of directories and files.
+    Database.open(target, migrations=migrations, acknowledged=acknowledged).close()
+    made = sorted(_backups(where.path) - before)
+    kept = f" A copy from before the upgrade is in {made[-1]}." if made else ""
+    texts = {
+        "made": f"Made {where.location} at schema revision {REVISION}.",
+        "upgraded": f"Upgraded {where.location} from schema revision {found} to {REVISION}.{kept}",
+        "upgraded application": f"Upgraded {where.location} to revision {application} of the application.{kept}",
+        "unchanged": f"{where.location} is at schema revision {REVISION} already: nothing to do.",
+    }
+    values = {
+        "location": where.location,
+        "action": action,
+        "from_revision": found,
+        "schema_revision": REVISION,
+        "backup": str(made[-1]) if made else None,
+        **({} if application is None else {"application_revision": application}),
+    }
+    print_result(context, values, texts[action])

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,11 +17,10 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, MetaData, TypeDecorator
 from sqlmodel import AutoString
 
-from homeagent.clock import system_clock
-from homeagent.engine.sqlite.engine import SQLiteEngine
+from homeagent.engine.sqlite.inspection import scratch_sqlite
+from homeagent.errors import MigrationError
 from homeagent.migrations.application import Application
-from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE
-from homeagent.migrations.sqlite import open_sqlite
+from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, RevisionFailedError, upgrade
 from homeagent.models import SCHEMA, metadata
 from homeagent.models.base import Table
 from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, TimestampColumn
@@ -117,24 +114,19 @@ def _import_modules(name: str, scripts: Path | None) -> None:
 
 @contextmanager
 def scratch_database(application: Application | None = None) -> Iterator[Connection]:
-    """Open a private SQLite database with the tables of homeagent and of the application, without foreign keys."""
-    with tempfile.TemporaryDirectory() as directory:
-        engine = SQLiteEngine(Path(directory) / "scratch.db", busy_timeout=timedelta(0), durability="normal")
+    """Open a SQLite database in memory with the tables of homeagent and of the application, without foreign keys.
+
+    Raises:
+        MigrationError: a revision of the application failed.
+    """
+    with scratch_sqlite() as connection:
         try:
-            open_sqlite(
-                engine,
-                clock=system_clock,
-                timeout=timedelta(0),
-                migrate=True,
-                temporary=True,
-                application=application or Application(),
-            )
-            with engine.connect() as connection:
-                raw: Any = connection.connection.driver_connection
-                raw.execute("PRAGMA foreign_keys=OFF")
-                yield connection
-        finally:
-            engine.close()
+            with connection.begin():
+                upgrade(connection)
+                (application or Application()).upgrade(connection)
+        except RevisionFailedError as error:
+            raise MigrationError(f"a scratch database can't get the application's tables: {error}") from error.__cause__
+        yield connection
 
 
 def render_revision(application: Application, tables: Collection[str]) -> dict[str, str] | None:

@@ -209,26 +209,6 @@ def _check_path(value: str) -> str:
     return _check_text(value, "a workspace path", 4096)
 
 
-# Wrap the checks, because Pydantic could pass a second argument to a validator, and the second argument of the checks
-# has another meaning.
-
-
-def _as_identifier(value: str) -> str:
-    return check_identifier(value)
-
-
-def _as_session_id(value: str) -> str:
-    return check_session_id(value)
-
-
-def _as_label(value: str) -> str:
-    return check_label(value)
-
-
-def _as_name(value: str) -> str:
-    return check_name(value)
-
-
 def _described(octets: int, *, refused: str = "") -> WithJsonSchema:
     """Return the JSON schema of a text. JSON Schema can't express the other rules, such as the length in bytes."""
     pattern = f"^[^\\u0000-\\u001f\\u007f-\\u009f\\u2028\\u2029{refused}]*$"
@@ -238,16 +218,16 @@ def _described(octets: int, *, refused: str = "") -> WithJsonSchema:
 _ID = r"\\"  # an id has no backslash
 _NAME = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # the bidirectional controls
 
-Identifier = Annotated[str, AfterValidator(_as_identifier), _described(MAX_ID_BYTES, refused=_ID)]
+Identifier = Annotated[str, AfterValidator(check_identifier), _described(MAX_ID_BYTES, refused=_ID)]
 """The id of a device or agent: see `check_identifier`."""
 
-SessionId = Annotated[str, AfterValidator(_as_session_id), _described(MAX_LABEL_BYTES, refused=_ID)]
+SessionId = Annotated[str, AfterValidator(check_session_id), _described(MAX_LABEL_BYTES, refused=_ID)]
 """The id of a session: see `check_session_id`."""
 
-Label = Annotated[str, AfterValidator(_as_label), _described(MAX_LABEL_BYTES)]
+Label = Annotated[str, AfterValidator(check_label), _described(MAX_LABEL_BYTES)]
 """A key, nonce, sender or channel: see `check_label`."""
 
-Name = Annotated[str, AfterValidator(_as_name), _described(MAX_ID_BYTES, refused=_NAME)]
+Name = Annotated[str, AfterValidator(check_name), _described(MAX_ID_BYTES, refused=_NAME)]
 """A method, name, reason or hash: see `check_name`."""
 
 WorkspacePath = Annotated[str, AfterValidator(_check_path), _described(4096)]

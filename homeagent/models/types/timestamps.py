@@ -115,10 +115,6 @@ def to_milliseconds(value: datetime) -> int:
     return (value - EPOCH) // MILLISECOND
 
 
-def _as_timestamp(value: datetime) -> datetime:
-    return check_timestamp(value)
-
-
 def _refuse_number(value: object) -> object:
     # Refuse numbers, because Pydantic reads a large number as milliseconds and a small number as seconds.
     if isinstance(value, (int, float)):
@@ -126,7 +122,7 @@ def _refuse_number(value: object) -> object:
     return value
 
 
-TIMESTAMP_CHECK = AfterValidator(_as_timestamp)
+TIMESTAMP_CHECK = AfterValidator(check_timestamp)
 """Validator that distinguishes `Timestamp` from a plain datetime."""
 
 Timestamp = Annotated[datetime, BeforeValidator(_refuse_number), TIMESTAMP_CHECK]
