@@ -35,23 +35,19 @@ from homeagent.engine.target import Target, conceal, resolve_target
 from homeagent.environment import BUSY_TIMEOUT
 from homeagent.errors import DatabaseBusyError, ForeignDatabaseError, InvalidArgumentError
 from homeagent.migrations.application import ALEMBIC_TABLE, Application
-from homeagent.migrations.postgresql import open_postgresql
 from homeagent.migrations.rehearsal import kept_objects, refuse_broken_objects, refuse_unconvertible_rows
 from homeagent.migrations.revisions import (
     REVISION,
     broken_references,
+    count_rows,
     own_tables,
     revision_of,
     tables,
     upgrade,
 )
 from homeagent.migrations.schema_drift import refuse_changed_schema
-from homeagent.migrations.sqlite import (
-    back_up,
-    open_sqlite,
-    undone_on_failure,
-    verify_upgrade,
-)
+from homeagent.migrations.sqlite import back_up, undone_on_failure, verify_upgrade
+from homeagent.opening import open_engine
 
 if TYPE_CHECKING:
     from sqlalchemy import URL, Connection
@@ -183,23 +179,21 @@ def adopt(
     given = conceal(target)
     del target
     application, where = _application(migrations, acknowledged), resolve_target(given)
-    if where.url is not None:
-        server = PostgreSQLEngine(where.url, busy_timeout=busy_timeout)
-        try:
-            open_postgresql(server, timeout=busy_timeout, migrate=True, application=application)
-        finally:
-            server.close()
-        return report
-    path = _path_of(where)
-    prepare_directory(path.parent)
-    refuse_network_filesystem(path)
-    if report.application_id != APPLICATION_ID:
-        report = _adopt_file(path, report, application, clock, busy_timeout)
-    engine = SQLiteEngine(path, busy_timeout=busy_timeout, durability="full")
-    try:
-        open_sqlite(engine, clock=clock, timeout=busy_timeout, migrate=True, temporary=False, application=application)
-    finally:
-        engine.close()
+    if where.url is None:
+        path = _path_of(where)
+        prepare_directory(path.parent)
+        refuse_network_filesystem(path)
+        if report.application_id != APPLICATION_ID:
+            report = _adopt_file(path, report, application, clock, busy_timeout)
+    open_engine(
+        given,
+        clock=clock,
+        busy_timeout=busy_timeout,
+        durability="full",
+        migrate=True,
+        pool_size=1,
+        migrations=application,
+    ).close()
     return report
 
 
@@ -242,11 +236,9 @@ def _examine(connection: Connection, application: Application, location: str) ->
         _refuse_orphans(connection, location)
     return AdoptionReport(
         location=location,
-        tables={
-            name: _count(connection, name)
-            for name in own_tables(connection)
-            if name not in (*old, adopted and ALEMBIC_TABLE)
-        },
+        tables=count_rows(
+            connection, [name for name in own_tables(connection) if name not in (*old, adopted and ALEMBIC_TABLE)]
+        ),
         converted=converted,
         moved=moved,
         application_id=application_id,
@@ -268,11 +260,6 @@ def _free_name(name: str, taken: Collection[str]) -> str:
     while name in taken:
         name += "_"
     return name
-
-
-def _count(connection: Connection, table: str) -> int:
-    escaped = table.replace('"', '""')
-    return int(connection.exec_driver_sql(f'SELECT count(*) FROM "{escaped}"').scalar_one())  # noqa: S608  a name, escaped
 
 
 def _refuse_orphans(connection: Connection, location: str) -> None:

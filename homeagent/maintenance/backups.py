@@ -19,7 +19,7 @@ from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.manifests import PARTIAL, Manifest, backups_in, manifest_path, note_path, remember_backup
 from homeagent.engine.target import refuse_address
 from homeagent.errors import DatabaseBusyError, DatabaseError, HomeAgentError, InvalidArgumentError
-from homeagent.migrations import VERSION_TABLE, revision_of
+from homeagent.migrations import revision_of
 from homeagent.models.types import check_limit
 
 if TYPE_CHECKING:
@@ -147,7 +147,6 @@ def _make(
         engine,
         target,
         partial=_partial(target),
-        version_table=VERSION_TABLE,
         taken_at=taken_at,
         kind="backup",
         replace=replace,

@@ -47,7 +47,13 @@ from homeagent.errors import (
     InvalidArgumentError,
     TargetNotEmptyError,
 )
-from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, own_tables, reason_of, stored_revisions
+from homeagent.migrations.revisions import (
+    APPLICATION_VERSION_TABLE,
+    broken_references,
+    own_tables,
+    reason_of,
+    stored_revisions,
+)
 from homeagent.models import metadata
 from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, TimestampColumn
 
@@ -357,8 +363,7 @@ def _described(name: str, connection: Connection, declared: Table | None) -> Tab
 def _refuse_orphans(source: Connection, names: set[str]) -> None:
     if source.dialect.name != "sqlite":
         return
-    rows = source.exec_driver_sql("PRAGMA foreign_key_check").all()
-    orphans = sorted({(str(row[0]), str(row[2])) for row in rows if row[0] in names})
+    orphans = sorted(keys for keys in broken_references(source) if keys[0] in names)
     if orphans:
         shown = ", ".join(f"{child} to {parent}" for child, parent in orphans)
         raise DatabaseError(

@@ -25,14 +25,14 @@ from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.backup import Contents, discard, has_broken_reference, read_contents
 from homeagent.engine.sqlite.dialect import connect
-from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine
+from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine, lock_path
 from homeagent.engine.sqlite.manifests import Manifest
 from homeagent.engine.sqlite.replacement import new_path
 from homeagent.errors import CorruptDatabaseError, DatabaseError, DiskFullError, HomeAgentError
-from homeagent.migrations import VERSION_TABLE, revision_of
+from homeagent.migrations import revision_of
 from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE
 from homeagent.migrations.schema_drift import refuse_changed_schema
-from homeagent.migrations.sqlite import upgrade_copy
+from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models import DATA_TABLES, TABLES, store_table
 
 __all__ = [
@@ -118,7 +118,7 @@ def stage(
                 with engine.reading() as connection:
                     refuse_changed_schema(connection, str(found.revision), quoted(source), acknowledged)
                 engine.prepare_header()
-                upgrade_copy(engine, clock=lambda: restored_at)
+                open_sqlite(engine, clock=lambda: restored_at, timeout=timedelta(0), migrate=True, temporary=True)
                 epoch = max(known_epoch, found.epoch or 1) + 1
                 with engine.connect() as connection, connection.begin():
                     connection.execute(update(store_table).values(epoch=epoch, restored_at=restored_at))
@@ -126,6 +126,7 @@ def stage(
                     devices = devices_of(connection.connection.driver_connection)
         finally:
             engine.close()
+            lock_path(new).unlink(missing_ok=True)
         _require_single_file(new)
     except BaseException:
         discard(new)
@@ -187,7 +188,7 @@ def _verify(engine: SQLiteEngine, source: Path, manifest: Manifest | None) -> Co
             raise damaged(source, verdict.splitlines()[0])
         if has_broken_reference(raw):
             raise damaged(source, "a row refers to a row that does not exist")
-        found = read_contents(raw, VERSION_TABLE)
+        found = read_contents(raw)
     if found.revision is None:
         raise damaged(source, "it contains no homeagent tables")
     if manifest is not None and (found.rows, found.revision) != (manifest.rows, manifest.schema_revision):

@@ -19,7 +19,7 @@ from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path
 from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.target import presentable_url
 from homeagent.migrations import revision_of
-from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, own_tables, stored_revisions
+from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, count_rows, own_tables, stored_revisions
 from homeagent.models import DATA_TABLES
 from homeagent.stores.idempotency_key_statements import COUNT_EXPIRED as EXPIRED_KEYS
 from homeagent.stores.nonces import COUNT_EXPIRED as EXPIRED_NONCES
@@ -89,14 +89,9 @@ class DatabaseStatus(BaseModel):
 def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
     """Return the state of an open database in the snapshot of a read-only unit."""
     connection = unit.session.connection()
-    quote = connection.dialect.identifier_preparer.quote
-    rows = {
-        name: int(connection.execute(text(f"SELECT count(*) FROM {quote(name)}")).scalar_one())  # noqa: S608  quoted
-        for name in (*DATA_TABLES, *own_tables(connection))
-    }
     now = unit.now()
     facts: dict[str, Any] = {
-        "rows": rows,
+        "rows": count_rows(connection, (*DATA_TABLES, *own_tables(connection))),
         "expired": {
             "nonces": unit.one(EXPIRED_NONCES, before=now) or 0,
             "idempotency_keys": unit.one(EXPIRED_KEYS, now=now) or 0,

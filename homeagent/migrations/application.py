@@ -126,11 +126,14 @@ class Application:
         """
         if not self.name:
             return False
-        stored = stored_revisions(connection, APPLICATION_VERSION_TABLE)
+        return self._stored(connection, APPLICATION_VERSION_TABLE) != ({self.head} if self.head else set())
+
+    def _stored(self, connection: Connection, table: str) -> set[str]:
+        stored = stored_revisions(connection, table)
         unknown = sorted(stored - self.scripts.keys())
         if unknown:
             raise SchemaTooNewError(unknown[0], known=str(self.head), application=self.name)
-        return stored != ({self.head} if self.head else set())
+        return stored
 
     def adopted_revisions(self, connection: Connection) -> set[str]:
         """Return the revisions in Alembic's own version table, if `upgrade` will rename the table.
@@ -140,11 +143,7 @@ class Application:
         """
         if not self.adopts or not self.scripts or APPLICATION_VERSION_TABLE in tables(connection):
             return set()
-        stored = stored_revisions(connection, ALEMBIC_TABLE)
-        unknown = sorted(stored - self.scripts.keys())
-        if unknown:
-            raise SchemaTooNewError(unknown[0], known=str(self.head), application=self.name)
-        return stored
+        return self._stored(connection, ALEMBIC_TABLE)
 
     def outdated(self, connection: Connection) -> SchemaOutdatedError:
         """Return the error for a database that lacks a revision."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import inspect, text
@@ -90,19 +91,15 @@ def check_expansion(
 
 def _steps(application: Application) -> Iterator[Application]:
     """Yield the application at each of its revisions, oldest first."""
-    done: dict[str, Any] = {}
-    while len(done) < len(application.scripts):
-        ready = (
-            script
-            for script in application.scripts.values()
-            if script.revision not in done and done.keys() >= {*script.parents, *script.dependencies}
-        )
-        script = next(ready, None)
-        if script is None:
-            yield application  # the other revisions form a circle, which Alembic refuses
-            return
-        done[script.revision] = script
-        yield replace(application, scripts=dict(done), head=script.revision)
+    scripts = application.scripts
+    graph = {revision: {*script.parents, *script.dependencies} for revision, script in scripts.items()}
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError:
+        yield application  # Alembic refuses the circle
+        return
+    for number, revision in enumerate(order, start=1):
+        yield replace(application, scripts={name: scripts[name] for name in order[:number]}, head=revision)
 
 
 def structure(connection: Connection) -> Structure:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -34,7 +34,7 @@ from homeagent.errors import (
     SchemaChangedError,
     SchemaTooNewError,
 )
-from homeagent.models import TABLES, metadata
+from homeagent.models import TABLES, VERSION_TABLE, metadata
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -52,6 +52,7 @@ __all__ = [
     "RevisionFailedError",
     "alembic_config",
     "broken_references",
+    "count_rows",
     "known_revisions",
     "loaded",
     "own_tables",
@@ -67,8 +68,6 @@ __all__ = [
 
 REVISION = "0009"
 """Revision that this version needs, which is the newest revision in `alembic/versions`."""
-
-VERSION_TABLE = "homeagent_schema_version"
 
 APPLICATION_VERSION_TABLE = "application_schema_version"
 """Version table of the application's own revisions."""
@@ -155,6 +154,13 @@ def broken_references(connection: Connection) -> Counter[tuple[str, str]]:
     """Count the rows of a SQLite file that refer to a missing row. Return the numbers by the names of both tables."""
     rows = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
     return Counter((str(child), str(parent)) for child, _, parent, _ in rows)
+
+
+def count_rows(connection: Connection, names: Iterable[str]) -> dict[str, int]:
+    """Return the number of rows of each table."""
+    quote = connection.dialect.identifier_preparer.quote
+    queries = {name: text(f"SELECT count(*) FROM {quote(name)}") for name in names}  # noqa: S608  quoted
+    return {name: int(connection.execute(query).scalar_one()) for name, query in queries.items()}
 
 
 def own_tables(connection: Connection) -> list[str]:

@@ -17,7 +17,7 @@ from homeagent.engine.files import database_file
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.system_errors import quoted
 from homeagent.engine.sqlite.diagnosis import corrupt_after_all
-from homeagent.engine.sqlite.engine import lock_path, sidecar_lock
+from homeagent.engine.sqlite.engine import lock_path, read_transaction, sidecar_lock
 from homeagent.engine.sqlite.in_use import hold_in_use_lock, in_use_path
 from homeagent.engine.sqlite.integrity import check_content, refuse_unclean_damage
 from homeagent.errors import (
@@ -33,7 +33,6 @@ from homeagent.migrations.application import Application
 from homeagent.migrations.revisions import (
     REVISION,
     SPEAK_FOR_THEMSELVES,
-    VERSION_TABLE,
     RevisionFailedError,
     broken_references,
     reason_of,
@@ -55,7 +54,6 @@ __all__ = [
     "identify_or_wait",
     "open_sqlite",
     "undone_on_failure",
-    "upgrade_copy",
     "verify_upgrade",
 ]
 
@@ -166,16 +164,6 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
     return True
 
 
-def upgrade_copy(engine: SQLiteEngine, *, clock: Clock) -> None:
-    """Bring a private file to the revision of this version of homeagent, without a backup. The function raises the same
-    errors as `open_sqlite()`.
-    """
-    try:
-        open_sqlite(engine, clock=clock, timeout=timedelta(0), migrate=True, temporary=True)
-    finally:
-        lock_path(engine.path).unlink(missing_ok=True)
-
-
 def _check_unclean_end(engine: SQLiteEngine) -> bool:
     """Check a file that has a WAL although no process has the file open, because the last process did not close the
     database.
@@ -194,7 +182,7 @@ def _check_unclean_end(engine: SQLiteEngine) -> bool:
         return False  # another process has the database open and uses the WAL
     try:
         # If the lock file has a marker, an interrupted restore must be finished first.
-        is_checked = not lock.has_marker() and refuse_unclean_damage(engine)
+        is_checked = lock.read_marker() is None and refuse_unclean_damage(engine)
     except BaseException:
         lock.withdraw()
         raise
@@ -213,17 +201,9 @@ def _look_up(connection: Connection, application: Application) -> tuple[str | No
     Return two further values: whether this version of homeagent works with the schema without an upgrade, and whether a
     revision of the application is missing.
     """
-    # Use a deferred BEGIN, because the engine's listener `_on_begin()` would wait for the write lock.
-    raw: Any = connection.connection.driver_connection
-    raw.execute("BEGIN")
-    try:
+    with read_transaction(connection):
         revision = revision_of(connection)
         return revision, suits(connection, revision), application.is_pending(connection)
-    finally:
-        connection.rollback()
-        # If Ctrl-C interrupts a statement, SQLAlchemy closes the connection.
-        if not connection.invalidated and raw.in_transaction:
-            raw.execute("ROLLBACK")
 
 
 def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
@@ -406,7 +386,7 @@ def back_up(
         # An upgrade that was killed left this file, because no other upgrade runs under the lock.
         discard(stale)
     try:
-        write_backup(engine, target, partial=partial, version_table=VERSION_TABLE, taken_at=now, kind=kind)
+        write_backup(engine, target, partial=partial, taken_at=now, kind=kind)
     except (CorruptDatabaseError, DatabaseBusyError, DiskFullError, ReadOnlyError):
         raise  # the messages of these errors already name the remedy
     except HomeAgentError as error:

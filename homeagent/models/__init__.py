@@ -31,6 +31,7 @@ __all__ = [
     "DATA_TABLES",
     "SCHEMA",
     "TABLES",
+    "VERSION_TABLE",
     "Agent",
     "AgentCreate",
     "AgentSession",
@@ -72,6 +73,9 @@ SCHEMA: tuple[Any, ...] = (
 
 TABLES: tuple[str, ...] = tuple(sorted(table.name for table in SCHEMA))
 """Names of homeagent's tables except Alembic's."""
+
+VERSION_TABLE = "homeagent_schema_version"
+"""Alembic's table with the revision of homeagent's schema."""
 
 DATA_TABLES: tuple[str, ...] = tuple(sorted(set(TABLES) - {store_table.name, DeviceChange.__table__.name}))
 """Names of homeagent's tables with rows of an application: all except `store` and the feed of device changes."""

@@ -58,16 +58,12 @@ class FileIdentityCheck:
         # Convert the paths to text only once, because a conversion takes as long as a check.
         self._name = str(path)
         self._wal_files = [str(each) for each in sidecars(path)[:2]]
-        self._identity: Identity | None = None
+        self.identity: Identity | None = None
+        """Identity of the opened file; None before the first connection."""
         self._known: dict[str, Identity] = {}
         self.due: float = 0.0
         self.marked_corrupt: str | None = None
         """Message of the `CorruptDatabaseError` that every check raises; None if no damage was found."""
-
-    @property
-    def identity(self) -> tuple[int, int] | None:
-        """Identity of the opened file; None before the first connection."""
-        return self._identity
 
     @property
     def remembers_log(self) -> bool:
@@ -95,9 +91,9 @@ class FileIdentityCheck:
         Raises:
             DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
         """
-        if self._identity is None:
+        if self.identity is None:
             status = self._status(self._name)
-            self._identity = None if status is None else identity_of(status)
+            self.identity = None if status is None else identity_of(status)
         else:  # do not check at the first connection, because SQLite can empty a new, incomplete file
             self._check(beside=beside)
 
@@ -154,7 +150,7 @@ class FileIdentityCheck:
         due, self.due = self.due, 0.0
         if self.marked_corrupt is not None:
             raise CorruptDatabaseError(self.marked_corrupt)
-        if self._identity is None:
+        if self.identity is None:
             return
         status = self._status(self._name)
         if status is None:
@@ -162,7 +158,7 @@ class FileIdentityCheck:
                 f"{quoted(self._path)} was deleted or moved away while it was open: put the same file back, or stop "
                 "and restore a backup. While this process runs, its content is still readable in /proc/PID/fd"
             )
-        if identity_of(status) != self._identity:
+        if identity_of(status) != self.identity:
             raise DatabaseMovedError(
                 f"{quoted(self._path)} was replaced by another file while it was open: put the old file back, or open "
                 "the database again to use the new file"

@@ -165,17 +165,7 @@ class FileLock:
         """
         if not text.isprintable() or not 1 <= len(content := text.encode()) <= 200:
             raise InvalidArgumentError("a marker is 1 to 200 bytes of printable text: shorten it")
-        descriptor = self._while_held()
-        if self.shared:
-            raise DatabaseError(f"the lock on {quoted(self.path)} is shared: use an exclusive lock to write a marker")
-        with explained("write", self.path):
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            # Write the marker first and truncate the file afterwards, so that the file always contains a marker.
-            written = os.write(descriptor, content + b"\n")
-            os.ftruncate(descriptor, written)
-            sync(descriptor)
-        if written != len(content) + 1:
-            raise DiskFullError(f"the disk has no room to write {quoted(self.path)}: free some space")
+        self._replace(content + b"\n")
         fsync_directory(self.path.parent)
 
     def clear_marker(self) -> None:
@@ -185,22 +175,20 @@ class FileLock:
         Raises:
             DatabaseError: if the caller does not hold an exclusive lock, or if the file can't be written.
         """
+        self._replace(b"")
+
+    def _replace(self, content: bytes) -> None:
         descriptor = self._while_held()
         if self.shared:
-            raise DatabaseError(f"the lock on {quoted(self.path)} is shared: use an exclusive lock to remove a marker")
+            raise DatabaseError(f"the lock on {quoted(self.path)} is shared: use an exclusive lock to write a marker")
         with explained("write", self.path):
-            os.ftruncate(descriptor, 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            # Write the marker first and truncate the file afterwards, so that the file always contains a marker.
+            written = os.write(descriptor, content)
+            os.ftruncate(descriptor, written)
             sync(descriptor)
-
-    def has_marker(self) -> bool:
-        """Return True if the lock file contains a marker. The caller must hold the lock.
-
-        Raises:
-            DatabaseError: if the caller does not hold the lock.
-        """
-        descriptor = self._while_held()
-        with explained("inspect", self.path):
-            return os.fstat(descriptor).st_size > 0
+        if written != len(content):
+            raise DiskFullError(f"the disk has no room to write {quoted(self.path)}: free some space")
 
     def _while_held(self) -> int:
         if self._descriptor is None:

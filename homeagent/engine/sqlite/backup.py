@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import apsw
 
@@ -24,8 +24,9 @@ from homeagent.engine.driver_errors import sqlite_code, sqlite_error, translated
 from homeagent.engine.files.database_file import OPEN_FLAGS, create_file, secure_sidecars, sidecars
 from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
+from homeagent.engine.sqlite.diagnosis import diagnosed_error
 from homeagent.engine.sqlite.dialect import connect
-from homeagent.engine.sqlite.manifests import Manifest, manifest_path, write_manifest
+from homeagent.engine.sqlite.manifests import Kind, Manifest, manifest_path, write_manifest
 from homeagent.errors import (
     BackupStoppedError,
     CorruptDatabaseError,
@@ -34,7 +35,7 @@ from homeagent.errors import (
     HomeAgentError,
     InvalidArgumentError,
 )
-from homeagent.models import TABLES
+from homeagent.models import TABLES, VERSION_TABLE
 
 if TYPE_CHECKING:
     from homeagent.engine.sqlite.engine import SQLiteEngine
@@ -48,9 +49,6 @@ logger: logging.Logger = logging.getLogger("homeagent")
 _STEP = 2000
 # Number of instructions of SQLite's virtual machine between two calls of the function `stop()`.
 _INSTRUCTIONS = 100_000
-
-# To find out if a copy can grow, write `_PROBES` pieces of `_PROBE` bytes, in total one page of SQLite's largest size.
-_PROBE, _PROBES = 4096, 16
 
 Stop = Callable[[], bool]
 
@@ -76,9 +74,8 @@ def write_backup(
     target: Path,
     *,
     partial: Path,
-    version_table: str,
     taken_at: datetime,
-    kind: Literal["backup", "upgrade", "adoption"],
+    kind: Kind,
     replace: bool = False,
     stop: Stop = lambda: False,
 ) -> Manifest:
@@ -102,7 +99,7 @@ def write_backup(
     try:
         # Check the sidecar files, because SQLite could replay a journal of another user over the copy.
         secure_sidecars(partial)
-        contents = _copy(engine, partial, version_table, stop, needs_schema=kind != "adoption")
+        contents = _copy(engine, partial, stop, needs_schema=kind != "adoption")
         manifest = _describe(partial, engine.path, contents, taken_at=taken_at, kind=kind, stop=stop)
         write_manifest(partial, manifest)
         _put_in_place(partial, target, replace=replace)
@@ -144,8 +141,8 @@ def discard(partial: Path) -> None:
                 os.truncate(path, 0)
 
 
-def read_contents(raw: Any, version_table: str) -> Contents:
-    """Read the row counts, revision and epoch of a database. The rows of the table `version_table` are not counted.
+def read_contents(raw: Any) -> Contents:
+    """Read the row counts, revision and epoch of a database. The rows of the version table are not counted.
 
     If another connection can write to the file, the connection `raw` must be in a transaction.
     """
@@ -155,12 +152,13 @@ def read_contents(raw: Any, version_table: str) -> Contents:
             "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' ESCAPE '~' ORDER BY name"
         )
     ]
-    quoted_names = {name: name.replace('"', '""') for name in tables if name != version_table}
+    quoted_names = {name: name.replace('"', '""') for name in tables if name != VERSION_TABLE}
     rows = {
         name: int(raw.execute(f'SELECT count(*) FROM "{escaped}"').get)  # noqa: S608  a name, escaped
         for name, escaped in quoted_names.items()
     }
-    revisions = raw.execute(f"SELECT version_num FROM {version_table}").fetchall() if version_table in tables else []  # noqa: S608  a constant
+    versions = f"SELECT version_num FROM {VERSION_TABLE}"  # noqa: S608  a constant
+    revisions = raw.execute(versions).fetchall() if VERSION_TABLE in tables else []
     epochs = raw.execute("SELECT epoch FROM store").fetchall() if "store" in tables else []
     return Contents(
         rows=rows,
@@ -186,7 +184,7 @@ def has_broken_reference(raw: Any) -> bool:
     return not children.isdisjoint(TABLES)
 
 
-def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop, *, needs_schema: bool) -> Contents:
+def _copy(engine: SQLiteEngine, partial: Path, stop: Stop, *, needs_schema: bool) -> Contents:
     with (
         _explained_copy(engine, partial, stop),
         closing(engine.open_source()) as source,
@@ -199,7 +197,7 @@ def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop, *
         copy.execute("PRAGMA journal_mode=OFF")
         copy.execute("PRAGMA synchronous=OFF")
         source.execute("BEGIN")
-        contents = read_contents(source, version_table)
+        contents = read_contents(source)
         _require_room(_size(source), partial.parent)
         with copy.backup("main", source, "main") as steps:
             while not steps.done:
@@ -208,7 +206,7 @@ def _copy(engine: SQLiteEngine, partial: Path, version_table: str, stop: Stop, *
         source.execute("ROLLBACK")
         # The copied header still says that the database is in WAL mode.
         copy.execute("PRAGMA journal_mode=DELETE")
-        _verify(engine.path, copy, contents, version_table, needs_schema=needs_schema)
+        _verify(engine.path, copy, contents, needs_schema=needs_schema)
     return contents
 
 
@@ -221,13 +219,13 @@ def _stopped() -> BackupStoppedError:
     return BackupStoppedError("the backup was stopped before it was complete: the partial copy was removed")
 
 
-def _verify(source: Path, copy: Any, expected: Contents, version_table: str, *, needs_schema: bool) -> None:
+def _verify(source: Path, copy: Any, expected: Contents, *, needs_schema: bool) -> None:
     verdict = str(copy.execute("PRAGMA integrity_check(1)").get)
     if verdict != "ok":
         problem = verdict.splitlines()[0]
     elif has_broken_reference(copy):
         problem = "a row refers to a row that does not exist"
-    elif read_contents(copy, version_table) != expected:
+    elif read_contents(copy) != expected:
         problem = "the row counts of the copy and of the snapshot differ"
     elif needs_schema and expected.revision is None:
         problem = "the schema is missing"
@@ -245,7 +243,7 @@ def _describe(
     contents: Contents,
     *,
     taken_at: datetime,
-    kind: Literal["backup", "upgrade", "adoption"],
+    kind: Kind,
     stop: Stop,
 ) -> Manifest:
     """Sync the copy to the disk, read back every byte, and return the manifest."""
@@ -296,32 +294,15 @@ def _explained_copy(engine: SQLiteEngine, partial: Path, stop: Stop) -> Iterator
         code = sqlite_code(error)
         if stop() and code == apsw.SQLITE_INTERRUPT:
             return _stopped()
-        if code in (apsw.SQLITE_FULL, apsw.SQLITE_IOERR):
-            growth_error = _growth_error(partial)
-            if growth_error is not None:
-                return growth_error
-        return sqlite_error(error)
+        translation = sqlite_error(error)
+        if code == apsw.SQLITE_IOERR:
+            translation = diagnosed_error(error, partial, find_moved=lambda: None)
+        if isinstance(translation, DiskFullError):
+            return DiskFullError(
+                f"there was no room for a backup in {quoted(partial.parent)}, or the file exceeds a size limit: free "
+                "some space or raise the limit. The partial copy was removed"
+            )
+        return translation
 
     with translated(engine.driver_errors, translate):
         yield
-
-
-def _growth_error(partial: Path) -> HomeAgentError | None:
-    """Write to the end of the copy to find out why it can't grow. Return the system's error, or None after a
-    success.
-    """
-    try:
-        descriptor = os.open(partial, os.O_WRONLY | OPEN_FLAGS)
-        try:
-            size = os.fstat(descriptor).st_size
-            os.lseek(descriptor, max(size, 0), os.SEEK_SET)
-            for _ in range(_PROBES):
-                os.write(descriptor, b"\0" * _PROBE)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        return DiskFullError(
-            f"there was no room for a backup in {quoted(partial.parent)}, or the file exceeds a size limit "
-            f"({os.strerror(error.errno or 0)}): free some space or raise the limit. The partial copy was removed"
-        )
-    return None

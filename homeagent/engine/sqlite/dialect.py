@@ -84,14 +84,34 @@ def _execute_each(
     return changed
 
 
-class Cursor(_Cursor):
+class StatementCursor(_Cursor):
+    """A cursor for a store's statements, whose columns are known before the execution."""
+
+    _changed: int | None = None
+
+    def executemany(self, statements: str, sequenceofbindings: Iterable[Any], **options: Any) -> _Cursor:
+        """Run a statement once for each set of bindings."""
+        self._changed = _execute_each(self.execute, self.connection, statements, sequenceofbindings)
+        return self
+
+    @property
+    def rowcount(self) -> int:
+        """Number of rows that the last statement changed. After a reading statement, the number of changed rows is
+        undefined.
+        """
+        if self._changed is None:
+            return self.connection.changes()
+        changed, self._changed = self._changed, None
+        return changed
+
+
+class Cursor(StatementCursor):
     """DB-API cursor for SQLAlchemy. A store's statements use `StatementCursor`, which costs less."""
 
     arraysize = 1
     description: Description | None = None  # type: ignore[assignment]  # apsw's own raises after the last row
     is_write = False
     changes_before = 0
-    _changed: int | None = None
 
     def __init__(self, connection: _Connection) -> None:
         super().__init__(connection)
@@ -105,11 +125,6 @@ class Cursor(_Cursor):
         except TypeError as error:  # the type of a binding is not a type of SQLite
             raise apsw.BindingsError(str(error)) from None
         self.description = self.description or None
-        return self
-
-    def executemany(self, statements: str, sequenceofbindings: Iterable[Any], **options: Any) -> Cursor:
-        """Run a statement once for each set of bindings."""
-        self._changed = _execute_each(self.execute, self.connection, statements, sequenceofbindings)
         return self
 
     @property
@@ -139,27 +154,6 @@ class Cursor(_Cursor):
                 break
             rows.append(row)
         return rows
-
-
-class StatementCursor(_Cursor):
-    """A cursor for a store's statements, whose columns are known before the execution."""
-
-    _changed: int | None = None
-
-    def executemany(self, statements: str, sequenceofbindings: Iterable[Any], **options: Any) -> _Cursor:
-        """Run a statement once for each set of bindings."""
-        self._changed = _execute_each(self.execute, self.connection, statements, sequenceofbindings)
-        return self
-
-    @property
-    def rowcount(self) -> int:
-        """Number of rows that the last statement changed. After a reading statement, the number of changed rows is
-        undefined.
-        """
-        if self._changed is None:
-            return self.connection.changes()
-        changed, self._changed = self._changed, None
-        return changed
 
 
 class Connection(_Connection):

@@ -26,7 +26,6 @@ from homeagent.engine.files import database_file
 from homeagent.engine.files.directories import make_temporary_directory
 from homeagent.engine.files.file_identity import FileIdentityCheck
 from homeagent.engine.files.locks import FileLock
-from homeagent.engine.files.system_errors import explained
 from homeagent.engine.fork import inherit, refuse_inherited
 from homeagent.engine.instrumented_cursor import FailureContext
 from homeagent.engine.sqlite.connection import SQLiteConnection
@@ -37,7 +36,7 @@ from homeagent.engine.sqlite.dialect import Connection as DriverConnection
 from homeagent.engine.sqlite.foreign_access import guard_of, open_guarded
 from homeagent.engine.sqlite.lock_wait import LockWait
 from homeagent.engine.sqlite.open_statements import end_with_transactions
-from homeagent.engine.sqlite.write_ahead_log import has_frames
+from homeagent.engine.sqlite.write_ahead_log import has_frames, read_start
 from homeagent.environment import Durability
 from homeagent.errors import (
     CorruptDatabaseError,
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-__all__ = ["APPLICATION_ID", "SQLiteEngine", "lock_path", "sidecar_lock"]
+__all__ = ["APPLICATION_ID", "SQLiteEngine", "lock_path", "read_transaction", "sidecar_lock"]
 
 APPLICATION_ID = 0x48414731
 """The text `HAG1`, in each homeagent database's header (https://sqlite.org/pragma.html#pragma_application_id)."""
@@ -74,6 +73,21 @@ def lock_path(database: Path) -> Path:
 def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
     """Return the lock that a process must hold while it creates, upgrades or restores the database."""
     return FileLock(lock_path(path), timeout=timeout)
+
+
+@contextmanager
+def read_transaction(connection: Connection) -> Iterator[None]:
+    """Run the block in a transaction that takes no write lock."""
+    raw: Any = connection.connection.driver_connection
+    # Do not call SQLAlchemy's method `begin()`, because the listener `_on_begin()` would take the write lock.
+    raw.execute("BEGIN")
+    try:
+        yield
+    finally:
+        connection.rollback()
+        # If Ctrl-C interrupts a statement, SQLAlchemy closes the connection.
+        if not connection.invalidated and raw.in_transaction:
+            raw.execute("ROLLBACK")
 
 
 class SQLiteEngine(Engine):
@@ -232,18 +246,8 @@ class SQLiteEngine(Engine):
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """Yield a new connection in a read transaction. This transaction does not block writers."""
-        with self.connect() as connection:
-            raw: Any = connection.connection.driver_connection
-            # Do not call SQLAlchemy's method `begin()`, because the listener `_on_begin()` would take the write lock.
-            with self.translated():
-                raw.execute("BEGIN")
-            try:
-                yield connection
-            finally:
-                connection.rollback()
-                # If Ctrl-C interrupts a statement, SQLAlchemy closes the connection.
-                if not connection.invalidated and raw.in_transaction:
-                    raw.execute("ROLLBACK")
+        with self.connect() as connection, read_transaction(connection):
+            yield connection
 
     def prepare_connection(self, connection: Connection, *, read_only: bool) -> None:
         """Make a reader's connection read-only. Install the busy handler `LockWait` on a writer's connection."""
@@ -368,12 +372,7 @@ class SQLiteEngine(Engine):
         journal = database_file.sidecars(self.path)[2]
         if database_file.size_of(lock_path(self.path)) or database_file.look_at(journal) is None:
             return False
-        with explained("read", journal):
-            descriptor = os.open(journal, os.O_RDONLY | database_file.OPEN_FLAGS)
-            try:
-                header = os.read(descriptor, 20)
-            finally:
-                os.close(descriptor)
+        header = read_start(journal, 20)
         # Bytes 16 to 19 are the size before the transaction (https://sqlite.org/fileformat2.html, section 3).
         return header[:8] == _JOURNAL_MAGIC and header[16:] == bytes(4)
 

@@ -53,7 +53,7 @@ def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
             if isinstance(error.__cause__, PermissionError) and not os.access(database.parent, os.W_OK):
                 return None
             raise
-        if not lock.has_marker():
+        if lock.read_marker() is None:
             return lock
         # To finish a restore, take the exclusive lock, which proves that no other process has the database open.
         lock.release()

@@ -6,7 +6,6 @@ content into the file and removes the WAL.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Container, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -21,11 +20,10 @@ from sqlalchemy.pool import NullPool
 from homeagent.clock import monotonic
 from homeagent.engine.driver_errors import sqlite_error, translated
 from homeagent.engine.engine import open_engines
-from homeagent.engine.files.database_file import OPEN_FLAGS, look_at, sidecars
-from homeagent.engine.files.system_errors import explained
+from homeagent.engine.files.database_file import look_at, sidecars
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME
 from homeagent.engine.sqlite.foreign_access import open_guarded
-from homeagent.engine.sqlite.write_ahead_log import has_frames
+from homeagent.engine.sqlite.write_ahead_log import has_frames, read_start
 from homeagent.errors import ReadOnlyError
 
 if TYPE_CHECKING:
@@ -136,14 +134,8 @@ def journal_mode(path: Path, connection: Connection) -> str | None:
     # file open, because the close would drop this process's locks (https://sqlite.org/howtocorrupt.html, section 2.2).
     if any(str(engine.sa_engine.url.database) == str(path) for engine in open_engines()):
         return None
-    with explained("read", path):
-        descriptor = os.open(path, os.O_RDONLY | OPEN_FLAGS)
-        try:
-            header = os.read(descriptor, 20)
-        finally:
-            os.close(descriptor)
     # https://sqlite.org/fileformat2.html#file_format_version_numbers
-    return "wal" if header[18:20] == b"\x02\x02" else "delete"
+    return "wal" if read_start(path, 20)[18:] == b"\x02\x02" else "delete"
 
 
 def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) -> bool:

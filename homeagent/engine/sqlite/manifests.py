@@ -23,6 +23,7 @@ from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabas
 
 __all__ = [
     "PARTIAL",
+    "Kind",
     "Manifest",
     "backups_in",
     "manifest_path",
@@ -38,6 +39,9 @@ PARTIAL = ".partial"
 """Suffix of files that are not complete yet."""
 
 _LARGEST = 64 * 1024  # maximum size in bytes; a manifest has a few hundred bytes
+
+
+Kind = Literal["backup", "upgrade", "adoption"]
 
 
 class Manifest(BaseModel):
@@ -60,7 +64,7 @@ class Manifest(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     format: Literal[1] = 1
-    kind: Literal["backup", "upgrade", "adoption"] = "backup"
+    kind: Kind = "backup"
     database: str
     taken_at: AwareDatetime
     schema_revision: str | None

@@ -17,19 +17,19 @@ import shutil
 import struct
 import sys
 import tempfile
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import apsw
 
 from homeagent.engine.driver_errors import sqlite_error, translated
-from homeagent.engine.files.database_file import OPEN_FLAGS, SMALLEST_DATABASE, sidecars
+from homeagent.engine.files.database_file import OPEN_FLAGS, SMALLEST_DATABASE, sidecars, size_of
 from homeagent.engine.files.directories import find_temporary_directory
 from homeagent.engine.files.system_errors import explained
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, connect
 
-__all__ = ["LostCommits", "find_lost_commits", "has_frames"]
+__all__ = ["LostCommits", "find_lost_commits", "has_frames", "read_start"]
 
 _HEADER = 32
 _FRAME_HEADER = 24
@@ -73,13 +73,22 @@ def has_frames(path: Path) -> bool:
     fails on a WAL without frames after 10 seconds (SQLITE_PROTOCOL).
     """
     log = sidecars(path)[0]
-    with explained("read", log):
-        try:
-            descriptor = os.open(log, os.O_RDONLY | OPEN_FLAGS)
-        except FileNotFoundError:
-            return False
-        with os.fdopen(descriptor, "rb") as file:
-            return os.fstat(descriptor).st_size >= _SMALLEST_LOG and _page_size(file.read(_HEADER)) is not None
+    return size_of(log) >= _SMALLEST_LOG and _page_size(read_start(log, _HEADER)) is not None
+
+
+def read_start(path: Path, size: int) -> bytes:
+    """Return the first bytes of a file. If the file does not exist, return no bytes.
+
+    Do not call this function for a database file or a WAL index that this process has open through SQLite, because the
+    close would drop SQLite's locks.
+    """
+    with explained("read", path), suppress(FileNotFoundError), _opened(path) as file:
+        return file.read(size)
+    return b""
+
+
+def _opened(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS), "rb")
 
 
 def find_lost_commits(path: Path) -> LostCommits | None:
@@ -95,13 +104,10 @@ def find_lost_commits(path: Path) -> LostCommits | None:
     """
     log, index = sidecars(path)[:2]
     known = _read_index(index)
-    with explained("read", log):
-        try:
-            descriptor = os.open(log, os.O_RDONLY | OPEN_FLAGS)
-        except FileNotFoundError:
-            return _judged(known, _Log(0, 0, None, exists=False))
-        with os.fdopen(descriptor, "rb") as file:
-            return _judged(known, _Log.read(file, log))
+    found = _Log(0, 0, None, exists=False)
+    with explained("read", log), suppress(FileNotFoundError), _opened(log) as file:
+        found = _Log.read(file, log)
+    return _judged(known, found)
 
 
 class _Log(NamedTuple):
@@ -207,13 +213,7 @@ def _is_later(salt: bytes, *, than: bytes) -> bool:
 
 def _read_index(index: Path) -> _Index | None:
     """Return the content of the WAL index. If the index is missing or invalid, return None."""
-    with explained("read", index):
-        try:
-            descriptor = os.open(index, os.O_RDONLY | OPEN_FLAGS)
-        except FileNotFoundError:
-            return None
-        with os.fdopen(descriptor, "rb") as file:
-            content = file.read(_INDEX)
+    content = read_start(index, _INDEX)
     header = content[:_INDEX_HEADER]
     if len(content) < _INDEX or header != content[_INDEX_HEADER : 2 * _INDEX_HEADER]:
         return None

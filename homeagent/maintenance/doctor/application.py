@@ -11,10 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sqlalchemy import text
-
 from homeagent.maintenance.doctor.report import Collector, Severity
-from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, own_tables, stored_revisions
+from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, count_rows, own_tables, stored_revisions
 from homeagent.migrations.schema_drift import Difference, schema_differences
 
 if TYPE_CHECKING:
@@ -93,17 +91,12 @@ def _shown(differences: Sequence[Difference]) -> str:
 
 def check_application(collector: Collector, connection: Connection) -> None:
     """Name the application's tables, and count their rows."""
-    names = own_tables(connection)
+    rows = count_rows(connection, own_tables(connection))
     revision = ", ".join(sorted(stored_revisions(connection, APPLICATION_VERSION_TABLE))) or None
-    quote = connection.dialect.identifier_preparer.quote
-    rows = {
-        name: int(connection.execute(text(f"SELECT count(*) FROM {quote(name)}")).scalar_one())  # noqa: S608  quoted
-        for name in names
-    }
     shown = ", ".join(f"{name} ({number:,} rows)" for name, number in rows.items())
     place = "" if revision is None else f" at revision {revision}"
     summary = f"Tables of the application{place}: {shown or 'none'}."
-    collector.ok("application", summary, revision=revision, tables=len(names), rows=sum(rows.values()))
+    collector.ok("application", summary, revision=revision, tables=len(rows), rows=sum(rows.values()))
 
 
 def report_orphans(collector: Collector, broken: Counter[tuple[str, str]]) -> None:

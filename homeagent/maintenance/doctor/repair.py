@@ -15,7 +15,6 @@ from homeagent.clock import Clock
 from homeagent.engine.engine import Engine
 from homeagent.engine.files.permissions import FILE_MODE, change_mode
 from homeagent.engine.files.system_errors import explained
-from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.statements import Statement
 from homeagent.engine.target import Target
@@ -24,9 +23,8 @@ from homeagent.maintenance.doctor.files import megabytes, public_files, stale_pa
 from homeagent.maintenance.doctor.report import Diagnosis, Repair, Severity
 from homeagent.maintenance.doctor.store import SECRETS_GRACE, stale_routes
 from homeagent.maintenance.sweep import sweep
-from homeagent.migrations.postgresql import open_postgresql
-from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models import AgentSession, Device
+from homeagent.opening import open_engine
 from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
 
@@ -139,24 +137,14 @@ def _switch_to_wal(path: Path, done: list[Repair]) -> None:
 
 @contextmanager
 def _opened(target: Target, clock: Clock, engine: Engine | None) -> Iterator[UnitSettings]:
-    seconds = _WAIT.total_seconds()
-    if engine is not None:
-        yield UnitSettings(engine, clock, seconds, UnitOfWork)
-        return
-    own: SQLiteEngine | PostgreSQLEngine
-    if target.path is not None:
-        own = SQLiteEngine(target.path, busy_timeout=_WAIT, durability="full")
-    else:
-        assert target.url is not None  # noqa: S101  a temporary database was refused
-        own = PostgreSQLEngine(target.url, busy_timeout=_WAIT)
+    used = engine or open_engine(
+        target.url or target.path, clock=clock, busy_timeout=_WAIT, durability="full", migrate=False, pool_size=1
+    )
     try:
-        if isinstance(own, SQLiteEngine):
-            open_sqlite(own, clock=clock, timeout=_WAIT, migrate=False, temporary=False)
-        else:
-            open_postgresql(own, timeout=_WAIT, migrate=False)
-        yield UnitSettings(own, clock, seconds, UnitOfWork)
+        yield UnitSettings(used, clock, _WAIT.total_seconds(), UnitOfWork)
     finally:
-        own.close()
+        if engine is None:
+            used.close()
 
 
 def _sweep(settings: UnitSettings) -> Iterator[str]:
