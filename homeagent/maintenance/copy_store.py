@@ -35,7 +35,7 @@ from homeagent.maintenance.own_tables import OwnTable, late_references, plan_own
 from homeagent.migrations import REVISION, revision_of
 from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.models import DATA_TABLES, SCHEMA, DeviceChange
-from homeagent.models.types import FlagColumn, JsonColumn, naming_column
+from homeagent.models.types import FlagColumn, JsonColumn, naming_column, stored_type
 from homeagent.unit_of_work import UnitOfWork
 
 __all__ = ["CopyProgress", "CopyReport", "copy_store"]
@@ -91,9 +91,7 @@ class _Table:
         self.name: str = described.name
         self.columns = tuple(c.name for c in described.columns)
         self.page = PAGE_WITH_JSON if any(isinstance(c.type, JsonColumn) for c in described.columns) else PAGE
-        self._kinds = [
-            {_stored_kind(c.type), type(None)} if c.nullable else {_stored_kind(c.type)} for c in described.columns
-        ]
+        self._kinds = [{stored_type(c), type(None)} if c.nullable else {stored_type(c)} for c in described.columns]
         self._flags = [at for at, c in enumerate(described.columns) if isinstance(c.type, FlagColumn)]
         self._named = self.columns.index(naming_column(described))
         self._sound: set[tuple[type, ...]] = set()
@@ -159,12 +157,6 @@ class _Table:
             f"{self.columns[self._named]} {row[self._named]!r}: "
             "correct or delete the row, then copy again. The target is unchanged"
         )
-
-
-def _stored_kind(of_column: Any) -> type:
-    # homeagent's column types are SQLAlchemy decorators around the stored type.
-    kind: type = getattr(of_column, "impl_instance", of_column).python_type
-    return kind
 
 
 @cache

@@ -11,7 +11,7 @@ import logging
 import os
 import stat
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -24,6 +24,7 @@ from homeagent.engine.files.database_file import (
     look_at,
     refuse_insecure,
     secure_sidecars,
+    sidecars,
     size_of,
 )
 from homeagent.engine.files.directories import prepare_directory
@@ -31,6 +32,8 @@ from homeagent.engine.files.filesystems import refuse_network_filesystem
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.owners import backup_owners
 from homeagent.engine.files.system_errors import quoted
+from homeagent.engine.sqlite.backup import discard
+from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, connect
 from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path, sidecar_lock
 from homeagent.engine.sqlite.in_use import alone, in_use_path, kept_from_sqlite
 from homeagent.engine.sqlite.manifests import Manifest, read_manifest
@@ -40,11 +43,20 @@ from homeagent.errors import (
     ConflictError,
     CorruptDatabaseError,
     DatabaseBusyError,
+    DatabaseError,
     ForeignDatabaseError,
     InvalidArgumentError,
 )
-from homeagent.maintenance.previous_state import read_previous_state
-from homeagent.maintenance.staging import SQLITE_HEADER, Devices, damaged, header_of, is_homeagent_database, stage
+from homeagent.maintenance.staging import (
+    SQLITE_HEADER,
+    Devices,
+    copy_file,
+    damaged,
+    devices_of,
+    header_of,
+    is_homeagent_database,
+    stage,
+)
 from homeagent.models.types import check_timestamp, check_wait
 
 if TYPE_CHECKING:
@@ -116,9 +128,9 @@ def restore(
         with alone(database, timeout=busy_timeout) as lock:
             marker = _marker(database, busy_timeout)
             _refuse_target(database, marker)
-            before = read_previous_state(database)
-            _refuse_other_epoch(database, before.epoch, expected_epoch)
-            known_epoch = max(epoch_of_marker(marker), before.epoch)
+            old_epoch, before = _read_old_database(database)
+            _refuse_other_epoch(database, old_epoch, expected_epoch)
+            known_epoch = max(epoch_of_marker(marker), old_epoch)
             with kept_from_sqlite(database):
                 has_old_database = os.path.lexists(database)
                 restored_at = _now(clock, manifest)
@@ -144,9 +156,34 @@ def restore(
         upgraded_from=staged.upgraded_from,
         schema_revision=staged.revision,
         rows=staged.rows,
-        readmitted_devices=_readmitted(before.devices, staged.devices),
-        old_secret_devices=_with_old_secret(before.devices, staged.devices),
+        readmitted_devices=_readmitted(before, staged.devices),
+        old_secret_devices=_with_old_secret(before, staged.devices),
     )
+
+
+def _read_old_database(database: Path) -> tuple[int, Devices | None]:
+    """Return the epoch and the devices of the old database. If a value can't be read, return 0 or None instead.
+
+    Read a copy, because SQLite would checkpoint and remove the original's WAL at close.
+    """
+    if not os.path.lexists(database):
+        return 0, None
+    copy = database.with_name(f"{database.name}.before.restoring")
+    discard(copy)
+    epoch = 0
+    try:
+        for original, target in zip((database, *sidecars(database)), (copy, *sidecars(copy)), strict=True):
+            if os.path.lexists(original) and not original.name.endswith("-shm"):
+                copy_file(original, target, database=database)
+        with closing(connect(str(copy))) as raw:
+            raw.execute("PRAGMA trusted_schema=OFF")
+            with suppress(*DRIVER_ERRORS, TypeError, ValueError):  # the file is damaged, or its revision has no epoch
+                epoch = int(raw.execute("SELECT epoch FROM store").get)
+            return epoch, devices_of(raw)
+    except (*DRIVER_ERRORS, DatabaseError, TypeError, ValueError):  # the database is damaged, or the disk failed
+        return epoch, None
+    finally:
+        discard(copy)
 
 
 _UNKNOWN_DEVICE = (None, "")
@@ -208,25 +245,19 @@ def _not_in_use(source: Path) -> Iterator[None]:
     During the block the caller can read the bytes of the file. The file must be closed because the caller would drop
     SQLite's locks when it closes its descriptor.
     """
-    lock: FileLock | None = None
-    if os.path.lexists(in_use_path(source)):
-        # Open the lock file for reading, because the source can be a database in a read-only snapshot of a disk.
-        lock = FileLock(in_use_path(source), timeout=timedelta(0), writable=False)
-    try:
-        if lock is not None:
-            lock.acquire()
-    except DatabaseBusyError:
-        raise DatabaseBusyError(
-            f"{quoted(source)} is open: close the database first, or back it up and restore the backup"
-        ) from None
-    try:
+    with ExitStack() as locks:
+        if os.path.lexists(in_use_path(source)):
+            try:
+                # Open the lock file for reading, because the source can be in a read-only snapshot of a disk.
+                locks.enter_context(FileLock(in_use_path(source), timeout=timedelta(0), writable=False))
+            except DatabaseBusyError:
+                raise DatabaseBusyError(
+                    f"{quoted(source)} is open: close the database first, or back it up and restore the backup"
+                ) from None
         if os.access(source, os.W_OK):  # skip the check on a read-only medium, because no process can change the file
             with kept_from_sqlite(source):
                 pass
         yield
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 def _check_header(source: Path, database: Path, manifest: Manifest | None) -> None:

@@ -53,11 +53,7 @@ ChosenSecret = Annotated[
 ]
 
 
-class Schema(Model):
-    """Base of the schemas: a Pydantic model without a table."""
-
-
-class MetadataSchema(Schema):
+class MetadataSchema(Model):
     """A schema with a field for the application's metadata.
 
     The name of the field is `metadata_`, because SQLAlchemy uses the attribute `metadata` of a class. The alias of the
@@ -72,7 +68,7 @@ class MetadataSchema(Schema):
         return self.metadata_  # type: ignore[attr-defined]  # every subclass declares the field
 
 
-class AgentCreate(Schema):
+class AgentCreate(Model):
     """Request to create an agent. An application can use this model as a request body."""
 
     id: Identifier
@@ -81,7 +77,7 @@ class AgentCreate(Schema):
     config: Json = None
 
 
-class AgentUpdate(Schema):
+class AgentUpdate(Model):
     """Request to change an agent. An application can use this model as a request body.
 
     Fields that the request leaves out keep their values. The value None of the field `config` clears the configuration.
@@ -97,7 +93,7 @@ class AgentUpdate(Schema):
 # The texts of a reply come from a row, and a row of an earlier version can break the rules for new texts.
 
 
-class AgentPublic(Schema):
+class AgentPublic(Model):
     """An agent in a reply."""
 
     id: str

@@ -28,7 +28,7 @@ from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.in_use import hold_in_use_lock
 from homeagent.engine.sqlite.manifests import manifest_path
 from homeagent.engine.sqlite.replacement import new_path, quarantine_path
-from homeagent.maintenance import previous_state, restore
+from homeagent.maintenance import restore
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests import fork_server
 from tests.conftest import ROOT, START, Children, FakeClock, add_agent, add_device, write_past_checks
@@ -502,7 +502,7 @@ def test_target_that_the_disk_can_not_read(sqlite_path: Path, backup: Path, monk
         with explained("copy the backup to", new):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(previous_state, "copy_file", fail)
+    monkeypatch.setattr(restore, "copy_file", fail)
     report = Database.restore(backup, sqlite_path)
     assert (report.readmitted_devices, report.old_secret_devices) == (None, None)
     assert report.kept_aside is not None

@@ -70,33 +70,19 @@ def diagnose(
     where = resolve_target(given)
     if where.is_temporary:
         raise InvalidArgumentError("a temporary database exists only while it is open: use Database.doctor()")
-    return _diagnose(where, clock, thorough=thorough, fix=fix, acknowledged=frozenset(acknowledged))
+    return _diagnose(where, clock, frozenset(acknowledged), thorough=thorough, fix=fix)
 
 
 def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: bool, fix: bool) -> Diagnosis:
     """Check a database that the calling process has open (see `Database.doctor()`). The argument `read` is a function
     that begins a read-only unit.
     """
-    if not isinstance(engine, SQLiteEngine):
-        return _diagnose(
-            Target(url=engine.sa_engine.url),
-            clock,
-            thorough=thorough,
-            fix=fix,
-            engine=engine,
-            acknowledged=engine.acknowledged,
-        )
-    # While a reader is open, SQLite keeps the WAL and the WAL index, so the doctor can read without creating files.
-    reading = partial(_reading, read)
-    return _diagnose(
-        Target(path=engine.path),
-        clock,
-        thorough=thorough,
-        fix=fix,
-        engine=engine,
-        meanwhile=reading,
-        acknowledged=engine.acknowledged,
-    )
+    target = Target(url=engine.sa_engine.url)
+    meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext
+    if isinstance(engine, SQLiteEngine):
+        # While a reader is open, SQLite keeps the WAL and the WAL index, so the doctor can read without creating files.
+        target, meanwhile = Target(path=engine.path), partial(_reading, read)
+    return _diagnose(target, clock, engine.acknowledged, thorough=thorough, fix=fix, engine=engine, meanwhile=meanwhile)
 
 
 @contextmanager
@@ -121,12 +107,12 @@ def _reading(read: OpenUnit) -> Iterator[None]:
 def _diagnose(
     target: Target,
     clock: Clock,
+    acknowledged: frozenset[str],
     *,
     thorough: bool,
     fix: bool,
     engine: Engine | None = None,
     meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext,
-    acknowledged: frozenset[str] = frozenset(),
 ) -> Diagnosis:
     with meanwhile():
         found = _check(target, clock, acknowledged, thorough=thorough)

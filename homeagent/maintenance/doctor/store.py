@@ -20,7 +20,7 @@ from homeagent.migrations import REVISION, VERSION_TABLE, revision_of
 from homeagent.models import SCHEMA, Agent, AgentSession, Device, IdempotencyKey, Nonce, Role, store_table
 from homeagent.models.idempotency_key import IdempotencyState
 from homeagent.models.session import route_key
-from homeagent.models.types import FlagColumn, JsonColumn, TimestampColumn, naming_column
+from homeagent.models.types import FlagColumn, JsonColumn, TimestampColumn, naming_column, stored_type
 from homeagent.stores.nonces import NONCE_GRACE
 
 if TYPE_CHECKING:
@@ -202,8 +202,7 @@ def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | Non
 
     For a valid value, the returned function returns None.
     """
-    kind: Any = getattr(described.type, "impl_instance", described.type)
-    stored: type = kind.python_type
+    stored = stored_type(described)
     load = getattr(described.type, "process_result_value", None)
     is_flag = isinstance(described.type, FlagColumn)
 

@@ -6,7 +6,6 @@ Models validate fields, and stores validate arguments, by the same functions of 
 from homeagent.models.types.enums import EnumColumn, FlagColumn
 from homeagent.models.types.json_text import (
     MAX_JSON_BYTES,
-    MAX_PAIRING_JSON_BYTES,
     MAX_RESULT_BYTES,
     Json,
     JsonColumn,
@@ -17,10 +16,9 @@ from homeagent.models.types.json_text import (
 )
 from homeagent.models.types.limits import MAX_LIMIT, check_limit
 from homeagent.models.types.own_columns import choose_column_type
-from homeagent.models.types.stored_values import UNREADABLE, loaded, naming_column, unreadable, unreadable_in
+from homeagent.models.types.stored_values import UNREADABLE, naming_column, stored_type, unreadable, unreadable_in
 from homeagent.models.types.text import (
     INVISIBLE,
-    MAX_ID_BYTES,
     MIN_SECRET_CHARACTERS,
     Identifier,
     Label,
@@ -33,11 +31,9 @@ from homeagent.models.types.text import (
     check_new_secret,
     check_optional_label,
     check_searched,
-    check_session_id,
     text_column,
 )
 from homeagent.models.types.timestamps import (
-    EPOCH,
     LONGEST_WAIT,
     MILLISECOND,
     Timestamp,
@@ -52,13 +48,10 @@ from homeagent.models.types.timestamps import (
 )
 
 __all__ = [
-    "EPOCH",
     "INVISIBLE",
     "LONGEST_WAIT",
-    "MAX_ID_BYTES",
     "MAX_JSON_BYTES",
     "MAX_LIMIT",
-    "MAX_PAIRING_JSON_BYTES",
     "MAX_RESULT_BYTES",
     "MILLISECOND",
     "MIN_SECRET_CHARACTERS",
@@ -84,7 +77,6 @@ __all__ = [
     "check_new_secret",
     "check_optional_label",
     "check_searched",
-    "check_session_id",
     "check_timestamp",
     "check_wait",
     "choose_column_type",
@@ -92,9 +84,9 @@ __all__ = [
     "earlier",
     "encode_json",
     "later",
-    "loaded",
     "naming_column",
     "not_after",
+    "stored_type",
     "text_column",
     "to_milliseconds",
     "unreadable",

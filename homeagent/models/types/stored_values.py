@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sqlalchemy import Table
+from sqlalchemy import Column, Table
 
 from homeagent.errors import CorruptDatabaseError
 
-__all__ = ["UNREADABLE", "loaded", "naming_column", "unreadable", "unreadable_in"]
+__all__ = ["UNREADABLE", "loaded", "naming_column", "stored_type", "unreadable", "unreadable_in"]
 
 T = TypeVar("T")
 
@@ -30,6 +30,12 @@ def naming_column(table: Table) -> str:
     The keys of nonces and idempotency keys are secret, so an error must not show the keys.
     """
     return "device_id" if "device_id" in table.columns else next(iter(table.primary_key.columns)).name
+
+
+def stored_type(column: Column[Any]) -> type:
+    """Return the type of the column's stored values. homeagent's column types are decorators around the stored type."""
+    kind: type = getattr(column.type, "impl_instance", column.type).python_type
+    return kind
 
 
 def unreadable() -> CorruptDatabaseError:
