@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from homeagent.engine.sqlite.dialect import decoded_row, undecoded_columns
 from homeagent.engine.sqlite.inspection import scratch_sqlite
 from homeagent.errors import MigrationError, SchemaChangedError
 from homeagent.migrations.revisions import VERSION_TABLE, revision_of, upgrade
@@ -86,9 +87,8 @@ def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
     for later, table, columns in _CONVERTED:
         if later <= revision:
             continue
-        parts = ", ".join(f"typeof({name}), CAST({name} AS BLOB)" for name in columns)
-        for row in connection.exec_driver_sql(f"SELECT {parts} FROM {table}"):  # noqa: S608  constants
-            texts = [_text(kind, value) for kind, value in zip(row[::2], row[1::2], strict=True)]
+        for row in connection.exec_driver_sql(f"SELECT {undecoded_columns(columns)} FROM {table}"):  # noqa: S608  constants
+            texts = decoded_row(row)
             bad = [name for name, value in zip(columns, texts, strict=True) if isinstance(value, bytes)]
             if bad:
                 raise MigrationError(
@@ -96,16 +96,6 @@ def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
                     f"{texts[0]!r}: the value is a BLOB, or text that is not UTF-8. Correct or delete the row with "
                     "another program, then open the database again. The database was not changed"
                 )
-
-
-def _text(kind: str, value: bytes | None) -> str | bytes | None:
-    """Return a stored text as `str`. For a BLOB, and for text that is not UTF-8, return bytes."""
-    if value is None or kind == "blob":
-        return value
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.sqlite.constraints import named_conflict
-from homeagent.engine.sqlite.dialect import StatementCursor
+from homeagent.engine.sqlite.dialect import StatementCursor, Undecodable, decoded_row, undecoded_columns
 
 if TYPE_CHECKING:
     from homeagent.engine.statements import Compiled, Parameters
@@ -48,19 +48,12 @@ class SQLiteConnection(StoreConnection):
             return None
         if compiled.writes:
             return compiled.unreadable_at(None, (), parameters, _NOT_UTF8)
-        # Read the rows again as BLOBs, because the driver tries to decode each value of the storage class TEXT.
         names = [f"c{place}" for place in range(len(compiled.columns))]
-        stored = ", ".join(f"typeof({name}), CAST({name} AS BLOB)" for name in names)
-        sql = f"WITH found({', '.join(names)}) AS ({compiled.sql}) SELECT {stored} FROM found"  # noqa: S608  own SQL
+        sql = f"WITH found({', '.join(names)}) AS ({compiled.sql}) SELECT {undecoded_columns(names)} FROM found"  # noqa: S608  own SQL
         # Use the same cursor, which ends the failed statement. An open statement would prevent closing the connection.
         for values in self._execute(sql, compiled.bind(parameters)).fetchall():
-            row: list[Any] = list(values[1::2])
-            found = None
-            for place, kind in enumerate(values[::2]):
-                try:
-                    row[place] = row[place].decode() if kind == "text" else row[place]
-                except UnicodeDecodeError:
-                    found = place
-            if found is not None:
-                return compiled.unreadable_at(found, row, parameters, _NOT_UTF8)
+            row = decoded_row(values)
+            found = [place for place, value in enumerate(row) if isinstance(value, Undecodable)]
+            if found:
+                return compiled.unreadable_at(found[-1], row, parameters, _NOT_UTF8)
         return None

@@ -32,8 +32,11 @@ __all__ = [
     "Connection",
     "Dialect",
     "StatementCursor",
+    "Undecodable",
     "connect",
+    "decoded_row",
     "deny_attach",
+    "undecoded_columns",
 ]
 
 DRIVER_NAME = "sqlite+homeagent"
@@ -269,6 +272,33 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
 def deny_attach(operation: int, *names: str | None) -> int:
     """Authorize every action except ATTACH and DETACH (https://sqlite.org/c3ref/set_authorizer.html)."""
     return apsw.SQLITE_DENY if operation in (apsw.SQLITE_ATTACH, apsw.SQLITE_DETACH) else apsw.SQLITE_OK
+
+
+class Undecodable(bytes):
+    """The bytes of a stored text that is not UTF-8."""
+
+
+def undecoded_columns(names: Iterable[str]) -> str:
+    """Return the expressions that read columns without decoding texts. The function `decoded_row()` takes their values.
+
+    The driver decodes each value of the storage class TEXT, and raises an error for a text that is not UTF-8. The
+    argument `names` contains names that are quoted for SQL.
+    """
+    return ", ".join(
+        f"typeof({name}), CASE typeof({name}) WHEN 'text' THEN CAST({name} AS BLOB) ELSE {name} END" for name in names
+    )
+
+
+def decoded_row(row: Sequence[Any]) -> list[Any]:
+    """Return the values of a row that the expressions of `undecoded_columns()` read."""
+    return [_decoded(value) if kind == "text" else value for kind, value in zip(row[::2], row[1::2], strict=True)]
+
+
+def _decoded(value: bytes) -> str | Undecodable:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return Undecodable(value)
 
 
 def _regexp(*arguments: Any) -> bool | None:

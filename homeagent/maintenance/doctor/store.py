@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, column, exists, func, literal_column, not_, or_, select
+from sqlalchemy import and_, column, exists, func, not_, or_, select, text
 from sqlalchemy import table as sql_table
 
+from homeagent.engine.sqlite.dialect import Undecodable, decoded_row, undecoded_columns
 from homeagent.errors import CorruptDatabaseError
 from homeagent.maintenance.doctor.application import check_application, check_schema
 from homeagent.maintenance.doctor.report import RESTORE, STORE_CHECKS, TOO_LONG, Collector, Severity
@@ -172,29 +173,13 @@ def _read(
 
 def _pages(described: Table, connection: Connection, *, undecoded: bool) -> Iterator[Sequence[Sequence[Any]]]:
     quote = connection.dialect.identifier_preparer.quote
-    parts: list[str] = []
-    for name in (quote(c.name) for c in described.columns):
-        parts += [f"typeof({name})", f"CASE typeof({name}) WHEN 'text' THEN CAST({name} AS BLOB) ELSE {name} END"]
-    wanted: list[Any] = (
-        [literal_column(part) for part in parts] if undecoded else [column(c.name) for c in described.columns]
-    )
-    rows = select(*wanted).select_from(sql_table(described.name))
+    rows: Any = select(*(column(c.name) for c in described.columns)).select_from(sql_table(described.name))
+    if undecoded:
+        names = undecoded_columns(quote(c.name) for c in described.columns)
+        rows = text(f"SELECT {names} FROM {quote(described.name)}")  # noqa: S608  quoted
     size = _PAGE_WITH_JSON if any(isinstance(c.type, JsonColumn) for c in described.columns) else _PAGE
     for page in connection.execute(rows, execution_options={"yield_per": size}).partitions():
-        yield [list(map(_decoded, row[::2], row[1::2])) for row in page] if undecoded else page
-
-
-class _Undecodable(bytes):
-    """The bytes of a stored text that is not UTF-8."""
-
-
-def _decoded(kind: str, value: Any) -> Any:
-    if kind != "text":
-        return value
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return _Undecodable(value)
+        yield [decoded_row(row) for row in page] if undecoded else page
 
 
 def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | None]:
@@ -209,7 +194,7 @@ def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | Non
     def test(value: Any) -> str | None:
         if value is None:
             return None if described.nullable else "is NULL"
-        if isinstance(value, _Undecodable):
+        if isinstance(value, Undecodable):
             return "holds text that is not UTF-8"
         if not isinstance(value, stored):
             return f"holds a value of type {type(value).__name__}"
