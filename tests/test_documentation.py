@@ -1,5 +1,6 @@
-"""The generated pages are current, and the reference lists every public name."""
+"""The generated pages and the diagrams are current, and the reference lists every public name."""
 
+import enum
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import homeagent
 import homeagent.fastapi
 import homeagent.maintenance
+from homeagent import transaction
+from homeagent.models import device, idempotency_key
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,3 +29,40 @@ def test_reference_lists_each_name(module: object) -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
     listed = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", pages, flags=re.MULTILINE)}
     assert set(module.__all__) - {"__version__"} <= listed  # type: ignore[attr-defined]  # the modules have `__all__`
+
+
+def diagram(page: str, title: str) -> str:
+    """Return the Mermaid source of the diagram whose title begins with the argument `title`."""
+    sources: list[str] = re.findall(
+        r"^```mermaid\n(.*?)^```$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M | re.S
+    )
+    (found,) = (source for source in sources if f"accTitle: {title}" in source)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("page", "title", "states", "described"),
+    [
+        ("unit-of-work", "States of a unit", transaction.UnitState, transaction),
+        ("devices", "States of a device", homeagent.DeviceStatus, device),
+        ("idempotent-effects", "States of an idempotency key", homeagent.IdempotencyState, idempotency_key),
+    ],
+)
+def test_state_diagram(page: str, title: str, states: type[enum.Enum], described: object) -> None:
+    """A state diagram has all states of the code, and only transitions from the table in the module's docstring."""
+    names = {state.name.lower() for state in states}
+    arrows = re.findall(r"^  (\S+) --> ([^\s:]+)", diagram(f"concepts/{page}.md", title), flags=re.M)
+    assert {name for arrow in arrows for name in arrow} - {"[*]"} == names
+
+    def states_in(cell: str) -> set[str]:
+        words = cell.strip().lower().replace(" ", "_").replace("no_row", "[*]")
+        return names if words == "any" else {name for name in (*names, "[*]") if name in words}
+
+    rows = [line.strip("|").split("|") for line in str(described.__doc__).splitlines() if line.startswith("|")]
+    possible = {
+        (before, after)
+        for row in rows
+        for before in states_in(row[0])
+        for after in states_in(row[1] if described is transaction else row[2])
+    }
+    assert set(arrows) <= possible

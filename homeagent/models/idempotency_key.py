@@ -91,7 +91,7 @@ class IdempotencyKey(Table, table=True):
     state: IdempotencyState = Field(
         default=IdempotencyState.COMPLETED,
         sa_column=Column("state", EnumColumn(IdempotencyState), nullable=False, server_default=text("'completed'")),
-        description="State of the call: see the diagram in the page on idempotency.",
+        description="State of the call: see the diagram in the page on idempotent effects.",
     )
     fingerprint: Name | None = Field(
         default=None,
