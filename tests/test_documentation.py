@@ -4,6 +4,7 @@ import enum
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,13 @@ def test_state_diagram(page: str, title: str, states: type[enum.Enum], described
         for after in states_in(row[1] if described is transaction else row[2])
     }
     assert set(arrows) <= possible
+
+
+def test_layers_diagram() -> None:
+    """The architecture diagram names the modules of the import contract in the order of the layers."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = " ".join(next(each["layers"] for each in contracts["contracts"] if each["id"] == "layers"))
+    lines = re.sub(r"<b>.*?</b>", "", diagram("design.md", "Layers of the package"))
+    labels = " ".join(re.findall(r'\["(.*?)"\]', lines))
+    named = [name for name in re.findall(r"\w+", labels.replace("<br>", " ")) if name in re.findall(r"\w+", layers)]
+    assert named == re.findall(r"\w+", layers)
