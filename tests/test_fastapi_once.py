@@ -414,12 +414,12 @@ def test_invalid_webhook_settings() -> None:
         signed_webhook(SECRET, sender="bell", ttl=timedelta(minutes=10))
 
 
-def test_the_guide(homeagent_database: Database, homeagent_clock: FakeClock) -> None:
-    """The application of the guide answers as the guide says."""
+def test_the_page(homeagent_database: Database, homeagent_clock: FakeClock) -> None:
+    """The application of docs/fastapi.md answers as the page says."""
     page = (ROOT / "docs" / "fastapi.md").read_text(encoding="utf-8").partition("## Accept WebSockets")[0]
     names: dict[str, Any] = {"secret": SECRET}
     for block in re.findall("^```py\n(.*?)^```$", page, re.M | re.S):
-        exec(block, names)  # noqa: S102  the guide's own code
+        exec(block, names)  # noqa: S102  the page's own code
     client = Client(names["app"], homeagent_database)
     paired = homeagent_database.pair(
         DevicePair(id="anna", role=Role.ADMIN, shared_secret=SecretStr("a secret of anna"))

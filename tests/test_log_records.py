@@ -19,7 +19,7 @@ from tests.conftest import FakeClock
 
 PACKAGE = Path(homeagent.__file__).parent
 REVISIONS = PACKAGE.parent / "alembic" / "versions"
-PAGE = PACKAGE.parent / "docs" / "operations.md"
+PAGE = PACKAGE.parent / "docs" / "log-events.md"
 LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 
 # Names of variables and attributes that hold a value of a row, or lead to a value.
@@ -55,8 +55,8 @@ def fields_of(place: str, call: ast.Call) -> dict[str, ast.expr]:
 
 def documented() -> dict[str, tuple[set[str], set[str]]]:
     """Return the documented table of records: by event, the levels and the fields."""
-    section = PAGE.read_text(encoding="utf-8").partition("## Counters and logs")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \| (.*?) \| .* \|$", section, flags=re.MULTILINE)
+    text = PAGE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \| (.*?) \| .* \|$", text, flags=re.MULTILINE)
     return {event: (set(levels.split(", ")), set(re.findall(r"`(\w+)`", fields))) for event, levels, fields in rows}
 
 

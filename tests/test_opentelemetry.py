@@ -227,7 +227,7 @@ def test_the_documented_lines_are_enough(
     monkeypatch: pytest.MonkeyPatch, sqlite_path: Path, provider: TracerProvider
 ) -> None:
     """The documented lines run unchanged, with the default target in the environment."""
-    page = (Path(__file__).parents[1] / "docs" / "operations.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "observability.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"^```py\n(.*?SQLAlchemyInstrumentor.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     monkeypatch.setenv("HOMEAGENT_DATABASE", str(sqlite_path))
     exporter = InMemorySpanExporter()

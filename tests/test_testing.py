@@ -33,7 +33,7 @@ def test_each_database_is_fresh(homeagent_factory: DatabaseFactory, homeagent_cl
     assert not first.nonces.consume("lamp", "m", expires_at=homeagent_clock())
 
 
-GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "how-to" / "test.md").read_text(encoding="utf-8")
 
 TESTS = """
 import sys
@@ -65,8 +65,8 @@ def test_a_new_run_loads_the_plugin_once(tmp_path: Path, named: str, arguments: 
     (installed / "entry_points.txt").write_text("[pytest11]\nhomeagent.testing = homeagent.testing\n")
     (tmp_path / "test_application.py").write_text(TESTS)
     (tmp_path / "conftest.py").write_text(f"{named}\n")
-    guide = re.findall("^```py\n(.*?)^```$", GUIDE.partition("## The pytest plugin")[2], re.M | re.S)[0]
-    (tmp_path / "test_guide.py").write_text(guide)
+    (block,) = re.findall("^```py\n(.*?)^```$", PAGE, re.M | re.S)
+    (tmp_path / "test_page.py").write_text(block)
     path = os.pathsep.join([str(installed.parent), str(ROOT)])
     program = (
         "import sys, pytest; sys.path[:0] = sys.argv[1].split(':');"

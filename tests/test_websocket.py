@@ -236,15 +236,15 @@ def test_how_a_block_ends_otherwise(gateway: Gateway, database: Database) -> Non
     assert sorted(gateway.ended) == ["RuntimeError", "WebSocketDisconnect"]
 
 
-def test_the_guide(gateway: Gateway, database: Database) -> None:
-    """The route and the device of the guide talk to each other."""
+def test_the_page(gateway: Gateway, database: Database) -> None:
+    """The route and the device of docs/fastapi.md talk to each other."""
     page = (ROOT / "docs" / "fastapi.md").read_text(encoding="utf-8").partition("## Accept WebSockets")[2]
     names: dict[str, Any] = {"app": FastAPI(), "DatabaseDep": DatabaseDep}
     for block in re.findall("^```py\n(.*?)^```$", page.partition("## Error")[0], re.M | re.S):
-        exec(block, names)  # noqa: S102  the guide's own code
-    gateway.app.mount("/guide", names["app"])
+        exec(block, names)  # noqa: S102  the page's own code
+    gateway.app.mount("/page", names["app"])
     names["app"].state.homeagent_database = database
-    answer = names["ask"](f"ws://127.0.0.1:{gateway.port}/guide/ws", "phone", pair(database), "hello")
+    answer = names["ask"](f"ws://127.0.0.1:{gateway.port}/page/ws", "phone", pair(database), "hello")
     assert asyncio.run(answer) == "phone: hello"
 
 
