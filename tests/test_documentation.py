@@ -1,4 +1,4 @@
-"""The generated pages and the diagrams are current, and the reference lists every public name."""
+"""The generated pages, the diagrams and the menu's places are current, and the reference lists every public name."""
 
 import enum
 import re
@@ -77,3 +77,21 @@ def test_layers_diagram() -> None:
     labels = " ".join(re.findall(r'\["(.*?)"\]', lines))
     named = [name for name in re.findall(r"\w+", labels.replace("<br>", " ")) if name in re.findall(r"\w+", layers)]
     assert named == re.findall(r"\w+", layers)
+
+
+def test_answers_are_in_the_menu() -> None:
+    """Each question links to a heading of the page at the named place of the menu. Another test checks the links."""
+    navigation = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]["nav"]
+    menu = {}
+    for section, pages in (item for group in navigation for item in group.items()):
+        if isinstance(pages, str):
+            menu[section] = pages
+        else:
+            menu.update({f"{section} › {title}": page for entry in pages for title, page in entry.items()})
+    text = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
+    answers = re.findall(r"^\| .+\? \| \[(.+)\]\((.+)#(.+)\) \| (.+) \|$", text, flags=re.MULTILINE)
+    assert len(answers) == 30
+    for heading, page, anchor, place in answers:
+        assert anchor == re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        # `.ci/site.py` copies the pages of the project's root with names in small letters.
+        assert menu[place] == page.removeprefix("../").lower()
