@@ -5,58 +5,69 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import Executor
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 import anyio
-import anyio.to_thread
 
 __all__ = ["call_in_thread", "shielded_wait"]
 
 T = TypeVar("T")
 
 
-async def call_in_thread(act: Callable[[], T], *, limiter: anyio.CapacityLimiter | None = None) -> T:
-    """Call the function `act()` in a worker thread, and wait for its end. Return the value or raise the error of the
-    function.
+async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
+    """Call the function `act()` in a thread of an executor, and wait for its end. Return the value or raise the error
+    of the function.
+
+    Do not replace the executor by `anyio.to_thread.run_sync()`, which takes several times as long as a read of one row.
 
     Args:
-        act: function that can block.
-        limiter: limiter of the number of worker threads. None means AnyIO's default limiter.
+        act: function that can block. The function runs with the caller's context variables.
+        executor: executor with the threads.
 
     Raises:
         asyncio.CancelledError: if the caller was cancelled meanwhile. When the error is raised, the function `act()`
             has ended, or will not start.
+        RuntimeError: if no thread can be started. The function `act()` will not start.
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
-    mutex = threading.Lock()
-    begun = given_up = False
+    # The thread takes this lock before it calls the function. If the caller gives up, it takes the lock instead.
+    decision = threading.Lock()
+    value: Any = None
+    failure: BaseException | None = None
 
-    def whole() -> T:
-        nonlocal begun
-        with mutex:
-            if given_up:
-                raise asyncio.CancelledError
-            begun = True
+    def whole() -> None:
+        nonlocal value, failure
+        if not decision.acquire(blocking=False):
+            return
         try:
-            return act()
-        finally:
-            loop.call_soon_threadsafe(ended.set_result, None)
+            value = act()
+        except BaseException as error:  # noqa: BLE001  `call_in_thread()` raises the error
+            failure = error
+        loop.call_soon_threadsafe(ended.set_result, None)
 
-    task = asyncio.ensure_future(anyio.to_thread.run_sync(whole, limiter=limiter))
-    cancellation = await shielded_wait(task)
-    if task.cancelled():
-        # When `asyncio.run()` ends, it cancels all tasks, also the task that waits for the thread. A cancellation does
-        # not stop the thread.
-        with mutex:
-            given_up = not begun
-        if begun:
-            cancellation = await shielded_wait(ended) or cancellation
+    cancellation: asyncio.CancelledError | None = None
+    try:
+        executor.submit(copy_context().run, whole)
+        await asyncio.shield(ended)
+    # If no thread can be started, the method `submit()` raises RuntimeError, but leaves the call in the queue.
+    except (asyncio.CancelledError, RuntimeError) as error:
+        if decision.acquire(blocking=False):
+            raise
+        cancellation = await shielded_wait(ended)
+        if cancellation is None and isinstance(error, asyncio.CancelledError):
+            cancellation = error
     if cancellation is not None:
-        if not task.cancelled():
-            task.exception()  # Retrieving the exception prevents asyncio's log message "exception was never retrieved".
         raise cancellation
-    return task.result()
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            failure = None  # The traceback of the error refers to this frame, which would form a reference cycle.
+    result: T = value
+    return result
 
 
 async def shielded_wait(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:

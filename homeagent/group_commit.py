@@ -11,6 +11,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Executor
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import get_ident
@@ -46,10 +47,17 @@ class _NotSharedError(BaseException):
 
 
 class GroupCommit:
-    """A runner of functions as write units of one database. The units of waiting callers share a commit."""
+    """A runner of functions as write units of one database. The units of waiting callers share a commit.
 
-    def __init__(self, settings: UnitSettings) -> None:
+    Args:
+        settings: settings of the units.
+        executor: function that returns an executor. A coroutine's callbacks, and its unit if the shared commit failed,
+            run in a thread of this executor.
+    """
+
+    def __init__(self, settings: UnitSettings, executor: Callable[[], Executor]) -> None:
         self._settings = settings
+        self._executor = executor
         # The mutex protects the calls' states, and is reentrant because a signal handler can use the database.
         self._mutex = threading.RLock()
         self._queue: SimpleQueue[QueuedCall] = SimpleQueue()
@@ -139,11 +147,11 @@ class GroupCommit:
         finally:
             calls.discard(call)
         if call.state is ALONE and cancellation is None:
-            return await call_in_thread(partial(self._run_alone, work))
+            return await call_in_thread(partial(self._run_alone, work), self._executor())
         if call.callbacks:
             # Call the callbacks in another thread. The callbacks can use the database, which would block the event
             # loop.
-            await call_in_thread(partial(call_back, call.callbacks))
+            await call_in_thread(partial(call_back, call.callbacks), self._executor())
         if cancellation is not None:
             raise cancellation
         value: T = call.outcome()

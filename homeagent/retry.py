@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from homeagent.callables import refuse_coroutine_function
+from homeagent.cancellation import call_in_thread
 from homeagent.clock import monotonic
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError, StandbyError, TransientError
 from homeagent.group_commit import GroupCommit
@@ -24,6 +25,8 @@ from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from anyio import CapacityLimiter
 
 __all__ = ["Runner"]
@@ -38,13 +41,25 @@ _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
 
+# Kinds of work that have their own worker threads.
+_UNITS, _CHECKS, _SLOW_HASHES = "units", "checks", "slow_hashes"
+
+# Number of worker threads for each kind of work. Few threads share the checks on SQLite, because to wake a thread takes
+# longer than a check. With 64 threads, 200 concurrent requests took 25% more processor time than with 4.
+_WORKERS = 64
+_CHECKERS = 4
+
+
 class Runner:
     """Runs functions as units of work of one database. The retries of a unit end after the time `settings.timeout`."""
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
         # PostgreSQL groups commits by itself and has many writers, so each unit uses its own connection.
-        self._group_commit = GroupCommit(settings) if settings.engine.shares_commits else None
+        self._group_commit = (
+            GroupCommit(settings, partial(self._executor, _UNITS)) if settings.engine.shares_commits else None
+        )
+        self._executors: dict[str, Executor] = {}
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Run a unit of work, and run the unit again if a second run is safe (see `Database.run`)."""
@@ -64,7 +79,7 @@ class Runner:
         """Do the same as `run()`, without blocking the event loop (see `Database.arun`)."""
         await checkpoint_if_cancelled()
         if self._group_commit is None or read_only or not _under_asyncio():
-            return await _in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent))
+            return await self._in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent), _UNITS)
         begun, retries = monotonic(), None
         while True:
             try:
@@ -80,16 +95,39 @@ class Runner:
 
         Args:
             work: function that can block.
-            slow: True if the function computes a slow hash. Slow hashes have their own worker threads, because
-                otherwise units and fast checks would wait for a free thread.
+            slow: True if the function computes a slow hash, and False if it checks something by a short read. Slow
+                hashes and checks have their own worker threads, because otherwise a check would wait for a free thread.
         """
         await checkpoint_if_cancelled()
-        return await _in_thread(work, slow=slow)
+        return await self._in_thread(work, _SLOW_HASHES if slow else _CHECKS)
+
+    async def _in_thread(self, work: Callable[[], T], kind: str) -> T:
+        """Call the function `work()` in a worker thread for this kind of work (see `in_thread()`)."""
+        if not _under_asyncio():
+            import anyio.to_thread
+
+            return await anyio.to_thread.run_sync(work, limiter=_worker_limiter(kind))
+        self._settings.engine.pool(read_only=True)  # in a forked child, the executors have no threads
+        return await call_in_thread(work, self._executor(kind))
+
+    def _executor(self, kind: str) -> Executor:
+        """Return the executor with the worker threads for one kind of work, under asyncio."""
+        executor = self._executors.get(kind)
+        if executor is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            # On PostgreSQL, a check waits for the network, and not for Python's global lock.
+            number = _CHECKERS if kind is _CHECKS and self._group_commit is not None else _WORKERS
+            executor = self._executors.setdefault(kind, ThreadPoolExecutor(number, "homeagent-worker"))
+        return executor
 
     def close(self) -> None:
         """End the writer thread. The caller must have closed the connection pools."""
         if self._group_commit is not None:
             self._group_commit.close()
+        # The threads of an executor end when the last reference to the executor is gone. Do not call `shutdown()`,
+        # because a later call would raise RuntimeError instead of DatabaseClosedError.
+        self._executors.clear()
 
 
 def _done(work: Callable[[UnitOfWork], T], value: T) -> T:
@@ -132,29 +170,14 @@ def _under_asyncio() -> bool:
         return False
 
 
-# Number of worker threads for units in each event loop. The same number of additional threads computes slow hashes. Do
-# not use AnyIO's default limiter, which is for the application.
-_WORKERS = 64
-
-
-async def _in_thread(work: Callable[[], T], *, slow: bool = False) -> T:
-    """Call the function `work()` in a worker thread (see `Runner.in_thread`)."""
-    import anyio.to_thread
-
-    from homeagent.cancellation import call_in_thread
-
-    limiter = _worker_limiter("homeagent_slow_hash_workers" if slow else "homeagent_workers")
-    if not _under_asyncio():
-        return await anyio.to_thread.run_sync(work, limiter=limiter)
-    return await call_in_thread(work, limiter=limiter)
-
-
-def _worker_limiter(name: str) -> CapacityLimiter:
-    """Return the limiter of the event loop that has the given name. At its first use, create the limiter."""
+def _worker_limiter(kind: str) -> CapacityLimiter:
+    """Return the limiter of the worker threads for one kind of work in trio's event loop. At its first use, create the
+    limiter. Do not use AnyIO's default limiter, which is for the application.
+    """
     from anyio import CapacityLimiter
     from anyio.lowlevel import RunVar
 
-    variable: RunVar[CapacityLimiter] = RunVar(name)
+    variable: RunVar[CapacityLimiter] = RunVar(f"homeagent_{kind}")
     try:
         return variable.get()
     except LookupError:

@@ -1,0 +1,75 @@
+"""Coroutines call blocking functions in worker threads."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from homeagent import Database
+from homeagent.cancellation import call_in_thread
+from homeagent.unit_of_work import UnitOfWork
+
+
+def test_a_cancelled_call_that_has_not_begun_does_not_run() -> None:
+    """If the caller is cancelled, a queued function does not run, and a function that has begun runs to its end."""
+    begun, go_on = threading.Event(), threading.Event()
+    ran: list[str] = []
+
+    def block() -> None:
+        begun.set()
+        assert go_on.wait(30)
+        ran.append("first")
+
+    async def work() -> None:
+        with ThreadPoolExecutor(1) as executor:
+            first = asyncio.ensure_future(call_in_thread(block, executor))
+            assert await asyncio.to_thread(begun.wait, 30)
+            second = asyncio.ensure_future(call_in_thread(lambda: ran.append("second"), executor))
+            await asyncio.sleep(0)
+            first.cancel()
+            second.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await second
+            assert not first.done()
+            go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            assert ran == ["first"]
+
+    asyncio.run(work())
+    assert ran == ["first"]
+
+
+def test_a_call_without_a_thread_does_not_run_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no thread can be started, the call raises the error, although the executor keeps the call in its queue."""
+    ran: list[bool] = []
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def work() -> None:
+        with ThreadPoolExecutor(1) as executor:
+            with monkeypatch.context() as patched:
+                patched.setattr(threading.Thread, "start", start)
+                with pytest.raises(RuntimeError, match="can't start new thread"):
+                    await call_in_thread(lambda: ran.append(True), executor)
+            assert await call_in_thread(lambda: "next", executor) == "next"
+
+    asyncio.run(work())
+    assert ran == []
+
+
+def test_a_reading_unit_can_raise_stop_iteration(database: Database) -> None:
+    """A StopIteration, which no future can hold, reaches the coroutine as a RuntimeError, as in any coroutine."""
+
+    def first(unit: UnitOfWork) -> str:
+        return next(iter(unit.devices.list())).id
+
+    async def work() -> None:
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await database.arun(first, read_only=True)
+
+    asyncio.run(work())
