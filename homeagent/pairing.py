@@ -114,18 +114,22 @@ class Pairing:
 
     def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
         """Check a secret and return the state of the device (see `Database.check_secret`)."""
-        check_searched(device_id, "device_id")
-        if not needs_slow_hash(shared_secret):
-            return self._check(device_id, shared_secret)
-        with self._failed_checks.attempt(device_id) as attempt:
-            checked = self._check(device_id, shared_secret)
-            attempt.failed = checked.device is None
-        return checked
+        return self._check_secret(device_id, shared_secret, slow=needs_slow_hash(shared_secret))
 
     async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
         """Run `check_secret()` without blocking the event loop."""
-        check = partial(self.check_secret, device_id, shared_secret)
-        return await self._runner.in_thread(check, slow=needs_slow_hash(shared_secret))
+        slow = needs_slow_hash(shared_secret)
+        return await self._runner.in_thread(partial(self._check_secret, device_id, shared_secret, slow=slow), slow=slow)
+
+    def _check_secret(self, device_id: str, shared_secret: SecretStr | str, *, slow: bool) -> SecretCheck:
+        """Check a secret. The argument `slow` is the value of `needs_slow_hash()`."""
+        check_searched(device_id, "device_id")
+        if not slow:
+            return self._runner.run(lambda unit: self._check_fast(unit, device_id, shared_secret), read_only=True)
+        with self._failed_checks.attempt(device_id) as attempt:
+            checked = self._check_slowly(device_id, shared_secret)
+            attempt.failed = checked.device is None
+        return checked
 
     async def apair(self, request: DevicePair) -> PairedDevice:
         """Run `pair()` without blocking the event loop."""
@@ -135,8 +139,18 @@ class Pairing:
         """Run `rotate_secret()` without blocking the event loop."""
         return await self._runner.in_thread(partial(self.rotate_secret, device_id, shared_secret, **options), slow=True)
 
-    def _check(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
-        """Check a secret. A wrong secret costs one statement and one hash, even if the device is absent."""
+    def _check_fast(self, unit: UnitOfWork, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
+        """Check a secret without a slow hash, in one snapshot. A wrong secret costs one statement and at most one hash,
+        even if the device is absent.
+        """
+        stored = _valid_hashes(unit.devices.find_secret_hashes(device_id), self._clock())
+        device = unit.devices.find_by_id(device_id) if check_secret(shared_secret, stored) else None
+        return _DENIED if device is None else SecretCheck(device.status.value, device)
+
+    def _check_slowly(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
+        """Check a secret with a slow hash outside of a unit. A wrong secret costs one statement and one hash, even if
+        the device is absent.
+        """
         while True:
             now = self._clock()
             stored = _valid_hashes(
