@@ -29,7 +29,8 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
             coroutine function, and the argument `coroutine` is a text.
     """
     plain: object = function
-    if isinstance(plain, FunctionType) and not (plain.__code__.co_flags & _DEFERRED or plain.__dict__):
+    deferred = CO_GENERATOR if coroutine is None else _DEFERRED
+    if isinstance(plain, FunctionType) and not (plain.__code__.co_flags & deferred or plain.__dict__):
         return function  # The checks below take thirty times as long. A mark of a coroutine function is in `__dict__`.
     if not callable(function):
         raise InvalidArgumentError(f"{what} must be a function, not {type(function).__name__}")

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["canonical_json", "fingerprint_of"]
 
 
+# Do not call `json.dumps()` with arguments, because it would create an encoder for each text.
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
 def canonical_json(value: JsonValue) -> str:
     """Return the canonical text of a JSON value.
 
@@ -53,7 +57,7 @@ def _write(value: object) -> str:
     if value is None or value is True or value is False:
         return "null" if value is None else "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return _ENCODER.encode(value)
     if isinstance(value, int):
         return int.__repr__(value)
     if isinstance(value, float):

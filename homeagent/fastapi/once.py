@@ -7,7 +7,6 @@ import re
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from datetime import timedelta
-from functools import partial
 from inspect import isawaitable, iscoroutinefunction
 from secrets import token_urlsafe
 from typing import Annotated, Any
@@ -105,19 +104,19 @@ class Once:
             # A second call with the same key would return the outcome of the first effect.
             raise UnitStateError("a request has one effect: call the object once, and do all work in one function")
         self._is_called = True
-        run = partial(self._run, effect)
         try:
             if not self._stored:
-                outcome = Outcome(value=await run(self._unstored_attempt()), replayed=False, attempt=1)
+                value = await self._run(effect, self._unstored_attempt())
+                outcome = Outcome(value=value, replayed=False, attempt=1)
             else:
                 again = self._on_abandoned
                 outcome = await self._database.arun_once(
                     self._scope,
-                    run,
+                    lambda attempt: self._run(effect, attempt),
                     params=self._params,
                     lease=self._lease,
                     ttl=self._ttl,
-                    on_abandoned=partial(self._run, again) if callable(again) else again,
+                    on_abandoned=(lambda attempt: self._run(again, attempt)) if callable(again) else again,
                 )
         except HomeAgentError as error:
             raise as_http(error) from error
