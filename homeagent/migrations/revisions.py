@@ -147,7 +147,7 @@ def tables(connection: Connection) -> set[str]:
         query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
     else:
         query = "SELECT tablename FROM pg_catalog.pg_tables WHERE schemaname = current_schema()"
-    return {row[0] for row in connection.execute(text(query))}
+    return {row[0] for row in connection.exec_driver_sql(query)}
 
 
 def broken_references(connection: Connection) -> Counter[tuple[str, str]]:
@@ -174,7 +174,7 @@ def revision_of(connection: Connection) -> str | None:
     """Return the revision of the schema. If the version table does not exist, return None."""
     if VERSION_TABLE not in tables(connection):
         return None
-    rows = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).fetchall()  # noqa: S608  a constant
+    rows = connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").fetchall()  # noqa: S608  a constant
     if len(rows) != 1:
         raise CorruptDatabaseError(
             f"{VERSION_TABLE} holds {len(rows)} rows where one belongs: restore the newest good backup"
@@ -186,7 +186,7 @@ def stored_revisions(connection: Connection, table: str) -> set[str]:
     """Return the revisions in a version table. If the version table does not exist, return an empty set."""
     if table not in tables(connection):
         return set()
-    return {str(row[0]) for row in connection.execute(text(f"SELECT version_num FROM {table}"))}  # noqa: S608  a constant
+    return {str(row[0]) for row in connection.exec_driver_sql(f"SELECT version_num FROM {table}")}  # noqa: S608  a constant
 
 
 def known_revisions() -> set[str]:
