@@ -23,7 +23,7 @@ from homeagent.frame_locals import clear_locals, clears_locals
 from homeagent.retry import Runner
 from homeagent.stores.store import Access, Store, access_of
 from homeagent.unit_of_work import UnitOfWork
-from homeagent.unit_settings import UnitSettings, read_clock
+from homeagent.unit_settings import UnitSettings
 
 __all__ = ["one_call_store"]
 
@@ -47,6 +47,7 @@ class AutocommitReads:
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
         self.settings = settings
         self.runner = runner
+        self.now: Callable[[], datetime] = settings.now
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
         """Run a statement, and return the object of the first row. If the statement returns no row, return None."""
@@ -67,10 +68,6 @@ class AutocommitReads:
             del parameters
             clear_locals(error)
             raise
-
-    def now(self) -> datetime:
-        """Return the time of the clock, as a timestamp in UTC, floored to milliseconds."""
-        return read_clock(self.settings.clock)
 
 
 @cache

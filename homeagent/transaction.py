@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from homeagent.errors import HomeAgentError, UnitStateError
-from homeagent.unit_settings import UnitSettings, read_clock
+from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
     from homeagent.engine.connection import StoreConnection
@@ -252,7 +252,7 @@ class Transaction:
 
     def now(self) -> datetime:
         """Return the time of the clock, as a timestamp in UTC, floored to milliseconds."""
-        return read_clock(self.settings.clock)
+        return self.settings.now()
 
     def rollback(self) -> None:
         """Roll back now. At the end of the `with` block, the unit does not commit. A second call of the method has no

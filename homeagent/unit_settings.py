@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from homeagent.engine.engine import Engine
     from homeagent.unit_of_work import UnitOfWork
 
-__all__ = ["UnitSettings", "read_clock"]
+__all__ = ["UnitSettings"]
 
 _DEFAULT_LIMITS = Limits()
 
@@ -46,8 +46,8 @@ class UnitSettings:
         self.memory: dict[str, Any] = {}
         self.writing: set[int] = set()
 
-
-def read_clock(clock: Clock) -> datetime:
-    """Return the time of a clock, as a timestamp in UTC, floored to milliseconds."""
-    # The default clock already returns a timestamp in UTC in whole milliseconds.
-    return clock() if clock is system_clock else check_timestamp(clock(), "the clock's instant")
+    def now(self) -> datetime:
+        """Return the time of the clock, as a timestamp in UTC, floored to milliseconds."""
+        clock = self.clock
+        # The default clock already returns a timestamp in UTC in whole milliseconds.
+        return clock() if clock is system_clock else check_timestamp(clock(), "the clock's instant")

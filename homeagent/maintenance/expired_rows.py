@@ -26,7 +26,7 @@ from homeagent.stores.device_statements import OVERDUE
 from homeagent.stores.idempotency_key_statements import EXPIRED as EXPIRED_KEY
 from homeagent.stores.nonces import EXPIRED as EXPIRED_NONCE
 from homeagent.unit_of_work import UnitOfWork
-from homeagent.unit_settings import UnitSettings, read_clock
+from homeagent.unit_settings import UnitSettings
 
 __all__ = ["ExpiredRows", "Kind"]
 
@@ -156,7 +156,7 @@ class ExpiredRows:
 
     def _times(self) -> dict[str, datetime]:
         """Return the parameters of the statements, which are two times."""
-        now = read_clock(self._settings.clock)
+        now = self._settings.now()
         return {"now": now, "before": earlier(now, self._grace)}
 
 

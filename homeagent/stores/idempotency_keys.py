@@ -104,9 +104,9 @@ class IdempotencyKeyStore(Store):
 
     def _search(self, scope: IdempotencyScope) -> dict[str, Any]:
         """Return the parameters of a search for the record of a scope."""
-        _check_scope(scope)
         if type(scope) is IdempotencyScope:
             return _parameters(scope)
+        _check_scope(scope)
         return {
             "device_id": self._searched(scope.device_id, "device_id"),
             "method": self._searched(scope.method, "method"),
@@ -440,9 +440,9 @@ def _check_scope(scope: IdempotencyScope) -> IdempotencyScope:
 
 def _check_new(scope: IdempotencyScope) -> IdempotencyScope:
     """Return a scope for a new record. Check the texts of a scope from `IdempotencyScope.of_record()`."""
-    _check_scope(scope)
     if type(scope) is IdempotencyScope:
         return scope
+    _check_scope(scope)
     check_identifier(scope.device_id, "device_id")
     check_name(scope.method, "method")
     check_label(scope.key, "key")
