@@ -22,7 +22,7 @@ from homeagent.cancellation import call_in_thread, shielded_wait
 from homeagent.clock import monotonic
 from homeagent.errors import DatabaseClosedError, DatabaseError
 from homeagent.queued_call import ALONE, COMMITTING, DONE, ENDED, LEFT, QUEUED, RUNNING, STARTING, CallState, QueuedCall
-from homeagent.transaction import NEW, call_back, refuse_nesting
+from homeagent.transaction import NEW, OPEN, call_back, refuse_nesting
 from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
 
@@ -317,7 +317,8 @@ class GroupCommit:
                 unit = self._settings.unit(self._settings, read_only=False)._join(connection)
                 try:
                     call.value = call.context.run(call.work, unit)
-                    unit._complete()
+                    if unit._session is not None and unit._state is OPEN:
+                        unit._session.complete()
                 except BaseException as error:  # noqa: BLE001  `outcome` raises the error in the caller
                     call.error = error
                 call.callbacks = unit._leave(keep=call.error is None)

@@ -59,6 +59,8 @@ NEW, OPEN, ROLLED_BACK, FINISHED = UnitState
 
 SAVEPOINT = "homeagent_group"
 """Savepoint of a unit that has joined the transaction of a batch."""
+_BEGIN_SAVEPOINT = f"SAVEPOINT {SAVEPOINT}"
+_RELEASE_SAVEPOINT = f"RELEASE SAVEPOINT {SAVEPOINT}"
 
 
 def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
@@ -298,14 +300,9 @@ class Transaction:
 
         The method replaces the `with` block of the unit.
         """
-        connection.savepoint(SAVEPOINT)
+        connection.execute(_BEGIN_SAVEPOINT)
         self._connection, self._has_joined, self._state = connection, True, OPEN
         return self
-
-    def _complete(self) -> None:
-        """Write the pending changes of the ORM session. Call the method after the function of the unit has returned."""
-        if self._session is not None and self._state is OPEN:
-            self._session.complete()
 
     def _leave(self, *, keep: bool) -> list[Callable[[], object]] | None:
         """End a unit that has joined a batch. Return the callbacks that must be called after the commit.
@@ -325,5 +322,8 @@ class Transaction:
                 session.close()
         # If SQLite has rolled back the whole transaction, the savepoint no longer exists.
         if is_open and connection.in_transaction:
-            (connection.release_savepoint if keep else connection.rollback_to_savepoint)(SAVEPOINT)
+            if keep:
+                connection.execute(_RELEASE_SAVEPOINT)
+            else:
+                connection.rollback_to_savepoint(SAVEPOINT)
         return self._after_commit if keep else None
