@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -67,21 +67,23 @@ def serve() -> str:
                 ended.recv(4096)
                 _reap(statuses)
                 continue
-            message, descriptors, *_ = socket.recv_fds(requests, 1, 5)
+            message, descriptors, *_ = socket.recv_fds(requests, 1, 6)
             if not message:
                 return ""  # the process of pytest has ended
-            *streams, status, request = descriptors
+            status, request, *streams = descriptors
             pid = os.fork()
             if not pid:
                 break
             statuses[pid] = status
             os.write(status, _NUMBER.pack(pid))
-            for descriptor in (*streams, request):
+            for descriptor in (request, *streams):
                 os.close(descriptor)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
     with os.fdopen(request) as file:
-        program, sys.argv[1:], environment = json.load(file)
+        program, arguments, environment = json.load(file)
+    streams, inherited = streams[:3], streams[3:]
+    sys.argv[1:] = [*arguments, *map(str, inherited)]
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     for descriptor in (*streams, status, *statuses.values()):
@@ -133,9 +135,17 @@ class Child(subprocess.Popen[str]):
     stderr: IO[str]
 
     def __init__(
-        self, program: str, *arguments: object, environment: Mapping[str, str] | None = None, preload: str = ""
+        self,
+        program: str,
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
+        preload: str = "",
+        inherited: Sequence[int] = (),
     ) -> None:
-        """Start the child in the root of the checkout, by default with the environment of this process."""
+        """Start the child in the root of the checkout, by default with the environment of this process.
+
+        The child inherits at most one descriptor more, whose number in the child is the last argument of the program.
+        """
         self.args = program
         self.returncode: Any = None
         self._readers: list[_Reader] = []
@@ -143,7 +153,7 @@ class Child(subprocess.Popen[str]):
         with tempfile.TemporaryFile("w+") as request:
             json.dump([program, list(map(str, arguments)), dict(environment or os.environ)], request)
             request.seek(0)
-            socket.send_fds(_server(preload), [b"x"], [stdin, stdout, stderr, status, request.fileno()])
+            socket.send_fds(_server(preload), [b"x"], [status, request.fileno(), stdin, stdout, stderr, *inherited])
         for descriptor in (stdin, stdout, stderr, status):
             os.close(descriptor)
         self.stdin, self.stdout, self.stderr = os.fdopen(input, "w"), os.fdopen(output), os.fdopen(errors)

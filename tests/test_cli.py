@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -465,17 +463,3 @@ def test_help_names_the_database_option(arguments: list[str]) -> None:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.stdout)
     assert "--database" in plain
     assert "HOMEAGENT_DATABASE" in plain
-
-
-def test_the_package_imports_no_terminal_library() -> None:
-    """Importing the package imports no terminal library."""
-    script = "import sys, homeagent; print(sorted({'typer', 'rich', 'click'} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert done.stdout == "[]\n"

@@ -261,23 +261,23 @@ def test_a_locked_database(name: str, locked: Path) -> None:
         assert _error_of_refusal(done) in {"DatabaseBusyError", "TransientError"}
 
 
-@pytest.mark.parametrize("state", ["absent", "damaged", "newer", "foreign"])
 @every_command
-def test_a_database_that_cannot_be_opened(name: str, state: str, store: Path, unusable: Path) -> None:
+def test_a_database_that_cannot_be_opened(name: str, store: Path, unusable: Path) -> None:
     """If a database is absent, damaged, newer or foreign, a command that opens the database refuses in one line."""
-    path = store.parent / state / "h.db"
-    if state != "absent":
-        shutil.copytree(unusable / state, path.parent)
-    arguments = [str(path) if argument == str(store) else argument for argument in _arguments(name, store)]
-    done = invoke("--json", *arguments)
-    if name == "doctor":
-        assert (done.exit_code, done.stderr) == (2, "")
-    elif name in OPENS_NOTHING or (state, name) in SUCCEED:
-        assert done.exit_code == 0
-    else:
-        assert _error_of_refusal(done)
-        if state == "absent":
-            assert invoke(*arguments).stderr == f"homeagent: {json.loads(done.stderr)['message']}\n"
+    for state in ("absent", "damaged", "newer", "foreign"):
+        path = store.parent / state / "h.db"
+        if state != "absent":
+            shutil.copytree(unusable / state, path.parent)
+        arguments = [str(path) if argument == str(store) else argument for argument in _arguments(name, store)]
+        done = invoke("--json", *arguments)
+        if name == "doctor":
+            assert (done.exit_code, done.stderr) == (2, "")
+        elif name in OPENS_NOTHING or (state, name) in SUCCEED:
+            assert done.exit_code == 0
+        else:
+            assert _error_of_refusal(done)
+            if state == "absent":
+                assert invoke(*arguments).stderr == f"homeagent: {json.loads(done.stderr)['message']}\n"
 
 
 @pytest.mark.parametrize("lines", [0, 1], ids=["closed", "full"])
@@ -313,13 +313,14 @@ def test_the_exit_of_a_process_with_a_bad_output(store: Path, output: str, lines
 # Ctrl-C
 
 # The child runs the command twice, and counts the calls of the package's functions in the second run, because the first
-# run imports modules. Then the child runs the command eight times on a fresh store, and sends itself the signal at
+# run imports modules. Then the child runs the command several times on a fresh store, and sends itself the signal at
 # another call each time.
 INTERRUPTED = """
 import contextlib, io, json, shutil, signal, sys, traceback
 from homeagent.cli.commands import run
 
-prepared, work, *arguments = sys.argv[1:]
+prepared, work, instants, *arguments = sys.argv[1:]
+instants = int(instants)
 
 def attempt(number, at):
     calls = 0
@@ -348,14 +349,15 @@ def attempt(number, at):
 
 attempt("first", 0)
 _, _, calls = attempt("second", 0)
-print(json.dumps([attempt(number, 2 + calls * (number - 1) // 8) for number in range(1, 9)]))
+print(json.dumps([attempt(number, 2 + calls * number // instants) for number in range(instants)]))
 """
 
 
+@pytest.mark.parametrize("instants", [3, pytest.param(24, marks=pytest.mark.slow)])
 @every_command
-def test_ctrl_c_at_eight_instants(name: str, prepared: Path, tmp_path: Path) -> None:
+def test_ctrl_c(name: str, instants: int, prepared: Path, tmp_path: Path) -> None:
     """If Ctrl-C comes at any time, the command ends with a line and status 130, or its work was done."""
-    done = fork_server.run(INTERRUPTED, prepared, tmp_path, *_arguments(name, prepared / "h.db"))
+    done = fork_server.run(INTERRUPTED, prepared, tmp_path, instants, *_arguments(name, prepared / "h.db"))
     assert done.returncode == 0, done.stderr
     ends = json.loads(done.stdout)
     for status, errors, _ in ends:

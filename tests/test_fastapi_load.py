@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import subprocess
-import sys
 import time
 from asyncio import StreamReader, StreamWriter
 from collections import Counter
@@ -23,7 +21,7 @@ from homeagent import Database, DevicePair, Role
 from homeagent.errors import HandshakeError
 from homeagent.fastapi import bearer_token
 from homeagent.handshake.client import authenticate
-from tests.conftest import ROOT
+from tests.fork_server import Child
 
 websockets = pytest.importorskip("websockets")
 
@@ -131,15 +129,13 @@ class Server:
 
     def start(self) -> None:
         """Start a process of the server."""
-        number = self._listening.fileno()
-        arguments = [sys.executable, "-c", SERVER, str(self.target), str(self.ledger), str(number)]
-        self._process = subprocess.Popen(arguments, cwd=ROOT, pass_fds=[number])
+        self._process = Child(SERVER, self.target, self.ledger, inherited=[self._listening.fileno()])
 
     def kill(self) -> None:
         """Kill the process by SIGKILL."""
         assert self._process.poll() is None
-        self._process.kill()
-        self._process.wait()
+        with self._process as process:
+            process.kill()
 
     def close(self) -> None:
         """End the server."""

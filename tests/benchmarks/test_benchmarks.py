@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 
 from homeagent import Database
+from tests import fork_server
 from tests.benchmarks import __main__ as command
 from tests.benchmarks import callers, operations, postgresql, processes
 from tests.benchmarks.contender import Filled, read_trace
@@ -240,22 +239,9 @@ def test_goals_are_judged_at_every_durability() -> None:
 
 def test_command_measures_and_prints(tmp_path: Path) -> None:
     """The command runs in a separate process, prints a line for each figure, and ends with status 0."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            "-m",
-            "tests.benchmarks",
-            "--quick",
-            "--only",
-            "find an idempotency key, in a unit",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    program = "import runpy; runpy.run_module('tests.benchmarks', run_name='__main__', alter_sys=True)"
+    arguments = ["--quick", "--only", "find an idempotency key, in a unit"]
+    done = fork_server.run(program, *arguments, environment={**os.environ, "TMPDIR": str(tmp_path)})
 
     assert done.returncode == 0, done.stderr
     assert [line.split()[7] for line in done.stdout.splitlines()][:2] == ["sqlite3", "homeagent"]

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from homeagent import Database
 from homeagent.credentials import (
     MAX_SECRET_BYTES,
     MAX_SECRET_CHARACTERS,
@@ -171,20 +169,4 @@ def test_package_costs_little_to_import() -> None:
         print(sorted({"argon2", "pydantic", "sqlalchemy", "sqlmodel"} & set(sys.modules)))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, timeout=60, check=True)
-    assert done.stdout.decode().strip() == "[]"
-
-
-def test_open_imports_no_hashing_module(tmp_path: Path) -> None:
-    """If a process opens an up-to-date file and meets no secret, it imports no module for hashes or proofs."""
-    path = tmp_path / "homeagent.db"
-    Database.open(path).close()
-    program = """
-        import sys, homeagent
-        homeagent.Database.open(sys.argv[1]).close()
-        late = {"argon2", "homeagent.credentials", "homeagent.scram", "homeagent.migrations.postgresql"}
-        print(sorted(late & set(sys.modules)))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), path], capture_output=True, timeout=60, check=True
-    )
     assert done.stdout.decode().strip() == "[]"

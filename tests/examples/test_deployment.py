@@ -183,6 +183,7 @@ def test_uvicorn_with_two_workers(serve: Serve, target: Path) -> None:
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode != 0
 
 
+@pytest.mark.slow
 @needs_gunicorn
 def test_gunicorn_with_preload(serve: Serve, target: Path) -> None:
     """With `--preload` the application is imported before the fork, and each worker opens the database."""
@@ -197,6 +198,7 @@ def test_gunicorn_with_preload(serve: Serve, target: Path) -> None:
     asyncio.run(connect_to_both())
 
 
+@pytest.mark.slow
 @needs_gunicorn
 def test_a_database_that_was_opened_before_the_fork(serve: Serve, target: Path, tmp_path: Path) -> None:
     """If the application opens the database at its import, the workers of gunicorn do not start, and say why."""

@@ -6,8 +6,6 @@ import asyncio
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -18,29 +16,40 @@ from sqlalchemy import text
 
 from homeagent import Database, DevicePair, Role
 from homeagent.handshake.client import authenticate
+from tests import fork_server
 from tests.conftest import ROOT
 
 EXAMPLE = ROOT / "docs" / "examples" / "hub"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 MESSAGES = 5
+
+
+RUN_TESTS = """
+import os, sys
+import pytest
+os.chdir(sys.argv[1])
+sys.exit(pytest.main(sys.argv[2:]))
+"""
 
 
 def test_the_tests_of_the_example(engine_name: str, request: pytest.FixtureRequest) -> None:
     """The tests of the example pass on each engine, in a separate process and with the example's configuration."""
-    arguments = ["-q", "-p", "no:cacheprovider", "-p", "homeagent.testing"]
+    # The fork server makes an error of each warning, also of the advice to install httpx2 instead of httpx.
+    arguments = ["-q", "-p", "no:cacheprovider", "-p", "homeagent.testing", "-W", "default"]
     if engine_name == "postgresql":
         arguments += ["--homeagent-postgresql", request.getfixturevalue("postgres_url")]
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=EXAMPLE,
-        env=ENVIRONMENT,
-        timeout=120,
-    )
+    done = fork_server.run(RUN_TESTS, EXAMPLE, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout
+
+
+# With the implementation of WebSockets that uvicorn chooses, websockets warns that the implementation is old.
+SERVE = """
+import os, sys, warnings
+import uvicorn
+warnings.simplefilter("default")
+os.chdir(sys.argv[1])
+uvicorn.main(["--factory", "hub.app:create_app", f"--fd={sys.argv[2]}"])
+"""
 
 
 @pytest.fixture
@@ -48,20 +57,12 @@ def port(target: str) -> Iterator[int]:
     """The port of the example, which runs under uvicorn in a separate process."""
     # A client can connect before the server is ready, because the socket listens already.
     with socket.create_server(("127.0.0.1", 0), backlog=200) as listening:
-        descriptor = listening.fileno()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "--factory", "hub.app:create_app", f"--fd={descriptor}"],
-            pass_fds=[descriptor],
-            cwd=EXAMPLE,
-            env={**ENVIRONMENT, "HOMEAGENT_DATABASE": target},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        environment = {**os.environ, "HOMEAGENT_DATABASE": target}
+        process = fork_server.Child(SERVE, EXAMPLE, environment=environment, inherited=[listening.fileno()])
         try:
             yield int(listening.getsockname()[1])
             process.terminate()
-            output, _ = process.communicate(timeout=30)
+            output = process.communicate(timeout=30)[1]
             assert "Traceback" not in output, output
             assert "Application shutdown complete" in output, output
         finally:
@@ -109,7 +110,10 @@ async def use(port: int, database: Database, secrets: dict[str, SecretStr]) -> l
     return replies
 
 
-@pytest.mark.parametrize("devices", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("engine_name", "devices"),
+    [("sqlite", 10), *(pytest.param(engine, 100, marks=pytest.mark.slow) for engine in ("sqlite", "postgresql"))],
+)
 def test_devices_of_a_server(port: int, target: str, devices: int) -> None:
     """The messages of many devices are stored once each. A revocation closes only the connection of its device."""
     pytest.importorskip("websockets")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +18,7 @@ from homeagent.maintenance import adopt, preview_adoption
 from homeagent.migrations import REVISION
 from tests import fork_server
 from tests.conftest import postgres_execute
-from tests.migrations.old_databases import fetch, is_sound, rows_of, sqlite
+from tests.migrations.old_databases import fetch, is_sound, killed_at_statements, rows_of, sqlite
 from tests.migrations.own_revisions import write_revision
 from tests.test_foreign_files import state_of
 
@@ -238,51 +237,13 @@ def test_postgresql(empty_postgres_url: str, folder: Path) -> None:
     assert preview_adoption(empty_postgres_url, migrations=folder) is None
 
 
-KILLED = """
-import os, shutil, signal, sys
-from pathlib import Path
-from sqlalchemy import Engine, event
-import alembic.command, alembic.autogenerate
-from homeagent.maintenance import adopt, preview_adoption
-
-source, directory, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-left = 0
-
-def count(statement):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-event.listen(Engine, "connect", lambda connection, record: connection.trace_v2(1, count))
-for number in range(0, 10_000, step):
-    path = directory / str(number) / "hub.db"
-    path.parent.mkdir(mode=0o700)
-    shutil.copyfile(source, path)
-    child = os.fork()
-    if not child:
-        left = 10_000
-        report = preview_adoption(path)
-        left = number
-        adopt(path, report)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(number, status, flush=True)
-    if status != -signal.SIGKILL:
-        break
-"""
-
-
-@pytest.mark.parametrize("step", [50, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [120, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_at_any_statement(file: Path, tmp_path: Path, step: int) -> None:
     """If the adoption is killed at any statement, the old or the new file is there, and the next one succeeds."""
-    done = fork_server.run(KILLED, file, tmp_path, step, timeout=280)
-    ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert [status for _, status in ends] == [-signal.SIGKILL] * (len(ends) - 1) + [0], done.stderr
-    assert len(ends) * step > 60
+    paths = killed_at_statements(file, tmp_path, step, "adopt(path, report)", before="report = preview_adoption(path)")
+    assert len(paths) * step > 60
     found, content = [], rows_of(file)
-    for number, _ in ends:
-        path = tmp_path / str(number) / "hub.db"
+    for path in paths:
         is_adopted = fetch(path, "PRAGMA application_id") != [(0,)]
         found.append(is_adopted)
         assert is_adopted or rows_of(path) == content

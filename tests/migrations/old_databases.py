@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
+import signal
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ from homeagent.engine.files.database_file import create_file
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.migrations import revisions
+from tests import fork_server
 
 CHECKOUT = Path(homeagent.__file__).parents[1]
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -90,3 +92,69 @@ def is_sound(path: Path) -> bool:
 def server(url: str) -> Engine:
     """Return a plain SQLAlchemy engine for a PostgreSQL database."""
     return create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+
+
+_KILLED = """
+import os, shutil, signal, sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+from sqlalchemy import Engine, event
+
+import alembic.command, alembic.autogenerate
+from homeagent import Database
+from homeagent.maintenance import adopt, preview_adoption
+
+source, directory, step, before, action, *arguments = sys.argv[1:]
+left = 10_000
+
+def count(statement):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+# Each statement is counted as SQLite begins it (SQLITE_TRACE_STMT), BEGIN, COMMIT and pragmas included.
+event.listen(Engine, "connect", lambda connection, record: connection.trace_v2(1, count))
+now = datetime(2023, 11, 15, tzinfo=timezone.utc)
+for number in range(0, 10_000, int(step)):
+    path = Path(directory, str(number), "homeagent.db")
+    path.parent.mkdir(mode=0o700)
+    if source:
+        shutil.copyfile(source, path)
+        path.chmod(0o600)
+    # A fork of a process that never opened a database: it starts in a millisecond.
+    child = os.fork()
+    if not child:
+        try:
+            exec(before)
+            left = number
+            exec(action)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(number, status, flush=True)
+    if status != -signal.SIGKILL:
+        break
+"""
+
+
+def killed_at_statements(
+    source: Path | None, directory: Path, step: int, action: str, *arguments: object, before: str = ""
+) -> list[Path]:
+    """Run an action on copies of a file, in processes that are killed at different statements. Return the copies.
+
+    Args:
+        source: file to copy. With None the file does not exist before the action.
+        directory: directory in which each copy has a directory.
+        step: number of statements between two kills. The last action runs to its end.
+        action: statements of Python, which can use `path`, `now` and `arguments`.
+        arguments: further arguments of the action.
+        before: statements of Python that run before the statements of SQL are counted.
+    """
+    done = fork_server.run(_KILLED, source or "", directory, step, before, action, *arguments, timeout=280)
+    ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert [status for _, status in ends] == [-signal.SIGKILL] * (len(ends) - 1) + [0], done.stderr
+    return [directory / str(number) / "homeagent.db" for number, _ in ends]

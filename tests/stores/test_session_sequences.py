@@ -380,8 +380,8 @@ class SessionMachine(Machine):
 
 
 def test_sessions_follow_their_model(target: str, engine_name: str) -> None:
-    """After 100 sequences on SQLite and 20 on PostgreSQL, the agents, sessions and routes are those of the model."""
-    run_sequences(SessionMachine, target, 100 if engine_name == "sqlite" else 20, 25)
+    """After 50 sequences on SQLite and 10 on PostgreSQL, the agents, sessions and routes are those of the model."""
+    run_sequences(SessionMachine, target, 50 if engine_name == "sqlite" else 10, 25)
 
 
 @pytest.mark.slow
