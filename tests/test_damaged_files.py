@@ -430,20 +430,26 @@ def judged(path: Path, files: Files) -> dict[str, Severity]:
     return {finding.check: finding.severity for finding in diagnosis.findings}
 
 
+@pytest.fixture(scope="module")
+def expected(samples: dict[str, Sample], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Severity]:
+    """The severities that the doctor reports for a closed database."""
+    directory = tmp_path_factory.mktemp("closed") / "private"
+    directory.mkdir(mode=0o700)
+    return judged(directory / "homeagent.db", {**samples["closed"].files, ".open": b""})
+
+
 @pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("scrap", SCRAPS)
 def test_a_wal_without_frames_counts_as_absent(
-    tmp_path: Path, samples: dict[str, Sample], scrap: str, index: str
+    tmp_path: Path, samples: dict[str, Sample], expected: dict[str, Severity], scrap: str, index: str
 ) -> None:
     """If a WAL has no valid frame, the doctor, an opening and a restore of the file treat the WAL as absent."""
     sample = samples["closed"]
-    closed = {**sample.files, ".open": b""}
-    files = {**closed, "-wal": SCRAPS[scrap](samples["killed"].files["-wal"])}
+    files = {**sample.files, ".open": b"", "-wal": SCRAPS[scrap](samples["killed"].files["-wal"])}
     if (content_of_index := INDEXES[index]) is not None:
         files["-shm"] = content_of_index
     path, restored = tmp_path / "private" / "homeagent.db", tmp_path / "restored" / "homeagent.db"
     path.parent.mkdir(mode=0o700)
-    expected = judged(path, closed)
     assert judged(path, files) == expected
     Database.restore(path, restored)
     assert read(restored) == sample.rows
@@ -452,7 +458,9 @@ def test_a_wal_without_frames_counts_as_absent(
 
 @pytest.mark.parametrize("index", ["live", *INDEXES])
 @pytest.mark.parametrize("rest", [b"", b"\1" * 2000, bytes(9000)], ids=["half", "noise", "zeros"])
-def test_a_commit_that_was_cut_off(tmp_path: Path, samples: dict[str, Sample], index: str, rest: bytes) -> None:
+def test_a_commit_that_was_cut_off(
+    tmp_path: Path, samples: dict[str, Sample], expected: dict[str, Severity], index: str, rest: bytes
+) -> None:
     """If a commit was cut off, opening ignores the frames after the last commit and keeps every commit before."""
     files = {**samples["killed"].files, ".open": b""}
     log = files["-wal"]
@@ -462,7 +470,6 @@ def test_a_commit_that_was_cut_off(tmp_path: Path, samples: dict[str, Sample], i
         files["-shm"] = content_of_index
     path = tmp_path / "private" / "homeagent.db"
     path.parent.mkdir(mode=0o700)
-    expected = judged(path, {**samples["closed"].files, ".open": b""})
     assert judged(path, files) == expected
     assert read(path) == samples["killed"].rows
 

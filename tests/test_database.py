@@ -29,6 +29,7 @@ from homeagent.errors import (
     UnitStateError,
 )
 from homeagent.scram import make_proof, make_verifier, proof_message, verifier_parameters
+from tests.batches import held
 from tests.conftest import START, FakeClock, dump, write_past_checks
 
 HUMAN = SecretStr("correct horse battery staple")
@@ -413,22 +414,12 @@ def test_sweep_ends_at_its_budget(database: Database, clock: FakeClock) -> None:
 def test_waits_without_a_bound(target: str, clock: FakeClock) -> None:
     """The longest `timedelta` is valid as a timeout and as a period, though no lock can wait for so long."""
     with Database.open(target, clock=clock, busy_timeout=timedelta.max) as database:
-        entered, held = threading.Event(), threading.Event()
-
-        def hold() -> None:
-            with database.unit_of_work():
-                held.set()
-                entered.wait(30)
-
-        holder = threading.Thread(target=hold)
-        holder.start()
-        assert held.wait(30)
         clients = [threading.Thread(target=database.run, args=[_consume(number)]) for number in range(4)]
+        with held(database):
+            for client in clients:
+                client.start()
         for client in clients:
-            client.start()
-        entered.set()
-        for thread in (holder, *clients):
-            thread.join(30)
+            client.join(30)
         assert database.status().rows["nonces"] == 4
 
         def effect(attempt: Attempt) -> bool:

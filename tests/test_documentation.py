@@ -2,8 +2,6 @@
 
 import enum
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -14,13 +12,15 @@ import homeagent.fastapi
 import homeagent.maintenance
 from homeagent import transaction
 from homeagent.models import device, idempotency_key
+from tests import fork_server
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_schema_page() -> None:
     """`docs/schema.md` has the tables, columns and indexes of the models."""
-    done = subprocess.run([sys.executable, ROOT / ".ci" / "schema_page.py", "--check"], capture_output=True, text=True)
+    program = "import runpy; runpy.run_path('.ci/schema_page.py', run_name='__main__')"
+    done = fork_server.run(program, "--check")
     assert done.returncode == 0, done.stderr
 
 

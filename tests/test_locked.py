@@ -213,12 +213,16 @@ def locked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         postgres_execute(url, f"DROP DATABASE locked_{template} WITH (FORCE)")
 
 
-@pytest.mark.parametrize("name", sorted(ACTS))
-def test_locked_database(locked: Locked, name: str) -> None:
+def test_locked_database(locked: Locked) -> None:
     """If a method can't reach its rows, it raises DatabaseBusyError, in a write unit and in a read-only unit."""
-    for read_only in (False, True) if name in READS else (False,):
-        with pytest.raises(DatabaseBusyError), locked.database.unit_of_work(read_only=read_only) as unit:
-            ACTS[name](unit, locked.attempt)
+    for name, act in ACTS.items():
+        for read_only in (False, True) if name in READS else (False,):
+            try:
+                with locked.database.unit_of_work(read_only=read_only) as unit:
+                    act(unit, locked.attempt)
+            except DatabaseBusyError:
+                continue
+            pytest.fail(f"{name} reached its rows, in a {'read-only' if read_only else 'write'} unit")
 
 
 @pytest.mark.parametrize("read_only", [False, True])

@@ -22,7 +22,6 @@ from sqlalchemy import URL
 
 from homeagent import AgentCreate, Database, diagnose
 from homeagent.cli import main
-from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import APPLICATION_ID
 from homeagent.errors import (
     CorruptDatabaseError,
@@ -38,6 +37,7 @@ from homeagent.maintenance import BackupSchedule
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests.conftest import START
+from tests.migrations.old_databases import sqlite
 
 if TYPE_CHECKING:
     from tests.conftest import Children
@@ -48,11 +48,6 @@ NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can drop to another user")
 
 Listing = dict[str, tuple[str, int, int, str]]
-
-
-def sqlite(path: Path) -> Any:
-    """Return a bare connection, through the library that the package uses in this process."""
-    return connect(str(path))
 
 
 def listing(directory: Path) -> Listing:

@@ -369,7 +369,7 @@ print(*codes)
 
 
 @needs_fork
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_multiprocessing(tmp_path: Path, sqlite_path: Path, children: Children, method: str) -> None:
     """With each start method, the processes of a pool open the database by its path."""
     script = tmp_path / "pooled.py"

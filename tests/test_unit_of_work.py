@@ -26,6 +26,7 @@ from homeagent.errors import (
     ReadOnlyError,
     UnitStateError,
 )
+from tests.batches import agents_of
 from tests.conftest import START, Children, FakeClock, MakeDatabase, add_agent, add_device, dump
 from tests.interrupts import interrupt_at
 
@@ -33,12 +34,6 @@ from tests.interrupts import interrupt_at
 def create(unit: UnitOfWork, agent_id: str) -> Agent:
     """Create an agent in this unit."""
     return unit.agents.create(AgentCreate(id=agent_id, name=agent_id, workspace_path="/srv"))
-
-
-def agents_of(database: Database) -> list[str]:
-    """Return the ids of the agents that other connections see."""
-    with database.unit_of_work(read_only=True) as unit:
-        return [agent.id for agent in unit.agents.list()]
 
 
 class Odd(BaseException):

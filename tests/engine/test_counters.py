@@ -11,6 +11,7 @@ import pytest
 from homeagent import Database
 from homeagent.engine.counters import Counters
 from homeagent.errors import ConflictError, DatabaseBusyError, DiskFullError, TransientError
+from tests.batches import held
 from tests.conftest import START, FakeClock, add_agent
 
 
@@ -76,21 +77,9 @@ def test_last_error_is_an_engine_error(sqlite_database: Database) -> None:
 
 def test_lock_timeout_is_recorded(sqlite_path: object, clock: FakeClock) -> None:
     """If a caller times out while it waits for the write lock, the counters record the error."""
-    entered, done = threading.Event(), threading.Event()
     with Database.open(str(sqlite_path), clock=clock, busy_timeout=timedelta(milliseconds=20)) as database:
-
-        def hold() -> None:
-            with database.unit_of_work():
-                entered.set()
-                done.wait(30)
-
-        holder = threading.Thread(target=hold)
-        holder.start()
-        assert entered.wait(30)
-        with pytest.raises(DatabaseBusyError):
+        with held(database), pytest.raises(DatabaseBusyError):
             add_agent(database)
-        done.set()
-        holder.join()
         last = database._engine.counters.snapshot().last_error
         assert last is not None
         assert last.kind == "DatabaseBusyError"

@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import Engine, event, text
 
 from homeagent import AgentCreate, AgentSessionCreate, Database, IdempotencyScope, Role, diagnose, errors
-from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION, connect
+from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION
 from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.inspection import Stopwatch
 from homeagent.engine.sqlite.manifests import Manifest, read_manifest, write_manifest
@@ -28,16 +28,11 @@ from homeagent.maintenance.doctor import CHECKS, Finding, Severity, files
 from homeagent.migrations import REVISION
 from tests.command_line import invoke
 from tests.conftest import START, Children, FakeClock, add_agent, add_device
-from tests.migrations.old_databases import REVISIONS
+from tests.migrations.old_databases import REVISIONS, sqlite
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "revisions"
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can give a file away, or mount")
-
-
-def sqlite(path: Path) -> Any:
-    """Return a bare connection, through the SQLite library that the package uses in this process."""
-    return connect(str(path))
 
 
 def change(path: Path, *statements: str) -> None:

@@ -24,7 +24,6 @@ import pytest
 
 from homeagent import Database, DevicePair, Role, errors
 from homeagent.engine.files.system_errors import explained
-from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.in_use import hold_in_use_lock
 from homeagent.engine.sqlite.manifests import manifest_path
 from homeagent.engine.sqlite.replacement import new_path, quarantine_path
@@ -32,7 +31,7 @@ from homeagent.maintenance import restore
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests import fork_server
 from tests.conftest import ROOT, START, Children, FakeClock, add_agent, add_device, write_past_checks
-from tests.migrations.old_databases import REVISIONS
+from tests.migrations.old_databases import REVISIONS, sqlite
 
 
 def listing(directory: Path) -> dict[str, tuple[int, int, str]]:
@@ -48,11 +47,6 @@ def agents(path: Path) -> list[str]:
     """Return the agents in a database, as `Database.open` shows them."""
     with Database.open(path) as database, database.unit_of_work(read_only=True) as unit:
         return [agent.id for agent in unit.agents.list(limit=1000)]
-
-
-def bare(path: Path) -> Any:
-    """Return a connection of the driver."""
-    return connect(str(path))
 
 
 @pytest.fixture
@@ -194,7 +188,7 @@ def test_stale_wal_is_kept_with_its_database(sqlite_path: Path, backup: Path, ch
     assert agents(report.kept_aside) == ["logged", "new", "old"]
     # The quarantined database can be restored, its WAL included.
     children.run(script.replace("logged", "later"), report.kept_aside)
-    with closing(bare(sqlite_path)):
+    with closing(sqlite(sqlite_path)):
         pass
     Database.restore(report.kept_aside, sqlite_path)
     assert agents(sqlite_path) == ["later", "logged", "new", "old"]
@@ -239,7 +233,7 @@ def test_damaged_target(sqlite_path: Path, backup: Path, how: str) -> None:
 
 def newer(path: Path) -> None:
     """Give a database a revision that this version does not know."""
-    with closing(bare(path)) as raw:
+    with closing(sqlite(path)) as raw:
         raw.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
         raw.execute("UPDATE store SET oldest_revision = '9999'")
 
@@ -247,20 +241,20 @@ def newer(path: Path) -> None:
 def foreign(path: Path) -> None:
     """Make the file another application's database."""
     path.unlink()
-    with closing(bare(path)) as raw:
+    with closing(sqlite(path)) as raw:
         raw.execute("PRAGMA application_id = 7")
         raw.execute("CREATE TABLE agents (id)")
 
 
 def broken_reference(path: Path) -> None:
     """Make a row refer to an absent row."""
-    with closing(bare(path)) as raw:
+    with closing(sqlite(path)) as raw:
         raw.execute("INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'no', 1, 1)")
 
 
 def damaged_index(path: Path) -> None:
     """Remove an entry from an index, which only an integrity check finds."""
-    with closing(bare(path)) as raw:
+    with closing(sqlite(path)) as raw:
         raw.execute("PRAGMA writable_schema = ON")
         raw.execute(
             "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master WHERE name = 'idx_nonces_expires')"
@@ -271,14 +265,14 @@ def damaged_index(path: Path) -> None:
 def no_store(path: Path) -> None:
     """Leave homeagent's file without any table."""
     path.unlink()
-    with closing(bare(path)) as raw:
+    with closing(sqlite(path)) as raw:
         raw.execute("PRAGMA application_id = 0x48414731")
         raw.execute("PRAGMA user_version = 1")
 
 
 def another(path: Path) -> None:
     """Put a valid database of the same size with another row in place."""
-    with closing(bare(path)) as raw:
+    with closing(sqlite(path)) as raw:
         raw.execute("UPDATE agents SET name = 'eve'")
 
 
@@ -400,7 +394,7 @@ def test_other_programs_are_noticed(sqlite_path: Path, backup: Path, children: C
         "print('open', flush=True)\nsys.stdin.readline()\n"
     )
     for path, target in ((sqlite_path, sqlite_path), (backup, sqlite_path.parent / "new.db")):
-        with closing(bare(path)) as raw:
+        with closing(sqlite(path)) as raw:
             raw.execute("PRAGMA journal_mode=WAL")
         shell = children.start(script, path)
         assert shell.stdout is not None
@@ -569,7 +563,7 @@ def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: i
     # The old database's last commit is only in its WAL.
     source = tmp_path / "source"
     shutil.copytree(sqlite_path.parent, source)
-    with closing(bare(source / "homeagent.db")) as raw, closing(bare(source / "homeagent.db")) as other:
+    with closing(sqlite(source / "homeagent.db")) as raw, closing(sqlite(source / "homeagent.db")) as other:
         other.execute("SELECT 1 FROM agents").fetchall()
         raw.execute("INSERT INTO agents (id, name, workspace_path, created_at) VALUES ('logged', 'L', '/l', 0)")
         shutil.copytree(source, tmp_path / "logged")

@@ -32,12 +32,6 @@ pytestmark = pytest.mark.usefixtures("postgres_url")
 ADA = AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada")
 
 
-@pytest.fixture
-def engine_name() -> str:
-    """PostgreSQL, the engine with connections."""
-    return "postgresql"
-
-
 def end_sessions(target: str) -> None:
     """End every other session of a database, as a restart of the server would."""
     postgres_execute(

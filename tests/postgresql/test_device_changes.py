@@ -27,12 +27,6 @@ __all__ = ["own_server"]
 pytestmark = pytest.mark.usefixtures("postgres_url")
 
 
-@pytest.fixture
-def engine_name() -> str:
-    """These tests are for PostgreSQL only."""
-    return "postgresql"
-
-
 def test_a_later_number_waits_for_the_earlier_commit(database: Database) -> None:
     """A number becomes visible only after all smaller numbers, whatever transaction changed its device first."""
     add_device(database, "lamp")

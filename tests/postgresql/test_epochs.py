@@ -18,12 +18,6 @@ SKEW = timedelta(minutes=5)
 guard = ReplayGuard(skew=SKEW)
 
 
-@pytest.fixture
-def engine_name() -> str:
-    """PostgreSQL, which is set back by its own tools."""
-    return "postgresql"
-
-
 def judge(database: Database, nonce: str) -> Freshness:
     """Judge a message that was signed at START."""
     return database.run(lambda unit: guard.check(unit.nonces, "lamp", nonce, signed_at=START))

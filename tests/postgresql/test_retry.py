@@ -29,12 +29,6 @@ COMMIT = "COMMIT\0"  # the whole statement: READ COMMITTED is in every BEGIN
 
 
 @pytest.fixture
-def engine_name() -> str:
-    """PostgreSQL, the engine with a network connection."""
-    return "postgresql"
-
-
-@pytest.fixture
 def line(target: str) -> Iterator[CutLine]:
     """A proxy to a new database whose connections can be cut."""
     line = CutLine(target)

@@ -14,12 +14,6 @@ from tests.conftest import add_device, postgres_execute
 pytestmark = pytest.mark.usefixtures("postgres_url")
 
 
-@pytest.fixture
-def engine_name() -> str:
-    """PostgreSQL, the engine with schemas."""
-    return "postgresql"
-
-
 def in_schema(url: str, path: str) -> str:
     """Return the URL with another `search_path`."""
     changed = make_url(url).update_query_dict({"options": f"-csearch_path={path}"})

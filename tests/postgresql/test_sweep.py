@@ -16,12 +16,6 @@ MINUTE = timedelta(minutes=1)
 
 
 @pytest.fixture
-def engine_name() -> str:
-    """PostgreSQL, the engine with several writers."""
-    return "postgresql"
-
-
-@pytest.fixture
 def full(database: Database, clock: FakeClock) -> Database:
     """A database with 300 expired nonces and 300 expired keys."""
     with database.unit_of_work() as unit:
