@@ -83,8 +83,7 @@ def names(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("way", "end"),
-    [("run", "go on"), ("run", "close"), ("run", "kill"), ("session", "close"), ("fresh log", "kill")],
+    ("way", "end"), [("run", "go on"), ("run", "close"), ("run", "kill"), ("session", "close"), ("fresh log", "kill")]
 )
 def test_failed_commit_does_not_reappear(failing: Failing, sqlite_path: Path, way: str, end: str) -> None:
     """If a unit raises DatabaseIOError, its rows do not appear later, even if no sync succeeds until the last close."""
@@ -167,7 +166,7 @@ there = names(database)
 add(database, "after")
 print(json.dumps([error, there, names(database)]))
 database.close()
-""",
+"""
     )
     assert found == ["CommitUnknownError", ["before"], ["after", "before"]]
     assert names(sqlite_path) == ["after", "before"]

@@ -23,16 +23,7 @@ import pytest
 from homeagent import Database, UnitOfWork
 from homeagent.engine.connection import StoreConnection
 from homeagent.errors import DatabaseBusyError, DatabaseClosedError, DatabaseError
-from tests.batches import (
-    Work,
-    agents_of,
-    create,
-    creating,
-    group_commit_of,
-    held,
-    outcome_of,
-    wait_for_calls,
-)
+from tests.batches import Work, agents_of, create, creating, group_commit_of, held, outcome_of, wait_for_calls
 from tests.conftest import FakeClock, add_agent, dump
 
 

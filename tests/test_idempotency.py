@@ -571,10 +571,7 @@ def test_long_coroutine_keeps_its_lease(
 
 
 def test_failed_renewal_is_tried_again(
-    database: Database,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    often: None,
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, often: None
 ) -> None:
     """If the database refuses a renewal once, the failure is logged, and the renewal is tried again."""
     renew = OnceCall.renew

@@ -50,11 +50,7 @@ def build(hook: str, source: Path, destination: Path) -> Path:
     destination.mkdir(exist_ok=True)
     program = f"import sys; from hatchling.build import {hook}; print({hook}(sys.argv[1]))"
     name = subprocess.run(
-        [sys.executable, "-c", program, destination],
-        cwd=source,
-        check=True,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", program, destination], cwd=source, check=True, capture_output=True, text=True
     ).stdout.split()[-1]
     return destination / name
 

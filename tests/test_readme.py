@@ -51,10 +51,7 @@ def test_commands_run(tmp_path: Path) -> None:
         database.pair(DevicePair(id="hall-lamp", role=Role.NODE))
     for command in commands:
         done = fork_server.run(
-            fork_server.COMMAND,
-            *command,
-            input="y\n",
-            environment={**os.environ, "HOMEAGENT_DATABASE": str(file)},
+            fork_server.COMMAND, *command, input="y\n", environment={**os.environ, "HOMEAGENT_DATABASE": str(file)}
         )
         assert done.returncode == 0, (command, done.stderr)
     with Database.open(file) as database, database.unit_of_work(read_only=True) as unit:

@@ -123,10 +123,7 @@ BREAKING = {
         '    batch.drop_constraint(op.f("ck_devices_role"), type_="check")',
         "ck_devices_role of devices is dropped",
     ),
-    "unique on old columns": (
-        'op.create_index("idx_agents_name", "agents", ["name"], unique=True)',
-        "gets unique",
-    ),
+    "unique on old columns": ('op.create_index("idx_agents_name", "agents", ["name"], unique=True)', "gets unique"),
     "unique dropped": ('op.drop_index("idx_sessions_route", "sessions")', "loses unique"),
     "another primary key": (
         'with op.batch_alter_table("nonces", table_kwargs={"sqlite_with_rowid": False}) as batch:\n'

@@ -281,11 +281,7 @@ def test_a_flood_of_guesses_delays_no_generated_secret(database: Database, runs:
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_coroutines_that_hash_take_no_thread_from_the_others(
-    database: Database,
-    runs: Runs,
-    backend: str,
-    monkeypatch: pytest.MonkeyPatch,
-    cheap_hashes: Callable[[int], None],
+    database: Database, runs: Runs, backend: str, monkeypatch: pytest.MonkeyPatch, cheap_hashes: Callable[[int], None]
 ) -> None:
     """While more slow checks wait than threads exist, units and checks of generated secrets continue."""
     cheap_hashes(1)

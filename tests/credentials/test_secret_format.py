@@ -15,13 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from homeagent.credentials import (
-    MAX_SECRET_BYTES,
-    MAX_SECRET_CHARACTERS,
-    generate_secret,
-    is_generated,
-    secret_text,
-)
+from homeagent.credentials import MAX_SECRET_BYTES, MAX_SECRET_CHARACTERS, generate_secret, is_generated, secret_text
 from homeagent.errors import InvalidArgumentError
 from tests.credentials.conftest import HUMAN, Runs, cheap, generated, usable
 

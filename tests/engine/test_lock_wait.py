@@ -116,10 +116,7 @@ def test_wait_ends_under_a_frozen_clock(sqlite_path: Path) -> None:
 
 def test_zero_timeout_tries_once(sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """If `busy_timeout` is zero and the lock is taken, the unit raises DatabaseBusyError without a wait."""
-    with (
-        Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(0)) as database,
-        locked(database),
-    ):
+    with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(0)) as database, locked(database):
         time = Time(monkeypatch)
         with pytest.raises(DatabaseBusyError):
             add_agent(database)

@@ -247,12 +247,7 @@ def test_a_hundred_concurrent_requests(api: httpx.Client) -> None:
         answers = list(pool.map(ask, range(100)))
 
     statuses = {kind: sorted(status for what, status, _ in answers if what == kind) for kind, _, _ in answers}
-    assert statuses == {
-        "pair": [201] * 25,
-        "resolve": [200] * 25,
-        "agent": [201] + [409] * 24,
-        "list": [200] * 25,
-    }
+    assert statuses == {"pair": [201] * 25, "resolve": [200] * 25, "agent": [201] + [409] * 24, "list": [200] * 25}
     assert len({body["session_id"] for kind, _, body in answers if kind == "resolve"}) == 1
     assert len(api.get("/devices").json()) == 26
 

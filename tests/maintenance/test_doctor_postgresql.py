@@ -75,10 +75,7 @@ def test_valid_database_has_no_problem(target: str) -> None:
         assert bad(found) == {}, found
         assert found.not_checked == {}
         first = CHECKS.index("directory")
-        assert [finding.check for finding in found.findings] == [
-            *CHECKS[:first],
-            *CHECKS[CHECKS.index("durability") :],
-        ]
+        assert [finding.check for finding in found.findings] == [*CHECKS[:first], *CHECKS[CHECKS.index("durability") :]]
         assert found.engine == "postgresql"
         inside = database.doctor(thorough=True)
         assert (bad(inside), inside.not_checked, inside.thorough) == ({}, {}, True)

@@ -230,10 +230,7 @@ def test_first_revision_follows_the_specification(tmp_path: Path) -> None:
         return structure
 
     upgrade(tmp_path / "first.db", "0001")
-    with (
-        closing(sqlite(tmp_path / "first.db")) as first,
-        closing(connect(":memory:")) as written,
-    ):
+    with closing(sqlite(tmp_path / "first.db")) as first, closing(connect(":memory:")) as written:
         written.execute(SPECIFICATION)
         assert promised(first) == promised(written)
         checks = [clause for clause in sqlite_structure(first)["devices"]["clauses"] if "CHECK" in clause]

@@ -359,10 +359,7 @@ def test_threads_open_together(tmp_path: Path, rounds: int) -> None:
         start = threading.Barrier(PROCESSES)
 
         def opened(
-            name: int,
-            path: Path = path,
-            start: threading.Barrier = start,
-            failures: list[BaseException] = failures,
+            name: int, path: Path = path, start: threading.Barrier = start, failures: list[BaseException] = failures
         ) -> None:
             try:
                 start.wait(30)

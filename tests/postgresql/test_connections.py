@@ -152,8 +152,7 @@ def test_database_without_an_encoding_works(postgres_url: str) -> None:
     """A database with SQL_ASCII stores the bytes of UTF-8."""
     name = "without_encoding"
     postgres_execute(
-        postgres_url,
-        f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C'",
+        postgres_url, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C'"
     )
     try:
         with Database.open(postgres_database(postgres_url, name)) as database:

@@ -55,10 +55,7 @@ def test_epoch_reaches_a_gateway_that_connects_meanwhile(
     def advance_late(connection: Any, *args: Any, **options: Any) -> int:
         gateway.start()
         waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'store'::regclass"
-        wait_for(
-            "the gateway at the lock",
-            lambda: judged or connection.exec_driver_sql(waiting).scalar_one(),
-        )
+        wait_for("the gateway at the lock", lambda: judged or connection.exec_driver_sql(waiting).scalar_one())
         return int(advance(connection, *args, **options))
 
     monkeypatch.setattr(epochs, "_advance", advance_late)

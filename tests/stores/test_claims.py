@@ -336,10 +336,7 @@ def test_unknown_state_keeps_the_key(database: Database, target: str, clock: Fak
     assert database.sweep().idempotency_keys == 0
     with database.unit_of_work() as unit:
         assert unit.idempotency_keys.delete_ended(SCOPE.device_id) == 0
-    for call in (
-        lambda: claim(database),
-        lambda: database.run(lambda unit: unit.idempotency_keys.find(SCOPE)),
-    ):
+    for call in (lambda: claim(database), lambda: database.run(lambda unit: unit.idempotency_keys.find(SCOPE))):
         with pytest.raises(CorruptDatabaseError):
             call()
     assert dump(database) == before

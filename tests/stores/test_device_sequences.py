@@ -13,16 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant
 from sqlmodel import select
 
-from homeagent import (
-    Device,
-    DeviceChange,
-    DeviceCreate,
-    DevicePair,
-    DeviceStatus,
-    DeviceUpdate,
-    IdempotencyScope,
-    Role,
-)
+from homeagent import Device, DeviceChange, DeviceCreate, DevicePair, DeviceStatus, DeviceUpdate, IdempotencyScope, Role
 from homeagent.errors import (
     ApprovalChangedError,
     DeviceExistsError,

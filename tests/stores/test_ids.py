@@ -20,12 +20,7 @@ from homeagent import (
     IdempotencyScope,
     Role,
 )
-from homeagent.errors import (
-    AgentNotFoundError,
-    DeviceNotFoundError,
-    InvalidArgumentError,
-    SessionNotFoundError,
-)
+from homeagent.errors import AgentNotFoundError, DeviceNotFoundError, InvalidArgumentError, SessionNotFoundError
 from tests.conftest import START, add_agent, add_device, write_past_checks
 
 MINUTE = timedelta(minutes=1)

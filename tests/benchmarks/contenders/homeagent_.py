@@ -104,10 +104,7 @@ class HomeAgent:
             if uow.sessions.find_by_id(session_id) is None:
                 uow.sessions.create(
                     AgentSessionCreate(
-                        session_id=session_id,
-                        agent_id=agent_id,
-                        sender_id=event["sender"],
-                        channel_id=event["channel"],
+                        session_id=session_id, agent_id=agent_id, sender_id=event["sender"], channel_id=event["channel"]
                     )
                 )
             uow.sessions.touch(session_id)

@@ -15,10 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from homeagent.errors import (
-    ForeignDatabaseError,
-    InsecureFileError,
-)
+from homeagent.errors import ForeignDatabaseError, InsecureFileError
 from tests import fork_server
 
 AT_ONCE = timedelta(0)

@@ -475,12 +475,7 @@ class TestCreating:
         ],
     )
     def test_system_errors_become_homeagent_errors(
-        self,
-        database_file: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        number: int,
-        kind: type[DatabaseError],
-        words: str,
+        self, database_file: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[DatabaseError], words: str
     ) -> None:
         """A full disk, a read-only disk and a missing permission raise separate errors that name the path."""
 

@@ -10,20 +10,8 @@ import pytest
 
 from homeagent.engine.files import directories
 from homeagent.engine.files.directories import prepare_directory
-from homeagent.errors import (
-    DatabaseError,
-    InsecureFileError,
-    InvalidArgumentError,
-)
-from tests.engine.files.conftest import (
-    NOBODY,
-    UNPRIVILEGED,
-    make,
-    mode_of,
-    needs_root,
-    run,
-    snapshot,
-)
+from homeagent.errors import DatabaseError, InsecureFileError, InvalidArgumentError
+from tests.engine.files.conftest import NOBODY, UNPRIVILEGED, make, mode_of, needs_root, run, snapshot
 
 
 class TestDirectories:

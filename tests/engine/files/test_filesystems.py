@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from homeagent.engine.files.filesystems import filesystem_kind, is_network_filesystem, refuse_network_filesystem
-from homeagent.errors import (
-    DatabaseError,
-)
+from homeagent.errors import DatabaseError
 
 
 def mount(point: Path | str, kind: str, device: str = "0:99", optional: str = "shared:1") -> str:

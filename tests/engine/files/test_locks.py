@@ -14,20 +14,8 @@ import pytest
 
 from homeagent.engine.files import locks
 from homeagent.engine.files.locks import FileLock
-from homeagent.errors import (
-    DatabaseBusyError,
-    DatabaseError,
-    DiskFullError,
-    InvalidArgumentError,
-)
-from tests.engine.files.conftest import (
-    AT_ONCE,
-    NOT_A_FILE_OF_OURS,
-    make,
-    mode_of,
-    program,
-    snapshot,
-)
+from homeagent.errors import DatabaseBusyError, DatabaseError, DiskFullError, InvalidArgumentError
+from tests.engine.files.conftest import AT_ONCE, NOT_A_FILE_OF_OURS, make, mode_of, program, snapshot
 from tests.fork_server import Child
 
 HOLDER = """

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.engine.files.conftest import (
-    UNPRIVILEGED,
-    run,
-)
+from tests.engine.files.conftest import UNPRIVILEGED, run
 
 
 class TestAnyUmask:

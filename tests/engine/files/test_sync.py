@@ -10,9 +10,7 @@ import pytest
 
 from homeagent.engine.files import sync
 from homeagent.engine.files.sync import fsync_directory
-from homeagent.errors import (
-    DatabaseError,
-)
+from homeagent.errors import DatabaseError
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])

@@ -182,12 +182,7 @@ PROVOKED: list[tuple[str, type[exc.DBAPIError], type[errors.HomeAgentError], Cal
     ("SQLITE_BUSY", exc.OperationalError, errors.TransientError, while_another_writes),
     ("SQLITE_BUSY_SNAPSHOT", exc.OperationalError, errors.TransientError, on_an_old_snapshot),
     ("SQLITE_LOCKED", exc.OperationalError, errors.TransientError, drop_what_is_read),
-    (
-        "SQLITE_READONLY",
-        exc.OperationalError,
-        errors.ReadOnlyError,
-        send("PRAGMA query_only=ON", "DELETE FROM room"),
-    ),
+    ("SQLITE_READONLY", exc.OperationalError, errors.ReadOnlyError, send("PRAGMA query_only=ON", "DELETE FROM room")),
     ("SQLITE_READONLY_DBMOVED", exc.OperationalError, errors.DatabaseMovedError, after_a_move),
     (
         "SQLITE_FULL",
