@@ -353,7 +353,7 @@ print(json.dumps([attempt(number, 2 + calls * number // instants) for number in 
 """
 
 
-@pytest.mark.parametrize("instants", [3, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("instants", [3, pytest.param(8, marks=pytest.mark.slow)])
 @every_command
 def test_ctrl_c(name: str, instants: int, prepared: Path, tmp_path: Path) -> None:
     """If Ctrl-C comes at any time, the command ends with a line and status 130, or its work was done."""

@@ -638,7 +638,9 @@ print(json.dumps(modes))
 """
 
 
-@pytest.mark.parametrize("umask", ["000", "022", "077", "777"])
+@pytest.mark.parametrize(
+    "umask", ["000", "777", *(pytest.param(umask, marks=pytest.mark.slow) for umask in ("022", "077"))]
+)
 @pytest.mark.parametrize("revision", [None, "0001"])
 def test_files_are_private_under_any_umask(
     tmp_path: Path, directory: Path, children: Children, umask: str, revision: str | None

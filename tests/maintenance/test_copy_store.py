@@ -24,6 +24,7 @@ from homeagent.maintenance import CopyProgress
 from homeagent.maintenance.copy_store import PAGE, PAGE_WITH_JSON, copy_store
 from homeagent.models import DATA_TABLES, SCHEMA
 from tests.conftest import (
+    Administer,
     Children,
     FakeClock,
     add_agent,
@@ -58,13 +59,14 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeS
         url: str = request.getfixturevalue("postgres_url")
         template: str = request.getfixturevalue("postgres_template")
         name = f"copying_{os.getpid()}_{number}"
-        postgres_execute(url, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
+        administer: Administer = request.getfixturevalue("administer")
+        administer(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
         made.append(name)
         return postgres_database(url, name)
 
     yield make
     for name in made:
-        postgres_execute(request.getfixturevalue("postgres_url"), f"DROP DATABASE {name} WITH (FORCE)")
+        request.getfixturevalue("administer")(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def stored(database: Database) -> Rows:
