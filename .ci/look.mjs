@@ -1,5 +1,5 @@
 // Look at each page of the built site in Chromium: `node .ci/look.mjs SITE`. Needs the npm packages puppeteer and
-// axe-core in NODE_PATH. Each page is opened at three widths, in light and dark colours. The exit status is 1 if a page
+// axe-core in NODE_PATH. Each page is shown at three widths, in light and dark colours. The exit status is 1 if a page
 // is wider than the window, writes an error to the console, loads from another host or violates a rule of axe.
 import { createServer } from "node:http";
 import { createRequire } from "node:module";
@@ -24,31 +24,69 @@ const origin = `http://127.0.0.1:${server.address().port}`;
 const pages = readdirSync(site, { recursive: true }).filter((name) => name.endsWith("index.html")).sort();
 const browser = await puppeteer.launch({ executablePath: process.env.CHROMIUM, args: ["--no-sandbox"] });
 const faults = [];
-for (const colours of ["light", "dark"]) {
-  for (const width of [360, 768, 1440]) {
-    const tab = await browser.newPage();
-    await tab.setViewport({ width, height: 900 });
-    await tab.emulateMediaFeatures([{ name: "prefers-color-scheme", value: colours }]);
-    let place = "";
-    tab.on("console", (line) => line.type() === "error" && faults.push(`${place}: console: ${line.text()}`));
-    tab.on("pageerror", (error) => faults.push(`${place}: ${error}`));
-    tab.on("request", (request) => /^https?:/.test(request.url()) && !request.url().startsWith(origin) && faults.push(`${place}: loads ${request.url()}`));
-    for (const page of pages) {
-      place = `${page} at ${width} px, ${colours}`;
-      await tab.goto(`${origin}/${page.replace(/index\.html$/, "")}`, { waitUntil: "load" });
+
+// The rule about contrast takes seconds for a thousand elements. Elements with the same names and classes, up to the
+// third ancestor, have the same colours, so the rule gets the first visible one of them.
+function sample() {
+  const first = new Map();
+  for (const element of document.querySelectorAll("body *")) {
+    if (![...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim())) continue;
+    let key = "";
+    for (let each = element, depth = 0; each && depth < 4; each = each.parentElement, depth++) key += `${each.localName} ${each.className} < `;
+    if (!first.has(key) && element.checkVisibility({ visibilityProperty: true, opacityProperty: true })) first.set(key, element);
+  }
+  return [...first.values()];
+}
+
+const CONTRAST = { runOnly: ["color-contrast"] };
+const LAYOUT = { runOnly: ["scrollable-region-focusable", "target-size"], rules: { "target-size": { enabled: true } } };
+const REST = { rules: { "color-contrast": { enabled: false } } };
+
+async function violations(tab, options) {
+  return await tab.evaluate(async (options, source) => {
+    const where = options.runOnly?.includes("color-contrast") ? { include: new Function(`return (${source})()`)() } : document;
+    const found = await globalThis.axe.run(where, { ...options, resultTypes: ["violations"], preload: false });
+    return found.violations.map(({ id, nodes }) => `axe ${id}: ${nodes.length}, such as ${nodes[0].html.slice(0, 160)}`);
+  }, options, sample.toString());
+}
+
+async function look(tab, page, placed) {
+  for (const colours of ["light", "dark"]) {
+    await tab.emulateMediaFeatures([{ name: "prefers-color-scheme", value: colours }, { name: "prefers-reduced-motion", value: "reduce" }]);
+    await tab.goto(`${origin}/${page.replace(/index\.html$/, "")}`, { waitUntil: "load" });
+    await tab.addStyleTag({ content: "* { transition: none !important; animation: none !important }" });
+    await tab.evaluate(axe);
+    for (const width of [1440, 768, 360]) {
+      const fault = placed(`${page} at ${width} px, ${colours}`);
+      await tab.setViewport({ width, height: 900 });
       const wide = await tab.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
-      if (wide > 0) faults.push(`${place}: ${wide} px wider than the window`);
-      // The rules depend on the colours, and hardly on the width.
-      if (width === 768) continue;
-      await tab.evaluate(axe);
-      const { violations } = await tab.evaluate(() => globalThis.axe.run());
-      for (const { id, nodes } of violations) faults.push(`${place}: axe ${id}: ${nodes.length}, such as ${nodes[0].html.slice(0, 160)}`);
+      if (wide > 0) fault(`${wide} px wider than the window`);
+      // Contrast depends on the colours, some rules depend on the width, and the others on neither.
+      const found = width === 1440 ? await violations(tab, CONTRAST) : [];
+      if (colours === "light" && width === 1440) found.push(...(await violations(tab, REST)));
+      if (colours === "light" && width === 360) found.push(...(await violations(tab, LAYOUT)));
+      found.forEach(fault);
     }
-    await tab.close();
   }
 }
+
+// Two tabs share the pages.
+const queue = [...pages];
+async function worker() {
+  const tab = await browser.newPage();
+  let fault;
+  const placed = (place) => (fault = (text) => faults.push(`${place}: ${text}`));
+  tab.on("console", (line) => line.type() === "error" && fault(`console: ${line.text()}`));
+  tab.on("pageerror", (error) => fault(error));
+  tab.on("request", (request) => /^https?:/.test(request.url()) && !request.url().startsWith(origin) && fault(`loads ${request.url()}`));
+  for (let next = queue.shift(); next; next = queue.shift()) {
+    placed(next);
+    await look(tab, next, placed);
+  }
+}
+await Promise.all([worker(), worker()]);
 await browser.close();
 server.close();
-console.log(faults.join("\n"));
+if (faults.length) console.log(faults.sort().join("\n"));
 console.log(`${pages.length} pages, ${faults.length} faults`);
 process.exit(faults.length ? 1 : 0);

@@ -4,7 +4,8 @@ The folder gets the pages of `docs`, the pages of the project's root, and the dr
 fenced block of the language `mermaid` in a page. GitHub draws such a block itself. For the site, the program `mmdc` of
 the npm package `@mermaid-js/mermaid-cli` renders each block to two SVG files, for light and for dark colours, so that
 a reader's browser loads no script for them. The environment variable `MMDC` can name the program, and `CHROMIUM` can
-name the browser that the program starts.
+name the browser that the program starts. A block of the language `chart` has a title, and a line for each bar with a
+name and a number. This module draws the bars; GitHub shows the text.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {name: f"{name.lower()}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")}
 """Pages in the root of the project, and their names in the site."""
 
-FENCE = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(mermaid|chart)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TITLE = re.compile(r"^\s*accTitle: (.+)$", re.MULTILINE)
 THEMES = {"light": "default", "dark": "dark"}
+CHART_COLOURS = {"light": ("#1f2430", "#4051b5", "#9aa3c0"), "dark": ("#e2e4e9", "#9db2ff", "#5d6785")}
+"""Colours of the text, of homeagent's bar and of the other bars."""
 
 
 def prepare(target: Path) -> None:
@@ -35,7 +39,10 @@ def prepare(target: Path) -> None:
         text = (ROOT / f"{name}.md").read_text(encoding="utf-8").replace("](docs/", "](")
         (target / page).write_text(text, encoding="utf-8")
     pages = {page: page.read_text(encoding="utf-8") for page in target.rglob("*.md")}
-    drawings = render(sorted({block for text in pages.values() for block in FENCE.findall(text)}))
+    blocks = sorted({block for text in pages.values() for block in FENCE.findall(text)})
+    drawings = render([source for language, source in blocks if language == "mermaid"])
+    for source in (source for language, source in blocks if language == "chart"):
+        drawings |= {f"{digest(source)}-{colours}.svg": draw_chart(source, colours) for colours in THEMES}
     for name, drawing in drawings.items():
         file = target / "assets" / "diagrams" / name
         file.parent.mkdir(exist_ok=True)
@@ -53,7 +60,7 @@ def convert(text: str, up: str) -> str:
     """
     for name, page in {**OUTSIDE, "README": "index.md"}.items():
         text = re.sub(rf"\]\((?:\.\./)*{name}\.md", f"]({up}{page}", text)
-    return FENCE.sub(lambda fence: images(fence[1], f"{up}assets/diagrams/"), text)
+    return FENCE.sub(lambda fence: images(fence[2], f"{up}assets/diagrams/"), text)
 
 
 def images(source: str, folder: str) -> str:
@@ -67,6 +74,30 @@ def images(source: str, folder: str) -> str:
 def digest(source: str) -> str:
     """Return a file name for a diagram that changes with the source."""
     return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def draw_chart(source: str, colours: str) -> str:
+    """Return a bar chart as SVG that is readable on a page of 360 px."""
+    title, *lines = source.splitlines()
+    title = escape(title.removeprefix("accTitle: "))
+    bars = [(escape(name.strip()), number) for name, number in (line.rsplit("  ", 1) for line in lines)]
+    greatest = max(float(number.replace(",", "")) for _, number in bars)
+    text, own, other = CHART_COLOURS[colours]
+    shapes = []
+    for index, (name, number) in enumerate(bars):
+        y, width = 28 * index, 140 * float(number.replace(",", "")) / greatest
+        colour = own if name == "homeagent" else other
+        shapes.append(
+            f'<text x="122" y="{y + 17}" text-anchor="end">{name}</text>'
+            f'<rect x="130" y="{y + 2}" width="{max(width, 1):.1f}" height="20" fill="{colour}"/>'
+            f'<text x="{136 + width:.1f}" y="{y + 17}">{number}</text>'
+        )
+    description = escape(", ".join(f"{name} {number}" for name, number in bars))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="328" height="{28 * len(bars)}" role="img" fill="{text}" '
+        f'font-family="sans-serif" font-size="13"><title>{title}</title><desc>{description}</desc>'
+        f"{''.join(shapes)}</svg>"
+    )
 
 
 def render(sources: list[str]) -> dict[str, str]:

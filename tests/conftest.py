@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,11 +22,14 @@ from homeagent import Agent, AgentCreate, Database, Device, DeviceCreate, Role
 from homeagent.models.types import check_timestamp
 from homeagent.testing import START as START
 from homeagent.testing import FakeClock as FakeClock
-from tests import fork_server
+from tests import figures, fork_server
 from tests.fork_server import Child
 from tests.postgresql.server import Installation, Server, find_installation
 
 ROOT = Path(__file__).parent.parent
+
+RecordProperty = Callable[[str, object], None]
+"""The type of pytest's fixture `record_property`, which `tests/figures.py` explains."""
 
 # The xdist workers share a server, so the names of their databases must differ.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
@@ -124,6 +128,24 @@ def _new_directory(parent: Path | None = None) -> Path:
 def pytest_configure_node(node: Any) -> None:
     """Send the server's directory to an xdist worker: all workers of a run share a server."""
     node.workerinput["server_directory"] = str(node.config.stash[_server_directory])
+
+
+_properties: list[tuple[str, object]] = []
+"""What passing tests of all xdist workers reported with `record_property`."""
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collect the figures of a test that passed."""
+    if report.when == "call" and report.passed:
+        _properties.extend(report.user_properties)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the figures of the test campaigns to the file that HOMEAGENT_FIGURES names."""
+    path = os.environ.get("HOMEAGENT_FIGURES")
+    if path and _properties and not hasattr(session.config, "workerinput"):
+        command = shlex.join(["python", "-m", "pytest", *session.config.invocation_params.args])
+        figures.save_campaigns(Path(path), command, _properties)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

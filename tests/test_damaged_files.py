@@ -29,7 +29,7 @@ from homeagent.engine.sqlite.dialect import connect
 from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError, HomeAgentError
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import VERSION_TABLE
-from tests.conftest import Children, FakeClock
+from tests.conftest import Children, FakeClock, RecordProperty
 
 MODELS: tuple[type[SQLModel], ...] = (Agent, Device, AgentSession, Nonce, IdempotencyKey)
 SIDECARS = ("-wal", "-shm")
@@ -291,11 +291,12 @@ def test_damaged_files(tmp_path: Path, samples: dict[str, Sample]) -> None:
 
 
 @pytest.mark.slow
-def test_530_damaged_files(tmp_path: Path, samples: dict[str, Sample]) -> None:
+def test_530_damaged_files(tmp_path: Path, samples: dict[str, Sample], record_property: RecordProperty) -> None:
     """Of 530 damaged files, only bytes that were flipped in the database file give wrong values."""
     found = attempts(range(30, 560), tmp_path, samples)
     print(told(found))  # noqa: T201  printing is the purpose of the test, shown with -s
     assert sum(found.values()) == 530
+    record_property("damaged, truncated or foreign files opened", 530)
     assert {end.partition(":")[0] for end in found if "another value" in end} <= {"flip db"}
 
 

@@ -21,6 +21,7 @@ from homeagent import Database, DevicePair, Role
 from homeagent.errors import HandshakeError
 from homeagent.fastapi import bearer_token
 from homeagent.handshake.client import authenticate
+from tests.conftest import RecordProperty
 from tests.fork_server import Child
 
 websockets = pytest.importorskip("websockets")
@@ -234,7 +235,7 @@ def pair(server: Server, number: int) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(("clients", "kills"), [(20, 1), pytest.param(200, 10, marks=pytest.mark.slow)])
-def test_each_effect_happens_once(server: Server, clients: int, kills: int) -> None:
+def test_each_effect_happens_once(server: Server, clients: int, kills: int, record_property: RecordProperty) -> None:
     """Half of the clients use HTTP and half WebSockets. Each sends each call until it is answered, and once more."""
     answered: list[str] = []
     milestones = [clients * number for number in range(1, kills + 1)]
@@ -267,6 +268,7 @@ def test_each_effect_happens_once(server: Server, clients: int, kills: int) -> N
     effects = Counter(server.ledger.read_text(encoding="utf-8").splitlines())
     assert set(effects) == set(answered)
     assert set(effects.values()) == {1}
+    record_property("calls repeated over HTTP and WebSocket while the server was killed", len(answered))
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 from homeagent import Database
 
 if TYPE_CHECKING:
-    from tests.conftest import Children
+    from tests.conftest import Children, RecordProperty
 
 # Four kinds of units; each writes a row and its twin, and prints its name after the commit.
 LOAD = """
@@ -95,6 +95,7 @@ def test_killed_load(sqlite_path: Path, children: Children, durability: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("durability", ["full", "normal"])
-def test_300_kills(sqlite_path: Path, children: Children, durability: str) -> None:
+def test_300_kills(sqlite_path: Path, children: Children, durability: str, record_property: RecordProperty) -> None:
     """If 152 processes are killed at each durability, all acknowledged units are stored whole."""
     assert kill_rounds(sqlite_path, children, durability, 38, seed=2) > 38
+    record_property("processes killed while they write units", 4 * 38)

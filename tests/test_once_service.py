@@ -13,7 +13,7 @@ from subprocess import Popen
 
 import pytest
 
-from tests.conftest import START, Children
+from tests.conftest import START, Children, RecordProperty
 
 # Each start sets the service's clock an hour ahead of the previous start, so that old leases have expired.
 SERVICE = """
@@ -119,7 +119,9 @@ class Service:
 @pytest.mark.parametrize(
     ("clients", "kills"), [(16, 1), pytest.param(64, 20, marks=pytest.mark.slow)], ids=["16 clients", "64 clients"]
 )
-def test_orders(clients: int, kills: int, target: str, tmp_path: Path, children: Children) -> None:
+def test_orders(
+    clients: int, kills: int, target: str, tmp_path: Path, children: Children, record_property: RecordProperty
+) -> None:
     """If two clients send each order and the service is killed meanwhile, the service places each order once."""
     ledger = tmp_path / "ledger"
     service = Service(children, target, ledger)
@@ -148,3 +150,4 @@ def test_orders(clients: int, kills: int, target: str, tmp_path: Path, children:
     assert statuses[200] == clients * each
     # Some kills must interrupt requests, or the test would prove too little.
     assert statuses[0] > 0
+    record_property("orders sent twice to a service that was killed", clients // 2 * each)

@@ -10,7 +10,7 @@ import pytest
 
 from homeagent import Attempt, Database, IdempotencyScope
 from homeagent.errors import IdempotencyInProgressError, OutcomeUnknownError
-from tests.conftest import START, Children, FakeClock
+from tests.conftest import START, Children, FakeClock, RecordProperty
 
 # A separate process calls each key, and kills itself at the named step.
 SCRIPT = """
@@ -69,7 +69,9 @@ STEPS = {
 
 @pytest.mark.parametrize("keys", [3, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", STEPS)
-def test_killed(step: str, keys: int, target: str, tmp_path: Path, children: Children) -> None:
+def test_killed(
+    step: str, keys: int, target: str, tmp_path: Path, children: Children, record_property: RecordProperty
+) -> None:
     """If a process is killed at any step, the effect does not happen twice, and after the lease no key is stuck."""
     placed, state = STEPS[step]
     ledger = tmp_path / "ledger"
@@ -107,3 +109,4 @@ def test_killed(step: str, keys: int, target: str, tmp_path: Path, children: Chi
             assert len(unit.idempotency_keys.list_abandoned()) == found["unknown"]
     assert found == {state: keys}
     assert max(lines().values(), default=0) <= 1
+    record_property("processes killed at a step of run_once", keys)

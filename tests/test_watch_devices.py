@@ -16,7 +16,7 @@ from sqlalchemy import make_url
 from homeagent import Database, DeviceChange, DeviceUpdate
 from homeagent.device_changes import PATIENCE, DeviceWatcher
 from homeagent.errors import DatabaseClosedError, DatabaseError
-from tests.conftest import Children, MakeDatabase, add_device, postgres_execute
+from tests.conftest import Children, MakeDatabase, RecordProperty, add_device, postgres_execute
 from tests.feed_load import FeedLoad
 
 THREAD = "homeagent-device-changes"
@@ -337,13 +337,17 @@ def test_another_open_database_has_its_own_thread(database: Database, reopen: Ma
 @pytest.mark.parametrize(
     ("writers", "rounds", "changes"), [(2, 2, 10), pytest.param(4, 30, 100, marks=pytest.mark.slow)]
 )
-def test_killed_writers_and_watchers(target: str, children: Children, writers: int, rounds: int, changes: int) -> None:
+def test_killed_writers_and_watchers(
+    target: str, children: Children, writers: int, rounds: int, changes: int, record_property: RecordProperty
+) -> None:
     """While writers and watchers are killed, each watcher gets each change, in order; p99 of the delay is < 0.3 s."""
     load = FeedLoad(children, target, writers=writers)
     load.run(rounds, changes=changes)
     p99 = load.stop_and_check()
     if writers == 4:
         assert p99 < 0.3
+    record_property("processes killed while they write or watch device changes", sum(load.counts.values()))
+    record_property("99th percentile of the delay of a device change", p99)
 
 
 IDLE = """

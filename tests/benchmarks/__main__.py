@@ -13,7 +13,8 @@ from pathlib import Path
 from tests.benchmarks import callers, operations, postgresql, processes
 from tests.benchmarks.goals import ROWS, judge
 from tests.benchmarks.measuring import QUICK, Bench, BenchmarkError, Sizes
-from tests.benchmarks.report import describe_run, goals_table, terminal_line, write
+from tests.benchmarks.report import goals_table, merge, terminal_line, versions
+from tests.figures import describe_run, load, save
 
 __all__ = ["MEASURES", "main"]
 
@@ -29,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, metavar="N", help="samples of each contender in each row")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: show that every row works, judge no goal")
     parser.add_argument("--list", action="store_true", help="print the rows and their goals, measure nothing")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write DIR/benchmarks.md and DIR/benchmarks.json")
+    parser.add_argument("--figures", type=Path, metavar="FILE", help="update the rows in FILE: docs/figures.json")
     return parser
 
 
@@ -46,14 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         _say(goals_table([]))
         return 0
-    if options.output is not None and options.only:
-        parser.error("--output writes all rows: leave --only out")
+    if options.figures is not None and options.quick:
+        parser.error("--quick measures no time, so leave --figures out")
     if not any(text in row.name for text in options.only or [""] for row in ROWS):
         parser.error(f"no row contains {' or '.join(options.only)}: see --list")
     sizes = QUICK if options.quick else Sizes()
     if options.rounds is not None:
         sizes = replace(sizes, rounds=options.rounds, few_rounds=options.rounds)
-    run = describe_run(shlex.join(["python", "-m", "tests.benchmarks", *given]))
+    run = {**describe_run(shlex.join(["python", "-m", "tests.benchmarks", *given])), "versions": versions()}
     names = operations.installed()
     for name in operations.CONTENDERS:
         if name not in names:
@@ -63,8 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             for measure in MEASURES:
                 measure(bench)
-            if options.output is not None:
-                write(bench.figures, run, options.output / "benchmarks.md")
+            if options.figures is not None:
+                content = load(options.figures)
+                merge(content, run, bench.figures)
+                save(options.figures, content)
         except BenchmarkError as error:
             sys.stderr.write(f"{error}\n")
             return 1

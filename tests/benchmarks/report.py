@@ -1,47 +1,39 @@
-"""Write the report: tables for the terminal and for docs/benchmarks.md, and the figures as JSON."""
+"""Write the tables for the terminal, and docs/benchmarks.md: python -m tests.benchmarks.report [--check]."""
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import re
 import sqlite3
-import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from typing import Any
 
 from tests.benchmarks.goals import ROWS, Figure, Row, judge
 from tests.benchmarks.measuring import ROOT, BenchmarkError
 from tests.benchmarks.operations import BASELINE, CONTENDERS
+from tests.figures import FIGURES, load
 
-__all__ = ["describe_run", "goals_table", "terminal_line", "write"]
+__all__ = ["PAGE", "goals_table", "merge", "page", "terminal_line", "versions"]
 
-BEGIN, END = "<!-- measured: python -m tests.benchmarks --output docs -->", "<!-- end -->"
+PAGE = ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- generated: python -m tests.benchmarks.report -->", "<!-- end -->"
+CAMPAIGNS = """\
+A campaign is a long test that kills processes, damages files or generates calls. A campaign fails at the first lost,
+repeated or wrong row, so the table holds only campaigns that passed."""
 LIBRARIES = ("homeagent", "apsw", "sqlalchemy", "sqlmodel", "psycopg")
 
 
-def describe_run(command: str) -> dict[str, str]:
-    """Return the date, the command, the revision, the machine and the versions of a run."""
-    versions = [f"Python {platform.python_version()}", f"sqlite3 with SQLite {sqlite3.sqlite_version}"]
+def versions() -> str:
+    """Return the versions of Python, SQLite and the measured libraries."""
+    found = [f"Python {platform.python_version()}", f"sqlite3 with SQLite {sqlite3.sqlite_version}"]
     for name in LIBRARIES:
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    busy = f". Other programs also ran (load average {load:.1f}), so the figures are rough" if load > 1 else ""
-    return {
-        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "command": command,
-        "revision": revision.strip() or "unknown",
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors{busy}",
-        "versions": ", ".join(versions),
-    }
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
 
 
 def _value(figure: Figure, row: Row) -> str:
@@ -93,23 +85,85 @@ def figures_table(figures: Sequence[Figure]) -> str:
     return _table(["work", "durability", "baseline", *others], lines)
 
 
-def write(figures: Sequence[Figure], run: Mapping[str, str], page: Path) -> None:
-    """Write the tables between the markers of a page, and the figures into a JSON file next to the page.
+def chart(row: str, durability: str, title: str, figures: Sequence[Figure]) -> str:
+    """Return a section with a block that `.ci/site.py` draws as a bar chart."""
+    found = [each for each in figures if (each.row, each.durability) == (row, durability)]
+    if not found:
+        return ""
+    rate = next(each for each in ROWS if each.name == row).at_least
+    unit, better = ("operations per second", "longer") if rate else ("microseconds", "shorter")
+    width = max(len(each.contender) for each in found)
+    bars = (f"{each.contender:<{width}}  {each.value * (1 if rate else 1e6):,.4g}" for each in found)
+    block = "\n".join(["```chart", f"accTitle: {title}, in {unit}", *bars, "```"])
+    return f"### {title}\n\nThe unit is {unit}, so a {better} bar is better.\n\n{block}"
+
+
+CHARTS = (
+    ("find a device by id, in a unit", "", "Find a device by id"),
+    ("nonce consume", "normal", 'Consume a nonce with durability "normal"'),
+    ("durable commits of 256 asyncio callers", "full", "Durable commits of 256 callers"),
+)
+
+
+def merge(content: dict[str, Any], run: Mapping[str, str], figures: Sequence[Figure]) -> None:
+    """Put the figures of a run into the content of docs/figures.json, in place of earlier figures of the same rows."""
+    measured = {figure.row for figure in figures}
+    for earlier in content["benchmarks"]:
+        earlier["figures"] = [figure for figure in earlier["figures"] if figure["row"] not in measured]
+    runs = [{**run, "figures": [asdict(each) for each in figures]}, *content["benchmarks"]]
+    content["benchmarks"] = [each for each in runs if each["figures"]]
+
+
+def _describe(run: Mapping[str, Any], alone: bool) -> str:
+    rows = dict.fromkeys(figure["row"] for figure in run["figures"])
+    what = "Every row was" if alone else f"The rows {', '.join(f'“{row}”' for row in rows)} were"
+    return (
+        f"{what} measured on {run['date']} at revision {run['revision']}, by `{run['command']}`.\n"
+        f"The machine was {run['machine']}.\nThe versions were {run['versions']}."
+    )
+
+
+def campaigns_table(campaigns: Mapping[str, Mapping[str, str]]) -> str:
+    """Return the table of the campaigns in Markdown."""
+    rows = [
+        [name, each["result"], f"{each['date'].partition(' ')[0]}, {each['revision']}", f"`{each['command']}`"]
+        for name, each in sorted(campaigns.items())
+    ]
+    return _table(["what the tests did or measured", "result", "date and revision", "command"], rows)
+
+
+def page(text: str, content: Mapping[str, Any]) -> str:
+    """Return the text of docs/benchmarks.md with the figures between its markers.
 
     Raises:
         BenchmarkError: if the page does not have both markers exactly once.
     """
-    text = page.read_text(encoding="utf-8")
-    told = (
-        f"Measured {run['date']} at revision {run['revision']}, by `{run['command']}`.\n"
-        f"The machine was {run['machine']}.\nThe versions were {run['versions']}."
-    )
-    parts = ["## Goals", goals_table(figures), "## Every contender", figures_table(figures)]
-    made = "\n\n".join([BEGIN, told, *parts, END])
+    runs = content["benchmarks"]
+    figures = [Figure(**figure) for run in runs for figure in run["figures"]]
+    parts = [_describe(run, len(runs) == 1) for run in runs]
+    parts += ["## Goals", goals_table(figures), "## Charts"]
+    parts += filter(None, (chart(*each, figures) for each in CHARTS))
+    parts += ["## Every contender", figures_table(figures)]
+    if content["campaigns"]:
+        parts += ["## Campaigns", CAMPAIGNS, campaigns_table(content["campaigns"])]
+    made = "\n\n".join([BEGIN, *parts, END])
     text, count = re.subn(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: made, text, flags=re.DOTALL)
     if count != 1:
-        raise BenchmarkError(f"{page.name} needs the line {BEGIN}, and later the line {END}, once each")
-    page.write_text(text, encoding="utf-8")
-    lines = ",\n  ".join(json.dumps(asdict(each), ensure_ascii=False) for each in figures)
-    head = json.dumps(dict(run), indent=1, ensure_ascii=False).removesuffix("\n}")
-    page.with_suffix(".json").write_text(f'{head},\n "figures": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
+        raise BenchmarkError(f"the page needs the line {BEGIN}, and later the line {END}, once each")
+    return text
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write docs/benchmarks.md, or compare the page with the figures if `--check` is given. Return the exit status."""
+    old = PAGE.read_text(encoding="utf-8")
+    new = page(old, load(FIGURES))
+    if "--check" not in arguments:
+        PAGE.write_text(new, encoding="utf-8")
+    elif old != new:
+        sys.stderr.write("docs/benchmarks.md differs from docs/figures.json: run python -m tests.benchmarks.report\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

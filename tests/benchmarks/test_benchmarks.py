@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from tests.benchmarks.contenders.by_hand import Sqlite3
 from tests.benchmarks.goals import ROWS, Figure, judge
 from tests.benchmarks.measuring import QUICK, ROOT, Bench, BenchmarkError, summarize
 from tests.benchmarks.operations import BASELINE, CONTENDERS, WORKS, check_answers, installed, opened, replay
-from tests.benchmarks.report import write
+from tests.benchmarks.report import PAGE, merge, page
+from tests.figures import FIGURES, load, save
 
-PAGE = ROOT / "docs" / "benchmarks.md"
 TRACED = 160
 FILLED = Filled(devices=5, agents=2, sessions=9, keys=5)
 RUN = {"date": "2026-01-02", "command": "python", "revision": "abc", "machine": "one", "versions": "all"}
@@ -131,44 +131,76 @@ def test_postgresql_rows_are_measured(tmp_path: Path, installation: Any) -> None
 
 
 @pytest.mark.slow
-def test_page_is_generated(tmp_path: Path, found: list[Figure]) -> None:
-    """The tables replace the text between the markers, other text stays, and the JSON file holds every figure."""
-    page = tmp_path / "benchmarks.md"
-    shutil.copy(PAGE, page)
+def test_page_is_generated(found: list[Figure]) -> None:
+    """The tables replace the text between the markers, and other text stays."""
+    content: dict[str, Any] = {"benchmarks": [], "campaigns": {}}
+    merge(content, RUN, found)
+    before = PAGE.read_text(encoding="utf-8")
 
-    write(found, RUN, page)
+    after = page(before, content)
 
-    before, after = PAGE.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
     assert after.partition("<!--")[0] == before.partition("<!--")[0]
     assert after.rpartition("<!--")[2] == before.rpartition("<!--")[2]
-    assert "Measured 2026-01-02 at revision abc, by `python`" in after
+    assert "measured on 2026-01-02 at revision abc, by `python`" in after
     for figure in found:
         assert figure.ratio in after or figure.median == 1
-    kept = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-    assert len(kept.pop("figures")) == len(found)
-    assert kept == RUN
 
 
-def test_page_without_markers_is_refused(tmp_path: Path) -> None:
-    """If a page has lost its markers, an error is raised and the page stays as before."""
-    page = tmp_path / "benchmarks.md"
-    page.write_text("text")
-
+def test_page_without_markers_is_refused() -> None:
+    """If a page has lost its markers, an error is raised."""
     with pytest.raises(BenchmarkError, match="needs the line"):
-        write([], RUN, page)
-    assert page.read_text() == "text"
+        page("text", {"benchmarks": [], "campaigns": {}})
 
 
-def test_page_shows_the_kept_figures(tmp_path: Path) -> None:
-    """The tables of docs/benchmarks.md equal those made from the figures next to the page."""
-    kept = json.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))
-    figures = [Figure(**figure) for figure in kept.pop("figures")]
-    page = tmp_path / "benchmarks.md"
-    shutil.copy(PAGE, page)
+def test_page_shows_the_kept_figures() -> None:
+    """The page docs/benchmarks.md equals the page made from docs/figures.json."""
+    assert page(PAGE.read_text(encoding="utf-8"), load(FIGURES)) == PAGE.read_text(encoding="utf-8")
 
-    write(figures, kept, page)
 
-    assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
+def test_figures_of_a_new_run_replace_earlier_ones(tmp_path: Path) -> None:
+    """A run of some rows keeps the other rows of earlier runs. The file has the same content after a rewrite."""
+    file = tmp_path / "figures.json"
+    content = load(file)
+    old, new = (Figure("last seen", "full", "homeagent", value, 1, 1, 1) for value in (1.0, 2.0))
+    merge(content, RUN, [old, Figure("nonce consume", "full", "homeagent", 3.0, 1, 1, 1)])
+    merge(content, {**RUN, "date": "2026-01-03"}, [new])
+    save(file, content)
+
+    assert [(run["date"], [each["value"] for each in run["figures"]]) for run in load(file)["benchmarks"]] == [
+        ("2026-01-03", [2.0]),
+        ("2026-01-02", [3.0]),
+    ]
+    merge(content, RUN, [old, Figure("nonce consume", "full", "homeagent", 3.0, 1, 1, 1)])
+    assert len(content["benchmarks"]) == 1
+
+
+def test_campaigns_write_their_counts(tmp_path: Path) -> None:
+    """Passing tests write their figures to the file in HOMEAGENT_FIGURES: counts are added, times are a range."""
+    file, module = tmp_path / "figures.json", tmp_path / "test_campaign.py"
+    module.write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('number', [1, 2, 3])\n"
+        "def test_it(number, record_property):\n"
+        "    record_property('kills', 1000)\n"
+        "    record_property('failover', 0.5 * number)\n"
+        "    assert number < 3\n"
+    )
+    save(file, {"benchmarks": [], "campaigns": {"kills": {"result": "1"}, "cuts": {"result": "7"}}})
+
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.conftest", module],
+        cwd=ROOT,
+        env={**os.environ, "HOMEAGENT_FIGURES": str(file)},
+        capture_output=True,
+    )
+
+    campaigns = load(file)["campaigns"]
+    assert {name: each["result"] for name, each in campaigns.items()} == {
+        "kills": "2,000",
+        "failover": "0.5 s to 1 s",
+        "cuts": "7",
+    }
+    assert campaigns["kills"]["command"].startswith("python -m pytest -q")
 
 
 class Forgetful(Sqlite3):
@@ -260,9 +292,9 @@ def test_exit_status_shows_missed_goals(
     assert f"| last seen | `BEGIN IMMEDIATE` transaction | ≤ 1.5 | {median:.2f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--only", "no such row"], ["--only", "nonce", "--output", "docs"]])
+@pytest.mark.parametrize("arguments", [["--only", "no such row"], ["--quick", "--figures", "docs"]])
 def test_wrong_usage_is_refused(arguments: list[str]) -> None:
-    """If a row does not exist, or a page would lack rows, the command ends with status 2 before a measurement."""
+    """If a row does not exist, or tiny sizes would be kept, the command ends with status 2 before a measurement."""
     with pytest.raises(SystemExit) as refused:
         command.main(arguments)
     assert refused.value.code == 2

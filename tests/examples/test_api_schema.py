@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from homeagent import AgentCreate, Database, DevicePair, Limits, Role
 from homeagent.fastapi import bearer_token
+from tests.conftest import RecordProperty
 from tests.examples.test_api import load_example
 
 schemathesis = pytest.importorskip("schemathesis", reason="the extra test-schema is not installed")
@@ -34,7 +35,9 @@ def is_explained(failure: Exception, response: Any) -> bool:
 
 
 @pytest.mark.parametrize("cases", [500, pytest.param(5000, marks=pytest.mark.slow)])
-def test_replies_follow_the_document(cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replies_follow_the_document(
+    cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: RecordProperty
+) -> None:
     """Every reply has a documented status and body, none has status 5xx, and each route checks the credentials."""
     monkeypatch.chdir(tmp_path)  # schemathesis reads a configuration from the working directory
     # The check of invalid credentials sends wrong secrets again and again.
@@ -80,3 +83,4 @@ def test_replies_follow_the_document(cases: int, tmp_path: Path, monkeypatch: py
                     run()
     assert failures == [], "\n\n".join(failures[:5])
     assert {200, 201, 404, 409, 422} <= set(counts), counts
+    record_property("generated requests to the example API", sum(counts.values()))

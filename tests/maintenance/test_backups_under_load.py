@@ -13,7 +13,7 @@ from typing import IO
 import pytest
 
 from homeagent import Database
-from tests.conftest import Children
+from tests.conftest import Children, RecordProperty
 from tests.maintenance import load
 
 ROUNDS = 50
@@ -27,7 +27,9 @@ def last_line(stream: IO[str], told: dict[int, int], writer: int) -> None:
 
 
 @pytest.mark.slow
-def test_backups_under_load(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
+def test_backups_under_load(
+    sqlite_path: Path, tmp_path: Path, children: Children, record_property: RecordProperty
+) -> None:
     """Fifty backups while four processes write: each is valid, complete and newer than the previous one."""
     with Database.open(sqlite_path, busy_timeout=timedelta(seconds=60)) as database:
         load.begin(database)
@@ -61,3 +63,4 @@ def test_backups_under_load(sqlite_path: Path, tmp_path: Path, children: Childre
         assert len(set(ledgers)) > ROUNDS // 2
         database.backup(tmp_path / "last.db")
     assert load.look(tmp_path / "last.db")[1] == told
+    record_property("backups under load, each of which was valid and complete", ROUNDS)

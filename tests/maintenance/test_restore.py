@@ -14,6 +14,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
@@ -30,7 +31,7 @@ from homeagent.engine.sqlite.replacement import new_path, quarantine_path
 from homeagent.maintenance import restore
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests import fork_server
-from tests.conftest import ROOT, START, Children, FakeClock, add_agent, add_device, write_past_checks
+from tests.conftest import ROOT, START, Children, FakeClock, RecordProperty, add_agent, add_device, write_past_checks
 from tests.migrations.old_databases import REVISIONS, sqlite
 
 
@@ -556,9 +557,9 @@ print("done")
 """
 
 
-def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: int, links: bool = True) -> set[str]:
-    """Restore over a database with a WAL, kill the restore at each of these steps, and return the found states."""
-    found: set[str] = set()
+def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: int, links: bool = True) -> Counter[str]:
+    """Restore over a database with a WAL, kill the restore at each of these steps, and count the found states."""
+    found: Counter[str] = Counter()
     script = KILLED if links else KILLED.replace("# Whatever", "os.link = no_link\n# Whatever")
     # The old database's last commit is only in its WAL.
     source = tmp_path / "source"
@@ -581,12 +582,12 @@ def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: i
             assert status.epoch == 2
             assert (directory / "homeagent.db.lock").read_text().startswith("initialised, epoch 2")
             assert agents(kept[0]) == ["logged", "new", "old"]
-            found.add("new")
+            found["new"] += 1
         else:
             # With the commit that was only in its WAL.
             assert seen == ["logged", "new", "old"]
             assert (status.epoch, kept) == (1, [])
-            found.add("old")
+            found["old"] += 1
         # The next restore works, and leaves no file of the killed restore.
         assert Database.restore(backup, path).epoch == status.epoch + 1
         assert agents(path) == ["old"]
@@ -600,14 +601,19 @@ def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: i
 
 def test_killed_at_some_steps(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
     """If a restore is killed at every 29th step, the old database with its WAL or the new database is in place."""
-    assert killed_restores(sqlite_path, backup, tmp_path, every=29) == {"old", "new"}
+    assert set(killed_restores(sqlite_path, backup, tmp_path, every=29)) == {"old", "new"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("links", [True, False])
-def test_killed_at_any_step(sqlite_path: Path, backup: Path, tmp_path: Path, links: bool) -> None:
+def test_killed_at_any_step(
+    sqlite_path: Path, backup: Path, tmp_path: Path, links: bool, record_property: RecordProperty
+) -> None:
     """If a restore is killed at any step, with or without hard links, the old or the new database is in place."""
-    assert killed_restores(sqlite_path, backup, tmp_path, every=1, links=links) == {"old", "new"}
+    found = killed_restores(sqlite_path, backup, tmp_path, every=1, links=links)
+    assert set(found) == {"old", "new"}
+    # The last restore was not killed.
+    record_property("restores killed at each step", sum(found.values()) - 1)
 
 
 def test_old_file_with_a_second_name(sqlite_path: Path, backup: Path) -> None:

@@ -29,7 +29,7 @@ from homeagent.migrations import REVISION, VERSION_TABLE, revisions
 from homeagent.migrations import postgresql as postgresql_migrations
 from homeagent.migrations import sqlite as sqlite_migrations
 from homeagent.models import TABLES
-from tests.conftest import postgres_database, postgres_execute
+from tests.conftest import RecordProperty, postgres_database, postgres_execute
 from tests.fork_server import Child
 from tests.migrations.old_databases import (
     CHECKOUT,
@@ -238,7 +238,9 @@ def test_upgrade_within_a_command_of_alembic(tmp_path: Path, revision: str | Non
         pytest.param("0001", 1, marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_any_statement(tmp_path: Path, revision: str | None, step: int) -> None:
+def test_killed_at_any_statement(
+    tmp_path: Path, revision: str | None, step: int, record_property: RecordProperty
+) -> None:
     """If an upgrade is killed at any statement, the old or the new schema is there, and the next upgrade succeeds."""
     source = FIXTURES / "revisions" / f"{revision}.db" if revision else None
     paths = killed_at_statements(source, tmp_path, step, "Database.open(path, clock=lambda: now).close()")
@@ -263,6 +265,7 @@ def test_killed_at_any_statement(tmp_path: Path, revision: str | None, step: int
     # First the old state and from some statement on the new state, never a mixture.
     assert set(found) == {revision, REVISION}
     assert found == sorted(found, key=lambda version: version == REVISION)
+    record_property("upgrades killed at each statement", len(paths) - 1)
 
 
 # Many at the same time

@@ -6,7 +6,7 @@ import json
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import text
 
 from homeagent import Database
-from tests.conftest import Children
+from tests.conftest import Children, RecordProperty
 from tests.postgresql.writer import PATIENCE, WRITER
 
 __all__ = ["Load", "Report", "wait_for"]
@@ -55,6 +55,15 @@ class Report:
             )
         lines.append(f"{sum(self.unknown.values())} commits of unknown outcome: {dict(self.unknown)}")
         return "\n".join(lines)
+
+    def record(self, record_property: RecordProperty, lost: Sequence[str]) -> None:
+        """Report the figures. The lost parts take turns."""
+        for number, outage in enumerate(self.outages):
+            for seconds in outage:
+                record_property(f"{lost[number % len(lost)]}: time until a writer continues", seconds)
+        record_property(
+            "units acknowledged during failovers, each stored exactly once", sum(self.acknowledged.values())
+        )
 
 
 class Load:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from homeagent import Database
-from tests.conftest import Children
+from tests.conftest import Children, RecordProperty
 from tests.postgresql.load import Load, wait_for
 from tests.postgresql.server import Installation, Server, free_port
 
@@ -97,7 +97,13 @@ def pair(installation: Installation) -> Iterator[Pair]:
 
 
 @pytest.mark.slow
-def test_failover(pair: Pair, children: Children, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failover(
+    pair: Pair,
+    children: Children,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    record_property: RecordProperty,
+) -> None:
     """If the primary fails five times under 8 writers, each acknowledged unit is stored exactly once."""
     with Database.open(pair.url) as database:
         load = Load(children, pair.url, tmp_path)
@@ -115,4 +121,5 @@ def test_failover(pair: Pair, children: Children, tmp_path: Path, capsys: pytest
         load.check(database)
     with capsys.disabled():
         print(f"\n{report}")  # noqa: T201  the figures are the purpose of a manual run
+    report.record(record_property, ["primary killed, standby promoted by the test"])
     assert len(report.outages) == ROUNDS

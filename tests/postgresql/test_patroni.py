@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from homeagent import Database
-from tests.conftest import Children
+from tests.conftest import Children, RecordProperty
 from tests.postgresql.load import Load
 from tests.postgresql.patroni_cluster import PatroniCluster
 from tests.postgresql.server import Installation
@@ -48,7 +48,11 @@ def cluster(installation: Installation) -> Iterator[PatroniCluster]:
 
 
 def test_patroni(
-    cluster: PatroniCluster, children: Children, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: PatroniCluster,
+    children: Children,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    record_property: RecordProperty,
 ) -> None:
     """If servers and whole nodes fail under 8 writers, each acknowledged unit is stored exactly once."""
     with Database.open(cluster.url) as database:
@@ -74,4 +78,7 @@ def test_patroni(
     with capsys.disabled():
         # The figures are the purpose of a manual run.
         print(f"\n{report}\nThe odd ones lost the server alone, the even ones its Patroni too.")  # noqa: T201
+    report.record(
+        record_property, ["PostgreSQL of Patroni's leader killed", "PostgreSQL and Patroni of the leader killed"]
+    )
     assert len(report.outages) == 2 * ROUNDS

@@ -27,7 +27,7 @@ from homeagent.errors import (
 )
 from homeagent.models.device_change import DeviceChangeKind
 from homeagent.stores.nonces import NONCE_GRACE
-from tests.conftest import START
+from tests.conftest import START, RecordProperty
 from tests.stores.state_machine import (
     LIMITS,
     MINUTE,
@@ -466,6 +466,6 @@ def test_stores_follow_their_models(target: str, engine_name: str, kind: type[Ma
 @pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("share", SHARES)
-def test_many_sequences(target: str, kind: type[Machine], share: int) -> None:
+def test_many_sequences(target: str, kind: type[Machine], share: int, record_property: RecordProperty) -> None:
     """After 2,000 sequences on SQLite and 320 on PostgreSQL, each store and its model have given the same answers."""
-    run_share(kind, target)
+    run_share(kind, target, record_property)

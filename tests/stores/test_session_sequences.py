@@ -21,6 +21,7 @@ from homeagent.errors import (
     SessionNotFoundError,
 )
 from homeagent.models.session import route_key
+from tests.conftest import RecordProperty
 from tests.stores.state_machine import MINUTE, MS, SHARES, Machine, action, names, run_sequences, run_share
 
 Route = tuple[str, str | None, str | None]
@@ -386,6 +387,6 @@ def test_sessions_follow_their_model(target: str, engine_name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", SHARES)
-def test_many_sequences(target: str, share: int) -> None:
+def test_many_sequences(target: str, share: int, record_property: RecordProperty) -> None:
     """After 2,000 sequences on SQLite and 320 on PostgreSQL, the agents, sessions and routes are those of the model."""
-    run_share(SessionMachine, target)
+    run_share(SessionMachine, target, record_property)
