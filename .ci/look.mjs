@@ -13,7 +13,9 @@ const axe = readFileSync(require.resolve("axe-core/axe.min.js"), "utf8");
 const site = process.argv[2];
 const types = { ".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".json": "application/json" };
 const server = createServer((request, reply) => {
-  let file = join(site, decodeURIComponent(new URL(request.url, "http://local").pathname));
+  const path = decodeURIComponent(new URL(request.url, "http://local").pathname);
+  if (path === "/versions.json") return reply.end('[{"version": "now", "title": "now", "aliases": ["latest"]}]');
+  let file = join(site, path.replace(/^\/now\//, ""));
   if (existsSync(file) && statSync(file).isDirectory()) file = join(file, "index.html");
   if (!existsSync(file)) return reply.writeHead(404).end();
   reply.writeHead(200, { "content-type": types[extname(file)] ?? "application/octet-stream" }).end(readFileSync(file));
@@ -46,14 +48,14 @@ async function violations(tab, options) {
   return await tab.evaluate(async (options, source) => {
     const where = options.runOnly?.includes("color-contrast") ? { include: new Function(`return (${source})()`)() } : document;
     const found = await globalThis.axe.run(where, { ...options, resultTypes: ["violations"], preload: false });
-    return found.violations.map(({ id, nodes }) => `axe ${id}: ${nodes.length}, such as ${nodes[0].html.slice(0, 160)}`);
+    return found.violations.map(({ id, nodes }) => `axe ${id}: ${nodes.length}, such as ${nodes[0].html.replace(/\s+/g, " ").slice(0, 160)}`);
   }, options, sample.toString());
 }
 
 async function look(tab, page, placed) {
   for (const colours of ["light", "dark"]) {
     await tab.emulateMediaFeatures([{ name: "prefers-color-scheme", value: colours }, { name: "prefers-reduced-motion", value: "reduce" }]);
-    await tab.goto(`${origin}/${page.replace(/index\.html$/, "")}`, { waitUntil: "load" });
+    await tab.goto(`${origin}/now/${page.replace(/index\.html$/, "")}`, { waitUntil: "load" });
     await tab.addStyleTag({ content: "* { transition: none !important; animation: none !important }" });
     await tab.evaluate(axe);
     for (const width of [1440, 768, 360]) {

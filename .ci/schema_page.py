@@ -48,6 +48,8 @@ def diagram() -> Iterator[str]:
     yield "```mermaid"
     yield "erDiagram"
     yield "  accTitle: Tables of homeagent and their keys"
+    # One table above the other, so that the diagram is readable on a narrow screen.
+    yield "  direction LR"
     for table in models.SCHEMA:
         yield f"  {table.name} {{"
         for column in table.primary_key.columns:
