@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from tests.conftest import ROOT
 
 LIMITS = runpy.run_path(str(ROOT / ".ci" / "limits.py"))
 PROSE = runpy.run_path(str(ROOT / ".ci" / "prose.py"))
+PUBLISH_DOCS = runpy.run_path(str(ROOT / ".ci" / "publish_docs.py"))
 
 
 @pytest.mark.parametrize("script", ["limits.py", "prose.py"])
@@ -99,3 +101,20 @@ def test_the_reference_of_the_commands_is_current() -> None:
     """The page docs/command-line.md says what the help texts of the commands say."""
     reference = runpy.run_path(str(ROOT / ".ci" / "reference.py"))
     assert reference["page"]() == reference["PAGE"].read_text(encoding="utf-8"), "run python .ci/reference.py"
+
+
+def test_documentation_of_releases(tmp_path: Path) -> None:
+    """The list of releases has the newest first, and the first page leads to the newest release without a suffix."""
+    site, folder = tmp_path / "site", tmp_path / "folder"
+    site.mkdir()
+    (site / "objects.inv").touch()
+    for version in ("0.10.0rc1", "0.2.0", "0.9.1"):
+        PUBLISH_DOCS["publish"](site, folder, version)
+
+    found = json.loads((folder / "versions.json").read_text())
+    assert [(each["version"], each["aliases"]) for each in found] == [
+        ("0.10.0rc1", []),
+        ("0.9.1", ["latest"]),
+        ("0.2.0", []),
+    ]
+    assert 'href="0.9.1/"' in (folder / "index.html").read_text()
