@@ -23,6 +23,9 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 
+# The tag of the release that the tests build.
+VERSION = "v1.2.3"
+
 # Joined here, so that this file passes its own test.
 FORBIDDEN_TEXTS = {
     "registry host": re.compile(r"(?:pypi|pythonhosted|test\.pypi|npmjs|jsdelivr)\." + r"(?:org|com|net)\b"),
@@ -57,7 +60,7 @@ def build(hook: str, source: Path, destination: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project as a build finds it, with temporary files that must not be shipped."""
+    """A copy of the project at the tag of a release, with temporary files that must not be shipped."""
     copy = tmp_path_factory.mktemp("tree") / "homeagent"
     for path in shipped_files():
         target = copy / path.relative_to(ROOT)
@@ -66,6 +69,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for dropping in ("homeagent/__pycache__/cli.cpython-311.pyc", "alembic/versions/__pycache__/x.pyc", "data.db"):
         (copy / dropping).parent.mkdir(exist_ok=True)
         (copy / dropping).write_bytes(b"left over")
+    git = ["git", "-C", str(copy), "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "Release"], ["tag", VERSION]):
+        subprocess.run([*git, *command], check=True)
     return copy
 
 
@@ -167,10 +173,10 @@ def test_every_dependency_has_a_lower_bound() -> None:
     assert [text for text in foreign if ">=" not in text] == []
 
 
-def test_changelog_knows_the_version() -> None:
-    """The changelog has a section for unreleased changes or for the project's version."""
+def test_changelog_has_a_section_for_each_version() -> None:
+    """The changelog has one section for each release, and can begin with a section for unreleased changes."""
     sections = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert sections[0] in {"Unreleased", PROJECT["version"]}
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+", section) for section in sections[sections[0] == "Unreleased" :])
     assert len(sections) == len(set(sections))
 
 
@@ -224,11 +230,11 @@ def test_wheel_holds_the_package_and_its_revisions(wheel: Path) -> None:
 
 
 def test_wheel_metadata(wheel: Path) -> None:
-    """The metadata names the version, the licence with its text, the types and the command."""
+    """The metadata names the version of the tag, the licence with its text, the types and the command."""
     files = contents(wheel)
-    information = f"homeagent-{PROJECT['version']}.dist-info"
+    information = "homeagent-1.2.3.dist-info"
     metadata = message_from_string(files[f"{information}/METADATA"].decode())
-    assert metadata["Version"] == PROJECT["version"]
+    assert metadata["Version"] == "1.2.3"
     assert metadata["License-Expression"] == "MIT"
     assert files[f"{information}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
     assert "Typing :: Typed" in metadata.get_all("Classifier", [])
