@@ -95,7 +95,8 @@ def test_commands_cope_with_ids(sqlite_path: Path, device_id: str) -> None:
     assert invoke("devices", "approve", device_id, "--database", sqlite_path, input="y\n").exit_code == 0
     assert invoke("devices", "revoke", device_id, "--database", sqlite_path).exit_code == 0
     (key,) = json.loads(invoke("keys", "abandoned", "--json", "--database", sqlite_path).stdout)
-    settled = invoke("keys", "forget", key["device_id"], key["method"], key["key"], "--database", sqlite_path)
+    forget = ["keys", "forget", key["device_id"], key["method"], key["key"]]
+    settled = invoke(*forget, "--database", sqlite_path, input="y\n")
     assert settled.stdout == "Forgotten: the next call runs the effect.\n"
     assert invoke("keys", "abandoned", "--json", "--database", sqlite_path).stdout == "[]\n"
 
@@ -115,7 +116,8 @@ def test_commands_cope_with_ids_of_an_earlier_version(sqlite_path: Path) -> None
     approve = ["--yes", "--role", "node", "--paired-at", seen["paired_at"], "--json"]
     done: Any = json.loads(invoke("devices", "approve", odd, *approve, "--database", sqlite_path).stdout)
     assert done["device"]["id"] == odd
-    assert "Resolved" in invoke("keys", "resolve", odd, "m", odd, "1", "--database", sqlite_path).stdout
+    settled = invoke("keys", "resolve", odd, "m", odd, "1", "--database", sqlite_path, input="y\n")
+    assert "Resolved" in settled.stdout
     checked = invoke("doctor", "--database", sqlite_path)
     assert "can be read" in checked.stdout
     refused = invoke("devices", "revoke", "\udcff", "--database", sqlite_path)

@@ -6,14 +6,18 @@ import json
 import re
 import shlex
 import time
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import apsw
 import pytest
 from pydantic import SecretStr
 
 from homeagent import AgentCreate, AgentSessionCreate, Database, DevicePair, IdempotencyScope, Role
+from homeagent.errors import DatabaseBusyError
 from tests.command_line import invoke
 from tests.conftest import ROOT, START, Children, FakeClock
 
@@ -176,14 +180,17 @@ def test_questions_and_progress_at_a_terminal(store: Path, tmp_path: Path) -> No
         for terminal in (True, False):
             declined = invoke(*command, *at, input="n\n", terminal=terminal)
             assert (declined.exit_code, declined.stdout) == (1, "")
-            assert all(text in declined.stderr for text in (*shown, "? [y/N]: ")), declined.stderr
+            assert all(text in declined.stderr for text in shown), declined.stderr
+            line_break = "" if terminal else "\n"
+            answered = f"? [y/N]: {line_break}homeagent: the answer was not y: nothing was changed\n"
+            assert declined.stderr.endswith(answered), declined.stderr
     with Database.open(store) as database:
         assert database.status().epoch == 1
         assert len(database.run(lambda unit: unit.idempotency_keys.list_abandoned(), read_only=True)) == 1
 
 
-def test_an_epoch_is_expected(store: Path, tmp_path: Path) -> None:
-    """With `--yes`, `begin-epoch` and `restore` need the epoch; 0 stands for a target without a readable epoch."""
+def test_an_epoch_is_expected(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--yes`, `begin-epoch` and `restore` need the epoch; 0 stands for a target that cannot be opened."""
     invoke("backup", tmp_path / "h.backup", "--database", store)
     for command, epoch in ((["begin-epoch"], 1), (["restore", tmp_path / "h.backup"], 2)):
         run = [*command, "--database", store, "--yes"]
@@ -191,6 +198,18 @@ def test_an_epoch_is_expected(store: Path, tmp_path: Path) -> None:
             done = invoke(*run, *options, input=None)
             assert done.exit_code == status, done.stderr
             assert status == 0 or "epoch" in done.stderr
+    with closing(apsw.Connection(str(store))) as raw:
+        page = raw.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'homeagent_schema_version'").get
+    with store.open("r+b") as file:  # the epoch stays readable, but no command can open the database
+        file.seek((page - 1) * 4096)
+        file.write(b"\xff" * 4096)
+    run = ["restore", tmp_path / "h.backup", "--database", store, "--yes", "--epoch"]
+    assert "has epoch 3, but epoch 2 was expected" in invoke(*run, 2).stderr
+    assert invoke(*run, 0).exit_code == 0
+    assert "has epoch 4, but epoch 0 was expected" in invoke(*run, 0).stderr
+    with monkeypatch.context() as patch:  # a busy database may be sound
+        patch.setattr("homeagent.cli.restore.open_named", mock.Mock(side_effect=DatabaseBusyError("it is busy")))
+        assert "it is busy" in invoke(*run, 0).stderr
     store.write_bytes(b"\xff" * 8192)
     for path in (store, tmp_path / "absent.db"):
         run = ["restore", tmp_path / "h.backup", "--database", path, "--yes", "--epoch"]
@@ -199,7 +218,7 @@ def test_an_epoch_is_expected(store: Path, tmp_path: Path) -> None:
         path.write_bytes(b"\xff" * 8192)
         asked = invoke("restore", tmp_path / "h.backup", "--database", path, input="y\n")
         assert asked.exit_code == 0
-        assert "cannot be opened" in asked.stderr
+        assert "cannot be opened: " in asked.stderr
 
 
 def test_a_device_that_changed_after_the_question_stays(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,12 +234,12 @@ def confirm(
     # Typer's function would print a space on standard output, which is for results only.
     typer.echo(f"{question} [y/N]: ", nl=False, err=True)
     answer = sys.stdin.readline()
-    if not answer.endswith("\n"):
+    if not (answer.endswith("\n") and sys.stdin.isatty()):  # only a terminal shows the line break of the answer
         typer.echo(err=True)
     if not answer:
         raise InvalidArgumentError("the question got no answer, because the input has ended: answer y, or pass --yes")
     if answer.strip().lower() not in {"y", "yes"}:
-        raise typer.Abort
+        raise InvalidArgumentError("the answer was not y: nothing was changed")
 
 
 app: typer.Typer = typer.Typer(

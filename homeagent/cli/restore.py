@@ -12,14 +12,15 @@ import typer
 from homeagent.cli.application import app, confirm
 from homeagent.cli.arguments import AcknowledgeOption, YesOption, argument, option
 from homeagent.cli.opening import open_named, target_of
+from homeagent.cli.operator_texts import operator_text
 from homeagent.cli.output import format_timestamp, print_facts, print_result
 from homeagent.cli.progress import shown_activity
 from homeagent.cli.request import require_expected
-from homeagent.cli.visible_text import identity, quoted
+from homeagent.cli.visible_text import escape_words, identity, quoted
 from homeagent.database import Database
 from homeagent.engine.sqlite.manifests import Manifest
 from homeagent.environment import BUSY_TIMEOUT, busy_timeout_or_default
-from homeagent.errors import DatabaseError
+from homeagent.errors import DatabaseBusyError, DatabaseError
 from homeagent.maintenance import DatabaseStatus, RestoreReport
 from homeagent.maintenance.restore import check_paths
 
@@ -33,8 +34,8 @@ def restore(
         int | None,
         option(
             metavar="NUMBER",
-            help="Refuse the restore if the database has another epoch. The number is 0 for a database that is absent, "
-            "or too damaged to read its epoch.",
+            help="Refuse the restore if the database has another epoch. The number is 0 for a database that is absent "
+            "or cannot be opened.",
         ),
     ] = None,
     yes: YesOption = False,
@@ -45,18 +46,19 @@ def restore(
     new epoch. After a restore, gateways refuse messages that were signed before the restore. The command shows the
     database and the backup, and asks for a confirmation. The option --yes needs --epoch.
     """
-    source_of_epoch = "as 'status --json' prints it, or 0 if no epoch can be read"
+    source_of_epoch = "as 'status --json' prints it, or 0 if the database is absent or cannot be opened"
     require_expected(yes=yes, option="--epoch", value=epoch, source=source_of_epoch)
-    if not yes:
+    if not yes or epoch == 0:
         source, database, manifest = check_paths(backup, target_of(context))
-        try:
-            with open_named(context) as opened:
-                seen = opened.status()
-        except DatabaseError:
-            seen = None  # the restore can replace a database that cannot be opened
+        seen = _status(context)
         show = partial(print_facts, _facts(source, manifest, database, seen).items(), error=True)
-        confirm(context, "Replace this database by this backup?", yes=False, show=show)
-        epoch = seen.epoch if epoch is None and seen is not None else epoch
+        confirm(context, "Replace this database by this backup?", yes=yes, show=show)
+        if isinstance(seen, DatabaseStatus):
+            epoch = seen.epoch if epoch is None else epoch
+        elif not os.path.lexists(database):
+            epoch = epoch or 0
+        else:
+            epoch = epoch or None  # `Database.restore` can read the epoch of many files that cannot be opened
     with shown_activity(context, "verifying and restoring"):
         report = Database.restore(
             backup,
@@ -68,12 +70,27 @@ def restore(
     print_result(context, report.model_dump(mode="json"), lambda: _print(report))
 
 
-def _facts(source: Path, manifest: Manifest | None, database: Path, seen: DatabaseStatus | None) -> dict[str, str]:
+def _status(context: typer.Context) -> DatabaseStatus | DatabaseError:
+    """Return the status of the database, or the error if the database is absent or cannot be opened."""
+    try:
+        with open_named(context) as opened:
+            return opened.status()
+    except DatabaseBusyError:
+        raise  # the database may be sound
+    except DatabaseError as error:
+        return error
+
+
+def _facts(
+    source: Path, manifest: Manifest | None, database: Path, seen: DatabaseStatus | DatabaseError
+) -> dict[str, str]:
     facts = {"Database": identity(str(database))}
-    if seen is not None:
+    if isinstance(seen, DatabaseStatus):
         facts |= {"Epoch": str(seen.epoch), "Devices": f"{seen.rows['devices']:,}"}
+    elif os.path.lexists(database):
+        facts["State"] = escape_words(f"cannot be opened: {operator_text(str(seen))}")
     else:
-        facts["State"] = "cannot be opened" if os.path.lexists(database) else "absent"
+        facts["State"] = "absent"
     facts["Backup"] = identity(str(source))
     if manifest is None:
         return facts | {"Manifest": "absent"}

@@ -76,7 +76,7 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
         lock.acquire()
     except DatabaseBusyError:
         raise DatabaseBusyError(
-            f"{quoted(database)} is open in {_holders(lock.path)}: close the database there, then restore it"
+            f"{quoted(database)} is open in {_holders(lock.path)}: close the database there, then try again"
         ) from None
     try:
         finish_replacement(lock, database, timeout=timeout)
