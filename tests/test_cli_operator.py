@@ -211,9 +211,11 @@ def test_an_epoch_is_expected(store: Path, tmp_path: Path, monkeypatch: pytest.M
         patch.setattr("homeagent.cli.restore.open_named", mock.Mock(side_effect=DatabaseBusyError("it is busy")))
         assert "it is busy" in invoke(*run, 0).stderr
     store.write_bytes(b"\xff" * 8192)
-    for path in (store, tmp_path / "absent.db"):
+    absent = tmp_path / "other" / "absent.db"
+    for path in (store, absent):
         run = ["restore", tmp_path / "h.backup", "--database", path, "--yes", "--epoch"]
         assert "has epoch 0, because no epoch could be read" in invoke(*run, "1").stderr
+        assert not absent.parent.exists()
         assert invoke(*run, "0").exit_code == 0
         path.write_bytes(b"\xff" * 8192)
         asked = invoke("restore", tmp_path / "h.backup", "--database", path, input="y\n")

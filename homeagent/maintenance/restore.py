@@ -123,6 +123,8 @@ def restore(
     with _not_in_use(source):
         _check_header(source, database, manifest)
         _identify_target(database)
+        if not any(map(os.path.lexists, (database, lock_path(database), in_use_path(database)))):
+            _refuse_other_epoch(database, 0, expected_epoch)  # before a directory or lock file is created
         prepare_directory(database.parent)
         refuse_network_filesystem(database)
         with alone(database, timeout=busy_timeout) as lock:
