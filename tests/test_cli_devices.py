@@ -74,6 +74,8 @@ def test_list_in_the_order_of_pairing(sqlite_path: Path) -> None:
     _pair(sqlite_path, "b", "c", "a")
     assert _ids(sqlite_path, "--order", "paired_at") == ["a", "c", "b"]
     assert _ids(sqlite_path, "--order", "paired_at", "--limit", "1", "--after", "a") == ["c"]
+    for limit, note in (("2", "The list ends at its limit of 2 rows: raise --limit to see more rows.\n"), ("4", "")):
+        assert invoke("devices", "list", "--limit", limit, "--database", sqlite_path).stderr == note
     with Database.open(sqlite_path) as database:
         database.devices.update_last_seen("a", START)
         database.devices.update_last_seen("b", START + timedelta(hours=1))

@@ -40,8 +40,16 @@ def print_result(context: typer.Context, value: object, text: str | Callable[[],
 def print_list(
     context: typer.Context, headings: Sequence[str], rows: Iterable[Sequence[object]], values: object, form: Format
 ) -> None:
-    """Print the values of a list under --json, else its rows in the form that the operator chose."""
+    """Print the values of a list under --json, else its rows in the form that the operator chose.
+
+    If the list has as many rows as `--limit` permits, note on standard error that there can be more rows.
+    """
+    rows = list(rows)
     print_result(context, values, lambda: print_table(headings, rows, form=form))
+    if len(rows) == context.params.get("limit") and not context.obj.as_json:
+        typer.echo(
+            f"The list ends at its limit of {count(len(rows), 'row')}: raise --limit to see more rows.", err=True
+        )
 
 
 def print_table(
