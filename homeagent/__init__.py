@@ -1,7 +1,7 @@
 """The operational store of a home agent gateway, in one SQLite file or on PostgreSQL.
 
 The store holds agents, sessions, devices, used nonces and idempotency keys. `Database.open` is the entry point. The
-names in `__all__` of this package, of `homeagent.errors` and of `homeagent.stores` are public.
+lists `__all__` of this package, of `homeagent.errors` and of `homeagent.stores` contain the public names.
 """
 
 from typing import TYPE_CHECKING
@@ -94,8 +94,8 @@ __all__ = [
     "safe_filename",
 ]
 
-# Import each public name only when a program first uses the name. The pytest plugin `homeagent.testing` is imported in
-# every test run of an environment, and must not import the rest of the package with it.
+# Import each public name only when a program first uses the name. Every test run of an environment imports the pytest
+# plugin `homeagent.testing`, which must not import the rest of the package.
 _LAZY = {
     **dict.fromkeys(("Agent", "AgentSession", "Attempt", "Device", "DeviceStatus", "IdempotencyKey"), "models"),
     **dict.fromkeys(("IdempotencyScope", "IdempotencyState", "Nonce", "Outcome", "Role"), "models"),
@@ -123,12 +123,12 @@ _MODULES = ("errors", "maintenance", "models", "stores")
 """Modules that are attributes after `import homeagent`."""
 
 
-# Hide `__getattr__` from type checkers, because it would make them accept any misspelt name.
+# Hide `__getattr__` from type checkers, because type checkers would accept any misspelt name.
 if not TYPE_CHECKING:
 
     def __getattr__(name):
-        # Do not use the function `lazy_names()` here, because it would import another module for names that pytest asks
-        # for.
+        # Do not use the module `lazy_import` here, because pytest looks up names of this package and would import that
+        # module too.
         from importlib import import_module
 
         if name in _MODULES:

@@ -1,4 +1,4 @@
-"""Errors of calls and callers, which do not depend on a row or on the database. `homeagent.errors` exports them."""
+"""Errors about a call or its caller, for example an invalid argument. `homeagent.errors` exports these errors."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class HomeAgentError(Exception):
     """Base class of all errors of this package."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        # By default, pickle would call `__init__` with the message, but the errors take ids instead of a message.
-        # Therefore create the error by `__new__()`, and set the attributes.
+        # By default, pickle passes the message of an error to `__init__()`. The errors of this package take ids instead
+        # of a message, so create an unpickled error by `__new__()` and set its attributes.
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
@@ -44,14 +44,15 @@ class InvalidArgumentError(HomeAgentError, ValueError):
 
 
 class UnitStateError(HomeAgentError):
-    """A unit of work was used after its end, or a second write unit was opened inside the first."""
+    """A unit of work was used after its end, or a thread opened a second write unit inside the first."""
 
 
 class TooManyAttemptsError(HomeAgentError):
-    """Too many secret checks of this id failed, or too many slow hashes wait. The check computed no hash (HTTP status
-    429).
+    """Too many checks of a device's secret failed, or too many slow hashes are waiting. The refused check did not
+    compute a hash (HTTP status 429).
 
-    The attribute `retry_after` is the time to wait. The attribute `device_id` is None if too many slow hashes wait.
+    The attribute `retry_after` is the time to wait. The attribute `device_id` is None if too many slow hashes are
+    waiting.
     """
 
     def __init__(self, reason: str, *, retry_after: timedelta, device_id: str | None = None) -> None:
@@ -83,10 +84,10 @@ class RefusingRecord(TypedDict, total=False):
 
 
 class IdempotencyError(HomeAgentError):
-    """An idempotency key can't be claimed, renewed or recorded now.
+    """homeagent can't claim an idempotency key, renew its lease or record its outcome now.
 
-    If a stored record refuses a claim, the attributes `state` and `expires_at` have the values of the record. In other
-    cases, both attributes are None.
+    If a stored record refuses a claim, the attributes `state` and `expires_at` have the values of the record. If no
+    record refuses the claim, the attributes `state` and `expires_at` are None.
     """
 
     def __init__(
@@ -106,7 +107,9 @@ class IdempotencyError(HomeAgentError):
 
 
 class IdempotencyInProgressError(IdempotencyError):
-    """Another caller runs the effect of this key. The caller's lease ends after the time `retry_after` (HTTP 409)."""
+    """Another caller is running the effect of the key (HTTP status 409). The lease of the other caller ends after the
+    time `retry_after`.
+    """
 
     def __init__(
         self, *, device_id: str, method: str, retry_after: timedelta, **record: Unpack[RefusingRecord]
@@ -127,7 +130,7 @@ class FingerprintMismatchError(IdempotencyError):
 
 
 class OutcomeUnknownError(IdempotencyError):
-    """The lease of an earlier attempt expired, and it is unknown whether its effect took place."""
+    """The lease of an earlier attempt expired, and homeagent does not know whether the effect took place."""
 
     def __init__(self, *, device_id: str, method: str, attempt: int, **record: Unpack[RefusingRecord]) -> None:
         self.attempt = attempt
@@ -137,7 +140,7 @@ class OutcomeUnknownError(IdempotencyError):
 
 
 class LeaseLostError(IdempotencyError):
-    """The attempt no longer owns its key. The refused call did not change the store."""
+    """An attempt no longer owns its idempotency key. The refused call did not change the store."""
 
     def __init__(self, *, device_id: str, method: str, attempt: int) -> None:
         self.attempt = attempt
@@ -150,8 +153,8 @@ class EffectFailedError(HomeAgentError):
     """An effect raises this error to fail permanently. Each retry of the key raises the stored error again.
 
     Args:
-        detail: JSON value that is stored.
-        replayed: True if the error was read from the store. If True, the call did not run the effect.
+        detail: JSON value that homeagent stores.
+        replayed: True if the call read the error from the store and did not run the effect.
     """
 
     def __init__(self, detail: JsonValue = None, *, replayed: bool = False) -> None:

@@ -17,16 +17,17 @@ _DEFERRED = CO_GENERATOR | CO_COROUTINE
 
 
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
-    """Return the function if it can be called.
+    """Check that an argument is a function that can be called, and return the argument.
 
     Args:
-        function: function that a caller passed.
+        function: function that the application passed as an argument.
         what: name of the argument.
-        coroutine: remedy in the error message for a coroutine function; None if coroutine functions are accepted.
+        coroutine: remedy in the error message for a coroutine function. With None, the check accepts coroutine
+            functions.
 
     Raises:
-        InvalidArgumentError: if the argument can't be called or is a generator function. Also if the argument is a
-            coroutine function, and the argument `coroutine` is a text.
+        InvalidArgumentError: if the argument can't be called or is a generator function. Unless the argument
+            `coroutine` is None, a coroutine function raises the error too.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED
@@ -52,9 +53,9 @@ def refuse_coroutine(value: T, what: str, remedy: str) -> T:
 def refuse_coroutine_function(function: object, value: T, what: str, remedy: str) -> T:
     """Return the value that a function returned. If the function is a coroutine function, raise InvalidArgumentError.
 
-    If the function is an ordinary function, the value can be a coroutine, which the caller awaits.
+    An ordinary function may return a coroutine, which its caller awaits.
     """
-    # Check the type of `value` first, because this check is cheap and every unit of work makes it.
+    # Check the type of the value first, because the check of the function takes longer.
     if isinstance(value, CoroutineType) and iscoroutinefunction(function):
         value.close()
         raise InvalidArgumentError(f"{what} is a coroutine function, which is not awaited here: {remedy}")

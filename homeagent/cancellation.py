@@ -1,4 +1,4 @@
-"""Shield from cancellation. A coroutine waits for the end of a call even if the coroutine is cancelled meanwhile."""
+"""Shield a coroutine from cancellation until a call in another thread has ended."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
         executor: executor with the threads.
 
     Raises:
-        asyncio.CancelledError: if the caller was cancelled meanwhile. When the error is raised, the function `act()`
-            has ended, or will not start.
-        RuntimeError: if no thread can be started. The function `act()` will not start.
+        asyncio.CancelledError: if the caller was cancelled during the wait. After the error, the function `act()`
+            neither runs nor starts.
+        RuntimeError: if no thread can be started, so that the function `act()` does not run.
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
-    # The thread takes this lock before it calls the function. If the caller gives up, it takes the lock instead.
+    # Either the thread takes the lock and calls the function, or a cancelled caller takes the lock and the thread does
+    # not call the function.
     decision = threading.Lock()
     value: Any = None
     failure: BaseException | None = None
@@ -52,7 +53,8 @@ async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
     try:
         executor.submit(copy_context().run, whole)
         await asyncio.shield(ended)
-    # If no thread can be started, the method `submit()` raises RuntimeError, but leaves the call in the queue.
+    # If no thread can be started, the method `submit()` raises RuntimeError. Another thread of the executor can still
+    # take the call from the queue.
     except (asyncio.CancelledError, RuntimeError) as error:
         if decision.acquire(blocking=False):
             raise

@@ -1,8 +1,8 @@
 """Canonical JSON. Equal parameters have the same canonical text, and therefore the same fingerprint.
 
-The format is that of RFC 8785 (JSON Canonicalization Scheme). The text has no white space, keys are in the order of
-their UTF-16 code units, and numbers have the format of ECMAScript. One rule is different from the RFC: an int keeps all
-digits. The RFC rounds an int to a double, so two different large ids could get the same text.
+The text has the format of RFC 8785 (JSON Canonicalization Scheme). The text has no white space, keys are in the order
+of their UTF-16 code units, and numbers have the format of ECMAScript. Unlike RFC 8785, homeagent keeps all digits of an
+int. RFC 8785 rounds an int to a double, which could give two different large ids the same text.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def canonical_json(value: JsonValue) -> str:
     """Return the canonical text of a JSON value.
 
     Raises:
-        InvalidArgumentError: if `value` is not a JSON value, is nested too deeply, or contains NaN, an infinity, a lone
-            surrogate or an int with more digits than Python writes (`sys.get_int_max_str_digits`).
+        InvalidArgumentError: if `value` is not a JSON value or is nested too deeply. NaN, an infinity, a lone
+            surrogate, or an int with more digits than Python writes (`sys.get_int_max_str_digits`) raises the error
+            too.
     """
     text = None
     try:
@@ -39,7 +40,8 @@ def canonical_json(value: JsonValue) -> str:
     except InvalidArgumentError:
         raise
     except (ValueError, RecursionError):
-        # Do not raise the new error here, because the chained cause would show the value.
+        # Do not raise InvalidArgumentError in this block, because Python would chain the caught error, which can
+        # contain the value.
         text = None
     if text is None:
         raise InvalidArgumentError("params contain a lone surrogate or an int with too many digits, or nest too deeply")

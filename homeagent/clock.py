@@ -1,4 +1,4 @@
-"""The module has the wall clock, which each store method reads once, and the monotonic clock for waits and timeouts."""
+"""Read the wall clock for timestamps, and the monotonic clock for waits and timeouts."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ _latest = (0, _EPOCH)
 def system_clock() -> datetime:
     """Return the current time in whole milliseconds. The timestamp is never earlier than the last returned timestamp.
 
-    After the wall clock was set back, return the last timestamp until the wall clock has reached this timestamp again.
-    An earlier timestamp would bring expired nonces back, and would put events in the wrong order.
+    If the wall clock was set back, the function repeats the last timestamp until the wall clock reaches it again. With
+    an earlier timestamp, events would be in the wrong order, and expired nonces would count as unexpired.
     """
     global _latest
     milliseconds = time_ns() // _MILLION

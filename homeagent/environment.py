@@ -1,4 +1,4 @@
-"""Settings from the environment, for arguments of `Database.open` that the caller leaves out.
+"""Environment variables set the arguments of `Database.open` that the caller leaves out.
 
 | variable | argument | value |
 |---|---|---|
@@ -7,8 +7,8 @@
 | `HOMEAGENT_BUSY_TIMEOUT` | `busy_timeout` | seconds, such as `30` or `0.5` |
 | `HOMEAGENT_POOL_SIZE` | `pool_size` | whole number from 1 to 1,000 |
 
-If the caller passes an argument, its variable is ignored, even if the argument has the default value. An empty variable
-counts as absent.
+An argument that the caller passes overrides its variable, even if the argument has the default value. An empty
+environment variable counts as absent.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ MAX_POOL_SIZE = 1000
 
 
 class _Text(str):
-    """A default value. The default value is an object that differs from each `str` that a caller can pass."""
+    """A default text. A text that a caller passes is another object, even if the text is equal."""
 
     __slots__ = ()
 
 
 class _Number(int):
-    """A default value. The default value is an object that differs from each `int` that a caller can pass."""
+    """A default number. A number that a caller passes is another object, even if the number is equal."""
 
     __slots__ = ()
 
 
-# The defaults in the signature of `Database.open`. Compare these defaults by identity, because the caller can pass an
-# equal value.
+# The signature of `Database.open` has these defaults. Compare a default by identity (`is`), because a caller can pass
+# an equal value.
 BUSY_TIMEOUT = timedelta(seconds=30)
 DURABILITY = cast("Durability", _Text("full"))
 POOL_SIZE: int = _Number(10)

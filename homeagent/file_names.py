@@ -1,4 +1,4 @@
-"""Names of files for ids. An id can contain `/`, so an id must not be used as a path."""
+"""Make a file name for an id. An id can contain `/`, so an id must not be used as a path."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from homeagent.errors import InvalidArgumentError
 
 __all__ = ["safe_filename"]
 
-# Ids that contain only lower-case letters, because a file system can ignore case. Ids that contain only ASCII
-# characters, because a file system can normalise Unicode.
+# The pattern excludes upper-case letters, because a file system can ignore case. The pattern excludes characters
+# outside of ASCII, because a file system can normalise Unicode.
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9._-]{0,126}[a-z0-9]|[a-z0-9]")
 _OTHER = re.compile(r"[^a-z0-9_-]+")
 _PREFIX = 100
 
 
 def safe_filename(identifier: str) -> str:
-    """Return a file name for an id. Different ids have different names.
+    """Return a file name for an id. Different ids have different file names.
 
-    If an id is short and consists of lower-case ASCII letters, digits, `.`, `_` and `-`, the file name is the id. The
-    file name of any other id is a readable part of the id, `~`, and the SHA-256 of the id. Two file names also differ
-    on a file system that ignores case or normalises Unicode. The same id has the same file name in every release.
+    A short id of lower-case ASCII letters, digits, `.`, `_` and `-` is also the file name. The file name of any other
+    id consists of a readable part of the id, `~` and the SHA-256 of the id. The file names of two ids differ even on a
+    file system that ignores case or normalises Unicode. An id has the same file name in every release of homeagent.
 
     Args:
         identifier: id of a row in the store.

@@ -1,9 +1,9 @@
 """Clear local variables in tracebacks, so that error reporters do not record secrets.
 
-The frames of a traceback keep local variables as plain text, for example secrets, nonces, keys, results and parameters
-of statements. When a HomeAgentError leaves a method with the decorator `clears_locals()`, the decorator clears
-homeagent's frames. The traceback keeps all lines, and the application's frames keep all variables. The decorator does
-not change other exceptions, for example a TypeError from a mistake in homeagent.
+The frames of a traceback keep local variables, for example secrets and parameters of statements. The decorator
+`clears_locals()` clears homeagent's frames when a HomeAgentError leaves the decorated function. The traceback keeps all
+lines, and the application's frames keep all variables. The decorator does not change other exceptions, for example a
+TypeError from a mistake in homeagent.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ R = TypeVar("R")
 def clear_locals(error: BaseException) -> None:
     """Clear the local variables of homeagent's frames in the traceback of an error.
 
-    The function also clears the tracebacks of the error's causes and contexts. A running frame can't be cleared, so the
-    caller must delete the variables of its own frame.
+    The function also clears the tracebacks of the error's causes and contexts. Python can't clear the frame of a
+    running function, so a caller of `clear_locals()` must delete its own local variables.
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()

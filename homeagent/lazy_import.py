@@ -1,4 +1,4 @@
-"""Lazy import of a package's names. A process that does not use the names starts sooner.
+"""Import the names of a package at their first use, so that a process starts sooner.
 
 Python can still evaluate annotations that contain lazy names, for example `models.AgentCreate`.
 """
@@ -15,11 +15,11 @@ __all__ = ["lazy_names"]
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
     """Return a function `__getattr__` for a package (PEP 562). The returned function imports a name when a program
-    first uses it.
+    first uses the name.
 
     Args:
         package: name of the package.
-        modules: name of the module that defines each name, relative to the package.
+        modules: module that defines each name of the package. The names of the modules are relative to the package.
     """
 
     def get(name: str) -> Any:
